@@ -1,0 +1,143 @@
+# The commands of a clone; `make` alone lists them. Works with GNU make 3.81 (macOS) and any sh.
+#
+# Words with a lower-case name, like learning_rate=0.01, are settings and go on to the program;
+# upper-case ones (ID, ARGS, PYTHON) are read here.
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo server worker test check format constraints clean
+
+VENV_PYTHON := .venv/bin/python
+READY := .venv/.ready
+
+unexport ARGS ID # they are for this make, not for one that a test or a program starts
+
+help: ## list these commands
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F '|' '{ printf "%-20s %s\n", $$1, $$2 }'
+	@printf '\nSettings follow as words: make demo num_epochs=5 model.hidden=256\n'
+	@printf 'All of them, with meaning, default and unit: make server ARGS=--help\n'
+
+setup: $(READY) ## make .venv with all that is needed (PYTHON=python3.12 chooses the Python)
+
+demo: $(READY) ## train on real digits: a server and two workers, all on this machine
+	@$(RUN) paramserver.launch demo $(ARGS)
+
+server: $(READY) ## start a server and its observer
+	@$(RUN) paramserver $(ARGS)
+
+worker: $(READY) ## start a worker: make worker ID=2 host_ip=10.10.0.1
+	@$(RUN) workers $(if $(ID),id=$(ID)) $(ARGS)
+
+test: $(READY) ## run all tests (ARGS='-k wire -x' goes on to pytest)
+	@exec $(VENV_PYTHON) -m pytest $(ARGS)
+
+check: $(READY) ## formatting, lint and types
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	.venv/bin/mypy
+
+format: $(READY) ## bring all files into shape
+	.venv/bin/ruff format .
+	.venv/bin/ruff check --fix .
+
+constraints: $(READY) ## pin the newest version of everything in constraints.txt
+	@echo '# What every installation gets; written by: make constraints' > .venv/constraints.txt
+	.venv/bin/uv pip compile --quiet --universal --upgrade --all-extras --fork-strategy fewest \
+	    --no-emit-index-url --no-annotate --no-header pyproject.toml >> .venv/constraints.txt
+	@! grep -n '^[^#].*[/@]' .venv/constraints.txt || { echo 'an address or a path is no pin' >&2; exit 1; }
+	mv .venv/constraints.txt constraints.txt
+
+clean: ## remove .venv, caches and built packages; runs/ and data/ stay
+	rm -rf .venv .setup.lock build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+
+# How settings go on: make keeps its command line in MAKEOVERRIDES, newest word first, with a `\`
+# before blanks and backslashes, and `$` doubled. PASS_ON undoes that, shows the command, and becomes
+# the program, which so gets the terminal and the signals itself.
+
+define PASS_ON
+import os, shlex, sys
+words = shlex.shlex(os.environ.pop("OVERRIDES"), posix=True)
+words.whitespace, words.quotes, words.commenters, words.whitespace_split = " ", "", "", True
+settings = [word.replace("$$$$", "$$") for word in words if not word[0].isupper()]
+command = ["$(VENV_PYTHON)", "-m", *sys.argv[1:], *reversed(settings)]
+print(shlex.join(command), flush=True)
+del os.environ["PASS_ON"], os.environ["SET_UP"]
+os.execv(command[0], command)
+endef
+export PASS_ON
+export OVERRIDES = $(MAKEOVERRIDES)
+RUN = exec $(VENV_PYTHON) -S -c "$$PASS_ON"
+
+
+# How .venv is made: with a Python that fits, then by uv, from the PATH or put into .venv. A try that
+# was cut off leaves .venv/.unfinished, and the next one starts afresh.
+
+$(READY): pyproject.toml constraints.txt
+	@sh -euc "$$SET_UP"
+
+define SET_UP
+fits() { "$$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))'; }
+version() { "$$1" -c 'import platform; print(platform.python_version())' || echo 'not a Python'; }
+have() { "$$@" > /dev/null 2>&1; }
+fail() { printf '%s\n' "$$@" >&2; exit 1; }
+
+test -w . || fail "cannot write to $$PWD"
+
+# Three terminals may all start here on a fresh clone: the others wait for the first.
+until ln -s $$$$ .setup.lock 2> /dev/null; do
+    owner=$$(readlink .setup.lock) || continue
+    have kill -0 "$$owner" || { rm -f .setup.lock; continue; }
+    test -n "$${said:-}" || echo "waiting for another set-up (process $$owner)"
+    said=yes
+    sleep 1
+done
+trap 'rm -f .setup.lock' EXIT
+trap 'exit 130' HUP INT TERM
+test ! $(READY) -nt pyproject.toml || test ! $(READY) -nt constraints.txt || exit 0
+
+if test -e .venv/.unfinished || ! have fits $(VENV_PYTHON); then
+    if test -n "$${PYTHON:-}"; then set -- "$$PYTHON"; else set -- python3 python3.13 python3.12 python3.11; fi
+    python= found=
+    for name; do
+        if have fits "$$name"; then python=$$name; break; fi
+        if have command -v "$$name"; then found="$$found $$name ($$(version "$$name" 2> /dev/null))"; fi
+    done
+    rm -rf .venv
+    mkdir .venv
+    touch .venv/.unfinished
+    if test -n "$$python"; then
+        echo "making .venv with $$python ($$(version "$$python")); this may take some minutes the first time"
+        if have "$$python" -c 'import ensurepip'; then
+            "$$python" -m venv .venv
+        else # Debian's python3 without python3-venv
+            "$$python" -m venv --without-pip .venv
+        fi
+    else
+        test -z "$${PYTHON:-}" && have uv --version && echo 'no fitting Python here: uv fetches one' &&
+            uv venv --allow-existing --python '>=3.11,<3.14' .venv ||
+            fail "Python 3.11, 3.12 or 3.13 is needed; found:$${found:- none}" \
+                '  install one and try again, or name it: make setup PYTHON=/path/to/python3.12'
+    fi
+fi
+touch .venv/.unfinished
+
+uv=uv
+if ! have uv --version; then
+    uv=.venv/bin/uv
+    if have $(VENV_PYTHON) -m pip --version; then
+        set -- $(VENV_PYTHON) -m pip
+    elif have "$${python:=python3}" -m pip --version; then
+        set -- "$$python" -m pip --python $(VENV_PYTHON)
+    else
+        fail "neither pip nor uv is here to install packages with" \
+            "  install one (Debian: apt install python3-venv) and try again"
+    fi
+    "$$@" install --quiet --disable-pip-version-check --constraint constraints.txt uv
+fi
+"$$uv" pip install --python $(VENV_PYTHON) --build-constraint constraints.txt \
+    --constraint constraints.txt --editable '.[dev]'
+rm .venv/.unfinished
+touch $(READY)
+endef
+export SET_UP

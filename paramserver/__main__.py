@@ -1,0 +1,355 @@
+"""`python -m paramserver learning_rate=0.01`: the server, and the observer beside it."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from paramserver import runfolder, wire
+from paramserver.config import exit_on_user_error, load, save, to_wire
+from paramserver.display import Display, Status, WorkerStatus
+from paramserver.errors import UserError
+from paramserver.rounds import Tally
+from paramserver.runfolder import EvalLine, RunFolder, StepLine
+from paramserver.server import Server
+from paramserver.settings import Settings
+
+LOOPBACK = "127.0.0.1"
+OBSERVER_RESTARTS = 3
+OBSERVER_PATIENCE_S = 90.0
+LOSSES_KEPT = 100
+RATE_S = 3.0
+
+
+class Show:
+    """The server's watcher: display and run folder."""
+
+    def __init__(self, settings: Settings, folder: RunFolder) -> None:
+        self.settings = settings
+        self.folder = folder
+        self.display = Display(plain=settings.plain)
+        self.losses: deque[tuple[int, float]] = deque(maxlen=LOSSES_KEPT)  # (samples, loss)
+        self.val: dict[str, float | None] = {}
+        self.samples = 0
+        self.steps = 0
+        self._marks: deque[tuple[float, int, int, dict[int, int]]] = deque()  # for the rates
+        self._late = ""
+        self.observer: ObserverProcess | None = None
+
+    def say(self, text: str) -> None:
+        self.display.say(text)
+
+    def closed(self, server: Server, close: wire.Close) -> None:
+        samples = sum(close.contributors.values())
+        self.samples += samples
+        self.steps += 1
+        if close.loss is not None:
+            self.losses.append((samples, close.loss))
+        if close.reason:
+            self._late = close.reason
+        elif not close.late:
+            self._late = ""
+        self.folder.log(
+            StepLine(
+                step=close.step,
+                seconds=self._seconds(server),
+                loss=close.loss,
+                samples=samples,
+                step_s=close.seconds,
+                workers=tuple(close.contributors),
+                late=tuple(close.late),
+                sent_bytes=server.sent_bytes,
+                received_bytes=server.received_bytes,
+            )
+        )
+
+    def reported(self, server: Server, report: wire.Report) -> None:
+        self.val = report.values
+        line = EvalLine(
+            step=report.step,
+            seconds=self._seconds(server),
+            val_loss=report.values.get("val_loss"),
+            val_accuracy=report.values.get("val_accuracy"),
+        )
+        if not report.final:
+            self.folder.log(line)
+
+    def looked(self, server: Server, now: float) -> None:
+        problem = self.folder.flush_if_due(now)
+        if problem is not None:
+            self.say(problem)
+        if self.observer is not None:
+            self.observer.look(server)
+        if self.display.due(now):
+            self.display.update(self._status(server, now), now)
+
+    def train_loss(self) -> float | None:
+        """Sample-weighted mean over the newest steps."""
+        weight = sum(n for n, _ in self.losses)
+        return sum(n * loss for n, loss in self.losses) / weight if weight else None
+
+    def _seconds(self, server: Server) -> float:
+        return time.monotonic() - (server.first_open_at or time.monotonic())
+
+    def _status(self, server: Server, now: float) -> Status:
+        r = server.rounds
+        per_worker = {i: t.samples for i, t in r.tallies.items()}
+        self._marks.append((now, self.steps, self.samples, per_worker))
+        while len(self._marks) > 2 and now - self._marks[1][0] > RATE_S:
+            self._marks.popleft()
+        since, steps, samples, shares = self._marks[0]
+        seconds = now - since
+        ledger = r.ledger
+        members = max(1, len(r.workers_ready()))
+        left = None
+        if ledger is not None:
+            undone = ledger.total - ledger.counted
+            left = -(-undone // (self.settings.batch_size * members))
+        rate = (self.steps - steps) / seconds if seconds > 0 else None
+        workers = [
+            WorkerStatus(
+                id=p.id,
+                host=p.host,
+                samples_per_s=(per_worker.get(p.id, 0) - shares.get(p.id, 0)) / seconds
+                if seconds > 0
+                else None,
+                trouble=_trouble(p, r.round, now),
+            )
+            for p in sorted(r.peers.values(), key=lambda p: p.id)
+            if p.role == "worker"
+        ]
+        return Status(
+            phase=r.phase(now),
+            step=r.step,
+            total_steps=r.step + left if left is not None else None,
+            epoch=min(ledger.epochs, ledger.counted // ledger.samples + 1) if ledger else None,
+            num_epochs=self.settings.num_epochs,
+            loss=self.train_loss(),
+            val_accuracy=self.val.get("val_accuracy"),
+            steps_per_s=rate,
+            samples_per_s=(self.samples - samples) / seconds if seconds > 0 else None,
+            eta_s=left / rate if left is not None and rate else None,
+            workers=workers,
+            late=self._late,
+        )
+
+
+def _trouble(peer: Any, current: Any, now: float) -> str:
+    silent = now - peer.last_seen
+    if silent > 3:
+        return f"silent for {silent:.1f} s"
+    if peer.ready is None:
+        return "joining"
+    if current is not None and current.quorum_at is not None and now - current.quorum_at > 0.5:
+        member = current.members.get(peer.id)
+        if member is not None and member.out is None and len(member.got) == 0:
+            return f"late {now - current.quorum_at:.1f} s"
+    return ""
+
+
+class ObserverProcess:
+    """The observer beside the server: started, looked after, started again when it dies."""
+
+    def __init__(
+        self, settings: Settings, folder: RunFolder, run: str, key: str, resume: Path | None
+    ) -> None:
+        self._folder = folder
+        self._orders = {
+            "host": LOOPBACK,
+            "port": settings.port,
+            "key": key,
+            "run": run,
+            "folder": str(folder.path),
+            "settings": asdict(settings),
+            "resume": None if resume is None else str(resume),
+        }
+        self._starts = 0
+        self.problem: UserError | None = None
+        self._process = self._start()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        self._starts += 1
+        with open(self._folder.observer_log, "ab") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "workers.observe"],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,  # Ctrl-C is for the server, which tells its observer
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )
+        assert process.stdin is not None
+        try:
+            process.stdin.write(msgspec.json.encode(self._orders) + b"\n")
+            process.stdin.flush()  # and stays open: its end tells that the server is gone
+        except BrokenPipeError:
+            pass  # it died at once; `look` tells
+        return process
+
+    def look(self, server: Server) -> None:
+        """Has it ended? Then start it again, or end the run where that cannot help."""
+        code = self._process.poll()
+        if code is None or server.rounds.ended is not None:
+            return
+        if code == 2:
+            self.problem = UserError(*_last_error(self._folder.observer_log))
+            server.stop("the observer could not start")
+        elif self._starts > OBSERVER_RESTARTS:
+            self.problem = UserError(
+                f"the observer ended {self._starts} times (exit code {code})",
+                f"see {self._folder.observer_log}",
+            )
+            server.stop("the observer cannot be kept running")
+        else:
+            server.watcher.say(f"the observer ended (exit code {code}): starting it again")
+            self._orders["resume"] = None  # the run goes on: it takes a snapshot
+            self._process = self._start()
+
+    def finish(self) -> None:
+        """Wait for its end, which may take its loggers' last upload; kill it after that."""
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.close()
+        except BrokenPipeError:
+            pass
+        try:
+            self._process.wait(OBSERVER_PATIENCE_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+
+def _last_error(log: Path) -> tuple[str, str]:
+    """Problem and hint that an observer printed before it exited with code 2."""
+    lines = log.read_text(errors="replace").splitlines()
+    starts = [i for i, line in enumerate(lines) if line.startswith("error: ")]
+    if not starts:
+        return "the observer could not start", f"see {log}"
+    first = lines[starts[-1]].removeprefix("error: ")
+    return first, "\n".join(line.strip() for line in lines[starts[-1] + 1 :])
+
+
+def summarize(server: Server, show: Show, end: wire.End) -> dict[str, Any]:
+    """What summary.json holds."""
+    start = server.first_open_at
+    seconds = (server.closed_at or start) - start if start is not None else 0.0
+    ledger = server.rounds.ledger
+    report = server.final_report
+    values = report.values if report is not None else show.val
+    tallies: dict[int, Tally] = server.rounds.tallies
+    digests = {name: d for name, (step, d) in server.digests.items() if step == end.step}
+    reference = digests.get("the observer") or next(iter(digests.values()), None)
+    return {
+        "steps": end.step,
+        "samples": show.samples,
+        "seconds": seconds,
+        "steps_per_s": show.steps / seconds if seconds else None,
+        "samples_per_s": show.samples / seconds if seconds else None,
+        "val_accuracy": values.get("val_accuracy"),
+        "val_loss": values.get("val_loss"),
+        "train_loss": show.train_loss(),
+        "workers": len(tallies),
+        "sent_bytes": server.sent_bytes,
+        "received_bytes": server.received_bytes,
+        "digest": reference,
+        "replicas_equal": len(set(digests.values())) == 1 if len(digests) > 1 else None,
+        "digests": digests,
+        "samples_done": ledger.done if ledger else 0,
+        "samples_partly": ledger.partly if ledger else 0,
+        "samples_skipped": ledger.skipped if ledger else 0,
+        "per_worker": [
+            {"id": i, "name": t.name, "samples": t.samples, "rounds": t.rounds, "late": t.late}
+            for i, t in sorted(tallies.items())
+        ],
+        "end": end.reason,
+        "run": server.run_id,
+    }
+
+
+def serve(settings: Settings) -> int:
+    """Run a server with its observer to the end of the run; the exit code."""
+    hosts = [LOOPBACK]
+    if settings.host_ip not in (None, "localhost", LOOPBACK):
+        hosts.append(str(settings.host_ip))
+    resume = None
+    if settings.resume is not None:
+        resume = runfolder.find_checkpoint(settings.resume, Path(settings.run_dir))
+    folder = RunFolder.create(Path(settings.run_dir), datetime.now())
+    show = Show(settings, folder)
+    run, key = secrets.token_hex(8), secrets.token_hex(16)
+    try:
+        server = Server(
+            settings, to_wire(settings), show, hosts=hosts, run=run, observer_key=key
+        )
+    except UserError:
+        folder.path.rmdir()  # nothing is in it
+        raise
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda n, _: _stop(server, n))
+    observer = None
+    try:
+        save(settings, folder.config)
+        where = ", ".join(f"{h}:{settings.port}" for h in hosts)
+        show.say(f"server at {where}, run folder {folder.path}")
+        if settings.observer:
+            observer = show.observer = ObserverProcess(settings, folder, run, key, resume)
+        end = server.run()
+    finally:
+        server.close()
+        if observer is not None:
+            observer.finish()
+        for problem in filter(None, [folder.close()]):
+            show.say(problem)
+        show.display.close() if sys.exc_info()[0] else None
+    summary = summarize(server, show, end)
+    if observer is not None and observer.problem is not None:
+        show.display.close()
+        raise observer.problem
+    _write_results(show, summary, end)
+    return 1 if end.error else 0
+
+
+def _write_results(show: Show, summary: dict[str, Any], end: wire.End) -> None:
+    problem = show.folder.write_summary(summary)
+    if problem is not None:
+        show.say(problem)
+    if show.steps:
+        from paramserver import curves
+
+        try:
+            curves.draw(show.folder.metrics, show.folder.curves, f"run {show.folder.path.name}")
+        except OSError as e:
+            show.say(f"{show.folder.curves} was not written: {e}")
+    show.say(f"the run is over at step {end.step}: {end.reason}")
+    shown = {**summary, "workers": [{**w, "host": w["name"]} for w in summary["per_worker"]]}
+    show.display.summary(shown, str(show.folder.path))
+    show.display.close()
+
+
+def _stop(server: Server, number: int) -> None:
+    signal.signal(number, signal.SIG_DFL)  # a second one ends the server at once
+    server.stop(f"stopped by {signal.Signals(number).name}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The server program. Exit codes: 0 ended in order, 1 ended early, 2 a person's mistake."""
+    with exit_on_user_error():
+        settings = load(list(sys.argv[1:] if argv is None else argv), "server").settings
+        code = serve(settings)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

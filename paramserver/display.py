@@ -1,0 +1,430 @@
+"""What the server shows while a run goes on, and the table at its end.
+
+On a terminal a few lines are drawn anew, about four times a second, below the log lines:
+
+    ━━━━━━━━━━━━━━━━━━━━━━━━━━╸───────────  step 812/1,120   72 %   0:03 left
+    epoch 3/5   loss 0.2134   accuracy 93.4 %   298 steps/s   19,080 samples/s
+      worker 1  mini1   9,540 samples/s
+      worker 2  mini2   late 0.41 s
+
+Elsewhere (a pipe, CI, `plain=true`) there are plain lines without control codes, about every five
+seconds and where the phase changes.
+
+There is no thread: the server's loop calls `update`, which does nothing until a drawing is due.
+A terminal that takes no output (Ctrl-S) misses drawings and one that is gone ends them; neither
+holds up or ends the run.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import sys
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, TextIO
+
+from rich import box
+from rich.cells import cell_len
+from rich.console import Console, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+DRAW_S = 0.25
+PLAIN_S = 5.0  # between plain lines
+PHASE_S = 1.0  # the same where the phase has changed: a phase may count something
+LAST_WAIT_S = 5.0  # for a stopped terminal to take the final table
+TRAINING = "training"
+
+# What a peer sends may end up on the terminal: control characters are shown, not obeyed.
+_CONTROLS = dict.fromkeys((*range(32), *range(127, 160)), "\N{REPLACEMENT CHARACTER}")
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStatus:
+    """One worker, as its row shows it."""
+
+    id: int
+    host: str = ""
+    samples_per_s: float | None = None
+    trouble: str = ""
+    """Where all is not well: "late 0.41 s", "joining", "silent for 3.2 s"."""
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """All that a drawing shows; None where it is not known yet."""
+
+    phase: str
+    """`TRAINING`, or a sentence: "waiting for 2 workers: worker 1 is here", "paused: ..."."""
+    step: int = 0
+    total_steps: int | None = None
+    """An estimate: it moves when workers come and go."""
+    epoch: int | None = None
+    """1 is the first."""
+    num_epochs: int | None = None
+    loss: float | None = None
+    val_accuracy: float | None = None
+    """0 to 1."""
+    steps_per_s: float | None = None
+    samples_per_s: float | None = None
+    eta_s: float | None = None
+    workers: Sequence[WorkerStatus] = ()
+    late: str = ""
+    """Why the newest round that closed without somebody did so."""
+
+
+class Display:
+    """Progress on `stream` (default: stdout), for as long as somebody is there to see it."""
+
+    def __init__(
+        self,
+        stream: TextIO | None = None,
+        *,
+        plain: bool = False,
+        clock: Callable[[], datetime] = datetime.now,
+    ) -> None:
+        """`clock` tells the time of day, for the stamps of lines."""
+        self._stream = stream or sys.stdout
+        self._clock = clock
+        self._live = not plain and _is_terminal(self._stream)
+        self._gone = False  # nobody is there any more
+        self._due = float("-inf")
+        self._pending: deque[str] = deque(maxlen=1000)  # lines above the drawing, not yet written
+        # Live
+        self._drawing = ""  # ends with a new line, or is empty
+        self._widths: tuple[int, ...] = ()  # of its lines
+        self._drawn = ""  # the drawing that is to be seen
+        self._on_screen: tuple[int, ...] = ()  # the widths of its lines
+        # Plain
+        self._line_at = float("-inf")  # when the last one was printed
+        self._line = ""
+        self._phase = ""
+        self._late = ""
+        if reconfigure := getattr(self._stream, "reconfigure", None):
+            reconfigure(errors="replace")  # a host's name need not exist in the terminal's encoding
+        encoding = (getattr(self._stream, "encoding", None) or "utf-8").lower()
+        self._bar = "━╸─" if encoding.startswith("utf") else "=>-"
+        self._console = Console(
+            file=self._stream,
+            force_terminal=self._live,
+            color_system="auto" if self._live else None,
+            legacy_windows=False,
+            markup=False,
+            highlight=False,
+            emoji=False,
+        )
+
+    def due(self, now: float) -> bool:
+        """Whether `update` would look at a status; spares the caller making one."""
+        return now >= self._due and not self._gone
+
+    def update(self, status: Status, now: float) -> None:
+        """Show `status`, if that is due; `now` in seconds of any steady clock."""
+        if now < self._due or self._gone:
+            return
+        self._due = now + DRAW_S
+        if self._live:
+            self._draw(status)
+        else:
+            self._print_plain(status, now)
+        self._emit()
+
+    def say(self, line: str) -> None:
+        """Print a line with a time stamp, above the drawing."""
+        stamp = self._clock().strftime("%H:%M:%S")
+        text = Text.assemble((stamp, "dim"), "  ", _clean(line))
+        self._pending.append(self._rendered(text, soft_wrap=True))
+        self._emit()
+
+    def summary(self, summary: Mapping[str, Any], run_folder: str = "") -> None:
+        """Print the final table in place of the drawing.
+
+        Shows what is there of: steps, samples, samples_done, samples_partly, samples_skipped,
+        seconds, steps_per_s, samples_per_s, train_loss, val_loss, val_accuracy (0 to 1),
+        sent_bytes, received_bytes, digest, replicas_equal (None: not compared), and workers: a
+        sequence of mappings with id, host, samples, late (rounds missed).
+        """
+        self._drawing = ""
+        self._pending.append(self._rendered(_summary_table(summary)))
+        if run_folder:
+            self._pending.append(self._rendered(Text(f"  {_clean(run_folder)}"), soft_wrap=True))
+        self._emit(LAST_WAIT_S)
+
+    def close(self) -> None:
+        """Take the drawing away and write what is pending; may be called twice."""
+        self._drawing = ""
+        self._emit(LAST_WAIT_S)
+        self._gone = True
+
+    # Making text
+
+    def _rendered(self, thing: RenderableType, soft_wrap: bool = False) -> str:
+        """As text for the stream; `soft_wrap` leaves breaking long lines to the terminal."""
+        self._console.width = self._size()[0]
+        with self._console.capture() as capture:
+            self._console.print(thing, soft_wrap=soft_wrap)
+        return capture.get()
+
+    def _draw(self, status: Status) -> None:
+        columns, rows = self._size()
+        width = max(columns - 1, 10)  # a character in the last column wraps on some terminals
+        lines = _drawn_lines(status, width, rows - 2, self._bar)
+        for line in lines:
+            line.truncate(width, overflow="ellipsis")
+        self._drawing = self._rendered(Text("\n").join(lines), soft_wrap=True) if lines else ""
+        self._widths = tuple(line.cell_len for line in lines)
+
+    def _print_plain(self, status: Status, now: float) -> None:
+        pause_s = PLAIN_S if status.phase == self._phase else PHASE_S
+        if now < self._line_at + pause_s:
+            return
+        parts = [_clean(status.phase)]
+        if status.step:
+            parts += [f"step {_step(status)}", *_figures(status)]
+            if status.eta_s is not None and status.phase == TRAINING:
+                parts.append(f"{_clock_time(status.eta_s)} left")
+        parts += [f"worker {w.id} {_clean(w.trouble)}" for w in status.workers if w.trouble]
+        line = ", ".join(parts)
+        if status.late and status.late != self._late:
+            line += f"; {_clean(status.late)}"
+        self._line_at, self._phase, self._late = now, status.phase, status.late
+        if line != self._line:
+            self._line = line
+            self.say(line)
+
+    # Writing text
+
+    def _emit(self, wait_s: float = 0.0) -> None:
+        """Write pending lines and the drawing in one piece, if the stream takes them now."""
+        if self._gone or (not self._pending and self._drawing == self._drawn):
+            return
+        try:
+            if not self._takes_output(wait_s):
+                return
+            self._stream.write(self._erasing() + "".join(self._pending) + self._drawing)
+            self._pending.clear()
+            self._drawn, self._on_screen = self._drawing, self._widths if self._drawing else ()
+            self._stream.flush()
+        except BlockingIOError:
+            pass  # somebody made the stream non-blocking: the rest stays in its buffer
+        except (OSError, ValueError):  # a closed pipe, a terminal that hung up, a closed file
+            self._give_up()
+
+    def _erasing(self) -> str:
+        """What takes the last drawing off the screen, though the window may be narrower now."""
+        width = self._size()[0]
+        rows = sum(max(1, -(-line // width)) for line in self._on_screen)
+        return f"\x1b[{rows}A\r\x1b[J" if rows else ""
+
+    def _size(self) -> tuple[int, int]:
+        """Columns and rows of the terminal, or what suits a file."""
+        if self._live:
+            with suppress(OSError, ValueError):
+                columns, rows = os.get_terminal_size(self._stream.fileno())
+                if columns > 0 and rows > 0:  # both are 0 on some serial lines
+                    return columns, rows
+            return 80, 24
+        return 100, 24
+
+    def _takes_output(self, wait_s: float) -> bool:
+        try:
+            return bool(select.select([], [self._stream], [], wait_s)[1])
+        except (OSError, ValueError, TypeError):
+            return True  # not a file: nothing to wait for
+
+    def _give_up(self) -> None:
+        """Nobody reads: be silent, also when Python flushes the stream at its exit."""
+        self._gone = True
+        with suppress(OSError, ValueError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
+
+
+def _is_terminal(stream: TextIO) -> bool:
+    """Whether lines can be drawn anew; rich's own answer can be forced by FORCE_COLOR."""
+    try:
+        there = stream.isatty()
+    except ValueError:  # closed
+        return False
+    clever = os.environ.get("TERM", "dumb") not in ("dumb", "unknown")
+    return there and clever and not os.environ.get("CI")
+
+
+def _drawn_lines(status: Status, width: int, height: int, bar: str) -> list[Text]:
+    """The drawing, one Text a line and at most `height` of them; a line may exceed `width`."""
+    lines = []
+    if status.phase != TRAINING:
+        lines.append(Text(_clean(status.phase), style="bold yellow"))
+    if status.step:
+        lines.append(_bar_line(status, width, bar))
+        lines.append(Text("   ".join(_fitting(_figures(status), width))))
+    late = [Text(_clean(status.late), style="yellow")] if status.late else []
+    workers = _worker_lines(status.workers, width, height - len(lines) - len(late))
+    return (lines + workers + late)[: max(height, 1)]
+
+
+def _bar_line(status: Status, width: int, bar: str) -> Text:
+    words = [f"step {_step(status)}"]
+    share = 0.0
+    if status.total_steps:
+        share = min(status.step / status.total_steps, 1.0)
+        words.append(f"{100 * share:3.0f} %")
+        if status.eta_s is not None and status.phase == TRAINING:
+            words.append(f"{_clock_time(status.eta_s)} left")
+    while True:  # the bar goes before the last words
+        text = "   ".join(words)
+        room = min(width - len(text) - 2, 60)
+        if room >= 10 or len(words) == 1:
+            break
+        words.pop()
+    if not status.total_steps or room < 10:
+        return Text(text)
+    done, tip, left = bar[0], bar[1], bar[2]
+    filled = int(share * room)
+    if filled in (0, room):
+        tip = ""
+    todo = left * (room - filled - len(tip))
+    return Text.assemble((done * filled + tip, "green"), (todo, "dim"), "  ", text)
+
+
+def _worker_lines(workers: Sequence[WorkerStatus], width: int, room: int) -> list[Text]:
+    """A line for each worker; where they are too many, for those in trouble first."""
+    hidden = 0
+    if len(workers) > room:
+        shown = max(room - 1, 0)
+        hidden = len(workers) - shown
+        workers = sorted(workers, key=lambda worker: not worker.trouble)[:shown]
+    ids = max((len(str(worker.id)) for worker in workers), default=0)
+    hosts = [_clean(worker.host) if width >= 60 else "" for worker in workers]
+    widest = max(map(cell_len, hosts), default=0)
+    lines = []
+    for worker, host in zip(workers, hosts, strict=True):
+        rate = "" if worker.samples_per_s is None else f"{worker.samples_per_s:,.0f} samples/s"
+        lines.append(
+            Text.assemble(
+                f"  worker {worker.id:>{ids}}  ",
+                (host + " " * (widest - cell_len(host) + 2), "dim") if widest else "",
+                (_clean(worker.trouble), "yellow") if worker.trouble else f"{rate:>16}",
+            )
+        )
+    if hidden and room > 0:
+        lines.append(Text(f"  and {hidden} more workers", "dim"))
+    return lines
+
+
+def _figures(status: Status) -> list[str]:
+    """The run's figures, the more important first where they stand for `_fitting`."""
+    figures = []
+    if status.loss is not None:
+        figures.append(f"loss {status.loss:.4f}")
+    if status.samples_per_s is not None:
+        figures.append(f"{status.samples_per_s:,.0f} samples/s")
+    if status.epoch is not None:
+        of = f"/{status.num_epochs}" if status.num_epochs is not None else ""
+        figures.append(f"epoch {status.epoch}{of}")
+    if status.val_accuracy is not None:
+        figures.append(f"accuracy {100 * status.val_accuracy:.1f} %")
+    if status.steps_per_s is not None:
+        figures.append(f"{_rate(status.steps_per_s)} steps/s")
+    return figures
+
+
+def _step(status: Status) -> str:
+    return f"{status.step:,}" + (f"/{status.total_steps:,}" if status.total_steps else "")
+
+
+def _fitting(words: Sequence[str], width: int) -> list[str]:
+    """As many of the words as fit into `width` cells, three apart; always the first."""
+    fitting, used = list(words[:1]), len(words[0]) if words else 0
+    for word in words[1:]:
+        used += 3 + len(word)
+        if used > width:
+            break
+        fitting.append(word)
+    return fitting
+
+
+def _summary_table(summary: Mapping[str, Any]) -> Table:
+    def known(*forms: tuple[str, str]) -> str:
+        """The values of those keys that have one, each in its form."""
+        return ", ".join(f.format(summary[k]) for k, f in forms if summary.get(k) is not None)
+
+    table = Table(box=box.ROUNDED, show_header=False)
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    seconds, accuracy = summary.get("seconds"), summary.get("val_accuracy")
+    validation = [
+        "" if accuracy is None else f"{100 * accuracy:.2f} % right",
+        known(("val_loss", "loss {:.4f}")),
+    ]
+    traffic = [
+        f"{summary[key] / 1e6:,.1f} MB {word}"
+        for key, word in (("sent_bytes", "sent"), ("received_bytes", "received"))
+        if summary.get(key) is not None
+    ]
+    ledger = known(
+        ("samples_done", "{:,} done"),
+        ("samples_partly", "{:,} partly"),
+        ("samples_skipped", "{:,} skipped"),
+    )
+    facts: list[tuple[str, str | Text]] = [
+        ("steps", known(("steps", "{:,}"), ("steps_per_s", "{:,.1f} a second"))),
+        ("samples", known(("samples", "{:,}"), ("samples_per_s", "{:,.0f} a second"))),
+        ("", ledger),
+        ("time", "" if seconds is None else _duration(seconds)),
+        ("training", known(("train_loss", "loss {:.4f}"))),
+        ("validation", ", ".join(filter(None, validation))),
+        ("traffic", ", ".join(traffic)),
+        ("weights", _digest(summary)),
+    ]
+    for name, value in facts:
+        if value:
+            table.add_row(name, value)
+    table.add_section()
+    workers = summary.get("workers") or ()
+    total = sum(worker.get("samples") or 0 for worker in workers) or 1
+    for worker in workers:
+        samples, late = worker.get("samples") or 0, worker.get("late") or 0
+        figures = f"{samples:>{len(f'{total:,}')},} samples  {100 * samples / total:5.1f} %  "
+        table.add_row(
+            f"worker {worker['id']}",
+            Text.assemble(
+                figures,
+                (f"late {late:,}x" if late else "on time", "yellow" if late else ""),
+                (f"  {_clean(str(worker.get('host') or ''))}", "dim"),
+            ),
+        )
+    return table
+
+
+def _digest(summary: Mapping[str, Any]) -> Text:
+    equal = summary.get("replicas_equal")
+    return Text.assemble(
+        str(summary.get("digest") or "")[:12],
+        ("  the same on all replicas", "green") if equal else "",
+        ("  replicas DIFFER", "bold red") if equal is False else "",
+    )
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 60 else _clock_time(seconds)
+
+
+def _clock_time(seconds: float) -> str:
+    """3:07 or 1:03:07."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
+
+
+def _rate(per_s: float) -> str:
+    return f"{per_s:,.0f}" if per_s >= 10 else f"{per_s:.2g}"
+
+
+def _clean(text: str) -> str:
+    return text.translate(_CONTROLS)

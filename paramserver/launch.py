@@ -1,0 +1,87 @@
+"""`python -m paramserver.launch demo`: a whole cluster on this machine, for a first look."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from paramserver.config import exit_on_user_error, load
+from paramserver.errors import UserError
+
+DEMO = {"dataset.name": "digits", "num_epochs": "6", "num_workers": "2", "eval_steps": "100"}
+"""What the demo sets, unless the command line says otherwise."""
+PATIENCE_S = 20.0
+
+
+def demo(arguments: list[str]) -> int:
+    """Server, observer and workers on loopback; the server's exit code. Nothing is left running."""
+    given = {a.partition("=")[0] for a in arguments}
+    arguments = [f"{k}={v}" for k, v in DEMO.items() if k not in given] + arguments
+    settings = load(arguments, "server").settings  # mistakes are told before anything starts
+    port = f"port={settings.port}"
+    if settings.num_workers > 16:
+        raise UserError(f"{settings.num_workers} workers on one machine", "num_workers=2 is enough")
+    server = subprocess.Popen([sys.executable, "-m", "paramserver", *arguments])
+    logs = Path(tempfile.mkdtemp(prefix="paramserver-demo-"))
+    workers: list[subprocess.Popen[bytes]] = []
+    try:
+        for number in range(1, settings.num_workers + 1):
+            with open(logs / f"worker-{number}.log", "wb") as log:
+                workers.append(
+                    subprocess.Popen(
+                        [sys.executable, "-m", "workers", f"id={number}", port],
+                        stdout=log,
+                        stderr=subprocess.STDOUT,
+                        stdin=subprocess.DEVNULL,
+                    )
+                )
+        return _watch(server, workers, logs)
+    finally:
+        for p in [*workers, server]:
+            if p.poll() is None:
+                p.terminate()
+        for p in [*workers, server]:
+            try:
+                p.wait(PATIENCE_S)
+            except subprocess.TimeoutExpired:
+                p.kill()
+                p.wait()
+
+
+def _watch(
+    server: subprocess.Popen[bytes], workers: list[subprocess.Popen[bytes]], logs: Path
+) -> int:
+    """Wait for the server; a worker that fails is told with its last words."""
+    told: set[int] = set()
+    while server.poll() is None:
+        for number, worker in enumerate(workers, 1):
+            if worker.poll() not in (None, 0) and number not in told:
+                told.add(number)
+                words = (logs / f"worker-{number}.log").read_text(errors="replace").strip()
+                print(f"worker {number} failed:\n{words[-2000:]}", file=sys.stderr)
+                if len(told) == len(workers):
+                    server.terminate()
+        time.sleep(0.1)
+    return server.returncode
+
+
+def main() -> None:
+    with exit_on_user_error():
+        commands = {"demo": demo}
+        if len(sys.argv) < 2 or sys.argv[1] not in commands:
+            raise UserError("what shall be launched?", "python -m paramserver.launch demo")
+
+        def stop(number: int, frame: object) -> None:
+            raise KeyboardInterrupt
+
+        signal.signal(signal.SIGTERM, stop)
+        code = commands[sys.argv[1]](sys.argv[2:])
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""The running sums of the open round: gradients are added as they arrive, whoever sends them.
+
+Memory does not grow with the number of workers: one float32 sum per bucket, made when the first
+gradient of a round arrives and given away as the average when the last one has.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from paramserver.bucket import Bucket, Plan
+from paramserver.codec import CODECS, Codec, Wire, check_sizes
+from paramserver.errors import PeerError
+
+
+class Mean:
+    """Sums and averages of the buckets of one plan, for pushes encoded with `codec`."""
+
+    def __init__(self, plan: Plan, codec: str) -> None:
+        self._plan = plan
+        self._codec = CODECS[codec]
+        self._sums: dict[int, Tensor] = {}
+        largest = max(b.size for b in plan.buckets)
+        self._scratch = torch.empty(largest)
+
+    def codec(self, bucket: Bucket) -> Codec:
+        """Statistics and counters go as they are; only gradients go through the run's codec."""
+        return self._codec if bucket.kind == "grad" else CODECS["float32"]
+
+    def check(self, bucket: int, buffers: Wire, scale: float) -> str | None:
+        """What is wrong with the numbers of a push: None, or a reason to refuse it as bad.
+
+        Raises `PeerError` for buffers that do not fit the layout.
+        """
+        b = self._plan.buckets[bucket]
+        codec = self.codec(b)
+        wrong = check_sizes(codec, b.size, buffers)
+        if wrong is None and not (0.0 < scale < math.inf):
+            wrong = f"a scale of {scale}"
+        if wrong is not None:
+            raise PeerError(f"bucket {bucket}: {wrong}")
+        norm = float(torch.linalg.vector_norm(self._decode(b, buffers, scale)))
+        if not math.isfinite(norm):
+            return f"not all of its numbers are finite (bucket {bucket}: {self._names(b)})"
+        return None
+
+    def add(self, bucket: int, buffers: Wire, scale: float, samples: int) -> None:
+        """Add the numbers of a push, `samples` times (counters: take the maximum)."""
+        b = self._plan.buckets[bucket]
+        values = self._decode(b, buffers, scale)
+        total = self._sums.get(bucket)
+        if total is None:
+            total = self._sums[bucket] = torch.empty(b.size)
+            if b.kind == "count":
+                total.copy_(values)
+            else:
+                torch.mul(values, samples, out=total)
+        elif b.kind == "count":
+            torch.maximum(total, values, out=total)
+        else:
+            total.add_(values, alpha=samples)
+
+    def finish(self, bucket: int, samples: int) -> tuple[list[Any], float]:
+        """The average of all that was added, encoded; the sum is gone afterwards."""
+        b = self._plan.buckets[bucket]
+        total = self._sums.pop(bucket)
+        if b.kind != "count":
+            total.mul_(1.0 / samples) if samples & (samples - 1) == 0 else total.div_(samples)
+        return self.codec(b).encode(total)
+
+    def forget(self) -> None:
+        """The round is void."""
+        self._sums.clear()
+
+    def _decode(self, b: Bucket, buffers: Wire, scale: float) -> Tensor:
+        return self.codec(b).decode(buffers, scale, self._scratch[: b.size])
+
+    def _names(self, b: Bucket) -> str:
+        names = [self._plan.layout.tensors[i].name for i in b.tensors]
+        return ", ".join(names[:2]) + (" ..." if len(names) > 2 else "")

@@ -1,0 +1,950 @@
+"""Who belongs, which round is open, when it closes and why: the server's mind, without a body.
+
+Nothing here touches a socket, a clock, a thread or a log. Every event is a method that takes `now`
+(seconds, any origin) and returns the effects to carry out, frozen values in their order. Two rules:
+
+1. Only this file decides what enters the log of updates. `server.py` carries out, nothing more.
+2. Every wait has a deadline, and when it passes a sentence that names who and why.
+
+A peer goes through these states:
+
+    greeted --Join--> waiting --origin/follow--> replica --Ready--> (ready) replica, holds leases
+                         \\------adopt----------> adopting --Adopted--> replica
+    any state --Goodbye, silence, a new Hello of the same id--> gone
+
+and the run through these:
+
+    no origin yet -> [snapshot] -> round open -> closed (step + 1) or void -> ... -> ended
+
+While a snapshot is given no round is open; while a round is open no snapshot starts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import msgspec
+
+from paramserver.ledger import DONE, PARTLY, RETURNED, SKIPPED, Ledger
+from paramserver.wire import (
+    Abort,
+    Admit,
+    Close,
+    End,
+    Give,
+    Join,
+    Layout,
+    Lease,
+    Manifest,
+    Message,
+    Open,
+    Piece,
+    Pulse,
+    Push,
+    Ready,
+    Refused,
+    Reject,
+    Want,
+    next_lineage,
+)
+
+LEASES_HELD = 2  # one being computed, one whose data loads meanwhile
+PUSH_TIMES_KEPT = 64
+DERIVED_TIMEOUT_MIN_S = 1.0
+
+
+class Rules(msgspec.Struct, frozen=True):
+    """The settings that decide about rounds; times in seconds."""
+
+    num_workers: int = 2
+    min_workers: int = 1
+    max_workers: int = 64
+    timeout: float | None = None
+    quorum: float = 0.5
+    heartbeat_timeout: float = 10.0
+    join_timeout: float = 60.0
+    idle_timeout: float = 1800.0
+    deterministic: bool = False
+    epochs: int = 2
+    observer: bool = True
+
+
+# --------------------------------------------------------------------------- effects
+
+
+class Effect(msgspec.Struct, frozen=True):
+    pass
+
+
+class Send(Effect, frozen=True):
+    """To one peer's link."""
+
+    session: str
+    message: Message
+
+
+class Publish(Effect, frozen=True):
+    """To everybody."""
+
+    message: Message
+
+
+class Start(Effect, frozen=True):
+    """The layout is known now: make room for its sums."""
+
+    layout: Layout
+    step: int
+
+
+class Add(Effect, frozen=True):
+    """Add the payload that came with this push to the bucket's sum, `samples` times."""
+
+    worker: int
+    bucket: int
+    samples: int
+
+
+class Finish(Effect, frozen=True):
+    """Divide the bucket's sum by `samples` and publish it."""
+
+    round: int
+    step: int
+    bucket: int
+    samples: int
+    absent: tuple[int, ...]
+
+
+class Closed(Effect, frozen=True):
+    """An update entered the log: keep it with the round's averages, and publish it."""
+
+    close: Close
+
+
+class Void(Effect, frozen=True):
+    """The open round came to nothing: forget its sums."""
+
+    round: int
+
+
+class Say(Effect, frozen=True):
+    """A sentence for the log."""
+
+    text: str
+
+
+class Remove(Effect, frozen=True):
+    """The peer is gone; forget its sockets."""
+
+    session: str
+
+
+class Ended(Effect, frozen=True):
+    """The run is over; tell everybody."""
+
+    end: End
+
+
+# --------------------------------------------------------------------------- state
+
+GREETED, WAITING, ADOPTING, REPLICA = "greeted", "waiting", "adopting", "replica"
+
+
+class Peer:
+    """A worker or the observer, from its Hello to its end."""
+
+    def __init__(self, session: str, role: str, id: int, nonce: str, host: str, pid: int) -> None:
+        self.session = session
+        self.role = role
+        self.id = id
+        self.nonce = nonce
+        self.host = host
+        self.pid = pid
+        self.state = GREETED
+        self.join: Join | None = None
+        self.ready: Ready | None = None
+        self.leases: list[Lease] = []
+        self.last_seen = 0.0
+        self.push_times: deque[float] = deque(maxlen=PUSH_TIMES_KEPT)
+        self.failed_gives = 0
+
+    @property
+    def name(self) -> str:
+        return f"worker {self.id} ({self.host})" if self.role == "worker" else "the observer"
+
+    def push_time_p95(self) -> float | None:
+        if not self.push_times:
+            return None
+        times = sorted(self.push_times)
+        return times[min(len(times) - 1, math.ceil(0.95 * len(times)))]
+
+
+class Member:
+    """A worker's part in the open round."""
+
+    def __init__(self, name: str, session: str, lease: Lease) -> None:
+        self.name = name
+        self.session = session
+        self.lease = lease
+        self.got: set[int] = set()  # buckets whose push was taken
+        self.added: set[int] = set()  # of those, the ones already told to be added
+        self.out: str | None = None  # why no more is expected of it
+        self.bad: str | None = None  # why a bucket was refused as bad
+        self.loss: float | None = None
+
+    @property
+    def samples(self) -> int:
+        return self.lease[2] - self.lease[1]
+
+
+class Round:
+    """The open round."""
+
+    def __init__(self, number: int, opened_at: float, members: dict[int, Member]) -> None:
+        self.number = number
+        self.opened_at = opened_at
+        self.members = members
+        self.absent: dict[int, set[int]] = {}
+        self.finished: set[int] = set()
+        self.quorum_at: float | None = None
+
+
+class Snapshot:
+    """A snapshot on its way from one replica to another."""
+
+    def __init__(self, number: int, giver: str, joiner: str, now: float) -> None:
+        self.number = number
+        self.giver = giver
+        self.joiner = joiner
+        self.progress_at = now
+        self.waits_for = giver
+
+
+class Tally(msgspec.Struct):
+    """What one worker did in the whole run, for the summary."""
+
+    name: str
+    rounds: int = 0
+    samples: int = 0
+    late: int = 0
+
+
+# --------------------------------------------------------------------------- the machine
+
+
+class Rounds:
+    """The state of a run as its server sees it; see the module's head.
+
+    `count_buckets` tells how many buckets a layout has (`bucket.plan`).
+    """
+
+    def __init__(
+        self, rules: Rules, nonce: str, now: float, count_buckets: Callable[[Layout], int]
+    ) -> None:
+        self.rules = rules
+        self.nonce = nonce
+        self.peers: dict[str, Peer] = {}
+        self.layout: Layout | None = None
+        self.step = 0
+        self.lineage = ""
+        self.ledger: Ledger | None = None
+        self.round: Round | None = None
+        self.snapshot: Snapshot | None = None
+        self.ended: End | None = None
+        self.started = False  # the first round has opened
+        self.tallies: dict[int, Tally] = {}
+        self._ledger_state: dict[str, Any] | None = None  # of an origin that resumes
+        self._lineages: dict[int, str] = {}  # of the steps whose successors can be fetched
+        self._rounds = 0
+        self._snapshots = 0
+        self._snapshot_rests = False  # one round goes first after an aborted snapshot
+        self._count_buckets = count_buckets
+        self._buckets = 0
+        self._ready_since: float | None = None  # the first worker is ready
+        self._busy_at = now  # a step was closed, or somebody came to work
+        self._said_phase = ""
+        self._said_late: frozenset[int] = frozenset()
+        self._effects: list[Effect] = []
+
+    # ------------------------------------------------------------------ who is here
+
+    def greet(
+        self,
+        session: str,
+        now: float,
+        *,
+        role: str,
+        id: int | None,
+        nonce: str,
+        host: str,
+        pid: int,
+        reachable: Callable[[str], bool] = lambda session: True,
+    ) -> tuple[Peer | None, str, list[Effect]]:
+        """A Hello: (the new peer, "", effects) or (None, why not, effects).
+
+        `reachable(session)` tells whether that peer's connection still stands; one that does not
+        gives its id up to a new process at once.
+        """
+        if role == "observer":
+            number = 0
+        elif id is None:
+            taken = {p.id for p in self.peers.values()}
+            number = next(i for i in range(1, len(taken) + 2) if i not in taken)
+        else:
+            number = id
+        if role == "worker" and not 1 <= number <= self.rules.max_workers:
+            why = f"worker id {number} is out of range: ids run from 1 to {self.rules.max_workers}"
+            return None, f"{why} (max_workers)", self._out()
+        holder = next((p for p in self.peers.values() if p.id == number), None)
+        if holder is not None:
+            if holder.nonce != nonce and reachable(holder.session):
+                why = (
+                    f"worker id {number} is taken by pid {holder.pid} on {holder.host} "
+                    f"(last seen {now - holder.last_seen:.1f} s ago)"
+                )
+                return None, why, self._out()
+            self._remove(holder, "greeted again", now)
+        peer = Peer(session, role, number, nonce, host, pid)
+        peer.last_seen = now
+        self.peers[session] = peer
+        if role == "worker":
+            self._say(f"{peer.name} is here")
+        self._progress(now)
+        return peer, "", self._out()
+
+    def seen(self, session: str, now: float) -> None:
+        """Any sign of life."""
+        peer = self.peers.get(session)
+        if peer is not None:
+            peer.last_seen = now
+
+    def join(self, session: str, message: Join, now: float) -> list[Effect]:
+        """A replica tells where it stands; answered with Admit, now or when there is an origin."""
+        peer = self.peers[session]
+        if self.snapshot and session in (self.snapshot.joiner, self.snapshot.giver):
+            self._abort_snapshot(f"{peer.name} joined again", now)
+        if self.round and (member := self._member_of(peer)):
+            self._out_of_round(member, "joined again", now)
+        self._return_leases(peer)
+        peer.join, peer.state, peer.ready = message, WAITING, None
+        if self.layout is not None:
+            self._admit(peer, now)
+        elif peer.role == "observer" or not self.rules.observer:
+            self._become_origin(peer, message, now)
+        self._progress(now)
+        return self._out()
+
+    def ready(self, session: str, message: Ready, now: float) -> list[Effect]:
+        """A worker waits for samples."""
+        peer = self.peers[session]
+        if peer.state != REPLICA or peer.role != "worker":
+            return [Send(session, Reject("ready before joining"))]
+        if message.samples < 1 or message.batch_size < 1:
+            self._send(peer, Reject("a data set without samples", "give batches() a longer one"))
+            return self._out()
+        if self.ledger is None:
+            if self._ledger_state is not None:
+                self.ledger = Ledger.from_state(self._ledger_state, self.rules.epochs)
+            else:
+                self.ledger = Ledger(message.samples, self.rules.epochs)
+        if message.samples != self.ledger.samples:
+            self._send(
+                peer,
+                Reject(
+                    f"{peer.name} has a data set of {message.samples} samples, "
+                    f"the run has one of {self.ledger.samples}",
+                    "every worker needs the same training set in the same order",
+                ),
+            )
+            return self._out()
+        peer.ready = message
+        if self._ready_since is None:
+            self._ready_since = now
+        self._busy_at = now
+        self._progress(now)
+        return self._out()
+
+    def relinked(self, session: str, now: float) -> list[Effect]:
+        """A peer's link was cut and is back: what it pushed on the way may be lost."""
+        peer = self.peers[session]
+        if self.round and (member := self._member_of(peer)):
+            self._out_of_round(member, "its connection was cut", now)
+            self._progress(now)
+        return self._out()
+
+    def behind(self, session: str, now: float) -> list[Effect]:
+        """A replica asked for updates that are not kept any more: it needs a snapshot."""
+        peer = self.peers[session]
+        if peer.join is None:
+            return self._out()
+        if self.round and (member := self._member_of(peer)):
+            self._out_of_round(member, "fell behind the kept updates", now)
+        self._return_leases(peer)
+        peer.state = WAITING
+        self._send(peer, Admit(action="adopt", step=self.step, lineage=self.lineage))
+        self._progress(now)
+        return self._out()
+
+    def leave(self, session: str, reason: str, now: float) -> list[Effect]:
+        """A Goodbye."""
+        peer = self.peers.get(session)
+        if peer is not None:
+            if not self.ended:
+                self._say(f"{peer.name} left: {reason}")
+            self._remove(peer, "left", now)
+            self._progress(now)
+        return self._out()
+
+    # ------------------------------------------------------------------ pushes
+
+    def refusal(self, session: str, push: Push) -> str | None:
+        """Why this push must not be used; None when its payload may be looked at."""
+        peer = self.peers[session]
+        if self.round is None:
+            return f"round {push.round} is not open; no round is"
+        if push.round != self.round.number:
+            return f"round {push.round} is not open; round {self.round.number} is"
+        member = self._member_of(peer)
+        if member is None:
+            return f"{peer.name} has no lease in round {push.round}"
+        if member.bad is not None:
+            return f"a bucket of this round was refused: {member.bad}"
+        if member.out is not None:
+            return f"too late for round {push.round}: {member.out}"
+        if push.bucket in member.got:
+            return f"bucket {push.bucket} of round {push.round} came twice"
+        if not 0 <= push.bucket < self._buckets:
+            return f"there is no bucket {push.bucket}"
+        if push.samples != member.samples:
+            return f"{push.samples} samples pushed for a lease of {member.samples}"
+        return None
+
+    def pushed(self, session: str, push: Push, now: float, bad: str | None = None) -> list[Effect]:
+        """A push that `refusal` let pass; `bad` tells what is wrong with its numbers."""
+        peer, current = self.peers[session], self.round
+        assert current is not None
+        member = current.members[peer.id]
+        bucket = push.bucket
+        if bad is not None:
+            member.bad = bad
+            self._say(f"round {current.number}: {peer.name} refused: {bad}")
+            self._send(peer, Refused(round=push.round, reason=bad))
+            self._out_of_round(member, bad, now)
+        else:
+            member.got.add(bucket)
+            if push.loss is not None:
+                member.loss = push.loss
+            absent = current.absent.get(bucket)
+            if absent is None:
+                current.absent[bucket] = set(push.absent)
+            else:
+                absent.intersection_update(push.absent)
+            if len(member.got) == self._buckets:
+                peer.push_times.append(now - current.opened_at)
+                self._check_quorum(now)
+            self._advance_bucket(bucket)
+        self._progress(now)
+        return self._out()
+
+    # ------------------------------------------------------------------ snapshots
+
+    def route(
+        self, session: str, message: Manifest | Want | Piece | Abort, now: float
+    ) -> tuple[str | None, list[Effect]]:
+        """To whom a part of the running snapshot goes on; None when there is nobody."""
+        snap = self.snapshot
+        if snap is None or snap.number != message.snapshot:
+            return None, [Send(session, Abort(message.snapshot, "this snapshot is over"))]
+        if isinstance(message, Abort):
+            if session in (snap.giver, snap.joiner):
+                self._abort_snapshot(message.reason, now)
+                self._progress(now)
+            return None, self._out()
+        source = snap.joiner if isinstance(message, Want) else snap.giver
+        if session != source:
+            return None, [Send(session, Reject("not your part of this snapshot"))]
+        snap.progress_at = now
+        snap.waits_for = snap.giver if isinstance(message, Want) else snap.joiner
+        return snap.waits_for, []
+
+    def adopted(self, session: str, number: int, now: float) -> list[Effect]:
+        """The joiner holds the snapshot."""
+        snap = self.snapshot
+        if snap is not None and snap.number == number and session == snap.joiner:
+            peer = self.peers[session]
+            peer.state = REPLICA
+            self.snapshot = None
+            self._say(f"{peer.name} took a snapshot of step {self.step}")
+            self._progress(now)
+        return self._out()
+
+    # ------------------------------------------------------------------ time
+
+    def tick(self, now: float) -> list[Effect]:
+        """Time has passed."""
+        if self.ended is None:
+            timeout = self.rules.heartbeat_timeout
+            for peer in list(self.peers.values()):
+                if now - peer.last_seen > timeout:
+                    self._say(f"{peer.name} is gone: silent for {now - peer.last_seen:.1f} s")
+                    self._remove(peer, f"gone, silent for {now - peer.last_seen:.1f} s", now)
+            snap = self.snapshot
+            if snap is not None and now - snap.progress_at > timeout:
+                culprit = self.peers[snap.waits_for]
+                if snap.waits_for == snap.giver:
+                    culprit.failed_gives += 1
+                self._abort_snapshot(f"{culprit.name} was silent for {timeout:g} s", now)
+            self._close_if_due(now)
+            if now - self._busy_at > self.rules.idle_timeout:
+                self._end(f"nothing happened for {self.rules.idle_timeout:g} s: {self.phase(now)}")
+            self._progress(now)
+            self._say_phase(now)
+        return self._out()
+
+    def next_deadline(self) -> float | None:
+        """When the open round closes without the rest, if its quorum has pushed."""
+        current = self.round
+        if current is None or current.quorum_at is None:
+            return None
+        return current.quorum_at + self.wait_s()
+
+    def wait_s(self) -> float:
+        """How long a round waits after its quorum: the setting, or from measured push times.
+
+        Derived: three times the slowest member's 95th percentile, so that a steady but slow machine
+        takes part and a sudden straggler does not. A late push counts as taking until it was given
+        up, so the wait grows until it covers a machine that became slow, or reaches its limit.
+        """
+        if self.rules.timeout is not None:
+            return self.rules.timeout
+        if self.rules.deterministic:
+            return math.inf
+        assert self.round is not None
+        times = [
+            self.peers[m.session].push_time_p95()
+            for m in self.round.members.values()
+            if m.session in self.peers
+        ]
+        known = [t for t in times if t is not None]
+        if len(known) < len(times) or not known:
+            return 3 * self.rules.heartbeat_timeout
+        return min(max(DERIVED_TIMEOUT_MIN_S, 3 * max(known)), 3 * self.rules.heartbeat_timeout)
+
+    # ------------------------------------------------------------------ what others may ask
+
+    def workers_ready(self) -> list[Peer]:
+        return sorted(
+            (p for p in self.peers.values() if p.ready is not None and p.state == REPLICA),
+            key=lambda p: p.id,
+        )
+
+    def knows(self, step: int, lineage: str) -> bool:
+        """Can a replica at (step, lineage) follow from there by fetching updates?"""
+        return self._lineages.get(step) == lineage
+
+    def forget_before(self, step: int) -> None:
+        """Updates up to and including the one that led to `step` are not kept any more."""
+        for old in [s for s in self._lineages if s < step]:
+            del self._lineages[old]
+
+    def open_message(self) -> Open | None:
+        current = self.round
+        if current is None:
+            return None
+        leases = {m: tuple(self._leases_of(m)) for m in current.members}
+        return Open(
+            nonce=self.nonce,
+            round=current.number,
+            step=self.step,
+            lineage=self.lineage,
+            leases=leases,
+        )
+
+    def pulse(self, now: float) -> Pulse:
+        return Pulse(
+            nonce=self.nonce,
+            step=self.step,
+            lineage=self.lineage,
+            phase=self.phase(now),
+            open=self.open_message(),
+            closed=self._rounds - (1 if self.round else 0),
+        )
+
+    def phase(self, now: float) -> str:
+        """What the run is doing or waiting for, as a sentence."""
+        if self.ended is not None:
+            return f"ended: {self.ended.reason}"
+        if self.layout is None:
+            who = "the observer" if self.rules.observer else "the first worker"
+            return f"waiting for {who}, whose model and first weights are the run's"
+        if self.snapshot is not None:
+            return f"{self.peers[self.snapshot.joiner].name} takes a snapshot"
+        if self.round is not None:
+            return "training"
+        ready = self.workers_ready()
+        here = ", ".join(p.name for p in ready) or "nobody"
+        if not self.started:
+            text = f"waiting for {self.rules.num_workers} workers: {here} ready"
+            if self._ready_since is not None and len(ready) >= self.rules.min_workers:
+                left = self._ready_since + self.rules.join_timeout - now
+                text += f" (starts with fewer in {max(0, left):.0f} s)"
+            return text
+        if self.ledger is not None and self.ledger.exhausted and ready:
+            return "waiting for the last samples"
+        if len(ready) < self.rules.min_workers:
+            return (
+                f"paused: {len(ready)} of at least {self.rules.min_workers} workers ready ({here})"
+            )
+        return "between rounds"
+
+    # ------------------------------------------------------------------ the run's end
+
+    def stop(self, reason: str, now: float, *, error: bool = False) -> list[Effect]:
+        """End the run at the last closed step; the open round is void."""
+        if self.ended is None:
+            self._end(reason, error=error)
+        return self._out()
+
+    def _end(self, reason: str, *, error: bool | None = None) -> None:
+        if self.round is not None:
+            self._void("the run ends")
+        for peer in self.peers.values():
+            self._return_leases(peer)
+        finished = self.ledger is not None and self.ledger.finished
+        self.ended = End(
+            nonce=self.nonce,
+            step=self.step,
+            lineage=self.lineage,
+            reason=reason,
+            error=(not finished) if error is None else error,
+        )
+        self._effects.append(Ended(self.ended))
+
+    # ------------------------------------------------------------------ inside: peers
+
+    def _out(self) -> list[Effect]:
+        effects, self._effects = self._effects, []
+        return effects
+
+    def _send(self, peer: Peer, message: Message) -> None:
+        self._effects.append(Send(peer.session, message))
+
+    def _say(self, text: str) -> None:
+        self._effects.append(Say(text))
+
+    def _say_phase(self, now: float) -> None:
+        """A pause is told when it begins, not every time somebody looks."""
+        paused = self.started and self.round is None and self.snapshot is None and not self.ended
+        text = self.phase(now) if paused else ""
+        if text and text != self._said_phase:
+            self._say(text)
+        self._said_phase = text
+
+    def _say_late(self, close: Close) -> None:
+        """Who is late is told when it changes, not every step."""
+        late = frozenset(close.late)
+        if late != self._said_late:
+            self._say(close.reason or f"round {close.round} closed with everybody again")
+        self._said_late = late
+
+    def _remove(self, peer: Peer, why: str, now: float) -> None:
+        if self.snapshot and peer.session in (self.snapshot.giver, self.snapshot.joiner):
+            self._abort_snapshot(f"{peer.name}: {why}", now)
+        if self.round and (member := self._member_of(peer)):
+            self._out_of_round(member, why, now)
+        self._return_leases(peer)
+        del self.peers[peer.session]
+        self._effects.append(Remove(peer.session))
+
+    def _become_origin(self, peer: Peer, message: Join, now: float) -> None:
+        buckets = self._count_buckets(message.layout)
+        if buckets == 0:
+            self._send(peer, Reject("the model has nothing to train"))
+            return
+        if message.ledger is not None:
+            try:
+                self.ledger = Ledger.from_state(message.ledger, self.rules.epochs)
+            except ValueError as e:
+                self._send(peer, Reject(f"the checkpoint's ledger cannot be right: {e}"))
+                return
+        self.layout, self._buckets = message.layout, buckets
+        self.step, self.lineage = message.step, message.lineage
+        self._lineages[self.step] = self.lineage
+        peer.state = REPLICA
+        self._effects.append(Start(message.layout, message.step))
+        self._send(peer, Admit(action="origin", step=self.step, lineage=self.lineage))
+        self._say(f"the first state comes from {peer.name}, at step {self.step}")
+        for other in list(self.peers.values()):
+            if other.state == WAITING:
+                self._admit(other, now)
+
+    def _admit(self, peer: Peer, now: float) -> None:
+        assert self.layout is not None and peer.join is not None
+        difference = self.layout.difference(peer.join.layout)
+        if difference is not None:
+            self._send(
+                peer,
+                Reject(
+                    f"{peer.name} has another model: {difference}",
+                    "start it with the same model and code as the server",
+                ),
+            )
+            peer.state = GREETED
+            return
+        if self.knows(peer.join.step, peer.join.lineage):
+            peer.state = REPLICA
+            action = "follow"
+        else:
+            action = "adopt"  # stays WAITING until no round is open
+        self._send(peer, Admit(action=action, step=self.step, lineage=self.lineage))
+
+    # ------------------------------------------------------------------ inside: leases
+
+    def _leases_of(self, worker: int) -> list[Lease]:
+        return next((p.leases for p in self.peers.values() if p.id == worker), [])
+
+    def _return_leases(self, peer: Peer) -> None:
+        """Give back what is not part of the open round (that is settled at its close)."""
+        held = None
+        if self.round and (member := self.round.members.get(peer.id)):
+            held = member.lease if member.session == peer.session else None
+        for lease in peer.leases:
+            if lease != held and self.ledger is not None:
+                self.ledger.settle(lease, RETURNED)
+        peer.leases = []
+
+    def _hand_out(self) -> None:
+        """Fill everybody up to two leases: first what is due now for all, then what comes after."""
+        if self.ledger is None:
+            return
+        ready = self.workers_ready()
+        for count in range(1, LEASES_HELD + 1):
+            for peer in ready:
+                if len(peer.leases) < count and peer.ready is not None:
+                    lease = self.ledger.lease(peer.ready.batch_size)
+                    if lease is None:
+                        return
+                    peer.leases.append(lease)
+
+    # ------------------------------------------------------------------ inside: rounds
+
+    def _member_of(self, peer: Peer) -> Member | None:
+        """The peer's part in the open round (of this session, not of an earlier one)."""
+        member = self.round.members.get(peer.id) if self.round else None
+        return member if member is not None and member.session == peer.session else None
+
+    def _out_of_round(self, member: Member, why: str, now: float) -> None:
+        """Nothing more is expected of this member; what it pushed stays in."""
+        current = self.round
+        if current is None or member.out is not None or len(member.got) == self._buckets:
+            return
+        member.out = why
+        if all(m.out is not None and m.bad is None for m in current.members.values()):
+            self._void(f"{member.name} {why}, and no other member is left")
+            return
+        for bucket in range(self._buckets):
+            self._advance_bucket(bucket)
+
+    def _check_quorum(self, now: float) -> None:
+        current = self.round
+        assert current is not None
+        complete = sum(len(m.got) == self._buckets for m in current.members.values())
+        needed = math.ceil(self.rules.quorum * len(current.members))
+        if current.quorum_at is None and complete >= max(1, needed):
+            current.quorum_at = now
+
+    def _close_if_due(self, now: float) -> None:
+        """After quorum and timeout, whoever is incomplete is late."""
+        deadline = self.next_deadline()
+        if deadline is None or now < deadline or self.round is None:
+            return
+        current = self.round
+        for member in current.members.values():
+            if member.out is None and len(member.got) < self._buckets:
+                self._out_of_round(member, self._lateness(member, now), now)
+
+    def _lateness(self, member: Member, now: float) -> str:
+        peer = self.peers[member.session]
+        p95 = peer.push_time_p95()
+        usual = "" if p95 is None else f"p95 {p95:.2f} s, "
+        peer.push_times.append(now - self._round_opened_at(now))  # at least this long
+        return f"late ({usual}last seen {now - peer.last_seen:.1f} s ago)"
+
+    def _advance_bucket(self, bucket: int) -> None:
+        """Add what may be added, in order where that is asked for, and finish a full bucket."""
+        current = self.round
+        if current is None or bucket in current.finished:
+            return
+        ordered: Iterable[int] = current.members
+        if self.rules.deterministic:
+            ordered = sorted(current.members)
+        complete = True
+        for worker in ordered:
+            member = current.members[worker]
+            if bucket in member.got:
+                if bucket not in member.added and (complete or not self.rules.deterministic):
+                    member.added.add(bucket)
+                    self._effects.append(Add(worker, bucket, member.samples))
+            elif member.out is None:
+                complete = False
+        if complete:
+            current.finished.add(bucket)
+            samples = sum(m.samples for m in current.members.values() if bucket in m.got)
+            if samples:
+                absent = tuple(sorted(current.absent[bucket]))
+                self._effects.append(
+                    Finish(current.number, self.step + 1, bucket, samples, absent)
+                )
+
+    def _round_opened_at(self, now: float) -> float:
+        return self.round.opened_at if self.round else now
+
+    def _progress(self, now: float) -> None:
+        """Close what is complete; then start what can start: a snapshot, a round, the end."""
+        if self.ended is not None or self.layout is None:
+            return
+        if self.round is not None:
+            if len(self.round.finished) < self._buckets:
+                return
+            close = self._settle(now)
+            following = self._try_open(now)
+            self._effects.append(Closed(msgspec.structs.replace(close, open=following)))
+            self._say_late(close)
+        elif (following := self._try_open(now)) is not None:
+            self._effects.append(Publish(following))
+        if self.round is None and self.snapshot is None and self._everything_done():
+            self._end("all epochs are done", error=False)
+
+    def _everything_done(self) -> bool:
+        return self.ledger is not None and self.ledger.finished
+
+    def _settle(self, now: float) -> Close:
+        """The complete round becomes the next update of the log."""
+        current = self.round
+        assert current is not None and self.ledger is not None
+        contributors, late, losses = {}, {}, []
+        for worker, m in sorted(current.members.items()):
+            tally = self.tallies.setdefault(worker, Tally(m.name))
+            if len(m.got) == self._buckets:
+                how = DONE
+            elif m.got:
+                how = PARTLY
+            else:
+                how = SKIPPED if m.bad is not None else RETURNED
+            self.ledger.settle(m.lease, how)
+            if m.got:
+                contributors[worker] = m.samples
+                tally.samples += m.samples
+                tally.rounds += 1
+                if m.loss is not None and math.isfinite(m.loss):
+                    losses.append((m.samples, m.loss))
+            if how != DONE:
+                late[worker] = m.out or ""
+                tally.late += 1
+            peer = self.peers.get(m.session)
+            if peer is not None and m.lease in peer.leases:
+                peer.leases.remove(m.lease)
+        reason = ""
+        if late:
+            who = "; ".join(f"{current.members[w].name} {why}" for w, why in late.items())
+            reason = (
+                f"round {current.number} closed with "
+                f"{len(current.members) - len(late)} of {len(current.members)}: {who}"
+            )
+        weight = sum(n for n, _ in losses)
+        self.step += 1
+        self.round = None
+        self._busy_at = now
+        close = Close(
+            nonce=self.nonce,
+            round=current.number,
+            step=self.step,
+            lineage="",
+            buckets=tuple(b for b in range(self._buckets) if b in current.absent),
+            contributors=contributors,
+            late=late,
+            loss=sum(n * loss for n, loss in losses) / weight if weight else None,
+            seconds=now - current.opened_at,
+            ledger=self.ledger.state(),
+            reason=reason,
+        )
+        self.lineage = next_lineage(self.lineage, close)
+        self._lineages[self.step] = self.lineage
+        return msgspec.structs.replace(close, lineage=self.lineage)
+
+    def _void(self, why: str) -> None:
+        current = self.round
+        assert current is not None
+        if self.ledger is not None:
+            for member in current.members.values():
+                self.ledger.settle(member.lease, RETURNED)
+                peer = self.peers.get(member.session)
+                if peer is not None and member.lease in peer.leases:
+                    peer.leases.remove(member.lease)
+        self.round = None
+        self._effects.append(Void(current.number))
+        self._say(f"round {current.number} is void: {why}")
+
+    def _try_open(self, now: float) -> Open | None:
+        """Open the next round, or start a snapshot, if something stands in the way of neither."""
+        if self.snapshot is not None or self.round is not None:
+            return None
+        ready = self.workers_ready()
+        may_open = self._enough(ready, now)
+        if (not self._snapshot_rests or not may_open) and self._start_snapshot(now):
+            return None
+        if not may_open:
+            return None
+        if not self.started and len(ready) < self.rules.num_workers:
+            self._say(f"starting with {len(ready)} of {self.rules.num_workers} workers")
+        self._hand_out()
+        members = {p.id: Member(p.name, p.session, p.leases[0]) for p in ready if p.leases}
+        if not members:
+            return None
+        self.started = True
+        self._snapshot_rests = False
+        self._rounds += 1
+        self.round = Round(self._rounds, now, members)
+        return self.open_message()
+
+    def _enough(self, ready: list[Peer], now: float) -> bool:
+        """Are there workers enough for a round: at the start all, or those that came in time?"""
+        if len(ready) < self.rules.min_workers:
+            return False
+        if self.started or len(ready) >= self.rules.num_workers:
+            return True
+        return self._ready_since is not None and (
+            now >= self._ready_since + self.rules.join_timeout
+        )
+
+    # ------------------------------------------------------------------ inside: snapshots
+
+    def _start_snapshot(self, now: float) -> bool:
+        """Between rounds, the first one who waits for a snapshot gets it. Is one under way now?"""
+        if self.snapshot is not None or self.round is not None:
+            return self.snapshot is not None
+        joiner = next((p for p in self.peers.values() if p.state == WAITING and p.join), None)
+        givers = [p for p in self.peers.values() if p.state == REPLICA]
+        if joiner is None or not givers:
+            return False
+        giver = min(givers, key=lambda p: (p.failed_gives, p.id))  # the observer's id is 0
+        self._snapshots += 1
+        self.snapshot = Snapshot(self._snapshots, giver.session, joiner.session, now)
+        joiner.state = ADOPTING
+        self._send(giver, Give(snapshot=self._snapshots, step=self.step, lineage=self.lineage))
+        return True
+
+    def _abort_snapshot(self, why: str, now: float) -> None:
+        snap = self.snapshot
+        assert snap is not None
+        self.snapshot = None
+        self._snapshot_rests = True
+        self._say(f"snapshot {snap.number} is off: {why}")
+        for session in (snap.giver, snap.joiner):
+            peer = self.peers.get(session)
+            if peer is not None:
+                self._send(peer, Abort(snapshot=snap.number, reason=why))
+                if peer.state == ADOPTING:
+                    peer.state = GREETED  # it joins again when it has understood

@@ -1,0 +1,501 @@
+"""The server: one thread, one poll loop, that carries out what `rounds` decides.
+
+It holds no model and no optimizer: sockets, the running sums of the open round, and the last few
+updates for replicas that fell behind.
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+import shutil
+import time
+import uuid
+from collections import deque
+from pathlib import Path
+from typing import Any, Protocol
+
+import msgspec
+import zmq
+
+from paramserver import rounds, sockets, wire
+from paramserver.bucket import FLOAT32_BYTES, Plan, plan
+from paramserver.errors import PeerError
+from paramserver.mean import Mean
+from paramserver.rounds import Rounds, Rules
+from paramserver.settings import Settings
+
+TICK_S = 0.1
+PULSES_PER_TIMEOUT = 10
+MESSAGES_PER_TURN = 64
+FETCH_BYTES = 4 * 2**20
+FAREWELL_S = 5.0
+
+
+class Watcher(Protocol):
+    """Who looks on: the program's display and run folder. Calls must return at once."""
+
+    def say(self, text: str) -> None: ...
+    def closed(self, server: Server, close: wire.Close) -> None: ...
+    def reported(self, server: Server, report: wire.Report) -> None: ...
+    def looked(self, server: Server, now: float) -> None: ...
+
+
+class Update(msgspec.Struct):
+    """One update of the log as it is sent: its averages, then its close."""
+
+    step: int
+    messages: list[list[Any]]
+    bytes: int
+
+
+class History:
+    """The newest updates, at least one, at most `limit` bytes."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._updates: deque[Update] = deque()
+        self._bytes = 0
+
+    def add(self, update: Update) -> None:
+        self._updates.append(update)
+        self._bytes += update.bytes
+        while self._bytes > self._limit and len(self._updates) > 1:
+            self._bytes -= self._updates.popleft().bytes
+
+    @property
+    def reaches_back_to(self) -> int | None:
+        """The step from which a replica can follow; None while there is no update."""
+        return self._updates[0].step - 1 if self._updates else None
+
+    def after(self, step: int) -> list[Update]:
+        """The updates that follow `step`, as many as make a reasonable answer."""
+        chosen: list[Update] = []
+        size = 0
+        for update in self._updates:
+            if update.step > step and (not chosen or size + update.bytes <= FETCH_BYTES):
+                chosen.append(update)
+                size += update.bytes
+        return chosen
+
+
+class Server:
+    """A parameter server, bound to its addresses by the constructor; `run` serves until the end.
+
+    `settings` are the run's; `to_send` is what workers get of them in the welcome. `hosts` are the
+    addresses to bind. `observer_key` is what the observer that belongs to this server shows.
+    Raises `UserError` where an address cannot be bound.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        to_send: dict[str, Any],
+        watcher: Watcher,
+        *,
+        hosts: list[str],
+        run: str,
+        observer_key: str,
+    ) -> None:
+        self.settings = settings
+        self.run_id = run
+        self.nonce = uuid.uuid4().hex
+        self.watcher = watcher
+        self.sent_bytes = 0
+        self.received_bytes = 0
+        self.digests: dict[str, tuple[int, str]] = {}
+        """By peer: step and digest of its weights when it said goodbye."""
+        self.final_report: wire.Report | None = None
+        self.first_open_at: float | None = None
+        self.closed_at: float | None = None
+        self.plan: Plan | None = None
+        self.rounds = Rounds(
+            Rules(
+                num_workers=settings.num_workers,
+                min_workers=settings.min_workers,
+                max_workers=settings.max_workers,
+                timeout=settings.timeout,
+                quorum=settings.quorum,
+                heartbeat_timeout=settings.heartbeat_timeout,
+                join_timeout=settings.join_timeout,
+                idle_timeout=settings.idle_timeout,
+                deterministic=settings.deterministic,
+                epochs=settings.num_epochs,
+                observer=settings.observer,
+            ),
+            self.nonce,
+            time.monotonic(),
+            lambda layout: len(plan(layout, settings.bucket_mb).buckets),
+        )
+        self._to_send = to_send
+        self._observer_key = observer_key
+        self._mean: Mean | None = None
+        self._history = History(int(settings.history_mb * 2**20))
+        self._averages: list[list[Any]] = []  # of the open round, as sent
+        self._averages_bytes = 0
+        self._payloads: dict[tuple[int, int], tuple[list[Any], float]] = {}
+        self._links: dict[bytes, str] = {}  # routing id -> session
+        self._routes: dict[str, bytes] = {}  # session -> routing id of its link
+        self._doors: dict[str, bytes] = {}
+        self._told: set[bytes] = set()  # who was told that it sends rubbish
+        self._stop: str | None = None
+        self._ended_at: float | None = None
+        self._ctx = sockets.context()
+        self._ipc: Path | None = sockets.private_folder("paramserver-") if _has_ipc() else None
+        try:
+            self._bind(hosts)
+        except BaseException:
+            self.close()
+            raise
+
+    def _bind(self, hosts: list[str]) -> None:
+        port = self.settings.port
+        bucket_bytes = int(self.settings.bucket_mb * 2**20) + FLOAT32_BYTES
+        largest = max(bucket_bytes, wire.HEADER_BYTES_MAX) + sockets.FRAME_OVERHEAD
+        routers = [sockets.tcp(h, port) for h in hosts]
+        pubs = [sockets.tcp(h, port + 1) for h in hosts]
+        if self._ipc is not None:
+            for kind, endpoints in zip(
+                sockets.ipc_endpoints(str(self._ipc)), (routers, pubs), strict=True
+            ):
+                endpoints.append(kind)
+        self._router = sockets.router(self._ctx, routers, largest)
+        self._pub = sockets.publisher(self._ctx, pubs, largest)
+
+    # ------------------------------------------------------------------ the loop
+
+    def stop(self, reason: str) -> None:
+        """Ask for an orderly end; safe in a signal handler."""
+        self._stop = reason
+
+    def run(self) -> wire.End:
+        """Serve until the run has ended and everybody has said goodbye, or had time to."""
+        poller = zmq.Poller()
+        poller.register(self._router, zmq.POLLIN)
+        next_tick = next_pulse = 0.0
+        pulse_every = self.settings.heartbeat_timeout / PULSES_PER_TIMEOUT
+        while not self._finished():
+            now = time.monotonic()
+            due = self.rounds.next_deadline()
+            limit = max(0.0, min(next_tick, due if due is not None else next_tick) - now)
+            poller.poll(math.ceil(1000 * limit))
+            for _ in range(MESSAGES_PER_TURN):
+                try:
+                    frames = self._router.recv_multipart(zmq.NOBLOCK, copy=False)
+                except zmq.Again:
+                    break
+                self._receive(frames)
+            now = time.monotonic()
+            if now >= next_tick or (due is not None and now >= due):
+                next_tick = now + TICK_S
+                if self._stop is not None:
+                    reason, self._stop = self._stop, None
+                    self._carry_out(self.rounds.stop(reason, now))
+                self._carry_out(self.rounds.tick(now))
+                self.watcher.looked(self, now)
+            if now >= next_pulse:
+                next_pulse = now + pulse_every
+                self._pulse(now)
+        assert self.rounds.ended is not None
+        return self.rounds.ended
+
+    def _finished(self) -> bool:
+        """Has everybody who is alive said goodbye?"""
+        if self._ended_at is None:
+            return False
+        now = time.monotonic()
+        patience = max(FAREWELL_S, self.settings.heartbeat_timeout)
+        return all(now - p.last_seen > patience for p in self.rounds.peers.values())
+
+    def close(self) -> None:
+        """Release sockets and files; safe to call twice."""
+        for name in ("_router", "_pub"):
+            s = getattr(self, name, None)
+            if s is not None:
+                s.close(linger=1000)
+        self._ctx.term()
+        if self._ipc is not None:
+            shutil.rmtree(self._ipc, ignore_errors=True)
+
+    # ------------------------------------------------------------------ what comes in
+
+    def _receive(self, frames: list[zmq.Frame]) -> None:
+        """One message; whatever is wrong with it costs only its sender."""
+        sender = frames[0].bytes
+        self.received_bytes += sum(map(len, frames[1:]))
+        now = time.monotonic()
+        try:
+            message, buffers = wire.from_frames(frames[1:])
+            self._handle(sender, message, buffers, now)
+        except PeerError as e:
+            session = self._links.get(sender)
+            if sender not in self._told:
+                if len(self._told) < 1000:
+                    self._told.add(sender)
+                who = self.rounds.peers[session].name if session else "somebody unknown"
+                self.watcher.say(f"{who} sent what this protocol does not allow: {e}")
+            self._send_raw(sender, wire.Reject(f"your message was not understood: {e}"))
+            if session is not None:
+                self._carry_out(self.rounds.leave(session, str(e), now))
+
+    def _handle(self, sender: bytes, message: Any, buffers: list[Any], now: float) -> None:
+        if isinstance(message, wire.Hello):
+            self._greet(sender, message, now)
+            return
+        if isinstance(message, wire.Beat):
+            self.rounds.seen(message.session, now)
+            return
+        if isinstance(message, wire.Probe):
+            self._probe(sender, message, now)
+            return
+        session = self._links.get(sender)
+        if session is None:
+            self._send_raw(sender, wire.Greet())
+            return
+        r = self.rounds
+        r.seen(session, now)
+        match message:
+            case wire.Push():
+                self._push(session, message, buffers, now)
+            case wire.Fetch():
+                self._fetch(session, message, now)
+            case wire.Join():
+                self._carry_out(r.join(session, message, now))
+                self._make_room()
+            case wire.Ready():
+                self._carry_out(r.ready(session, message, now))
+            case wire.Manifest() | wire.Want() | wire.Piece() | wire.Abort():
+                goal, effects = r.route(session, message, now)
+                if goal is not None:
+                    self._send(goal, message, *buffers)
+                self._carry_out(effects)
+            case wire.Adopted():
+                self._carry_out(r.adopted(session, message.snapshot, now))
+            case wire.Report():
+                if r.peers[session].role == "observer":
+                    if message.final:
+                        self.final_report = message
+                    self.watcher.reported(self, message)
+            case wire.Goodbye():
+                peer = r.peers[session]
+                if message.digest:
+                    self.digests[peer.name] = (message.step, message.digest)
+                self._carry_out(r.leave(session, message.reason, now))
+            case _:
+                raise PeerError(f"a {type(message).__name__} is not for the server")
+
+    def _greet(self, sender: bytes, hello: wire.Hello, now: float) -> None:
+        refuse = ""
+        if hello.protocol != wire.PROTOCOL:
+            refuse = f"this server speaks protocol {wire.PROTOCOL}, you speak {hello.protocol}"
+        elif self.rounds.ended is not None:
+            refuse = f"the run has ended: {self.rounds.ended.reason}"
+        elif hello.role not in ("worker", "observer"):
+            refuse = f"there is no role {hello.role!r}"
+        elif hello.role == "observer" and hello.key != self._observer_key:
+            refuse = "only the observer that this server started may observe"
+        elif hello.run is not None and hello.run != self.run_id:
+            refuse = f"this server runs {self.run_id}, you belong to {hello.run}"
+        if refuse:
+            self._send_raw(sender, wire.Reject(refuse))
+            return
+        known = next((s for s, d in self._doors.items() if d == sender), None)
+        session = known or uuid.uuid4().hex
+        if known is None or known not in self.rounds.peers:
+            peer, why, effects = self.rounds.greet(
+                session,
+                now,
+                role=hello.role,
+                id=hello.id,
+                nonce=hello.nonce,
+                host=hello.host,
+                pid=hello.pid,
+                reachable=self._reachable,
+            )
+            self._carry_out(effects)
+            if peer is None:
+                self._send_raw(sender, wire.Reject(why, "choose another: make worker ID=..."))
+                return
+            self._doors[session] = sender
+        welcome = wire.Welcome(
+            protocol=wire.PROTOCOL,
+            run=self.run_id,
+            nonce=self.nonce,
+            session=session,
+            id=self.rounds.peers[session].id,
+            settings=self._to_send,
+            pub_port=self.settings.port + 1,
+            ipc=str(self._ipc) if self._ipc is not None else None,
+        )
+        self._send_raw(sender, welcome)
+
+    def _probe(self, sender: bytes, probe: wire.Probe, now: float) -> None:
+        """Bind a link to its session, and let the peer see that both ways work."""
+        if probe.session not in self.rounds.peers:
+            self._send_raw(sender, wire.Greet(session_known=False))
+            return
+        old = self._routes.get(probe.session)
+        if old is not None and old != sender:
+            self._links.pop(old, None)
+            self._carry_out(self.rounds.relinked(probe.session, now))
+        self._links[sender] = probe.session
+        self._routes[probe.session] = sender
+        self.rounds.seen(probe.session, now)
+        self._publish(probe)
+        self._send(probe.session, self.rounds.pulse(now))
+        if self.rounds.ended is not None:
+            self._send(probe.session, self.rounds.ended)
+
+    def _reachable(self, session: str) -> bool:
+        """Does this peer's connection still stand? ZeroMQ knows when it was closed."""
+        route = self._routes.get(session) or self._doors.get(session)
+        return route is not None and self._send_raw(route, self.rounds.pulse(time.monotonic()))
+
+    def _push(self, session: str, push: wire.Push, buffers: list[Any], now: float) -> None:
+        why = self.rounds.refusal(session, push)
+        if why is not None:
+            self._send(session, wire.Refused(round=push.round, reason=why))
+            return
+        assert self._mean is not None
+        bad = self._mean.check(push.bucket, buffers, push.scale)
+        if bad is None:
+            worker = self.rounds.peers[session].id
+            self._payloads[worker, push.bucket] = (buffers, push.scale)
+        self._carry_out(self.rounds.pushed(session, push, now, bad))
+
+    def _fetch(self, session: str, fetch: wire.Fetch, now: float) -> None:
+        if not self.rounds.knows(fetch.step, fetch.lineage):
+            self._carry_out(self.rounds.behind(session, now))
+            return
+        route = self._routes[session]
+        for update in self._history.after(fetch.step):
+            for frames in update.messages:
+                if not self._send_frames(route, frames):
+                    return
+        self._send(
+            session, wire.Fetched(step=self.rounds.step, open=self.rounds.open_message())
+        )
+
+    # ------------------------------------------------------------------ what goes out
+
+    def _carry_out(self, effects: list[rounds.Effect]) -> None:
+        for effect in effects:
+            match effect:
+                case rounds.Add():
+                    assert self._mean is not None
+                    buffers, scale = self._payloads.pop((effect.worker, effect.bucket))
+                    self._mean.add(effect.bucket, buffers, scale, effect.samples)
+                case rounds.Finish():
+                    self._finish(effect)
+                case rounds.Closed():
+                    self._close_round(effect.close)
+                case rounds.Publish():
+                    if isinstance(effect.message, wire.Open) and self.first_open_at is None:
+                        self.first_open_at = time.monotonic()
+                    self._publish(effect.message)
+                case rounds.Send():
+                    self._send(effect.session, effect.message)
+                case rounds.Say():
+                    self.watcher.say(effect.text)
+                case rounds.Start():
+                    self.plan = plan(effect.layout, self.settings.bucket_mb)
+                    self._mean = Mean(self.plan, self.settings.codec)
+                case rounds.Void():
+                    self._forget_round()
+                case rounds.Remove():
+                    self._forget_peer(effect.session)
+                case rounds.Ended():
+                    self._ended_at = time.monotonic()
+                    self._publish(effect.end)
+                    for session in list(self.rounds.peers):
+                        self._send(session, effect.end)
+
+    def _finish(self, effect: rounds.Finish) -> None:
+        assert self._mean is not None
+        buffers, scale = self._mean.finish(effect.bucket, effect.samples)
+        average = wire.Average(
+            nonce=self.nonce,
+            round=effect.round,
+            step=effect.step,
+            bucket=effect.bucket,
+            absent=effect.absent,
+            scale=scale,
+        )
+        frames = wire.to_frames(average, *buffers)
+        self._averages.append(frames)
+        self._averages_bytes += sum(map(len, frames))
+        self._publish_frames(frames)
+
+    def _close_round(self, close: wire.Close) -> None:
+        frames = wire.to_frames(close)
+        self._publish_frames(frames)
+        self._history.add(
+            Update(
+                step=close.step,
+                messages=[*self._averages, frames],
+                bytes=self._averages_bytes + len(frames[0]),
+            )
+        )
+        reach = self._history.reaches_back_to
+        if reach is not None:
+            self.rounds.forget_before(reach)
+        self.closed_at = time.monotonic()
+        self._forget_round()
+        self.watcher.closed(self, close)
+
+    def _forget_round(self) -> None:
+        self._averages, self._averages_bytes = [], 0
+        self._payloads.clear()
+        if self._mean is not None:
+            self._mean.forget()
+
+    def _forget_peer(self, session: str) -> None:
+        self._doors.pop(session, None)
+        route = self._routes.pop(session, None)
+        if route is not None:
+            self._links.pop(route, None)
+
+    def _make_room(self) -> None:
+        if self.plan is not None:
+            sockets.set_room(self._pub, len(self.plan.buckets))
+
+    def _pulse(self, now: float) -> None:
+        pulse = msgspec.structs.replace(
+            self.rounds.pulse(now),
+            sent_bytes=self.sent_bytes,
+            received_bytes=self.received_bytes,
+        )
+        self._publish(pulse)
+        for session in list(self._routes):
+            self._send(session, pulse)
+
+    def _publish(self, message: wire.Message) -> None:
+        self._publish_frames(wire.to_frames(message))
+
+    def _publish_frames(self, frames: list[Any]) -> None:
+        self._pub.send_multipart(frames, copy=len(frames) == 1)
+        self.sent_bytes += sum(map(len, frames)) * len(self._routes)
+
+    def _send(self, session: str, message: wire.Message, *buffers: Any) -> None:
+        route = self._routes.get(session) or self._doors.get(session)
+        if route is not None:
+            self._send_frames(route, wire.to_frames(message, *buffers))
+
+    def _send_raw(self, route: bytes, message: wire.Message) -> bool:
+        return self._send_frames(route, wire.to_frames(message))
+
+    def _send_frames(self, route: bytes, frames: list[Any]) -> bool:
+        """False when that peer is gone; what becomes of it is decided by its silence."""
+        try:
+            self._router.send_multipart([route, *frames], zmq.NOBLOCK, copy=len(frames) == 1)
+        except zmq.ZMQError as e:
+            if e.errno in (errno.EHOSTUNREACH, errno.EAGAIN):
+                return False
+            raise
+        self.sent_bytes += sum(map(len, frames))
+        return True
+
+
+def _has_ipc() -> bool:
+    return bool(zmq.has("ipc")) and os.name == "posix"

@@ -1,0 +1,138 @@
+"""What there is to set: plain frozen objects, one place, one sentence each.
+
+`paramserver.config` fills them from the YAML files and the command line and is the only file that
+sees OmegaConf. Everyone else gets a finished, checked `Settings`.
+
+Each field carries `help` (what it does), `unit` (of a number) and `scope`:
+
+* ``run``    the same for everybody; the server's value is sent to all in the welcome;
+* ``server`` read only by the server and its observer;
+* ``local``  belongs to one process on one machine (addresses, devices, folders).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def setting(default: Any, help: str, *, unit: str = "", scope: str = "run") -> Any:
+    """A dataclass field with its documentation; a dict default is copied for each instance."""
+    metadata = {"help": help, "unit": unit, "scope": scope}
+    if isinstance(default, dict):
+        return field(default_factory=lambda: dict(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Wandb:
+    """Where the observer logs to Weights & Biases."""
+
+    mode: str | None = setting(
+        None,
+        "online | offline | disabled; null = online where a login exists, else offline",
+        scope="server",
+    )
+    project: str = setting("paramserver", "project name", scope="server")
+    name: str | None = setting(None, "run name; null = the run folder's name", scope="server")
+    entity: str | None = setting(None, "team or user; null = the login's default", scope="server")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that can be set, after merging; see the module's head for `scope`."""
+
+    # Where
+    host_ip: str | None = setting(
+        None,
+        "server: address to bind beside loopback; worker: address to dial; null = loopback only",
+        scope="local",
+    )
+    port: int = setting(65432, "TCP port of the ROUTER socket; PUB is the next one", scope="local")
+    id: int | None = setting(None, "worker: its number, 1 or more", scope="local")
+    device: str = setting("auto", "auto | cpu | cuda | cuda:N | mps", scope="local")
+    threads: int | None = setting(
+        None,
+        "torch threads; null = the cores, shared among processes of one machine",
+        scope="local",
+    )
+    run_dir: str = setting("runs", "parent folder of run folders", scope="local")
+    plain: bool = setting(False, "progress as plain lines, also on a terminal", scope="local")
+
+    # Who, and how long to wait
+    num_workers: int = setting(2, "workers the first round waits for")
+    max_workers: int = setting(64, "worker ids run from 1 to this; more may join at any time")
+    min_workers: int = setting(1, "fewer than this pause the run")
+    timeout: float | None = setting(
+        None,
+        "how long an open round still waits once its quorum has pushed; "
+        "null = derived from measured push times",
+        unit="s",
+    )
+    quorum: float = setting(
+        0.5, "share of a round's members after whose pushes `timeout` starts to run"
+    )
+    heartbeat_timeout: float = setting(10.0, "silence after which a peer counts as gone", unit="s")
+    join_timeout: float = setting(
+        60.0,
+        "how long the server waits for num_workers before it starts with fewer, "
+        "and a worker for its server",
+        unit="s",
+        scope="local",
+    )
+    idle_timeout: float = setting(
+        1800.0, "how long the server waits with no worker at all before it ends the run", unit="s"
+    )
+
+    # The exchange
+    codec: str = setting("float32", "float32 | float16 | bfloat16: numbers on the wire, both ways")
+    bucket_mb: float = setting(1.0, "size of a bucket, as float32", unit="MiB")
+    history_mb: float = setting(
+        64.0, "updates the server keeps for replicas that fell behind (at least one)", unit="MiB"
+    )
+    deterministic: bool = setting(
+        False, "sum gradients in the order of worker ids: the same bits run after run"
+    )
+
+    # The training
+    seed: int = setting(42, "initial weights, split, shuffling")
+    batch_size: int = setting(32, "samples per worker and step")
+    learning_rate: float = setting(0.001, "Adam's step size")
+    num_epochs: int = setting(2, "passes over the training set")
+    model: dict[str, Any] = setting(
+        {
+            "type": "SimpleNN",
+            "input_dim": 784,
+            "hidden": 128,
+            "out": 10,
+            "activation": "relu",
+        },
+        "type and its arguments",
+    )
+    dataset: dict[str, Any] = setting(
+        {"name": "MNIST", "root": "data"},
+        "name: MNIST | FashionMNIST | digits (5,000 real MNIST digits that come with the "
+        "installation); root: folder with the files (default: data)",
+    )
+
+    # What is kept and shown
+    eval_steps: int = setting(200, "steps between evaluations; 0 = only at the end", unit="steps")
+    track_gradients: bool = setting(True, "log the norm of every layer's averaged gradient")
+    checkpoint_steps: int = setting(
+        500, "steps between checkpoints; 0 = only at the end", unit="steps", scope="server"
+    )
+    keep_checkpoints: int = setting(3, "newest checkpoints kept", scope="server")
+    resume: str | None = setting(
+        None, "latest, a checkpoint, or a run folder to continue from", scope="server"
+    )
+    observer: bool = setting(
+        True,
+        "start the observer (evaluation, checkpoints, logging) beside the server",
+        scope="server",
+    )
+    wandb: Wandb = field(
+        default_factory=Wandb, metadata={"help": "Weights & Biases", "unit": "", "scope": "server"}
+    )
+    tensorboard: bool = setting(
+        False, "also write TensorBoard files into the run folder", scope="server"
+    )

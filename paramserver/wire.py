@@ -1,0 +1,364 @@
+"""The protocol: every message, and how it becomes ZeroMQ frames and back.
+
+A message is a list of frames. Frame 0 is the **header**: one of the frozen structs below as JSON,
+told apart by its `type`. Every further frame is a raw buffer of numbers; its meaning is fixed by the
+header and its length is checked against the layout before a byte of it is used. There is no pickle.
+
+Sockets: a `ROUTER` (port) for everything addressed to one peer, a `PUB` (port + 1) for what everyone
+follows. A peer holds three sockets: the **door** (DEALER, TCP), where it says hello and later
+beats from a thread of its own; the **link** (DEALER) for the rest; and a SUB.
+
+========== ============== ==================================================================
+message    direction      meaning; buffers that follow the header
+========== ============== ==================================================================
+Hello      door -> server who I am. Answer: Welcome or Reject
+Welcome    server -> door the run's settings, my session, where link and SUB connect to
+Probe      link -> server binds this link to a session. Answer: Probe on PUB and a Pulse on the link
+Greet      server -> link I do not know this link: probe (or say hello) again
+Join       link -> server my layout, step and lineage. Answer: Admit or Reject
+Admit      server -> link origin / follow / adopt: what to do to stand where the log stands
+Ready      link -> server I am waiting for samples of a set of this length
+Push       link -> server my gradient of one bucket; 1..n encoded buffers
+Refused    server -> link this push (or fetch) was not taken, and why
+Average    PUB or link    the mean of one bucket; 1..n encoded buffers. Not applied before Close
+Close      PUB or link    the round is over: this is the next update of the log
+Open       PUB or link    a round is open, who is in it, with which samples (also inside Close)
+Fetch      link -> server send me the updates after this step, Averages and Closes as on PUB
+Fetched    server -> link that was all; where the log stands now
+Give       server -> link you are the one who gives the snapshot
+Manifest   link -> link   what the snapshot holds (through the server)
+Want       link -> link   send me this piece of it (through the server)
+Piece      link -> link   here it is; 1 raw buffer (through the server)
+Adopted    link -> server I hold the snapshot now
+Abort      both           the snapshot is off, and why
+Beat       door -> server I am alive
+Pulse      PUB and link   the server is alive; newest step, what it is doing
+Report     link -> server the observer's evaluation
+Goodbye    link -> server I leave, in order; the digest of my weights
+Reject     server -> any  you cannot take part, and why; final
+End        PUB and link   the run is over, and why
+========== ============== ==================================================================
+
+A peer that breaks these rules is answered with `Reject` and costs only itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from paramserver.errors import PeerError
+
+PROTOCOL = 1
+HEADER_BYTES_MAX = 4 * 2**20  # a layout of some ten thousand parameters; everything else is tiny
+
+Lease = tuple[int, int, int]
+"""(epoch, start, stop): a range of the epoch's shuffled order."""
+
+
+class Message(msgspec.Struct, frozen=True, tag_field="type", tag=str.lower, kw_only=True):
+    """Base of all headers. `type` comes first on the wire, so that a SUB can subscribe by prefix."""
+
+
+class Tensor(msgspec.Struct, frozen=True, array_like=True):
+    """One tensor of the layout. `kind`: grad (mean), stat (mean, always float32), count (maximum)."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    kind: str = "grad"
+
+
+class Layout(msgspec.Struct, frozen=True):
+    """Names, shapes and dtypes of what is exchanged, in the order of the flat vector."""
+
+    tensors: tuple[Tensor, ...]
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(msgspec.json.encode(self)).hexdigest()[:16]
+
+    def difference(self, other: Layout) -> str | None:
+        """The first difference to `other`, as a sentence about `other`; None when they are equal."""
+        mine = {t.name: t for t in self.tensors}
+        theirs = {t.name: t for t in other.tensors}
+        for t in self.tensors:
+            o = theirs.get(t.name)
+            if o is None:
+                return f"{t.name} {_shape(t)} is missing"
+            if o != t:
+                return f"{t.name} is {_shape(o)}, the run has {_shape(t)}"
+        for t in other.tensors:
+            if t.name not in mine:
+                return f"{t.name} {_shape(t)} is not in the run's model"
+        if self.tensors != other.tensors:
+            return "the parameters come in another order"
+        return None
+
+
+def _shape(t: Tensor) -> str:
+    return f"{'x'.join(map(str, t.shape)) or 'scalar'} {t.dtype}" + (
+        "" if t.kind == "grad" else f" ({t.kind})"
+    )
+
+
+# --------------------------------------------------------------------------- greeting
+
+
+class Hello(Message, frozen=True):
+    protocol: int
+    role: str
+    """worker | observer"""
+    id: int | None
+    """A worker's number; None: any free one."""
+    nonce: str
+    """Made once per process: tells a restarted worker from a second one with the same id."""
+    host: str
+    pid: int
+    run: str | None = None
+    """The run this replica belongs to, if it has state already."""
+    key: str = ""
+    """Proves that the observer is the one this server started."""
+
+
+class Welcome(Message, frozen=True):
+    protocol: int
+    run: str
+    nonce: str
+    """The server process; every published message carries it."""
+    session: str
+    id: int
+    settings: dict[str, Any]
+    pub_port: int
+    ipc: str | None = None
+    """Folder of the ipc sockets, for peers on the server's own host."""
+
+
+class Probe(Message, frozen=True):
+    session: str
+
+
+class Greet(Message, frozen=True):
+    session_known: bool = True
+    """False: this server knows nothing of the session, say hello; else a probe is enough."""
+
+
+class Join(Message, frozen=True):
+    layout: Layout
+    step: int
+    lineage: str
+    device: str
+    ledger: dict[str, Any] | None = None
+    """Given by an origin that resumes a checkpoint."""
+    link: str = "tcp"
+
+
+class Admit(Message, frozen=True):
+    action: str
+    """origin: your state is the run's; follow: fetch what you lack; adopt: a snapshot follows."""
+    step: int
+    lineage: str
+
+
+class Ready(Message, frozen=True):
+    samples: int
+    batch_size: int
+
+
+class Reject(Message, frozen=True):
+    reason: str
+    hint: str = ""
+
+
+# --------------------------------------------------------------------------- rounds
+
+
+class Push(Message, frozen=True):
+    round: int
+    bucket: int
+    samples: int
+    absent: tuple[int, ...] = ()
+    """Indexes into the layout of this bucket's parameters that had no gradient."""
+    scale: float = 1.0
+    loss: float | None = None
+    """Mean loss over the samples; with the last bucket."""
+
+
+class Refused(Message, frozen=True):
+    round: int
+    reason: str
+
+
+class Average(Message, frozen=True):
+    nonce: str
+    round: int
+    step: int
+    """The step that this update leads to."""
+    bucket: int
+    absent: tuple[int, ...] = ()
+    scale: float = 1.0
+
+
+class Open(Message, frozen=True):
+    nonce: str
+    round: int
+    step: int
+    """The step everyone stands at."""
+    lineage: str
+    leases: dict[int, tuple[Lease, ...]]
+    """By worker id: the lease of this round and, if there is more to do, the one after it."""
+
+
+class Close(Message, frozen=True):
+    nonce: str
+    round: int
+    step: int
+    """The step this update leads to."""
+    lineage: str
+    """Names the state after this update; see `next_lineage`."""
+    buckets: tuple[int, ...]
+    """The buckets that have an average. One that nobody contributed to has none."""
+    contributors: dict[int, int]
+    """Samples of each worker that put something into this update."""
+    late: dict[int, str]
+    """Members that are not in it, or not with everything, and why."""
+    loss: float | None
+    seconds: float
+    """From the opening of the round to its close."""
+    ledger: dict[str, Any]
+    open: Open | None = None
+    """The round that follows at once."""
+    reason: str = ""
+
+
+class Fetch(Message, frozen=True):
+    step: int
+    lineage: str
+
+
+class Fetched(Message, frozen=True):
+    step: int
+    open: Open | None = None
+
+
+# --------------------------------------------------------------------------- snapshots
+
+
+class Give(Message, frozen=True):
+    snapshot: int
+    step: int
+    lineage: str
+
+
+class Manifest(Message, frozen=True):
+    snapshot: int
+    step: int
+    lineage: str
+    tree: str
+    """JSON of the state with its tensors replaced by their numbers (`workers.state`)."""
+    tensors: tuple[tuple[str, tuple[int, ...]], ...]
+    """dtype and shape of each."""
+    piece_bytes: int
+    """Every tensor is cut into pieces of this size; they are numbered in order."""
+
+
+class Want(Message, frozen=True):
+    snapshot: int
+    piece: int
+
+
+class Piece(Message, frozen=True):
+    snapshot: int
+    piece: int
+
+
+class Adopted(Message, frozen=True):
+    snapshot: int
+    step: int
+    lineage: str
+
+
+class Abort(Message, frozen=True):
+    snapshot: int
+    reason: str
+
+
+# --------------------------------------------------------------------------- life
+
+
+class Beat(Message, frozen=True):
+    session: str
+
+
+class Pulse(Message, frozen=True):
+    nonce: str
+    step: int
+    lineage: str
+    phase: str
+    """What the server is doing or waiting for, as a sentence."""
+    open: Open | None = None
+    closed: int | None = None
+    """Newest round that is over."""
+    sent_bytes: int = 0
+    """By the server to all, since it started; and what it received."""
+    received_bytes: int = 0
+
+
+class Report(Message, frozen=True):
+    step: int
+    values: dict[str, float | None]
+    final: bool = False
+
+
+class Goodbye(Message, frozen=True):
+    reason: str
+    step: int = 0
+    digest: str = ""
+
+
+class End(Message, frozen=True):
+    nonce: str
+    step: int
+    lineage: str
+    reason: str
+    error: bool = False
+    """The run did not end as it should: peers exit with an error too."""
+
+
+ANY = (
+    Hello | Welcome | Probe | Greet | Join | Admit | Ready | Reject | Push | Refused | Average
+    | Open | Close | Fetch | Fetched | Give | Manifest | Want | Piece | Adopted | Abort | Beat
+    | Pulse | Report | Goodbye | End
+)  # fmt: skip
+
+_encoder = msgspec.json.Encoder()
+_decoder = msgspec.json.Decoder(ANY)
+
+
+def to_frames(message: Message, *buffers: Any) -> list[Any]:
+    """The frames of a message: its header, then its buffers as they are."""
+    return [_encoder.encode(message), *buffers]
+
+
+def from_frames(frames: Sequence[Any]) -> tuple[Any, list[Any]]:
+    """The message and its buffers. Frames are bytes-like or `zmq.Frame`s; nothing is copied.
+
+    Raises `PeerError` where the header is missing, too large, or not one of this protocol's.
+    """
+    if not frames:
+        raise PeerError("a message without a header")
+    header = getattr(frames[0], "buffer", frames[0])
+    if len(header) > HEADER_BYTES_MAX:
+        raise PeerError(f"a header of {len(header)} bytes (at most {HEADER_BYTES_MAX})")
+    try:
+        return _decoder.decode(header), [getattr(f, "buffer", f) for f in frames[1:]]
+    except (msgspec.DecodeError, RecursionError) as e:  # a ValidationError is a DecodeError
+        raise PeerError(f"not a header of this protocol: {e}") from None
+
+
+def next_lineage(previous: str, close: Close) -> str:
+    """The name of the state after `close`, from the name of the state before it."""
+    own = msgspec.structs.replace(close, lineage="", open=None)
+    return hashlib.sha256(previous.encode() + _encoder.encode(own)).hexdigest()[:32]

@@ -1,0 +1,102 @@
+"""What every test gets: a quiet environment, free ports, a check that nothing is left running."""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+MARK = "PARAMSERVER_TESTS"
+"""Environment variable that all processes of this session inherit, so that orphans are found."""
+
+ENDING_S = 3.0
+"""How long a process may take to end after its test."""
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip tests marked `root` where there are no network namespaces to make."""
+    if item.get_closest_marker("root") and (sys.platform != "linux" or os.geteuid() != 0):
+        pytest.skip("needs root on Linux")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quiet_environment(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """One torch thread; no W&B login and no make variables from outside, here and in children."""
+    torch.set_num_threads(1)
+    for name in list(os.environ):
+        if name.startswith("WANDB_") or name in {
+            "MAKEFLAGS",
+            "MAKELEVEL",
+            "MAKEOVERRIDES",
+            "MFLAGS",
+        }:
+            del os.environ[name]
+    os.environ["WANDB_CONFIG_DIR"] = str(tmp_path_factory.mktemp("wandb-config"))
+    os.environ["NETRC"] = os.devnull
+    os.environ["MPLBACKEND"] = "Agg"
+    os.environ[MARK] = str(os.getpid())
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind() -> Iterator[None]:
+    """Fail a test that leaves processes or ZeroMQ contexts behind; the processes are killed."""
+    processes, threads = set(psutil.pids()), zmq_threads()
+    yield
+    _, left = psutil.wait_procs(family(set(psutil.pids()) - processes), timeout=ENDING_S)
+    names = [describe(process) for process in left]
+    for process in left:
+        with suppress(psutil.Error):
+            process.kill()
+    psutil.wait_procs(left, timeout=ENDING_S)
+    assert not names, f"left running, now killed: {'; '.join(names)}"
+    assert zmq_threads() <= threads, "left a ZeroMQ context open: close its sockets, then term()"
+
+
+def family(pids: set[int]) -> list[psutil.Process]:
+    """Those that descend from this session, also where the parent is gone."""
+    found = []
+    children = psutil.Process().children(recursive=True) if pids else []
+    for pid in pids:
+        with suppress(psutil.Error):
+            process = psutil.Process(pid)
+            ours = process in children or process.environ().get(MARK) == os.environ[MARK]
+            # The standard library starts its tracker once and keeps it to the end.
+            if ours and "multiprocessing.resource_tracker" not in describe(process):
+                found.append(process)
+    return found
+
+
+def describe(process: psutil.Process) -> str:
+    """A process in words: its id and its command line."""
+    with suppress(psutil.Error):
+        return f"{process.pid} {' '.join(process.cmdline()) or process.name()}"
+    return f"{process.pid} (gone)"
+
+
+def zmq_threads() -> int:
+    """Threads that ZeroMQ contexts of this process run: at least two each. Seen on Linux only."""
+    count = 0
+    for comm in Path("/proc/self/task").glob("*/comm"):
+        with suppress(OSError):  # a thread that has ended meanwhile
+            count += comm.read_text().startswith("ZMQbg/")
+    return count
+
+
+@pytest.fixture
+def free_port() -> int:
+    """A port that is free on loopback, and the next one too (ROUTER and PUB)."""
+    # Below the ranges from which Linux and macOS take the ports of outgoing connections.
+    for port in random.sample(range(20_000, 32_000, 2), 100):
+        with suppress(OSError), socket.socket() as first, socket.socket() as second:
+            first.bind(("127.0.0.1", port))
+            second.bind(("127.0.0.1", port + 1))
+            return port
+    raise RuntimeError("no two free ports in a row between 20000 and 32000")

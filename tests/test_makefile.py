@@ -1,0 +1,119 @@
+"""The commands that people type: what `make server key=value` runs, and how it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CLONE = Path(__file__).resolve().parent.parent
+
+PROGRAM = """
+import json, os, signal, sys
+if "wait" in os.environ:
+    signal.signal(signal.SIGTERM, lambda *_: (print("stopped", flush=True), sys.exit(0)))
+    print("waiting", flush=True)
+    signal.pause()
+print(json.dumps(sys.argv[1:]))
+"""
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
+    """A clone that is set up, with programs that only print their arguments."""
+    folder = tmp_path / "clone"
+    for program in ("paramserver/__main__", "paramserver/launch", "workers/__main__", "pytest"):
+        path = folder / f"{program}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(PROGRAM)
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(CLONE / name, folder)
+        os.utime(folder / name, (0, 0))
+    (folder / ".venv/bin").mkdir(parents=True)
+    (folder / ".venv/bin/python").symlink_to(sys.executable)
+    (folder / ".venv/.ready").touch()
+    return folder
+
+
+def make(clone: Path, *words: str) -> list[str]:
+    """The arguments that the program gets from this make command."""
+    ran = subprocess.run(["make", *words], cwd=clone, capture_output=True, text=True, check=True)
+    arguments: list[str] = json.loads(ran.stdout.splitlines()[-1])
+    return arguments
+
+
+@pytest.mark.parametrize(
+    ("words", "arguments"),
+    [
+        ("server", ""),
+        ("server learning_rate=0.01 model.hidden=256 num_workers=3", None),
+        ("worker ID=2 host_ip=10.10.0.1", "id=2 host_ip=10.10.0.1"),
+        ("worker", ""),
+        ("worker id=3", "id=3"),
+        ("demo num_epochs=5", "demo num_epochs=5"),
+        ("server seed=1 PYTHON=python9 ARGS=--help", "--help seed=1"),
+        ("test ARGS=-x", "-x"),
+    ],
+)
+def test_words_reach_the_program(clone: Path, words: str, arguments: str | None) -> None:
+    expected = words.split()[1:] if arguments is None else arguments.split()
+    assert make(clone, *words.split()) == expected
+
+
+def test_whatever_a_value_holds_arrives_unharmed(clone: Path) -> None:
+    settings = [
+        "run_dir=my runs/two  blanks",
+        "model.layers=[1,2]",
+        "dataset={name: MNIST, root: '~'}",
+        'wandb.name="quoted" it\'s `date`',
+        "a=$HOME $(HOME) $$ ${HOME}",
+        "b=back\\slash\\\\ \\",
+        "c=# ; & | < > ( ) * ? ~ !",
+        "d=tab\tend",
+        "e=é",
+        "f=",
+        "g=h=i",
+    ]
+    assert make(clone, "server", *settings) == settings
+
+
+def test_the_program_itself_gets_the_signal(clone: Path) -> None:
+    with subprocess.Popen(
+        ["make", "server", "wait=1"], cwd=clone, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout
+        assert process.stdout.readline() == ".venv/bin/python -m paramserver wait=1\n"
+        assert process.stdout.readline() == "waiting\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.stdout.read() == "stopped\n"
+
+
+def test_an_unfit_python_is_named(clone: Path) -> None:
+    shutil.rmtree(clone / ".venv")
+    old = clone / "old"
+    old.write_text("#!/bin/sh\ncase $2 in *exit*) exit 1;; esac\necho 3.9.6\n")
+    old.chmod(0o755)
+    ran = subprocess.run(
+        ["make", "setup", f"PYTHON={old}"], cwd=clone, capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 2
+    assert f"3.13 is needed; found: {old} (3.9.6)\n" in ran.stderr
+    assert not (clone / ".setup.lock").is_symlink()
+
+
+def test_help_names_every_command(clone: Path) -> None:
+    ran = subprocess.run(["make"], cwd=clone, capture_output=True, text=True, check=True)
+    phony = next(
+        line.split()[1:]
+        for line in (CLONE / "Makefile").read_text().splitlines()
+        if line.startswith(".PHONY")
+    )
+    assert [
+        line.split()[1] for line in ran.stdout.splitlines() if line.startswith("  make")
+    ] == phony

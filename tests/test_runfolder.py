@@ -1,0 +1,240 @@
+"""Run folders are never shared, metrics are whole lines of JSON, and a full disk is only told of."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+import textwrap
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import paramserver.runfolder as runfolder
+from paramserver.errors import UserError
+from paramserver.runfolder import EvalLine, RunFolder, StepLine, latest, write_whole
+
+NOON = datetime(2026, 11, 22, 12, 0, 9)
+
+
+def step_line(step: int, loss: float | None = 0.5) -> StepLine:
+    return StepLine(
+        step=step,
+        seconds=0.25 * step,
+        loss=loss,
+        samples=64,
+        step_s=0.25,
+        workers=(1, 2),
+        late=(3,),
+        sent_bytes=1000,
+        received_bytes=2000,
+    )
+
+
+def strict_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file that must be JSON by the letter, without NaN or Infinity."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    text = path.read_text()
+    assert text.endswith("\n")
+    return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
+
+
+def test_folder_is_named_by_the_time(tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path / "new" / "runs", NOON)
+    assert folder.path == tmp_path / "new" / "runs" / "2026-11-22_12-00-09"
+    assert folder.path.is_dir()
+    assert folder.config == folder.path / "config.yaml"
+    assert folder.checkpoints == folder.path / "checkpoints"
+
+
+def test_of_many_servers_in_one_second_each_gets_its_own(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        folders = list(pool.map(lambda _: RunFolder.create(tmp_path, NOON), range(40)))
+    names = {folder.path.name for folder in folders}
+    assert names == {"2026-11-22_12-00-09"} | {f"2026-11-22_12-00-09-{n}" for n in range(2, 41)}
+
+
+def test_a_parent_that_cannot_be_written_to(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError) as error:
+        RunFolder.create(tmp_path / "file" / "runs", NOON)
+    assert str(tmp_path / "file" / "runs") in error.value.problem
+    assert "Not a directory" in error.value.problem
+    assert "run_dir" in error.value.hint
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_parent_without_permission(tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir(mode=0o500)
+    with pytest.raises(UserError, match="Permission denied"):
+        RunFolder.create(tmp_path / "runs", NOON)
+
+
+def test_lines_are_strict_json(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.log(step_line(1))
+    folder.log(step_line(2, math.nan))
+    folder.log(step_line(3, math.inf))
+    folder.log(EvalLine(step=3, seconds=0.75, val_loss=-math.inf, val_accuracy=0.91))
+    assert folder.close() is None
+    first, second, third, evaluation = strict_lines(folder.metrics)
+    assert first == {
+        "step": 1,
+        "seconds": 0.25,
+        "loss": 0.5,
+        "samples": 64,
+        "step_s": 0.25,
+        "workers": [1, 2],
+        "late": [3],
+        "sent_bytes": 1000,
+        "received_bytes": 2000,
+    }
+    assert second["loss"] is None
+    assert third["loss"] is None
+    assert evaluation == {"step": 3, "seconds": 0.75, "val_loss": None, "val_accuracy": 0.91}
+
+
+def test_lines_are_written_about_once_a_second(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+
+    def steps_on_disk() -> list[int]:
+        return [line["step"] for line in strict_lines(folder.metrics)]
+
+    folder.log(step_line(1))
+    assert not folder.metrics.exists()
+    folder.flush_if_due(100.0)
+    assert steps_on_disk() == [1]
+    folder.log(step_line(2))
+    folder.flush_if_due(100.9)
+    assert steps_on_disk() == [1]
+    folder.flush_if_due(101.0)
+    assert steps_on_disk() == [1, 2]
+    folder.log(step_line(3))
+    folder.close()
+    assert steps_on_disk() == [1, 2, 3]
+
+
+def test_a_failing_disk_is_told_once_and_tried_again(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "gone")
+    folder.log(step_line(1))
+    problem = folder.flush_if_due(0.0)
+    assert problem is not None
+    assert str(folder.metrics) in problem
+    assert "No such file or directory" in problem
+    folder.log(step_line(2))
+    assert folder.flush_if_due(1.0) is None
+    folder.path.mkdir()
+    folder.log(step_line(3))
+    assert folder.flush_if_due(2.0) is None
+    assert [line["step"] for line in strict_lines(folder.metrics)] == [1, 2, 3]
+    folder.close()
+
+
+def test_what_waits_for_a_failing_disk_is_bounded_and_whole_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runfolder, "MAX_WAITING_BYTES", 1000)
+    folder = RunFolder(tmp_path / "gone")
+    for now in range(50):
+        folder.log(step_line(now + 1))
+        folder.flush_if_due(float(now))
+    folder.path.mkdir()
+    folder.close()
+    steps = [line["step"] for line in strict_lines(folder.metrics)]
+    assert folder.metrics.stat().st_size <= 1000
+    assert steps == list(range(1, len(steps) + 1))
+    assert steps
+
+
+def run_script(script: str, *args: object) -> None:
+    subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script), *map(str, args)], check=True, timeout=60
+    )
+
+
+FULL_DISK = """
+    import resource, sys
+    from pathlib import Path
+    from paramserver.runfolder import *
+
+    def disk_has_room_for(size):
+        hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+
+    folder = RunFolder(Path(sys.argv[1]))
+"""
+
+
+def test_a_line_torn_by_a_full_disk_is_continued(tmp_path: Path) -> None:
+    run_script(
+        FULL_DISK
+        + """
+    def log(step):
+        folder.log(EvalLine(step=step, seconds=1.0, val_loss=0.5, val_accuracy=0.9))
+
+    log(1), log(2), log(3)
+    disk_has_room_for(100)  # ends within the second line
+    assert "File too large" in folder.flush_if_due(0.0)
+    assert folder.metrics.stat().st_size == 100
+    log(4)
+    assert folder.flush_if_due(1.0) is None
+    disk_has_room_for(resource.RLIM_INFINITY)
+    log(5)
+    assert folder.close() is None
+    """,
+        tmp_path,
+    )
+    lines = strict_lines(tmp_path / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
+
+
+def test_summary_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    assert folder.write_summary({"steps": 7, "train_loss": math.nan, "digest": "a" * 500}) is None
+    before = folder.summary.read_bytes()
+    assert json.loads(before) == {"steps": 7, "train_loss": None, "digest": "a" * 500}
+    run_script(
+        FULL_DISK
+        + """
+    disk_has_room_for(100)
+    problem = folder.write_summary({"steps": 8, "digest": "b" * 500})
+    assert "summary.json was not written: File too large" in problem, problem
+    """,
+        tmp_path,
+    )
+    assert folder.summary.read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["summary.json"]
+
+
+def test_write_whole_raises_and_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").touch()
+    with pytest.raises(OSError, match="director"):
+        write_whole(tmp_path / "taken", b"content")
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+
+
+def test_latest_is_the_newest_folder(tmp_path: Path) -> None:
+    assert latest(tmp_path / "missing") is None
+    assert latest(tmp_path) is None
+    for name in (
+        "2026-11-21_23-59-59-12",
+        "2026-11-22_12-00-09",
+        "2026-11-22_12-00-09-2",
+        "2026-11-22_12-00-09-10",
+        "zoo",
+        "2026-11-22_12-00-09-old",
+    ):
+        (tmp_path / name).mkdir()
+    (tmp_path / "2027-01-01_00-00-00").touch()
+    newest = latest(tmp_path)
+    assert newest is not None
+    assert newest.path == tmp_path / "2026-11-22_12-00-09-10"

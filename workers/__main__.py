@@ -1,0 +1,57 @@
+"""`python -m workers id=2 host_ip=10.10.0.1`: one worker."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from typing import Any
+
+from paramserver.config import exit_on_user_error, load
+from paramserver.errors import UserError
+
+
+class Leave(BaseException):
+    """SIGINT or SIGTERM: this worker leaves, in order."""
+
+
+def main() -> None:
+    """The worker program; exits with 0 when the run ended well or the worker was asked to leave."""
+    with exit_on_user_error():
+        loaded = load(sys.argv[1:], "worker")
+        settings = loaded.settings
+        if settings.id is None:
+            settings = _with_id(settings)
+
+        def leave(number: int, frame: Any) -> None:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one ends it at once
+            raise Leave(signal.Signals(number).name)
+
+        signal.signal(signal.SIGINT, leave)
+        signal.signal(signal.SIGTERM, leave)
+
+        def say(line: str) -> None:
+            print(f"[worker {settings.id}] {line}", flush=True)
+
+        try:
+            from workers.train import train  # torch takes seconds: signals are handled before
+
+            cluster = train(settings, loaded.given, say)
+            cluster.leave()
+        except Leave as e:
+            say(f"left the run ({e})")
+
+
+def _with_id(settings: Any) -> Any:
+    """Ask for the id where somebody can answer."""
+    from dataclasses import replace
+
+    if not sys.stdin.isatty():
+        raise UserError("a worker needs its number", "make worker ID=2, or id=2")
+    answer = input("This worker's number (1 for the first, 2 for the second ...): ").strip()
+    if not answer.isdigit() or int(answer) < 1:
+        raise UserError(f"a worker's number is 1 or more, not {answer!r}")
+    return replace(settings, id=int(answer))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,642 @@
+"""A peer's side of the sockets: greets, follows the log, pushes, gives and takes snapshots.
+
+The mirror of `paramserver.server`: what to do with a message is decided by `workers.follow`, here
+it is carried out. One thread uses the link and SUB: the training loop's own, inside `poll` and
+`wait`. A second one beats at the door, so that a long push or forward is not taken for death.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import socket
+import threading
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import torch
+import zmq
+
+from paramserver import sockets, wire
+from paramserver.bucket import FLOAT32_BYTES
+from paramserver.errors import PeerError, RunLost, UserError
+from workers import follow
+from workers.replica import Replica
+from workers.state import as_bytes, empty, flatten, pieces, unflatten
+
+BEATS_PER_TIMEOUT = 5
+WANTS_IN_FLIGHT = 4
+SAY_WAITING_AFTER_S = 3.0
+PROBE_INTERVAL_S = 0.1
+
+Say = Callable[[str], None]
+
+
+class Client:
+    """The connection of one replica to its server. Call `connect`, then `join`, then the rest.
+
+    `say(line)` gets sentences for a person. Waits raise `RunLost` when the server was silent past
+    `give_up_s`, and `UserError` when it refuses this peer.
+    """
+
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        *,
+        role: str = "worker",
+        id: int | None = None,
+        key: str = "",
+        say: Say = print,
+    ) -> None:
+        self.host, self.port = host, port
+        self.say = say
+        self.replica: Replica | None = None
+        self.follow: follow.Follow | None = None
+        self.welcome: wire.Welcome | None = None
+        self.device = "cpu"
+        self.heartbeat_timeout = 10.0
+        self.give_up_s = 60.0
+        self.on_close: Callable[[wire.Close], None] | None = None
+        """Called after each applied update."""
+        self._hello = wire.Hello(
+            protocol=wire.PROTOCOL,
+            role=role,
+            id=id,
+            nonce=uuid.uuid4().hex,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            key=key,
+        )
+        self._ctx = sockets.context()
+        self._door: zmq.Socket[bytes] | None = None
+        self._link: zmq.Socket[bytes] | None = None
+        self._sub: zmq.Socket[bytes] | None = None
+        self._link_kind = "tcp"
+        self._held: deque[tuple[Any, list[Any]]] = deque()  # from SUB, to be looked at (again)
+        self._beating: threading.Event | None = None
+        self._beat_thread: threading.Thread | None = None
+        self._probed: set[str] = set()  # where our probe was seen: "sub", "link"
+        self._admitted: wire.Admit | None = None
+        self._joined = False
+        self._joined_at = 0.0
+        self._taking: _Taking | None = None
+        self._giving: _Giving | None = None
+        self._give_later: wire.Give | None = None
+        self._ready: wire.Ready | None = None
+        self._must_greet = False
+        self.greetings = 0
+        """How often this client was welcomed: a wait for a round of an earlier time is void."""
+
+    # ------------------------------------------------------------------ coming
+
+    def connect(self, deadline_s: float) -> wire.Welcome:
+        """Find the server and be welcomed, within `deadline_s`; says what it waits for."""
+        door = self._door = sockets.dealer(self._ctx, sockets.tcp(self.host, self.port))
+        door.send_multipart(wire.to_frames(self._hello))
+        start, told = time.monotonic(), False
+        while True:
+            waited = time.monotonic() - start
+            if door.poll(min(500, max(0, int(1000 * (deadline_s - waited))))):
+                message = self._decode(door.recv_multipart(copy=False))[0]
+                if isinstance(message, wire.Welcome):
+                    break
+                if isinstance(message, wire.Reject):
+                    raise UserError(message.reason, message.hint)
+                continue
+            waited = time.monotonic() - start
+            if waited > deadline_s:
+                raise UserError(
+                    f"no server answered at {self.host}:{self.port} within {deadline_s:g} s",
+                    "is it running (make server)? another address: host_ip=..., another port: "
+                    "port=..., a longer wait: join_timeout=...",
+                )
+            if not told and waited > 1:
+                self.say(
+                    f"waiting for a server at {self.host}:{self.port} "
+                    f"(for {deadline_s:g} s; start one with: make server)"
+                )
+                told = True
+        self._check(message)
+        self.welcome = message
+        self.greetings += 1
+        self.heartbeat_timeout = float(message.settings.get("heartbeat_timeout", 10.0))
+        self._open_link(message)
+        return message
+
+    def _check(self, welcome: wire.Welcome) -> None:
+        if welcome.protocol != wire.PROTOCOL:
+            raise UserError(
+                f"the server speaks protocol {welcome.protocol}, this worker {wire.PROTOCOL}",
+                "install the same version on both machines",
+            )
+
+    def _open_link(self, welcome: wire.Welcome) -> None:
+        """Link and SUB, over ipc where server and we share a host; then wait until both work."""
+        router = sockets.tcp(self.host, self.port)
+        pub = sockets.tcp(self.host, welcome.pub_port)
+        self._link_kind = "tcp"
+        if welcome.ipc and sockets.is_local(self.host) and sockets.ipc_usable(welcome.ipc):
+            router, pub = sockets.ipc_endpoints(welcome.ipc)
+            self._link_kind = "ipc"
+        self._sub = sockets.subscriber(self._ctx, pub)
+        self._link = sockets.dealer(self._ctx, router)
+        self._poller = zmq.Poller()
+        self._poller.register(self._link, zmq.POLLIN)
+        self._poller.register(self._sub, zmq.POLLIN)
+        self._start_beating(welcome.session)
+        self._probed.clear()
+        start = time.monotonic()
+        while self._probed != {"sub", "link"}:
+            self._send(wire.Probe(session=welcome.session))
+            self._poll_for_probe(PROBE_INTERVAL_S)
+            if time.monotonic() - start > self.heartbeat_timeout:
+                missing = "SUB" if "link" in self._probed else "ROUTER"
+                port = welcome.pub_port if missing == "SUB" else self.port
+                raise UserError(
+                    f"{self.host} answered at port {self.port}, but nothing comes through "
+                    f"at port {port} ({missing})",
+                    "a firewall between the two machines? both ports must be open",
+                )
+
+    def _poll_for_probe(self, timeout_s: float) -> None:
+        assert self._sub is not None and self._link is not None
+        for s, _ in self._poller.poll(int(1000 * timeout_s)):
+            message, _ = self._decode(s.recv_multipart(copy=False))
+            if isinstance(message, wire.Probe) and self.welcome is not None:
+                if message.session == self.welcome.session:
+                    self._probed.add("sub")
+            elif isinstance(message, wire.Pulse):
+                if s is self._link:
+                    self._probed.add("link")
+            elif isinstance(message, wire.Reject):
+                raise UserError(message.reason, message.hint)
+            elif isinstance(message, wire.End):
+                raise RunLost(f"the run has ended: {message.reason}")
+
+    def join(
+        self,
+        replica: Replica,
+        ledger: dict[str, Any] | None = None,
+    ) -> str:
+        """Stand where the log stands: as its origin, by following, or by a snapshot.
+
+        Returns how: origin, follow or adopt.
+        """
+        assert self.welcome is not None
+        self.replica = replica
+        now = time.monotonic()
+        self.follow = follow.Follow(self.welcome.nonce, replica.step, replica.lineage, now)
+        self._send_join(ledger)
+        self.wait(lambda: self._joined, "to be admitted")
+        assert self._admitted is not None
+        return self._admitted.action
+
+    def _send_join(self, ledger: dict[str, Any] | None = None) -> None:
+        assert self.replica is not None
+        self._joined, self._joined_at = False, time.monotonic()
+        self._admitted = None
+        self._send(
+            wire.Join(
+                layout=self.replica.layout,
+                step=self.replica.step,
+                lineage=self.replica.lineage,
+                device=self.device,
+                ledger=ledger,
+                link=self._link_kind,
+            )
+        )
+
+    # ------------------------------------------------------------------ taking part
+
+    def ready(self, samples: int, batch_size: int) -> None:
+        """Ask for leases of `batch_size` from a set of `samples`, now and after every greeting."""
+        self._ready = wire.Ready(samples=samples, batch_size=batch_size)
+        self._send(self._ready)
+
+    def push(self, push: wire.Push, buffers: list[Any]) -> None:
+        """Send one bucket; the buffers belong to ZeroMQ from now on."""
+        self._send(push, *buffers)
+
+    def report(self, step: int, values: dict[str, float | None], final: bool = False) -> None:
+        self._send(wire.Report(step=step, values=values, final=final))
+
+    def goodbye(self, reason: str) -> None:
+        """Leave in order: tell the server, and the digest of the weights with it."""
+        if self._link is None:
+            return
+        digest, step = "", 0
+        if self.replica is not None and self._joined:
+            digest, step = self.replica.digest(), self.replica.step
+        self._send(wire.Goodbye(reason=reason, step=step, digest=digest))
+        self._link.linger = 2000
+
+    def close(self) -> None:
+        """Close every socket; safe to call twice."""
+        self._close_sockets()
+        self._ctx.term()
+
+    def _close_sockets(self) -> None:
+        if self._beat_thread is not None and self._beating is not None:
+            self._beating.set()
+            self._beat_thread.join()
+            self._beat_thread = None
+        for s in (self._door, self._link, self._sub):
+            if s is not None:
+                s.close()
+        self._door = self._link = self._sub = None
+
+    @property
+    def ended(self) -> wire.End | None:
+        """The run's end, once every update before it is applied."""
+        end = self.follow.end if self.follow else None
+        if end is None or self.replica is None or self.replica.step < end.step:
+            return None
+        return end
+
+    # ------------------------------------------------------------------ the loop
+
+    def poll(self) -> None:
+        """Take in averages that have come, without waiting: for the hooks, in the middle of
+        backward. Anything else must wait, since nothing may be applied now."""
+        while self._may_read_sub():
+            if not self._held and not self._read_sub():
+                return
+            if not isinstance(self._held[0][0], wire.Average):
+                return
+            self._next_published()
+
+    def wait(self, done: Callable[[], Any], what: str, timeout_s: float | None = None) -> bool:
+        """Handle messages, applying updates, until `done()`; False if `timeout_s` passed first.
+
+        Says from time to time what it waits for. Raises `RunLost` when the server is silent for
+        longer than `give_up_s`.
+        """
+        start = time.monotonic()
+        say_at = start + SAY_WAITING_AFTER_S
+        said = ""
+        while not done():
+            if self._must_greet:
+                self._greet_again()
+            if self._handle_one():
+                continue
+            now = time.monotonic()
+            limit = 0.25
+            if timeout_s is not None:
+                limit = min(limit, timeout_s - (now - start))
+                if limit <= 0:
+                    return False
+            self._sleep(limit)
+            now = time.monotonic()
+            self._tick(now)
+            if now > say_at:
+                text = self._waiting_for(what, now)
+                if text != said:
+                    self.say(text)
+                said, say_at = text, now + SAY_WAITING_AFTER_S
+        return True
+
+    def _waiting_for(self, what: str, now: float) -> str:
+        f = self.follow
+        if f is None or now - f.heard_at > self.heartbeat_timeout / 2:
+            return f"waiting {what}: the server is silent"
+        if f.phase in ("", "training"):
+            return f"waiting {what}"
+        return f"waiting {what}: {f.phase}"
+
+    def _tick(self, now: float) -> None:
+        f = self.follow
+        if f is None:
+            return
+        effect = f.tick(now, self.heartbeat_timeout / 2)
+        if isinstance(effect, follow.Silent):
+            if effect.seconds > self.give_up_s:
+                raise RunLost(
+                    f"the server at {self.host}:{self.port} has been silent for "
+                    f"{effect.seconds:.0f} s; last step here: {f.step}"
+                )
+            if self.welcome is not None:
+                self._send(wire.Probe(session=self.welcome.session))
+        elif isinstance(effect, follow.Gap):
+            self._fetch()
+        taking = self._taking
+        if taking is not None and now - taking.heard_at > 2 * self.heartbeat_timeout:
+            self._taking = None
+            self._send_join()
+
+    def _handle_one(self) -> bool:
+        """Handle one message, if there is one."""
+        assert self._link is not None
+        if self._may_read_sub() and (self._held or self._read_sub()):
+            self._next_published()
+            return True
+        try:
+            frames = self._link.recv_multipart(zmq.NOBLOCK, copy=False)
+        except zmq.Again:
+            return False
+        self._from_link(*self._decode(frames))
+        return True
+
+    def _may_read_sub(self) -> bool:
+        """SUB waits while a fetch or a snapshot is on its way: it continues where they end."""
+        f = self.follow
+        return f is not None and self._joined and f.fetching_since is None
+
+    def _read_sub(self) -> bool:
+        assert self._sub is not None
+        try:
+            frames = self._sub.recv_multipart(zmq.NOBLOCK, copy=False)
+        except zmq.Again:
+            return False
+        self._held.append(self._decode(frames))
+        return True
+
+    def _next_published(self) -> None:
+        """Look at the next message from SUB; one that shows a gap is looked at again later."""
+        message, buffers = self._held.popleft()
+        if not self._published(message, buffers):
+            self._held.appendleft((message, buffers))
+            self._fetch()
+
+    def _sleep(self, limit_s: float) -> None:
+        """Until something comes on a socket that may be read now."""
+        assert self._link is not None and self._sub is not None
+        if self._may_read_sub():
+            self._poller.poll(math.ceil(1000 * limit_s))
+        else:
+            self._link.poll(int(1000 * limit_s))
+
+    def _decode(self, frames: list[zmq.Frame]) -> tuple[Any, list[Any]]:
+        try:
+            return wire.from_frames(frames)
+        except PeerError as e:
+            raise UserError(
+                f"{self.host}:{self.port} does not speak this protocol: {e}",
+                "is another program listening there, or another version of this one?",
+            ) from None
+
+    # ------------------------------------------------------------------ messages
+
+    def _published(self, message: Any, buffers: list[Any]) -> bool:
+        """One message of the log, from SUB or fetched; False when something is missing before it."""
+        f, replica = self.follow, self.replica
+        assert f is not None and replica is not None
+        now = time.monotonic()
+        f.heard(now)
+        effect: follow.Effect = follow.NOTHING
+        if isinstance(message, wire.Average):
+            effect = f.average(message)
+        elif isinstance(message, wire.Close):
+            effect = f.close(message)
+        elif isinstance(message, wire.Open):
+            effect = f.opened(message)
+        elif isinstance(message, wire.Pulse):
+            effect = f.pulse(message, now)
+        elif isinstance(message, wire.End):
+            effect = f.ended(message)
+        if isinstance(effect, follow.Take):
+            replica.take(effect.average, buffers)
+        elif isinstance(effect, follow.Apply):
+            replica.apply(effect.close)
+            f.applied(effect.close)
+            if self.on_close is not None:
+                self.on_close(effect.close)
+            if self._give_later is not None:
+                self._give(self._give_later)
+        elif isinstance(effect, follow.Diverged):
+            self.say(f"{effect.why}: taking a snapshot")
+            self._send_join()
+        return not isinstance(effect, follow.Gap)
+
+    def _fetch(self) -> None:
+        assert self.follow is not None
+        self._send(self.follow.fetch(time.monotonic()))
+
+    def _from_link(self, message: Any, buffers: list[Any]) -> None:
+        f = self.follow
+        now = time.monotonic()
+        if f is not None:
+            f.heard(now)
+        match message:
+            case wire.Average() | wire.Close():
+                if self._joined:
+                    self._published(message, buffers)
+            case wire.Fetched():
+                if f is not None and isinstance(f.fetched(message.step, message.open), follow.Gap):
+                    self._fetch()
+            case wire.Pulse() if f is not None:
+                if isinstance(f.pulse(message, now), follow.Gap) and f.fetching_since is None:
+                    self._fetch()
+            case wire.Admit():
+                self._on_admit(message)
+            case wire.Reject():
+                raise UserError(message.reason, message.hint)
+            case wire.Greet():
+                if not message.session_known:
+                    self._must_greet = True
+                elif self.welcome is not None:
+                    self._send(wire.Probe(session=self.welcome.session))
+            case wire.Give():
+                self._give(message)
+            case wire.Want():
+                self._piece(message)
+            case wire.Manifest():
+                self._taking = _Taking(message, now)
+                self._want_more()
+            case wire.Piece():
+                self._take_piece(message, buffers, now)
+            case wire.Abort():
+                self._on_abort(message)
+            case wire.End() if f is not None:
+                f.ended(message)
+                if f.step < message.step:
+                    self._fetch()
+            case _:
+                pass  # Refused: the round's close tells the rest; Probe, late
+
+    def _on_admit(self, message: wire.Admit) -> None:
+        f, replica = self.follow, self.replica
+        assert f is not None and replica is not None
+        self._admitted = message
+        if message.action == "adopt":
+            self._joined = False
+            f.fetching_since = None
+            self._held.clear()
+            return  # Manifest and pieces follow
+        self._joined_now()
+        if message.action == "follow" and message.step > f.step:
+            self._fetch()
+
+    def _joined_now(self) -> None:
+        assert self.replica is not None and self._sub is not None
+        self._joined = True
+        sockets.set_room(self._sub, len(self.replica.plan.buckets))
+        if self._ready is not None:
+            self._send(self._ready)
+
+    def _greet_again(self) -> None:
+        """The server does not know this session any more: it was silent for too long, or is a new
+        one. Say hello again, and stand where the log stands."""
+        assert self.welcome is not None and self.replica is not None and self.follow is not None
+        self._must_greet = False
+        self.say("the server does not know this worker any more: greeting it again")
+        self._close_sockets()
+        self._hello = msgspec.structs.replace(self._hello, run=self.welcome.run)
+        self._held.clear()
+        self._giving = self._give_later = self._taking = None
+        welcome = self.connect(self.give_up_s)
+        self.follow = follow.Follow(
+            welcome.nonce, self.replica.step, self.replica.lineage, time.monotonic()
+        )
+        self._send_join()
+        self.wait(lambda: self._joined or self._must_greet, "to be admitted")
+
+    # ------------------------------------------------------------------ snapshots: giving
+
+    def _give(self, message: wire.Give) -> None:
+        f, replica = self.follow, self.replica
+        assert f is not None and replica is not None
+        self._giving = self._give_later = None
+        if f.step == message.step and f.lineage == message.lineage:
+            self._giving = _Giving(message.snapshot, replica)
+            self._send(self._giving.manifest(replica))
+        elif f.step < message.step:
+            # Apply what is on its way first, then look at this again.
+            self._give_later = message
+            if f.fetching_since is None:
+                self._fetch()
+        else:
+            self._send(wire.Abort(message.snapshot, f"I stand at step {f.step}"))
+
+    def _piece(self, message: wire.Want) -> None:
+        giving = self._giving
+        if giving is None or giving.number != message.snapshot:
+            self._send(wire.Abort(message.snapshot, "I do not give this snapshot"))
+            return
+        self._send(
+            wire.Piece(snapshot=message.snapshot, piece=message.piece), giving.bytes(message.piece)
+        )
+
+    # ------------------------------------------------------------------ snapshots: taking
+
+    def _want_more(self) -> None:
+        taking = self._taking
+        assert taking is not None
+        while len(taking.wanted) < WANTS_IN_FLIGHT and taking.next < len(taking.pieces):
+            taking.wanted.add(taking.next)
+            self._send(wire.Want(snapshot=taking.manifest.snapshot, piece=taking.next))
+            taking.next += 1
+        if not taking.wanted:
+            self._adopt(taking)
+
+    def _take_piece(self, message: wire.Piece, buffers: list[Any], now: float) -> None:
+        taking = self._taking
+        if taking is None or taking.manifest.snapshot != message.snapshot:
+            return
+        taking.take(message.piece, buffers)
+        taking.heard_at = now
+        self._want_more()
+
+    def _adopt(self, taking: _Taking) -> None:
+        f, replica = self.follow, self.replica
+        assert f is not None and replica is not None
+        m = taking.manifest
+        self._taking = None
+        try:
+            state = unflatten(m.tree, taking.tensors)
+            replica.load(state, m.step, m.lineage)
+        except ValueError as e:
+            raise UserError(
+                f"the run's state does not fit this worker's model or optimizer: {e}",
+                "start it with the same model, optimizer and settings as the others",
+            ) from None
+        f.adopted(m.step, m.lineage)
+        self._send(wire.Adopted(snapshot=m.snapshot, step=m.step, lineage=m.lineage))
+        self._joined_now()
+
+    def _on_abort(self, message: wire.Abort) -> None:
+        if self._giving is not None and self._giving.number == message.snapshot:
+            self._giving = None
+        elif not self._joined:
+            self._taking = None
+            self._send_join()
+
+    # ------------------------------------------------------------------ inside
+
+    def _send(self, message: wire.Message, *buffers: Any) -> None:
+        assert self._link is not None
+        self._link.send_multipart(wire.to_frames(message, *buffers), copy=not buffers)
+
+    def _start_beating(self, session: str) -> None:
+        assert self._door is not None
+        stop = self._beating = threading.Event()
+        beat = wire.to_frames(wire.Beat(session=session))
+        every_s = self.heartbeat_timeout / BEATS_PER_TIMEOUT
+        door = self._door
+
+        def run() -> None:
+            while not stop.wait(every_s):
+                with contextlib.suppress(zmq.ZMQError):
+                    door.send_multipart(beat, zmq.NOBLOCK)
+
+        self._beat_thread = threading.Thread(target=run, name="beat", daemon=True)
+        self._beat_thread.start()
+
+
+class _Giving:
+    """A snapshot of this replica that somebody is taking piece by piece."""
+
+    def __init__(self, number: int, replica: Replica) -> None:
+        self.number = number
+        self.tree, tensors = flatten(replica.state())
+        self.shapes = tuple((str(t.dtype).removeprefix("torch."), tuple(t.shape)) for t in tensors)
+        self.buffers = [as_bytes(t) for t in tensors]
+        largest = max((b.size for b in replica.plan.buckets), default=1)
+        self.piece_bytes = FLOAT32_BYTES * largest
+        self.pieces = pieces([b.numel() for b in self.buffers], self.piece_bytes)
+
+    def manifest(self, replica: Replica) -> wire.Manifest:
+        return wire.Manifest(
+            snapshot=self.number,
+            step=replica.step,
+            lineage=replica.lineage,
+            tree=self.tree,
+            tensors=self.shapes,
+            piece_bytes=self.piece_bytes,
+        )
+
+    def bytes(self, piece: int) -> Any:
+        if not 0 <= piece < len(self.pieces):
+            raise PeerError(f"there is no piece {piece}")
+        tensor, start, stop = self.pieces[piece]
+        return self.buffers[tensor][start:stop].numpy().data
+
+
+class _Taking:
+    """A snapshot that is coming in."""
+
+    def __init__(self, manifest: wire.Manifest, now: float) -> None:
+        self.manifest = manifest
+        self.heard_at = now
+        try:
+            self.tensors = [empty(dtype, shape) for dtype, shape in manifest.tensors]
+        except (ValueError, RuntimeError) as e:
+            raise UserError(f"the snapshot cannot be held here: {e}") from None
+        self.buffers = [as_bytes(t) for t in self.tensors]  # views: these are new, on the CPU
+        self.pieces = pieces([b.numel() for b in self.buffers], max(1, manifest.piece_bytes))
+        self.next = 0
+        self.wanted: set[int] = set()
+
+    def take(self, piece: int, buffers: list[Any]) -> None:
+        if piece not in self.wanted:
+            return
+        tensor, start, stop = self.pieces[piece]
+        if len(buffers) != 1 or memoryview(buffers[0]).nbytes != stop - start:
+            raise PeerError(f"piece {piece} of the snapshot has another length")
+        self.wanted.discard(piece)
+        self.buffers[tensor][start:stop].copy_(torch.frombuffer(buffers[0], dtype=torch.uint8))

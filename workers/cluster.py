@@ -1,0 +1,324 @@
+"""The door for a training loop: join a cluster, attach a model, iterate over this worker's leases.
+
+    cluster = workers.join("10.10.0.1", worker_id=2)
+    model, optimizer = cluster.attach(model, optimizer)
+    for images, labels in cluster.batches(train_set):
+        optimizer.zero_grad()
+        criterion(model(images), labels).backward()   # buckets leave as they become ready
+        optimizer.step()                              # waits for the averages, then steps
+
+The built-in loop (`workers.train`) uses this same door.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from paramserver import wire
+from paramserver.bucket import Bucket
+from paramserver.codec import CODECS
+from paramserver.errors import RunLost, UserError
+from paramserver.wire import Lease
+from workers.client import Client, Say
+from workers.data import order
+from workers.gradients import Gradients
+from workers.replica import Replica
+
+M = TypeVar("M", bound=nn.Module)
+
+
+class Sized(Protocol):
+    def __len__(self) -> int: ...
+
+
+def join(
+    host: str = "127.0.0.1",
+    worker_id: int | None = None,
+    *,
+    port: int = 65432,
+    timeout_s: float = 60.0,
+    say: Say = print,
+) -> Cluster:
+    """Greet the server at `host` and take part as worker `worker_id` (None: any free id).
+
+    Waits up to `timeout_s` for the server to answer. Raises `UserError` when none does or when it
+    refuses, with the reason.
+    """
+    client = Client(host, port, id=worker_id, say=say)
+    try:
+        client.connect(timeout_s)
+    except BaseException:
+        client.close()
+        raise
+    return Cluster(client)
+
+
+class Cluster:
+    """This worker's place in a run. `settings` are the run's, as the server told them."""
+
+    def __init__(self, client: Client) -> None:
+        assert client.welcome is not None
+        self.client = client
+        self.settings: dict[str, Any] = client.welcome.settings
+        self.worker_id = client.welcome.id
+        self._replica: Replica | None = None
+        self._gradients: Gradients | None = None
+        self._loaders: ThreadPoolExecutor | None = None
+        self._round = 0  # the round whose lease is being worked on
+        self._lease: Lease | None = None
+        self._stepped = True  # step() was called for it
+        self._loss: float | Tensor | None = None
+        self._waiting_s = 0.0
+        self._prefetch: Callable[[], None] | None = None
+
+    @property
+    def step(self) -> int:
+        """Updates applied so far."""
+        return self._replica.step if self._replica is not None else 0
+
+    @property
+    def waiting_s(self) -> float:
+        """Seconds spent in `step` waiting for averages, in all."""
+        return self._waiting_s
+
+    def attach(
+        self,
+        model: M,
+        optimizer: Optimizer,
+        *,
+        scheduler: LRScheduler | None = None,
+        clip_norm: float | None = None,
+        before_step: Callable[[nn.Module], None] | None = None,
+        accumulate: int = 1,
+    ) -> tuple[M, ClusterOptimizer]:
+        """Make this model a replica: it takes the run's state, and its gradients are exchanged.
+
+        What happens between the averaged gradient and the parameters is given here and runs in
+        every replica: `before_step(model)`, clipping of the total norm, the optimizer, the
+        schedule. `accumulate` backward passes make one step. Raises `UserError` where the model or
+        the optimizer is not the run's.
+        """
+        if self._replica is not None:
+            raise UserError("attach() was called twice", "a cluster trains one model")
+        replica = Replica(
+            model,
+            optimizer,
+            bucket_mb=self.settings["bucket_mb"],
+            codec=self.settings["codec"],
+            scheduler=scheduler,
+            clip_norm=clip_norm,
+            before_step=before_step,
+        )
+        self._replica = replica
+        self.client.device = str(next(iter(model.parameters())).device.type)
+        self.client.join(replica)
+        torch.manual_seed(self.settings["seed"] + self.worker_id)  # dropout differs per worker
+        self._gradients = Gradients(replica, self._send_bucket, accumulate)
+        return model, ClusterOptimizer(optimizer, self)
+
+    # ------------------------------------------------------------------ samples
+
+    def batches(
+        self,
+        dataset: Any,
+        *,
+        batch_size: int | None = None,
+        device: torch.device | str | None = None,
+    ) -> Iterator[Any]:
+        """This worker's batches, epoch after epoch, until the run has ended.
+
+        `dataset` is the same on every worker: something with a length and `batch(indices, device)`
+        or `dataset[i]` (samples are then collated as torch's DataLoader does, and tensors moved to
+        `device`). Which samples come is decided by the server, so that each one of an epoch is used
+        once, whoever takes part. The next lease's data is loaded while this one is computed.
+        """
+        if self._replica is None or self._gradients is None:
+            raise UserError("batches() before attach()", "attach the model first")
+        size = batch_size or int(self.settings["batch_size"])
+        load = _loader(dataset, device)
+        shuffled = _Shuffled(len(dataset), int(self.settings["seed"]))
+        ahead: dict[Lease, Future[Any]] = {}
+        self._loaders = ThreadPoolExecutor(1, "loader")
+
+        def prefetch() -> None:
+            assert self.client.follow is not None and self._loaders is not None
+            lease = self.client.follow.lease_ahead(self.worker_id)
+            if lease is not None and lease not in ahead:
+                ahead[lease] = self._loaders.submit(load, shuffled.indices(lease))
+
+        self._prefetch = None if hasattr(dataset, "batch") else prefetch
+        self.client.ready(len(dataset), size)
+        try:
+            while (lease := self._next_lease()) is not None:
+                loading = ahead.pop(lease, None)
+                ahead.clear()
+                if self._prefetch is not None:
+                    self._prefetch()
+                data = loading.result() if loading else load(shuffled.indices(lease))
+                self._gradients.begin()
+                self._stepped = False
+                yield data
+                if not self._stepped:
+                    raise UserError(
+                        "optimizer.step() was not called for the last batch",
+                        "call it once for every batch, on the optimizer that attach() returned",
+                    )
+        finally:
+            self._loaders.shutdown(wait=False, cancel_futures=True)
+
+    def _next_lease(self) -> Lease | None:
+        """Wait, following the log, until there is a round with a lease for us; None at the end."""
+        client = self.client
+        found: tuple[int, Lease] | None = None
+
+        def look() -> bool:
+            nonlocal found
+            assert client.follow is not None
+            found = client.follow.lease(self.worker_id, self._round)
+            return found is not None or client.ended is not None
+
+        generation = client.greetings
+        client.wait(look, "for samples")
+        if client.greetings != generation:
+            self._round = 0
+        if client.ended is not None:
+            return None
+        assert found is not None
+        self._round, self._lease = found
+        return self._lease
+
+    # ------------------------------------------------------------------ the exchange
+
+    def tell(self, loss: float | Tensor) -> None:
+        """The mean loss over this batch, for progress and logs; optional, before `step`."""
+        self._loss = loss
+
+    def _send_bucket(self, bucket: Bucket, values: Tensor, absent: tuple[int, ...]) -> None:
+        """A bucket of this step's gradient is complete: encode and send it, look what came in."""
+        assert self._lease is not None and self._replica is not None
+        codec = CODECS[self.settings["codec"] if bucket.kind == "grad" else "float32"]
+        buffers, scale = codec.encode(values)
+        loss = self._loss
+        self.client.push(
+            wire.Push(
+                round=self._round,
+                bucket=bucket.index,
+                samples=self._lease[2] - self._lease[1],
+                absent=absent,
+                scale=scale,
+                loss=None if loss is None else float(loss),
+            ),
+            buffers,
+        )
+        self.client.poll()
+
+    def _step(self) -> None:
+        """Send the rest of the gradient and follow the log until this round is over."""
+        if self._gradients is None or self._lease is None or self._stepped:
+            raise UserError(
+                "optimizer.step() without a batch of its own",
+                "call it once for every batch that batches() gives",
+            )
+        self._gradients.flush()
+        self._stepped, self._loss = True, None
+        client, generation = self.client, self.client.greetings
+        start = time.perf_counter()
+        client.wait(
+            lambda: (
+                client.greetings != generation
+                or client.ended is not None
+                or (client.follow is not None and client.follow.is_over(self._round))
+            ),
+            f"for the averages of round {self._round}",
+        )
+        if client.greetings != generation:
+            self._round = 0
+        self._waiting_s += time.perf_counter() - start
+
+    # ------------------------------------------------------------------ leaving
+
+    def leave(self, reason: str = "finished") -> None:
+        """Say goodbye and close the sockets; safe to call twice."""
+        self.client.goodbye(reason)
+        self.client.close()
+
+    def __enter__(self) -> Cluster:
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        self.leave("finished" if error is None else f"{type(error).__name__}: {error}")
+
+    @property
+    def end(self) -> wire.End | None:
+        """How the run ended; None while it goes on."""
+        return self.client.ended
+
+
+class ClusterOptimizer:
+    """The user's optimizer, whose `step` takes part in a round. Everything else is the user's."""
+
+    def __init__(self, optimizer: Optimizer, cluster: Cluster) -> None:
+        self.wrapped = optimizer
+        self._cluster = cluster
+
+    def step(self, closure: None = None) -> None:
+        """Send what is left of the gradient, wait for the round's end, apply what was closed.
+
+        Usually that is one update; none when the round came to nothing, several when this worker
+        was late. Raises `RunLost` when the server is gone.
+        """
+        if closure is not None:
+            raise UserError("step(closure) cannot be done over a cluster", "call step()")
+        self._cluster._step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients. They are always set to None: what is there is the run's average."""
+        self.wrapped.zero_grad(set_to_none=True)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.wrapped, name)
+
+
+class _Shuffled:
+    """The order of samples in the epochs that are in use: the newest two."""
+
+    def __init__(self, samples: int, seed: int) -> None:
+        self._samples, self._seed = samples, seed
+        self._orders: dict[int, Tensor] = {}
+
+    def indices(self, lease: Lease) -> Tensor:
+        epoch, start, stop = lease
+        if epoch not in self._orders:
+            self._orders = {e: o for e, o in self._orders.items() if e == epoch - 1}
+            self._orders[epoch] = order(self._samples, self._seed, epoch)
+        return self._orders[epoch][start:stop]
+
+
+def _loader(dataset: Any, device: torch.device | str | None) -> Callable[[Tensor], Any]:
+    """How batches come out of a data set: its own `batch`, or sample by sample."""
+    batch = getattr(dataset, "batch", None)
+    if callable(batch):
+        return lambda indices: batch(indices, device or "cpu")
+    from torch.utils.data import default_collate
+
+    def move(value: Any) -> Any:
+        if isinstance(value, Tensor) and device is not None:
+            return value.to(device)
+        if isinstance(value, list | tuple):
+            return [move(v) for v in value]
+        if isinstance(value, dict):
+            return {k: move(v) for k, v in value.items()}
+        return value
+
+    return lambda indices: move(default_collate([dataset[int(i)] for i in indices]))
+
+
+__all__ = ["Cluster", "ClusterOptimizer", "RunLost", "Sized", "join"]

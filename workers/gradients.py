@@ -1,0 +1,141 @@
+"""Gradients leave while backward runs: hooks on the parameters fill buckets, a full one is sent.
+
+A bucket is full when every parameter in it has its gradient of this step. What has none by the end
+(unused branches, frozen for a step) is sent by `flush` as absent, with zeros in its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from paramserver.bucket import Bucket
+from paramserver.errors import UserError
+from workers.replica import Replica
+
+Send = Callable[[Bucket, Tensor, tuple[int, ...]], None]
+
+
+class Gradients:
+    """Watches a replica's backward and hands every finished bucket to `send(bucket, values, absent)`.
+
+    `values` is a new flat float32 CPU tensor that belongs to the receiver; `absent` are the layout
+    indexes of parameters without a gradient. `accumulate` backward passes make one step.
+    """
+
+    def __init__(self, replica: Replica, send: Send, accumulate: int = 1) -> None:
+        self._replica = replica
+        self._send = send
+        self._accumulate = accumulate
+        self._plan = replica.plan
+        self._open = False
+        self._passes = [0] * len(replica.params)
+        self._missing: list[int] = []
+        self._values: dict[int, Tensor] = {}
+        self._sent: set[int] = set()
+        self._device = replica.params[0][1].device if replica.params else torch.device("cpu")
+        for index, (name, p) in enumerate(replica.params):
+            p.register_post_accumulate_grad_hook(self._hook(index, name))
+
+    def begin(self) -> None:
+        """A step begins: its buckets are all empty."""
+        self._open = True
+        self._passes = [0] * len(self._passes)
+        self._missing = [len(b.tensors) for b in self._plan.buckets]
+        self._values.clear()
+        self._sent.clear()
+
+    def drop(self) -> None:
+        """This step's gradients are not wanted any more: the hooks do nothing until `begin`."""
+        self._open = False
+        self._values.clear()
+
+    def flush(self) -> None:
+        """Backward is over: send what has not been sent, gradient or not, and the statistics."""
+        if not self._open:
+            return
+        for bucket in self._plan.buckets:
+            if bucket.index in self._sent:
+                continue
+            absent = []
+            if bucket.kind == "grad":
+                for index in bucket.tensors:
+                    passes = self._passes[index]
+                    if passes and passes != self._accumulate:
+                        # Fewer passes than stated reached it: what is there is its gradient.
+                        self._fill(index, only=bucket.index)
+                    elif not passes:
+                        absent.append(index)
+                        self._zero(index, bucket)
+            else:
+                for index in bucket.tensors:
+                    self._fill(index, only=bucket.index)
+            self._hand_over(bucket, tuple(absent))
+        self._open = False
+
+    def _hook(self, index: int, name: str) -> Callable[[Tensor], None]:
+        def on_gradient(p: Tensor) -> None:
+            if not self._open:
+                return
+            if p.grad is not None and p.grad.is_sparse:
+                raise UserError(
+                    f"{name} has a sparse gradient", "make its embedding with sparse=False"
+                )
+            self._passes[index] += 1
+            if self._passes[index] > self._accumulate:
+                raise UserError(
+                    f"{name} got its gradient {self._passes[index]} times in one step, "
+                    f"{self._accumulate} were stated",
+                    "state the number of backward passes for each step: attach(accumulate=...)",
+                )
+            if self._passes[index] == self._accumulate:
+                self._fill(index)
+                for number in self._plan.buckets_of[index]:
+                    self._missing[number] -= 1
+                    if self._missing[number] == 0:
+                        self._hand_over(self._plan.buckets[number], ())
+
+        return on_gradient
+
+    def _room(self, bucket: Bucket) -> Tensor:
+        values = self._values.get(bucket.index)
+        if values is None:
+            values = self._values[bucket.index] = torch.empty(bucket.size, device=self._device)
+        return values
+
+    def _span(self, index: int, bucket: Bucket) -> tuple[int, int, int]:
+        """Where the part of a tensor that lies in a bucket starts and stops in the bucket, and
+        where it starts in the tensor."""
+        begin, end = self._plan.offsets[index], self._plan.offsets[index + 1]
+        start, stop = max(begin, bucket.start), min(end, bucket.stop)
+        return start - bucket.start, stop - bucket.start, start - begin
+
+    def _fill(self, index: int, only: int | None = None) -> None:
+        """Copy a tensor's gradient (or statistic) into its buckets."""
+        source = self._source(index)
+        for number in self._plan.buckets_of[index]:
+            if only is not None and number != only:
+                continue
+            bucket = self._plan.buckets[number]
+            start, stop, offset = self._span(index, bucket)
+            self._room(bucket)[start:stop].copy_(source[offset : offset + stop - start])
+
+    def _source(self, index: int) -> Tensor:
+        params = self._replica.params
+        if index < len(params):
+            grad = params[index][1].grad
+            assert grad is not None
+            return grad.detach().reshape(-1)
+        others = [*self._replica.stats, *self._replica.counts]
+        return others[index - len(params)][1].detach().reshape(-1)
+
+    def _zero(self, index: int, bucket: Bucket) -> None:
+        start, stop, _ = self._span(index, bucket)
+        self._room(bucket)[start:stop].zero_()
+
+    def _hand_over(self, bucket: Bucket, absent: tuple[int, ...]) -> None:
+        values = self._values.pop(bucket.index)
+        self._sent.add(bucket.index)
+        self._send(bucket, values.cpu(), absent)

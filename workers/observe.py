@@ -1,0 +1,234 @@
+"""The observer: a replica that pushes nothing. It evaluates, writes checkpoints and logs.
+
+The server's command starts it (`python -m workers.observe`) and tells it all it needs in one line
+of JSON on its standard input; where that pipe ends, the server is gone: it writes a checkpoint
+and ends too.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+import threading
+from dataclasses import asdict
+from pathlib import Path
+
+import msgspec
+import torch
+
+from paramserver import wire
+from paramserver.config import exit_on_user_error
+from paramserver.errors import UserError
+from paramserver.runfolder import RunFolder
+from paramserver.settings import Settings
+from workers import checkpoint, data, models, recipe
+from workers.client import Client
+from workers.logbook import open_logbooks, step_values
+from workers.replica import Replica
+
+
+class Orders(msgspec.Struct, frozen=True):
+    """What the server's command tells its observer."""
+
+    host: str
+    port: int
+    key: str
+    run: str
+    folder: str
+    settings: Settings
+    resume: str | None = None
+
+
+class Observer:
+    """One observer of one run, from its first state to its last evaluation."""
+
+    def __init__(self, orders: Orders) -> None:
+        settings = self.settings = orders.settings
+        self.orders = orders
+        self.folder = RunFolder(Path(orders.folder))
+        self.device = recipe.choose_device(settings.device)
+        recipe.set_threads(1, 1)
+        self.val = data.load(settings.dataset, settings.seed).val
+        model = models.build(settings.model, settings.seed).to(self.device)
+        self.replica = Replica(
+            model,
+            recipe.build_optimizer(model, settings),
+            bucket_mb=settings.bucket_mb,
+            codec=settings.codec,
+        )
+        self.copy = copy.deepcopy(model)  # what is evaluated while updates go on
+        if orders.resume is not None:
+            self._resume(Path(orders.resume))
+        self.logbook = open_logbooks(settings, self.folder.path)
+        self.client = Client(
+            orders.host, orders.port, role="observer", key=orders.key, say=_say
+        )
+        self.client.on_close = self._on_close
+        self.client.give_up_s = settings.idle_timeout
+        self.server_gone = threading.Event()
+        self._logs: list[tuple[int, dict[str, float]]] = []  # held back during an evaluation
+        self._evaluated: tuple[int, float, float] | None = None  # step, loss, accuracy
+        self._saved_step: int | None = None
+        self._due: set[str] = set()
+        self._evaluating = False
+
+    def _resume(self, path: Path) -> None:
+        saved = checkpoint.load(path)
+        try:
+            self.replica.load(saved.state, saved.step, saved.lineage)
+        except ValueError as e:
+            raise UserError(
+                f"the checkpoint {path} does not fit this run's model: {e}",
+                "resume with the model it was trained with",
+            ) from None
+        # The optimizer's state brings its old learning rate; a newly chosen one wins.
+        if saved.settings.get("learning_rate") != self.settings.learning_rate:
+            for group in self.replica.optimizer.param_groups:
+                group["lr"] = self.settings.learning_rate
+        _say(f"resumed {path} at step {saved.step}")
+
+    def run(self) -> None:
+        """Follow the run to its end."""
+        client = self.client
+        client.connect(self.settings.join_timeout)
+        client.join(self.replica, self.replica.ledger)
+        while True:
+            client.wait(
+                lambda: self._due or client.ended or self.server_gone.is_set(), "for the next step"
+            )
+            if client.ended is not None or self.server_gone.is_set():
+                break
+            if "checkpoint" in self._due:
+                self._due.discard("checkpoint")
+                self._save()
+            if "evaluation" in self._due:
+                self._due.discard("evaluation")
+                self._evaluate()
+        if self.server_gone.is_set():
+            _say(f"the server is gone; writing a checkpoint of step {self.replica.step}")
+        self._finish()
+
+    def close(self) -> None:
+        """Sockets first: the server need not wait for what the loggers still have to write."""
+        self.client.close()
+        self.logbook.close()
+
+    # ------------------------------------------------------------------ step by step
+
+    def _on_close(self, close: wire.Close) -> None:
+        s, step = self.settings, close.step
+        norms = None
+        if s.track_gradients:
+            with_gradient = [(n, p.grad) for n, p in self.replica.params if p.grad is not None]
+            lengths = torch._foreach_norm([g for _, g in with_gradient]) if with_gradient else []
+            norms = {
+                n: float(norm) for (n, _), norm in zip(with_gradient, lengths, strict=True)
+            }
+        assert self.client.follow is not None
+        sent, received = self.client.follow.traffic
+        values = step_values(
+            loss=close.loss,
+            learning_rate=self.replica.optimizer.param_groups[0]["lr"],
+            samples=close.contributors,
+            step_s=close.seconds,
+            late=close.late,
+            sent_bytes=sent,
+            received_bytes=received,
+            gradient_norms=norms,
+        )
+        self._logs.append((step, values))
+        if s.eval_steps and step % s.eval_steps == 0 and not self._evaluating:
+            self._due.add("evaluation")
+        elif not self._evaluating:
+            self._write_logs()
+        if s.checkpoint_steps and step % s.checkpoint_steps == 0:
+            self._due.add("checkpoint")
+
+    def _evaluate(self) -> None:
+        """Judge a copy of this step's weights; between batches, updates go on being applied."""
+        step = self.replica.step
+        self.copy.load_state_dict(self.replica.state()["model"])
+        self._evaluating = True
+        first = len(self._logs) - 1
+        loss, accuracy = recipe.evaluate(
+            self.copy, self.val, self.device, lambda: self._keep_up()
+        )
+        self._evaluating = False
+        self._evaluated = (step, loss, accuracy)
+        self.client.report(step, {"val_loss": loss, "val_accuracy": accuracy})
+        if 0 <= first < len(self._logs) and self._logs[first][0] == step:
+            self._logs[first][1].update({"losses/val": loss, "accuracy/val": accuracy})
+        self._write_logs()
+
+    def _keep_up(self) -> None:
+        """Apply what has come in meanwhile; a checkpoint that falls due waits for the loop."""
+        self.client.wait(lambda: "checkpoint" in self._due, "", timeout_s=0)
+        if "checkpoint" in self._due:
+            self._due.discard("checkpoint")
+            self._save()
+
+    def _write_logs(self) -> None:
+        for step, values in self._logs:
+            self.logbook.log(step, values)
+        self._logs.clear()
+
+    def _save(self) -> None:
+        """A checkpoint; a disk that is full costs the checkpoint, not the run."""
+        step = self.replica.step
+        try:
+            checkpoint.save(
+                self.folder.checkpoints / checkpoint.name(step),
+                self.replica,
+                self.orders.run,
+                asdict(self.settings),
+            )
+            checkpoint.prune(self.folder.checkpoints, self.settings.keep_checkpoints)
+            self._saved_step = step
+        except OSError as e:
+            _say(f"checkpoint of step {step} was not written: {e}")
+
+    def _finish(self) -> None:
+        """The last checkpoint, the weights, the last evaluation; then goodbye."""
+        step = self.replica.step
+        if self._saved_step != step and step > 0:
+            self._save()
+        try:
+            checkpoint.save_model(self.folder.model, self.replica)
+        except OSError as e:
+            _say(f"{self.folder.model} was not written: {e}")
+        self._due.clear()
+        if self.server_gone.is_set():
+            return
+        if self._evaluated is None or self._evaluated[0] != step:
+            self._evaluate()
+        assert self._evaluated is not None
+        _, loss, accuracy = self._evaluated
+        self.client.report(step, {"val_loss": loss, "val_accuracy": accuracy}, final=True)
+        self.client.goodbye("finished")
+
+
+def main() -> None:
+    """The observer program; see the module's head."""
+    with exit_on_user_error():
+        line = sys.stdin.readline()
+        if not line:
+            raise UserError("the observer is started by the server", "make server starts both")
+        observer = Observer(msgspec.json.decode(line, type=Orders))
+
+        def watch_pipe() -> None:
+            sys.stdin.read()
+            observer.server_gone.set()
+
+        threading.Thread(target=watch_pipe, name="pipe", daemon=True).start()
+        try:
+            observer.run()
+        finally:
+            observer.close()
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""The worker's training: join, build what the run's settings say, loop over the leases.
+
+It uses the same door as anybody's own loop (`workers.cluster`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from torch import nn
+
+from paramserver import sockets
+from paramserver.config import check_worker_overrides, from_wire
+from paramserver.errors import UserError
+from paramserver.settings import Settings
+from workers import data, models, recipe
+from workers.cluster import Cluster, join
+
+PROGRESS_S = 5.0
+LOOPBACK = "127.0.0.1"
+
+
+def train(settings: Settings, given: dict[str, object], say: Callable[[str], None]) -> Cluster:
+    """Take part in a run until it ends; the cluster comes back joined, for the caller to leave.
+
+    `settings` are this process's own; the run's come from the server, and `given` (its command
+    line) must not contradict them. Raises `UserError`.
+    """
+    host = settings.host_ip or LOOPBACK
+    cluster = join(
+        host, settings.id, port=settings.port, timeout_s=settings.join_timeout, say=say
+    )
+    try:
+        run = from_wire(settings, cluster.settings)
+        check_worker_overrides(given, run)
+        device = recipe.choose_device(run.device)
+        recipe.set_threads(run.threads, run.num_workers if sockets.is_local(host) else 1)
+        say(f"worker {cluster.worker_id} of a run at {host}:{settings.port}, on {device}")
+
+        samples = data.load(run.dataset, run.seed).train
+        model = models.build(run.model, run.seed).to(device)
+        optimizer = recipe.build_optimizer(model, run)
+        criterion = nn.CrossEntropyLoss()
+        model.train()
+        model, stepper = cluster.attach(model, optimizer)
+        say(f"stands at step {cluster.step}")
+
+        progress = Progress(say)
+        for images, labels in cluster.batches(samples, device=device):
+            stepper.zero_grad()
+            loss = criterion(model(images), labels)
+            cluster.tell(loss=loss)
+            loss.backward()
+            stepper.step()
+            progress.did(len(labels), cluster)
+        end = cluster.end
+        assert end is not None
+        say(f"the run is over at step {end.step}: {end.reason}")
+        if end.error:
+            raise UserError(f"the run ended early: {end.reason}")
+    except BaseException as e:
+        cluster.leave(f"{type(e).__name__}: {e}".strip().splitlines()[0])
+        raise
+    return cluster
+
+
+class Progress:
+    """A line every few seconds: where this worker stands and how fast it is."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
+        self._samples = self._steps = 0
+        self._at = time.monotonic()
+        self._waited = 0.0
+
+    def did(self, samples: int, cluster: Cluster) -> None:
+        self._samples += samples
+        self._steps += 1
+        now = time.monotonic()
+        if now - self._at < PROGRESS_S:
+            return
+        seconds = now - self._at
+        waited = cluster.waiting_s - self._waited
+        self._say(
+            f"step {cluster.step}  {self._steps / seconds:.1f} steps/s  "
+            f"{self._samples / seconds:,.0f} samples/s  "
+            f"waiting {100 * waited / seconds:.0f} % of the time"
+        )
+        self._samples = self._steps = 0
+        self._at, self._waited = now, cluster.waiting_s
