@@ -10,6 +10,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -191,11 +192,9 @@ class ObserverProcess:
                 env={**os.environ, "OMP_NUM_THREADS": "1"},
             )
         assert process.stdin is not None
-        try:
+        with suppress(BrokenPipeError):  # it may die at once; `look` tells
             process.stdin.write(msgspec.json.encode(self._orders) + b"\n")
             process.stdin.flush()  # and stays open: its end tells that the server is gone
-        except BrokenPipeError:
-            pass  # it died at once; `look` tells
         return process
 
     def look(self, server: Server) -> None:
@@ -220,10 +219,8 @@ class ObserverProcess:
     def finish(self) -> None:
         """Wait for its end, which may take its loggers' last upload; kill it after that."""
         assert self._process.stdin is not None
-        try:
+        with suppress(BrokenPipeError):
             self._process.stdin.close()
-        except BrokenPipeError:
-            pass
         try:
             self._process.wait(OBSERVER_PATIENCE_S)
         except subprocess.TimeoutExpired:
@@ -290,9 +287,7 @@ def serve(settings: Settings) -> int:
     show = Show(settings, folder)
     run, key = secrets.token_hex(8), secrets.token_hex(16)
     try:
-        server = Server(
-            settings, to_wire(settings), show, hosts=hosts, run=run, observer_key=key
-        )
+        server = Server(settings, to_wire(settings), show, hosts=hosts, run=run, observer_key=key)
     except UserError:
         folder.path.rmdir()  # nothing is in it
         raise

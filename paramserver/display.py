@@ -3,9 +3,9 @@
 On a terminal a few lines are drawn anew, about four times a second, below the log lines:
 
     ━━━━━━━━━━━━━━━━━━━━━━━━━━╸───────────  step 812/1,120   72 %   0:03 left
-    epoch 3/5   loss 0.2134   accuracy 93.4 %   298 steps/s   19,080 samples/s
+    loss 0.2134   19,080 samples/s   epoch 3/5   accuracy 93.4 %   298 steps/s
       worker 1  mini1   9,540 samples/s
-      worker 2  mini2   late 0.41 s
+      worker 2  mini2       late 0.41 s
 
 Elsewhere (a pipe, CI, `plain=true`) there are plain lines without control codes, about every five
 seconds and where the phase changes.
@@ -17,6 +17,7 @@ holds up or ends the run.
 
 from __future__ import annotations
 
+import io
 import os
 import select
 import sys
@@ -88,10 +89,11 @@ class Display:
         clock: Callable[[], datetime] = datetime.now,
     ) -> None:
         """`clock` tells the time of day, for the stamps of lines."""
-        self._stream = stream or sys.stdout
+        wanted = stream or sys.stdout  # None where it was closed when Python started
+        self._gone = wanted is None or wanted.closed  # nobody is there
+        self._stream: TextIO = io.StringIO() if self._gone else wanted
         self._clock = clock
         self._live = not plain and _is_terminal(self._stream)
-        self._gone = False  # nobody is there any more
         self._due = float("-inf")
         self._pending: deque[str] = deque(maxlen=1000)  # lines above the drawing, not yet written
         # Live
@@ -104,10 +106,10 @@ class Display:
         self._line = ""
         self._phase = ""
         self._late = ""
-        if reconfigure := getattr(self._stream, "reconfigure", None):
-            reconfigure(errors="replace")  # a host's name need not exist in the terminal's encoding
-        encoding = (getattr(self._stream, "encoding", None) or "utf-8").lower()
-        self._bar = "━╸─" if encoding.startswith("utf") else "=>-"
+        self._encoding = getattr(self._stream, "encoding", None) or "utf-8"
+        self._bar = "━╸─" if self._encoding.lower().startswith("utf") else "=>-"
+        self._file = _descriptor(self._stream, self._live)
+        self._unsent = b""  # of the newest piece
         self._console = Console(
             file=self._stream,
             force_terminal=self._live,
@@ -159,6 +161,9 @@ class Display:
         self._drawing = ""
         self._emit(LAST_WAIT_S)
         self._gone = True
+        if self._live and self._file is not None:
+            os.close(self._file)
+            self._file = None
 
     # Making text
 
@@ -171,7 +176,7 @@ class Display:
 
     def _draw(self, status: Status) -> None:
         columns, rows = self._size()
-        width = max(columns - 1, 10)  # a character in the last column wraps on some terminals
+        width = max(columns - 1, 1)  # a character in the last column wraps on some terminals
         lines = _drawn_lines(status, width, rows - 2, self._bar)
         for line in lines:
             line.truncate(width, overflow="ellipsis")
@@ -191,28 +196,45 @@ class Display:
         line = ", ".join(parts)
         if status.late and status.late != self._late:
             line += f"; {_clean(status.late)}"
-        self._line_at, self._phase, self._late = now, status.phase, status.late
         if line != self._line:
-            self._line = line
+            self._line_at, self._line = now, line
+            self._phase, self._late = status.phase, status.late
             self.say(line)
 
     # Writing text
 
     def _emit(self, wait_s: float = 0.0) -> None:
-        """Write pending lines and the drawing in one piece, if the stream takes them now."""
-        if self._gone or (not self._pending and self._drawing == self._drawn):
-            return
+        """Send pending lines and the drawing in one piece, as far as the stream takes it now."""
         try:
-            if not self._takes_output(wait_s):
+            if self._gone or not self._sent(wait_s):
                 return
-            self._stream.write(self._erasing() + "".join(self._pending) + self._drawing)
+            if not self._pending and self._drawing == self._drawn:
+                return
+            piece = self._erasing() + "".join(self._pending) + self._drawing
             self._pending.clear()
             self._drawn, self._on_screen = self._drawing, self._widths if self._drawing else ()
-            self._stream.flush()
-        except BlockingIOError:
-            pass  # somebody made the stream non-blocking: the rest stays in its buffer
+            self._unsent = piece.encode(self._encoding, "replace")  # of a host's name, say
+            self._sent(wait_s)
         except (OSError, ValueError):  # a closed pipe, a terminal that hung up, a closed file
             self._give_up()
+
+    def _sent(self, wait_s: float) -> bool:
+        """Go on sending `_unsent` without ever blocking; whether nothing of it is left."""
+        file = self._file
+        if file is None:
+            self._stream.write(self._unsent.decode(self._encoding))
+            self._unsent = b""
+            return True
+        while self._unsent:
+            if not select.select([], [file], [], wait_s)[1]:
+                return False
+            try:
+                # A pipe that is ready takes this much without blocking.
+                count = os.write(file, self._unsent[: select.PIPE_BUF])
+            except BlockingIOError:
+                return False
+            self._unsent = self._unsent[count:]
+        return True
 
     def _erasing(self) -> str:
         """What takes the last drawing off the screen, though the window may be narrower now."""
@@ -230,12 +252,6 @@ class Display:
             return 80, 24
         return 100, 24
 
-    def _takes_output(self, wait_s: float) -> bool:
-        try:
-            return bool(select.select([], [self._stream], [], wait_s)[1])
-        except (OSError, ValueError, TypeError):
-            return True  # not a file: nothing to wait for
-
     def _give_up(self) -> None:
         """Nobody reads: be silent, also when Python flushes the stream at its exit."""
         self._gone = True
@@ -247,12 +263,28 @@ class Display:
 
 def _is_terminal(stream: TextIO) -> bool:
     """Whether lines can be drawn anew; rich's own answer can be forced by FORCE_COLOR."""
-    try:
-        there = stream.isatty()
-    except ValueError:  # closed
-        return False
     clever = os.environ.get("TERM", "dumb") not in ("dumb", "unknown")
-    return there and clever and not os.environ.get("CI")
+    return stream.isatty() and clever and not os.environ.get("CI")
+
+
+def _descriptor(stream: TextIO, live: bool) -> int | None:
+    """Where to write; of a terminal one of our own, to be closed; None where it is no file.
+
+    A terminal may stop taking output at any byte, and a write would wait: behind a cut ssh
+    connection, for ever. Ours does not wait. That mode belongs to an open file, and stdout's is
+    shared with the shell and all its programs, so the terminal is opened once more.
+    """
+    try:
+        stream.flush()
+        if not live:
+            return stream.fileno()
+        flags = os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC
+        try:
+            return os.open(os.ttyname(stream.fileno()), flags)
+        except OSError:  # it has no name in this container, or belongs to another user
+            return os.dup(stream.fileno())
+    except (OSError, ValueError):
+        return None
 
 
 def _drawn_lines(status: Status, width: int, height: int, bar: str) -> list[Text]:
@@ -309,7 +341,7 @@ def _worker_lines(workers: Sequence[WorkerStatus], width: int, room: int) -> lis
             Text.assemble(
                 f"  worker {worker.id:>{ids}}  ",
                 (host + " " * (widest - cell_len(host) + 2), "dim") if widest else "",
-                (_clean(worker.trouble), "yellow") if worker.trouble else f"{rate:>16}",
+                (f"{_clean(worker.trouble):>16}", "yellow") if worker.trouble else f"{rate:>16}",
             )
         )
     if hidden and room > 0:

@@ -12,7 +12,7 @@ from pathlib import Path
 from paramserver.config import exit_on_user_error, load
 from paramserver.errors import UserError
 
-DEMO = {"dataset.name": "digits", "num_epochs": "6", "num_workers": "2", "eval_steps": "100"}
+DEMO = {"dataset.name": "digits", "num_epochs": "15", "num_workers": "2", "eval_steps": "100"}
 """What the demo sets, unless the command line says otherwise."""
 PATIENCE_S = 20.0
 

@@ -2,8 +2,8 @@
 
 The work of a run is one endless queue of ranges, epoch after epoch without a barrier. A lease takes
 a range from its head; the last range of an epoch may be short. What comes back is put in front, in
-its old order, so that nothing is skipped, and what has been counted never comes back, so that nothing
-is applied twice. At any time, in samples:
+its old order, so that nothing is skipped, and what has been counted never comes back, so that
+nothing is applied twice. At any time, in samples:
 
     done + partly + skipped + leased + returned + ahead = epochs * samples
 

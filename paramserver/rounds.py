@@ -14,7 +14,7 @@ A peer goes through these states:
 
 and the run through these:
 
-    no origin yet -> [snapshot] -> round open -> closed (step + 1) or void -> ... -> ended
+    no origin yet -> [snapshot] -> round open -> closed (step + 1) or void -> ... -> ending -> ended
 
 While a snapshot is given no round is open; while a round is open no snapshot starts.
 """
@@ -51,6 +51,7 @@ from paramserver.wire import (
     next_lineage,
 )
 
+ENDING_TIMEOUTS = 3  # heartbeat timeouts that the observer has for its next sign of catching up
 LEASES_HELD = 2  # one being computed, one whose data loads meanwhile
 PUSH_TIMES_KEPT = 64
 DERIVED_TIMEOUT_MIN_S = 1.0
@@ -169,6 +170,7 @@ class Peer:
         self.last_seen = 0.0
         self.push_times: deque[float] = deque(maxlen=PUSH_TIMES_KEPT)
         self.failed_gives = 0
+        self.stands_at: int | None = None
 
     @property
     def name(self) -> str:
@@ -252,6 +254,7 @@ class Rounds:
         self.ledger: Ledger | None = None
         self.round: Round | None = None
         self.snapshot: Snapshot | None = None
+        self.ending: tuple[str, bool] | None = None  # reason, error: no more rounds
         self.ended: End | None = None
         self.started = False  # the first round has opened
         self.tallies: dict[int, Tally] = {}
@@ -264,6 +267,7 @@ class Rounds:
         self._buckets = 0
         self._ready_since: float | None = None  # the first worker is ready
         self._busy_at = now  # a step was closed, or somebody came to work
+        self._ending_at = now  # the end was begun, or the observer came closer to it
         self._said_phase = ""
         self._said_late: frozenset[int] = frozenset()
         self._effects: list[Effect] = []
@@ -375,15 +379,23 @@ class Rounds:
         return self._out()
 
     def behind(self, session: str, now: float) -> list[Effect]:
-        """A replica asked for updates that are not kept any more: it needs a snapshot."""
+        """A replica asked for updates that are not kept any more: it may join again."""
         peer = self.peers[session]
         if peer.join is None:
             return self._out()
         if self.round and (member := self._member_of(peer)):
             self._out_of_round(member, "fell behind the kept updates", now)
         self._return_leases(peer)
-        peer.state = WAITING
-        self._send(peer, Admit(action="adopt", step=self.step, lineage=self.lineage))
+        peer.state, peer.ready = GREETED, None
+        self._send(peer, Admit(action="behind", step=self.step, lineage=self.lineage))
+        self._progress(now)
+        return self._out()
+
+    def stands(self, session: str, step: int, now: float) -> list[Effect]:
+        """The observer has applied everything up to `step`."""
+        peer = self.peers[session]
+        peer.stands_at = step
+        self._ending_at = now
         self._progress(now)
         return self._out()
 
@@ -498,7 +510,11 @@ class Rounds:
                 self._abort_snapshot(f"{culprit.name} was silent for {timeout:g} s", now)
             self._close_if_due(now)
             if now - self._busy_at > self.rules.idle_timeout:
-                self._end(f"nothing happened for {self.rules.idle_timeout:g} s: {self.phase(now)}")
+                self._begin_end(
+                    f"nothing happened for {self.rules.idle_timeout:g} s: {self.phase(now)}",
+                    now,
+                    error=True,
+                )
             self._progress(now)
             self._say_phase(now)
         return self._out()
@@ -570,12 +586,15 @@ class Rounds:
             phase=self.phase(now),
             open=self.open_message(),
             closed=self._rounds - (1 if self.round else 0),
+            ending=self.ending is not None,
         )
 
     def phase(self, now: float) -> str:
         """What the run is doing or waiting for, as a sentence."""
         if self.ended is not None:
             return f"ended: {self.ended.reason}"
+        if self.ending is not None:
+            return "waiting for the observer to catch up with the last step"
         if self.layout is None:
             who = "the observer" if self.rules.observer else "the first worker"
             return f"waiting for {who}, whose model and first weights are the run's"
@@ -603,22 +622,35 @@ class Rounds:
 
     def stop(self, reason: str, now: float, *, error: bool = False) -> list[Effect]:
         """End the run at the last closed step; the open round is void."""
-        if self.ended is None:
-            self._end(reason, error=error)
+        self._begin_end(reason, now, error=error)
+        self._progress(now)
         return self._out()
 
-    def _end(self, reason: str, *, error: bool | None = None) -> None:
+    def _begin_end(self, reason: str, now: float, *, error: bool) -> None:
+        """No more rounds; the observer may catch up, so that what it keeps is the last step."""
+        if self.ending is not None:
+            return
         if self.round is not None:
             self._void("the run ends")
         for peer in self.peers.values():
             self._return_leases(peer)
-        finished = self.ledger is not None and self.ledger.finished
+        self.ending, self._ending_at = (reason, error), now
+        self._effects.append(Publish(self.pulse(now)))  # the observer tells where it stands
+
+    def _observer_catches_up(self, now: float) -> bool:
+        """Is the observer still on its way to the last step, within its time?"""
+        if now - self._ending_at > ENDING_TIMEOUTS * self.rules.heartbeat_timeout:
+            return False
+        return any(
+            p.role == "observer" and p.join is not None and p.stands_at != self.step
+            for p in self.peers.values()
+        )
+
+    def _end(self) -> None:
+        assert self.ending is not None
+        reason, error = self.ending
         self.ended = End(
-            nonce=self.nonce,
-            step=self.step,
-            lineage=self.lineage,
-            reason=reason,
-            error=(not finished) if error is None else error,
+            nonce=self.nonce, step=self.step, lineage=self.lineage, reason=reason, error=error
         )
         self._effects.append(Ended(self.ended))
 
@@ -794,16 +826,20 @@ class Rounds:
             samples = sum(m.samples for m in current.members.values() if bucket in m.got)
             if samples:
                 absent = tuple(sorted(current.absent[bucket]))
-                self._effects.append(
-                    Finish(current.number, self.step + 1, bucket, samples, absent)
-                )
+                self._effects.append(Finish(current.number, self.step + 1, bucket, samples, absent))
 
     def _round_opened_at(self, now: float) -> float:
         return self.round.opened_at if self.round else now
 
     def _progress(self, now: float) -> None:
         """Close what is complete; then start what can start: a snapshot, a round, the end."""
-        if self.ended is not None or self.layout is None:
+        if self.ended is not None:
+            return
+        if self.ending is not None:
+            if not self._start_snapshot(now) and not self._observer_catches_up(now):
+                self._end()
+            return
+        if self.layout is None:
             return
         if self.round is not None:
             if len(self.round.finished) < self._buckets:
@@ -815,7 +851,8 @@ class Rounds:
         elif (following := self._try_open(now)) is not None:
             self._effects.append(Publish(following))
         if self.round is None and self.snapshot is None and self._everything_done():
-            self._end("all epochs are done", error=False)
+            self._begin_end("all epochs are done", now, error=False)
+            self._progress(now)
 
     def _everything_done(self) -> bool:
         return self.ledger is not None and self.ledger.finished
@@ -925,7 +962,14 @@ class Rounds:
         """Between rounds, the first one who waits for a snapshot gets it. Is one under way now?"""
         if self.snapshot is not None or self.round is not None:
             return self.snapshot is not None
-        joiner = next((p for p in self.peers.values() if p.state == WAITING and p.join), None)
+        joiner = next(
+            (
+                p
+                for p in self.peers.values()
+                if p.state == WAITING and p.join and (self.ending is None or p.role == "observer")
+            ),
+            None,
+        )
         givers = [p for p in self.peers.values() if p.state == REPLICA]
         if joiner is None or not givers:
             return False

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import msgspec
+import torch
 import zmq
 
 from paramserver import rounds, sockets, wire
@@ -141,6 +142,9 @@ class Server:
         self._told: set[bytes] = set()  # who was told that it sends rubbish
         self._stop: str | None = None
         self._ended_at: float | None = None
+        # Sums are bound by memory, and threads that wait for each other on shared cores cost
+        # milliseconds each time.
+        torch.set_num_threads(settings.threads or 1)
         self._ctx = sockets.context()
         self._ipc: Path | None = sockets.private_folder("paramserver-") if _has_ipc() else None
         try:
@@ -181,11 +185,9 @@ class Server:
             limit = max(0.0, min(next_tick, due if due is not None else next_tick) - now)
             poller.poll(math.ceil(1000 * limit))
             for _ in range(MESSAGES_PER_TURN):
-                try:
-                    frames = self._router.recv_multipart(zmq.NOBLOCK, copy=False)
-                except zmq.Again:
+                if not sockets.readable(self._router):
                     break
-                self._receive(frames)
+                self._receive(self._router.recv_multipart(copy=False))
             now = time.monotonic()
             if now >= next_tick or (due is not None and now >= due):
                 next_tick = now + TICK_S
@@ -270,6 +272,8 @@ class Server:
                 if goal is not None:
                     self._send(goal, message, *buffers)
                 self._carry_out(effects)
+            case wire.Stand():
+                self._carry_out(r.stands(session, message.step, now))
             case wire.Adopted():
                 self._carry_out(r.adopted(session, message.snapshot, now))
             case wire.Report():
@@ -373,9 +377,7 @@ class Server:
             for frames in update.messages:
                 if not self._send_frames(route, frames):
                     return
-        self._send(
-            session, wire.Fetched(step=self.rounds.step, open=self.rounds.open_message())
-        )
+        self._send(session, wire.Fetched(step=self.rounds.step, open=self.rounds.open_message()))
 
     # ------------------------------------------------------------------ what goes out
 

@@ -1,11 +1,12 @@
 """The protocol: every message, and how it becomes ZeroMQ frames and back.
 
 A message is a list of frames. Frame 0 is the **header**: one of the frozen structs below as JSON,
-told apart by its `type`. Every further frame is a raw buffer of numbers; its meaning is fixed by the
-header and its length is checked against the layout before a byte of it is used. There is no pickle.
+told apart by its `type`. Every further frame is a raw buffer of numbers; its meaning is fixed by
+the header and its length is checked against the layout before a byte of it is used. There is no
+pickle.
 
-Sockets: a `ROUTER` (port) for everything addressed to one peer, a `PUB` (port + 1) for what everyone
-follows. A peer holds three sockets: the **door** (DEALER, TCP), where it says hello and later
+Sockets: a `ROUTER` (port) for everything addressed to one peer, a `PUB` (port + 1) for what all of
+them follow. A peer holds three sockets: the **door** (DEALER, TCP), where it says hello and later
 beats from a thread of its own; the **link** (DEALER) for the rest; and a SUB.
 
 ========== ============== ==================================================================
@@ -25,6 +26,7 @@ Close      PUB or link    the round is over: this is the next update of the log
 Open       PUB or link    a round is open, who is in it, with which samples (also inside Close)
 Fetch      link -> server send me the updates after this step, Averages and Closes as on PUB
 Fetched    server -> link that was all; where the log stands now
+Stand      link -> server the observer has applied everything up to this step
 Give       server -> link you are the one who gives the snapshot
 Manifest   link -> link   what the snapshot holds (through the server)
 Want       link -> link   send me this piece of it (through the server)
@@ -60,11 +62,11 @@ Lease = tuple[int, int, int]
 
 
 class Message(msgspec.Struct, frozen=True, tag_field="type", tag=str.lower, kw_only=True):
-    """Base of all headers. `type` comes first on the wire, so that a SUB can subscribe by prefix."""
+    """Base of all headers. `type` comes first on the wire: a SUB can subscribe by prefix."""
 
 
 class Tensor(msgspec.Struct, frozen=True, array_like=True):
-    """One tensor of the layout. `kind`: grad (mean), stat (mean, always float32), count (maximum)."""
+    """One tensor of the layout. `kind`: grad (mean), stat (mean, as float32), count (maximum)."""
 
     name: str
     shape: tuple[int, ...]
@@ -81,7 +83,7 @@ class Layout(msgspec.Struct, frozen=True):
         return hashlib.sha256(msgspec.json.encode(self)).hexdigest()[:16]
 
     def difference(self, other: Layout) -> str | None:
-        """The first difference to `other`, as a sentence about `other`; None when they are equal."""
+        """The first difference to `other`, as a sentence about it; None when they are equal."""
         mine = {t.name: t for t in self.tensors}
         theirs = {t.name: t for t in other.tensors}
         for t in self.tensors:
@@ -157,7 +159,8 @@ class Join(Message, frozen=True):
 
 class Admit(Message, frozen=True):
     action: str
-    """origin: your state is the run's; follow: fetch what you lack; adopt: a snapshot follows."""
+    """origin: your state is the run's; follow: fetch what you lack; adopt: a snapshot follows;
+    behind: what you lack is not kept any more, join again when you want a snapshot."""
     step: int
     lineage: str
 
@@ -243,6 +246,10 @@ class Fetched(Message, frozen=True):
     open: Open | None = None
 
 
+class Stand(Message, frozen=True):
+    step: int
+
+
 # --------------------------------------------------------------------------- snapshots
 
 
@@ -304,6 +311,8 @@ class Pulse(Message, frozen=True):
     sent_bytes: int = 0
     """By the server to all, since it started; and what it received."""
     received_bytes: int = 0
+    ending: bool = False
+    """No more rounds; the run ends as soon as the observer stands at the newest step."""
 
 
 class Report(Message, frozen=True):
@@ -329,8 +338,8 @@ class End(Message, frozen=True):
 
 ANY = (
     Hello | Welcome | Probe | Greet | Join | Admit | Ready | Reject | Push | Refused | Average
-    | Open | Close | Fetch | Fetched | Give | Manifest | Want | Piece | Adopted | Abort | Beat
-    | Pulse | Report | Goodbye | End
+    | Open | Close | Fetch | Fetched | Stand | Give | Manifest | Want | Piece | Adopted | Abort
+    | Beat | Pulse | Report | Goodbye | End
 )  # fmt: skip
 
 _encoder = msgspec.json.Encoder()

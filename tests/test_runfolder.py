@@ -1,4 +1,4 @@
-"""Run folders are never shared, metrics are whole lines of JSON, and a full disk is only told of."""
+"""Run folders are never shared, metrics are whole lines of JSON, a full disk is only told of."""
 
 from __future__ import annotations
 

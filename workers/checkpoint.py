@@ -113,5 +113,3 @@ def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         seen.add(own.untyped_storage().data_ptr())
         result[key] = own
     return result
-
-

@@ -64,6 +64,10 @@ class Client:
         self.give_up_s = 60.0
         self.on_close: Callable[[wire.Close], None] | None = None
         """Called after each applied update."""
+        self.on_missed: Callable[[wire.Close], None] | None = None
+        """If set, this replica may go adrift: when it has fallen behind what the server keeps, it
+        only hears of closes until `catch_up` is called, and disturbs nobody with a snapshot."""
+        self.adrift = False
         self._hello = wire.Hello(
             protocol=wire.PROTOCOL,
             role=role,
@@ -90,6 +94,8 @@ class Client:
         self._give_later: wire.Give | None = None
         self._ready: wire.Ready | None = None
         self._must_greet = False
+        self._left_behind = False  # the run has ended, and its last updates are not to be had
+        self._stood = -1  # the step that the server was last told we stand at
         self.greetings = 0
         """How often this client was welcomed: a wait for a round of an earlier time is void."""
 
@@ -253,11 +259,22 @@ class Client:
 
     @property
     def ended(self) -> wire.End | None:
-        """The run's end, once every update before it is applied."""
+        """The run's end, once every update before it is applied (or cannot be had any more)."""
         end = self.follow.end if self.follow else None
-        if end is None or self.replica is None or self.replica.step < end.step:
+        if end is None or self.replica is None:
             return None
-        return end
+        return end if self.replica.step >= end.step or self._left_behind else None
+
+    @property
+    def follows(self) -> bool:
+        """Is this replica in its place, neither adrift nor waiting for a snapshot?"""
+        return self._joined
+
+    def catch_up(self) -> None:
+        """Take a snapshot after having been adrift."""
+        if self.adrift:
+            self.adrift = False
+            self._send_join()
 
     # ------------------------------------------------------------------ the loop
 
@@ -335,25 +352,21 @@ class Client:
         if self._may_read_sub() and (self._held or self._read_sub()):
             self._next_published()
             return True
-        try:
-            frames = self._link.recv_multipart(zmq.NOBLOCK, copy=False)
-        except zmq.Again:
+        if not sockets.readable(self._link):
             return False
-        self._from_link(*self._decode(frames))
+        self._from_link(*self._decode(self._link.recv_multipart(copy=False)))
         return True
 
     def _may_read_sub(self) -> bool:
         """SUB waits while a fetch or a snapshot is on its way: it continues where they end."""
         f = self.follow
-        return f is not None and self._joined and f.fetching_since is None
+        return f is not None and (self._joined or self.adrift) and f.fetching_since is None
 
     def _read_sub(self) -> bool:
         assert self._sub is not None
-        try:
-            frames = self._sub.recv_multipart(zmq.NOBLOCK, copy=False)
-        except zmq.Again:
+        if not sockets.readable(self._sub):
             return False
-        self._held.append(self._decode(frames))
+        self._held.append(self._decode(self._sub.recv_multipart(copy=False)))
         return True
 
     def _next_published(self) -> None:
@@ -383,11 +396,14 @@ class Client:
     # ------------------------------------------------------------------ messages
 
     def _published(self, message: Any, buffers: list[Any]) -> bool:
-        """One message of the log, from SUB or fetched; False when something is missing before it."""
+        """A message of the log, from SUB or fetched; False when something is missing before it."""
         f, replica = self.follow, self.replica
         assert f is not None and replica is not None
         now = time.monotonic()
         f.heard(now)
+        if self.adrift:
+            self._heard_adrift(message, now)
+            return True
         effect: follow.Effect = follow.NOTHING
         if isinstance(message, wire.Average):
             effect = f.average(message)
@@ -397,6 +413,7 @@ class Client:
             effect = f.opened(message)
         elif isinstance(message, wire.Pulse):
             effect = f.pulse(message, now)
+            self._stand(message)
         elif isinstance(message, wire.End):
             effect = f.ended(message)
         if isinstance(effect, follow.Take):
@@ -412,6 +429,26 @@ class Client:
             self.say(f"{effect.why}: taking a snapshot")
             self._send_join()
         return not isinstance(effect, follow.Gap)
+
+    def _heard_adrift(self, message: Any, now: float) -> None:
+        f = self.follow
+        assert f is not None
+        if isinstance(message, wire.Close) and message.nonce == f.nonce:
+            if self.on_missed is not None:
+                self.on_missed(message)
+        elif isinstance(message, wire.Pulse):
+            f.pulse(message, now)
+        elif isinstance(message, wire.End):
+            f.ended(message)
+        if f.ending or f.end is not None:
+            self.catch_up()
+
+    def _stand(self, pulse: wire.Pulse) -> None:
+        """The observer tells where it stands, so that the run does not end before it is there."""
+        assert self.follow is not None
+        if self._hello.role == "observer" and self._stood != pulse.step == self.follow.step:
+            self._stood = pulse.step
+            self._send(wire.Stand(step=pulse.step))
 
     def _fetch(self) -> None:
         assert self.follow is not None
@@ -429,7 +466,10 @@ class Client:
             case wire.Fetched():
                 if f is not None and isinstance(f.fetched(message.step, message.open), follow.Gap):
                     self._fetch()
+            case wire.Pulse() if f is not None and self.adrift:
+                self._heard_adrift(message, now)
             case wire.Pulse() if f is not None:
+                self._stand(message)
                 if isinstance(f.pulse(message, now), follow.Gap) and f.fetching_since is None:
                     self._fetch()
             case wire.Admit():
@@ -454,7 +494,7 @@ class Client:
                 self._on_abort(message)
             case wire.End() if f is not None:
                 f.ended(message)
-                if f.step < message.step:
+                if f.step < message.step and self._joined:
                     self._fetch()
             case _:
                 pass  # Refused: the round's close tells the rest; Probe, late
@@ -463,11 +503,20 @@ class Client:
         f, replica = self.follow, self.replica
         assert f is not None and replica is not None
         self._admitted = message
-        if message.action == "adopt":
+        f.fetching_since = None
+        if message.action in ("adopt", "behind"):
             self._joined = False
-            f.fetching_since = None
             self._held.clear()
-            return  # Manifest and pieces follow
+            if message.action == "adopt":
+                return  # Manifest and pieces follow
+            if f.end is not None:
+                self._left_behind = True
+                self.say(f"the run ended at step {f.end.step}, this replica at {f.step}")
+            elif self.on_missed is not None and not f.ending:
+                self.adrift = True
+            else:
+                self._send_join()
+            return
         self._joined_now()
         if message.action == "follow" and message.step > f.step:
             self._fetch()

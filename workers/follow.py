@@ -1,7 +1,7 @@
 """Where a replica stands in the log, what it waits for, what it drops, what it fetches again.
 
-The worker's counterpart of `paramserver.rounds`, and as pure: messages and `now` come in, one effect
-comes out of each, and nothing here knows a socket or a tensor. Three rules:
+The worker's counterpart of `paramserver.rounds`, and as pure: messages and `now` come in, one
+effect comes out of each, and nothing here knows a socket or a tensor. Three rules:
 
 1. An average is taken in as it comes, but nothing is applied before the close of its round.
 2. Only the update that leads from my step to the next one is of use: older ones are dropped, newer
@@ -74,6 +74,8 @@ class Follow:
         """The newest round known to be over."""
         self.phase = ""
         """What the server last said it was doing."""
+        self.ending = False
+        """The server opens no more rounds."""
         self.traffic = (0, 0)
         """Bytes the server last said it had sent and received."""
         self.end: End | None = None
@@ -136,7 +138,8 @@ class Follow:
         """The server lives. Its pulse may overtake a close on its way: behind twice is a gap."""
         if m.nonce != self.nonce:
             return Drop("of another server")
-        self.phase, self.traffic = m.phase, (m.sent_bytes, m.received_bytes)
+        self.phase, self.ending = m.phase, m.ending
+        self.traffic = (m.sent_bytes, m.received_bytes)
         if m.step > self.step:
             behind_before, self._pulse_step = self._pulse_step == self.step, self.step
             return Gap() if behind_before else NOTHING

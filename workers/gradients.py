@@ -19,7 +19,7 @@ Send = Callable[[Bucket, Tensor, tuple[int, ...]], None]
 
 
 class Gradients:
-    """Watches a replica's backward and hands every finished bucket to `send(bucket, values, absent)`.
+    """Watches a replica's backward and gives every full bucket to `send(bucket, values, absent)`.
 
     `values` is a new flat float32 CPU tensor that belongs to the receiver; `absent` are the layout
     indexes of parameters without a gradient. `accumulate` backward passes make one step.

@@ -257,6 +257,7 @@ class _Wandb:
             "finish_timeout": WANDB_FINISH_S,
             "stop_fn": lambda: news("W&B asks to stop: end the run at its server"),  # not by SIGINT
             "x_save_requirements": False,
+            "x_disable_stats": True,  # by one more process, of this machine alone
         }
         known = {key: option for key, option in options.items() if hasattr(wandb.Settings(), key)}
 

@@ -60,10 +60,9 @@ class Observer:
         if orders.resume is not None:
             self._resume(Path(orders.resume))
         self.logbook = open_logbooks(settings, self.folder.path)
-        self.client = Client(
-            orders.host, orders.port, role="observer", key=orders.key, say=_say
-        )
+        self.client = Client(orders.host, orders.port, role="observer", key=orders.key, say=_say)
         self.client.on_close = self._on_close
+        self.client.on_missed = self._on_missed
         self.client.give_up_s = settings.idle_timeout
         self.server_gone = threading.Event()
         self._logs: list[tuple[int, dict[str, float]]] = []  # held back during an evaluation
@@ -94,7 +93,8 @@ class Observer:
         client.join(self.replica, self.replica.ledger)
         while True:
             client.wait(
-                lambda: self._due or client.ended or self.server_gone.is_set(), "for the next step"
+                lambda: (self._due and client.follows) or client.ended or self.server_gone.is_set(),
+                "for the next step",
             )
             if client.ended is not None or self.server_gone.is_set():
                 break
@@ -115,15 +115,23 @@ class Observer:
 
     # ------------------------------------------------------------------ step by step
 
+    def _on_missed(self, close: wire.Close) -> None:
+        """A step that this replica did not follow: log it, and catch up where it matters."""
+        self._note(close, None)
+        if self._due:
+            self.client.catch_up()
+
     def _on_close(self, close: wire.Close) -> None:
-        s, step = self.settings, close.step
         norms = None
-        if s.track_gradients:
+        if self.settings.track_gradients:
             with_gradient = [(n, p.grad) for n, p in self.replica.params if p.grad is not None]
             lengths = torch._foreach_norm([g for _, g in with_gradient]) if with_gradient else []
-            norms = {
-                n: float(norm) for (n, _), norm in zip(with_gradient, lengths, strict=True)
-            }
+            norms = {n: float(norm) for (n, _), norm in zip(with_gradient, lengths, strict=True)}
+        self._note(close, norms)
+
+    def _note(self, close: wire.Close, norms: dict[str, float] | None) -> None:
+        """Log a step, and see what is due after it."""
+        s, step = self.settings, close.step
         assert self.client.follow is not None
         sent, received = self.client.follow.traffic
         values = step_values(
@@ -149,15 +157,13 @@ class Observer:
         step = self.replica.step
         self.copy.load_state_dict(self.replica.state()["model"])
         self._evaluating = True
-        first = len(self._logs) - 1
-        loss, accuracy = recipe.evaluate(
-            self.copy, self.val, self.device, lambda: self._keep_up()
-        )
+        loss, accuracy = recipe.evaluate(self.copy, self.val, self.device, lambda: self._keep_up())
         self._evaluating = False
         self._evaluated = (step, loss, accuracy)
         self.client.report(step, {"val_loss": loss, "val_accuracy": accuracy})
-        if 0 <= first < len(self._logs) and self._logs[first][0] == step:
-            self._logs[first][1].update({"losses/val": loss, "accuracy/val": accuracy})
+        for logged, values in self._logs:
+            if logged == step:
+                values.update({"losses/val": loss, "accuracy/val": accuracy})
         self._write_logs()
 
     def _keep_up(self) -> None:

@@ -20,7 +20,7 @@ EVALUATION_BATCH = 500
 
 
 def choose_device(wanted: str) -> torch.device:
-    """The device of that name; `auto`: CUDA, then MPS, then CPU. Raises `UserError` if not there."""
+    """The device of that name; `auto`: CUDA, then MPS, then CPU. Raises `UserError` if missing."""
     have = ["cpu"]
     if torch.backends.mps.is_available():
         have.insert(0, "mps")
@@ -58,7 +58,7 @@ def evaluate(
     """(mean loss, share of right answers) over a set; `between()` runs after every batch."""
     model.eval()
     loss, right = 0.0, 0
-    for indices in torch.arange(len(samples)).split(EVALUATION_BATCH):
+    for indices in torch.split(torch.arange(len(samples)), EVALUATION_BATCH):
         images, labels = samples.batch(indices, device)
         outputs = model(images)
         loss += float(nn.functional.cross_entropy(outputs, labels, reduction="sum"))

@@ -28,9 +28,7 @@ def train(settings: Settings, given: dict[str, object], say: Callable[[str], Non
     line) must not contradict them. Raises `UserError`.
     """
     host = settings.host_ip or LOOPBACK
-    cluster = join(
-        host, settings.id, port=settings.port, timeout_s=settings.join_timeout, say=say
-    )
+    cluster = join(host, settings.id, port=settings.port, timeout_s=settings.join_timeout, say=say)
     try:
         run = from_wire(settings, cluster.settings)
         check_worker_overrides(given, run)

@@ -1,8 +1,8 @@
 """float16: 11 bits of precision, two bytes each, with one power-of-two scale for each bucket.
 
-float16 ends at 65504 and gets coarse below 6e-5. Gradients of one bucket span far less than that, so
-the bucket is scaled by a power of two (exact in float32) that puts its largest magnitude near 1024:
-no overflow, and small numbers keep their bits. Zeros, infinities and NaN pass through as they are.
+float16 ends at 65504 and gets coarse below 6e-5. Gradients of one bucket span far less than that,
+so the bucket is scaled by a power of two (exact in float32) that puts its largest magnitude near
+1024: no overflow, and small numbers keep their bits. Zeros, infinities and NaN pass through as they are.
 """
 
 from __future__ import annotations

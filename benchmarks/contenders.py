@@ -1,0 +1,359 @@
+"""What is measured, as functions that run in processes of their own: this project, and its peers.
+
+All return plain values. Times are seconds of whole rounds, from the end of one to the end of the
+next, in the process of the first worker or rank.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from paramserver import __main__ as server_program
+from paramserver import bucket, curves, sockets, wire
+from paramserver.codec import CODECS
+from paramserver.settings import Settings
+from workers import data, models, recipe
+from workers.client import Client
+from workers.cluster import join
+
+LOOPBACK = "127.0.0.1"
+PATIENCE_S = 60.0
+SEED = 42
+
+
+class Layers(nn.Module):
+    """Layers whose gradients cost what they are told to: nothing, or a wait.
+
+    `shapes` are the elements of each layer, first layer first. Backward takes `seconds` in all,
+    slept in equal parts before each layer's gradient; that is the layer's own weights, so that it
+    costs neither time nor memory.
+    """
+
+    def __init__(self, shapes: Sequence[int], seconds: float = 0.0) -> None:
+        super().__init__()
+        torch.manual_seed(SEED)
+        self.layers = nn.ParameterList(torch.empty(n).normal_(std=0.01) for n in shapes)
+        self.seconds = seconds
+
+    def forward(self) -> Tensor:
+        x = torch.zeros(())
+        for layer in self.layers:
+            x = _Layer.apply(x, layer, self.seconds / len(self.layers))
+        return x
+
+
+class _Layer(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weights: Tensor, seconds: float) -> Tensor:
+        ctx.gradient, ctx.seconds = weights.detach(), seconds
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        if ctx.seconds:
+            time.sleep(ctx.seconds)
+        return gradients[0], ctx.gradient.detach(), None
+
+
+class Idle(Optimizer):
+    """An optimizer that leaves everything as it is: it is not the exchange's."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {})
+
+    def step(self, closure: Any = None) -> None:
+        pass
+
+
+class Laps:
+    """Times of rounds: `lap` ends one and says whether there are more; the first are warm-up."""
+
+    def __init__(self, rounds: int, warm_up: int) -> None:
+        self._left = rounds + warm_up
+        self._rounds = rounds
+        self._seconds: list[float] = []
+        self._at = time.perf_counter()
+
+    def lap(self) -> bool:
+        now = time.perf_counter()
+        self._seconds.append(now - self._at)
+        self._at, self._left = now, self._left - 1
+        return self._left > 0
+
+    @property
+    def seconds(self) -> list[float]:
+        return self._seconds[-self._rounds :]
+
+
+def _backward_alone(model: Layers, rounds: int = 5) -> float:
+    """Median seconds of a backward whose gradients nobody takes."""
+    seconds = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        model().backward()
+        seconds.append(time.perf_counter() - start)
+        model.zero_grad()
+    return sorted(seconds)[rounds // 2]
+
+
+# ------------------------------------------------------------------ this project
+
+
+def server(*settings: str) -> None:
+    """The server program; only the picture it draws at the end of a run is left out."""
+    curves.draw = lambda *_, **__: None  # type: ignore[assignment]
+    try:
+        server_program.main([*settings, "plain=true"])
+    except SystemExit as end:
+        if end.code:
+            raise
+
+
+def worker(
+    host: str,
+    port: int,
+    number: int,
+    shapes: Sequence[int],
+    rounds: int,
+    warm_up: int,
+    *,
+    seconds: float = 0.0,
+    tcp: bool = False,
+) -> dict[str, Any]:
+    """Train `Layers` for that many rounds, by the door that every training loop uses.
+
+    `tcp`: not over ipc, although the server is on this host.
+    """
+    torch.set_num_threads(1)
+    if tcp:
+        sockets.ipc_usable = lambda folder: False  # type: ignore[assignment]
+    model = Layers(shapes, seconds)
+    alone = _backward_alone(model)
+    with join(host, number, port=port, timeout_s=PATIENCE_S) as cluster:
+        model, optimizer = cluster.attach(model, Idle(model.parameters()))
+        laps = Laps(rounds, warm_up)
+        for _ in cluster.batches(_Nothing(int(cluster.settings["num_workers"]) * 1000)):
+            optimizer.zero_grad()
+            model().backward()
+            optimizer.step()
+            if not laps.lap():
+                break
+    return {"seconds": laps.seconds, "alone": alone}
+
+
+class _Nothing:
+    """A data set without data, so that loading it is not measured."""
+
+    def __init__(self, length: int) -> None:
+        self._length = length
+
+    def __len__(self) -> int:
+        return self._length
+
+    def batch(self, indices: Tensor, device: object) -> None:
+        return None
+
+
+def simulated_workers(
+    port: int, numbers: Sequence[int], elements: int, rounds: int, warm_up: int
+) -> dict[str, Any]:
+    """Several workers in one process, that push the same gradient and look at no average.
+
+    What they cost is their sockets; so rounds tell what the server can bear.
+    """
+    torch.set_num_threads(1)
+    clients = [Client(LOOPBACK, port, id=n, say=lambda line: None) for n in numbers]
+    try:
+        with ThreadPoolExecutor(len(clients)) as pool:  # who joins takes a snapshot from another
+            for entered in [pool.submit(_enter, client, elements) for client in clients]:
+                entered.result()
+        settings = clients[0].welcome.settings if clients[0].welcome else {}
+        buckets = _encoded(clients[0].replica, settings["codec"])
+        laps, more = Laps(rounds, warm_up), True
+        while more:
+            for client, number in zip(clients, numbers, strict=True):
+                lease = _lease(client, number)
+                for index, (buffers, scale) in enumerate(buckets):
+                    push = wire.Push(round=lease[0], bucket=index, samples=1, scale=scale)
+                    client.push(push, buffers)
+            for client in clients:
+                _see_the_end(client, lease[0])
+            more = laps.lap()
+        for client in clients:
+            client.goodbye("finished")
+    finally:
+        for client in clients:
+            client.close()
+    return {"seconds": laps.seconds}
+
+
+class _Shadow:
+    """What a simulated worker shows for a replica: it counts steps and holds no weights."""
+
+    def __init__(self, elements: int, bucket_mb: float) -> None:
+        self.layout = wire.Layout((wire.Tensor("weights", (elements,), "float32"),))
+        self.plan = bucket.plan(self.layout, bucket_mb)
+        self.step, self.lineage = 0, "origin"
+        self.ledger: Any = None
+
+    def take(self, average: wire.Average, buffers: Sequence[Any]) -> None:
+        pass
+
+    def apply(self, close: wire.Close) -> None:
+        self.step, self.lineage, self.ledger = close.step, close.lineage, close.ledger
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def load(self, state: dict[str, Any], step: int, lineage: str) -> None:
+        self.step, self.lineage = step, lineage
+
+    def digest(self) -> str:
+        return ""
+
+
+def _enter(client: Client, elements: int) -> None:
+    welcome = client.connect(PATIENCE_S)
+    client.join(_Shadow(elements, welcome.settings["bucket_mb"]))  # type: ignore[arg-type]
+    client.ready(welcome.settings["num_workers"] * 1000, 1)
+    _lease(client, welcome.id)
+
+
+def _lease(client: Client, number: int) -> tuple[int, wire.Lease]:
+    follow = client.follow
+    assert follow is not None
+    client.wait(lambda: follow.lease(number, 0), "for a round", PATIENCE_S)
+    lease = follow.lease(number, 0)
+    if lease is None:
+        raise TimeoutError(f"worker {number} got no round to take part in")
+    return lease
+
+
+def _see_the_end(client: Client, number: int) -> None:
+    follow = client.follow
+    assert follow is not None
+    if not client.wait(lambda: follow.is_over(number), "for its end", PATIENCE_S):
+        raise TimeoutError(f"round {number} does not end")
+
+
+def _encoded(replica: Any, codec: str) -> list[tuple[list[Any], float]]:
+    return [CODECS[codec].encode(torch.randn(b.size)) for b in replica.plan.buckets]
+
+
+# ------------------------------------------------------------------ torch.distributed with gloo
+
+
+def _join_gloo(rank: int, ranks: int, address: str, port: int) -> None:
+    torch.set_num_threads(1)
+    loopback = "lo0" if sys.platform == "darwin" else "lo"
+    os.environ["GLOO_SOCKET_IFNAME"] = loopback if address == LOOPBACK else "eth0"
+    dist.init_process_group(
+        "gloo",
+        init_method=f"tcp://{address}:{port}",
+        rank=rank,
+        world_size=ranks,
+        timeout=timedelta(seconds=PATIENCE_S),
+    )
+    dist.barrier()
+
+
+def all_reduce(
+    rank: int,
+    ranks: int,
+    address: str,
+    port: int,
+    elements: int,
+    rounds: int,
+    warm_up: int,
+    *,
+    half: bool = False,
+) -> dict[str, Any]:
+    """Averages of one flat tensor, gloo's best case; `half`: in float16, as DDP's hook does it."""
+    _join_gloo(rank, ranks, address, port)
+    torch.manual_seed(SEED)
+    flat = torch.empty(elements).normal_()
+    small = torch.empty(elements if half else 0, dtype=torch.float16)
+    laps, more = Laps(rounds, warm_up), True
+    while more:
+        if half:
+            small.copy_(flat).div_(ranks)
+            dist.all_reduce(small)
+            flat.copy_(small)
+        else:
+            dist.all_reduce(flat)
+            flat.div_(ranks)
+        more = laps.lap()
+    dist.barrier()
+    dist.destroy_process_group()
+    return {"seconds": laps.seconds}
+
+
+def ddp_layers(
+    rank: int,
+    ranks: int,
+    port: int,
+    shapes: Sequence[int],
+    rounds: int,
+    warm_up: int,
+    *,
+    seconds: float = 0.0,
+) -> dict[str, Any]:
+    """`Layers` in DistributedDataParallel, as `worker` trains it."""
+    _join_gloo(rank, ranks, LOOPBACK, port)
+    model = Layers(shapes, seconds)
+    alone = _backward_alone(model)
+    parallel = DistributedDataParallel(model)
+    laps, more = Laps(rounds, warm_up), True
+    while more:
+        model.zero_grad()
+        parallel().backward()
+        more = laps.lap()
+    dist.barrier()
+    dist.destroy_process_group()
+    return {"seconds": laps.seconds, "alone": alone}
+
+
+def ddp_training(
+    rank: int, ranks: int, port: int, steps: int, warm_up: int, way: str
+) -> dict[str, Any]:
+    """The training of `python -m workers` in DistributedDataParallel: same data, model, optimizer.
+
+    `way`: float32, float16 (its hook), or "no exchange": every rank for itself.
+    """
+    _join_gloo(rank, ranks, LOOPBACK, port)
+    settings = Settings(dataset={"name": "digits"})
+    samples = data.load(settings.dataset, settings.seed).train
+    model = models.build(settings.model, settings.seed)
+    optimizer = recipe.build_optimizer(model, settings)
+    criterion = nn.CrossEntropyLoss()
+    parallel: Any = model if way == "no exchange" else DistributedDataParallel(model)
+    if way == "float16":
+        parallel.register_comm_hook(None, fp16_compress_hook)
+    size = settings.batch_size
+    order, start = data.order(len(samples), settings.seed, 0), rank * size
+    laps, more = Laps(steps, warm_up), True
+    while more:
+        if start + size > len(samples):
+            order, start = data.order(len(samples), settings.seed, 0), rank * size
+        images, labels = samples.batch(order[start : start + size])
+        start += ranks * size
+        optimizer.zero_grad()
+        criterion(parallel(images), labels).backward()
+        optimizer.step()
+        more = laps.lap()
+    dist.barrier()
+    dist.destroy_process_group()
+    return {"seconds": laps.seconds}

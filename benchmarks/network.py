@@ -1,0 +1,196 @@
+"""Wires: what loopback and a link really carry, and hosts of their own on this machine.
+
+A host is a network namespace with one link to a switch (a bridge in a namespace of its own), held
+to a rate in both directions by `tbf`. It takes root on Linux.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+NAMESPACES = Path("/run/netns")
+CLONE_NEWNET = 0x40000000
+CHUNK = 2**20
+SETTLED_S = 0.1  # for TCP's window to open
+Address = tuple[str, int] | str
+"""Host and port, or the path of a Unix socket."""
+
+
+def why_no_hosts() -> str | None:
+    """Why this machine cannot have hosts of its own; None where it can."""
+    if sys.platform != "linux":
+        return "network namespaces exist on Linux only"
+    if os.geteuid() != 0:
+        return "network namespaces take root"
+    missing = [tool for tool in ("ip", "tc") if shutil.which(tool) is None]
+    return f"{' and '.join(missing)} not found (iproute2)" if missing else None
+
+
+class Hosts:
+    """Hosts of these names on one switch, as a context; each link carries `rate` each way."""
+
+    def __init__(self, names: list[str], rate: str = "1gbit") -> None:
+        self._prefix = f"bench{os.getpid()}-"
+        self._names = names
+        self._rate = rate
+        self._made: list[str] = []
+
+    def __getitem__(self, name: str) -> str:
+        """What `move_to` and `Team.start` call this host."""
+        return self._prefix + name
+
+    def address(self, name: str) -> str:
+        return f"10.77.0.{self._names.index(name) + 1}"
+
+    def __enter__(self) -> Hosts:
+        _remove_orphans()
+        try:
+            switch = self._add("switch")
+            _ip(f"-n {switch} link add bridge type bridge")
+            _ip(f"-n {switch} link set bridge up")
+            for number, name in enumerate(self._names, 1):
+                host, port = self._add(name), f"port{number}"
+                _ip(f"-n {host} link add eth0 type veth peer name {port} netns {switch}")
+                _ip(f"-n {host} addr add {self.address(name)}/24 dev eth0")
+                _ip(f"-n {switch} link set {port} master bridge")
+                for namespace, device in ((host, "lo"), (host, "eth0"), (switch, port)):
+                    _ip(f"-n {namespace} link set {device} up")
+                for namespace, device in ((host, "eth0"), (switch, port)):
+                    shape = f"tbf rate {self._rate} burst 512kb latency 100ms"
+                    _call("tc", f"-n {namespace} qdisc add dev {device} root {shape}")
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        while self._made:  # the links go with their namespaces
+            with contextlib.suppress(RuntimeError):
+                _ip(f"netns del {self._made.pop()}")
+
+    def _add(self, name: str) -> str:
+        self._made.append(self[name])
+        _ip(f"netns add {self[name]}")
+        return self[name]
+
+
+def move_to(host: str) -> None:
+    """Let this process, which must have one thread, live on that host."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    file = os.open(NAMESPACES / host, os.O_RDONLY)
+    try:
+        if libc.setns(file, CLONE_NEWNET) != 0:
+            raise OSError(ctypes.get_errno(), f"cannot move to {host}")
+    finally:
+        os.close(file)
+
+
+def _remove_orphans() -> None:
+    """Those of a benchmark that was killed."""
+    for path in NAMESPACES.glob("bench*-*"):
+        match = re.fullmatch(r"bench(\d+)-.*", path.name)
+        if match and not Path(f"/proc/{match[1]}").exists():
+            with contextlib.suppress(RuntimeError):
+                _ip(f"netns del {path.name}")
+
+
+def _ip(arguments: str) -> None:
+    _call("ip", arguments)
+
+
+def _call(tool: str, arguments: str) -> None:
+    done = subprocess.run([tool, *arguments.split()], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{tool} {arguments}: {done.stderr.strip()}")
+
+
+# ------------------------------------------------------------------ raw speed
+
+
+def receive(address: Address, seconds: float) -> float:
+    """Take in what `send` sends for so long; bytes per second."""
+    with _socket(address) as server:
+        server.bind(address)
+        server.listen(1)
+        connection, _ = server.accept()
+    with connection:
+        buffer, total, now = bytearray(CHUNK), 0, 0.0
+        begin = time.perf_counter() + SETTLED_S
+        while now < begin + seconds:
+            count = connection.recv_into(buffer)
+            now = time.perf_counter()
+            total += count if now > begin else 0
+        return total / (now - begin)
+
+
+def send(address: Address) -> None:
+    """Send bytes as fast as they go, until the other side has had enough."""
+    with _connect(address) as connection, contextlib.suppress(OSError):
+        data = bytes(CHUNK)
+        while True:
+            connection.sendall(data)
+
+
+def answer(address: Address) -> None:
+    """Send back every byte to `ask`."""
+    with _socket(address) as server:
+        server.bind(address)
+        server.listen(1)
+        connection, _ = server.accept()
+    with connection:
+        while data := connection.recv(64):
+            connection.sendall(data)
+
+
+def ask(address: Address, times: int) -> float:
+    """Median seconds of a round trip of one byte."""
+    with _connect(address) as connection:
+        seconds = []
+        for _ in range(times):
+            start = time.perf_counter()
+            connection.sendall(b"?")
+            connection.recv(64)
+            seconds.append(time.perf_counter() - start)
+    return sorted(seconds)[times // 2]
+
+
+def _socket(address: Address) -> socket.socket:
+    made = socket.socket(socket.AF_UNIX if isinstance(address, str) else socket.AF_INET)
+    if not isinstance(address, str):
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return made
+
+
+def _connect(address: Address, patience_s: float = 10.0) -> socket.socket:
+    deadline = time.monotonic() + patience_s
+    while True:
+        connection = _socket(address)
+        try:
+            connection.connect(address)
+        except OSError:
+            connection.close()
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
+        else:
+            return connection
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """A port that is free there, and the next one too; below those of outgoing connections."""
+    for port in range(20_000 + os.getpid() % 5_000 * 2, 32_000, 2):
+        with contextlib.suppress(OSError), socket.socket() as first, socket.socket() as second:
+            first.bind((host, port))
+            second.bind((host, port + 1))
+            return port
+    raise RuntimeError(f"no two free ports in a row at {host}")
