@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import select
 import sys
 from collections import deque
@@ -36,7 +37,7 @@ from rich.text import Text
 
 DRAW_S = 0.25
 PLAIN_S = 5.0  # between plain lines
-PHASE_S = 1.0  # the same where the phase has changed: a phase may count something
+PHASE_S = 1.0  # the same where the phase has changed
 LAST_WAIT_S = 5.0  # for a stopped terminal to take the final table
 TRAINING = "training"
 
@@ -184,7 +185,8 @@ class Display:
         self._widths = tuple(line.cell_len for line in lines)
 
     def _print_plain(self, status: Status, now: float) -> None:
-        pause_s = PLAIN_S if status.phase == self._phase else PHASE_S
+        phase = re.sub(r"\d+", "", status.phase)  # one that counts down stays the same phase
+        pause_s = PLAIN_S if phase == self._phase else PHASE_S
         if now < self._line_at + pause_s:
             return
         parts = [_clean(status.phase)]
@@ -198,7 +200,7 @@ class Display:
             line += f"; {_clean(status.late)}"
         if line != self._line:
             self._line_at, self._line = now, line
-            self._phase, self._late = status.phase, status.late
+            self._phase, self._late = phase, status.late
             self.say(line)
 
     # Writing text

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from paramserver.config import exit_on_user_error, load
 from paramserver.errors import UserError
+from paramserver.schema import scope
 
 DEMO = {"dataset.name": "digits", "num_epochs": "15", "num_workers": "2", "eval_steps": "100"}
 """What the demo sets, unless the command line says otherwise."""
@@ -22,7 +23,7 @@ def demo(arguments: list[str]) -> int:
     given = {a.partition("=")[0] for a in arguments}
     arguments = [f"{k}={v}" for k, v in DEMO.items() if k not in given] + arguments
     settings = load(arguments, "server").settings  # mistakes are told before anything starts
-    port = f"port={settings.port}"
+    local = [a for a in arguments if _for_workers(a.partition("=")[0])]
     if settings.num_workers > 16:
         raise UserError(f"{settings.num_workers} workers on one machine", "num_workers=2 is enough")
     server = subprocess.Popen([sys.executable, "-m", "paramserver", *arguments])
@@ -33,7 +34,7 @@ def demo(arguments: list[str]) -> int:
             with open(logs / f"worker-{number}.log", "wb") as log:
                 workers.append(
                     subprocess.Popen(
-                        [sys.executable, "-m", "workers", f"id={number}", port],
+                        [sys.executable, "-m", "workers", f"id={number}", *local],
                         stdout=log,
                         stderr=subprocess.STDOUT,
                         stdin=subprocess.DEVNULL,
@@ -50,6 +51,11 @@ def demo(arguments: list[str]) -> int:
             except subprocess.TimeoutExpired:
                 p.kill()
                 p.wait()
+
+
+def _for_workers(name: str) -> bool:
+    """Settings of one process that the workers of a demo share with the server."""
+    return scope(name) == "local" and name not in ("id", "run_dir", "plain", "host_ip")
 
 
 def _watch(

@@ -31,7 +31,7 @@ TICK_S = 0.1
 PULSES_PER_TIMEOUT = 10
 MESSAGES_PER_TURN = 64
 FETCH_BYTES = 4 * 2**20
-FAREWELL_S = 5.0
+FAREWELLS = 3  # heartbeat timeouts that a worker has to say goodbye after the run's end
 
 
 class Watcher(Protocol):
@@ -203,12 +203,16 @@ class Server:
         return self.rounds.ended
 
     def _finished(self) -> bool:
-        """Has everybody who is alive said goodbye?"""
+        """Has everybody who is alive said goodbye, or had the time to?"""
         if self._ended_at is None:
             return False
         now = time.monotonic()
-        patience = max(FAREWELL_S, self.settings.heartbeat_timeout)
-        return all(now - p.last_seen > patience for p in self.rounds.peers.values())
+        silence = self.settings.heartbeat_timeout
+        return all(
+            now - p.last_seen > silence
+            or (p.role == "worker" and now - self._ended_at > FAREWELLS * silence)
+            for p in self.rounds.peers.values()
+        )
 
     def close(self) -> None:
         """Release sockets and files; safe to call twice."""

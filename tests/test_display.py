@@ -373,6 +373,19 @@ def test_plain_lines_every_five_seconds_and_when_the_phase_changes(pipe: Pipe) -
     ]
 
 
+def test_a_phase_that_counts_down_does_not_print_a_line_a_second(pipe: Pipe) -> None:
+    display = Display(pipe.stream, clock=at_noon)
+    for now in range(12):
+        display.update(Status(f"waiting for 3 workers (starts in {60 - now} s)"), float(now))
+    display.update(Status("paused: nobody is here"), 12.0)
+    assert [line[10:] for line in pipe.text.splitlines()] == [
+        "waiting for 3 workers (starts in 60 s)",
+        "waiting for 3 workers (starts in 55 s)",
+        "waiting for 3 workers (starts in 50 s)",
+        "paused: nobody is here",
+    ]
+
+
 def test_a_reason_is_told_once(pipe: Pipe) -> None:
     display = Display(pipe.stream)
     for now in range(0, 60, 5):

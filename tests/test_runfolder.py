@@ -17,7 +17,14 @@ import pytest
 
 import paramserver.runfolder as runfolder
 from paramserver.errors import UserError
-from paramserver.runfolder import EvalLine, RunFolder, StepLine, latest, write_whole
+from paramserver.runfolder import (
+    EvalLine,
+    RunFolder,
+    StepLine,
+    find_checkpoint,
+    latest,
+    write_whole,
+)
 
 NOON = datetime(2026, 11, 22, 12, 0, 9)
 
@@ -238,3 +245,27 @@ def test_latest_is_the_newest_folder(tmp_path: Path) -> None:
     newest = latest(tmp_path)
     assert newest is not None
     assert newest.path == tmp_path / "2026-11-22_12-00-09-10"
+
+
+def test_what_resume_names(tmp_path: Path) -> None:
+    def checkpoint(folder: str, step: int) -> Path:
+        path = tmp_path / folder / "checkpoints" / f"step-{step:08}.safetensors"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        return path
+
+    with pytest.raises(UserError) as error:
+        find_checkpoint("latest", tmp_path)
+    assert str(tmp_path) in error.value.problem
+    older = checkpoint("2026-11-21_00-00-00", 900)
+    checkpoint("2026-11-22_00-00-00", 500)
+    newest = checkpoint("2026-11-22_00-00-00", 1500)
+    (tmp_path / "2026-11-23_00-00-00").mkdir()  # of a run that ended before its first checkpoint
+    assert find_checkpoint("latest", tmp_path) == newest
+    assert find_checkpoint(str(older), tmp_path) == older
+    assert find_checkpoint(str(older.parent.parent), tmp_path) == older
+    assert find_checkpoint(str(older.parent), tmp_path) == older
+    assert find_checkpoint("2026-11-21_00-00-00", tmp_path) == older
+    for wrong in ("2026-11-23_00-00-00", "missing"):
+        with pytest.raises(UserError, match=f"resume={wrong}"):
+            find_checkpoint(wrong, tmp_path)

@@ -199,9 +199,10 @@ class Client:
         now = time.monotonic()
         self.follow = follow.Follow(self.welcome.nonce, replica.step, replica.lineage, now)
         self._send_join(ledger)
-        self.wait(lambda: self._joined, "to be admitted")
-        assert self._admitted is not None
-        return self._admitted.action
+        self.wait(lambda: self._joined or self.ended or self._must_greet, "to be admitted")
+        if self.ended is not None and not self._joined:
+            raise RunLost(f"the run ended before this replica could join: {self.ended.reason}")
+        return self._admitted.action if self._admitted is not None else ""
 
     def _send_join(self, ledger: dict[str, Any] | None = None) -> None:
         assert self.replica is not None
@@ -291,7 +292,8 @@ class Client:
     def wait(self, done: Callable[[], Any], what: str, timeout_s: float | None = None) -> bool:
         """Handle messages, applying updates, until `done()`; False if `timeout_s` passed first.
 
-        Says from time to time what it waits for. Raises `RunLost` when the server is silent for
+        Says from time to time that it waits for `what` (empty: only what is out of the ordinary),
+        and what the server is doing. Raises `RunLost` when the server is silent for
         longer than `give_up_s`.
         """
         start = time.monotonic()
@@ -313,18 +315,19 @@ class Client:
             self._tick(now)
             if now > say_at:
                 text = self._waiting_for(what, now)
-                if text != said:
+                if text not in ("", said):
                     self.say(text)
                 said, say_at = text, now + SAY_WAITING_AFTER_S
         return True
 
     def _waiting_for(self, what: str, now: float) -> str:
         f = self.follow
+        text = f"waiting {what}" if what else ""
         if f is None or now - f.heard_at > self.heartbeat_timeout / 2:
-            return f"waiting {what}: the server is silent"
+            return f"{text or 'waiting'}: the server is silent"
         if f.phase in ("", "training"):
-            return f"waiting {what}"
-        return f"waiting {what}: {f.phase}"
+            return text
+        return f"{text or 'the server is'}: {f.phase}"
 
     def _tick(self, now: float) -> None:
         f = self.follow
@@ -400,7 +403,6 @@ class Client:
         f, replica = self.follow, self.replica
         assert f is not None and replica is not None
         now = time.monotonic()
-        f.heard(now)
         if self.adrift:
             self._heard_adrift(message, now)
             return True
@@ -452,13 +454,14 @@ class Client:
 
     def _fetch(self) -> None:
         assert self.follow is not None
-        self._send(self.follow.fetch(time.monotonic()))
+        if self._joined:  # before that, Admit or a snapshot tells where to begin
+            self._send(self.follow.fetch(time.monotonic()))
 
     def _from_link(self, message: Any, buffers: list[Any]) -> None:
         f = self.follow
         now = time.monotonic()
         if f is not None:
-            f.heard(now)
+            f.heard(now)  # not from SUB: that goes on for a peer which the server has given up
         match message:
             case wire.Average() | wire.Close():
                 if self._joined:
@@ -494,7 +497,9 @@ class Client:
                 self._on_abort(message)
             case wire.End() if f is not None:
                 f.ended(message)
-                if f.step < message.step and self._joined:
+                if not self._joined:
+                    self._left_behind = True
+                elif f.step < message.step:
                     self._fetch()
             case _:
                 pass  # Refused: the round's close tells the rest; Probe, late

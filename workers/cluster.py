@@ -72,6 +72,7 @@ class Cluster:
         self._replica: Replica | None = None
         self._gradients: Gradients | None = None
         self._loaders: ThreadPoolExecutor | None = None
+        self._greetings = client.greetings
         self._round = 0  # the round whose lease is being worked on
         self._lease: Lease | None = None
         self._stepped = True  # step() was called for it
@@ -182,13 +183,12 @@ class Cluster:
         def look() -> bool:
             nonlocal found
             assert client.follow is not None
+            if client.greetings != self._greetings:
+                self._greetings, self._round = client.greetings, 0  # rounds of another time
             found = client.follow.lease(self.worker_id, self._round)
             return found is not None or client.ended is not None
 
-        generation = client.greetings
         client.wait(look, "for samples")
-        if client.greetings != generation:
-            self._round = 0
         if client.ended is not None:
             return None
         assert found is not None
@@ -229,18 +229,16 @@ class Cluster:
             )
         self._gradients.flush()
         self._stepped, self._loss = True, None
-        client, generation = self.client, self.client.greetings
+        client = self.client
         start = time.perf_counter()
         client.wait(
             lambda: (
-                client.greetings != generation
+                client.greetings != self._greetings
                 or client.ended is not None
                 or (client.follow is not None and client.follow.is_over(self._round))
             ),
             f"for the averages of round {self._round}",
         )
-        if client.greetings != generation:
-            self._round = 0
         self._waiting_s += time.perf_counter() - start
 
     # ------------------------------------------------------------------ leaving

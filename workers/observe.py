@@ -48,6 +48,7 @@ class Observer:
         self.folder = RunFolder(Path(orders.folder))
         self.device = recipe.choose_device(settings.device)
         recipe.set_threads(1, 1)
+        recipe.tell_downloads(_say)
         self.val = data.load(settings.dataset, settings.seed).val
         model = models.build(settings.model, settings.seed).to(self.device)
         self.replica = Replica(
@@ -94,7 +95,7 @@ class Observer:
         while True:
             client.wait(
                 lambda: (self._due and client.follows) or client.ended or self.server_gone.is_set(),
-                "for the next step",
+                "",
             )
             if client.ended is not None or self.server_gone.is_set():
                 break

@@ -36,6 +36,7 @@ def train(settings: Settings, given: dict[str, object], say: Callable[[str], Non
         recipe.set_threads(run.threads, run.num_workers if sockets.is_local(host) else 1)
         say(f"worker {cluster.worker_id} of a run at {host}:{settings.port}, on {device}")
 
+        recipe.tell_downloads(say)
         samples = data.load(run.dataset, run.seed).train
         model = models.build(run.model, run.seed).to(device)
         optimizer = recipe.build_optimizer(model, run)

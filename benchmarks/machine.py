@@ -1,0 +1,127 @@
+"""The machine that a measurement was made on, and how fast its loopback is."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from datetime import datetime
+from pathlib import Path
+
+import msgspec
+import psutil
+import torch
+import zmq
+
+from benchmarks import network
+from benchmarks.team import CLONE, Team
+
+LOOPBACK = "127.0.0.1"
+BUSY = 0.5
+"""Load per core from which on other work is likely to disturb."""
+
+
+class Machine(msgspec.Struct, frozen=True):
+    """What results depend on. Rates in bytes per second, times in seconds."""
+
+    taken: str
+    commit: str
+    cpu: str
+    cores: int
+    memory_gb: float
+    system: str
+    python: str
+    torch: str
+    pyzmq: str
+    load: float
+    """Processes that wanted a core in the minute before."""
+    tcp_rate: float
+    """The most that all streams over loopback carry together; data that stays in the caches."""
+    unix_rate: float
+    """The same through Unix sockets, which ipc uses."""
+    round_trip_s: float
+    """One byte there and back over TCP on loopback, by threads that sleep meanwhile."""
+
+    def __str__(self) -> str:
+        return (
+            f"{self.taken}, commit {self.commit}: {self.cpu}, {self.cores} cores, "
+            f"{self.memory_gb:.0f} GB, {self.system}, Python {self.python}, torch {self.torch}, "
+            f"{self.pyzmq}; load {self.load:.1f} before the start; loopback carries "
+            f"{8e-9 * self.tcp_rate:.0f} Gbit/s over TCP and {8e-9 * self.unix_rate:.0f} over Unix "
+            f"sockets, and one byte there and back in {1e6 * self.round_trip_s:.0f} µs"
+        )
+
+    @property
+    def busy(self) -> bool:
+        return self.load > BUSY * self.cores
+
+
+def describe() -> Machine:
+    load = os.getloadavg()[0]
+    return Machine(
+        taken=datetime.now().strftime("%Y-%m-%d %H:%M"),
+        commit=_commit(),
+        cpu=_cpu(),
+        cores=len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1,
+        memory_gb=psutil.virtual_memory().total / 1e9,
+        system=f"{platform.system()} {platform.release()} {platform.machine()}",
+        python=platform.python_version(),
+        torch=str(torch.__version__),
+        pyzmq=f"pyzmq {zmq.__version__} (libzmq {zmq.zmq_version()})",
+        load=load,
+        tcp_rate=max(rate("tcp", streams) for streams in (1, 2)),
+        unix_rate=max(rate("unix", streams) for streams in (1, 2)),
+        round_trip_s=round_trip(),
+    )
+
+
+def rate(kind: str = "tcp", streams: int = 1, seconds: float = 0.6) -> float:
+    """Bytes per second that plain sockets carry over loopback, all streams together."""
+    with Team(30) as team:
+        for stream in range(streams):
+            address: network.Address = (LOOPBACK, network.free_port() + 2 * stream)
+            if kind == "unix":
+                address = str(team.folder / f"{stream}.sock")
+            team.start(f"receive-{stream}", network.receive, address, seconds)
+            team.start(f"send-{stream}", network.send, address)
+        return sum(team.wait(f"receive-{stream}") for stream in range(streams))
+
+
+def link_rate(hosts: network.Hosts, one: str, other: str, seconds: float = 1.0) -> float:
+    """Bytes per second from one host to another."""
+    with Team(30) as team:
+        address = (hosts.address(other), 20_000)
+        team.start("receive", network.receive, address, seconds, host=hosts[other])
+        team.start("send", network.send, address, host=hosts[one])
+        return float(team.wait("receive"))
+
+
+def round_trip(times: int = 1000) -> float:
+    with Team(30) as team:
+        address = (LOOPBACK, network.free_port())
+        team.start("answer", network.answer, address)
+        team.start("ask", network.ask, address, times)
+        return float(team.wait("ask"))
+
+
+def _cpu() -> str:
+    if sys.platform == "darwin":
+        return _said("sysctl", "-n", "machdep.cpu.brand_string")
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str:
+    changed = "+" if _said("git", "status", "--porcelain", "-uno") else ""
+    return (_said("git", "rev-parse", "--short", "HEAD") or "unknown") + changed
+
+
+def _said(*command: str) -> str:
+    try:
+        done = subprocess.run(command, cwd=CLONE, capture_output=True, text=True, check=False)
+    except OSError:
+        return ""
+    return done.stdout.strip()

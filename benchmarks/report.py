@@ -1,0 +1,244 @@
+"""What comes out of a benchmark: results as JSON, as tables, as a picture, and in the docs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from statistics import median
+
+import msgspec
+
+from benchmarks.machine import Machine
+
+GLOO = "gloo float32"
+DDP = "DDP, gloo float32"
+ALONE = "no exchange"
+REFERENCES = (GLOO, DDP)
+
+
+class Row(msgspec.Struct):
+    """One way of doing one thing, measured some times."""
+
+    part: str
+    what: str
+    """The thing: a size, a place. Rows of one `what` and `workers` are compared."""
+    workers: int
+    how: str
+    unit: str
+    values: list[float] = []
+    """One for each run: the median of its rounds."""
+    limits: list[float] = []
+    """What the bytes or the cores allow, in the same unit, where it can be told."""
+    notes: list[str] = []
+
+    @property
+    def value(self) -> float:
+        return median(self.values)
+
+    @property
+    def limit(self) -> float | None:
+        return median(self.limits) if self.limits else None
+
+
+class Results(msgspec.Struct):
+    """One run of the benchmark."""
+
+    machine: Machine
+    effort: str
+    rows: list[Row] = []
+    notes: list[str] = []
+
+    def of(self, part: str) -> list[Row]:
+        return [row for row in self.rows if row.part == part and row.values]
+
+    def reference(self, row: Row) -> Row | None:
+        """The row that this one is compared with: gloo in float32, doing the same."""
+        for other in self.of(row.part):
+            same = (other.what, other.workers) == (row.what, row.workers)
+            if same and other.how in REFERENCES and other is not row:
+                return other
+        return None
+
+    def ratio(self, row: Row) -> float | None:
+        """Our median to gloo's; None for gloo itself."""
+        other = self.reference(row)
+        return row.value / other.value if other is not None and other.value else None
+
+
+# ------------------------------------------------------------------ tables
+
+TITLES = {
+    "exchange": "Exchange alone, on loopback",
+    "training": "Whole training: SimpleNN, batch 32, Adam, on digits held as tensors",
+    "links": "Exchange over links of 1 Gbit/s, one for each host",
+    "exposed": "Communication that compute does not hide, as a share of the exchange alone",
+    "memory": "Resident memory of the server above an idle one",
+    "scale": "Rounds of 1.35 MB with many simulated workers, time per worker and round",
+}
+
+HEADS = {
+    "exchange": ("size", "limit of the bytes"),
+    "training": ("model", "compute alone"),
+    "links": ("size, server", "limit of the bytes"),
+    "exposed": ("size", ""),
+    "memory": ("gradients", "3 G + history"),
+    "scale": ("size", ""),
+}
+
+
+def table(results: Results, part: str) -> str:
+    """The rows of a part as a Markdown table, with what could not be measured below it."""
+    rows = results.of(part)
+    limited = any(row.limit is not None for row in rows)
+    compared = any(results.ratio(row) is not None for row in rows)
+    what, limit = HEADS[part]
+    unit = rows[0].unit if rows else ""
+    head = [what, "N", "how", unit, "lowest – highest"]
+    head += ["÷ gloo float32"] if compared else []
+    head += [limit] if limited else []
+    lines = [head, ["---" if i in (0, 2) else "---:" for i in range(len(head))]]
+    before: list[str] = []
+    for row in rows:
+        key = [row.what, str(row.workers)]
+        line = key if key != before else ["", ""]
+        before = key
+        line = [*line, row.how, number(row.value), spread(row.values)]
+        if compared:
+            line.append(_number_or_dash(results.ratio(row), ratio=True))
+        if limited:
+            line.append(_number_or_dash(row.limit))
+        lines.append(line)
+    text = [f"| {' | '.join(line)} |" for line in lines] if rows else []
+    notes = [f"{row.what}, N = {row.workers}, {row.how}: {n}" for row in rows for n in row.notes]
+    notes += [n.partition(": ")[2] for n in results.notes if n.startswith(f"{part}: ")]
+    return "\n".join([*text, *(f"\n{note}" for note in notes)])
+
+
+def number(value: float) -> str:
+    """Three digits are what a noisy machine can tell."""
+    return f"{value:,.0f}" if abs(value) >= 99.95 else f"{value:.3g}"
+
+
+def spread(values: Sequence[float]) -> str:
+    return f"{number(min(values))} – {number(max(values))}" if len(values) > 1 else ""
+
+
+def _number_or_dash(value: float | None, ratio: bool = False) -> str:
+    if value is None:
+        return ""
+    return f"{value:.2f}" if ratio else number(value)
+
+
+def text(results: Results) -> str:
+    """All of it, for a terminal."""
+    parts = [
+        f"{TITLES[part]}\n\n{aligned(table(results, part))}"
+        for part in TITLES
+        if table(results, part)
+    ]
+    return "\n\n".join([str(results.machine), *parts])
+
+
+def aligned(markdown: str) -> str:
+    """The same table with columns of even width."""
+    lines = markdown.splitlines()
+    cells = [[c.strip() for c in line[1:-1].split("|")] for line in lines if line.startswith("|")]
+    if not cells:
+        return markdown
+    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+    left = [not cell.endswith(":") for cell in cells[1]]
+    out = []
+    for row in cells:
+        padded = (
+            ("-" * w if set(c) <= set("-:") and c else c.ljust(w) if is_left else c.rjust(w))
+            for c, w, is_left in zip(row, widths, left, strict=True)
+        )
+        out.append("  ".join(padded).rstrip())
+    return "\n".join([*out, *(line for line in lines if not line.startswith("|"))])
+
+
+# ------------------------------------------------------------------ files
+
+
+def save(results: Results, folder: Path) -> Path:
+    """Write the JSON, and the picture beside it; returns the JSON's path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stamp = results.machine.taken.replace(" ", "_").replace(":", "-")
+    path = folder / f"{stamp}{'' if results.effort == 'full' else '-' + results.effort}.json"
+    path.write_bytes(msgspec.json.format(msgspec.json.encode(results), indent=1) + b"\n")
+    draw(results, path.with_suffix(".png"))
+    return path
+
+
+def load(path: Path) -> Results:
+    return msgspec.json.decode(path.read_bytes(), type=Results)
+
+
+def newest(folder: Path) -> Path | None:
+    """The newest full result, else the newest of all."""
+    found = sorted(folder.glob("*.json"))
+    full = [path for path in found if re.fullmatch(r"[\d_-]+", path.stem)]
+    return (full or found or [None])[-1]
+
+
+def write_docs(results: Results, page: Path, picture: str | None = None) -> list[str]:
+    """Put the tables between their markers in a Markdown page; the parts that were written.
+
+    A part that was not measured keeps what the page has.
+    """
+    content = page.read_text(encoding="utf-8")
+    blocks = {part: table(results, part) for part in TITLES}
+    blocks["machine"] = f"Measured {results.machine}."
+    blocks["picture"] = f"![The same as a picture]({picture})" if picture else ""
+    written = []
+    for name, block in blocks.items():
+        marked = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+        if block and marked.search(content):
+            content = marked.sub(lambda m, b=block: f"{m[1]}\n{b}\n\n{m[2]}", content)
+            written.append(name)
+    page.write_text(content, encoding="utf-8")
+    return written
+
+
+def draw(results: Results, path: Path) -> None:
+    """Bars: every `how` beside the others, for each size and number of workers."""
+    from matplotlib.figure import Figure
+
+    panels = [
+        (part, what)
+        for part in TITLES
+        for what in _in_order(row.what for row in results.of(part))
+    ]
+    if not panels:
+        return
+    columns = min(3, len(panels))
+    lines = -(-len(panels) // columns)
+    figure = Figure(figsize=(5.5 * columns, 3.6 * lines), layout="constrained")
+    for place, (part, what) in enumerate(panels, 1):
+        rows = [row for row in results.of(part) if row.what == what]
+        axes = figure.add_subplot(lines, columns, place)
+        numbers = sorted({row.workers for row in rows})
+        ways = _in_order(row.how for row in rows)
+        width = 0.8 / len(ways)
+        for index, way in enumerate(ways):
+            bars = [row for row in rows if row.how == way]
+            at = [numbers.index(row.workers) + (index - (len(ways) - 1) / 2) * width for row in bars]
+            values = [row.value for row in bars]
+            error = [[row.value - min(row.values) for row in bars],
+                     [max(row.values) - row.value for row in bars]]  # fmt: skip
+            color = "0.6" if way in REFERENCES else None
+            axes.bar(at, values, width, label=way, yerr=error, color=color, error_kw={"lw": 0.7})
+            for x, row in zip(at, bars, strict=True):
+                if row.limit is not None:
+                    axes.plot([x - width / 2, x + width / 2], [row.limit] * 2, "k-", lw=1.2)
+        axes.set_xticks(range(len(numbers)), [f"N = {n}" for n in numbers])
+        axes.set_title(f"{part}: {what}", fontsize=9)
+        axes.set_ylabel(rows[0].unit, fontsize=8)
+        axes.legend(fontsize=6)
+    figure.suptitle(f"{results.machine}\nblack lines: limits", fontsize=6)
+    figure.savefig(path, dpi=110)
+
+
+def _in_order(values: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(values))

@@ -1,0 +1,603 @@
+"""The door for one's own loop: what N workers compute is what one process computes.
+
+Server and workers are threads here, their sockets are real. `truth` replays the log of a run in
+one process: it takes from the run only who was in which round, and with which samples.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
+from whole import DEADLINE_S, Served
+
+import workers
+from paramserver.errors import UserError
+from workers.data import order
+
+INPUTS = 6
+CLASSES = 4
+
+
+@pytest.fixture(autouse=True)
+def no_thread_left() -> Iterator[None]:
+    before = set(threading.enumerate())
+    yield
+    for thread in set(threading.enumerate()) - before:
+        thread.join(DEADLINE_S)
+        assert not thread.is_alive(), f"{thread.name} goes on"
+
+
+# -------------------------------------------------------------------------------- a run and its truth
+
+
+class Noise:
+    """A data set of noise; each sample tells its index too."""
+
+    def __init__(self, samples: int, shape: tuple[int, ...] = (INPUTS,)) -> None:
+        generator = torch.Generator().manual_seed(7)
+        self.x = torch.randn(samples, *shape, generator=generator)
+        self.y = torch.randint(CLASSES, (samples,), generator=generator)
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, int]:
+        return self.x[index], self.y[index], index
+
+
+class Setup:
+    """Model, optimizer and what else `attach` gets, made anew by each worker and by the truth."""
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer, **attach: Any) -> None:
+        self.model, self.optimizer, self.attach = model, optimizer, attach
+
+
+Make = Callable[[int], Setup]
+"""From a seed. Workers get different ones: what they end with must come from the first."""
+
+PERCEPTRON = nn.Sequential(nn.Linear(INPUTS, 16), nn.Tanh(), nn.Linear(16, CLASSES))
+
+
+def drawn(model: nn.Module, seed: int) -> nn.Module:
+    """A copy of the model with weights drawn by `seed`."""
+    own = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in own.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator) / 3)
+    return own
+
+
+def perceptron(seed: int) -> Setup:
+    model = drawn(PERCEPTRON, seed)
+    return Setup(model, SGD(model.parameters(), lr=0.1, momentum=0.9))
+
+
+class Crew:
+    """Workers in threads, each with a user's own loop, and what they did."""
+
+    def __init__(
+        self,
+        served: Served,
+        make: Make,
+        data: Any,
+        hold: Callable[[int, int], None] = lambda number, step: None,
+    ) -> None:
+        """`hold(worker, step)` is called before each backward pass and may wait, or raise."""
+        self.served, self.make, self.data, self.hold = served, make, data, hold
+        self.setups: dict[int, Setup] = {}
+        self.said: list[str] = []
+        self.batches: dict[tuple[int, int], list[int]] = {}
+        """(worker, step) -> the indices that this worker computed on at that step."""
+
+    def start(self, number: int, batch_size: int | None = None) -> Future[None]:
+        return self.served.start(self._work, number, batch_size)
+
+    def _work(self, number: int, batch_size: int | None) -> None:
+        with workers.join(port=self.served.port, worker_id=number, say=self.said.append) as cluster:
+            setup = self.setups[number] = self.make(number)
+            parts = setup.attach.get("accumulate", 1)
+            model, optimizer = cluster.attach(setup.model, setup.optimizer, **setup.attach)
+            for x, y, indices in cluster.batches(self.data, batch_size=batch_size):
+                self.hold(number, cluster.step)
+                self.batches[number, cluster.step] = indices.tolist()
+                optimizer.zero_grad()
+                for part in split(x, y, parts):
+                    loss(model, *part, share=len(part[1]) / len(y)).backward()
+                optimizer.step()
+
+    def applied(self) -> Counter[int]:
+        """How often each sample is in the log of updates."""
+        return Counter(
+            index
+            for close in self.served.closes
+            for worker in close.contributors
+            for index in self.batches[worker, close.step - 1]
+        )
+
+    def truth(self) -> Setup:
+        """One process that does what the log says, starting as the first worker did."""
+        setup = self.make(1)
+        for close in self.served.closes:
+            batches = [self.batches[worker, close.step - 1] for worker in close.contributors]
+            assert [len(b) for b in batches] == list(close.contributors.values())
+            one_step(setup, [(self.data.x[b], self.data.y[b]) for b in batches])
+        return setup
+
+    def check(self, tolerance: float = 1e-5) -> None:
+        """All replicas are equal bit by bit, and equal to the truth within rounding."""
+        end = self.served.end.result(DEADLINE_S)
+        assert end.reason == "all epochs are done" and end.step == len(self.served.closes) > 0
+        assert len(self.served.server.digests) == len(self.setups)
+        assert len(self.served.digests()) == 1
+        expected = self.truth().model.state_dict()
+        for setup in self.setups.values():
+            torch.testing.assert_close(setup.model.state_dict(), expected, rtol=0, atol=tolerance)
+        start = self.make(1).model.state_dict()
+        assert any(not torch.equal(start[name], expected[name]) for name in start)
+
+
+def loss(model: nn.Module, x: Tensor, y: Tensor, share: float = 1.0) -> Tensor:
+    return nn.functional.cross_entropy(model(x).float(), y) * share
+
+
+def split(x: Tensor, y: Tensor, parts: int) -> Iterator[tuple[Tensor, Tensor]]:
+    return zip(x.chunk(parts), y.chunk(parts), strict=True)
+
+
+def one_step(setup: Setup, batches: list[tuple[Tensor, Tensor]]) -> None:
+    """The weighted mean over batches that all start from the same buffers, then one step."""
+    model, optimizer, attach = setup.model, setup.optimizer, setup.attach
+    total = sum(len(y) for _, y in batches)
+    gradients: dict[str, Tensor] = {}
+    buffers = {name: torch.zeros_like(b) for name, b in model.named_buffers()}
+    before = copy.deepcopy(dict(model.named_buffers()))
+    for x, y in batches:
+        with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                buffer.copy_(before[name])
+        model.zero_grad()
+        parts = attach.get("accumulate", 1)
+        for part in split(x, y, parts):
+            loss(model, *part, share=len(part[1]) / len(y)).backward()
+        for name, p in model.named_parameters():
+            if p.grad is not None:
+                summed = gradients.setdefault(name, torch.zeros(p.shape))
+                summed += p.grad.float() * (len(y) / total)
+        for name, buffer in model.named_buffers():
+            if buffer.is_floating_point():
+                buffers[name] += buffer * (len(y) / total)
+            else:
+                buffers[name] = torch.maximum(buffers[name], buffer)
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            buffer.copy_(buffers[name])
+    for name, p in model.named_parameters():
+        p.grad = gradients[name].to(p.dtype) if name in gradients else None
+    if "clip_norm" in attach:
+        nn.utils.clip_grad_norm_(model.parameters(), attach["clip_norm"])
+    if "before_step" in attach:
+        attach["before_step"](model)
+    optimizer.step()
+    if "scheduler" in attach:
+        attach["scheduler"].step()
+
+
+def train(make: Make, data: Any, sizes: dict[int, int], **settings: Any) -> Crew:
+    """A whole run of workers with these batch sizes; checked against the truth."""
+    with Served(num_workers=len(sizes), **settings) as served:
+        crew = Crew(served, make, data)
+        for future in [crew.start(number, size) for number, size in sizes.items()]:
+            future.result(DEADLINE_S)
+        served.end.result(DEADLINE_S)
+    return crew
+
+
+# --------------------------------------------------------------------------------- whose samples
+
+
+def test_two_workers_compute_what_one_computes() -> None:
+    crew = train(perceptron, Noise(160), {1: 8, 2: 8}, num_epochs=3)
+    crew.check()
+    assert crew.served.end.result().step == 30
+
+
+def test_batches_of_unequal_size_weigh_what_they_hold() -> None:
+    crew = train(perceptron, Noise(160), {1: 3, 2: 13}, num_epochs=3)
+    crew.check()
+    assert all(close.contributors == {1: 3, 2: 13} for close in crew.served.closes[:10])
+
+
+def test_a_short_last_batch_counts_as_what_it_is() -> None:
+    crew = train(perceptron, Noise(45), {1: 8, 2: 8}, num_epochs=2)
+    crew.check()
+    assert [c.contributors for c in crew.served.closes] == [
+        {1: 8, 2: 8}, {1: 8, 2: 8}, {1: 8, 2: 5},
+        {1: 8, 2: 8}, {1: 8, 2: 8}, {1: 8, 2: 5},
+    ]  # fmt: skip
+
+
+def test_each_sample_of_an_epoch_is_applied_once() -> None:
+    crew = train(perceptron, Noise(101), {1: 4, 2: 7, 3: 9}, num_epochs=3)
+    crew.check()
+    assert crew.applied() == dict.fromkeys(range(101), 3)
+    assert crew.served.samples == (303, 0, 0)
+
+
+def test_an_epoch_has_the_order_that_the_seed_gives() -> None:
+    crew = train(perceptron, Noise(40), {1: 5, 2: 5}, num_epochs=2, seed=3)
+    given = [crew.batches[worker, step] for step in range(8) for worker in (1, 2)]
+    wanted = [*order(40, 3, 0).tolist(), *order(40, 3, 1).tolist()]
+    assert [index for batch in given for index in batch] == wanted
+
+
+def test_deterministic_runs_have_the_same_bits() -> None:
+    digests = set[str]()
+    for arrival in ([3, 2, 1], [1, 3, 2]):
+        done = {number: threading.Event() for number in (0, 1, 2, 3)}
+
+        def in_turn(number: int, step: int, arrival: list[int] = arrival, done: Any = done) -> None:
+            """At the first step the workers compute one after another."""
+            if step == 0:
+                before = [0, *arrival][arrival.index(number)]
+                assert before == 0 or done[before].wait(DEADLINE_S)
+
+        with Served(num_workers=3, deterministic=True, num_epochs=1) as served:
+            crew = Crew(served, perceptron, Noise(96), in_turn)
+            futures = {number: crew.start(number, 8) for number in (1, 2, 3)}
+            for number in arrival:
+                served.until(lambda number=number: has_pushed(served, number))
+                done[number].set()
+            for future in futures.values():
+                future.result(DEADLINE_S)
+            digests |= served.digests()
+    assert len(digests) == 1
+
+
+def has_pushed(served: Served, number: int) -> bool:
+    """Has this worker pushed all of its gradient in the open round, or was a round closed?"""
+    current = served.server.rounds.round
+    if served.closes:
+        return True
+    return current is not None and bool(current.members[number].got)
+
+
+# ------------------------------------------------------------------------------------ who is there
+
+
+def test_a_late_joiner_adopts_the_state_and_takes_part_from_the_next_round() -> None:
+    joined = threading.Event()
+
+    def hold(number: int, step: int) -> None:
+        if (number, step) == (1, 5):
+            assert joined.wait(DEADLINE_S)
+
+    with Served(num_workers=1, num_epochs=3) as served:
+        crew = Crew(served, perceptron, Noise(120), hold)
+        futures = [crew.start(1, 8)]
+        served.until(lambda: len(served.closes) == 5)
+        futures.append(crew.start(2, 8))
+        served.until(lambda: waits_for_a_snapshot(served, 2))
+        joined.set()
+        for future in futures:
+            future.result(DEADLINE_S)
+    crew.check()
+    assert crew.applied() == dict.fromkeys(range(120), 3)
+    together = [close.step for close in served.closes if 2 in close.contributors]
+    assert together[0] == 7
+    assert re_said(served, r"worker 2 .* took a snapshot of step 6")
+
+
+def waits_for_a_snapshot(served: Served, number: int) -> bool:
+    return any(
+        p.id == number and p.join is not None and p.state == "waiting"
+        for p in served.server.rounds.peers.values()
+    )
+
+
+def re_said(served: Served, sentence: str) -> bool:
+    import re
+
+    return re.search(sentence, served.text) is not None
+
+
+def test_a_late_gradient_is_refused_and_its_samples_are_applied_later() -> None:
+    late = threading.Event()
+
+    def hold(number: int, step: int) -> None:
+        if (number, step) == (2, 4):
+            assert late.wait(DEADLINE_S)
+
+    with Served(num_workers=2, num_epochs=3, timeout=0.05) as served:
+        crew = Crew(served, perceptron, Noise(160), hold)
+        futures = [crew.start(1, 4), crew.start(2, 4)]
+        served.until(lambda: any(2 in close.late for close in served.closes))
+        late.set()
+        for future in futures:
+            future.result(DEADLINE_S)
+    crew.check()
+    first = next(close for close in served.closes if close.late)
+    assert first.step == 5 and set(first.contributors) == {1}
+    assert first.reason.startswith("round 5 closed with 1 of 2: worker 2")
+    assert "late" in first.late[2] and "last seen" in first.late[2]
+    assert first.reason in served.text
+    assert any(2 in close.contributors for close in served.closes[first.step :])
+    assert crew.applied() == dict.fromkeys(range(160), 3)
+    assert served.samples == (480, 0, 0)
+
+
+def test_who_leaves_in_the_middle_gives_its_samples_back() -> None:
+    def hold(number: int, step: int) -> None:
+        if (number, step) == (2, 4):
+            raise LookupError("enough")
+
+    with Served(num_workers=2, num_epochs=2) as served:
+        crew = Crew(served, perceptron, Noise(80), hold)
+        first, second = crew.start(1, 4), crew.start(2, 4)
+        assert isinstance(second.exception(DEADLINE_S), LookupError)
+        first.result(DEADLINE_S)
+    assert re_said(served, r"worker 2 .* left: LookupError: enough")
+    assert crew.applied() == dict.fromkeys(range(80), 2)
+    assert served.samples == (160, 0, 0)
+
+
+def test_fewer_than_min_workers_pause_the_run() -> None:
+    def hold(number: int, step: int) -> None:
+        if (number, step) == (2, 3) and crew.setups[2] is first_of_two[0]:
+            raise LookupError("back soon")
+
+    first_of_two: list[Setup] = []
+
+    def make(seed: int) -> Setup:
+        setup = perceptron(seed)
+        if seed == 2:
+            first_of_two.append(setup)
+        return setup
+
+    with Served(num_workers=2, min_workers=2, num_epochs=2) as served:
+        crew = Crew(served, make, Noise(80), hold)
+        first, second = crew.start(1, 4), crew.start(2, 4)
+        assert isinstance(second.exception(DEADLINE_S), LookupError)
+        served.until_said(r"paused: 1 of at least 2 workers ready \(worker 1")
+        paused_at = len(served.closes)
+        second = crew.start(2, 4)
+        first.result(DEADLINE_S)
+        second.result(DEADLINE_S)
+    assert all(set(close.contributors) == {1, 2} for close in served.closes[paused_at:-1])
+    assert crew.applied() == dict.fromkeys(range(80), 2)
+
+
+def test_a_server_that_stops_ends_its_workers() -> None:
+    with Served(num_workers=2, num_epochs=1000) as served:
+        crew = Crew(served, perceptron, Noise(80))
+        futures = [crew.start(1), crew.start(2)]
+        served.until(lambda: len(served.closes) > 5)
+        served.server.stop("enough")
+        end = served.end.result(DEADLINE_S)
+        for future in futures:
+            future.result(DEADLINE_S)
+    assert (end.reason, end.error) == ("enough", False)
+    assert len(served.digests()) == 1
+
+
+# ---------------------------------------------------------------------------------- which models
+
+
+class Odd(nn.Module):
+    """Frozen weights, tied weights, and a parameter that nothing uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(INPUTS, INPUTS)
+        self.tied = nn.Linear(INPUTS, INPUTS)
+        self.tied.weight = self.first.weight
+        self.frozen = nn.Linear(INPUTS, INPUTS)
+        self.unused = nn.Linear(INPUTS, 3)
+        self.last = nn.Linear(INPUTS, CLASSES)
+        for p in self.frozen.parameters():
+            p.requires_grad = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.tanh(self.frozen(self.tied(torch.tanh(self.first(x))))))
+
+
+class Branches(nn.Module):
+    """A branch that only some samples take: a batch may leave its parameters without gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branch = nn.Linear(INPUTS, CLASSES)
+        self.trunk = nn.Linear(INPUTS, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        taken = x[:, 0] > 1.2
+        out = self.trunk(x)
+        if taken.any():
+            out = out + torch.where(taken[:, None], self.branch(x), 0)
+        return out
+
+
+NORMED = nn.Sequential(
+    nn.Linear(INPUTS, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 8),
+    nn.BatchNorm1d(8, momentum=None), nn.Tanh(), nn.Linear(8, CLASSES),
+)  # fmt: skip
+
+CONVOLUTIONS = nn.Sequential(
+    nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 3, 3),
+    nn.Flatten(), nn.Linear(12, CLASSES),
+)  # fmt: skip
+
+
+def sgd(model: nn.Module, **attach: Any) -> Make:
+    def make(seed: int) -> Setup:
+        own = drawn(model, seed)
+        groups = [p for p in own.parameters() if p.requires_grad]
+        return Setup(own, SGD(groups, lr=0.05, momentum=0.9, weight_decay=0.01), **attach)
+
+    return make
+
+
+def channels_last(seed: int) -> Setup:
+    model = drawn(CONVOLUTIONS, seed).to(memory_format=torch.channels_last)
+    return Setup(model, SGD(model.parameters(), lr=0.05, momentum=0.9))
+
+
+def groups(seed: int) -> Setup:
+    model = drawn(PERCEPTRON, seed)
+    first, *rest = model.parameters()
+    each = [{"params": [first], "lr": 0.003}, {"params": rest, "weight_decay": 0.1}]
+    return Setup(model, Adam(each, lr=0.01, eps=1e-3))
+
+
+def scheduled(seed: int) -> Setup:
+    setup = sgd(PERCEPTRON)(seed)
+    setup.attach["scheduler"] = StepLR(setup.optimizer, step_size=4, gamma=0.5)
+    return setup
+
+
+def halve_gradients(model: nn.Module) -> None:
+    for p in model.parameters():
+        if p.grad is not None:
+            p.grad *= 0.5
+
+
+MODELS: dict[str, tuple[Make, tuple[int, ...], dict[str, Any]]] = {
+    "batch norm": (sgd(NORMED), (INPUTS,), {}),
+    "frozen, tied and unused parameters": (sgd(Odd()), (INPUTS,), {}),
+    "a branch not always taken": (sgd(Branches()), (INPUTS,), {}),
+    "a parameter larger than a bucket": (sgd(PERCEPTRON), (INPUTS,), {"bucket_mb": 0.0001}),
+    "a bucket smaller than a parameter's row": (sgd(NORMED), (INPUTS,), {"bucket_mb": 0.00001}),
+    "channels last": (channels_last, (2, 4, 4), {}),
+    "two parameter groups with Adam": (groups, (INPUTS,), {}),
+    "clipping": (sgd(PERCEPTRON, clip_norm=0.1), (INPUTS,), {}),
+    "a schedule": (scheduled, (INPUTS,), {}),
+    "accumulation": (sgd(PERCEPTRON, accumulate=2), (INPUTS,), {}),
+    "accumulation of batch norm": (sgd(NORMED, accumulate=2), (INPUTS,), {}),
+    "before_step": (sgd(PERCEPTRON, before_step=halve_gradients), (INPUTS,), {}),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_any_model_trains_as_in_one_process(name: str) -> None:
+    make, shape, settings = MODELS[name]
+    crew = train(make, Noise(96, shape), {1: 4, 2: 8}, num_epochs=2, **settings)
+    crew.check()
+    assert crew.applied() == dict.fromkeys(range(96), 2)
+
+
+def test_running_statistics_are_equal_in_all_replicas() -> None:
+    crew = train(sgd(NORMED), Noise(96), {1: 4, 2: 8}, num_epochs=2)
+    first, second = (dict(crew.setups[number].model.named_buffers()) for number in (1, 2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert int(first["1.num_batches_tracked"]) == len(crew.served.closes)
+
+
+def test_a_parameter_that_nothing_uses_stays_without_gradient() -> None:
+    crew = train(sgd(Odd()), Noise(32), {1: 4, 2: 4}, num_epochs=1)
+    start = crew.make(1).model
+    for setup in crew.setups.values():
+        assert setup.model.unused.weight.grad is None
+        assert torch.equal(setup.model.unused.weight, start.unused.weight)
+        assert torch.equal(setup.model.frozen.weight, start.frozen.weight)
+        assert setup.model.tied.weight is setup.model.first.weight
+
+
+@pytest.mark.parametrize(("codec", "tolerance"), [("float16", 0.01), ("bfloat16", 0.1)])
+def test_short_numbers_on_the_wire_train_equal_replicas(codec: str, tolerance: float) -> None:
+    crew = train(sgd(NORMED), Noise(96), {1: 4, 2: 8}, num_epochs=2, codec=codec)
+    crew.check(tolerance)
+    with pytest.raises(AssertionError):
+        crew.check(0.0)  # or the codec was not used
+
+
+def test_a_model_of_half_precision_trains() -> None:
+    def half(seed: int) -> Setup:
+        model = nn.Sequential(drawn(PERCEPTRON, seed)).to(torch.bfloat16)
+        return Setup(model, SGD(model.parameters(), lr=0.1))
+
+    data = Noise(96)
+    data.x = data.x.to(torch.bfloat16)
+    train(half, data, {1: 4, 2: 8}, num_epochs=2).check(0.05)
+
+
+# ------------------------------------------------------------------------------- what is refused
+
+
+def test_another_model_is_refused_by_its_first_difference() -> None:
+    wider = nn.Sequential(nn.Linear(INPUTS, 16), nn.Tanh(), nn.Linear(16, CLASSES + 1))
+    with Served(num_workers=2) as served:
+        crew = Crew(served, perceptron, Noise(32))
+        crew.start(1)
+        served.until(lambda: served.server.rounds.layout is not None)
+        crew.make = sgd(wider)
+        with pytest.raises(
+            UserError, match=r"worker 2 .* has another model: 2\.bias is 5 float32"
+        ) as e:
+            crew.start(2).result(DEADLINE_S)
+        assert "the run has 4 float32" in str(e.value)
+
+
+def test_a_data_set_of_another_length_is_refused() -> None:
+    with Served(num_workers=2) as served:
+        crew = Crew(served, perceptron, Noise(32))
+        crew.start(1)
+        served.until(lambda: served.server.rounds.ledger is not None)
+        crew.data = Noise(31)
+        with pytest.raises(UserError, match="data set of 31 samples, the run has one of 32"):
+            crew.start(2).result(DEADLINE_S)
+
+
+def test_another_optimizer_is_refused() -> None:
+    with Served(num_workers=2, num_epochs=1) as served:
+        crew = Crew(served, perceptron, Noise(32))
+        crew.start(1)
+        served.until(lambda: served.server.rounds.layout is not None)
+        crew.make = groups
+        with pytest.raises(UserError, match="does not fit this worker's model or optimizer"):
+            crew.start(2).result(DEADLINE_S)
+
+
+def test_a_worker_id_is_given_to_one_process_at_a_time() -> None:
+    with Served(num_workers=2, max_workers=4) as served:
+        with workers.join(port=served.port, worker_id=1, say=served.say):
+            with pytest.raises(UserError, match=r"worker id 1 is taken by pid \d+ on "):
+                workers.join(port=served.port, worker_id=1, say=served.say)
+            for number in (0, 5):
+                with pytest.raises(UserError, match=f"id {number} is out of range.* 1 to 4"):
+                    workers.join(port=served.port, worker_id=number, say=served.say)
+            with workers.join(port=served.port, say=served.say) as other:
+                assert other.worker_id == 2
+        with workers.join(port=served.port, worker_id=1, say=served.say) as again:
+            assert again.worker_id == 1
+
+
+def test_a_schedule_that_follows_a_metric_is_refused() -> None:
+    setup = perceptron(1)
+    with (
+        Served() as served,
+        workers.join(port=served.port, say=served.say) as cluster,
+        pytest.raises(UserError, match="ReduceLROnPlateau"),
+    ):
+        cluster.attach(setup.model, setup.optimizer, scheduler=ReduceLROnPlateau(setup.optimizer))
+
+
+def test_a_forgotten_step_is_told() -> None:
+    setup = perceptron(1)
+    with (
+        Served(num_workers=1) as served,
+        workers.join(port=served.port, say=served.say) as cluster,
+    ):
+        cluster.attach(setup.model, setup.optimizer)
+        with pytest.raises(UserError, match=r"optimizer\.step\(\) was not called"):
+            for _ in cluster.batches(Noise(32), batch_size=8):
+                pass

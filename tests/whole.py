@@ -1,0 +1,343 @@
+"""Whole runs for tests: programs with their output, a monitor, and a server in a thread.
+
+Nothing here sleeps. A test waits for an event (a line of output, a closed round, a state of the
+server, an exit code), and each wait has a deadline that is far beyond what a busy machine needs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import psutil
+import zmq
+
+from paramserver import wire
+from paramserver.config import to_wire
+from paramserver.server import Server
+from paramserver.settings import Settings
+
+CLONE = Path(__file__).resolve().parent.parent
+LOOPBACK = "127.0.0.1"
+DEADLINE_S = 60.0
+
+T = TypeVar("T")
+
+
+def free_port() -> int:
+    """A port that is free on loopback, and the next one too (ROUTER and PUB)."""
+    # Below the ranges from which Linux and macOS take the ports of outgoing connections.
+    for port in random.sample(range(20_000, 32_000, 2), 100):
+        with suppress(OSError), socket.socket() as first, socket.socket() as second:
+            first.bind((LOOPBACK, port))
+            second.bind((LOOPBACK, port + 1))
+            return port
+    raise RuntimeError("no two free ports in a row between 20000 and 32000")
+
+
+# ----------------------------------------------------------------------------------- programs
+
+
+class Program:
+    """A process whose lines (stdout and stderr) are read as they come."""
+
+    def __init__(self, name: str, command: list[str], folder: Path, **environment: str) -> None:
+        self.name = name
+        self.lines: list[str] = []
+        self._new: queue.Queue[str | None] = queue.Queue()
+        inherited = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+        self.process = subprocess.Popen(
+            command,
+            cwd=folder,
+            env={**inherited, "PYTHONPATH": str(CLONE), "PYTHONUNBUFFERED": "1", **environment},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        )
+        self._reader = threading.Thread(target=self._read, name=f"output of {name}")
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self._new.put(line.rstrip("\n"))
+        self._new.put(None)
+
+    @property
+    def output(self) -> str:
+        """All lines that were waited for or, after `end`, all there were."""
+        return "\n".join(self.lines)
+
+    def wait_for(self, sentence: str) -> str:
+        """The next line in which the pattern `sentence` is found."""
+        deadline = time.monotonic() + DEADLINE_S
+        while True:
+            try:
+                line = self._new.get(timeout=max(0.0, deadline - time.monotonic()))
+            except queue.Empty:
+                raise self._missed(sentence, f"in {DEADLINE_S:g} s") from None
+            if line is None:
+                self._new.put(None)
+                raise self._missed(sentence, "before its output ended")
+            self.lines.append(line)
+            if re.search(sentence, line):
+                return line
+
+    def _missed(self, sentence: str, when: str) -> AssertionError:
+        return AssertionError(f"{self.name} did not say {sentence!r} {when}:\n{self.output}")
+
+    def send(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+
+    def end(self) -> int:
+        """Wait for the end: the exit code (negative: the signal that killed it)."""
+        try:
+            code = self.process.wait(DEADLINE_S)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise AssertionError(f"{self.name} did not end:\n{self.output}") from None
+        self._drain()
+        return code
+
+    def kill(self) -> None:
+        """End it at once, with what it started."""
+        with suppress(psutil.Error):
+            for child in psutil.Process(self.process.pid).children(recursive=True):
+                with suppress(psutil.Error):
+                    child.kill()
+        self.process.kill()
+        self.process.wait()
+        self._drain()
+
+    def _drain(self) -> None:
+        self._reader.join(DEADLINE_S)
+        while (line := self._new.get()) is not None:
+            self.lines.append(line)
+        self._new.put(None)
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+
+
+class Run:
+    """Programs of one run on loopback, with the run folder in `folder`/runs; as a `with` block.
+
+    What still runs at its end is killed.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.port = free_port()
+        self._programs: list[Program] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: Any
+    ) -> None:
+        for program in self._programs:
+            if program.process.poll() is None:
+                program.kill()
+            if error is not None:
+                print(f"--- {program.name}:\n{program.output}")
+
+    def start(self, name: str, *command: str, **environment: str) -> Program:
+        """A Python program: `command` is what follows `python`."""
+        program = Program(name, [sys.executable, *command], self.folder, **environment)
+        self._programs.append(program)
+        return program
+
+    def server(self, *settings: str, **environment: str) -> Program:
+        """`python -m paramserver`, on small real data, logging to nobody."""
+        small = ["dataset.name=digits", "model.hidden=16", "wandb.mode=disabled"]
+        ours = [f"port={self.port}", "run_dir=runs", "plain=true", "track_gradients=false"]
+        words = ["-m", "paramserver", *small, *ours, *settings]
+        return self.start("the server", *words, **environment)
+
+    def worker(self, number: int, *settings: str, **environment: str) -> Program:
+        """`python -m workers`."""
+        words = ["-m", "workers", f"id={number}", f"port={self.port}", *settings]
+        return self.start(f"worker {number}", *words, **environment)
+
+    @property
+    def runs(self) -> list[Path]:
+        """The run folders, oldest first."""
+        return sorted((self.folder / "runs").iterdir())
+
+    def summary(self) -> dict[str, Any]:
+        """summary.json of the newest run."""
+        summary: dict[str, Any] = json.loads((self.runs[-1] / "summary.json").read_text())
+        return summary
+
+    def steps(self) -> list[dict[str, Any]]:
+        """The step lines of the newest run's metrics.jsonl."""
+        lines = (self.runs[-1] / "metrics.jsonl").read_text().splitlines()
+        return [line for line in map(json.loads, lines) if "samples" in line]
+
+
+def ipc_folders(program: Program) -> set[Path]:
+    """The folders of the unix sockets that a running program has made."""
+    sockets = psutil.Process(program.process.pid).net_connections(kind="unix")
+    paths = {Path(str(s.laddr)) for s in sockets if str(s.laddr).startswith("/")}
+    return {path.parent for path in paths if path.parent.name.startswith("paramserver-")}
+
+
+class Monitor:
+    """Reads the closes that a server publishes; as a `with` block."""
+
+    def __init__(self, port: int) -> None:
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._sub = self._context.socket(zmq.SUB)
+        self._sub.linger = 0
+        self._sub.setsockopt(zmq.RECONNECT_IVL, 50)
+        self._sub.subscribe(b'{"type":"close"')
+        self._sub.connect(f"tcp://{LOOPBACK}:{port + 1}")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        self._sub.close()
+        self._context.term()
+
+    def until(self, wanted: Callable[[wire.Close], Any]) -> wire.Close:
+        """The next close that is `wanted`."""
+        deadline = time.monotonic() + DEADLINE_S
+        while self._sub.poll(max(0, int(1000 * (deadline - time.monotonic())))):
+            close, _ = wire.from_frames(self._sub.recv_multipart())
+            assert isinstance(close, wire.Close)
+            if wanted(close):
+                return close
+        raise AssertionError(f"no such close in {DEADLINE_S:g} s")
+
+    def step_with(self, *contributors: int) -> wire.Close:
+        """The next close of just these workers."""
+        return self.until(lambda close: set(close.contributors) == set(contributors))
+
+
+# ------------------------------------------------------------------------- a server in a thread
+
+
+class Served:
+    """A real server in a thread of this process, without an observer; as a `with` block.
+
+    It is the server's watcher too: `said` are its sentences, `closes` the log of updates.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        self.port = free_port()
+        self.settings = Settings(port=self.port, observer=False, **settings)
+        self.said: list[str] = []
+        self.closes: list[wire.Close] = []
+        self._waits: list[tuple[Callable[[], Any], threading.Event]] = []
+        self.server = Server(
+            self.settings,
+            to_wire(self.settings),
+            self,
+            hosts=[LOOPBACK],
+            run="test",
+            observer_key="",
+        )
+        self._pool = ThreadPoolExecutor(16)
+        self._futures: list[Future[Any]] = []
+        self.end = self.start(self._serve)
+
+    def _serve(self) -> wire.End:
+        try:
+            return self.server.run()
+        finally:
+            self.server.close()
+
+    def start(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> Future[T]:
+        """Call it in a thread that is waited for at the end of the block."""
+        future = self._pool.submit(function, *args, **kwargs)
+        self._futures.append(future)
+        return future
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.server.stop("the test is over")
+        for future in self._futures:
+            with suppress(BaseException) if error is not None else no_suppression():
+                future.exception(DEADLINE_S)
+        if error is not None:
+            print("--- the server:", *self.said, sep="\n")
+        self._pool.shutdown(wait=error is None)
+
+    # What the server calls, in its thread.
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+    def closed(self, server: Server, close: wire.Close) -> None:
+        self.closes.append(close)
+        self._look()
+
+    def reported(self, server: Server, report: wire.Report) -> None:
+        pass
+
+    def looked(self, server: Server, now: float) -> None:
+        self._look()
+
+    def _look(self) -> None:
+        for wait in list(self._waits):
+            if wait[0]():
+                self._waits.remove(wait)
+                wait[1].set()
+
+    # What tests and their workers call.
+
+    def until(self, wanted: Callable[[], Any]) -> None:
+        """Wait until `wanted()` is true, as seen from the server's thread."""
+        event = threading.Event()
+        self._waits.append((wanted, event))
+        if not event.wait(DEADLINE_S):
+            raise AssertionError("it did not come to pass; the server said:\n" + self.text)
+
+    def until_said(self, sentence: str) -> None:
+        self.until(lambda: any(re.search(sentence, line) for line in self.said))
+
+    @property
+    def text(self) -> str:
+        return "\n".join(self.said)
+
+    @property
+    def samples(self) -> tuple[int, int, int]:
+        """(done, partly, skipped), as the ledger has them."""
+        ledger = self.server.rounds.ledger
+        assert ledger is not None
+        return ledger.done, ledger.partly, ledger.skipped
+
+    def digests(self) -> set[str]:
+        """Of the replicas that left at the last step."""
+        step = self.end.result(DEADLINE_S).step
+        return {digest for at, digest in self.server.digests.values() if at == step}
+
+
+@contextmanager
+def no_suppression() -> Iterator[None]:
+    yield
