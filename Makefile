@@ -135,7 +135,7 @@ if ! have uv --version; then
     fi
     "$$@" install --quiet --disable-pip-version-check --constraint constraints.txt uv
 fi
-"$$uv" pip install --python $(VENV_PYTHON) --build-constraint constraints.txt \
+"$$uv" pip install --python $(VENV_PYTHON) --compile-bytecode --build-constraint constraints.txt \
     --constraint constraints.txt --editable '.[dev]'
 rm .venv/.unfinished
 touch $(READY)

@@ -684,9 +684,7 @@ class Peer:
         return True
 
     def join(self) -> Waiting:
-        self.follow = self.parts.follow(
-            self.server.nonce, self.step, self.lineage, self.world.now
-        )
+        self.follow = self.parts.follow(self.server.nonce, self.step, self.lineage, self.world.now)
         self._send_join()
         yield from self.wait(lambda: self._joined or self.ended)
 
@@ -886,9 +884,7 @@ class Peer:
         self._held.clear()
         self._giving = self._give_later = self._taking = None
         yield from self.connect(self.habits.give_up_s)
-        self.follow = self.parts.follow(
-            self.server.nonce, self.step, self.lineage, self.world.now
-        )
+        self.follow = self.parts.follow(self.server.nonce, self.step, self.lineage, self.world.now)
         self._send_join()
         yield from self.wait(lambda: self._joined or self._must_greet or self.ended)
 

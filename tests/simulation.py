@@ -274,7 +274,9 @@ def main() -> int:
         seen.update(outcome.seen)
         if outcome.failure:
             failed += 1
-            print(f"seed {seed} {outcome.failure}\n  replay: python -m tests.simulation --seed {seed} --verbose")
+            print(
+                f"seed {seed} {outcome.failure}\n  replay: python -m tests.simulation --seed {seed} --verbose"
+            )
             if not args.keep_going:
                 break
     seconds = time.perf_counter() - start

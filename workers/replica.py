@@ -9,6 +9,7 @@ their counters. Frozen parameters and other buffers travel in snapshots only.
 from __future__ import annotations
 
 import hashlib
+import uuid
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -56,7 +57,7 @@ class Replica:
         self.clip_norm = clip_norm
         self.before_step = before_step
         self.step = 0
-        self.lineage = "origin"
+        self.lineage = uuid.uuid4().hex  # a state of its own: only the origin's is the run's
         self.ledger: dict[str, Any] | None = None
         """The samples' ledger as of this step, as closes tell it."""
         self.params: list[tuple[str, nn.Parameter]] = [
