@@ -114,9 +114,7 @@ def _parser() -> argparse.ArgumentParser:
         ("quick", "less of everything, in under 3 minutes"),
         ("tiny", "to see whether it works; the figures mean nothing"),
     ):
-        parser.add_argument(
-            f"--{name}", action="store_const", const=name, dest="effort", help=help
-        )
+        parser.add_argument(f"--{name}", action="store_const", const=name, dest="effort", help=help)
     parser.add_argument(
         "--only", action="append", choices=IN_ORDER, metavar="PART",
         help=f"measure this part (may be given several times): {', '.join(IN_ORDER)}",

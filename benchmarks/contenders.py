@@ -75,7 +75,7 @@ class Idle(Optimizer):
     def __init__(self, parameters: Any) -> None:
         super().__init__(parameters, {})
 
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         pass
 
 
@@ -115,7 +115,7 @@ def _backward_alone(model: Layers, rounds: int = 5) -> float:
 
 def server(*settings: str) -> None:
     """The server program; only the picture it draws at the end of a run is left out."""
-    curves.draw = lambda *_, **__: None  # type: ignore[assignment]
+    curves.draw = lambda *_, **__: None
     try:
         server_program.main([*settings, "plain=true"])
     except SystemExit as end:
@@ -140,7 +140,7 @@ def worker(
     """
     torch.set_num_threads(1)
     if tcp:
-        sockets.ipc_usable = lambda folder: False  # type: ignore[assignment]
+        sockets.ipc_usable = lambda folder: False
     model = Layers(shapes, seconds)
     alone = _backward_alone(model)
     with join(host, number, port=port, timeout_s=PATIENCE_S) as cluster:
@@ -305,6 +305,7 @@ def all_reduce(
 def ddp_layers(
     rank: int,
     ranks: int,
+    address: str,
     port: int,
     shapes: Sequence[int],
     rounds: int,
@@ -313,7 +314,7 @@ def ddp_layers(
     seconds: float = 0.0,
 ) -> dict[str, Any]:
     """`Layers` in DistributedDataParallel, as `worker` trains it."""
-    _join_gloo(rank, ranks, LOOPBACK, port)
+    _join_gloo(rank, ranks, address, port)
     model = Layers(shapes, seconds)
     alone = _backward_alone(model)
     parallel = DistributedDataParallel(model)
@@ -328,13 +329,13 @@ def ddp_layers(
 
 
 def ddp_training(
-    rank: int, ranks: int, port: int, steps: int, warm_up: int, way: str
+    rank: int, ranks: int, address: str, port: int, steps: int, warm_up: int, way: str
 ) -> dict[str, Any]:
     """The training of `python -m workers` in DistributedDataParallel: same data, model, optimizer.
 
     `way`: float32, float16 (its hook), or "no exchange": every rank for itself.
     """
-    _join_gloo(rank, ranks, LOOPBACK, port)
+    _join_gloo(rank, ranks, address, port)
     settings = Settings(dataset={"name": "digits"})
     samples = data.load(settings.dataset, settings.seed).train
     model = models.build(settings.model, settings.seed)

@@ -85,7 +85,7 @@ def rate(kind: str = "tcp", streams: int = 1, seconds: float = 0.6) -> float:
                 address = str(team.folder / f"{stream}.sock")
             team.start(f"receive-{stream}", network.receive, address, seconds)
             team.start(f"send-{stream}", network.send, address)
-        return sum(team.wait(f"receive-{stream}") for stream in range(streams))
+        return float(sum(team.wait(f"receive-{stream}") for stream in range(streams)))
 
 
 def link_rate(hosts: network.Hosts, one: str, other: str, seconds: float = 1.0) -> float:

@@ -74,7 +74,7 @@ TITLES = {
     "links": "Exchange over links of 1 Gbit/s, one for each host",
     "exposed": "Communication that compute does not hide, as a share of the exchange alone",
     "memory": "Resident memory of the server above an idle one",
-    "scale": "Rounds of 1.35 MB with many simulated workers, time per worker and round",
+    "scale": "Rounds with few and with many simulated workers, time per worker and round",
 }
 
 HEADS = {
@@ -95,7 +95,7 @@ def table(results: Results, part: str) -> str:
     what, limit = HEADS[part]
     unit = rows[0].unit if rows else ""
     head = [what, "N", "how", unit, "lowest – highest"]
-    head += ["÷ gloo float32"] if compared else []
+    head += ["÷ DDP (more is better)" if part == "training" else "÷ gloo"] if compared else []
     head += [limit] if limited else []
     lines = [head, ["---" if i in (0, 2) else "---:" for i in range(len(head))]]
     before: list[str] = []
@@ -179,7 +179,7 @@ def newest(folder: Path) -> Path | None:
     """The newest full result, else the newest of all."""
     found = sorted(folder.glob("*.json"))
     full = [path for path in found if re.fullmatch(r"[\d_-]+", path.stem)]
-    return (full or found or [None])[-1]
+    return next(reversed(full or found), None)
 
 
 def write_docs(results: Results, page: Path, picture: str | None = None) -> list[str]:
@@ -193,9 +193,10 @@ def write_docs(results: Results, page: Path, picture: str | None = None) -> list
     blocks["picture"] = f"![The same as a picture]({picture})" if picture else ""
     written = []
     for name, block in blocks.items():
-        marked = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
-        if block and marked.search(content):
-            content = marked.sub(lambda m, b=block: f"{m[1]}\n{b}\n\n{m[2]}", content)
+        before, marker, rest = content.partition(f"<!-- {name} -->\n")
+        _, end, after = rest.partition("<!-- end -->")
+        if block and end:
+            content = f"{before}{marker}\n{block}\n\n{end}{after}"
             written.append(name)
     page.write_text(content, encoding="utf-8")
     return written
@@ -206,9 +207,7 @@ def draw(results: Results, path: Path) -> None:
     from matplotlib.figure import Figure
 
     panels = [
-        (part, what)
-        for part in TITLES
-        for what in _in_order(row.what for row in results.of(part))
+        (part, what) for part in TITLES for what in _in_order(row.what for row in results.of(part))
     ]
     if not panels:
         return
@@ -223,7 +222,9 @@ def draw(results: Results, path: Path) -> None:
         width = 0.8 / len(ways)
         for index, way in enumerate(ways):
             bars = [row for row in rows if row.how == way]
-            at = [numbers.index(row.workers) + (index - (len(ways) - 1) / 2) * width for row in bars]
+            at = [
+                numbers.index(row.workers) + (index - (len(ways) - 1) / 2) * width for row in bars
+            ]
             values = [row.value for row in bars]
             error = [[row.value - min(row.values) for row in bars],
                      [max(row.values) - row.value for row in bars]]  # fmt: skip

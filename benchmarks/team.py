@@ -77,10 +77,18 @@ class Team:
         host: str | None = None,
         **more: Any,
     ) -> None:
-        """Run `function` in a process of its own, on `host` where one is named (`network.Hosts`)."""
+        """Run `function` in a process of its own; `host` is one of `network.Hosts`."""
         process = CONTEXT.Process(
             target=_run,
-            args=(self._log(name), self._answer(name), host, self.left(), function, arguments, more),
+            args=(
+                self._log(name),
+                self._answer(name),
+                host,
+                self.left(),
+                function,
+                arguments,
+                more,
+            ),
             name=name,
         )
         process.start()

@@ -114,7 +114,6 @@ class Display:
         self._console = Console(
             file=self._stream,
             force_terminal=self._live,
-            color_system="auto" if self._live else None,
             legacy_windows=False,
             markup=False,
             highlight=False,

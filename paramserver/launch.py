@@ -15,7 +15,8 @@ from paramserver.schema import scope
 
 DEMO = {"dataset.name": "digits", "num_epochs": "15", "num_workers": "2", "eval_steps": "100"}
 """What the demo sets, unless the command line says otherwise."""
-PATIENCE_S = 20.0
+WORKERS_PATIENCE_S = 10.0
+PATIENCE_S = 120.0  # an orderly end takes the observer's last evaluation and upload
 
 
 def demo(arguments: list[str]) -> int:
@@ -38,19 +39,31 @@ def demo(arguments: list[str]) -> int:
                         stdout=log,
                         stderr=subprocess.STDOUT,
                         stdin=subprocess.DEVNULL,
+                        start_new_session=True,  # Ctrl-C is for the server, which tells them
                     )
                 )
-        return _watch(server, workers, logs)
+        try:
+            return _watch(server, workers, logs)
+        except KeyboardInterrupt:
+            server.terminate()  # it ends the run in order, and the workers with it
+            return server.wait()
     finally:
-        for p in [*workers, server]:
-            if p.poll() is None:
-                p.terminate()
-        for p in [*workers, server]:
-            try:
-                p.wait(PATIENCE_S)
-            except subprocess.TimeoutExpired:
-                p.kill()
-                p.wait()
+        _end([server], PATIENCE_S)
+        _end(workers, WORKERS_PATIENCE_S)
+
+
+def _end(processes: list[subprocess.Popen[bytes]], patience_s: float) -> None:
+    """See to it that none of them goes on: ask, and after a while do not ask."""
+    deadline = time.monotonic() + patience_s
+    for p in processes:
+        if p.poll() is None:
+            p.terminate()
+    for p in processes:
+        try:
+            p.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            p.kill()
+            p.wait()
 
 
 def _for_workers(name: str) -> bool:

@@ -15,7 +15,7 @@ message    direction      meaning; buffers that follow the header
 Hello      door -> server who I am. Answer: Welcome or Reject
 Welcome    server -> door the run's settings, my session, where link and SUB connect to
 Probe      link -> server binds this link to a session. Answer: Probe on PUB and a Pulse on the link
-Greet      server -> link I do not know this link: probe (or say hello) again
+Greet      server -> link I do not know this link: probe (or say hello) again; or: join again
 Join       link -> server my layout, step and lineage. Answer: Admit or Reject
 Admit      server -> link origin / follow / adopt: what to do to stand where the log stands
 Ready      link -> server I am waiting for samples of a set of this length
@@ -145,6 +145,8 @@ class Probe(Message, frozen=True):
 class Greet(Message, frozen=True):
     session_known: bool = True
     """False: this server knows nothing of the session, say hello; else a probe is enough."""
+    join: bool = False
+    """This link is known, but what came before on it, or was sent there, may be lost: join again."""
 
 
 class Join(Message, frozen=True):

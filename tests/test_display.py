@@ -263,9 +263,10 @@ def test_the_summary_takes_the_drawings_place(terminal: Terminal) -> None:
     display.say("hello")
     display.update(STATUS, 0.0)
     display.summary(SUMMARY, "runs/2026-11-22_12-00-09")
-    display.close()
-    display.close()
     screen = terminal.screen
+    display.close()
+    display.close()
+    assert terminal.screen == screen
     assert screen[0] == "12:00:09  hello"
     assert screen[1].startswith("╭")
     assert screen[-1] == "  runs/2026-11-22_12-00-09"
@@ -333,6 +334,11 @@ class Pipe:
         while select.select([self.reader], [], [], 0)[0] and (more := os.read(self.reader, 65536)):
             raw += more
         return raw.decode()
+
+    def fill(self) -> None:
+        """Write until nothing more goes in."""
+        while select.select([], [self.stream], [], 0)[1]:
+            os.write(self.stream.fileno(), b"." * select.PIPE_BUF)
 
     def close(self) -> None:
         self.stream.close()
@@ -457,16 +463,23 @@ def test_a_summary_of_what_is_known(pipe: Pipe) -> None:
 
 
 def test_a_pipe_that_nobody_reads_holds_nothing_up(pipe: Pipe) -> None:
-    os.set_blocking(pipe.stream.fileno(), False)
-    while select.select([], [pipe.stream], [], 0)[1]:
-        os.write(pipe.stream.fileno(), b"." * 4096)
-    os.set_blocking(pipe.stream.fileno(), True)
+    pipe.fill()
     display = Display(pipe.stream)
     for number in range(5):
         display.say(f"line {number}")
     assert set(pipe.text) == {"."}
     display.say("line 5")
     assert [line[10:] for line in pipe.text.splitlines()] == [f"line {n}" for n in range(6)]
+
+
+def test_a_line_longer_than_the_room_in_a_pipe(pipe: Pipe) -> None:
+    pipe.fill()
+    os.read(pipe.reader, 8192)
+    display = Display(pipe.stream)
+    display.say("x" * 50_000)
+    assert pipe.text.count("x") < 50_000
+    display.close()
+    assert pipe.text.endswith("x\n")
 
 
 def run_display(script: str, **variables: str) -> subprocess.CompletedProcess[bytes]:

@@ -23,7 +23,8 @@ def main() -> None:
             settings = _with_id(settings)
 
         def leave(number: int, frame: Any) -> None:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one ends it at once
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends it at once
             raise Leave(signal.Signals(number).name)
 
         signal.signal(signal.SIGINT, leave)

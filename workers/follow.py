@@ -21,15 +21,23 @@ class Effect(msgspec.Struct, frozen=True):
 
 
 class Take(Effect, frozen=True):
-    """Decode this average's numbers into their place."""
+    """Decode this average's numbers into their place.
+
+    `first` of its round: what was taken before belongs to a void round, and must be forgotten.
+    """
 
     average: Average
+    first: bool = False
 
 
 class Apply(Effect, frozen=True):
-    """Everything of this update is here: apply it, then call `applied`."""
+    """Everything of this update is here: apply it, then call `applied`.
+
+    `first`: it has no averages; what was taken before belongs to a void round (see `Take`).
+    """
 
     close: Close
+    first: bool = False
 
 
 class Drop(Effect, frozen=True):
@@ -94,13 +102,14 @@ class Follow:
             return Drop("older than what I hold")
         if m.step > self.step + 1:
             return Gap()
-        if m.round > self._round:  # a new round, or one that follows a void one
+        first = m.round > self._round  # a new round, perhaps after a void one of the same step
+        if first:
             self._round = m.round
             self._got.clear()
         if m.bucket in self._got:
             return Drop("came twice")
         self._got.add(m.bucket)
-        return Take(m)
+        return Take(m, first)
 
     def close(self, m: Close) -> Effect:
         if m.nonce != self.nonce:
@@ -113,7 +122,7 @@ class Follow:
             return Gap()
         if next_lineage(self.lineage, m) != m.lineage:
             return Diverged(f"update {m.step} does not continue from my step {self.step}")
-        return Apply(m)
+        return Apply(m, first=m.round != self._round)
 
     def applied(self, m: Close) -> None:
         """The update is in the model now."""

@@ -18,23 +18,42 @@ are checked at each message):
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 
-from paramserver.rounds import REPLICA, Rules
-from tests.glue import Broken, Habits, Observer, Parts, Peer, Server, Worker
-from tests.virtual import DOWN, UP, Network, World
+from paramserver.rounds import Rounds, Rules
+from workers.follow import Follow
+
+from .book import Broken
+from .network import DOWN, UP, Network, World
+from .peer import Client, Habits, Observer, Worker
+from .server import Server
 
 QUIET_S = 4.0  # heartbeat_timeout
 IDLE_S = 100.0
 PATIENCE_S = 400.0
 """After the last fault; more than any chain of deadlines, so that only what hangs exceeds it."""
-INNOCENT = ("rejected: worker id", "rejected: the run has ended", "the run has ended")
+INNOCENT = (
+    "rejected: worker id",
+    "rejected: the run has ended",
+    "the run has ended",
+    "the run ended before it could join",
+)
 """What a process may end with although it did nothing wrong: its id is taken, or it came too late."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What is under test; a planted fault replaces one of them."""
+
+    rounds: type[Rounds] = Rounds
+    follow: type[Follow] = Follow
+    worker: type[Worker] = Worker
+    observer: type[Observer] = Observer
 
 
 class Outcome:
@@ -78,7 +97,7 @@ class Schedule:
             world,
             self.net,
             rules,
-            parts,
+            parts.rounds,
             buckets=rng.choice((1, 2, 3)),
             history=rng.choice((1, 2, 5)),
             through_wire=seed % 8 == 0,
@@ -88,7 +107,7 @@ class Schedule:
         self.compute_s = rng.choice((0.01, 0.1, 0.1, 0.4))
         self.absent = rng.choice((0, 0, 0.3))
         self.lost = rng.choice((0, 0.02, 0.2))
-        self.processes: dict[int, Peer] = {}  # the newest of each slot; 0 is the observer
+        self.processes: dict[int, Client] = {}  # the newest of each slot; 0 is the observer
         self._serial = 0
         self._kept_down: set[int] = set()
         slots = range(0 if rules.observer else 1, workers + 1)
@@ -111,27 +130,21 @@ class Schedule:
         if self.server.rounds.ended or slot in self._kept_down or (before and before.alive):
             return
         self._serial += 1
-        kind = (self.parts.worker or Worker) if slot else (self.parts.observer or Observer)
-        habits = Habits(
-            compute_s=self.compute_s,
-            absent=self.absent,
-            lost=self.lost,
-            samples=self.samples,
-            batch_size=self.batch_size,
+        kind = self.parts.worker if slot else self.parts.observer
+        self.world.say(f"START {'worker ' + str(slot) if slot else 'the observer'}")
+        peer = kind(
+            self.world, self.net, self.server, self.parts.follow, slot, self._serial, self._habits()
         )
-        self.world.say(f"START {'worker ' + str(slot) if slot else 'observer'}")
-        self.processes[slot] = kind(
-            self.world,
-            self.net,
-            self.server,
-            self.parts,
-            slot,
-            self._serial,
-            lambda peer, why: self._exited(slot, why),
-            habits,
-        )
+        peer.lost, peer.on_exit = self.lost, lambda why: self._exited(slot, peer)
+        self.server.publish.append(peer.publish)
+        self.processes[slot] = peer
 
-    def _exited(self, slot: int, why: str) -> None:
+    def _habits(self) -> Habits:
+        return Habits(self.samples, self.batch_size, self.compute_s, absent=self.absent)
+
+    def _exited(self, slot: int, peer: Client) -> None:
+        why = peer.exit
+        self.server.publish.remove(peer.publish)
         if why in ("finished", "killed", "left") or why.startswith(INNOCENT):
             self.outcome.seen[why.split(":")[0]] += 1
         else:
@@ -145,9 +158,7 @@ class Schedule:
         self._kept_down.clear()
         self.net.repeats = 0.0
         for slot, peer in list(self.processes.items()):
-            peer.habits = Habits(
-                compute_s=self.compute_s, samples=self.samples, batch_size=self.batch_size
-            )
+            peer.habits, peer.lost = self._habits(), 0.0
             peer.go_on()
             self._start(slot)
         if self.server.stalled:
@@ -187,19 +198,22 @@ class Schedule:
             world.after(seconds, peer.go_on)
         elif fault == "cut":
             noticed = rng.choice((0.0, 0.0, seconds, 1.5 * QUIET_S))
-            lines = peer.lines()
+            lines = list(peer.lines.values())
             for line in lines if rng.random() < 0.5 else rng.sample(lines, min(1, len(lines))):
                 line.cut(seconds, noticed)
         elif fault == "hold":
             ways = rng.choice(((UP,), (DOWN,), (UP, DOWN)))
-            for line in peer.lines():
+            for line in peer.lines.values():
                 line.hold(world.now + seconds, ways)
         else:
-            value = {"slow": 1.5, "bad": 0.5, "lossy": 0.7, "leave": 0.5}[fault]
-            name = {"slow": "compute_s", "bad": "bad", "lossy": "lost", "leave": "leaves"}[fault]
-            before = getattr(peer.habits, name)
-            setattr(peer.habits, name, value)
-            world.after(seconds, setattr, peer.habits, name, before)
+            whose, name, value = {
+                "slow": (peer.habits, "compute_s", 1.5),
+                "bad": (peer.habits, "bad", 0.5),
+                "leave": (peer.habits, "leaves", 0.5),
+                "lossy": (peer, "lost", 0.7),
+            }[fault]
+            world.after(seconds, setattr, whose, name, getattr(whose, name))
+            setattr(whose, name, value)
 
     # ------------------------------------------------------------------ the run
 
@@ -211,11 +225,13 @@ class Schedule:
                 raise Broken(f"the run has not ended: {server.rounds.phase(world.now)}")
             end = server.rounds.ended
             assert end is not None
-            server.check_ended()
             if end.error:
                 if self._could_go_on():
                     raise Broken(f"the run was given up: {end.reason}")
                 outcome.seen["state lost with all its holders"] += 1
+            else:
+                assert server.rounds.ledger is not None
+                server.book.check_end(server.rounds.ledger)
             alive = {p for p in self.processes.values() if p.alive}
             if not world.run(
                 lambda: not any(p.alive for p in alive) and server.finished(),
@@ -224,10 +240,14 @@ class Schedule:
                 left = ", ".join(p.name for p in alive if p.alive)
                 raise Broken(f"the run has ended, but not for {left or 'the server'}")
             for peer in alive:
-                if peer.exit == "finished" and peer._joined and peer.step != end.step:
-                    raise Broken(f"{peer.name} ended at step {peer.step} of {end.step}")
-            if len(server.closes) != end.step:
-                raise Broken(f"{len(server.closes)} updates lead to step {end.step}")
+                if (
+                    peer.exit == "finished"
+                    and not peer._left_behind
+                    and peer.replica.step != end.step
+                ):
+                    raise Broken(f"{peer.name} ended at step {peer.replica.step} of {end.step}")
+            if server.book.step != end.step:
+                raise Broken(f"{server.book.step} updates lead to step {end.step}")
             outcome.seen["steps"] += end.step
             outcome.seen["rounds"] += server.rounds._rounds
             outcome.seen["snapshots"] += server.rounds._snapshots
@@ -240,7 +260,9 @@ class Schedule:
     def _could_go_on(self) -> bool:
         """Is there a process from which the run could have gone on?"""
         r = self.server.rounds
-        return any(p.alive and r.knows(p.step, p.lineage) for p in self.processes.values())
+        return any(
+            p.alive and r.knows(p.replica.step, p.replica.lineage) for p in self.processes.values()
+        )
 
 
 FAULTS = (

@@ -1,0 +1,5 @@
+import sys
+
+from .schedule import main
+
+sys.exit(main())

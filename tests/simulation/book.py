@@ -1,0 +1,97 @@
+"""The book of a run: what every step's model must be, and which samples went into each bucket.
+
+No real server has it. A model is one number here, the hash of all that was applied to it; a gradient
+is the samples it was made from (and the model they were shown to). So a sample that is lost or counted
+twice is seen at once, and so is a replica that applied something else than the log.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from paramserver import wire
+from paramserver.ledger import Ledger
+
+Sample = tuple[int, int]
+"""(epoch, place in its shuffled order)."""
+
+Gradient = tuple[int, tuple[Sample, ...], bool]
+"""The model that made it, the samples it was made from, and whether its numbers are finite."""
+
+Content = list[tuple[bool, tuple[Sample, ...]]]
+"""An update: for each bucket whether it has a gradient, and of which samples."""
+
+
+class Broken(AssertionError):
+    """A promise was not kept."""
+
+
+def samples_of(lease: wire.Lease) -> tuple[Sample, ...]:
+    epoch, start, stop = lease
+    return tuple((epoch, i) for i in range(start, stop))
+
+
+def after_update(model: int, content: Content) -> int:
+    """What an update makes of a model."""
+    return hash((model, *content))
+
+
+class Book:
+    """Told of each update before anybody hears of it."""
+
+    def __init__(self, buckets: int) -> None:
+        self.models: dict[int, int] = {}
+        self.closes: list[wire.Close] = []
+        self._counted: list[set[Sample]] = [set() for _ in range(buckets)]
+
+    @property
+    def step(self) -> int:
+        return len(self.closes)
+
+    def begin(self, model: int) -> None:
+        """The first state is known. It may be another one as long as nothing follows it."""
+        if self.closes:
+            raise Broken(f"a new origin after {self.step} steps")
+        self.models = {0: model}
+
+    def close(self, close: wire.Close, averages: dict[int, tuple[wire.Average, Any]]) -> None:
+        """The next update; checks that no sample is in it twice, or was in one before."""
+        if close.step != self.step + 1:
+            raise Broken(f"step {close.step} follows step {self.step}")
+        if set(averages) != set(close.buckets):
+            raise Broken(f"the close has buckets {close.buckets}, averaged were {set(averages)}")
+        content: Content = []
+        for bucket, counted in enumerate(self._counted):
+            average, samples = averages.get(bucket, (None, ()))
+            content.append((average is not None and bucket not in average.absent, samples))
+            twice = counted.intersection(samples)
+            if twice or len(set(samples)) < len(samples):
+                raise Broken(f"samples {sorted(twice) or samples} twice in bucket {bucket}")
+            counted.update(samples)
+        self.models[close.step] = after_update(self.models[self.step], content)
+        self.closes.append(close)
+        self._check_state(close.ledger)
+
+    def _check_state(self, state: dict[str, Any]) -> None:
+        """What a close says of the ledger is what is really in the sums."""
+        everywhere, anywhere = set.intersection(*self._counted), set.union(*self._counted)
+        if state["done"] != len(everywhere):
+            raise Broken(f"{state['done']} samples done, {len(everywhere)} are in every bucket")
+        if state["partly"] != len(anywhere) - len(everywhere):
+            raise Broken(f"{state['partly']} samples partly, not {len(anywhere - everywhere)}")
+        epoch, start = state["head"]
+        waiting = [s for lease in state["waiting"] for s in samples_of(tuple(lease))]
+        settled = state["done"] + state["partly"] + state["skipped"]
+        if settled + len(waiting) != epoch * state["samples"] + start:
+            raise Broken(f"the ledger's sums do not agree: {state}")
+        if len(set(waiting)) < len(waiting) or anywhere.intersection(waiting):
+            raise Broken("samples that were counted wait to be leased again")
+
+    def check_end(self, ledger: Ledger) -> None:
+        """Done + partly + skipped = all, and what was not skipped is in some bucket."""
+        self._check_state(ledger.state())
+        if ledger.counted != ledger.total:
+            raise Broken(f"{ledger.counted} of {ledger.total} samples were counted")
+        missing = ledger.total - len(set.union(*self._counted))
+        if missing != ledger.skipped:
+            raise Broken(f"{missing} samples are in no bucket, {ledger.skipped} were skipped")

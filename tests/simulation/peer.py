@@ -1,0 +1,617 @@
+"""`Follow` with what `client.py`, `cluster.py` and `observe.py` put around it.
+
+Kept as close to those files as it can be, so that a schedule that fails here names a line there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from paramserver import wire
+from workers import follow
+from workers.follow import Follow
+
+from .book import Broken, Sample, after_update, samples_of
+from .network import Carried, Network, World
+from .process import AT_BOTH, AT_DOOR, AT_LINK, DEAF, Leaves, Process, Waiting
+from .server import Server, brief
+
+BEATS_PER_TIMEOUT = 5
+HELLO_EVERY_S = 1.0
+PROBE_EVERY_S = 0.25
+WANTS_IN_FLIGHT = 2
+PIECES = 3
+DEADLINE_S = 90.0
+"""For greeting, and for a silent server: longer than any fault."""
+
+LAYOUT = wire.Layout((wire.Tensor("w", (1,), "float32"),))
+
+
+class Habits(msgspec.Struct):
+    """What a peer is like; faults change it in the middle of a run."""
+
+    samples: int
+    batch_size: int
+    compute_s: float
+    """For one bucket, or one batch of an evaluation."""
+    absent: float = 0.0
+    """Share of its buckets without a gradient."""
+    bad: float = 0.0
+    """Share of its batches with a bucket of numbers that are not finite."""
+    leaves: float = 0.0
+    """Share of its steps after which it leaves in order."""
+
+
+class Replica:
+    """A model, and how an update is applied to it, as in `workers.replica`."""
+
+    def __init__(self, serial: int, buckets: int) -> None:
+        self.model = hash((7, serial))  # its own first weights
+        self.step = 0
+        self.lineage = f"fresh-{serial}"
+        self._buckets = buckets
+        self._flat: dict[int, tuple[Sample, ...]] = {}
+        self._present = [0] * buckets
+
+    def take(self, average: wire.Average, samples: tuple[Sample, ...]) -> None:
+        self._flat[average.bucket] = samples
+        self._present[average.bucket] += average.bucket not in average.absent
+
+    def apply(self, close: wire.Close) -> None:
+        content = [
+            (self._present[b] > 0, self._flat[b] if b in close.buckets else ())
+            for b in range(self._buckets)
+        ]
+        self.model = after_update(self.model, content)
+        self.step, self.lineage = close.step, close.lineage
+        self.forget_averages()
+
+    def load(self, model: int, step: int, lineage: str) -> None:
+        self.model, self.step, self.lineage = model, step, lineage
+        self.forget_averages()
+
+    def forget_averages(self) -> None:
+        self._present = [0] * self._buckets
+
+
+class Taking:
+    """A snapshot that is coming in."""
+
+    def __init__(self, manifest: wire.Manifest, now: float) -> None:
+        self.manifest, self.heard_at = manifest, now
+        self.pieces: dict[int, int] = {}
+        self.wanted: set[int] = set()
+        self.next = 0
+
+
+class Client(Process):
+    """A replica's connection to its server; see `workers.client`."""
+
+    role = "worker"
+
+    def __init__(
+        self,
+        world: World,
+        net: Network,
+        server: Server,
+        make_follow: Callable[..., Follow],
+        id: int,
+        serial: int,
+        habits: Habits,
+    ) -> None:
+        self.server, self.id, self.serial, self.habits = server, id, serial, habits
+        self.name = f"worker {id}" if self.role == "worker" else "the observer"
+        super().__init__(world, net, server.receive)
+        self.sub_room = 2 * server.buckets + 4
+        self.replica = Replica(serial, server.buckets)
+        self.follow: Follow | None = None
+        self.greetings = 0
+        self.goes_adrift = False
+        self.adrift = False
+        self._make_follow = make_follow
+        self._quiet_s = server.rules.heartbeat_timeout / 2
+        self._session = ""
+        self._held: deque[Carried] = deque()
+        self._joined = False
+        self._taking: Taking | None = None
+        self._giving: int | None = None
+        self._give_later: wire.Give | None = None
+        self._aborted = 0  # the newest snapshot that was called off
+        self._ready: wire.Ready | None = None
+        self._must_greet = False
+        self._left_behind = False
+        self._stood = -1
+
+    # ------------------------------------------------------------------ coming
+
+    def connect(self) -> Waiting:
+        """Say hello until welcomed, then probe until link and SUB work."""
+        deadline = self.world.now + DEADLINE_S
+        while True:
+            self.close_lines()
+            self.open_line("door")
+            welcome = yield from self._hello(deadline)
+            self._session = welcome.session
+            self.open_line("link")
+            self.open_line("sub")
+            self.beat(self._session, 2 * self._quiet_s / BEATS_PER_TIMEOUT)
+            if (yield from self._probe()):
+                self.greetings += 1
+                return
+
+    def _hello(self, deadline: float) -> Waiting:
+        """Again and again: a hello may be lost with its connection."""
+        hello = wire.Hello(
+            protocol=wire.PROTOCOL,
+            role=self.role,
+            id=self.id,
+            nonce=f"process-{self.serial}",
+            host="host",
+            pid=self.serial,
+        )
+        while self.world.now < deadline:
+            self.lines["door"].send((hello, None))
+            until = self.world.now + HELLO_EVERY_S
+            while self.world.now < until:
+                if not self.inbox["door"]:
+                    yield until, AT_DOOR
+                    continue
+                message, _ = self.inbox["door"].popleft()
+                if isinstance(message, wire.Welcome):
+                    return message
+                if isinstance(message, wire.Reject):
+                    raise Leaves(f"rejected: {message.reason}")
+        raise Leaves("no server answered")
+
+    def _probe(self) -> Waiting:
+        """Do both ways work? No: in time they did not, or the session was forgotten meanwhile."""
+        deadline = self.world.now + 2 * self._quiet_s
+        seen: set[str] = set()
+        while self.world.now < deadline:
+            self._send(wire.Probe(session=self._session))
+            until = self.world.now + PROBE_EVERY_S
+            while self.world.now < until and seen != AT_BOTH:
+                kind = "sub" if self.inbox["sub"] else "link"
+                if not self.inbox[kind]:
+                    yield until, AT_BOTH
+                    continue
+                match self.inbox[kind].popleft()[0]:
+                    case wire.Probe(session=session) if session == self._session:
+                        seen.add("sub")
+                    case wire.Pulse() if kind == "link":
+                        seen.add("link")
+                    case wire.Greet(session_known=False):
+                        return False
+                    case wire.Reject() as message:
+                        raise Leaves(f"rejected: {message.reason}")
+                    case wire.End():
+                        raise Leaves("the run has ended")
+            if seen == AT_BOTH:
+                return True
+        return False
+
+    def join(self) -> Waiting:
+        self._new_follow()
+        self._send_join()
+        yield from self.wait(lambda: self._joined or self.ended or self._must_greet)
+        if self.ended is not None and not self._joined:
+            raise Leaves("the run ended before it could join")
+
+    def _new_follow(self) -> None:
+        nonce, r = self.server.nonce, self.replica
+        self.follow = self._make_follow(nonce, r.step, r.lineage, self.world.now)
+
+    def _send_join(self) -> None:
+        self._joined = self.adrift = False
+        r = self.replica
+        join = wire.Join(layout=LAYOUT, step=r.step, lineage=r.lineage, device="cpu")
+        self._send(join, r.model)
+
+    def ready(self) -> None:
+        self._ready = wire.Ready(samples=self.habits.samples, batch_size=self.habits.batch_size)
+        if self._joined:
+            self._send(self._ready)
+
+    @property
+    def ended(self) -> wire.End | None:
+        """The run's end, once every update before it is applied (or cannot be had any more)."""
+        end = self.follow.end if self.follow else None
+        if end is None:
+            return None
+        return end if self.replica.step >= end.step or self._left_behind else None
+
+    def catch_up(self) -> None:
+        if self.adrift:
+            self._send_join()
+
+    # ------------------------------------------------------------------ the loop
+
+    def poll(self) -> None:
+        while self._may_read_sub():
+            if not self._held and not self._read_sub():
+                return
+            if not isinstance(self._held[0][0], wire.Average):
+                return
+            self._next_published()
+
+    def wait(self, done: Callable[[], Any], timeout_s: float = math.inf) -> Waiting:
+        until = self.world.now + timeout_s
+        while not done():
+            if self._must_greet:
+                yield from self._greet_again()
+            if self._handle_one():
+                continue
+            if self.world.now >= until:
+                return
+            ears = AT_BOTH if self._may_read_sub() else AT_LINK
+            yield min(until, self.world.now + self._quiet_s / 4), ears
+            self._tick()
+
+    def _tick(self) -> None:
+        f, now = self.follow, self.world.now
+        assert f is not None
+        effect = f.tick(now, self._quiet_s)
+        if isinstance(effect, follow.Silent):
+            if effect.seconds > DEADLINE_S:
+                raise Leaves(f"the server has been silent for {effect.seconds:.0f} s")
+            self._send(wire.Probe(session=self._session))
+        elif isinstance(effect, follow.Gap):
+            self._fetch()
+        if self._taking is not None and now - self._taking.heard_at > 4 * self._quiet_s:
+            self._taking = None
+            self._send_join()
+
+    def _handle_one(self) -> bool:
+        if self._may_read_sub() and (self._held or self._read_sub()):
+            self._next_published()
+            return True
+        if not self.inbox["link"]:
+            return False
+        self._from_link(*self.inbox["link"].popleft())
+        return True
+
+    def _may_read_sub(self) -> bool:
+        f = self.follow
+        return f is not None and (self._joined or self.adrift) and f.fetching_since is None
+
+    def _read_sub(self) -> bool:
+        if not self.inbox["sub"]:
+            return False
+        self._held.append(self.inbox["sub"].popleft())
+        return True
+
+    def _next_published(self) -> None:
+        carried = self._held.popleft()
+        if not self._published(*carried):
+            self._held.appendleft(carried)
+            self._fetch()
+        if len(self._held) > 1:
+            raise Broken(f"{self.name} holds {len(self._held)} messages back")
+
+    # ------------------------------------------------------------------ messages
+
+    def _published(self, message: Any, payload: Any) -> bool:
+        f, now = self.follow, self.world.now
+        assert f is not None
+        if self.world.talks and not isinstance(message, wire.Pulse | wire.Probe):
+            self.world.say(f"    {self.name} reads: {brief(message)}")
+        if self.adrift:
+            self._heard_adrift(message, now)
+            return True
+        effect: follow.Effect = follow.NOTHING
+        match message:
+            case wire.Average():
+                effect = f.average(message)
+            case wire.Close():
+                effect = f.close(message)
+            case wire.Open():
+                effect = f.opened(message)
+            case wire.Pulse():
+                effect = f.pulse(message, now)
+                self._stand(message)
+            case wire.End():
+                effect = f.ended(message)
+        match effect:
+            case follow.Take():
+                if effect.first:
+                    self.replica.forget_averages()
+                self.replica.take(effect.average, payload)
+            case follow.Apply():
+                if effect.first:
+                    self.replica.forget_averages()
+                self.replica.apply(effect.close)
+                self._compare()
+                f.applied(effect.close)
+                if self._give_later is not None:
+                    self._give(self._give_later)
+            case follow.Diverged():
+                self.world.say(f"    {self.name}: {effect.why}")
+                self._send_join()
+        return not isinstance(effect, follow.Gap)
+
+    def _heard_adrift(self, message: Any, now: float) -> None:
+        f = self.follow
+        assert f is not None
+        if isinstance(message, wire.Close):
+            self.missed(message)
+        elif isinstance(message, wire.Pulse):
+            f.pulse(message, now)
+        elif isinstance(message, wire.End):
+            f.ended(message)
+        if f.ending or f.end is not None:
+            self.catch_up()
+
+    def missed(self, close: wire.Close) -> None:
+        """A step that this replica does not follow."""
+
+    def _stand(self, pulse: wire.Pulse) -> None:
+        assert self.follow is not None
+        if self.role == "observer" and self._stood != pulse.step == self.follow.step:
+            self._stood = pulse.step
+            self._send(wire.Stand(step=pulse.step))
+
+    def _fetch(self) -> None:
+        assert self.follow is not None
+        if self._joined:
+            self._send(self.follow.fetch(self.world.now))
+
+    def _from_link(self, message: Any, payload: Any) -> None:
+        f, now = self.follow, self.world.now
+        assert f is not None
+        f.heard(now)
+        if self.world.talks and not isinstance(message, wire.Pulse):
+            self.world.say(f"    server -> {self.name}: {brief(message)}")
+        match message:
+            case wire.Average() | wire.Close():
+                if self._joined:
+                    self._published(message, payload)
+            case wire.Fetched():
+                if isinstance(f.fetched(message.step, message.open), follow.Gap):
+                    self._fetch()
+            case wire.Pulse() if self.adrift:
+                self._heard_adrift(message, now)
+            case wire.Pulse():
+                self._stand(message)
+                if isinstance(f.pulse(message, now), follow.Gap) and f.fetching_since is None:
+                    self._fetch()
+            case wire.Admit():
+                self._on_admit(message)
+            case wire.Reject():
+                raise Leaves(f"rejected: {message.reason}")
+            case wire.Greet():
+                self._on_greet(message)
+            case wire.Give():
+                self._give(message)
+            case wire.Want():
+                if self._giving == message.snapshot:
+                    piece = wire.Piece(snapshot=message.snapshot, piece=message.piece)
+                    self._send(piece, self.replica.model)
+                else:
+                    self._send(wire.Abort(message.snapshot, "I do not give this snapshot"))
+            case wire.Manifest():
+                self._taking = Taking(message, now)
+                self._want_more()
+            case wire.Piece():
+                self._take_piece(message, payload)
+            case wire.Abort():
+                self._on_abort(message)
+            case wire.End():
+                f.ended(message)
+                if not self._joined:
+                    self._left_behind = True
+                elif f.step < message.step:
+                    self._fetch()
+
+    def _on_greet(self, message: wire.Greet) -> None:
+        if not message.session_known:
+            self._must_greet = True
+        elif message.join:
+            self._send_join()
+        else:
+            self._send(wire.Probe(session=self._session))
+
+    def _on_admit(self, message: wire.Admit) -> None:
+        f = self.follow
+        assert f is not None
+        f.fetching_since = None
+        if message.action in ("adopt", "behind"):
+            self._joined = False
+            self._held.clear()
+            if message.action == "adopt":
+                return
+            if f.end is not None:
+                self._left_behind = True
+            elif self.goes_adrift and not f.ending:
+                self.adrift = True
+            else:
+                self._send_join()
+            return
+        self._joined_now()
+        if message.action == "follow" and message.step > f.step:
+            self._fetch()
+
+    def _joined_now(self) -> None:
+        self._joined = True
+        if self._ready is not None:
+            self._send(self._ready)
+
+    def _greet_again(self) -> Waiting:
+        self._must_greet = False
+        self.world.say(f"{self.name} greets again")
+        self._held.clear()
+        self._giving = self._give_later = self._taking = None
+        self._aborted, self._stood = 0, -1
+        yield from self.connect()
+        self._new_follow()
+        self._send_join()
+        yield from self.wait(lambda: self._joined or self._must_greet or self.ended)
+
+    # ------------------------------------------------------------------ snapshots
+
+    def _give(self, message: wire.Give) -> None:
+        f, r = self.follow, self.replica
+        assert f is not None
+        self._giving = self._give_later = None
+        if f.step == message.step and f.lineage == message.lineage:
+            self._giving = message.snapshot
+            self._send(
+                wire.Manifest(
+                    snapshot=message.snapshot,
+                    step=r.step,
+                    lineage=r.lineage,
+                    tree="",
+                    tensors=(),
+                    piece_bytes=1,
+                )
+            )
+        elif f.step < message.step:
+            self._give_later = message
+            if f.fetching_since is None:
+                self._fetch()
+        else:
+            self._send(wire.Abort(message.snapshot, f"I stand at step {f.step}"))
+
+    def _want_more(self) -> None:
+        taking = self._taking
+        assert taking is not None
+        while len(taking.wanted) < WANTS_IN_FLIGHT and taking.next < PIECES:
+            taking.wanted.add(taking.next)
+            self._send(wire.Want(snapshot=taking.manifest.snapshot, piece=taking.next))
+            taking.next += 1
+        if not taking.wanted:
+            self._adopt(taking)
+
+    def _take_piece(self, message: wire.Piece, model: int) -> None:
+        taking = self._taking
+        if taking is None or taking.manifest.snapshot != message.snapshot:
+            return
+        if message.piece in taking.wanted:
+            taking.wanted.discard(message.piece)
+            taking.pieces[message.piece] = model
+        taking.heard_at = self.world.now
+        self._want_more()
+
+    def _adopt(self, taking: Taking) -> None:
+        f, m = self.follow, taking.manifest
+        assert f is not None
+        self._taking = None
+        models = set(taking.pieces.values())
+        if len(models) > 1:
+            raise Broken(f"{self.name} took a snapshot of several models")
+        self.replica.load(models.pop(), m.step, m.lineage)
+        self._compare()
+        f.adopted(m.step, m.lineage)
+        self._send(wire.Adopted(snapshot=m.snapshot, step=m.step, lineage=m.lineage))
+        self._joined_now()
+
+    def _on_abort(self, message: wire.Abort) -> None:
+        if self._giving == message.snapshot:
+            self._giving = None
+        elif not self._joined and message.snapshot > self._aborted:
+            # Older ones are echoes: we have joined again since.
+            self._aborted = message.snapshot
+            self._taking = None
+            self._send_join()
+
+    # ------------------------------------------------------------------ inside
+
+    def _send(self, message: wire.Message, payload: Any = None) -> None:
+        self.lines["link"].send((message, payload))
+
+    def _compare(self) -> None:
+        """Promise 1: replicas at one step are equal. The book knows what they must be."""
+        r = self.replica
+        if r.model != self.server.book.models.get(r.step):
+            raise Broken(f"{self.name} holds another model of step {r.step} than the log")
+
+
+class Worker(Client):
+    """The loop of `workers.train` over `workers.cluster`."""
+
+    def main(self) -> Waiting:
+        yield from self.connect()
+        yield from self.join()
+        self.ready()
+        self._round, self._greetings = 0, self.greetings
+        while (lease := (yield from self._next_lease())) is not None:
+            yield from self._backward(lease)
+            yield from self._step()
+            if self.world.chance(self.habits.leaves):
+                self._send(wire.Goodbye(reason="it was stopped"))
+                raise Leaves("left")
+        self._send(wire.Goodbye(reason="finished"))
+
+    def _next_lease(self) -> Waiting:
+        found: tuple[int, wire.Lease] | None = None
+
+        def look() -> bool:
+            nonlocal found
+            assert self.follow is not None
+            if self.greetings != self._greetings:
+                self._greetings, self._round = self.greetings, 0
+            found = self.follow.lease(self.id, self._round)
+            return found is not None or self.ended is not None
+
+        yield from self.wait(look)
+        if self.ended is not None:
+            return None
+        assert found is not None
+        self._round, lease = found
+        return lease
+
+    def _backward(self, lease: wire.Lease) -> Waiting:
+        """A gradient of the model as it is now, a bucket at a time; nothing is applied meanwhile."""
+        world, habits, buckets = self.world, self.habits, self.server.buckets
+        model = self.replica.model
+        bad = world.random.randrange(buckets) if world.chance(habits.bad) else None
+        for bucket in range(buckets):
+            yield world.now + habits.compute_s * (0.5 + world.random.random()), DEAF
+            push = wire.Push(
+                round=self._round,
+                bucket=bucket,
+                samples=lease[2] - lease[1],
+                absent=(bucket,) if world.chance(habits.absent) else (),
+                loss=1.0 if bucket == buckets - 1 else None,
+            )
+            self._send(push, (model, samples_of(lease), bucket != bad))
+            self.poll()
+
+    def _step(self) -> Waiting:
+        yield from self.wait(
+            lambda: (
+                self.greetings != self._greetings
+                or self.ended is not None
+                or (self.follow is not None and self.follow.is_over(self._round))
+            )
+        )
+
+
+class Observer(Client):
+    """The loop of `workers.observe`: busy with an evaluation now and then, it may go adrift."""
+
+    role = "observer"
+
+    def main(self) -> Waiting:
+        self.goes_adrift, self._due = self.world.random.random() < 0.7, False
+        yield from self.connect()
+        yield from self.join()
+        while True:
+            next_s = self.world.random.expovariate(0.5)
+            yield from self.wait(lambda: (self._due and self._joined) or self.ended, next_s)
+            if self.ended is not None:
+                break
+            self._due = False
+            for _ in range(3):
+                yield self.world.now + self.habits.compute_s, DEAF
+                yield from self.wait(lambda: self.ended is not None, timeout_s=0)
+        self._send(wire.Goodbye(reason="finished"))
+
+    def missed(self, close: wire.Close) -> None:
+        if close.step % 4 == 0:
+            self._due = True
+            self.catch_up()

@@ -1,0 +1,362 @@
+"""`Rounds` with what `paramserver.server` puts around it, without sockets and tensors.
+
+Kept as close to that file as it can be, so that a schedule that fails here names a line there.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from paramserver import rounds, wire
+from paramserver.rounds import Rounds, Rules
+
+from .book import Book, Broken, Gradient, Sample
+from .network import Carried, Network, World
+
+PULSES_PER_TIMEOUT = 10
+TICK_S = 0.25
+FETCH_UPDATES = 3  # that make an answer
+FAREWELLS = 3
+
+
+class Update(NamedTuple):
+    step: int
+    messages: list[Carried]
+
+
+class Server:
+    """Carries out what `Rounds` decides, and keeps the book.
+
+    `publish` hands a message to every SUB; with `through_wire` each message becomes frames and a
+    message again on its way.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        net: Network,
+        rules: Rules,
+        make_rounds: Callable[..., Rounds],
+        *,
+        buckets: int,
+        history: int,
+        through_wire: bool,
+    ) -> None:
+        self.world, self.net, self.rules, self.buckets = world, net, rules, buckets
+        self.nonce = "server-1"
+        self.rounds = make_rounds(rules, self.nonce, world.now, lambda layout: buckets)
+        self.through_wire = through_wire
+        self.publish: list[Callable[[Carried], None]] = []
+        self.stalled = False
+        self.book = Book(buckets)
+        self.ended_at: float | None = None
+        self._limit = history
+        self._history: deque[Update] = deque()
+        self._averages: list[Carried] = []
+        self._sums: dict[int, list[Sample]] = {}
+        self._payloads: dict[tuple[int, int], Gradient] = {}
+        self._links: dict[int, str] = {}
+        self._routes: dict[str, int] = {}
+        self._doors: dict[str, int] = {}
+        self._models: dict[str, int] = {}  # what each peer's model was when it joined
+        self._backlog: deque[tuple[int, Carried]] = deque()
+        self._sessions = 0
+        world.after(TICK_S, self._tick)
+        world.after(0.0, self._pulse)
+
+    # ------------------------------------------------------------------ what comes in
+
+    def receive(self, route: int, carried: Carried) -> None:
+        if self.stalled:
+            self._backlog.append((route, carried))
+            return
+        message, payload = carried
+        if self.world.talks and not isinstance(message, wire.Beat):
+            session = self._links.get(route)
+            who = self.rounds.peers[session].name if session else f"route {route}"
+            self.world.say(f"    {who} -> server: {brief(message)}")
+        self._handle(route, message, payload, self.world.now)
+        self._check_bounds()
+
+    def go_on(self) -> None:
+        """After a stop, sockets are read before time is looked at."""
+        self.stalled = False
+        while self._backlog and not self.stalled:
+            self.receive(*self._backlog.popleft())
+
+    def _handle(self, route: int, message: Any, payload: Any, now: float) -> None:
+        r = self.rounds
+        match message:
+            case wire.Hello():
+                self._greet(route, message, now)
+                return
+            case wire.Beat():
+                r.seen(message.session, now)
+                return
+            case wire.Probe():
+                self._probe(route, message, now)
+                return
+        session = self._links.get(route)
+        if session is None:
+            self._send_raw(route, wire.Greet())
+            return
+        r.seen(session, now)
+        match message:
+            case wire.Push():
+                self._push(session, message, payload, now)
+            case wire.Fetch():
+                self._fetch(session, message, now)
+            case wire.Join():
+                self._models[session] = payload
+                self._carry_out(r.join(session, message, now))
+            case wire.Ready():
+                self._carry_out(r.ready(session, message, now))
+            case wire.Manifest() | wire.Want() | wire.Piece() | wire.Abort():
+                goal, effects = r.route(session, message, now)
+                if goal is not None:
+                    self._send(goal, message, payload)
+                self._carry_out(effects)
+            case wire.Stand():
+                self._carry_out(r.stands(session, message.step, now))
+            case wire.Adopted():
+                self._carry_out(r.adopted(session, message.snapshot, now))
+            case wire.Goodbye():
+                self._carry_out(r.leave(session, message.reason, now))
+            case _:
+                raise Broken(f"a {type(message).__name__} is not for the server")
+
+    def _greet(self, route: int, hello: wire.Hello, now: float) -> None:
+        if self.rounds.ended is not None:
+            self._send_raw(route, wire.Reject(f"the run has ended: {self.rounds.ended.reason}"))
+            return
+        known = next((s for s, d in self._doors.items() if d == route), None)
+        if known is None:
+            self._sessions += 1
+        session = known or f"session-{self._sessions}"
+        if session not in self.rounds.peers:
+            peer, why, effects = self.rounds.greet(
+                session,
+                now,
+                role=hello.role,
+                id=hello.id,
+                nonce=hello.nonce,
+                host=hello.host,
+                pid=hello.pid,
+                reachable=self._reachable,
+            )
+            self._carry_out(effects)
+            if peer is None:
+                self._send_raw(route, wire.Reject(why))
+                return
+            self._doors[session] = route
+        self._send_raw(
+            route,
+            wire.Welcome(
+                protocol=wire.PROTOCOL,
+                run="run-1",
+                nonce=self.nonce,
+                session=session,
+                id=self.rounds.peers[session].id,
+                settings={},
+                pub_port=0,
+            ),
+        )
+
+    def _probe(self, route: int, probe: wire.Probe, now: float) -> None:
+        if probe.session not in self.rounds.peers:
+            self._send_raw(route, wire.Greet(session_known=False))
+            return
+        old = self._routes.get(probe.session)
+        self._links[route] = probe.session
+        self._routes[probe.session] = route
+        if old is not None and old != route:
+            self._links.pop(old, None)
+            self._carry_out(self.rounds.relinked(probe.session, now))
+        self.rounds.seen(probe.session, now)
+        self._publish(probe)
+        self._send(probe.session, self.rounds.pulse(now))
+        if self.rounds.ended is not None:
+            self._send(probe.session, self.rounds.ended)
+
+    def _reachable(self, session: str) -> bool:
+        route = self._routes.get(session) or self._doors.get(session)
+        return route is not None and self._send_raw(route, self.rounds.pulse(self.world.now))
+
+    def _push(self, session: str, push: wire.Push, gradient: Gradient, now: float) -> None:
+        why = self.rounds.refusal(session, push)
+        if why is not None:
+            self._send(session, wire.Refused(round=push.round, reason=why))
+            return
+        bad = None if gradient[2] else f"not all of its numbers are finite (bucket {push.bucket})"
+        if bad is None:
+            self._payloads[self.rounds.peers[session].id, push.bucket] = gradient
+        self._carry_out(self.rounds.pushed(session, push, now, bad))
+
+    def _fetch(self, session: str, fetch: wire.Fetch, now: float) -> None:
+        if not self.rounds.knows(fetch.step, fetch.lineage):
+            self._carry_out(self.rounds.behind(session, now))
+            return
+        after = [u for u in self._history if u.step > fetch.step]
+        for update in after[:FETCH_UPDATES]:
+            for carried in update.messages:
+                self._send(session, *carried)
+        self._send(session, wire.Fetched(self.rounds.step, open=self.rounds.open_message()))
+
+    # ------------------------------------------------------------------ time
+
+    def _tick(self) -> None:
+        self.world.after(TICK_S, self._tick)
+        self._look_at_time()
+        due = self.rounds.next_deadline()
+        if due is not None and due < self.world.now + TICK_S:
+            self.world.at(due, self._look_at_time)
+
+    def _look_at_time(self) -> None:
+        if not self.stalled:
+            self._carry_out(self.rounds.tick(self.world.now))
+            self._check_bounds()
+
+    def _pulse(self) -> None:
+        self.world.after(self.rules.heartbeat_timeout / PULSES_PER_TIMEOUT, self._pulse)
+        if not self.stalled:
+            pulse = self.rounds.pulse(self.world.now)
+            self._publish(pulse)
+            for session in list(self._routes):
+                self._send(session, pulse)
+
+    def finished(self) -> bool:
+        """Has everybody who is alive said goodbye, or had the time to?"""
+        if self.ended_at is None:
+            return False
+        now, silence = self.world.now, self.rules.heartbeat_timeout
+        return all(
+            now - p.last_seen > silence
+            or (p.role == "worker" and now - self.ended_at > FAREWELLS * silence)
+            for p in self.rounds.peers.values()
+        )
+
+    # ------------------------------------------------------------------ what goes out
+
+    def _carry_out(self, effects: list[rounds.Effect]) -> None:
+        for effect in effects:
+            match effect:
+                case rounds.Add():
+                    self._add(effect)
+                case rounds.Finish():
+                    self._finish(effect)
+                case rounds.Closed():
+                    self._close_round(effect.close)
+                case rounds.Publish():
+                    self._publish(effect.message)
+                case rounds.Send():
+                    message = effect.message
+                    if isinstance(message, wire.Admit) and message.action == "origin":
+                        self.book.begin(self._models[effect.session])
+                    self._send(effect.session, message)
+                case rounds.Say():
+                    self.world.say(f"        {effect.text}")
+                case rounds.Void():
+                    self._forget_round()
+                case rounds.Remove():
+                    self._forget_peer(effect.session)
+                case rounds.Ended():
+                    self.ended_at = self.world.now
+                    self._publish(effect.end)
+                    for session in list(self.rounds.peers):
+                        self._send(session, effect.end)
+
+    def _add(self, effect: rounds.Add) -> None:
+        model, samples, _ = self._payloads.pop((effect.worker, effect.bucket))
+        if len(samples) != effect.samples:
+            raise Broken(f"{len(samples)} samples of worker {effect.worker} weigh {effect.samples}")
+        if model != self.book.models[self.book.step]:
+            raise Broken(f"a gradient of another step goes into step {self.book.step + 1}")
+        self._sums.setdefault(effect.bucket, []).extend(samples)
+
+    def _finish(self, effect: rounds.Finish) -> None:
+        samples = self._sums.pop(effect.bucket)
+        if len(samples) != effect.samples:
+            raise Broken(f"a sum of {len(samples)} samples is divided by {effect.samples}")
+        average = wire.Average(
+            nonce=self.nonce,
+            round=effect.round,
+            step=effect.step,
+            bucket=effect.bucket,
+            absent=effect.absent,
+        )
+        carried = (average, tuple(sorted(samples)))
+        self._averages.append(carried)
+        self._publish(*carried)
+
+    def _close_round(self, close: wire.Close) -> None:
+        if self._sums or self._payloads:
+            raise Broken("something was pushed and taken, but is not in the update")
+        self.book.close(close, {a.bucket: (a, samples) for a, samples in self._averages})
+        self._publish(close)
+        self._history.append(Update(close.step, [*self._averages, (close, None)]))
+        while len(self._history) > self._limit:
+            self._history.popleft()
+        self.rounds.forget_before(self._history[0].step - 1)
+        self._forget_round()
+
+    def _forget_round(self) -> None:
+        self._averages = []
+        self._payloads.clear()
+        self._sums.clear()
+
+    def _forget_peer(self, session: str) -> None:
+        self._doors.pop(session, None)
+        self._models.pop(session, None)
+        route = self._routes.pop(session, None)
+        if route is not None:
+            self._links.pop(route, None)
+
+    def _publish(self, message: wire.Message, payload: Any = None) -> None:
+        carried = self._encoded(message), payload
+        for publish in self.publish:
+            publish(carried)
+
+    def _send(self, session: str, message: wire.Message, payload: Any = None) -> None:
+        route = self._routes.get(session) or self._doors.get(session)
+        if route is not None:
+            self._send_raw(route, message, payload)
+
+    def _send_raw(self, route: int, message: wire.Message, payload: Any = None) -> bool:
+        return self.net.send(route, (self._encoded(message), payload))
+
+    def _encoded(self, message: wire.Message) -> Any:
+        return wire.from_frames(wire.to_frames(message))[0] if self.through_wire else message
+
+    # ------------------------------------------------------------------ what is kept
+
+    def _check_bounds(self) -> None:
+        """What is kept is bounded by members, buckets and history."""
+        r = self.rounds
+        members = len(r.round.members) if r.round else 0
+        kept = (
+            ("updates", len(self._history), self._limit),
+            ("lineages", len(r._lineages), self._limit + 1),
+            ("payloads", len(self._payloads), members * self.buckets),
+            ("sums", len(self._sums), self.buckets),
+            ("peers", len(r.peers), self.rules.max_workers + 1),
+            ("links", len(self._links), len(r.peers)),
+            ("routes", len(self._routes), len(r.peers)),
+            ("doors", len(self._doors), len(r.peers)),
+        )
+        for what, count, most in kept:
+            if count > most:
+                raise Broken(f"{count} {what} are kept, at most {most} may be")
+        if r.ledger is not None:
+            leases = len(r.ledger._leased) + len(r.ledger._waiting)
+            if leases > rounds.LEASES_HELD * self.rules.max_workers:
+                raise Broken(f"the ledger keeps {leases} ranges")
+
+
+def brief(message: Any) -> str:
+    """A message on one line, without what is long or the same every time."""
+    hidden = {"nonce", "ledger", "layout", "seconds", "device", "settings", "protocol", "host"}
+    fields = {f: getattr(message, f) for f in message.__struct_fields__ if f not in hidden}
+    told = ", ".join(f"{k}={v!r}" for k, v in fields.items() if v not in (None, "", ()))
+    return f"{type(message).__name__}({told})"
