@@ -4,12 +4,12 @@
 # upper-case ones (ID, ARGS, PYTHON) are read here.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo server worker test check format constraints clean
+.PHONY: help setup demo server worker test check bench format constraints clean
 
 VENV_PYTHON := .venv/bin/python
 READY := .venv/.ready
 
-unexport ARGS ID # they are for this make, not for one that a test or a program starts
+unexport ARGS ID QUICK # they are for this make, not for one that a test or a program starts
 
 help: ## list these commands
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F '|' '{ printf "%-20s %s\n", $$1, $$2 }'
@@ -34,6 +34,9 @@ check: $(READY) ## formatting, lint and types
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
 	.venv/bin/mypy
+
+bench: $(READY) ## measure beside DDP with gloo (QUICK=1: under 3 minutes; ARGS='--only links')
+	@exec $(VENV_PYTHON) -m benchmarks.bench $(if $(QUICK),--quick) $(ARGS)
 
 format: $(READY) ## bring all files into shape
 	.venv/bin/ruff format .

@@ -23,12 +23,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from paramserver import __main__ as server_program
-from paramserver import bucket, curves, sockets, wire
+from paramserver import curves, sockets, wire
 from paramserver.codec import CODECS
 from paramserver.settings import Settings
 from workers import data, models, recipe
 from workers.client import Client
 from workers.cluster import join
+from workers.replica import Replica
 
 LOOPBACK = "127.0.0.1"
 PATIENCE_S = 60.0
@@ -169,29 +170,31 @@ class _Nothing:
 
 
 def simulated_workers(
-    port: int, numbers: Sequence[int], elements: int, rounds: int, warm_up: int
+    port: int, numbers: Sequence[int], shapes: Sequence[int], rounds: int, warm_up: int
 ) -> dict[str, Any]:
     """Several workers in one process, that push the same gradient and look at no average.
 
     What they cost is their sockets; so rounds tell what the server can bear.
     """
     torch.set_num_threads(1)
+    model = Layers(shapes)
     clients = [Client(LOOPBACK, port, id=n, say=lambda line: None) for n in numbers]
     try:
+        for client in clients:
+            client.connect(PATIENCE_S)
         with ThreadPoolExecutor(len(clients)) as pool:  # who joins takes a snapshot from another
-            for entered in [pool.submit(_enter, client, elements) for client in clients]:
+            for entered in [pool.submit(_enter, client, model) for client in clients]:
                 entered.result()
-        settings = clients[0].welcome.settings if clients[0].welcome else {}
-        buckets = _encoded(clients[0].replica, settings["codec"])
+        buckets = _encoded(clients[0])
         laps, more = Laps(rounds, warm_up), True
         while more:
-            for client, number in zip(clients, numbers, strict=True):
-                lease = _lease(client, number)
+            for client in clients:
+                number = _lease(client)
                 for index, (buffers, scale) in enumerate(buckets):
-                    push = wire.Push(round=lease[0], bucket=index, samples=1, scale=scale)
+                    push = wire.Push(round=number, bucket=index, samples=1, scale=scale)
                     client.push(push, buffers)
             for client in clients:
-                _see_the_end(client, lease[0])
+                _see_the_end(client, number)
             more = laps.lap()
         for client in clients:
             client.goodbye("finished")
@@ -201,14 +204,8 @@ def simulated_workers(
     return {"seconds": laps.seconds}
 
 
-class _Shadow:
-    """What a simulated worker shows for a replica: it counts steps and holds no weights."""
-
-    def __init__(self, elements: int, bucket_mb: float) -> None:
-        self.layout = wire.Layout((wire.Tensor("weights", (elements,), "float32"),))
-        self.plan = bucket.plan(self.layout, bucket_mb)
-        self.step, self.lineage = 0, "origin"
-        self.ledger: Any = None
+class _Shadow(Replica):
+    """A simulated worker's replica: it follows the steps and leaves its weights as they are."""
 
     def take(self, average: wire.Average, buffers: Sequence[Any]) -> None:
         pass
@@ -216,31 +213,26 @@ class _Shadow:
     def apply(self, close: wire.Close) -> None:
         self.step, self.lineage, self.ledger = close.step, close.lineage, close.ledger
 
-    def state(self) -> dict[str, Any]:
-        return {}
 
-    def load(self, state: dict[str, Any], step: int, lineage: str) -> None:
-        self.step, self.lineage = step, lineage
-
-    def digest(self) -> str:
-        return ""
-
-
-def _enter(client: Client, elements: int) -> None:
-    welcome = client.connect(PATIENCE_S)
-    client.join(_Shadow(elements, welcome.settings["bucket_mb"]))  # type: ignore[arg-type]
-    client.ready(welcome.settings["num_workers"] * 1000, 1)
-    _lease(client, welcome.id)
+def _enter(client: Client, model: Layers) -> None:
+    assert client.welcome is not None
+    settings = client.welcome.settings
+    optimizer = Idle(model.parameters())
+    replica = _Shadow(model, optimizer, bucket_mb=settings["bucket_mb"], codec=settings["codec"])
+    client.join(replica)
+    client.ready(int(settings["num_workers"]) * 1000, 1)
+    _lease(client)
 
 
-def _lease(client: Client, number: int) -> tuple[int, wire.Lease]:
-    follow = client.follow
-    assert follow is not None
-    client.wait(lambda: follow.lease(number, 0), "for a round", PATIENCE_S)
-    lease = follow.lease(number, 0)
-    if lease is None:
-        raise TimeoutError(f"worker {number} got no round to take part in")
-    return lease
+def _lease(client: Client) -> int:
+    """Wait for a round to take part in; its number."""
+    follow, welcome = client.follow, client.welcome
+    assert follow is not None and welcome is not None
+    client.wait(lambda: follow.lease(welcome.id, 0), "for a round", PATIENCE_S)
+    found = follow.lease(welcome.id, 0)
+    if found is None:
+        raise TimeoutError(f"worker {welcome.id} got no round to take part in")
+    return found[0]
 
 
 def _see_the_end(client: Client, number: int) -> None:
@@ -250,8 +242,11 @@ def _see_the_end(client: Client, number: int) -> None:
         raise TimeoutError(f"round {number} does not end")
 
 
-def _encoded(replica: Any, codec: str) -> list[tuple[list[Any], float]]:
-    return [CODECS[codec].encode(torch.randn(b.size)) for b in replica.plan.buckets]
+def _encoded(client: Client) -> list[tuple[list[Any], float]]:
+    """Any gradient, bucket by bucket, as it goes onto the wire."""
+    assert client.replica is not None and client.welcome is not None
+    codec = CODECS[client.welcome.settings["codec"]]
+    return [codec.encode(torch.randn(bucket.size)) for bucket in client.replica.plan.buckets]
 
 
 # ------------------------------------------------------------------ torch.distributed with gloo

@@ -211,6 +211,8 @@ def draw(results: Results, path: Path) -> None:
     ]
     if not panels:
         return
+    ways_of_all = [way for way in _in_order(r.how for r in results.rows) if way not in REFERENCES]
+    colors = {way: f"C{index % 10}" for index, way in enumerate(ways_of_all)}
     columns = min(3, len(panels))
     lines = -(-len(panels) // columns)
     figure = Figure(figsize=(5.5 * columns, 3.6 * lines), layout="constrained")
@@ -228,7 +230,7 @@ def draw(results: Results, path: Path) -> None:
             values = [row.value for row in bars]
             error = [[row.value - min(row.values) for row in bars],
                      [max(row.values) - row.value for row in bars]]  # fmt: skip
-            color = "0.6" if way in REFERENCES else None
+            color = colors.get(way, "0.6")  # grey is what we are compared with
             axes.bar(at, values, width, label=way, yerr=error, color=color, error_kw={"lw": 0.7})
             for x, row in zip(at, bars, strict=True):
                 if row.limit is not None:

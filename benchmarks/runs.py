@@ -217,7 +217,7 @@ def many_workers(limits: Limits, size: str, workers: int, codec: str) -> float:
         for part in range(min(PROCESSES_OF_WORKERS, workers)):
             numbers = list(range(1, workers + 1))[part::PROCESSES_OF_WORKERS]
             names.append(f"workers-{part}")
-            arguments = (port, numbers, sum(SIZES[size]), *limits.both)
+            arguments = (port, numbers, SIZES[size], *limits.both)
             team.start(names[-1], contenders.simulated_workers, *arguments)
         answers = [team.wait(name) for name in names]
         team.stop("server")

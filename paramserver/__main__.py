@@ -267,7 +267,7 @@ def summarize(server: Server, show: Show, end: wire.End) -> dict[str, Any]:
         "samples_partly": ledger.partly if ledger else 0,
         "samples_skipped": ledger.skipped if ledger else 0,
         "per_worker": [
-            {"id": i, "name": t.name, "samples": t.samples, "rounds": t.rounds, "late": t.late}
+            {"id": i, "host": t.host, "samples": t.samples, "rounds": t.rounds, "late": t.late}
             for i, t in sorted(tallies.items())
         ],
         "end": end.reason,
@@ -278,7 +278,9 @@ def summarize(server: Server, show: Show, end: wire.End) -> dict[str, Any]:
 def serve(settings: Settings) -> int:
     """Run a server with its observer to the end of the run; the exit code."""
     hosts = [LOOPBACK]
-    if settings.host_ip not in (None, "localhost", LOOPBACK):
+    if settings.host_ip in ("0.0.0.0", "::"):
+        hosts = [settings.host_ip]  # every address, loopback among them
+    elif settings.host_ip not in (None, "localhost", LOOPBACK):
         hosts.append(str(settings.host_ip))
     resume = None
     if settings.resume is not None:
@@ -328,8 +330,7 @@ def _write_results(show: Show, summary: dict[str, Any], end: wire.End) -> None:
         except OSError as e:
             show.say(f"{show.folder.curves} was not written: {e}")
     show.say(f"the run is over at step {end.step}: {end.reason}")
-    shown = {**summary, "workers": [{**w, "host": w["name"]} for w in summary["per_worker"]]}
-    show.display.summary(shown, str(show.folder.path))
+    show.display.summary({**summary, "workers": summary["per_worker"]}, str(show.folder.path))
     show.display.close()
 
 

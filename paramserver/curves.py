@@ -250,7 +250,7 @@ def _rates(metrics: Metrics) -> tuple[Floats, Floats]:
     taken = metrics.seconds[ends] - before
     with np.errstate(divide="ignore", invalid="ignore"):
         rate = np.add.reduceat(metrics.samples, starts) / taken
-    return _finite(metrics.step[ends], np.where(taken > 0, rate, np.nan))
+    return _finite(metrics.step[ends], rate)
 
 
 def _smoothed(x: Floats, y: Floats) -> tuple[Floats, Floats]:

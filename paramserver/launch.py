@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 from paramserver.config import exit_on_user_error, load
 from paramserver.errors import UserError
+from paramserver.runfolder import latest
 from paramserver.schema import scope
 
 DEMO = {"dataset.name": "digits", "num_epochs": "15", "num_workers": "2", "eval_steps": "100"}
@@ -50,6 +52,11 @@ def demo(arguments: list[str]) -> int:
     finally:
         _end([server], PATIENCE_S)
         _end(workers, WORKERS_PATIENCE_S)
+        folder = latest(Path(settings.run_dir))
+        if folder is not None:
+            for words in logs.iterdir():
+                shutil.move(words, folder.path / words.name)
+        shutil.rmtree(logs, ignore_errors=True)
 
 
 def _end(processes: list[subprocess.Popen[bytes]], patience_s: float) -> None:

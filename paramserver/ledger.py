@@ -104,7 +104,7 @@ class Ledger:
 
     def unleased(self) -> int:
         waiting = sum(stop - start for _, start, stop in self._waiting)
-        return waiting + max(0, self.epochs - self._epoch) * self.samples - self._start
+        return waiting + max(0, (self.epochs - self._epoch) * self.samples - self._start)
 
     def state(self) -> dict[str, Any]:
         """JSON-ready; leases that are out are written as waiting, as a restart would see them."""
@@ -125,14 +125,23 @@ class Ledger:
         Raises `msgspec.ValidationError` (a ValueError) for what no ledger can have told.
         """
         s = msgspec.convert(state, LedgerState)
+        epoch, start = s.head
+        waiting = sorted(s.waiting)
+        counts = (s.samples, s.epochs, s.done, s.partly, s.skipped, epoch, start)
+        if min(counts) < 0 or start >= max(1, s.samples):
+            raise msgspec.ValidationError("the ledger's numbers cannot be right")
+        before = (0, 0)  # ranges lie apart, and behind the head
+        for lease in waiting:
+            if not (0 <= lease[1] < lease[2] <= s.samples and before <= lease[:2]):
+                raise msgspec.ValidationError(f"{lease} cannot wait in the ledger")
+            before = (lease[0], lease[2])
+        if before > s.head:
+            raise msgspec.ValidationError("what waits in the ledger was never leased")
+        spans = sum(stop - start for _, start, stop in waiting)
+        if s.done + s.partly + s.skipped + spans != epoch * s.samples + start:
+            raise msgspec.ValidationError("the ledger's sums do not agree")
         ledger = cls(s.samples, s.epochs if epochs is None else epochs)
         ledger.done, ledger.partly, ledger.skipped = s.done, s.partly, s.skipped
         ledger._epoch, ledger._start = s.head
-        ledger._waiting = sorted(s.waiting)
-        spans = sum(stop - start for _, start, stop in s.waiting)
-        total = ledger._epoch * s.samples + ledger._start
-        if ledger.counted + spans != total or any(
-            not (0 <= start < stop <= s.samples) for _, start, stop in s.waiting
-        ):
-            raise msgspec.ValidationError("the ledger's sums do not agree")
+        ledger._waiting = waiting
         return ledger

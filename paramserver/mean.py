@@ -13,23 +13,25 @@ import torch
 from torch import Tensor
 
 from paramserver.bucket import Bucket, Plan
-from paramserver.codec import CODECS, Codec, Wire, check_sizes
+from paramserver.codec import CODECS, Codec, Wire
 from paramserver.errors import PeerError
+from paramserver.feedback import Feedback
 
 
 class Mean:
-    """Sums and averages of the buckets of one plan, for pushes encoded with `codec`."""
+    """Sums and averages of the buckets of one plan.
 
-    def __init__(self, plan: Plan, codec: str) -> None:
+    Pushes come encoded with the codec `up`; averages are encoded with `down`, with error feedback
+    where that codec is lossy. `ratio` is that of topk.
+    """
+
+    def __init__(self, plan: Plan, up: str, down: str, ratio: float) -> None:
         self._plan = plan
-        self._codec = CODECS[codec]
+        self._up = CODECS[up]
+        self._down = Feedback(plan, down, ratio)
         self._sums: dict[int, Tensor] = {}
-        largest = max(b.size for b in plan.buckets)
-        self._scratch = torch.empty(largest)
-
-    def codec(self, bucket: Bucket) -> Codec:
-        """Statistics and counters go as they are; only gradients go through the run's codec."""
-        return self._codec if bucket.kind == "grad" else CODECS["float32"]
+        self._scratch = torch.empty(max(b.size for b in plan.buckets))
+        self._decoded: tuple[Wire, Tensor] | None = None  # what lies in the scratch, and of what
 
     def check(self, bucket: int, buffers: Wire, scale: float) -> str | None:
         """What is wrong with the numbers of a push: None, or a reason to refuse it as bad.
@@ -37,8 +39,7 @@ class Mean:
         Raises `PeerError` for buffers that do not fit the layout.
         """
         b = self._plan.buckets[bucket]
-        codec = self.codec(b)
-        wrong = check_sizes(codec, b.size, buffers)
+        wrong = self._codec(b).fits(b.size, buffers)
         if wrong is None and not (0.0 < scale < math.inf):
             wrong = f"a scale of {scale}"
         if wrong is not None:
@@ -64,20 +65,31 @@ class Mean:
         else:
             total.add_(values, alpha=samples)
 
-    def finish(self, bucket: int, samples: int) -> tuple[list[Any], float]:
+    def finish(self, bucket: int, samples: int, absent: tuple[int, ...]) -> tuple[list[Any], float]:
         """The average of all that was added, encoded; the sum is gone afterwards."""
         b = self._plan.buckets[bucket]
         total = self._sums.pop(bucket)
         if b.kind != "count":
-            total.mul_(1.0 / samples) if samples & (samples - 1) == 0 else total.div_(samples)
-        return self.codec(b).encode(total)
+            total.div_(samples)
+        return self._down.encode(b, total, absent)
 
-    def forget(self) -> None:
-        """The round is void."""
+    def close(self, buckets: tuple[int, ...]) -> None:
+        """The round is over: the averages of these buckets are part of an update, others are not
+        (all of them, where the round is void)."""
+        self._down.settled(buckets)
         self._sums.clear()
+        self._decoded = None
+
+    def _codec(self, b: Bucket) -> Codec:
+        """Statistics and counters go as they are; only gradients go through the run's codec."""
+        return self._up if b.kind == "grad" else CODECS["float32"]
 
     def _decode(self, b: Bucket, buffers: Wire, scale: float) -> Tensor:
-        return self.codec(b).decode(buffers, scale, self._scratch[: b.size])
+        """The numbers of a push; checked first and then added, it is decoded once."""
+        if self._decoded is None or self._decoded[0] is not buffers:
+            values = self._codec(b).decode(buffers, scale, self._scratch[: b.size])
+            self._decoded = (buffers, values)
+        return self._decoded[1]
 
     def _names(self, b: Bucket) -> str:
         names = [self._plan.layout.tensors[i].name for i in b.tensors]

@@ -24,7 +24,6 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import msgspec
 
@@ -35,6 +34,7 @@ from paramserver.wire import (
     Close,
     End,
     Give,
+    Greet,
     Join,
     Layout,
     Lease,
@@ -186,9 +186,10 @@ class Peer:
 class Member:
     """A worker's part in the open round."""
 
-    def __init__(self, name: str, session: str, lease: Lease) -> None:
-        self.name = name
-        self.session = session
+    def __init__(self, peer: Peer, lease: Lease) -> None:
+        self.name = peer.name
+        self.host = peer.host
+        self.session = peer.session
         self.lease = lease
         self.got: set[int] = set()  # buckets whose push was taken
         self.added: set[int] = set()  # of those, the ones already told to be added
@@ -227,7 +228,7 @@ class Snapshot:
 class Tally(msgspec.Struct):
     """What one worker did in the whole run, for the summary."""
 
-    name: str
+    host: str
     rounds: int = 0
     samples: int = 0
     late: int = 0
@@ -258,7 +259,7 @@ class Rounds:
         self.ended: End | None = None
         self.started = False  # the first round has opened
         self.tallies: dict[int, Tally] = {}
-        self._ledger_state: dict[str, Any] | None = None  # of an origin that resumes
+        self._log_begun = False  # an update follows the first state
         self._lineages: dict[int, str] = {}  # of the steps whose successors can be fetched
         self._rounds = 0
         self._snapshots = 0
@@ -327,32 +328,25 @@ class Rounds:
     def join(self, session: str, message: Join, now: float) -> list[Effect]:
         """A replica tells where it stands; answered with Admit, now or when there is an origin."""
         peer = self.peers[session]
-        if self.snapshot and session in (self.snapshot.joiner, self.snapshot.giver):
-            self._abort_snapshot(f"{peer.name} joined again", now)
-        if self.round and (member := self._member_of(peer)):
-            self._out_of_round(member, "joined again", now)
-        self._return_leases(peer)
-        peer.join, peer.state, peer.ready = message, WAITING, None
+        self._take_out(peer, "joined again", now)
+        peer.join, peer.state = message, WAITING
         if self.layout is not None:
-            self._admit(peer, now)
-        elif peer.role == "observer" or not self.rules.observer:
-            self._become_origin(peer, message, now)
+            self._admit(peer)
         self._progress(now)
         return self._out()
 
     def ready(self, session: str, message: Ready, now: float) -> list[Effect]:
         """A worker waits for samples."""
         peer = self.peers[session]
-        if peer.state != REPLICA or peer.role != "worker":
+        if peer.role != "worker" or peer.join is None:
             return [Send(session, Reject("ready before joining"))]
+        if peer.state != REPLICA:
+            return []  # it lost its place meanwhile, and says so again when it has it back
         if message.samples < 1 or message.batch_size < 1:
             self._send(peer, Reject("a data set without samples", "give batches() a longer one"))
             return self._out()
         if self.ledger is None:
-            if self._ledger_state is not None:
-                self.ledger = Ledger.from_state(self._ledger_state, self.rules.epochs)
-            else:
-                self.ledger = Ledger(message.samples, self.rules.epochs)
+            self.ledger = Ledger(message.samples, self.rules.epochs)
         if message.samples != self.ledger.samples:
             self._send(
                 peer,
@@ -370,12 +364,22 @@ class Rounds:
         self._progress(now)
         return self._out()
 
-    def relinked(self, session: str, now: float) -> list[Effect]:
-        """A peer's link was cut and is back: what it pushed on the way may be lost."""
+    def unready(self, session: str, now: float) -> list[Effect]:
+        """A worker left its loop: it takes part no more until it is ready again."""
         peer = self.peers[session]
         if self.round and (member := self._member_of(peer)):
-            self._out_of_round(member, "its connection was cut", now)
-            self._progress(now)
+            self._out_of_round(member, "left its loop", now)
+        self._return_leases(peer)
+        peer.ready = None
+        self._progress(now)
+        return self._out()
+
+    def relinked(self, session: str, now: float) -> list[Effect]:
+        """A peer's link was cut and is back: what was on its way may be lost, so begin anew."""
+        peer = self.peers[session]
+        self._take_out(peer, "was cut off", now)
+        self._send(peer, Greet(join=True))
+        self._progress(now)
         return self._out()
 
     def behind(self, session: str, now: float) -> list[Effect]:
@@ -383,10 +387,7 @@ class Rounds:
         peer = self.peers[session]
         if peer.join is None:
             return self._out()
-        if self.round and (member := self._member_of(peer)):
-            self._out_of_round(member, "fell behind the kept updates", now)
-        self._return_leases(peer)
-        peer.state, peer.ready = GREETED, None
+        self._take_out(peer, "fell behind the kept updates", now)
         self._send(peer, Admit(action="behind", step=self.step, lineage=self.lineage))
         self._progress(now)
         return self._out()
@@ -394,9 +395,10 @@ class Rounds:
     def stands(self, session: str, step: int, now: float) -> list[Effect]:
         """The observer has applied everything up to `step`."""
         peer = self.peers[session]
-        peer.stands_at = step
-        self._ending_at = now
-        self._progress(now)
+        if peer.role == "observer":
+            peer.stands_at = step
+            self._ending_at = now
+            self._progress(now)
         return self._out()
 
     def leave(self, session: str, reason: str, now: float) -> list[Effect]:
@@ -431,6 +433,9 @@ class Rounds:
             return f"there is no bucket {push.bucket}"
         if push.samples != member.samples:
             return f"{push.samples} samples pushed for a lease of {member.samples}"
+        assert self.layout is not None
+        if any(not 0 <= index < len(self.layout.tensors) for index in push.absent):
+            return "it names parameters that the run does not have"
         return None
 
     def pushed(self, session: str, push: Push, now: float, bad: str | None = None) -> list[Effect]:
@@ -471,7 +476,7 @@ class Rounds:
             return None, [Send(session, Abort(message.snapshot, "this snapshot is over"))]
         if isinstance(message, Abort):
             if session in (snap.giver, snap.joiner):
-                self._abort_snapshot(message.reason, now)
+                self._abort_snapshot(message.reason, but=self.peers[session])
                 self._progress(now)
             return None, self._out()
         source = snap.joiner if isinstance(message, Want) else snap.giver
@@ -483,13 +488,14 @@ class Rounds:
 
     def adopted(self, session: str, number: int, now: float) -> list[Effect]:
         """The joiner holds the snapshot."""
-        snap = self.snapshot
+        snap, peer = self.snapshot, self.peers[session]
         if snap is not None and snap.number == number and session == snap.joiner:
-            peer = self.peers[session]
             peer.state = REPLICA
             self.snapshot = None
             self._say(f"{peer.name} took a snapshot of step {self.step}")
             self._progress(now)
+        elif peer.state == GREETED:
+            self._send(peer, Greet(join=True))  # it was called off while this was on its way
         return self._out()
 
     # ------------------------------------------------------------------ time
@@ -507,7 +513,7 @@ class Rounds:
                 culprit = self.peers[snap.waits_for]
                 if snap.waits_for == snap.giver:
                     culprit.failed_gives += 1
-                self._abort_snapshot(f"{culprit.name} was silent for {timeout:g} s", now)
+                self._abort_snapshot(f"{culprit.name} was silent for {timeout:g} s")
             self._close_if_due(now)
             if now - self._busy_at > self.rules.idle_timeout:
                 self._begin_end(
@@ -602,6 +608,9 @@ class Rounds:
             return f"{self.peers[self.snapshot.joiner].name} takes a snapshot"
         if self.round is not None:
             return "training"
+        states = [p.state for p in self.peers.values()]
+        if WAITING in states and REPLICA not in states:
+            return f"waiting for a replica that stands at step {self.step}: nobody here does"
         ready = self.workers_ready()
         here = ", ".join(p.name for p in ready) or "nobody"
         if not self.started:
@@ -681,38 +690,61 @@ class Rounds:
             self._say(close.reason or f"round {close.round} closed with everybody again")
         self._said_late = late
 
-    def _remove(self, peer: Peer, why: str, now: float) -> None:
+    def _take_out(self, peer: Peer, why: str, now: float) -> None:
+        """Nothing is expected of this peer any more, until it joins (again)."""
         if self.snapshot and peer.session in (self.snapshot.giver, self.snapshot.joiner):
-            self._abort_snapshot(f"{peer.name}: {why}", now)
+            self._abort_snapshot(f"{peer.name} {why}", but=peer)
         if self.round and (member := self._member_of(peer)):
             self._out_of_round(member, why, now)
         self._return_leases(peer)
+        peer.state, peer.ready = GREETED, None
+
+    def _remove(self, peer: Peer, why: str, now: float) -> None:
+        self._take_out(peer, why, now)
         del self.peers[peer.session]
         self._effects.append(Remove(peer.session))
 
-    def _become_origin(self, peer: Peer, message: Join, now: float) -> None:
-        buckets = self._count_buckets(message.layout)
-        if buckets == 0:
-            self._send(peer, Reject("the model has nothing to train"))
+    def _choose_origin(self) -> None:
+        """The first state is the observer's where there is one, else that of whoever joined first.
+
+        Until an update follows it, it may be lost with all who hold it; then there is another.
+        """
+        states = [p.state for p in self.peers.values()]
+        if self._log_begun or self.round is not None or REPLICA in states:
             return
+        for peer in self.peers.values():
+            if peer.state == WAITING and (peer.role == "observer" or not self.rules.observer):
+                assert peer.join is not None
+                if self._become_origin(peer, peer.join):
+                    return
+
+    def _become_origin(self, peer: Peer, message: Join) -> bool:
+        peer.state = GREETED  # should it be rejected
+        problem = message.layout.problem()
+        if problem is not None:
+            self._send(peer, Reject(f"the model cannot be trained: {problem}"))
+            return False
+        buckets = self._count_buckets(message.layout)
+        self.ledger = None
         if message.ledger is not None:
             try:
                 self.ledger = Ledger.from_state(message.ledger, self.rules.epochs)
             except ValueError as e:
                 self._send(peer, Reject(f"the checkpoint's ledger cannot be right: {e}"))
-                return
+                return False
         self.layout, self._buckets = message.layout, buckets
         self.step, self.lineage = message.step, message.lineage
-        self._lineages[self.step] = self.lineage
+        self._lineages = {self.step: self.lineage}
         peer.state = REPLICA
         self._effects.append(Start(message.layout, message.step))
         self._send(peer, Admit(action="origin", step=self.step, lineage=self.lineage))
         self._say(f"the first state comes from {peer.name}, at step {self.step}")
-        for other in list(self.peers.values()):
+        for other in self.peers.values():
             if other.state == WAITING:
-                self._admit(other, now)
+                self._admit(other)
+        return True
 
-    def _admit(self, peer: Peer, now: float) -> None:
+    def _admit(self, peer: Peer) -> None:
         assert self.layout is not None and peer.join is not None
         difference = self.layout.difference(peer.join.layout)
         if difference is not None:
@@ -773,6 +805,7 @@ class Rounds:
         if current is None or member.out is not None or len(member.got) == self._buckets:
             return
         member.out = why
+        self._check_quorum(now)
         if all(m.out is not None and m.bad is None for m in current.members.values()):
             self._void(f"{member.name} {why}, and no other member is left")
             return
@@ -780,10 +813,12 @@ class Rounds:
             self._advance_bucket(bucket)
 
     def _check_quorum(self, now: float) -> None:
+        """Have enough of those that are still expected pushed everything?"""
         current = self.round
         assert current is not None
-        complete = sum(len(m.got) == self._buckets for m in current.members.values())
-        needed = math.ceil(self.rules.quorum * len(current.members))
+        expected = [m for m in current.members.values() if m.out is None]
+        complete = sum(len(m.got) == self._buckets for m in expected)
+        needed = math.ceil(self.rules.quorum * len(expected))
         if current.quorum_at is None and complete >= max(1, needed):
             current.quorum_at = now
 
@@ -839,6 +874,7 @@ class Rounds:
             if not self._start_snapshot(now) and not self._observer_catches_up(now):
                 self._end()
             return
+        self._choose_origin()
         if self.layout is None:
             return
         if self.round is not None:
@@ -861,13 +897,14 @@ class Rounds:
         """The complete round becomes the next update of the log."""
         current = self.round
         assert current is not None and self.ledger is not None
-        contributors, late, losses = {}, {}, []
+        contributors, late, partly, losses = {}, {}, {}, []
         for worker, m in sorted(current.members.items()):
-            tally = self.tallies.setdefault(worker, Tally(m.name))
+            tally = self.tallies.setdefault(worker, Tally(m.host))
             if len(m.got) == self._buckets:
                 how = DONE
             elif m.got:
                 how = PARTLY
+                partly[worker] = tuple(sorted(m.got))
             else:
                 how = SKIPPED if m.bad is not None else RETURNED
             self.ledger.settle(m.lease, how)
@@ -892,6 +929,7 @@ class Rounds:
             )
         weight = sum(n for n, _ in losses)
         self.step += 1
+        self._log_begun = True
         self.round = None
         self._busy_at = now
         close = Close(
@@ -906,6 +944,7 @@ class Rounds:
             seconds=now - current.opened_at,
             ledger=self.ledger.state(),
             reason=reason,
+            partly=partly,
         )
         self.lineage = next_lineage(self.lineage, close)
         self._lineages[self.step] = self.lineage
@@ -937,7 +976,7 @@ class Rounds:
         if not self.started and len(ready) < self.rules.num_workers:
             self._say(f"starting with {len(ready)} of {self.rules.num_workers} workers")
         self._hand_out()
-        members = {p.id: Member(p.name, p.session, p.leases[0]) for p in ready if p.leases}
+        members = {p.id: Member(p, p.leases[0]) for p in ready if p.leases}
         if not members:
             return None
         self.started = True
@@ -980,7 +1019,8 @@ class Rounds:
         self._send(giver, Give(snapshot=self._snapshots, step=self.step, lineage=self.lineage))
         return True
 
-    def _abort_snapshot(self, why: str, now: float) -> None:
+    def _abort_snapshot(self, why: str, but: Peer | None = None) -> None:
+        """Both sides are told, `but` not the one who knows: it would join again once more."""
         snap = self.snapshot
         assert snap is not None
         self.snapshot = None
@@ -989,6 +1029,7 @@ class Rounds:
         for session in (snap.giver, snap.joiner):
             peer = self.peers.get(session)
             if peer is not None:
-                self._send(peer, Abort(snapshot=snap.number, reason=why))
+                if peer is not but:
+                    self._send(peer, Abort(snapshot=snap.number, reason=why))
                 if peer.state == ADOPTING:
                     peer.state = GREETED  # it joins again when it has understood

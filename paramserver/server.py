@@ -271,6 +271,8 @@ class Server:
                 self._make_room()
             case wire.Ready():
                 self._carry_out(r.ready(session, message, now))
+            case wire.Unready():
+                self._carry_out(r.unready(session, now))
             case wire.Manifest() | wire.Want() | wire.Piece() | wire.Abort():
                 goal, effects = r.route(session, message, now)
                 if goal is not None:
@@ -406,9 +408,10 @@ class Server:
                     self.watcher.say(effect.text)
                 case rounds.Start():
                     self.plan = plan(effect.layout, self.settings.bucket_mb)
-                    self._mean = Mean(self.plan, self.settings.codec)
+                    s = self.settings
+                    self._mean = Mean(self.plan, s.codec, s.codec_down or s.codec, s.topk_ratio)
                 case rounds.Void():
-                    self._forget_round()
+                    self._forget_round(())
                 case rounds.Remove():
                     self._forget_peer(effect.session)
                 case rounds.Ended():
@@ -419,7 +422,7 @@ class Server:
 
     def _finish(self, effect: rounds.Finish) -> None:
         assert self._mean is not None
-        buffers, scale = self._mean.finish(effect.bucket, effect.samples)
+        buffers, scale = self._mean.finish(effect.bucket, effect.samples, effect.absent)
         average = wire.Average(
             nonce=self.nonce,
             round=effect.round,
@@ -447,14 +450,14 @@ class Server:
         if reach is not None:
             self.rounds.forget_before(reach)
         self.closed_at = time.monotonic()
-        self._forget_round()
+        self._forget_round(close.buckets)
         self.watcher.closed(self, close)
 
-    def _forget_round(self) -> None:
+    def _forget_round(self, averaged: tuple[int, ...]) -> None:
         self._averages, self._averages_bytes = [], 0
         self._payloads.clear()
         if self._mean is not None:
-            self._mean.forget()
+            self._mean.close(averaged)
 
     def _forget_peer(self, session: str) -> None:
         self._doors.pop(session, None)

@@ -81,11 +81,17 @@ class Settings:
         scope="local",
     )
     idle_timeout: float = setting(
-        1800.0, "how long the server waits with no worker at all before it ends the run", unit="s"
+        1800.0,
+        "how long the run may stand still, without a step or a newcomer, before it is ended",
+        unit="s",
     )
 
     # The exchange
-    codec: str = setting("float32", "float32 | float16 | bfloat16: numbers on the wire, both ways")
+    codec: str = setting(
+        "float32", "float32 | float16 | bfloat16 | int8 | topk: how numbers look on the wire"
+    )
+    codec_down: str | None = setting(None, "the same for the averages; null = as codec")
+    topk_ratio: float = setting(0.01, "share of the numbers that topk sends")
     bucket_mb: float = setting(1.0, "size of a bucket, as float32", unit="MiB")
     history_mb: float = setting(
         64.0, "updates the server keeps for replicas that fell behind (at least one)", unit="MiB"

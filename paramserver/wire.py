@@ -19,8 +19,9 @@ Greet      server -> link I do not know this link: probe (or say hello) again; o
 Join       link -> server my layout, step and lineage. Answer: Admit or Reject
 Admit      server -> link origin / follow / adopt: what to do to stand where the log stands
 Ready      link -> server I am waiting for samples of a set of this length
+Unready    link -> server give me no more samples until I am ready again
 Push       link -> server my gradient of one bucket; 1..n encoded buffers
-Refused    server -> link this push (or fetch) was not taken, and why
+Refused    server -> link this push was not taken, and why
 Average    PUB or link    the mean of one bucket; 1..n encoded buffers. Not applied before Close
 Close      PUB or link    the round is over: this is the next update of the log
 Open       PUB or link    a round is open, who is in it, with which samples (also inside Close)
@@ -47,15 +48,27 @@ A peer that breaks these rules is answered with `Reject` and costs only itself.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
 from paramserver.errors import PeerError
 
 PROTOCOL = 1
+KINDS = ("grad", "stat", "count")
+DTYPES = ("float32", "float64", "float16", "bfloat16", "int64", "int32")
+DIMENSIONS_MAX = 64
+ELEMENTS_MAX = 2**38  # a terabyte of float32
 HEADER_BYTES_MAX = 4 * 2**20  # a layout of some ten thousand parameters; everything else is tiny
+
+LAYOUT_NUMBERS_MAX = 2**36  # 256 GiB as float32; beyond any model that is trained here
+DIMENSIONS_MAX = 64  # torch's own
+KINDS = ("grad", "stat", "count")
+
+Int = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
+"""Python has larger ones, which cost more than they are worth to a peer that means well."""
 
 Lease = tuple[int, int, int]
 """(epoch, start, stop): a range of the epoch's shuffled order."""
@@ -73,14 +86,46 @@ class Tensor(msgspec.Struct, frozen=True, array_like=True):
     dtype: str
     kind: str = "grad"
 
+    def __post_init__(self) -> None:  # on decoding, a ValueError is one of the message
+        if self.kind not in KINDS:
+            raise ValueError(f"there is no kind {self.kind!r}")
+        if len(self.shape) > DIMENSIONS_MAX:
+            raise ValueError(f"a tensor of {len(self.shape)} dimensions")
+        if not all(0 <= size <= LAYOUT_NUMBERS_MAX for size in self.shape):
+            raise ValueError("a tensor of an impossible size")
+
 
 class Layout(msgspec.Struct, frozen=True):
     """Names, shapes and dtypes of what is exchanged, in the order of the flat vector."""
 
     tensors: tuple[Tensor, ...]
 
+    def __post_init__(self) -> None:
+        if sum(math.prod(t.shape) for t in self.tensors) > LAYOUT_NUMBERS_MAX:
+            raise ValueError(f"more than {LAYOUT_NUMBERS_MAX} numbers")
+
     def fingerprint(self) -> str:
         return hashlib.sha256(msgspec.json.encode(self)).hexdigest()[:16]
+
+    def problem(self) -> str | None:
+        """What cannot be right about this layout, whoever sent it; None when nothing is wrong."""
+        names: set[str] = set()
+        elements = 0
+        for t in self.tensors:
+            if t.kind not in KINDS or t.dtype not in DTYPES:
+                return f"{t.name[:80]} is of kind {t.kind[:20]!r}, dtype {t.dtype[:20]!r}"
+            if any(d < 0 for d in t.shape) or len(t.shape) > DIMENSIONS_MAX:
+                return f"{t.name[:80]} has a shape that no tensor has"
+            if t.name in names:
+                return f"{t.name[:80]} comes twice"
+            names.add(t.name)
+            size = 1
+            for d in t.shape:
+                size = min(size * d, ELEMENTS_MAX + 1)
+            elements += size
+            if elements > ELEMENTS_MAX:
+                return f"more than {ELEMENTS_MAX} numbers"
+        return None if elements else "there is nothing to train in it"
 
     def difference(self, other: Layout) -> str | None:
         """The first difference to `other`, as a sentence about it; None when they are equal."""
@@ -110,15 +155,15 @@ def _shape(t: Tensor) -> str:
 
 
 class Hello(Message, frozen=True):
-    protocol: int
+    protocol: Int
     role: str
     """worker | observer"""
-    id: int | None
+    id: Int | None
     """A worker's number; None: any free one."""
     nonce: str
     """Made once per process: tells a restarted worker from a second one with the same id."""
     host: str
-    pid: int
+    pid: Int
     run: str | None = None
     """The run this replica belongs to, if it has state already."""
     key: str = ""
@@ -126,14 +171,14 @@ class Hello(Message, frozen=True):
 
 
 class Welcome(Message, frozen=True):
-    protocol: int
+    protocol: Int
     run: str
     nonce: str
     """The server process; every published message carries it."""
     session: str
-    id: int
+    id: Int
     settings: dict[str, Any]
-    pub_port: int
+    pub_port: Int
     ipc: str | None = None
     """Folder of the ipc sockets, for peers on the server's own host."""
 
@@ -146,12 +191,12 @@ class Greet(Message, frozen=True):
     session_known: bool = True
     """False: this server knows nothing of the session, say hello; else a probe is enough."""
     join: bool = False
-    """This link is known, but what came before on it, or was sent there, may be lost: join again."""
+    """The link is known, but what was sent before, either way, may be lost: join again."""
 
 
 class Join(Message, frozen=True):
     layout: Layout
-    step: int
+    step: Int
     lineage: str
     device: str
     ledger: dict[str, Any] | None = None
@@ -163,13 +208,17 @@ class Admit(Message, frozen=True):
     action: str
     """origin: your state is the run's; follow: fetch what you lack; adopt: a snapshot follows;
     behind: what you lack is not kept any more, join again when you want a snapshot."""
-    step: int
+    step: Int
     lineage: str
 
 
 class Ready(Message, frozen=True):
-    samples: int
-    batch_size: int
+    samples: Int
+    batch_size: Int
+
+
+class Unready(Message, frozen=True):
+    pass
 
 
 class Reject(Message, frozen=True):
@@ -181,9 +230,9 @@ class Reject(Message, frozen=True):
 
 
 class Push(Message, frozen=True):
-    round: int
-    bucket: int
-    samples: int
+    round: Int
+    bucket: Int
+    samples: Int
     absent: tuple[int, ...] = ()
     """Indexes into the layout of this bucket's parameters that had no gradient."""
     scale: float = 1.0
@@ -192,24 +241,24 @@ class Push(Message, frozen=True):
 
 
 class Refused(Message, frozen=True):
-    round: int
+    round: Int
     reason: str
 
 
 class Average(Message, frozen=True):
     nonce: str
-    round: int
-    step: int
+    round: Int
+    step: Int
     """The step that this update leads to."""
-    bucket: int
+    bucket: Int
     absent: tuple[int, ...] = ()
     scale: float = 1.0
 
 
 class Open(Message, frozen=True):
     nonce: str
-    round: int
-    step: int
+    round: Int
+    step: Int
     """The step everyone stands at."""
     lineage: str
     leases: dict[int, tuple[Lease, ...]]
@@ -218,8 +267,8 @@ class Open(Message, frozen=True):
 
 class Close(Message, frozen=True):
     nonce: str
-    round: int
-    step: int
+    round: Int
+    step: Int
     """The step this update leads to."""
     lineage: str
     """Names the state after this update; see `next_lineage`."""
@@ -236,61 +285,63 @@ class Close(Message, frozen=True):
     open: Open | None = None
     """The round that follows at once."""
     reason: str = ""
+    partly: dict[int, tuple[int, ...]] = {}
+    """Of contributors that are not in it with everything: the buckets that are."""
 
 
 class Fetch(Message, frozen=True):
-    step: int
+    step: Int
     lineage: str
 
 
 class Fetched(Message, frozen=True):
-    step: int
+    step: Int
     open: Open | None = None
 
 
 class Stand(Message, frozen=True):
-    step: int
+    step: Int
 
 
 # --------------------------------------------------------------------------- snapshots
 
 
 class Give(Message, frozen=True):
-    snapshot: int
-    step: int
+    snapshot: Int
+    step: Int
     lineage: str
 
 
 class Manifest(Message, frozen=True):
-    snapshot: int
-    step: int
+    snapshot: Int
+    step: Int
     lineage: str
     tree: str
     """JSON of the state with its tensors replaced by their numbers (`workers.state`)."""
     tensors: tuple[tuple[str, tuple[int, ...]], ...]
     """dtype and shape of each."""
-    piece_bytes: int
+    piece_bytes: Int
     """Every tensor is cut into pieces of this size; they are numbered in order."""
 
 
 class Want(Message, frozen=True):
-    snapshot: int
-    piece: int
+    snapshot: Int
+    piece: Int
 
 
 class Piece(Message, frozen=True):
-    snapshot: int
-    piece: int
+    snapshot: Int
+    piece: Int
 
 
 class Adopted(Message, frozen=True):
-    snapshot: int
-    step: int
+    snapshot: Int
+    step: Int
     lineage: str
 
 
 class Abort(Message, frozen=True):
-    snapshot: int
+    snapshot: Int
     reason: str
 
 
@@ -303,35 +354,35 @@ class Beat(Message, frozen=True):
 
 class Pulse(Message, frozen=True):
     nonce: str
-    step: int
+    step: Int
     lineage: str
     phase: str
     """What the server is doing or waiting for, as a sentence."""
     open: Open | None = None
-    closed: int | None = None
+    closed: Int | None = None
     """Newest round that is over."""
-    sent_bytes: int = 0
+    sent_bytes: Int = 0
     """By the server to all, since it started; and what it received."""
-    received_bytes: int = 0
+    received_bytes: Int = 0
     ending: bool = False
     """No more rounds; the run ends as soon as the observer stands at the newest step."""
 
 
 class Report(Message, frozen=True):
-    step: int
+    step: Int
     values: dict[str, float | None]
     final: bool = False
 
 
 class Goodbye(Message, frozen=True):
     reason: str
-    step: int = 0
+    step: Int = 0
     digest: str = ""
 
 
 class End(Message, frozen=True):
     nonce: str
-    step: int
+    step: Int
     lineage: str
     reason: str
     error: bool = False
@@ -339,9 +390,9 @@ class End(Message, frozen=True):
 
 
 ANY = (
-    Hello | Welcome | Probe | Greet | Join | Admit | Ready | Reject | Push | Refused | Average
-    | Open | Close | Fetch | Fetched | Stand | Give | Manifest | Want | Piece | Adopted | Abort
-    | Beat | Pulse | Report | Goodbye | End
+    Hello | Welcome | Probe | Greet | Join | Admit | Ready | Unready | Reject | Push | Refused
+    | Average | Open | Close | Fetch | Fetched | Stand | Give | Manifest | Want | Piece
+    | Adopted | Abort | Beat | Pulse | Report | Goodbye | End
 )  # fmt: skip
 
 _encoder = msgspec.json.Encoder()
@@ -365,7 +416,7 @@ def from_frames(frames: Sequence[Any]) -> tuple[Any, list[Any]]:
         raise PeerError(f"a header of {len(header)} bytes (at most {HEADER_BYTES_MAX})")
     try:
         return _decoder.decode(header), [getattr(f, "buffer", f) for f in frames[1:]]
-    except (msgspec.DecodeError, RecursionError) as e:  # a ValidationError is a DecodeError
+    except (ValueError, RecursionError) as e:  # DecodeError, ValidationError, UnicodeDecodeError
         raise PeerError(f"not a header of this protocol: {e}") from None
 
 

@@ -1,214 +1,25 @@
 """The door for one's own loop: what N workers compute is what one process computes.
 
-Server and workers are threads here, their sockets are real. `truth` replays the log of a run in
-one process: it takes from the run only who was in which round, and with which samples.
+Server and workers are threads here, their sockets are real.
 """
 
 from __future__ import annotations
 
-import copy
 import re
 import threading
-from collections import Counter
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from typing import Any
 
 import pytest
 import torch
+from crew import CLASSES, INPUTS, PERCEPTRON, Crew, Make, Noise, Setup, drawn, perceptron, train
 from torch import Tensor, nn
-from torch.optim import SGD, Adam, Optimizer
+from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 from whole import DEADLINE_S, Served
 
 import workers
 from paramserver.errors import UserError
 from workers.data import order
-
-INPUTS = 6
-CLASSES = 4
-
-
-@pytest.fixture(autouse=True)
-def no_thread_left() -> Iterator[None]:
-    before = set(threading.enumerate())
-    yield
-    for thread in set(threading.enumerate()) - before:
-        thread.join(DEADLINE_S)
-        assert not thread.is_alive(), f"{thread.name} goes on"
-
-
-# --------------------------------------------------------------------------- a run and its truth
-
-
-class Noise:
-    """A data set of noise; each sample tells its index too."""
-
-    def __init__(self, samples: int, shape: tuple[int, ...] = (INPUTS,)) -> None:
-        generator = torch.Generator().manual_seed(7)
-        self.x = torch.randn(samples, *shape, generator=generator)
-        self.y = torch.randint(CLASSES, (samples,), generator=generator)
-
-    def __len__(self) -> int:
-        return len(self.y)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, int]:
-        return self.x[index], self.y[index], index
-
-
-class Setup:
-    """Model, optimizer and what else `attach` gets, made anew by each worker and by the truth."""
-
-    def __init__(self, model: nn.Module, optimizer: Optimizer, **attach: Any) -> None:
-        self.model, self.optimizer, self.attach = model, optimizer, attach
-
-
-Make = Callable[[int], Setup]
-"""From a seed. Workers get different ones: what they end with must come from the first."""
-
-PERCEPTRON = nn.Sequential(nn.Linear(INPUTS, 16), nn.Tanh(), nn.Linear(16, CLASSES))
-
-
-def drawn(model: nn.Module, seed: int) -> nn.Module:
-    """A copy of the model with weights drawn by `seed`."""
-    own = copy.deepcopy(model)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in own.parameters():
-            p.copy_(torch.randn(p.shape, generator=generator) / 3)
-    return own
-
-
-def perceptron(seed: int) -> Setup:
-    model = drawn(PERCEPTRON, seed)
-    return Setup(model, SGD(model.parameters(), lr=0.1, momentum=0.9))
-
-
-class Crew:
-    """Workers in threads, each with a user's own loop, and what they did."""
-
-    def __init__(
-        self,
-        served: Served,
-        make: Make,
-        data: Any,
-        hold: Callable[[int, int], None] = lambda number, step: None,
-    ) -> None:
-        """`hold(worker, step)` is called before each backward pass and may wait, or raise."""
-        self.served, self.make, self.data, self.hold = served, make, data, hold
-        self.setups: dict[int, Setup] = {}
-        self.said: list[str] = []
-        self.batches: dict[tuple[int, int], list[int]] = {}
-        """(worker, step) -> the indices that this worker computed on at that step."""
-
-    def start(self, number: int, batch_size: int | None = None) -> Future[None]:
-        return self.served.start(self._work, number, batch_size)
-
-    def _work(self, number: int, batch_size: int | None) -> None:
-        with workers.join(port=self.served.port, worker_id=number, say=self.said.append) as cluster:
-            setup = self.setups[number] = self.make(number)
-            parts = setup.attach.get("accumulate", 1)
-            model, optimizer = cluster.attach(setup.model, setup.optimizer, **setup.attach)
-            for x, y, indices in cluster.batches(self.data, batch_size=batch_size):
-                self.hold(number, cluster.step)
-                self.batches[number, cluster.step] = indices.tolist()
-                optimizer.zero_grad()
-                for part in split(x, y, parts):
-                    loss(model, *part, share=len(part[1]) / len(y)).backward()
-                optimizer.step()
-
-    def origin(self) -> int:
-        """The worker whose model was the run's first state."""
-        found = re.search(r"the first state comes from worker (\d+)", self.served.text)
-        assert found
-        return int(found[1])
-
-    def applied(self) -> Counter[int]:
-        """How often each sample is in the log of updates."""
-        return Counter(
-            index
-            for close in self.served.closes
-            for worker in close.contributors
-            for index in self.batches[worker, close.step - 1]
-        )
-
-    def truth(self) -> Setup:
-        """One process that does what the log says, from the run's first state."""
-        setup = self.make(self.origin())
-        for close in self.served.closes:
-            batches = [self.batches[worker, close.step - 1] for worker in close.contributors]
-            assert [len(b) for b in batches] == list(close.contributors.values())
-            one_step(setup, [(self.data.x[b], self.data.y[b]) for b in batches])
-        return setup
-
-    def check(self, tolerance: float = 1e-5) -> None:
-        """All replicas are equal bit by bit, and equal to the truth within rounding."""
-        end = self.served.end.result(DEADLINE_S)
-        assert end.reason == "all epochs are done" and end.step == len(self.served.closes) > 0
-        assert len(self.served.server.digests) == len(self.setups)
-        assert len(self.served.digests()) == 1
-        expected = self.truth().model.state_dict()
-        for setup in self.setups.values():
-            torch.testing.assert_close(setup.model.state_dict(), expected, rtol=0, atol=tolerance)
-        start = self.make(self.origin()).model.state_dict()
-        assert any(not torch.equal(start[name], expected[name]) for name in start)
-
-
-def loss(model: nn.Module, x: Tensor, y: Tensor, share: float = 1.0) -> Tensor:
-    return nn.functional.cross_entropy(model(x).float(), y) * share
-
-
-def split(x: Tensor, y: Tensor, parts: int) -> Iterator[tuple[Tensor, Tensor]]:
-    return zip(x.chunk(parts), y.chunk(parts), strict=True)
-
-
-def one_step(setup: Setup, batches: list[tuple[Tensor, Tensor]]) -> None:
-    """The weighted mean over batches that all start from the same buffers, then one step."""
-    model, optimizer, attach = setup.model, setup.optimizer, setup.attach
-    total = sum(len(y) for _, y in batches)
-    gradients: dict[str, Tensor] = {}
-    buffers = {name: torch.zeros_like(b) for name, b in model.named_buffers()}
-    before = copy.deepcopy(dict(model.named_buffers()))
-    for x, y in batches:
-        with torch.no_grad():
-            for name, buffer in model.named_buffers():
-                buffer.copy_(before[name])
-        model.zero_grad()
-        parts = attach.get("accumulate", 1)
-        for part in split(x, y, parts):
-            loss(model, *part, share=len(part[1]) / len(y)).backward()
-        for name, p in model.named_parameters():
-            if p.grad is not None:
-                summed = gradients.setdefault(name, torch.zeros(p.shape))
-                summed += p.grad.float() * (len(y) / total)
-        for name, buffer in model.named_buffers():
-            if buffer.is_floating_point():
-                buffers[name] += buffer * (len(y) / total)
-            else:
-                buffers[name] = torch.maximum(buffers[name], buffer)
-    with torch.no_grad():
-        for name, buffer in model.named_buffers():
-            buffer.copy_(buffers[name])
-    for name, p in model.named_parameters():
-        p.grad = gradients[name].to(p.dtype) if name in gradients else None
-    if "clip_norm" in attach:
-        nn.utils.clip_grad_norm_(model.parameters(), attach["clip_norm"])
-    if "before_step" in attach:
-        attach["before_step"](model)
-    optimizer.step()
-    if "scheduler" in attach:
-        attach["scheduler"].step()
-
-
-def train(make: Make, data: Any, sizes: dict[int, int], **settings: Any) -> Crew:
-    """A whole run of workers with these batch sizes; checked against the truth."""
-    with Served(num_workers=len(sizes), **settings) as served:
-        crew = Crew(served, make, data)
-        for future in [crew.start(number, size) for number, size in sizes.items()]:
-            future.result(DEADLINE_S)
-        served.end.result(DEADLINE_S)
-    return crew
-
 
 # --------------------------------------------------------------------------------- whose samples
 
@@ -260,13 +71,12 @@ def test_deterministic_runs_have_the_same_bits() -> None:
                 assert before == 0 or done[before].wait(DEADLINE_S)
 
         with Served(num_workers=3, deterministic=True, num_epochs=1) as served:
-            crew = Crew(served, perceptron, Noise(96), in_turn)
+            crew = Crew(served, lambda seed: perceptron(1), Noise(96), in_turn)
             futures = {number: crew.start(number, 8) for number in (1, 2, 3)}
             for number in arrival:
                 served.until(lambda number=number: has_pushed(served, number))
                 done[number].set()
-            for future in futures.values():
-                future.result(DEADLINE_S)
+            served.wait(*futures.values())
             digests |= served.digests()
     assert len(digests) == 1
 
@@ -283,11 +93,11 @@ def has_pushed(served: Served, number: int) -> bool:
 
 
 def test_a_late_joiner_adopts_the_state_and_takes_part_from_the_next_round() -> None:
-    joined = threading.Event()
+    joined, ready = threading.Event(), threading.Event()
 
     def hold(number: int, step: int) -> None:
-        if (number, step) == (1, 5):
-            assert joined.wait(DEADLINE_S)
+        if (number, step) in ((1, 5), (1, 6)):
+            assert (joined if step == 5 else ready).wait(DEADLINE_S)
 
     with Served(num_workers=1, num_epochs=3) as served:
         crew = Crew(served, perceptron, Noise(120), hold)
@@ -296,13 +106,14 @@ def test_a_late_joiner_adopts_the_state_and_takes_part_from_the_next_round() -> 
         futures.append(crew.start(2, 8))
         served.until(lambda: waits_for_a_snapshot(served, 2))
         joined.set()
-        for future in futures:
-            future.result(DEADLINE_S)
+        served.until(lambda: len(served.server.rounds.workers_ready()) == 2)
+        ready.set()
+        served.wait(*futures)
     crew.check()
     assert crew.applied() == dict.fromkeys(range(120), 3)
-    together = [close.step for close in served.closes if 2 in close.contributors]
-    assert together[0] == 7
     assert re.search(r"worker 2 .* took a snapshot of step 6", served.text)
+    # It was ready in the middle of the round that leads to step 7.
+    assert next(close.step for close in served.closes if 2 in close.contributors) == 8
 
 
 def waits_for_a_snapshot(served: Served, number: int) -> bool:
@@ -324,8 +135,7 @@ def test_a_late_gradient_is_refused_and_its_samples_are_applied_later() -> None:
         futures = [crew.start(1, 4), crew.start(2, 4)]
         served.until(lambda: any(2 in close.late for close in served.closes))
         late.set()
-        for future in futures:
-            future.result(DEADLINE_S)
+        served.wait(*futures)
     crew.check()
     first = next(close for close in served.closes if close.late)
     assert first.step == 5 and set(first.contributors) == {1}
@@ -346,7 +156,7 @@ def test_who_leaves_in_the_middle_gives_its_samples_back() -> None:
         crew = Crew(served, perceptron, Noise(80), hold)
         first, second = crew.start(1, 4), crew.start(2, 4)
         assert isinstance(second.exception(DEADLINE_S), LookupError)
-        first.result(DEADLINE_S)
+        served.wait(first)
     assert re.search(r"worker 2 .* left: LookupError: enough", served.text)
     assert crew.applied() == dict.fromkeys(range(80), 2)
     assert served.samples == (160, 0, 0)
@@ -372,8 +182,7 @@ def test_fewer_than_min_workers_pause_the_run() -> None:
         served.until_said(r"paused: 1 of at least 2 workers ready \(worker 1")
         paused_at = len(served.closes)
         second = crew.start(2, 4)
-        first.result(DEADLINE_S)
-        second.result(DEADLINE_S)
+        served.wait(first, second)
     assert all(set(close.contributors) == {1, 2} for close in served.closes[paused_at:-1])
     assert crew.applied() == dict.fromkeys(range(80), 2)
 
@@ -385,8 +194,7 @@ def test_a_server_that_stops_ends_its_workers() -> None:
         served.until(lambda: len(served.closes) > 5)
         served.server.stop("enough")
         end = served.end.result(DEADLINE_S)
-        for future in futures:
-            future.result(DEADLINE_S)
+        served.wait(*futures)
     assert (end.reason, end.error) == ("enough", False)
     assert len(served.digests()) == 1
 
@@ -542,7 +350,7 @@ def test_another_model_is_refused_by_its_first_difference() -> None:
         served.until(lambda: served.server.rounds.layout is not None)
         crew.make = sgd(wider)
         with pytest.raises(UserError, match=r"worker 2 .* another model: 2\.bias is 5 float") as e:
-            crew.start(2).result(DEADLINE_S)
+            served.wait(crew.start(2))
         assert "the run has 4 float32" in str(e.value)
 
 
@@ -553,7 +361,7 @@ def test_a_data_set_of_another_length_is_refused() -> None:
         served.until(lambda: served.server.rounds.ledger is not None)
         crew.data = Noise(31)
         with pytest.raises(UserError, match="data set of 31 samples, the run has one of 32"):
-            crew.start(2).result(DEADLINE_S)
+            served.wait(crew.start(2))
 
 
 def test_another_optimizer_is_refused() -> None:
@@ -563,7 +371,7 @@ def test_another_optimizer_is_refused() -> None:
         served.until(lambda: served.server.rounds.layout is not None)
         crew.make = groups
         with pytest.raises(UserError, match="does not fit this worker's model or optimizer"):
-            crew.start(2).result(DEADLINE_S)
+            served.wait(crew.start(2))
 
 
 def test_a_worker_id_is_given_to_one_process_at_a_time() -> None:

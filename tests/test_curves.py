@@ -72,7 +72,7 @@ RUNS: dict[str, tuple[list[dict[str, Any]], str]] = {
 def test_every_run_has_a_picture(name: str, tmp_path: Path) -> None:
     records, tail = RUNS[name]
     metrics = write(tmp_path / "metrics.jsonl", records, tail)
-    assert draw(metrics, tmp_path / "curves.png", "Run $1$ of_2 %") is None
+    assert draw(metrics, tmp_path / "curves.png", r"Run $\frac$ of_2 %") is None
     has_colour(tmp_path / "curves.png", BLUE)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["curves.png", "metrics.jsonl"]
 

@@ -17,9 +17,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -238,10 +238,12 @@ class Monitor:
 class Served:
     """A real server in a thread of this process, without an observer; as a `with` block.
 
-    It is the server's watcher too: `said` are its sentences, `closes` the log of updates.
+    It is the server's watcher too: `said` are its sentences, `closes` the log of updates. At the
+    end of the block every thread that began in it must have ended.
     """
 
     def __init__(self, **settings: Any) -> None:
+        self._threads = set(threading.enumerate())
         self.port = free_port()
         self.settings = Settings(port=self.port, observer=False, **settings)
         self.said: list[str] = []
@@ -281,12 +283,31 @@ class Served:
         trace: TracebackType | None,
     ) -> None:
         self.server.stop("the test is over")
-        for future in self._futures:
-            with suppress(BaseException) if error is not None else no_suppression():
+        if error is None:
+            self.end.result(DEADLINE_S)
+            for future in self._futures:
                 future.exception(DEADLINE_S)
-        if error is not None:
+            self._pool.shutdown()
+            for thread in set(threading.enumerate()) - self._threads:
+                thread.join(DEADLINE_S)
+                assert not thread.is_alive(), f"the thread {thread.name} goes on"
+        else:
             print("--- the server:", *self.said, sep="\n")
-        self._pool.shutdown(wait=error is None)
+            self._pool.shutdown(wait=False)
+
+    def wait(self, *futures: Future[Any]) -> None:
+        """Until they are done; raises at once what went wrong in one of them or in the server."""
+        deadline = time.monotonic() + DEADLINE_S
+        pending = set(futures)
+        while pending:
+            watched = pending if self.end.done() else {*pending, self.end}
+            left = max(0.0, deadline - time.monotonic())
+            done, _ = wait(watched, left, return_when=FIRST_COMPLETED)
+            if not done:
+                raise AssertionError("this took too long; the server said:\n" + self.text)
+            for future in done:
+                future.result()
+            pending -= done
 
     # What the server calls, in its thread.
 
@@ -304,10 +325,11 @@ class Served:
         self._look()
 
     def _look(self) -> None:
-        for wait in list(self._waits):
-            if wait[0]():
-                self._waits.remove(wait)
-                wait[1].set()
+        for waiting in list(self._waits):
+            wanted, event = waiting
+            if wanted():
+                self._waits.remove(waiting)
+                event.set()
 
     # What tests and their workers call.
 
@@ -315,8 +337,10 @@ class Served:
         """Wait until `wanted()` is true, as seen from the server's thread."""
         event = threading.Event()
         self._waits.append((wanted, event))
-        if not event.wait(DEADLINE_S):
-            raise AssertionError("it did not come to pass; the server said:\n" + self.text)
+        self.end.add_done_callback(lambda end: event.set())
+        assert event.wait(DEADLINE_S), "it did not come to pass; the server said:\n" + self.text
+        if self.end.done():
+            self.end.result()
 
     def until_said(self, sentence: str) -> None:
         self.until(lambda: any(re.search(sentence, line) for line in self.said))
@@ -336,8 +360,3 @@ class Served:
         """Of the replicas that left at the last step."""
         step = self.end.result(DEADLINE_S).step
         return {digest for at, digest in self.server.digests.values() if at == step}
-
-
-@contextmanager
-def no_suppression() -> Iterator[None]:
-    yield

@@ -94,6 +94,7 @@ class Client:
         self._give_later: wire.Give | None = None
         self._ready: wire.Ready | None = None
         self._must_greet = False
+        self._left = False  # goodbye was said
         self._left_behind = False  # the run has ended, and its last updates are not to be had
         self._stood = -1  # the step that the server was last told we stand at
         self.greetings = 0
@@ -204,6 +205,14 @@ class Client:
             raise RunLost(f"the run ended before this replica could join: {self.ended.reason}")
         return self._admitted.action if self._admitted is not None else ""
 
+    def _join_again(self) -> None:
+        """What was on its way may be lost: let the server tell anew where to begin."""
+        self._taking = self._giving = self._give_later = None
+        self._held.clear()
+        if self.follow is not None:
+            self.follow.fetching_since = None
+        self._send_join()
+
     def _send_join(self, ledger: dict[str, Any] | None = None) -> None:
         assert self.replica is not None
         self._joined, self._joined_at = False, time.monotonic()
@@ -226,6 +235,12 @@ class Client:
         self._ready = wire.Ready(samples=samples, batch_size=batch_size)
         self._send(self._ready)
 
+    def unready(self) -> None:
+        """Ask for no more leases."""
+        self._ready = None
+        if self._link is not None and self.ended is None:
+            self._send(wire.Unready())
+
     def push(self, push: wire.Push, buffers: list[Any]) -> None:
         """Send one bucket; the buffers belong to ZeroMQ from now on."""
         self._send(push, *buffers)
@@ -234,9 +249,10 @@ class Client:
         self._send(wire.Report(step=step, values=values, final=final))
 
     def goodbye(self, reason: str) -> None:
-        """Leave in order: tell the server, and the digest of the weights with it."""
-        if self._link is None:
+        """Leave in order: tell the server, and the digest of the weights with it. Once."""
+        if self._link is None or self._left:
             return
+        self._left = True
         digest, step = "", 0
         if self.replica is not None and self._joined:
             digest, step = self.replica.digest(), self.replica.step
@@ -419,8 +435,12 @@ class Client:
         elif isinstance(message, wire.End):
             effect = f.ended(message)
         if isinstance(effect, follow.Take):
+            if effect.first:
+                replica.forget_averages()
             replica.take(effect.average, buffers)
         elif isinstance(effect, follow.Apply):
+            if effect.first:
+                replica.forget_averages()
             replica.apply(effect.close)
             f.applied(effect.close)
             if self.on_close is not None:
@@ -429,7 +449,7 @@ class Client:
                 self._give(self._give_later)
         elif isinstance(effect, follow.Diverged):
             self.say(f"{effect.why}: taking a snapshot")
-            self._send_join()
+            self._join_again()
         return not isinstance(effect, follow.Gap)
 
     def _heard_adrift(self, message: Any, now: float) -> None:
@@ -482,6 +502,9 @@ class Client:
             case wire.Greet():
                 if not message.session_known:
                     self._must_greet = True
+                elif message.join:
+                    if f is not None and not self.adrift:
+                        self._join_again()
                 elif self.welcome is not None:
                     self._send(wire.Probe(session=self.welcome.session))
             case wire.Give():

@@ -12,10 +12,11 @@ The built-in loop (`workers.train`) uses this same door.
 
 from __future__ import annotations
 
+import atexit
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +25,8 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from paramserver import wire
 from paramserver.bucket import Bucket
-from paramserver.codec import CODECS
 from paramserver.errors import RunLost, UserError
+from paramserver.feedback import Feedback
 from paramserver.wire import Lease
 from workers.client import Client, Say
 from workers.data import order
@@ -33,10 +34,6 @@ from workers.gradients import Gradients
 from workers.replica import Replica
 
 M = TypeVar("M", bound=nn.Module)
-
-
-class Sized(Protocol):
-    def __len__(self) -> int: ...
 
 
 def join(
@@ -71,14 +68,18 @@ class Cluster:
         self.worker_id = client.welcome.id
         self._replica: Replica | None = None
         self._gradients: Gradients | None = None
+        self._feedback: Feedback | None = None
+        self._taken: tuple[int, ...] = ()  # buckets of this round's gradient that are in the update
         self._loaders: ThreadPoolExecutor | None = None
         self._greetings = client.greetings
         self._round = 0  # the round whose lease is being worked on
         self._lease: Lease | None = None
         self._stepped = True  # step() was called for it
+        self._sent = 0  # buckets of its gradient
         self._loss: float | Tensor | None = None
         self._waiting_s = 0.0
         self._prefetch: Callable[[], None] | None = None
+        atexit.register(self.leave, "its program ended")
 
     @property
     def step(self) -> int:
@@ -113,7 +114,7 @@ class Cluster:
             model,
             optimizer,
             bucket_mb=self.settings["bucket_mb"],
-            codec=self.settings["codec"],
+            codec=self.settings["codec_down"] or self.settings["codec"],
             scheduler=scheduler,
             clip_norm=clip_norm,
             before_step=before_step,
@@ -122,6 +123,8 @@ class Cluster:
         self.client.device = str(next(iter(model.parameters())).device.type)
         self.client.join(replica)
         torch.manual_seed(self.settings["seed"] + self.worker_id)  # dropout differs per worker
+        self._feedback = Feedback(replica.plan, self.settings["codec"], self.settings["topk_ratio"])
+        self.client.on_close = self._on_close
         self._gradients = Gradients(replica, self._send_bucket, accumulate)
         return model, ClusterOptimizer(optimizer, self)
 
@@ -165,7 +168,7 @@ class Cluster:
                     self._prefetch()
                 data = loading.result() if loading else load(shuffled.indices(lease))
                 self._gradients.begin()
-                self._stepped = False
+                self._stepped, self._sent = False, 0
                 yield data
                 if not self._stepped:
                     raise UserError(
@@ -174,6 +177,10 @@ class Cluster:
                     )
         finally:
             self._loaders.shutdown(wait=False, cancel_futures=True)
+            if self.client.ended is not None:
+                self.client.goodbye("finished")  # the server need not wait for what comes next here
+            else:
+                self.client.unready()
 
     def _next_lease(self) -> Lease | None:
         """Wait, following the log, until there is a round with a lease for us; None at the end."""
@@ -204,9 +211,11 @@ class Cluster:
     def _send_bucket(self, bucket: Bucket, values: Tensor, absent: tuple[int, ...]) -> None:
         """A bucket of this step's gradient is complete: encode and send it, look what came in."""
         assert self._lease is not None and self._replica is not None
-        codec = CODECS[self.settings["codec"] if bucket.kind == "grad" else "float32"]
-        buffers, scale = codec.encode(values)
-        loss = self._loss
+        assert self._feedback is not None
+        buffers, scale = self._feedback.encode(bucket, values, absent)
+        self._sent += 1
+        last = self._sent == len(self._replica.plan.buckets)
+        loss = self._loss  # turned into a number once: that waits for the device
         self.client.push(
             wire.Push(
                 round=self._round,
@@ -214,15 +223,20 @@ class Cluster:
                 samples=self._lease[2] - self._lease[1],
                 absent=absent,
                 scale=scale,
-                loss=None if loss is None else float(loss),
+                loss=None if loss is None or not last else float(loss),
             ),
             buffers,
         )
         self.client.poll()
 
+    def _on_close(self, close: wire.Close) -> None:
+        """Which of our buckets are part of this update?"""
+        if close.round == self._round and self.worker_id in close.contributors:
+            self._taken = close.partly.get(self.worker_id, close.buckets)
+
     def _step(self) -> None:
         """Send the rest of the gradient and follow the log until this round is over."""
-        if self._gradients is None or self._lease is None or self._stepped:
+        if self._gradients is None or self._feedback is None or self._stepped:
             raise UserError(
                 "optimizer.step() without a batch of its own",
                 "call it once for every batch that batches() gives",
@@ -239,12 +253,15 @@ class Cluster:
             ),
             f"for the averages of round {self._round}",
         )
+        self._feedback.settled(self._taken)
+        self._taken = ()
         self._waiting_s += time.perf_counter() - start
 
     # ------------------------------------------------------------------ leaving
 
     def leave(self, reason: str = "finished") -> None:
-        """Say goodbye and close the sockets; safe to call twice."""
+        """Say goodbye and close the sockets; safe to call twice, and called at exit."""
+        atexit.unregister(self.leave)
         self.client.goodbye(reason)
         self.client.close()
 
@@ -319,4 +336,4 @@ def _loader(dataset: Any, device: torch.device | str | None) -> Callable[[Tensor
     return lambda indices: move(default_collate([dataset[int(i)] for i in indices]))
 
 
-__all__ = ["Cluster", "ClusterOptimizer", "RunLost", "Sized", "join"]
+__all__ = ["Cluster", "ClusterOptimizer", "RunLost", "join"]

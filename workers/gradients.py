@@ -47,11 +47,6 @@ class Gradients:
         self._values.clear()
         self._sent.clear()
 
-    def drop(self) -> None:
-        """This step's gradients are not wanted any more: the hooks do nothing until `begin`."""
-        self._open = False
-        self._values.clear()
-
     def flush(self) -> None:
         """Backward is over: send what has not been sent, gradient or not, and the statistics."""
         if not self._open:

@@ -167,7 +167,7 @@ class Background:
     def log(self, step: int, values: Mapping[str, float]) -> None:
         if self._news:
             self._tell()
-        if self._failed or self._closing.is_set():
+        if self._failed:
             return
         if len(self._waiting) >= MAX_WAITING:
             self._missed += 1

@@ -55,7 +55,7 @@ class Observer:
             model,
             recipe.build_optimizer(model, settings),
             bucket_mb=settings.bucket_mb,
-            codec=settings.codec,
+            codec=settings.codec_down or settings.codec,
         )
         self.copy = copy.deepcopy(model)  # what is evaluated while updates go on
         if orders.resume is not None:

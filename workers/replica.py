@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from paramserver import wire
 from paramserver.bucket import Bucket, plan
-from paramserver.codec import CODECS, check_sizes
+from paramserver.codec import CODECS
 from paramserver.errors import PeerError, UserError
 from workers.state import as_bytes, dtype_name
 
@@ -32,7 +32,7 @@ class Replica:
 
     `before_step(model)` runs on the averaged gradients of every update, before the optimizer;
     `clip_norm` clips their total norm. Both run in every replica alike.
-    Raises `UserError` for what cannot be the same in every replica.
+    `codec` is that of the averages. Raises `UserError` for what cannot be the same in every replica.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class Replica:
         """Decode the average of one bucket into its place; nothing is applied yet."""
         b = self.bucket(average.bucket)
         codec = CODECS[self._codec if b.kind == "grad" else "float32"]
-        wrong = check_sizes(codec, b.size, buffers)
+        wrong = codec.fits(b.size, buffers)
         if wrong is not None:
             raise PeerError(f"bucket {b.index}: {wrong}")
         out = self._flat[b.start : b.stop]

@@ -1,13 +1,26 @@
 """Codecs: how the float32 numbers of a bucket look on the wire.
 
-A codec is two verbs. `encode` writes the numbers of a bucket into new wire buffers and may return a
-scale that travels in the header; `decode` gives the numbers back. Each codec is one file here and
-one row in `CODECS`.
+A codec is two verbs and a check. `encode` writes the numbers of a bucket into new wire buffers and
+may return a scale that travels in the header; `decode` gives the numbers back; `fits` looks at
+buffers that came from elsewhere before they are decoded. Each codec is one file here and one row in
+`CODECS`. Codecs hold no state: any thread may use them.
+
+========  ================  ===================================================  ==============
+codec     bytes a number    what is lost                                         error feedback
+========  ================  ===================================================  ==============
+float32   4                 nothing                                              -
+float16   2                 2^-11 of each number, 2^-35 of the largest           -
+bfloat16  2                 2^-9 of each number                                  -
+int8      1 (and 4 / 1024)  1/254 of the largest of 1024 neighbours              yes
+topk      4 * topk_ratio    all but the largest; of these as float16             yes
+========  ================  ===================================================  ==============
+
+What is not finite stays visible: where a NaN or an infinity goes in, a number that is not finite
+comes out (from topk: unless the bucket has more of them than it sends numbers).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -15,21 +28,32 @@ from torch import Tensor
 from paramserver.codec.bfloat16 import BFloat16
 from paramserver.codec.float16 import Float16
 from paramserver.codec.float32 import Float32
+from paramserver.codec.int8 import Int8
+from paramserver.codec.lengths import Wire
+from paramserver.codec.topk import TopK
 
-Wire = Sequence[Any]
-"""Buffers as they travel: anything with the buffer interface."""
+__all__ = ["CODECS", "Codec", "Wire", "check_sizes"]
 
 
 class Codec(Protocol):
-    """What a codec must offer; `values` and `out` are flat, contiguous float32 on the CPU."""
+    """What a codec must offer; `values` and `out` are flat, contiguous float32 on the CPU, of at
+    least one element."""
 
-    def sizes(self, elements: int) -> tuple[int, ...]:
-        """Bytes of each wire buffer of a bucket of that many elements."""
+    leaves_rest: bool
+    """Is `values`, after `encode`, what the buffers do not carry? See `paramserver.feedback`."""
+
+    def fits(self, elements: int, buffers: Wire) -> str | None:
+        """What is wrong with these buffers for a bucket of that many elements; None when nothing
+        is. `decode` may be called only with buffers that fit. Numbers may still be rubbish: not
+        finite, or huge."""
         ...
 
-    def encode(self, values: Tensor) -> tuple[list[Any], float]:
-        """New wire buffers, and the scale for the header. `values` may live on in the buffers:
-        the caller gives them away."""
+    def encode(self, values: Tensor, ratio: float = 0.01) -> tuple[list[Any], float]:
+        """New wire buffers, and the scale for the header.
+
+        The caller gives `values` away: it may live on in the buffers, is written to, or is left
+        as the rest. `ratio` is the share of the numbers that topk sends; the others send all.
+        """
         ...
 
     def decode(self, buffers: Wire, scale: float, out: Tensor) -> Tensor:
@@ -41,11 +65,11 @@ CODECS: dict[str, Codec] = {
     "float32": Float32(),
     "float16": Float16(),
     "bfloat16": BFloat16(),
+    "int8": Int8(),
+    "topk": TopK(),
 }
 
 
 def check_sizes(codec: Codec, elements: int, buffers: Wire) -> str | None:
-    """What is wrong with the number or the length of these wire buffers; None when nothing is."""
-    wanted = codec.sizes(elements)
-    got = tuple(memoryview(b).nbytes for b in buffers)
-    return None if got == wanted else f"buffers of {got} bytes, expected {wanted}"
+    """The same as `codec.fits`."""
+    return codec.fits(elements, buffers)

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from paramserver.codec.lengths import Wire, unequal
+
 
 class Float32:
-    def sizes(self, elements: int) -> tuple[int, ...]:
-        return (4 * elements,)
+    leaves_rest = False
 
-    def encode(self, values: Tensor) -> tuple[list[Any], float]:
+    def fits(self, elements: int, buffers: Wire) -> str | None:
+        return unequal(buffers, 4 * elements)
+
+    def encode(self, values: Tensor, ratio: float = 0.01) -> tuple[list[Any], float]:
         return [values.view(torch.uint8).numpy().data], 1.0
 
-    def decode(self, buffers: Sequence[Any], scale: float, out: Tensor) -> Tensor:
+    def decode(self, buffers: Wire, scale: float, out: Tensor) -> Tensor:
         return torch.frombuffer(buffers[0], dtype=torch.float32)

@@ -1,8 +1,9 @@
 """The book of a run: what every step's model must be, and which samples went into each bucket.
 
-No real server has it. A model is one number here, the hash of all that was applied to it; a gradient
-is the samples it was made from (and the model they were shown to). So a sample that is lost or counted
-twice is seen at once, and so is a replica that applied something else than the log.
+No real server has it. A model is one number here, the hash of all that was applied to it; a
+gradient is the samples it was made from, and the model that they were shown to. So a sample that
+is lost or counted twice is seen at once, and so is a replica that applied something else than the
+log.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ class Book:
     """Told of each update before anybody hears of it."""
 
     def __init__(self, buckets: int) -> None:
-        self.models: dict[int, int] = {}
+        self.models: dict[str, int] = {}  # by lineage
+        self.lineage = ""
         self.closes: list[wire.Close] = []
         self._counted: list[set[Sample]] = [set() for _ in range(buckets)]
 
@@ -48,11 +50,21 @@ class Book:
     def step(self) -> int:
         return len(self.closes)
 
-    def begin(self, model: int) -> None:
+    def begin(self, lineage: str, model: int) -> None:
         """The first state is known. It may be another one as long as nothing follows it."""
         if self.closes:
             raise Broken(f"a new origin after {self.step} steps")
-        self.models = {0: model}
+        self.lineage, self.models[lineage] = lineage, model
+
+    @property
+    def model(self) -> int:
+        """The model at the newest step."""
+        return self.models[self.lineage]
+
+    def compare(self, name: str, lineage: str, model: int) -> None:
+        """Promise 1: whoever holds a state by one name holds the same model."""
+        if self.models.get(lineage) != model:
+            raise Broken(f"{name} holds another model than the log by the name of {lineage}")
 
     def close(self, close: wire.Close, averages: dict[int, tuple[wire.Average, Any]]) -> None:
         """The next update; checks that no sample is in it twice, or was in one before."""
@@ -68,7 +80,10 @@ class Book:
             if twice or len(set(samples)) < len(samples):
                 raise Broken(f"samples {sorted(twice) or samples} twice in bucket {bucket}")
             counted.update(samples)
-        self.models[close.step] = after_update(self.models[self.step], content)
+        if close.lineage in self.models:
+            raise Broken("two states have one name")
+        self.models[close.lineage] = after_update(self.model, content)
+        self.lineage = close.lineage
         self.closes.append(close)
         self._check_state(close.ledger)
 

@@ -29,8 +29,6 @@ PIECES = 3
 DEADLINE_S = 90.0
 """For greeting, and for a silent server: longer than any fault."""
 
-LAYOUT = wire.Layout((wire.Tensor("w", (1,), "float32"),))
-
 
 class Habits(msgspec.Struct):
     """What a peer is like; faults change it in the middle of a run."""
@@ -45,6 +43,8 @@ class Habits(msgspec.Struct):
     """Share of its batches with a bucket of numbers that are not finite."""
     leaves: float = 0.0
     """Share of its steps after which it leaves in order."""
+    pauses: float = 0.0
+    """Share of its steps after which it leaves its loop for a while, and takes nothing in."""
 
 
 class Replica:
@@ -115,7 +115,7 @@ class Client(Process):
         self.adrift = False
         self._make_follow = make_follow
         self._quiet_s = server.rules.heartbeat_timeout / 2
-        self._session = ""
+        self.session = ""
         self._held: deque[Carried] = deque()
         self._joined = False
         self._taking: Taking | None = None
@@ -124,7 +124,7 @@ class Client(Process):
         self._aborted = 0  # the newest snapshot that was called off
         self._ready: wire.Ready | None = None
         self._must_greet = False
-        self._left_behind = False
+        self.left_behind = False
         self._stood = -1
 
     # ------------------------------------------------------------------ coming
@@ -136,10 +136,10 @@ class Client(Process):
             self.close_lines()
             self.open_line("door")
             welcome = yield from self._hello(deadline)
-            self._session = welcome.session
+            self.session = welcome.session
             self.open_line("link")
             self.open_line("sub")
-            self.beat(self._session, 2 * self._quiet_s / BEATS_PER_TIMEOUT)
+            self.beat(self.session, 2 * self._quiet_s / BEATS_PER_TIMEOUT)
             if (yield from self._probe()):
                 self.greetings += 1
                 return
@@ -173,7 +173,7 @@ class Client(Process):
         deadline = self.world.now + 2 * self._quiet_s
         seen: set[str] = set()
         while self.world.now < deadline:
-            self._send(wire.Probe(session=self._session))
+            self._send(wire.Probe(session=self.session))
             until = self.world.now + PROBE_EVERY_S
             while self.world.now < until and seen != AT_BOTH:
                 kind = "sub" if self.inbox["sub"] else "link"
@@ -181,7 +181,7 @@ class Client(Process):
                     yield until, AT_BOTH
                     continue
                 match self.inbox[kind].popleft()[0]:
-                    case wire.Probe(session=session) if session == self._session:
+                    case wire.Probe(session=session) if session == self.session:
                         seen.add("sub")
                     case wire.Pulse() if kind == "link":
                         seen.add("link")
@@ -209,13 +209,24 @@ class Client(Process):
     def _send_join(self) -> None:
         self._joined = self.adrift = False
         r = self.replica
-        join = wire.Join(layout=LAYOUT, step=r.step, lineage=r.lineage, device="cpu")
+        join = wire.Join(layout=self.server.layout, step=r.step, lineage=r.lineage, device="cpu")
         self._send(join, r.model)
+
+    def _join_again(self) -> None:
+        """What was on its way may be lost: let the server tell anew where to begin."""
+        assert self.follow is not None
+        self._taking = self._giving = self._give_later = None
+        self._held.clear()
+        self.follow.fetching_since = None
+        self._send_join()
 
     def ready(self) -> None:
         self._ready = wire.Ready(samples=self.habits.samples, batch_size=self.habits.batch_size)
-        if self._joined:
-            self._send(self._ready)
+        self._send(self._ready)
+
+    def unready(self) -> None:
+        self._ready = None
+        self._send(wire.Unready())
 
     @property
     def ended(self) -> wire.End | None:
@@ -223,7 +234,7 @@ class Client(Process):
         end = self.follow.end if self.follow else None
         if end is None:
             return None
-        return end if self.replica.step >= end.step or self._left_behind else None
+        return end if self.replica.step >= end.step or self.left_behind else None
 
     def catch_up(self) -> None:
         if self.adrift:
@@ -259,7 +270,7 @@ class Client(Process):
         if isinstance(effect, follow.Silent):
             if effect.seconds > DEADLINE_S:
                 raise Leaves(f"the server has been silent for {effect.seconds:.0f} s")
-            self._send(wire.Probe(session=self._session))
+            self._send(wire.Probe(session=self.session))
         elif isinstance(effect, follow.Gap):
             self._fetch()
         if self._taking is not None and now - self._taking.heard_at > 4 * self._quiet_s:
@@ -331,7 +342,7 @@ class Client(Process):
                     self._give(self._give_later)
             case follow.Diverged():
                 self.world.say(f"    {self.name}: {effect.why}")
-                self._send_join()
+                self._join_again()
         return not isinstance(effect, follow.Gap)
 
     def _heard_adrift(self, message: Any, now: float) -> None:
@@ -403,7 +414,7 @@ class Client(Process):
             case wire.End():
                 f.ended(message)
                 if not self._joined:
-                    self._left_behind = True
+                    self.left_behind = True
                 elif f.step < message.step:
                     self._fetch()
 
@@ -411,9 +422,10 @@ class Client(Process):
         if not message.session_known:
             self._must_greet = True
         elif message.join:
-            self._send_join()
+            if not self.adrift:
+                self._join_again()
         else:
-            self._send(wire.Probe(session=self._session))
+            self._send(wire.Probe(session=self.session))
 
     def _on_admit(self, message: wire.Admit) -> None:
         f = self.follow
@@ -425,7 +437,7 @@ class Client(Process):
             if message.action == "adopt":
                 return
             if f.end is not None:
-                self._left_behind = True
+                self.left_behind = True
             elif self.goes_adrift and not f.ending:
                 self.adrift = True
             else:
@@ -524,10 +536,7 @@ class Client(Process):
         self.lines["link"].send((message, payload))
 
     def _compare(self) -> None:
-        """Promise 1: replicas at one step are equal. The book knows what they must be."""
-        r = self.replica
-        if r.model != self.server.book.models.get(r.step):
-            raise Broken(f"{self.name} holds another model of step {r.step} than the log")
+        self.server.book.compare(self.name, self.replica.lineage, self.replica.model)
 
 
 class Worker(Client):
@@ -544,6 +553,10 @@ class Worker(Client):
             if self.world.chance(self.habits.leaves):
                 self._send(wire.Goodbye(reason="it was stopped"))
                 raise Leaves("left")
+            if self.world.chance(self.habits.pauses):
+                self.unready()
+                yield self.world.now + self.world.random.expovariate(1.0), DEAF
+                self.ready()
         self._send(wire.Goodbye(reason="finished"))
 
     def _next_lease(self) -> Waiting:
@@ -565,7 +578,7 @@ class Worker(Client):
         return lease
 
     def _backward(self, lease: wire.Lease) -> Waiting:
-        """A gradient of the model as it is now, a bucket at a time; nothing is applied meanwhile."""
+        """A gradient of the model as it is now, bucket by bucket; nothing is applied meanwhile."""
         world, habits, buckets = self.world, self.habits, self.server.buckets
         model = self.replica.model
         bad = world.random.randrange(buckets) if world.chance(habits.bad) else None

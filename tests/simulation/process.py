@@ -36,6 +36,7 @@ class Process:
     ) -> None:
         self.world, self.net = world, net
         self.alive, self.stopped = True, False
+        self.born_at = world.now
         self.exit = ""
         self.on_exit: Callable[[str], None] = lambda why: None
         self.lines: dict[str, Line] = {}

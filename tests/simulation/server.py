@@ -46,13 +46,16 @@ class Server:
     ) -> None:
         self.world, self.net, self.rules, self.buckets = world, net, rules, buckets
         self.nonce = "server-1"
+        self.layout = wire.Layout(
+            tuple(wire.Tensor(f"w{b}", (1,), "float32") for b in range(buckets))
+        )
         self.rounds = make_rounds(rules, self.nonce, world.now, lambda layout: buckets)
         self.through_wire = through_wire
         self.publish: list[Callable[[Carried], None]] = []
         self.stalled = False
         self.book = Book(buckets)
         self.ended_at: float | None = None
-        self._limit = history
+        self.limit = history
         self._history: deque[Update] = deque()
         self._averages: list[Carried] = []
         self._sums: dict[int, list[Sample]] = {}
@@ -113,6 +116,8 @@ class Server:
                 self._carry_out(r.join(session, message, now))
             case wire.Ready():
                 self._carry_out(r.ready(session, message, now))
+            case wire.Unready():
+                self._carry_out(r.unready(session, now))
             case wire.Manifest() | wire.Want() | wire.Piece() | wire.Abort():
                 goal, effects = r.route(session, message, now)
                 if goal is not None:
@@ -226,6 +231,9 @@ class Server:
             for session in list(self._routes):
                 self._send(session, pulse)
 
+    def stop(self, reason: str) -> None:
+        self._carry_out(self.rounds.stop(reason, self.world.now))
+
     def finished(self) -> bool:
         """Has everybody who is alive said goodbye, or had the time to?"""
         if self.ended_at is None:
@@ -253,7 +261,7 @@ class Server:
                 case rounds.Send():
                     message = effect.message
                     if isinstance(message, wire.Admit) and message.action == "origin":
-                        self.book.begin(self._models[effect.session])
+                        self.book.begin(message.lineage, self._models[effect.session])
                     self._send(effect.session, message)
                 case rounds.Say():
                     self.world.say(f"        {effect.text}")
@@ -271,7 +279,7 @@ class Server:
         model, samples, _ = self._payloads.pop((effect.worker, effect.bucket))
         if len(samples) != effect.samples:
             raise Broken(f"{len(samples)} samples of worker {effect.worker} weigh {effect.samples}")
-        if model != self.book.models[self.book.step]:
+        if model != self.book.model:
             raise Broken(f"a gradient of another step goes into step {self.book.step + 1}")
         self._sums.setdefault(effect.bucket, []).extend(samples)
 
@@ -296,7 +304,7 @@ class Server:
         self.book.close(close, {a.bucket: (a, samples) for a, samples in self._averages})
         self._publish(close)
         self._history.append(Update(close.step, [*self._averages, (close, None)]))
-        while len(self._history) > self._limit:
+        while len(self._history) > self.limit:
             self._history.popleft()
         self.rounds.forget_before(self._history[0].step - 1)
         self._forget_round()
@@ -336,8 +344,8 @@ class Server:
         r = self.rounds
         members = len(r.round.members) if r.round else 0
         kept = (
-            ("updates", len(self._history), self._limit),
-            ("lineages", len(r._lineages), self._limit + 1),
+            ("updates", len(self._history), self.limit),
+            ("lineages", len(r._lineages), self.limit + 1),
             ("payloads", len(self._payloads), members * self.buckets),
             ("sums", len(self._sums), self.buckets),
             ("peers", len(r.peers), self.rules.max_workers + 1),

@@ -1,0 +1,223 @@
+"""The documents say what the code does: settings, files, messages, deadlines, links.
+
+Read are the Markdown files of the top level and of docs/. Everything that a table repeats from the
+code is held to it here, so that a new setting, file or message is told about when it is made.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import re
+import subprocess
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import get_args
+
+import msgspec
+import pytest
+
+from paramserver import wire
+from paramserver.schema import KEYS, scope, shown
+
+CLONE = Path(__file__).resolve().parent.parent
+PAGES = {
+    str(path.relative_to(CLONE)): path.read_text(encoding="utf-8")
+    for path in (*sorted(CLONE.glob("*.md")), *sorted(CLONE.glob("docs/*.md")))
+}
+README = PAGES["README.md"]
+ARCHITECTURE = PAGES["docs/architecture.md"]
+PROTOCOL = PAGES["docs/protocol.md"]
+PACKAGES = ("paramserver", "workers")
+
+
+def section(page: str, heading: str) -> str:
+    """The text under a heading, up to the next one of its level or above."""
+    found = re.search(rf"^(#+) {re.escape(heading)}$\n", page, re.MULTILINE)
+    assert found, f"there is no heading {heading!r}"
+    rest = page[found.end() :]
+    after = re.search(rf"^#{{1,{len(found[1])}}} ", rest, re.MULTILINE)
+    return rest[: after.start()] if after else rest
+
+
+def rows(text: str) -> Iterator[list[str]]:
+    """The cells of every table row, heads and rules left out."""
+    for table in re.findall(r"(?:^\|.*\|$\n?)+", text, re.MULTILINE):
+        for line in table.splitlines()[2:]:
+            yield [cell.strip() for cell in line.strip()[1:-1].split("|")]
+
+
+def without_code(page: str) -> str:
+    return re.sub(r"^```.*?^```$|`[^`\n]*`", "", page, flags=re.MULTILINE | re.DOTALL)
+
+
+# ------------------------------------------------------------------------------------- settings
+
+
+def test_the_table_of_settings_is_that_of_the_code() -> None:
+    told = {}
+    for name, default, unit, whose, meaning in rows(section(README, "Settings")):
+        assert meaning, f"{name} has no meaning"
+        told[name.strip("`")] = (default.strip("`"), unit, whose)
+
+    declared = {}
+    for key in KEYS.values():
+        if key.kind is not dict:
+            declared[key.name] = (shown(key.default), key.unit, key.scope)
+            continue
+        for part, default in key.default.items():
+            name = f"{key.name}.{part}"
+            declared[name] = (shown(default), "", scope(name))
+    assert told == declared
+
+
+def test_settings_in_commands_exist() -> None:
+    for name, page in PAGES.items():
+        for line in re.findall(r"\bmake (?:server|worker|demo)\b[^`\n]*", page):
+            for word in re.findall(r"\s([a-z_.]+)=", line):
+                assert word in KEYS or word.startswith("model."), f"{name}: {line}"
+
+
+# ---------------------------------------------------------------------------------------- files
+
+
+def tree() -> dict[str, str]:
+    """Path -> what is said of it, from the annotated file tree of the README."""
+    block = re.search(r"```\n(.*?)```", section(README, "Files"), re.DOTALL)
+    assert block
+    found: dict[str, str] = {}
+    folders: list[str] = []
+    for line in block[1].splitlines():
+        name, _, said = line.strip().partition(" ")
+        depth = (len(line) - len(line.lstrip())) // 2
+        folders = folders[:depth]
+        found["".join([*folders, name])] = said.strip()
+        if name.endswith("/"):
+            folders.append(name)
+    return found
+
+
+def test_every_file_of_the_tree_exists_and_is_explained() -> None:
+    for path, said in tree().items():
+        there = CLONE / path
+        assert there.is_dir() if path.endswith("/") else there.is_file(), path
+        assert said, f"{path} is not explained"
+
+
+def test_every_file_of_the_packages_is_in_the_tree() -> None:
+    assert set(files(*PACKAGES, "conf", "docs")) - set(tree()) == set()
+
+
+def files(*folders: str) -> list[str]:
+    """What belongs to the project in these folders: what git knows, where there is a git."""
+    command = ["git", "-C", str(CLONE), "ls-files", "--cached", *folders]
+    with suppress(OSError):
+        known = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+        if found := [path for path in known.splitlines() if (CLONE / path).is_file()]:
+            return found
+    there = (path for folder in folders for path in (CLONE / folder).rglob("*") if path.is_file())
+    return [str(path.relative_to(CLONE)) for path in there if path.suffix not in (".pyc", ".swp")]
+
+
+def test_files_named_in_the_text_exist() -> None:
+    for name, page in PAGES.items():
+        for path in re.findall(r"`((?:paramserver|workers|tests|conf|docs)/[\w./]*)`", page):
+            assert (CLONE / path).exists(), f"{name} names {path}"
+
+
+# ------------------------------------------------------------------------------------- messages
+
+
+def test_the_tables_of_messages_are_those_of_the_code() -> None:
+    told = {cells[0]: cells[2] for cells in rows(section(PROTOCOL, "Messages"))}
+    declared = {
+        message.__name__: ", ".join(field.name for field in msgspec.structs.fields(message))
+        for message in get_args(wire.ANY)
+    }
+    assert told == declared
+
+
+def test_the_version_is_that_of_the_code() -> None:
+    assert f"version {wire.PROTOCOL}." in PROTOCOL.split("\n## ")[0]
+
+
+def test_the_wire_module_has_a_row_for_every_message() -> None:
+    table = re.findall(r"^(\w+) +(?:\w+ -> |PUB|both)", wire.__doc__ or "", re.MULTILINE)
+    assert set(table) == {message.__name__ for message in get_args(wire.ANY)}
+
+
+# --------------------------------------------------------------------------------- architecture
+
+
+def modules() -> dict[str, object]:
+    """Every module of both packages, imported, by its dotted name."""
+    found = {}
+    for package in PACKAGES:
+        top = importlib.import_module(package)
+        for info in pkgutil.walk_packages(top.__path__, f"{package}."):
+            if not info.name.endswith((".__main__", ".conf")):
+                found[info.name] = importlib.import_module(info.name)
+    return found
+
+
+def names() -> set[str]:
+    """What the packages define: `name`, `Class.method`, `module.name`."""
+    found = set()
+    for dotted, module in modules().items():
+        for name, value in vars(module).items():
+            found |= {name, f"{dotted.rpartition('.')[2]}.{name}"}
+            if isinstance(value, type):
+                found |= {f"{name}.{member}" for member in dir(value)}
+    return found
+
+
+@pytest.mark.parametrize("heading", ["The journey of a gradient", "Where to make a change"])
+def test_functions_that_the_architecture_names_exist(heading: str) -> None:
+    known = names()
+    for word in re.findall(
+        r"`([A-Z]\w*(?:\.\w+)?|[a-z]+\.[a-z_]+)`", section(ARCHITECTURE, heading)
+    ):
+        if not word.endswith((".py", ".md")):
+            assert word in known, word
+
+
+def test_deadlines_are_those_of_the_code() -> None:
+    """`NAME = 3` in a page: there is such a constant, of that value."""
+    source = "\n".join(p.read_text() for folder in PACKAGES for p in (CLONE / folder).rglob("*.py"))
+    told = re.findall(r"`([A-Z][A-Z_]+) = ([\d.]+)`", "\n".join(PAGES.values()))
+    assert len(told) > 10
+    for name, value in told:
+        defined = re.search(rf"^{name} = ([\d.]+)", source, re.MULTILINE)
+        assert defined, f"there is no {name}"
+        assert float(defined[1]) == float(value), name
+
+
+# ---------------------------------------------------------------------------------------- links
+
+
+def anchors(page: str) -> set[str]:
+    """What a link can point to in a page: its headings, as GitHub names them."""
+    headings = re.findall(
+        r"^#+ (.+)$", re.sub(r"```.*?```", "", page, flags=re.DOTALL), re.MULTILINE
+    )
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_relative_links_resolve(name: str) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", without_code(PAGES[name])):
+        if re.match(r"[a-z]+:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (CLONE / name).parent / path if path else CLONE / name
+        assert target.exists(), link
+        if anchor:
+            assert anchor in anchors(target.read_text(encoding="utf-8")), link
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_no_line_is_longer_than_an_editor(name: str) -> None:
+    """Prose is broken at 120 columns; tables, links and code may be longer."""
+    for line in without_code(PAGES[name]).splitlines():
+        assert len(line) <= 120 or line.startswith(("|", "!")), line

@@ -1,0 +1,245 @@
+"""Thousands of whole runs with faults in virtual time, and proof that they would show a mistake."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from simulation import Parts, Schedule, simulate
+from simulation.peer import Observer, Worker
+
+from paramserver import wire
+from paramserver.ledger import PARTLY, RETURNED, Ledger
+from paramserver.rounds import Effect, Peer, Rounds
+from workers import follow
+from workers.follow import Follow
+
+CLONE = Path(__file__).resolve().parent.parent
+SCHEDULES = 2000
+BLOCK = 250
+SEARCHED = 1000
+"""Seeds that a planted fault may take to be found; most take far fewer."""
+
+
+@pytest.mark.parametrize("first", range(0, SCHEDULES, BLOCK))
+def test_the_promises_hold_under_faults(first: int) -> None:
+    failed = [o for seed in range(first, first + BLOCK) if (o := simulate(seed)).failure]
+    told = "\n".join(f"python -m tests.simulation --seed {o.seed}: {o.failure}" for o in failed)
+    assert not failed, told
+
+
+def test_schedules_have_what_they_are_made_for() -> None:
+    seen = sum((simulate(seed).seen for seed in range(100)), start=simulate(100).seen)
+    for what in ("kill", "stop", "cut", "hold", "twin", "pause", "snapshots", "steps"):
+        assert seen[what] > 5, f"{what} hardly ever happens: {seen}"
+    assert seen["rounds"] > seen["steps"], "no round was ever void"
+    assert seen["steps"] > 500
+
+
+def test_a_seed_replays_in_any_process() -> None:
+    def lines(hash_seed: str) -> str:
+        return subprocess.run(
+            [sys.executable, "-m", "tests.simulation", "--seed", "7", "--verbose"],
+            cwd=CLONE,
+            env={**os.environ, "PYTHONHASHSEED": hash_seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+
+    def without_speed(text: str) -> str:
+        return text[: text.rindex(" in ")]
+
+    first = without_speed(lines("1"))
+    assert "1 schedules, 0 failed" in first
+    assert "Close(round=1" in first
+    assert without_speed(lines("2")) == first
+
+
+def test_a_failure_is_told_with_the_command_that_replays_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from simulation import schedule
+
+    monkeypatch.setattr(schedule, "Parts", lambda: Parts(rounds=ForgetsLeases))
+    monkeypatch.setattr(sys, "argv", ["simulation", "--seeds", "200"])
+    assert schedule.main() == 1
+    told = capsys.readouterr().out
+    replay = re.search(r"seed (\d+) failed .*\n  replay: python -m tests.simulation (.*)", told)
+    assert replay is not None
+    monkeypatch.setattr(sys, "argv", ["simulation", *replay[2].split()])
+    assert schedule.main() == 1
+    assert f"seed {replay[1]} failed" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------ planted faults
+#
+# Each is one small mistake of the kind that a later change might make.
+
+
+class ForgetsLeases(Rounds):
+    """The leases of a peer that is gone are not returned."""
+
+    def _return_leases(self, peer: Peer) -> None:
+        peer.leases = []
+
+
+class TakesLatePushes(Rounds):
+    """A gradient of an earlier round goes into the open one."""
+
+    def refusal(self, session: str, push: wire.Push) -> str | None:
+        if self.round is not None:
+            push = msgspec.structs.replace(push, round=self.round.number)
+        return super().refusal(session, push)
+
+
+class CountsTwice(Rounds):
+    """A bucket that comes twice is added twice."""
+
+    def refusal(self, session: str, push: wire.Push) -> str | None:
+        why = super().refusal(session, push)
+        return None if why is not None and "came twice" in why else why
+
+    def pushed(self, session: str, push: wire.Push, now: float, bad: Any = None) -> list[Effect]:
+        assert self.round is not None
+        self.round.members[self.peers[session].id].added.discard(push.bucket)
+        return super().pushed(session, push, now, bad)
+
+
+class AdmitsEverybody(Rounds):
+    """A fresh replica is told to follow, as if all began with the same weights."""
+
+    def knows(self, step: int, lineage: str) -> bool:
+        return step == 0 or super().knows(step, lineage)
+
+
+class KeepsOldMembers(Rounds):
+    """Who joins again in the middle of a round is still waited for."""
+
+    def _take_out(self, peer: Peer, why: str, now: float) -> None:
+        round_, self.round = self.round, None
+        super()._take_out(peer, why, now)
+        self.round = round_
+
+
+class Echoes(Rounds):
+    """A snapshot that is called off because of a peer's new join makes that peer join again."""
+
+    def _abort_snapshot(self, why: str, but: Peer | None = None) -> None:
+        super()._abort_snapshot(why)
+
+
+class SaysNothingAfterACut(Rounds):
+    """What was lost with a connection is not asked for again."""
+
+    def relinked(self, session: str, now: float) -> list[Effect]:
+        return []
+
+
+class AppliesTwice(Follow):
+    """After a fetch, an update that also came over SUB is applied again."""
+
+    def close(self, m: wire.Close) -> follow.Effect:
+        return follow.Apply(m) if m.step == self.step else super().close(m)
+
+
+class KeepsVoidAverages(Follow):
+    """What was taken of a void round stays."""
+
+    def average(self, m: wire.Average) -> follow.Effect:
+        effect = super().average(m)
+        return follow.Take(m) if isinstance(effect, follow.Take) else effect
+
+
+class JumpsGaps(Follow):
+    """A close is applied though an average before it was lost."""
+
+    def close(self, m: wire.Close) -> follow.Effect:
+        if m.step == self.step + 1:
+            return follow.Apply(m)
+        return super().close(m)
+
+
+class IgnoresPulses(Follow):
+    """Only a later message shows that one was lost; after the last one none comes."""
+
+    def pulse(self, m: wire.Pulse, now: float) -> follow.Effect:
+        effect = super().pulse(m, now)
+        return follow.NOTHING if isinstance(effect, follow.Gap) else effect
+
+
+class Listens:
+    """SUB counts as a sign of life, although the link may be dead."""
+
+    def _published(self, message: Any, payload: Any) -> bool:
+        self.follow.heard(self.world.now)  # type: ignore[attr-defined]
+        return super()._published(message, payload)  # type: ignore[misc]
+
+
+class ListeningWorker(Listens, Worker):
+    pass
+
+
+class ListeningObserver(Listens, Observer):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("parts", "symptom"),
+    [
+        (Parts(rounds=ForgetsLeases), "could have gone on"),
+        (Parts(rounds=TakesLatePushes), "a gradient of another step"),
+        (Parts(rounds=CountsTwice), "pushed and taken, but is not in"),
+        (Parts(rounds=AdmitsEverybody), "another model than the log"),
+        (Parts(rounds=KeepsOldMembers), "."),
+        (Parts(rounds=Echoes), "does not end|could have gone on"),
+        (Parts(rounds=SaysNothingAfterACut), "could have gone on|does not end"),
+        (Parts(follow=AppliesTwice), "another model than the log"),
+        (Parts(follow=KeepsVoidAverages), "another model than the log"),
+        (Parts(follow=JumpsGaps), "another model than the log"),
+        (Parts(follow=IgnoresPulses), "."),
+        (Parts(worker=ListeningWorker, observer=ListeningObserver), "could have gone on|not for"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else planted(value),
+)
+def test_a_planted_fault_is_found(parts: Parts, symptom: str) -> None:
+    for seed in range(SEARCHED):
+        failure = simulate(seed, parts).failure
+        if failure is not None:
+            assert re.search(symptom, failure), f"seed {seed} {failure}"
+            return
+    pytest.fail(f"{SEARCHED} schedules did not show it")
+
+
+def planted(parts: Parts) -> str:
+    usual = Parts()
+    return next(
+        getattr(parts, f).__name__
+        for f in Parts.__dataclass_fields__
+        if getattr(parts, f) is not getattr(usual, f)
+    )
+
+
+def test_a_ledger_that_returns_what_was_partly_used_is_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settle = Ledger.settle
+    monkeypatch.setattr(
+        Ledger,
+        "settle",
+        lambda self, lease, how: settle(self, lease, RETURNED if how == PARTLY else how),
+    )
+    failures = (simulate(seed).failure for seed in range(SEARCHED))
+    failure = next(filter(None, failures), None)
+    assert failure is not None and "samples" in failure
+
+
+def test_the_schedule_of_a_seed_is_the_same_with_other_parts() -> None:
+    """Else a planted fault would be found in another schedule than the one it is shown in."""
+    assert Schedule(5).rules == Schedule(5, Parts(follow=JumpsGaps)).rules

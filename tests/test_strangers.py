@@ -1,0 +1,298 @@
+"""What strangers send to a server's ports, and rubbish from a worker, costs only the sender.
+
+Each test holds a run of two workers in the middle while a stranger does its worst, and checks
+afterwards that the run came out as in one process.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+import zmq
+from crew import Crew, Noise, perceptron
+from whole import DEADLINE_S, LOOPBACK, Served
+
+import workers
+from paramserver import wire
+from paramserver.errors import UserError
+
+HELD_AT = 3
+EPOCHS = 2
+
+
+@contextmanager
+def a_run_in_its_middle(**settings: Any) -> Iterator[Served]:
+    """Two workers hold at a step while the block is executed; then the run goes on to its end."""
+    go_on = threading.Event()
+
+    def hold(number: int, step: int) -> None:
+        if step == HELD_AT:
+            assert go_on.wait(DEADLINE_S)
+
+    with Served(num_workers=2, num_epochs=EPOCHS, **settings) as served:
+        crew = Crew(served, perceptron, Noise(96), hold)
+        futures = [crew.start(number, 8) for number in (1, 2)]
+        served.until(lambda: len(served.closes) == HELD_AT)
+        try:
+            yield served
+        finally:
+            go_on.set()
+        served.wait(*futures)
+    crew.check()
+    assert crew.applied() == dict.fromkeys(range(96), EPOCHS)
+    assert served.samples == (96 * EPOCHS, 0, 0)
+    assert not any(close.late for close in served.closes)
+
+
+@contextmanager
+def dealer(port: int) -> Iterator[zmq.Socket[bytes]]:
+    with zmq.Context() as context, context.socket(zmq.DEALER) as s:
+        s.linger = 0
+        s.rcvtimeo = int(1000 * DEADLINE_S)
+        s.connect(f"tcp://{LOOPBACK}:{port}")
+        yield s
+
+
+def answer(s: zmq.Socket[bytes], kind: type[wire.Message]) -> Any:
+    """The next message of this kind."""
+    while True:
+        message, _ = wire.from_frames(s.recv_multipart())
+        if isinstance(message, kind):
+            return message
+
+
+# -------------------------------------------------------------------------------- raw connections
+
+NOISE = torch.randint(256, (100_000,), generator=torch.Generator().manual_seed(1)).tolist()
+ZMTP_GREETING = b"\xff" + bytes(8) + b"\x7f" + b"\x03\x00NULL" + bytes(16) + bytes(32)
+READY = b"\x05READY\x0bSocket-Type\x00\x00\x00\x06DEALER\x08Identity\x00\x00\x00\x00"
+
+RAW = {
+    "random bytes": bytes(NOISE),
+    "an HTTP request": b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    "a TLS handshake": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(500),
+    "a huge message": ZMTP_GREETING
+    + struct.pack(">BB", 4, len(READY))
+    + READY
+    + struct.pack(">BQ", 2, 2**62),
+    "a large message": ZMTP_GREETING
+    + struct.pack(">BB", 4, len(READY))
+    + READY
+    + struct.pack(">BQ", 2, 2**31),
+    "half a greeting": ZMTP_GREETING[:20],
+}
+
+
+@pytest.mark.parametrize("door", [0, 1], ids=["ROUTER", "PUB"])
+@pytest.mark.parametrize("name", RAW)
+def test_bytes_that_are_not_the_protocol_do_not_disturb(name: str, door: int) -> None:
+    with (
+        a_run_in_its_middle() as served,
+        socket.create_connection((LOOPBACK, served.port + door), DEADLINE_S) as s,
+    ):
+        with suppress(OSError):  # it may hang up in the middle
+            s.sendall(RAW[name])
+        if name.endswith("message"):
+            while s.recv(1000):  # refused by its length: the connection ends
+                pass
+
+
+# ------------------------------------------------------------------------------------- ZeroMQ frames
+
+GARBAGE = {
+    "an empty frame": [b""],
+    "a thousand empty frames": [b""] * 1000,
+    "bytes": [bytes(NOISE)],
+    "text": [b"hello"],
+    "a number": [b"1"],
+    "no type": [b"{}"],
+    "an unknown type": [b'{"type":"shutdown"}'],
+    "a message without its fields": [b'{"type":"hello"}'],
+    "a field of another kind": [b'{"type":"beat","session":[1]}'],
+    "deep nesting": [b"[" * 500_000],
+    "deep nesting in a field": [b'{"type":"probe","session":' + b"[" * 500_000],
+    "no UTF-8": [b'{"type":"probe","session":"\xff\xfe"}'],
+    "a lone surrogate": [b'{"type":"probe","session":"\\ud800"}'],
+    "a huge number": [b'{"type":"want","snapshot":1' + b"0" * 4000 + b',"piece":0}'],
+    "a header too large": [b'{"type":"beat","session":"' + b"x" * (4 * 2**20) + b'"}'],
+}
+
+
+@pytest.mark.parametrize("name", GARBAGE)
+def test_garbage_frames_are_refused_with_a_reason(name: str) -> None:
+    with a_run_in_its_middle() as served, dealer(served.port) as s:
+        s.send_multipart(GARBAGE[name])
+        if name == "a huge number":
+            answer(s, wire.Greet | wire.Reject)  # whether it is one depends on who reads it
+        else:
+            assert "not understood" in answer(s, wire.Reject).reason
+    assert served.text.count("sent what this protocol does not allow") <= 1
+
+
+LAYOUT = wire.Layout((wire.Tensor("w", (3,), "float32"),))
+NOBODY = [
+    wire.Probe(session="nobody"),
+    wire.Join(layout=LAYOUT, step=-1, lineage="", device=""),
+    wire.Ready(samples=-1, batch_size=-1),
+    wire.Push(round=4, bucket=0, samples=8),
+    wire.Fetch(step=-(10**15), lineage=""),
+    wire.Manifest(snapshot=1, step=0, lineage="", tree="", tensors=(), piece_bytes=0),
+    wire.Want(snapshot=0, piece=-1),
+    wire.Piece(snapshot=0, piece=-1),
+    wire.Adopted(snapshot=0, step=0, lineage=""),
+    wire.Abort(snapshot=0, reason=""),
+    wire.Report(step=0, values={"val_loss": None}, final=True),
+    wire.Goodbye(reason="", step=0, digest="0"),
+    wire.Reject("no"),
+    wire.End(nonce="", step=0, lineage="", reason="over"),
+    wire.Average(nonce="", round=4, step=4, bucket=0),
+]
+
+
+def test_who_never_said_hello_has_no_say() -> None:
+    with a_run_in_its_middle() as served, dealer(served.port) as s:
+        s.send_multipart(wire.to_frames(wire.Beat(session="nobody")))
+        for message in NOBODY:
+            s.send_multipart(wire.to_frames(message, b"payload"))
+            answer(s, wire.Greet)
+
+
+HELLO = wire.Hello(
+    protocol=wire.PROTOCOL, role="worker", id=None, nonce="stranger", host="here", pid=1
+)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"protocol": 99}, "protocol"),
+        ({"protocol": -1}, "protocol"),
+        ({"role": "king"}, "no role 'king'"),
+        ({"role": "observer", "key": "guessed"}, "observer"),
+        ({"id": 1}, "worker id 1 is taken by pid"),
+        ({"id": 0}, "out of range"),
+        ({"id": -(2**63)}, "out of range"),
+        ({"id": 2**63}, "out of range"),
+        ({"run": "another"}, "another"),
+    ],
+)
+def test_a_wrong_hello_is_refused(changes: dict[str, Any], reason: str) -> None:
+    with a_run_in_its_middle() as served, dealer(served.port) as s:
+        s.send_multipart(wire.to_frames(msgspec.structs.replace(HELLO, **changes)))
+        assert reason in answer(s, wire.Reject).reason
+
+
+@contextmanager
+def greeted(served: Served) -> Iterator[zmq.Socket[bytes]]:
+    """The link of a stranger who knows how to greet."""
+    with dealer(served.port) as door, dealer(served.port) as link:
+        door.send_multipart(wire.to_frames(HELLO))
+        session = answer(door, wire.Welcome).session
+        link.send_multipart(wire.to_frames(wire.Probe(session=session)))
+        answer(link, wire.Pulse)
+        yield link
+
+
+LAYOUTS = {
+    "nothing": wire.Layout(()),
+    "a negative size": wire.Layout((wire.Tensor("w", (-3, 5), "float32"),)),
+    "two negative sizes": wire.Layout((wire.Tensor("w", (-3, -5), "float32"),)),
+    "more than there is": wire.Layout((wire.Tensor("w", (2**40, 2**20), "float32"),)),
+    "more than a number holds": wire.Layout((wire.Tensor("w", (2**62, 2**62), "float32"),)),
+    "an unknown dtype": wire.Layout((wire.Tensor("w", (3,), "float1024"),)),
+    "an unknown kind": wire.Layout((wire.Tensor("w", (3,), "float32", "odd"),)),
+    "a name twice": wire.Layout((wire.Tensor("w", (3,), "float32"),) * 2),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_layout_that_cannot_be_is_refused(name: str) -> None:
+    """As the first of a run without observer, whose layout would be the run's."""
+    with Served(num_workers=1, num_epochs=1, bucket_mb=0.001) as served:
+        with greeted(served) as link:
+            join = wire.Join(layout=LAYOUTS[name], step=0, lineage="x", device="cpu")
+            link.send_multipart(wire.to_frames(join))
+            assert answer(link, wire.Reject).reason
+            link.send_multipart(wire.to_frames(wire.Goodbye(reason="as you like")))
+        crew = Crew(served, perceptron, Noise(32))
+        served.wait(crew.start(1, 8))
+
+
+@pytest.mark.parametrize(
+    "ledger",
+    [
+        {},
+        {"samples": -1},
+        {"samples": 5, "epochs": 1, "head": [0, 9], "waiting": [], "done": 9, "partly": 0, "skipped": 0},
+        {"samples": 5, "epochs": 1, "head": [0, 0], "waiting": [], "done": 9, "partly": 0, "skipped": 0},
+        {"samples": 5, "epochs": 1, "head": [-1, 0], "waiting": [], "done": -5, "partly": 0, "skipped": 0},
+    ],
+)  # fmt: skip
+def test_a_ledger_that_cannot_be_is_refused(ledger: dict[str, Any]) -> None:
+    with Served(num_workers=1, num_epochs=1) as served:
+        with greeted(served) as link:
+            join = wire.Join(layout=LAYOUT, step=0, lineage="x", device="cpu", ledger=ledger)
+            link.send_multipart(wire.to_frames(join))
+            assert "ledger" in answer(link, wire.Reject).reason
+            link.send_multipart(wire.to_frames(wire.Goodbye(reason="as you like")))
+        crew = Crew(served, perceptron, Noise(32))
+        served.wait(crew.start(1, 8))
+
+
+# ------------------------------------------------------------------------------ from a real worker
+
+
+@pytest.mark.parametrize(
+    ("changes", "buffers"),
+    [
+        ({}, []),
+        ({}, [b"abc"]),
+        ({}, [bytes(720), bytes(720)]),
+        ({"scale": -1.0}, [bytes(720)]),
+        ({"scale": 0.0}, [bytes(720)]),
+    ],
+)
+def test_a_push_that_does_not_fit_costs_only_its_sender(
+    changes: dict[str, Any], buffers: list[bytes]
+) -> None:
+    data = Noise(96)
+    with Served(num_workers=2, num_epochs=EPOCHS) as served:
+        crew = Crew(served, perceptron, data)
+
+        def rubbish() -> None:
+            setup = perceptron(2)
+            with workers.join(port=served.port, worker_id=2, say=served.say) as cluster:
+                cluster.attach(setup.model, setup.optimizer)
+                for _, y, _ in cluster.batches(data, batch_size=8):
+                    push = wire.Push(round=1, bucket=0, samples=len(y))
+                    push = msgspec.structs.replace(push, **changes)
+                    cluster.client.push(push, buffers)
+                    cluster.client.wait(lambda: False, "for an answer")
+
+        first, second = crew.start(1, 8), served.start(rubbish)
+        with pytest.raises(UserError, match=r"not understood: bucket 0: (buffers|a scale) of"):
+            second.result(DEADLINE_S)
+        served.wait(first)
+    assert "worker 2 (" in served.text
+    assert crew.applied() == dict.fromkeys(range(96), EPOCHS)
+    assert served.samples == (96 * EPOCHS, 0, 0)
+
+
+def test_a_gradient_that_is_not_finite_is_left_out_and_counted() -> None:
+    data = Noise(64)
+    data.x[17] = torch.nan
+    with Served(num_workers=2, num_epochs=2) as served:
+        crew = Crew(served, perceptron, data)
+        served.wait(crew.start(1, 4), crew.start(2, 4))
+    assert served.samples == (120, 0, 8)
+    assert crew.applied()[17] == 0
+    assert "not all of its numbers are finite" in served.text
+    crew.check()
