@@ -167,15 +167,19 @@ class Ring:
             self._stamps[start // 8] = 0
 
     @property
+    def newest(self) -> int:
+        """The stamp of the newest block."""
+        return self._stamp
+
+    @property
     def oldest(self) -> int:
         """The stamp of the oldest block that is still whole."""
         return self._live[0][2] if self._live else self._stamp + 1
 
-    def place(self, buffer: Any) -> Place | None:
-        """What to tell readers about this buffer; None when it is no block of the ring."""
+    def place(self, buffer: Any) -> Place:
+        """What to tell readers about this buffer, which is a block of the ring."""
         offset = self._memory.offset_of(buffer)
-        if offset is None:
-            return None
+        assert offset is not None
         return offset, memoryview(buffer).nbytes, int(self._stamps[(offset - ALIGN) // 8])
 
     def buffer(self, place: Place) -> Any:

@@ -15,28 +15,37 @@ from __future__ import annotations
 from collections.abc import Container, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from paramserver.bucket import Bucket, Plan
-from paramserver.codec import CODECS, Codec
+from paramserver.codec import CODECS, Codec, Room, fresh
 
 
 class Feedback:
     """Encodes the buckets of one sender, and keeps their rests: one for each bucket of gradients,
     and while a bucket is under way also the one before. Nothing is kept for a codec that leaves no
-    rest. `ratio` is that of topk.
+    rest. `ratio` is that of topk; `room` makes the wire buffers.
     """
 
-    def __init__(self, plan: Plan, codec: str, ratio: float) -> None:
+    def __init__(self, plan: Plan, codec: str, ratio: float, room: Room = fresh) -> None:
         self._plan = plan
         self._codec = CODECS[codec]
         self._ratio = ratio
+        self._room = room
         self._rests: dict[int, Tensor] = {}
         self._under_way: dict[int, Tensor | None] = {}  # the rest as it was before
 
     def codec(self, bucket: Bucket) -> Codec:
         """Statistics and counters go as they are; only gradients go through the run's codec."""
         return self._codec if bucket.kind == "grad" else CODECS["float32"]
+
+    def values(self, bucket: Bucket) -> Tensor:
+        """Memory for the numbers of a bucket, to be filled and given to `encode`: where the codec
+        sends them as they are, in the room that they are sent from."""
+        if self.codec(bucket).in_place:
+            return self._room(4 * bucket.size).view(torch.float32)
+        return torch.empty(bucket.size)
 
     def encode(
         self, bucket: Bucket, values: Tensor, absent: Sequence[int] = ()
@@ -48,14 +57,14 @@ class Feedback:
         """
         codec = self.codec(bucket)
         if not codec.leaves_rest:
-            return codec.encode(values, self._ratio)
+            return codec.encode(values, self._ratio, self._room)
         before = self._rests.get(bucket.index)
         waiting = [self._span(bucket, index) for index in absent]
         if before is not None:
             values.add_(before)
             for span in waiting:
                 values[span] = 0.0
-        encoded = codec.encode(values, self._ratio)
+        encoded = codec.encode(values, self._ratio, self._room)
         if before is not None:
             for span in waiting:
                 values[span] = before[span]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from paramserver.bucket import Bucket, Plan
-from paramserver.codec import CODECS, Codec, Wire
+from paramserver.codec import CODECS, Codec, Room, Wire, fresh
 from paramserver.errors import PeerError
 from paramserver.feedback import Feedback
 
@@ -22,13 +22,13 @@ class Mean:
     """Sums and averages of the buckets of one plan.
 
     Pushes come encoded with the codec `up`; averages are encoded with `down`, with error feedback
-    where that codec is lossy. `ratio` is that of topk.
+    where that codec is lossy. `ratio` is that of topk; `room` makes the averages' wire buffers.
     """
 
-    def __init__(self, plan: Plan, up: str, down: str, ratio: float) -> None:
+    def __init__(self, plan: Plan, up: str, down: str, ratio: float, room: Room = fresh) -> None:
         self._plan = plan
         self._up = CODECS[up]
-        self._down = Feedback(plan, down, ratio)
+        self._down = Feedback(plan, down, ratio, room)
         self._sums: dict[int, Tensor] = {}
         self._scratch = torch.empty(max(b.size for b in plan.buckets))
         self._decoded: tuple[Wire, Tensor] | None = None  # what lies in the scratch, and of what
@@ -55,7 +55,7 @@ class Mean:
         values = self._decode(b, buffers, scale)
         total = self._sums.get(bucket)
         if total is None:
-            total = self._sums[bucket] = torch.empty(b.size)
+            total = self._sums[bucket] = self._down.values(b)
             if b.kind == "count":
                 total.copy_(values)
             else:

@@ -20,8 +20,9 @@ import msgspec
 import torch
 import zmq
 
-from paramserver import rounds, sockets, wire
+from paramserver import arena, rounds, sockets, wire
 from paramserver.bucket import FLOAT32_BYTES, Plan, plan
+from paramserver.codec import fresh
 from paramserver.errors import PeerError
 from paramserver.mean import Mean
 from paramserver.rounds import Rounds, Rules
@@ -49,6 +50,17 @@ class Update(msgspec.Struct):
     step: int
     messages: list[list[Any]]
     bytes: int
+    stamp: int
+    """Of the first of its blocks in the ring, if there is one."""
+
+
+class Payload(msgspec.Struct):
+    """What came with a push and waits to be added."""
+
+    session: str
+    buffers: list[Any]
+    scale: float
+    places: tuple[wire.Place, ...]
 
 
 class History:
@@ -63,6 +75,11 @@ class History:
         self._updates.append(update)
         self._bytes += update.bytes
         while self._bytes > self._limit and len(self._updates) > 1:
+            self._bytes -= self._updates.popleft().bytes
+
+    def forget_before(self, stamp: int) -> None:
+        """Blocks of the ring with a lower stamp have been written over."""
+        while self._updates and self._updates[0].stamp < stamp:
             self._bytes -= self._updates.popleft().bytes
 
     @property
@@ -135,7 +152,12 @@ class Server:
         self._history = History(int(settings.history_mb * 2**20))
         self._averages: list[list[Any]] = []  # of the open round, as sent
         self._averages_bytes = 0
-        self._payloads: dict[tuple[int, int], tuple[list[Any], float]] = {}
+        self._payloads: dict[tuple[int, int], Payload] = {}
+        self._shared = arena.shared_folder()
+        self._ring: arena.Ring | None = None
+        self._round_stamp: int | None = None  # of the first block of the open round
+        self._outboxes: dict[str, arena.Outbox] = {}  # by session
+        self._sharing: set[str] = set()  # sessions of those who read the ring
         self._links: dict[bytes, str] = {}  # routing id -> session
         self._routes: dict[str, bytes] = {}  # session -> routing id of its link
         self._doors: dict[str, bytes] = {}
@@ -223,6 +245,8 @@ class Server:
         self._ctx.term()
         if self._ipc is not None:
             shutil.rmtree(self._ipc, ignore_errors=True)
+        if self._shared is not None:
+            shutil.rmtree(self._shared, ignore_errors=True)
 
     # ------------------------------------------------------------------ what comes in
 
@@ -267,6 +291,7 @@ class Server:
             case wire.Fetch():
                 self._fetch(session, message, now)
             case wire.Join():
+                self._share(session, message)
                 self._carry_out(r.join(session, message, now))
                 self._make_room()
             case wire.Ready():
@@ -336,7 +361,8 @@ class Server:
             id=self.rounds.peers[session].id,
             settings=self._to_send,
             pub_port=self.settings.port + 1,
-            ipc=str(self._ipc) if self._ipc is not None else None,
+            ipc=None if self._ipc is None else str(self._ipc),
+            shared=None if self._shared is None else str(self._shared),
         )
         self._send_raw(sender, welcome)
 
@@ -362,26 +388,63 @@ class Server:
         route = self._routes.get(session) or self._doors.get(session)
         return route is not None and self._send_raw(route, self.rounds.pulse(time.monotonic()))
 
+    def _share(self, session: str, join: wire.Join) -> None:
+        """A peer on this host: its outbox, and whether it reads the ring."""
+        self._outboxes.pop(session, None)
+        self._sharing.discard(session)
+        if self._shared is None:
+            return
+        if join.sharing:
+            self._sharing.add(session)
+        if join.outbox:
+            path = self._shared / session
+            try:
+                self._outboxes[session] = arena.Outbox(path)
+                path.unlink()  # both have it mapped; nothing is left when they end
+            except (OSError, ValueError) as e:
+                raise PeerError(f"your outbox cannot be used: {e}") from None
+
     def _push(self, session: str, push: wire.Push, buffers: list[Any], now: float) -> None:
+        outbox = self._outboxes.get(session)
+        if push.places:
+            if outbox is None:
+                raise PeerError("you have no outbox")
+            try:
+                buffers = [outbox.buffer(place) for place in push.places]
+            except ValueError as e:
+                raise PeerError(str(e)) from None
+            self.received_bytes += sum(place[1] for place in push.places)
         why = self.rounds.refusal(session, push)
         if why is not None:
+            self._free(session, push.places)
             self._send(session, wire.Refused(round=push.round, reason=why))
             return
         assert self._mean is not None
         bad = self._mean.check(push.bucket, buffers, push.scale)
         if bad is None:
             worker = self.rounds.peers[session].id
-            self._payloads[worker, push.bucket] = (buffers, push.scale)
+            payload = Payload(session, buffers, push.scale, push.places)
+            self._payloads[worker, push.bucket] = payload
+        else:
+            self._free(session, push.places)
         self._carry_out(self.rounds.pushed(session, push, now, bad))
 
+    def _free(self, session: str, places: tuple[wire.Place, ...]) -> None:
+        """Nothing reads these slots of the worker's outbox any more."""
+        outbox = self._outboxes.get(session)
+        if outbox is not None:
+            for _, _, slot in places:
+                outbox.free(slot)
+
     def _fetch(self, session: str, fetch: wire.Fetch, now: float) -> None:
+        self._forget_overwritten()
         if not self.rounds.knows(fetch.step, fetch.lineage):
             self._carry_out(self.rounds.behind(session, now))
             return
         route = self._routes[session]
         for update in self._history.after(fetch.step):
             for frames in update.messages:
-                if not self._send_frames(route, frames):
+                if not self._send_frames(route, frames, copy=self._ring is not None):
                     return
         self._send(session, wire.Fetched(step=self.rounds.step, open=self.rounds.open_message()))
 
@@ -392,8 +455,9 @@ class Server:
             match effect:
                 case rounds.Add():
                     assert self._mean is not None
-                    buffers, scale = self._payloads.pop((effect.worker, effect.bucket))
-                    self._mean.add(effect.bucket, buffers, scale, effect.samples)
+                    p = self._payloads.pop((effect.worker, effect.bucket))
+                    self._mean.add(effect.bucket, p.buffers, p.scale, effect.samples)
+                    self._free(p.session, p.places)
                 case rounds.Finish():
                     self._finish(effect)
                 case rounds.Closed():
@@ -409,7 +473,10 @@ class Server:
                 case rounds.Start():
                     self.plan = plan(effect.layout, self.settings.bucket_mb)
                     s = self.settings
-                    self._mean = Mean(self.plan, s.codec, s.codec_down or s.codec, s.topk_ratio)
+                    self._ring = self._make_ring(self.plan)
+                    room = fresh if self._ring is None else self._room
+                    down = s.codec_down or s.codec
+                    self._mean = Mean(self.plan, s.codec, down, s.topk_ratio, room)
                 case rounds.Void():
                     self._forget_round(())
                 case rounds.Remove():
@@ -433,8 +500,47 @@ class Server:
         )
         frames = wire.to_frames(average, *buffers)
         self._averages.append(frames)
-        self._averages_bytes += sum(map(len, frames))
-        self._publish_frames(frames)
+        size = sum(map(len, frames))
+        self._averages_bytes += size
+        if self._ring is not None and self._sharing:
+            places = tuple(map(self._ring.place, buffers))
+            shared = wire.Shared(places=places, **msgspec.structs.asdict(average))
+            self._pub.send(wire.to_frames(shared)[0])
+            self.sent_bytes += size * len(self._sharing)
+        others = len(self._routes) - len(self._sharing)
+        if self._ring is None or others > 0:
+            self._pub.send_multipart(frames, copy=self._ring is not None)
+            self.sent_bytes += size * max(0, others)
+
+    def _make_ring(self, plan: Plan) -> arena.Ring | None:
+        """Shared memory for the open round's averages and those that the history keeps."""
+        if self._shared is None:
+            return None
+        update = FLOAT32_BYTES * plan.size + 2 * arena.ALIGN * len(plan.buckets)
+        kept = max(int(self.settings.history_mb * 2**20), update)
+        largest = FLOAT32_BYTES * max(b.size for b in plan.buckets)
+        path = self._shared / "ring"
+        path.unlink(missing_ok=True)
+        try:
+            return arena.Ring(path, kept + update + 4 * largest)
+        except OSError as e:
+            self.watcher.say(f"no shared memory for peers on this host, slower: {e}")
+            return None
+
+    def _room(self, nbytes: int) -> torch.Tensor:
+        assert self._ring is not None
+        block = self._ring.room(nbytes)
+        if self._round_stamp is None:
+            self._round_stamp = self._ring.newest
+        return block
+
+    def _forget_overwritten(self) -> None:
+        """Let history and rounds know how far back updates are really there."""
+        if self._ring is not None:
+            self._history.forget_before(self._ring.oldest)
+        reach = self._history.reaches_back_to
+        if reach is not None:
+            self.rounds.forget_before(reach)
 
     def _close_round(self, close: wire.Close) -> None:
         frames = wire.to_frames(close)
@@ -444,23 +550,27 @@ class Server:
                 step=close.step,
                 messages=[*self._averages, frames],
                 bytes=self._averages_bytes + len(frames[0]),
+                stamp=self._round_stamp or 0,
             )
         )
-        reach = self._history.reaches_back_to
-        if reach is not None:
-            self.rounds.forget_before(reach)
+        self._forget_overwritten()
         self.closed_at = time.monotonic()
         self._forget_round(close.buckets)
         self.watcher.closed(self, close)
 
     def _forget_round(self, averaged: tuple[int, ...]) -> None:
         self._averages, self._averages_bytes = [], 0
+        self._round_stamp = None
+        for p in self._payloads.values():
+            self._free(p.session, p.places)
         self._payloads.clear()
         if self._mean is not None:
             self._mean.close(averaged)
 
     def _forget_peer(self, session: str) -> None:
         self._doors.pop(session, None)
+        self._outboxes.pop(session, None)
+        self._sharing.discard(session)
         route = self._routes.pop(session, None)
         if route is not None:
             self._links.pop(route, None)
@@ -494,10 +604,12 @@ class Server:
     def _send_raw(self, route: bytes, message: wire.Message) -> bool:
         return self._send_frames(route, wire.to_frames(message))
 
-    def _send_frames(self, route: bytes, frames: list[Any]) -> bool:
+    def _send_frames(self, route: bytes, frames: list[Any], copy: bool = False) -> bool:
         """False when that peer is gone; what becomes of it is decided by its silence."""
         try:
-            self._router.send_multipart([route, *frames], zmq.NOBLOCK, copy=len(frames) == 1)
+            self._router.send_multipart(
+                [route, *frames], zmq.NOBLOCK, copy=copy or len(frames) == 1
+            )
         except zmq.ZMQError as e:
             if e.errno in (errno.EHOSTUNREACH, errno.EAGAIN):
                 return False

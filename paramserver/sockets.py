@@ -89,11 +89,15 @@ def dealer(
 
 
 def subscriber(ctx: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> zmq.Socket[bytes]:
-    """A peer's SUB, subscribed to everything."""
+    """A peer's SUB; `subscribe` tells to what."""
     s = _make(ctx, zmq.SUB, -1)
-    s.setsockopt(zmq.SUBSCRIBE, b"")
     s.connect(endpoint)
     return s
+
+
+def subscribe(s: zmq.Socket[bytes], prefix: bytes) -> None:
+    """Hear what begins like this too; PUB sends nothing else."""
+    s.setsockopt(zmq.SUBSCRIBE, prefix)
 
 
 def readable(s: zmq.Socket[bytes]) -> bool:

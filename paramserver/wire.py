@@ -23,6 +23,7 @@ Unready    link -> server give me no more samples until I am ready again
 Push       link -> server my gradient of one bucket; 1..n encoded buffers
 Refused    server -> link this push was not taken, and why
 Average    PUB or link    the mean of one bucket; 1..n encoded buffers. Not applied before Close
+Shared     PUB            the same for peers that share memory with the server: no buffers
 Close      PUB or link    the round is over: this is the next update of the log
 Open       PUB or link    a round is open, who is in it, with which samples (also inside Close)
 Fetch      link -> server send me the updates after this step, Averages and Closes as on PUB
@@ -69,6 +70,9 @@ KINDS = ("grad", "stat", "count")
 
 Int = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 """Python has larger ones, which cost more than they are worth to a peer that means well."""
+
+Place = tuple[Int, Int, Int]
+"""Where a buffer lies in shared memory; see `arena.Place`."""
 
 Lease = tuple[int, int, int]
 """(epoch, start, stop): a range of the epoch's shuffled order."""
@@ -181,6 +185,8 @@ class Welcome(Message, frozen=True):
     pub_port: Int
     ipc: str | None = None
     """Folder of the ipc sockets, for peers on the server's own host."""
+    shared: str | None = None
+    """Folder of the memory that such peers may share (`arena`)."""
 
 
 class Probe(Message, frozen=True):
@@ -202,6 +208,10 @@ class Join(Message, frozen=True):
     ledger: dict[str, Any] | None = None
     """Given by an origin that resumes a checkpoint."""
     link: str = "tcp"
+    sharing: bool = False
+    """This peer reads averages from the server's ring, if there is one when it is admitted."""
+    outbox: bool = False
+    """Its pushes may lie in the outbox that it has made."""
 
 
 class Admit(Message, frozen=True):
@@ -236,6 +246,8 @@ class Push(Message, frozen=True):
     absent: tuple[int, ...] = ()
     """Indexes into the layout of this bucket's parameters that had no gradient."""
     scale: float = 1.0
+    places: tuple[Place, ...] = ()
+    """Where the buffers lie in the outbox; none: they follow as frames."""
     loss: float | None = None
     """Mean loss over the samples; with the last bucket."""
 
@@ -253,6 +265,11 @@ class Average(Message, frozen=True):
     bucket: Int
     absent: tuple[int, ...] = ()
     scale: float = 1.0
+
+
+class Shared(Average, frozen=True):
+    places: tuple[Place, ...] = ()
+    """Where the buffers lie in the ring."""
 
 
 class Open(Message, frozen=True):
@@ -391,7 +408,7 @@ class End(Message, frozen=True):
 
 ANY = (
     Hello | Welcome | Probe | Greet | Join | Admit | Ready | Unready | Reject | Push | Refused
-    | Average | Open | Close | Fetch | Fetched | Stand | Give | Manifest | Want | Piece
+    | Average | Shared | Open | Close | Fetch | Fetched | Stand | Give | Manifest | Want | Piece
     | Adopted | Abort | Beat | Pulse | Report | Goodbye | End
 )  # fmt: skip
 
@@ -418,6 +435,11 @@ def from_frames(frames: Sequence[Any]) -> tuple[Any, list[Any]]:
         return _decoder.decode(header), [getattr(f, "buffer", f) for f in frames[1:]]
     except (ValueError, RecursionError) as e:  # DecodeError, ValidationError, UnicodeDecodeError
         raise PeerError(f"not a header of this protocol: {e}") from None
+
+
+def topic(kind: type[Message]) -> bytes:
+    """How every header of this kind begins: what a SUB subscribes to."""
+    return f'{{"type":"{kind.__struct_config__.tag}"'.encode()
 
 
 def next_lineage(previous: str, close: Close) -> str:

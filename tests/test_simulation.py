@@ -21,10 +21,10 @@ from workers import follow
 from workers.follow import Follow
 
 CLONE = Path(__file__).resolve().parent.parent
-SCHEDULES = 2000
+SCHEDULES = 1500
 BLOCK = 250
-SEARCHED = 1000
-"""Seeds that a planted fault may take to be found; most take far fewer."""
+SEARCHED = 3000
+"""Seeds in which a planted fault must show."""
 
 
 @pytest.mark.parametrize("first", range(0, SCHEDULES, BLOCK))
@@ -43,23 +43,19 @@ def test_schedules_have_what_they_are_made_for() -> None:
 
 
 def test_a_seed_replays_in_any_process() -> None:
-    def lines(hash_seed: str) -> str:
-        return subprocess.run(
-            [sys.executable, "-m", "tests.simulation", "--seed", "7", "--verbose"],
-            cwd=CLONE,
-            env={**os.environ, "PYTHONHASHSEED": hash_seed},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-
-    def without_speed(text: str) -> str:
-        return text[: text.rindex(" in ")]
-
-    first = without_speed(lines("1"))
-    assert "1 schedules, 0 failed" in first
-    assert "Close(round=1" in first
-    assert without_speed(lines("2")) == first
+    here: list[str] = []
+    Schedule(7, tell=here.append).run()
+    there = subprocess.run(
+        [sys.executable, "-m", "tests.simulation", "--seed", "7", "--verbose"],
+        cwd=CLONE,
+        env={**os.environ, "PYTHONHASHSEED": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines()
+    assert there[: len(here)] == here
+    assert sum("Close(round=" in line for line in here) > 5
+    assert "1 schedules, 0 failed" in there[-1]
 
 
 def test_a_failure_is_told_with_the_command_that_replays_it(
@@ -191,25 +187,30 @@ class ListeningObserver(Listens, Observer):
 
 
 @pytest.mark.parametrize(
-    ("parts", "symptom"),
+    ("parts", "symptom", "seed"),
     [
-        (Parts(rounds=ForgetsLeases), "could have gone on"),
-        (Parts(rounds=TakesLatePushes), "a gradient of another step"),
-        (Parts(rounds=CountsTwice), "pushed and taken, but is not in"),
-        (Parts(rounds=AdmitsEverybody), "another model than the log"),
-        (Parts(rounds=KeepsOldMembers), "."),
-        (Parts(rounds=Echoes), "does not end|could have gone on"),
-        (Parts(rounds=SaysNothingAfterACut), "could have gone on|does not end"),
-        (Parts(follow=AppliesTwice), "another model than the log"),
-        (Parts(follow=KeepsVoidAverages), "another model than the log"),
-        (Parts(follow=JumpsGaps), "another model than the log"),
-        (Parts(follow=IgnoresPulses), "."),
-        (Parts(worker=ListeningWorker, observer=ListeningObserver), "could have gone on|not for"),
+        (Parts(rounds=ForgetsLeases), "could have gone on|the ledger keeps", 0),
+        (Parts(rounds=TakesLatePushes), "a gradient of another model", 4),
+        (Parts(rounds=CountsTwice), "pushed and taken, but is not in", 13),
+        (Parts(rounds=AdmitsEverybody), "another model", 0),
+        (Parts(rounds=KeepsOldMembers), "KeyError|could have gone on", 0),
+        (Parts(rounds=Echoes), "does not end|could have gone on", 180),
+        (Parts(rounds=SaysNothingAfterACut), "does not end|could have gone on", 361),
+        (Parts(follow=AppliesTwice), "another model than the log", 0),
+        (Parts(follow=KeepsVoidAverages), "another model than the log", 297),
+        (Parts(follow=JumpsGaps), "another model than the log", 0),
+        (Parts(follow=IgnoresPulses), "could have gone on|not for", 0),
+        (
+            Parts(worker=ListeningWorker, observer=ListeningObserver),
+            "could have gone on|lives",
+            430,
+        ),
     ],
-    ids=lambda value: "" if isinstance(value, str) else planted(value),
+    ids=lambda value: planted(value) if isinstance(value, Parts) else "",
 )
-def test_a_planted_fault_is_found(parts: Parts, symptom: str) -> None:
-    for seed in range(SEARCHED):
+def test_a_planted_fault_is_found(parts: Parts, symptom: str, seed: int) -> None:
+    """`seed` shows it today; where schedules have changed since, others are searched."""
+    for seed in (seed, *range(SEARCHED)):
         failure = simulate(seed, parts).failure
         if failure is not None:
             assert re.search(symptom, failure), f"seed {seed} {failure}"

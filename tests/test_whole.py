@@ -138,7 +138,7 @@ def test_the_run_folder_holds_what_is_promised(ordinary: Ordinary) -> None:
     names = {"config.yaml", "metrics.jsonl", "summary.json", "curves.png", "model.safetensors"}
     assert names | {"checkpoints", "observer.log"} <= {path.name for path in folder.iterdir()}
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if "val_loss" in line] == [50, 100]
+    assert [line["step"] for line in lines if "val_loss" in line] == [50, 100, STEPS]
     assert [line["step"] for line in run.steps()] == list(range(1, STEPS + 1))
     assert all(line["workers"] == [1, 2] and line["late"] == [] for line in run.steps())
 
@@ -177,7 +177,7 @@ def test_a_run_that_is_interrupted_and_resumed_ends_as_if_it_was_not(
         all_ended_well(server, *crew)
         summary = run.summary()
         assert len(run.runs) == 2
-    assert [line["step"] for line in run.steps()][0] == interrupted["steps"] + 1
+    assert run.steps()[0]["step"] == interrupted["steps"] + 1
     assert summary["steps"] == STEPS
     assert summary["samples_done"] == SAMPLES
     assert summary["digest"] == ordinary[0].summary()["digest"]
@@ -327,7 +327,7 @@ class Mistakes:
         self.taken = socket.create_server((LOOPBACK, 0))
         self.busy = Served(num_workers=9)  # waits for more workers than will ever come
         self.holder = workers.join(port=self.busy.port, worker_id=1, say=self.busy.say)
-        no_network = {name: f"http://{LOOPBACK}:9" for name in ("http_proxy", "https_proxy")}
+        no_network = dict.fromkeys(("http_proxy", "https_proxy"), f"http://{LOOPBACK}:9")
         port = f"port={self.busy.port}"
         self.commands = {
             "port": run.server(f"port={self.taken.getsockname()[1]}"),
@@ -353,9 +353,11 @@ class Mistakes:
 def mistakes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mistakes]:
     with Run(tmp_path_factory.mktemp("mistakes")) as run:
         made = Mistakes(run)
-        for program in made.commands.values():
-            program.end()
-        made.close()
+        try:
+            for program in made.commands.values():
+                program.end()
+        finally:
+            made.close()
         yield made
 
 

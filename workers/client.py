@@ -16,14 +16,16 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import torch
 import zmq
 
-from paramserver import sockets, wire
+from paramserver import arena, sockets, wire
 from paramserver.bucket import FLOAT32_BYTES
+from paramserver.codec import fresh
 from paramserver.errors import PeerError, RunLost, UserError
 from workers import follow
 from workers.replica import Replica
@@ -33,6 +35,8 @@ BEATS_PER_TIMEOUT = 5
 WANTS_IN_FLIGHT = 4
 SAY_WAITING_AFTER_S = 3.0
 PROBE_INTERVAL_S = 0.1
+OUTBOX_WAIT_S = 0.05
+OUTBOX_LOOK_S = 0.0001
 
 Say = Callable[[str], None]
 
@@ -82,6 +86,9 @@ class Client:
         self._link: zmq.Socket[bytes] | None = None
         self._sub: zmq.Socket[bytes] | None = None
         self._link_kind = "tcp"
+        self._shared: Path | None = None  # where this host's server shares memory with us
+        self._outbox: arena.Outbox | None = None
+        self._ring: arena.Ring | None = None
         self._held: deque[tuple[Any, list[Any]]] = deque()  # from SUB, to be looked at (again)
         self._beating: threading.Event | None = None
         self._beat_thread: threading.Thread | None = None
@@ -151,7 +158,11 @@ class Client:
         if welcome.ipc and sockets.is_local(self.host) and sockets.ipc_usable(welcome.ipc):
             router, pub = sockets.ipc_endpoints(welcome.ipc)
             self._link_kind = "ipc"
+            if welcome.shared and sockets.ipc_usable(welcome.shared):
+                self._shared = Path(welcome.shared)
         self._sub = sockets.subscriber(self._ctx, pub)
+        for kind in (wire.Close, wire.Open, wire.Pulse, wire.Probe, wire.End):
+            sockets.subscribe(self._sub, wire.topic(kind))
         self._link = sockets.dealer(self._ctx, router)
         self._poller = zmq.Poller()
         self._poller.register(self._link, zmq.POLLIN)
@@ -217,6 +228,7 @@ class Client:
         assert self.replica is not None
         self._joined, self._joined_at = False, time.monotonic()
         self._admitted = None
+        self._outbox = self._make_outbox()
         self._send(
             wire.Join(
                 layout=self.replica.layout,
@@ -225,8 +237,35 @@ class Client:
                 device=self.device,
                 ledger=ledger,
                 link=self._link_kind,
+                sharing=self._shared is not None,
+                outbox=self._outbox is not None,
             )
         )
+
+    def _make_outbox(self) -> arena.Outbox | None:
+        """Memory for pushes that a server on this host reads where they lie."""
+        if self._shared is None or self._hello.role != "worker":
+            return None
+        assert self.welcome is not None and self.replica is not None
+        path = self._shared / self.welcome.session
+        try:
+            path.unlink(missing_ok=True)
+            return arena.Outbox(
+                path, FLOAT32_BYTES * max(b.size for b in self.replica.plan.buckets)
+            )
+        except OSError:
+            return None  # no room for it: through the socket, then
+
+    def _hear_averages(self) -> None:
+        """From the server's ring, if it shares one with us, or through SUB."""
+        assert self._sub is not None
+        ring = None if self._shared is None else self._shared / "ring"
+        if ring is not None and ring.exists():
+            self._ring = arena.Ring(ring)
+            sockets.subscribe(self._sub, wire.topic(wire.Shared))
+        else:
+            self._ring = None
+            sockets.subscribe(self._sub, wire.topic(wire.Average))
 
     # ------------------------------------------------------------------ taking part
 
@@ -241,8 +280,30 @@ class Client:
         if self._link is not None and self.ended is None:
             self._send(wire.Unready())
 
+    def room(self, nbytes: int) -> torch.Tensor:
+        """Memory for a bucket on its way to the server: a slot of the outbox, if one is free soon.
+
+        Waiting a little costs less than sending through the socket: the server is busy either way.
+        """
+        if self._outbox is not None:
+            deadline = time.monotonic() + OUTBOX_WAIT_S
+            while True:
+                slot = self._outbox.room(nbytes)
+                if slot is not None:
+                    return slot
+                if time.monotonic() > deadline:
+                    break
+                self.poll()
+                time.sleep(OUTBOX_LOOK_S)
+        return fresh(nbytes)
+
     def push(self, push: wire.Push, buffers: list[Any]) -> None:
-        """Send one bucket; the buffers belong to ZeroMQ from now on."""
+        """Send one bucket; the buffers belong to the server or to ZeroMQ from now on."""
+        if self._outbox is not None:
+            places = tuple(filter(None, map(self._outbox.place, buffers)))
+            if len(places) == len(buffers):
+                self._send(msgspec.structs.replace(push, places=places))
+                return
         self._send(push, *buffers)
 
     def report(self, step: int, values: dict[str, float | None], final: bool = False) -> None:
@@ -273,6 +334,7 @@ class Client:
             if s is not None:
                 s.close()
         self._door = self._link = self._sub = None
+        self._shared = self._outbox = self._ring = None
 
     @property
     def ended(self) -> wire.End | None:
@@ -424,6 +486,11 @@ class Client:
             return True
         effect: follow.Effect = follow.NOTHING
         if isinstance(message, wire.Average):
+            if isinstance(message, wire.Shared):
+                if not self._still_there(message):
+                    return True  # as if PUB had dropped it: its close will show the gap
+                assert self._ring is not None
+                buffers = [self._ring.buffer(place) for place in message.places]
             effect = f.average(message)
         elif isinstance(message, wire.Close):
             effect = f.close(message)
@@ -438,6 +505,8 @@ class Client:
             if effect.first:
                 replica.forget_averages()
             replica.take(effect.average, buffers)
+            if isinstance(message, wire.Shared) and not self._still_there(message):
+                f.lost(message.bucket)
         elif isinstance(effect, follow.Apply):
             if effect.first:
                 replica.forget_averages()
@@ -451,6 +520,10 @@ class Client:
             self.say(f"{effect.why}: taking a snapshot")
             self._join_again()
         return not isinstance(effect, follow.Gap)
+
+    def _still_there(self, message: wire.Shared) -> bool:
+        """Has the server not yet written over the blocks that this average lies in?"""
+        return self._ring is not None and all(map(self._ring.whole, message.places))
 
     def _heard_adrift(self, message: Any, now: float) -> None:
         f = self.follow
@@ -531,6 +604,7 @@ class Client:
         f, replica = self.follow, self.replica
         assert f is not None and replica is not None
         self._admitted = message
+        self._hear_averages()
         f.fetching_since = None
         if message.action in ("adopt", "behind"):
             self._joined = False

@@ -123,9 +123,11 @@ class Cluster:
         self.client.device = str(next(iter(model.parameters())).device.type)
         self.client.join(replica)
         torch.manual_seed(self.settings["seed"] + self.worker_id)  # dropout differs per worker
-        self._feedback = Feedback(replica.plan, self.settings["codec"], self.settings["topk_ratio"])
+        self._feedback = Feedback(
+            replica.plan, self.settings["codec"], self.settings["topk_ratio"], self.client.room
+        )
         self.client.on_close = self._on_close
-        self._gradients = Gradients(replica, self._send_bucket, accumulate)
+        self._gradients = Gradients(replica, self._feedback.values, self._send_bucket, accumulate)
         return model, ClusterOptimizer(optimizer, self)
 
     # ------------------------------------------------------------------ samples

@@ -111,6 +111,10 @@ class Follow:
         self._got.add(m.bucket)
         return Take(m, first)
 
+    def lost(self, bucket: int) -> None:
+        """What was taken of this bucket's average was written over meanwhile: it never came."""
+        self._got.discard(bucket)
+
     def close(self, m: Close) -> Effect:
         if m.nonce != self.nonce:
             return Drop("of another server")

@@ -15,18 +15,20 @@ from paramserver.bucket import Bucket
 from paramserver.errors import UserError
 from workers.replica import Replica
 
+Make = Callable[[Bucket], Tensor]
 Send = Callable[[Bucket, Tensor, tuple[int, ...]], None]
 
 
 class Gradients:
     """Watches a replica's backward and gives every full bucket to `send(bucket, values, absent)`.
 
-    `values` is a new flat float32 CPU tensor that belongs to the receiver; `absent` are the layout
+    `values` is a flat float32 CPU tensor that `make(bucket)` made for it; `absent` are the layout
     indexes of parameters without a gradient. `accumulate` backward passes make one step.
     """
 
-    def __init__(self, replica: Replica, send: Send, accumulate: int = 1) -> None:
+    def __init__(self, replica: Replica, make: Make, send: Send, accumulate: int = 1) -> None:
         self._replica = replica
+        self._make = make
         self._send = send
         self._accumulate = accumulate
         self._plan = replica.plan
@@ -97,7 +99,11 @@ class Gradients:
     def _room(self, bucket: Bucket) -> Tensor:
         values = self._values.get(bucket.index)
         if values is None:
-            values = self._values[bucket.index] = torch.empty(bucket.size, device=self._device)
+            values = self._values[bucket.index] = (
+                self._make(bucket)
+                if self._device.type == "cpu"
+                else torch.empty(bucket.size, device=self._device)
+            )
         return values
 
     def _span(self, index: int, bucket: Bucket) -> tuple[int, int, int]:
@@ -133,4 +139,6 @@ class Gradients:
     def _hand_over(self, bucket: Bucket, absent: tuple[int, ...]) -> None:
         values = self._values.pop(bucket.index)
         self._sent.add(bucket.index)
-        self._send(bucket, values.cpu(), absent)
+        if values.device.type != "cpu":
+            values = self._make(bucket).copy_(values)
+        self._send(bucket, values, absent)

@@ -29,10 +29,10 @@ from paramserver.codec.bfloat16 import BFloat16
 from paramserver.codec.float16 import Float16
 from paramserver.codec.float32 import Float32
 from paramserver.codec.int8 import Int8
-from paramserver.codec.lengths import Wire
+from paramserver.codec.lengths import Room, Wire, fresh
 from paramserver.codec.topk import TopK
 
-__all__ = ["CODECS", "Codec", "Wire", "check_sizes"]
+__all__ = ["CODECS", "Codec", "Room", "Wire", "fresh"]
 
 
 class Codec(Protocol):
@@ -42,14 +42,19 @@ class Codec(Protocol):
     leaves_rest: bool
     """Is `values`, after `encode`, what the buffers do not carry? See `paramserver.feedback`."""
 
+    in_place: bool
+    """Does `encode` hand out the memory of `values` itself?"""
+
     def fits(self, elements: int, buffers: Wire) -> str | None:
         """What is wrong with these buffers for a bucket of that many elements; None when nothing
         is. `decode` may be called only with buffers that fit. Numbers may still be rubbish: not
         finite, or huge."""
         ...
 
-    def encode(self, values: Tensor, ratio: float = 0.01) -> tuple[list[Any], float]:
-        """New wire buffers, and the scale for the header.
+    def encode(
+        self, values: Tensor, ratio: float = 0.01, room: Room = fresh
+    ) -> tuple[list[Any], float]:
+        """New wire buffers, made by `room` (bytes -> uint8 tensor), and the scale for the header.
 
         The caller gives `values` away: it may live on in the buffers, is written to, or is left
         as the rest. `ratio` is the share of the numbers that topk sends; the others send all.
@@ -68,8 +73,3 @@ CODECS: dict[str, Codec] = {
     "int8": Int8(),
     "topk": TopK(),
 }
-
-
-def check_sizes(codec: Codec, elements: int, buffers: Wire) -> str | None:
-    """The same as `codec.fits`."""
-    return codec.fits(elements, buffers)

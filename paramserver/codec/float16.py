@@ -14,27 +14,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paramserver.codec.lengths import Wire, unequal
+from paramserver.codec.lengths import Room, Wire, fresh, unequal
 
 TARGET = 2.0**10
 
 
 class Float16:
     leaves_rest = False
+    in_place = False
 
     def fits(self, elements: int, buffers: Wire) -> str | None:
         return unequal(buffers, 2 * elements)
 
-    def encode(self, values: Tensor, ratio: float = 0.01) -> tuple[list[Any], float]:
-        half, scale = shrink(values)
-        return [half.view(torch.uint8).numpy().data], scale
+    def encode(
+        self, values: Tensor, ratio: float = 0.01, room: Room = fresh
+    ) -> tuple[list[Any], float]:
+        wire = room(2 * values.numel())
+        scale = shrink(values, wire.view(torch.float16))
+        return [wire.numpy().data], scale
 
     def decode(self, buffers: Wire, scale: float, out: Tensor) -> Tensor:
         return grow(torch.frombuffer(buffers[0], dtype=torch.float16), scale, out)
 
 
-def shrink(values: Tensor) -> tuple[Tensor, float]:
-    """float16 numbers and their scale; `values` are multiplied by it."""
+def shrink(values: Tensor, out: Tensor) -> float:
+    """Write float16 numbers to `out`; their scale, by which `values` are multiplied here."""
     # aminmax takes one pass at the speed of memory; vector_norm(ord=inf) ten times as long.
     low, high = torch.aminmax(values)
     largest = max(-low.item(), high.item())
@@ -43,7 +47,8 @@ def shrink(values: Tensor) -> tuple[Tensor, float]:
         # At most 2^126, so that scale and 1/scale are both normal float32 numbers.
         scale = 2.0 ** max(-126, min(126, math.floor(math.log2(TARGET / largest))))
     # In place: at the size of a bucket, memory for a copy costs more than a pass.
-    return torch.empty(values.numel(), dtype=torch.float16).copy_(values.mul_(scale)), scale
+    out.copy_(values.mul_(scale))
+    return scale
 
 
 def grow(half: Tensor, scale: float, out: Tensor) -> Tensor:

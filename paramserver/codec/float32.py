@@ -7,16 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paramserver.codec.lengths import Wire, unequal
+from paramserver.codec.lengths import Room, Wire, fresh, unequal
 
 
 class Float32:
     leaves_rest = False
+    in_place = True
 
     def fits(self, elements: int, buffers: Wire) -> str | None:
         return unequal(buffers, 4 * elements)
 
-    def encode(self, values: Tensor, ratio: float = 0.01) -> tuple[list[Any], float]:
+    def encode(
+        self, values: Tensor, ratio: float = 0.01, room: Room = fresh
+    ) -> tuple[list[Any], float]:
         return [values.view(torch.uint8).numpy().data], 1.0
 
     def decode(self, buffers: Wire, scale: float, out: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paramserver.codec.lengths import Wire, unequal
+from paramserver.codec.lengths import Room, Wire, fresh, unequal
 
 BLOCK = 1024
 STEPS = 127
@@ -30,13 +30,16 @@ PIECE = 256  # blocks at a time: 1 MiB, which stays in the cache
 
 class Int8:
     leaves_rest = True
+    in_place = False
 
     def fits(self, elements: int, buffers: Wire) -> str | None:
         return unequal(buffers, 4 * _blocks(elements) + elements)
 
-    def encode(self, values: Tensor, ratio: float = 0.01) -> tuple[list[Any], float]:
+    def encode(
+        self, values: Tensor, ratio: float = 0.01, room: Room = fresh
+    ) -> tuple[list[Any], float]:
         n, blocks = values.numel(), _blocks(values.numel())
-        wire = torch.empty(4 * blocks + n, dtype=torch.uint8)
+        wire = room(4 * blocks + n)
         scales, numbers = (
             wire[: 4 * blocks].view(torch.float32),
             wire[4 * blocks :].view(torch.int8),

@@ -1,12 +1,23 @@
-"""The first thing to know of buffers from elsewhere: how many there are, and how long."""
+"""Wire buffers: where new ones come from, and how many and how long those from elsewhere are."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
+
+import torch
+from torch import Tensor
 
 Wire = Sequence[Any]
 """Buffers as they travel: anything with the buffer interface."""
+
+Room = Callable[[int], Tensor]
+"""Makes the memory of a new wire buffer: that many bytes, as a uint8 tensor."""
+
+
+def fresh(nbytes: int) -> Tensor:
+    """Memory of this process."""
+    return torch.empty(nbytes, dtype=torch.uint8)
 
 
 def lengths(buffers: Wire) -> tuple[int, ...]:

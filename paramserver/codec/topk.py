@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from paramserver.codec.float16 import grow, shrink
-from paramserver.codec.lengths import Wire, lengths
+from paramserver.codec.lengths import Room, Wire, fresh, lengths
 
 SECTION = 2**16
 SAMPLE = 2**13
@@ -35,6 +35,7 @@ top, so what is not finite is among the largest."""
 
 class TopK:
     leaves_rest = True
+    in_place = False
 
     def fits(self, elements: int, buffers: Wire) -> str | None:
         head, got = 4 * _sections(elements), lengths(buffers)
@@ -50,14 +51,16 @@ class TopK:
             return f"a number at position {int(where[-1])} of {elements}"
         return None
 
-    def encode(self, values: Tensor, ratio: float = 0.01) -> tuple[list[Any], float]:
+    def encode(
+        self, values: Tensor, ratio: float = 0.01, room: Room = fresh
+    ) -> tuple[list[Any], float]:
         where = _largest(values, math.ceil(ratio * values.numel()))
         chosen = values[where]
-        half, scale = shrink(chosen.clone()) if len(where) else (chosen, 1.0)
+        half = torch.empty(len(where), dtype=torch.float16)
+        scale = shrink(chosen.clone(), half) if len(where) else 1.0
         values[where] = chosen.sub_(grow(half, scale, torch.empty(len(where))))
 
-        wire = torch.empty(4 * _sections(values.numel()) + 4 * len(where), dtype=torch.uint8)
-        wire = wire.numpy().data
+        wire = room(4 * _sections(values.numel()) + 4 * len(where)).numpy().data
         for part, content in zip(
             _parts(wire, values.numel()),
             (torch.bincount(where // SECTION, minlength=_sections(values.numel())), where, half),

@@ -55,7 +55,7 @@ class Replica:
         self.step = 0
         self.lineage = f"fresh-{serial}"
         self._buckets = buckets
-        self._flat: dict[int, tuple[Sample, ...]] = {}
+        self._flat: list[tuple[Sample, ...]] = [()] * buckets
         self._present = [0] * buckets
 
     def take(self, average: wire.Average, samples: tuple[Sample, ...]) -> None:

@@ -37,7 +37,7 @@ from .server import Server
 
 SILENCE_S = 4.0  # heartbeat_timeout
 IDLE_S = 100.0
-PATIENCE_S = 400.0
+PATIENCE_S, PATIENCE_FOR_A_SAMPLE_S = 400.0, 2.0
 """After the last fault; more than any chain of deadlines, so that only what hangs exceeds it."""
 
 FAULTS = (
@@ -266,7 +266,8 @@ class Schedule:
 
     def _run(self) -> None:
         outcome, server, world = self.outcome, self.server, self.world
-        if not world.run(lambda: server.ended_at is not None, self.calm_at + PATIENCE_S):
+        patience_s = PATIENCE_S + PATIENCE_FOR_A_SAMPLE_S * self.rules.epochs * self.habits.samples
+        if not world.run(lambda: server.ended_at is not None, self.calm_at + patience_s):
             raise Broken(f"the run does not end: {server.rounds.phase(world.now)}")
         end, ledger = server.rounds.ended, server.rounds.ledger
         assert end is not None

@@ -280,7 +280,7 @@ class Server:
         if len(samples) != effect.samples:
             raise Broken(f"{len(samples)} samples of worker {effect.worker} weigh {effect.samples}")
         if model != self.book.model:
-            raise Broken(f"a gradient of another step goes into step {self.book.step + 1}")
+            raise Broken(f"a gradient of another model goes into step {self.book.step + 1}")
         self._sums.setdefault(effect.bucket, []).extend(samples)
 
     def _finish(self, effect: rounds.Finish) -> None:
