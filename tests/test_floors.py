@@ -23,8 +23,8 @@ FLOORS = {
     3: "paramserver.curves paramserver.runfolder paramserver.server "
     "workers workers.checkpoint workers.client workers.cluster workers.gradients workers.logbook "
     "workers.recipe workers.replica",
-    2: "paramserver.sockets workers.data workers.models",
-    1: "paramserver.bucket paramserver.codec paramserver.mean workers.state",
+    2: "paramserver.arena paramserver.sockets workers.data workers.models",
+    1: "paramserver.bucket paramserver.codec paramserver.feedback paramserver.mean workers.state",
     0: "paramserver paramserver.errors paramserver.ledger paramserver.rounds paramserver.schema "
     "paramserver.settings paramserver.wire workers.follow",
 }

@@ -187,7 +187,7 @@ class ListeningObserver(Listens, Observer):
 
 
 @pytest.mark.parametrize(
-    ("parts", "symptom", "seed"),
+    ("parts", "symptom", "first"),
     [
         (Parts(rounds=ForgetsLeases), "could have gone on|the ledger keeps", 0),
         (Parts(rounds=TakesLatePushes), "a gradient of another model", 4),
@@ -208,9 +208,9 @@ class ListeningObserver(Listens, Observer):
     ],
     ids=lambda value: planted(value) if isinstance(value, Parts) else "",
 )
-def test_a_planted_fault_is_found(parts: Parts, symptom: str, seed: int) -> None:
-    """`seed` shows it today; where schedules have changed since, others are searched."""
-    for seed in (seed, *range(SEARCHED)):
+def test_a_planted_fault_is_found(parts: Parts, symptom: str, first: int) -> None:
+    """`first` shows it today; where schedules have changed since, others are searched."""
+    for seed in (first, *range(SEARCHED)):
         failure = simulate(seed, parts).failure
         if failure is not None:
             assert re.search(symptom, failure), f"seed {seed} {failure}"

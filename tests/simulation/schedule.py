@@ -36,7 +36,7 @@ from .peer import Client, Habits, Observer, Worker
 from .server import Server
 
 SILENCE_S = 4.0  # heartbeat_timeout
-IDLE_S = 100.0
+IDLE_S = 50.0
 PATIENCE_S, PATIENCE_FOR_A_SAMPLE_S = 400.0, 2.0
 """After the last fault; more than any chain of deadlines, so that only what hangs exceeds it."""
 

@@ -1,0 +1,245 @@
+"""A language for scripts of events: each event of `Rounds` is a line, and so is each effect.
+
+`Run` drives a real `Rounds`. Its methods are the events, told by worker number (0 is the observer),
+and return the effects in words, so that a test reads as a talk:
+
+    assert run.push(2, 0) == ["add 2.0 x10", "average 1.0 of 20"]
+
+`told` gives the words for an effect. Sentences for people begin with `#`; where a test is not
+about them, `but_words` leaves them out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from paramserver import rounds, wire
+from paramserver.ledger import Ledger
+from paramserver.rounds import Rounds, Rules
+from paramserver.wire import Lease
+
+LAYOUT = wire.Layout(
+    (wire.Tensor("weight", (3, 2), "float32"), wire.Tensor("bias", (3,), "float32"))
+)
+NONCE = "server-1"
+
+
+def told(effect: rounds.Effect) -> str:
+    """One effect in words."""
+    match effect:
+        case rounds.Send():
+            return f"{effect.session} <- {message(effect.message)}"
+        case rounds.Publish():
+            return f"all <- {message(effect.message)}"
+        case rounds.Start():
+            return f"start at step {effect.step}"
+        case rounds.Add():
+            return f"add {effect.worker}.{effect.bucket} x{effect.samples}"
+        case rounds.Finish():
+            absent = f" without {effect.absent}" if effect.absent else ""
+            return f"average {effect.round}.{effect.bucket} of {effect.samples}{absent}"
+        case rounds.Closed():
+            return message(effect.close)
+        case rounds.Void():
+            return f"void {effect.round}"
+        case rounds.Say():
+            return f"# {effect.text}"
+        case rounds.Remove():
+            return f"forget {effect.session}"
+        case rounds.Ended():
+            return message(effect.end)
+    raise AssertionError(effect)
+
+
+def message(m: wire.Message) -> str:
+    """A message in words: what scripts are about."""
+    match m:
+        case wire.Open():
+            leases = ", ".join(f"{w}: {spans(ls)}" for w, ls in sorted(m.leases.items()))
+            return f"open {m.round} at step {m.step} for {leases}"
+        case wire.Close():
+            text = f"close {m.round} to step {m.step}, in it {counts(m.contributors)}"
+            if m.late:
+                text += ", late " + ", ".join(f"{w} ({why})" for w, why in m.late.items())
+            return text + (f"; {message(m.open)}" if m.open else "")
+        case wire.End():
+            return f"end at step {m.step}: {m.reason}" + (" (error)" if m.error else "")
+        case wire.Admit():
+            return f"{m.action} at step {m.step}"
+        case wire.Give():
+            return f"give {m.snapshot} of step {m.step}"
+        case wire.Abort():
+            return f"abort {m.snapshot}: {m.reason}"
+        case wire.Reject():
+            return f"reject: {m.reason}"
+        case wire.Refused():
+            return f"refused {m.round}: {m.reason}"
+        case wire.Greet():
+            return "join again" if m.join else "who are you"
+        case wire.Pulse():
+            return f"pulse at step {m.step}: {m.phase}"
+    raise AssertionError(m)
+
+
+def spans(leases: Iterable[Lease]) -> str:
+    return " ".join(f"{epoch}/{start}-{stop}" for epoch, start, stop in leases) or "nothing"
+
+
+def counts(samples: dict[int, int]) -> str:
+    return " ".join(f"{worker}:{n}" for worker, n in samples.items()) or "nobody"
+
+
+def but_words(effects: list[str]) -> list[str]:
+    return [e for e in effects if not e.startswith("#")]
+
+
+def session(who: int, life: str = "") -> str:
+    return f"w{who}{life}" if who else "obs"
+
+
+class Run:
+    """A `Rounds` in a script. `now` is set by the test; nothing else moves time.
+
+    A process of a worker is told by its number; `life` ("b", "c") tells a restarted one.
+    """
+
+    def __init__(self, *, buckets: int = 2, **rules: Any) -> None:
+        rules = {"num_workers": 2, "heartbeat_timeout": 10.0, "timeout": 1.0, "epochs": 1, **rules}
+        self.now = 0.0
+        self.buckets = buckets
+        self.rules = Rules(**rules)
+        self.rounds = Rounds(self.rules, NONCE, 0.0, lambda layout: buckets)
+        self.closes: list[wire.Close] = []
+
+    # ------------------------------------------------------------------ events
+
+    def hello(
+        self, who: int | None, life: str = "", *, nonce: str = "", reachable: bool = True
+    ) -> list[str]:
+        name = session(1 if who is None else who, life)
+        peer, why, effects = self.rounds.greet(
+            name,
+            self.now,
+            role="worker" if who != 0 else "observer",
+            id=who,
+            nonce=nonce or f"process of {name}",
+            host="pi",
+            pid=100,
+            reachable=lambda session: reachable,
+        )
+        assert (peer is None) == bool(why)
+        return self._out(effects) + ([f"no: {why}"] if why else [])
+
+    def join(self, who: int, life: str = "", **join: Any) -> list[str]:
+        name = session(who, life)
+        join = {"layout": LAYOUT, "step": 0, "lineage": f"fresh {name}", "device": "cpu", **join}
+        return self._out(self.rounds.join(name, wire.Join(**join), self.now))
+
+    def follows(self, who: int, life: str = "") -> list[str]:
+        """Join with the newest state."""
+        return self.join(who, life, step=self.rounds.step, lineage=self.rounds.lineage)
+
+    def ready(self, who: int, life: str = "", samples: int = 100, batch: int = 10) -> list[str]:
+        ready = wire.Ready(samples=samples, batch_size=batch)
+        return self._out(self.rounds.ready(session(who, life), ready, self.now))
+
+    def unready(self, who: int) -> list[str]:
+        return self._out(self.rounds.unready(session(who), self.now))
+
+    def push(self, who: int, *buckets: int, life: str = "", bad: str = "", **push: Any) -> list[str]:
+        """Push these buckets of this worker's lease in the open round, or all of them."""
+        effects: list[str] = []
+        for bucket in buckets or range(self.buckets):
+            header = self.header(who, bucket, **push)
+            why = self.rounds.refusal(session(who, life), header)
+            if why is not None:
+                effects.append(f"refused: {why}")
+            else:
+                name = session(who, life)
+                effects += self._out(self.rounds.pushed(name, header, self.now, bad or None))
+        return effects
+
+    def header(self, who: int, bucket: int, **push: Any) -> wire.Push:
+        current = self.rounds.round
+        member = current.members.get(who) if current else None
+        usual = {
+            "round": current.number if current else 0,
+            "bucket": bucket,
+            "samples": member.samples if member else 10,
+        }
+        return wire.Push(**{**usual, **push})
+
+    def relinked(self, who: int) -> list[str]:
+        return self._out(self.rounds.relinked(session(who), self.now))
+
+    def behind(self, who: int) -> list[str]:
+        return self._out(self.rounds.behind(session(who), self.now))
+
+    def leave(self, who: int, reason: str = "it was stopped") -> list[str]:
+        return self._out(self.rounds.leave(session(who), reason, self.now))
+
+    def adopted(self, who: int, number: int, life: str = "") -> list[str]:
+        return self._out(self.rounds.adopted(session(who, life), number, self.now))
+
+    def route(self, who: int, m: Any) -> tuple[str | None, list[str]]:
+        goal, effects = self.rounds.route(session(who), m, self.now)
+        return goal, self._out(effects)
+
+    def stands(self, who: int, step: int) -> list[str]:
+        return self._out(self.rounds.stands(session(who), step, self.now))
+
+    def stop(self, reason: str = "Ctrl-C", *, error: bool = False) -> list[str]:
+        return self._out(self.rounds.stop(reason, self.now, error=error))
+
+    def tick(self, now: float, *alive: int) -> list[str]:
+        """Time passes; `alive` are heard just before."""
+        self.now = now
+        for who in alive:
+            self.rounds.seen(session(who), now)
+        return self._out(self.rounds.tick(now))
+
+    # ------------------------------------------------------------------ short cuts
+
+    def observer(self) -> Run:
+        """The observer is here, and is the origin."""
+        self.hello(0)
+        self.join(0)
+        return self
+
+    def workers(self, *numbers: int, samples: int = 100, batch: int = 10) -> Run:
+        """These workers are here, stand where the log stands, and are ready."""
+        for who in numbers:
+            self.hello(who)
+        for who in numbers:
+            self.join(who)
+            self.snapshot(who)
+        for who in numbers:
+            self.ready(who, samples=samples, batch=batch)
+        return self
+
+    def snapshot(self, who: int, life: str = "") -> list[str]:
+        """The snapshot under way, if it is for this worker, is taken."""
+        under_way = self.rounds.snapshot
+        if under_way is None or under_way.joiner != session(who, life):
+            return []
+        return self.adopted(who, under_way.number, life)
+
+    def all_seen(self) -> None:
+        for name in self.rounds.peers:
+            self.rounds.seen(name, self.now)
+
+    @property
+    def ledger(self) -> Ledger:
+        assert self.rounds.ledger is not None
+        return self.rounds.ledger
+
+    def sums(self) -> str:
+        """The ledger in words: done, partly and skipped samples, and ranges that wait."""
+        state = self.ledger.state()
+        names = ", ".join(f"{state[k]} {k}" for k in ("done", "partly", "skipped"))
+        return f"{names}; waiting {spans(self.ledger._waiting)}"
+
+    def _out(self, effects: list[rounds.Effect]) -> list[str]:
+        self.closes += [e.close for e in effects if isinstance(e, rounds.Closed)]
+        return [told(e) for e in effects]
