@@ -4,7 +4,7 @@
 # upper-case ones (ID, ARGS, PYTHON) are read here.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo server worker test check bench format constraints clean
+.PHONY: help setup demo server worker test check bench profile format constraints clean
 
 VENV_PYTHON := .venv/bin/python
 READY := .venv/.ready
@@ -37,6 +37,9 @@ check: $(READY) ## formatting, lint and types
 
 bench: $(READY) ## measure beside DDP with gloo (QUICK=1: under 3 minutes; ARGS='--only links')
 	@exec $(VENV_PYTHON) -m benchmarks.bench $(if $(QUICK),--quick) $(ARGS)
+
+profile: $(READY) ## where a step's time goes: a table, and trace.json in the run folder
+	@$(RUN) paramserver.launch profile $(ARGS)
 
 format: $(READY) ## bring all files into shape
 	.venv/bin/ruff format .

@@ -18,7 +18,7 @@ from typing import Any
 
 import msgspec
 
-from paramserver import runfolder, wire
+from paramserver import runfolder, trace, wire
 from paramserver.config import exit_on_user_error, load, save, to_wire
 from paramserver.display import Display, Status, WorkerStatus
 from paramserver.errors import UserError
@@ -277,6 +277,7 @@ def summarize(server: Server, show: Show, end: wire.End) -> dict[str, Any]:
 
 def serve(settings: Settings) -> int:
     """Run a server with its observer to the end of the run; the exit code."""
+    trace.begin("server")
     hosts = [LOOPBACK]
     if settings.host_ip in ("0.0.0.0", "::"):
         hosts = [settings.host_ip]  # every address, loopback among them
@@ -325,10 +326,10 @@ def _write_results(show: Show, summary: dict[str, Any], end: wire.End) -> None:
     if show.steps:
         from paramserver import curves
 
-        try:
-            curves.draw(show.folder.metrics, show.folder.curves, f"run {show.folder.path.name}")
-        except OSError as e:
-            show.say(f"{show.folder.curves} was not written: {e}")
+        title = f"run {show.folder.path.name}"
+        problem = curves.draw(show.folder.metrics, show.folder.curves, title)
+        if problem is not None:
+            show.say(problem)
     show.say(f"the run is over at step {end.step}: {end.reason}")
     show.display.summary({**summary, "workers": summary["per_worker"]}, str(show.folder.path))
     show.display.close()

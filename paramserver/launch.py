@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 import signal
 import subprocess
@@ -10,6 +12,10 @@ import tempfile
 import time
 from pathlib import Path
 
+from rich.console import Console
+from rich.table import Table
+
+from paramserver import trace
 from paramserver.config import exit_on_user_error, load
 from paramserver.errors import UserError
 from paramserver.runfolder import latest
@@ -18,6 +24,7 @@ from paramserver.schema import scope
 DEMO = {"dataset.name": "digits", "num_epochs": "15", "num_workers": "2", "eval_steps": "100"}
 """What the demo sets, unless the command line says otherwise."""
 WORKERS_PATIENCE_S = 10.0
+PARTS_OF_A_STEP = ("load", "compute", "encode", "send", "wait", "decode", "optimizer")
 PATIENCE_S = 120.0  # an orderly end takes the observer's last evaluation and upload
 
 
@@ -95,11 +102,40 @@ def _watch(
     return server.returncode
 
 
+def profile(arguments: list[str]) -> int:
+    """A short demo that is traced: a table of where a worker's step goes, and trace.json."""
+    given = {a.partition("=")[0] for a in arguments}
+    chosen = {"num_epochs": "5", "eval_steps": "0", "wandb.mode": "disabled"}
+    arguments = [f"{k}={v}" for k, v in chosen.items() if k not in given] + arguments
+    with tempfile.TemporaryDirectory(prefix="paramserver-trace-") as traces:
+        os.environ[trace.VARIABLE] = traces
+        code = demo(arguments)
+        parts = [json.loads(p.read_text()) for p in sorted(Path(traces).glob("*.json"))]
+    folder = latest(Path(load(arguments, "server").settings.run_dir))
+    if code == 0 and folder is not None:
+        table = Table(title="milliseconds of a step, by what they went into")
+        table.add_column("process")
+        for name in PARTS_OF_A_STEP:
+            table.add_column(name, justify="right")
+        for events in parts:
+            process = events[0]["args"]["name"]
+            if process.startswith("worker"):
+                times = trace.own_times(events)
+                steps = sum(e["name"] == "wait" for e in events) or 1
+                row = [f"{1000 * times.get(n, 0.0) / steps:.3f}" for n in PARTS_OF_A_STEP]
+                table.add_row(process, *row)
+        Console().print(table)
+        path = folder.path / "trace.json"
+        path.write_text(json.dumps({"traceEvents": [e for events in parts for e in events]}))
+        print(f"every span of every process: {path} (open it at ui.perfetto.dev)")
+    return code
+
+
 def main() -> None:
     with exit_on_user_error():
-        commands = {"demo": demo}
+        commands = {"demo": demo, "profile": profile}
         if len(sys.argv) < 2 or sys.argv[1] not in commands:
-            raise UserError("what shall be launched?", "python -m paramserver.launch demo")
+            raise UserError("what shall be launched?", "python -m paramserver.launch demo|profile")
 
         def stop(number: int, frame: object) -> None:
             raise KeyboardInterrupt

@@ -330,7 +330,9 @@ class Rounds:
         peer = self.peers[session]
         self._take_out(peer, "joined again", now)
         peer.join, peer.state = message, WAITING
-        if self.layout is not None:
+        if not self.knows(message.step, message.lineage):
+            self._choose_origin()
+        if self.layout is not None and peer.state == WAITING:
             self._admit(peer)
         self._progress(now)
         return self._out()
@@ -880,9 +882,11 @@ class Rounds:
         if self.round is not None:
             if len(self.round.finished) < self._buckets:
                 return
-            close = self._settle(now)
+            close, before = self._settle(now), len(self._effects)
             following = self._try_open(now)
-            self._effects.append(Closed(msgspec.structs.replace(close, open=following)))
+            # Told before what follows from it: who gives a snapshot of this step must have it.
+            closed = Closed(msgspec.structs.replace(close, open=following))
+            self._effects.insert(before, closed)
             self._say_late(close)
         elif (following := self._try_open(now)) is not None:
             self._effects.append(Publish(following))
@@ -965,7 +969,7 @@ class Rounds:
 
     def _try_open(self, now: float) -> Open | None:
         """Open the next round, or start a snapshot, if something stands in the way of neither."""
-        if self.snapshot is not None or self.round is not None:
+        if self.snapshot is not None or self.round is not None or self._everything_done():
             return None
         ready = self.workers_ready()
         may_open = self._enough(ready, now)

@@ -20,7 +20,7 @@ import msgspec
 import torch
 import zmq
 
-from paramserver import arena, rounds, sockets, wire
+from paramserver import arena, rounds, sockets, trace, wire
 from paramserver.bucket import FLOAT32_BYTES, Plan, plan
 from paramserver.codec import fresh
 from paramserver.errors import PeerError
@@ -405,6 +405,11 @@ class Server:
                 raise PeerError(f"your outbox cannot be used: {e}") from None
 
     def _push(self, session: str, push: wire.Push, buffers: list[Any], now: float) -> None:
+        worker = self.rounds.peers[session].id
+        with trace.span(f"bucket of worker {worker}", bucket=push.bucket, round=push.round):
+            self._take_push(session, push, buffers, now)
+
+    def _take_push(self, session: str, push: wire.Push, buffers: list[Any], now: float) -> None:
         outbox = self._outboxes.get(session)
         if push.places:
             if outbox is None:
@@ -489,7 +494,8 @@ class Server:
 
     def _finish(self, effect: rounds.Finish) -> None:
         assert self._mean is not None
-        buffers, scale = self._mean.finish(effect.bucket, effect.samples, effect.absent)
+        with trace.span("average", bucket=effect.bucket):
+            buffers, scale = self._mean.finish(effect.bucket, effect.samples, effect.absent)
         average = wire.Average(
             nonce=self.nonce,
             round=effect.round,

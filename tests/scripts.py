@@ -95,7 +95,7 @@ def but_words(effects: list[str]) -> list[str]:
 
 
 def session(who: int, life: str = "") -> str:
-    return f"w{who}{life}" if who else "obs"
+    return f"w{who}{life}" if who else f"obs{life}"
 
 
 class Run:
@@ -147,7 +147,9 @@ class Run:
     def unready(self, who: int) -> list[str]:
         return self._out(self.rounds.unready(session(who), self.now))
 
-    def push(self, who: int, *buckets: int, life: str = "", bad: str = "", **push: Any) -> list[str]:
+    def push(
+        self, who: int, *buckets: int, life: str = "", bad: str = "", **push: Any
+    ) -> list[str]:
         """Push these buckets of this worker's lease in the open round, or all of them."""
         effects: list[str] = []
         for bucket in buckets or range(self.buckets):

@@ -268,6 +268,11 @@ def groups(seed: int) -> Setup:
     return Setup(model, Adam(each, lr=0.01, eps=1e-3))
 
 
+def adam(seed: int) -> Setup:
+    model = drawn(PERCEPTRON, seed)
+    return Setup(model, Adam(model.parameters(), lr=0.01))
+
+
 def scheduled(seed: int) -> Setup:
     setup = sgd(PERCEPTRON)(seed)
     setup.attach["scheduler"] = StepLR(setup.optimizer, step_size=4, gamma=0.5)
@@ -364,14 +369,18 @@ def test_a_data_set_of_another_length_is_refused() -> None:
             served.wait(crew.start(2))
 
 
-def test_another_optimizer_is_refused() -> None:
+@pytest.mark.parametrize("make", [groups, adam, sgd(PERCEPTRON, clip_norm=1.0), scheduled])
+def test_another_way_from_gradient_to_weights_is_refused(make: Make) -> None:
+    """Another optimizer, clipping or schedule: replicas would drift apart."""
     with Served(num_workers=2, num_epochs=1) as served:
-        crew = Crew(served, perceptron, Noise(32))
-        crew.start(1)
+        crew = Crew(served, sgd(PERCEPTRON), Noise(32))
+        first = crew.start(1)
         served.until(lambda: served.server.rounds.layout is not None)
-        crew.make = groups
-        with pytest.raises(UserError, match="does not fit this worker's model or optimizer"):
+        crew.make = make
+        with pytest.raises(UserError, match="optimizer|clip_norm|schedule"):
             served.wait(crew.start(2))
+        served.server.stop("enough")
+        served.wait(first)
 
 
 def test_a_worker_id_is_given_to_one_process_at_a_time() -> None:

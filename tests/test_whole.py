@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,15 +19,18 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from torch.optim import Adam
-from whole import LOOPBACK, Monitor, Program, Run, Served, ipc_folders
+from whole import LOOPBACK, Monitor, Program, Run, Served, free_port, ipc_folders
 
 import workers
+from paramserver.__main__ import main as server_main
 from paramserver.runfolder import RunFolder
 from workers import checkpoint, data, models
+from workers.__main__ import main as worker_main
 
 SAMPLES = 4000  # digits to train on
 BATCH = 16
-STEPS = SAMPLES // (2 * BATCH)  # of one epoch with two workers
+EPOCHS = 2
+STEPS = EPOCHS * SAMPLES // (2 * BATCH)  # with two workers
 CHECKED_STEP = 100
 MODEL = {"type": "SimpleNN", "input_dim": 784, "hidden": 16, "out": 10, "activation": "relu"}
 SEED = 42
@@ -61,7 +63,7 @@ def all_ended_well(*programs: Program) -> None:
 
 @pytest.fixture(scope="module")
 def ordinary(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Run, dict[str, Any]]]:
-    """One epoch of two workers, which start before their server; what was seen on the way."""
+    """A run of two workers, which start before their server; what was seen on the way."""
     seen: dict[str, Any] = {}
     with Run(tmp_path_factory.mktemp("ordinary")) as run:
         crew = [run.worker(number) for number in (1, 2)]
@@ -69,10 +71,10 @@ def ordinary(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Run, di
             worker.wait_for(f"waiting for a server at {LOOPBACK}:{run.port}")
         server = run.server(
             f"batch_size={BATCH}",
-            "num_epochs=1",
+            f"num_epochs={EPOCHS}",
             "deterministic=true",
             f"checkpoint_steps={CHECKED_STEP}",
-            "eval_steps=50",
+            "eval_steps=100",
         )
         server.wait_for("the first state comes from the observer")
         seen["ipc"] = ipc_folders(server)
@@ -89,7 +91,7 @@ def test_a_run_ends_by_itself_in_order(ordinary: Ordinary) -> None:
     assert seen["codes"] == [0, 0, 0], seen["server"]
     assert run.summary()["end"] == "all epochs are done"
     assert run.summary()["steps"] == STEPS
-    assert all("the run is over at step 125" in output for output in seen["crew"])
+    assert all(f"the run is over at step {STEPS}" in output for output in seen["crew"])
 
 
 def test_two_workers_equal_one_process_with_twice_the_batch(ordinary: Ordinary) -> None:
@@ -127,9 +129,9 @@ def test_every_sample_is_done_once(ordinary: Ordinary) -> None:
     run, _ = ordinary
     summary = run.summary()
     counted = [summary[f"samples_{how}"] for how in ("done", "partly", "skipped")]
-    assert counted == [SAMPLES, 0, 0]
-    assert summary["samples"] == sum(line["samples"] for line in run.steps()) == SAMPLES
-    assert {w["id"]: w["samples"] for w in summary["per_worker"]} == {1: 2000, 2: 2000}
+    assert counted == [EPOCHS * SAMPLES, 0, 0]
+    assert summary["samples"] == sum(line["samples"] for line in run.steps()) == EPOCHS * SAMPLES
+    assert {w["id"]: w["samples"] for w in summary["per_worker"]} == {1: SAMPLES, 2: SAMPLES}
 
 
 def test_the_run_folder_holds_what_is_promised(ordinary: Ordinary) -> None:
@@ -138,7 +140,7 @@ def test_the_run_folder_holds_what_is_promised(ordinary: Ordinary) -> None:
     names = {"config.yaml", "metrics.jsonl", "summary.json", "curves.png", "model.safetensors"}
     assert names | {"checkpoints", "observer.log"} <= {path.name for path in folder.iterdir()}
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if "val_loss" in line] == [50, 100, STEPS]
+    assert [line["step"] for line in lines if "val_loss" in line] == [100, 200, STEPS]
     assert [line["step"] for line in run.steps()] == list(range(1, STEPS + 1))
     assert all(line["workers"] == [1, 2] and line["late"] == [] for line in run.steps())
 
@@ -156,13 +158,15 @@ def test_a_run_that_is_interrupted_and_resumed_ends_as_if_it_was_not(
     ordinary: Ordinary, tmp_path: Path
 ) -> None:
     """Ctrl-C on the server ends all programs in order; resume=latest takes up the very place."""
-    settings = [f"batch_size={BATCH}", "num_epochs=1", "deterministic=true", "eval_steps=0"]
+    settings = [f"batch_size={BATCH}", f"num_epochs={EPOCHS}", "deterministic=true"]
     with Run(tmp_path) as run:
         with Monitor(run.port) as monitor:
             server, *crew = run.server(*settings), run.worker(1), run.worker(2)
             monitor.until(lambda close: close.step >= 30)
+            folders = ipc_folders(server)
             server.send(signal.SIGINT)
         all_ended_well(server, *crew)
+        assert not any(folder.exists() for folder in folders)
         interrupted = run.summary()
         assert interrupted["end"] == "stopped by SIGINT"
         assert 30 <= interrupted["steps"] < STEPS, "interrupted too late to prove anything"
@@ -179,7 +183,7 @@ def test_a_run_that_is_interrupted_and_resumed_ends_as_if_it_was_not(
         assert len(run.runs) == 2
     assert run.steps()[0]["step"] == interrupted["steps"] + 1
     assert summary["steps"] == STEPS
-    assert summary["samples_done"] == SAMPLES
+    assert summary["samples_done"] == EPOCHS * SAMPLES
     assert summary["digest"] == ordinary[0].summary()["digest"]
     assert summary["replicas_equal"] is True
 
@@ -318,74 +322,109 @@ def test_five_lines_make_ones_own_loop_a_worker(tmp_path: Path) -> None:
 # ----------------------------------------------------------------------- mistakes that people make
 
 
-class Mistakes:
-    """Commands that cannot work, all started at once, and what they meet."""
-
-    def __init__(self, run: Run) -> None:
-        (run.folder / "a_file").touch()
-        self.run = run
-        self.taken = socket.create_server((LOOPBACK, 0))
-        self.busy = Served(num_workers=9)  # waits for more workers than will ever come
-        self.holder = workers.join(port=self.busy.port, worker_id=1, say=self.busy.say)
-        no_network = dict.fromkeys(("http_proxy", "https_proxy"), f"http://{LOOPBACK}:9")
-        port = f"port={self.busy.port}"
-        self.commands = {
-            "port": run.server(f"port={self.taken.getsockname()[1]}"),
-            "folder": run.server("run_dir=a_file"),
-            "name": run.server("learning_rat=0.1"),
-            "data": run.server("dataset.name=MNIST", f"dataset.root={run.folder}", **no_network),
-            "nobody": run.worker(1, "join_timeout=0.2"),
-            "id": run.worker(1, port),
-            "range": run.worker(65, port),
-            "override": run.worker(2, port, "learning_rate=0.5"),
-            "servers own": run.worker(3, port, "checkpoint_steps=5"),
-            "device": run.worker(4, port, "device=cuda:7"),
-        }
-
-    def close(self) -> None:
-        self.taken.close()
-        self.holder.leave()
-        with self.busy:
-            pass
-
-
 @pytest.fixture(scope="module")
-def mistakes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mistakes]:
-    with Run(tmp_path_factory.mktemp("mistakes")) as run:
-        made = Mistakes(run)
-        try:
-            for program in made.commands.values():
-                program.end()
-        finally:
-            made.close()
-        yield made
+def busy() -> Iterator[Served]:
+    """A server that waits for more workers than there are: worker 1 is taken."""
+    with (
+        Served(num_workers=9) as served,
+        workers.join(port=served.port, worker_id=1, say=served.say),
+    ):
+        yield served
 
 
+def test_a_port_that_is_taken_is_told_with_its_owner(busy: Served, tmp_path: Path) -> None:
+    with Run(tmp_path) as run:
+        server = run.server(f"port={busy.port}")
+        assert server.end() == 2, server.output
+    assert f"error: port {busy.port} is taken by pid {os.getpid()} (" in server.output
+    assert "Traceback" not in server.output
+    assert run.runs == []
+
+
+def test_a_worker_id_that_is_taken_is_told_with_its_owner(busy: Served, tmp_path: Path) -> None:
+    with Run(tmp_path) as run:
+        worker = run.worker(1, f"port={busy.port}")
+        assert worker.end() == 2, worker.output
+    assert f"error: worker id 1 is taken by pid {os.getpid()} on " in worker.output
+    assert "Traceback" not in worker.output
+
+
+def test_data_that_are_nowhere_end_the_run_with_the_observers_words(tmp_path: Path) -> None:
+    no_network = dict.fromkeys(("http_proxy", "https_proxy"), f"http://{LOOPBACK}:9")
+    with Run(tmp_path) as run:
+        server = run.server("dataset.name=MNIST", f"dataset.root={tmp_path}/data", **no_network)
+        assert server.end() == 2, server.output
+    error = server.output[server.output.index("error: ") :]
+    assert f"MNIST is not in {tmp_path}/data and cannot be downloaded there" in error
+    assert "dataset.name=digits" in error
+    assert f"{tmp_path}/data/MNIST/raw" in error
+    assert "Traceback" not in server.output
+
+
+@pytest.fixture
+def signals_kept() -> Iterator[None]:
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("signals_kept")
 @pytest.mark.parametrize(
-    ("name", "words"),
+    ("program", "setting", "words"),
     [
-        ("port", [f"is taken by pid {os.getpid()} (", "port="]),
-        ("folder", ["cannot make a run folder in", "a_file", "run_dir="]),
-        ("name", ["learning_rat", "did you mean learning_rate"]),
-        ("data", ["MNIST is not in", "cannot be downloaded", "dataset.name=digits"]),
-        ("nobody", ["no server answered at 127.0.0.1:", "within 0.2 s", "make server"]),
-        ("id", [f"worker id 1 is taken by pid {os.getpid()} on ", "make worker ID="]),
-        ("range", ["worker id 65 is out of range: ids run from 1 to 64"]),
-        ("override", ["learning_rate is 0.5", "the run has 0.001"]),
-        ("servers own", ["checkpoint_steps belongs to the server"]),
-        ("device", ["device=cuda:7 is not on this machine", "cpu"]),
+        ("server", "learning_rat=0.1", ["unknown setting", "did you mean `learning_rate`"]),
+        ("server", "run_dir={file}", ["cannot make a run folder in {file}", "run_dir="]),
+        ("server", "resume=latest", ["no checkpoint to resume in", "run_dir"]),
+        ("server", "host_ip=192.0.2.1", ["192.0.2.1", "this host has no such address"]),
+        ("worker", "learning_rat=0.1", ["unknown setting", "did you mean `learning_rate`"]),
+        ("worker", "checkpoint_steps=5", ["checkpoint_steps belongs to the server"]),
+        ("worker", "id=65", ["worker id 65 is out of range: ids run from 1 to 64"]),
+        ("worker", "id=0", ["id", "1"]),
+        ("worker", "learning_rate=0.5", ["learning_rate is 0.5", "the run has 0.001"]),
+        ("worker", "model.hidden=64", ["model.hidden is 64", "the run has 128"]),
+        ("worker", "device=cuda:7", ["device=cuda:7 is not on this machine", "there is: "]),
     ],
 )
 def test_a_mistake_is_told_in_words_with_exit_code_2(
-    mistakes: Mistakes, name: str, words: list[str]
+    busy: Served,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    program: str,
+    setting: str,
+    words: list[str],
 ) -> None:
-    program = mistakes.commands[name]
-    assert program.process.returncode == 2, program.output
-    assert "Traceback" not in program.output
-    error = program.output[program.output.index("error: ") :]
-    assert all(word.lower() in error.lower() for word in words), error
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "a_file"
+    file.touch()
+    port = free_port() if program == "server" else busy.port
+    arguments = ["id=2"] * (program == "worker") + [f"port={port}", setting.format(file=file)]
+    monkeypatch.setattr(sys, "argv", ["program", *arguments])
+    with pytest.raises(SystemExit) as end:
+        (worker_main if program == "worker" else server_main)()
+    assert end.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    for word in words:
+        assert word.format(file=file).lower() in error.lower()
+    assert list(tmp_path.rglob("*")) in (
+        [file],
+        [file, tmp_path / "runs"],
+        [tmp_path / "runs", file],
+    )
 
 
-def test_mistakes_leave_no_run_behind(mistakes: Mistakes) -> None:
-    """But for the one whose data were missing: that was found out in the run."""
-    assert len(mistakes.run.runs) == 1
+@pytest.mark.usefixtures("signals_kept")
+def test_no_server_before_the_deadline_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    port = free_port()
+    monkeypatch.setattr(sys, "argv", ["program", "id=1", f"port={port}", "join_timeout=0.2"])
+    with pytest.raises(SystemExit) as end:
+        worker_main()
+    assert end.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: no server answered at {LOOPBACK}:{port} within 0.2 s")
+    assert "make server" in error and "join_timeout=" in error

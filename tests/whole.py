@@ -179,7 +179,7 @@ class Run:
     @property
     def runs(self) -> list[Path]:
         """The run folders, oldest first."""
-        return sorted((self.folder / "runs").iterdir())
+        return sorted((self.folder / "runs").glob("*"))
 
     def summary(self) -> dict[str, Any]:
         """summary.json of the newest run."""

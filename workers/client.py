@@ -23,7 +23,7 @@ import msgspec
 import torch
 import zmq
 
-from paramserver import arena, sockets, wire
+from paramserver import arena, sockets, trace, wire
 from paramserver.bucket import FLOAT32_BYTES
 from paramserver.codec import fresh
 from paramserver.errors import PeerError, RunLost, UserError
@@ -299,6 +299,10 @@ class Client:
 
     def push(self, push: wire.Push, buffers: list[Any]) -> None:
         """Send one bucket; the buffers belong to the server or to ZeroMQ from now on."""
+        with trace.span("send", bucket=push.bucket):
+            self._send_push(push, buffers)
+
+    def _send_push(self, push: wire.Push, buffers: list[Any]) -> None:
         if self._outbox is not None:
             places = tuple(filter(None, map(self._outbox.place, buffers)))
             if len(places) == len(buffers):
@@ -504,13 +508,15 @@ class Client:
         if isinstance(effect, follow.Take):
             if effect.first:
                 replica.forget_averages()
-            replica.take(effect.average, buffers)
+            with trace.span("decode", bucket=message.bucket):
+                replica.take(effect.average, buffers)
             if isinstance(message, wire.Shared) and not self._still_there(message):
                 f.lost(message.bucket)
         elif isinstance(effect, follow.Apply):
             if effect.first:
                 replica.forget_averages()
-            replica.apply(effect.close)
+            with trace.span("optimizer", step=effect.close.step):
+                replica.apply(effect.close)
             f.applied(effect.close)
             if self.on_close is not None:
                 self.on_close(effect.close)

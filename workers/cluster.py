@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from paramserver import wire
+from paramserver import trace, wire
 from paramserver.bucket import Bucket
 from paramserver.errors import RunLost, UserError
 from paramserver.feedback import Feedback
@@ -76,6 +76,7 @@ class Cluster:
         self._lease: Lease | None = None
         self._stepped = True  # step() was called for it
         self._sent = 0  # buckets of its gradient
+        self._computing = 0  # since when; for a trace
         self._loss: float | Tensor | None = None
         self._waiting_s = 0.0
         self._prefetch: Callable[[], None] | None = None
@@ -168,9 +169,11 @@ class Cluster:
                 ahead.clear()
                 if self._prefetch is not None:
                     self._prefetch()
-                data = loading.result() if loading else load(shuffled.indices(lease))
+                with trace.span("load"):
+                    data = loading.result() if loading else load(shuffled.indices(lease))
                 self._gradients.begin()
                 self._stepped, self._sent = False, 0
+                self._computing = trace.now()
                 yield data
                 if not self._stepped:
                     raise UserError(
@@ -214,7 +217,8 @@ class Cluster:
         """A bucket of this step's gradient is complete: encode and send it, look what came in."""
         assert self._lease is not None and self._replica is not None
         assert self._feedback is not None
-        buffers, scale = self._feedback.encode(bucket, values, absent)
+        with trace.span("encode", bucket=bucket.index):
+            buffers, scale = self._feedback.encode(bucket, values, absent)
         self._sent += 1
         last = self._sent == len(self._replica.plan.buckets)
         loss = self._loss  # turned into a number once: that waits for the device
@@ -244,8 +248,9 @@ class Cluster:
                 "call it once for every batch that batches() gives",
             )
         self._gradients.flush()
+        trace.done("compute", self._computing, round=self._round)
         self._stepped, self._loss = True, None
-        client = self.client
+        client, waiting = self.client, trace.now()
         start = time.perf_counter()
         client.wait(
             lambda: (
@@ -255,6 +260,7 @@ class Cluster:
             ),
             f"for the averages of round {self._round}",
         )
+        trace.done("wait", waiting, round=self._round)
         self._feedback.settled(self._taken)
         self._taken = ()
         self._waiting_s += time.perf_counter() - start

@@ -16,7 +16,7 @@ from pathlib import Path
 import msgspec
 import torch
 
-from paramserver import wire
+from paramserver import trace, wire
 from paramserver.config import exit_on_user_error
 from paramserver.errors import UserError
 from paramserver.runfolder import RunFolder
@@ -220,6 +220,7 @@ def main() -> None:
         line = sys.stdin.readline()
         if not line:
             raise UserError("the observer is started by the server", "make server starts both")
+        trace.begin("observer")
         observer = Observer(msgspec.json.decode(line, type=Orders))
 
         def watch_pipe() -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from torch import nn
 
-from paramserver import sockets
+from paramserver import sockets, trace
 from paramserver.config import check_worker_overrides, from_wire
 from paramserver.errors import UserError
 from paramserver.settings import Settings
@@ -34,6 +34,7 @@ def train(settings: Settings, given: dict[str, object], say: Callable[[str], Non
         check_worker_overrides(given, run)
         device = recipe.choose_device(run.device)
         recipe.set_threads(run.threads, run.num_workers if sockets.is_local(host) else 1)
+        trace.begin(f"worker {cluster.worker_id}")
         say(f"worker {cluster.worker_id} of a run at {host}:{settings.port}, on {device}")
 
         recipe.tell_downloads(say)

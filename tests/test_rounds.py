@@ -1,0 +1,1090 @@
+"""The server's mind, as scripts of events and the exact effects that follow (see `scripts`)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from scripts import LAYOUT, NONCE, Run, but_words, session
+
+from paramserver import wire
+from paramserver.ledger import Ledger
+from paramserver.rounds import REPLICA, Add, Finish, Rounds, Rules, Say, Send
+
+# ----------------------------------------------------------------------------- the first state
+
+
+def test_workers_wait_for_the_observer_whose_state_is_the_runs() -> None:
+    run = Run()
+    assert run.hello(1) == ["# worker 1 (pi) is here"]
+    assert run.join(1) == []
+    assert "waiting for the observer" in run.rounds.phase(0.0)
+    assert run.hello(0) == []
+    assert run.join(0) == [
+        "start at step 0",
+        "obs <- origin at step 0",
+        "# the first state comes from the observer, at step 0",
+        "w1 <- adopt at step 0",
+        "obs <- give 1 of step 0",
+    ]
+    assert run.adopted(1, 1) == ["# worker 1 (pi) took a snapshot of step 0"]
+
+
+def test_without_an_observer_the_first_to_join_is_the_origin() -> None:
+    run = Run(observer=False)
+    run.hello(2)
+    run.hello(1)
+    assert "the first worker" in run.rounds.phase(0.0)
+    assert but_words(run.join(2)) == ["start at step 0", "w2 <- origin at step 0"]
+    assert but_words(run.join(1)) == ["w1 <- adopt at step 0", "w2 <- give 1 of step 0"]
+
+
+def test_effects_are_plain_values() -> None:
+    run = Run()
+    run.hello(1)
+    assert run.rounds.ready("w1", wire.Ready(samples=1, batch_size=1), 0.0) == [
+        Send("w1", wire.Reject("ready before joining"))
+    ]
+    assert run.rounds.leave("w1", "bye", 0.0)[0] == Say("worker 1 (pi) left: bye")
+
+
+def test_an_origin_that_resumes_brings_step_and_ledger() -> None:
+    before = Ledger(100, 1)
+    for _ in range(3):
+        lease = before.lease(10)
+        assert lease is not None
+        before.settle(lease, "done")
+    before.lease(10)
+    run = Run()
+    run.hello(0)
+    assert but_words(run.join(0, step=3, lineage="old", ledger=before.state())) == [
+        "start at step 3",
+        "obs <- origin at step 3",
+    ]
+    run.workers(1, 2)
+    assert run.sums() == "30 done, 0 partly, 0 skipped; waiting nothing"
+    opened = run.rounds.open_message()
+    assert opened is not None and opened.step == 3 and opened.lineage == "old"
+    assert opened.leases == {1: ((0, 30, 40), (0, 50, 60)), 2: ((0, 40, 50), (0, 60, 70))}
+
+
+def test_a_garbled_ledger_is_no_beginning_but_the_next_one_may_be() -> None:
+    run = Run()
+    run.hello(0)
+    [answer] = run.join(0, ledger={"samples": 5})
+    assert answer.startswith("obs <- reject: the checkpoint's ledger cannot be right")
+    assert but_words(run.join(0)) == ["start at step 0", "obs <- origin at step 0"]
+
+
+def test_a_model_without_parameters_is_no_beginning() -> None:
+    run = Run()
+    run.hello(0)
+    [answer] = run.join(0, layout=wire.Layout(()))
+    assert answer == "obs <- reject: the model cannot be trained: there is nothing to train in it"
+    assert run.rounds.layout is None
+
+
+def test_who_holds_the_state_follows_and_any_other_adopts() -> None:
+    run = Run().observer()
+    for who in (1, 2):
+        run.hello(who)
+    assert but_words(run.join(1, lineage="fresh obs")) == ["w1 <- follow at step 0"]
+    assert but_words(run.join(2)) == ["w2 <- adopt at step 0", "obs <- give 1 of step 0"]
+
+
+def test_a_first_state_that_is_lost_before_an_update_is_replaced() -> None:
+    run = Run().observer()
+    run.hello(1)
+    run.join(1)
+    assert but_words(run.leave(0)) == [
+        "w1 <- abort 1: the observer left",
+        "forget obs",
+    ]
+    assert but_words(run.join(1)) == ["w1 <- adopt at step 0"]
+    assert run.rounds.phase(0.0) == "waiting for a replica that stands at step 0: nobody here does"
+    run.hello(0, "b")
+    assert but_words(run.join(0, "b")) == [
+        "start at step 0",
+        "obsb <- origin at step 0",
+        "w1 <- adopt at step 0",
+        "obsb <- give 2 of step 0",
+    ]
+    assert not run.rounds.knows(0, "fresh obs")
+
+
+def test_after_an_update_a_new_replica_is_never_the_origin() -> None:
+    run = Run(observer=False).workers(1, 2)
+    run.push(1), run.push(2)
+    run.leave(1), run.leave(2)
+    run.hello(3)
+    assert but_words(run.join(3)) == ["w3 <- adopt at step 1"]
+    assert "nobody here does" in run.rounds.phase(0.0)
+
+
+# ----------------------------------------------------------------------------- who belongs
+
+
+def test_an_id_is_taken_while_its_holder_can_be_reached() -> None:
+    run = Run()
+    run.hello(2)
+    run.now = 3.0
+    assert run.hello(2, "b") == [
+        "no: worker id 2 is taken by pid 100 on pi (last seen 3.0 s ago)",
+    ]
+    assert run.hello(2, "b", reachable=False) == ["forget w2", "# worker 2 (pi) is here"]
+
+
+def test_the_same_process_may_greet_again() -> None:
+    run = Run().observer().workers(1, 2)
+    run.push(1, 0)
+    effects = run.hello(1, "b", nonce="process of w1")
+    assert effects == ["forget w1", "# worker 1 (pi) is here"]
+    assert but_words(run.push(2)) == [
+        "add 2.0 x10",
+        "average 1.0 of 20",
+        "add 2.1 x10",
+        "average 1.1 of 10",
+        "close 1 to step 1, in it 1:10 2:10, late 1 (greeted again); "
+        "open 2 at step 1 for 2: 0/30-40 0/20-30",
+    ]
+    assert run.sums() == "10 done, 10 partly, 0 skipped; waiting nothing"
+
+
+def test_ids_are_given_and_have_a_range() -> None:
+    run = Run(max_workers=3)
+    assert run.hello(2) == ["# worker 2 (pi) is here"]
+    peer, _, _ = run.rounds.greet("any", 0.0, role="worker", id=None, nonce="n", host="mac", pid=1)
+    assert peer is not None and (peer.id, peer.name) == (1, "worker 1 (mac)")
+    for wrong in (4, -1):
+        [no] = run.hello(wrong)
+        assert no == (f"no: worker id {wrong} is out of range: ids run from 1 to 3 (max_workers)")
+
+
+def test_another_model_is_refused_with_the_difference() -> None:
+    run = Run().observer()
+    run.hello(1)
+    other = wire.Layout((wire.Tensor("weight", (3, 4), "float32"), LAYOUT.tensors[1]))
+    assert run.join(1, layout=other) == [
+        "w1 <- reject: worker 1 (pi) has another model: "
+        "weight is 3x4 float32, the run has 3x2 float32"
+    ]
+    assert run.tick(1.0) == [] and run.rounds.snapshot is None
+
+
+def test_workers_that_came_before_the_origin_are_compared_with_it() -> None:
+    run = Run()
+    run.hello(1)
+    run.join(1, layout=wire.Layout(LAYOUT.tensors[:1]))
+    run.hello(0)
+    assert run.join(0)[-1] == (
+        "w1 <- reject: worker 1 (pi) has another model: bias 3 float32 is missing"
+    )
+
+
+def test_another_data_set_is_refused_and_so_is_an_empty_one() -> None:
+    run = Run().observer().workers(1)
+    run.hello(2)
+    run.join(2)
+    run.snapshot(2)
+    assert run.ready(2, samples=99) == [
+        "w2 <- reject: worker 2 (pi) has a data set of 99 samples, the run has one of 100"
+    ]
+    assert run.ready(2, samples=0) == ["w2 <- reject: a data set without samples"]
+    assert run.ready(2, batch=0) == ["w2 <- reject: a data set without samples"]
+
+
+def test_ready_from_one_who_lost_its_place_is_left_until_it_says_so_again() -> None:
+    run = Run().observer().workers(1, 2)
+    run.behind(2)
+    assert run.ready(2) == []  # it was on its way when the worker was told
+    assert but_words(run.follows(2)) == ["w2 <- follow at step 0"]
+    assert run.ready(2) == []
+    assert [p.id for p in run.rounds.workers_ready()] == [1, 2]
+
+
+def test_ready_without_a_join_and_from_the_observer_is_refused() -> None:
+    run = Run().observer()
+    run.hello(1)
+    assert run.ready(1) == ["w1 <- reject: ready before joining"]
+    assert run.ready(0) == ["obs <- reject: ready before joining"]
+
+
+def test_silence_is_the_end_of_a_peer_and_any_sign_of_life_keeps_it() -> None:
+    run = Run().observer().workers(1, 2)
+    run.push(1)
+    assert run.tick(10.0, 1)[-1].startswith("# round 1 closed with 1 of 2")
+    assert run.tick(10.5, 1)[:3] == [
+        "# the observer is gone: silent for 10.5 s",
+        "forget obs",
+        "# worker 2 (pi) is gone: silent for 10.5 s",
+    ]
+    assert [p.id for p in run.rounds.peers.values()] == [1]
+
+
+# ----------------------------------------------------------------------------- rounds
+
+
+def test_a_round_is_added_averaged_and_closed_bucket_by_bucket() -> None:
+    run = Run().observer()
+    run.workers(1)
+    run.hello(2)
+    run.join(2)
+    run.snapshot(2)
+    assert run.ready(2) == ["all <- open 1 at step 0 for 1: 0/0-10 0/20-30, 2: 0/10-20 0/30-40"]
+    assert run.push(1, 0) == ["add 1.0 x10"]
+    assert run.push(2, 0) == ["add 2.0 x10", "average 1.0 of 20"]
+    assert run.push(2, 1) == ["add 2.1 x10"]
+    assert run.push(1, 1) == [
+        "add 1.1 x10",
+        "average 1.1 of 20",
+        "close 1 to step 1, in it 1:10 2:10; "
+        "open 2 at step 1 for 1: 0/20-30 0/40-50, 2: 0/30-40 0/50-60",
+    ]
+
+
+def test_the_close_names_all_that_a_replica_must_hold() -> None:
+    run = Run().observer().workers(1, 2)
+    run.now = 0.5
+    run.push(1, loss=1.0), run.push(2, loss=2.0)
+    [close] = run.closes
+    assert (close.nonce, close.round, close.step) == (NONCE, 1, 1)
+    assert (close.buckets, close.contributors, close.late) == ((0, 1), {1: 10, 2: 10}, {})
+    assert (close.loss, close.seconds, close.reason, close.partly) == (1.5, 0.5, "", {})
+    assert close.ledger == {
+        "samples": 100,
+        "epochs": 1,
+        "head": (0, 40),
+        "waiting": [(0, 20, 30), (0, 30, 40)],  # a restart would lease them again
+        "done": 20,
+        "partly": 0,
+        "skipped": 0,
+    }
+    assert close.lineage == wire.next_lineage("fresh obs", close) == run.rounds.lineage
+    assert close.open == run.rounds.open_message()
+    assert run.rounds.knows(1, close.lineage) and run.rounds.knows(0, "fresh obs")
+    run.rounds.forget_before(1)
+    assert not run.rounds.knows(0, "fresh obs") and run.rounds.knows(1, close.lineage)
+
+
+def test_averages_and_losses_are_weighted_by_samples() -> None:
+    run = Run(epochs=1).observer().workers(1, 2, samples=14)
+    assert run.push(1, loss=1.0) == ["add 1.0 x10", "add 1.1 x10"]
+    effects = run.push(2, loss=3.5)
+    assert effects[:2] == ["add 2.0 x4", "average 1.0 of 14"]
+    assert run.closes[0].loss == pytest.approx((10 * 1.0 + 4 * 3.5) / 14)
+
+
+def test_a_loss_that_is_no_number_and_one_that_is_not_told_do_not_count() -> None:
+    run = Run().observer().workers(1, 2)
+    run.push(1, loss=math.nan), run.push(2, loss=2.0)
+    run.push(1), run.push(2)
+    assert [c.loss for c in run.closes] == [2.0, None]
+
+
+def test_a_parameter_is_absent_where_nobody_had_a_gradient() -> None:
+    run = Run().observer().workers(1, 2)
+    run.push(1, 0, absent=(0, 1))
+    assert run.push(2, 0, absent=(1,)) == ["add 2.0 x10", "average 1.0 of 20 without (1,)"]
+    run.push(1, 1, absent=(1,))
+    assert run.push(2, 1)[1] == "average 1.1 of 20"
+
+
+def test_a_lease_is_held_two_ahead_and_returned_ones_go_first() -> None:
+    run = Run().observer().workers(1, 2)
+    assert run.rounds.open_message().leases == {  # type: ignore[union-attr]
+        1: ((0, 0, 10), (0, 20, 30)),
+        2: ((0, 10, 20), (0, 30, 40)),
+    }
+    run.leave(2)  # both of its leases come back
+    assert but_words(run.push(1))[-1] == (
+        "close 1 to step 1, in it 1:10, late 2 (left); open 2 at step 1 for 1: 0/20-30 0/10-20"
+    )
+    assert run.sums() == "10 done, 0 partly, 0 skipped; waiting 0/30-40"
+
+
+def test_sums_are_in_the_order_of_ids_where_that_is_asked_for() -> None:
+    run = Run(deterministic=True, num_workers=3).observer().workers(1, 2, 3)
+    assert run.push(3, 0) == []
+    assert run.push(1, 0) == ["add 1.0 x10"]
+    assert run.push(2, 0) == ["add 2.0 x10", "add 3.0 x10", "average 1.0 of 30"]
+    assert run.push(2, 1) == [] and run.push(3, 1) == []
+    assert but_words(run.leave(1)) == [  # its turn passes
+        "add 2.1 x10",
+        "add 3.1 x10",
+        "average 1.1 of 20",
+        "forget w1",
+        "close 1 to step 1, in it 1:10 2:10 3:10, late 1 (left); "
+        "open 2 at step 1 for 2: 0/40-50 0/30-40, 3: 0/50-60 0/60-70",
+    ]
+    run = Run(deterministic=True, timeout=None).observer().workers(1, 2)
+    assert run.rounds.wait_s() == math.inf
+
+
+# ----------------------------------------------------------------------------- who is late
+
+
+def test_after_quorum_and_timeout_a_round_closes_without_the_late() -> None:
+    run = Run(timeout=0.5).observer().workers(1, 2)
+    run.now = 2.0
+    assert run.rounds.next_deadline() is None
+    run.push(1)
+    assert run.rounds.next_deadline() == 2.5
+    assert run.tick(2.4, 0, 1, 2) == []
+    assert run.tick(2.5, 0, 1) == [
+        "average 1.0 of 10",
+        "average 1.1 of 10",
+        "close 1 to step 1, in it 1:10, late 2 (late (last seen 0.1 s ago)); "
+        "open 2 at step 1 for 1: 0/20-30 0/10-20, 2: 0/30-40 0/40-50",
+        "# round 1 closed with 1 of 2: worker 2 (pi) late (last seen 0.1 s ago)",
+    ]
+    assert run.push(2, 0, round=1) == ["refused: round 1 is not open; round 2 is"]
+
+
+def test_who_is_late_is_told_when_it_changes() -> None:
+    run = Run(timeout=0.0).observer().workers(1, 2)
+    words = []
+    for late in (True, True, False, True):
+        run.push(1)
+        effects = run.tick(run.now + 1) if late else run.push(2)
+        words.append([e for e in effects if e.startswith("#")])
+    assert [len(w) for w in words] == [1, 0, 1, 1]
+    assert words[2] == ["# round 3 closed with everybody again"]
+    assert "p95 1.00 s" in words[3][0]
+
+
+def test_what_was_pushed_in_time_stays_in_and_is_counted_once() -> None:
+    run = Run(timeout=0.5).observer().workers(1, 2)
+    run.push(1)
+    assert run.push(2, 0) == ["add 2.0 x10", "average 1.0 of 20"]
+    assert "average 1.1 of 10" in run.tick(1.0)
+    assert run.sums() == "10 done, 10 partly, 0 skipped; waiting nothing"
+    assert run.closes[0].contributors == {1: 10, 2: 10}
+    assert run.closes[0].partly == {2: (0,)}
+
+
+@pytest.mark.parametrize(
+    ("quorum", "pushed", "due"),
+    [(0.0, 0, False), (0.0, 1, True), (0.5, 1, False), (0.5, 2, True), (1.0, 3, False)],
+)
+def test_the_timeout_runs_from_the_quorum_on(quorum: float, pushed: int, due: bool) -> None:
+    run = Run(num_workers=4, quorum=quorum).observer().workers(1, 2, 3, 4)
+    for who in range(1, pushed + 1):
+        run.push(who)
+    assert (run.rounds.next_deadline() is not None) == due
+
+
+def test_a_quorum_is_one_of_those_who_are_still_expected() -> None:
+    run = Run(num_workers=4).observer().workers(1, 2, 3, 4)
+    run.push(1)
+    run.leave(2)
+    assert run.rounds.next_deadline() is None  # 1 of 3
+    run.leave(3)
+    assert run.rounds.next_deadline() == 1.0  # 1 of 2: worker 4 is not waited for without end
+    run.push(4, 0)
+    assert "close 1 to step 1, in it 1:10 4:10, late 2 (left), 3 (left), 4 (late" in " ".join(
+        run.tick(1.0)
+    )
+
+
+def test_the_derived_timeout_covers_a_steady_slow_machine_and_no_sudden_one() -> None:
+    run = Run(timeout=None, epochs=100).observer().workers(1, 2)
+    run.now = 0.5
+    run.push(1)
+    assert run.rounds.wait_s() == 30.0  # nothing is known of worker 2 yet
+    run.now = 2.0
+    run.push(2)
+    assert run.rounds.wait_s() == pytest.approx(6.0)  # three times its 2 s
+    for _ in range(66):
+        run.now += 0.01
+        run.push(1), run.push(2)
+    assert run.rounds.wait_s() == 1.0  # never less
+    run.push(1)
+    run.tick(run.now + 1.5, 0, 1, 2)
+    assert run.rounds.wait_s() == 1.0  # one slow push of many is no habit
+    for _ in range(10):
+        run.push(1)
+        run.tick(run.now + 20.0, 0, 1, 2)
+    assert run.rounds.wait_s() == 30.0  # a late push counts as taking until it was given up
+
+
+# ----------------------------------------------------------------------------- who dies
+
+
+def test_who_dies_before_its_push_gives_its_lease_back() -> None:
+    run = Run().observer().workers(1, 2)
+    run.push(1)
+    effects = but_words(run.leave(2))
+    assert effects[-1].startswith("close 1 to step 1, in it 1:10, late 2 (left)")
+    assert run.sums() == "10 done, 0 partly, 0 skipped; waiting 0/30-40"
+    assert run.ledger._leased == {(0, 20, 30), (0, 10, 20)}
+
+
+def test_who_dies_in_its_push_has_its_samples_counted_as_partly() -> None:
+    run = Run().observer().workers(1, 2)
+    run.push(2, 1)
+    run.leave(2)
+    assert but_words(run.push(1))[:4] == [
+        "add 1.0 x10",
+        "average 1.0 of 10",
+        "add 1.1 x10",
+        "average 1.1 of 20",
+    ]
+    assert run.sums() == "10 done, 10 partly, 0 skipped; waiting nothing"
+
+
+def test_who_dies_after_its_push_is_in_the_update() -> None:
+    run = Run().observer().workers(1, 2)
+    run.push(2)
+    run.leave(2)
+    run.push(1)
+    assert run.closes[0].contributors == {1: 10, 2: 10} and run.closes[0].late == {}
+    assert run.sums() == "20 done, 0 partly, 0 skipped; waiting nothing"
+
+
+def test_a_round_without_a_member_left_is_void_and_its_leases_come_back() -> None:
+    run = Run().observer().workers(1, 2)
+    run.push(1, 0), run.push(2, 0)
+    run.leave(1)
+    assert run.leave(2) == [
+        "# worker 2 (pi) left: it was stopped",
+        "void 1",
+        "# round 1 is void: worker 2 (pi) left, and no other member is left",
+        "forget w2",
+    ]
+    assert run.sums() == ("0 done, 0 partly, 0 skipped; waiting 0/0-10 0/10-20 0/20-30 0/30-40")
+    assert run.rounds.step == 0
+    run.workers(3)
+    assert run.rounds.open_message().round == 2  # type: ignore[union-attr]
+    assert run.rounds.open_message().leases == {3: ((0, 0, 10), (0, 10, 20))}  # type: ignore[union-attr]
+
+
+def test_a_restarted_worker_is_in_from_the_next_round_on() -> None:
+    run = Run().observer().workers(1, 2)
+    run.hello(2, "b", reachable=False)
+    assert run.join(2, "b") == ["w2b <- adopt at step 0"]  # not while a round is open
+    assert run.push(2, 0, life="b") == ["refused: worker 2 (pi) has no lease in round 1"]
+    assert but_words(run.push(1))[-2:] == [
+        "close 1 to step 1, in it 1:10, late 2 (greeted again)",
+        "obs <- give 3 of step 1",
+    ]
+    assert run.snapshot(2, "b") == [
+        "# worker 2 (pi) took a snapshot of step 1",
+        "all <- open 2 at step 1 for 1: 0/20-30 0/10-20",
+    ]
+    run.ready(2, "b")
+    close = but_words(run.push(1))[-1]
+    assert close.endswith("open 3 at step 2 for 1: 0/10-20 0/40-50, 2: 0/30-40 0/50-60")
+
+
+# ----------------------------------------------------------------------------- bad pushes
+
+
+def test_a_bad_gradient_is_refused_and_its_samples_are_skipped() -> None:
+    run = Run().observer().workers(1, 2)
+    assert run.push(2, 0, bad="not finite") == [
+        "# round 1: worker 2 (pi) refused: not finite",
+        "w2 <- refused 1: not finite",
+    ]
+    assert run.push(2, 1) == ["refused: a bucket of this round was refused: not finite"]
+    assert "close 1 to step 1, in it 1:10, late 2 (not finite)" in run.push(1)[-2]
+    assert run.sums() == "10 done, 0 partly, 10 skipped; waiting nothing"
+    assert 2 in run.rounds.open_message().leases  # type: ignore[union-attr]
+
+
+def test_after_a_good_bucket_a_bad_one_makes_it_partly() -> None:
+    run = Run().observer().workers(1, 2)
+    run.push(2, 0)
+    run.push(2, 1, bad="not finite")
+    run.push(1)
+    assert run.sums() == "10 done, 10 partly, 0 skipped; waiting nothing"
+
+
+def test_when_all_are_bad_the_step_is_empty_and_does_not_come_back() -> None:
+    run = Run(buckets=1).observer().workers(1, 2)
+    run.push(1, bad="not finite")
+    effects = run.push(2, bad="not finite")
+    assert "close 1 to step 1, in it nobody, late 1 (not finite), 2 (not finite)" in " ".join(
+        effects
+    )
+    assert run.closes[0].buckets == ()
+    assert run.sums() == "0 done, 0 partly, 20 skipped; waiting nothing"
+
+
+def test_a_bad_push_and_a_death_do_not_bring_the_bad_samples_back() -> None:
+    run = Run().observer().workers(1, 2)
+    run.push(1, 0, bad="not finite")
+    run.leave(2)
+    assert run.sums() == "0 done, 0 partly, 10 skipped; waiting 0/30-40"
+
+
+@pytest.mark.parametrize(
+    ("push", "why"),
+    [
+        ({"round": 9}, "round 9 is not open; round 1 is"),
+        ({"bucket": 2}, "there is no bucket 2"),
+        ({"bucket": -1}, "there is no bucket -1"),
+        ({"samples": 11}, "11 samples pushed for a lease of 10"),
+        ({"samples": 0}, "0 samples pushed for a lease of 10"),
+        ({"absent": (2,)}, "it names parameters that the run does not have"),
+        ({"absent": (-1,)}, "it names parameters that the run does not have"),
+    ],
+)
+def test_pushes_that_do_not_fit_are_refused(push: dict[str, Any], why: str) -> None:
+    run = Run().observer().workers(1, 2)
+    bucket = push.pop("bucket", 0)
+    assert run.push(1, bucket, **push) == [f"refused: {why}"]
+    assert run.push(1, 0) == ["add 1.0 x10"]
+
+
+def test_pushes_of_those_who_are_not_in_it_are_refused() -> None:
+    run = Run(timeout=9.0).observer()
+    run.hello(1)
+    assert run.push(1, 0, round=3) == ["refused: round 3 is not open; no round is"]
+    run = Run(timeout=9.0).observer().workers(1, 2)
+    run.hello(3)
+    assert run.push(3, 0) == ["refused: worker 3 (pi) has no lease in round 1"]
+    run.push(1, 0)
+    assert run.push(1, 0) == ["refused: bucket 0 of round 1 came twice"]
+    run.relinked(1)
+    assert run.push(1, 1) == ["refused: too late for round 1: was cut off"]
+
+
+# ----------------------------------------------------------------------------- cut off, behind
+
+
+def test_after_a_cut_a_peer_begins_anew() -> None:
+    run = Run().observer().workers(1, 2)
+    run.push(2, 0)
+    assert run.relinked(2) == ["w2 <- join again"]
+    assert run.push(1)[-1] == ("# round 1 closed with 1 of 2: worker 2 (pi) was cut off")
+    assert run.sums() == "10 done, 10 partly, 0 skipped; waiting nothing"
+    assert run.follows(2) == ["w2 <- follow at step 1"]
+    assert run.ready(2) == []
+    assert run.push(1)[-1] == "# round 2 closed with everybody again"
+
+
+def test_a_cut_of_the_only_member_makes_its_round_void() -> None:
+    run = Run(num_workers=1).observer().workers(1)
+    assert run.relinked(1) == [
+        "void 1",
+        "# round 1 is void: worker 1 (pi) was cut off, and no other member is left",
+        "w1 <- join again",
+    ]
+    run.follows(1)
+    assert run.ready(1) == ["all <- open 2 at step 0 for 1: 0/0-10 0/10-20"]
+
+
+def test_a_cut_calls_a_snapshot_off_and_only_the_other_side_is_told() -> None:
+    run = Run().observer()
+    run.hello(1)
+    run.join(1)
+    assert run.relinked(1) == [
+        "# snapshot 1 is off: worker 1 (pi) was cut off",
+        "obs <- abort 1: worker 1 (pi) was cut off",
+        "w1 <- join again",
+    ]
+    assert but_words(run.join(1)) == ["w1 <- adopt at step 0", "obs <- give 2 of step 0"]
+    assert but_words(run.relinked(0)) == [
+        "w1 <- abort 2: the observer was cut off",
+        "obs <- join again",
+    ]
+
+
+def test_who_fell_behind_may_join_again_for_a_snapshot() -> None:
+    run = Run().observer().workers(1, 2)
+    assert run.behind(2) == ["w2 <- behind at step 0"]
+    run.push(1)
+    assert run.closes[0].late == {2: "fell behind the kept updates"}
+    run.join(2, lineage="long ago")
+    assert but_words(run.push(1))[-1] == "obs <- give 3 of step 2"
+
+
+def test_a_giver_that_fell_behind_gives_no_snapshot() -> None:
+    run = Run(observer=False, num_workers=3).workers(1, 2)
+    run.hello(3)
+    run.join(3)
+    assert but_words(run.behind(1)) == [
+        "w3 <- abort 2: worker 1 (pi) fell behind the kept updates",
+        "w1 <- behind at step 0",
+    ]
+    assert but_words(run.join(3)) == ["w3 <- adopt at step 0", "w2 <- give 3 of step 0"]
+
+
+def test_who_never_joined_cannot_be_behind() -> None:
+    run = Run().observer()
+    run.hello(1)
+    assert run.behind(1) == []
+
+
+def test_who_leaves_its_loop_is_not_waited_for_and_may_come_back() -> None:
+    run = Run().observer().workers(1, 2)
+    run.push(1)
+    effects = but_words(run.unready(2))
+    assert effects[-1] == (
+        "close 1 to step 1, in it 1:10, late 2 (left its loop); "
+        "open 2 at step 1 for 1: 0/20-30 0/10-20"
+    )
+    assert run.ready(2) == []
+    assert run.push(1)[-2].endswith("open 3 at step 2 for 1: 0/10-20 0/40-50, 2: 0/30-40 0/50-60")
+
+
+# ----------------------------------------------------------------------------- snapshots
+
+
+def test_a_late_joiner_takes_a_snapshot_between_rounds_and_the_run_pauses() -> None:
+    run = Run().observer().workers(1, 2)
+    run.hello(3)
+    assert run.join(3) == ["w3 <- adopt at step 0"]
+    run.push(1)
+    assert run.push(2)[-2:] == [
+        "close 1 to step 1, in it 1:10 2:10",
+        "obs <- give 3 of step 1",
+    ]
+    assert run.rounds.phase(0.0) == "worker 3 (pi) takes a snapshot"
+    assert run.push(1, 0) == ["refused: round 0 is not open; no round is"]
+    assert run.adopted(3, 3) == [
+        "# worker 3 (pi) took a snapshot of step 1",
+        "all <- open 2 at step 1 for 1: 0/20-30 0/40-50, 2: 0/30-40 0/50-60",
+    ]
+    run.ready(3)
+    run.push(1)
+    assert "3: 0/60-70 0/90-100" in run.push(2)[-1]
+
+
+def test_the_parts_of_a_snapshot_go_to_the_other_side() -> None:
+    run = Run().observer()
+    run.hello(1)
+    run.join(1)
+    manifest = wire.Manifest(snapshot=1, step=0, lineage="", tree="", tensors=(), piece_bytes=1)
+    want, piece = wire.Want(snapshot=1, piece=0), wire.Piece(snapshot=1, piece=0)
+    assert run.route(0, manifest) == ("w1", [])
+    assert run.route(1, want) == ("obs", [])
+    assert run.route(0, piece) == ("w1", [])
+    for who, wrong in ((1, manifest), (0, want), (1, piece)):
+        assert run.route(who, wrong) == (
+            None,
+            [f"{session(who)} <- reject: not your part of this snapshot"],
+        )
+    run.hello(2)
+    assert run.route(2, want)[0] is None
+    assert run.route(1, wire.Want(snapshot=7, piece=0)) == (
+        None,
+        ["w1 <- abort 7: this snapshot is over"],
+    )
+
+
+def test_joiners_come_one_after_the_other() -> None:
+    run = Run().observer()
+    for who in (1, 2, 3):
+        run.hello(who)
+        run.join(who)
+    assert but_words(run.adopted(1, 1)) == ["obs <- give 2 of step 0"]
+    assert but_words(run.adopted(2, 2)) == ["obs <- give 3 of step 0"]
+    assert but_words(run.adopted(3, 3)) == []
+
+
+def test_without_the_observer_the_lowest_numbered_replica_gives() -> None:
+    run = Run().observer().workers(2, 1)
+    run.leave(0)
+    run.hello(3)
+    run.join(3)
+    run.push(1)
+    assert "w1 <- give 3 of step 1" in run.push(2)
+
+
+def test_a_silent_giver_is_named_and_the_next_one_asked_after_a_round() -> None:
+    run = Run(num_workers=1).observer().workers(1)
+    run.hello(2)
+    run.join(2)
+    assert "obs <- give 2 of step 1" in run.push(1)
+    assert run.tick(9.9, 0, 1, 2) == []
+    assert run.tick(10.1, 0, 1, 2) == [
+        "# snapshot 2 is off: the observer was silent for 10 s",
+        "obs <- abort 2: the observer was silent for 10 s",
+        "w2 <- abort 2: the observer was silent for 10 s",
+        "all <- open 2 at step 1 for 1: 0/10-20 0/20-30",
+    ]
+    assert run.join(2) == ["w2 <- adopt at step 1"]
+    assert "w1 <- give 3 of step 2" in run.push(1)
+
+
+def test_a_silent_joiner_is_named_and_training_goes_on() -> None:
+    run = Run(num_workers=1).observer().workers(1)
+    run.hello(2)
+    run.join(2)
+    run.push(1)
+    run.now = 5.0
+    run.route(0, wire.Piece(snapshot=2, piece=0))
+    effects = run.tick(15.1, 0, 1, 2)
+    assert effects[0] == "# snapshot 2 is off: worker 2 (pi) was silent for 10 s"
+    assert effects[-1].startswith("all <- open 2")
+    run.push(1)
+    assert run.rounds.snapshot is None  # nobody waits for one any more
+
+
+def test_a_giver_may_decline_and_a_joiner_too() -> None:
+    run = Run().observer().workers(1, 2)
+    run.hello(3)
+    run.join(3)
+    run.push(1), run.push(2)
+    goal, effects = run.route(0, wire.Abort(3, "I stand at step 0"))
+    assert goal is None
+    assert but_words(effects)[0] == "w3 <- abort 3: I stand at step 0"
+    assert but_words(effects)[1].startswith("all <- open 2")
+    run.join(3)
+    run.push(1), run.push(2)
+    _, effects = run.route(3, wire.Abort(4, "no room"))
+    assert but_words(effects)[0] == "obs <- abort 4: no room"
+    assert run.route(1, wire.Abort(4, "?")) == (None, ["w1 <- abort 4: this snapshot is over"])
+
+
+def test_who_joins_again_is_not_told_to_join_again() -> None:
+    """Else the answer to each of its joins would be one more, for ever."""
+    run = Run().observer()
+    run.hello(1)
+    run.join(1)
+    assert run.join(1) == [
+        "# snapshot 1 is off: worker 1 (pi) joined again",
+        "obs <- abort 1: worker 1 (pi) joined again",
+        "w1 <- adopt at step 0",
+        "obs <- give 2 of step 0",
+    ]
+
+
+def test_a_snapshot_that_was_called_off_while_it_was_adopted() -> None:
+    run = Run().observer()
+    run.hello(1)
+    run.join(1)
+    run.tick(10.1, 0, 1)
+    assert run.adopted(1, 1) == ["w1 <- join again"]
+    assert run.follows(1) == ["w1 <- follow at step 0"]
+    assert run.adopted(1, 1) == []  # an echo
+
+
+def test_a_giver_and_a_joiner_that_die() -> None:
+    run = Run(observer=False).workers(1, 2)
+    run.hello(3)
+    run.join(3)
+    run.push(1), run.push(2)
+    assert but_words(run.leave(1))[:2] == ["w3 <- abort 2: worker 1 (pi) left", "forget w1"]
+    run.join(3)
+    run.push(2)
+    assert but_words(run.leave(3)) == [
+        "w2 <- abort 3: worker 3 (pi) left",
+        "forget w3",
+        "all <- open 3 at step 2 for 2: 0/20-30 0/40-50",
+    ]
+
+
+# ----------------------------------------------------------------------------- when to begin
+
+
+def test_the_first_round_waits_for_all_workers_or_join_timeout() -> None:
+    run = Run(num_workers=3, join_timeout=20.0).observer().workers(1, 2)
+    assert run.rounds.phase(5.0) == (
+        "waiting for 3 workers: worker 1 (pi), worker 2 (pi) ready (starts with fewer in 15 s)"
+    )
+    assert run.tick(19.9, 0, 1, 2) == []
+    assert run.tick(20.0, 0, 1, 2) == [
+        "# starting with 2 of 3 workers",
+        "all <- open 1 at step 0 for 1: 0/0-10 0/20-30, 2: 0/10-20 0/30-40",
+    ]
+
+
+def test_fewer_than_min_workers_pause_the_run_and_it_says_so_once() -> None:
+    run = Run(min_workers=2).observer().workers(1, 2)
+    run.push(1)
+    run.leave(2)  # the open round goes to its end
+    assert run.rounds.step == 1 and run.rounds.round is None
+    pause = "paused: 1 of at least 2 workers ready (worker 1 (pi))"
+    assert run.tick(1.0, 0, 1) == [f"# {pause}"]
+    assert run.tick(2.0, 0, 1) == []
+    run.hello(3)
+    assert but_words(run.join(3)) == ["w3 <- adopt at step 1", "obs <- give 3 of step 1"]
+    run.snapshot(3)
+    assert run.ready(3) == ["all <- open 2 at step 1 for 1: 0/20-30 0/30-40, 3: 0/10-20 0/40-50"]
+
+
+def test_who_has_no_lease_is_not_waited_for() -> None:
+    run = Run(num_workers=3).observer().workers(1, 2, 3, samples=20)
+    assert sorted(run.rounds.round.members) == [1, 2]  # type: ignore[union-attr]
+    run.push(1)
+    assert "close 1 to step 1, in it 1:10 2:10" in run.push(2)
+    assert run.rounds.ending == ("all epochs are done", False)
+
+
+# ----------------------------------------------------------------------------- the end
+
+
+def test_after_the_last_epoch_the_run_ends_when_the_observer_stands_there() -> None:
+    run = Run().observer().workers(1, 2, samples=20)
+    run.push(1)
+    assert run.push(2)[-2:] == [
+        "close 1 to step 1, in it 1:10 2:10",
+        "all <- pulse at step 1: waiting for the observer to catch up with the last step",
+    ]
+    assert run.rounds.ended is None
+    assert run.stands(2, 1) == []  # only the observer is waited for
+    assert run.stands(0, 0) == []
+    assert run.stands(0, 1) == ["end at step 1: all epochs are done"]
+    assert run.rounds.phase(0.0) == "ended: all epochs are done"
+    assert run.push(1, 0) == ["refused: round 0 is not open; no round is"]
+    assert run.tick(1000.0) == []
+
+
+def test_without_an_observer_the_run_ends_at_once() -> None:
+    run = Run(observer=False).workers(1, 2, samples=20)
+    run.push(1)
+    assert run.push(2)[-1] == "end at step 1: all epochs are done"
+
+
+def test_the_end_does_not_wait_for_an_observer_that_does_not_move() -> None:
+    run = Run().observer().workers(1, 2, samples=20)
+    run.push(1), run.push(2)
+    assert but_words(run.tick(30.0, 0, 1, 2)) == []
+    assert run.tick(30.1, 0, 1, 2) == ["end at step 1: all epochs are done"]
+
+
+def test_while_it_ends_only_the_observer_gets_a_snapshot() -> None:
+    run = Run().observer().workers(1, 2, samples=20)
+    run.hello(3)
+    run.join(3)
+    run.push(1)
+    run.behind(0)
+    assert but_words(run.push(2))[-1].startswith("all <- pulse")
+    assert but_words(run.join(0, lineage="long ago")) == [
+        "obs <- adopt at step 1",
+        "w1 <- give 3 of step 1",
+    ]
+    assert run.adopted(0, 3) == ["# the observer took a snapshot of step 1"]
+    assert run.stands(0, 1) == ["end at step 1: all epochs are done"]
+
+
+def test_epochs_follow_each_other_without_a_barrier() -> None:
+    run = Run(epochs=2, num_workers=1).observer().workers(1, samples=15)
+    opened = []
+    while run.rounds.round is not None:
+        opened.append(run.rounds.round.members[1].lease)
+        run.push(1)
+    assert opened == [(0, 0, 10), (0, 10, 15), (1, 0, 10), (1, 10, 15)]
+    assert run.sums() == "30 done, 0 partly, 0 skipped; waiting nothing"
+
+
+def test_a_stop_ends_the_run_at_the_last_closed_step() -> None:
+    run = Run().observer().workers(1, 2)
+    run.push(1), run.push(2)
+    run.push(1, 0)
+    assert but_words(run.stop())[0] == "void 2"
+    assert run.sums().startswith("20 done, 0 partly")
+    assert run.stands(0, 1) == ["end at step 1: Ctrl-C"]
+    assert run.stop("again") == []
+
+
+def test_a_stop_because_of_a_fault_is_an_error_for_all() -> None:
+    run = Run(observer=False).workers(1, 2)
+    assert run.stop("disk full", error=True)[-1] == "end at step 0: disk full (error)"
+    assert run.rounds.ended == wire.End(
+        nonce=NONCE, step=0, lineage="fresh w1", reason="disk full", error=True
+    )
+
+
+def test_before_anything_began_a_stop_ends_too() -> None:
+    assert Run().stop()[-1] == "end at step 0: Ctrl-C"
+
+
+def test_with_nobody_left_the_run_ends_after_idle_timeout_with_an_error() -> None:
+    run = Run(idle_timeout=100.0, observer=False).workers(1, 2)
+    run.leave(1), run.leave(2)
+    run.tick(100.0)
+    assert run.rounds.ended is None
+    assert run.tick(100.1)[-1] == (
+        "end at step 0: nothing happened for 100 s: "
+        "paused: 0 of at least 1 workers ready (nobody) (error)"
+    )
+
+
+def test_the_leases_of_an_ended_run_are_returned() -> None:
+    run = Run(observer=False).workers(1, 2)
+    run.stop()
+    assert run.ledger.leased() == 0
+    assert run.ledger.counted + run.ledger.unleased() == run.ledger.total
+
+
+def test_what_the_pulse_tells() -> None:
+    run = Run().observer().workers(1, 2)
+    pulse = run.rounds.pulse(0.0)
+    assert (pulse.nonce, pulse.step, pulse.lineage) == (NONCE, 0, "fresh obs")
+    assert (pulse.phase, pulse.open, pulse.closed) == ("training", run.rounds.open_message(), 0)
+    run.leave(1), run.leave(2)
+    pulse = run.rounds.pulse(0.0)
+    assert (pulse.open, pulse.closed, pulse.ending) == (None, 1, False)
+
+
+def test_what_each_worker_did_is_tallied() -> None:
+    run = Run(timeout=0.0).observer().workers(1, 2)
+    run.push(1), run.push(2)
+    run.push(1), run.tick(1.0)
+    one, two = run.rounds.tallies[1], run.rounds.tallies[2]
+    assert (one.rounds, one.samples, one.late) == (2, 20, 0)
+    assert (two.rounds, two.samples, two.late) == (1, 10, 1)
+
+
+# ----------------------------------------------------------------------------- any order at all
+
+NUMBERS = st.integers(0, 3)
+BUCKETS = 2
+
+
+class AnyOrder(RuleBasedStateMachine):
+    """Events in orders that no client would send them in: sums still agree, nothing raises."""
+
+    @initialize(
+        observer=st.booleans(), deterministic=st.booleans(), timeout=st.sampled_from([None, 0.1])
+    )
+    def begin(self, observer: bool, deterministic: bool, timeout: float | None) -> None:
+        self.now, self.lives = 0.0, 0
+        rules = Rules(
+            num_workers=2,
+            max_workers=3,
+            heartbeat_timeout=10.0,
+            idle_timeout=1e9,
+            epochs=2,
+            observer=observer,
+            deterministic=deterministic,
+            timeout=timeout,
+        )
+        self.rounds = Rounds(rules, NONCE, 0.0, lambda layout: BUCKETS)
+        self.sums: dict[int, list[int]] = {}
+        self.taken: set[tuple[int, int]] = set()
+
+    def effects(self, effects: list[Any]) -> None:
+        """Carry out, as the server would, and check what it relies on."""
+        for effect in effects:
+            match effect:
+                case Add():
+                    assert (effect.worker, effect.bucket) in self.taken
+                    self.taken.remove((effect.worker, effect.bucket))
+                    self.sums.setdefault(effect.bucket, []).append(effect.samples)
+                case Finish():
+                    assert sum(self.sums.pop(effect.bucket)) == effect.samples
+                case _ if type(effect).__name__ in ("Closed", "Void"):
+                    if type(effect).__name__ == "Closed":
+                        assert not self.sums and not self.taken
+                    self.sums.clear()
+                    self.taken.clear()
+
+    def sessions(self, who: int) -> list[str]:
+        return [s for s, p in self.rounds.peers.items() if p.id == who]
+
+    @rule(who=NUMBERS, reachable=st.booleans())
+    def hello(self, who: int, reachable: bool) -> None:
+        self.lives += 1
+        self.effects(
+            self.rounds.greet(
+                f"life {self.lives}",
+                self.now,
+                role="worker" if who else "observer",
+                id=who,
+                nonce=str(self.lives),
+                host="",
+                pid=0,
+                reachable=lambda session: reachable,
+            )[2]
+        )
+
+    @rule(who=NUMBERS, knows=st.booleans())
+    def join(self, who: int, knows: bool) -> None:
+        r = self.rounds
+        step, lineage = (r.step, r.lineage) if knows else (0, f"fresh {who}")
+        for name in self.sessions(who):
+            message = wire.Join(layout=LAYOUT, step=step, lineage=lineage, device="cpu")
+            self.effects(r.join(name, message, self.now))
+
+    @rule(who=NUMBERS, batch=st.integers(1, 7))
+    def ready(self, who: int, batch: int) -> None:
+        for name in self.sessions(who):
+            message = wire.Ready(samples=20, batch_size=batch)
+            self.effects(self.rounds.ready(name, message, self.now))
+
+    @rule(who=NUMBERS, bucket=st.integers(0, BUCKETS), bad=st.booleans())
+    def push(self, who: int, bucket: int, bad: bool) -> None:
+        r = self.rounds
+        for name in self.sessions(who):
+            member = r.round.members.get(who) if r.round else None
+            push = wire.Push(
+                round=r.round.number if r.round else 1,
+                bucket=bucket,
+                samples=member.samples if member else 1,
+            )
+            if r.refusal(name, push) is None:
+                if not bad:
+                    self.taken.add((who, bucket))
+                self.effects(r.pushed(name, push, self.now, "bad" if bad else None))
+
+    @rule(who=NUMBERS)
+    def push_all(self, who: int) -> None:
+        for bucket in range(BUCKETS):
+            self.push(who, bucket, False)
+
+    @rule(who=NUMBERS, event=st.sampled_from(["relinked", "behind", "unready"]))
+    def event(self, who: int, event: str) -> None:
+        for name in self.sessions(who):
+            self.effects(getattr(self.rounds, event)(name, self.now))
+
+    @rule(who=NUMBERS)
+    def leave(self, who: int) -> None:
+        for name in self.sessions(who):
+            self.effects(self.rounds.leave(name, "", self.now))
+
+    @rule(who=NUMBERS, back=st.integers(0, 1))
+    def adopted(self, who: int, back: int) -> None:
+        for name in self.sessions(who):
+            self.effects(self.rounds.adopted(name, self.rounds._snapshots - back, self.now))
+
+    @rule(who=NUMBERS, back=st.integers(0, 1))
+    def aborts(self, who: int, back: int) -> None:
+        for name in self.sessions(who):
+            abort = wire.Abort(self.rounds._snapshots - back, "no")
+            self.effects(self.rounds.route(name, abort, self.now)[1])
+
+    @rule(seconds=st.sampled_from([0.05, 1.0, 6.0]), alive=st.sets(NUMBERS))
+    def tick(self, seconds: float, alive: set[int]) -> None:
+        self.now += seconds
+        for who in alive:
+            for name in self.sessions(who):
+                self.rounds.seen(name, self.now)
+        self.effects(self.rounds.tick(self.now))
+
+    @invariant()
+    def sums_agree(self) -> None:
+        ledger = self.rounds.ledger
+        if ledger is not None:
+            assert ledger.counted + ledger.leased() + ledger.unleased() == ledger.total
+            assert Ledger.from_state(ledger.state()).counted == ledger.counted
+
+    @invariant()
+    def each_lease_has_one_holder(self) -> None:
+        r = self.rounds
+        held = [lease for p in r.peers.values() for lease in p.leases]
+        assert len(set(held)) == len(held)
+        members = r.round.members.values() if r.round else ()
+        held += [m.lease for m in members if m.lease not in held]
+        if r.ledger is not None:
+            assert set(held) == r.ledger._leased
+        assert all(len(p.leases) <= 2 for p in r.peers.values())
+
+    @invariant()
+    def no_round_is_open_while_a_snapshot_is_given(self) -> None:
+        r = self.rounds
+        assert r.round is None or r.snapshot is None
+        if r.snapshot is not None:
+            assert r.peers[r.snapshot.giver].state == REPLICA
+            assert r.snapshot.joiner in r.peers
+
+
+AnyOrder.TestCase.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
+TestAnyOrder = AnyOrder.TestCase
