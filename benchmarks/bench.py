@@ -11,7 +11,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 
 from benchmarks import machine, parts, report
@@ -46,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             kill(process.pid)
     print(f"\n{report.text(results)}\n")
     for note in results.notes:
-        print(note)
+        if note.partition(":")[0] not in SHARES:  # those are with their tables
+            print(note)
     print(f"written: {report.save(results, Path(options.results))}")
     return 0 if not any("failed" in note or "left" in note for note in results.notes) else 1
 
@@ -60,32 +62,33 @@ def measure(effort: parts.Effort, chosen: Sequence[str], results: Results) -> No
         return time.monotonic() < part_end
 
     def failed(row: Row, error: Exception) -> None:
-        results.notes.append(
-            f"{row.part}: {row.what}, N = {row.workers}, {row.how} failed: {error}"
-        )
-        print(results.notes[-1], flush=True)
+        where = f"{row.part}: {row.what}, N = {row.workers}, {row.how}"
+        results.notes.append(f"{where} failed: {str(error).splitlines()[0]}")
+        print(f"{where} failed: {error}", flush=True)
 
     for index, part in enumerate(chosen):
         start = time.monotonic()
         part_end = start + (end - start) * SHARES[part] / sum(SHARES[p] for p in chosen[index:])
-        groups: Iterator[list[parts.Case]] = _groups(part, effort, results)
         try:
-            for cases in groups:
-                if go_on():
-                    _say_where(cases[0].row)
-                    results.rows += [case.row for case in cases]
-                    parts.alternate(cases, effort.repeats, go_on, failed)
+            with closing(_groups(part, effort, results)) as groups:
+                for cases in groups:
+                    if go_on():
+                        _say_where(cases[0].row)
+                        results.rows += [case.row for case in cases]
+                        parts.alternate(cases, effort.repeats, go_on, failed)
         except parts.Skipped as reason:
             results.notes.append(f"{part}: not measured: {reason}")
+        except Exception as error:
+            results.notes.append(f"{part}: failed: {error}")
         if not go_on():
             results.notes.append(f"{part}: cut short, it took too long")
         print(f"{part}: {time.monotonic() - start:.0f} s", flush=True)
 
 
-def _groups(part: str, effort: parts.Effort, results: Results) -> Iterator[list[parts.Case]]:
+def _groups(part: str, effort: parts.Effort, results: Results) -> parts.Groups:
     if part == "exchange":
         return parts.exchange(effort, results.machine)
-    others: dict[str, Callable[[parts.Effort], Iterator[list[parts.Case]]]] = {
+    others: dict[str, Callable[[parts.Effort], parts.Groups]] = {
         "training": parts.training,
         "links": parts.links,
         "exposed": parts.exposed,

@@ -137,7 +137,7 @@ def worker(
 ) -> dict[str, Any]:
     """Train `Layers` for that many rounds, by the door that every training loop uses.
 
-    `tcp`: not over ipc, although the server is on this host.
+    `tcp`: as from another host, with neither ipc nor shared memory.
     """
     torch.set_num_threads(1)
     if tcp:

@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from datetime import datetime
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from benchmarks import network
 from benchmarks.team import CLONE, Team
 
 LOOPBACK = "127.0.0.1"
+CHUNK = 2**18
 BUSY = 0.5
 """Load per core from which on other work is likely to disturb."""
 
@@ -38,8 +40,8 @@ class Machine(msgspec.Struct, frozen=True):
     """Processes that wanted a core in the minute before."""
     tcp_rate: float
     """The most that all streams over loopback carry together; data that stays in the caches."""
-    unix_rate: float
-    """The same through Unix sockets, which ipc uses."""
+    copy_rate: float
+    """The most that all cores copy together within memory, in the caches too."""
     round_trip_s: float
     """One byte there and back over TCP on loopback, by threads that sleep meanwhile."""
 
@@ -48,8 +50,8 @@ class Machine(msgspec.Struct, frozen=True):
             f"{self.taken}, commit {self.commit}: {self.cpu}, {self.cores} cores, "
             f"{self.memory_gb:.0f} GB, {self.system}, Python {self.python}, torch {self.torch}, "
             f"{self.pyzmq}; load {self.load:.1f} before the start; loopback carries "
-            f"{8e-9 * self.tcp_rate:.0f} Gbit/s over TCP and {8e-9 * self.unix_rate:.0f} over Unix "
-            f"sockets, and one byte there and back in {1e6 * self.round_trip_s:.0f} µs"
+            f"{8e-9 * self.tcp_rate:.0f} Gbit/s and one byte there and back in "
+            f"{1e6 * self.round_trip_s:.0f} µs; all cores copy {1e-9 * self.copy_rate:.0f} GB/s"
         )
 
     @property
@@ -63,29 +65,45 @@ def describe() -> Machine:
         taken=datetime.now().strftime("%Y-%m-%d %H:%M"),
         commit=_commit(),
         cpu=_cpu(),
-        cores=len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1,
+        cores=_cores(),
         memory_gb=psutil.virtual_memory().total / 1e9,
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
         python=platform.python_version(),
         torch=str(torch.__version__),
         pyzmq=f"pyzmq {zmq.__version__} (libzmq {zmq.zmq_version()})",
         load=load,
-        tcp_rate=max(rate("tcp", streams) for streams in (1, 2)),
-        unix_rate=max(rate("unix", streams) for streams in (1, 2)),
+        tcp_rate=max(tcp_rate(streams) for streams in (1, 2)),
+        copy_rate=copy_rate(),
         round_trip_s=round_trip(),
     )
 
 
-def rate(kind: str = "tcp", streams: int = 1, seconds: float = 0.6) -> float:
+def tcp_rate(streams: int, seconds: float = 0.6) -> float:
     """Bytes per second that plain sockets carry over loopback, all streams together."""
     with Team(30) as team:
+        port = network.free_port()
         for stream in range(streams):
-            address: network.Address = (LOOPBACK, network.free_port() + 2 * stream)
-            if kind == "unix":
-                address = str(team.folder / f"{stream}.sock")
+            address = (LOOPBACK, port + stream)
             team.start(f"receive-{stream}", network.receive, address, seconds)
             team.start(f"send-{stream}", network.send, address)
         return float(sum(team.wait(f"receive-{stream}") for stream in range(streams)))
+
+
+def copy_rate() -> float:
+    """Bytes per second that one process on each core copies, all together."""
+    with Team(30) as team:
+        for core in range(_cores()):
+            team.start(f"copy-{core}", copy)
+        return float(sum(team.wait(f"copy-{core}") for core in range(_cores())))
+
+
+def copy(seconds: float = 0.6) -> float:
+    source, target = (memoryview(bytearray(CHUNK)) for _ in range(2))
+    total, start = 0, time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        target[:] = source
+        total += CHUNK
+    return total / (time.perf_counter() - start)
 
 
 def link_rate(hosts: network.Hosts, one: str, other: str, seconds: float = 1.0) -> float:
@@ -103,6 +121,10 @@ def round_trip(times: int = 1000) -> float:
         team.start("answer", network.answer, address)
         team.start("ask", network.ask, address, times)
         return float(team.wait("ask"))
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def _cpu() -> str:

@@ -21,8 +21,7 @@ NAMESPACES = Path("/run/netns")
 CLONE_NEWNET = 0x40000000
 CHUNK = 2**20
 SETTLED_S = 0.1  # for TCP's window to open
-Address = tuple[str, int] | str
-"""Host and port, or the path of a Unix socket."""
+Address = tuple[str, int]
 
 
 def why_no_hosts() -> str | None:
@@ -118,7 +117,7 @@ def _call(tool: str, arguments: str) -> None:
 
 def receive(address: Address, seconds: float) -> float:
     """Take in what `send` sends for so long; bytes per second."""
-    with _socket(address) as server:
+    with _socket() as server:
         server.bind(address)
         server.listen(1)
         connection, _ = server.accept()
@@ -142,7 +141,7 @@ def send(address: Address) -> None:
 
 def answer(address: Address) -> None:
     """Send back every byte to `ask`."""
-    with _socket(address) as server:
+    with _socket() as server:
         server.bind(address)
         server.listen(1)
         connection, _ = server.accept()
@@ -163,18 +162,17 @@ def ask(address: Address, times: int) -> float:
     return sorted(seconds)[times // 2]
 
 
-def _socket(address: Address) -> socket.socket:
-    made = socket.socket(socket.AF_UNIX if isinstance(address, str) else socket.AF_INET)
-    if not isinstance(address, str):
-        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+def _socket() -> socket.socket:
+    made = socket.socket()
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return made
 
 
 def _connect(address: Address, patience_s: float = 10.0) -> socket.socket:
     deadline = time.monotonic() + patience_s
     while True:
-        connection = _socket(address)
+        connection = _socket()
         try:
             connection.connect(address)
         except OSError:

@@ -85,8 +85,7 @@ class Memory:
 
     def offset_of(self, buffer: Any) -> int | None:
         """Where this buffer lies in here; None when it lies elsewhere."""
-        pointer = torch.frombuffer(buffer, dtype=torch.uint8).data_ptr()
-        offset = pointer - self._start
+        offset = np.frombuffer(buffer, dtype=np.uint8).ctypes.data - self._start
         return offset if 0 <= offset < self.size else None
 
 

@@ -250,6 +250,7 @@ class Rounds:
         self.nonce = nonce
         self.peers: dict[str, Peer] = {}
         self.layout: Layout | None = None
+        self.recipe = ""  # from average to weights, as the origin has it
         self.step = 0
         self.lineage = ""
         self.ledger: Ledger | None = None
@@ -735,6 +736,7 @@ class Rounds:
                 self._send(peer, Reject(f"the checkpoint's ledger cannot be right: {e}"))
                 return False
         self.layout, self._buckets = message.layout, buckets
+        self.recipe = message.recipe
         self.step, self.lineage = message.step, message.lineage
         self._lineages = {self.step: self.lineage}
         peer.state = REPLICA
@@ -755,6 +757,18 @@ class Rounds:
                 Reject(
                     f"{peer.name} has another model: {difference}",
                     "start it with the same model and code as the server",
+                ),
+            )
+            peer.state = GREETED
+            return
+        if peer.join.recipe != self.recipe:
+            self._send(
+                peer,
+                Reject(
+                    f"{peer.name} goes another way from gradient to weights: {peer.join.recipe}; "
+                    f"the run has {self.recipe}",
+                    "give attach() the same optimizer, schedule, clip_norm and before_step "
+                    "everywhere (and observer=false where the built-in observer has others)",
                 ),
             )
             peer.state = GREETED

@@ -188,6 +188,8 @@ class Join(Message, frozen=True):
     step: Int
     lineage: str
     device: str
+    recipe: str = ""
+    """What turns an average into weights there, in words: it must be the same everywhere."""
     ledger: dict[str, Any] | None = None
     """Given by an origin that resumes a checkpoint."""
     link: str = "tcp"

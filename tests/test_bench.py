@@ -29,7 +29,7 @@ MACHINE = Machine(
     pyzmq="pyzmq 27",
     load=0.1,
     tcp_rate=2.5e9,
-    unix_rate=5e9,
+    copy_rate=2e10,
     round_trip_s=2e-5,
 )
 

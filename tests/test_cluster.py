@@ -377,7 +377,7 @@ def test_another_way_from_gradient_to_weights_is_refused(make: Make) -> None:
         first = crew.start(1)
         served.until(lambda: served.server.rounds.layout is not None)
         crew.make = make
-        with pytest.raises(UserError, match="optimizer|clip_norm|schedule"):
+        with pytest.raises(UserError, match=r"optimizer|clip_norm|schedule"):
             served.wait(crew.start(2))
         served.server.stop("enough")
         served.wait(first)

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from torch.optim import Adam
-from whole import LOOPBACK, Monitor, Program, Run, Served, free_port, ipc_folders
+from whole import LOOPBACK, Monitor, Program, Run, Served, free_port, private_folders
 
 import workers
 from paramserver.__main__ import main as server_main
@@ -77,7 +77,7 @@ def ordinary(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Run, di
             "eval_steps=100",
         )
         server.wait_for("the first state comes from the observer")
-        seen["ipc"] = ipc_folders(server)
+        seen["folders"] = private_folders(server)
         seen["codes"] = [program.end() for program in (server, *crew)]
         seen["server"], seen["crew"] = server.output, [worker.output for worker in crew]
         yield run, seen
@@ -145,10 +145,10 @@ def test_the_run_folder_holds_what_is_promised(ordinary: Ordinary) -> None:
     assert all(line["workers"] == [1, 2] and line["late"] == [] for line in run.steps())
 
 
-def test_no_socket_is_left_behind(ordinary: Ordinary) -> None:
+def test_no_private_folder_is_left_behind(ordinary: Ordinary) -> None:
     _, seen = ordinary
-    assert len(seen["ipc"]) == 1 or sys.platform == "win32"
-    assert not any(folder.exists() for folder in seen["ipc"])
+    assert seen["folders"]
+    assert not any(folder.exists() for folder in seen["folders"])
 
 
 # --------------------------------------------------------------------------- an end from outside
@@ -163,7 +163,7 @@ def test_a_run_that_is_interrupted_and_resumed_ends_as_if_it_was_not(
         with Monitor(run.port) as monitor:
             server, *crew = run.server(*settings), run.worker(1), run.worker(2)
             monitor.until(lambda close: close.step >= 30)
-            folders = ipc_folders(server)
+            folders = private_folders(server)
             server.send(signal.SIGINT)
         all_ended_well(server, *crew)
         assert not any(folder.exists() for folder in folders)

@@ -192,11 +192,13 @@ class Run:
         return [line for line in map(json.loads, lines) if "samples" in line]
 
 
-def ipc_folders(program: Program) -> set[Path]:
-    """The folders of the unix sockets that a running program has made."""
-    sockets = psutil.Process(program.process.pid).net_connections(kind="unix")
-    paths = {Path(str(s.laddr)) for s in sockets if str(s.laddr).startswith("/")}
-    return {path.parent for path in paths if path.parent.name.startswith("paramserver-")}
+def private_folders(program: Program) -> set[Path]:
+    """The folders that a running server has made, for its unix sockets and its shared memory."""
+    pid = program.process.pid
+    sockets = [str(s.laddr) for s in psutil.Process(pid).net_connections(kind="unix")]
+    ipc = {Path(path).parent for path in sockets if path.startswith("/")}
+    shared = set(Path("/dev/shm").glob(f"paramserver-{pid}-*"))
+    return {path for path in ipc | shared if path.name.startswith("paramserver-")}
 
 
 class Monitor:

@@ -235,6 +235,7 @@ class Client:
                 step=self.replica.step,
                 lineage=self.replica.lineage,
                 device=self.device,
+                recipe=self.replica.recipe(),
                 ledger=ledger,
                 link=self._link_kind,
                 sharing=self._shared is not None,

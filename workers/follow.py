@@ -190,10 +190,12 @@ class Follow:
         return Gap() if step > self.step else NOTHING
 
     def adopted(self, step: int, lineage: str) -> None:
-        """A snapshot put the replica at another state."""
+        """A snapshot put the replica at another state; while it was given no round was open."""
         self.step, self.lineage = step, lineage
         self.fetching_since = None
         self._got.clear()
+        if self.open is not None:
+            self.over, self.open = max(self.over, self.open.round), None
 
     # ------------------------------------------------------------------ waiting
 

@@ -43,6 +43,7 @@ class Gradients:
 
     def begin(self) -> None:
         """A step begins: its buckets are all empty."""
+        self._replica.reset_statistics()
         self._open = True
         self._passes = [0] * len(self._passes)
         self._missing = [len(b.tensors) for b in self._plan.buckets]

@@ -32,7 +32,7 @@ class Replica:
 
     `before_step(model)` runs on the averaged gradients of every update, before the optimizer;
     `clip_norm` clips their total norm. Both run in every replica alike.
-    `codec` is that of the averages. Raises `UserError` for what cannot be the same in every replica.
+    `codec` is that of the averages. Raises `UserError` for what cannot be the same everywhere.
     """
 
     def __init__(
@@ -188,6 +188,26 @@ class Replica:
                 held.copy_(buffer)
         self.step, self.lineage = step, lineage
         self.forget_averages()
+
+    def recipe(self) -> str:
+        """What turns an averaged gradient into weights here, in words. Replicas must agree on it;
+        values that a schedule may change are left out."""
+        groups = self.optimizer.param_groups
+        owned = {id(p) for _, p in self.params}
+        sizes = "+".join(str(sum(id(p) in owned for p in g["params"])) for g in groups)
+        schedule = "no schedule" if self.scheduler is None else type(self.scheduler).__name__
+        clip = "no clipping" if self.clip_norm is None else f"clip_norm {self.clip_norm:g}"
+        hook = getattr(self.before_step, "__name__", str(type(self.before_step).__name__))
+        before = "no before_step" if self.before_step is None else f"before_step {hook}"
+        kind = type(self.optimizer).__name__
+        return f"{kind} of {sizes} parameters, {schedule}, {clip}, {before}"
+
+    def reset_statistics(self) -> None:
+        """Put running statistics back to those of this step: a forward may have changed them
+        whose round came to nothing."""
+        with torch.no_grad():
+            for buffer, held in zip(self._exchanged, self._held, strict=True):
+                buffer.copy_(held)
 
     def digest(self) -> str:
         """SHA-256 over the bytes of what is exchanged, in the layout's order."""

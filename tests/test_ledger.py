@@ -1,0 +1,279 @@
+"""The ledger: its sums always agree, nothing is given out twice, and nothing is lost."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from paramserver.ledger import DONE, PARTLY, RETURNED, SKIPPED, Ledger
+from paramserver.wire import Lease
+
+# ---------------------------------------------------------------------------------- scripts
+
+
+def all_of(ledger: Ledger, size: int) -> list[Lease]:
+    leases = []
+    while (lease := ledger.lease(size)) is not None:
+        leases.append(lease)
+    return leases
+
+
+def test_ranges_come_in_order_and_the_last_of_an_epoch_may_be_short() -> None:
+    assert all_of(Ledger(5, 2), 2) == [
+        *((0, 0, 2), (0, 2, 4), (0, 4, 5)),
+        *((1, 0, 2), (1, 2, 4), (1, 4, 5)),
+    ]
+
+
+def test_no_samples_or_no_epochs_is_nothing_to_do() -> None:
+    for ledger in (Ledger(0, 3), Ledger(7, 0)):
+        assert ledger.lease(4) is None
+        assert ledger.exhausted and ledger.finished and ledger.total == 0 == ledger.unleased()
+
+
+def test_what_is_returned_goes_first_in_its_old_order() -> None:
+    ledger = Ledger(8, 1)
+    first, second, third = (ledger.lease(2) for _ in range(3))
+    assert first and second and third
+    for lease in (third, first):
+        ledger.settle(lease, RETURNED)
+    assert all_of(ledger, 2) == [first, third, (0, 6, 8)]
+
+
+def test_a_returned_range_may_be_leased_in_parts() -> None:
+    ledger = Ledger(10, 1)
+    lease = ledger.lease(8)
+    assert lease is not None
+    ledger.settle(lease, RETURNED)
+    assert all_of(ledger, 3) == [(0, 0, 3), (0, 3, 6), (0, 6, 8), (0, 8, 10)]
+
+
+def test_each_way_to_settle_is_counted_on_its_own() -> None:
+    ledger = Ledger(10, 1)
+    for how in (DONE, PARTLY, SKIPPED, RETURNED):
+        lease = ledger.lease(2)
+        assert lease is not None
+        ledger.settle(lease, how)
+    assert (ledger.done, ledger.partly, ledger.skipped, ledger.counted) == (2, 2, 2, 6)
+    assert (ledger.leased(), ledger.unleased()) == (0, 4)
+
+
+def test_exhausted_is_not_finished_while_leases_are_out() -> None:
+    ledger = Ledger(2, 1)
+    lease = ledger.lease(9)
+    assert lease == (0, 0, 2)
+    assert ledger.exhausted and not ledger.finished
+    ledger.settle(lease, RETURNED)
+    assert not ledger.exhausted
+    again = ledger.lease(9)
+    assert again == lease
+    ledger.settle(lease, DONE)
+    assert ledger.finished
+
+
+def test_a_lease_is_settled_once_and_only_if_it_was_given() -> None:
+    ledger = Ledger(4, 1)
+    lease = ledger.lease(2)
+    assert lease is not None
+    ledger.settle(lease, DONE)
+    for wrong in (lease, (0, 2, 4)):
+        with pytest.raises(KeyError):
+            ledger.settle(wrong, DONE)
+    with pytest.raises(ValueError, match="at least one"):
+        ledger.lease(0)
+    other = ledger.lease(2)
+    assert other is not None
+    with pytest.raises(ValueError, match="lost"):
+        ledger.settle(other, "lost")
+
+
+# ---------------------------------------------------------------------------------- its state
+
+
+def test_in_its_state_leases_that_are_out_wait() -> None:
+    ledger = Ledger(10, 2)
+    for how in (DONE, RETURNED, None):
+        lease = ledger.lease(2)
+        if how and lease:
+            ledger.settle(lease, how)
+    state = ledger.state()
+    assert state == {
+        "samples": 10,
+        "epochs": 2,
+        "head": (0, 4),
+        "waiting": [(0, 2, 4)],
+        "done": 2,
+        "partly": 0,
+        "skipped": 0,
+    }
+    back = Ledger.from_state(msgspec.json.decode(msgspec.json.encode(state)))
+    assert back.state() == state and back.leased() == 0
+    assert back.lease(2) == (0, 2, 4)
+
+
+def test_a_run_that_is_continued_may_have_more_or_fewer_epochs() -> None:
+    ledger = Ledger(4, 2)
+    for _ in range(3):
+        lease = ledger.lease(2)
+        assert lease is not None
+        ledger.settle(lease, DONE)
+    assert Ledger.from_state(ledger.state(), 3).unleased() == 6
+    fewer = Ledger.from_state(ledger.state(), 1)
+    assert fewer.finished and fewer.unleased() == 0
+
+
+GOOD: dict[str, Any] = {
+    "samples": 10,
+    "epochs": 2,
+    "head": (1, 4),
+    "waiting": [(0, 2, 4), (1, 0, 2)],
+    "done": 6,
+    "partly": 2,
+    "skipped": 2,
+}
+
+
+def test_the_good_state_that_garbled_ones_are_made_of_is_good() -> None:
+    ledger = Ledger.from_state(GOOD)
+    assert ledger.counted + ledger.unleased() == ledger.total
+    assert all_of(ledger, 5) == [(0, 2, 4), (1, 0, 2), (1, 4, 9), (1, 9, 10)]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"samples": -1},
+        {"samples": 10.5},
+        {"samples": "10"},
+        {"samples": 3},
+        {"samples": 10**30},
+        {"epochs": -1},
+        {"head": (1, 5)},
+        {"head": (1, 10)},
+        {"head": (0, 14)},
+        {"head": (2, -6)},
+        {"head": (-1, 24)},
+        {"head": (1,)},
+        {"head": None},
+        {"waiting": []},
+        {"waiting": [(0, 2, 4)]},
+        {"waiting": [(0, 2, 4), (0, 2, 4)]},
+        {"waiting": [(0, 2, 4), (0, 3, 5)]},
+        {"waiting": [(0, 2, 4), (1, 4, 6)]},
+        {"waiting": [(0, 2, 4), (2, 0, 2)]},
+        {"waiting": [(0, 2, 4), (1, 2, 0), (1, 0, 4)]},
+        {"waiting": [(0, 2, 4), (-1, 0, 2)]},
+        {"waiting": [(0, 10, 14)]},
+        {"waiting": [(0, -2, 2)]},
+        {"waiting": [(0, 2, 4, 5)]},
+        {"waiting": 4},
+        {"done": 7},
+        {"done": -2, "partly": 10},
+        {"partly": -1, "skipped": 5},
+        {"skipped": True},
+        {"skipped": None},
+    ],
+    ids=str,
+)
+def test_a_garbled_state_is_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r".") as error:
+        Ledger.from_state({**GOOD, **change})
+    assert isinstance(error.value, msgspec.ValidationError)
+
+
+@pytest.mark.parametrize("missing", GOOD)
+def test_a_state_with_something_missing_is_refused(missing: str) -> None:
+    with pytest.raises(msgspec.ValidationError):
+        Ledger.from_state({k: v for k, v in GOOD.items() if k != missing})
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=8,
+)
+
+
+@given(st.dictionaries(st.sampled_from(sorted(GOOD)), ANYTHING, max_size=3))
+def test_whatever_a_state_holds_it_is_refused_or_agrees(change: dict[str, Any]) -> None:
+    try:
+        ledger = Ledger.from_state({**GOOD, **change})
+    except msgspec.ValidationError:
+        return
+    assert ledger.counted + ledger.unleased() in (ledger.total, ledger.counted)
+    assert len(ledger._waiting) == len(set(ledger._waiting))
+
+
+# ---------------------------------------------------------------------------------- at random
+
+
+class Random(RuleBasedStateMachine):
+    """Against a model that knows each single sample: where it is, and that it is there once."""
+
+    @initialize(samples=st.integers(0, 20), epochs=st.integers(0, 3))
+    def begin(self, samples: int, epochs: int) -> None:
+        self.ledger = Ledger(samples, epochs)
+        self.all = [(e, i) for e in range(epochs) for i in range(samples)]
+        self.to_do = list(self.all)  # in the order in which they must come
+        self.out: list[Lease] = []
+        self.settled: dict[str, list[tuple[int, int]]] = {DONE: [], PARTLY: [], SKIPPED: []}
+
+    @rule(size=st.integers(1, 7))
+    def lease(self, size: int) -> None:
+        lease = self.ledger.lease(size)
+        if lease is None:
+            assert not self.to_do
+            return
+        epoch, start, stop = lease
+        taken = [(epoch, i) for i in range(start, stop)]
+        assert 0 < len(taken) <= size
+        assert taken == self.to_do[: len(taken)], "not the first that are to do"
+        del self.to_do[: len(taken)]
+        self.out.append(lease)
+
+    @precondition(lambda self: self.out)
+    @rule(data=st.data(), how=st.sampled_from([DONE, PARTLY, SKIPPED, RETURNED]))
+    def settle(self, data: st.DataObject, how: str) -> None:
+        lease = self.out.pop(data.draw(st.integers(0, len(self.out) - 1)))
+        epoch, start, stop = lease
+        samples = [(epoch, i) for i in range(start, stop)]
+        self.ledger.settle(lease, how)
+        if how == RETURNED:
+            self.to_do = sorted([*self.to_do, *samples])
+        else:
+            self.settled[how] += samples
+
+    @rule()
+    def restart(self) -> None:
+        """A new server: what was out waits again."""
+        state = msgspec.json.decode(msgspec.json.encode(self.ledger.state()))
+        self.ledger = Ledger.from_state(state)
+        back = [(e, i) for e, start, stop in self.out for i in range(start, stop)]
+        self.to_do, self.out = sorted([*self.to_do, *back]), []
+
+    @invariant()
+    def sums_agree(self) -> None:
+        ledger = self.ledger
+        assert ledger.done == len(self.settled[DONE])
+        assert ledger.partly == len(self.settled[PARTLY])
+        assert ledger.skipped == len(self.settled[SKIPPED])
+        assert ledger.leased() == sum(stop - start for _, start, stop in self.out)
+        assert ledger.unleased() == len(self.to_do)
+        assert ledger.counted + ledger.leased() + ledger.unleased() == ledger.total
+        assert ledger.exhausted == (not self.to_do)
+        assert ledger.finished == (not self.to_do and not self.out)
+
+    @invariant()
+    def each_sample_is_in_one_place(self) -> None:
+        out = [(e, i) for e, start, stop in self.out for i in range(start, stop)]
+        everywhere = [*self.to_do, *out, *(s for where in self.settled.values() for s in where)]
+        assert sorted(everywhere) == self.all
+
+
+Random.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+TestRandom = Random.TestCase
