@@ -128,7 +128,9 @@ class Cluster:
             replica.plan, self.settings["codec"], self.settings["topk_ratio"], self.client.room
         )
         self.client.on_close = self._on_close
-        self._gradients = Gradients(replica, self._feedback.values, self._send_bucket, accumulate)
+        self._gradients = Gradients(
+            replica, self._feedback.values, self._send_bucket, self.client.drop, accumulate
+        )
         return model, ClusterOptimizer(optimizer, self)
 
     # ------------------------------------------------------------------ samples

@@ -16,19 +16,23 @@ from paramserver.errors import UserError
 from workers.replica import Replica
 
 Make = Callable[[Bucket], Tensor]
+Drop = Callable[[Tensor], None]
 Send = Callable[[Bucket, Tensor, tuple[int, ...]], None]
 
 
 class Gradients:
     """Watches a replica's backward and gives every full bucket to `send(bucket, values, absent)`.
 
-    `values` is a flat float32 CPU tensor that `make(bucket)` made for it; `absent` are the layout
-    indexes of parameters without a gradient. `accumulate` backward passes make one step.
+    `values` is a flat float32 CPU tensor that `make(bucket)` made for it; one that is not sent after
+    all goes to `drop(values)`. `absent` are the layout indexes of parameters without a gradient. `accumulate` backward passes make one step.
     """
 
-    def __init__(self, replica: Replica, make: Make, send: Send, accumulate: int = 1) -> None:
+    def __init__(
+        self, replica: Replica, make: Make, send: Send, drop: Drop, accumulate: int = 1
+    ) -> None:
         self._replica = replica
         self._make = make
+        self._drop = drop
         self._send = send
         self._accumulate = accumulate
         self._plan = replica.plan
@@ -47,6 +51,8 @@ class Gradients:
         self._open = True
         self._passes = [0] * len(self._passes)
         self._missing = [len(b.tensors) for b in self._plan.buckets]
+        for values in self._values.values():  # of a step that was not carried through
+            self._drop(values)
         self._values.clear()
         self._sent.clear()
 
@@ -63,13 +69,13 @@ class Gradients:
                     passes = self._passes[index]
                     if passes and passes != self._accumulate:
                         # Fewer passes than stated reached it: what is there is its gradient.
-                        self._fill(index, only=bucket.index)
+                        self._fill(index, bucket, self._source(index))
                     elif not passes:
                         absent.append(index)
                         self._zero(index, bucket)
             else:
                 for index in bucket.tensors:
-                    self._fill(index, only=bucket.index)
+                    self._fill(index, bucket, self._source(index))
             self._hand_over(bucket, tuple(absent))
         self._open = False
 
@@ -89,11 +95,14 @@ class Gradients:
                     "state the number of backward passes for each step: attach(accumulate=...)",
                 )
             if self._passes[index] == self._accumulate:
-                self._fill(index)
+                # One after another: the room of a bucket that has left is free for a later one.
+                source = self._source(index)
                 for number in self._plan.buckets_of[index]:
+                    bucket = self._plan.buckets[number]
+                    self._fill(index, bucket, source)
                     self._missing[number] -= 1
                     if self._missing[number] == 0:
-                        self._hand_over(self._plan.buckets[number], ())
+                        self._hand_over(bucket, ())
 
         return on_gradient
 
@@ -114,17 +123,13 @@ class Gradients:
         start, stop = max(begin, bucket.start), min(end, bucket.stop)
         return start - bucket.start, stop - bucket.start, start - begin
 
-    def _fill(self, index: int, only: int | None = None) -> None:
-        """Copy a tensor's gradient (or statistic) into its buckets."""
-        source = self._source(index)
-        for number in self._plan.buckets_of[index]:
-            if only is not None and number != only:
-                continue
-            bucket = self._plan.buckets[number]
-            start, stop, offset = self._span(index, bucket)
-            self._room(bucket)[start:stop].copy_(source[offset : offset + stop - start])
+    def _fill(self, index: int, bucket: Bucket, source: Tensor) -> None:
+        """Copy what a bucket holds of a tensor's gradient (or statistic) into it."""
+        start, stop, offset = self._span(index, bucket)
+        self._room(bucket)[start:stop].copy_(source[offset : offset + stop - start])
 
     def _source(self, index: int) -> Tensor:
+        """A tensor's gradient (or statistic), flat."""
         params = self._replica.params
         if index < len(params):
             grad = params[index][1].grad

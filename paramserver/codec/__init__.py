@@ -9,14 +9,14 @@ buffers that came from elsewhere before they are decoded. Each codec is one file
 codec     bytes a number    what is lost                                         error feedback
 ========  ================  ===================================================  ==============
 float32   4                 nothing                                              -
-float16   2                 2^-11 of each number, 2^-35 of the largest           -
-bfloat16  2                 2^-9 of each number                                  -
+float16   2                 2^-11 of each number, 2^-34 of the largest           -
+bfloat16  2                 2^-8 of each number                                  -
 int8      1 (and 4 / 1024)  1/254 of the largest of 1024 neighbours              yes
 topk      4 * topk_ratio    all but the largest; of these as float16             yes
 ========  ================  ===================================================  ==============
 
 What is not finite stays visible: where a NaN or an infinity goes in, a number that is not finite
-comes out (from topk: unless the bucket has more of them than it sends numbers).
+comes out. Above 2^127 rounding may lead to infinity.
 """
 
 from __future__ import annotations

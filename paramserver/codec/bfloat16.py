@@ -1,7 +1,4 @@
-"""bfloat16: float32's range with 8 bits of precision, two bytes each; rounds to nearest even.
-
-Numbers of the topmost 0.4 % of float32's range round to infinity.
-"""
+"""bfloat16: float32's range with 8 bits of precision, two bytes each; rounds to nearest even."""
 
 from __future__ import annotations
 
