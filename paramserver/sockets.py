@@ -74,7 +74,7 @@ def set_room(s: zmq.Socket[bytes], buckets: int) -> None:
     bound with, and setting it reaches those that exist.
     """
     mark = 2 * buckets + SMALL_MESSAGES
-    s.setsockopt(zmq.SNDHWM if s.socket_type == zmq.PUB else zmq.RCVHWM, mark)
+    s.setsockopt(zmq.SNDHWM if s.type == zmq.PUB else zmq.RCVHWM, mark)
 
 
 def dealer(

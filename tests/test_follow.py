@@ -112,8 +112,19 @@ def test_averages_are_taken_and_the_close_applies_them(follow: Follow, log: Log)
     assert follow.close(close) == Apply(close)
     assert follow.step == 0, "not before it is applied"
     follow.applied(close)
+    next_first = log.average(0)
+    assert follow.average(next_first) == Take(next_first, first=True)
     assert (follow.step, follow.lineage) == (1, close.lineage)
     assert follow.open == close.open and follow.is_over(1) and not follow.is_over(2)
+
+
+def test_a_close_that_opens_nothing_still_ends_its_round(follow: Follow, log: Log) -> None:
+    opened = log.open()
+    follow.opened(opened)
+    close = msgspec.structs.replace(log.close(), open=None)
+    follow.applied(close)
+    assert follow.is_over(1) and follow.open == opened
+    assert follow.lease(1, after=0) is None
 
 
 def test_an_update_without_averages_is_one(follow: Follow, log: Log) -> None:
@@ -193,6 +204,21 @@ def test_a_lost_close_shows_at_whatever_comes_next(log: Log) -> None:
         assert seen[type(m)](m) == Gap(), m  # type: ignore[operator]
 
 
+def test_an_average_that_was_written_over_is_one_that_never_came(follow: Follow, log: Log) -> None:
+    log.open()
+    first, second, close = log.update()
+    assert isinstance(first, Average) and isinstance(second, Average) and isinstance(close, Close)
+    follow.average(first)
+    follow.average(second)
+    follow.lost(0)
+    assert follow.close(close) == Gap()
+    follow.fetch(0.0)
+    assert follow.average(first) == Take(first)
+    assert follow.close(close) == Apply(close)
+    follow.lost(0)  # too late to matter
+    follow.lost(7)
+
+
 def test_a_fetch_may_take_several_answers(follow: Follow, log: Log) -> None:
     log.open()
     updates = [log.update() for _ in range(3)]
@@ -219,7 +245,7 @@ def test_what_is_fetched_tells_the_open_round(follow: Follow, log: Log) -> None:
 def test_a_fetch_without_an_answer_is_made_again(follow: Follow) -> None:
     follow.fetch(now=1.0)
     follow.heard(2.0)
-    assert follow.tick(2.9, quiet_s=2.0) == NOTHING
+    assert follow.tick(3.0, quiet_s=2.0) == NOTHING
     assert follow.tick(3.1, quiet_s=2.0) == Gap()
     follow.fetch(now=3.1)
     assert follow.tick(3.9, quiet_s=2.0) == NOTHING
@@ -349,6 +375,8 @@ def test_a_snapshot_moves_and_what_was_before_is_over(follow: Follow, log: Log) 
     assert follow.lease(1, after=0) is None, "no lease of a round that is over"
     assert follow.is_over(1)
     log.open()
+    older = msgspec.structs.replace(log.average(0), step=3)
+    assert follow.average(older) == OLD
     apply(follow, log.update())
     assert follow.step == 4
 

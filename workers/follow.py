@@ -133,7 +133,6 @@ class Follow:
         self.step, self.lineage = m.step, m.lineage
         self.over = max(self.over, m.round)
         self._got.clear()
-        self._round = max(self._round, m.round + 1)
         if m.open is not None:
             self._opened(m.open)
 

@@ -4,8 +4,8 @@ A block's largest magnitude becomes 127, the rest is rounded to the nearest of 2
 number is off by half a step at most, and what is smaller than that is sent as zero: meant to be
 used with error feedback (`paramserver.feedback`). Small blocks keep one large number from taking
 the bits of all others; at 1024 the scales are 0.4 % of the bytes. Blocks with scales of their own
-come from Dettmers, "8-Bit Approximations for Parallelism in Deep Learning", 2015, and QSGD's buckets
-(Alistarh et al., 2017).
+come from Dettmers, "8-Bit Approximations for Parallelism in Deep Learning", 2015, and Alistarh et
+al., "QSGD", 2017.
 
 A block with a NaN or an infinity in it is not finite in any of its numbers when it is decoded.
 

@@ -2,9 +2,9 @@
 
 What is not sent is kept by error feedback (`paramserver.feedback`) and sent when it has grown; topk
 without it does not train. Sorting a bucket takes far longer than sending it, so the magnitude from
-which numbers are sent is read off a sample, as in Lin et al., "Deep Gradient Compression", ICLR 2018.
-The count that follows is near the ratio, not equal to it; above `SLACK` times that, the largest of
-the candidates are chosen.
+which numbers are sent is read off a sample, as in Lin et al., "Deep Gradient Compression", ICLR
+2018. The count that follows is near the ratio, not equal to it; above `SLACK` times that, the
+largest of the candidates are chosen.
 
 float16 suffices because feedback makes good for its error too, and positions take two bytes: they
 count from the start of their section of 65,536 numbers.
@@ -54,7 +54,7 @@ class TopK:
     def encode(
         self, values: Tensor, ratio: float = 0.01, room: Room = fresh
     ) -> tuple[list[Any], float]:
-        where = _largest(values, math.ceil(ratio * values.numel()))
+        where = _largest(values, max(1, math.ceil(ratio * values.numel())))
         chosen = values[where]
         half = torch.empty(len(where), dtype=torch.float16)
         scale = shrink(chosen.clone(), half) if len(where) else 1.0
