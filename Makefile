@@ -4,12 +4,12 @@
 # upper-case ones (ID, ARGS, PYTHON) are read here.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo server worker test check bench profile format constraints clean
+.PHONY: help setup demo server worker test check bench profile simulate format constraints clean
 
 VENV_PYTHON := .venv/bin/python
 READY := .venv/.ready
 
-unexport ARGS ID QUICK # they are for this make, not for one that a test or a program starts
+unexport ARGS ID QUICK SEEDS # they are for this make, not for one that a test or a program starts
 
 help: ## list these commands
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F '|' '{ printf "%-20s %s\n", $$1, $$2 }'
@@ -40,6 +40,9 @@ bench: $(READY) ## measure beside DDP with gloo (QUICK=1: under 3 minutes; ARGS=
 
 profile: $(READY) ## where a step's time goes: a table, and trace.json in the run folder
 	@$(RUN) paramserver.launch profile $(ARGS)
+
+simulate: $(READY) ## whole runs with faults in virtual time (SEEDS=100000; ARGS='--seed 7 --verbose')
+	@exec $(VENV_PYTHON) -m tests.simulation $(if $(SEEDS),--seeds $(SEEDS)) $(ARGS)
 
 format: $(READY) ## bring all files into shape
 	.venv/bin/ruff format .

@@ -139,7 +139,7 @@ class Ring:
 
     def __init__(self, path: Path, size: int | None = None) -> None:
         """With `size` it is made, by the server; else opened, by a reader."""
-        self._memory = Memory(path, size)
+        self._memory = Memory(path, None if size is None else -(-size // ALIGN) * ALIGN)
         self._stamps = np.frombuffer(self._memory.map, dtype=np.int64)
         self._live: deque[tuple[int, int, int]] = deque()  # start, stop, stamp; oldest first
         self._head = 0

@@ -187,7 +187,9 @@ class Server:
             ):
                 endpoints.append(kind)
         self._router = sockets.router(self._ctx, routers, largest)
-        self._pub = sockets.publisher(self._ctx, pubs, largest)
+        s = self.settings
+        mark = sockets.mark(s.history_mb, s.bucket_mb)
+        self._pub = sockets.publisher(self._ctx, pubs, largest, mark)
 
     # ------------------------------------------------------------------ the loop
 
@@ -293,7 +295,6 @@ class Server:
             case wire.Join():
                 self._share(session, message)
                 self._carry_out(r.join(session, message, now))
-                self._make_room()
             case wire.Ready():
                 self._carry_out(r.ready(session, message, now))
             case wire.Unready():
@@ -580,10 +581,6 @@ class Server:
         route = self._routes.pop(session, None)
         if route is not None:
             self._links.pop(route, None)
-
-    def _make_room(self) -> None:
-        if self.plan is not None:
-            sockets.set_room(self._pub, len(self.plan.buckets))
 
     def _pulse(self, now: float) -> None:
         pulse = msgspec.structs.replace(

@@ -2,12 +2,13 @@
 
 High-water marks count messages, so they are derived from buckets: a worker may have
 `BUCKETS_WAITING` buckets waiting at the server before TCP holds it back, and a subscriber that
-falls more than two updates behind loses messages (it notices the gap and fetches).
+falls far behind loses messages (it notices the gap and fetches); see `mark`.
 """
 
 from __future__ import annotations
 
 import errno
+import math
 import os
 import socket
 import stat
@@ -21,6 +22,7 @@ from paramserver.errors import UserError
 
 BUCKETS_WAITING = 8
 SMALL_MESSAGES = 64  # room for what is not a bucket
+HISTORY_MIN_MB = 64.0
 FRAME_OVERHEAD = 4096
 _EVENTS, _POLLIN = zmq.EVENTS, int(zmq.POLLIN)
 
@@ -59,22 +61,23 @@ def router(
 
 
 def publisher(
-    ctx: zmq.Context[zmq.Socket[bytes]], endpoints: list[str], frame_bytes_max: int
+    ctx: zmq.Context[zmq.Socket[bytes]], endpoints: list[str], frame_bytes_max: int, mark: int
 ) -> zmq.Socket[bytes]:
     """The server's PUB, bound."""
     s = _make(ctx, zmq.PUB, frame_bytes_max)
+    s.setsockopt(zmq.SNDHWM, mark)
     _bind(s, endpoints)
     return s
 
 
-def set_room(s: zmq.Socket[bytes], buckets: int) -> None:
-    """Let a PUB or SUB hold two updates of that many buckets for a slow reader, not more.
+def mark(history_mb: float, bucket_mb: float) -> int:
+    """Messages that a PUB and a SUB each hold for a slow reader: twice what the history keeps.
 
-    Called again whenever a peer has come: a listening socket gives new connections the mark it was
-    bound with, and setting it reaches those that exist.
+    For the whole life of a socket: to change the mark of one with connections is not safe. libzmq
+    4.3 tells the other end of a pipe that may be gone already (a crash in its I/O thread), and
+    takes a pipe for full for ever where more was under way than a mark that was lowered.
     """
-    mark = 2 * buckets + SMALL_MESSAGES
-    s.setsockopt(zmq.SNDHWM if s.type == zmq.PUB else zmq.RCVHWM, mark)
+    return SMALL_MESSAGES + 2 * math.ceil(max(history_mb, HISTORY_MIN_MB) / bucket_mb)
 
 
 def dealer(
@@ -88,9 +91,10 @@ def dealer(
     return s
 
 
-def subscriber(ctx: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> zmq.Socket[bytes]:
+def subscriber(ctx: zmq.Context[zmq.Socket[bytes]], endpoint: str, mark: int) -> zmq.Socket[bytes]:
     """A peer's SUB; `subscribe` tells to what."""
     s = _make(ctx, zmq.SUB, -1)
+    s.setsockopt(zmq.RCVHWM, mark)
     s.connect(endpoint)
     return s
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -170,6 +172,20 @@ def test_topk_sends_the_largest_and_about_its_share_of_them(name: str, ratio: fl
     share = min(ratio * len(values), int(values.count_nonzero()))
     assert 0.7 * share <= len(sent) <= 1.3 * share
     assert values[arrived == 0].abs().max() <= sent.min()
+
+
+@pytest.mark.parametrize("name", ["as gradients are", "a matrix of few busy columns"])
+def test_topk_sorts_nothing_but_a_sample(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    sorted_lengths = []
+
+    def partition(numbers: Any, at: int, partition: Any = np.partition) -> Any:
+        sorted_lengths.append(len(numbers))
+        return partition(numbers, at)
+
+    monkeypatch.setattr(np, "partition", partition)
+    monkeypatch.setattr(np, "argpartition", partition)
+    encoded(CODECS["topk"], SPECIAL[name].clone())
+    assert len(sorted_lengths) == 1 and sorted_lengths[0] < len(SPECIAL[name]) / 10
 
 
 @pytest.mark.parametrize("values", SPECIAL.values(), ids=SPECIAL)

@@ -51,6 +51,9 @@ def test_a_returned_range_may_be_leased_in_parts() -> None:
     assert lease is not None
     ledger.settle(lease, RETURNED)
     assert all_of(ledger, 3) == [(0, 0, 3), (0, 3, 6), (0, 6, 8), (0, 8, 10)]
+    for lease in ((0, 0, 3), (0, 3, 6)):
+        ledger.settle(lease, RETURNED)
+    assert all_of(ledger, 1) == [(0, i, i + 1) for i in range(6)]
 
 
 def test_each_way_to_settle_is_counted_on_its_own() -> None:
@@ -147,6 +150,30 @@ def test_the_good_state_that_garbled_ones_are_made_of_is_good() -> None:
 @pytest.mark.parametrize(
     "change",
     [
+        {"waiting": [(0, 0, 2), (0, 8, 10)]},
+        {"waiting": [(0, 8, 10), (1, 0, 2)]},
+        {"waiting": [(1, 0, 2), (0, 2, 4)]},
+        {"waiting": [(0, 2, 3), (0, 3, 6)]},
+        {"waiting": [(0, 5, 6), (1, 1, 4)]},
+        {"epochs": 0},
+    ],
+    ids=str,
+)
+def test_a_state_that_may_be_is_taken(change: dict[str, Any]) -> None:
+    assert Ledger.from_state({**GOOD, **change}).counted == 10
+
+
+def test_the_state_of_an_empty_set_may_be() -> None:
+    assert Ledger.from_state(Ledger(0, 2).state()).finished
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"head": (0, 10), "done": 4, "waiting": [(0, 2, 4)]},
+        {"waiting": [(0, 2, 6), (0, 7, 7)]},
+        {"waiting": [(0, 8, 12)]},
+        {"samples": 0, "head": (1, 1), "done": 0, "partly": 1, "skipped": 0, "waiting": []},
         {"samples": -1},
         {"samples": 10.5},
         {"samples": "10"},

@@ -125,6 +125,26 @@ def test_after_an_update_a_new_replica_is_never_the_origin() -> None:
     assert "nobody here does" in run.rounds.phase(0.0)
 
 
+def test_another_worker_takes_over_where_the_origin_died_before_an_update() -> None:
+    run = Run(observer=False)
+    for who in (1, 2):
+        run.hello(who)
+        run.join(who)
+    assert but_words(run.leave(1)) == ["w2 <- abort 1: worker 1 (pi) left", "forget w1"]
+    run.join(2)
+    assert run.rounds.lineage == "fresh w2"
+    run = Run(observer=False).workers(1, 2)  # a round is open
+    run.hello(3)
+    run.join(3)
+    run.leave(1)
+    assert but_words(run.leave(2))[-3:] == [
+        "forget w2",
+        "start at step 0",
+        "w3 <- origin at step 0",
+    ]
+    assert run.rounds.ledger is None
+
+
 # ----------------------------------------------------------------------------- who belongs
 
 
@@ -185,6 +205,19 @@ def test_workers_that_came_before_the_origin_are_compared_with_it() -> None:
     )
 
 
+def test_another_way_from_gradient_to_weights_is_refused() -> None:
+    run = Run()
+    run.hello(0)
+    run.join(0, recipe="Adam lr 0.1")
+    run.hello(1)
+    [answer] = run.join(1, recipe="SGD lr 0.1")
+    assert answer.startswith(
+        "w1 <- reject: worker 1 (pi) goes another way from gradient to weights"
+    )
+    assert run.tick(1.0) == [] and run.rounds.snapshot is None
+    assert but_words(run.join(1, recipe="Adam lr 0.1"))[0] == "w1 <- adopt at step 0"
+
+
 def test_another_data_set_is_refused_and_so_is_an_empty_one() -> None:
     run = Run().observer().workers(1)
     run.hello(2)
@@ -195,6 +228,8 @@ def test_another_data_set_is_refused_and_so_is_an_empty_one() -> None:
     ]
     assert run.ready(2, samples=0) == ["w2 <- reject: a data set without samples"]
     assert run.ready(2, batch=0) == ["w2 <- reject: a data set without samples"]
+    run = Run(num_workers=1).observer().workers(1, samples=1, batch=1)
+    assert run.rounds.open_message().leases == {1: ((0, 0, 1),)}  # type: ignore[union-attr]
 
 
 def test_ready_from_one_who_lost_its_place_is_left_until_it_says_so_again() -> None:
@@ -206,11 +241,29 @@ def test_ready_from_one_who_lost_its_place_is_left_until_it_says_so_again() -> N
     assert [p.id for p in run.rounds.workers_ready()] == [1, 2]
 
 
+def test_ready_from_one_who_has_no_snapshot_yet_does_not_count() -> None:
+    run = Run(num_workers=1).observer()
+    run.hello(1)
+    run.join(1)
+    assert run.ready(1) == []
+    assert but_words(run.snapshot(1)) == []
+    assert run.rounds.workers_ready() == []
+    assert run.ready(1) == ["all <- open 1 at step 0 for 1: 0/0-10 0/10-20"]
+
+
 def test_ready_without_a_join_and_from_the_observer_is_refused() -> None:
     run = Run().observer()
     run.hello(1)
     assert run.ready(1) == ["w1 <- reject: ready before joining"]
     assert run.ready(0) == ["obs <- reject: ready before joining"]
+
+
+def test_who_has_just_come_is_not_silent() -> None:
+    run = Run()
+    run.now = 50.0
+    run.hello(1)
+    assert run.tick(59.0) == []
+    assert run.tick(60.1)[0] == "# worker 1 (pi) is gone: silent for 10.1 s"
 
 
 def test_silence_is_the_end_of_a_peer_and_any_sign_of_life_keeps_it() -> None:
@@ -719,6 +772,7 @@ def test_a_silent_joiner_is_named_and_training_goes_on() -> None:
     run.push(1)
     run.now = 5.0
     run.route(0, wire.Piece(snapshot=2, piece=0))
+    assert run.tick(14.9, 0, 1, 2) == []
     effects = run.tick(15.1, 0, 1, 2)
     assert effects[0] == "# snapshot 2 is off: worker 2 (pi) was silent for 10 s"
     assert effects[-1].startswith("all <- open 2")
@@ -789,6 +843,8 @@ def test_the_first_round_waits_for_all_workers_or_join_timeout() -> None:
         "waiting for 3 workers: worker 1 (pi), worker 2 (pi) ready (starts with fewer in 15 s)"
     )
     assert run.tick(19.9, 0, 1, 2) == []
+    run.all_seen()
+    assert "(starts with fewer in 0 s)" in run.rounds.phase(25.0)
     assert run.tick(20.0, 0, 1, 2) == [
         "# starting with 2 of 3 workers",
         "all <- open 1 at step 0 for 1: 0/0-10 0/20-30, 2: 0/10-20 0/30-40",
@@ -905,6 +961,30 @@ def test_with_nobody_left_the_run_ends_after_idle_timeout_with_an_error() -> Non
         "end at step 0: nothing happened for 100 s: "
         "paused: 0 of at least 1 workers ready (nobody) (error)"
     )
+
+
+def test_who_comes_to_work_keeps_a_run_from_being_idle() -> None:
+    run = Run(idle_timeout=100.0).observer()
+    run.now = 90.0
+    run.all_seen()
+    run.workers(1)
+    run.tick(110.0, 0, 1)
+    assert run.rounds.ending is None
+    run.tick(190.1, 0, 1)
+    assert run.rounds.ending is not None
+
+
+def test_what_a_run_without_a_round_waits_for() -> None:
+    run = Run(num_workers=1, min_workers=1).observer().workers(1, samples=10)
+    run.relinked(1)
+    assert run.rounds.phase(0.0) == "paused: 0 of at least 1 workers ready (nobody)"
+    run.follows(1)
+    run.ready(1, samples=10)
+    run.hello(2)
+    run.join(2)
+    run.push(1)
+    run.stands(0, 1)
+    assert run.rounds.phase(0.0) == "ended: all epochs are done"
 
 
 def test_the_leases_of_an_ended_run_are_returned() -> None:

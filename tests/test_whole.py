@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -212,7 +213,8 @@ def test_a_worker_that_is_asked_to_leave_says_goodbye_and_may_come_back(tmp_path
 # ----------------------------------------------------------------------------------------- faults
 
 
-def test_a_killed_worker_is_left_out_and_its_successor_taken_in(tmp_path: Path) -> None:
+def test_who_is_killed_is_left_out_and_a_successor_taken_in(tmp_path: Path) -> None:
+    """First the observer, which the server starts again; then a worker, which a person does."""
     with Run(tmp_path) as run:
         with Monitor(run.port) as monitor:
             server = run.server(
@@ -220,6 +222,12 @@ def test_a_killed_worker_is_left_out_and_its_successor_taken_in(tmp_path: Path) 
             )
             crew = [run.worker(1), run.worker(2)]
             monitor.until(lambda close: close.step >= 10)
+
+            (observer,) = psutil.Process(server.process.pid).children()
+            observer.kill()
+            server.wait_for(r"the observer ended \(exit code -9\): starting it again")
+            server.wait_for(r"the observer took a snapshot of step \d+")
+
             crew[1].send(signal.SIGKILL)
             killed_at = monitor.step_with(1).step
             server.wait_for(r"worker 2 .* is gone: silent for 2\.\d s")

@@ -160,7 +160,9 @@ class Client:
             self._link_kind = "ipc"
             if welcome.shared and sockets.ipc_usable(welcome.shared):
                 self._shared = Path(welcome.shared)
-        self._sub = sockets.subscriber(self._ctx, pub)
+        of_run = welcome.settings
+        mark = sockets.mark(of_run["history_mb"], of_run["bucket_mb"])
+        self._sub = sockets.subscriber(self._ctx, pub, mark)
         for kind in (wire.Close, wire.Open, wire.Pulse, wire.Probe, wire.End):
             sockets.subscribe(self._sub, wire.topic(kind))
         self._link = sockets.dealer(self._ctx, router)
@@ -170,8 +172,11 @@ class Client:
         self._start_beating(welcome.session)
         self._probed.clear()
         start = time.monotonic()
+        probed = 0.0
         while self._probed != {"sub", "link"}:
-            self._send(wire.Probe(session=welcome.session))
+            if time.monotonic() - probed >= PROBE_INTERVAL_S:
+                self._send(wire.Probe(session=welcome.session))
+                probed = time.monotonic()
             self._poll_for_probe(PROBE_INTERVAL_S)
             if time.monotonic() - start > self.heartbeat_timeout:
                 missing = "SUB" if "link" in self._probed else "ROUTER"
@@ -182,10 +187,17 @@ class Client:
                     "a firewall between the two machines? both ports must be open",
                 )
 
+    def _drain(self, timeout_s: float) -> list[tuple[Any, Any]]:
+        """Everything that has come on link and SUB, with its socket; waits for something."""
+        found = []
+        for s, _ in self._poller.poll(int(1000 * timeout_s)):
+            while sockets.readable(s):
+                found.append((s, self._decode(s.recv_multipart(copy=False))[0]))
+        return found
+
     def _poll_for_probe(self, timeout_s: float) -> None:
         assert self._sub is not None and self._link is not None
-        for s, _ in self._poller.poll(int(1000 * timeout_s)):
-            message, _ = self._decode(s.recv_multipart(copy=False))
+        for s, message in self._drain(timeout_s):
             if isinstance(message, wire.Probe) and self.welcome is not None:
                 if message.session == self.welcome.session:
                     self._probed.add("sub")
@@ -640,7 +652,6 @@ class Client:
     def _joined_now(self) -> None:
         assert self.replica is not None and self._sub is not None
         self._joined = True
-        sockets.set_room(self._sub, len(self.replica.plan.buckets))
         if self._ready is not None:
             self._send(self._ready)
 

@@ -23,8 +23,9 @@ Send = Callable[[Bucket, Tensor, tuple[int, ...]], None]
 class Gradients:
     """Watches a replica's backward and gives every full bucket to `send(bucket, values, absent)`.
 
-    `values` is a flat float32 CPU tensor that `make(bucket)` made for it; one that is not sent after
-    all goes to `drop(values)`. `absent` are the layout indexes of parameters without a gradient. `accumulate` backward passes make one step.
+    `values` is a flat float32 CPU tensor that `make(bucket)` made for it; one that is not sent
+    after all goes to `drop(values)`. `absent` are the layout indexes of parameters without a
+    gradient. `accumulate` backward passes make one step.
     """
 
     def __init__(

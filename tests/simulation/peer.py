@@ -121,7 +121,6 @@ class Client(Process):
         self._taking: Taking | None = None
         self._giving: int | None = None
         self._give_later: wire.Give | None = None
-        self._aborted = 0  # the newest snapshot that was called off
         self._ready: wire.Ready | None = None
         self._must_greet = False
         self.left_behind = False
@@ -208,6 +207,7 @@ class Client(Process):
 
     def _send_join(self) -> None:
         self._joined = self.adrift = False
+        self._stood = -1  # the server may not have heard it
         r = self.replica
         join = wire.Join(layout=self.server.layout, step=r.step, lineage=r.lineage, device="cpu")
         self._send(join, r.model)
@@ -457,7 +457,6 @@ class Client(Process):
         self.world.say(f"{self.name} greets again")
         self._held.clear()
         self._giving = self._give_later = self._taking = None
-        self._aborted, self._stood = 0, -1
         yield from self.connect()
         self._new_follow()
         self._send_join()
@@ -524,9 +523,7 @@ class Client(Process):
     def _on_abort(self, message: wire.Abort) -> None:
         if self._giving == message.snapshot:
             self._giving = None
-        elif not self._joined and message.snapshot > self._aborted:
-            # Older ones are echoes: we have joined again since.
-            self._aborted = message.snapshot
+        elif not self._joined:
             self._taking = None
             self._send_join()
 
