@@ -89,6 +89,11 @@ class Memory:
         return offset if 0 <= offset < self.size else None
 
 
+def outbox_path(folder: Path, session: str, number: int) -> Path:
+    """Where a worker makes its outbox; a new one each time it joins."""
+    return folder / f"{session}-{number}"
+
+
 class Outbox:
     """A worker's slots for buckets on their way to the server; both sides have one of these."""
 

@@ -398,10 +398,12 @@ class Server:
         if join.sharing:
             self._sharing.add(session)
         if join.outbox:
-            path = self._shared / session
+            path = arena.outbox_path(self._shared, session, join.outbox)
             try:
                 self._outboxes[session] = arena.Outbox(path)
                 path.unlink()  # both have it mapped; nothing is left when they end
+            except FileNotFoundError:
+                pass  # the worker has joined again meanwhile: that comes next
             except (OSError, ValueError) as e:
                 raise PeerError(f"your outbox cannot be used: {e}") from None
 

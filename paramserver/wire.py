@@ -195,8 +195,8 @@ class Join(Message, frozen=True):
     link: str = "tcp"
     sharing: bool = False
     """This peer reads averages from the server's ring, if there is one when it is admitted."""
-    outbox: bool = False
-    """Its pushes may lie in the outbox that it has made."""
+    outbox: Int = 0
+    """Number of the outbox that it has made for its pushes; 0: none."""
 
 
 class Admit(Message, frozen=True):

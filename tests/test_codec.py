@@ -168,10 +168,11 @@ def test_nothing_finite_at_all_stays_visible(name: str, bad: float) -> None:
 def test_topk_sends_the_largest_and_about_its_share_of_them(name: str, ratio: float) -> None:
     values = SPECIAL[name]
     arrived, _ = through("topk", values, ratio)
-    sent = values[arrived != 0].abs()
-    share = min(ratio * len(values), int(values.count_nonzero()))
-    assert 0.7 * share <= len(sent) <= 1.3 * share
-    assert values[arrived == 0].abs().max() <= sent.min()
+    for part, came in zip(values.split(SECTION), arrived.split(SECTION), strict=True):
+        sent, unsent = part[came != 0].abs(), part[came == 0].abs()
+        share = min(ratio * len(part), int(part.count_nonzero()))
+        assert 0.6 * share <= len(sent) <= 1.3 * share + 1
+        assert unsent.max() <= sent.min()
 
 
 @pytest.mark.parametrize("name", ["as gradients are", "a matrix of few busy columns"])
@@ -185,7 +186,7 @@ def test_topk_sorts_nothing_but_a_sample(name: str, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(np, "partition", partition)
     monkeypatch.setattr(np, "argpartition", partition)
     encoded(CODECS["topk"], SPECIAL[name].clone())
-    assert len(sorted_lengths) == 1 and sorted_lengths[0] < len(SPECIAL[name]) / 10
+    assert sum(sorted_lengths) < len(SPECIAL[name]) / 10
 
 
 @pytest.mark.parametrize("values", SPECIAL.values(), ids=SPECIAL)
@@ -194,7 +195,7 @@ def test_topk_never_sends_much_more_than_its_share(values: Tensor, ratio: float)
     buffers, _ = encoded(CODECS["topk"], values.clone(), ratio)
     sections = -(-len(values) // SECTION)
     sent = (len(buffers[0]) - 4 * sections) // 4
-    assert sent <= max(1, 1.3 * math.ceil(ratio * len(values)))
+    assert sent <= 1.3 * ratio * len(values) + 2 * sections
     assert sent >= min(1, int(values.count_nonzero()))
 
 

@@ -88,6 +88,7 @@ class Client:
         self._link_kind = "tcp"
         self._shared: Path | None = None  # where this host's server shares memory with us
         self._outbox: arena.Outbox | None = None
+        self._outboxes = 0
         self._ring: arena.Ring | None = None
         self._held: deque[tuple[Any, list[Any]]] = deque()  # from SUB, to be looked at (again)
         self._beating: threading.Event | None = None
@@ -251,7 +252,7 @@ class Client:
                 ledger=ledger,
                 link=self._link_kind,
                 sharing=self._shared is not None,
-                outbox=self._outbox is not None,
+                outbox=0 if self._outbox is None else self._outboxes,
             )
         )
 
@@ -260,9 +261,11 @@ class Client:
         if self._shared is None or self._hello.role != "worker":
             return None
         assert self.welcome is not None and self.replica is not None
-        path = self._shared / self.welcome.session
+        session, number = self.welcome.session, self._outboxes
+        arena.outbox_path(self._shared, session, number).unlink(missing_ok=True)
+        self._outboxes += 1
+        path = arena.outbox_path(self._shared, session, self._outboxes)
         try:
-            path.unlink(missing_ok=True)
             return arena.Outbox(
                 path, FLOAT32_BYTES * max(b.size for b in self.replica.plan.buckets)
             )

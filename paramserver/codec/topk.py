@@ -1,13 +1,14 @@
 """topk: only the numbers of largest magnitude, as positions and float16 values, 4 bytes each.
 
 What is not sent is kept by error feedback (`paramserver.feedback`) and sent when it has grown; topk
-without it does not train. Sorting a bucket takes far longer than sending it, so the magnitude from
-which numbers are sent is read off a sample, as in Lin et al., "Deep Gradient Compression", ICLR
-2018. The count that follows is near the ratio, not equal to it; above `SLACK` times that, the
-largest of the candidates are chosen.
+without it does not train. The largest are chosen in each section of 65,536 numbers, so that a layer
+with small gradients gets its turn too. Sorting them takes far longer than sending them, so the
+magnitude from which numbers are sent is read off a sample, as in Lin et al., "Deep Gradient
+Compression", ICLR 2018. The count that follows is near the ratio, not equal to it; above `SLACK`
+times that, the largest of the candidates are chosen.
 
 float16 suffices because feedback makes good for its error too, and positions take two bytes: they
-count from the start of their section of 65,536 numbers.
+count from the start of their section.
 
 One buffer: how many numbers each section has (int32), their positions (uint16, rising), their
 values (float16, with the header's scale).
@@ -26,7 +27,7 @@ from paramserver.codec.float16 import grow, shrink
 from paramserver.codec.lengths import Room, Wire, fresh, lengths
 
 SECTION = 2**16
-SAMPLE = 2**13
+SAMPLE = 2**12
 SLACK = 1.3
 MAGNITUDE = 0x7FFFFFFF
 """All bits of a float32 but its sign. As integers they rise with the magnitude, infinity and NaN on
@@ -54,19 +55,19 @@ class TopK:
     def encode(
         self, values: Tensor, ratio: float = 0.01, room: Room = fresh
     ) -> tuple[list[Any], float]:
-        where = _largest(values, max(1, math.ceil(ratio * values.numel())))
+        found = [_largest(part, ratio) for part in values.split(SECTION)]
+        counts = torch.tensor([len(positions) for positions in found])
+        positions = torch.cat(found)
+        where = _where(counts, positions)
         chosen = values.index_select(0, where)
         half = torch.empty(len(where), dtype=torch.float16)
         scale = shrink(chosen.clone(), half) if len(where) else 1.0
         unsent = chosen.sub_(grow(half, scale, torch.empty(len(where))))
         values.index_copy_(0, where, unsent)
 
-        wire = room(4 * _sections(values.numel()) + 4 * len(where)).numpy().data
-        for part, content in zip(
-            _parts(wire, values.numel()),
-            (torch.bincount(where // SECTION, minlength=_sections(values.numel())), where, half),
-            strict=True,
-        ):
+        wire = room(4 * len(counts) + 4 * len(where)).numpy().data
+        parts = _parts(wire, values.numel())
+        for part, content in zip(parts, (counts, positions, half), strict=True):
             part.copy_(content)
         return [wire], scale
 
@@ -76,29 +77,22 @@ class TopK:
         return out
 
 
-def _largest(values: Tensor, wanted: int) -> Tensor:
-    """Positions, rising, of about `wanted` numbers of largest magnitude; zeros are never taken."""
+def _largest(section: Tensor, ratio: float) -> Tensor:
+    """Positions, rising, of about that share of the numbers, those of largest magnitude; at least
+    one, but zeros are never taken."""
     # numpy, because it finds what is set in a mask five times as fast as torch.
-    bits = values.numpy().view(np.int32)
-    n = len(bits)
+    magnitude = section.numpy().view(np.int32) & MAGNITUDE
+    n = len(magnitude)
+    wanted = max(1, math.ceil(ratio * n))
     # An odd stride, so that a sample of a matrix is not from a few of its columns.
-    sample = bits[:: n // SAMPLE | 1] & MAGNITUDE
+    sample = magnitude[:: n // SAMPLE | 1]
     last = len(sample) - max(1, round(len(sample) * wanted / n))
     threshold = max(1, int(np.partition(sample, last)[last]))
-
-    size = min(n, SECTION)
-    magnitude, mask = np.empty(size, np.int32), np.empty(size, np.bool_)
-    found = []
-    for start in range(0, n, SECTION):
-        piece = bits[start : start + SECTION]
-        m = np.bitwise_and(piece, MAGNITUDE, out=magnitude[: len(piece)])
-        above = np.greater_equal(m, threshold, out=mask[: len(piece)])
-        found.append(above.nonzero()[0] + start)
-    where = np.concatenate(found)
-    if len(where) > max(wanted, SLACK * wanted):
-        best = np.argpartition(bits[where] & MAGNITUDE, len(where) - wanted)[-wanted:]
-        where = where[np.sort(best)]
-    return torch.from_numpy(where)
+    found = (magnitude >= threshold).nonzero()[0]
+    if len(found) > max(wanted, SLACK * wanted):
+        best = np.argpartition(magnitude[found], len(found) - wanted)[-wanted:]
+        found = found[np.sort(best)]
+    return torch.from_numpy(found)
 
 
 def _sections(elements: int) -> int:
