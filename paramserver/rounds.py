@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import msgspec
 
@@ -860,12 +860,8 @@ class Rounds:
         current = self.round
         if current is None or bucket in current.finished:
             return
-        ordered: Iterable[int] = current.members
-        if self.rules.deterministic:
-            ordered = sorted(current.members)
         complete = True
-        for worker in ordered:
-            member = current.members[worker]
+        for worker, member in current.members.items():  # in the order of their ids
             if bucket in member.got:
                 if bucket not in member.added and (complete or not self.rules.deterministic):
                     member.added.add(bucket)

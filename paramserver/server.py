@@ -92,7 +92,9 @@ class History:
         chosen: list[Update] = []
         size = 0
         for update in self._updates:
-            if update.step > step and (not chosen or size + update.bytes <= FETCH_BYTES):
+            if update.step > step:
+                if chosen and size + update.bytes > FETCH_BYTES:
+                    break
                 chosen.append(update)
                 size += update.bytes
         return chosen
@@ -373,11 +375,11 @@ class Server:
             self._send_raw(sender, wire.Greet(session_known=False))
             return
         old = self._routes.get(probe.session)
+        self._links[sender] = probe.session
+        self._routes[probe.session] = sender
         if old is not None and old != sender:
             self._links.pop(old, None)
             self._carry_out(self.rounds.relinked(probe.session, now))
-        self._links[sender] = probe.session
-        self._routes[probe.session] = sender
         self.rounds.seen(probe.session, now)
         self._publish(probe)
         self._send(probe.session, self.rounds.pulse(now))

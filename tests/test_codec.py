@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,7 +15,7 @@ from paramserver.codec import CODECS, Codec
 from paramserver.schema import RULES
 
 RATIO = 0.01
-SECTION = 2**16  # of topk: positions count from its start
+SECTION, ROW = 2**16, 2**12  # of topk: positions count from a section; of each row some are sent
 BLOCK = 1024  # of int8: numbers that share a scale
 
 LARGEST = 2.0**127  # above it, rounding may lead to infinity
@@ -165,37 +163,22 @@ def test_nothing_finite_at_all_stays_visible(name: str, bad: float) -> None:
 
 @pytest.mark.parametrize("name", ["as gradients are", "a matrix of few busy columns"])
 @pytest.mark.parametrize("ratio", [0.001, 0.01, 0.1])
-def test_topk_sends_the_largest_and_about_its_share_of_them(name: str, ratio: float) -> None:
+def test_topk_sends_of_each_row_its_share_the_largest(name: str, ratio: float) -> None:
     values = SPECIAL[name]
     arrived, _ = through("topk", values, ratio)
-    for part, came in zip(values.split(SECTION), arrived.split(SECTION), strict=True):
+    for part, came in zip(values.split(ROW), arrived.split(ROW), strict=True):
         sent, unsent = part[came != 0].abs(), part[came == 0].abs()
-        share = min(ratio * len(part), int(part.count_nonzero()))
-        assert 0.6 * share <= len(sent) <= 1.3 * share + 1
+        assert len(sent) == min(max(1, round(ratio * len(part))), int(part.count_nonzero()))
         assert unsent.max() <= sent.min()
-
-
-@pytest.mark.parametrize("name", ["as gradients are", "a matrix of few busy columns"])
-def test_topk_sorts_nothing_but_a_sample(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    sorted_lengths = []
-
-    def partition(numbers: Any, at: int, partition: Any = np.partition) -> Any:
-        sorted_lengths.append(len(numbers))
-        return partition(numbers, at)
-
-    monkeypatch.setattr(np, "partition", partition)
-    monkeypatch.setattr(np, "argpartition", partition)
-    encoded(CODECS["topk"], SPECIAL[name].clone())
-    assert sum(sorted_lengths) < len(SPECIAL[name]) / 10
 
 
 @pytest.mark.parametrize("values", SPECIAL.values(), ids=SPECIAL)
 @pytest.mark.parametrize("ratio", [0.0, 1e-9, 0.01, 0.5, 1.0])
-def test_topk_never_sends_much_more_than_its_share(values: Tensor, ratio: float) -> None:
+def test_topk_never_sends_more_than_its_share(values: Tensor, ratio: float) -> None:
     buffers, _ = encoded(CODECS["topk"], values.clone(), ratio)
     sections = -(-len(values) // SECTION)
     sent = (len(buffers[0]) - 4 * sections) // 4
-    assert sent <= 1.3 * ratio * len(values) + 2 * sections
+    assert sent <= sum(max(1, round(ratio * len(row))) for row in values.split(ROW))
     assert sent >= min(1, int(values.count_nonzero()))
 
 

@@ -127,12 +127,18 @@ def test_after_an_update_a_new_replica_is_never_the_origin() -> None:
 
 def test_another_worker_takes_over_where_the_origin_died_before_an_update() -> None:
     run = Run(observer=False)
-    for who in (1, 2):
+    for who in (1, 2, 3, 4):
         run.hello(who)
         run.join(who)
-    assert but_words(run.leave(1)) == ["w2 <- abort 1: worker 1 (pi) left", "forget w1"]
-    run.join(2)
-    assert run.rounds.lineage == "fresh w2"
+    assert but_words(run.leave(1)) == [
+        "w2 <- abort 1: worker 1 (pi) left",
+        "forget w1",
+        "start at step 0",
+        "w3 <- origin at step 0",
+        "w4 <- adopt at step 0",
+        "w3 <- give 2 of step 0",
+    ]
+    assert run.rounds.lineage == "fresh w3"
     run = Run(observer=False).workers(1, 2)  # a round is open
     run.hello(3)
     run.join(3)
@@ -179,6 +185,7 @@ def test_ids_are_given_and_have_a_range() -> None:
     assert run.hello(2) == ["# worker 2 (pi) is here"]
     peer, _, _ = run.rounds.greet("any", 0.0, role="worker", id=None, nonce="n", host="mac", pid=1)
     assert peer is not None and (peer.id, peer.name) == (1, "worker 1 (mac)")
+    assert run.hello(3) == ["# worker 3 (pi) is here"]
     for wrong in (4, -1):
         [no] = run.hello(wrong)
         assert no == (f"no: worker id {wrong} is out of range: ids run from 1 to 3 (max_workers)")
@@ -496,6 +503,22 @@ def test_who_dies_after_its_push_is_in_the_update() -> None:
     run.push(1)
     assert run.closes[0].contributors == {1: 10, 2: 10} and run.closes[0].late == {}
     assert run.sums() == "20 done, 0 partly, 0 skipped; waiting nothing"
+
+
+def test_a_round_that_somebody_finished_is_closed_though_all_have_left() -> None:
+    run = Run().observer().workers(1, 2)
+    run.push(2)
+    run.leave(2)
+    assert but_words(run.leave(1))[:3] == ["average 1.0 of 10", "average 1.1 of 10", "forget w1"]
+    assert run.closes[0].contributors == {2: 10}
+    assert run.sums() == "10 done, 0 partly, 0 skipped; waiting 0/0-10 0/20-30 0/30-40"
+
+
+def test_a_greeting_that_ends_a_part_may_close_the_round() -> None:
+    run = Run().observer().workers(1, 2)
+    run.push(2)
+    effects = but_words(run.hello(1, "b", nonce="process of w1"))
+    assert effects[-1].startswith("close 1 to step 1, in it 2:10, late 1 (greeted again)")
 
 
 def test_a_round_without_a_member_left_is_void_and_its_leases_come_back() -> None:
@@ -838,7 +861,7 @@ def test_a_giver_and_a_joiner_that_die() -> None:
 
 
 def test_the_first_round_waits_for_all_workers_or_join_timeout() -> None:
-    run = Run(num_workers=3, join_timeout=20.0).observer().workers(1, 2)
+    run = Run(num_workers=3, min_workers=2, join_timeout=20.0).observer().workers(1, 2)
     assert run.rounds.phase(5.0) == (
         "waiting for 3 workers: worker 1 (pi), worker 2 (pi) ready (starts with fewer in 15 s)"
     )
@@ -903,6 +926,16 @@ def test_the_end_does_not_wait_for_an_observer_that_does_not_move() -> None:
     run.push(1), run.push(2)
     assert but_words(run.tick(30.0, 0, 1, 2)) == []
     assert run.tick(30.1, 0, 1, 2) == ["end at step 1: all epochs are done"]
+
+
+def test_an_observer_that_comes_closer_is_given_time() -> None:
+    run = Run().observer().workers(1, 2, samples=40)
+    run.push(1), run.push(2)
+    run.push(1), run.push(2)
+    run.now = 25.0
+    run.stands(0, 1)
+    assert but_words(run.tick(55.0, 0)) == ["forget w1", "forget w2"]
+    assert run.tick(55.1, 0) == ["end at step 2: all epochs are done"]
 
 
 def test_while_it_ends_only_the_observer_gets_a_snapshot() -> None:

@@ -193,7 +193,7 @@ def test_a_worker_that_is_asked_to_leave_says_goodbye_and_may_come_back(tmp_path
     """With min_workers=2 the run pauses without it, says so, and goes on when it is back."""
     with Run(tmp_path) as run:
         with Monitor(run.port) as monitor:
-            server = run.server("batch_size=40", "num_epochs=3", "min_workers=2", "eval_steps=0")
+            server = run.server("batch_size=20", "num_epochs=3", "min_workers=2", "eval_steps=0")
             crew = [run.worker(1), run.worker(2)]
             monitor.until(lambda close: close.step >= 10)
             crew[1].send(signal.SIGINT)
@@ -206,7 +206,7 @@ def test_a_worker_that_is_asked_to_leave_says_goodbye_and_may_come_back(tmp_path
         summary = run.summary()
     assert summary["end"] == "all epochs are done"
     counted = [summary[f"samples_{how}"] for how in ("done", "partly", "skipped")]
-    assert counted == [3 * SAMPLES, 0, 0] or sum(counted) == 3 * SAMPLES
+    assert sum(counted) == 3 * SAMPLES and counted[2] == 0
     assert summary["replicas_equal"] is True and len(summary["digests"]) == 3
 
 

@@ -35,6 +35,7 @@ BEATS_PER_TIMEOUT = 5
 WANTS_IN_FLIGHT = 4
 SAY_WAITING_AFTER_S = 3.0
 PROBE_INTERVAL_S = 0.1
+HELLO_INTERVAL_S = 2.0
 OUTBOX_WAIT_S = 0.05
 OUTBOX_LOOK_S = 0.0001
 
@@ -96,7 +97,6 @@ class Client:
         self._probed: set[str] = set()  # where our probe was seen: "sub", "link"
         self._admitted: wire.Admit | None = None
         self._joined = False
-        self._joined_at = 0.0
         self._taking: _Taking | None = None
         self._giving: _Giving | None = None
         self._give_later: wire.Give | None = None
@@ -113,10 +113,12 @@ class Client:
     def connect(self, deadline_s: float) -> wire.Welcome:
         """Find the server and be welcomed, within `deadline_s`; says what it waits for."""
         door = self._door = sockets.dealer(self._ctx, sockets.tcp(self.host, self.port))
-        door.send_multipart(wire.to_frames(self._hello))
-        start, told = time.monotonic(), False
+        start, told, hello_at = time.monotonic(), False, -math.inf
         while True:
             waited = time.monotonic() - start
+            if waited - hello_at > HELLO_INTERVAL_S:  # one may be lost with a cut connection
+                door.send_multipart(wire.to_frames(self._hello))
+                hello_at = waited
             if door.poll(min(500, max(0, int(1000 * (deadline_s - waited))))):
                 message = self._decode(door.recv_multipart(copy=False))[0]
                 if isinstance(message, wire.Welcome):
@@ -210,11 +212,7 @@ class Client:
             elif isinstance(message, wire.End):
                 raise RunLost(f"the run has ended: {message.reason}")
 
-    def join(
-        self,
-        replica: Replica,
-        ledger: dict[str, Any] | None = None,
-    ) -> str:
+    def join(self, replica: Replica) -> str:
         """Stand where the log stands: as its origin, by following, or by a snapshot.
 
         Returns how: origin, follow or adopt.
@@ -223,7 +221,7 @@ class Client:
         self.replica = replica
         now = time.monotonic()
         self.follow = follow.Follow(self.welcome.nonce, replica.step, replica.lineage, now)
-        self._send_join(ledger)
+        self._send_join()
         self.wait(lambda: self._joined or self.ended or self._must_greet, "to be admitted")
         if self.ended is not None and not self._joined:
             raise RunLost(f"the run ended before this replica could join: {self.ended.reason}")
@@ -237,9 +235,9 @@ class Client:
             self.follow.fetching_since = None
         self._send_join()
 
-    def _send_join(self, ledger: dict[str, Any] | None = None) -> None:
+    def _send_join(self) -> None:
         assert self.replica is not None
-        self._joined, self._joined_at = False, time.monotonic()
+        self._joined, self.adrift, self._stood = False, False, -1
         self._admitted = None
         self._outbox = self._make_outbox()
         self._send(
@@ -249,7 +247,7 @@ class Client:
                 lineage=self.replica.lineage,
                 device=self.device,
                 recipe=self.replica.recipe(),
-                ledger=ledger,
+                ledger=self.replica.ledger,
                 link=self._link_kind,
                 sharing=self._shared is not None,
                 outbox=0 if self._outbox is None else self._outboxes,
@@ -673,7 +671,7 @@ class Client:
             welcome.nonce, self.replica.step, self.replica.lineage, time.monotonic()
         )
         self._send_join()
-        self.wait(lambda: self._joined or self._must_greet, "to be admitted")
+        self.wait(lambda: self._joined or self._must_greet or self.ended, "to be admitted")
 
     # ------------------------------------------------------------------ snapshots: giving
 
@@ -697,9 +695,12 @@ class Client:
         if giving is None or giving.number != message.snapshot:
             self._send(wire.Abort(message.snapshot, "I do not give this snapshot"))
             return
-        self._send(
-            wire.Piece(snapshot=message.snapshot, piece=message.piece), giving.bytes(message.piece)
-        )
+        try:
+            content = giving.bytes(message.piece)
+        except PeerError as e:
+            self._send(wire.Abort(message.snapshot, str(e)))
+            return
+        self._send(wire.Piece(snapshot=message.snapshot, piece=message.piece), content)
 
     # ------------------------------------------------------------------ snapshots: taking
 
@@ -717,7 +718,13 @@ class Client:
         taking = self._taking
         if taking is None or taking.manifest.snapshot != message.snapshot:
             return
-        taking.take(message.piece, buffers)
+        try:
+            taking.take(message.piece, buffers)
+        except PeerError as e:
+            self._send(wire.Abort(message.snapshot, str(e)))
+            self._taking = None
+            self._send_join()
+            return
         taking.heard_at = now
         self._want_more()
 

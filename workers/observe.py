@@ -91,7 +91,7 @@ class Observer:
         """Follow the run to its end."""
         client = self.client
         client.connect(self.settings.join_timeout)
-        client.join(self.replica, self.replica.ledger)
+        client.join(self.replica)
         while True:
             client.wait(
                 lambda: (self._due and client.follows) or client.ended or self.server_gone.is_set(),

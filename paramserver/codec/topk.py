@@ -1,14 +1,15 @@
 """topk: only the numbers of largest magnitude, as positions and float16 values, 4 bytes each.
 
 What is not sent is kept by error feedback (`paramserver.feedback`) and sent when it has grown; topk
-without it does not train. The largest are chosen in each section of 65,536 numbers, so that a layer
-with small gradients gets its turn too. Sorting them takes far longer than sending them, so the
-magnitude from which numbers are sent is read off a sample, as in Lin et al., "Deep Gradient
-Compression", ICLR 2018. The count that follows is near the ratio, not equal to it; above `SLACK`
-times that, the largest of the candidates are chosen.
+without it does not train. Both together come from Aji and Heafield, "Sparse Communication for
+Distributed Gradient Descent", EMNLP 2017, and Lin et al., "Deep Gradient Compression", ICLR 2018.
+
+The largest are chosen in each row of 4096 numbers, not in the bucket as a whole. So layers with
+small gradients get their turn, and nothing comes very late: it trains better. It is also faster: a
+row stays in the cache, and is partitioned in a fraction of the time that sorting the bucket takes.
 
 float16 suffices because feedback makes good for its error too, and positions take two bytes: they
-count from the start of their section.
+count from the start of their section of 65,536 numbers.
 
 One buffer: how many numbers each section has (int32), their positions (uint16, rising), their
 values (float16, with the header's scale).
@@ -16,7 +17,6 @@ values (float16, with the header's scale).
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -27,8 +27,7 @@ from paramserver.codec.float16 import grow, shrink
 from paramserver.codec.lengths import Room, Wire, fresh, lengths
 
 SECTION = 2**16
-SAMPLE = 2**12
-SLACK = 1.3
+ROW = 2**12
 MAGNITUDE = 0x7FFFFFFF
 """All bits of a float32 but its sign. As integers they rise with the magnitude, infinity and NaN on
 top, so what is not finite is among the largest."""
@@ -78,21 +77,30 @@ class TopK:
 
 
 def _largest(section: Tensor, ratio: float) -> Tensor:
-    """Positions, rising, of about that share of the numbers, those of largest magnitude; at least
-    one, but zeros are never taken."""
-    # numpy, because it finds what is set in a mask five times as fast as torch.
+    """Positions, rising, of the numbers of largest magnitude: of each row that share of them, at
+    least one, but zeros are never taken."""
+    # numpy, because it partitions, and finds what is set in a mask, several times as fast as torch.
     magnitude = section.numpy().view(np.int32) & MAGNITUDE
-    n = len(magnitude)
-    wanted = max(1, math.ceil(ratio * n))
-    # An odd stride, so that a sample of a matrix is not from a few of its columns.
-    sample = magnitude[:: n // SAMPLE | 1]
-    last = len(sample) - max(1, round(len(sample) * wanted / n))
-    threshold = max(1, int(np.partition(sample, last)[last]))
-    found = (magnitude >= threshold).nonzero()[0]
-    if len(found) > max(wanted, SLACK * wanted):
-        best = np.argpartition(magnitude[found], len(found) - wanted)[-wanted:]
-        found = found[np.sort(best)]
-    return torch.from_numpy(found)
+    whole = len(magnitude) // ROW * ROW
+    mask = np.empty(len(magnitude), np.bool_)
+    for part in (slice(0, whole), slice(whole, len(magnitude))):
+        if part.start < part.stop:
+            columns = min(ROW, part.stop - part.start)
+            _mark(magnitude[part].reshape(-1, columns), ratio, mask[part].reshape(-1, columns))
+    return torch.from_numpy(mask.nonzero()[0])
+
+
+def _mark(rows: Any, ratio: float, mask: Any) -> None:
+    """Set the mask [r, c] where the largest of each row of magnitudes [r, c] are."""
+    columns = rows.shape[1]
+    wanted = max(1, round(ratio * columns))
+    last = columns - wanted
+    threshold = np.maximum(np.partition(rows, last, axis=1)[:, last, None], 1)
+    np.greater_equal(rows, threshold, out=mask)
+    if np.count_nonzero(mask) > wanted * len(rows):  # several are equal to the threshold
+        mask[:] = False
+        np.put_along_axis(mask, np.argpartition(rows, last, axis=1)[:, last:], True, axis=1)
+        mask &= rows > 0
 
 
 def _sections(elements: int) -> int:
