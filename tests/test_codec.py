@@ -182,6 +182,14 @@ def test_topk_never_sends_more_than_its_share(values: Tensor, ratio: float) -> N
     assert sent >= min(1, int(values.count_nonzero()))
 
 
+@pytest.mark.parametrize(("level", "sent"), [(0.0, 0), (0.5, 41)])
+def test_topk_sends_no_zeros(level: float, sent: int) -> None:
+    """Not where a row has nothing else, nor beside a row of which many are equally large."""
+    values = torch.zeros(3 * ROW)
+    values[:ROW] = level
+    assert len(encoded(CODECS["topk"], values)[0][0]) == 4 + 4 * sent
+
+
 def test_topk_of_everything_sends_everything_but_zeros() -> None:
     values = noise(100_000)
     values[::3] = 0.0
