@@ -106,16 +106,14 @@ class Outbox:
         self._memory = Memory(path, size)
         self._slot_bytes = (self._memory.size - STATES) // OUTBOX_SLOTS
         self._states = np.frombuffer(self._memory.map, dtype=np.uint8, count=OUTBOX_SLOTS)
-        self._next = 0
 
     def room(self, nbytes: int) -> Tensor | None:
         """A free slot, uint8 [nbytes]; None when all are taken."""
         if nbytes > self._slot_bytes:
             return None
-        for slot in (*range(self._next, OUTBOX_SLOTS), *range(self._next)):
+        for slot in range(OUTBOX_SLOTS):  # the first free one: it may still be in the cache
             if self._states[slot] == FREE:
                 self._states[slot] = TAKEN
-                self._next = (slot + 1) % OUTBOX_SLOTS
                 start = STATES + slot * self._slot_bytes
                 return self._memory.tensor[start : start + nbytes]
         return None

@@ -110,7 +110,7 @@ RULES: dict[str, tuple[Callable[[Any], object], str]] = {
     "idle_timeout": _POSITIVE,
     "codec": _one_of("float32", "float16", "bfloat16", "int8", "topk"),
     "codec_down": _one_of("float32", "float16", "bfloat16", "int8", "topk"),
-    "topk_ratio": _between(0.0, 1.0),
+    "topk_ratio": (lambda value: 0 < value <= 1, "must be more than 0 and at most 1"),
     "bucket_mb": (lambda value: 0 < value <= 256, "must be more than 0 and at most 256"),
     "history_mb": _at_least(0),
     "seed": (lambda value: 0 <= value < 2**63, "must be 0 or more, and below 2**63"),

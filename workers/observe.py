@@ -8,6 +8,7 @@ and ends too.
 from __future__ import annotations
 
 import copy
+import os
 import sys
 import threading
 from dataclasses import asdict
@@ -25,6 +26,8 @@ from workers import checkpoint, data, models, recipe
 from workers.client import Client
 from workers.logbook import open_logbooks, step_values
 from workers.replica import Replica
+
+NICE = 10
 
 
 class Orders(msgspec.Struct, frozen=True):
@@ -217,6 +220,8 @@ class Observer:
 def main() -> None:
     """The observer program; see the module's head."""
     with exit_on_user_error():
+        # Where cores are scarce they are the workers': the observer falls behind and catches up.
+        os.nice(NICE)
         line = sys.stdin.readline()
         if not line:
             raise UserError("the observer is started by the server", "make server starts both")
