@@ -29,7 +29,7 @@ from paramserver.codec import fresh
 from paramserver.errors import PeerError, RunLost, UserError
 from workers import follow
 from workers.replica import Replica
-from workers.state import as_bytes, empty, flatten, pieces, unflatten
+from workers.state import as_bytes, dtype_name, empty, flatten, pieces, unflatten
 
 BEATS_PER_TIMEOUT = 5
 WANTS_IN_FLIGHT = 4
@@ -780,7 +780,7 @@ class _Giving:
     def __init__(self, number: int, replica: Replica) -> None:
         self.number = number
         self.tree, tensors = flatten(replica.state())
-        self.shapes = tuple((str(t.dtype).removeprefix("torch."), tuple(t.shape)) for t in tensors)
+        self.shapes = tuple((dtype_name(t.dtype), tuple(t.shape)) for t in tensors)
         self.buffers = [as_bytes(t) for t in tensors]
         largest = max((b.size for b in replica.plan.buckets), default=1)
         self.piece_bytes = FLOAT32_BYTES * largest

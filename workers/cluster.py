@@ -70,7 +70,6 @@ class Cluster:
         self._gradients: Gradients | None = None
         self._feedback: Feedback | None = None
         self._taken: tuple[int, ...] = ()  # buckets of this round's gradient that are in the update
-        self._loaders: ThreadPoolExecutor | None = None
         self._greetings = client.greetings
         self._round = 0  # the round whose lease is being worked on
         self._lease: Lease | None = None
@@ -155,13 +154,13 @@ class Cluster:
         load = _loader(dataset, device)
         shuffled = _Shuffled(len(dataset), int(self.settings["seed"]))
         ahead: dict[Lease, Future[Any]] = {}
-        self._loaders = ThreadPoolExecutor(1, "loader")
+        loaders = ThreadPoolExecutor(1, "loader")
 
         def prefetch() -> None:
-            assert self.client.follow is not None and self._loaders is not None
+            assert self.client.follow is not None
             lease = self.client.follow.lease_ahead(self.worker_id)
             if lease is not None and lease not in ahead:
-                ahead[lease] = self._loaders.submit(load, shuffled.indices(lease))
+                ahead[lease] = loaders.submit(load, shuffled.indices(lease))
 
         self._prefetch = None if hasattr(dataset, "batch") else prefetch
         self.client.ready(len(dataset), size)
@@ -183,7 +182,7 @@ class Cluster:
                         "call it once for every batch, on the optimizer that attach() returned",
                     )
         finally:
-            self._loaders.shutdown(wait=False, cancel_futures=True)
+            loaders.shutdown(wait=False, cancel_futures=True)
             if self.client.ended is not None:
                 self.client.goodbye("finished")  # the server need not wait for what comes next here
             else:

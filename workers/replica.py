@@ -133,10 +133,10 @@ class Replica:
                 p.grad = view.to(device=p.device, dtype=p.dtype)
         with torch.no_grad():
             first = len(self.params)
-            for offset, (buffer, held) in enumerate(zip(self._exchanged, self._held, strict=True)):
+            for offset, held in enumerate(self._held):
                 if self._present[first + offset]:
                     held.copy_(self._views[first + offset])
-                buffer.copy_(held)
+        self.reset_statistics()
         if self.clip_norm is not None:
             nn.utils.clip_grad_norm_([p for _, p in self.params], self.clip_norm)
         if self.before_step is not None:
