@@ -1,12 +1,18 @@
 """The running sums of the open round: gradients are added as they arrive, whoever sends them.
 
-Memory does not grow with the number of workers: one float32 sum per bucket, made when the first
-gradient of a round arrives and given away as the average when the last one has.
+Memory does not grow with the number of workers: of each bucket the first payload is kept as it came
+until the second one is there, from then on one float32 sum, which is given away as the average when
+the last one has come. The sum counts in samples of its first payload, so that this one need not be
+multiplied, and no other where all have as many. (A mean that is kept up to date instead would save
+one more pass over memory, but it rounds at the size of its terms, not of their sum: where
+gradients cancel, an optimizer like Adam makes whole steps of that.)
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,9 +23,22 @@ from paramserver.codec import CODECS, Codec, Room, Wire, fresh
 from paramserver.errors import PeerError
 from paramserver.feedback import Feedback
 
+Release = Callable[[], None]
+
+
+@dataclass
+class Running:
+    """What has been added to a bucket: `values` times `unit` is the sum over `samples`."""
+
+    values: Tensor
+    unit: int
+    samples: int
+    release: Release | None
+    """Of the payload whose memory `values` are; None where they are the sum's own."""
+
 
 class Mean:
-    """Sums and averages of the buckets of one plan.
+    """Running sums and averages of the buckets of one plan.
 
     Pushes come encoded with the codec `up`; averages are encoded with `down`, with error feedback
     where that codec is lossy. `ratio` is that of topk; `room` makes the averages' wire buffers.
@@ -29,7 +48,7 @@ class Mean:
         self._plan = plan
         self._up = CODECS[up]
         self._down = Feedback(plan, down, ratio, room)
-        self._sums: dict[int, Tensor] = {}
+        self._running: dict[int, Running] = {}
         self._scratch = torch.empty(max(b.size for b in plan.buckets))
         self._decoded: tuple[Wire, Tensor] | None = None  # what lies in the scratch, and of what
 
@@ -51,36 +70,56 @@ class Mean:
             return f"not all of its numbers are finite (bucket {bucket}: {self._names(b)})"
         return None
 
-    def add(self, bucket: int, buffers: Wire, scale: float, samples: int) -> None:
-        """Add the numbers of a push, `samples` times (counters: take the maximum)."""
+    def add(self, bucket: int, buffers: Wire, scale: float, samples: int, release: Release) -> None:
+        """Add the numbers of a push, over so many samples (of counters, take the maximum).
+
+        `release()` is called when its buffers are not read any more.
+        """
         b = self._plan.buckets[bucket]
         values = self._decode(b, buffers, scale)
-        total = self._sums.get(bucket)
-        if total is None:
-            total = self._sums[bucket] = self._down.values(b)
-            if b.kind == "count":
-                total.copy_(values)
-            else:
-                torch.mul(values, samples, out=total)
-        elif b.kind == "count":
-            torch.maximum(total, values, out=total)
+        running = self._running.get(bucket)
+        if running is None:
+            self._running[bucket] = running = Running(values, samples, samples, release)
+            if values.data_ptr() == self._scratch.data_ptr():
+                self._own(b, running)
+            return
+        total, held = running.values, running.release
+        out = total if held is None else self._down.values(b)
+        running.samples += samples
+        if b.kind == "count":
+            torch.maximum(total, values, out=out)
         else:
-            total.add_(values, alpha=samples)
+            torch.add(total, values, alpha=samples / running.unit, out=out)
+        running.values, running.release = out, None
+        if held is not None:
+            held()
+        release()
 
-    def finish(self, bucket: int, samples: int, absent: tuple[int, ...]) -> tuple[list[Any], float]:
+    def finish(self, bucket: int, absent: tuple[int, ...]) -> tuple[list[Any], float]:
         """The average of all that was added, encoded; the sum is gone afterwards."""
         b = self._plan.buckets[bucket]
-        total = self._sums.pop(bucket)
-        if b.kind != "count":
-            total.div_(samples)
-        return self._down.encode(b, total, absent)
+        running = self._running.pop(bucket)
+        self._own(b, running)
+        if b.kind != "count" and running.unit != running.samples:
+            running.values.mul_(running.unit / running.samples)
+        return self._down.encode(b, running.values, absent)
 
     def close(self, buckets: tuple[int, ...]) -> None:
         """The round is over: the averages of these buckets are part of an update, others are not
         (all of them, where the round is void)."""
         self._down.settled(buckets)
-        self._sums.clear()
+        for running in self._running.values():
+            if running.release is not None:
+                running.release()
+        self._running.clear()
         self._decoded = None
+
+    def _own(self, b: Bucket, running: Running) -> None:
+        """Let a sum have memory of its own, and its payload go."""
+        if running.release is not None:
+            running.values = self._down.values(b).copy_(running.values)
+            running.release()
+            running.release = None
 
     def _codec(self, b: Bucket) -> Codec:
         """Statistics and counters go as they are; only gradients go through the run's codec."""

@@ -13,6 +13,7 @@ import shutil
 import time
 import uuid
 from collections import deque
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,7 +25,7 @@ from paramserver import arena, rounds, sockets, trace, wire
 from paramserver.bucket import FLOAT32_BYTES, Plan, plan
 from paramserver.codec import fresh
 from paramserver.errors import PeerError
-from paramserver.mean import Mean
+from paramserver.mean import Mean, Release
 from paramserver.rounds import Rounds, Rules
 from paramserver.settings import Settings
 
@@ -57,10 +58,9 @@ class Update(msgspec.Struct):
 class Payload(msgspec.Struct):
     """What came with a push and waits to be added."""
 
-    session: str
     buffers: list[Any]
     scale: float
-    places: tuple[wire.Place, ...]
+    release: Release
 
 
 class History:
@@ -153,6 +153,7 @@ class Server:
         self._mean: Mean | None = None
         self._history = History(int(settings.history_mb * 2**20))
         self._averages: list[list[Any]] = []  # of the open round, as sent
+        self._unpublished: list[tuple[wire.Average, list[Any]]] = []  # of those, the newest
         self._averages_bytes = 0
         self._payloads: dict[tuple[int, int], Payload] = {}
         self._shared = arena.shared_folder()
@@ -424,27 +425,20 @@ class Server:
             except ValueError as e:
                 raise PeerError(str(e)) from None
             self.received_bytes += sum(place[1] for place in push.places)
+        release = partial(_free, outbox, push.places)
         why = self.rounds.refusal(session, push)
         if why is not None:
-            self._free(session, push.places)
+            release()
             self._send(session, wire.Refused(round=push.round, reason=why))
             return
         assert self._mean is not None
         bad = self._mean.check(push.bucket, buffers, push.scale)
         if bad is None:
             worker = self.rounds.peers[session].id
-            payload = Payload(session, buffers, push.scale, push.places)
-            self._payloads[worker, push.bucket] = payload
+            self._payloads[worker, push.bucket] = Payload(buffers, push.scale, release)
         else:
-            self._free(session, push.places)
+            release()
         self._carry_out(self.rounds.pushed(session, push, now, bad))
-
-    def _free(self, session: str, places: tuple[wire.Place, ...]) -> None:
-        """Nothing reads these slots of the worker's outbox any more."""
-        outbox = self._outboxes.get(session)
-        if outbox is not None:
-            for _, _, slot in places:
-                outbox.free(slot)
 
     def _fetch(self, session: str, fetch: wire.Fetch, now: float) -> None:
         self._forget_overwritten()
@@ -466,8 +460,7 @@ class Server:
                 case rounds.Add():
                     assert self._mean is not None
                     p = self._payloads.pop((effect.worker, effect.bucket))
-                    self._mean.add(effect.bucket, p.buffers, p.scale, effect.samples)
-                    self._free(p.session, p.places)
+                    self._mean.add(effect.bucket, p.buffers, p.scale, effect.samples, p.release)
                 case rounds.Finish():
                     self._finish(effect)
                 case rounds.Closed():
@@ -496,11 +489,13 @@ class Server:
                     self._publish(effect.end)
                     for session in list(self.rounds.peers):
                         self._send(session, effect.end)
+        if self._unpublished:
+            self._publish_averages()
 
     def _finish(self, effect: rounds.Finish) -> None:
         assert self._mean is not None
         with trace.span("average", bucket=effect.bucket):
-            buffers, scale = self._mean.finish(effect.bucket, effect.samples, effect.absent)
+            buffers, scale = self._mean.finish(effect.bucket, effect.absent)
         average = wire.Average(
             nonce=self.nonce,
             round=effect.round,
@@ -511,17 +506,35 @@ class Server:
         )
         frames = wire.to_frames(average, *buffers)
         self._averages.append(frames)
-        size = sum(map(len, frames))
-        self._averages_bytes += size
-        if self._ring is not None and self._sharing:
-            places = tuple(map(self._ring.place, buffers))
-            shared = wire.Shared(places=places, **msgspec.structs.asdict(average))
-            self._pub.send(wire.to_frames(shared)[0])
-            self.sent_bytes += size * len(self._sharing)
-        others = len(self._routes) - len(self._sharing)
-        if self._ring is None or others > 0:
-            self._pub.send_multipart(frames, copy=self._ring is not None)
-            self.sent_bytes += size * max(0, others)
+        self._averages_bytes += sum(map(len, frames))
+        self._unpublished.append((average, frames))
+
+    def _publish_averages(self, *closing: list[Any]) -> None:
+        """The averages that are due, to those who share the ring and to those who do not; what
+        closes their round travels with them."""
+        if not self._unpublished:
+            for frames in closing:
+                self._publish_frames(frames)
+            return
+        sharing = len(self._sharing) if self._ring is not None else 0
+        others = len(self._routes) - sharing
+        if self._ring is not None and sharing:
+            headers = [
+                wire.to_frames(
+                    wire.Shared(
+                        places=tuple(map(self._ring.place, frames[1:])),
+                        **msgspec.structs.asdict(average),
+                    )
+                )
+                for average, frames in self._unpublished
+            ]
+            self._pub.send_multipart(wire.join([*headers, *closing]))
+        if others > 0 or not sharing:
+            joined = wire.join([*(frames for _, frames in self._unpublished), *closing])
+            self._pub.send_multipart(joined, copy=self._ring is not None)
+        of_all = [*(frames for _, frames in self._unpublished), *closing]
+        self.sent_bytes += sum(sum(map(len, f)) for f in of_all) * (sharing + max(0, others))
+        self._unpublished.clear()
 
     def _make_ring(self, plan: Plan) -> arena.Ring | None:
         """Shared memory for the open round's averages and those that the history keeps."""
@@ -555,7 +568,7 @@ class Server:
 
     def _close_round(self, close: wire.Close) -> None:
         frames = wire.to_frames(close)
-        self._publish_frames(frames)
+        self._publish_averages(frames)
         self._history.add(
             Update(
                 step=close.step,
@@ -573,7 +586,7 @@ class Server:
         self._averages, self._averages_bytes = [], 0
         self._round_stamp = None
         for p in self._payloads.values():
-            self._free(p.session, p.places)
+            p.release()
         self._payloads.clear()
         if self._mean is not None:
             self._mean.close(averaged)
@@ -623,6 +636,14 @@ class Server:
             raise
         self.sent_bytes += sum(map(len, frames))
         return True
+
+
+def _free(outbox: arena.Outbox | None, places: tuple[wire.Place, ...]) -> None:
+    """Nothing reads these slots any more. The outbox is the one that they lie in: a worker that has
+    joined again meanwhile has another."""
+    if outbox is not None:
+        for _, _, slot in places:
+            outbox.free(slot)
 
 
 def _has_ipc() -> bool:

@@ -3,7 +3,8 @@
 A message is a list of frames. Frame 0 is the **header**: one of the frozen structs below as JSON,
 told apart by its `type`. Every further frame is a raw buffer of numbers; its meaning is fixed by
 the header and its length is checked against the layout before a byte of it is used. There is no
-pickle.
+pickle. What follows from one event is published as one: an empty frame stands between messages that
+travel together (`join`, `split`).
 
 Sockets: a `ROUTER` (port) for everything addressed to one peer, a `PUB` (port + 1) for what all of
 them follow. A peer holds three sockets: the **door** (DEALER, TCP), where it says hello and later
@@ -50,6 +51,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Annotated, Any
 
 import msgspec
@@ -420,6 +422,25 @@ def from_frames(frames: Sequence[Any]) -> tuple[Any, list[Any]]:
         return _decoder.decode(header), [getattr(f, "buffer", f) for f in frames[1:]]
     except (ValueError, RecursionError) as e:  # DecodeError, ValidationError, UnicodeDecodeError
         raise PeerError(f"not a header of this protocol: {e}") from None
+
+
+def join(messages: Sequence[Sequence[Any]]) -> list[Any]:
+    """Several messages as one, frames of each in order: it arrives as a whole, at the cost of one.
+
+    An empty frame stands between two messages; no message has one of its own.
+    """
+    joined: list[Any] = []
+    for frames in messages:
+        if joined:
+            joined.append(b"")
+        joined.extend(frames)
+    return joined
+
+
+def split(frames: Sequence[Any]) -> list[Sequence[Any]]:
+    """The messages that `join` has put into one."""
+    cuts = [-1, *(i for i, frame in enumerate(frames) if not len(frame)), len(frames)]
+    return [frames[start + 1 : stop] for start, stop in pairwise(cuts)]
 
 
 def topic(kind: type[Message]) -> bytes:

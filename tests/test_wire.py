@@ -398,3 +398,20 @@ def test_a_lineage_is_the_same_on_both_sides(close: wire.Close) -> None:
     assert wire.next_lineage("before", there_and_back(close)[0]) == wire.next_lineage(
         "before", close
     )
+
+
+# ------------------------------------------------------------------------- joined messages
+
+
+@given(st.lists(st.lists(st.binary(min_size=1, max_size=4), min_size=1, max_size=4), min_size=1))
+def test_joined_messages_come_apart_as_they_were(messages: list[list[bytes]]) -> None:
+    assert wire.split(wire.join(messages)) == messages
+
+
+def test_a_joined_average_and_close_are_both_read() -> None:
+    average = wire.Average(nonce="n", round=1, step=1, bucket=0)
+    pulse = wire.Pulse(nonce="n", step=1, lineage="a", phase="training")
+    joined = wire.join([wire.to_frames(average, b"1234"), wire.to_frames(pulse)])
+    assert joined[0].startswith(wire.topic(wire.Average)), "it goes to those who hear averages"
+    first, second = map(wire.from_frames, wire.split(joined))
+    assert (first, second) == ((average, [b"1234"]), (pulse, []))

@@ -18,6 +18,7 @@ import msgspec
 import torch
 
 from paramserver import trace, wire
+from paramserver.bucket import FLOAT32_BYTES
 from paramserver.config import exit_on_user_error
 from paramserver.errors import UserError
 from paramserver.runfolder import RunFolder
@@ -27,7 +28,10 @@ from workers.client import Client
 from workers.logbook import open_logbooks, step_values
 from workers.replica import Replica
 
-NICE = 10
+NICE = 2
+REST_MAX_S = 0.05
+REST_GROWS, REST_BEGINS_S = 1.1, 1e-4  # with each update, up to what rounds take
+KEPT_SHARE = 0.25  # of what the server keeps, the part that may wait to be looked at
 
 
 class Orders(msgspec.Struct, frozen=True):
@@ -74,6 +78,7 @@ class Observer:
         self._saved_step: int | None = None
         self._due: set[str] = set()
         self._evaluating = False
+        self._round_s = 0.0  # what a round takes, taken short rather than long
 
     def _resume(self, path: Path) -> None:
         saved = checkpoint.load(path)
@@ -126,12 +131,19 @@ class Observer:
             self.client.catch_up()
 
     def _on_close(self, close: wire.Close) -> None:
+        self.client.rest_s = self._rest_s(close)
         norms = None
         if self.settings.track_gradients:
             with_gradient = [(n, p.grad) for n, p in self.replica.params if p.grad is not None]
             lengths = torch._foreach_norm([g for _, g in with_gradient]) if with_gradient else []
             norms = {n: float(norm) for (n, _), norm in zip(with_gradient, lengths, strict=True)}
         self._note(close, norms)
+
+    def _rest_s(self, close: wire.Close) -> float:
+        """As long as the server surely keeps the updates of that time, if rounds get no shorter."""
+        self._round_s = min(close.seconds, REST_GROWS * self._round_s + REST_BEGINS_S)
+        update_mb = FLOAT32_BYTES * self.replica.plan.size / 2**20
+        return min(REST_MAX_S, KEPT_SHARE * self.settings.history_mb / update_mb * self._round_s)
 
     def _note(self, close: wire.Close, norms: dict[str, float] | None) -> None:
         """Log a step, and see what is due after it."""

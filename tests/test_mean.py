@@ -1,0 +1,92 @@
+"""Running sums: what comes out equals the weighted mean, and every payload is let go of once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from paramserver import wire
+from paramserver.bucket import plan
+from paramserver.codec import CODECS
+from paramserver.mean import Mean
+
+LAYOUT = wire.Layout(
+    (
+        wire.Tensor("weight", (40, 30), "float32"),
+        wire.Tensor("bias", (30,), "float32"),
+        wire.Tensor("running_mean", (30,), "float32", "stat"),
+        wire.Tensor("seen", (), "int64", "count"),
+    )
+)
+PLAN = plan(LAYOUT, 1.0)
+GRAD, STAT, COUNT = range(3)
+TOLERANCE = {"float32": 1e-6, "float16": 2e-3, "bfloat16": 2e-2, "int8": 4e-2}
+
+
+class Payloads:
+    """Encoded pushes, and how often each was let go of."""
+
+    def __init__(self) -> None:
+        self.released: list[int] = []
+
+    def made(self, values: torch.Tensor, codec: str) -> tuple[Any, float, Callable[[], None]]:
+        buffers, scale = CODECS[codec].encode(values.clone())
+        number = len(self.released)
+        self.released.append(0)
+
+        def release() -> None:
+            self.released[number] += 1
+            for buffer in buffers:  # whoever reads it now reads rubbish
+                torch.frombuffer(buffer, dtype=torch.uint8).fill_(0xFF)
+
+        return buffers, scale, release
+
+
+@given(st.data())
+@settings(deadline=None)
+def test_the_mean_is_weighted_by_samples(data: st.DataObject) -> None:
+    """For every codec and any number of workers; a payload that was let go of is not read."""
+    codec = data.draw(st.sampled_from(sorted(TOLERANCE)))
+    samples = data.draw(st.lists(st.integers(1, 64), min_size=1, max_size=5))
+    torch.manual_seed(data.draw(st.integers(0, 1000)))
+    payloads, mean = Payloads(), Mean(PLAN, codec, "float32", 0.01)
+    for _ in range(2):  # rounds
+        pushed = [torch.randn(PLAN.buckets[GRAD].size) for _ in samples]
+        for values, n in zip(pushed, samples, strict=True):
+            buffers, scale, release = payloads.made(values, codec)
+            assert mean.check(GRAD, buffers, scale) is None
+            mean.add(GRAD, buffers, scale, n, release)
+        (buffer,), scale = mean.finish(GRAD, ())
+        got = torch.frombuffer(buffer, dtype=torch.float32)
+        wanted = sum(n * v.double() for v, n in zip(pushed, samples, strict=True)) / sum(samples)
+        assert scale == 1.0
+        assert (got - wanted).abs().max() < TOLERANCE[codec] * 4
+        mean.close((GRAD,))
+    assert set(payloads.released) == {1}
+
+
+def test_statistics_are_averaged_and_counters_take_the_maximum() -> None:
+    payloads, mean = Payloads(), Mean(PLAN, "int8", "int8", 0.01)
+    for n, stat, count in ((1, 0.0, 7.0), (3, 4.0, 5.0)):
+        for bucket, value in ((STAT, stat), (COUNT, count)):
+            full = torch.full((PLAN.buckets[bucket].size,), value)
+            buffers, scale, release = payloads.made(full, "float32")
+            mean.add(bucket, buffers, scale, n, release)
+    for bucket, wanted in ((STAT, 3.0), (COUNT, 7.0)):
+        (buffer,), _ = mean.finish(bucket, ())
+        assert set(torch.frombuffer(buffer, dtype=torch.float32).tolist()) == {wanted}
+
+
+@pytest.mark.parametrize("pushes", [1, 2])
+def test_a_void_round_lets_go_of_its_payloads(pushes: int) -> None:
+    payloads, mean = Payloads(), Mean(PLAN, "float32", "float32", 0.01)
+    for _ in range(pushes):
+        buffers, scale, release = payloads.made(torch.ones(PLAN.buckets[GRAD].size), "float32")
+        mean.add(GRAD, buffers, scale, 1, release)
+    mean.close(())
+    assert payloads.released == [1] * pushes
