@@ -481,3 +481,24 @@ def test_values_have_their_documented_keys() -> None:
         "batch_size": 0,
         "cluster/step_s": 0.0,
     }
+
+
+def test_a_run_can_wait_until_its_logbooks_are_open_and_not_for_ever() -> None:
+    may_open = threading.Event()
+
+    def opener(news: object) -> Book:
+        may_open.wait()
+        return Book()
+
+    def failing(news: object) -> Book:
+        raise OSError("no room")
+
+    slow = Background("slow", opener, lambda line: None)
+    failed = Background("failed", failing, lambda line: None)
+    books = Several([failed, slow])
+    books.wait_open(0.0)
+    assert not slow.opened.is_set()
+    may_open.set()
+    books.wait_open(60.0)
+    assert slow.opened.is_set() and failed.opened.is_set()
+    books.close()

@@ -25,6 +25,7 @@ import netrc
 import os
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -59,7 +60,7 @@ class Logbook(Protocol):
 
 def open_logbooks(
     settings: Settings, folder: Path, say: Callable[[str], None] | None = None
-) -> Logbook:
+) -> Several:
     """Open what the settings ask for, inside the run folder; asks nobody and waits for nothing.
 
     `say` gets a sentence where there is something to tell (a page to look at, a service that
@@ -69,7 +70,7 @@ def open_logbooks(
     unknown `wandb.mode`, or `online` without a login.
     """
     tell = say or _to_stderr
-    books: list[Logbook] = []
+    books: list[Background] = []
     mode = wandb_mode(settings.wandb.mode)
     if mode != "disabled":
         books.append(
@@ -127,8 +128,14 @@ def step_values(
 class Several:
     """Several logbooks as one; with none of them it is the logbook that writes nothing."""
 
-    def __init__(self, books: Iterable[Logbook] = ()) -> None:
+    def __init__(self, books: Iterable[Background] = ()) -> None:
         self._books = tuple(books)
+
+    def wait_open(self, limit_s: float) -> None:
+        """Until all are open, or have failed, or the time is over: opening keeps a core busy."""
+        until = time.monotonic() + limit_s
+        for book in self._books:
+            book.opened.wait(max(0.0, until - time.monotonic()))
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         for book in self._books:
@@ -160,6 +167,8 @@ class Background:
         self._missed = 0
         self._news: deque[str] = deque()  # deques: filled by one thread, emptied by the other
         self._closing = threading.Event()
+        self.opened = threading.Event()
+        """The inner logbook is open, or has failed."""
         self._failed = False
         self._thread = threading.Thread(target=self._work, name=f"logbook {name}", daemon=True)
         self._thread.start()
@@ -196,12 +205,14 @@ class Background:
         book: Logbook | None = None
         try:
             book = self._opener(self._news.append)
+            self.opened.set()
             while not self._closing.wait(BURST_S):
                 self._drain(book)
             self._drain(book)
             book.close()
         except BaseException as error:  # whatever a service does, the training goes on
             self._failed = True
+            self.opened.set()
             self._waiting.clear()
             self._news.append(f"{self._name} stopped, training goes on: {_first_line(error)}")
             if book is not None:

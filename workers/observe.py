@@ -29,6 +29,7 @@ from workers.logbook import open_logbooks, step_values
 from workers.replica import Replica
 
 NICE = 2
+LOGBOOK_S = 5.0  # that the first round waits for W&B to be ready
 REST_MAX_S = 0.05
 REST_GROWS, REST_BEGINS_S = 1.1, 1e-4  # with each update, up to what rounds take
 KEPT_SHARE = 0.25  # of what the server keeps, the part that may wait to be looked at
@@ -99,6 +100,7 @@ class Observer:
         """Follow the run to its end."""
         client = self.client
         client.connect(self.settings.join_timeout)
+        self.logbook.wait_open(LOGBOOK_S)  # later it would take the first rounds' processor time
         client.join(self.replica)
         while True:
             client.wait(
@@ -161,7 +163,7 @@ class Observer:
             gradient_norms=norms,
         )
         self._logs.append((step, values))
-        if s.eval_steps and step % s.eval_steps == 0 and not self._evaluating:
+        if s.eval_steps and step % s.eval_steps == 0:
             self._due.add("evaluation")
         elif not self._evaluating:
             self._write_logs()
@@ -183,16 +185,18 @@ class Observer:
         self._write_logs()
 
     def _keep_up(self) -> None:
-        """Apply what has come in meanwhile; a checkpoint that falls due waits for the loop."""
-        self.client.wait(lambda: "checkpoint" in self._due, "", timeout_s=0)
+        """Apply what has come in meanwhile, up to where the next evaluation is due."""
+        self.client.wait(lambda: self._due, "", timeout_s=0)
         if "checkpoint" in self._due:
             self._due.discard("checkpoint")
             self._save()
 
     def _write_logs(self) -> None:
-        for step, values in self._logs:
+        """All but the step whose evaluation is due: that goes with its result."""
+        ready = len(self._logs) - ("evaluation" in self._due)
+        for step, values in self._logs[:ready]:
             self.logbook.log(step, values)
-        self._logs.clear()
+        del self._logs[:ready]
 
     def _save(self) -> None:
         """A checkpoint; a disk that is full costs the checkpoint, not the run."""
@@ -220,6 +224,7 @@ class Observer:
             _say(f"{self.folder.model} was not written: {e}")
         self._due.clear()
         if self.server_gone.is_set():
+            self._write_logs()
             return
         if self._evaluated is None or self._evaluated[0] != step:
             self._evaluate()
