@@ -2,10 +2,10 @@
 
 Memory does not grow with the number of workers: of each bucket the first payload is kept as it came
 until the second one is there, from then on one float32 sum, which is given away as the average when
-the last one has come. The sum counts in samples of its first payload, so that this one need not be
-multiplied, and no other where all have as many. (A mean that is kept up to date instead would save
-one more pass over memory, but it rounds at the size of its terms, not of their sum: where
-gradients cancel, an optimizer like Adam makes whole steps of that.)
+the last one has come. While all payloads have as many samples the sum counts in these, so that none
+need be multiplied; one that differs makes it count in single samples. (A mean that is kept up to
+date instead would save one more pass over memory, but it rounds at the size of its terms, not of
+their sum: where gradients cancel, an optimizer like Adam makes whole steps of that.)
 """
 
 from __future__ import annotations
@@ -89,7 +89,10 @@ class Mean:
         if b.kind == "count":
             torch.maximum(total, values, out=out)
         else:
-            torch.add(total, values, alpha=samples / running.unit, out=out)
+            if samples != running.unit != 1:  # whoever came first, the result shall be the same
+                total = torch.mul(total, running.unit, out=out)
+                running.unit = 1
+            torch.add(total, values, alpha=samples // running.unit, out=out)
         running.values, running.release = out, None
         if held is not None:
             held()
@@ -101,7 +104,7 @@ class Mean:
         running = self._running.pop(bucket)
         self._own(b, running)
         if b.kind != "count" and running.unit != running.samples:
-            running.values.mul_(running.unit / running.samples)
+            running.values.div_(running.samples / running.unit)
         return self._down.encode(b, running.values, absent)
 
     def close(self, buckets: tuple[int, ...]) -> None:

@@ -90,3 +90,19 @@ def test_a_void_round_lets_go_of_its_payloads(pushes: int) -> None:
         mean.add(GRAD, buffers, scale, 1, release)
     mean.close(())
     assert payloads.released == [1] * pushes
+
+
+@given(st.integers(1, 64), st.integers(1, 64), st.integers(0, 1000))
+@settings(deadline=None)
+def test_of_two_workers_it_does_not_matter_who_comes_first(one: int, other: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    pushed = [(torch.randn(PLAN.buckets[GRAD].size), n) for n in (one, other)]
+    results = []
+    for order in (pushed, pushed[::-1]):
+        payloads, mean = Payloads(), Mean(PLAN, "float32", "float32", 0.01)
+        for values, n in order:
+            buffers, scale, release = payloads.made(values, "float32")
+            mean.add(GRAD, buffers, scale, n, release)
+        (buffer,), _ = mean.finish(GRAD, ())
+        results.append(bytes(buffer))
+    assert results[0] == results[1]

@@ -77,8 +77,7 @@ class Client:
         self.rest_s = 0.0
         """How long `wait` leaves messages lying where nobody waits for this replica: a batch of
         updates costs less than as many single ones, here and to whoever shares the processor."""
-        self.waited_s = math.inf
-        """How long the last `wait` was."""
+        self._slept_s = math.inf  # until something came, the last time
         self._hello = wire.Hello(
             protocol=wire.PROTOCOL,
             role=role,
@@ -406,14 +405,6 @@ class Client:
         longer than `give_up_s`.
         """
         start = time.monotonic()
-        try:
-            return self._wait(done, what, start, timeout_s)
-        finally:
-            self.waited_s = time.monotonic() - start
-
-    def _wait(
-        self, done: Callable[[], Any], what: str, start: float, timeout_s: float | None
-    ) -> bool:
         say_at = start + SAY_WAITING_AFTER_S
         said = ""
         while not done():
@@ -505,15 +496,23 @@ class Client:
             return
         if self.rest_s > 0 and self._giving is None:
             time.sleep(min(self.rest_s, limit_s))
-        elif self.waited_s < SPIN_S and self._hello.role == "worker":
-            # Who sleeps wakes with cold caches, which costs a small model more than its exchange.
-            # Others that want this core get it; longer waits than these are slept through.
-            until = time.perf_counter() + min(SPIN_S, limit_s)
-            while time.perf_counter() < until:
-                if sockets.readable(self._sub) or sockets.readable(self._link):
-                    return
-                _give_way()
-        self._poller.poll(math.ceil(1000 * limit_s))
+        start = time.perf_counter()
+        if not (self._slept_s < SPIN_S and self._hello.role == "worker" and self._spin(start)):
+            self._poller.poll(math.ceil(1000 * limit_s))
+        self._slept_s = time.perf_counter() - start
+
+    def _spin(self, start: float) -> bool:
+        """Look again and again for a few milliseconds whether something has come.
+
+        Who sleeps wakes with cold caches, which costs a small model more than its exchange. Others
+        that want this core get it; where the last sleep was longer than this, nobody spins.
+        """
+        assert self._link is not None and self._sub is not None
+        while time.perf_counter() - start < SPIN_S:
+            if sockets.readable(self._sub) or sockets.readable(self._link):
+                return True
+            _give_way()
+        return False
 
     def _decode(self, frames: Sequence[zmq.Frame]) -> tuple[Any, list[Any]]:
         try:
