@@ -92,7 +92,10 @@ class Mean:
             if samples != running.unit != 1:  # whoever came first, the result shall be the same
                 total = torch.mul(total, running.unit, out=out)
                 running.unit = 1
-            torch.add(total, values, alpha=samples // running.unit, out=out)
+            if samples != running.unit:  # rounded as the others are: `alpha` would not be
+                values = torch.mul(values, samples, out=self._scratch[: b.size])
+                self._decoded = None
+            torch.add(total, values, out=out)
         running.values, running.release = out, None
         if held is not None:
             held()

@@ -136,12 +136,13 @@ def test_every_sample_is_done_once(ordinary: Ordinary) -> None:
 
 
 def test_the_run_folder_holds_what_is_promised(ordinary: Ordinary) -> None:
-    run, _ = ordinary
+    run, seen = ordinary
     folder = run.runs[-1]
     names = {"config.yaml", "metrics.jsonl", "summary.json", "curves.png", "model.safetensors"}
     assert names | {"checkpoints", "observer.log"} <= {path.name for path in folder.iterdir()}
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if "val_loss" in line] == [100, 200, STEPS]
+    evaluated = [line["step"] for line in lines if "val_loss" in line]
+    assert evaluated == [100, 200, STEPS], seen["server"]
     assert [line["step"] for line in run.steps()] == list(range(1, STEPS + 1))
     assert all(line["workers"] == [1, 2] and line["late"] == [] for line in run.steps())
 
