@@ -94,7 +94,7 @@ class Settings:
     topk_ratio: float = setting(0.01, "share of the numbers that topk sends")
     bucket_mb: float = setting(4.0, "size of a bucket, as float32", unit="MiB")
     history_mb: float = setting(
-        64.0, "updates the server keeps for replicas that fell behind (at least one)", unit="MiB"
+        256.0, "updates the server keeps for replicas that fell behind (at least one)", unit="MiB"
     )
     deterministic: bool = setting(
         False, "sum gradients in the order of worker ids: the same bits run after run"

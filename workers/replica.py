@@ -9,6 +9,7 @@ their counters. Frozen parameters and other buffers travel in snapshots only.
 from __future__ import annotations
 
 import hashlib
+import importlib
 import uuid
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -51,6 +52,8 @@ class Replica:
                 "ReduceLROnPlateau follows a metric that differs between replicas",
                 "use a schedule that is a function of the step",
             )
+        # The first optimizer step imports this, for a second or more: not in the middle of a round.
+        importlib.import_module("torch._dynamo")
         self.model = model
         self.optimizer = optimizer
         self.scheduler = scheduler
