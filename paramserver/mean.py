@@ -28,11 +28,10 @@ Release = Callable[[], None]
 
 @dataclass
 class Running:
-    """What has been added to a bucket: `values` times `unit` is the sum over `samples`."""
+    """What has been added to a bucket: `values` times `unit` samples is the sum."""
 
     values: Tensor
     unit: int
-    samples: int
     release: Release | None
     """Of the payload whose memory `values` are; None where they are the sum's own."""
 
@@ -79,13 +78,12 @@ class Mean:
         values = self._decode(b, buffers, scale)
         running = self._running.get(bucket)
         if running is None:
-            self._running[bucket] = running = Running(values, samples, samples, release)
+            self._running[bucket] = running = Running(values, samples, release)
             if values.data_ptr() == self._scratch.data_ptr():
                 self._own(b, running)
             return
         total, held = running.values, running.release
         out = total if held is None else self._down.values(b)
-        running.samples += samples
         if b.kind == "count":
             torch.maximum(total, values, out=out)
         else:
@@ -101,13 +99,13 @@ class Mean:
             held()
         release()
 
-    def finish(self, bucket: int, absent: tuple[int, ...]) -> tuple[list[Any], float]:
-        """The average of all that was added, encoded; the sum is gone afterwards."""
+    def finish(self, bucket: int, samples: int, absent: tuple[int, ...]) -> tuple[list[Any], float]:
+        """The average over all `samples` that were added, encoded; the sum is gone afterwards."""
         b = self._plan.buckets[bucket]
         running = self._running.pop(bucket)
         self._own(b, running)
-        if b.kind != "count" and running.unit != running.samples:
-            running.values.div_(running.samples / running.unit)
+        if b.kind != "count" and running.unit != samples:
+            running.values.div_(samples / running.unit)
         return self._down.encode(b, running.values, absent)
 
     def close(self, buckets: tuple[int, ...]) -> None:

@@ -14,6 +14,7 @@ import time
 import uuid
 from collections import deque
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -489,13 +490,12 @@ class Server:
                     self._publish(effect.end)
                     for session in list(self.rounds.peers):
                         self._send(session, effect.end)
-        if self._unpublished:
-            self._publish_averages()
+        self._publish_averages()
 
     def _finish(self, effect: rounds.Finish) -> None:
         assert self._mean is not None
         with trace.span("average", bucket=effect.bucket):
-            buffers, scale = self._mean.finish(effect.bucket, effect.absent)
+            buffers, scale = self._mean.finish(effect.bucket, effect.samples, effect.absent)
         average = wire.Average(
             nonce=self.nonce,
             round=effect.round,
@@ -512,10 +512,12 @@ class Server:
     def _publish_averages(self, *closing: list[Any]) -> None:
         """The averages that are due, to those who share the ring and to those who do not; what
         closes their round travels with them."""
-        if not self._unpublished:
+        due, self._unpublished = self._unpublished, []
+        if not due:
             for frames in closing:
                 self._publish_frames(frames)
             return
+        messages = [*(frames for _, frames in due), *closing]
         sharing = len(self._sharing) if self._ring is not None else 0
         others = len(self._routes) - sharing
         if self._ring is not None and sharing:
@@ -526,15 +528,12 @@ class Server:
                         **msgspec.structs.asdict(average),
                     )
                 )
-                for average, frames in self._unpublished
+                for average, frames in due
             ]
             self._pub.send_multipart(wire.join([*headers, *closing]))
         if others > 0 or not sharing:
-            joined = wire.join([*(frames for _, frames in self._unpublished), *closing])
-            self._pub.send_multipart(joined, copy=self._ring is not None)
-        of_all = [*(frames for _, frames in self._unpublished), *closing]
-        self.sent_bytes += sum(sum(map(len, f)) for f in of_all) * (sharing + max(0, others))
-        self._unpublished.clear()
+            self._pub.send_multipart(wire.join(messages), copy=self._ring is not None)
+        self.sent_bytes += sum(map(len, chain(*messages))) * (sharing + max(0, others))
 
     def _make_ring(self, plan: Plan) -> arena.Ring | None:
         """Shared memory for the open round's averages and those that the history keeps."""
