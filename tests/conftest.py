@@ -13,12 +13,17 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 MARK = "PARAMSERVER_TESTS"
 """Environment variable that all processes of this session inherit, so that orphans are found."""
 
 ENDING_S = 3.0
 """How long a process may take to end after its test."""
+
+# A busy machine is slow, which says nothing about an example.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

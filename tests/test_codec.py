@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -131,7 +131,6 @@ def test_what_is_lost_of_special_numbers_is_bounded(name: str, values: Tensor) -
 
 
 @given(values=vectors)
-@settings(deadline=None)
 @pytest.mark.parametrize("name", CODECS)
 def test_what_is_lost_of_any_numbers_is_bounded(name: str, values: Tensor) -> None:
     check_bound(name, values)
@@ -257,7 +256,6 @@ def test_a_topk_buffer_is_checked_before_it_is_used(
 
 
 @given(data=st.data())
-@settings(deadline=None)
 @pytest.mark.parametrize("name", CODECS)
 def test_no_bytes_write_beyond_the_bucket(name: str, data: st.DataObject) -> None:
     """Rubbish of the right length: `fits` refuses it, or it is decoded into its place alone."""

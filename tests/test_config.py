@@ -380,7 +380,8 @@ TEXT = st.text(st.sampled_from("abe1.0-+:=[]{}${}!&*#'\"\\,| \n\t~?%@\x00\x85é\
 
 
 @examples(
-    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=200,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(st.lists(st.tuples(st.sampled_from(WORDS), TEXT).map("=".join) | TEXT, max_size=3))
 def test_any_command_line_is_settings_or_an_error_for_people(argv: list[str]) -> None:
@@ -389,7 +390,8 @@ def test_any_command_line_is_settings_or_an_error_for_people(argv: list[str]) ->
 
 
 @examples(
-    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=200,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(st.lists(st.tuples(st.sampled_from(WORDS), TEXT).map(": ".join) | TEXT, max_size=4))
 def test_any_file_is_settings_or_an_error_for_people(lines: list[str]) -> None:

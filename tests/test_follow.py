@@ -406,7 +406,7 @@ def test_the_lease_of_a_round_that_is_over_is_none(follow: Follow, log: Log) -> 
 # ------------------------------------------------------------------------------- at random
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(data=st.data(), buckets=st.integers(1, 3))
 def test_whatever_is_lost_or_repeated_each_update_is_applied_once_in_order(
     data: st.DataObject, buckets: int

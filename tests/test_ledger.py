@@ -302,5 +302,5 @@ class Random(RuleBasedStateMachine):
         assert sorted(everywhere) == self.all
 
 
-Random.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+Random.TestCase.settings = settings(max_examples=100, stateful_step_count=40)
 TestRandom = Random.TestCase

@@ -1199,5 +1199,5 @@ class AnyOrder(RuleBasedStateMachine):
             assert r.snapshot.joiner in r.peers
 
 
-AnyOrder.TestCase.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
+AnyOrder.TestCase.settings = settings(max_examples=150, stateful_step_count=60)
 TestAnyOrder = AnyOrder.TestCase

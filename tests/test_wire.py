@@ -71,7 +71,7 @@ def there_and_back(message: wire.Message, *buffers: Any) -> tuple[Any, list[Any]
 
 @pytest.mark.parametrize("kind", TYPES, ids=lambda kind: kind.__name__)
 def test_there_and_back(kind: type[wire.Message]) -> None:
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=60)
     @given(structs(kind), st.lists(st.binary(max_size=20), max_size=3))
     def check(message: wire.Message, buffers: list[bytes]) -> None:
         back, rest = there_and_back(message, *buffers)
@@ -94,7 +94,7 @@ def test_every_message_is_told_apart_and_described() -> None:
 
 @pytest.mark.parametrize("kind", TYPES, ids=lambda kind: kind.__name__)
 def test_the_type_comes_first_so_that_sub_can_choose(kind: type[wire.Message]) -> None:
-    @settings(max_examples=5, deadline=None)
+    @settings(max_examples=5)
     @given(structs(kind))
     def check(message: wire.Message) -> None:
         assert wire.to_frames(message)[0].startswith(wire.topic(kind))
@@ -291,7 +291,6 @@ def test_a_truncated_header_is_refused_wherever_it_ends() -> None:
         refused(EXAMPLE[:length])
 
 
-@settings(deadline=None)
 @given(
     st.lists(
         st.tuples(st.integers(0, len(EXAMPLE) - 1), st.integers(0, 255)), min_size=1, max_size=4
@@ -304,13 +303,12 @@ def test_a_garbled_header_is_refused_or_another_message(changes: list[tuple[int,
     harmless(bytes(header))
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=200))
 def test_any_bytes_are_refused(header: bytes) -> None:
     harmless(header)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     st.sampled_from(TYPES),
     st.dictionaries(st.sampled_from(["step", "round", "open", "layout", "ledger", "leases"]), JSON),
@@ -392,7 +390,7 @@ def test_a_lineage_does_not_hang_on_what_follows_nor_on_its_way() -> None:
     assert wire.next_lineage("before", msgspec.structs.replace(CLOSE, lineage=name)) == name
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(structs(wire.Close))
 def test_a_lineage_is_the_same_on_both_sides(close: wire.Close) -> None:
     assert wire.next_lineage("before", there_and_back(close)[0]) == wire.next_lineage(
