@@ -237,8 +237,7 @@ class Observer:
 def main() -> None:
     """The observer program; see the module's head."""
     with exit_on_user_error():
-        # Where cores are scarce they are the workers': the observer falls behind and catches up.
-        os.nice(NICE)
+        _give_way()
         line = sys.stdin.readline()
         if not line:
             raise UserError("the observer is started by the server", "make server starts both")
@@ -254,6 +253,13 @@ def main() -> None:
             observer.run()
         finally:
             observer.close()
+
+
+def _give_way() -> None:
+    """Where cores are scarce they are the workers': the observer falls behind and catches up."""
+    os.nice(NICE)
+    if sys.platform == "linux":  # woken up, it does not take a core from somebody at work
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
 def _say(line: str) -> None:
