@@ -100,13 +100,19 @@ class Mean:
         release()
 
     def finish(self, bucket: int, samples: int, absent: tuple[int, ...]) -> tuple[list[Any], float]:
-        """The average over all `samples` that were added, encoded; the sum is gone afterwards."""
+        """The average over all `samples` that were added, encoded; the sum is gone afterwards.
+
+        Where the sum's own memory travels, whoever reads it divides: by the scale.
+        """
         b = self._plan.buckets[bucket]
         running = self._running.pop(bucket)
         self._own(b, running)
-        if b.kind != "count" and running.unit != samples:
-            running.values.div_(samples / running.unit)
-        return self._down.encode(b, running.values, absent)
+        divisor = 1.0 if b.kind == "count" else samples / running.unit
+        if not self._down.codec(b).in_place:
+            running.values.div_(divisor)
+            divisor = 1.0
+        buffers, scale = self._down.encode(b, running.values, absent)
+        return buffers, scale * divisor
 
     def close(self, buckets: tuple[int, ...]) -> None:
         """The round is over: the averages of these buckets are part of an update, others are not

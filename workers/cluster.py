@@ -78,7 +78,7 @@ class Cluster:
         self._computing = 0  # since when; for a trace
         self._loss: float | Tensor | None = None
         self._waiting_s = 0.0
-        self._prefetch: Callable[[], None] | None = None
+        self._load_ahead: Callable[[], None] | None = None
         atexit.register(self.leave, "its program ended")
 
     @property
@@ -146,7 +146,8 @@ class Cluster:
         `dataset` is the same on every worker: something with a length and `batch(indices, device)`
         or `dataset[i]` (samples are then collated as torch's DataLoader does, and tensors moved to
         `device`). Which samples come is decided by the server, so that each one of an epoch is used
-        once, whoever takes part. The next lease's data is loaded while this one is computed.
+        once, whoever takes part. The next lease's data is loaded while this one is computed, or, by
+        `batch`, while the averages are on their way.
         """
         if self._replica is None or self._gradients is None:
             raise UserError("batches() before attach()", "attach the model first")
@@ -155,21 +156,23 @@ class Cluster:
         shuffled = _Shuffled(len(dataset), int(self.settings["seed"]))
         ahead: dict[Lease, Future[Any]] = {}
         loaders = ThreadPoolExecutor(1, "loader")
+        at_once = hasattr(dataset, "batch")  # too quick to be worth a thread
 
-        def prefetch() -> None:
+        def load_ahead() -> None:
             assert self.client.follow is not None
             lease = self.client.follow.lease_ahead(self.worker_id)
             if lease is not None and lease not in ahead:
-                ahead[lease] = loaders.submit(load, shuffled.indices(lease))
+                submit = _do_now if at_once else loaders.submit
+                ahead[lease] = submit(load, shuffled.indices(lease))
 
-        self._prefetch = None if hasattr(dataset, "batch") else prefetch
+        self._load_ahead = load_ahead if at_once else None
         self.client.ready(len(dataset), size)
         try:
             while (lease := self._next_lease()) is not None:
                 loading = ahead.pop(lease, None)
                 ahead.clear()
-                if self._prefetch is not None:
-                    self._prefetch()
+                if not at_once:
+                    load_ahead()
                 with trace.span("load"):
                     data = loading.result() if loading else load(shuffled.indices(lease))
                 self._gradients.begin()
@@ -182,6 +185,7 @@ class Cluster:
                         "call it once for every batch, on the optimizer that attach() returned",
                     )
         finally:
+            self._load_ahead = None
             loaders.shutdown(wait=False, cancel_futures=True)
             if self.client.ended is not None:
                 self.client.goodbye("finished")  # the server need not wait for what comes next here
@@ -251,6 +255,9 @@ class Cluster:
         self._gradients.flush()
         trace.done("compute", self._computing, round=self._round)
         self._stepped, self._loss = True, None
+        if self._load_ahead is not None:
+            with trace.span("load"):
+                self._load_ahead()
         client, waiting = self.client, trace.now()
         start = time.perf_counter()
         client.wait(
@@ -324,6 +331,13 @@ class _Shuffled:
             self._orders = {e: o for e, o in self._orders.items() if e == epoch - 1}
             self._orders[epoch] = order(self._samples, self._seed, epoch)
         return self._orders[epoch][start:stop]
+
+
+def _do_now(function: Callable[..., Any], *arguments: Any) -> Future[Any]:
+    """As an executor's `submit`, without a thread."""
+    future: Future[Any] = Future()
+    future.set_result(function(*arguments))
+    return future
 
 
 def _loader(dataset: Any, device: torch.device | str | None) -> Callable[[Tensor], Any]:
