@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks import machine, parts, report
@@ -38,7 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if results.machine.busy:
         print("this machine has other work to do: compare within this run only", flush=True)
     try:
-        measure(parts.EFFORTS[options.effort], options.only or tuple(SHARES), results)
+        effort = parts.EFFORTS[options.effort]
+        if options.minutes is not None:
+            effort = replace(effort, minutes=options.minutes)
+        measure(effort, options.only or tuple(SHARES), results)
     except KeyboardInterrupt:
         results.notes.append("interrupted")
     finally:
@@ -125,6 +129,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--only", action="append", choices=SHARES, metavar="PART",
         help=f"measure this part (may be given several times): {', '.join(SHARES)}",
+    )  # fmt: skip
+    parser.add_argument(
+        "--minutes", type=float,
+        help="take no longer: each part is cut short in proportion, and says so",
     )  # fmt: skip
     parser.add_argument("--results", default=RESULTS, help="folder for JSON and picture")
     parser.add_argument(
