@@ -51,8 +51,9 @@ class Mean:
         self._scratch = torch.empty(max(b.size for b in plan.buckets))
         self._decoded: tuple[Wire, Tensor] | None = None  # what lies in the scratch, and of what
 
-    def check(self, bucket: int, buffers: Wire, scale: float) -> str | None:
-        """What is wrong with the numbers of a push: None, or a reason to refuse it as bad.
+    def check(self, bucket: int, buffers: Wire, scale: float) -> tuple[str | None, float | None]:
+        """What is wrong with the numbers of a push: None, or a reason to refuse it as bad; and the
+        Euclidean norm of a gradient, None for anything else.
 
         Raises `PeerError` for buffers that do not fit the layout.
         """
@@ -63,11 +64,15 @@ class Mean:
         if wrong is not None:
             raise PeerError(f"bucket {bucket}: {wrong}")
         values = self._decode(b, buffers, scale)
-        # A sum is finite only if all of it is, and takes half the time of looking at each; where it
-        # is not, finite numbers may have added up to infinity.
-        if not math.isfinite(values.sum().item()) and not torch.isfinite(values).all():
-            return f"not all of its numbers are finite (bucket {bucket}: {self._names(b)})"
-        return None
+        # It is finite only if all of them are, and takes a tenth of the time of looking at each;
+        # where it is not, the squares of finite numbers may have added up to infinity.
+        norm = math.sqrt(torch.dot(values, values).item())
+        if not math.isfinite(norm):
+            if not torch.isfinite(values).all():
+                why = f"not all of its numbers are finite (bucket {bucket}: {self._names(b)})"
+                return why, None
+            norm = torch.linalg.vector_norm(values, dtype=torch.float64).item()
+        return None, norm if b.kind == "grad" else None
 
     def add(self, bucket: int, buffers: Wire, scale: float, samples: int, release: Release) -> None:
         """Add the numbers of a push, over so many samples (of counters, take the maximum).

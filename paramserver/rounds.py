@@ -27,7 +27,9 @@ from collections.abc import Callable
 
 import msgspec
 
+from paramserver.digests import Digests
 from paramserver.ledger import DONE, PARTLY, RETURNED, SKIPPED, Ledger
+from paramserver.norms import Norms
 from paramserver.wire import (
     Abort,
     Admit,
@@ -69,6 +71,8 @@ class Rules(msgspec.Struct, frozen=True):
     join_timeout: float = 60.0
     idle_timeout: float = 1800.0
     deterministic: bool = False
+    max_norm_ratio: float | None = None
+    max_bad_rounds: int = 10
     epochs: int = 2
     observer: bool = True
 
@@ -170,6 +174,8 @@ class Peer:
         self.last_seen = 0.0
         self.push_times: deque[float] = deque(maxlen=PUSH_TIMES_KEPT)
         self.failed_gives = 0
+        self.replica_since = 0  # the step at which it became one
+        self.wrong = False  # its weights are not the run's: only a snapshot helps
         self.stands_at: int | None = None
 
     @property
@@ -260,6 +266,9 @@ class Rounds:
         self.ended: End | None = None
         self.started = False  # the first round has opened
         self.tallies: dict[int, Tally] = {}
+        self.norms = Norms(rules.max_norm_ratio)
+        self._digests = Digests()
+        self._bad_rounds = 0  # in a row
         self._log_begun = False  # an update follows the first state
         self._lineages: dict[int, str] = {}  # of the steps whose successors can be fetched
         self._rounds = 0
@@ -404,6 +413,26 @@ class Rounds:
             self._progress(now)
         return self._out()
 
+    def digest(self, session: str, step: int, digest: str, now: float) -> list[Effect]:
+        """A replica tells the digest of its weights at a step."""
+        peer = self.peers[session]
+        if peer.state != REPLICA or peer.join is None or not peer.replica_since < step <= self.step:
+            return self._out()
+        kind = peer.join.kind
+        alike = {
+            p.id: p
+            for p in self.peers.values()
+            if p.state == REPLICA and p.join and p.join.kind == kind and p.replica_since < step
+        }
+        for id in self._digests.report(step, kind, peer.id, digest, alike):
+            if (wrong := alike.get(id)) is not None:
+                self._say(f"{wrong.name} has other weights than the rest: it takes a snapshot")
+                wrong.wrong = True
+                self._take_out(wrong, "has other weights than the rest", now)
+                self._send(wrong, Greet(join=True))
+        self._progress(now)
+        return self._out()
+
     def leave(self, session: str, reason: str, now: float) -> list[Effect]:
         """A Goodbye."""
         peer = self.peers.get(session)
@@ -493,7 +522,8 @@ class Rounds:
         """The joiner holds the snapshot."""
         snap, peer = self.snapshot, self.peers[session]
         if snap is not None and snap.number == number and session == snap.joiner:
-            peer.state = REPLICA
+            self._becomes_replica(peer)
+            peer.wrong = False
             self.snapshot = None
             self._say(f"{peer.name} took a snapshot of step {self.step}")
             self._progress(now)
@@ -702,6 +732,9 @@ class Rounds:
         self._return_leases(peer)
         peer.state, peer.ready = GREETED, None
 
+    def _becomes_replica(self, peer: Peer) -> None:
+        peer.state, peer.replica_since = REPLICA, self.step
+
     def _remove(self, peer: Peer, why: str, now: float) -> None:
         self._take_out(peer, why, now)
         del self.peers[peer.session]
@@ -739,7 +772,7 @@ class Rounds:
         self.recipe = message.recipe
         self.step, self.lineage = message.step, message.lineage
         self._lineages = {self.step: self.lineage}
-        peer.state = REPLICA
+        self._becomes_replica(peer)
         self._effects.append(Start(message.layout, message.step))
         self._send(peer, Admit(action="origin", step=self.step, lineage=self.lineage))
         self._say(f"the first state comes from {peer.name}, at step {self.step}")
@@ -773,8 +806,8 @@ class Rounds:
             )
             peer.state = GREETED
             return
-        if self.knows(peer.join.step, peer.join.lineage):
-            peer.state = REPLICA
+        if self.knows(peer.join.step, peer.join.lineage) and not peer.wrong:
+            self._becomes_replica(peer)
             action = "follow"
         else:
             action = "adopt"  # stays WAITING until no round is open
@@ -893,11 +926,17 @@ class Rounds:
             if len(self.round.finished) < self._buckets:
                 return
             close, before = self._settle(now), len(self._effects)
-            following = self._try_open(now)
+            hopeless = self._bad_rounds >= self.rules.max_bad_rounds
+            following = None if hopeless else self._try_open(now)
             # Told before what follows from it: who gives a snapshot of this step must have it.
             closed = Closed(msgspec.structs.replace(close, open=following))
             self._effects.insert(before, closed)
             self._say_late(close)
+            if hopeless:
+                why = "rounds in a row brought nothing but gradients that had to be refused"
+                self._begin_end(f"{self._bad_rounds} {why}: {close.reason}", now, error=True)
+                self._progress(now)
+                return
         elif (following := self._try_open(now)) is not None:
             self._effects.append(Publish(following))
         if self.round is None and self.snapshot is None and self._everything_done():
@@ -941,6 +980,8 @@ class Rounds:
                 f"round {current.number} closed with "
                 f"{len(current.members) - len(late)} of {len(current.members)}: {who}"
             )
+        refused = any(m.bad is not None for m in current.members.values())
+        self._bad_rounds = self._bad_rounds + 1 if refused and not contributors else 0
         weight = sum(n for n, _ in losses)
         self.step += 1
         self._log_begun = True

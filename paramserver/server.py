@@ -142,6 +142,8 @@ class Server:
                 join_timeout=settings.join_timeout,
                 idle_timeout=settings.idle_timeout,
                 deterministic=settings.deterministic,
+                max_norm_ratio=settings.max_norm_ratio,
+                max_bad_rounds=settings.max_bad_rounds,
                 epochs=settings.num_epochs,
                 observer=settings.observer,
             ),
@@ -308,6 +310,8 @@ class Server:
                 if goal is not None:
                     self._send(goal, message, *buffers)
                 self._carry_out(effects)
+            case wire.Digest():
+                self._carry_out(r.digest(session, message.step, message.digest, now))
             case wire.Stand():
                 self._carry_out(r.stands(session, message.step, now))
             case wire.Adopted():
@@ -433,7 +437,9 @@ class Server:
             self._send(session, wire.Refused(round=push.round, reason=why))
             return
         assert self._mean is not None
-        bad = self._mean.check(push.bucket, buffers, push.scale)
+        bad, norm = self._mean.check(push.bucket, buffers, push.scale)
+        if bad is None and norm is not None:
+            bad = self.rounds.norms.judge(push.bucket, norm)
         if bad is None:
             worker = self.rounds.peers[session].id
             self._payloads[worker, push.bucket] = Payload(buffers, push.scale, release)

@@ -96,6 +96,17 @@ class Settings:
     history_mb: float = setting(
         256.0, "updates the server keeps for replicas that fell behind (at least one)", unit="MiB"
     )
+    max_norm_ratio: float | None = setting(
+        1000.0,
+        "a gradient is refused whose norm is so many times the usual one of its bucket; "
+        "null = only one that is not finite",
+    )
+    max_bad_rounds: int = setting(
+        10, "so many rounds in a row of nothing but refused gradients end the run", unit="rounds"
+    )
+    digest_steps: int = setting(
+        500, "steps between comparisons of the replicas' weights; 0 = never", unit="steps"
+    )
     deterministic: bool = setting(
         False, "sum gradients in the order of worker ids: the same bits run after run"
     )

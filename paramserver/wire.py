@@ -190,6 +190,8 @@ class Join(Message, frozen=True):
     step: Int
     lineage: str
     device: str
+    kind: str = ""
+    """What rounds as this replica does, in words: equal kinds must have equal digests."""
     recipe: str = ""
     """What turns an average into weights there, in words: it must be the same everywhere."""
     ledger: dict[str, Any] | None = None
@@ -307,6 +309,11 @@ class Stand(Message, frozen=True):
     step: Int
 
 
+class Digest(Message, frozen=True):
+    step: Int
+    digest: str
+
+
 # --------------------------------------------------------------------------- snapshots
 
 
@@ -395,8 +402,8 @@ class End(Message, frozen=True):
 
 ANY = (
     Hello | Welcome | Probe | Greet | Join | Admit | Ready | Unready | Reject | Push | Refused
-    | Average | Shared | Open | Close | Fetch | Fetched | Stand | Give | Manifest | Want | Piece
-    | Adopted | Abort | Beat | Pulse | Report | Goodbye | End
+    | Average | Shared | Open | Close | Fetch | Fetched | Stand | Digest | Give | Manifest | Want
+    | Piece | Adopted | Abort | Beat | Pulse | Report | Goodbye | End
 )  # fmt: skip
 
 _encoder = msgspec.json.Encoder()

@@ -188,6 +188,9 @@ class Run:
         goal, effects = self.rounds.route(session(who), m, self.now)
         return goal, self._out(effects)
 
+    def digest(self, who: int, step: int, digest: str) -> list[str]:
+        return self._out(self.rounds.digest(session(who), step, digest, self.now))
+
     def stands(self, who: int, step: int) -> list[str]:
         return self._out(self.rounds.stands(session(who), step, self.now))
 

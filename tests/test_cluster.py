@@ -162,6 +162,42 @@ def test_who_leaves_in_the_middle_gives_its_samples_back() -> None:
     assert served.samples == (160, 0, 0)
 
 
+def test_a_gradient_out_of_all_proportion_is_refused_and_counted() -> None:
+    def hold(number: int, step: int) -> None:
+        if number == 2 and step in (20, 21):
+            weight = next(crew.setups[2].model.parameters())
+            if step == 20:
+                hooks.append(weight.register_hook(lambda gradient: 1e6 * gradient))
+            else:
+                hooks.pop().remove()
+
+    hooks: list[Any] = []
+    with Served(num_workers=2, num_epochs=2) as served:
+        crew = Crew(served, perceptron, Noise(160), hold)
+        served.wait(crew.start(1, 4), crew.start(2, 4))
+    crew.check()
+    assert served.samples == (316, 0, 4)
+    assert [2 in close.contributors for close in served.closes[19:22]] == [True, False, True]
+    assert re.search(r"round 21: worker 2 .* refused: its norm of \S+ is .* times", served.text)
+
+
+@pytest.mark.parametrize("other", [1, 3])
+def test_a_replica_whose_weights_differ_takes_a_snapshot(other: int) -> None:
+    def hold(number: int, step: int) -> None:
+        if (number, step) == (other, 7):
+            with torch.no_grad():
+                next(crew.setups[other].model.parameters()).view(-1)[0] += 1.0
+
+    with Served(num_workers=3, num_epochs=3, digest_steps=5) as served:
+        crew = Crew(served, perceptron, Noise(160), hold)
+        served.wait(*(crew.start(number, 4) for number in (1, 2, 3)))
+        assert len(served.digests()) == 1
+    named = re.findall(r"worker (\d+) .* has other weights than the rest: it takes", served.text)
+    assert named == [str(other)]
+    assert re.search(rf"worker {other} .* took a snapshot of step 1\d", served.text)
+    assert crew.applied() == dict.fromkeys(range(160), 3)
+
+
 def test_fewer_than_min_workers_pause_the_run() -> None:
     def hold(number: int, step: int) -> None:
         if (number, step) == (2, 3) and crew.setups[2] is first_of_two[0]:

@@ -65,7 +65,9 @@ def test_the_mean_is_weighted_by_samples(data: st.DataObject) -> None:
         pushed = [torch.randn(PLAN.buckets[GRAD].size) for _ in samples]
         for values, n in zip(pushed, samples, strict=True):
             buffers, scale, release = payloads.made(values, codec)
-            assert mean.check(GRAD, buffers, scale) is None
+            why, norm = mean.check(GRAD, buffers, scale)
+            assert why is None and norm is not None
+            assert abs(norm - values.norm()) < TOLERANCE[codec] * norm
             mean.add(GRAD, buffers, scale, n, release)
         got = average(mean, GRAD, sum(samples))
         wanted = sum(n * v.double() for v, n in zip(pushed, samples, strict=True)) / sum(samples)

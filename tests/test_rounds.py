@@ -590,6 +590,61 @@ def test_when_all_are_bad_the_step_is_empty_and_does_not_come_back() -> None:
     assert run.sums() == "0 done, 0 partly, 20 skipped; waiting nothing"
 
 
+def test_nothing_but_bad_gradients_ends_the_run_with_the_reason() -> None:
+    run = Run(buckets=1, max_bad_rounds=3).observer().workers(1, 2, samples=1000)
+
+    def bad_rounds(count: int) -> None:
+        for _ in range(count):
+            run.push(1, bad="not finite")
+            run.push(2, bad="not finite")
+
+    bad_rounds(2)
+    run.push(1, bad="not finite")
+    run.push(2)  # a good one: the counting begins anew
+    bad_rounds(2)
+    assert run.rounds.ending is None
+    bad_rounds(1)
+    why = (
+        "3 rounds in a row brought nothing but gradients that had to be refused: "
+        "round 6 closed with 0 of 2: worker 1 (pi) not finite; worker 2 (pi) not finite"
+    )
+    assert run.rounds.ending == (why, True)
+    assert run.rounds.round is None and len(run.closes) == 6
+    assert run.sums().startswith("10 done, 0 partly, 110 skipped")
+
+
+def test_a_replica_that_differs_is_named_and_takes_a_snapshot() -> None:
+    run = Run(buckets=1).observer().workers(1, 2, 3)
+    for who in (1, 2, 3):
+        run.push(who)
+    assert run.digest(1, 1, "a") == run.digest(2, 1, "b") == run.digest(3, 1, "a") == []
+    assert run.digest(0, 1, "a")[0] == (
+        "# worker 2 (pi) has other weights than the rest: it takes a snapshot"
+    )
+    assert run.push(2) == ["refused: too late for round 2: has other weights than the rest"]
+    run.follows(2)  # a name of its state that is right says nothing about its weights
+    for who in (1, 3):
+        run.push(who)
+    assert run.rounds.snapshot is not None and run.rounds.snapshot.joiner == "w2"
+    run.snapshot(2)
+    assert run.rounds.snapshot is None
+    run.relinked(2)
+    run.follows(2)  # now it may
+    assert run.rounds.peers["w2"].state == "replica"
+
+
+def test_digests_of_steps_that_a_replica_did_not_apply_do_not_count() -> None:
+    run = Run(buckets=1).observer().workers(1, 2)
+    for who in (1, 2):
+        run.push(who)
+    run.relinked(2)
+    run.follows(2)  # at step 1, which it does not report
+    run.digest(1, 1, "a")
+    assert run.digest(2, 1, "b") == run.digest(2, 2, "b") == []
+    assert run.digest(0, 1, "a") == []
+    assert all(peer.state == "replica" for peer in run.rounds.peers.values())
+
+
 def test_a_bad_push_and_a_death_do_not_bring_the_bad_samples_back() -> None:
     run = Run().observer().workers(1, 2)
     run.push(1, 0, bad="not finite")

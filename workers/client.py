@@ -251,6 +251,7 @@ class Client:
                 step=self.replica.step,
                 lineage=self.replica.lineage,
                 device=self.device,
+                kind=self.replica.kind(),
                 recipe=self.replica.recipe(),
                 ledger=self.replica.ledger,
                 link=self._link_kind,
@@ -563,6 +564,7 @@ class Client:
             with trace.span("optimizer", step=effect.close.step):
                 replica.apply(effect.close)
             f.applied(effect.close)
+            self._tell_digest()
             if self.on_close is not None:
                 self.on_close(effect.close)
             if self._give_later is not None:
@@ -571,6 +573,13 @@ class Client:
             self.say(f"{effect.why}: taking a snapshot")
             self._join_again()
         return not isinstance(effect, follow.Gap)
+
+    def _tell_digest(self) -> None:
+        """From time to time: are all replicas still equal?"""
+        assert self.replica is not None and self.welcome is not None
+        every, step = self.welcome.settings["digest_steps"], self.replica.step
+        if every and step % every == 0:
+            self._send(wire.Digest(step=step, digest=self.replica.digest()))
 
     def _still_there(self, message: wire.Shared) -> bool:
         """Has the server not yet written over the blocks that this average lies in?"""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import platform
 import uuid
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -191,6 +192,13 @@ class Replica:
                 held.copy_(buffer)
         self.step, self.lineage = step, lineage
         self.forget_averages()
+
+    def kind(self) -> str:
+        """What rounds as this replica does, in words: equal kinds must have equal digests."""
+        device = next((p.device for _, p in self.params), torch.device("cpu"))
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        processor = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+        return f"{name}, {processor}, torch {torch.__version__}"
 
     def recipe(self) -> str:
         """What turns an averaged gradient into weights here, in words. Replicas must agree on it;
