@@ -23,7 +23,7 @@ from paramserver.config import exit_on_user_error, load, save, to_wire
 from paramserver.display import Display, Status, WorkerStatus
 from paramserver.errors import UserError
 from paramserver.rounds import Tally
-from paramserver.runfolder import EvalLine, RunFolder, StepLine
+from paramserver.runfolder import EvalLine, Record, RunFolder, StepLine
 from paramserver.server import Server
 from paramserver.settings import Settings
 
@@ -43,8 +43,9 @@ class Show:
         self.display = Display(plain=settings.plain)
         self.losses: deque[tuple[int, float]] = deque(maxlen=LOSSES_KEPT)  # (samples, loss)
         self.val: dict[str, float | None] = {}
-        self.samples = 0
-        self.steps = 0
+        self.past = folder.take_up()
+        self.samples = self.past.samples
+        self.steps = self.past.steps
         self._marks: deque[tuple[float, int, int, dict[int, int]]] = deque()  # for the rates
         self._late = ""
         self.observer: ObserverProcess | None = None
@@ -53,6 +54,9 @@ class Show:
         self.display.say(text)
 
     def closed(self, server: Server, close: wire.Close) -> None:
+        last = self.past.last if self.steps == self.past.steps else None
+        if last is not None and close.step <= last.step:
+            self.say(f"lost: steps {close.step} to {last.step}, nobody who had seen them is here")
         samples = sum(close.contributors.values())
         self.samples += samples
         self.steps += 1
@@ -71,10 +75,11 @@ class Show:
                 step_s=close.seconds,
                 workers=tuple(close.contributors),
                 late=tuple(close.late),
-                sent_bytes=server.sent_bytes,
-                received_bytes=server.received_bytes,
+                sent_bytes=self.traffic(server)[0],
+                received_bytes=self.traffic(server)[1],
             )
         )
+        self._write_metrics(time.monotonic())  # at once: a server may be killed at any time
 
     def reported(self, server: Server, report: wire.Report) -> None:
         self.val = report.values
@@ -88,21 +93,35 @@ class Show:
             self.folder.log(line)
 
     def looked(self, server: Server, now: float) -> None:
-        problem = self.folder.flush_if_due(now)
-        if problem is not None:
-            self.say(problem)
+        self._write_metrics(now)
         if self.observer is not None:
             self.observer.look(server)
         if self.display.due(now):
             self.display.update(self._status(server, now), now)
+
+    def _write_metrics(self, now: float) -> None:
+        problem = self.folder.flush(now)
+        if problem is not None:
+            self.say(problem)
 
     def train_loss(self) -> float | None:
         """Sample-weighted mean over the newest steps."""
         weight = sum(n for n, _ in self.losses)
         return sum(n * loss for n, loss in self.losses) / weight if weight else None
 
+    def traffic(self, server: Server) -> tuple[int, int]:
+        """Bytes sent and received in the whole run."""
+        last = self.past.last
+        before = (last.sent_bytes, last.received_bytes) if last is not None else (0, 0)
+        return before[0] + server.sent_bytes, before[1] + server.received_bytes
+
+    def seconds(self, server: Server, now: float) -> float:
+        """Of the whole run: since its first round was opened, but for the time without a server."""
+        before = self.past.last.seconds if self.past.last is not None else 0.0
+        return before + (now - server.first_open_at if server.first_open_at is not None else 0.0)
+
     def _seconds(self, server: Server) -> float:
-        return time.monotonic() - (server.first_open_at or time.monotonic())
+        return self.seconds(server, time.monotonic())
 
     def _status(self, server: Server, now: float) -> Status:
         r = server.rounds
@@ -178,7 +197,7 @@ class ObserverProcess:
         }
         self._starts = 0
         self.problem: UserError | None = None
-        self._process = self._start()
+        self._process: subprocess.Popen[bytes] | None = None
 
     def _start(self) -> subprocess.Popen[bytes]:
         self._starts += 1
@@ -199,7 +218,13 @@ class ObserverProcess:
 
     def look(self, server: Server) -> None:
         """Has it ended? Then start it again, or end the run where that cannot help."""
+        if self._process is None:
+            if not server.rounds.coming_back:  # those who hold the run come first
+                self._process = self._start()
+                server.rounds.observer_comes = True
+            return
         code = self._process.poll()
+        server.rounds.observer_comes = code is None
         if code is None or server.rounds.ended is not None:
             return
         if code == 2:
@@ -218,6 +243,8 @@ class ObserverProcess:
 
     def finish(self) -> None:
         """Wait for its end, which may take its loggers' last upload; kill it after that."""
+        if self._process is None:
+            return
         assert self._process.stdin is not None
         with suppress(BrokenPipeError):
             self._process.stdin.close()
@@ -240,8 +267,8 @@ def _last_error(log: Path) -> tuple[str, str]:
 
 def summarize(server: Server, show: Show, end: wire.End) -> dict[str, Any]:
     """What summary.json holds."""
-    start = server.first_open_at
-    seconds = (server.closed_at or start) - start if start is not None else 0.0
+    seconds = show.seconds(server, server.closed_at or server.first_open_at or 0.0)
+    sent_bytes, received_bytes = show.traffic(server)
     ledger = server.rounds.ledger
     report = server.final_report
     values = report.values if report is not None else show.val
@@ -258,8 +285,8 @@ def summarize(server: Server, show: Show, end: wire.End) -> dict[str, Any]:
         "val_loss": values.get("val_loss"),
         "train_loss": show.train_loss(),
         "workers": len(tallies),
-        "sent_bytes": server.sent_bytes,
-        "received_bytes": server.received_bytes,
+        "sent_bytes": sent_bytes,
+        "received_bytes": received_bytes,
         "digest": reference,
         "replicas_equal": len(set(digests.values())) == 1 if len(digests) > 1 else None,
         "digests": digests,
@@ -276,33 +303,70 @@ def summarize(server: Server, show: Show, end: wire.End) -> dict[str, Any]:
 
 
 def serve(settings: Settings) -> int:
-    """Run a server with its observer to the end of the run; the exit code."""
+    """Run a server with its observer to the end of the run; the exit code.
+
+    Where the newest run of this port has not ended (its server was killed) and has the same
+    settings, it goes on, if anybody comes back to it.
+    """
     trace.begin("server")
+    parent, told = Path(settings.run_dir), to_wire(settings)
+    resume, before = None, None
+    if settings.resume is not None:
+        resume = runfolder.find_checkpoint(settings.resume, parent)
+    else:
+        before = runfolder.unended(parent, settings.port, told)
+    if before is not None:
+        code = _serve(settings, *before, comeback=True)
+        if code is not None:
+            return code
+    record = Record(run=secrets.token_hex(8), port=settings.port, settings=told)
+    code = _serve(settings, RunFolder.create(parent, datetime.now()), record, resume=resume)
+    assert code is not None
+    return code
+
+
+def _serve(
+    settings: Settings,
+    folder: RunFolder,
+    record: Record,
+    *,
+    resume: Path | None = None,
+    comeback: bool = False,
+) -> int | None:
+    """Run the server of one run; None where it was to go on and nobody came back to it."""
     hosts = [LOOPBACK]
     if settings.host_ip in ("0.0.0.0", "::"):
         hosts = [settings.host_ip]  # every address, loopback among them
     elif settings.host_ip not in (None, "localhost", LOOPBACK):
         hosts.append(str(settings.host_ip))
-    resume = None
-    if settings.resume is not None:
-        resume = runfolder.find_checkpoint(settings.resume, Path(settings.run_dir))
-    folder = RunFolder.create(Path(settings.run_dir), datetime.now())
     show = Show(settings, folder)
-    run, key = secrets.token_hex(8), secrets.token_hex(16)
+    run, key = record.run, secrets.token_hex(16)
     try:
-        server = Server(settings, to_wire(settings), show, hosts=hosts, run=run, observer_key=key)
+        server = Server(
+            settings, record.settings, show,
+            hosts=hosts, run=run, observer_key=key, comeback=comeback,
+        )  # fmt: skip
     except UserError:
-        folder.path.rmdir()  # nothing is in it
+        if not comeback:
+            folder.path.rmdir()  # nothing is in it
         raise
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda n, _: _stop(server, n))
     observer = None
     try:
         save(settings, folder.config)
+        for problem in filter(None, [folder.write_record(record)]):
+            show.say(problem)
         where = ", ".join(f"{h}:{settings.port}" for h in hosts)
         show.say(f"server at {where}, run folder {folder.path}")
+        if comeback:
+            show.say(
+                "this run has not ended: waiting for its replicas to come back "
+                f"(a new one begins if nobody does in {settings.heartbeat_timeout:g} s)"
+            )
         if settings.observer:
             observer = show.observer = ObserverProcess(settings, folder, run, key, resume)
+            observer.look(server)
         end = server.run()
     finally:
         server.close()
@@ -311,6 +375,14 @@ def serve(settings: Settings) -> int:
         for problem in filter(None, [folder.close()]):
             show.say(problem)
         show.display.close() if sys.exc_info()[0] else None
+    folder.write_record(msgspec.structs.replace(record, ended=True))
+    if end is None:
+        show.say(
+            f"nobody came back: a new run begins (resume={folder.path} would go on from the last "
+            "checkpoint of the old one)"
+        )
+        show.display.close()
+        return None
     summary = summarize(server, show, end)
     if observer is not None and observer.problem is not None:
         show.display.close()

@@ -27,6 +27,7 @@ from collections.abc import Callable
 
 import msgspec
 
+from paramserver.comeback import Comeback
 from paramserver.digests import Digests
 from paramserver.ledger import DONE, PARTLY, RETURNED, SKIPPED, Ledger
 from paramserver.norms import Norms
@@ -175,6 +176,7 @@ class Peer:
         self.push_times: deque[float] = deque(maxlen=PUSH_TIMES_KEPT)
         self.failed_gives = 0
         self.replica_since = 0  # the step at which it became one
+        self.returns = False  # it was part of this run before this server was
         self.wrong = False  # its weights are not the run's: only a snapshot helps
         self.stands_at: int | None = None
 
@@ -246,11 +248,19 @@ class Tally(msgspec.Struct):
 class Rounds:
     """The state of a run as its server sees it; see the module's head.
 
-    `count_buckets` tells how many buckets a layout has (`bucket.plan`).
+    `count_buckets` tells how many buckets a layout has (`bucket.plan`). With `comeback` the server
+    was started again in the middle of a run: the most advanced replica that comes back has its
+    state. Should nobody come back, the run is `deserted`.
     """
 
     def __init__(
-        self, rules: Rules, nonce: str, now: float, count_buckets: Callable[[Layout], int]
+        self,
+        rules: Rules,
+        nonce: str,
+        now: float,
+        count_buckets: Callable[[Layout], int],
+        *,
+        comeback: bool = False,
     ) -> None:
         self.rules = rules
         self.nonce = nonce
@@ -266,6 +276,13 @@ class Rounds:
         self.ended: End | None = None
         self.started = False  # the first round has opened
         self.tallies: dict[int, Tally] = {}
+        self.observer_comes = False  # its process runs, whether it has greeted or not
+        self.deserted = False
+        self._comeback: Comeback | None = None
+        if comeback:
+            self._comeback = Comeback(
+                now, rules.heartbeat_timeout, rules.idle_timeout, rules.max_workers + 1
+            )
         self.norms = Norms(rules.max_norm_ratio)
         self._digests = Digests()
         self._bad_rounds = 0  # in a row
@@ -295,10 +312,12 @@ class Rounds:
         nonce: str,
         host: str,
         pid: int,
+        returns: bool = False,
         reachable: Callable[[str], bool] = lambda session: True,
     ) -> tuple[Peer | None, str, list[Effect]]:
         """A Hello: (the new peer, "", effects) or (None, why not, effects).
 
+        `returns`: it has been part of this run before.
         `reachable(session)` tells whether that peer's connection still stands; one that does not
         gives its id up to a new process at once.
         """
@@ -323,11 +342,19 @@ class Rounds:
             self._remove(holder, "greeted again", now)
         peer = Peer(session, role, number, nonce, host, pid)
         peer.last_seen = now
+        peer.returns = returns
         self.peers[session] = peer
+        if self._comeback is not None:
+            self._comeback.greeted(nonce)
         if role == "worker":
             self._say(f"{peer.name} is here")
         self._progress(now)
         return peer, "", self._out()
+
+    def beats_unknown(self, nonce: str, now: float) -> None:
+        """A process of this run is alive that has not greeted this server."""
+        if self._comeback is not None:
+            self._comeback.beats(nonce, now)
 
     def seen(self, session: str, now: float) -> None:
         """Any sign of life."""
@@ -634,6 +661,9 @@ class Rounds:
             return f"ended: {self.ended.reason}"
         if self.ending is not None:
             return "waiting for the observer to catch up with the last step"
+        if self.coming_back:
+            here = ", ".join(p.name for p in self.peers.values() if p.returns) or "nobody"
+            return f"waiting for the replicas of this run to come back: {here} here"
         if self.layout is None:
             who = "the observer" if self.rules.observer else "the first worker"
             return f"waiting for {who}, whose model and first weights are the run's"
@@ -683,6 +713,9 @@ class Rounds:
         """Is the observer still on its way to the last step, within its time?"""
         if now - self._ending_at > ENDING_TIMEOUTS * self.rules.heartbeat_timeout:
             return False
+        here = any(p.role == "observer" for p in self.peers.values())
+        if self.observer_comes and self._log_begun and not here:
+            return True
         return any(
             p.role == "observer" and p.join is not None and p.stands_at != self.step
             for p in self.peers.values()
@@ -740,13 +773,35 @@ class Rounds:
         del self.peers[peer.session]
         self._effects.append(Remove(peer.session))
 
+    @property
+    def coming_back(self) -> bool:
+        """Is this server still waiting for those who hold its run?"""
+        return self._comeback is not None
+
+    def _await_comeback(self, now: float) -> None:
+        """When all who may hold the newest state are back, it is the run's again."""
+        assert self._comeback is not None
+        back = [p for p in self.peers.values() if p.returns and p.state == WAITING]
+        joins = {p.id: p.join for p in back if p.join is not None}
+        joining = any(p.returns and p.join is None for p in self.peers.values())
+        if not self._comeback.over(joins, joining, now):
+            return
+        if not joins:
+            self.deserted = True
+            return
+        newest = max(back, key=lambda p: (joins[p.id].step, -p.id))
+        if not self._become_origin(newest, joins[newest.id]):
+            return  # it was told why; the next one
+        self._comeback = None
+        self._log_begun = self.started = self.step > 0
+
     def _choose_origin(self) -> None:
         """The first state is the observer's where there is one, else that of whoever joined first.
 
         Until an update follows it, it may be lost with all who hold it; then there is another.
         """
         states = [p.state for p in self.peers.values()]
-        if self._log_begun or self.round is not None or REPLICA in states:
+        if self._log_begun or self.round is not None or REPLICA in states or self.coming_back:
             return
         for peer in self.peers.values():
             if peer.state == WAITING and (peer.role == "observer" or not self.rules.observer):
@@ -775,7 +830,10 @@ class Rounds:
         self._becomes_replica(peer)
         self._effects.append(Start(message.layout, message.step))
         self._send(peer, Admit(action="origin", step=self.step, lineage=self.lineage))
-        self._say(f"the first state comes from {peer.name}, at step {self.step}")
+        if self.coming_back:
+            self._say(f"the run goes on after step {self.step}, where {peer.name} stands")
+        else:
+            self._say(f"the first state comes from {peer.name}, at step {self.step}")
         for other in self.peers.values():
             if other.state == WAITING:
                 self._admit(other)
@@ -919,6 +977,8 @@ class Rounds:
             if not self._start_snapshot(now) and not self._observer_catches_up(now):
                 self._end()
             return
+        if self._comeback is not None:
+            self._await_comeback(now)
         self._choose_origin()
         if self.layout is None:
             return

@@ -2,6 +2,7 @@
 
     <run_dir>/2026-11-22_14-05-09/
         config.yaml        the settings that were really used
+        run.json           the run's id and port, and whether it has ended, see `Record`
         metrics.jsonl      one line per step and per evaluation, see `StepLine` and `EvalLine`
         summary.json       the run in figures, at its end
         curves.png         the same as a picture
@@ -18,6 +19,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ import msgspec
 
 from paramserver.errors import UserError
 
-FLUSH_S = 1.0
+RETRY_S = 1.0  # after the disk took nothing
 MAX_WAITING_BYTES = 4_000_000  # kept while the disk takes nothing, some 20,000 lines
 
 _NAME = re.compile(r"(\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d)(?:-(\d+))?")
@@ -64,6 +66,24 @@ class EvalLine(msgspec.Struct, frozen=True, gc=False):
     """Share of right answers, 0 to 1."""
 
 
+class Record(msgspec.Struct, frozen=True):
+    """run.json: by this a server that was killed and is started again knows its run."""
+
+    run: str
+    port: int
+    settings: dict[str, Any]
+    """Those that workers are told."""
+    ended: bool = False
+
+
+class Past(msgspec.Struct, frozen=True):
+    """What metrics.jsonl tells of a run that goes on."""
+
+    steps: int = 0
+    samples: int = 0
+    last: StepLine | None = None
+
+
 class RunFolder:
     """The paths of a run folder, and its metrics.
 
@@ -74,6 +94,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config = path / "config.yaml"
+        self.record = path / "run.json"
         self.metrics = path / "metrics.jsonl"
         self.summary = path / "summary.json"
         self.curves = path / "curves.png"
@@ -109,22 +130,51 @@ class RunFolder:
                 "choose another one with run_dir=FOLDER",
             ) from None
 
+    def write_record(self, record: Record) -> str | None:
+        """Write run.json, whole or not at all; returns a sentence where that failed."""
+        try:
+            write_whole(self.record, _encode(record) + b"\n")
+        except OSError as error:
+            return f"{self.record} was not written: {_reason(error)}"
+        return None
+
+    def take_up(self) -> Past:
+        """What was noted before; a last line that was not written whole is cut off."""
+        steps = samples = whole = 0
+        last = None
+        try:
+            with self.metrics.open("r+b") as file:
+                for line in file:
+                    if not line.endswith(b"\n"):
+                        file.truncate(whole)
+                        break
+                    whole += len(line)
+                    with suppress(msgspec.DecodeError):  # an evaluation
+                        last = msgspec.json.decode(line, type=StepLine)
+                        steps, samples = steps + 1, samples + last.samples
+        except OSError:
+            pass  # there is none yet, or it cannot be written either
+        return Past(steps, samples, last)
+
     def log(self, line: StepLine | EvalLine) -> None:
-        """Note a line for metrics.jsonl; `flush_if_due` writes it."""
+        """Note a line for metrics.jsonl; `flush` writes it."""
         self._waiting.append(_encode(line) + b"\n")
 
-    def flush_if_due(self, now: float) -> str | None:
-        """Write what is waiting, about once a second; `now` in seconds of any steady clock.
+    def flush(self, now: float) -> str | None:
+        """Write what is waiting; `now` in seconds of any steady clock.
 
-        Returns a sentence when writing fails for the first time. It is tried again, silently.
+        Returns a sentence when writing fails for the first time. It is tried again, silently, about
+        once a second.
         """
         if now < self._flush_at:
             return None
-        self._flush_at = now + FLUSH_S
-        return self._flush()
+        problem = self._flush()
+        if self._rest:
+            self._flush_at = now + RETRY_S
+        return problem
 
     def close(self) -> str | None:
-        """Write what is waiting and close the file; returns what `flush_if_due` returns."""
+        """Write what is waiting and close the file; returns what `flush` returns."""
         problem = self._flush()
         if self._file is not None:
             os.close(self._file)
@@ -164,6 +214,22 @@ def latest(parent: Path) -> RunFolder | None:
     """The newest run folder in `parent`, by name; None where there is none."""
     found = _run_folders(parent)
     return RunFolder(found[-1]) if found else None
+
+
+def unended(
+    parent: Path, port: int, settings: Mapping[str, Any]
+) -> tuple[RunFolder, Record] | None:
+    """The newest run of this port, if it has not ended and has the same settings."""
+    for path in reversed(_run_folders(parent)):
+        folder = RunFolder(path)
+        try:
+            record = msgspec.json.decode(folder.record.read_bytes(), type=Record)
+        except (OSError, msgspec.DecodeError):
+            continue
+        if record.port == port:
+            same = record.settings == msgspec.json.decode(_encode(settings))
+            return (folder, record) if same and not record.ended else None
+    return None
 
 
 def _run_folders(parent: Path) -> list[Path]:

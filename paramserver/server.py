@@ -106,6 +106,7 @@ class Server:
 
     `settings` are the run's; `to_send` is what workers get of them in the welcome. `hosts` are the
     addresses to bind. `observer_key` is what the observer that belongs to this server shows.
+    `comeback`: the run's first server died, its replicas are to come back to this one.
     Raises `UserError` where an address cannot be bound.
     """
 
@@ -118,6 +119,7 @@ class Server:
         hosts: list[str],
         run: str,
         observer_key: str,
+        comeback: bool = False,
     ) -> None:
         self.settings = settings
         self.run_id = run
@@ -150,6 +152,7 @@ class Server:
             self.nonce,
             time.monotonic(),
             lambda layout: len(plan(layout, settings.bucket_mb).buckets),
+            comeback=comeback,
         )
         self._to_send = to_send
         self._observer_key = observer_key
@@ -203,8 +206,9 @@ class Server:
         """Ask for an orderly end; safe in a signal handler."""
         self._stop = reason
 
-    def run(self) -> wire.End:
-        """Serve until the run has ended and everybody has said goodbye, or had time to."""
+    def run(self) -> wire.End | None:
+        """Serve until the run has ended and everybody has said goodbye, or had time to; None where
+        nobody came back to it."""
         poller = zmq.Poller()
         poller.register(self._router, zmq.POLLIN)
         next_tick = next_pulse = 0.0
@@ -229,13 +233,12 @@ class Server:
             if now >= next_pulse:
                 next_pulse = now + pulse_every
                 self._pulse(now)
-        assert self.rounds.ended is not None
         return self.rounds.ended
 
     def _finished(self) -> bool:
         """Has everybody who is alive said goodbye, or had the time to?"""
         if self._ended_at is None:
-            return False
+            return self.rounds.deserted
         now = time.monotonic()
         silence = self.settings.heartbeat_timeout
         return all(
@@ -282,7 +285,11 @@ class Server:
             self._greet(sender, message, now)
             return
         if isinstance(message, wire.Beat):
-            self.rounds.seen(message.session, now)
+            if message.session in self.rounds.peers:
+                self.rounds.seen(message.session, now)
+            elif message.run == self.run_id:
+                self.rounds.beats_unknown(message.nonce, now)
+                self._send_raw(sender, wire.Greet(session_known=False))
             return
         if isinstance(message, wire.Probe):
             self._probe(sender, message, now)
@@ -330,6 +337,8 @@ class Server:
                 raise PeerError(f"a {type(message).__name__} is not for the server")
 
     def _greet(self, sender: bytes, hello: wire.Hello, now: float) -> None:
+        if self.rounds.coming_back and hello.role == "worker" and hello.run is None:
+            return  # it asks again: first comes who holds the run
         refuse = ""
         if hello.protocol != wire.PROTOCOL:
             refuse = f"this server speaks protocol {wire.PROTOCOL}, you speak {hello.protocol}"
@@ -355,6 +364,7 @@ class Server:
                 nonce=hello.nonce,
                 host=hello.host,
                 pid=hello.pid,
+                returns=hello.run == self.run_id,
                 reachable=self._reachable,
             )
             self._carry_out(effects)

@@ -16,7 +16,7 @@ message    direction      meaning; buffers that follow the header
 Hello      door -> server who I am. Answer: Welcome or Reject
 Welcome    server -> door the run's settings, my session, where link and SUB connect to
 Probe      link -> server binds this link to a session. Answer: Probe on PUB and a Pulse on the link
-Greet      server -> link I do not know this link: probe (or say hello) again; or: join again
+Greet      server -> any  I do not know this link: probe (or say hello) again; or: join again
 Join       link -> server my layout, step and lineage. Answer: Admit or Reject
 Admit      server -> link origin / follow / adopt: what to do to stand where the log stands
 Ready      link -> server I am waiting for samples of a set of this length
@@ -30,13 +30,14 @@ Open       PUB or link    a round is open, who is in it, with which samples (als
 Fetch      link -> server send me the updates after this step, Averages and Closes as on PUB
 Fetched    server -> link that was all; where the log stands now
 Stand      link -> server the observer has applied everything up to this step
+Digest     link -> server the digest of my weights at this step
 Give       server -> link you are the one who gives the snapshot
 Manifest   link -> link   what the snapshot holds (through the server)
 Want       link -> link   send me this piece of it (through the server)
 Piece      link -> link   here it is; 1 raw buffer (through the server)
 Adopted    link -> server I hold the snapshot now
 Abort      both           the snapshot is off, and why
-Beat       door -> server I am alive
+Beat       door -> server I am alive. A server that does not know me answers Greet
 Pulse      PUB and link   the server is alive; newest step, what it is doing
 Report     link -> server the observer's evaluation
 Goodbye    link -> server I leave, in order; the digest of my weights
@@ -58,7 +59,7 @@ import msgspec
 
 from paramserver.errors import PeerError
 
-PROTOCOL = 1
+PROTOCOL = 2
 KINDS = ("grad", "stat", "count")
 DTYPES = ("float32", "float64", "float16", "bfloat16", "int64", "int32")
 DIMENSIONS_MAX = 64
@@ -195,7 +196,9 @@ class Join(Message, frozen=True):
     recipe: str = ""
     """What turns an average into weights there, in words: it must be the same everywhere."""
     ledger: dict[str, Any] | None = None
-    """Given by an origin that resumes a checkpoint."""
+    """As of this step: for a server that knows nothing of the log, since it is new or resumes."""
+    contributors: tuple[Int, ...] = ()
+    """Ids of those whose gradients are in the update that led here: who else may stand here."""
     link: str = "tcp"
     sharing: bool = False
     """This peer reads averages from the server's ring, if there is one when it is admitted."""
@@ -361,6 +364,9 @@ class Abort(Message, frozen=True):
 
 class Beat(Message, frozen=True):
     session: str
+    run: str = ""
+    nonce: str = ""
+    """Of the Hello: a server that was started again knows by these who may come back."""
 
 
 class Pulse(Message, frozen=True):

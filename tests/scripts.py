@@ -104,18 +104,24 @@ class Run:
     A process of a worker is told by its number; `life` ("b", "c") tells a restarted one.
     """
 
-    def __init__(self, *, buckets: int = 2, **rules: Any) -> None:
+    def __init__(self, *, buckets: int = 2, comeback: bool = False, **rules: Any) -> None:
         rules = {"num_workers": 2, "heartbeat_timeout": 10.0, "timeout": 1.0, "epochs": 1, **rules}
         self.now = 0.0
         self.buckets = buckets
         self.rules = Rules(**rules)
-        self.rounds = Rounds(self.rules, NONCE, 0.0, lambda layout: buckets)
+        self.rounds = Rounds(self.rules, NONCE, 0.0, lambda layout: buckets, comeback=comeback)
         self.closes: list[wire.Close] = []
 
     # ------------------------------------------------------------------ events
 
     def hello(
-        self, who: int | None, life: str = "", *, nonce: str = "", reachable: bool = True
+        self,
+        who: int | None,
+        life: str = "",
+        *,
+        nonce: str = "",
+        returns: bool = False,
+        reachable: bool = True,
     ) -> list[str]:
         name = session(1 if who is None else who, life)
         peer, why, effects = self.rounds.greet(
@@ -126,6 +132,7 @@ class Run:
             nonce=nonce or f"process of {name}",
             host="pi",
             pid=100,
+            returns=returns,
             reachable=lambda session: reachable,
         )
         assert (peer is None) == bool(why)

@@ -613,6 +613,78 @@ def test_nothing_but_bad_gradients_ends_the_run_with_the_reason() -> None:
     assert run.sums().startswith("10 done, 0 partly, 110 skipped")
 
 
+def back(run: Run, who: int, step: int, *contributors: int, ledger: Any = None) -> list[str]:
+    """A worker comes back to a server that was started again."""
+    run.hello(who, returns=True)
+    return run.join(
+        who, step=step, lineage=f"name of {step}", contributors=contributors, ledger=ledger
+    )
+
+
+LEDGER = Ledger(100, 1).state() | {"head": (0, 40), "done": 40}
+
+
+def test_a_run_goes_on_where_its_most_advanced_replica_stands() -> None:
+    run = Run(comeback=True, num_workers=3)
+    run.hello(0)
+    run.join(0)  # the new observer is no origin: it knows nothing of the run
+    assert back(run, 1, 3, 1, 2) == []
+    assert run.rounds.phase(0.0) == (
+        "waiting for the replicas of this run to come back: worker 1 (pi) here"
+    )
+    told = back(run, 2, 4, 1, 2, ledger=LEDGER)
+    assert "# the run goes on after step 4, where worker 2 (pi) stands" in told
+    assert run.rounds.step == 4 and run.sums() == "40 done, 0 partly, 0 skipped; waiting nothing"
+    assert [run.rounds.peers[name].state for name in ("obs", "w1", "w2")].count("replica") == 1
+    for _ in range(2):  # the observer and worker 1
+        assert run.rounds.snapshot is not None
+        run.adopted({"obs": 0, "w1": 1}[run.rounds.snapshot.joiner], run.rounds.snapshot.number)
+    run.ready(2)
+    assert run.rounds.round is not None  # whoever is missing may come later
+    run.push(2)
+    assert run.closes[0].step == 5 and run.closes[0].contributors == {2: 10}
+
+
+def test_who_beats_may_hold_more_and_is_awaited() -> None:
+    run = Run(comeback=True)
+    back(run, 1, 4, 1, 2)
+    for now in (5.0, 10.0, 15.0):
+        run.rounds.beats_unknown("process of w2", now)
+        assert run.tick(now, 1) == []
+    back(run, 2, 5, 1, 2)
+    assert run.rounds.step == 5
+
+
+def test_who_is_silent_is_not_awaited_longer_than_anybody() -> None:
+    run = Run(comeback=True)
+    back(run, 1, 4, 1, 2)
+    assert run.tick(9.9, 1) == [] and run.rounds.coming_back
+    assert "# the run goes on after step 4, where worker 1 (pi) stands" in run.tick(10.0, 1)
+
+
+def test_a_run_to_which_nobody_comes_back_is_deserted() -> None:
+    run = Run(comeback=True)
+    run.tick(9.9)
+    assert not run.rounds.deserted
+    run.tick(10.0)
+    assert run.rounds.deserted and run.rounds.ended is None
+
+
+def test_the_end_waits_for_an_observer_that_is_still_starting() -> None:
+    run = Run(buckets=1, comeback=True)
+    back(run, 1, 4, 1, ledger=LEDGER)
+    run.rounds.observer_comes = True
+    run.ready(1)
+    run.push(1)
+    run.stop()
+    assert run.rounds.ended is None
+    run.hello(0)
+    run.join(0)
+    run.snapshot(0)
+    run.stands(0, 5)
+    assert run.rounds.ended is not None and run.rounds.ended.step == 5
+
+
 def test_a_replica_that_differs_is_named_and_takes_a_snapshot() -> None:
     run = Run(buckets=1).observer().workers(1, 2, 3)
     for who in (1, 2, 3):

@@ -19,10 +19,13 @@ import paramserver.runfolder as runfolder
 from paramserver.errors import UserError
 from paramserver.runfolder import (
     EvalLine,
+    Past,
+    Record,
     RunFolder,
     StepLine,
     find_checkpoint,
     latest,
+    unended,
     write_whole,
 )
 
@@ -109,7 +112,7 @@ def test_lines_are_strict_json(tmp_path: Path) -> None:
     assert evaluation == {"step": 3, "seconds": 0.75, "val_loss": None, "val_accuracy": 0.91}
 
 
-def test_lines_are_written_about_once_a_second(tmp_path: Path) -> None:
+def test_lines_are_written_at_once_and_no_later_than_at_the_end(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
 
     def steps_on_disk() -> list[int]:
@@ -117,30 +120,70 @@ def test_lines_are_written_about_once_a_second(tmp_path: Path) -> None:
 
     folder.log(step_line(1))
     assert not folder.metrics.exists()
-    folder.flush_if_due(100.0)
+    folder.flush(100.0)
     assert steps_on_disk() == [1]
     folder.log(step_line(2))
-    folder.flush_if_due(100.9)
-    assert steps_on_disk() == [1]
-    folder.flush_if_due(101.0)
+    folder.flush(100.001)
     assert steps_on_disk() == [1, 2]
     folder.log(step_line(3))
     folder.close()
     assert steps_on_disk() == [1, 2, 3]
 
 
+def test_a_run_that_goes_on_takes_up_its_metrics(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    assert folder.take_up() == Past()
+    for step in (1, 2):
+        folder.log(step_line(step))
+    folder.log(EvalLine(step=2, seconds=0.5, val_loss=0.5, val_accuracy=0.9))
+    folder.close()
+    with folder.metrics.open("ab") as file:
+        file.write(b'{"step":3,"seco')  # the server was killed here
+    again = RunFolder(tmp_path)
+    past = again.take_up()
+    assert (past.steps, past.samples, past.last) == (2, 2 * step_line(1).samples, step_line(2))
+    again.log(step_line(3))
+    again.close()
+    assert [line["step"] for line in strict_lines(again.metrics)] == [1, 2, 2, 3]
+
+
+def test_the_newest_run_of_a_port_goes_on_if_it_has_not_ended(tmp_path: Path) -> None:
+    def made(name: str, port: int = 1, *, ended: bool = False, **settings: object) -> RunFolder:
+        folder = RunFolder(tmp_path / f"2026-11-2{name}")
+        folder.path.mkdir()
+        folder.write_record(Record(run=name, port=port, settings={**settings}, ended=ended))
+        return folder
+
+    def goes_on(port: int = 1, **settings: object) -> str | None:
+        found = unended(tmp_path, port, settings)
+        return found and found[1].run
+
+    assert goes_on() is None
+    made("1_00-00-00", seed=3)
+    assert goes_on(seed=3) == "1_00-00-00"
+    assert goes_on(seed=4) is None and goes_on(port=2, seed=3) is None
+    made("2_00-00-00", port=2, seed=3)
+    (tmp_path / "2026-11-23_00-00-00").mkdir()  # of an older version: no run.json
+    assert goes_on(seed=3) == "1_00-00-00" and goes_on(port=2, seed=3) == "2_00-00-00"
+    torn = made("4_00-00-00", seed=3)
+    torn.record.write_bytes(b'{"run":')
+    assert goes_on(seed=3) == "1_00-00-00"
+    made("5_00-00-00", ended=True, seed=3)
+    assert goes_on(seed=3) is None
+
+
 def test_a_failing_disk_is_told_once_and_tried_again(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "gone")
     folder.log(step_line(1))
-    problem = folder.flush_if_due(0.0)
+    problem = folder.flush(0.0)
     assert problem is not None
     assert str(folder.metrics) in problem
     assert "No such file or directory" in problem
     folder.log(step_line(2))
-    assert folder.flush_if_due(1.0) is None
+    assert folder.flush(1.0) is None
     folder.path.mkdir()
     folder.log(step_line(3))
-    assert folder.flush_if_due(2.0) is None
+    assert folder.flush(2.0) is None
     assert [line["step"] for line in strict_lines(folder.metrics)] == [1, 2, 3]
     folder.close()
 
@@ -152,7 +195,7 @@ def test_what_waits_for_a_failing_disk_is_bounded_and_whole_lines(
     folder = RunFolder(tmp_path / "gone")
     for now in range(50):
         folder.log(step_line(now + 1))
-        folder.flush_if_due(float(now))
+        folder.flush(float(now))
     folder.path.mkdir()
     folder.close()
     steps = [line["step"] for line in strict_lines(folder.metrics)]
@@ -189,10 +232,10 @@ def test_a_line_torn_by_a_full_disk_is_continued(tmp_path: Path) -> None:
 
     log(1), log(2), log(3)
     disk_has_room_for(100)  # ends within the second line
-    assert "File too large" in folder.flush_if_due(0.0)
+    assert "File too large" in folder.flush(0.0)
     assert folder.metrics.stat().st_size == 100
     log(4)
-    assert folder.flush_if_due(1.0) is None
+    assert folder.flush(1.0) is None
     disk_has_room_for(resource.RLIM_INFINITY)
     log(5)
     assert folder.close() is None

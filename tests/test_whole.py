@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterator
@@ -248,6 +249,51 @@ def test_who_is_killed_is_left_out_and_a_successor_taken_in(tmp_path: Path) -> N
     in_steps = sum(line["samples"] for line in run.steps())
     assert sum(counted) == in_steps and counted[2] == 0
     assert summary["replicas_equal"] is True and len(summary["digests"]) == 3
+
+
+def test_a_killed_server_is_started_again_and_no_closed_step_is_lost(tmp_path: Path) -> None:
+    """Killed twice: the workers keep the run, a new server finds it, and the sums are right."""
+    settings = ("batch_size=16", "num_epochs=6", "heartbeat_timeout=3", "eval_steps=0")
+    with Run(tmp_path) as run:
+        servers = [run.server(*settings)]
+        with Monitor(run.port) as monitor:
+            crew = [run.worker(1), run.worker(2)]
+            for _ in range(2):
+                monitor.until(lambda close: len(close.contributors) == 2)
+                last = monitor.until(lambda close: close.step % 50 == 0).step
+                servers[-1].send(signal.SIGKILL)
+                assert servers[-1].end() == -signal.SIGKILL
+                servers.append(run.server(*settings))
+                went_on = re.search(r"after step (\d+)", servers[-1].wait_for("the run goes on"))
+                assert went_on is not None and int(went_on[1]) >= last
+                servers[-1].wait_for(r"the observer took a snapshot of step \d+")
+        all_ended_well(servers[-1], *crew)
+        assert len(run.runs) == 1
+        summary = run.summary()
+    steps = [line["step"] for line in run.steps()]
+    assert steps == list(range(1, summary["steps"] + 1))
+    counted = [summary[f"samples_{how}"] for how in ("done", "partly", "skipped")]
+    assert sum(counted) == 6 * 4000 == summary["samples"] and counted[1:] == [0, 0]
+    assert summary["end"] == "all epochs are done"
+    assert summary["replicas_equal"] is True and len(summary["digests"]) == 3
+
+
+def test_a_run_to_which_nobody_comes_back_is_followed_by_a_new_one(tmp_path: Path) -> None:
+    settings = ("batch_size=16", "num_epochs=1", "heartbeat_timeout=1", "eval_steps=0")
+    with Run(tmp_path) as run:
+        with Monitor(run.port) as monitor:
+            programs = [run.server(*settings), run.worker(1), run.worker(2)]
+            monitor.until(lambda close: close.step >= 5)
+            for program in programs:
+                program.send(signal.SIGKILL)
+                program.end()
+        again = run.server(*settings)
+        crew = [run.worker(1), run.worker(2)]
+        again.wait_for("this run has not ended: waiting for its replicas")
+        again.wait_for("nobody came back: a new run begins")
+        all_ended_well(again, *crew)
+        assert len(run.runs) == 2
+        assert run.steps()[0]["step"] == 1 and run.summary()["samples_done"] == 4000
 
 
 def test_a_stopped_worker_is_late_then_gone_then_back(tmp_path: Path) -> None:

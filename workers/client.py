@@ -110,13 +110,16 @@ class Client:
         self._left = False  # goodbye was said
         self._left_behind = False  # the run has ended, and its last updates are not to be had
         self._stood = -1  # the step that the server was last told we stand at
+        self.abandoned = threading.Event()
+        """Set by another thread: do not go on connecting and joining."""
         self.greetings = 0
         """How often this client was welcomed: a wait for a round of an earlier time is void."""
 
     # ------------------------------------------------------------------ coming
 
     def connect(self, deadline_s: float) -> wire.Welcome:
-        """Find the server and be welcomed, within `deadline_s`; says what it waits for."""
+        """Find the server and be welcomed, within `deadline_s`; says what it waits for. Raises
+        `RunLost` when `abandoned` is set meanwhile."""
         door = self._door = sockets.dealer(self._ctx, sockets.tcp(self.host, self.port))
         start, told, hello_at = time.monotonic(), False, -math.inf
         while True:
@@ -124,6 +127,8 @@ class Client:
             if waited - hello_at > HELLO_INTERVAL_S:  # one may be lost with a cut connection
                 door.send_multipart(wire.to_frames(self._hello))
                 hello_at = waited
+            if self.abandoned.is_set():
+                raise RunLost("the run is over")
             if door.poll(min(500, max(0, int(1000 * (deadline_s - waited))))):
                 message = self._decode(door.recv_multipart(copy=False))[0]
                 if isinstance(message, wire.Welcome):
@@ -148,6 +153,7 @@ class Client:
         self.welcome = message
         self.greetings += 1
         self.heartbeat_timeout = float(message.settings.get("heartbeat_timeout", 10.0))
+        self.give_up_s = float(message.settings.get("idle_timeout", self.give_up_s))
         self._open_link(message)
         return message
 
@@ -227,7 +233,12 @@ class Client:
         now = time.monotonic()
         self.follow = follow.Follow(self.welcome.nonce, replica.step, replica.lineage, now)
         self._send_join()
-        self.wait(lambda: self._joined or self.ended or self._must_greet, "to be admitted")
+        self.wait(
+            lambda: self._joined or self.ended or self._must_greet or self.abandoned.is_set(),
+            "to be admitted",
+        )
+        if self.abandoned.is_set() and not self._joined:
+            raise RunLost("the run was over before this replica could join")
         if self.ended is not None and not self._joined:
             raise RunLost(f"the run ended before this replica could join: {self.ended.reason}")
         return self._admitted.action if self._admitted is not None else ""
@@ -254,6 +265,7 @@ class Client:
                 kind=self.replica.kind(),
                 recipe=self.replica.recipe(),
                 ledger=self.replica.ledger,
+                contributors=self.replica.contributors,
                 link=self._link_kind,
                 sharing=self._shared is not None,
                 outbox=0 if self._outbox is None else self._outboxes,
@@ -693,9 +705,9 @@ class Client:
         """The server does not know this session any more: it was silent for too long, or is a new
         one. Say hello again, and stand where the log stands."""
         assert self.welcome is not None and self.replica is not None and self.follow is not None
-        self._must_greet = False
         self.say("the server does not know this worker any more: greeting it again")
         self._close_sockets()
+        self._must_greet = False  # nobody is left who would set it
         self._hello = msgspec.structs.replace(self._hello, run=self.welcome.run)
         self._held.clear()
         self._giving = self._give_later = self._taking = None
@@ -794,14 +806,20 @@ class Client:
     def _start_beating(self, session: str) -> None:
         assert self._door is not None
         stop = self._beating = threading.Event()
-        beat = wire.to_frames(wire.Beat(session=session))
+        assert self.welcome is not None
+        own = wire.Beat(session=session, run=self.welcome.run, nonce=self._hello.nonce)
+        beat = wire.to_frames(own)
         every_s = self.heartbeat_timeout / BEATS_PER_TIMEOUT
         door = self._door
 
         def run() -> None:
             while not stop.wait(every_s):
-                with contextlib.suppress(zmq.ZMQError):
+                with contextlib.suppress(zmq.ZMQError, UserError):
                     door.send_multipart(beat, zmq.NOBLOCK)
+                    while sockets.readable(door):
+                        message = self._decode(door.recv_multipart(copy=False))[0]
+                        if isinstance(message, wire.Greet) and not message.session_known:
+                            self._must_greet = True  # another server, or it gave us up
 
         self._beat_thread = threading.Thread(target=run, name="beat", daemon=True)
         self._beat_thread.start()

@@ -59,12 +59,17 @@ class Logbook(Protocol):
 
 
 def open_logbooks(
-    settings: Settings, folder: Path, say: Callable[[str], None] | None = None
+    settings: Settings,
+    folder: Path,
+    say: Callable[[str], None] | None = None,
+    *,
+    run: str | None = None,
 ) -> Several:
     """Open what the settings ask for, inside the run folder; asks nobody and waits for nothing.
 
     `say` gets a sentence where there is something to tell (a page to look at, a service that
     failed); it is called by whoever calls `log` or `close`, on that thread. Default: stderr.
+    `run` is the run's id: whoever opens it again, after a crash, goes on in the same W&B run.
 
     Raises UserError where the settings cannot be fulfilled: TensorBoard is not installed, an
     unknown `wandb.mode`, or `online` without a login.
@@ -74,7 +79,9 @@ def open_logbooks(
     mode = wandb_mode(settings.wandb.mode)
     if mode != "disabled":
         books.append(
-            Background("W&B", lambda news: _Wandb(settings, folder, mode, news), tell, _kill_wandb)
+            Background(
+                "W&B", lambda news: _Wandb(settings, folder, mode, run, news), tell, _kill_wandb
+            )
         )
     if settings.tensorboard:
         if importlib.util.find_spec("tensorboard") is None:
@@ -249,7 +256,12 @@ class _Wandb:
     """A W&B run in `<run folder>/wandb`; falls back to offline where W&B is out of reach."""
 
     def __init__(
-        self, settings: Settings, folder: Path, mode: str, news: Callable[[str], None]
+        self,
+        settings: Settings,
+        folder: Path,
+        mode: str,
+        run: str | None,
+        news: Callable[[str], None],
     ) -> None:
         # Read at wandb's import. Error reports would use the network, offline too.
         os.environ["WANDB_ERROR_REPORTING"] = "false"
@@ -280,6 +292,8 @@ class _Wandb:
                 dir=folder,
                 config=dataclasses.asdict(settings),
                 mode=mode,  # type: ignore[arg-type]
+                id=run,
+                resume="allow" if run is not None and mode == "online" else None,
                 settings=wandb.Settings(**known),
             )
 

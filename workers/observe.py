@@ -68,11 +68,10 @@ class Observer:
         self.copy = copy.deepcopy(model)  # what is evaluated while updates go on
         if orders.resume is not None:
             self._resume(Path(orders.resume))
-        self.logbook = open_logbooks(settings, self.folder.path)
+        self.logbook = open_logbooks(settings, self.folder.path, run=orders.run)
         self.client = Client(orders.host, orders.port, role="observer", key=orders.key, say=_say)
         self.client.on_close = self._on_close
         self.client.on_missed = self._on_missed
-        self.client.give_up_s = settings.idle_timeout
         self.server_gone = threading.Event()
         self._logs: list[tuple[int, dict[str, float]]] = []  # held back during an evaluation
         self._evaluated: tuple[int, float, float] | None = None  # step, loss, accuracy
@@ -247,6 +246,7 @@ def main() -> None:
         def watch_pipe() -> None:
             sys.stdin.read()
             observer.server_gone.set()
+            observer.client.abandoned.set()
 
         threading.Thread(target=watch_pipe, name="pipe", daemon=True).start()
         try:

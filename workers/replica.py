@@ -63,6 +63,7 @@ class Replica:
         self.step = 0
         self.lineage = uuid.uuid4().hex  # a state of its own: only the origin's is the run's
         self.ledger: dict[str, Any] | None = None
+        self.contributors: tuple[int, ...] = ()  # ids of the last update's workers, if known
         """The samples' ledger as of this step, as closes tell it."""
         self.params: list[tuple[str, nn.Parameter]] = [
             (name, p) for name, p in reversed(list(model.named_parameters())) if p.requires_grad
@@ -150,6 +151,7 @@ class Replica:
         if self.scheduler is not None:
             self.scheduler.step()
         self.step, self.lineage, self.ledger = close.step, close.lineage, close.ledger
+        self.contributors = tuple(close.contributors)
         self.forget_averages()
 
     def forget_averages(self) -> None:
@@ -190,7 +192,7 @@ class Replica:
         with torch.no_grad():
             for buffer, held in zip(self._exchanged, self._held, strict=True):
                 held.copy_(buffer)
-        self.step, self.lineage = step, lineage
+        self.step, self.lineage, self.contributors = step, lineage, ()
         self.forget_averages()
 
     def kind(self) -> str:
