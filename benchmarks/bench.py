@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import signal
 import sys
 import time
@@ -111,8 +112,9 @@ def _write_docs(path: Path | None) -> int:
     if path is None:
         print("there are no results yet: make bench", file=sys.stderr)
         return 2
-    picture = path.with_suffix(".png")
-    link = os.path.relpath(picture, PAGE.parent) if picture.exists() else None
+    picture, link = path.with_suffix(".png"), None
+    if picture.exists():
+        link = shutil.copyfile(picture, PAGE.with_suffix(".png")).name
     written = report.write_docs(report.load(path), PAGE, link)
     print(f"{PAGE.relative_to(CLONE)}: {', '.join(written)} from {path}")
     return 0

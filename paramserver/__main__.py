@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -54,9 +55,8 @@ class Show:
         self.display.say(text)
 
     def closed(self, server: Server, close: wire.Close) -> None:
-        last = self.past.last if self.steps == self.past.steps else None
-        if last is not None and close.step <= last.step:
-            self.say(f"lost: steps {close.step} to {last.step}, nobody who had seen them is here")
+        if self.past.last is not None and self.steps == self.past.steps:
+            self._compare(self.past.last.step, close.step)
         samples = sum(close.contributors.values())
         self.samples += samples
         self.steps += 1
@@ -80,6 +80,13 @@ class Show:
             )
         )
         self._write_metrics(time.monotonic())  # at once: a server may be killed at any time
+
+    def _compare(self, noted: int, first: int) -> None:
+        """The last step that a killed server noted, and the first one of this server."""
+        if first <= noted:
+            self.say(f"lost: steps {first} to {noted}, nobody who had seen them came back")
+        elif first > noted + 1:
+            self.say(f"metrics.jsonl lacks steps {noted + 1} to {first - 1}: the server was killed")
 
     def reported(self, server: Server, report: wire.Report) -> None:
         self.val = report.values
@@ -319,7 +326,8 @@ def serve(settings: Settings) -> int:
         code = _serve(settings, *before, comeback=True)
         if code is not None:
             return code
-    record = Record(run=secrets.token_hex(8), port=settings.port, settings=told)
+    host, run = socket.gethostname(), secrets.token_hex(8)
+    record = Record(run=run, host=host, port=settings.port, settings=told)
     code = _serve(settings, RunFolder.create(parent, datetime.now()), record, resume=resume)
     assert code is not None
     return code
@@ -340,11 +348,12 @@ def _serve(
     elif settings.host_ip not in (None, "localhost", LOOPBACK):
         hosts.append(str(settings.host_ip))
     show = Show(settings, folder)
+    noted = show.past.last.step if show.past.last is not None else 0
     run, key = record.run, secrets.token_hex(16)
     try:
         server = Server(
             settings, record.settings, show,
-            hosts=hosts, run=run, observer_key=key, comeback=comeback,
+            hosts=hosts, run=run, observer_key=key, comeback=noted if comeback else None,
         )  # fmt: skip
     except UserError:
         if not comeback:
@@ -354,9 +363,10 @@ def _serve(
         signal.signal(number, lambda n, _: _stop(server, n))
     observer = None
     try:
-        save(settings, folder.config)
-        for problem in filter(None, [folder.write_record(record)]):
-            show.say(problem)
+        if not comeback:
+            save(settings, folder.config)
+            for problem in filter(None, [folder.write_record(record)]):
+                show.say(problem)
         where = ", ".join(f"{h}:{settings.port}" for h in hosts)
         show.say(f"server at {where}, run folder {folder.path}")
         if comeback:
@@ -375,6 +385,10 @@ def _serve(
         for problem in filter(None, [folder.close()]):
             show.say(problem)
         show.display.close() if sys.exc_info()[0] else None
+    if server.rounds.put_off:
+        show.say("stopped before the run went on: its workers wait, start the server again")
+        show.display.close()
+        return 1
     folder.write_record(msgspec.structs.replace(record, ended=True))
     if end is None:
         show.say(

@@ -249,8 +249,9 @@ class Rounds:
     """The state of a run as its server sees it; see the module's head.
 
     `count_buckets` tells how many buckets a layout has (`bucket.plan`). With `comeback` the server
-    was started again in the middle of a run: the most advanced replica that comes back has its
-    state. Should nobody come back, the run is `deserted`.
+    was started again in the middle of a run, of which this is the newest step known: the most
+    advanced replica that comes back has its state. Should nobody come back, the run is `deserted`;
+    stopped before that, it is `put_off`.
     """
 
     def __init__(
@@ -260,7 +261,7 @@ class Rounds:
         now: float,
         count_buckets: Callable[[Layout], int],
         *,
-        comeback: bool = False,
+        comeback: int | None = None,
     ) -> None:
         self.rules = rules
         self.nonce = nonce
@@ -277,11 +278,15 @@ class Rounds:
         self.started = False  # the first round has opened
         self.tallies: dict[int, Tally] = {}
         self.observer_comes = False  # its process runs, whether it has greeted or not
-        self.deserted = False
+        self.deserted = self.put_off = False
         self._comeback: Comeback | None = None
-        if comeback:
+        if comeback is not None:
             self._comeback = Comeback(
-                now, rules.heartbeat_timeout, rules.idle_timeout, rules.max_workers + 1
+                comeback,
+                now,
+                timeout_s=rules.heartbeat_timeout,
+                limit_s=rules.idle_timeout,
+                most=rules.max_workers + 1,
             )
         self.norms = Norms(rules.max_norm_ratio)
         self._digests = Digests()
@@ -575,7 +580,7 @@ class Rounds:
                     culprit.failed_gives += 1
                 self._abort_snapshot(f"{culprit.name} was silent for {timeout:g} s")
             self._close_if_due(now)
-            if now - self._busy_at > self.rules.idle_timeout:
+            if now - self._busy_at > self.rules.idle_timeout and not self.coming_back:
                 self._begin_end(
                     f"nothing happened for {self.rules.idle_timeout:g} s: {self.phase(now)}",
                     now,
@@ -693,7 +698,11 @@ class Rounds:
     # ------------------------------------------------------------------ the run's end
 
     def stop(self, reason: str, now: float, *, error: bool = False) -> list[Effect]:
-        """End the run at the last closed step; the open round is void."""
+        """End the run at the last closed step; the open round is void. Where that step is not known
+        yet, after a restart, the run stays as it is."""
+        if self.coming_back:
+            self.put_off = True
+            return self._out()
         self._begin_end(reason, now, error=error)
         self._progress(now)
         return self._out()
@@ -783,7 +792,7 @@ class Rounds:
         assert self._comeback is not None
         back = [p for p in self.peers.values() if p.returns and p.state == WAITING]
         joins = {p.id: p.join for p in back if p.join is not None}
-        joining = any(p.returns and p.join is None for p in self.peers.values())
+        joining = any(p.returns and p.state == GREETED for p in self.peers.values())
         if not self._comeback.over(joins, joining, now):
             return
         if not joins:
@@ -791,8 +800,9 @@ class Rounds:
             return
         newest = max(back, key=lambda p: (joins[p.id].step, -p.id))
         if not self._become_origin(newest, joins[newest.id]):
-            return  # it was told why; the next one
-        self._comeback = None
+            newest.returns = False  # it was told why; the next one
+            return
+        self._comeback, self._busy_at = None, now
         self._log_begun = self.started = self.step > 0
 
     def _choose_origin(self) -> None:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 from collections.abc import Mapping
 from contextlib import suppress
 from datetime import datetime
@@ -70,6 +71,7 @@ class Record(msgspec.Struct, frozen=True):
     """run.json: by this a server that was killed and is started again knows its run."""
 
     run: str
+    host: str
     port: int
     settings: dict[str, Any]
     """Those that workers are told."""
@@ -106,6 +108,7 @@ class RunFolder:
         self._flush_at = 0.0
         self._file: int | None = None  # descriptor: no second buffer that fails again at exit
         self._failed = False  # said so already
+        self._cut_at: int | None = None  # bytes of whole lines, where another server tore the last
 
     @classmethod
     def create(cls, parent: Path, now: datetime) -> RunFolder:
@@ -139,14 +142,14 @@ class RunFolder:
         return None
 
     def take_up(self) -> Past:
-        """What was noted before; a last line that was not written whole is cut off."""
+        """What was noted before; a last line that is torn is cut off before the next is written."""
         steps = samples = whole = 0
         last = None
         try:
-            with self.metrics.open("r+b") as file:
+            with self.metrics.open("rb") as file:
                 for line in file:
                     if not line.endswith(b"\n"):
-                        file.truncate(whole)
+                        self._cut_at = whole
                         break
                     whole += len(line)
                     with suppress(msgspec.DecodeError):  # an evaluation
@@ -197,6 +200,9 @@ class RunFolder:
             if text and self._file is None:
                 flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
                 self._file = os.open(self.metrics, flags, 0o666)
+                if self._cut_at is not None:
+                    os.ftruncate(self._file, self._cut_at)
+                    self._cut_at = None
             while text and self._file is not None:
                 text = text[os.write(self._file, text) :]
             self._rest = b""
@@ -219,14 +225,14 @@ def latest(parent: Path) -> RunFolder | None:
 def unended(
     parent: Path, port: int, settings: Mapping[str, Any]
 ) -> tuple[RunFolder, Record] | None:
-    """The newest run of this port, if it has not ended and has the same settings."""
+    """The newest run of this host and port, if it has not ended and has the same settings."""
     for path in reversed(_run_folders(parent)):
         folder = RunFolder(path)
         try:
             record = msgspec.json.decode(folder.record.read_bytes(), type=Record)
         except (OSError, msgspec.DecodeError):
             continue
-        if record.port == port:
+        if (record.host, record.port) == (socket.gethostname(), port):
             same = record.settings == msgspec.json.decode(_encode(settings))
             return (folder, record) if same and not record.ended else None
     return None

@@ -106,7 +106,7 @@ class Server:
 
     `settings` are the run's; `to_send` is what workers get of them in the welcome. `hosts` are the
     addresses to bind. `observer_key` is what the observer that belongs to this server shows.
-    `comeback`: the run's first server died, its replicas are to come back to this one.
+    `comeback`: the run's first server died, having noted this step; its replicas are to come back.
     Raises `UserError` where an address cannot be bound.
     """
 
@@ -119,7 +119,7 @@ class Server:
         hosts: list[str],
         run: str,
         observer_key: str,
-        comeback: bool = False,
+        comeback: int | None = None,
     ) -> None:
         self.settings = settings
         self.run_id = run
@@ -208,7 +208,7 @@ class Server:
 
     def run(self) -> wire.End | None:
         """Serve until the run has ended and everybody has said goodbye, or had time to; None where
-        nobody came back to it."""
+        it was to go on and did not (`rounds.deserted`, `rounds.put_off`)."""
         poller = zmq.Poller()
         poller.register(self._router, zmq.POLLIN)
         next_tick = next_pulse = 0.0
@@ -238,7 +238,7 @@ class Server:
     def _finished(self) -> bool:
         """Has everybody who is alive said goodbye, or had the time to?"""
         if self._ended_at is None:
-            return self.rounds.deserted
+            return self.rounds.deserted or self.rounds.put_off
         now = time.monotonic()
         silence = self.settings.heartbeat_timeout
         return all(
@@ -287,8 +287,9 @@ class Server:
         if isinstance(message, wire.Beat):
             if message.session in self.rounds.peers:
                 self.rounds.seen(message.session, now)
-            elif message.run == self.run_id:
-                self.rounds.beats_unknown(message.nonce, now)
+            else:
+                if message.run == self.run_id:
+                    self.rounds.beats_unknown(message.nonce, now)
                 self._send_raw(sender, wire.Greet(session_known=False))
             return
         if isinstance(message, wire.Probe):

@@ -104,7 +104,7 @@ class Run:
     A process of a worker is told by its number; `life` ("b", "c") tells a restarted one.
     """
 
-    def __init__(self, *, buckets: int = 2, comeback: bool = False, **rules: Any) -> None:
+    def __init__(self, *, buckets: int = 2, comeback: int | None = None, **rules: Any) -> None:
         rules = {"num_workers": 2, "heartbeat_timeout": 10.0, "timeout": 1.0, "epochs": 1, **rules}
         self.now = 0.0
         self.buckets = buckets

@@ -14,8 +14,8 @@ def at(step: int, *contributors: int) -> Join:
     )
 
 
-def comeback() -> Comeback:
-    return Comeback(now=100.0, timeout_s=10.0, limit_s=60.0, most=3)
+def comeback(noted: int = 0) -> Comeback:
+    return Comeback(noted, 100.0, timeout_s=10.0, limit_s=60.0, most=3)
 
 
 def test_when_all_of_the_newest_update_are_back_nobody_else_is_awaited() -> None:
@@ -25,6 +25,14 @@ def test_when_all_of_the_newest_update_are_back_nobody_else_is_awaited() -> None
     assert c.over({1: at(7, 1, 2), 2: at(7, 1, 2)}, False, 101.0)
     # One has seen another update, which a third one is part of.
     assert not c.over({1: at(7, 1, 2), 2: at(8, 2, 3)}, False, 101.0)
+
+
+def test_a_newer_step_that_the_killed_server_noted_is_awaited() -> None:
+    c = comeback(noted=8)
+    both = {1: at(7, 1, 2), 2: at(7, 1, 2)}
+    assert not c.over(both, False, 109.9)
+    assert c.over({**both, 3: at(8, 3)}, False, 101.0)
+    assert c.over(both, False, 110.0)
 
 
 def test_who_gives_no_sign_has_its_time() -> None:

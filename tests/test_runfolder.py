@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import socket
 import subprocess
 import sys
 import textwrap
@@ -151,7 +152,11 @@ def test_the_newest_run_of_a_port_goes_on_if_it_has_not_ended(tmp_path: Path) ->
     def made(name: str, port: int = 1, *, ended: bool = False, **settings: object) -> RunFolder:
         folder = RunFolder(tmp_path / f"2026-11-2{name}")
         folder.path.mkdir()
-        folder.write_record(Record(run=name, port=port, settings={**settings}, ended=ended))
+        folder.write_record(
+            Record(
+                run=name, host=socket.gethostname(), port=port, settings={**settings}, ended=ended
+            )
+        )
         return folder
 
     def goes_on(port: int = 1, **settings: object) -> str | None:

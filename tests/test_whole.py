@@ -253,7 +253,7 @@ def test_who_is_killed_is_left_out_and_a_successor_taken_in(tmp_path: Path) -> N
 
 def test_a_killed_server_is_started_again_and_no_closed_step_is_lost(tmp_path: Path) -> None:
     """Killed twice: the workers keep the run, a new server finds it, and the sums are right."""
-    settings = ("batch_size=16", "num_epochs=6", "heartbeat_timeout=3", "eval_steps=0")
+    settings = ("batch_size=16", "num_epochs=100000", "heartbeat_timeout=3", "eval_steps=0")
     with Run(tmp_path) as run:
         servers = [run.server(*settings)]
         with Monitor(run.port) as monitor:
@@ -267,14 +267,20 @@ def test_a_killed_server_is_started_again_and_no_closed_step_is_lost(tmp_path: P
                 went_on = re.search(r"after step (\d+)", servers[-1].wait_for("the run goes on"))
                 assert went_on is not None and int(went_on[1]) >= last
                 servers[-1].wait_for(r"the observer took a snapshot of step \d+")
+            monitor.step_with(1, 2)
+        servers[-1].send(signal.SIGTERM)
         all_ended_well(servers[-1], *crew)
         assert len(run.runs) == 1
         summary = run.summary()
-    steps = [line["step"] for line in run.steps()]
-    assert steps == list(range(1, summary["steps"] + 1))
+    lines = run.steps()
+    assert [line["step"] for line in lines] == sorted({line["step"] for line in lines})
+    assert lines[-1]["step"] == summary["steps"]
+    # Killed between telling an update and noting it, a server leaves a line out; the next says so.
+    missing = summary["steps"] - len(lines)
+    assert (missing > 0) == any("metrics.jsonl lacks" in server.output for server in servers)
     counted = [summary[f"samples_{how}"] for how in ("done", "partly", "skipped")]
-    assert sum(counted) == 6 * 4000 == summary["samples"] and counted[1:] == [0, 0]
-    assert summary["end"] == "all epochs are done"
+    more = sum(counted) - sum(line["samples"] for line in lines)
+    assert 0 <= more <= 32 * missing and counted[1:] == [0, 0]
     assert summary["replicas_equal"] is True and len(summary["digests"]) == 3
 
 

@@ -421,7 +421,7 @@ class Client:
         say_at = start + SAY_WAITING_AFTER_S
         said = ""
         while not done():
-            if self._must_greet:
+            if self._must_greet and not self.abandoned.is_set():
                 self._greet_again()
             if self._handle_one():
                 continue
@@ -708,7 +708,8 @@ class Client:
         self.say("the server does not know this worker any more: greeting it again")
         self._close_sockets()
         self._must_greet = False  # nobody is left who would set it
-        self._hello = msgspec.structs.replace(self._hello, run=self.welcome.run)
+        own = self.welcome.id if self._hello.role == "worker" else None  # leases are told by it
+        self._hello = msgspec.structs.replace(self._hello, run=self.welcome.run, id=own)
         self._held.clear()
         self._giving = self._give_later = self._taking = None
         welcome = self.connect(self.give_up_s)
@@ -716,7 +717,10 @@ class Client:
             welcome.nonce, self.replica.step, self.replica.lineage, time.monotonic()
         )
         self._send_join()
-        self.wait(lambda: self._joined or self._must_greet or self.ended, "to be admitted")
+        self.wait(
+            lambda: self._joined or self._must_greet or self.ended or self.abandoned.is_set(),
+            "to be admitted",
+        )
 
     # ------------------------------------------------------------------ snapshots: giving
 

@@ -69,7 +69,8 @@ def open_logbooks(
 
     `say` gets a sentence where there is something to tell (a page to look at, a service that
     failed); it is called by whoever calls `log` or `close`, on that thread. Default: stderr.
-    `run` is the run's id: whoever opens it again, after a crash, goes on in the same W&B run.
+    `run` is the run's id: whoever opens it again online, after a crash, goes on in the same W&B
+    run. Offline each gets its own.
 
     Raises UserError where the settings cannot be fulfilled: TensorBoard is not installed, an
     unknown `wandb.mode`, or `online` without a login.
@@ -292,7 +293,7 @@ class _Wandb:
                 dir=folder,
                 config=dataclasses.asdict(settings),
                 mode=mode,  # type: ignore[arg-type]
-                id=run,
+                id=run if mode == "online" else None,
                 resume="allow" if run is not None and mode == "online" else None,
                 settings=wandb.Settings(**known),
             )
