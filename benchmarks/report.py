@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import median
@@ -189,7 +190,7 @@ def write_docs(results: Results, page: Path, picture: str | None = None) -> list
     """
     content = page.read_text(encoding="utf-8")
     blocks = {part: table(results, part) for part in TITLES}
-    blocks["machine"] = f"Measured {results.machine}."
+    blocks["machine"] = textwrap.fill(f"Measured {results.machine}.", 110)
     blocks["picture"] = f"![The same as a picture]({picture})" if picture else ""
     written = []
     for name, block in blocks.items():
