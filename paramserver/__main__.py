@@ -54,6 +54,11 @@ class Show:
     def say(self, text: str) -> None:
         self.display.say(text)
 
+    def tell(self, problem: str | None) -> None:
+        """Say what went wrong, if anything did."""
+        if problem is not None:
+            self.say(problem)
+
     def closed(self, server: Server, close: wire.Close) -> None:
         if self.past.last is not None and self.steps == self.past.steps:
             self._compare(self.past.last.step, close.step)
@@ -66,6 +71,7 @@ class Show:
             self._late = close.reason
         elif not close.late:
             self._late = ""
+        sent_bytes, received_bytes = self.traffic(server)
         self.folder.log(
             StepLine(
                 step=close.step,
@@ -75,11 +81,13 @@ class Show:
                 step_s=close.seconds,
                 workers=tuple(close.contributors),
                 late=tuple(close.late),
-                sent_bytes=self.traffic(server)[0],
-                received_bytes=self.traffic(server)[1],
+                sent_bytes=sent_bytes,
+                received_bytes=received_bytes,
             )
         )
-        self._write_metrics(time.monotonic())  # at once: a server may be killed at any time
+        self.tell(
+            self.folder.flush(time.monotonic())
+        )  # at once: a server may be killed at any time
 
     def _compare(self, noted: int, first: int) -> None:
         """The last step that a killed server noted, and the first one of this server."""
@@ -100,16 +108,11 @@ class Show:
             self.folder.log(line)
 
     def looked(self, server: Server, now: float) -> None:
-        self._write_metrics(now)
+        self.tell(self.folder.flush(now))
         if self.observer is not None:
             self.observer.look(server)
         if self.display.due(now):
             self.display.update(self._status(server, now), now)
-
-    def _write_metrics(self, now: float) -> None:
-        problem = self.folder.flush(now)
-        if problem is not None:
-            self.say(problem)
 
     def train_loss(self) -> float | None:
         """Sample-weighted mean over the newest steps."""
@@ -365,8 +368,7 @@ def _serve(
     try:
         if not comeback:
             save(settings, folder.config)
-            for problem in filter(None, [folder.write_record(record)]):
-                show.say(problem)
+            show.tell(folder.write_record(record))
         where = ", ".join(f"{h}:{settings.port}" for h in hosts)
         show.say(f"server at {where}, run folder {folder.path}")
         if comeback:
@@ -382,14 +384,13 @@ def _serve(
         server.close()
         if observer is not None:
             observer.finish()
-        for problem in filter(None, [folder.close()]):
-            show.say(problem)
+        show.tell(folder.close())
         show.display.close() if sys.exc_info()[0] else None
     if server.rounds.put_off:
         show.say("stopped before the run went on: its workers wait, start the server again")
         show.display.close()
         return 1
-    folder.write_record(msgspec.structs.replace(record, ended=True))
+    show.tell(folder.write_record(msgspec.structs.replace(record, ended=True)))
     if end is None:
         show.say(
             f"nobody came back: a new run begins (resume={folder.path} would go on from the last "
@@ -406,16 +407,12 @@ def _serve(
 
 
 def _write_results(show: Show, summary: dict[str, Any], end: wire.End) -> None:
-    problem = show.folder.write_summary(summary)
-    if problem is not None:
-        show.say(problem)
+    show.tell(show.folder.write_summary(summary))
     if show.steps:
         from paramserver import curves
 
         title = f"run {show.folder.path.name}"
-        problem = curves.draw(show.folder.metrics, show.folder.curves, title)
-        if problem is not None:
-            show.say(problem)
+        show.tell(curves.draw(show.folder.metrics, show.folder.curves, title))
     show.say(f"the run is over at step {end.step}: {end.reason}")
     show.display.summary({**summary, "workers": summary["per_worker"]}, str(show.folder.path))
     show.display.close()

@@ -40,13 +40,14 @@ class Comeback:
         """Is nobody awaited any more who may hold a newer state than those who are `back`?
 
         That is so when all contributors of the newest update are back, and none newer is known of,
-        or when all have had their time.
-        `joining`: somebody has greeted and not told yet where it stands.
+        or when all have had their time. `joining`: somebody has greeted and not told yet where it
+        stands.
         """
         waited = now - self._began
         newest = max(back.values(), key=lambda join: join.step, default=None)
-        known = newest is not None and newest.contributors and newest.step >= self._noted
-        if newest is not None and known and back.keys() >= set(newest.contributors):
-            return True
+        if newest is not None and newest.step >= self._noted:
+            awaited = set(newest.contributors)
+            if awaited and back.keys() >= awaited:
+                return True
         alive = joining or any(now - heard <= self._timeout_s for heard in self._beating.values())
         return waited >= self._limit_s or (waited >= self._timeout_s and not alive)

@@ -113,7 +113,7 @@ class Mean:
         running = self._running.pop(bucket)
         self._own(b, running)
         divisor = 1.0 if b.kind == "count" else samples / running.unit
-        if not self._down.codec(b).in_place:
+        if divisor != 1.0 and not self._down.codec(b).in_place:
             running.values.div_(divisor)
             divisor = 1.0
         buffers, scale = self._down.encode(b, running.values, absent)

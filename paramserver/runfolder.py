@@ -135,11 +135,7 @@ class RunFolder:
 
     def write_record(self, record: Record) -> str | None:
         """Write run.json, whole or not at all; returns a sentence where that failed."""
-        try:
-            write_whole(self.record, _encode(record) + b"\n")
-        except OSError as error:
-            return f"{self.record} was not written: {_reason(error)}"
-        return None
+        return _try_to_write(self.record, _encode(record) + b"\n")
 
     def take_up(self) -> Past:
         """What was noted before; a last line that is torn is cut off before the next is written."""
@@ -187,11 +183,7 @@ class RunFolder:
     def write_summary(self, summary: Mapping[str, Any]) -> str | None:
         """Write summary.json, whole or not at all; returns a sentence where that failed."""
         text = msgspec.json.format(_encode(summary), indent=2) + b"\n"
-        try:
-            write_whole(self.summary, text)
-        except OSError as error:
-            return f"{self.summary} was not written: {_reason(error)}"
-        return None
+        return _try_to_write(self.summary, text)
 
     def _flush(self) -> str | None:
         text = self._rest + b"".join(self._waiting)
@@ -263,6 +255,15 @@ def write_whole(path: Path, content: bytes) -> None:
     except OSError:
         draft.unlink(missing_ok=True)
         raise
+
+
+def _try_to_write(path: Path, content: bytes) -> str | None:
+    """`write_whole`; a sentence where that failed."""
+    try:
+        write_whole(path, content)
+    except OSError as error:
+        return f"{path} was not written: {_reason(error)}"
+    return None
 
 
 def _reason(error: OSError) -> str:

@@ -233,15 +233,18 @@ class Client:
         now = time.monotonic()
         self.follow = follow.Follow(self.welcome.nonce, replica.step, replica.lineage, now)
         self._send_join()
-        self.wait(
-            lambda: self._joined or self.ended or self._must_greet or self.abandoned.is_set(),
-            "to be admitted",
-        )
+        self._wait_for_admission()
         if self.abandoned.is_set() and not self._joined:
             raise RunLost("the run was over before this replica could join")
         if self.ended is not None and not self._joined:
             raise RunLost(f"the run ended before this replica could join: {self.ended.reason}")
         return self._admitted.action if self._admitted is not None else ""
+
+    def _wait_for_admission(self) -> None:
+        self.wait(
+            lambda: self._joined or self.ended or self._must_greet or self.abandoned.is_set(),
+            "to be admitted",
+        )
 
     def _join_again(self) -> None:
         """What was on its way may be lost: let the server tell anew where to begin."""
@@ -717,10 +720,7 @@ class Client:
             welcome.nonce, self.replica.step, self.replica.lineage, time.monotonic()
         )
         self._send_join()
-        self.wait(
-            lambda: self._joined or self._must_greet or self.ended or self.abandoned.is_set(),
-            "to be admitted",
-        )
+        self._wait_for_admission()
 
     # ------------------------------------------------------------------ snapshots: giving
 

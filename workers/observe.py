@@ -72,7 +72,7 @@ class Observer:
         self.client = Client(orders.host, orders.port, role="observer", key=orders.key, say=_say)
         self.client.on_close = self._on_close
         self.client.on_missed = self._on_missed
-        self.server_gone = threading.Event()
+        self.server_gone = self.client.abandoned  # set where the pipe from the server ends
         self._logs: list[tuple[int, dict[str, float]]] = []  # held back during an evaluation
         self._evaluated: tuple[int, float, float] | None = None  # step, loss, accuracy
         self._saved_step: int | None = None
@@ -236,7 +236,7 @@ class Observer:
 def main() -> None:
     """The observer program; see the module's head."""
     with exit_on_user_error():
-        _give_way()
+        _step_aside()
         line = sys.stdin.readline()
         if not line:
             raise UserError("the observer is started by the server", "make server starts both")
@@ -246,7 +246,6 @@ def main() -> None:
         def watch_pipe() -> None:
             sys.stdin.read()
             observer.server_gone.set()
-            observer.client.abandoned.set()
 
         threading.Thread(target=watch_pipe, name="pipe", daemon=True).start()
         try:
@@ -255,7 +254,7 @@ def main() -> None:
             observer.close()
 
 
-def _give_way() -> None:
+def _step_aside() -> None:
     """Where cores are scarce they are the workers': the observer falls behind and catches up."""
     os.nice(NICE)
     if sys.platform == "linux":  # woken up, it does not take a core from somebody at work

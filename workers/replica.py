@@ -63,8 +63,9 @@ class Replica:
         self.step = 0
         self.lineage = uuid.uuid4().hex  # a state of its own: only the origin's is the run's
         self.ledger: dict[str, Any] | None = None
-        self.contributors: tuple[int, ...] = ()  # ids of the last update's workers, if known
         """The samples' ledger as of this step, as closes tell it."""
+        self.contributors: tuple[int, ...] = ()
+        """Ids of those whose gradients are in the last update; none where that is not known."""
         self.params: list[tuple[str, nn.Parameter]] = [
             (name, p) for name, p in reversed(list(model.named_parameters())) if p.requires_grad
         ]
