@@ -23,7 +23,7 @@ from paramserver import runfolder, trace, wire
 from paramserver.config import exit_on_user_error, load, save, to_wire
 from paramserver.display import Display, Status, WorkerStatus
 from paramserver.errors import UserError
-from paramserver.rounds import Tally
+from paramserver.members import Tally
 from paramserver.runfolder import EvalLine, Record, RunFolder, StepLine
 from paramserver.server import Server
 from paramserver.settings import Settings

@@ -6,7 +6,8 @@ Nothing here touches a socket, a clock, a thread or a log. Every event is a meth
 1. Only this file decides what enters the log of updates. `server.py` carries out, nothing more.
 2. Every wait has a deadline, and when it passes a sentence that names who and why.
 
-A peer goes through these states:
+What it knows of peers and of the open round is in `members`, what it decides in `effects`. A
+peer goes through these states:
 
     greeted --Join--> waiting --origin/follow--> replica --Ready--> (ready) replica, holds leases
                          \\------adopt----------> adopting --Adopted--> replica
@@ -22,14 +23,35 @@ While a snapshot is given no round is open; while a round is open no snapshot st
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Callable
 
 import msgspec
 
 from paramserver.comeback import Comeback
 from paramserver.digests import Digests
-from paramserver.ledger import DONE, PARTLY, RETURNED, SKIPPED, Ledger
+from paramserver.effects import (
+    Closed,
+    Effect,
+    Ended,
+    Publish,
+    Remove,
+    Say,
+    Send,
+    Start,
+    Void,
+)
+from paramserver.ledger import DONE, PARTLY, RETURNED, Ledger
+from paramserver.members import (
+    ADOPTING,
+    GREETED,
+    REPLICA,
+    WAITING,
+    Member,
+    Peer,
+    Round,
+    Snapshot,
+    Tally,
+)
 from paramserver.norms import Norms
 from paramserver.wire import (
     Abort,
@@ -56,7 +78,6 @@ from paramserver.wire import (
 
 ENDING_TIMEOUTS = 3  # heartbeat timeouts that the observer has for its next sign of catching up
 LEASES_HELD = 2  # one being computed, one whose data loads meanwhile
-PUSH_TIMES_KEPT = 64
 DERIVED_TIMEOUT_MIN_S = 1.0
 
 
@@ -76,173 +97,6 @@ class Rules(msgspec.Struct, frozen=True):
     max_bad_rounds: int = 10
     epochs: int = 2
     observer: bool = True
-
-
-# --------------------------------------------------------------------------- effects
-
-
-class Effect(msgspec.Struct, frozen=True):
-    pass
-
-
-class Send(Effect, frozen=True):
-    """To one peer's link."""
-
-    session: str
-    message: Message
-
-
-class Publish(Effect, frozen=True):
-    """To everybody."""
-
-    message: Message
-
-
-class Start(Effect, frozen=True):
-    """The layout is known now: make room for its sums."""
-
-    layout: Layout
-    step: int
-
-
-class Add(Effect, frozen=True):
-    """Add the payload that came with this push to the bucket's sum, `samples` times."""
-
-    worker: int
-    bucket: int
-    samples: int
-
-
-class Finish(Effect, frozen=True):
-    """Divide the bucket's sum by `samples` and publish it."""
-
-    round: int
-    step: int
-    bucket: int
-    samples: int
-    absent: tuple[int, ...]
-
-
-class Closed(Effect, frozen=True):
-    """An update entered the log: keep it with the round's averages, and publish it."""
-
-    close: Close
-
-
-class Void(Effect, frozen=True):
-    """The open round came to nothing: forget its sums."""
-
-    round: int
-
-
-class Say(Effect, frozen=True):
-    """A sentence for the log."""
-
-    text: str
-
-
-class Remove(Effect, frozen=True):
-    """The peer is gone; forget its sockets."""
-
-    session: str
-
-
-class Ended(Effect, frozen=True):
-    """The run is over; tell everybody."""
-
-    end: End
-
-
-# --------------------------------------------------------------------------- state
-
-GREETED, WAITING, ADOPTING, REPLICA = "greeted", "waiting", "adopting", "replica"
-
-
-class Peer:
-    """A worker or the observer, from its Hello to its end."""
-
-    def __init__(self, session: str, role: str, id: int, nonce: str, host: str, pid: int) -> None:
-        self.session = session
-        self.role = role
-        self.id = id
-        self.nonce = nonce
-        self.host = host
-        self.pid = pid
-        self.state = GREETED
-        self.join: Join | None = None
-        self.ready: Ready | None = None
-        self.leases: list[Lease] = []
-        self.last_seen = 0.0
-        self.push_times: deque[float] = deque(maxlen=PUSH_TIMES_KEPT)
-        self.failed_gives = 0
-        self.replica_since = 0  # the step at which it became one
-        self.returns = False  # it was part of this run before this server was
-        self.wrong = False  # its weights are not the run's: only a snapshot helps
-        self.stands_at: int | None = None
-
-    @property
-    def name(self) -> str:
-        return f"worker {self.id} ({self.host})" if self.role == "worker" else "the observer"
-
-    def push_time_p95(self) -> float | None:
-        if not self.push_times:
-            return None
-        times = sorted(self.push_times)
-        return times[min(len(times) - 1, math.ceil(0.95 * len(times)))]
-
-
-class Member:
-    """A worker's part in the open round."""
-
-    def __init__(self, peer: Peer, lease: Lease) -> None:
-        self.name = peer.name
-        self.host = peer.host
-        self.session = peer.session
-        self.lease = lease
-        self.got: set[int] = set()  # buckets whose push was taken
-        self.added: set[int] = set()  # of those, the ones already told to be added
-        self.out: str | None = None  # why no more is expected of it
-        self.bad: str | None = None  # why a bucket was refused as bad
-        self.loss: float | None = None
-
-    @property
-    def samples(self) -> int:
-        return self.lease[2] - self.lease[1]
-
-
-class Round:
-    """The open round."""
-
-    def __init__(self, number: int, opened_at: float, members: dict[int, Member]) -> None:
-        self.number = number
-        self.opened_at = opened_at
-        self.members = members
-        self.absent: dict[int, set[int]] = {}
-        self.finished: set[int] = set()
-        self.quorum_at: float | None = None
-
-
-class Snapshot:
-    """A snapshot on its way from one replica to another."""
-
-    def __init__(self, number: int, giver: str, joiner: str, now: float) -> None:
-        self.number = number
-        self.giver = giver
-        self.joiner = joiner
-        self.progress_at = now
-        self.waits_for = giver
-
-
-class Tally(msgspec.Struct):
-    """What one worker did in the whole run, for the summary."""
-
-    host: str
-    rounds: int = 0
-    samples: int = 0
-    late: int = 0
-
-
-# --------------------------------------------------------------------------- the machine
 
 
 class Rounds:
@@ -411,7 +265,7 @@ class Rounds:
     def unready(self, session: str, now: float) -> list[Effect]:
         """A worker left its loop: it takes part no more until it is ready again."""
         peer = self.peers[session]
-        if self.round and (member := self._member_of(peer)):
+        if self.round and (member := self.round.member_of(peer)):
             self._out_of_round(member, "left its loop", now)
         self._return_leases(peer)
         peer.ready = None
@@ -479,53 +333,26 @@ class Rounds:
 
     def refusal(self, session: str, push: Push) -> str | None:
         """Why this push must not be used; None when its payload may be looked at."""
-        peer = self.peers[session]
         if self.round is None:
             return f"round {push.round} is not open; no round is"
-        if push.round != self.round.number:
-            return f"round {push.round} is not open; round {self.round.number} is"
-        member = self._member_of(peer)
-        if member is None:
-            return f"{peer.name} has no lease in round {push.round}"
-        if member.bad is not None:
-            return f"a bucket of this round was refused: {member.bad}"
-        if member.out is not None:
-            return f"too late for round {push.round}: {member.out}"
-        if push.bucket in member.got:
-            return f"bucket {push.bucket} of round {push.round} came twice"
-        if not 0 <= push.bucket < self._buckets:
-            return f"there is no bucket {push.bucket}"
-        if push.samples != member.samples:
-            return f"{push.samples} samples pushed for a lease of {member.samples}"
-        assert self.layout is not None
-        if any(not 0 <= index < len(self.layout.tensors) for index in push.absent):
-            return "it names parameters that the run does not have"
-        return None
+        return self.round.refusal(self.peers[session], push)
 
     def pushed(self, session: str, push: Push, now: float, bad: str | None = None) -> list[Effect]:
         """A push that `refusal` let pass; `bad` tells what is wrong with its numbers."""
         peer, current = self.peers[session], self.round
         assert current is not None
         member = current.members[peer.id]
-        bucket = push.bucket
         if bad is not None:
             member.bad = bad
             self._say(f"round {current.number}: {peer.name} refused: {bad}")
             self._send(peer, Refused(round=push.round, reason=bad))
             self._out_of_round(member, bad, now)
         else:
-            member.got.add(bucket)
-            if push.loss is not None:
-                member.loss = push.loss
-            absent = current.absent.get(bucket)
-            if absent is None:
-                current.absent[bucket] = set(push.absent)
-            else:
-                absent.intersection_update(push.absent)
-            if len(member.got) == self._buckets:
+            current.take(member, push)
+            if current.whole(member):
                 peer.push_times.append(now - current.opened_at)
-                self._check_quorum(now)
-            self._advance_bucket(bucket)
+                current.look_for_quorum(now)
+            self._effects += current.advance(push.bucket)
         self._progress(now)
         return self._out()
 
@@ -769,7 +596,7 @@ class Rounds:
         """Nothing is expected of this peer any more, until it joins (again)."""
         if self.snapshot and peer.session in (self.snapshot.giver, self.snapshot.joiner):
             self._abort_snapshot(f"{peer.name} {why}", but=peer)
-        if self.round and (member := self._member_of(peer)):
+        if self.round and (member := self.round.member_of(peer)):
             self._out_of_round(member, why, now)
         self._return_leases(peer)
         peer.state, peer.ready = GREETED, None
@@ -889,8 +716,8 @@ class Rounds:
     def _return_leases(self, peer: Peer) -> None:
         """Give back what is not part of the open round (that is settled at its close)."""
         held = None
-        if self.round and (member := self.round.members.get(peer.id)):
-            held = member.lease if member.session == peer.session else None
+        if self.round and (member := self.round.member_of(peer)):
+            held = member.lease
         for lease in peer.leases:
             if lease != held and self.ledger is not None:
                 self.ledger.settle(lease, RETURNED)
@@ -911,73 +738,33 @@ class Rounds:
 
     # ------------------------------------------------------------------ inside: rounds
 
-    def _member_of(self, peer: Peer) -> Member | None:
-        """The peer's part in the open round (of this session, not of an earlier one)."""
-        member = self.round.members.get(peer.id) if self.round else None
-        return member if member is not None and member.session == peer.session else None
-
     def _out_of_round(self, member: Member, why: str, now: float) -> None:
         """Nothing more is expected of this member; what it pushed stays in."""
         current = self.round
-        if current is None or member.out is not None or len(member.got) == self._buckets:
+        if current is None or member.out is not None or current.whole(member):
             return
         member.out = why
-        self._check_quorum(now)
-        if all(m.out is not None and m.bad is None for m in current.members.values()):
+        current.look_for_quorum(now)
+        if current.deserted:
             self._void(f"{member.name} {why}, and no other member is left")
             return
         for bucket in range(self._buckets):
-            self._advance_bucket(bucket)
-
-    def _check_quorum(self, now: float) -> None:
-        """Have enough of those that are still expected pushed everything?"""
-        current = self.round
-        assert current is not None
-        expected = [m for m in current.members.values() if m.out is None]
-        complete = sum(len(m.got) == self._buckets for m in expected)
-        needed = math.ceil(self.rules.quorum * len(expected))
-        if current.quorum_at is None and complete >= max(1, needed):
-            current.quorum_at = now
+            self._effects += current.advance(bucket)
 
     def _close_if_due(self, now: float) -> None:
         """After quorum and timeout, whoever is incomplete is late."""
         deadline = self.next_deadline()
         if deadline is None or now < deadline or self.round is None:
             return
-        current = self.round
-        for member in current.members.values():
-            if member.out is None and len(member.got) < self._buckets:
-                self._out_of_round(member, self._lateness(member, now), now)
+        for member in self.round.expected():
+            self._out_of_round(member, self._lateness(member, self.round, now), now)
 
-    def _lateness(self, member: Member, now: float) -> str:
+    def _lateness(self, member: Member, current: Round, now: float) -> str:
         peer = self.peers[member.session]
         p95 = peer.push_time_p95()
         usual = "" if p95 is None else f"p95 {p95:.2f} s, "
-        peer.push_times.append(now - self._round_opened_at(now))  # at least this long
+        peer.push_times.append(now - current.opened_at)  # at least this long
         return f"late ({usual}last seen {now - peer.last_seen:.1f} s ago)"
-
-    def _advance_bucket(self, bucket: int) -> None:
-        """Add what may be added, in order where that is asked for, and finish a full bucket."""
-        current = self.round
-        if current is None or bucket in current.finished:
-            return
-        complete = True
-        for worker, member in current.members.items():  # in the order of their ids
-            if bucket in member.got:
-                if bucket not in member.added and (complete or not self.rules.deterministic):
-                    member.added.add(bucket)
-                    self._effects.append(Add(worker, bucket, member.samples))
-            elif member.out is None:
-                complete = False
-        if complete:
-            current.finished.add(bucket)
-            samples = sum(m.samples for m in current.members.values() if bucket in m.got)
-            if samples:
-                absent = tuple(sorted(current.absent[bucket]))
-                self._effects.append(Finish(current.number, self.step + 1, bucket, samples, absent))
-
-    def _round_opened_at(self, now: float) -> float:
-        return self.round.opened_at if self.round else now
 
     def _progress(self, now: float) -> None:
         """Close what is complete; then start what can start: a snapshot, a round, the end."""
@@ -993,7 +780,7 @@ class Rounds:
         if self.layout is None:
             return
         if self.round is not None:
-            if len(self.round.finished) < self._buckets:
+            if not self.round.complete:
                 return
             close, before = self._settle(now), len(self._effects)
             hopeless = self._bad_rounds >= self.rules.max_bad_rounds
@@ -1023,13 +810,9 @@ class Rounds:
         contributors, late, partly, losses = {}, {}, {}, []
         for worker, m in sorted(current.members.items()):
             tally = self.tallies.setdefault(worker, Tally(m.host))
-            if len(m.got) == self._buckets:
-                how = DONE
-            elif m.got:
-                how = PARTLY
+            how = current.settlement(m)
+            if how == PARTLY:
                 partly[worker] = tuple(sorted(m.got))
-            else:
-                how = SKIPPED if m.bad is not None else RETURNED
             self.ledger.settle(m.lease, how)
             if m.got:
                 contributors[worker] = m.samples
@@ -1043,13 +826,6 @@ class Rounds:
             peer = self.peers.get(m.session)
             if peer is not None and m.lease in peer.leases:
                 peer.leases.remove(m.lease)
-        reason = ""
-        if late:
-            who = "; ".join(f"{current.members[w].name} {why}" for w, why in late.items())
-            reason = (
-                f"round {current.number} closed with "
-                f"{len(current.members) - len(late)} of {len(current.members)}: {who}"
-            )
         refused = any(m.bad is not None for m in current.members.values())
         self._bad_rounds = self._bad_rounds + 1 if refused and not contributors else 0
         weight = sum(n for n, _ in losses)
@@ -1062,13 +838,13 @@ class Rounds:
             round=current.number,
             step=self.step,
             lineage="",
-            buckets=tuple(b for b in range(self._buckets) if b in current.absent),
+            buckets=current.averaged(),
             contributors=contributors,
             late=late,
             loss=sum(n * loss for n, loss in losses) / weight if weight else None,
             seconds=now - current.opened_at,
             ledger=self.ledger.state(),
-            reason=reason,
+            reason=current.shortfall(late),
             partly=partly,
         )
         self.lineage = next_lineage(self.lineage, close)
@@ -1107,7 +883,17 @@ class Rounds:
         self.started = True
         self._snapshot_rests = False
         self._rounds += 1
-        self.round = Round(self._rounds, now, members)
+        assert self.layout is not None
+        self.round = Round(
+            self._rounds,
+            self.step + 1,
+            now,
+            members,
+            buckets=self._buckets,
+            tensors=len(self.layout.tensors),
+            quorum=self.rules.quorum,
+            in_order=self.rules.deterministic,
+        )
         return self.open_message()
 
     def _enough(self, ready: list[Peer], now: float) -> bool:

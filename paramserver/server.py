@@ -22,9 +22,22 @@ import msgspec
 import torch
 import zmq
 
-from paramserver import arena, rounds, sockets, trace, wire
+from paramserver import arena, sockets, trace, wire
 from paramserver.bucket import FLOAT32_BYTES, Plan, plan
 from paramserver.codec import fresh
+from paramserver.effects import (
+    Add,
+    Closed,
+    Effect,
+    Ended,
+    Finish,
+    Publish,
+    Remove,
+    Say,
+    Send,
+    Start,
+    Void,
+)
 from paramserver.errors import PeerError
 from paramserver.mean import Mean, Release
 from paramserver.rounds import Rounds, Rules
@@ -472,44 +485,44 @@ class Server:
 
     # ------------------------------------------------------------------ what goes out
 
-    def _carry_out(self, effects: list[rounds.Effect]) -> None:
+    def _carry_out(self, effects: list[Effect]) -> None:
         for effect in effects:
             match effect:
-                case rounds.Add():
+                case Add():
                     assert self._mean is not None
                     p = self._payloads.pop((effect.worker, effect.bucket))
                     self._mean.add(effect.bucket, p.buffers, p.scale, effect.samples, p.release)
-                case rounds.Finish():
+                case Finish():
                     self._finish(effect)
-                case rounds.Closed():
+                case Closed():
                     self._close_round(effect.close)
-                case rounds.Publish():
+                case Publish():
                     if isinstance(effect.message, wire.Open) and self.first_open_at is None:
                         self.first_open_at = time.monotonic()
                     self._publish(effect.message)
-                case rounds.Send():
+                case Send():
                     self._send(effect.session, effect.message)
-                case rounds.Say():
+                case Say():
                     self.watcher.say(effect.text)
-                case rounds.Start():
+                case Start():
                     self.plan = plan(effect.layout, self.settings.bucket_mb)
                     s = self.settings
                     self._ring = self._make_ring(self.plan)
                     room = fresh if self._ring is None else self._room
                     down = s.codec_down or s.codec
                     self._mean = Mean(self.plan, s.codec, down, s.topk_ratio, room)
-                case rounds.Void():
+                case Void():
                     self._forget_round(())
-                case rounds.Remove():
+                case Remove():
                     self._forget_peer(effect.session)
-                case rounds.Ended():
+                case Ended():
                     self._ended_at = time.monotonic()
                     self._publish(effect.end)
                     for session in list(self.rounds.peers):
                         self._send(session, effect.end)
         self._publish_averages()
 
-    def _finish(self, effect: rounds.Finish) -> None:
+    def _finish(self, effect: Finish) -> None:
         assert self._mean is not None
         with trace.span("average", bucket=effect.bucket):
             buffers, scale = self._mean.finish(effect.bucket, effect.samples, effect.absent)

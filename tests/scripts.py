@@ -14,7 +14,20 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from paramserver import rounds, wire
+from paramserver import wire
+from paramserver.effects import (
+    Add,
+    Closed,
+    Effect,
+    Ended,
+    Finish,
+    Publish,
+    Remove,
+    Say,
+    Send,
+    Start,
+    Void,
+)
 from paramserver.ledger import Ledger
 from paramserver.rounds import Rounds, Rules
 from paramserver.wire import Lease
@@ -25,29 +38,29 @@ LAYOUT = wire.Layout(
 NONCE = "server-1"
 
 
-def told(effect: rounds.Effect) -> str:
+def told(effect: Effect) -> str:
     """One effect in words."""
     match effect:
-        case rounds.Send():
+        case Send():
             return f"{effect.session} <- {message(effect.message)}"
-        case rounds.Publish():
+        case Publish():
             return f"all <- {message(effect.message)}"
-        case rounds.Start():
+        case Start():
             return f"start at step {effect.step}"
-        case rounds.Add():
+        case Add():
             return f"add {effect.worker}.{effect.bucket} x{effect.samples}"
-        case rounds.Finish():
+        case Finish():
             absent = f" without {effect.absent}" if effect.absent else ""
             return f"average {effect.round}.{effect.bucket} of {effect.samples}{absent}"
-        case rounds.Closed():
+        case Closed():
             return message(effect.close)
-        case rounds.Void():
+        case Void():
             return f"void {effect.round}"
-        case rounds.Say():
+        case Say():
             return f"# {effect.text}"
-        case rounds.Remove():
+        case Remove():
             return f"forget {effect.session}"
-        case rounds.Ended():
+        case Ended():
             return message(effect.end)
     raise AssertionError(effect)
 
@@ -252,6 +265,6 @@ class Run:
         names = ", ".join(f"{state[k]} {k}" for k in ("done", "partly", "skipped"))
         return f"{names}; waiting {spans(self.ledger._waiting)}"
 
-    def _out(self, effects: list[rounds.Effect]) -> list[str]:
-        self.closes += [e.close for e in effects if isinstance(e, rounds.Closed)]
+    def _out(self, effects: list[Effect]) -> list[str]:
+        self.closes += [e.close for e in effects if isinstance(e, Closed)]
         return [told(e) for e in effects]

@@ -12,8 +12,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from scripts import LAYOUT, NONCE, Run, but_words, session
 
 from paramserver import wire
+from paramserver.effects import Add, Finish, Say, Send
 from paramserver.ledger import Ledger
-from paramserver.rounds import REPLICA, Add, Finish, Rounds, Rules, Say, Send
+from paramserver.members import REPLICA
+from paramserver.rounds import Rounds, Rules
 
 # ----------------------------------------------------------------------------- the first state
 

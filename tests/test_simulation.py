@@ -15,8 +15,10 @@ from simulation import Parts, Schedule, simulate
 from simulation.peer import Observer, Worker
 
 from paramserver import wire
+from paramserver.effects import Effect
 from paramserver.ledger import PARTLY, RETURNED, Ledger
-from paramserver.rounds import Effect, Peer, Rounds
+from paramserver.members import Peer
+from paramserver.rounds import Rounds
 from workers import follow
 from workers.follow import Follow
 

@@ -10,6 +10,18 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from paramserver import rounds, wire
+from paramserver.effects import (
+    Add,
+    Closed,
+    Effect,
+    Ended,
+    Finish,
+    Publish,
+    Remove,
+    Say,
+    Send,
+    Void,
+)
 from paramserver.rounds import Rounds, Rules
 
 from .book import Book, Broken, Gradient, Sample
@@ -247,35 +259,35 @@ class Server:
 
     # ------------------------------------------------------------------ what goes out
 
-    def _carry_out(self, effects: list[rounds.Effect]) -> None:
+    def _carry_out(self, effects: list[Effect]) -> None:
         for effect in effects:
             match effect:
-                case rounds.Add():
+                case Add():
                     self._add(effect)
-                case rounds.Finish():
+                case Finish():
                     self._finish(effect)
-                case rounds.Closed():
+                case Closed():
                     self._close_round(effect.close)
-                case rounds.Publish():
+                case Publish():
                     self._publish(effect.message)
-                case rounds.Send():
+                case Send():
                     message = effect.message
                     if isinstance(message, wire.Admit) and message.action == "origin":
                         self.book.begin(message.lineage, self._models[effect.session])
                     self._send(effect.session, message)
-                case rounds.Say():
+                case Say():
                     self.world.say(f"        {effect.text}")
-                case rounds.Void():
+                case Void():
                     self._forget_round()
-                case rounds.Remove():
+                case Remove():
                     self._forget_peer(effect.session)
-                case rounds.Ended():
+                case Ended():
                     self.ended_at = self.world.now
                     self._publish(effect.end)
                     for session in list(self.rounds.peers):
                         self._send(session, effect.end)
 
-    def _add(self, effect: rounds.Add) -> None:
+    def _add(self, effect: Add) -> None:
         model, samples, _ = self._payloads.pop((effect.worker, effect.bucket))
         if len(samples) != effect.samples:
             raise Broken(f"{len(samples)} samples of worker {effect.worker} weigh {effect.samples}")
@@ -283,7 +295,7 @@ class Server:
             raise Broken(f"a gradient of another model goes into step {self.book.step + 1}")
         self._sums.setdefault(effect.bucket, []).extend(samples)
 
-    def _finish(self, effect: rounds.Finish) -> None:
+    def _finish(self, effect: Finish) -> None:
         samples = self._sums.pop(effect.bucket)
         if len(samples) != effect.samples:
             raise Broken(f"a sum of {len(samples)} samples is divided by {effect.samples}")

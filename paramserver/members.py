@@ -1,0 +1,226 @@
+"""Who takes part, and the open round: what is expected of whom, and what of it has come.
+
+A `Peer` is a worker or the observer while it is known to the server, a `Member` a worker's part in
+one `Round`. A round knows which pushes it can use, whether enough have come, and which bucket is
+complete; `rounds` decides what follows from that.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+
+import msgspec
+
+from paramserver.effects import Add, Effect, Finish
+from paramserver.ledger import DONE, PARTLY, RETURNED, SKIPPED
+from paramserver.wire import Join, Lease, Push, Ready
+
+PUSH_TIMES_KEPT = 64
+
+GREETED, WAITING, ADOPTING, REPLICA = "greeted", "waiting", "adopting", "replica"
+
+
+class Peer:
+    """A worker or the observer, from its Hello to its end."""
+
+    def __init__(self, session: str, role: str, id: int, nonce: str, host: str, pid: int) -> None:
+        self.session = session
+        self.role = role
+        self.id = id
+        self.nonce = nonce
+        self.host = host
+        self.pid = pid
+        self.state = GREETED
+        self.join: Join | None = None
+        self.ready: Ready | None = None
+        self.leases: list[Lease] = []
+        self.last_seen = 0.0
+        self.push_times: deque[float] = deque(maxlen=PUSH_TIMES_KEPT)
+        self.failed_gives = 0
+        self.replica_since = 0  # the step at which it became one
+        self.returns = False  # it was part of this run before this server was
+        self.wrong = False  # its weights are not the run's: only a snapshot helps
+        self.stands_at: int | None = None
+
+    @property
+    def name(self) -> str:
+        return f"worker {self.id} ({self.host})" if self.role == "worker" else "the observer"
+
+    def push_time_p95(self) -> float | None:
+        if not self.push_times:
+            return None
+        times = sorted(self.push_times)
+        return times[min(len(times) - 1, math.ceil(0.95 * len(times)))]
+
+
+class Tally(msgspec.Struct):
+    """What one worker did in the whole run, for the summary."""
+
+    host: str
+    rounds: int = 0
+    samples: int = 0
+    late: int = 0
+
+
+class Snapshot:
+    """A snapshot on its way from one replica to another."""
+
+    def __init__(self, number: int, giver: str, joiner: str, now: float) -> None:
+        self.number = number
+        self.giver = giver
+        self.joiner = joiner
+        self.progress_at = now
+        self.waits_for = giver
+
+
+class Member:
+    """A worker's part in the open round."""
+
+    def __init__(self, peer: Peer, lease: Lease) -> None:
+        self.name = peer.name
+        self.host = peer.host
+        self.session = peer.session
+        self.lease = lease
+        self.got: set[int] = set()  # buckets whose push was taken
+        self.added: set[int] = set()  # of those, the ones already told to be added
+        self.out: str | None = None  # why no more is expected of it
+        self.bad: str | None = None  # why a bucket was refused as bad
+        self.loss: float | None = None
+
+    @property
+    def samples(self) -> int:
+        return self.lease[2] - self.lease[1]
+
+
+class Round:
+    """The open round that leads to `step`, of `buckets` buckets and `tensors` parameters.
+
+    After a `quorum` of those still expected its deadline runs. `in_order`: gradients are added in
+    the order of the workers' ids, which is that of `members`.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        step: int,
+        opened_at: float,
+        members: dict[int, Member],
+        *,
+        buckets: int,
+        tensors: int,
+        quorum: float,
+        in_order: bool,
+    ) -> None:
+        self.number = number
+        self.step = step
+        self.opened_at = opened_at
+        self.members = members
+        self.absent: dict[int, set[int]] = {}
+        self.finished: set[int] = set()
+        self.quorum_at: float | None = None
+        self._buckets = buckets
+        self._tensors = tensors
+        self._quorum = quorum
+        self._in_order = in_order
+
+    def member_of(self, peer: Peer) -> Member | None:
+        """The peer's part in this round (of this session, not of an earlier one)."""
+        member = self.members.get(peer.id)
+        return member if member is not None and member.session == peer.session else None
+
+    def refusal(self, peer: Peer, push: Push) -> str | None:
+        """Why this push must not be used; None when its payload may be looked at."""
+        if push.round != self.number:
+            return f"round {push.round} is not open; round {self.number} is"
+        member = self.member_of(peer)
+        if member is None:
+            return f"{peer.name} has no lease in round {push.round}"
+        if member.bad is not None:
+            return f"a bucket of this round was refused: {member.bad}"
+        if member.out is not None:
+            return f"too late for round {push.round}: {member.out}"
+        if push.bucket in member.got:
+            return f"bucket {push.bucket} of round {push.round} came twice"
+        if not 0 <= push.bucket < self._buckets:
+            return f"there is no bucket {push.bucket}"
+        if push.samples != member.samples:
+            return f"{push.samples} samples pushed for a lease of {member.samples}"
+        if any(not 0 <= index < self._tensors for index in push.absent):
+            return "it names parameters that the run does not have"
+        return None
+
+    def take(self, member: Member, push: Push) -> None:
+        """A push that `refusal` let pass and whose numbers are good."""
+        member.got.add(push.bucket)
+        if push.loss is not None:
+            member.loss = push.loss
+        absent = self.absent.get(push.bucket)
+        if absent is None:
+            self.absent[push.bucket] = set(push.absent)
+        else:
+            absent.intersection_update(push.absent)
+
+    def whole(self, member: Member) -> bool:
+        """Has it pushed everything?"""
+        return len(member.got) == self._buckets
+
+    def expected(self) -> list[Member]:
+        """Those of whom something is still to come."""
+        return [m for m in self.members.values() if m.out is None and not self.whole(m)]
+
+    @property
+    def deserted(self) -> bool:
+        """Is nobody left who pushed everything, still may, or was refused for bad numbers?"""
+        return all(m.out is not None and m.bad is None for m in self.members.values())
+
+    @property
+    def complete(self) -> bool:
+        return len(self.finished) == self._buckets
+
+    def look_for_quorum(self, now: float) -> None:
+        """Have enough of those who are not out pushed everything?"""
+        inside = [m for m in self.members.values() if m.out is None]
+        needed = math.ceil(self._quorum * len(inside))
+        if self.quorum_at is None and sum(map(self.whole, inside)) >= max(1, needed):
+            self.quorum_at = now
+
+    def advance(self, bucket: int) -> list[Effect]:
+        """Add what may be added, in order where that is asked for, and finish a full bucket."""
+        if bucket in self.finished:
+            return []
+        effects: list[Effect] = []
+        complete = True
+        for worker, member in self.members.items():
+            if bucket in member.got:
+                if bucket not in member.added and (complete or not self._in_order):
+                    member.added.add(bucket)
+                    effects.append(Add(worker, bucket, member.samples))
+            elif member.out is None:
+                complete = False
+        if complete:
+            self.finished.add(bucket)
+            samples = sum(m.samples for m in self.members.values() if bucket in m.got)
+            if samples:
+                absent = tuple(sorted(self.absent[bucket]))
+                effects.append(Finish(self.number, self.step, bucket, samples, absent))
+        return effects
+
+    def averaged(self) -> tuple[int, ...]:
+        """The buckets that anybody contributed to."""
+        return tuple(sorted(self.absent))
+
+    def settlement(self, member: Member) -> str:
+        """What becomes of its samples, in the ledger's words."""
+        if self.whole(member):
+            return DONE
+        if member.got:
+            return PARTLY
+        return RETURNED if member.bad is None else SKIPPED
+
+    def shortfall(self, late: dict[int, str]) -> str:
+        """The close's sentence: who is `late` and why; empty where nobody is."""
+        if not late:
+            return ""
+        count, who = len(self.members), [f"{self.members[w].name} {why}" for w, why in late.items()]
+        return f"round {self.number} closed with {count - len(late)} of {count}: {'; '.join(who)}"
