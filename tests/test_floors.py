@@ -26,8 +26,8 @@ FLOORS = {
     2: "paramserver.arena paramserver.sockets workers.data workers.models",
     1: "paramserver.bucket paramserver.codec paramserver.feedback paramserver.mean workers.state",
     0: "paramserver paramserver.comeback paramserver.digests paramserver.effects "
-    "paramserver.errors paramserver.ledger paramserver.members paramserver.norms "
-    "paramserver.rounds paramserver.schema paramserver.settings "
+    "paramserver.errors paramserver.jointoken paramserver.ledger paramserver.members "
+    "paramserver.norms paramserver.rounds paramserver.schema paramserver.settings "
     "paramserver.trace paramserver.wire workers.follow",
 }
 """Programs, compose, I/O, math, meaning. `paramserver` and `workers` stand for their `__init__`, a

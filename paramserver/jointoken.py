@@ -1,0 +1,117 @@
+"""The join token: one word that tells a worker where its server is and lets it in.
+
+    psaearnxmcqxwzi...   "ps", then in base32 (lower case, no padding):
+
+    1 byte    version, 1
+    1 byte    length of the address
+    2 bytes   port, big-endian
+    32 bytes  the server's public key: nobody else can pose as the server
+    32 bytes  the secret key of the cluster's workers: whoever has it may take part
+    n bytes   the address, ASCII
+    4 bytes   the first of SHA-256 over all that is before: a token that was cut off is noticed
+
+Letters and digits only, so that a double click takes all of it, and upper case, blanks and line
+breaks, as mails and terminals add them, do no harm. It is a secret: `repr` does not show the keys,
+and no error repeats the text.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import re
+import struct
+from dataclasses import dataclass, field
+
+from paramserver.errors import UserError
+
+VARIABLE = "PARAMSERVER_JOIN"
+"""Environment variable that may hold a token, or the path of a file with one."""
+
+PREFIX = "ps"
+VERSION = 1
+KEY_BYTES = 32
+SUM_BYTES = 4
+_HEAD = struct.Struct("!BBH")
+_HINT = "copy the whole line that `make server` or `make keys` prints on the server's machine"
+
+
+@dataclass(frozen=True)
+class JoinToken:
+    """What a token tells. Keys are raw bytes of Curve25519, `KEY_BYTES` each."""
+
+    host: str
+    port: int
+    server_key: bytes = field(repr=False)
+    client_secret: bytes = field(repr=False)
+
+
+def encode(token: JoinToken) -> str:
+    """The token as a word; `decode` is the inverse. Raises `ValueError` where it cannot be one."""
+    host = token.host.encode("ascii")
+    if not host or len(host) > 255 or not 0 < token.port < 65536:
+        raise ValueError(f"no address for a token: {token.host!r}, port {token.port}")
+    if {len(token.server_key), len(token.client_secret)} != {KEY_BYTES}:
+        raise ValueError(f"a key has {KEY_BYTES} bytes")
+    head = _HEAD.pack(VERSION, len(host), token.port)
+    body = head + token.server_key + token.client_secret + host
+    return PREFIX + base64.b32encode(body + _sum(body)).decode().rstrip("=").lower()
+
+
+def decode(text: str) -> JoinToken:
+    """What a token tells; a `UserError` says what is wrong with it, without repeating it."""
+    word = re.sub(r"[\s\"']+", "", text).lower()
+    if not looks_like_one(word):
+        raise UserError("this is no join token (they begin with `ps`)", _HINT)
+    content = _bytes(word.removeprefix(PREFIX))
+    body, checksum = content[:-SUM_BYTES], content[-SUM_BYTES:]
+    if checksum != _sum(body):
+        wanted = _length(content)
+        if wanted is not None and len(word) < wanted:
+            raise UserError(
+                f"the join token is cut off: {len(word)} of its {wanted} characters are there",
+                _HINT,
+            )
+        raise UserError("the join token is damaged: some of its characters are not right", _HINT)
+    version = body[0] if body else 0
+    if version != VERSION or len(body) < _HEAD.size + 2 * KEY_BYTES + 1:
+        raise UserError(
+            f"the join token is of version {version}, this program reads version {VERSION}",
+            "install the same version on both machines",
+        )
+    _, _, port = _HEAD.unpack_from(body)
+    server_key, client_secret, host = (
+        body[_HEAD.size :][:KEY_BYTES],
+        body[_HEAD.size + KEY_BYTES :][:KEY_BYTES],
+        body[_HEAD.size + 2 * KEY_BYTES :],
+    )
+    if not re.fullmatch(rb"[!-.0-~]+", host):  # ASCII without blanks and slashes
+        raise UserError("the join token holds no address", _HINT)
+    return JoinToken(host.decode("ascii"), port, server_key, client_secret)
+
+
+def looks_like_one(text: str) -> bool:
+    """Is this meant to be a token, rather than the name of a file?"""
+    return re.fullmatch(r"ps[a-z2-7]{8,}", text.strip().lower()) is not None
+
+
+def _bytes(word: str) -> bytes:
+    """As much of it as base32 can be read from."""
+    padded = word.upper() + "=" * (-len(word) % 8)
+    try:
+        return base64.b32decode(padded)
+    except binascii.Error:  # no text has this length
+        return base64.b32decode(padded[: len(word) // 8 * 8])
+
+
+def _length(content: bytes) -> int | None:
+    """Characters of a token that begins like this, if that can be told."""
+    if len(content) < 2 or content[0] != VERSION:
+        return None
+    size = _HEAD.size + 2 * KEY_BYTES + content[1] + SUM_BYTES
+    return len(PREFIX) + -(-8 * size // 5)
+
+
+def _sum(body: bytes) -> bytes:
+    return hashlib.sha256(body).digest()[:SUM_BYTES]
