@@ -5,6 +5,7 @@ Server and workers are threads here, their sockets are real.
 
 from __future__ import annotations
 
+import copy
 import re
 import threading
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from crew import CLASSES, INPUTS, PERCEPTRON, Crew, Make, Noise, Setup, drawn, perceptron, train
 from torch import Tensor, nn
 from torch.optim import SGD, Adam
-from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
+from torch.optim.lr_scheduler import StepLR
 from whole import DEADLINE_S, Served
 
 import workers
@@ -315,6 +316,34 @@ def scheduled(seed: int) -> Setup:
     return setup
 
 
+class Mixed(nn.Module):
+    """Mixed precision: parameters of float32, a forward in bfloat16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = copy.deepcopy(PERCEPTRON)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.inner(x)
+
+
+class Double(nn.Module):
+    """A model that computes in float64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = copy.deepcopy(PERCEPTRON).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x.double())
+
+
+def compiled(seed: int) -> Setup:
+    model = torch.compile(drawn(NORMED, seed), backend="eager")
+    return Setup(model, SGD(model.parameters(), lr=0.05))
+
+
 def halve_gradients(model: nn.Module) -> None:
     for p in model.parameters():
         if p.grad is not None:
@@ -334,6 +363,8 @@ MODELS: dict[str, tuple[Make, tuple[int, ...], dict[str, Any]]] = {
     "accumulation": (sgd(PERCEPTRON, accumulate=2), (INPUTS,), {}),
     "accumulation of batch norm": (sgd(NORMED, accumulate=2), (INPUTS,), {}),
     "before_step": (sgd(PERCEPTRON, before_step=halve_gradients), (INPUTS,), {}),
+    "mixed precision": (sgd(Mixed()), (INPUTS,), {}),
+    "float64": (sgd(Double()), (INPUTS,), {}),
 }
 
 
@@ -343,6 +374,14 @@ def test_any_model_trains_as_in_one_process(name: str) -> None:
     crew = train(make, Noise(96, shape), {1: 4, 2: 8}, num_epochs=2, **settings)
     crew.check()
     assert crew.applied() == dict.fromkeys(range(96), 2)
+
+
+def test_a_compiled_model_has_the_names_of_one_that_is_not() -> None:
+    """One worker may compile, where another has no compiler."""
+    with Served(num_workers=2, num_epochs=2) as served:
+        crew = Crew(served, lambda seed: (compiled if seed == 2 else sgd(NORMED))(seed), Noise(96))
+        served.wait(crew.start(1, 4), crew.start(2, 8))
+        assert len(served.digests()) == 1
 
 
 def test_running_statistics_are_equal_in_all_replicas() -> None:
@@ -431,25 +470,3 @@ def test_a_worker_id_is_given_to_one_process_at_a_time() -> None:
                 assert other.worker_id == 2
         with workers.join(port=served.port, worker_id=1, say=served.say) as again:
             assert again.worker_id == 1
-
-
-def test_a_schedule_that_follows_a_metric_is_refused() -> None:
-    setup = perceptron(1)
-    with (
-        Served() as served,
-        workers.join(port=served.port, say=served.say) as cluster,
-        pytest.raises(UserError, match="ReduceLROnPlateau"),
-    ):
-        cluster.attach(setup.model, setup.optimizer, scheduler=ReduceLROnPlateau(setup.optimizer))
-
-
-def test_a_forgotten_step_is_told() -> None:
-    setup = perceptron(1)
-    with (
-        Served(num_workers=1) as served,
-        workers.join(port=served.port, say=served.say) as cluster,
-    ):
-        cluster.attach(setup.model, setup.optimizer)
-        with pytest.raises(UserError, match=r"optimizer\.step\(\) was not called"):
-            for _ in cluster.batches(Noise(32), batch_size=8):
-                pass

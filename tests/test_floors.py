@@ -21,14 +21,14 @@ FLOORS = {
     4: "paramserver.__main__ paramserver.config paramserver.display paramserver.launch "
     "workers.__main__ workers.observe workers.train",
     3: "paramserver.curves paramserver.runfolder paramserver.server "
-    "workers workers.checkpoint workers.client workers.cluster workers.gradients workers.logbook "
-    "workers.recipe workers.replica",
+    "workers workers.alone workers.checkpoint workers.checks workers.client workers.cluster "
+    "workers.gradients workers.logbook workers.recipe workers.replica",
     2: "paramserver.arena paramserver.sockets workers.data workers.models",
     1: "paramserver.bucket paramserver.codec paramserver.feedback paramserver.mean workers.state",
     0: "paramserver paramserver.comeback paramserver.digests paramserver.effects "
     "paramserver.errors paramserver.jointoken paramserver.ledger paramserver.members "
     "paramserver.norms paramserver.rounds paramserver.schema paramserver.settings "
-    "paramserver.trace paramserver.wire workers.follow",
+    "paramserver.trace paramserver.wire workers.follow workers.placed",
 }
 """Programs, compose, I/O, math, meaning. `paramserver` and `workers` stand for their `__init__`, a
 package inside them for all its modules (so a new codec needs no row)."""

@@ -13,8 +13,9 @@ The built-in loop (`workers.train`) uses this same door.
 from __future__ import annotations
 
 import atexit
+import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -27,29 +28,46 @@ from paramserver import trace, wire
 from paramserver.bucket import Bucket
 from paramserver.errors import RunLost, UserError
 from paramserver.feedback import Feedback
+from paramserver.settings import Settings
 from paramserver.wire import Lease
+from workers.alone import Alone
 from workers.client import Client, Say
 from workers.data import order
 from workers.gradients import Gradients
+from workers.placed import LOOPBACK, listens, placed
 from workers.replica import Replica
 
 M = TypeVar("M", bound=nn.Module)
 
 
 def join(
-    host: str = "127.0.0.1",
+    host: str | None = None,
     worker_id: int | None = None,
     *,
-    port: int = 65432,
+    port: int | None = None,
     timeout_s: float = 60.0,
     say: Say = print,
+    alone: Mapping[str, Any] | None = None,
 ) -> Cluster:
     """Greet the server at `host` and take part as worker `worker_id` (None: any free id).
 
-    Waits up to `timeout_s` for the server to answer. Raises `UserError` when none does or when it
-    refuses, with the reason.
+    What is not given is read off the environment (`workers.placed`). If that names no host either,
+    and no server listens on this machine, this is a cluster of one: the same loop trains alone,
+    with the settings in `alone` (`num_epochs`, `batch_size`, `seed`) over the usual ones.
+
+    Waits up to `timeout_s` for a server that was named, or is there, to answer. Raises `UserError`
+    when none does or when it refuses, with the reason.
     """
-    client = Client(host, port, id=worker_id, say=say)
+    here = placed(os.environ)
+    host, port = host or here.host, port or here.port or Settings.port
+    if host is None:
+        host = LOOPBACK
+        if not listens(host, port):
+            only = Alone(alone or {}, say)
+            epochs = only.welcome.settings["num_epochs"]
+            say(f"no server on this machine (port {port}): training alone, {epochs} epochs")
+            return Cluster(only)
+    client = Client(host, port, id=here.id if worker_id is None else worker_id, say=say)
     try:
         client.connect(timeout_s)
     except BaseException:
@@ -61,7 +79,7 @@ def join(
 class Cluster:
     """This worker's place in a run. `settings` are the run's, as the server told them."""
 
-    def __init__(self, client: Client) -> None:
+    def __init__(self, client: Client | Alone) -> None:
         assert client.welcome is not None
         self.client = client
         self.settings: dict[str, Any] = client.welcome.settings
@@ -100,13 +118,15 @@ class Cluster:
         clip_norm: float | None = None,
         before_step: Callable[[nn.Module], None] | None = None,
         accumulate: int = 1,
+        schedule_by: str = "step",
     ) -> tuple[M, ClusterOptimizer]:
         """Make this model a replica: it takes the run's state, and its gradients are exchanged.
 
         What happens between the averaged gradient and the parameters is given here and runs in
         every replica: `before_step(model)`, clipping of the total norm, the optimizer, the
-        schedule. `accumulate` backward passes make one step. Raises `UserError` where the model or
-        the optimizer is not the run's.
+        schedule (with every update, or `schedule_by` "epoch"). `accumulate` backward passes make
+        one step. Raises `UserError` where the model or the optimizer is not the run's, or cannot
+        be a replica's.
         """
         if self._replica is not None:
             raise UserError("attach() was called twice", "a cluster trains one model")
@@ -118,6 +138,7 @@ class Cluster:
             scheduler=scheduler,
             clip_norm=clip_norm,
             before_step=before_step,
+            schedule_by=schedule_by,
         )
         self._replica = replica
         self.client.device = str(next(iter(model.parameters())).device.type)
@@ -313,6 +334,14 @@ class ClusterOptimizer:
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients. They are always set to None: what is there is the run's average."""
         self.wrapped.zero_grad(set_to_none=True)
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """What torch's GradScaler asks for first."""
+        raise UserError(
+            "a GradScaler has a scale of its own in every worker, and gradients leave scaled",
+            "use autocast with bfloat16, which needs no scaler",
+        )
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.wrapped, name)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from paramserver.bucket import Bucket
 from paramserver.errors import UserError
+from workers.checks import sparse
 from workers.replica import Replica
 
 Make = Callable[[Bucket], Tensor]
@@ -39,6 +40,7 @@ class Gradients:
         self._plan = replica.plan
         self._open = False
         self._passes = [0] * len(replica.params)
+        self._versions = [0] * len(replica.params)  # of the gradients as they were taken
         self._missing: list[int] = []
         self._values: dict[int, Tensor] = {}
         self._sent: set[int] = set()
@@ -49,6 +51,8 @@ class Gradients:
     def begin(self) -> None:
         """A step begins: its buckets are all empty."""
         self._replica.reset_statistics()
+        for _, p in self._replica.params:  # the last average, a view of where the next one goes
+            p.grad = None
         self._open = True
         self._passes = [0] * len(self._passes)
         self._missing = [len(b.tensors) for b in self._plan.buckets]
@@ -61,6 +65,8 @@ class Gradients:
         """Backward is over: send what has not been sent, gradient or not, and the statistics."""
         if not self._open:
             return
+        self._replica.check_unchanged()
+        self._check_untouched()
         for bucket in self._plan.buckets:
             if bucket.index in self._sent:
                 continue
@@ -80,14 +86,27 @@ class Gradients:
             self._hand_over(bucket, tuple(absent))
         self._open = False
 
+    def _check_untouched(self) -> None:
+        """Clipped or scaled now, a gradient that has left would go on as it was before."""
+        for index, (name, p) in enumerate(self._replica.params):
+            if not self._passes[index]:
+                continue
+            if p.grad is None or p.grad._version != self._versions[index]:
+                raise UserError(
+                    f"the gradient of {name} was changed after backward, when it had left",
+                    "what happens to the averaged gradient is given to attach(): clip_norm=, or "
+                    "before_step=; scale the loss, not the gradient",
+                )
+
     def _hook(self, index: int, name: str) -> Callable[[Tensor], None]:
         def on_gradient(p: Tensor) -> None:
             if not self._open:
                 return
-            if p.grad is not None and p.grad.is_sparse:
-                raise UserError(
-                    f"{name} has a sparse gradient", "make its embedding with sparse=False"
-                )
+            if p.grad is None:  # frozen between forward and backward
+                self._replica.check_unchanged()
+                return
+            if p.grad.is_sparse:
+                raise sparse(name)
             self._passes[index] += 1
             if self._passes[index] > self._accumulate:
                 raise UserError(
@@ -95,6 +114,7 @@ class Gradients:
                     f"{self._accumulate} were stated",
                     "state the number of backward passes for each step: attach(accumulate=...)",
                 )
+            self._versions[index] = p.grad._version
             if self._passes[index] == self._accumulate:
                 # One after another: the room of a bucket that has left is free for a later one.
                 source = self._source(index)

@@ -18,22 +18,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler
 
 from paramserver import wire
 from paramserver.bucket import Bucket, plan
 from paramserver.codec import CODECS
 from paramserver.errors import PeerError, UserError
+from workers.checks import check, refuse_step, schedule_state
 from workers.state import as_bytes, dtype_name
 
 NORM_LAYERS = (nn.modules.batchnorm._NormBase,)
+SCHEDULE_BY = ("step", "epoch")
 
 
 class Replica:
     """A model and all that turns an averaged gradient into its next step.
 
     `before_step(model)` runs on the averaged gradients of every update, before the optimizer;
-    `clip_norm` clips their total norm. Both run in every replica alike.
+    `clip_norm` clips their total norm. Both run in every replica alike. The schedule goes on with
+    every update or, with `schedule_by` "epoch", where an update ends an epoch of samples.
     `codec` is that of the averages. Raises `UserError` for what cannot be the same everywhere.
     """
 
@@ -47,17 +50,18 @@ class Replica:
         scheduler: LRScheduler | None = None,
         clip_norm: float | None = None,
         before_step: Callable[[nn.Module], None] | None = None,
+        schedule_by: str = "step",
     ) -> None:
-        if isinstance(scheduler, ReduceLROnPlateau):
-            raise UserError(
-                "ReduceLROnPlateau follows a metric that differs between replicas",
-                "use a schedule that is a function of the step",
-            )
+        if schedule_by not in SCHEDULE_BY:
+            raise UserError(f"schedule_by is one of {', '.join(SCHEDULE_BY)}, not {schedule_by!r}")
+        check(model, optimizer, scheduler)
         # The first optimizer step imports this, for a second or more: not in the middle of a round.
         importlib.import_module("torch._dynamo")
         self.model = model
         self.optimizer = optimizer
         self.scheduler = scheduler
+        self.schedule_by = schedule_by
+        self._schedule = None if scheduler is None else refuse_step(scheduler)
         self.clip_norm = clip_norm
         self.before_step = before_step
         self.step = 0
@@ -66,11 +70,14 @@ class Replica:
         """The samples' ledger as of this step, as closes tell it."""
         self.contributors: tuple[int, ...] = ()
         """Ids of those whose gradients are in the last update; none where that is not known."""
+        named = list(_plain(model).named_parameters())
         self.params: list[tuple[str, nn.Parameter]] = [
-            (name, p) for name, p in reversed(list(model.named_parameters())) if p.requires_grad
+            (name, p) for name, p in reversed(named) if p.requires_grad
         ]
-        self.stats = _norm_buffers(model, counters=False)
-        self.counts = _norm_buffers(model, counters=True)
+        self._frozen = [(name, p) for name, p in named if not p.requires_grad]
+        self._groups = len(optimizer.param_groups)
+        self.stats = _norm_buffers(_plain(model), counters=False)
+        self.counts = _norm_buffers(_plain(model), counters=True)
         self.layout = wire.Layout(
             tuple(
                 wire.Tensor(name, tuple(t.shape), dtype_name(t.dtype), kind)
@@ -94,16 +101,22 @@ class Replica:
         self._present: list[int] = [0] * len(self.layout.tensors)  # buckets with a gradient for it
         self._exchanged = [b for _, b in (*self.stats, *self.counts)]
         self._held = [b.detach().clone() for b in self._exchanged]  # as of this step
-        self._check_optimizer()
 
-    def _check_optimizer(self) -> None:
-        """The optimizer must own every parameter that is exchanged (and may own frozen ones)."""
-        owned = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
-        missing = [name for name, p in self.params if id(p) not in owned]
-        if missing:
+    def check_unchanged(self) -> None:
+        """Raise `UserError` where something else is trained than when this replica was made."""
+        for trained, parameters in ((True, self.params), (False, self._frozen)):
+            for name, p in parameters:
+                if p.requires_grad != trained:
+                    raise UserError(
+                        f"{name} was {'frozen' if trained else 'thawed'} in the middle of the run",
+                        "what is exchanged was fixed by attach(): to hold a parameter for some "
+                        "steps, let before_step set its grad to None; to train others, begin a "
+                        "new run",
+                    )
+        if len(self.optimizer.param_groups) != self._groups:
             raise UserError(
-                f"{missing[0]} requires a gradient, but the optimizer does not have it",
-                "give it to the optimizer, or set requires_grad = False",
+                "a parameter group was added to the optimizer after attach()",
+                "add it before, on every worker",
             )
 
     # ------------------------------------------------------------------ the log
@@ -149,11 +162,18 @@ class Replica:
             self.before_step(self.model)
         if self.params:
             self.optimizer.step()
-        if self.scheduler is not None:
-            self.scheduler.step()
+        if self._schedule is not None:
+            for _ in range(self._due(close)):
+                self._schedule()
         self.step, self.lineage, self.ledger = close.step, close.lineage, close.ledger
         self.contributors = tuple(close.contributors)
         self.forget_averages()
+
+    def _due(self, close: wire.Close) -> int:
+        """How often the schedule is stepped with this update."""
+        if self.schedule_by == "step":
+            return 1
+        return _epochs(close.ledger) - (0 if self.ledger is None else _epochs(self.ledger))
 
     def forget_averages(self) -> None:
         """What was taken belongs to a void round."""
@@ -168,7 +188,7 @@ class Replica:
 
     def state(self) -> dict[str, Any]:
         """Everything another process needs to be this replica. The tensors are not copies."""
-        model = dict(self.model.state_dict())
+        model = dict(_plain(self.model).state_dict())
         held = dict(zip([n for n, _ in (*self.stats, *self.counts)], self._held, strict=True))
         for name in model:
             if name in held:
@@ -176,14 +196,14 @@ class Replica:
         return {
             "model": model,
             "optimizer": self.optimizer.state_dict(),
-            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+            "scheduler": None if self.scheduler is None else schedule_state(self.scheduler),
             "ledger": self.ledger,
         }
 
     def load(self, state: dict[str, Any], step: int, lineage: str) -> None:
         """Become the replica that `state` was taken from. Raises ValueError if it does not fit."""
         try:
-            self.model.load_state_dict(state["model"])
+            _plain(self.model).load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             if self.scheduler is not None and state["scheduler"] is not None:
                 self.scheduler.load_state_dict(state["scheduler"])
@@ -209,7 +229,9 @@ class Replica:
         groups = self.optimizer.param_groups
         owned = {id(p) for _, p in self.params}
         sizes = "+".join(str(sum(id(p) in owned for p in g["params"])) for g in groups)
-        schedule = "no schedule" if self.scheduler is None else type(self.scheduler).__name__
+        schedule = "no schedule"
+        if self.scheduler is not None:
+            schedule = f"{type(self.scheduler).__name__} by {self.schedule_by}"
         clip = "no clipping" if self.clip_norm is None else f"clip_norm {self.clip_norm:g}"
         hook = getattr(self.before_step, "__name__", str(type(self.before_step).__name__))
         before = "no before_step" if self.before_step is None else f"before_step {hook}"
@@ -229,6 +251,18 @@ class Replica:
         for tensor in (*[p for _, p in self.params], *self._held):
             h.update(as_bytes(tensor).numpy().data)
         return h.hexdigest()
+
+
+def _plain(model: nn.Module) -> nn.Module:
+    """The module that torch.compile wrapped, so that it has the names of one that is not."""
+    plain: nn.Module = getattr(model, "_orig_mod", model)
+    return plain
+
+
+def _epochs(ledger: dict[str, Any]) -> int:
+    """Epochs of samples that are counted for good."""
+    counted: int = ledger["done"] + ledger["partly"] + ledger["skipped"]
+    return counted // ledger["samples"] if ledger["samples"] else 0
 
 
 def _norm_buffers(model: nn.Module, *, counters: bool) -> list[tuple[str, Tensor]]:

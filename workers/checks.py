@@ -1,0 +1,100 @@
+"""What cannot be trained as a replica is told at the door, before anybody waits for it.
+
+Between the averaged gradient and the parameters everything must be the same in every replica, and
+a function of the log: no closure that computes again, no schedule that follows a local metric, no
+scale of this worker's own.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer, SparseAdam
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from paramserver.errors import UserError
+
+STEPPED_BY_CLUSTER = "the schedule that attach() was given is stepped with every update"
+
+
+def check(model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler | None) -> None:
+    """Raise `UserError` for the first thing that a replica cannot do, with what to do instead."""
+    _check_parameters(model)
+    _check_optimizer(model, optimizer)
+    _check_scheduler(optimizer, scheduler)
+
+
+def _check_parameters(model: nn.Module) -> None:
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if not trained:
+        raise UserError("the model has no parameter that requires a gradient", "nothing to train")
+    for name, p in trained:
+        if p.is_complex():
+            raise UserError(
+                f"{name} is complex: averages are of real numbers",
+                "keep it as a real parameter, and use torch.view_as_complex in forward",
+            )
+    for name, module in model.named_modules():
+        is_embedding = isinstance(module, nn.Embedding | nn.EmbeddingBag)
+        if is_embedding and module.sparse and module.weight.requires_grad:
+            raise sparse(f"{name}.weight" if name else "weight")
+
+
+def sparse(name: str) -> UserError:
+    return UserError(f"{name} has a sparse gradient", "make its embedding with sparse=False")
+
+
+def _check_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
+    kind = type(optimizer).__name__
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        raise UserError(
+            f"{kind} computes the loss again and again within a step",
+            "use an optimizer whose step() needs no closure",
+        )
+    if isinstance(optimizer, SparseAdam):
+        raise UserError(f"{kind} is for sparse gradients, averages are dense", "use Adam")
+    # It may own frozen ones too.
+    owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for name, p in model.named_parameters():
+        if p.requires_grad and id(p) not in owned:
+            raise UserError(
+                f"{name} requires a gradient, but the optimizer does not have it",
+                "give it to the optimizer, or set requires_grad = False",
+            )
+
+
+def _check_scheduler(optimizer: Optimizer, scheduler: LRScheduler | None) -> None:
+    if isinstance(scheduler, ReduceLROnPlateau):
+        raise UserError(
+            "ReduceLROnPlateau follows a metric that differs between replicas",
+            "use a schedule that is a function of the step",
+        )
+    if scheduler is not None and scheduler.optimizer is not optimizer:
+        raise UserError(
+            "the scheduler belongs to another optimizer than the one that attach() was given",
+            "make it for this one",
+        )
+    if scheduler is None and hasattr(optimizer.step, "_wrapped_by_lr_sched"):
+        raise UserError(
+            "there is a schedule for this optimizer, but attach() was not given it",
+            "attach(..., scheduler=scheduler): it must be stepped in every replica alike",
+        )
+
+
+def refuse_step(scheduler: LRScheduler) -> Any:
+    """Let a call of `scheduler.step` from outside be told, not counted; returns the real one."""
+    step = scheduler.step
+
+    def refuse(epoch: object = None) -> None:
+        raise UserError(STEPPED_BY_CLUSTER, "leave scheduler.step() out of the loop")
+
+    scheduler.step = refuse  # type: ignore[method-assign]
+    return step
+
+
+def schedule_state(scheduler: LRScheduler) -> dict[str, Any]:
+    """Its `state_dict`, without what `refuse_step` has put among its attributes."""
+    return {name: value for name, value in scheduler.state_dict().items() if name != "step"}
