@@ -144,7 +144,7 @@ class Show:
         ledger = r.ledger
         members = max(1, len(r.workers_ready()))
         left = None
-        if ledger is not None:
+        if ledger is not None and ledger.samples:  # else nobody knows how many will come
             undone = ledger.total - ledger.counted
             left = -(-undone // (self.settings.batch_size * members))
         rate = (self.steps - steps) / seconds if seconds > 0 else None
@@ -164,7 +164,9 @@ class Show:
             phase=r.phase(now),
             step=r.step,
             total_steps=r.step + left if left is not None else None,
-            epoch=min(ledger.epochs, ledger.counted // ledger.samples + 1) if ledger else None,
+            epoch=min(ledger.epochs, ledger.counted // ledger.samples + 1)
+            if left is not None and ledger is not None
+            else None,
             num_epochs=self.settings.num_epochs,
             loss=self.train_loss(),
             val_accuracy=self.val.get("val_accuracy"),

@@ -7,6 +7,9 @@ nothing is applied twice. At any time, in samples:
 
     done + partly + skipped + leased + returned + ahead = epochs * samples
 
+Where workers bring samples of their own there is nothing to lease out: `OwnLedger` counts what they
+tell.
+
 No clock, no socket; the state goes as a small dict into every close (`state`, `from_state`).
 """
 
@@ -17,7 +20,7 @@ from typing import Any
 
 import msgspec
 
-from paramserver.wire import Lease
+from paramserver.wire import OWN, Lease
 
 DONE, PARTLY, SKIPPED, RETURNED = "done", "partly", "skipped", "returned"
 
@@ -32,6 +35,8 @@ class LedgerState(msgspec.Struct, frozen=True):
     done: int
     partly: int
     skipped: int
+    own: bool = False
+    """It was an `OwnLedger`."""
 
 
 class Ledger:
@@ -137,6 +142,10 @@ class Ledger:
             before = (lease[0], lease[2])
         if before > s.head:
             raise msgspec.ValidationError("what waits in the ledger was never leased")
+        if s.own and (s.samples, s.head, waiting) == (0, (0, 0), []):
+            own = OwnLedger()
+            own.done, own.partly, own.skipped = s.done, s.partly, s.skipped
+            return own
         spans = sum(stop - start for _, start, stop in waiting)
         if s.done + s.partly + s.skipped + spans != epoch * s.samples + start:
             raise msgspec.ValidationError("the ledger's sums do not agree")
@@ -145,3 +154,29 @@ class Ledger:
         ledger._epoch, ledger._start = s.head
         ledger._waiting = waiting
         return ledger
+
+
+class OwnLedger(Ledger):
+    """Of a run whose workers bring samples of their own: what they tell is counted, no more.
+
+    There is always another lease, `OWN`, and what is returned is forgotten: it is the worker's.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(samples=0, epochs=0)
+
+    def lease(self, size: int) -> Lease | None:
+        return OWN
+
+    def settle(self, lease: Lease, how: str) -> None:
+        """`lease` is (0, 0, so many samples as were told)."""
+        if how != RETURNED:
+            self._leased.add(lease)
+            super().settle(lease, how)
+
+    @property
+    def exhausted(self) -> bool:
+        return False
+
+    def state(self) -> dict[str, Any]:
+        return {**super().state(), "own": True}

@@ -14,7 +14,7 @@ import msgspec
 
 from paramserver.effects import Add, Effect, Finish
 from paramserver.ledger import DONE, PARTLY, RETURNED, SKIPPED
-from paramserver.wire import Join, Lease, Push, Ready
+from paramserver.wire import OWN, Join, Lease, Push, Ready
 
 PUSH_TIMES_KEPT = 64
 
@@ -88,6 +88,11 @@ class Member:
         self.bad: str | None = None  # why a bucket was refused as bad
         self.loss: float | None = None
 
+    def tells(self, samples: int) -> None:
+        """The first push tells how many samples a worker took that brings its own."""
+        if self.lease == OWN:
+            self.lease = (0, 0, samples)
+
     @property
     def samples(self) -> int:
         return self.lease[2] - self.lease[1]
@@ -144,7 +149,10 @@ class Round:
             return f"bucket {push.bucket} of round {push.round} came twice"
         if not 0 <= push.bucket < self._buckets:
             return f"there is no bucket {push.bucket}"
-        if push.samples != member.samples:
+        if member.lease == OWN:
+            if push.samples < 1:
+                return f"{push.samples} samples pushed"
+        elif push.samples != member.samples:
             return f"{push.samples} samples pushed for a lease of {member.samples}"
         if any(not 0 <= index < self._tensors for index in push.absent):
             return "it names parameters that the run does not have"

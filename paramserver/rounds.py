@@ -40,7 +40,7 @@ from paramserver.effects import (
     Start,
     Void,
 )
-from paramserver.ledger import DONE, PARTLY, RETURNED, Ledger
+from paramserver.ledger import DONE, PARTLY, RETURNED, Ledger, OwnLedger
 from paramserver.members import (
     ADOPTING,
     GREETED,
@@ -54,6 +54,7 @@ from paramserver.members import (
 )
 from paramserver.norms import Norms
 from paramserver.wire import (
+    FINISHED,
     Abort,
     Admit,
     Close,
@@ -240,16 +241,29 @@ class Rounds:
             return [Send(session, Reject("ready before joining"))]
         if peer.state != REPLICA:
             return []  # it lost its place meanwhile, and says so again when it has it back
-        if message.samples < 1 or message.batch_size < 1:
+        samples = 0 if message.own else message.samples
+        if not message.own and (samples < 1 or message.batch_size < 1):
             self._send(peer, Reject("a data set without samples", "give batches() a longer one"))
             return self._out()
         if self.ledger is None:
-            self.ledger = Ledger(message.samples, self.rules.epochs)
-        if message.samples != self.ledger.samples:
+            self.ledger = OwnLedger() if message.own else Ledger(samples, self.rules.epochs)
+        if message.own != isinstance(self.ledger, OwnLedger):
+            brings, has = "samples of its own", "one set that all share"
+            if not message.own:
+                brings, has = has, brings
             self._send(
                 peer,
                 Reject(
-                    f"{peer.name} has a data set of {message.samples} samples, "
+                    f"{peer.name} brings {brings}, the run has {has}",
+                    "use own_batches() in every worker, or in none",
+                ),
+            )
+            return self._out()
+        if samples != self.ledger.samples:
+            self._send(
+                peer,
+                Reject(
+                    f"{peer.name} has a data set of {samples} samples, "
                     f"the run has one of {self.ledger.samples}",
                     "every worker needs the same training set in the same order",
                 ),
@@ -326,6 +340,9 @@ class Rounds:
             if not self.ended:
                 self._say(f"{peer.name} left: {reason}")
             self._remove(peer, "left", now)
+            workers = any(p.role == "worker" for p in self.peers.values())
+            if isinstance(self.ledger, OwnLedger) and reason == FINISHED and not workers:
+                self._begin_end("every worker has finished", now, error=False)
             self._progress(now)
         return self._out()
 
@@ -342,6 +359,7 @@ class Rounds:
         peer, current = self.peers[session], self.round
         assert current is not None
         member = current.members[peer.id]
+        member.tells(push.samples)
         if bad is not None:
             member.bad = bad
             self._say(f"round {current.number}: {peer.name} refused: {bad}")

@@ -75,6 +75,9 @@ Place = tuple[Int, Int, Int]
 Lease = tuple[int, int, int]
 """(epoch, start, stop): a range of the epoch's shuffled order."""
 
+OWN: Lease = (0, 0, 0)
+"""The lease of a worker that brings samples of its own."""
+
 
 class Message(msgspec.Struct, frozen=True, tag_field="type", tag=str.lower, kw_only=True):
     """Base of all headers. `type` comes first on the wire: a SUB can subscribe by prefix."""
@@ -217,6 +220,9 @@ class Admit(Message, frozen=True):
 class Ready(Message, frozen=True):
     samples: Int
     batch_size: Int
+    own: bool = False
+    """It brings samples of its own: its lease is `OWN`, and its pushes tell how many they are of.
+    Then `samples` is 0."""
 
 
 class Unready(Message, frozen=True):
@@ -389,6 +395,10 @@ class Report(Message, frozen=True):
     step: Int
     values: dict[str, float | None]
     final: bool = False
+
+
+FINISHED = "finished"
+"""The reason of a worker that leaves because it is done."""
 
 
 class Goodbye(Message, frozen=True):

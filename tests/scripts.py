@@ -160,8 +160,10 @@ class Run:
         """Join with the newest state."""
         return self.join(who, life, step=self.rounds.step, lineage=self.rounds.lineage)
 
-    def ready(self, who: int, life: str = "", samples: int = 100, batch: int = 10) -> list[str]:
-        ready = wire.Ready(samples=samples, batch_size=batch)
+    def ready(
+        self, who: int, life: str = "", samples: int = 100, batch: int = 10, own: bool = False
+    ) -> list[str]:
+        ready = wire.Ready(samples=samples, batch_size=batch, own=own)
         return self._out(self.rounds.ready(session(who, life), ready, self.now))
 
     def unready(self, who: int) -> list[str]:

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from paramserver.ledger import DONE, PARTLY, RETURNED, SKIPPED, Ledger
-from paramserver.wire import Lease
+from paramserver.ledger import DONE, PARTLY, RETURNED, SKIPPED, Ledger, OwnLedger
+from paramserver.wire import OWN, Lease
 
 # ---------------------------------------------------------------------------------- scripts
 
@@ -161,6 +161,18 @@ def test_the_good_state_that_garbled_ones_are_made_of_is_good() -> None:
 )
 def test_a_state_that_may_be_is_taken(change: dict[str, Any]) -> None:
     assert Ledger.from_state({**GOOD, **change}).counted == 10
+
+
+def test_samples_of_ones_own_are_counted_as_they_are_told() -> None:
+    ledger = OwnLedger()
+    assert ledger.lease(8) == ledger.lease(1) == OWN
+    for told, how in ((5, DONE), (5, DONE), (3, PARTLY), (4, SKIPPED), (9, RETURNED)):
+        ledger.settle((0, 0, told), how)
+    ledger.settle(OWN, RETURNED)
+    assert (ledger.done, ledger.partly, ledger.skipped) == (10, 3, 4)
+    again = Ledger.from_state(ledger.state(), epochs=3)
+    assert isinstance(again, OwnLedger) and again.state() == ledger.state()
+    assert not again.exhausted and not again.finished and again.unleased() == 0
 
 
 def test_the_state_of_an_empty_set_may_be() -> None:

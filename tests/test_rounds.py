@@ -17,6 +17,69 @@ from paramserver.ledger import Ledger
 from paramserver.members import REPLICA
 from paramserver.rounds import Rounds, Rules
 
+# ------------------------------------------------------------------------ samples of one's own
+
+
+def of_their_own(*numbers: int) -> Run:
+    run = Run(observer=False, num_workers=len(numbers)).workers()
+    for who in numbers:
+        run.hello(who)
+        run.join(who)
+        run.snapshot(who)
+    for who in numbers:
+        run.ready(who, own=True, samples=0)
+    return run
+
+
+def test_who_brings_samples_of_its_own_tells_how_many() -> None:
+    run = of_their_own(1, 2)
+    assert run.push(1, 0, samples=0) == ["refused: 0 samples pushed"]
+    assert run.push(1, 0, samples=7) == ["add 1.0 x7"]
+    assert run.push(1, 1, samples=8) == ["refused: 8 samples pushed for a lease of 7"]
+    assert run.push(1, 1, samples=7) == ["add 1.1 x7"]
+    assert run.push(2, 0, samples=3) == ["add 2.0 x3", "average 1.0 of 10"]
+    assert but_words(run.push(2, 1, samples=3)) == [
+        "add 2.1 x3",
+        "average 1.1 of 10",
+        "close 1 to step 1, in it 1:7 2:3; open 2 at step 1 for 1: 0/0-0 0/0-0, 2: 0/0-0 0/0-0",
+    ]
+    assert run.push(2, 0, samples=4, bad="not finite")[1].startswith("w2 <- refused 2")
+    run.push(1, samples=5)
+    assert run.sums() == "15 done, 0 partly, 4 skipped; waiting nothing"
+
+
+def test_the_run_ends_when_all_who_brought_samples_have_finished() -> None:
+    run = of_their_own(1, 2)
+    run.push(1, samples=7), run.push(2, samples=3)
+    assert but_words(run.leave(1, "finished")) == ["forget w1"]
+    run.push(2, samples=3)
+    assert run.sums() == "13 done, 0 partly, 0 skipped; waiting nothing"
+    assert run.leave(2, "finished")[-1] == "end at step 2: every worker has finished"
+
+
+def test_the_run_does_not_end_with_one_who_was_killed() -> None:
+    run = of_their_own(1, 2)
+    run.leave(2, "finished")
+    assert not any("end at" in effect for effect in run.leave(1, "LookupError: enough"))
+    assert run.rounds.phase(0.0).startswith("paused: 0 of at least 1 workers ready")
+
+
+def test_all_bring_samples_of_their_own_or_nobody_does() -> None:
+    run = of_their_own(1, 2)
+    run.hello(3), run.join(3)
+    run.leave(2), run.push(1, samples=1)
+    run.snapshot(3)
+    [answer] = run.ready(3)
+    assert answer == (
+        "w3 <- reject: worker 3 (pi) brings one set that all share, the run has samples of its own"
+    )
+    run = Run(observer=False).workers(1, 2)
+    [answer] = run.ready(2, own=True, samples=0)
+    assert answer == (
+        "w2 <- reject: worker 2 (pi) brings samples of its own, the run has one set that all share"
+    )
+
+
 # ----------------------------------------------------------------------------- the first state
 
 

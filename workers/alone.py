@@ -17,7 +17,7 @@ import torch
 from paramserver import wire
 from paramserver.codec import fresh
 from paramserver.errors import UserError
-from paramserver.ledger import DONE, RETURNED, SKIPPED, Ledger
+from paramserver.ledger import DONE, RETURNED, SKIPPED, Ledger, OwnLedger
 from paramserver.mean import Mean
 from paramserver.schema import build, check_names
 from paramserver.settings import Settings
@@ -62,6 +62,7 @@ class Alone:
         self._got: set[int] = set()
         self._bad: str | None = None
         self._loss: float | None = None
+        self._samples = 0
 
     # ------------------------------------------------------------------ what a loop asks for
 
@@ -71,13 +72,12 @@ class Alone:
         self._mean = Mean(replica.plan, "float32", "float32", 1.0)
         return "origin"
 
-    def ready(self, samples: int, batch_size: int) -> None:
-        """Begin, or go on, with rounds of `batch_size` samples."""
+    def ready(self, samples: int, batch_size: int, own: bool = False) -> None:
+        """Begin, or go on, with rounds of `batch_size` samples, or of `own` ones."""
         assert self.follow is not None
-        if samples < 1 or batch_size < 1:
-            raise UserError("a data set without samples", "give batches() a longer one")
         if self._ledger is None:
-            self._ledger = Ledger(samples, self.welcome.settings["num_epochs"])
+            epochs = self.welcome.settings["num_epochs"]
+            self._ledger = OwnLedger() if own else Ledger(samples, epochs)
         if self._ledger.samples != samples:
             raise UserError(
                 f"a data set of {samples} samples, the run has one of {self._ledger.samples}",
@@ -125,7 +125,7 @@ class Alone:
         """One bucket is its own average; numbers that are not finite are refused as by a server."""
         bad, _ = self._mean.check(push.bucket, buffers, push.scale)
         self._bad = self._bad or bad
-        self._loss = push.loss
+        self._loss, self._samples = push.loss, push.samples
         average = wire.Average(
             nonce=self.welcome.nonce,
             round=push.round,
@@ -174,6 +174,8 @@ class Alone:
         """The gradient is complete: it is the next update of the log."""
         assert self._ledger is not None and self.follow is not None
         lease = self._leases.pop(0)
+        if lease == wire.OWN:
+            lease = (0, 0, self._samples)
         self._ledger.settle(lease, DONE if self._bad is None else SKIPPED)
         if self._bad is not None:
             self.say(f"round {self._round}: refused: {self._bad}")
@@ -184,7 +186,7 @@ class Alone:
             step=self.replica.step + 1,
             lineage=self.replica.lineage,  # nobody else needs a name for the state
             buckets=tuple(sorted(self._got)) if self._bad is None else (),
-            contributors={ID: lease[2] - lease[1]} if self._bad is None else {},
+            contributors={ID: self._samples} if self._bad is None else {},
             late={} if self._bad is None else {ID: self._bad},
             loss=self._loss,
             seconds=time.monotonic() - self._opened_at,

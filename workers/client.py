@@ -304,9 +304,10 @@ class Client:
 
     # ------------------------------------------------------------------ taking part
 
-    def ready(self, samples: int, batch_size: int) -> None:
-        """Ask for leases of `batch_size` from a set of `samples`, now and after every greeting."""
-        self._ready = wire.Ready(samples=samples, batch_size=batch_size)
+    def ready(self, samples: int, batch_size: int, own: bool = False) -> None:
+        """Ask for leases of `batch_size` from a set of `samples`, now and after every greeting; or,
+        with `own`, take part with samples of this worker's own."""
+        self._ready = wire.Ready(samples=samples, batch_size=batch_size, own=own)
         self._send(self._ready)
 
     def unready(self) -> None:

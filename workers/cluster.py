@@ -15,7 +15,7 @@ from __future__ import annotations
 import atexit
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -38,6 +38,7 @@ from workers.placed import LOOPBACK, listens, placed
 from workers.replica import Replica
 
 M = TypeVar("M", bound=nn.Module)
+T = TypeVar("T")
 
 
 def join(
@@ -90,7 +91,8 @@ class Cluster:
         self._taken: tuple[int, ...] = ()  # buckets of this round's gradient that are in the update
         self._greetings = client.greetings
         self._round = 0  # the round whose lease is being worked on
-        self._lease: Lease | None = None
+        self._samples = 0  # of the batch that is being worked on
+        self._own = False  # this worker takes part with samples of its own
         self._stepped = True  # step() was called for it
         self._sent = 0  # buckets of its gradient
         self._computing = 0  # since when; for a trace
@@ -173,6 +175,8 @@ class Cluster:
         if self._replica is None or self._gradients is None:
             raise UserError("batches() before attach()", "attach the model first")
         size = batch_size or int(self.settings["batch_size"])
+        if len(dataset) < 1 or size < 1:
+            raise UserError("a data set without samples", "give batches() a longer one")
         load = _loader(dataset, device)
         shuffled = _Shuffled(len(dataset), int(self.settings["seed"]))
         ahead: dict[Lease, Future[Any]] = {}
@@ -196,22 +200,70 @@ class Cluster:
                     load_ahead()
                 with trace.span("load"):
                     data = loading.result() if loading else load(shuffled.indices(lease))
-                self._gradients.begin()
-                self._stepped, self._sent = False, 0
-                self._computing = trace.now()
+                self._begin(lease[2] - lease[1])
                 yield data
-                if not self._stepped:
-                    raise UserError(
-                        "optimizer.step() was not called for the last batch",
-                        "call it once for every batch, on the optimizer that attach() returned",
-                    )
+                self._check_stepped()
         finally:
             self._load_ahead = None
             loaders.shutdown(wait=False, cancel_futures=True)
-            if self.client.ended is not None:
-                self.client.goodbye("finished")  # the server need not wait for what comes next here
-            else:
-                self.client.unready()
+            self._leave_loop()
+
+    def own_batches(
+        self, batches: Iterable[T], *, samples: Callable[[T], int] | None = None
+    ) -> Iterator[T]:
+        """Batches of this worker's own: any iterable, a DataLoader say, whose data stay here.
+
+        Each one is part of a round, whose average weighs it by `samples(batch)`: by default the
+        length of the batch, or of its first tensor. One call is one pass; call it again for the
+        next one, and `leave` after the last. The run ends when all workers have left so.
+        """
+        if self._replica is None:
+            raise UserError("own_batches() before attach()", "attach the model first")
+        if self._replica.schedule_by == "epoch":
+            raise UserError(
+                "a schedule by epoch follows the epochs of a set that all workers share",
+                "attach(schedule_by='step')",
+            )
+        if not self._own:
+            self._own = True
+            self.client.ready(0, 1, own=True)
+        whole = False  # the pass
+        try:
+            for batch in batches:
+                count = _length(batch) if samples is None else samples(batch)
+                if count < 1:
+                    raise UserError(f"a batch of {count} samples", "leave it out")
+                if self._next_lease() is None:
+                    break
+                self._begin(count)
+                yield batch
+                self._check_stepped()
+            whole = True
+        finally:
+            if not whole or self.client.ended is not None:
+                self._own = False
+                self._leave_loop()
+
+    def _begin(self, samples: int) -> None:
+        """A batch of this worker's is about to be computed."""
+        assert self._gradients is not None
+        self._gradients.begin()
+        self._stepped, self._sent, self._samples = False, 0, samples
+        self._computing = trace.now()
+
+    def _check_stepped(self) -> None:
+        if not self._stepped:
+            raise UserError(
+                "optimizer.step() was not called for the last batch",
+                "call it once for every batch, on the optimizer that attach() returned; to "
+                "accumulate, split the batch: attach(accumulate=...)",
+            )
+
+    def _leave_loop(self) -> None:
+        if self.client.ended is not None:
+            self.client.goodbye(wire.FINISHED)  # the server need not wait for what comes next here
+        else:
+            self.client.unready()
 
     def _next_lease(self) -> Lease | None:
         """Wait, following the log, until there is a round with a lease for us; None at the end."""
@@ -230,8 +282,8 @@ class Cluster:
         if client.ended is not None:
             return None
         assert found is not None
-        self._round, self._lease = found
-        return self._lease
+        self._round, lease = found
+        return lease
 
     # ------------------------------------------------------------------ the exchange
 
@@ -241,8 +293,7 @@ class Cluster:
 
     def _send_bucket(self, bucket: Bucket, values: Tensor, absent: tuple[int, ...]) -> None:
         """A bucket of this step's gradient is complete: encode and send it, look what came in."""
-        assert self._lease is not None and self._replica is not None
-        assert self._feedback is not None
+        assert self._replica is not None and self._feedback is not None
         with trace.span("encode", bucket=bucket.index):
             buffers, scale = self._feedback.encode(bucket, values, absent)
         self._sent += 1
@@ -252,7 +303,7 @@ class Cluster:
             wire.Push(
                 round=self._round,
                 bucket=bucket.index,
-                samples=self._lease[2] - self._lease[1],
+                samples=self._samples,
                 absent=absent,
                 scale=scale,
                 loss=None if loss is None or not last else float(loss),
@@ -296,7 +347,7 @@ class Cluster:
 
     # ------------------------------------------------------------------ leaving
 
-    def leave(self, reason: str = "finished") -> None:
+    def leave(self, reason: str = wire.FINISHED) -> None:
         """Say goodbye and close the sockets; safe to call twice, and called at exit."""
         atexit.unregister(self.leave)
         self.client.goodbye(reason)
@@ -306,7 +357,7 @@ class Cluster:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        self.leave("finished" if error is None else f"{type(error).__name__}: {error}")
+        self.leave(wire.FINISHED if error is None else f"{type(error).__name__}: {error}")
 
     @property
     def end(self) -> wire.End | None:
@@ -360,6 +411,21 @@ class _Shuffled:
             self._orders = {e: o for e, o in self._orders.items() if e == epoch - 1}
             self._orders[epoch] = order(self._samples, self._seed, epoch)
         return self._orders[epoch][start:stop]
+
+
+def _length(batch: Any) -> int:
+    """How many samples a batch holds: the length of its first tensor, or its own."""
+    if isinstance(batch, Tensor):
+        return batch.shape[0] if batch.dim() else 1
+    if isinstance(batch, dict):
+        batch = list(batch.values())
+    if isinstance(batch, list | tuple) and batch and isinstance(batch[0], Tensor | list | tuple):
+        return _length(batch[0])
+    if isinstance(batch, Sized):
+        return len(batch)
+    raise UserError(
+        f"how many samples are in a {type(batch).__name__}?", "own_batches(..., samples=...)"
+    )
 
 
 def _do_now(function: Callable[..., Any], *arguments: Any) -> Future[Any]:
