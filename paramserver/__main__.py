@@ -20,15 +20,18 @@ from typing import Any
 import msgspec
 
 from paramserver import runfolder, trace, wire
+from paramserver.address import LOOPBACK, listen
 from paramserver.config import exit_on_user_error, load, save, to_wire
 from paramserver.display import Display, Status, WorkerStatus
 from paramserver.errors import UserError
+from paramserver.keys import load_or_make
+from paramserver.keys import path as keys_path
 from paramserver.members import Tally
 from paramserver.runfolder import EvalLine, Record, RunFolder, StepLine
 from paramserver.server import Server
 from paramserver.settings import Settings
+from paramserver.sockets import is_loopback
 
-LOOPBACK = "127.0.0.1"
 OBSERVER_RESTARTS = 3
 OBSERVER_PATIENCE_S = 90.0
 LOSSES_KEPT = 100
@@ -347,18 +350,18 @@ def _serve(
     comeback: bool = False,
 ) -> int | None:
     """Run the server of one run; None where it was to go on and nobody came back to it."""
-    hosts = [LOOPBACK]
-    if settings.host_ip in ("0.0.0.0", "::"):
-        hosts = [settings.host_ip]  # every address, loopback among them
-    elif settings.host_ip not in (None, "localhost", LOOPBACK):
-        hosts.append(str(settings.host_ip))
+    hosts, guarded = listen(settings.host_ip, settings.security)
+    keys, new_keys = None, False
     show = Show(settings, folder)
     noted = show.past.last.step if show.past.last is not None else 0
     run, key = record.run, secrets.token_hex(16)
     try:
+        if guarded:
+            keys, new_keys = load_or_make()
         server = Server(
             settings, record.settings, show,
             hosts=hosts, run=run, observer_key=key, comeback=noted if comeback else None,
+            guarded=guarded, keys=None if keys is None else keys.for_server(),
         )  # fmt: skip
     except UserError:
         if not comeback:
@@ -371,8 +374,18 @@ def _serve(
         if not comeback:
             save(settings, folder.config)
             show.tell(folder.write_record(record))
-        where = ", ".join(f"{h}:{settings.port}" for h in hosts)
+        where = ", ".join(f"{h}:{settings.port}" for h in (*hosts, *guarded))
         show.say(f"server at {where}, run folder {folder.path}")
+        if keys is not None:
+            if new_keys:
+                show.say(f"made the keys of this cluster: {keys_path()}")
+            token = keys.token(guarded[0], settings.port)
+            show.say(f"other machines join with: {_join_command(token)}")
+        elif exposed := [h for h in hosts if not is_loopback(h)]:
+            show.say(
+                f"security=none: whoever reaches {', '.join(exposed)} can read the model and "
+                "spoil the training"
+            )
         if comeback:
             show.say(
                 "this run has not ended: waiting for its replicas to come back "
@@ -406,6 +419,14 @@ def _serve(
         raise observer.problem
     _write_results(show, summary, end)
     return 1 if end.error else 0
+
+
+def _join_command(token: str) -> str:
+    """How a worker is started in the way that this server was."""
+    if "MAKELEVEL" in os.environ:
+        return f"make worker ID=2 JOIN={token}"
+    installed = Path(sys.argv[0]).name == "paramserver-server"
+    return f"{'paramserver-worker' if installed else 'python -m workers'} id=2 join={token}"
 
 
 def _write_results(show: Show, summary: dict[str, Any], end: wire.End) -> None:

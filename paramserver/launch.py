@@ -82,7 +82,7 @@ def _end(processes: list[subprocess.Popen[bytes]], patience_s: float) -> None:
 
 def _for_workers(name: str) -> bool:
     """Settings of one process that the workers of a demo share with the server."""
-    return scope(name) == "local" and name not in ("id", "run_dir", "plain", "host_ip")
+    return scope(name) == "local" and name not in ("id", "run_dir", "plain", "host_ip", "join")
 
 
 def _watch(

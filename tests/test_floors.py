@@ -18,12 +18,13 @@ CLONE = Path(__file__).resolve().parent.parent
 PACKAGES = ("paramserver", "workers")
 
 FLOORS = {
-    4: "paramserver.__main__ paramserver.config paramserver.display paramserver.launch "
-    "workers.__main__ workers.observe workers.train",
+    4: "paramserver.__main__ paramserver.config paramserver.display paramserver.keys "
+    "paramserver.launch workers.__main__ workers.observe workers.train",
     3: "paramserver.curves paramserver.runfolder paramserver.server "
     "workers workers.alone workers.checkpoint workers.checks workers.client workers.cluster "
     "workers.gradients workers.logbook workers.recipe workers.replica",
-    2: "paramserver.arena paramserver.sockets workers.data workers.models",
+    2: "paramserver.address paramserver.arena paramserver.gate paramserver.sockets workers.data "
+    "workers.models",
     1: "paramserver.bucket paramserver.codec paramserver.feedback paramserver.mean workers.state",
     0: "paramserver paramserver.comeback paramserver.digests paramserver.effects "
     "paramserver.errors paramserver.jointoken paramserver.ledger paramserver.members "

@@ -27,6 +27,7 @@ from paramserver import arena, sockets, trace, wire
 from paramserver.bucket import FLOAT32_BYTES
 from paramserver.codec import fresh
 from paramserver.errors import PeerError, RunLost, UserError
+from paramserver.gate import Knock
 from workers import follow
 from workers.replica import Replica
 from workers.state import as_bytes, dtype_name, empty, flatten, pieces, unflatten
@@ -58,9 +59,13 @@ class Client:
         role: str = "worker",
         id: int | None = None,
         key: str = "",
+        keys: sockets.PeerKeys | None = None,
         say: Say = print,
     ) -> None:
+        """`keys` are needed where the server lets in only those who have them; `key` is what the
+        server's own observer shows."""
         self.host, self.port = host, port
+        self._keys = keys
         self.say = say
         self.replica: Replica | None = None
         self.follow: follow.Follow | None = None
@@ -89,6 +94,7 @@ class Client:
         )
         self._ctx = sockets.context()
         self._door: zmq.Socket[bytes] | None = None
+        self._knock: Knock | None = None  # what becomes of the door's handshakes
         self._link: zmq.Socket[bytes] | None = None
         self._sub: zmq.Socket[bytes] | None = None
         self._link_kind = "tcp"
@@ -119,8 +125,11 @@ class Client:
 
     def connect(self, deadline_s: float) -> wire.Welcome:
         """Find the server and be welcomed, within `deadline_s`; says what it waits for. Raises
-        `RunLost` when `abandoned` is set meanwhile."""
-        door = self._door = sockets.dealer(self._ctx, sockets.tcp(self.host, self.port))
+        `UserError` where it refuses, `RunLost` when `abandoned` is set meanwhile."""
+        door = self._door = sockets.dealer(self._ctx)
+        with_keys = self._keys is not None
+        knock = self._knock = Knock(self._ctx, door, self.host, self.port, with_keys=with_keys)
+        sockets.connect(door, sockets.tcp(self.host, self.port), self._keys)
         start, told, hello_at = time.monotonic(), False, -math.inf
         while True:
             waited = time.monotonic() - start
@@ -129,6 +138,7 @@ class Client:
                 hello_at = waited
             if self.abandoned.is_set():
                 raise RunLost("the run is over")
+            knock.check()
             if door.poll(min(500, max(0, int(1000 * (deadline_s - waited))))):
                 message = self._decode(door.recv_multipart(copy=False))[0]
                 if isinstance(message, wire.Welcome):
@@ -176,10 +186,13 @@ class Client:
                 self._shared = Path(welcome.shared)
         of_run = welcome.settings
         mark = sockets.mark(of_run["history_mb"], of_run["bucket_mb"])
-        self._sub = sockets.subscriber(self._ctx, pub, mark)
+        keys = None if self._link_kind == "ipc" else self._keys
+        self._sub = sockets.subscriber(self._ctx, mark)
         for kind in (wire.Close, wire.Open, wire.Pulse, wire.Probe, wire.End):
             sockets.subscribe(self._sub, wire.topic(kind))
-        self._link = sockets.dealer(self._ctx, router)
+        self._link = sockets.dealer(self._ctx)
+        sockets.connect(self._sub, pub, keys)
+        sockets.connect(self._link, router, keys)
         self._poller = zmq.Poller()
         self._poller.register(self._link, zmq.POLLIN)
         self._poller.register(self._sub, zmq.POLLIN)
@@ -377,9 +390,10 @@ class Client:
             self._beating.set()
             self._beat_thread.join()
             self._beat_thread = None
-        for s in (self._door, self._link, self._sub):
+        for s in (self._door, self._link, self._sub, self._knock):
             if s is not None:
                 s.close()
+        self._knock = None
         self._door = self._link = self._sub = None
         self._shared = self._outbox = self._ring = None
 
@@ -460,6 +474,8 @@ class Client:
             return
         effect = f.tick(now, self.heartbeat_timeout / 2)
         if isinstance(effect, follow.Silent):
+            if self._knock is not None:
+                self._knock.check()  # it may have been started again, with other keys
             if effect.seconds > self.give_up_s:
                 raise RunLost(
                     f"the server at {self.host}:{self.port} has been silent for "
