@@ -30,7 +30,7 @@ from paramserver.members import Tally
 from paramserver.runfolder import EvalLine, Record, RunFolder, StepLine
 from paramserver.server import Server
 from paramserver.settings import Settings
-from paramserver.sockets import is_loopback
+from paramserver.sockets import allow_connections, is_loopback
 
 OBSERVER_RESTARTS = 3
 OBSERVER_PATIENCE_S = 90.0
@@ -324,18 +324,19 @@ def serve(settings: Settings) -> int:
     settings, it goes on, if anybody comes back to it.
     """
     trace.begin("server")
+    allow_connections()
     parent, told = Path(settings.run_dir), to_wire(settings)
     resume, before = None, None
     if settings.resume is not None:
         resume = runfolder.find_checkpoint(settings.resume, parent)
     else:
-        before = runfolder.unended(parent, settings.port, told)
+        before = runfolder.unended(parent, settings.port, told, settings.host_ip)
     if before is not None:
         code = _serve(settings, *before, comeback=True)
         if code is not None:
             return code
     host, run = socket.gethostname(), secrets.token_hex(8)
-    record = Record(run=run, host=host, port=settings.port, settings=told)
+    record = Record(run=run, host=host, port=settings.port, settings=told, host_ip=settings.host_ip)
     code = _serve(settings, RunFolder.create(parent, datetime.now()), record, resume=resume)
     assert code is not None
     return code
@@ -364,6 +365,7 @@ def _serve(
             guarded=guarded, keys=None if keys is None else keys.for_server(),
         )  # fmt: skip
     except UserError:
+        folder.close()
         if not comeback:
             folder.path.rmdir()  # nothing is in it
         raise

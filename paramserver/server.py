@@ -375,7 +375,8 @@ class Server:
 
     def _greet(self, sender: bytes, hello: wire.Hello, now: float) -> None:
         if self.rounds.coming_back and hello.role == "worker" and hello.run is None:
-            return  # it asks again: first comes who holds the run
+            self._send_raw(sender, wire.Later(self.rounds.phase(now)))
+            return  # first comes who holds the run
         refuse = ""
         if hello.protocol != wire.PROTOCOL:
             refuse = f"this server speaks protocol {wire.PROTOCOL}, you speak {hello.protocol}"

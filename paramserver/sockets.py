@@ -11,9 +11,11 @@ import errno
 import ipaddress
 import math
 import os
+import resource
 import socket
 import stat
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
@@ -27,6 +29,7 @@ BUCKETS_WAITING = 8
 SMALL_MESSAGES = 64  # room for what is not a bucket
 HISTORY_MIN_MB = 64.0
 FRAME_OVERHEAD = 4096
+CONNECTIONS = 10_000  # macOS allows 10,240 by default
 ZAP_DOMAIN = "paramserver"
 _EVENTS, _POLLIN = zmq.EVENTS, int(zmq.POLLIN)
 
@@ -67,6 +70,19 @@ def _make(
     s.setsockopt(zmq.RECONNECT_IVL, 50)
     s.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
     return s
+
+
+def allow_connections() -> None:
+    """Let this process have as many connections as its user may, within reason.
+
+    Out of file descriptors, ZeroMQ's I/O thread turns in circles until one is free: strangers could
+    slow a run by some hundred connections that say nothing.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = CONNECTIONS if hard == resource.RLIM_INFINITY else min(hard, CONNECTIONS)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with suppress(ValueError, OSError):  # the system has another limit
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def router(ctx: zmq.Context[zmq.Socket[bytes]], frame_bytes_max: int) -> zmq.Socket[bytes]:

@@ -108,6 +108,14 @@ def test_the_command_line_goes_before_the_environment_and_that_before_a_file(
     assert load(["join=from_the_line"], "worker").settings.join == "from_the_line"
 
 
+def test_null_on_the_command_line_is_no_token(
+    in_a_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_a_folder.write_text("join: from_a_file\n")
+    monkeypatch.setenv("PARAMSERVER_JOIN", "from_the_environment")
+    assert load(["join=null"], "worker").settings.join is None
+
+
 @pytest.mark.usefixtures("in_a_folder")
 def test_a_server_does_not_keep_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
     """It would end up in config.yaml, and at W&B."""

@@ -256,7 +256,9 @@ class Served:
     end of the block every thread that began in it must have ended.
     """
 
-    def __init__(self, *, keys: Keys | None = None, **settings: Any) -> None:
+    def __init__(
+        self, *, keys: Keys | None = None, comeback: int | None = None, **settings: Any
+    ) -> None:
         """With `keys`, only who has them gets in, on loopback too."""
         self._threads = set(threading.enumerate())
         self.port = free_port()
@@ -273,6 +275,7 @@ class Served:
             observer_key="",
             guarded=[LOOPBACK] if keys else [],
             keys=keys.for_server() if keys else None,
+            comeback=comeback,
         )
         self._keys = keys_of(decode(keys.token(LOOPBACK, self.port))) if keys else None
         self._pool = ThreadPoolExecutor(16)
@@ -313,11 +316,13 @@ class Served:
             print("--- the server:", *self.said, sep="\n")
             self._pool.shutdown(wait=False)
 
-    def join(self, number: int, say: Callable[[str], None]) -> Cluster:
+    def join(
+        self, number: int, say: Callable[[str], None], join_timeout: float = DEADLINE_S
+    ) -> Cluster:
         """Take part as this worker, with the keys if there are any."""
         client = Client(LOOPBACK, self.port, id=number, keys=self._keys, say=say)
         try:
-            client.connect(DEADLINE_S)
+            client.connect(join_timeout)
         except BaseException:
             client.close()
             raise

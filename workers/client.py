@@ -130,35 +130,39 @@ class Client:
         with_keys = self._keys is not None
         knock = self._knock = Knock(self._ctx, door, self.host, self.port, with_keys=with_keys)
         sockets.connect(door, sockets.tcp(self.host, self.port), self._keys)
-        start, told, hello_at = time.monotonic(), False, -math.inf
+        start = time.monotonic()
+        deadline, hello_at, told = start + deadline_s, start, ""
         while True:
-            waited = time.monotonic() - start
-            if waited - hello_at > HELLO_INTERVAL_S:  # one may be lost with a cut connection
+            now = time.monotonic()
+            if now >= hello_at:  # one may be lost with a cut connection
                 door.send_multipart(wire.to_frames(self._hello))
-                hello_at = waited
+                hello_at = now + HELLO_INTERVAL_S
             if self.abandoned.is_set():
                 raise RunLost("the run is over")
             knock.check()
-            if door.poll(min(500, max(0, int(1000 * (deadline_s - waited))))):
+            if door.poll(min(500, max(0, int(1000 * (deadline - now))))):
                 message = self._decode(door.recv_multipart(copy=False))[0]
                 if isinstance(message, wire.Welcome):
                     break
                 if isinstance(message, wire.Reject):
                     raise UserError(message.reason, message.hint)
+                if isinstance(message, wire.Later):  # it lives, and has a deadline of its own
+                    hello_at = time.monotonic() + HELLO_INTERVAL_S
+                    deadline = hello_at + deadline_s
+                    if told != message.reason:
+                        told = message.reason
+                        self.say(f"the server is {told}")
                 continue
-            waited = time.monotonic() - start
-            if waited > deadline_s:
+            now = time.monotonic()
+            if now > deadline:
                 raise UserError(
                     f"no server answered at {self.host}:{self.port} within {deadline_s:g} s",
                     "is it running (make server)? another address: host_ip=..., another port: "
                     "port=..., a longer wait: join_timeout=...",
                 )
-            if not told and waited > 1:
-                self.say(
-                    f"waiting for a server at {self.host}:{self.port} "
-                    f"(for {deadline_s:g} s; start one with: make server)"
-                )
-                told = True
+            if not told and now > start + 1:
+                told = f"waiting for a server at {self.host}:{self.port}"
+                self.say(f"{told} (for {deadline_s:g} s; start one with: make server)")
         self._check(message)
         self.welcome = message
         self.greetings += 1
