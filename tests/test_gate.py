@@ -151,8 +151,9 @@ def test_a_stranger_cannot_say_anything(name: str) -> None:
     )
     with a_guarded_run() as served, stranger(zmq.DEALER, served.port, STRANGERS[name][0]) as s:
         for _ in range(100):
-            s.send_multipart(wire.to_frames(hello))
-            s.send_multipart([b"rubbish"])
+            with suppress(zmq.Again):  # ZeroMQ may have given the connection up already
+                s.send_multipart(wire.to_frames(hello), zmq.NOBLOCK)
+                s.send_multipart([b"rubbish"], zmq.NOBLOCK)
         served.until_said(STRANGERS[name][2])
         assert not s.poll(0)
         assert len(served.server.rounds.peers) == 2
@@ -265,16 +266,16 @@ def test_two_machines_a_killed_server_and_new_keys(tmp_path: Path) -> None:
         second, same = server()
         assert same == token
         second.wait_for("training, step")
-        second.send(signal.SIGINT)
-        assert second.end() == 0, second.output
-        assert [worker.end() for worker in workers] == [0, 0]
         assert "the run goes on after step" in second.output
-        assert run.summary()["replicas_equal"] and len(run.runs) == 1
+        second.kill()
 
         keys = run.start("make keys", "-m", "paramserver.keys", "rotate", address, **home)
         assert keys.end() == 0, keys.output
         third, new = server()
         assert new != token
-        assert f"{where} has other keys" in refused(f"join={token}")
+        assert workers[1].end() == 2, workers[1].output
+        assert f"error: the server at {where} has other keys" in workers[1].output
+        third.wait_for("training, step")  # with the worker on its own machine
         third.send(signal.SIGINT)
-        third.end()
+        assert (third.end(), workers[0].end()) == (0, 0)
+        assert len(run.runs) == 1

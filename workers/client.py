@@ -133,13 +133,14 @@ class Client:
         start = time.monotonic()
         deadline, hello_at, told = start + deadline_s, start, ""
         while True:
+            knock.check()
             now = time.monotonic()
             if now >= hello_at:  # one may be lost with a cut connection
-                door.send_multipart(wire.to_frames(self._hello))
+                with contextlib.suppress(zmq.Again):  # refused just now: the next check tells why
+                    door.send_multipart(wire.to_frames(self._hello), zmq.NOBLOCK)
                 hello_at = now + HELLO_INTERVAL_S
             if self.abandoned.is_set():
                 raise RunLost("the run is over")
-            knock.check()
             if door.poll(min(500, max(0, int(1000 * (deadline - now))))):
                 message = self._decode(door.recv_multipart(copy=False))[0]
                 if isinstance(message, wire.Welcome):
@@ -381,7 +382,8 @@ class Client:
         digest, step = "", 0
         if self.replica is not None and self._joined:
             digest, step = self.replica.digest(), self.replica.step
-        self._send(wire.Goodbye(reason=reason, step=step, digest=digest))
+        with contextlib.suppress(UserError):  # it lets nobody in any more
+            self._send(wire.Goodbye(reason=reason, step=step, digest=digest))
         self._link.linger = 2000
 
     def close(self) -> None:
@@ -826,7 +828,17 @@ class Client:
 
     def _send(self, message: wire.Message, *buffers: Any) -> None:
         assert self._link is not None
-        self._link.send_multipart(wire.to_frames(message, *buffers), copy=not buffers)
+        try:
+            self._link.send_multipart(
+                wire.to_frames(message, *buffers), zmq.NOBLOCK, copy=not buffers
+            )
+        except zmq.Again:  # not its mark, it has none: ZeroMQ has given this connection up
+            if self._knock is not None:
+                self._knock.check()
+            raise RunLost(
+                f"the server at {self.host}:{self.port} does not let this worker in any more",
+                "was it started again with other keys, or another security=?",
+            ) from None
 
     def _start_beating(self, session: str) -> None:
         assert self._door is not None
