@@ -161,26 +161,17 @@ def exchange(effort: Effort, machine: Machine) -> Groups:
             for codec in effort.codecs:
                 row = Row("exchange", size, workers, our_name(codec), "ms")
                 cases.append(Case(row, partial(_ours, limits, size, workers, codec, machine)))
-            for how, guarded in {"tcp": False, "tcp with CURVE": True}.items():
-                if effort.extras:
-                    name = f"{our_name(DEFAULT.codec)}, {how}"
-                    row = Row("exchange", size, workers, name, "ms")
-                    ours = partial(_ours, limits, size, workers, DEFAULT.codec, machine)
-                    cases.append(Case(row, partial(ours, tcp=True, guarded=guarded)))
+            if effort.extras:
+                row = Row("exchange", size, workers, f"{our_name(DEFAULT.codec)}, tcp", "ms")
+                ours = partial(_ours, limits, size, workers, DEFAULT.codec, machine, tcp=True)
+                cases.append(Case(row, ours))
             yield cases
 
 
 def _ours(
-    limits: Limits,
-    size: str,
-    workers: int,
-    codec: str,
-    machine: Machine,
-    *,
-    tcp: bool = False,
-    guarded: bool = False,
+    limits: Limits, size: str, workers: int, codec: str, machine: Machine, tcp: bool = False
 ) -> Figure:
-    one = runs.exchange(limits, size, workers, codec, tcp=tcp, guarded=guarded)
+    one = runs.exchange(limits, size, workers, codec, tcp=tcp)
     if tcp:
         limit_s = (one.sent_bytes + one.received_bytes) / machine.tcp_rate
     else:  # what goes up is written and read; what comes down, written once for all, is read

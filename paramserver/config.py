@@ -4,8 +4,6 @@ The only file that sees OmegaConf. Later over earlier:
 
     the defaults in `settings` < cluster YAML < model YAML < command line (``key=value``)
 
-A worker's `join` may also come from the environment, which goes before the files.
-
 Both files share one namespace, so either may hold any setting. The default ones are
 ``conf/cluster.yaml`` and ``conf/model.yaml``, of the current folder or else those that come with
 the installation; ``cluster=`` and ``model=`` choose others, by path or by name under ``conf/``. A
@@ -35,7 +33,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from paramserver.errors import UserError
-from paramserver.jointoken import VARIABLE
+from paramserver.fleet.hosts import spelled_out
 from paramserver.schema import (
     KEYS,
     Program,
@@ -53,6 +51,7 @@ __all__ = [
     "Loaded",
     "Program",
     "check_worker_overrides",
+    "dump",
     "exit_on_user_error",
     "from_wire",
     "help_text",
@@ -102,10 +101,6 @@ def load(argv: list[str], program: Program) -> Loaded:
     if "model" in chosen or not ("cluster" in chosen and "model" in layers[0].tree):
         files.append(_find("model", chosen.get("model")))
         layers += [_read_file(path) for path in files[1:] if path]
-    if program == "worker" and os.environ.get(VARIABLE):
-        layers.append(
-            _Layer(f"environment variable {VARIABLE}", {"join": os.environ[VARIABLE]}, {})
-        )
     layers.append(command_line)
 
     merged = asdict(Settings())
@@ -126,20 +121,24 @@ def load(argv: list[str], program: Program) -> Loaded:
         tree = _plain(OmegaConf.to_container(config, resolve=True, throw_on_missing=True))
     except OmegaConfBaseException as error:
         raise _unresolved(error, where) from None
-    if program != "worker":
-        tree["join"] = None  # it is a secret, and nothing to a server
     settings = build(tree, where)
     final = flatten(asdict(settings))
     given = {name: final[name] for name in flatten(command_line.tree) if name in final}
     if program == "worker":
         _refuse_servers_own(given)
+        _one_address(settings.host_ip)
     return Loaded(settings, given, tuple(path for path in files if path))
+
+
+def dump(settings: Settings) -> str:
+    """Every setting as YAML; a file of it, given as ``cluster=``, is the same settings."""
+    return OmegaConf.to_yaml(asdict(settings))
 
 
 def save(settings: Settings, path: Path) -> None:
     """Write every setting as YAML; ``cluster=<path>`` loads it again. Raises `OSError`."""
     head = "# What this run really used. A run like it: python -m paramserver cluster=<this file>\n"
-    path.write_text(head + OmegaConf.to_yaml(asdict(settings)), encoding="utf-8")
+    path.write_text(head + dump(settings), encoding="utf-8")
 
 
 def to_wire(settings: Settings) -> dict[str, Any]:
@@ -249,7 +248,7 @@ def _read_file(path: Path) -> _Layer:
             raise UserError(f"{path} holds no settings", "they are lines of `key: value`")
         lines = _lines(node) if node else {}
         pairs = _plain(OmegaConf.to_container(OmegaConf.create(text))).items()
-        tree = _nest(pairs, str(path))
+        tree = _spelled_out(_nest(pairs, str(path)), str(path))
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line if error.problem_mark else 0
         tab = "\t" in "".join(text.splitlines()[line : line + 1])
@@ -263,6 +262,13 @@ def _read_file(path: Path) -> _Layer:
         reason = str(error).splitlines()[0]
         raise UserError(f"cannot read {path}: {reason}", "it must be YAML, in UTF-8") from None
     return _Layer(str(path), tree, lines)
+
+
+def _spelled_out(tree: dict[str, Any], source: str) -> dict[str, Any]:
+    try:
+        return spelled_out(tree)
+    except UserError as error:
+        raise UserError(f"{error.problem} ({source})", error.hint) from None
 
 
 def _lines(node: Any, prefix: str = "") -> dict[str, int]:
@@ -351,6 +357,14 @@ def _unresolved(error: OmegaConfBaseException, where: Where) -> UserError:
         f"cannot fill in {name}: {problem}" + (f" ({place})" if place else ""),
         "${key} stands for another setting, ${oc.env:NAME} for an environment variable",
     )
+
+
+def _one_address(host_ip: str | None) -> None:
+    """What a worker dials, where a server may have several addresses, or choose one itself."""
+    if host_ip is not None and (host_ip == "auto" or "," in host_ip):
+        raise UserError(
+            f"a worker dials one address, not {host_ip}", "the server prints where it listens"
+        )
 
 
 def _refuse_servers_own(given: Mapping[str, object]) -> None:

@@ -138,7 +138,7 @@ class Display:
     def say(self, line: str) -> None:
         """Print a line with a time stamp, above the drawing."""
         stamp = self._clock().strftime("%H:%M:%S")
-        text = Text.assemble((stamp, "dim"), "  ", _clean(line))
+        text = Text.assemble((stamp, "dim"), "  ", printable(line))
         self._pending.append(self._rendered(text, soft_wrap=True))
         self._emit()
 
@@ -153,7 +153,7 @@ class Display:
         self._drawing = ""
         self._pending.append(self._rendered(_summary_table(summary)))
         if run_folder:
-            self._pending.append(self._rendered(Text(f"  {_clean(run_folder)}"), soft_wrap=True))
+            self._pending.append(self._rendered(Text(f"  {printable(run_folder)}"), soft_wrap=True))
         self._emit(LAST_WAIT_S)
 
     def close(self) -> None:
@@ -188,15 +188,15 @@ class Display:
         pause_s = PLAIN_S if phase == self._phase else PHASE_S
         if now < self._line_at + pause_s:
             return
-        parts = [_clean(status.phase)]
+        parts = [printable(status.phase)]
         if status.step:
             parts += [f"step {_step(status)}", *_figures(status)]
             if status.eta_s is not None and status.phase == TRAINING:
                 parts.append(f"{_clock_time(status.eta_s)} left")
-        parts += [f"worker {w.id} {_clean(w.trouble)}" for w in status.workers if w.trouble]
+        parts += [f"worker {w.id} {printable(w.trouble)}" for w in status.workers if w.trouble]
         line = ", ".join(parts)
         if status.late and status.late != self._late:
-            line += f"; {_clean(status.late)}"
+            line += f"; {printable(status.late)}"
         if line != self._line:
             self._line_at, self._line = now, line
             self._phase, self._late = phase, status.late
@@ -292,11 +292,11 @@ def _drawn_lines(status: Status, width: int, height: int, bar: str) -> list[Text
     """The drawing, one Text a line and at most `height` of them; a line may exceed `width`."""
     lines = []
     if status.phase != TRAINING:
-        lines.append(Text(_clean(status.phase), style="bold yellow"))
+        lines.append(Text(printable(status.phase), style="bold yellow"))
     if status.step:
         lines.append(_bar_line(status, width, bar))
         lines.append(Text("   ".join(_fitting(_figures(status), width))))
-    late = [Text(_clean(status.late), style="yellow")] if status.late else []
+    late = [Text(printable(status.late), style="yellow")] if status.late else []
     workers = _worker_lines(status.workers, width, height - len(lines) - len(late))
     return (lines + workers + late)[: max(height, 1)]
 
@@ -333,7 +333,7 @@ def _worker_lines(workers: Sequence[WorkerStatus], width: int, room: int) -> lis
         hidden = len(workers) - shown
         workers = sorted(workers, key=lambda worker: not worker.trouble)[:shown]
     ids = max((len(str(worker.id)) for worker in workers), default=0)
-    hosts = [_clean(worker.host) if width >= 60 else "" for worker in workers]
+    hosts = [printable(worker.host) if width >= 60 else "" for worker in workers]
     widest = max(map(cell_len, hosts), default=0)
     lines = []
     for worker, host in zip(workers, hosts, strict=True):
@@ -342,7 +342,7 @@ def _worker_lines(workers: Sequence[WorkerStatus], width: int, room: int) -> lis
             Text.assemble(
                 f"  worker {worker.id:>{ids}}  ",
                 (host + " " * (widest - cell_len(host) + 2), "dim") if widest else "",
-                (f"{_clean(worker.trouble):>16}", "yellow") if worker.trouble else f"{rate:>16}",
+                (f"{printable(worker.trouble):>16}", "yellow") if worker.trouble else f"{rate:>16}",
             )
         )
     if hidden and room > 0:
@@ -429,7 +429,7 @@ def _summary_table(summary: Mapping[str, Any]) -> Table:
             Text.assemble(
                 figures,
                 (f"late {late:,}x" if late else "on time", "yellow" if late else ""),
-                (f"  {_clean(str(worker.get('host') or ''))}", "dim"),
+                (f"  {printable(str(worker.get('host') or ''))}", "dim"),
             ),
         )
     return table
@@ -459,5 +459,5 @@ def _rate(per_s: float) -> str:
     return f"{per_s:,.0f}" if per_s >= 10 else f"{per_s:.2g}"
 
 
-def _clean(text: str) -> str:
+def printable(text: str) -> str:
     return text.translate(_CONTROLS)

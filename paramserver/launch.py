@@ -1,4 +1,5 @@
-"""`python -m paramserver.launch demo`: a whole cluster on this machine, for a first look."""
+"""`python -m paramserver.launch demo`: a whole cluster on this machine, for a first look; and the
+words for a cluster of many machines (`paramserver.fleet`): up, status, logs, attach, down."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
@@ -24,6 +26,7 @@ from paramserver.schema import scope
 DEMO = {"dataset.name": "digits", "num_epochs": "15", "num_workers": "2", "eval_steps": "100"}
 """What the demo sets, unless the command line says otherwise."""
 WORKERS_PATIENCE_S = 10.0
+FLEET = ("up", "status", "logs", "attach", "down")
 PARTS_OF_A_STEP = ("load", "compute", "encode", "send", "wait", "decode", "optimizer")
 PATIENCE_S = 120.0  # an orderly end takes the observer's last evaluation and upload
 
@@ -34,7 +37,6 @@ def demo(arguments: list[str]) -> int:
     arguments = [f"{k}={v}" for k, v in DEMO.items() if k not in given] + arguments
     settings = load(arguments, "server").settings  # mistakes are told before anything starts
     local = [a for a in arguments if _for_workers(a.partition("=")[0])]
-    local.append("join=null")  # whatever other cluster this machine's workers usually join
     if settings.num_workers > 16:
         raise UserError(f"{settings.num_workers} workers on one machine", "num_workers=2 is enough")
     server = subprocess.Popen([sys.executable, "-m", "paramserver", *arguments])
@@ -83,7 +85,7 @@ def _end(processes: list[subprocess.Popen[bytes]], patience_s: float) -> None:
 
 def _for_workers(name: str) -> bool:
     """Settings of one process that the workers of a demo share with the server."""
-    return scope(name) == "local" and name not in ("id", "run_dir", "plain", "host_ip", "join")
+    return scope(name) == "local" and name not in ("id", "run_dir", "plain", "host_ip")
 
 
 def _watch(
@@ -132,17 +134,42 @@ def profile(arguments: list[str]) -> int:
     return code
 
 
+def fleet(words: list[str]) -> int:
+    """The commands for a cluster of machines: a word, options like --dry, and settings."""
+    from paramserver.fleet import up, watch
+
+    command, *rest = words
+    known = {"up": ["--dry"], "logs": ["--host="]}.get(command, [])
+    options = [word for word in rest if word.startswith("--")]
+    for option in options:
+        if option.partition("=")[0] + "=" * ("=" in option) not in known:
+            raise UserError(f"{command} knows no option {option}", ", ".join(known))
+    settings = [word for word in rest if word not in options]
+    if command == "up":
+        return up.up(settings, dry="--dry" in options)
+    if command == "logs":
+        return watch.logs(settings, options[-1].partition("=")[2] if options else None)
+    return {"status": watch.status, "attach": watch.attach, "down": watch.down}[command](settings)
+
+
 def main() -> None:
     with exit_on_user_error():
-        commands = {"demo": demo, "profile": profile}
+        commands: dict[str, Callable[[list[str]], int]] = {
+            "demo": demo,
+            "profile": profile,
+            **dict.fromkeys(FLEET, fleet),
+        }
         if len(sys.argv) < 2 or sys.argv[1] not in commands:
-            raise UserError("what shall be launched?", "python -m paramserver.launch demo|profile")
+            raise UserError(
+                "what shall be launched?", f"python -m paramserver.launch {'|'.join(commands)}"
+            )
 
         def stop(number: int, frame: object) -> None:
             raise KeyboardInterrupt
 
         signal.signal(signal.SIGTERM, stop)
-        code = commands[sys.argv[1]](sys.argv[2:])
+        words = sys.argv[1:] if sys.argv[1] in FLEET else sys.argv[2:]
+        code = commands[sys.argv[1]](words)
     sys.exit(code)
 
 

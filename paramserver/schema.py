@@ -17,6 +17,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from paramserver.errors import UserError
+from paramserver.fleet import hosts
 from paramserver.settings import Settings, Wandb
 
 Program = Literal["server", "worker", "launch"]
@@ -30,7 +31,7 @@ class Key:
     """One setting, as `settings` declares it."""
 
     name: str
-    kind: type  # int, float, bool, str, or dict for the free mappings
+    kind: type  # int, float, bool, str, list, or dict for the free mappings
     optional: bool  # may be null
     default: Any
     help: str
@@ -93,8 +94,6 @@ RULES: dict[str, tuple[Callable[[Any], object], str]] = {
         "must be an address alone, like 10.10.0.1 (the port is a setting of its own)",
     ),
     "port": _between(1, 65534),
-    "join": _FILLED,
-    "security": _one_of("curve", "none"),
     "id": _between(1, 65535),
     "device": (
         lambda value: re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", value),
@@ -138,6 +137,7 @@ _KINDS = {
     bool: "true or false",
     str: "text",
     dict: "a mapping",
+    list: "a list",
 }
 
 
@@ -193,6 +193,10 @@ def build(tree: Mapping[str, Any], where: Where = lambda name: "") -> Settings:
         field.name: _checked(f"wandb.{field.name}", tree["wandb"][field.name], where)
         for field in fields(Wandb)
     }
+    try:
+        hosts.read(values["hosts"])
+    except UserError as e:
+        raise UserError(e.problem + _at(where, "hosts"), e.hint) from None
     if values["min_workers"] > values["num_workers"]:
         workers = f"num_workers ({values['num_workers']})"
         raise _wrong("min_workers", f"must not exceed {workers}", values["min_workers"], where)
@@ -288,18 +292,16 @@ _USAGE = {
           python -m paramserver cluster=home host_ip=10.10.0.1 wandb.mode=offline
           python -m paramserver cluster=runs/2025-01-31_20-15-00/config.yaml""",
     "worker": """\
-        usage: python -m workers id=N [join=TOKEN] [key=value ...]
-               make worker ID=N [JOIN=TOKEN] [key=value ...]
+        usage: python -m workers id=N [host_ip=ADDRESS] [key=value ...]
+               make worker ID=N [key=value ...]
 
         Starts worker N. The run's settings come from the server: a worker on another machine
-        needs its number and the join token that the server prints, nothing else. Where others
-        may see the processes of this machine, give the token in the environment's
-        PARAMSERVER_JOIN, or in a file.
+        needs the server's address and its own number, nothing else.
 
         examples:
           python -m workers id=1
-          python -m workers id=2 join=TOKEN
-          python -m workers id=3 join=token.txt device=cpu dataset.root=/data""",
+          python -m workers id=2 host_ip=10.10.0.1
+          python -m workers id=3 host_ip=10.10.0.1 device=cpu dataset.root=/data""",
     "launch": """\
         usage: python -m paramserver.launch [cluster=FILE] [model=FILE] [key=value ...]
                make demo [key=value ...]

@@ -45,20 +45,14 @@ class Settings:
     # Where
     host_ip: str | None = setting(
         None,
-        "server: address to bind beside loopback; worker: address to dial; null = loopback only",
+        "server: addresses to bind beside loopback, with commas; worker: address to dial; "
+        "auto = the server chooses by kind (Thunderbolt, Ethernet, Wi-Fi); null = loopback only",
         scope="local",
+    )
+    hosts: list[Any] | None = setting(
+        None, "the machines that make up starts a run on; see docs/cluster.md", scope="local"
     )
     port: int = setting(65432, "TCP port of the ROUTER socket; PUB is the next one", scope="local")
-    join: str | None = setting(
-        None,
-        "worker: the join token that the server on another machine prints, or a file with it",
-        scope="local",
-    )
-    security: str = setting(
-        "curve",
-        "curve | none: none lets in whoever reaches the server, in the clear",
-        scope="local",
-    )
     id: int | None = setting(None, "worker: its number, 1 or more", scope="local")
     device: str = setting("auto", "auto | cpu | cuda | cuda:N | mps", scope="local")
     threads: int | None = setting(

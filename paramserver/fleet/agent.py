@@ -1,0 +1,71 @@
+"""`python -m paramserver.fleet.agent ..`: answers questions about this machine, line by line.
+
+Started on every machine by `up` and `doctor`, through ssh. A question is a JSON object in a line of
+standard input, its answer one in a line of standard output; it ends with its standard input. What
+it was asked to do and could not is told as ``{"problem": ..., "errno": ...}``.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from paramserver.errors import UserError
+from paramserver.fleet import keeper, machine
+from paramserver.fleet.interfaces import to_json
+from paramserver.fleet.speed import Broken, Listener, measure
+
+
+class Agent:
+    """What it holds between questions: its listeners."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._listeners: list[Listener] = []
+
+    def answer(self, do: str, words: dict[str, Any]) -> dict[str, Any]:
+        if do == "look":
+            states = [asdict(state) for state in keeper.status(self._folder)]
+            return {"interfaces": to_json(machine.interfaces()), "states": states}
+        if do == "time":
+            return {"time": time.time()}
+        if do == "facts":
+            return machine.facts()
+        if do == "listen":
+            self._listeners.append(Listener(words["address"]))
+            return {"port": self._listeners[-1].port}
+        if do == "measure":
+            return asdict(measure(**words))
+        if do == "port":
+            return {"held": machine.port_holder(words["port"])}
+        return {"problem": f"{do} is no question"}
+
+    def close(self) -> None:
+        for listener in self._listeners:
+            listener.close()
+
+
+def main() -> None:
+    agent = Agent(Path(sys.argv[1]))
+    try:
+        for line in sys.stdin:
+            question = json.loads(line)
+            try:
+                answer = agent.answer(question.pop("do"), question)
+            except Broken as e:
+                answer = {"problem": str(e), "errno": e.number}
+            except UserError as e:
+                answer = {"problem": e.problem}
+            with suppress(BrokenPipeError):
+                print(json.dumps(answer), flush=True)
+    finally:
+        agent.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,167 @@
+"""What this machine has: interfaces, versions, room, and what may put it to sleep or in the way.
+
+Runs on every machine of a cluster (`agent`), and in a server that chooses its own address.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+from contextlib import suppress
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from paramserver import __version__, sockets
+from paramserver.errors import UserError
+from paramserver.fleet.interfaces import (
+    Interface,
+    choose,
+    from_ifconfig,
+    hardware_ports,
+    kind_on_linux,
+    usable,
+    why,
+)
+
+SYSFS = Path("/sys/class/net")
+TOOL_S = 10.0
+
+
+def interfaces() -> list[Interface]:
+    """The addresses of this machine's interfaces that are up, with their kinds."""
+    if sys.platform == "darwin":
+        ports = hardware_ports(ask("networksetup", "-listallhardwareports"))
+        return from_ifconfig(ask("ifconfig", "-a"), ports)
+    stats = psutil.net_if_stats()
+    found = []
+    for device, addresses in psutil.net_if_addrs().items():
+        if device not in stats or not stats[device].isup:
+            continue
+        kind = kind_on_linux(device, _sysfs(SYSFS / device))
+        for a in addresses:
+            if a.family not in (socket.AF_INET, socket.AF_INET6) or not usable(a.address):
+                continue
+            found.append(Interface(device, kind, a.address, _prefix(a.netmask), stats[device].mtu))
+    return found
+
+
+def _sysfs(folder: Path) -> dict[str, str]:
+    """What `kind_on_linux` wants to know."""
+    found = {}
+    for name in ("type", "uevent", "tun_flags"):
+        with suppress(OSError):
+            found[name] = (folder / name).read_text().strip()
+    for name in ("wireless", "bridge"):
+        if (folder / name).is_dir():
+            found[name] = ""
+    with suppress(OSError):
+        found["driver"] = os.readlink(folder / "device" / "driver").rpartition("/")[2]
+    return found
+
+
+def _prefix(netmask: str | None) -> int:
+    return 0 if netmask is None else int(ipaddress.ip_address(netmask)).bit_count()
+
+
+def choose_own() -> tuple[str, str]:
+    """The address that a server here listens at, and why. Raises `UserError` without one."""
+    own = interfaces()
+    chosen = choose(own)
+    if chosen is None:
+        raise UserError(
+            "this machine has no Thunderbolt, Ethernet or Wi-Fi address to listen at",
+            f"its addresses: {', '.join(str(i) for i in own) or 'none'}\nchoose one: host_ip=...",
+        )
+    return chosen.address, why(chosen, own)
+
+
+def ask(*command: str) -> str:
+    """What a tool of the system prints; nothing where it is missing or fails."""
+    with suppress(OSError, subprocess.SubprocessError):
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            timeout=TOOL_S,
+            check=False,
+            stdin=subprocess.DEVNULL,
+        )
+        return done.stdout
+    return ""
+
+
+# ------------------------------------------------------------------------------------------ facts
+
+
+def facts() -> dict[str, Any]:
+    """What `make doctor` asks every machine; plain values, for JSON."""
+    memory = psutil.virtual_memory()
+    return {
+        "host": socket.gethostname(),
+        "system": platform.system(),
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+        "versions": {"paramserver": __version__, **_versions("torch", "pyzmq")},
+        "device": device(),
+        "cores": os.cpu_count(),
+        "memory_bytes": memory.total,
+        "free_memory_bytes": memory.available,
+        "free_disk_bytes": shutil.disk_usage(Path.cwd()).free,
+        "sleep": _sleep(),
+        "firewall": _firewall(),
+    }
+
+
+def port_holder(port: int) -> str | None:
+    """Who listens at this port on this machine, in words; None if nobody does."""
+    return sockets.listener(port) or None
+
+
+def _versions(*packages: str) -> dict[str, str | None]:
+    found: dict[str, str | None] = dict.fromkeys(packages)
+    for package in packages:
+        with suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package).partition("+")[0]
+    return found
+
+
+def device() -> str:
+    """The best device for training, as torch sees it; `none` where torch does not load."""
+    try:
+        import torch
+    except (ImportError, OSError):
+        return "none"
+    if torch.cuda.is_available():
+        return f"cuda ({torch.cuda.get_device_name(0)})"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _sleep() -> str:
+    """Minutes until this machine sleeps when nobody touches it: `never`, `10`, or `unknown`."""
+    if sys.platform == "darwin":
+        for line in ask("pmset", "-g").splitlines():
+            words = line.split()
+            if words[:1] == ["sleep"] and len(words) > 1:
+                return "never" if words[1] == "0" else words[1]
+        return "unknown"
+    target = ask("systemctl", "show", "-p", "LoadState", "--value", "sleep.target").strip()
+    return {"masked": "never", "": "never"}.get(target, "unknown")
+
+
+def _firewall() -> str:
+    """`on`, `off` or `unknown` (it may take root to know)."""
+    if sys.platform == "darwin":
+        told = ask("/usr/libexec/ApplicationFirewall/socketfilterfw", "--getglobalstate").lower()
+        return "on" if "enabled" in told else "off" if "disabled" in told else "unknown"
+    if shutil.which("ufw") is None and shutil.which("firewall-cmd") is None:
+        return "off"
+    told = ask("systemctl", "is-active", "ufw", "firewalld")
+    return "on" if "active" in told.split() else "off" if told else "unknown"

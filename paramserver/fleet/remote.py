@@ -1,0 +1,248 @@
+"""Runs the commands of `plan` on the machines: one at a time, on all at once, or line by line."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import IO, Any, Self, TypeVar
+
+from paramserver.fleet import plan
+from paramserver.fleet.hosts import HERE, Host
+from paramserver.fleet.plan import Command, Trouble
+
+SSH_FAILED = 255
+ENDING_S = 5.0
+
+T = TypeVar("T")
+
+
+class Failed(Exception):
+    """A machine could not do what was asked: `trouble` tells a person why."""
+
+    def __init__(self, trouble: Trouble) -> None:
+        super().__init__(str(trouble))
+        self.trouble = trouble
+
+
+@dataclass(frozen=True)
+class Done:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+def on_all(work: Callable[[Host], T], hosts: Iterable[Host]) -> tuple[dict[str, T], list[Trouble]]:
+    """`work` on every machine at once: results by name, and what went wrong with the others."""
+    hosts = list(hosts)
+    results: dict[str, T] = {}
+    troubles: list[Trouble] = []
+    with ThreadPoolExecutor(max_workers=max(1, len(hosts))) as pool:
+        running = [(host, pool.submit(work, host)) for host in hosts]
+        for host, future in running:
+            try:
+                results[host.name] = future.result()
+            except Failed as e:
+                troubles.append(e.trouble)
+    return results, troubles
+
+
+def run(host: Host, command: Command, tell: Callable[[str], None] | None = None) -> Done:
+    """Run it to its end; `tell` gets each line as it comes. Raises `Failed` where ssh itself
+    fails, or the command takes too long."""
+    process = _start(command)
+    lines: list[str] = []
+    errors: list[str] = []
+    readers = [
+        threading.Thread(target=_read, args=(process.stdout, lines, tell)),
+        threading.Thread(target=_read, args=(process.stderr, errors, None)),
+    ]
+    try:
+        for reader in readers:
+            reader.start()
+        assert process.stdin is not None
+        with suppress(BrokenPipeError):
+            process.stdin.write(command.stdin)
+            process.stdin.close()
+        code = process.wait(command.limit_s)
+    except subprocess.TimeoutExpired:
+        raise Failed(
+            Trouble(host.name, f"no answer within {command.limit_s:g} s", f"it was: {command}")
+        ) from None
+    finally:
+        _end(process, readers)
+    done = Done(code, "".join(lines), "".join(errors))
+    if code == SSH_FAILED and host.ssh != HERE:
+        raise Failed(plan.ssh_trouble(host, done.err))
+    return done
+
+
+def _start(command: Command) -> subprocess.Popen[str]:
+    """In a session of its own: Ctrl-C is for us."""
+    try:
+        return subprocess.Popen(
+            command.argv,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
+    except FileNotFoundError:
+        raise Failed(
+            Trouble(command.host, f"{command.argv[0]} is not installed on this machine")
+        ) from None
+
+
+def _read(stream: IO[str], lines: list[str], tell: Callable[[str], None] | None) -> None:
+    with suppress(ValueError):  # closed from outside
+        for line in stream:
+            lines.append(line)
+            if tell is not None:
+                tell(line.rstrip("\n"))
+
+
+def _end(process: subprocess.Popen[str], readers: list[threading.Thread]) -> None:
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(ENDING_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+    for reader in readers:
+        if reader.ident is not None:
+            reader.join(ENDING_S)
+    for stream in (process.stdin, process.stdout, process.stderr):
+        if stream is not None:
+            with suppress(OSError, ValueError):
+                stream.close()
+
+
+def must(host: Host, command: Command, what: str, tell: Callable[[str], None] | None = None) -> str:
+    """`run`, and its output; raises `Failed` where it does not exit with 0."""
+    done = run(host, command, tell)
+    if done.code:
+        said = (done.err or done.out).strip().splitlines()
+        raise Failed(Trouble(host.name, f"{what} failed", "\n  ".join(said[-5:])))
+    return done.out
+
+
+def ask(host: Host, command: Command, what: str) -> Any:
+    """The JSON that a command answers, in its last line: login scripts may talk before."""
+    lines = must(host, command, what).strip().splitlines()
+    try:
+        return json.loads(lines[-1])
+    except (IndexError, ValueError):
+        raise Failed(Trouble(host.name, f"{what}: no answer", "\n  ".join(lines[-5:]))) from None
+
+
+class Agent:
+    """A conversation with `paramserver.fleet.agent` on a machine; as a `with` block."""
+
+    def __init__(self, host: Host) -> None:
+        self.host = host
+        self._process = _start(plan.agent(host))
+        self._errors: list[str] = []
+        self._reader = threading.Thread(
+            target=_read, args=(self._process.stderr, self._errors, None)
+        )
+        self._reader.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        with suppress(OSError):
+            self._process.stdin.close()  # it ends with its standard input
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(ENDING_S)
+        _end(self._process, [self._reader])
+
+    def ask(self, do: str, limit_s: float = plan.ANSWER_S, **words: Any) -> dict[str, Any]:
+        """Its answer. Raises `Failed` where there is none in time."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        late = threading.Timer(limit_s, self._process.kill)
+        late.start()
+        try:
+            self._process.stdin.write(json.dumps({"do": do, **words}) + "\n")
+            self._process.stdin.flush()
+            for line in self._process.stdout:
+                if line.startswith("{"):  # login scripts may talk before
+                    answer: dict[str, Any] = json.loads(line)
+                    return answer
+        except (OSError, ValueError):
+            pass
+        finally:
+            late.cancel()
+        code = self._process.wait()
+        self._reader.join(ENDING_S)
+        said = "".join(self._errors)
+        if code == SSH_FAILED and self.host.ssh != HERE:
+            raise Failed(plan.ssh_trouble(self.host, said))
+        last = "\n  ".join(said.strip().splitlines()[-3:])
+        raise Failed(Trouble(self.host.name, f"its agent gave no answer ({do})", last))
+
+
+class Follower:
+    """The log of one process on a machine, line by line, on a thread of its own."""
+
+    def __init__(
+        self, host: Host, name: str, offset: int | None, tell: Callable[[str, str, str], None]
+    ) -> None:
+        """`tell(host, name, line)` is called from that thread."""
+        self.host, self.name = host, name
+        self._tell = tell
+        words = [] if offset is None else [str(offset)]
+        self._process = _start(plan.keeper(host, "follow", name, *words))
+        self._errors: list[str] = []
+        self._threads = [
+            threading.Thread(target=self._read),
+            threading.Thread(target=_read, args=(self._process.stderr, self._errors, None)),
+        ]
+        self.code: int | None = None
+        self.seen_bytes = 0
+        self.began = time.monotonic()
+        for thread in self._threads:
+            thread.start()
+
+    def _read(self) -> None:
+        assert isinstance(self._process.stdout, io.TextIOWrapper)
+        with suppress(ValueError):
+            for line in self._process.stdout.buffer:
+                self.seen_bytes += len(line)
+                self._tell(self.host.name, self.name, line.decode(errors="replace").rstrip("\n"))
+        self.code = self._process.wait()
+
+    @property
+    def lost(self) -> Trouble | None:
+        """Why the connection is gone, where it is."""
+        if self.code in (None, 0, 1) or (self.host.ssh == HERE and self.code != SSH_FAILED):
+            return None
+        return plan.ssh_trouble(self.host, "".join(self._errors))
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        with suppress(OSError):
+            self._process.stdin.close()
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(ENDING_S)
+        _end(self._process, self._threads)
+
+
+def environment(names: Iterable[str], own: Mapping[str, str]) -> dict[str, str]:
+    """Those of our environment variables that a process there needs."""
+    return {name: own[name] for name in names if own.get(name)}

@@ -1,0 +1,346 @@
+"""`up`: from a list of machines to a run on all of them.
+
+Every step is taken on all machines at once and tells all that is wrong before the next one: look
+whether they can take part, copy the code, make the environment, find the path from each worker's
+machine to the server's, start the server, and when it listens the workers. What was started is
+ended again where a step fails.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from paramserver.config import dump
+from paramserver.errors import UserError
+from paramserver.fleet import plan, remote
+from paramserver.fleet.hosts import Host
+from paramserver.fleet.interfaces import SPOKEN, Interface, from_json, paths
+from paramserver.fleet.interfaces import Path as Way
+from paramserver.fleet.keeper import State
+from paramserver.fleet.plan import Checked, Trouble
+from paramserver.fleet.remote import Agent, Failed
+from paramserver.fleet.watch import Lines, Watch, machines, refuse, show, states, stop
+from paramserver.settings import Settings
+
+READY = "server at "
+"""What a server says when it listens (`paramserver.__main__`)."""
+READY_S = 120.0
+QUICK_S = 0.3  # for each way of a path that is measured before a start
+SECRETS = ("WANDB_API_KEY", "WANDB_BASE_URL")
+"""Environment variables that go on to the server's machine."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be started where."""
+
+    settings: Settings
+    hosts: tuple[Host, ...]
+
+    @property
+    def server(self) -> Host:
+        return next(host for host in self.hosts if host.serves)
+
+    @property
+    def workers(self) -> tuple[Host, ...]:
+        return tuple(host for host in self.hosts if host.works)
+
+    @property
+    def text(self) -> str:
+        """The run's settings as the server gets them: without what belongs to this keyboard."""
+        return dump(replace(self.settings, hosts=None, host_ip=None))
+
+    @property
+    def stamp(self) -> str:
+        """What names this start: the same machines and settings have the same one."""
+        told = repr((self.text, self.hosts, self.settings.host_ip))
+        return hashlib.sha256(told.encode()).hexdigest()[:16]
+
+
+def job(arguments: Sequence[str]) -> Job:
+    """What these settings ask for. Raises `UserError`."""
+    settings, given, hosts = machines(arguments)
+    count = sum(host.works for host in hosts)
+    if "num_workers" not in given:  # the file's belongs to runs that are started by hand
+        if settings.min_workers > count:
+            raise UserError(
+                f"min_workers is {settings.min_workers}, and {count} machines train",
+                "min_workers=1 lets a run begin with one",
+            )
+        settings = replace(settings, num_workers=count)
+    if settings.host_ip == "auto":
+        settings = replace(settings, host_ip=None)
+    return Job(settings, hosts)
+
+
+def up(arguments: list[str], *, dry: bool = False) -> int:
+    """Start a run and show it; the server's exit code. `UserError` tells all that is wrong."""
+    wanted = job(arguments)
+    root = clone()
+    if dry:
+        for command in commands(wanted, root):
+            print(command)
+        return 0
+    lines = Lines(wanted.hosts)
+    checked = check(wanted.hosts)
+    running = look(wanted, checked)
+    if not running:
+        prepare(lines, wanted.hosts, root)
+    with ExitStack() as stack:
+        agents = open_agents(stack, wanted.hosts)
+        ways = choose_ways(lines, wanted, agents)
+        stack.close()
+        with Watch(lines) as watch:
+            start(lines, watch, wanted, ways, running)
+            return show(watch, lines)
+
+
+def clone() -> Path:
+    """The clone that is copied: the one that this is part of."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / "Makefile").is_file() or not (root / "pyproject.toml").is_file():
+        raise UserError(
+            f"{root} is no clone of the project", "make up copies one to the machines: run it there"
+        )
+    return root
+
+
+# -------------------------------------------------------------------------------------- the steps
+
+
+def check(hosts: Sequence[Host]) -> dict[str, Checked]:
+    """Look at all of them. Raises `UserError` with everything that is wrong anywhere."""
+
+    def one(host: Host) -> Checked:
+        return plan.read_check(remote.must(host, plan.check(host), "the check"))
+
+    found, troubles = remote.on_all(one, hosts)
+    for host in hosts:
+        if host.name in found:
+            troubles += plan.troubles(host, found[host.name])
+    refuse(troubles, _cannot(troubles))
+    return found
+
+
+def _cannot(troubles: Sequence[Trouble]) -> str:
+    names = list(dict.fromkeys(trouble.host for trouble in troubles))
+    many = len(names) > 1
+    return f"{', '.join(names)} cannot take part as {'they are' if many else 'it is'}"
+
+
+def look(wanted: Job, checked: Mapping[str, Checked]) -> set[tuple[str, str]]:
+    """What runs already of this very start, as (machine, process): after a start that was cut off
+    only the rest is to be done. What is left of another one, without a server, is ended; while
+    another server runs there is a `UserError`."""
+    ready = [host for host in wanted.hosts if "environment" in checked[host.name].has]
+    found, troubles = states(ready)
+    refuse(troubles, _cannot(troubles))
+    alive = {
+        (host, name): state
+        for host, kept in found.items()
+        for name, state in kept.items()
+        if state.alive
+    }
+    server = alive.get((wanted.server.name, "server"))
+    if server is not None and server.up != wanted.stamp:
+        raise UserError(
+            f"another run is going on on {wanted.server.name}: {' '.join(server.argv[3:])}",
+            "see it: make attach; end it: make down",
+        )
+    ours = {key for key, state in alive.items() if server is not None and state.up == wanted.stamp}
+    lines = Lines(wanted.hosts)
+    for name in ("server", "worker"):
+        left = [h for h in ready if (h.name, name) in alive and (h.name, name) not in ours]
+        refuse(stop(lines, left, name), "what is left of an earlier run cannot be ended")
+    return ours
+
+
+def prepare(lines: Lines, hosts: Sequence[Host], root: Path) -> None:
+    """Bring the code over and make the environments. Raises `UserError`."""
+
+    def one(host: Host) -> None:
+        began = time.monotonic()
+        remote.must(host, plan.copy(host, str(root)), "copying the code")
+        remote.must(
+            host, plan.environment(host), "making the environment",
+            lambda line: lines.say(host.name, line) if _worth_saying(line) else None,
+        )  # fmt: skip
+        lines.say(host.name, f"the code is there ({time.monotonic() - began:.1f} s)")
+
+    _, troubles = remote.on_all(one, hosts)
+    refuse(troubles, _cannot(troubles))
+
+
+def _worth_saying(line: str) -> bool:
+    return not line.startswith(("make: ", "make[")) and bool(line.strip())
+
+
+def open_agents(stack: ExitStack, hosts: Sequence[Host]) -> dict[str, Agent]:
+    return {host.name: stack.enter_context(Agent(host)) for host in hosts}
+
+
+def interfaces(agents: Mapping[str, Agent]) -> dict[str, list[Interface]]:
+    """Those of every machine. Raises `UserError`."""
+
+    def one(host: Host) -> list[Interface]:
+        return from_json(agents[host.name].ask("look")["interfaces"])
+
+    found, troubles = remote.on_all(one, [agent.host for agent in agents.values()])
+    refuse(troubles, _cannot(troubles))
+    return found
+
+
+def choose_ways(lines: Lines, wanted: Job, agents: Mapping[str, Agent]) -> dict[str, Way]:
+    """The path that each worker's machine takes to the server's: the fastest that was measured.
+
+    Raises `UserError` where there is none.
+    """
+    server, own = wanted.server, interfaces(agents)
+    given = server.ip or wanted.settings.host_ip
+    if given is not None and given not in {i.address for i in own[server.name]}:
+        have = ", ".join(str(i) for i in own[server.name] if i.kind != "loopback")
+        raise UserError(f"{server.name} has no address {given}", f"it has {have or 'none'}")
+    ways, troubles = {}, []
+    for host in wanted.workers:
+        if host == server:
+            continue
+        found = paths(
+            own[server.name], own[host.name], server_ip=given, worker_ip=host.ip
+        )  # fmt: skip
+        if not found:
+            troubles.append(Trouble(host.name, f"no network leads from here to {server.name}"))
+            continue
+        tried = [(way, measure(agents, server.name, host.name, way, QUICK_S)) for way in found]
+        carrying = [(way, told) for way, told in tried if "problem" not in told]
+        for way, told in tried:
+            if "problem" in told:
+                lines.say(host.name, f"{way} carries nothing: {told['problem']}")
+        if not carrying:
+            troubles.append(
+                Trouble(
+                    host.name, f"does not reach {server.name}: {tried[0][1]['problem']}",
+                    "make doctor looks closer",
+                )
+            )  # fmt: skip
+            continue
+        ways[host.name], told = max(carrying, key=lambda pair: slower(pair[1]))
+        lines.say(host.name, f"reaches {server.name} by {said(ways[host.name], told)}")
+    refuse(troubles, _cannot(troubles))
+    return ways
+
+
+def measure(
+    agents: Mapping[str, Agent], server: str, worker: str, way: Way, seconds: float
+) -> dict[str, Any]:
+    """What that path carries (`speed.Speed`), or ``problem`` and ``errno``."""
+    listening = agents[server].ask("listen", address=way.far.address)
+    if "problem" in listening:
+        return listening
+    near = way.near.address if way.near else None
+    return agents[worker].ask(
+        "measure", address=way.far.address, port=listening["port"], near=near, seconds=seconds
+    )
+
+
+def slower(told: Mapping[str, Any]) -> float:
+    """Bytes per second of the slower way."""
+    return min(float(told["up_bytes_per_s"]), float(told["down_bytes_per_s"]))
+
+
+def said(way: Way, told: Mapping[str, Any]) -> str:
+    """A path and what it carries, in words."""
+    kind = SPOKEN.get(way.kind, way.kind)
+    rate, trip = 8e-9 * slower(told), 1000 * told["round_trip_s"]
+    return f"{way}, {kind}: {rate:.2f} Gbit/s, {trip:.2f} ms" + (
+        " (as the settings say)" if way.pinned else ""
+    )
+
+
+def start(
+    lines: Lines, watch: Watch, wanted: Job, ways: Mapping[str, Way], running: set[tuple[str, str]]
+) -> None:
+    """Start what does not run yet: the server, and when it listens the workers. Where that fails
+    what was started is ended. Raises `UserError`."""
+    server, begun = wanted.server, False
+    try:
+        if (server.name, "server") not in running:
+            begun = True
+            first = _starts(wanted, ways)[0]
+            remote.must(server, plan.settings_file(server, wanted.text), "writing the settings")
+            state = State(**remote.ask(server, first, "starting the server"))
+            watch.add(server, "server", state.log_from)
+            _wait_until_ready(lines, watch, server)
+        else:
+            watch.add(server, "server", _kept(server, "server").log_to)
+        by_host = {command.host: command for command in _starts(wanted, ways)[1:]}
+
+        def one(host: Host) -> int:
+            if (host.name, "worker") in running:
+                return _kept(host, "worker").log_to
+            return State(**remote.ask(host, by_host[host.name], "starting the worker")).log_from
+
+        offsets, troubles = remote.on_all(one, wanted.workers)
+        refuse(troubles, "not all workers could be started")
+        for host in wanted.workers:
+            watch.add(host, "worker", offsets[host.name])
+    except BaseException as e:
+        if begun:
+            lines.tell("the start was not finished: ending what was started")
+            stop(lines, wanted.workers, "worker")
+            stop(lines, [server], "server")
+        if isinstance(e, Failed):
+            raise UserError(str(e.trouble)) from None
+        raise
+
+
+def _kept(host: Host, name: str) -> State:
+    told = {each["name"]: each for each in remote.ask(host, plan.status(host), "status")}
+    return State(**told[name])
+
+
+def _wait_until_ready(lines: Lines, watch: Watch, server: Host) -> None:
+    """Until the server says that it listens. Raises `UserError` where it does not."""
+    for event in watch.events(time.monotonic() + READY_S):
+        if event.line is None:
+            raise UserError(f"the server did not start on {server.name}", "its words are above")
+        lines.say(server.name, event.line)
+        if READY in event.line:
+            return
+    raise UserError(f"the server on {server.name} did not listen within {READY_S:g} s")
+
+
+def _starts(wanted: Job, ways: Mapping[str, Way]) -> list[plan.Command]:
+    """The commands that start the server and each worker, in this order."""
+    server, settings = wanted.server, wanted.settings
+    addresses = list(dict.fromkeys(way.far.address for way in ways.values()))
+    secrets = remote.environment(SECRETS, os.environ)
+    argv = plan.server_argv(settings, addresses)
+    begun = [plan.start(server, "server", argv, wanted.stamp, secrets)]
+    for host in wanted.workers:
+        to = ways[host.name].far.address if host != server else None
+        argv = plan.worker_argv(host, settings, to)
+        begun.append(plan.start(host, "worker", argv, wanted.stamp, {}))
+    return begun
+
+
+def commands(wanted: Job, root: Path) -> list[plan.Command]:
+    """Every command of a start, in order: what DRY=1 prints. An address that is not given is found
+    by measuring, and stands here as its machine's name."""
+    address = wanted.server.ip or wanted.settings.host_ip or f"<{wanted.server.name}>"
+    far = Interface("", "other", address, 0, 0)
+    others = [host for host in wanted.workers if host != wanted.server]
+    ways = {host.name: Way(far, None) for host in others}
+    told = [plan.check(host) for host in wanted.hosts]
+    told += [plan.status(host) for host in wanted.hosts]
+    for host in wanted.hosts:
+        told += [plan.copy(host, str(root)), plan.environment(host)]
+    told += [plan.agent(host) for host in wanted.hosts]
+    server, *workers = _starts(wanted, ways)
+    return [*told, plan.settings_file(wanted.server, wanted.text), server, *workers]

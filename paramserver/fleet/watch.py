@@ -1,0 +1,334 @@
+"""`status`, `logs`, `attach` and `down`: look at a run on all its machines, and end it."""
+
+from __future__ import annotations
+
+import math
+import queue
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from paramserver.config import load
+from paramserver.display import printable
+from paramserver.errors import UserError
+from paramserver.fleet import hosts as fleet
+from paramserver.fleet import plan, remote
+from paramserver.fleet.hosts import Host
+from paramserver.fleet.keeper import State, died
+from paramserver.fleet.plan import Trouble
+from paramserver.fleet.remote import Follower
+from paramserver.settings import Settings
+
+COLOURS = ("cyan", "magenta", "green", "yellow", "blue", "bright_red", "bright_cyan")
+LOG_LINES = 100
+RECONNECT_S = 60.0  # a machine whose connection broke may take so long to answer again
+RETRY_S = 2.0
+CONNECTED_S = 20.0  # a connection that lived so long had been made: ssh gives up sooner
+FAREWELL_S = 60.0  # after the server's end, the workers' own
+LOOK_S = 0.2
+
+
+def machines(arguments: Sequence[str]) -> tuple[Settings, dict[str, object], tuple[Host, ...]]:
+    """Settings, what of them was typed, and the machines. Raises `UserError` without any."""
+    loaded = load(list(arguments), "server")
+    hosts = fleet.read(loaded.settings.hosts)
+    if not hosts:
+        raise UserError(
+            "no machines are named",
+            "name them in conf/cluster.yaml:\n"
+            "hosts:\n"
+            "  - {name: mini1, ssh: mini1, role: both}\n"
+            "  - {name: mini2, ssh: user@mini2.local}\n"
+            "docs/cluster.md tells more",
+        )
+    return loaded.settings, loaded.given, hosts
+
+
+def only(hosts: tuple[Host, ...], name: str | None) -> tuple[Host, ...]:
+    """The machine of that name, or all. Raises `UserError` for a name that is none's."""
+    chosen = tuple(host for host in hosts if name in (None, "", host.name))
+    if not chosen:
+        known = ", ".join(host.name for host in hosts)
+        raise UserError(f"there is no machine {name}", f"the machines: {known}")
+    return chosen
+
+
+class Lines:
+    """Lines of all machines on one terminal, each with its machine's name and colour."""
+
+    def __init__(self, hosts: Sequence[Host]) -> None:
+        self._console = Console(highlight=False, soft_wrap=True)
+        self._width = max((len(host.name) for host in hosts), default=0)
+        self._colours = {h.name: COLOURS[i % len(COLOURS)] for i, h in enumerate(hosts)}
+
+    def say(self, host: str, line: str) -> None:
+        head = Text(f"{host:<{self._width}} | ", style=self._colours.get(host, ""))
+        self._console.print(head + Text(printable(line)))
+
+    def tell(self, line: str) -> None:
+        """A line of our own."""
+        self._console.print(Text(printable(line)))
+
+    def print(self, renderable: Any) -> None:
+        self._console.print(renderable)
+
+
+Key = tuple[str, str]  # machine, process
+
+
+@dataclass(frozen=True)
+class Event:
+    """A line that a process said; without one, its log is at its end: the process has ended, well
+    or not, or the connection is lost."""
+
+    host: Host
+    name: str
+    line: str | None = None
+    code: int | None = None
+
+
+class Watch:
+    """The logs of several processes in one stream; as a `with` block.
+
+    A connection that breaks is made anew, from where it broke, for `RECONNECT_S`.
+    """
+
+    def __init__(self, lines: Lines) -> None:
+        self._lines = lines
+        self._new: queue.Queue[tuple[str, str, str]] = queue.Queue()
+        self._followers: dict[Key, Follower] = {}
+        self._read_to: dict[Key, int] = {}
+        self._broken: dict[Key, tuple[Host, float]] = {}  # and when to try again
+        self._silent_since: dict[Key, float] = {}
+        self.troubles: list[Trouble] = []
+
+    def __enter__(self) -> Watch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for follower in self._followers.values():
+            follower.close()
+
+    def add(self, host: Host, name: str, offset: int) -> None:
+        """Follow this process, too, from there in its log."""
+        self._read_to[host.name, name] = offset
+        self._followers[host.name, name] = Follower(
+            host, name, offset, lambda *line: self._new.put(line)
+        )
+
+    def events(self, until: float = math.inf) -> Iterator[Event]:
+        """What happens, until nobody is followed any more or `until` (monotonic) has passed."""
+        while (self._followers or self._broken) and time.monotonic() < until:
+            with suppress(queue.Empty):
+                host, name, line = self._new.get(timeout=LOOK_S)
+                yield Event(self._followers[host, name].host, name, line)
+                continue
+            for key, follower in list(self._followers.items()):
+                if follower.code is not None and self._new.empty():
+                    follower.close()
+                    del self._followers[key]
+                    self._read_to[key] += follower.seen_bytes
+                    if follower.lost is None:
+                        yield Event(follower.host, key[1], code=follower.code)
+                    else:
+                        self._broke(key, follower, follower.lost)
+            for key, (again, at) in list(self._broken.items()):
+                if time.monotonic() >= at:
+                    del self._broken[key]
+                    self.add(again, key[1], self._read_to[key])
+
+    def _broke(self, key: Key, follower: Follower, why: Trouble) -> None:
+        now = time.monotonic()
+        if now - follower.began > CONNECTED_S or key not in self._silent_since:
+            self._silent_since[key] = now
+            self._lines.say(key[0], f"the connection broke: {why.problem}")
+        if now - self._silent_since[key] > RECONNECT_S:
+            self.troubles.append(why)
+            self._lines.say(key[0], f"not reached for {RECONNECT_S:g} s: no longer followed")
+        else:
+            self._broken[key] = (follower.host, now + RETRY_S)
+
+
+# --------------------------------------------------------------------------------------- looking
+
+
+def states(hosts: Sequence[Host]) -> tuple[dict[str, dict[str, State]], list[Trouble]]:
+    """What is kept on each machine, by name; and the machines that do not answer."""
+
+    def look(host: Host) -> dict[str, State]:
+        told = remote.ask(host, plan.status(host), "status")
+        return {each["name"]: State(**each) for each in told}
+
+    return remote.on_all(look, hosts)
+
+
+def status(arguments: list[str]) -> int:
+    """A table of all machines; 1 where one does not answer or something failed."""
+    _, _, hosts = machines(arguments)
+    found, troubles = states(hosts)
+    table = Table(box=None, pad_edge=False)
+    for head in ("machine", "process", "state", "since", "restarts", "last words"):
+        table.add_column(head, overflow="fold" if head == "last words" else "ellipsis")
+    wrong = bool(troubles)
+    missing = {trouble.host: trouble for trouble in troubles}
+    for host in hosts:
+        if host.name in missing:
+            table.add_row(host.name, "", Text(missing[host.name].problem, style="red"))
+            continue
+        kept = found[host.name]
+        if not kept:
+            table.add_row(host.name, "", "nothing was started here")
+        for name, state in kept.items():
+            wrong |= state.phase == "failed"
+            style = {"failed": "red", "running": "green"}.get(state.phase, "")
+            table.add_row(
+                host.name,
+                f"worker {host.id}" if name == "worker" else name,
+                Text(in_words(state), style=style),
+                f"{datetime.fromtimestamp(state.since):%d %b %H:%M:%S}",
+                str(state.restarts or ""),
+                Text(printable(state.last)),
+            )
+    lines = Lines(hosts)
+    lines.print(table)
+    for trouble in troubles:
+        lines.tell(str(trouble))
+    return int(wrong)
+
+
+def in_words(state: State) -> str:
+    """How a process stands, in a few words."""
+    if state.phase == "failed":
+        return f"failed ({died(state.code)})" if state.code is not None else "failed: it was killed"
+    if state.phase == "running":
+        return f"running for {timedelta(seconds=round(max(0.0, time.time() - state.since)))}"
+    return "starts again" if state.phase == "pausing" else state.phase
+
+
+def logs(arguments: list[str], name: str | None = None) -> int:
+    """The last lines of every log; 1 where a machine does not answer."""
+    _, _, hosts = machines(arguments)
+    lines = Lines(hosts)
+    chosen = only(hosts, name)
+    found, troubles = states(chosen)
+
+    def read(host: Host) -> list[str]:
+        told: list[str] = []
+        for kept in found.get(host.name, {}):
+            text = remote.must(host, plan.keeper(host, "log", kept, str(LOG_LINES)), "reading logs")
+            told += text.splitlines()
+        return told
+
+    texts, more = remote.on_all(read, [host for host in chosen if host.name in found])
+    for host in chosen:
+        for line in texts.get(host.name, []):
+            lines.say(host.name, line)
+    for trouble in troubles + more:
+        lines.tell(str(trouble))
+    return int(bool(troubles or more))
+
+
+def attach(arguments: list[str]) -> int:
+    """Follow a run that is going on; the server's exit code."""
+    _, _, hosts = machines(arguments)
+    found, troubles = states(hosts)
+    lines = Lines(hosts)
+    for trouble in troubles:
+        lines.tell(str(trouble))
+    alive = [
+        (host, name, state)
+        for host in hosts
+        for name, state in found.get(host.name, {}).items()
+        if state.alive
+    ]
+    if not alive:
+        raise UserError(
+            "no run is going on", "start one: make up; how the last one went: make logs"
+        )
+    with Watch(lines) as watch:
+        for host, name, state in alive:
+            watch.add(host, name, state.log_to)
+        return show(watch, lines)
+
+
+def show(watch: Watch, lines: Lines) -> int:
+    """Print what all say until the run is over, or Ctrl-C; the server's exit code (0 after
+    Ctrl-C)."""
+    code, until = 0, math.inf
+    try:
+        while True:
+            for event in watch.events(until):
+                if event.line is not None:
+                    lines.say(event.host.name, event.line)
+                    continue
+                if event.code:
+                    lines.say(
+                        event.host.name, f"the {event.name} has failed: make status, make logs"
+                    )
+                if event.name == "server":
+                    code = event.code or 0
+                    until = time.monotonic() + FAREWELL_S
+                    break  # to go on with the new deadline
+            else:
+                break
+    except KeyboardInterrupt:
+        lines.tell("")  # below the terminal's ^C
+        lines.tell("the run goes on. Look again: make attach, make status. End it: make down")
+        return 0
+    for trouble in watch.troubles:
+        lines.tell(str(trouble))
+    return 1 if watch.troubles else code
+
+
+# ---------------------------------------------------------------------------------------- ending
+
+
+def down(arguments: list[str]) -> int:
+    """End the run in order, then everything that is left; 1 where a machine does not answer or
+    something could not be ended."""
+    _, _, hosts = machines(arguments)
+    lines = Lines(hosts)
+    server = next(host for host in hosts if host.serves)
+    others = [host for host in hosts if host != server]
+    troubles = stop(lines, [server], "server")  # which tells the workers, too
+    troubles += stop(lines, hosts, "worker")
+    troubles += stop(lines, others, "server")  # where the roles were others
+    for trouble in {trouble.host: trouble for trouble in troubles}.values():
+        lines.tell(str(trouble))
+    clean = [host.name for host in hosts if host.name not in {t.host for t in troubles}]
+    if clean:
+        lines.tell(f"nothing of the run is left on {', '.join(clean)}")
+    return int(bool(troubles))
+
+
+def stop(lines: Lines, hosts: Sequence[Host], name: str) -> list[Trouble]:
+    """End the processes of that name; what went wrong."""
+
+    def end(host: Host) -> list[Trouble]:
+        answer = remote.ask(host, plan.stop(host, name), f"stopping the {name}")
+        for line in answer["killed"]:
+            lines.say(host.name, f"had to be killed: {line}")
+        if answer["ran"] and answer["state"] is not None:
+            code = answer["state"]["code"]
+            how = "in order" if code in (0, 1) else died(code) if code is not None else "by force"
+            lines.say(host.name, f"the {name} has ended, {how}")
+        if answer["left"]:
+            left = ", ".join(str(pid) for pid in answer["left"])
+            return [Trouble(host.name, f"processes that cannot be ended: {left}")]
+        return []
+
+    told, troubles = remote.on_all(end, hosts)
+    return troubles + [trouble for each in told.values() for trouble in each]
+
+
+def refuse(troubles: Sequence[Trouble], what: str) -> None:
+    """Raise one `UserError` with all that is wrong, if anything is."""
+    if troubles:
+        raise UserError(what, "\n".join(str(trouble) for trouble in troubles))

@@ -1,0 +1,111 @@
+"""The machines that conf/cluster.yaml names, in both spellings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from paramserver.config import load
+from paramserver.errors import UserError
+from paramserver.fleet import hosts
+from paramserver.fleet.hosts import Host
+
+THREE = """
+hosts:
+  - {name: mini1, ssh: mini1, ip: 10.10.0.1, role: server}
+  - {name: mini2, ssh: user@mini2.local, ip: 10.10.0.2}
+  - {name: pi5, ssh: pi5, device: cpu}
+"""
+
+
+def loaded(tmp_path: Path, text: str, *arguments: str) -> tuple[Host, ...]:
+    """The machines of a cluster file."""
+    path = tmp_path / "cluster.yaml"
+    path.write_text(text)
+    settings = load([f"cluster={path}", *arguments], "server").settings
+    return hosts.read(settings.hosts)
+
+
+def test_a_list_of_machines(tmp_path: Path) -> None:
+    assert loaded(tmp_path, THREE) == (
+        Host("mini1", "mini1", ip="10.10.0.1", role="server"),
+        Host("mini2", "user@mini2.local", ip="10.10.0.2", id=1),
+        Host("pi5", "pi5", device="cpu", id=2),
+    )
+
+
+def test_the_short_spelling_says_the_same(tmp_path: Path) -> None:
+    short = """
+        server: mini1
+        workers: [{name: mini2, ssh: user@mini2.local}, {name: pi5, device: cpu}]
+        host_ip: {mini1: 10.10.0.1, mini2: 10.10.0.2}
+        """
+    assert loaded(tmp_path, short) == loaded(tmp_path, THREE)
+
+
+def test_a_server_that_is_a_worker_too_is_both(tmp_path: Path) -> None:
+    short = "server: mini1\nworkers: [mini1, mini2]\n"
+    assert [(h.name, h.role, h.id) for h in loaded(tmp_path, short)] == [
+        ("mini1", "both", 1),
+        ("mini2", "worker", 2),
+    ]
+
+
+def test_addresses_may_stand_beside_the_list(tmp_path: Path) -> None:
+    text = "hosts: [{name: a, role: both}, {name: b}]\nhost_ip: {b: 10.0.0.2}\n"
+    assert [h.ip for h in loaded(tmp_path, text)] == [None, "10.0.0.2"]
+
+
+def test_an_address_for_this_process_goes_beside_the_machines(tmp_path: Path) -> None:
+    (tmp_path / "cluster.yaml").write_text(THREE)
+    loaded = load([f"cluster={tmp_path / 'cluster.yaml'}", "host_ip=10.10.0.1"], "server")
+    assert loaded.settings.host_ip == "10.10.0.1"
+    assert loaded.settings.hosts is not None and len(loaded.settings.hosts) == 3
+
+
+def test_numbers_that_are_given_are_left_out_of_the_rest() -> None:
+    entries = [{"name": "a", "role": "both", "id": 2}, {"name": "b"}, {"name": "c"}]
+    assert [host.id for host in hosts.read(entries)] == [2, 1, 3]
+
+
+def test_without_machines_there_are_none(tmp_path: Path) -> None:
+    assert loaded(tmp_path, "port: 65432\n") == ()
+    assert loaded(tmp_path, "hosts: []\n") == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("hosts: 7", "hosts must be a list"),
+        ("hosts: [{name: a}]", "hosts has no server"),
+        ("hosts: [{name: a, role: server}]", "hosts has no worker"),
+        ("hosts: [{name: a, role: server}, {name: b, role: both}]", "has 2 servers: a, b"),
+        ("hosts: [{name: a, role: both}, {name: a}]", "hosts names a twice"),
+        ("hosts: [{name: a, role: both, id: 1}, {name: b, id: 1}]", "gives id 1 to two"),
+        ("hosts: [{ssh: a}]", "hosts holds {'ssh': 'a'}"),
+        ("hosts: [{name: a, role: both, adress: 1.2.3.4}]", "a has an unknown `adress`"),
+        ("hosts: [{name: a, role: boss}]", "a.role must be server, worker or both"),
+        ("hosts: [{name: a, role: both, ip: mini1}]", "a.ip must be an address"),
+        ("hosts: [{name: a, role: both, ssh: -oProxyCommand=x}]", "a.ssh must be what you type"),
+        ("hosts: [{name: a, role: both, ssh: a b}]", "a.ssh must be what you type"),
+        ("hosts: [{name: 'a;b', role: both}]", "a;b.name must be a plain word"),
+        ("hosts: [{name: a, role: both, device: gpu}]", "a.device must be auto"),
+        ("hosts: [{name: a, role: both, threads: 0}]", "a.threads must be 1"),
+        ("hosts: [{name: a, role: both, restart: -1}]", "a.restart must be 0"),
+        ("hosts: [{name: a, role: both, id: one}]", "a.id must be a whole number"),
+        ("hosts: [{name: a, role: both, folder: ../x}]", "a.folder must be below"),
+        ("hosts: [{name: a, role: both, folder: '~other/x'}]", "a.folder must be below"),
+        ("hosts: [{name: a, role: both, folder: /}]", "a.folder must be below"),
+        ("server: a\nworkers: b", "`workers` must be a list"),
+        ("workers: [b]", "there is `workers` and no `server`"),
+        ("server: a\nhosts: [{name: a, role: both}]", "both `hosts` and `server`"),
+        ("server: a\nworkers: [b]\nhost_ip: {c: 1.2.3.4}", "has an address for c"),
+        ("host_ip: {c: 1.2.3.4}", "host_ip must be text"),
+    ],
+)
+def test_what_is_wrong_is_told(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(UserError) as raised:
+        loaded(tmp_path, text)
+    assert said in raised.value.problem
+    assert "cluster.yaml" in raised.value.problem

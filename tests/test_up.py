@@ -1,0 +1,197 @@
+"""A cluster from one keyboard: real machines (`machines.py`), and commands as one types them."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from machines import Machines, why_no_machines
+from whole import Program
+
+pytestmark = [
+    pytest.mark.root,
+    pytest.mark.skipif(why_no_machines() is not None, reason=str(why_no_machines())),
+]
+
+NAMES = ["mini1", "mini2", "mini3", "bare", "full"]
+HOSTS = """
+port: 43210
+hosts:
+  - {name: mini1, role: server}
+  - {name: mini2}
+  - {name: mini3, restart: 0}
+"""
+SMALL = (
+    "dataset.name=digits", "model.hidden=16", "wandb.mode=disabled", "track_gradients=false",
+    "digest_steps=0",
+)  # fmt: skip
+LISTENS = """
+import socket, sys
+listening = socket.create_server(("0.0.0.0", int(sys.argv[1])))
+print("here", flush=True)
+listening.accept()
+"""
+LONG = ("num_epochs=10000", "heartbeat_timeout=3")
+
+
+class Cluster:
+    """Machines, and a cluster file that names them."""
+
+    def __init__(self, machines: Machines, folder: Path) -> None:
+        self.machines = machines
+        self.file = folder / "cluster.yaml"
+        self.file.write_text(HOSTS)
+
+    def make(self, word: str, *settings: str, **environment: str) -> Program:
+        """`make word`, typed on the laptop."""
+        command = [sys.executable, "-m", "paramserver.launch", word, f"cluster={self.file}"]
+        return self.machines.type(*command, *settings, **environment)
+
+    def says(self, word: str, *settings: str, code: int = 0) -> str:
+        """All that such a command says."""
+        program = self.make(word, *settings)
+        assert program.end() == code, program.output
+        return program.output
+
+    def runs(self) -> list[Path]:
+        return sorted((self.machines.home("mini1") / "paramserver/runs").glob("*"))
+
+    def kill(self, name: str, words: str) -> None:
+        """`kill -9` on a machine: every process with these words in its command line."""
+        self.machines.on(name, "pkill", "-9", "-f", words)
+
+    def left(self) -> list[str]:
+        """What runs on any machine that should not."""
+        names = ("mini1", "mini2", "mini3")
+        return [line for name in names for line in self.machines.processes(name)]
+
+
+@pytest.fixture(scope="module")
+def machines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machines]:
+    with Machines(tmp_path_factory.mktemp("machines"), NAMES, ("1gbit", "100mbit")) as made:
+        yield made
+
+
+@pytest.fixture
+def cluster(machines: Machines, tmp_path: Path) -> Iterator[Cluster]:
+    cluster = Cluster(machines, tmp_path)
+    yield cluster
+    for name in ("mini1", "mini2", "mini3"):
+        for device in ("eth0", "eth1"):
+            machines.cut(name, device, "up")
+    if cluster.left():
+        cluster.file.write_text(HOSTS)
+        cluster.says("down")
+
+
+def test_all_that_is_wrong_is_told_at_once(cluster: Cluster) -> None:
+    names = ("mini2", "asleep", "stranger", "unknown", "bare", "full")
+    cluster.file.write_text(
+        "hosts:\n  - {name: mini1, role: server}\n"
+        + "".join(f"  - {{name: {name}}}\n" for name in names)
+    )
+    said = cluster.says("up", code=2)
+    assert said.startswith("error: asleep, stranger, unknown, bare, full cannot take part as they")
+    for words in (
+        "asleep: it does not answer: off, asleep, or another network?",
+        "stranger: its host key is not the one that is known here",
+        "unknown: its host key is not known here yet",
+        "bare: there is no Python 3.11, 3.12 or 3.13",
+        "full: 0.0 GiB are free, 8.0 GiB are needed",
+    ):
+        assert words in said
+    assert "mini1" not in said and "mini2:" not in said
+    assert not (cluster.machines.home("mini1") / "paramserver/code/Makefile").exists()
+
+
+def test_a_run_from_start_to_end(cluster: Cluster) -> None:
+    up = cluster.make("up", *SMALL, *LONG, "batch_size=16", WANDB_API_KEY="s3cret" * 7)
+    up.wait_for(
+        r"mini2 \| reaches mini1 by 10.10.0.2 \(eth0\) -> 10.10.0.1 \(eth0\), Ethernet: 0.9"
+    )
+    up.wait_for(r"mini1 \| .*server at 127.0.0.1:43210, 10.10.0.1:43210, run folder ../runs/")
+    up.wait_for(r"mini1 \| .*step [1-9]")
+    for name in ("mini1", "mini2", "mini3"):
+        assert "s3cret" not in "\n".join(cluster.machines.processes(name))
+    up.send(signal.SIGINT)
+    assert up.end() == 0
+    assert up.lines[-1] == (
+        "the run goes on. Look again: make attach, make status. End it: make down"
+    )
+    assert "batch_size: 16" in (cluster.runs()[-1] / "config.yaml").read_text()
+    assert len([line for line in cluster.left() if "paramserver.fleet.keeper start" in line]) == 3
+
+    status = cluster.says("status")
+    assert re.search(r"mini1 +server +running for", status)
+    assert re.search(r"mini3 +worker 2 +running for", status)
+
+    assert "another run is going on on mini1" in cluster.says("up", *SMALL, code=2)
+
+    attach = cluster.make("attach")
+    attach.wait_for(r"mini1 \| .*step [1-9]")
+    cluster.kill("mini3", "workers id=2")
+    attach.wait_for(r"mini3 \| the worker has failed")
+    cluster.kill("mini2", "workers id=1")
+    attach.wait_for(r"mini2 \| the worker died \(killed by SIGKILL\): starting it again \(1 of 3\)")
+    attach.wait_for(r"mini1 \| .*worker 1 \(mini2\) is here")
+    attach.send(signal.SIGINT)
+    assert attach.end() == 0
+    assert "worker 2  failed (killed by SIGKILL)" in cluster.says("status", code=1)
+    assert "mini2 | the worker died" in cluster.says("logs", "--host=mini2")
+
+    again = cluster.make("up", *SMALL, *LONG, "batch_size=16", WANDB_API_KEY="s3cret" * 7)
+    again.wait_for(r"mini1 \| .*worker 2 \(mini3\) is here")  # only what is missing is started
+    again.send(signal.SIGINT)
+    assert again.end() == 0
+    assert len(cluster.runs()) == 1
+
+    down = cluster.says("down")
+    assert "mini1 | the server has ended, in order" in down
+    assert down.splitlines()[-1] == "nothing of the run is left on mini1, mini2, mini3"
+    assert cluster.left() == []
+    folder = cluster.runs()[-1]
+    assert json.loads((folder / "run.json").read_text())["ended"]
+    assert list((folder / "checkpoints").glob("step-*.safetensors"))
+    assert "nothing of the run is left" in cluster.says("down")
+
+
+def test_a_start_that_fails_leaves_nothing_and_the_next_one_works(cluster: Cluster) -> None:
+    small = (*SMALL, *LONG, "observer=false")
+    taken = cluster.machines.enter("mini1", sys.executable, "-c", LISTENS, "43210")
+    try:
+        assert taken.stdout is not None and taken.stdout.readline() == b"here\n"
+        said = cluster.says("up", *small, code=2)
+    finally:
+        cluster.kill("mini1", "socket.create_server")
+        taken.communicate()
+    assert "mini1 | error: port 43210 is taken" in said
+    assert said.splitlines()[-2:] == [
+        "error: the server did not start on mini1", "  its words are above",
+    ]  # fmt: skip
+    assert cluster.left() == []
+
+    up = cluster.make("up", *small)
+    up.wait_for(r"mini1 \| .*server at")
+    up.kill()  # between the server and the workers, as when the laptop dies
+
+    again = cluster.make("up", *small)
+    again.wait_for(r"mini1 \| .*worker [12] \(mini[23]\) is here")
+    again.wait_for(r"mini1 \| .*step [1-9]")
+    cluster.machines.cut("mini2", "eth0", "down")
+    again.wait_for(r"mini1 \| .*worker 1 \(mini2\) is gone: silent for")
+    cluster.machines.cut("mini2", "eth0", "up")
+    again.wait_for(r"mini1 \| .*worker 1 \(mini2\) is here")
+    again.send(signal.SIGINT)
+    assert again.end() == 0
+    assert len(cluster.runs()) == 1
+
+    cluster.kill("mini1", "fleet.keeper start server")
+    cluster.kill("mini2", "fleet.keeper")
+    said = cluster.says("down")
+    assert said.splitlines()[-1] == "nothing of the run is left on mini1, mini2, mini3"
+    assert cluster.left() == []
