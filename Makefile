@@ -4,12 +4,12 @@
 # upper-case ones (ID, ARGS, PYTHON) are read here.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo server worker up status logs attach down test check bench profile simulate format constraints clean
+.PHONY: help setup demo server worker keys up status logs attach down test check bench profile simulate format constraints clean
 
 VENV_PYTHON := .venv/bin/python
 READY := .venv/.ready
 
-unexport ARGS ID DRY HOST QUICK SEEDS # they are for this make, not for one that a test or a program starts
+unexport ARGS DRY HOST ID JOIN QUICK ROTATE SEEDS # they are for this make, not for one that a test or a program starts
 
 help: ## list these commands
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F '|' '{ printf "%-20s %s\n", $$1, $$2 }'
@@ -24,8 +24,11 @@ demo: $(READY) ## train on real digits: a server and two workers, all on this ma
 server: $(READY) ## start a server and its observer
 	@$(RUN) paramserver $(ARGS)
 
-worker: $(READY) ## start a worker: make worker ID=2 host_ip=10.10.0.1
+worker: $(READY) ## start a worker: make worker ID=2; elsewhere with JOIN= as the server prints it
 	@$(RUN) workers $(if $(ID),id=$(ID)) $(ARGS)
+
+keys: $(READY) ## print the join token of a server at host_ip (ROTATE=1: new keys before)
+	@$(RUN) paramserver.keys $(if $(ROTATE),rotate) $(ARGS)
 
 up: $(READY) ## start a run on the machines in conf/cluster.yaml (DRY=1: only print the commands)
 	@$(RUN) paramserver.launch up $(if $(DRY),--dry) $(ARGS)
@@ -73,6 +76,14 @@ constraints: $(READY) ## pin the newest version of everything in constraints.txt
 clean: ## remove .venv, caches and built packages; runs/ and data/ stay
 	rm -rf .venv .setup.lock build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+
+# JOIN is a secret, so it goes on in the environment and not on the program's command line. make's own
+# is in the list of processes all the same; JOIN=FILE, or JOIN=... before the word make, is not.
+
+ifdef JOIN
+export PARAMSERVER_JOIN := $(JOIN)
+endif
 
 
 # How settings go on: make keeps its command line in MAKEOVERRIDES, newest word first, with a `\`

@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from paramserver import __main__ as server_program
-from paramserver import curves, sockets, wire
+from paramserver import address, curves, keys, sockets, wire
 from paramserver.codec import CODECS
 from paramserver.settings import Settings
 from workers import data, models, recipe
@@ -114,9 +114,15 @@ def _backward_alone(model: Layers, rounds: int = 5) -> float:
 # ------------------------------------------------------------------ this project
 
 
-def server(*settings: str) -> None:
-    """The server program; only the picture it draws at the end of a run is left out."""
+def server(*settings: str, keys_in: str = "", guarded: bool = False) -> None:
+    """The server program; only the picture it draws at the end of a run is left out.
+
+    `keys_in`: the folder of its keys. `guarded`: loopback needs them as other addresses do.
+    """
     curves.draw = lambda *_, **__: None
+    os.environ["XDG_CONFIG_HOME"] = keys_in
+    if guarded:
+        server_program.listen = lambda *_: ([], [LOOPBACK])
     try:
         server_program.main([*settings, "plain=true"])
     except SystemExit as end:
@@ -134,17 +140,24 @@ def worker(
     *,
     seconds: float = 0.0,
     tcp: bool = False,
+    keys_in: str = "",
+    guarded: bool = False,
 ) -> dict[str, Any]:
     """Train `Layers` for that many rounds, by the door that every training loop uses.
 
-    `tcp`: as from another host, with neither ipc nor shared memory.
+    `tcp`: as from another host, with neither ipc nor shared memory. `keys_in`, `guarded`: as the
+    server's.
     """
     torch.set_num_threads(1)
+    os.environ["XDG_CONFIG_HOME"] = keys_in
+    token = keys.load_or_make()[0].token(host, port) if keys_in else None
     if tcp:
         sockets.ipc_usable = lambda folder: False
+    if guarded:
+        address.is_local = lambda host: False
     model = Layers(shapes, seconds)
     alone = _backward_alone(model)
-    with join(host, number, port=port, timeout_s=PATIENCE_S) as cluster:
+    with join(host, number, port=port, token=token, timeout_s=PATIENCE_S) as cluster:
         model, optimizer = cluster.attach(model, Idle(model.parameters()))
         laps = Laps(rounds, warm_up)
         for _ in cluster.batches(_Nothing(int(cluster.settings["num_workers"]) * 1000)):

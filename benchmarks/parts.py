@@ -161,17 +161,26 @@ def exchange(effort: Effort, machine: Machine) -> Groups:
             for codec in effort.codecs:
                 row = Row("exchange", size, workers, our_name(codec), "ms")
                 cases.append(Case(row, partial(_ours, limits, size, workers, codec, machine)))
-            if effort.extras:
-                row = Row("exchange", size, workers, f"{our_name(DEFAULT.codec)}, tcp", "ms")
-                ours = partial(_ours, limits, size, workers, DEFAULT.codec, machine, tcp=True)
-                cases.append(Case(row, ours))
+            for how, guarded in {"tcp": False, "tcp with CURVE": True}.items():
+                if effort.extras:
+                    name = f"{our_name(DEFAULT.codec)}, {how}"
+                    row = Row("exchange", size, workers, name, "ms")
+                    ours = partial(_ours, limits, size, workers, DEFAULT.codec, machine)
+                    cases.append(Case(row, partial(ours, tcp=True, guarded=guarded)))
             yield cases
 
 
 def _ours(
-    limits: Limits, size: str, workers: int, codec: str, machine: Machine, tcp: bool = False
+    limits: Limits,
+    size: str,
+    workers: int,
+    codec: str,
+    machine: Machine,
+    *,
+    tcp: bool = False,
+    guarded: bool = False,
 ) -> Figure:
-    one = runs.exchange(limits, size, workers, codec, tcp=tcp)
+    one = runs.exchange(limits, size, workers, codec, tcp=tcp, guarded=guarded)
     if tcp:
         limit_s = (one.sent_bytes + one.received_bytes) / machine.tcp_rate
     else:  # what goes up is written and read; what comes down, written once for all, is read

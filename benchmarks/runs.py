@@ -107,16 +107,22 @@ def exchange(
     place: Place = HERE,
     *,
     tcp: bool = False,
+    guarded: bool = False,
     backward_s: float = 0.0,
 ) -> Exchange:
-    """Rounds of a server and its workers, whose backward takes `backward_s`."""
+    """Rounds of a server and its workers, whose backward takes `backward_s`; `guarded`: with keys
+    and encryption on loopback, too."""
     with Team(limits.seconds) as team:
         port = place.port()
         settings = server_settings(port, workers, codec, team)
         if place.hosts is not None:
             settings.append(f"host_ip={place.address(place.server_on)}")
-        team.start("server", contenders.server, *settings, host=place.host(place.server_on))
-        return _rounds(team, limits, size, workers, port, place, tcp=tcp, backward_s=backward_s)
+        at = place.host(place.server_on)
+        keys = {"keys_in": str(team.folder / "keys"), "guarded": guarded}
+        team.start("server", contenders.server, *settings, host=at, **keys)
+        return _rounds(
+            team, limits, size, workers, port, place, tcp=tcp, seconds=backward_s, **keys
+        )
 
 
 def _rounds(
@@ -127,18 +133,16 @@ def _rounds(
     port: int,
     place: Place = HERE,
     *,
-    tcp: bool = False,
-    backward_s: float = 0.0,
     meanwhile: Callable[[], None] = lambda: None,
+    **more: Any,
 ) -> Exchange:
-    """Workers for a team's server, and what they saw."""
+    """Workers for a team's server, and what they saw. `more` is for them."""
     for k in range(1, workers + 1):
         team.start(
             f"worker-{k}",
             contenders.worker,
             *(place.dialled_by(k), port, k, SIZES[size], *limits.both),
-            tcp=tcp,
-            seconds=backward_s,
+            **more,
             host=place.host(f"host{k}"),
         )
     answers = [team.wait(f"worker-{k}", meanwhile) for k in range(1, workers + 1)]

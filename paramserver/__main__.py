@@ -20,16 +20,19 @@ from typing import Any
 import msgspec
 
 from paramserver import runfolder, trace, wire
+from paramserver.address import LOOPBACK, listen
 from paramserver.config import exit_on_user_error, load, save, to_wire
 from paramserver.display import Display, Status, WorkerStatus
 from paramserver.errors import UserError
 from paramserver.fleet import machine
+from paramserver.keys import load_or_make
+from paramserver.keys import path as keys_path
 from paramserver.members import Tally
 from paramserver.runfolder import EvalLine, Record, RunFolder, StepLine
 from paramserver.server import Server
 from paramserver.settings import Settings
+from paramserver.sockets import allow_connections, is_loopback
 
-LOOPBACK = "127.0.0.1"
 OBSERVER_RESTARTS = 3
 OBSERVER_PATIENCE_S = 90.0
 LOSSES_KEPT = 100
@@ -322,18 +325,19 @@ def serve(settings: Settings) -> int:
     settings, it goes on, if anybody comes back to it.
     """
     trace.begin("server")
+    allow_connections()
     parent, told = Path(settings.run_dir), to_wire(settings)
     resume, before = None, None
     if settings.resume is not None:
         resume = runfolder.find_checkpoint(settings.resume, parent)
     else:
-        before = runfolder.unended(parent, settings.port, told)
+        before = runfolder.unended(parent, settings.port, told, settings.host_ip)
     if before is not None:
         code = _serve(settings, *before, comeback=True)
         if code is not None:
             return code
     host, run = socket.gethostname(), secrets.token_hex(8)
-    record = Record(run=run, host=host, port=settings.port, settings=told)
+    record = Record(run=run, host=host, port=settings.port, settings=told, host_ip=settings.host_ip)
     code = _serve(settings, RunFolder.create(parent, datetime.now()), record, resume=resume)
     assert code is not None
     return code
@@ -348,16 +352,22 @@ def _serve(
     comeback: bool = False,
 ) -> int | None:
     """Run the server of one run; None where it was to go on and nobody came back to it."""
-    hosts, chosen = listen_at(settings.host_ip)
+    host_ip, chosen = machine.settle(settings.host_ip)
+    hosts, guarded = listen(host_ip, settings.security)
+    keys, new_keys = None, False
     show = Show(settings, folder)
     noted = show.past.last.step if show.past.last is not None else 0
     run, key = record.run, secrets.token_hex(16)
     try:
+        if guarded:
+            keys, new_keys = load_or_make()
         server = Server(
             settings, record.settings, show,
             hosts=hosts, run=run, observer_key=key, comeback=noted if comeback else None,
+            guarded=guarded, keys=None if keys is None else keys.for_server(),
         )  # fmt: skip
     except UserError:
+        folder.close()
         if not comeback:
             folder.path.rmdir()  # nothing is in it
         raise
@@ -368,10 +378,20 @@ def _serve(
         if not comeback:
             save(settings, folder.config)
             show.tell(folder.write_record(record))
-        where = ", ".join(f"{h}:{settings.port}" for h in hosts)
+        where = ", ".join(f"{h}:{settings.port}" for h in (*hosts, *guarded))
         if chosen:
             show.say(chosen)
         show.say(f"server at {where}, run folder {folder.path}")
+        if keys is not None:
+            if new_keys:
+                show.say(f"made the keys of this cluster: {keys_path()}")
+            token = keys.token(guarded[0], settings.port)
+            show.say(f"other machines join with: {_join_command(token)}")
+        elif exposed := [h for h in hosts if not is_loopback(h)]:
+            show.say(
+                f"security=none: whoever reaches {', '.join(exposed)} can read the model and "
+                "spoil the training"
+            )
         if comeback:
             show.say(
                 "this run has not ended: waiting for its replicas to come back "
@@ -407,16 +427,12 @@ def _serve(
     return 1 if end.error else 0
 
 
-def listen_at(host_ip: str | None) -> tuple[list[str], str]:
-    """The addresses that a server binds, and a sentence where it chose one itself."""
-    if host_ip == "auto":
-        chosen, why = machine.choose_own()
-        return [LOOPBACK, chosen], why
-    given = dict.fromkeys((host_ip or "").split(","))
-    for everywhere in ("0.0.0.0", "::"):
-        if everywhere in given:
-            return [everywhere], ""  # loopback among them
-    return [LOOPBACK, *(a for a in given if a not in ("", "localhost", LOOPBACK))], ""
+def _join_command(token: str) -> str:
+    """How a worker is started in the way that this server was."""
+    if "MAKELEVEL" in os.environ:
+        return f"make worker ID=2 JOIN={token}"
+    installed = Path(sys.argv[0]).name == "paramserver-server"
+    return f"{'paramserver-worker' if installed else 'python -m workers'} id=2 join={token}"
 
 
 def _write_results(show: Show, summary: dict[str, Any], end: wire.End) -> None:

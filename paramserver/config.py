@@ -4,6 +4,8 @@ The only file that sees OmegaConf. Later over earlier:
 
     the defaults in `settings` < cluster YAML < model YAML < command line (``key=value``)
 
+A worker's `join` may also come from the environment, which goes before the files.
+
 Both files share one namespace, so either may hold any setting. The default ones are
 ``conf/cluster.yaml`` and ``conf/model.yaml``, of the current folder or else those that come with
 the installation; ``cluster=`` and ``model=`` choose others, by path or by name under ``conf/``. A
@@ -34,6 +36,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from paramserver.errors import UserError
 from paramserver.fleet.hosts import spelled_out
+from paramserver.jointoken import VARIABLE
 from paramserver.schema import (
     KEYS,
     Program,
@@ -101,6 +104,10 @@ def load(argv: list[str], program: Program) -> Loaded:
     if "model" in chosen or not ("cluster" in chosen and "model" in layers[0].tree):
         files.append(_find("model", chosen.get("model")))
         layers += [_read_file(path) for path in files[1:] if path]
+    if program == "worker" and os.environ.get(VARIABLE):
+        layers.append(
+            _Layer(f"environment variable {VARIABLE}", {"join": os.environ[VARIABLE]}, {})
+        )
     layers.append(command_line)
 
     merged = asdict(Settings())
@@ -121,6 +128,8 @@ def load(argv: list[str], program: Program) -> Loaded:
         tree = _plain(OmegaConf.to_container(config, resolve=True, throw_on_missing=True))
     except OmegaConfBaseException as error:
         raise _unresolved(error, where) from None
+    if program != "worker":
+        tree["join"] = None  # it is a secret, and nothing to a server
     settings = build(tree, where)
     final = flatten(asdict(settings))
     given = {name: final[name] for name in flatten(command_line.tree) if name in final}

@@ -37,6 +37,7 @@ def demo(arguments: list[str]) -> int:
     arguments = [f"{k}={v}" for k, v in DEMO.items() if k not in given] + arguments
     settings = load(arguments, "server").settings  # mistakes are told before anything starts
     local = [a for a in arguments if _for_workers(a.partition("=")[0])]
+    local.append("join=null")  # whatever other cluster this machine's workers usually join
     if settings.num_workers > 16:
         raise UserError(f"{settings.num_workers} workers on one machine", "num_workers=2 is enough")
     server = subprocess.Popen([sys.executable, "-m", "paramserver", *arguments])
@@ -85,7 +86,7 @@ def _end(processes: list[subprocess.Popen[bytes]], patience_s: float) -> None:
 
 def _for_workers(name: str) -> bool:
     """Settings of one process that the workers of a demo share with the server."""
-    return scope(name) == "local" and name not in ("id", "run_dir", "plain", "host_ip")
+    return scope(name) == "local" and name not in ("id", "run_dir", "plain", "host_ip", "join")
 
 
 def _watch(

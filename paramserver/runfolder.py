@@ -16,6 +16,7 @@ Nothing here ends a training: where the disk is full or gone, a sentence says so
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import socket
@@ -75,6 +76,8 @@ class Record(msgspec.Struct, frozen=True):
     port: int
     settings: dict[str, Any]
     """Those that workers are told."""
+    host_ip: str | None = None
+    """Where it listened beside loopback: hosts of one name, as namespaces are, differ by it."""
     ended: bool = False
 
 
@@ -108,6 +111,7 @@ class RunFolder:
         self._flush_at = 0.0
         self._file: int | None = None  # descriptor: no second buffer that fails again at exit
         self._failed = False  # said so already
+        self._claim: int | None = None  # descriptor of the folder, locked
         self._cut_at: int | None = None  # bytes of whole lines, where another server tore the last
 
     @classmethod
@@ -123,7 +127,9 @@ class RunFolder:
             while True:
                 try:
                     path.mkdir()  # fails where it exists: of two servers one gets it
-                    return cls(path)
+                    folder = cls(path)
+                    folder.claim()
+                    return folder
                 except FileExistsError:
                     number += 1
                     path = parent / f"{name}-{number}"
@@ -132,6 +138,20 @@ class RunFolder:
                 f"cannot make a run folder in {parent.absolute()}: {_reason(error)}",
                 "choose another one with run_dir=FOLDER",
             ) from None
+
+    def claim(self) -> bool:
+        """Make this folder one server's own, until `close` or its process ends in any way; False
+        where it is another's that lives."""
+        descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            return False
+        except OSError:
+            pass  # a file system without locks
+        self._claim = descriptor
+        return True
 
     def write_record(self, record: Record) -> str | None:
         """Write run.json, whole or not at all; returns a sentence where that failed."""
@@ -178,6 +198,9 @@ class RunFolder:
         if self._file is not None:
             os.close(self._file)
             self._file = None
+        if self._claim is not None:
+            os.close(self._claim)
+            self._claim = None
         return problem
 
     def write_summary(self, summary: Mapping[str, Any]) -> str | None:
@@ -215,18 +238,23 @@ def latest(parent: Path) -> RunFolder | None:
 
 
 def unended(
-    parent: Path, port: int, settings: Mapping[str, Any]
+    parent: Path, port: int, settings: Mapping[str, Any], host_ip: str | None = None
 ) -> tuple[RunFolder, Record] | None:
-    """The newest run of this host and port, if it has not ended and has the same settings."""
+    """The newest run of this host, port and address, if it has not ended, has the same settings,
+    and no server that lives is at it; it is claimed then."""
     for path in reversed(_run_folders(parent)):
         folder = RunFolder(path)
         try:
             record = msgspec.json.decode(folder.record.read_bytes(), type=Record)
         except (OSError, msgspec.DecodeError):
             continue
-        if (record.host, record.port) == (socket.gethostname(), port):
-            same = record.settings == msgspec.json.decode(_encode(settings))
-            return (folder, record) if same and not record.ended else None
+        if (record.host, record.port, record.host_ip) == (socket.gethostname(), port, host_ip):
+            if not record.ended and not folder.claim():
+                continue  # of a server that lives, so its port is not this one's
+            if not record.ended and record.settings == msgspec.json.decode(_encode(settings)):
+                return folder, record
+            folder.close()
+            return None
     return None
 
 

@@ -94,6 +94,8 @@ RULES: dict[str, tuple[Callable[[Any], object], str]] = {
         "must be an address alone, like 10.10.0.1 (the port is a setting of its own)",
     ),
     "port": _between(1, 65534),
+    "join": _FILLED,
+    "security": _one_of("curve", "none"),
     "id": _between(1, 65535),
     "device": (
         lambda value: re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", value),
@@ -292,16 +294,18 @@ _USAGE = {
           python -m paramserver cluster=home host_ip=10.10.0.1 wandb.mode=offline
           python -m paramserver cluster=runs/2025-01-31_20-15-00/config.yaml""",
     "worker": """\
-        usage: python -m workers id=N [host_ip=ADDRESS] [key=value ...]
-               make worker ID=N [key=value ...]
+        usage: python -m workers id=N [join=TOKEN] [key=value ...]
+               make worker ID=N [JOIN=TOKEN] [key=value ...]
 
         Starts worker N. The run's settings come from the server: a worker on another machine
-        needs the server's address and its own number, nothing else.
+        needs its number and the join token that the server prints, nothing else. Where others
+        may see the processes of this machine, give the token in the environment's
+        PARAMSERVER_JOIN, or in a file.
 
         examples:
           python -m workers id=1
-          python -m workers id=2 host_ip=10.10.0.1
-          python -m workers id=3 host_ip=10.10.0.1 device=cpu dataset.root=/data""",
+          python -m workers id=2 join=TOKEN
+          python -m workers id=3 join=token.txt device=cpu dataset.root=/data""",
     "launch": """\
         usage: python -m paramserver.launch [cluster=FILE] [model=FILE] [key=value ...]
                make demo [key=value ...]

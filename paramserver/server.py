@@ -13,6 +13,7 @@ import shutil
 import time
 import uuid
 from collections import deque
+from collections.abc import Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -39,6 +40,7 @@ from paramserver.effects import (
     Void,
 )
 from paramserver.errors import PeerError
+from paramserver.gate import Gate
 from paramserver.mean import Mean, Release
 from paramserver.rounds import Rounds, Rules
 from paramserver.settings import Settings
@@ -118,7 +120,8 @@ class Server:
     """A parameter server, bound to its addresses by the constructor; `run` serves until the end.
 
     `settings` are the run's; `to_send` is what workers get of them in the welcome. `hosts` are the
-    addresses to bind. `observer_key` is what the observer that belongs to this server shows.
+    addresses to bind, `guarded` those where only holders of `keys` get in. `observer_key` is what
+    the observer that belongs to this server shows.
     `comeback`: the run's first server died, having noted this step; its replicas are to come back.
     Raises `UserError` where an address cannot be bound.
     """
@@ -133,6 +136,8 @@ class Server:
         run: str,
         observer_key: str,
         comeback: int | None = None,
+        guarded: Sequence[str] = (),
+        keys: sockets.ServerKeys | None = None,
     ) -> None:
         self.settings = settings
         self.run_id = run
@@ -190,14 +195,18 @@ class Server:
         # milliseconds each time.
         torch.set_num_threads(settings.threads or 1)
         self._ctx = sockets.context()
+        self._gate: Gate | None = None
         self._ipc: Path | None = sockets.private_folder("paramserver-") if _has_ipc() else None
         try:
-            self._bind(hosts)
+            self._gate = Gate(self._ctx, keys) if keys is not None else None
+            self._bind(hosts, guarded, keys)
         except BaseException:
             self.close()
             raise
 
-    def _bind(self, hosts: list[str]) -> None:
+    def _bind(
+        self, hosts: Sequence[str], guarded: Sequence[str], keys: sockets.ServerKeys | None
+    ) -> None:
         port = self.settings.port
         bucket_bytes = int(self.settings.bucket_mb * 2**20) + FLOAT32_BYTES
         largest = max(bucket_bytes, wire.HEADER_BYTES_MAX) + sockets.FRAME_OVERHEAD
@@ -208,10 +217,15 @@ class Server:
                 sockets.ipc_endpoints(str(self._ipc)), (routers, pubs), strict=True
             ):
                 endpoints.append(kind)
-        self._router = sockets.router(self._ctx, routers, largest)
         s = self.settings
         mark = sockets.mark(s.history_mb, s.bucket_mb)
-        self._pub = sockets.publisher(self._ctx, pubs, largest, mark)
+        self._router = sockets.router(self._ctx, largest)
+        self._pub = sockets.publisher(self._ctx, largest, mark)
+        for socket, plain, at in ((self._router, routers, port), (self._pub, pubs, port + 1)):
+            closed = [sockets.tcp(h, at) for h in guarded]
+            if self._gate is not None:
+                self._gate.watch(socket, closed)
+            sockets.bind(socket, plain, closed, keys)
 
     # ------------------------------------------------------------------ the loop
 
@@ -223,14 +237,17 @@ class Server:
         """Serve until the run has ended and everybody has said goodbye, or had time to; None where
         it was to go on and did not (`rounds.deserted`, `rounds.put_off`)."""
         poller = zmq.Poller()
-        poller.register(self._router, zmq.POLLIN)
+        for s in (self._router, *(self._gate.watches if self._gate is not None else ())):
+            poller.register(s, zmq.POLLIN)
         next_tick = next_pulse = 0.0
         pulse_every = self.settings.heartbeat_timeout / PULSES_PER_TIMEOUT
         while not self._finished():
             now = time.monotonic()
             due = self.rounds.next_deadline()
             limit = max(0.0, min(next_tick, due if due is not None else next_tick) - now)
-            poller.poll(math.ceil(1000 * limit))
+            woken = poller.poll(math.ceil(1000 * limit))
+            if self._gate is not None and any(s is not self._router for s, _ in woken):
+                self._tell_refused(self._gate)
             for _ in range(MESSAGES_PER_TURN):
                 if not sockets.readable(self._router):
                     break
@@ -247,6 +264,10 @@ class Server:
                 next_pulse = now + pulse_every
                 self._pulse(now)
         return self.rounds.ended
+
+    def _tell_refused(self, gate: Gate) -> None:
+        for sentence in gate.refused():
+            self.watcher.say(sentence)
 
     def _finished(self) -> bool:
         """Has everybody who is alive said goodbye, or had the time to?"""
@@ -266,6 +287,8 @@ class Server:
             s = getattr(self, name, None)
             if s is not None:
                 s.close(linger=1000)
+        if self._gate is not None:
+            self._gate.close()
         self._ctx.term()
         if self._ipc is not None:
             shutil.rmtree(self._ipc, ignore_errors=True)
@@ -352,7 +375,8 @@ class Server:
 
     def _greet(self, sender: bytes, hello: wire.Hello, now: float) -> None:
         if self.rounds.coming_back and hello.role == "worker" and hello.run is None:
-            return  # it asks again: first comes who holds the run
+            self._send_raw(sender, wire.Later(self.rounds.phase(now)))
+            return  # first comes who holds the run
         refuse = ""
         if hello.protocol != wire.PROTOCOL:
             refuse = f"this server speaks protocol {wire.PROTOCOL}, you speak {hello.protocol}"

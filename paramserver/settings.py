@@ -53,6 +53,16 @@ class Settings:
         None, "the machines that make up starts a run on; see docs/cluster.md", scope="local"
     )
     port: int = setting(65432, "TCP port of the ROUTER socket; PUB is the next one", scope="local")
+    join: str | None = setting(
+        None,
+        "worker: the join token that the server on another machine prints, or a file with it",
+        scope="local",
+    )
+    security: str = setting(
+        "curve",
+        "curve | none: none lets in whoever reaches the server, in the clear",
+        scope="local",
+    )
     id: int | None = setting(None, "worker: its number, 1 or more", scope="local")
     device: str = setting("auto", "auto | cpu | cuda | cuda:N | mps", scope="local")
     threads: int | None = setting(

@@ -8,10 +8,15 @@ falls far behind loses messages (it notices the gap and fetches); see `mark`.
 from __future__ import annotations
 
 import errno
+import ipaddress
 import math
 import os
+import resource
 import socket
 import stat
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
@@ -24,7 +29,26 @@ BUCKETS_WAITING = 8
 SMALL_MESSAGES = 64  # room for what is not a bucket
 HISTORY_MIN_MB = 64.0
 FRAME_OVERHEAD = 4096
+CONNECTIONS = 10_000  # macOS allows 10,240 by default
+ZAP_DOMAIN = "paramserver"
 _EVENTS, _POLLIN = zmq.EVENTS, int(zmq.POLLIN)
+
+
+@dataclass(frozen=True)
+class ServerKeys:
+    """Curve25519 keys of a server, and the public one of those that it lets in; in Z85."""
+
+    public: bytes
+    secret: bytes = field(repr=False)
+    workers: bytes
+
+
+@dataclass(frozen=True)
+class PeerKeys:
+    """What a peer needs where a server has keys: the server's public one and its own; in Z85."""
+
+    server: bytes
+    secret: bytes = field(repr=False)
 
 
 def context(io_threads: int = 1) -> zmq.Context[zmq.Socket[bytes]]:
@@ -48,26 +72,59 @@ def _make(
     return s
 
 
-def router(
-    ctx: zmq.Context[zmq.Socket[bytes]], endpoints: list[str], frame_bytes_max: int
-) -> zmq.Socket[bytes]:
-    """The server's ROUTER, bound. A message to a peer that is gone raises EHOSTUNREACH."""
+def allow_connections() -> None:
+    """Let this process have as many connections as its user may, within reason.
+
+    Out of file descriptors, ZeroMQ's I/O thread turns in circles until one is free: strangers could
+    slow a run by some hundred connections that say nothing.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = CONNECTIONS if hard == resource.RLIM_INFINITY else min(hard, CONNECTIONS)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with suppress(ValueError, OSError):  # the system has another limit
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def router(ctx: zmq.Context[zmq.Socket[bytes]], frame_bytes_max: int) -> zmq.Socket[bytes]:
+    """The server's ROUTER, to be bound. A message to a peer that is gone raises EHOSTUNREACH."""
     s = _make(ctx, zmq.ROUTER, frame_bytes_max)
     s.setsockopt(zmq.ROUTER_MANDATORY, 1)
     s.setsockopt(zmq.RCVHWM, BUCKETS_WAITING)
     s.setsockopt(zmq.SNDHWM, 0)  # what is sent here was asked for piece by piece
-    _bind(s, endpoints)
     return s
 
 
 def publisher(
-    ctx: zmq.Context[zmq.Socket[bytes]], endpoints: list[str], frame_bytes_max: int, mark: int
+    ctx: zmq.Context[zmq.Socket[bytes]], frame_bytes_max: int, mark: int
 ) -> zmq.Socket[bytes]:
-    """The server's PUB, bound."""
+    """The server's PUB, to be bound."""
     s = _make(ctx, zmq.PUB, frame_bytes_max)
     s.setsockopt(zmq.SNDHWM, mark)
-    _bind(s, endpoints)
     return s
+
+
+def bind(
+    s: zmq.Socket[bytes],
+    plain: Sequence[str],
+    guarded: Sequence[str] = (),
+    keys: ServerKeys | None = None,
+) -> None:
+    """Listen at these endpoints; at the guarded ones, with `keys`, only to those who have theirs.
+
+    An endpoint keeps the options that the socket had when it was bound, so plain ones come first.
+    Where no `gate` answers for a guarded one, nobody gets in. Raises `UserError` where an address
+    cannot be had, and closes the socket.
+    """
+    _bind(s, plain)
+    if guarded:
+        if keys is None:
+            raise ValueError("a guarded endpoint without keys")
+        s.setsockopt(zmq.CURVE_SERVER, 1)
+        s.setsockopt(zmq.CURVE_PUBLICKEY, keys.public)
+        s.setsockopt(zmq.CURVE_SECRETKEY, keys.secret)
+        s.setsockopt(zmq.ZAP_DOMAIN, ZAP_DOMAIN.encode())
+        s.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
+    _bind(s, guarded)
 
 
 def mark(history_mb: float, bucket_mb: float) -> int:
@@ -80,23 +137,44 @@ def mark(history_mb: float, bucket_mb: float) -> int:
     return SMALL_MESSAGES + 2 * math.ceil(max(history_mb, HISTORY_MIN_MB) / bucket_mb)
 
 
-def dealer(
-    ctx: zmq.Context[zmq.Socket[bytes]], endpoint: str, frame_bytes_max: int = -1
-) -> zmq.Socket[bytes]:
-    """A peer's door or link."""
-    s = _make(ctx, zmq.DEALER, frame_bytes_max)
+def dealer(ctx: zmq.Context[zmq.Socket[bytes]]) -> zmq.Socket[bytes]:
+    """A peer's door or link, to be connected."""
+    s = _make(ctx, zmq.DEALER, -1)
     s.setsockopt(zmq.SNDHWM, 0)  # a push of all buckets must never block the training loop
     s.setsockopt(zmq.RCVHWM, 0)
-    s.connect(endpoint)
     return s
 
 
-def subscriber(ctx: zmq.Context[zmq.Socket[bytes]], endpoint: str, mark: int) -> zmq.Socket[bytes]:
-    """A peer's SUB; `subscribe` tells to what."""
+def subscriber(ctx: zmq.Context[zmq.Socket[bytes]], mark: int) -> zmq.Socket[bytes]:
+    """A peer's SUB, to be connected; `subscribe` tells to what."""
     s = _make(ctx, zmq.SUB, -1)
     s.setsockopt(zmq.RCVHWM, mark)
-    s.connect(endpoint)
     return s
+
+
+def connect(s: zmq.Socket[bytes], endpoint: str, keys: PeerKeys | None = None) -> None:
+    """Connect to a server's endpoint; to a guarded one, with keys."""
+    if keys is not None:
+        s.setsockopt(zmq.CURVE_SERVERKEY, keys.server)
+        s.setsockopt(zmq.CURVE_PUBLICKEY, zmq.curve_public(keys.secret))
+        s.setsockopt(zmq.CURVE_SECRETKEY, keys.secret)
+    s.connect(endpoint)
+
+
+def monitor(
+    ctx: zmq.Context[zmq.Socket[bytes]], s: zmq.Socket[bytes], events: int
+) -> zmq.Socket[bytes]:
+    """Where ZeroMQ tells these events of `s`, for `zmq.utils.monitor`; before it is connected.
+
+    Without a mark: the I/O thread waits for whoever lets events lie.
+    """
+    endpoint = f"inproc://monitor.{s.FD}.{id(s)}"
+    s.monitor(endpoint, events)
+    watch = ctx.socket(zmq.PAIR)
+    watch.linger = 0
+    watch.setsockopt(zmq.RCVHWM, 0)
+    watch.connect(endpoint)
+    return watch
 
 
 def subscribe(s: zmq.Socket[bytes], prefix: bytes) -> None:
@@ -145,7 +223,26 @@ def is_local(host: str) -> bool:
     return bool(addresses & own)
 
 
-def _bind(s: zmq.Socket[bytes], endpoints: list[str]) -> None:
+def is_loopback(host: str) -> bool:
+    """Is this an address that only processes of one host can reach?"""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
+
+
+def own_addresses() -> list[str]:
+    """IPv4 addresses of this host, but for loopback."""
+    own = [
+        a.address
+        for nic in psutil.net_if_addrs().values()
+        for a in nic
+        if a.family == socket.AF_INET
+    ]
+    return sorted(address for address in own if not is_loopback(address))
+
+
+def _bind(s: zmq.Socket[bytes], endpoints: Sequence[str]) -> None:
     for endpoint in endpoints:
         try:
             s.bind(endpoint)
@@ -164,15 +261,8 @@ def _bind_error(endpoint: str, e: zmq.ZMQError) -> UserError:
             "stop that, or choose another: port=65500",
         )
     if e.errno in (errno.EADDRNOTAVAIL, errno.ENODEV):
-        own = sorted(
-            a.address
-            for nic in psutil.net_if_addrs().values()
-            for a in nic
-            if a.family in (socket.AF_INET,)
-        )
-        return UserError(
-            f"{where}: this host has no such address", f"its addresses: {', '.join(own)}"
-        )
+        own = ", ".join(("127.0.0.1", *own_addresses()))
+        return UserError(f"{where}: this host has no such address", f"its addresses: {own}")
     return UserError(f"cannot listen at {where}: {e.strerror or e}")
 
 

@@ -13,8 +13,9 @@ beats from a thread of its own; the **link** (DEALER) for the rest; and a SUB.
 ========== ============== ==================================================================
 message    direction      meaning; buffers that follow the header
 ========== ============== ==================================================================
-Hello      door -> server who I am. Answer: Welcome or Reject
+Hello      door -> server who I am. Answer: Welcome, Later or Reject
 Welcome    server -> door the run's settings, my session, where link and SUB connect to
+Later      server -> door not yet, and why: ask again
 Probe      link -> server binds this link to a session. Answer: Probe on PUB and a Pulse on the link
 Greet      server -> any  I do not know this link: probe (or say hello) again; or: join again
 Join       link -> server my layout, step and lineage. Answer: Admit or Reject
@@ -229,6 +230,10 @@ class Unready(Message, frozen=True):
     pass
 
 
+class Later(Message, frozen=True):
+    reason: str
+
+
 class Reject(Message, frozen=True):
     reason: str
     hint: str = ""
@@ -417,9 +422,9 @@ class End(Message, frozen=True):
 
 
 ANY = (
-    Hello | Welcome | Probe | Greet | Join | Admit | Ready | Unready | Reject | Push | Refused
-    | Average | Shared | Open | Close | Fetch | Fetched | Stand | Digest | Give | Manifest | Want
-    | Piece | Adopted | Abort | Beat | Pulse | Report | Goodbye | End
+    Hello | Welcome | Later | Probe | Greet | Join | Admit | Ready | Unready | Reject | Push
+    | Refused | Average | Shared | Open | Close | Fetch | Fetched | Stand | Digest | Give
+    | Manifest | Want | Piece | Adopted | Abort | Beat | Pulse | Report | Goodbye | End
 )  # fmt: skip
 
 _encoder = msgspec.json.Encoder()

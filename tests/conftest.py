@@ -46,6 +46,8 @@ def quiet_environment(tmp_path_factory: pytest.TempPathFactory) -> None:
             del os.environ[name]
     os.environ["WANDB_CONFIG_DIR"] = str(tmp_path_factory.mktemp("wandb-config"))
     os.environ["NETRC"] = os.devnull
+    os.environ["XDG_CONFIG_HOME"] = str(tmp_path_factory.mktemp("config"))  # keys are made there
+    os.environ.pop("PARAMSERVER_JOIN", None)
     os.environ["MPLBACKEND"] = "Agg"
     os.environ[MARK] = str(os.getpid())
 

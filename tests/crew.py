@@ -18,8 +18,6 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 from whole import DEADLINE_S, Served
 
-import workers
-
 INPUTS = 6
 CLASSES = 4
 
@@ -88,7 +86,7 @@ class Crew:
         return self.served.start(self._work, number, batch_size)
 
     def _work(self, number: int, batch_size: int | None) -> None:
-        with workers.join(port=self.served.port, worker_id=number, say=self.said.append) as cluster:
+        with self.served.join(number, self.said.append) as cluster:
             setup = self.setups[number] = self.make(number)
             parts = setup.attach.get("accumulate", 1)
             model, optimizer = cluster.attach(setup.model, setup.optimizer, **setup.attach)

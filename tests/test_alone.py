@@ -172,6 +172,7 @@ def test_where_a_worker_was_placed() -> None:
     assert placed({"PARAMSERVER_HOST": "", "PARAMSERVER_ID": " "}) == Placed()
     ours = {"PARAMSERVER_HOST": "10.10.0.1", "PARAMSERVER_PORT": "70", "PARAMSERVER_ID": "3"}
     assert placed(ours) == Placed("10.10.0.1", 70, 3)
+    assert placed({"PARAMSERVER_JOIN": "psabc"}) == Placed(token="psabc")
     srun = {"SLURM_LAUNCH_NODE_IPADDR": "10.0.0.5", "SLURM_PROCID": "0"}
     assert placed(srun) == Placed("10.0.0.5", None, 1)
     assert placed({**srun, **ours}) == Placed("10.10.0.1", 70, 3)

@@ -18,14 +18,14 @@ CLONE = Path(__file__).resolve().parent.parent
 PACKAGES = ("paramserver", "workers")
 
 FLOORS = {
-    4: "paramserver.__main__ paramserver.config paramserver.display paramserver.fleet.agent "
-    "paramserver.fleet.up paramserver.fleet.watch paramserver.launch "
+    4: "paramserver.__main__ paramserver.config paramserver.display paramserver.keys "
+    "paramserver.launch paramserver.fleet.agent paramserver.fleet.up paramserver.fleet.watch "
     "workers.__main__ workers.observe workers.train",
     3: "paramserver.curves paramserver.runfolder paramserver.server "
     "workers workers.alone workers.checkpoint workers.checks workers.client workers.cluster "
     "workers.gradients workers.logbook workers.recipe workers.replica",
-    2: "paramserver.arena paramserver.fleet.keeper paramserver.fleet.machine "
-    "paramserver.fleet.remote paramserver.fleet.speed "
+    2: "paramserver.fleet.keeper paramserver.fleet.machine paramserver.fleet.remote "
+    "paramserver.fleet.speed paramserver.address paramserver.arena paramserver.gate "
     "paramserver.sockets workers.data workers.models",
     1: "paramserver.bucket paramserver.codec paramserver.feedback paramserver.mean workers.state",
     0: "paramserver.fleet paramserver.fleet.hosts paramserver.fleet.interfaces "

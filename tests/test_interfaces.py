@@ -7,7 +7,7 @@ import sys
 import pytest
 from recorded import HARDWARE_PORTS, IFCONFIG
 
-from paramserver.__main__ import listen_at
+from paramserver.address import listen
 from paramserver.config import load
 from paramserver.errors import UserError
 from paramserver.fleet import machine
@@ -138,25 +138,26 @@ def test_this_machine_has_loopback_and_what_it_chooses_is_its_own() -> None:
     chosen = choose(own)
     if chosen is not None:
         assert machine.choose_own()[0] == chosen.address
-        assert listen_at("auto") == (["127.0.0.1", chosen.address], why(chosen, own))
+        assert machine.settle("auto") == (chosen.address, why(chosen, own))
     else:
         with pytest.raises(UserError, match="no Thunderbolt, Ethernet or Wi-Fi address"):
             machine.choose_own()
 
 
 @pytest.mark.parametrize(
-    ("host_ip", "bound"),
+    ("host_ip", "open_to_all", "guarded"),
     [
-        (None, ["127.0.0.1"]),
-        ("localhost", ["127.0.0.1"]),
-        ("10.10.0.1", ["127.0.0.1", "10.10.0.1"]),
-        ("10.10.0.1,192.168.1.5", ["127.0.0.1", "10.10.0.1", "192.168.1.5"]),
-        ("0.0.0.0", ["0.0.0.0"]),
-        ("::", ["::"]),
+        (None, ["127.0.0.1"], []),
+        ("localhost", ["127.0.0.1"], []),
+        ("10.10.0.1", ["127.0.0.1"], ["10.10.0.1"]),
+        ("10.10.0.1,192.168.1.5", ["127.0.0.1"], ["10.10.0.1", "192.168.1.5"]),
     ],
 )
-def test_where_a_server_listens(host_ip: str | None, bound: list[str]) -> None:
-    assert listen_at(host_ip) == (bound, "")
+def test_where_a_server_listens(
+    host_ip: str | None, open_to_all: list[str], guarded: list[str]
+) -> None:
+    assert machine.settle(host_ip) == (host_ip, "")
+    assert listen(host_ip) == (open_to_all, guarded)
 
 
 @pytest.mark.parametrize("host_ip", ["auto", "10.10.0.1,192.168.1.5"])

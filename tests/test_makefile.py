@@ -28,7 +28,8 @@ print(json.dumps(sys.argv[1:]))
 def clone(tmp_path: Path) -> Path:
     """A clone that is set up, with programs that only print their arguments."""
     folder = tmp_path / "clone"
-    for program in ("paramserver/__main__", "paramserver/launch", "workers/__main__", "pytest"):
+    programs = ("paramserver/__main__", "paramserver/launch", "paramserver/keys")
+    for program in (*programs, "workers/__main__", "pytest"):
         path = folder / f"{program}.py"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(PROGRAM)
@@ -56,6 +57,8 @@ def make(clone: Path, *words: str) -> list[str]:
         ("worker ID=2 host_ip=10.10.0.1", "id=2 host_ip=10.10.0.1"),
         ("worker", ""),
         ("worker id=3", "id=3"),
+        ("worker ID=2 JOIN=psabc", "id=2"),
+        ("keys host_ip=10.10.0.1 ROTATE=1", "rotate host_ip=10.10.0.1"),
         ("demo num_epochs=5", "demo num_epochs=5"),
         ("server seed=1 PYTHON=python9 ARGS=--help", "--help seed=1"),
         ("test ARGS=-x", "-x"),
@@ -88,6 +91,19 @@ def test_whatever_a_value_holds_arrives_unharmed(clone: Path) -> None:
         "g=h=i",
     ]
     assert make(clone, "server", *settings) == settings
+
+
+def test_a_join_token_goes_on_in_the_environment(clone: Path) -> None:
+    (clone / "workers/__main__.py").write_text(
+        "import json, os, sys\n"
+        "token = os.environ.get('PARAMSERVER_JOIN')\n"
+        "print(json.dumps([*sys.argv[1:], token, 'JOIN' in os.environ]))"
+    )
+    assert make(clone, "worker", "ID=2", "JOIN=psabc") == ["id=2", "psabc", False]
+    assert make(clone, "worker", "ID=2") == ["id=2", None, False]
+    with pytest.MonkeyPatch.context() as m:
+        m.setenv("JOIN", "psdef")
+        assert make(clone, "worker", "ID=2") == ["id=2", "psdef", False]
 
 
 def test_the_program_itself_gets_the_signal(clone: Path) -> None:

@@ -149,19 +149,29 @@ def test_a_run_that_goes_on_takes_up_its_metrics(tmp_path: Path) -> None:
 
 
 def test_the_newest_run_of_a_port_goes_on_if_it_has_not_ended(tmp_path: Path) -> None:
-    def made(name: str, port: int = 1, *, ended: bool = False, **settings: object) -> RunFolder:
+    def made(
+        name: str, port: int = 1, *, ended: bool = False, at: str | None = None, **settings: object
+    ) -> RunFolder:
         folder = RunFolder(tmp_path / f"2026-11-2{name}")
         folder.path.mkdir()
         folder.write_record(
             Record(
-                run=name, host=socket.gethostname(), port=port, settings={**settings}, ended=ended
+                run=name,
+                host=socket.gethostname(),
+                port=port,
+                settings={**settings},
+                ended=ended,
+                host_ip=at,
             )
         )
         return folder
 
-    def goes_on(port: int = 1, **settings: object) -> str | None:
-        found = unended(tmp_path, port, settings)
-        return found and found[1].run
+    def goes_on(port: int = 1, at: str | None = None, **settings: object) -> str | None:
+        found = unended(tmp_path, port, settings, at)
+        if found is None:
+            return None
+        found[0].close()
+        return found[1].run
 
     assert goes_on() is None
     made("1_00-00-00", seed=3)
@@ -173,8 +183,36 @@ def test_the_newest_run_of_a_port_goes_on_if_it_has_not_ended(tmp_path: Path) ->
     torn = made("4_00-00-00", seed=3)
     torn.record.write_bytes(b'{"run":')
     assert goes_on(seed=3) == "1_00-00-00"
-    made("5_00-00-00", ended=True, seed=3)
+    elsewhere = made("5_00-00-00", at="10.10.0.1", seed=3)
+    assert goes_on(seed=3) == "1_00-00-00"
+    assert goes_on(seed=3, at="10.10.0.1") == "5_00-00-00"
+    assert elsewhere.claim()  # by a server that lives: in another network namespace, say
+    assert goes_on(seed=3, at="10.10.0.1") is None
+    elsewhere.close()
+    assert goes_on(seed=3, at="10.10.0.1") == "5_00-00-00"
+    made("6_00-00-00", ended=True, seed=3)
     assert goes_on(seed=3) is None
+
+
+def test_a_folder_belongs_to_one_server_while_that_lives(tmp_path: Path) -> None:
+    script = (
+        "import sys; from pathlib import Path; from paramserver.runfolder import RunFolder\n"
+        "print(RunFolder(Path(sys.argv[1])).claim(), flush=True); sys.stdin.read()"
+    )
+    folder = RunFolder.create(tmp_path, datetime.now())
+    command = [sys.executable, "-c", script, str(folder.path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"False\n"
+        other.kill()
+    folder.close()
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"True\n"
+        assert not folder.claim()
+        other.kill()  # as the server may be
+    assert folder.claim()
+    folder.close()
 
 
 def test_a_failing_disk_is_told_once_and_tried_again(tmp_path: Path) -> None:

@@ -447,6 +447,10 @@ def signals_kept() -> Iterator[None]:
         ("worker", "id=0", ["id", "1"]),
         ("worker", "learning_rate=0.5", ["learning_rate is 0.5", "the run has 0.001"]),
         ("worker", "model.hidden=64", ["model.hidden is 64", "the run has 128"]),
+        ("worker", "host_ip=192.0.2.1", ["192.0.2.1 is on another machine", "JOIN="]),
+        ("worker", "join=psaeexf6u7gwbz5kemb5p5", ["the join token is cut off: 22 of its 132"]),
+        ("worker", "join={file}", ["{file}: this is no join token", "make keys"]),
+        ("worker", "security=off", ["security must be one of curve, none"]),
         ("worker", "device=cuda:7", ["device=cuda:7 is not on this machine", "there is: "]),
     ],
 )

@@ -28,9 +28,14 @@ import psutil
 import zmq
 
 from paramserver import wire
+from paramserver.address import keys_of
 from paramserver.config import to_wire
+from paramserver.jointoken import decode
+from paramserver.keys import Keys
 from paramserver.server import Server
 from paramserver.settings import Settings
+from workers.client import Client
+from workers.cluster import Cluster
 
 CLONE = Path(__file__).resolve().parent.parent
 LOOPBACK = "127.0.0.1"
@@ -158,23 +163,29 @@ class Run:
             if error is not None:
                 print(f"--- {program.name}:\n{program.output}")
 
-    def start(self, name: str, *command: str, **environment: str) -> Program:
-        """A Python program: `command` is what follows `python`."""
-        program = Program(name, [sys.executable, *command], self.folder, **environment)
+    def start(
+        self, name: str, *command: str, host: str | None = None, **environment: str
+    ) -> Program:
+        """A Python program: `command` is what follows `python`; in the network namespace `host`,
+        if one is named."""
+        there = ["ip", "netns", "exec", host] if host else []
+        program = Program(name, [*there, sys.executable, *command], self.folder, **environment)
         self._programs.append(program)
         return program
 
-    def server(self, *settings: str, **environment: str) -> Program:
+    def server(self, *settings: str, host: str | None = None, **environment: str) -> Program:
         """`python -m paramserver`, on small real data, logging to nobody."""
         small = ["dataset.name=digits", "model.hidden=16", "wandb.mode=disabled"]
         ours = [f"port={self.port}", "run_dir=runs", "plain=true", "track_gradients=false"]
         words = ["-m", "paramserver", *small, *ours, *settings]
-        return self.start("the server", *words, **environment)
+        return self.start("the server", *words, host=host, **environment)
 
-    def worker(self, number: int, *settings: str, **environment: str) -> Program:
+    def worker(
+        self, number: int, *settings: str, host: str | None = None, **environment: str
+    ) -> Program:
         """`python -m workers`."""
         words = ["-m", "workers", f"id={number}", f"port={self.port}", *settings]
-        return self.start(f"worker {number}", *words, **environment)
+        return self.start(f"worker {number}", *words, host=host, **environment)
 
     @property
     def runs(self) -> list[Path]:
@@ -245,7 +256,10 @@ class Served:
     end of the block every thread that began in it must have ended.
     """
 
-    def __init__(self, **settings: Any) -> None:
+    def __init__(
+        self, *, keys: Keys | None = None, comeback: int | None = None, **settings: Any
+    ) -> None:
+        """With `keys`, only who has them gets in, on loopback too."""
         self._threads = set(threading.enumerate())
         self.port = free_port()
         self.settings = Settings(port=self.port, observer=False, **settings)
@@ -256,10 +270,14 @@ class Served:
             self.settings,
             to_wire(self.settings),
             self,
-            hosts=[LOOPBACK],
+            hosts=[] if keys else [LOOPBACK],
             run="test",
             observer_key="",
+            guarded=[LOOPBACK] if keys else [],
+            keys=keys.for_server() if keys else None,
+            comeback=comeback,
         )
+        self._keys = keys_of(decode(keys.token(LOOPBACK, self.port))) if keys else None
         self._pool = ThreadPoolExecutor(16)
         self._futures: list[Future[Any]] = []
         self.end = self.start(self._serve)
@@ -297,6 +315,18 @@ class Served:
         else:
             print("--- the server:", *self.said, sep="\n")
             self._pool.shutdown(wait=False)
+
+    def join(
+        self, number: int, say: Callable[[str], None], join_timeout: float = DEADLINE_S
+    ) -> Cluster:
+        """Take part as this worker, with the keys if there are any."""
+        client = Client(LOOPBACK, self.port, id=number, keys=self._keys, say=say)
+        try:
+            client.connect(join_timeout)
+        except BaseException:
+            client.close()
+            raise
+        return Cluster(client)
 
     def wait(self, *futures: Future[Any]) -> None:
         """Until they are done; raises at once what went wrong in one of them or in the server."""

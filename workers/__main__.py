@@ -1,4 +1,4 @@
-"""`python -m workers id=2 host_ip=10.10.0.1`: one worker."""
+"""`python -m workers id=2 join=TOKEN`: one worker."""
 
 from __future__ import annotations
 

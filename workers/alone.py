@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from paramserver import wire
+from paramserver import address, wire
 from paramserver.codec import fresh
 from paramserver.errors import UserError
 from paramserver.ledger import DONE, RETURNED, SKIPPED, Ledger, OwnLedger
@@ -35,6 +35,8 @@ class Alone:
     `settings` are some of those that a server would have (`num_epochs`, `batch_size`, `seed`);
     raises `UserError` for one that there is not.
     """
+
+    host, port = address.LOOPBACK, 0
 
     def __init__(self, settings: Mapping[str, Any], say: Say) -> None:
         check_names(settings, lambda name: "alone=")

@@ -27,6 +27,7 @@ from paramserver import arena, sockets, trace, wire
 from paramserver.bucket import FLOAT32_BYTES
 from paramserver.codec import fresh
 from paramserver.errors import PeerError, RunLost, UserError
+from paramserver.gate import Knock
 from workers import follow
 from workers.replica import Replica
 from workers.state import as_bytes, dtype_name, empty, flatten, pieces, unflatten
@@ -58,9 +59,13 @@ class Client:
         role: str = "worker",
         id: int | None = None,
         key: str = "",
+        keys: sockets.PeerKeys | None = None,
         say: Say = print,
     ) -> None:
+        """`keys` are needed where the server lets in only those who have them; `key` is what the
+        server's own observer shows."""
         self.host, self.port = host, port
+        self._keys = keys
         self.say = say
         self.replica: Replica | None = None
         self.follow: follow.Follow | None = None
@@ -89,6 +94,7 @@ class Client:
         )
         self._ctx = sockets.context()
         self._door: zmq.Socket[bytes] | None = None
+        self._knock: Knock | None = None  # what becomes of the door's handshakes
         self._link: zmq.Socket[bytes] | None = None
         self._sub: zmq.Socket[bytes] | None = None
         self._link_kind = "tcp"
@@ -119,36 +125,45 @@ class Client:
 
     def connect(self, deadline_s: float) -> wire.Welcome:
         """Find the server and be welcomed, within `deadline_s`; says what it waits for. Raises
-        `RunLost` when `abandoned` is set meanwhile."""
-        door = self._door = sockets.dealer(self._ctx, sockets.tcp(self.host, self.port))
-        start, told, hello_at = time.monotonic(), False, -math.inf
+        `UserError` where it refuses, `RunLost` when `abandoned` is set meanwhile."""
+        door = self._door = sockets.dealer(self._ctx)
+        with_keys = self._keys is not None
+        knock = self._knock = Knock(self._ctx, door, self.host, self.port, with_keys=with_keys)
+        sockets.connect(door, sockets.tcp(self.host, self.port), self._keys)
+        start = time.monotonic()
+        deadline, hello_at, told = start + deadline_s, start, ""
         while True:
-            waited = time.monotonic() - start
-            if waited - hello_at > HELLO_INTERVAL_S:  # one may be lost with a cut connection
-                door.send_multipart(wire.to_frames(self._hello))
-                hello_at = waited
+            knock.check()
+            now = time.monotonic()
+            if now >= hello_at:  # one may be lost with a cut connection
+                with contextlib.suppress(zmq.Again):  # refused just now: the next check tells why
+                    door.send_multipart(wire.to_frames(self._hello), zmq.NOBLOCK)
+                hello_at = now + HELLO_INTERVAL_S
             if self.abandoned.is_set():
                 raise RunLost("the run is over")
-            if door.poll(min(500, max(0, int(1000 * (deadline_s - waited))))):
+            if door.poll(min(500, max(0, int(1000 * (deadline - now))))):
                 message = self._decode(door.recv_multipart(copy=False))[0]
                 if isinstance(message, wire.Welcome):
                     break
                 if isinstance(message, wire.Reject):
                     raise UserError(message.reason, message.hint)
+                if isinstance(message, wire.Later):  # it lives, and has a deadline of its own
+                    hello_at = time.monotonic() + HELLO_INTERVAL_S
+                    deadline = hello_at + deadline_s
+                    if told != message.reason:
+                        told = message.reason
+                        self.say(f"the server is {told}")
                 continue
-            waited = time.monotonic() - start
-            if waited > deadline_s:
+            now = time.monotonic()
+            if now > deadline:
                 raise UserError(
                     f"no server answered at {self.host}:{self.port} within {deadline_s:g} s",
                     "is it running (make server)? another address: host_ip=..., another port: "
                     "port=..., a longer wait: join_timeout=...",
                 )
-            if not told and waited > 1:
-                self.say(
-                    f"waiting for a server at {self.host}:{self.port} "
-                    f"(for {deadline_s:g} s; start one with: make server)"
-                )
-                told = True
+            if not told and now > start + 1:
+                told = f"waiting for a server at {self.host}:{self.port}"
+                self.say(f"{told} (for {deadline_s:g} s; start one with: make server)")
         self._check(message)
         self.welcome = message
         self.greetings += 1
@@ -176,10 +191,13 @@ class Client:
                 self._shared = Path(welcome.shared)
         of_run = welcome.settings
         mark = sockets.mark(of_run["history_mb"], of_run["bucket_mb"])
-        self._sub = sockets.subscriber(self._ctx, pub, mark)
+        keys = None if self._link_kind == "ipc" else self._keys
+        self._sub = sockets.subscriber(self._ctx, mark)
         for kind in (wire.Close, wire.Open, wire.Pulse, wire.Probe, wire.End):
             sockets.subscribe(self._sub, wire.topic(kind))
-        self._link = sockets.dealer(self._ctx, router)
+        self._link = sockets.dealer(self._ctx)
+        sockets.connect(self._sub, pub, keys)
+        sockets.connect(self._link, router, keys)
         self._poller = zmq.Poller()
         self._poller.register(self._link, zmq.POLLIN)
         self._poller.register(self._sub, zmq.POLLIN)
@@ -364,7 +382,8 @@ class Client:
         digest, step = "", 0
         if self.replica is not None and self._joined:
             digest, step = self.replica.digest(), self.replica.step
-        self._send(wire.Goodbye(reason=reason, step=step, digest=digest))
+        with contextlib.suppress(UserError):  # it lets nobody in any more
+            self._send(wire.Goodbye(reason=reason, step=step, digest=digest))
         self._link.linger = 2000
 
     def close(self) -> None:
@@ -377,9 +396,10 @@ class Client:
             self._beating.set()
             self._beat_thread.join()
             self._beat_thread = None
-        for s in (self._door, self._link, self._sub):
+        for s in (self._door, self._link, self._sub, self._knock):
             if s is not None:
                 s.close()
+        self._knock = None
         self._door = self._link = self._sub = None
         self._shared = self._outbox = self._ring = None
 
@@ -460,6 +480,8 @@ class Client:
             return
         effect = f.tick(now, self.heartbeat_timeout / 2)
         if isinstance(effect, follow.Silent):
+            if self._knock is not None:
+                self._knock.check()  # it may have been started again, with other keys
             if effect.seconds > self.give_up_s:
                 raise RunLost(
                     f"the server at {self.host}:{self.port} has been silent for "
@@ -806,7 +828,17 @@ class Client:
 
     def _send(self, message: wire.Message, *buffers: Any) -> None:
         assert self._link is not None
-        self._link.send_multipart(wire.to_frames(message, *buffers), copy=not buffers)
+        try:
+            self._link.send_multipart(
+                wire.to_frames(message, *buffers), zmq.NOBLOCK, copy=not buffers
+            )
+        except zmq.Again:  # not its mark, it has none: ZeroMQ has given this connection up
+            if self._knock is not None:
+                self._knock.check()
+            raise RunLost(
+                f"the server at {self.host}:{self.port} does not let this worker in any more",
+                "was it started again with other keys, or another security=?",
+            ) from None
 
     def _start_beating(self, session: str) -> None:
         assert self._door is not None

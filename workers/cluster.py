@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from paramserver import trace, wire
+from paramserver import address, trace, wire
 from paramserver.bucket import Bucket
 from paramserver.errors import RunLost, UserError
 from paramserver.feedback import Feedback
@@ -34,7 +34,7 @@ from workers.alone import Alone
 from workers.client import Client, Say
 from workers.data import order
 from workers.gradients import Gradients
-from workers.placed import LOOPBACK, listens, placed
+from workers.placed import listens, placed
 from workers.replica import Replica
 
 M = TypeVar("M", bound=nn.Module)
@@ -46,29 +46,35 @@ def join(
     worker_id: int | None = None,
     *,
     port: int | None = None,
+    token: str | None = None,
+    security: str = "curve",
     timeout_s: float = 60.0,
     say: Say = print,
     alone: Mapping[str, Any] | None = None,
 ) -> Cluster:
     """Greet the server at `host` and take part as worker `worker_id` (None: any free id).
 
-    What is not given is read off the environment (`workers.placed`). If that names no host either,
-    and no server listens on this machine, this is a cluster of one: the same loop trains alone,
-    with the settings in `alone` (`num_epochs`, `batch_size`, `seed`) over the usual ones.
+    What is not given is read off the environment (`workers.placed`). A server on another machine
+    takes its join `token`, or the path of a file that holds one; host and port come with it, where
+    they are not given. `security="none"` is for a server that runs so. If there is neither host nor
+    token, and no server listens on this machine, this is a cluster of one: the same loop trains
+    alone, with the settings in `alone` (`num_epochs`, `batch_size`, `seed`) over the usual ones.
 
     Waits up to `timeout_s` for a server that was named, or is there, to answer. Raises `UserError`
     when none does or when it refuses, with the reason.
     """
     here = placed(os.environ)
-    host, port = host or here.host, port or here.port or Settings.port
-    if host is None:
-        host = LOOPBACK
-        if not listens(host, port):
+    host, port, token = host or here.host, port or here.port, token or here.token
+    if host is None and token is None:
+        port = port or Settings.port
+        if not listens(address.LOOPBACK, port):
             only = Alone(alone or {}, say)
             epochs = only.welcome.settings["num_epochs"]
             say(f"no server on this machine (port {port}): training alone, {epochs} epochs")
             return Cluster(only)
-    client = Client(host, port, id=here.id if worker_id is None else worker_id, say=say)
+    there = address.find(host, port, token, security=security)
+    id = here.id if worker_id is None else worker_id
+    client = Client(there.host, there.port, id=id, keys=there.keys, say=say)
     try:
         client.connect(timeout_s)
     except BaseException:
@@ -100,6 +106,15 @@ class Cluster:
         self._waiting_s = 0.0
         self._load_ahead: Callable[[], None] | None = None
         atexit.register(self.leave, "its program ended")
+
+    @property
+    def host(self) -> str:
+        """The server's address, as it is dialled."""
+        return self.client.host
+
+    @property
+    def port(self) -> int:
+        return self.client.port
 
     @property
     def step(self) -> int:

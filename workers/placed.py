@@ -1,8 +1,9 @@
 """Where this worker was placed, as its environment tells: the server's address and its own number.
 
-`PARAMSERVER_HOST`, `PARAMSERVER_PORT` and `PARAMSERVER_ID` are whoever's who starts it. Under
-SLURM, `srun` tells each of its tasks from which node it was called, where the server is expected,
-and the task's number, which begins at 0.
+`PARAMSERVER_HOST`, `PARAMSERVER_PORT`, `PARAMSERVER_ID` and `PARAMSERVER_JOIN`, the join token (or
+the path of a file that holds it), are whoever's who starts it. Under SLURM, `srun` tells each of
+its tasks from which node it was called, where the server is expected, and the task's number, which
+begins at 0.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from paramserver import jointoken
 from paramserver.errors import UserError
 
-LOOPBACK = "127.0.0.1"
 LISTENS_S = 5.0  # a refusal comes at once
 HOST, PORT, ID = "PARAMSERVER_HOST", "PARAMSERVER_PORT", "PARAMSERVER_ID"
+TOKEN = jointoken.VARIABLE
 SLURM_HOST, SLURM_TASK = "SLURM_LAUNCH_NODE_IPADDR", "SLURM_PROCID"
 
 
@@ -26,6 +28,7 @@ class Placed:
     host: str | None = None
     port: int | None = None
     id: int | None = None
+    token: str | None = None
 
 
 def placed(environment: Mapping[str, str]) -> Placed:
@@ -37,7 +40,7 @@ def placed(environment: Mapping[str, str]) -> Placed:
         host = host or environment[SLURM_HOST]
         task = _number(environment, SLURM_TASK)
         id = id if id is not None or task is None else task + 1
-    return Placed(host, port, id)
+    return Placed(host, port, id, environment.get(TOKEN) or None)
 
 
 def listens(host: str, port: int) -> bool:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from torch import nn
 
-from paramserver import sockets, trace
+from paramserver import address, sockets, trace
 from paramserver.config import check_worker_overrides, from_wire
 from paramserver.errors import UserError
 from paramserver.settings import Settings
@@ -18,7 +18,6 @@ from workers import data, models, recipe
 from workers.cluster import Cluster, join
 
 PROGRESS_S = 5.0
-LOOPBACK = "127.0.0.1"
 
 
 def train(settings: Settings, given: dict[str, object], say: Callable[[str], None]) -> Cluster:
@@ -27,15 +26,27 @@ def train(settings: Settings, given: dict[str, object], say: Callable[[str], Non
     `settings` are this process's own; the run's come from the server, and `given` (its command
     line) must not contradict them. Raises `UserError`.
     """
-    host = settings.host_ip or LOOPBACK
-    cluster = join(host, settings.id, port=settings.port, timeout_s=settings.join_timeout, say=say)
+    host: str | None = settings.host_ip or address.LOOPBACK
+    port: int | None = settings.port
+    if settings.join is not None:  # what a token tells goes before what stands in files
+        host = host if "host_ip" in given else None
+        port = port if "port" in given else None
+    cluster = join(
+        host,
+        settings.id,
+        port=port,
+        token=settings.join,
+        security=settings.security,
+        timeout_s=settings.join_timeout,
+        say=say,
+    )
     try:
         run = from_wire(settings, cluster.settings)
         check_worker_overrides(given, run)
         device = recipe.choose_device(run.device)
-        recipe.set_threads(run.threads, run.num_workers if sockets.is_local(host) else 1)
+        recipe.set_threads(run.threads, run.num_workers if sockets.is_local(cluster.host) else 1)
         trace.begin(f"worker {cluster.worker_id}")
-        say(f"worker {cluster.worker_id} of a run at {host}:{settings.port}, on {device}")
+        say(f"worker {cluster.worker_id} of a run at {cluster.host}:{cluster.port}, on {device}")
 
         recipe.tell_downloads(say)
         samples = data.load(run.dataset, run.seed).train

@@ -15,6 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from paramserver import keys
 from paramserver.errors import UserError
 from paramserver.fleet import keeper, machine
 from paramserver.fleet.interfaces import to_json
@@ -43,6 +44,8 @@ class Agent:
             return asdict(measure(**words))
         if do == "port":
             return {"held": machine.port_holder(words["port"])}
+        if do == "token":
+            return {"token": keys.load_or_make()[0].token(words["host"], words["port"])}
         return {"problem": f"{do} is no question"}
 
     def close(self) -> None:

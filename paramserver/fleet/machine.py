@@ -71,6 +71,11 @@ def _prefix(netmask: str | None) -> int:
     return 0 if netmask is None else int(ipaddress.ip_address(netmask)).bit_count()
 
 
+def settle(host_ip: str | None) -> tuple[str | None, str]:
+    """What a server's setting `host_ip` means here, and a sentence where it chose for itself."""
+    return choose_own() if host_ip == "auto" else (host_ip, "")
+
+
 def choose_own() -> tuple[str, str]:
     """The address that a server here listens at, and why. Raises `UserError` without one."""
     own = interfaces()

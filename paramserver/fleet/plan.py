@@ -309,6 +309,7 @@ def worker_argv(host: Host, settings: Settings, address: str | None) -> list[str
         f"port={settings.port}", f"dataset.root={_below(_root(settings))}",
         f"join_timeout={settings.join_timeout:g}",
     ]  # fmt: skip
+    argv += ["security=none"] if settings.security == "none" else []
     argv += [f"device={host.device}"] if host.device else []
     return argv + ([f"threads={host.threads}"] if host.threads else [])
 

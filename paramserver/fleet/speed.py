@@ -64,9 +64,8 @@ class Listener:
     def __init__(self, address: str) -> None:
         self._context = sockets.context()
         try:
-            self._socket = sockets.router(
-                self._context, [sockets.tcp(address, 0).replace(":0", ":*")], 2 * FRAME_MAX
-            )
+            self._socket = sockets.router(self._context, 2 * FRAME_MAX)
+            sockets.bind(self._socket, [sockets.tcp(address, 0)])
         except BaseException:
             self._context.term()
             raise
@@ -110,8 +109,9 @@ def measure(address: str, port: int, near: str | None, seconds: float) -> Speed:
     if near is not None:
         far = f"{sockets.tcp(near, 0)};{far.removeprefix('tcp://')}"
     context = sockets.context()
-    dealer = sockets.dealer(context, far, 2 * FRAME_MAX)
+    dealer = sockets.dealer(context)
     try:
+        sockets.connect(dealer, far)
         trip = _round_trip(dealer)
         up = _throughput(dealer, b"take", trip, seconds)
         down = _throughput(dealer, b"give", trip, seconds)

@@ -27,6 +27,7 @@ from paramserver.fleet.keeper import State
 from paramserver.fleet.plan import Checked, Trouble
 from paramserver.fleet.remote import Agent, Failed
 from paramserver.fleet.watch import Lines, Watch, machines, refuse, show, states, stop
+from paramserver.jointoken import VARIABLE
 from paramserver.settings import Settings
 
 READY = "server at "
@@ -96,9 +97,10 @@ def up(arguments: list[str], *, dry: bool = False) -> int:
     with ExitStack() as stack:
         agents = open_agents(stack, wanted.hosts)
         ways = choose_ways(lines, wanted, agents)
+        token = join_token(wanted, agents, ways)
         stack.close()
         with Watch(lines) as watch:
-            start(lines, watch, wanted, ways, running)
+            start(lines, watch, wanted, ways, running, token)
             return show(watch, lines)
 
 
@@ -236,6 +238,18 @@ def choose_ways(lines: Lines, wanted: Job, agents: Mapping[str, Agent]) -> dict[
     return ways
 
 
+def join_token(wanted: Job, agents: Mapping[str, Agent], ways: Mapping[str, Way]) -> str:
+    """What lets workers of other machines in, made of the keys on the server's machine; "" where
+    none is needed. Raises `UserError`."""
+    if not ways or wanted.settings.security == "none":
+        return ""
+    address = next(iter(ways.values())).far.address
+    answer = agents[wanted.server.name].ask("token", host=address, port=wanted.settings.port)
+    if "problem" in answer:
+        raise UserError(f"{wanted.server.name}: {answer['problem']}")
+    return str(answer["token"])
+
+
 def measure(
     agents: Mapping[str, Agent], server: str, worker: str, way: Way, seconds: float
 ) -> dict[str, Any]:
@@ -264,7 +278,12 @@ def said(way: Way, told: Mapping[str, Any]) -> str:
 
 
 def start(
-    lines: Lines, watch: Watch, wanted: Job, ways: Mapping[str, Way], running: set[tuple[str, str]]
+    lines: Lines,
+    watch: Watch,
+    wanted: Job,
+    ways: Mapping[str, Way],
+    running: set[tuple[str, str]],
+    token: str,
 ) -> None:
     """Start what does not run yet: the server, and when it listens the workers. Where that fails
     what was started is ended. Raises `UserError`."""
@@ -272,14 +291,14 @@ def start(
     try:
         if (server.name, "server") not in running:
             begun = True
-            first = _starts(wanted, ways)[0]
+            first = _starts(wanted, ways, token)[0]
             remote.must(server, plan.settings_file(server, wanted.text), "writing the settings")
             state = State(**remote.ask(server, first, "starting the server"))
             watch.add(server, "server", state.log_from)
             _wait_until_ready(lines, watch, server)
         else:
             watch.add(server, "server", _kept(server, "server").log_to)
-        by_host = {command.host: command for command in _starts(wanted, ways)[1:]}
+        by_host = {command.host: command for command in _starts(wanted, ways, token)[1:]}
 
         def one(host: Host) -> int:
             if (host.name, "worker") in running:
@@ -316,7 +335,7 @@ def _wait_until_ready(lines: Lines, watch: Watch, server: Host) -> None:
     raise UserError(f"the server on {server.name} did not listen within {READY_S:g} s")
 
 
-def _starts(wanted: Job, ways: Mapping[str, Way]) -> list[plan.Command]:
+def _starts(wanted: Job, ways: Mapping[str, Way], token: str) -> list[plan.Command]:
     """The commands that start the server and each worker, in this order."""
     server, settings = wanted.server, wanted.settings
     addresses = list(dict.fromkeys(way.far.address for way in ways.values()))
@@ -326,7 +345,8 @@ def _starts(wanted: Job, ways: Mapping[str, Way]) -> list[plan.Command]:
     for host in wanted.workers:
         to = ways[host.name].far.address if host != server else None
         argv = plan.worker_argv(host, settings, to)
-        begun.append(plan.start(host, "worker", argv, wanted.stamp, {}))
+        secret = {VARIABLE: token} if to is not None and token else {}
+        begun.append(plan.start(host, "worker", argv, wanted.stamp, secret))
     return begun
 
 
@@ -342,5 +362,6 @@ def commands(wanted: Job, root: Path) -> list[plan.Command]:
     for host in wanted.hosts:
         told += [plan.copy(host, str(root)), plan.environment(host)]
     told += [plan.agent(host) for host in wanted.hosts]
-    server, *workers = _starts(wanted, ways)
+    token = "" if wanted.settings.security == "none" else "***"
+    server, *workers = _starts(wanted, ways, token)
     return [*told, plan.settings_file(wanted.server, wanted.text), server, *workers]

@@ -1,0 +1,157 @@
+"""`python -m paramserver.keys`: the keys of this user's servers, and the join token made of them.
+
+They lie in one file that only this user may read, `keys.json` in the user's configuration folder.
+A server that listens for other machines makes them when there are none; all servers of this user
+have the same. `rotate` makes new ones: every token that was given away is worthless then, as soon
+as the server is started again.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import sys
+import tempfile
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+import zmq
+from zmq.utils import z85
+
+from paramserver.address import listen
+from paramserver.config import exit_on_user_error, load
+from paramserver.errors import UserError
+from paramserver.fleet import machine
+from paramserver.jointoken import JoinToken, encode
+from paramserver.sockets import ServerKeys
+
+
+@dataclass(frozen=True)
+class Keys:
+    """The secret keys of a server and of those who may join it, in Z85."""
+
+    server_secret: str = field(repr=False)
+    client_secret: str = field(repr=False)
+
+    @classmethod
+    def new(cls) -> Keys:
+        return cls(*(zmq.curve_keypair()[1].decode() for _ in range(2)))
+
+    def for_server(self) -> ServerKeys:
+        """As the server's sockets take them."""
+        secret = self.server_secret.encode()
+        workers = zmq.curve_public(self.client_secret.encode())
+        return ServerKeys(public=zmq.curve_public(secret), secret=secret, workers=workers)
+
+    def token(self, host: str, port: int) -> str:
+        """The join token for a server at this address."""
+        public = z85.decode(zmq.curve_public(self.server_secret.encode()))
+        return encode(JoinToken(host, port, public, z85.decode(self.client_secret)))
+
+
+def path() -> Path:
+    """Where the keys are: in `$XDG_CONFIG_HOME/paramserver`, or `~/.config/paramserver`."""
+    folder = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
+    return Path(folder) / "paramserver" / "keys.json"
+
+
+def load_or_make() -> tuple[Keys, bool]:
+    """The keys of this user, and whether they are new. Raises `UserError`."""
+    place = path()
+    try:
+        found = _read(place)
+        if found is not None:
+            return found, False
+        draft = _draft(place, Keys.new())
+        try:
+            os.link(draft, place)  # fails where another server was quicker: then its keys count
+        except FileExistsError:
+            pass
+        finally:
+            draft.unlink()
+    except OSError as error:
+        raise _cannot(place, error) from None
+    made = _read(place)
+    assert made is not None
+    return made, True
+
+
+def rotate() -> Keys:
+    """New keys in place of the old ones, if there are any. Raises `UserError`."""
+    place, keys = path(), Keys.new()
+    try:
+        _draft(place, keys).replace(place)
+    except OSError as error:
+        raise _cannot(place, error) from None
+    return keys
+
+
+def _read(place: Path) -> Keys | None:
+    """The keys in this file; None where there is none."""
+    try:
+        with place.open("rb") as file:
+            mode, content = os.fstat(file.fileno()).st_mode, file.read()
+    except FileNotFoundError:
+        return None
+    if stat.S_IMODE(mode) & 0o077:
+        raise UserError(
+            f"others may read the keys in {place}",
+            f"if nobody did: chmod 600 {place}; else make new ones: make keys ROTATE=1",
+        )
+    try:
+        keys = msgspec.json.decode(content, type=Keys)
+        keys.for_server()
+    except (msgspec.DecodeError, zmq.ZMQError, ValueError):
+        raise UserError(
+            f"{place} holds no keys", "make new ones: make keys ROTATE=1 (tokens change with them)"
+        ) from None
+    return keys
+
+
+def _draft(place: Path, keys: Keys) -> Path:
+    """A private file beside `place` with these keys, to be linked or moved there."""
+    place.parent.mkdir(parents=True, mode=0o700, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(prefix=".keys-", dir=place.parent)  # of mode 0600
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(msgspec.json.encode(keys) + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        with suppress(OSError):
+            os.unlink(name)
+        raise
+    return Path(name)
+
+
+def _cannot(place: Path, error: OSError) -> UserError:
+    return UserError(
+        f"the keys in {place} cannot be kept: {error.strerror or error}",
+        "XDG_CONFIG_HOME tells where that folder is; security=none does without keys",
+    )
+
+
+def main() -> None:
+    """Print the join token; with the word `rotate`, make new keys before."""
+    with exit_on_user_error():
+        words = sys.argv[1:]
+        settings = load([word for word in words if word != "rotate"], "server").settings
+        if "rotate" in words:
+            keys = rotate()
+            print(f"new keys: {path()}")
+            print("a server has them when it is started again; older tokens are worthless then")
+        else:
+            keys, made = load_or_make()
+            print(f"{'new keys' if made else 'keys'}: {path()}")
+        guarded = listen(machine.settle(settings.host_ip)[0])[1]
+        for host in guarded:
+            print(f"join token of a server at {host}:{settings.port}:")
+            print(keys.token(host, settings.port))
+        if not guarded:
+            print("for a join token, tell the server's address: make keys host_ip=10.10.0.1")
+
+
+if __name__ == "__main__":
+    main()
