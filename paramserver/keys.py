@@ -46,9 +46,14 @@ class Keys:
         return ServerKeys(public=zmq.curve_public(secret), secret=secret, workers=workers)
 
     def token(self, host: str, port: int) -> str:
-        """The join token for a server at this address."""
+        """The join token for a server at this address; a `UserError` where no token can hold it."""
         public = z85.decode(zmq.curve_public(self.server_secret.encode()))
-        return encode(JoinToken(host, port, public, z85.decode(self.client_secret)))
+        try:
+            return encode(JoinToken(host, port, public, z85.decode(self.client_secret)))
+        except ValueError:
+            raise UserError(
+                f"no join token can hold the address {host}", "give it as a number: 10.10.0.1"
+            ) from None
 
 
 def path() -> Path:

@@ -6,6 +6,7 @@ In most of these tests loopback is guarded too, so that no other address is need
 
 from __future__ import annotations
 
+import itertools
 import signal
 import socket
 import threading
@@ -17,13 +18,14 @@ from typing import Any
 import pytest
 import zmq
 from crew import Crew, Noise, perceptron
-from test_strangers import RAW
+from test_strangers import RAW, ZMTP_GREETING
 from whole import DEADLINE_S, LOOPBACK, Program, Run, Served
 
 from benchmarks.network import Hosts
 from paramserver import wire
 from paramserver.address import keys_of
 from paramserver.errors import UserError
+from paramserver.gate import HUNG_UP_TIMES
 from paramserver.jointoken import decode
 from paramserver.keys import Keys
 from paramserver.sockets import PeerKeys
@@ -223,6 +225,44 @@ def test_nobody_gets_in_where_the_authenticator_is_gone() -> None:
                 client.connect(0.5)
         finally:
             client.close()
+
+
+@pytest.mark.parametrize(
+    ("mechanism", "keys", "told"),
+    [
+        ("NULL", as_peer(KEYS), "takes no join token: it was started with security=none"),
+        ("CURVE", as_peer(KEYS), "has other keys than this worker's join token"),
+        ("CURVE", None, "wants a join token"),
+        ("", as_peer(KEYS), "no server answered"),
+        ("", None, "no server answered"),
+    ],
+)
+def test_who_hangs_up_without_a_word_is_asked_what_it_wants(
+    mechanism: str, keys: PeerKeys | None, told: str
+) -> None:
+    """As a server may that finds the worker's greeting wrong first; or a tunnel that leads nowhere,
+    which is no refusal."""
+    greeting = ZMTP_GREETING.replace(b"NULL", mechanism.encode().ljust(4, b"\0"))
+    with socket.create_server((LOOPBACK, 0)) as listener:
+
+        def hang_up() -> None:
+            with suppress(OSError):
+                for number in itertools.count():
+                    with listener.accept()[0] as s:
+                        if mechanism and number >= HUNG_UP_TIMES:
+                            s.sendall(greeting)
+                            s.recv(100)
+
+        thread = threading.Thread(target=hang_up)
+        thread.start()
+        client = Client(LOOPBACK, listener.getsockname()[1], id=1, keys=keys, say=lambda line: None)
+        try:
+            with pytest.raises(UserError, match=told):
+                client.connect(DEADLINE_S if mechanism else 1.0)
+        finally:
+            client.close()
+            listener.shutdown(socket.SHUT_RDWR)
+            thread.join(DEADLINE_S)
 
 
 # --------------------------------------------------------------------------------- as users do it

@@ -16,6 +16,7 @@ from zmq.utils import z85
 from paramserver import keys
 from paramserver.errors import UserError
 from paramserver.jointoken import decode
+from paramserver.keys import Keys
 
 
 @pytest.fixture(autouse=True)
@@ -60,6 +61,11 @@ def test_a_token_fits_the_server() -> None:
     assert (token.host, token.port) == ("10.10.0.1", 65432)
     assert z85.encode(token.server_key) == server.public == zmq.curve_public(server.secret)
     assert zmq.curve_public(z85.encode(token.client_secret)) == server.workers
+
+
+def test_an_address_that_no_token_can_hold_is_told() -> None:
+    with pytest.raises(UserError, match="no join token can hold the address über"):
+        Keys.new().token("über", 65432)
 
 
 def test_secrets_are_not_shown() -> None:

@@ -190,6 +190,9 @@ def test_the_newest_run_of_a_port_goes_on_if_it_has_not_ended(tmp_path: Path) ->
     assert goes_on(seed=3, at="10.10.0.1") is None
     elsewhere.close()
     assert goes_on(seed=3, at="10.10.0.1") == "5_00-00-00"
+    newer = made("5_00-00-01", seed=3)
+    assert newer.claim() and goes_on(seed=3) == "1_00-00-00"
+    newer.close()
     made("6_00-00-00", ended=True, seed=3)
     assert goes_on(seed=3) is None
 
