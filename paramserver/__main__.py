@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import secrets
 import signal
@@ -48,12 +49,15 @@ class Show:
         self.display = Display(plain=settings.plain)
         self.losses: deque[tuple[int, float]] = deque(maxlen=LOSSES_KEPT)  # (samples, loss)
         self.val: dict[str, float | None] = {}
-        self.past = folder.take_up()
-        self.samples = self.past.samples
-        self.steps = self.past.steps
+        self._take_up()
         self._marks: deque[tuple[float, int, int, dict[int, int]]] = deque()  # for the rates
         self._late = ""
         self.observer: ObserverProcess | None = None
+
+    def _take_up(self, before: float = math.inf) -> None:
+        """Go on with what the run's folder tells of its steps before this one."""
+        self.past = self.folder.take_up(before)
+        self.samples, self.steps = self.past.samples, self.past.steps
 
     def say(self, text: str) -> None:
         self.display.say(text)
@@ -62,6 +66,9 @@ class Show:
         """Say what went wrong, if anything did."""
         if problem is not None:
             self.say(problem)
+
+    def closing(self, close: wire.Close) -> None:
+        self.folder.note(close.step, close.lineage)
 
     def closed(self, server: Server, close: wire.Close) -> None:
         if self.past.last is not None and self.steps == self.past.steps:
@@ -87,6 +94,7 @@ class Show:
                 late=tuple(close.late),
                 sent_bytes=sent_bytes,
                 received_bytes=received_bytes,
+                shares=tuple(close.contributors.values()),
             )
         )
         self.tell(
@@ -94,9 +102,10 @@ class Show:
         )  # at once: a server may be killed at any time
 
     def _compare(self, noted: int, first: int) -> None:
-        """The last step that a killed server noted, and the first one of this server."""
+        """The last step in a killed server's metrics, and the first one of this server."""
         if first <= noted:
             self.say(f"lost: steps {first} to {noted}, nobody who had seen them came back")
+            self._take_up(first)
         elif first > noted + 1:
             self.say(f"metrics.jsonl lacks steps {noted + 1} to {first - 1}: the server was killed")
 
@@ -133,6 +142,20 @@ class Show:
         """Of the whole run: since its first round was opened, but for the time without a server."""
         before = self.past.last.seconds if self.past.last is not None else 0.0
         return before + (now - server.first_open_at if server.first_open_at is not None else 0.0)
+
+    def tallies(self, server: Server) -> dict[int, Tally]:
+        """What each worker did in the whole run. Of one that did not come back to a server that was
+        started again, the host is not known."""
+        tallies = {i: Tally("", *counts) for i, counts in self.past.workers.items()}
+        for i, own in server.rounds.tallies.items():
+            before = tallies.get(i, Tally(""))
+            tallies[i] = Tally(
+                own.host,
+                before.rounds + own.rounds,
+                before.samples + own.samples,
+                before.late + own.late,
+            )
+        return tallies
 
     def _seconds(self, server: Server) -> float:
         return self.seconds(server, time.monotonic())
@@ -288,7 +311,7 @@ def summarize(server: Server, show: Show, end: wire.End) -> dict[str, Any]:
     ledger = server.rounds.ledger
     report = server.final_report
     values = report.values if report is not None else show.val
-    tallies: dict[int, Tally] = server.rounds.tallies
+    tallies = show.tallies(server)
     digests = {name: d for name, (step, d) in server.digests.items() if step == end.step}
     reference = digests.get("the observer") or next(iter(digests.values()), None)
     return {
@@ -356,14 +379,14 @@ def _serve(
     hosts, guarded = listen(host_ip, settings.security)
     keys, new_keys = None, False
     show = Show(settings, folder)
-    noted = show.past.last.step if show.past.last is not None else 0
+    noted = folder.noted() if comeback else None
     run, key = record.run, secrets.token_hex(16)
     try:
         if guarded:
             keys, new_keys = load_or_make()
         server = Server(
             settings, record.settings, show,
-            hosts=hosts, run=run, observer_key=key, comeback=noted if comeback else None,
+            hosts=hosts, run=run, observer_key=key, comeback=noted,
             guarded=guarded, keys=None if keys is None else keys.for_server(),
         )  # fmt: skip
     except UserError:
@@ -378,6 +401,7 @@ def _serve(
         if not comeback:
             save(settings, folder.config)
             show.tell(folder.write_record(record))
+        show.tell(folder.open_note())
         where = ", ".join(f"{h}:{settings.port}" for h in (*hosts, *guarded))
         if chosen:
             show.say(chosen)

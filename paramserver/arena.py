@@ -16,8 +16,6 @@ from __future__ import annotations
 
 import mmap
 import os
-import shutil
-import tempfile
 from collections import deque
 from pathlib import Path
 from typing import Any
@@ -26,8 +24,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from paramserver.folders import PrivateFolder
+
 SHARED = Path("/dev/shm")
-PREFIX = "paramserver-"
 ALIGN = 64  # bytes: a cache line
 STATES = 4096  # bytes at an outbox's start, one for each slot
 FREE, TAKEN = 0, 1
@@ -37,26 +36,14 @@ Place = tuple[int, int, int]
 """Offset and length in bytes, and the stamp (of a ring) or the slot (of an outbox)."""
 
 
-def shared_folder() -> Path | None:
+def shared_folder() -> PrivateFolder | None:
     """A new private folder for this server's shared memory; None where there is none to be had."""
     if not SHARED.is_dir() or not hasattr(os, "posix_fallocate"):
         return None
-    for old in SHARED.glob(f"{PREFIX}*"):
-        _sweep(old)
     try:
-        return Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=SHARED))
+        return PrivateFolder(SHARED)
     except OSError:
         return None
-
-
-def _sweep(folder: Path) -> None:
-    """Remove what a server that was killed has left behind."""
-    try:
-        pid = int(folder.name.removeprefix(PREFIX).split("-")[0])
-        if folder.stat().st_uid == os.getuid() and not Path(f"/proc/{pid}").exists():
-            shutil.rmtree(folder, ignore_errors=True)
-    except (ValueError, OSError):
-        pass
 
 
 class Memory:

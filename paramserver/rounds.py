@@ -104,9 +104,9 @@ class Rounds:
     """The state of a run as its server sees it; see the module's head.
 
     `count_buckets` tells how many buckets a layout has (`bucket.plan`). With `comeback` the server
-    was started again in the middle of a run, of which this is the newest step known: the most
-    advanced replica that comes back has its state. Should nobody come back, the run is `deserted`;
-    stopped before that, it is `put_off`.
+    was started again in the middle of a run, and this names the newest step that anybody may hold
+    (`Comeback`): the most advanced replica that comes back has its state. Should nobody come back,
+    the run is `deserted`; stopped before that, it is `put_off`.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class Rounds:
         now: float,
         count_buckets: Callable[[Layout], int],
         *,
-        comeback: int | None = None,
+        comeback: str | None = None,
     ) -> None:
         self.rules = rules
         self.nonce = nonce
@@ -635,17 +635,22 @@ class Rounds:
     def _await_comeback(self, now: float) -> None:
         """When all who may hold the newest state are back, it is the run's again."""
         assert self._comeback is not None
-        back = [p for p in self.peers.values() if p.returns and p.state == WAITING]
-        joins = {p.id: p.join for p in back if p.join is not None}
+        back = {
+            p.id: p.join for p in self.peers.values() if p.returns and p.join and p.state == WAITING
+        }
         joining = any(p.returns and p.state == GREETED for p in self.peers.values())
-        if not self._comeback.over(joins, joining, now):
+        if not self._comeback.over({join.lineage for join in back.values()}, joining, now):
             return
-        if not joins:
+        noted = self._comeback.noted
+        newest = max(
+            back, key=lambda id: (back[id].lineage == noted, back[id].step, -id), default=None
+        )
+        if newest is None:
             self.deserted = True
             return
-        newest = max(back, key=lambda p: (joins[p.id].step, -p.id))
-        if not self._become_origin(newest, joins[newest.id]):
-            newest.returns = False  # it was told why; the next one
+        peer = next(p for p in self.peers.values() if p.id == newest)
+        if not self._become_origin(peer, back[newest]):
+            peer.returns = False  # it was told why; the next one
             return
         self._comeback, self._busy_at = None, now
         self._log_begun = self.started = self.step > 0

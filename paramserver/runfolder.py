@@ -3,6 +3,7 @@
     <run_dir>/2026-11-22_14-05-09/
         config.yaml        the settings that were really used
         run.json           the run's id and port, and whether it has ended, see `Record`
+        newest_step        the newest step that anybody was told of
         metrics.jsonl      one line per step and per evaluation, see `StepLine` and `EvalLine`
         summary.json       the run in figures, at its end
         curves.png         the same as a picture
@@ -17,6 +18,8 @@ Nothing here ends a training: where the disk is full or gone, a sentence says so
 from __future__ import annotations
 
 import fcntl
+import math
+import mmap
 import os
 import re
 import socket
@@ -28,9 +31,11 @@ from typing import Any
 
 import msgspec
 
+from paramserver.comeback import NOTHING, UNKNOWN
 from paramserver.errors import UserError
 
 RETRY_S = 1.0  # after the disk took nothing
+NOTE_BYTES = 64  # of newest_step: the number of a step and its lineage
 MAX_WAITING_BYTES = 4_000_000  # kept while the disk takes nothing, some 20,000 lines
 
 _NAME = re.compile(r"(\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d)(?:-(\d+))?")
@@ -52,10 +57,12 @@ class StepLine(msgspec.Struct, frozen=True, gc=False):
     workers: tuple[int, ...]
     """Ids of those whose gradients are in it."""
     late: tuple[int, ...]
-    """Ids of those that did not make it."""
+    """Ids of those that did not make it, or not with everything."""
     sent_bytes: int
     """By the server to all, since the run began."""
     received_bytes: int
+    shares: tuple[int, ...] = ()
+    """Samples of each of `workers`, in their order."""
 
 
 class EvalLine(msgspec.Struct, frozen=True, gc=False):
@@ -87,6 +94,8 @@ class Past(msgspec.Struct, frozen=True):
     steps: int = 0
     samples: int = 0
     last: StepLine | None = None
+    workers: dict[int, tuple[int, int, int]] = {}
+    """By id: rounds, samples, and how often it was late."""
 
 
 class RunFolder:
@@ -100,6 +109,7 @@ class RunFolder:
         self.path = path
         self.config = path / "config.yaml"
         self.record = path / "run.json"
+        self.newest_step = path / "newest_step"
         self.metrics = path / "metrics.jsonl"
         self.summary = path / "summary.json"
         self.curves = path / "curves.png"
@@ -113,6 +123,7 @@ class RunFolder:
         self._failed = False  # said so already
         self._claim: int | None = None  # descriptor of the folder, locked
         self._cut_at: int | None = None  # bytes of whole lines, where another server tore the last
+        self._noted: mmap.mmap | None = None
 
     @classmethod
     def create(cls, parent: Path, now: datetime) -> RunFolder:
@@ -157,23 +168,63 @@ class RunFolder:
         """Write run.json, whole or not at all; returns a sentence where that failed."""
         return _try_to_write(self.record, _encode(record) + b"\n")
 
-    def take_up(self) -> Past:
-        """What was noted before; a last line that is torn is cut off before the next is written."""
+    def note(self, step: int, lineage: str) -> None:
+        """A step is about to be told: after a kill -9 its name is still there. Costs no call into
+        the kernel; does nothing where `open_note` failed."""
+        if self._noted is not None:
+            self._noted[:] = _note(step, lineage)
+
+    def open_note(self) -> str | None:
+        """Make `note` work, in memory that is a file's; returns a sentence where that failed."""
+        try:
+            fd = os.open(self.newest_step, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            try:
+                if os.fstat(fd).st_size != NOTE_BYTES:
+                    os.ftruncate(fd, 0)
+                    os.write(fd, _note(0, NOTHING))  # so that the disk has room for it
+                self._noted = mmap.mmap(fd, NOTE_BYTES)
+            finally:
+                os.close(fd)
+        except (OSError, ValueError) as error:
+            with suppress(OSError):
+                self.newest_step.unlink(missing_ok=True)
+            return f"{self.newest_step} cannot be written, the run goes on: {error}"
+        return None
+
+    def noted(self) -> str:
+        """The lineage of the newest step that was noted, or what `Comeback` takes instead."""
+        try:
+            step, lineage = self.newest_step.read_text("ascii").split()
+            return lineage if int(step) >= 0 else UNKNOWN
+        except (OSError, ValueError):
+            return UNKNOWN
+
+    def take_up(self, before: float = math.inf) -> Past:
+        """What was noted of the steps before this one. The rest is cut off before the next line is
+        written, and so is a last line that is torn."""
         steps = samples = whole = 0
-        last = None
+        last, workers = None, dict[int, tuple[int, int, int]]()
+        self._cut_at = None
         try:
             with self.metrics.open("rb") as file:
-                for line in file:
-                    if not line.endswith(b"\n"):
+                for text in file:
+                    if not text.endswith(b"\n"):
                         self._cut_at = whole
                         break
-                    whole += len(line)
-                    with suppress(msgspec.DecodeError):  # an evaluation
-                        last = msgspec.json.decode(line, type=StepLine)
-                        steps, samples = steps + 1, samples + last.samples
+                    try:
+                        line = msgspec.json.decode(text, type=StepLine)
+                    except msgspec.DecodeError:  # an evaluation
+                        whole += len(text)
+                        continue
+                    if line.step >= before:
+                        self._cut_at = whole
+                        break
+                    whole += len(text)
+                    last, steps, samples = line, steps + 1, samples + line.samples
+                    _count(workers, line)
         except OSError:
             pass  # there is none yet, or it cannot be written either
-        return Past(steps, samples, last)
+        return Past(steps, samples, last, workers)
 
     def log(self, line: StepLine | EvalLine) -> None:
         """Note a line for metrics.jsonl; `flush` writes it."""
@@ -201,6 +252,9 @@ class RunFolder:
         if self._claim is not None:
             os.close(self._claim)
             self._claim = None
+        if self._noted is not None:
+            self._noted.close()
+            self._noted = None
         return problem
 
     def write_summary(self, summary: Mapping[str, Any]) -> str | None:
@@ -215,9 +269,9 @@ class RunFolder:
             if text and self._file is None:
                 flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
                 self._file = os.open(self.metrics, flags, 0o666)
-                if self._cut_at is not None:
-                    os.ftruncate(self._file, self._cut_at)
-                    self._cut_at = None
+            if text and self._file is not None and self._cut_at is not None:
+                os.ftruncate(self._file, self._cut_at)
+                self._cut_at = None
             while text and self._file is not None:
                 text = text[os.write(self._file, text) :]
             self._rest = b""
@@ -229,6 +283,20 @@ class RunFolder:
                 self._failed = True
                 return f"{self.metrics} cannot be written, the run goes on: {_reason(error)}"
         return None
+
+
+def _note(step: int, lineage: str) -> bytes:
+    return f"{step:>12} {lineage[:50]:<50}\n".encode()
+
+
+def _count(workers: dict[int, tuple[int, int, int]], line: StepLine) -> None:
+    """What a step adds to each worker's rounds, samples and times that it was late."""
+    for id, samples in zip(line.workers, line.shares, strict=False):
+        rounds, before, late = workers.get(id, (0, 0, 0))
+        workers[id] = (rounds + 1, before + samples, late)
+    for id in line.late:
+        rounds, before, late = workers.get(id, (0, 0, 0))
+        workers[id] = (rounds, before, late + 1)
 
 
 def latest(parent: Path) -> RunFolder | None:

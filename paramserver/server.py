@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import errno
 import math
-import os
-import shutil
 import time
 import uuid
 from collections import deque
 from collections.abc import Sequence
 from functools import partial
 from itertools import chain
-from pathlib import Path
 from typing import Any, Protocol
 
 import msgspec
@@ -56,6 +53,7 @@ class Watcher(Protocol):
     """Who looks on: the program's display and run folder. Calls must return at once."""
 
     def say(self, text: str) -> None: ...
+    def closing(self, close: wire.Close) -> None: ...  # nobody has been told of it yet
     def closed(self, server: Server, close: wire.Close) -> None: ...
     def reported(self, server: Server, report: wire.Report) -> None: ...
     def looked(self, server: Server, now: float) -> None: ...
@@ -122,7 +120,7 @@ class Server:
     `settings` are the run's; `to_send` is what workers get of them in the welcome. `hosts` are the
     addresses to bind, `guarded` those where only holders of `keys` get in. `observer_key` is what
     the observer that belongs to this server shows.
-    `comeback`: the run's first server died, having noted this step; its replicas are to come back.
+    `comeback`: the run's server died, having noted this step (its lineage, see `Comeback`).
     Raises `UserError` where an address cannot be bound.
     """
 
@@ -135,7 +133,7 @@ class Server:
         hosts: list[str],
         run: str,
         observer_key: str,
-        comeback: int | None = None,
+        comeback: str | None = None,
         guarded: Sequence[str] = (),
         keys: sockets.ServerKeys | None = None,
     ) -> None:
@@ -196,7 +194,7 @@ class Server:
         torch.set_num_threads(settings.threads or 1)
         self._ctx = sockets.context()
         self._gate: Gate | None = None
-        self._ipc: Path | None = sockets.private_folder("paramserver-") if _has_ipc() else None
+        self._ipc = sockets.ipc_folder()
         try:
             self._gate = Gate(self._ctx, keys) if keys is not None else None
             self._bind(hosts, guarded, keys)
@@ -214,7 +212,7 @@ class Server:
         pubs = [sockets.tcp(h, port + 1) for h in hosts]
         if self._ipc is not None:
             for kind, endpoints in zip(
-                sockets.ipc_endpoints(str(self._ipc)), (routers, pubs), strict=True
+                sockets.ipc_endpoints(str(self._ipc.path)), (routers, pubs), strict=True
             ):
                 endpoints.append(kind)
         s = self.settings
@@ -275,9 +273,9 @@ class Server:
             return self.rounds.deserted or self.rounds.put_off
         now = time.monotonic()
         silence = self.settings.heartbeat_timeout
+        farewell = {"worker": FAREWELLS * silence, "observer": self.settings.idle_timeout}
         return all(
-            now - p.last_seen > silence
-            or (p.role == "worker" and now - self._ended_at > FAREWELLS * silence)
+            now - p.last_seen > silence or now - self._ended_at > farewell[p.role]
             for p in self.rounds.peers.values()
         )
 
@@ -290,10 +288,9 @@ class Server:
         if self._gate is not None:
             self._gate.close()
         self._ctx.term()
-        if self._ipc is not None:
-            shutil.rmtree(self._ipc, ignore_errors=True)
-        if self._shared is not None:
-            shutil.rmtree(self._shared, ignore_errors=True)
+        for folder in (self._ipc, self._shared):
+            if folder is not None:
+                folder.close()
 
     # ------------------------------------------------------------------ what comes in
 
@@ -418,8 +415,8 @@ class Server:
             id=self.rounds.peers[session].id,
             settings=self._to_send,
             pub_port=self.settings.port + 1,
-            ipc=None if self._ipc is None else str(self._ipc),
-            shared=None if self._shared is None else str(self._shared),
+            ipc=None if self._ipc is None else str(self._ipc.path),
+            shared=None if self._shared is None else str(self._shared.path),
         )
         self._send_raw(sender, welcome)
 
@@ -454,7 +451,7 @@ class Server:
         if join.sharing:
             self._sharing.add(session)
         if join.outbox:
-            path = arena.outbox_path(self._shared, session, join.outbox)
+            path = arena.outbox_path(self._shared.path, session, join.outbox)
             try:
                 self._outboxes[session] = arena.Outbox(path)
                 path.unlink()  # both have it mapped; nothing is left when they end
@@ -596,7 +593,7 @@ class Server:
         update = FLOAT32_BYTES * plan.size + 2 * arena.ALIGN * len(plan.buckets)
         kept = max(int(self.settings.history_mb * 2**20), update)
         largest = FLOAT32_BYTES * max(b.size for b in plan.buckets)
-        path = self._shared / "ring"
+        path = self._shared.path / "ring"
         path.unlink(missing_ok=True)
         try:
             return arena.Ring(path, kept + update + 4 * largest)
@@ -620,6 +617,7 @@ class Server:
             self.rounds.forget_before(reach)
 
     def _close_round(self, close: wire.Close) -> None:
+        self.watcher.closing(close)
         frames = wire.to_frames(close)
         self._publish_averages(frames)
         self._history.add(
@@ -697,7 +695,3 @@ def _free(outbox: arena.Outbox | None, places: tuple[wire.Place, ...]) -> None:
     if outbox is not None:
         for _, _, slot in places:
             outbox.free(slot)
-
-
-def _has_ipc() -> bool:
-    return bool(zmq.has("ipc")) and os.name == "posix"

@@ -14,6 +14,7 @@ import os
 import resource
 import socket
 import stat
+import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ import psutil
 import zmq
 
 from paramserver.errors import UserError
+from paramserver.folders import PrivateFolder
 
 BUCKETS_WAITING = 8
 SMALL_MESSAGES = 64  # room for what is not a bucket
@@ -279,8 +281,8 @@ def listener(port: int) -> str:
     return ""
 
 
-def private_folder(prefix: str) -> Path:
-    """A new folder that only this user may enter, for ipc sockets (their paths must be short)."""
-    import tempfile
-
-    return Path(tempfile.mkdtemp(prefix=prefix, dir="/tmp" if os.path.isdir("/tmp") else None))
+def ipc_folder() -> PrivateFolder | None:
+    """A folder for ipc sockets (their paths must be short); None where there are none."""
+    if not zmq.has("ipc") or os.name != "posix":
+        return None
+    return PrivateFolder(Path("/tmp" if os.path.isdir("/tmp") else tempfile.gettempdir()))

@@ -201,8 +201,6 @@ class Join(Message, frozen=True):
     """What turns an average into weights there, in words: it must be the same everywhere."""
     ledger: dict[str, Any] | None = None
     """As of this step: for a server that knows nothing of the log, since it is new or resumes."""
-    contributors: tuple[Int, ...] = ()
-    """Ids of those whose gradients are in the update that led here: who else may stand here."""
     link: str = "tcp"
     sharing: bool = False
     """This peer reads averages from the server's ring, if there is one when it is admitted."""

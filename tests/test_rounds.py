@@ -678,26 +678,24 @@ def test_nothing_but_bad_gradients_ends_the_run_with_the_reason() -> None:
     assert run.sums().startswith("10 done, 0 partly, 110 skipped")
 
 
-def back(run: Run, who: int, step: int, *contributors: int, ledger: Any = None) -> list[str]:
+def back(run: Run, who: int, step: int, ledger: Any = None) -> list[str]:
     """A worker comes back to a server that was started again."""
     run.hello(who, returns=True)
-    return run.join(
-        who, step=step, lineage=f"name of {step}", contributors=contributors, ledger=ledger
-    )
+    return run.join(who, step=step, lineage=f"name of {step}", ledger=ledger)
 
 
 LEDGER = Ledger(100, 1).state() | {"head": (0, 40), "done": 40}
 
 
 def test_a_run_goes_on_where_its_most_advanced_replica_stands() -> None:
-    run = Run(comeback=0, num_workers=3)
+    run = Run(comeback="name of 4", num_workers=3)
     run.hello(0)
     run.join(0)  # the new observer is no origin: it knows nothing of the run
-    assert back(run, 1, 3, 1, 2) == []
+    assert back(run, 1, 3) == []
     assert run.rounds.phase(0.0) == (
         "waiting for the replicas of this run to come back: worker 1 (pi) here"
     )
-    told = back(run, 2, 4, 1, 2, ledger=LEDGER)
+    told = back(run, 2, 4, ledger=LEDGER)
     assert "# the run goes on after step 4, where worker 2 (pi) stands" in told
     assert run.rounds.step == 4 and run.sums() == "40 done, 0 partly, 0 skipped; waiting nothing"
     assert [run.rounds.peers[name].state for name in ("obs", "w1", "w2")].count("replica") == 1
@@ -711,35 +709,35 @@ def test_a_run_goes_on_where_its_most_advanced_replica_stands() -> None:
 
 
 def test_who_beats_may_hold_more_and_is_awaited() -> None:
-    run = Run(comeback=0)
-    back(run, 1, 4, 1, 2)
+    run = Run(comeback="name of 6")
+    back(run, 1, 4)
     for now in (5.0, 10.0, 15.0):
         run.rounds.beats_unknown("process of w2", now)
         assert run.tick(now, 1) == []
-    back(run, 2, 5, 1, 2)
-    assert run.rounds.step == 5
+    back(run, 2, 5)
+    assert run.rounds.step == 5  # less than was noted, but nobody else is left
 
 
 def test_who_is_silent_is_not_awaited_longer_than_anybody() -> None:
-    run = Run(comeback=0)
-    back(run, 1, 4, 1, 2)
+    run = Run(comeback="name of 6")
+    back(run, 1, 4)
     assert run.tick(9.9, 1) == [] and run.rounds.coming_back
     assert "# the run goes on after step 4, where worker 1 (pi) stands" in run.tick(10.0, 1)
 
 
 def test_a_newer_step_that_was_noted_is_waited_for() -> None:
-    run = Run(comeback=6)
-    back(run, 1, 5, 1, 2)
-    back(run, 2, 5, 1, 2)
+    run = Run(comeback="name of 6")
+    back(run, 1, 5)
+    back(run, 2, 5)
     run.rounds.beats_unknown("process of w3", 5.0)
     assert run.tick(12.0, 1, 2) == [] and run.rounds.coming_back
-    back(run, 3, 6, 3)
+    back(run, 3, 6)
     assert run.rounds.step == 6
 
 
 def test_it_goes_on_with_those_who_are_here_when_somebody_never_greets() -> None:
-    run = Run(comeback=0, idle_timeout=60.0)
-    back(run, 1, 5, 1, 2)
+    run = Run(comeback="name of 6", idle_timeout=60.0)
+    back(run, 1, 5)
     for now in range(1, 62):
         run.rounds.beats_unknown("process of w2", float(now))
         run.tick(float(now), 1)
@@ -747,24 +745,24 @@ def test_it_goes_on_with_those_who_are_here_when_somebody_never_greets() -> None
 
 
 def test_who_was_cut_off_meanwhile_has_not_deserted() -> None:
-    run = Run(comeback=0)
-    back(run, 1, 5, 1, 2)
+    run = Run(comeback="name of 6")
+    back(run, 1, 5)
     run.tick(9.0, 1)
     run.relinked(1)
     assert run.tick(11.0, 1) == [] and not run.rounds.deserted
-    run.join(1, step=5, lineage="name of 5", contributors=(1, 2))
+    run.join(1, step=5, lineage="name of 5")
     assert run.rounds.step == 5
 
 
 def test_stopped_before_it_goes_on_the_run_stays_as_it_is() -> None:
-    run = Run(comeback=0)
-    back(run, 1, 5, 1, 2)
+    run = Run(comeback="name of 6")
+    back(run, 1, 5)
     assert run.stop() == []
     assert run.rounds.put_off and run.rounds.ended is None and not run.rounds.deserted
 
 
 def test_a_run_to_which_nobody_comes_back_is_deserted() -> None:
-    run = Run(comeback=0)
+    run = Run(comeback="name of 6")
     run.tick(9.9)
     assert not run.rounds.deserted
     run.tick(10.0)
@@ -772,8 +770,8 @@ def test_a_run_to_which_nobody_comes_back_is_deserted() -> None:
 
 
 def test_the_end_waits_for_an_observer_that_is_still_starting() -> None:
-    run = Run(buckets=1, comeback=0)
-    back(run, 1, 4, 1, ledger=LEDGER)
+    run = Run(buckets=1, comeback="name of 4")
+    back(run, 1, 4, ledger=LEDGER)
     run.rounds.observer_comes = True
     run.ready(1)
     run.push(1)

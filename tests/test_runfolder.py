@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 import paramserver.runfolder as runfolder
+from paramserver.comeback import NOTHING, UNKNOWN
 from paramserver.errors import UserError
 from paramserver.runfolder import (
     EvalLine,
@@ -44,6 +45,7 @@ def step_line(step: int, loss: float | None = 0.5) -> StepLine:
         late=(3,),
         sent_bytes=1000,
         received_bytes=2000,
+        shares=(40, 24),
     )
 
 
@@ -107,6 +109,7 @@ def test_lines_are_strict_json(tmp_path: Path) -> None:
         "late": [3],
         "sent_bytes": 1000,
         "received_bytes": 2000,
+        "shares": [40, 24],
     }
     assert second["loss"] is None
     assert third["loss"] is None
@@ -358,3 +361,69 @@ def test_what_resume_names(tmp_path: Path) -> None:
     for wrong in ("2026-11-23_00-00-00", "missing"):
         with pytest.raises(UserError, match=f"resume={wrong}"):
             find_checkpoint(wrong, tmp_path)
+
+
+NOTES_AND_DIES = """
+import os, signal, sys
+from pathlib import Path
+from paramserver.runfolder import RunFolder
+folder = RunFolder(Path(sys.argv[1]))
+assert folder.open_note() is None
+for step in range(1, 813):
+    folder.note(step, f"lineage{step}")
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_the_newest_step_survives_a_kill(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    assert folder.noted() == UNKNOWN
+    subprocess.run([sys.executable, "-c", NOTES_AND_DIES, str(tmp_path)], check=False)
+    assert folder.noted() == "lineage812"
+    assert folder.open_note() is None
+    assert folder.noted() == "lineage812"  # whoever goes on has it until there is a newer one
+    folder.note(813, "lineage813")
+    assert folder.noted() == "lineage813"
+    folder.close()
+    folder.note(814, "")  # nothing happens
+
+
+@pytest.mark.parametrize("content", [b"", b"812", b"x" * 64, b"\xff" * 64, b"9" * 5000])
+def test_a_note_that_is_not_one_is_not_believed(tmp_path: Path, content: bytes) -> None:
+    folder = RunFolder(tmp_path)
+    folder.newest_step.write_bytes(content)
+    assert folder.noted() == UNKNOWN
+    assert folder.open_note() is None
+    assert folder.noted() == (UNKNOWN if len(content) == 64 else NOTHING)
+    folder.note(3, "lineage3")
+    assert folder.noted() == "lineage3"
+    folder.close()
+
+
+def test_a_note_that_cannot_be_made_is_told(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "gone")
+    problem = folder.open_note()
+    assert problem is not None and "newest_step cannot be written" in problem
+    folder.note(3, "lineage3")
+    assert folder.noted() == UNKNOWN
+
+
+def test_what_nobody_holds_is_cut_off(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    for step in (1, 2, 3, 4):
+        folder.log(step_line(step))
+    folder.log(EvalLine(step=2, seconds=0.75, val_loss=0.1, val_accuracy=0.91))
+    folder.close()
+
+    again = RunFolder(tmp_path)
+    assert again.take_up().workers == {1: (4, 160, 0), 2: (4, 96, 0), 3: (0, 0, 4)}
+    past = again.take_up(before=3)
+    assert (past.steps, past.samples, past.last) == (2, 128, step_line(2))
+    assert past.workers == {1: (2, 80, 0), 2: (2, 48, 0), 3: (0, 0, 2)}
+    again.log(step_line(3, 0.25))
+    assert again.close() is None
+    assert [(line["step"], line["loss"]) for line in strict_lines(again.metrics)] == [
+        (1, 0.5),
+        (2, 0.5),
+        (3, 0.25),
+    ]

@@ -15,6 +15,7 @@ from simulation import Parts, Schedule, simulate
 from simulation.peer import Observer, Worker
 
 from paramserver import wire
+from paramserver.comeback import NOTHING
 from paramserver.effects import Effect
 from paramserver.ledger import PARTLY, RETURNED, Ledger
 from paramserver.members import Peer
@@ -38,7 +39,8 @@ def test_the_promises_hold_under_faults(first: int) -> None:
 
 def test_schedules_have_what_they_are_made_for() -> None:
     seen = sum((simulate(seed).seen for seed in range(100)), start=simulate(100).seen)
-    for what in ("kill", "stop", "cut", "hold", "twin", "pause", "snapshots", "steps"):
+    faults = ("kill", "kill the server", "stop", "cut", "hold", "twin", "pause")
+    for what in (*faults, "snapshots", "steps", "steps lost", "run given up"):
         assert seen[what] > 5, f"{what} hardly ever happens: {seen}"
     assert seen["rounds"] > seen["steps"], "no round was ever void"
     assert seen["steps"] > 500
@@ -133,6 +135,27 @@ class SaysNothingAfterACut(Rounds):
         return []
 
 
+class AwaitsNobody(Rounds):
+    """A server that was started again goes on with whoever greets first."""
+
+    def __init__(self, *args: Any, comeback: str | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, comeback=comeback and NOTHING, **kwargs)
+
+
+class ForgetsTheLedger(Rounds):
+    """A server that was started again begins its epochs anew."""
+
+    def _become_origin(self, peer: Peer, message: wire.Join) -> bool:
+        return super()._become_origin(peer, msgspec.structs.replace(message, ledger=None))
+
+
+class HearsNoBeats(Rounds):
+    """A process that is busy, and beats, is not awaited."""
+
+    def beats_unknown(self, nonce: str, now: float) -> None:
+        pass
+
+
 class AppliesTwice(Follow):
     """After a fetch, an update that also came over SUB is applied again."""
 
@@ -177,6 +200,14 @@ class ListeningWorker(Listens, Worker):
     pass
 
 
+class WelcomedWorker(Worker):
+    """Once welcomed, it counts as one who holds the run, whatever it began with."""
+
+    def connect(self) -> Any:
+        yield from super().connect()
+        self.run = self._welcomed_by
+
+
 class ListeningObserver(Listens, Observer):
     pass
 
@@ -194,6 +225,10 @@ class ListeningObserver(Listens, Observer):
         (Parts(rounds=AdmitsEverybody), "another model", 0),
         (Parts(rounds=KeepsOldMembers), "KeyError|could have gone on", 0),
         (Parts(rounds=SaysNothingAfterACut), "does not end|could have gone on", 361),
+        (Parts(rounds=AwaitsNobody), "holds step .*, which was lost", 0),
+        (Parts(rounds=ForgetsTheLedger), "twice in bucket|samples done", 0),
+        (Parts(worker=WelcomedWorker), "of another log", 0),
+        (Parts(rounds=HearsNoBeats), "which was lost|could have come back", 14409),
         (Parts(follow=AppliesTwice), "another model than the log", 0),
         (Parts(follow=KeepsVoidAverages), "another model than the log", 297),
         (Parts(follow=JumpsGaps), "another model than the log", 0),

@@ -258,11 +258,13 @@ def test_a_killed_server_is_started_again_and_no_closed_step_is_lost(tmp_path: P
         servers = [run.server(*settings)]
         with Monitor(run.port) as monitor:
             crew = [run.worker(1), run.worker(2)]
+            left: set[Path] = set()
             for _ in range(2):
                 monitor.until(lambda close: len(close.contributors) == 2)
                 # Who pushed for it stood at the step before, so that one is held for certain: the
                 # monitor may have been told of this one as the only one before the server died.
                 held = monitor.until(lambda close: close.step % 50 == 0).step - 1
+                left |= private_folders(servers[-1])
                 servers[-1].send(signal.SIGKILL)
                 assert servers[-1].end() == -signal.SIGKILL
                 servers.append(run.server(*settings))
@@ -274,6 +276,7 @@ def test_a_killed_server_is_started_again_and_no_closed_step_is_lost(tmp_path: P
         all_ended_well(servers[-1], *crew)
         assert len(run.runs) == 1
         summary = run.summary()
+    assert len(left) == 4 and not any(folder.exists() for folder in left)
     lines = run.steps()
     assert [line["step"] for line in lines] == sorted({line["step"] for line in lines})
     assert lines[-1]["step"] == summary["steps"]
@@ -283,6 +286,8 @@ def test_a_killed_server_is_started_again_and_no_closed_step_is_lost(tmp_path: P
     counted = [summary[f"samples_{how}"] for how in ("done", "partly", "skipped")]
     more = sum(counted) - sum(line["samples"] for line in lines)
     assert 0 <= more <= 32 * missing and counted[1:] == [0, 0]
+    assert sum(worker["samples"] for worker in summary["per_worker"]) == summary["samples"]
+    assert summary["samples"] == sum(line["samples"] for line in lines)
     assert summary["replicas_equal"] is True and len(summary["digests"]) == 3
 
 

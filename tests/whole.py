@@ -347,6 +347,9 @@ class Served:
     def say(self, text: str) -> None:
         self.said.append(text)
 
+    def closing(self, close: wire.Close) -> None:
+        pass
+
     def closed(self, server: Server, close: wire.Close) -> None:
         self.closes.append(close)
         self._look()

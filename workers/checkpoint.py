@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -77,9 +78,11 @@ def load(path: Path) -> Checkpoint:
 
 
 def prune(folder: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints, and what an interrupted writer left."""
-    for leftover in folder.glob("*.tmp"):
-        leftover.unlink(missing_ok=True)
+    """Remove all but the newest `keep` checkpoints, and the drafts of writers that are no more."""
+    for draft in folder.glob("*.tmp"):
+        writer = draft.name.split(".")[-2]
+        if not (writer.isdigit() and psutil.pid_exists(int(writer))):
+            draft.unlink(missing_ok=True)
     for old in sorted(folder.glob("step-*.safetensors"))[:-keep]:
         old.unlink(missing_ok=True)
 
@@ -87,7 +90,7 @@ def prune(folder: Path, keep: int) -> None:
 def _write(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
     """Beside its place first, on the disk for sure, then into its place."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         try:
             save_file(_separate(tensors), temporary, metadata)

@@ -108,6 +108,7 @@ class Client:
         self._probed: set[str] = set()  # where our probe was seen: "sub", "link"
         self._admitted: wire.Admit | None = None
         self._joined = False
+        self._run: str | None = None  # the run that our state belongs to
         self._taking: _Taking | None = None
         self._giving: _Giving | None = None
         self._give_later: wire.Give | None = None
@@ -126,12 +127,36 @@ class Client:
     def connect(self, deadline_s: float) -> wire.Welcome:
         """Find the server and be welcomed, within `deadline_s`; says what it waits for. Raises
         `UserError` where it refuses, `RunLost` when `abandoned` is set meanwhile."""
+        start, blocked = time.monotonic(), False
+        while True:
+            welcome = self._be_welcomed(start, deadline_s)
+            self._check(welcome)
+            self.welcome = welcome
+            self.heartbeat_timeout = float(welcome.settings.get("heartbeat_timeout", 10.0))
+            self.give_up_s = float(welcome.settings.get("idle_timeout", self.give_up_s))
+            missing = self._open_link(welcome)
+            if not missing:
+                self.greetings += 1
+                return welcome
+            # The server may have died just now; if it is there, something is in between.
+            if blocked and missing in ("SUB", "ROUTER"):
+                port = welcome.pub_port if missing == "SUB" else self.port
+                raise UserError(
+                    f"{self.host} answered at port {self.port}, but nothing comes through "
+                    f"at port {port} ({missing})",
+                    "a firewall between the two machines? both ports must be open",
+                )
+            blocked = missing in ("SUB", "ROUTER")
+            self._close_sockets()
+
+    def _be_welcomed(self, start: float, deadline_s: float) -> wire.Welcome:
+        """Say hello at the door until it is answered, at most until `deadline_s` after `start` or
+        after the last sign of a server that does not let us in yet."""
         door = self._door = sockets.dealer(self._ctx)
         with_keys = self._keys is not None
         knock = self._knock = Knock(self._ctx, door, self.host, self.port, with_keys=with_keys)
         sockets.connect(door, sockets.tcp(self.host, self.port), self._keys)
-        start = time.monotonic()
-        deadline, hello_at, told = start + deadline_s, start, ""
+        deadline, hello_at, told = start + deadline_s, time.monotonic(), ""
         while True:
             knock.check()
             now = time.monotonic()
@@ -144,7 +169,7 @@ class Client:
             if door.poll(min(500, max(0, int(1000 * (deadline - now))))):
                 message = self._decode(door.recv_multipart(copy=False))[0]
                 if isinstance(message, wire.Welcome):
-                    break
+                    return message
                 if isinstance(message, wire.Reject):
                     raise UserError(message.reason, message.hint)
                 if isinstance(message, wire.Later):  # it lives, and has a deadline of its own
@@ -164,13 +189,6 @@ class Client:
             if not told and now > start + 1:
                 told = f"waiting for a server at {self.host}:{self.port}"
                 self.say(f"{told} (for {deadline_s:g} s; start one with: make server)")
-        self._check(message)
-        self.welcome = message
-        self.greetings += 1
-        self.heartbeat_timeout = float(message.settings.get("heartbeat_timeout", 10.0))
-        self.give_up_s = float(message.settings.get("idle_timeout", self.give_up_s))
-        self._open_link(message)
-        return message
 
     def _check(self, welcome: wire.Welcome) -> None:
         if welcome.protocol != wire.PROTOCOL:
@@ -179,8 +197,12 @@ class Client:
                 "install the same version on both machines",
             )
 
-    def _open_link(self, welcome: wire.Welcome) -> None:
-        """Link and SUB, over ipc where server and we share a host; then wait until both work."""
+    def _open_link(self, welcome: wire.Welcome) -> str:
+        """Link and SUB, over ipc where server and we share a host; then wait until both work.
+
+        Returns what is missing: nothing; the socket, ROUTER or SUB, of which nothing was heard; or
+        the session, which the server has forgotten since.
+        """
         router = sockets.tcp(self.host, self.port)
         pub = sockets.tcp(self.host, welcome.pub_port)
         self._link_kind = "tcp"
@@ -201,6 +223,7 @@ class Client:
         self._poller = zmq.Poller()
         self._poller.register(self._link, zmq.POLLIN)
         self._poller.register(self._sub, zmq.POLLIN)
+        self._must_greet = False
         self._start_beating(welcome.session)
         self._probed.clear()
         start = time.monotonic()
@@ -210,14 +233,11 @@ class Client:
                 self._send(wire.Probe(session=welcome.session))
                 probed = time.monotonic()
             self._poll_for_probe(PROBE_INTERVAL_S)
+            if self._must_greet or self.abandoned.is_set():
+                return "session"
             if time.monotonic() - start > self.heartbeat_timeout:
-                missing = "SUB" if "link" in self._probed else "ROUTER"
-                port = welcome.pub_port if missing == "SUB" else self.port
-                raise UserError(
-                    f"{self.host} answered at port {self.port}, but nothing comes through "
-                    f"at port {port} ({missing})",
-                    "a firewall between the two machines? both ports must be open",
-                )
+                return "SUB" if "link" in self._probed else "ROUTER"
+        return ""
 
     def _drain(self, timeout_s: float) -> list[tuple[Any, Any]]:
         """Everything that has come on link and SUB, with its socket; waits for something."""
@@ -236,6 +256,8 @@ class Client:
             elif isinstance(message, wire.Pulse):
                 if s is self._link:
                     self._probed.add("link")
+            elif isinstance(message, wire.Greet):
+                self._must_greet |= not message.session_known
             elif isinstance(message, wire.Reject):
                 raise UserError(message.reason, message.hint)
             elif isinstance(message, wire.End):
@@ -286,7 +308,6 @@ class Client:
                 kind=self.replica.kind(),
                 recipe=self.replica.recipe(),
                 ledger=self.replica.ledger,
-                contributors=self.replica.contributors,
                 link=self._link_kind,
                 sharing=self._shared is not None,
                 outbox=0 if self._outbox is None else self._outboxes,
@@ -724,6 +745,8 @@ class Client:
     def _joined_now(self) -> None:
         assert self.replica is not None and self._sub is not None
         self._joined = True
+        assert self.welcome is not None
+        self._run = self.welcome.run
         if self._ready is not None:
             self._send(self._ready)
 
@@ -735,7 +758,7 @@ class Client:
         self._close_sockets()
         self._must_greet = False  # nobody is left who would set it
         own = self.welcome.id if self._hello.role == "worker" else None  # leases are told by it
-        self._hello = msgspec.structs.replace(self._hello, run=self.welcome.run, id=own)
+        self._hello = msgspec.structs.replace(self._hello, run=self._run, id=own)
         self._held.clear()
         self._giving = self._give_later = self._taking = None
         welcome = self.connect(self.give_up_s)

@@ -68,8 +68,6 @@ class Replica:
         self.lineage = uuid.uuid4().hex  # a state of its own: only the origin's is the run's
         self.ledger: dict[str, Any] | None = None
         """The samples' ledger as of this step, as closes tell it."""
-        self.contributors: tuple[int, ...] = ()
-        """Ids of those whose gradients are in the last update; none where that is not known."""
         named = list(_plain(model).named_parameters())
         self.params: list[tuple[str, nn.Parameter]] = [
             (name, p) for name, p in reversed(named) if p.requires_grad
@@ -166,7 +164,6 @@ class Replica:
             for _ in range(self._due(close)):
                 self._schedule()
         self.step, self.lineage, self.ledger = close.step, close.lineage, close.ledger
-        self.contributors = tuple(close.contributors)
         self.forget_averages()
 
     def _due(self, close: wire.Close) -> int:
@@ -213,7 +210,7 @@ class Replica:
         with torch.no_grad():
             for buffer, held in zip(self._exchanged, self._held, strict=True):
                 held.copy_(buffer)
-        self.step, self.lineage, self.contributors = step, lineage, ()
+        self.step, self.lineage = step, lineage
         self.forget_averages()
 
     def kind(self) -> str:

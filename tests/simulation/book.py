@@ -38,12 +38,15 @@ def after_update(model: int, content: Content) -> int:
 
 
 class Book:
-    """Told of each update before anybody hears of it."""
+    """Told of each update before anybody hears of it. `models`, by lineage, are those of runs
+    before this one: who takes part in them may live."""
 
-    def __init__(self, buckets: int) -> None:
-        self.models: dict[str, int] = {}  # by lineage
+    def __init__(self, buckets: int, models: dict[str, int]) -> None:
+        self.models = dict(models)
         self.lineage = ""
         self.closes: list[wire.Close] = []
+        self._contents: list[Content] = []
+        self._updates: dict[str, tuple[str, wire.Close, Content]] = {}  # with the lineage before
         self._counted: list[set[Sample]] = [set() for _ in range(buckets)]
 
     @property
@@ -54,7 +57,26 @@ class Book:
         """The first state is known. It may be another one as long as nothing follows it."""
         if self.closes:
             raise Broken(f"a new origin after {self.step} steps")
-        self.lineage, self.models[lineage] = lineage, model
+        self.lineage = lineage
+        self.models[lineage] = model
+
+    def go_on(self, step: int, lineage: str, model: int) -> set[str]:
+        """After a restart the log goes on from here, perhaps from a step that was lost before; the
+        lineages of closed steps that are lost now."""
+        self.compare("the one from which the run goes on", lineage, model)
+        names = {c.lineage for c in self.closes}
+        self.closes, self._contents, self.lineage = [], [], lineage
+        while lineage in self._updates:
+            lineage, close, content = self._updates[lineage]
+            self.closes.insert(0, close)
+            self._contents.insert(0, content)
+        if step != self.step:
+            raise Broken(f"the run goes on from step {step} of no log")
+        for bucket, counted in enumerate(self._counted):
+            counted.clear()
+            for content in self._contents:
+                counted.update(content[bucket][1])
+        return names - {c.lineage for c in self.closes}
 
     @property
     def model(self) -> int:
@@ -83,8 +105,10 @@ class Book:
         if close.lineage in self.models:
             raise Broken("two states have one name")
         self.models[close.lineage] = after_update(self.model, content)
+        self._updates[close.lineage] = self.lineage, close, content
         self.lineage = close.lineage
         self.closes.append(close)
+        self._contents.append(content)
         self._check_state(close.ledger)
 
     def _check_state(self, state: dict[str, Any]) -> None:

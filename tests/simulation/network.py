@@ -6,12 +6,15 @@ A `World` is a queue of what happens when; nothing waits and nothing is random b
 * while it is down, what the peer sends waits in its socket, as with DEALER; what the server sends
   is refused, as by a ROUTER with `ROUTER_MANDATORY`, once it has noticed (until then it is lost);
 * a cut loses what is under way, and the server knows the next connection by a new routing id;
+* a server that is killed takes all lines with it: what it had sent arrives whole, in part or not at
+  all; started again it is found anew over TCP, never over ipc, whose names are others then;
 * held (a cable out for a moment), it delays and loses nothing, in one direction or in both.
 """
 
 from __future__ import annotations
 
 import heapq
+import math
 import random
 from collections import deque
 from collections.abc import Callable
@@ -19,6 +22,8 @@ from typing import Any
 
 Carried = tuple[Any, Any]
 """A message and its payload."""
+
+RECONNECTS_S = 1.0  # RECONNECT_IVL_MAX of `paramserver.sockets`
 
 UP, DOWN = 0, 1
 """Directions: to the server, to the peer."""
@@ -72,12 +77,18 @@ class Network:
         self.delay_s, self.jitter_s = delay_s, jitter_s
         self.routes: dict[int, Line] = {}
         self.repeats = 0.0  # share of the messages to the server that come twice
+        self.lines: set[Line] = set()  # that are open at the peer's end
+        self.server_is_up = True
         self._number = 0
 
-    def new_route(self, line: Line) -> int:
+    def count(self) -> int:
         self._number += 1
-        self.routes[self._number] = line
         return self._number
+
+    def new_route(self, line: Line) -> int:
+        route = self.count()
+        self.routes[route] = line
+        return route
 
     def delay(self) -> float:
         rng = self.world.random
@@ -93,6 +104,20 @@ class Network:
             line.carry(DOWN, message)
         return True
 
+    def server_died(self) -> None:
+        """Its kernel closes every connection."""
+        self.server_is_up = False
+        self.routes.clear()
+        rng = self.world.random
+        for line in sorted(self.lines, key=lambda line: line.number):
+            line.server_died(rng.choice((0.0, rng.uniform(0.0, 2 * self.delay_s), 1e9)))
+
+    def server_is_back(self) -> None:
+        """Peers find it again, each in its time."""
+        self.server_is_up = True
+        for line in sorted(self.lines, key=lambda line: line.number):
+            self.world.after(self.world.random.uniform(0.0, RECONNECTS_S), line.connect)
+
 
 class Line:
     """One connection of a peer; `to_server(route, message)`, `to_peer(line, message)` receive."""
@@ -103,18 +128,26 @@ class Line:
         kind: str,
         to_server: Callable[[int, Carried], None],
         to_peer: Callable[[Line, Carried], None],
+        *,
+        ipc: bool = False,
     ) -> None:
         self.net, self.kind = net, kind
+        self.ipc = ipc
+        self.number = net.count()
         self.route: int | None = None
         self.closed = False
+        self._cut_until = 0.0
+        self._delivered: dict[int, float] = {}  # until when what a dead server sent arrives
         self._receive = (to_server, to_peer)
         self._last = [0.0, 0.0]
         self._held_until = [0.0, 0.0]
         self._waiting: deque[Carried] = deque()  # sent by the peer while the line is down
+        net.lines.add(self)
         self.connect()
 
     def connect(self) -> None:
-        if self.route is None and not self.closed:
+        cut = self.net.world.now < self._cut_until
+        if self.route is None and not self.closed and self.net.server_is_up and not cut:
             self.route = self.net.new_route(self)
             while self._waiting:
                 self.carry(UP, self._waiting.popleft())
@@ -137,7 +170,7 @@ class Line:
         world.at(when, self._arrive, self.route, way, message)
 
     def _arrive(self, route: int, way: int, message: Carried) -> None:
-        if route != self.route:
+        if route != self.route and self.net.world.now > self._delivered.get(route, -1.0):
             return  # lost with its connection
         if way == UP:
             self._receive[UP](route, message)
@@ -150,15 +183,25 @@ class Line:
 
     def cut(self, back_s: float, noticed_s: float) -> None:
         """The connection is lost; a new one stands after `back_s`."""
-        if self.route is None:
-            return
-        self.net.world.after(noticed_s, self.net.routes.pop, self.route, None)
-        self.route = None
-        self.net.world.after(back_s, self.connect)
+        world = self.net.world
+        self._cut_until = max(self._cut_until, world.now + back_s)
+        world.at(self._cut_until, self.connect)
+        if self.route is not None:
+            world.after(noticed_s, self.net.routes.pop, self.route, None)
+            self.route = None
+
+    def server_died(self, delivers_s: float) -> None:
+        """What it had sent within `delivers_s` from now still arrives; no ipc comes back."""
+        if self.route is not None:
+            self._delivered[self.route] = self.net.world.now + delivers_s
+            self.route = None
+        if self.ipc:
+            self._cut_until = math.inf
 
     def close(self, *, linger: bool = False) -> None:
         """The peer closes it, or died: what is under way may still come with `linger`."""
         self.closed = True
+        self.net.lines.discard(self)
         self._waiting.clear()
         if self.route is None:
             return

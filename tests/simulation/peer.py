@@ -47,6 +47,10 @@ class Habits(msgspec.Struct):
     """Share of its steps after which it leaves its loop for a while, and takes nothing in."""
 
 
+State = tuple[int, dict[str, Any] | None]
+"""What a snapshot holds: the model and the ledger."""
+
+
 class Replica:
     """A model, and how an update is applied to it, as in `workers.replica`."""
 
@@ -55,6 +59,7 @@ class Replica:
         self.step = 0
         self.lineage = f"fresh-{serial}"
         self._buckets = buckets
+        self.ledger: dict[str, Any] | None = None
         self._flat: list[tuple[Sample, ...]] = [()] * buckets
         self._present = [0] * buckets
 
@@ -68,11 +73,15 @@ class Replica:
             for b in range(self._buckets)
         ]
         self.model = after_update(self.model, content)
-        self.step, self.lineage = close.step, close.lineage
+        self.step, self.lineage, self.ledger = close.step, close.lineage, close.ledger
         self.forget_averages()
 
-    def load(self, model: int, step: int, lineage: str) -> None:
-        self.model, self.step, self.lineage = model, step, lineage
+    def state(self) -> State:
+        return self.model, self.ledger
+
+    def load(self, state: State, step: int, lineage: str) -> None:
+        self.model, self.ledger = state
+        self.step, self.lineage = step, lineage
         self.forget_averages()
 
     def forget_averages(self) -> None:
@@ -84,7 +93,7 @@ class Taking:
 
     def __init__(self, manifest: wire.Manifest, now: float) -> None:
         self.manifest, self.heard_at = manifest, now
-        self.pieces: dict[int, int] = {}
+        self.pieces: dict[int, State] = {}
         self.wanted: set[int] = set()
         self.next = 0
 
@@ -111,11 +120,17 @@ class Client(Process):
         self.replica = Replica(serial, server.buckets)
         self.follow: Follow | None = None
         self.greetings = 0
+        self.key = server.nonce if self.role == "observer" else ""
+        self._boot = server.boots
+        self._process = f"process-{serial}"
         self.goes_adrift = False
         self.adrift = False
         self._make_follow = make_follow
         self._quiet_s = server.rules.heartbeat_timeout / 2
         self.session = ""
+        self.run: str | None = None  # to which its state belongs
+        self._nonce = ""  # of the server that welcomed it
+        self._welcomed_by = ""  # the run
         self._held: deque[Carried] = deque()
         self._joined = False
         self._taking: Taking | None = None
@@ -126,6 +141,16 @@ class Client(Process):
         self.left_behind = False
         self._stood = -1
 
+    @property
+    def abandoned(self) -> bool:
+        """Has the pipe from its server ended? Only the observer has one."""
+        gone = not self.server.alive or self.server.boots != self._boot
+        return self.role == "observer" and gone
+
+    def heard_at_door(self, message: Any) -> None:
+        if isinstance(message, wire.Greet) and not message.session_known:
+            self._must_greet = True
+
     # ------------------------------------------------------------------ coming
 
     def connect(self) -> Waiting:
@@ -135,10 +160,12 @@ class Client(Process):
             self.close_lines()
             self.open_line("door")
             welcome = yield from self._hello(deadline)
-            self.session = welcome.session
+            self.session, self._nonce = welcome.session, welcome.nonce
+            self._welcomed_by = welcome.run
             self.open_line("link")
             self.open_line("sub")
-            self.beat(self.session, 2 * self._quiet_s / BEATS_PER_TIMEOUT)
+            beat = wire.Beat(session=self.session, run=welcome.run, nonce=self._process)
+            self.beat(beat, 2 * self._quiet_s / BEATS_PER_TIMEOUT)
             if (yield from self._probe()):
                 self.greetings += 1
                 return
@@ -149,11 +176,15 @@ class Client(Process):
             protocol=wire.PROTOCOL,
             role=self.role,
             id=self.id,
-            nonce=f"process-{self.serial}",
+            nonce=self._process,
             host="host",
             pid=self.serial,
+            run=self.run,
+            key=self.key,
         )
         while self.world.now < deadline:
+            if self.abandoned:
+                raise Leaves("the server is gone")
             self.lines["door"].send((hello, None))
             until = self.world.now + HELLO_EVERY_S
             while self.world.now < until:
@@ -165,6 +196,8 @@ class Client(Process):
                     return message
                 if isinstance(message, wire.Reject):
                     raise Leaves(f"rejected: {message.reason}")
+                if isinstance(message, wire.Later):
+                    deadline = self.world.now + DEADLINE_S
         raise Leaves("no server answered")
 
     def _probe(self) -> Waiting:
@@ -197,19 +230,32 @@ class Client(Process):
     def join(self) -> Waiting:
         self._new_follow()
         self._send_join()
-        yield from self.wait(lambda: self._joined or self.ended or self._must_greet)
+        yield from self._wait_for_admission()
+        if self.abandoned and not self._joined:
+            raise Leaves("the server is gone")
         if self.ended is not None and not self._joined:
             raise Leaves("the run ended before it could join")
 
+    def _wait_for_admission(self) -> Waiting:
+        yield from self.wait(
+            lambda: self._joined or self.ended or self._must_greet or self.abandoned
+        )
+
     def _new_follow(self) -> None:
-        nonce, r = self.server.nonce, self.replica
-        self.follow = self._make_follow(nonce, r.step, r.lineage, self.world.now)
+        r = self.replica
+        self.follow = self._make_follow(self._nonce, r.step, r.lineage, self.world.now)
 
     def _send_join(self) -> None:
         self._joined = self.adrift = False
         self._stood = -1  # the server may not have heard it
         r = self.replica
-        join = wire.Join(layout=self.server.layout, step=r.step, lineage=r.lineage, device="cpu")
+        join = wire.Join(
+            layout=self.server.layout,
+            step=r.step,
+            lineage=r.lineage,
+            device="cpu",
+            ledger=r.ledger,
+        )
         self._send(join, r.model)
 
     def _join_again(self) -> None:
@@ -253,7 +299,7 @@ class Client(Process):
     def wait(self, done: Callable[[], Any], timeout_s: float = math.inf) -> Waiting:
         until = self.world.now + timeout_s
         while not done():
-            if self._must_greet:
+            if self._must_greet and not self.abandoned:
                 yield from self._greet_again()
             if self._handle_one():
                 continue
@@ -401,7 +447,7 @@ class Client(Process):
             case wire.Want():
                 if self._giving == message.snapshot:
                     piece = wire.Piece(snapshot=message.snapshot, piece=message.piece)
-                    self._send(piece, self.replica.model)
+                    self._send(piece, self.replica.state())
                 else:
                     self._send(wire.Abort(message.snapshot, "I do not give this snapshot"))
             case wire.Manifest():
@@ -449,6 +495,7 @@ class Client(Process):
 
     def _joined_now(self) -> None:
         self._joined = True
+        self.run = self._welcomed_by
         if self._ready is not None:
             self._send(self._ready)
 
@@ -460,7 +507,7 @@ class Client(Process):
         yield from self.connect()
         self._new_follow()
         self._send_join()
-        yield from self.wait(lambda: self._joined or self._must_greet or self.ended)
+        yield from self._wait_for_admission()
 
     # ------------------------------------------------------------------ snapshots
 
@@ -497,13 +544,13 @@ class Client(Process):
         if not taking.wanted:
             self._adopt(taking)
 
-    def _take_piece(self, message: wire.Piece, model: int) -> None:
+    def _take_piece(self, message: wire.Piece, state: State) -> None:
         taking = self._taking
         if taking is None or taking.manifest.snapshot != message.snapshot:
             return
         if message.piece in taking.wanted:
             taking.wanted.discard(message.piece)
-            taking.pieces[message.piece] = model
+            taking.pieces[message.piece] = state
         taking.heard_at = self.world.now
         self._want_more()
 
@@ -511,10 +558,10 @@ class Client(Process):
         f, m = self.follow, taking.manifest
         assert f is not None
         self._taking = None
-        models = set(taking.pieces.values())
-        if len(models) > 1:
+        states = list(taking.pieces.values())
+        if any(state != states[0] for state in states):
             raise Broken(f"{self.name} took a snapshot of several models")
-        self.replica.load(models.pop(), m.step, m.lineage)
+        self.replica.load(states[0], m.step, m.lineage)
         self._compare()
         f.adopted(m.step, m.lineage)
         self._send(wire.Adopted(snapshot=m.snapshot, step=m.step, lineage=m.lineage))
@@ -612,7 +659,11 @@ class Observer(Client):
         yield from self.join()
         while True:
             next_s = self.world.random.expovariate(0.5)
-            yield from self.wait(lambda: (self._due and self._joined) or self.ended, next_s)
+            yield from self.wait(
+                lambda: (self._due and self._joined) or self.ended or self.abandoned, next_s
+            )
+            if self.abandoned:
+                raise Leaves("the server is gone")
             if self.ended is not None:
                 break
             self._due = False

@@ -43,6 +43,8 @@ class Process:
         self.inbox: dict[str, deque[Carried]] = {k: deque() for k in ("door", "link", "sub")}
         self.sub_room = 0  # messages that wait at SUB, at most
         self.lost = 0.0  # share of what is published that does not arrive
+        self.ipc = world.chance(0.3)  # on the server's host
+        self.reachable_at = world.now  # the last fault that kept it from being heard is over
         self._to_server = to_server
         self._life = self._run()
         self._turn = 0  # of its wake-ups only the newest counts
@@ -99,7 +101,9 @@ class Process:
 
     def open_line(self, kind: str) -> Line:
         self.inbox[kind].clear()
-        line = self.lines[kind] = Line(self.net, kind, self._to_server, self._arrive)
+        ipc = self.ipc and kind != "door"
+        line = Line(self.net, kind, self._to_server, self._arrive, ipc=ipc)
+        self.lines[kind] = line
         return line
 
     def close_lines(self, *, linger: bool = False) -> None:
@@ -121,12 +125,17 @@ class Process:
         if len(self.inbox["sub"]) < self.sub_room:
             line.carry(DOWN, carried)
 
-    def beat(self, session: str, every_s: float) -> None:
+    def beat(self, beat: wire.Beat, every_s: float) -> None:
         """The client's second thread, as long as this door is open."""
-        self._beat(self.lines["door"], wire.Beat(session=session), every_s)
+        self._beat(self.lines["door"], beat, every_s)
 
     def _beat(self, door: Line, beat: wire.Beat, every_s: float) -> None:
         if self.alive and not door.closed:
             if not self.stopped:
                 door.send((beat, None))
+                while self.inbox["door"]:
+                    self.heard_at_door(self.inbox["door"].popleft()[0])
             self.world.after(every_s, self._beat, door, beat, every_s)
+
+    def heard_at_door(self, message: Any) -> None:
+        """What the second thread finds there."""

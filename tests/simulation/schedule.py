@@ -4,14 +4,15 @@
     python -m tests.simulation --seed 123 --verbose  one of them, message by message
 
 A seed makes a schedule: settings, how many workers and how slow, what the network is like, and the
-faults: processes that are killed and started again, stopped and continued, or there twice;
-connections that are cut or held; a server that stands still; publications that are lost; gradients
-that are not finite. At some time faults stop. From then on the run must reach its end, and
+faults: processes (the server, too) that are killed and started again, stopped and continued, or
+there twice; connections that are cut or held; publications that are lost; gradients that are not
+finite. At some time faults stop. From then on the run must reach its end, and
 whatever happened before, the promises of the design hold. At each message is checked that
 
 * replicas by one name (lineage) hold one model, and the log has no gap (`book`);
 * a sample is in each bucket at most once, and the ledger says what is really in the sums;
 * a gradient goes only into the update of the model that it was made from;
+* no closed step that a process within reach holds is lost with a server, and none comes back;
 * what is kept is bounded (`server`);
 
 and at the end that all samples are accounted for, that nothing waits without end, that every
@@ -42,10 +43,19 @@ PATIENCE_S, PATIENCE_FOR_A_SAMPLE_S = 400.0, 2.0
 
 FAULTS = (
     *("kill",) * 4, *("stop",) * 2, *("cut",) * 4, *("hold",) * 2,
-    "stall the server", "slow", "bad", "lossy", "leave", "pause", "twin",
+    *("kill the server",) * 3, "stall the server", "slow", "bad", "lossy", "leave", "pause", "twin",
 )  # fmt: skip
 
-FAIR = ("finished", "killed", "left", "rejected: worker id", "rejected: the run has ended")
+MOMENTS = (
+    *(None,) * 4, "before a close is noted", "before a close is told", "after a close is told",
+)  # fmt: skip
+"""When in its work a server is killed."""
+
+FAIR = (
+    "finished", "killed", "left", "rejected: worker id", "rejected: the run has ended",
+    "the server is gone", "rejected: only the observer",
+)  # fmt: skip
+OF_ANOTHER_RUN = "rejected: this server runs"
 TOO_LATE = ("the run has ended", "the run ended before it could join")
 """How processes may end: by themselves, by a fault, because another one has their id, or because
 they came when the run was over."""
@@ -114,9 +124,12 @@ class Schedule:
         )
         self.lost = rng.choice((0.0, 0.02, 0.2))
         self.slots = range(0 if self.rules.observer else 1, workers + 1)
+        self._given_up = False  # a run to which nobody came back in time was followed by another
         self.at: dict[int, Client] = {}  # the process at each place; 0 is the observer's
         self.alive: list[Client] = []  # these, and twins
         self._serial = 0
+        self.server.look = self._look_for_observer
+        self.server.lost, self.server.deserted = self._check_lost, self._check_deserted
         world.say(f"seed {seed}: {self.rules}")
         world.say(f"{self.habits}, {self.server.buckets} buckets, history {self.server.limit}")
         for slot in self.slots:
@@ -128,9 +141,22 @@ class Schedule:
 
     def _start(self, slot: int) -> None:
         """Start the program where it does not run, as a person at that machine would."""
-        before = self.at.get(slot)
-        if self.server.rounds.ended is None and (before is None or not before.alive):
+        before, server = self.at.get(slot), self.server
+        if slot == 0 and (not server.alive or server.rounds.coming_back):
+            return  # the server starts it, when it is time
+        if server.rounds.ended is None and (before is None or not before.alive):
             self.at[slot] = self._process(slot)
+
+    def _look_for_observer(self) -> bool:
+        """As the server's program does, now and then: does an observer of this server run?"""
+        observer, server = self.at.get(0), self.server
+        if server.boots > 1 and 0 in self.slots and (observer is None or observer.abandoned):
+            self.at[0] = self._process(0)
+            return True
+        return observer is not None and observer.alive
+
+    def _start_server(self) -> None:
+        self.server.restart()
 
     def _process(self, slot: int) -> Client:
         self._serial += 1
@@ -155,7 +181,8 @@ class Schedule:
         self.server.publish.remove(peer.publish)
         self.alive.remove(peer)
         self.outcome.seen[why.split(":")[0]] += 1
-        if not why.startswith(FAIR) and (self.server.ended_at is None or why not in TOO_LATE):
+        fair = why.startswith(FAIR) or (why.startswith(OF_ANOTHER_RUN) and self._given_up)
+        if not fair and (self.server.ended_at is None or why not in TOO_LATE):
             raise Broken(f"{peer.name} was sent away although it did nothing wrong: {why}")
         if why == "finished":
             self._check_last_step(peer)
@@ -167,6 +194,26 @@ class Schedule:
         end = self.server.rounds.ended
         if end is None or (peer.replica.step != end.step and not peer.left_behind):
             raise Broken(f"{peer.name} finished at step {peer.replica.step}, the run has {end}")
+
+    def _within_reach(self) -> list[Client]:
+        """Whom a server that was started again can hear since it listens."""
+        since = self.server.booted_at
+        return [p for p in self.alive if not p.stopped and p.reachable_at <= since]
+
+    def _check_lost(self, lineages: set[str]) -> None:
+        """Closed steps did not survive: then nobody holds them who could have been asked."""
+        self.outcome.seen["steps lost"] += len(lineages)
+        for peer in self._within_reach():
+            if peer.role == "worker" and peer.replica.lineage in lineages:
+                raise Broken(f"{peer.name} holds step {peer.replica.step}, which was lost")
+
+    def _check_deserted(self) -> None:
+        """A new run begins: then nobody of the old one could have come back."""
+        self.outcome.seen["run given up"] += 1
+        self._given_up = True
+        for peer in self._within_reach():
+            if peer.role == "worker" and peer.run == self.server.run:
+                raise Broken(f"a new run begins, although {peer.name} could have come back")
 
     def _check_taking_part(self) -> None:
         """Who could come back has done so by now."""
@@ -184,10 +231,12 @@ class Schedule:
             peer.habits.bad = peer.habits.leaves = peer.habits.pauses = peer.lost = 0.0
             peer.habits.compute_s = self.habits.compute_s
             peer.go_on()
-        for slot in self.slots:
-            self._start(slot)
         if self.server.stalled:
             self.server.go_on()
+        self.server.dies_at = None
+        self.server.restart()
+        for slot in self.slots:
+            self._start(slot)
 
     # ------------------------------------------------------------------ faults
 
@@ -205,7 +254,7 @@ class Schedule:
         return over + 0.001
 
     def _strike(self, fault: str, slot: int, seconds: float) -> None:
-        """One fault. (A server that is killed and started again will be one more.)"""
+        """One fault."""
         if self.server.ended_at is not None:
             return
         world, rng, peer = self.world, self.world.random, self.at.get(slot)
@@ -214,6 +263,11 @@ class Schedule:
         if fault == "stall the server":
             self.server.stalled = True
             world.after(seconds, self.server.go_on)
+        elif fault == "kill the server":
+            self.server.dies_at = rng.choice(MOMENTS)
+            if self.server.dies_at is None:
+                self.server.kill()
+            world.after(seconds, self._start_server)
         elif peer is None or not peer.alive:
             return
         elif fault == "kill":
@@ -221,14 +275,17 @@ class Schedule:
             world.after(seconds, self._start, slot)
         elif fault == "stop":
             peer.stop()
+            peer.reachable_at = max(peer.reachable_at, world.now + seconds)
             world.after(seconds, peer.go_on)
         elif fault == "cut":
             lines = list(peer.lines.values())
             noticed_s = rng.choice((0.0, 0.0, seconds, 1.5 * SILENCE_S))
+            peer.reachable_at = max(peer.reachable_at, world.now + seconds)
             for line in lines if rng.random() < 0.5 else rng.sample(lines, min(1, len(lines))):
                 line.cut(seconds, noticed_s)
         elif fault == "hold":
             ways = rng.choice(((UP,), (DOWN,), (UP, DOWN)))
+            peer.reachable_at = max(peer.reachable_at, world.now + seconds)
             for line in peer.lines.values():
                 line.hold(world.now + seconds, ways)
         elif fault == "twin":
@@ -236,7 +293,7 @@ class Schedule:
                 self._process(slot)
         else:
             whose, name, value = {
-                "slow": (peer.habits, "compute_s", 1.5),
+                "slow": (peer.habits, "compute_s", rng.choice((1.5, 6.0))),
                 "bad": (peer.habits, "bad", 0.5),
                 "leave": (peer.habits, "leaves", 0.5),
                 "pause": (peer.habits, "pauses", 0.5),
@@ -249,6 +306,8 @@ class Schedule:
         """Ctrl-C at the server."""
         self.outcome.seen["stopped in order"] += 1
         self.server.stop("stopped by Ctrl-C")
+        if self.server.rounds.put_off:
+            self.world.after(1.0, self._start_server)
 
     # ------------------------------------------------------------------ the run
 

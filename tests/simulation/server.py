@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from paramserver import rounds, wire
+from paramserver.comeback import NOTHING
 from paramserver.effects import (
     Add,
     Closed,
@@ -38,11 +39,17 @@ class Update(NamedTuple):
     messages: list[Carried]
 
 
+class Killed(BaseException):
+    """The server's process is no more."""
+
+
 class Server:
-    """Carries out what `Rounds` decides, and keeps the book.
+    """Carries out what `Rounds` decides, and keeps the book. Killed and started again, it knows no
+    more than the disk does: `run`, and `noted`, the newest step that it has told anybody of.
 
     `publish` hands a message to every SUB; with `through_wire` each message becomes frames and a
-    message again on its way.
+    message again on its way. `look` is the program's: it sees to the observer, and tells whether
+    one comes. `lost` is told of closed steps that did not survive a restart.
     """
 
     def __init__(
@@ -57,17 +64,38 @@ class Server:
         through_wire: bool,
     ) -> None:
         self.world, self.net, self.rules, self.buckets = world, net, rules, buckets
-        self.nonce = "server-1"
         self.layout = wire.Layout(
             tuple(wire.Tensor(f"w{b}", (1,), "float32") for b in range(buckets))
         )
-        self.rounds = make_rounds(rules, self.nonce, world.now, lambda layout: buckets)
         self.through_wire = through_wire
         self.publish: list[Callable[[Carried], None]] = []
-        self.stalled = False
-        self.book = Book(buckets)
-        self.ended_at: float | None = None
+        self.look: Callable[[], bool] = lambda: False
+        self.lost: Callable[[set[str]], None] = lambda lineages: None
+        self.deserted: Callable[[], None] = lambda: None
         self.limit = history
+        self.boots = self._runs = 0
+        self.dies_at: str | None = None
+        self._make_rounds = make_rounds
+        self._begin_run()
+
+    def _begin_run(self) -> None:
+        self._runs += 1
+        self.run, self.noted = f"run-{self._runs}", NOTHING
+        self.book = Book(self.buckets, self.book.models if self._runs > 1 else {})
+        self._boot(None)
+
+    def _boot(self, comeback: str | None) -> None:
+        """A new process."""
+        self.boots += 1
+        self.booted_at = self.world.now
+        self.alive, self.stalled = True, False
+        self.dies_at = None
+        self.ended_at: float | None = None
+        self.nonce = f"server-{self.boots}"
+        count = self.buckets
+        self.rounds = self._make_rounds(
+            self.rules, self.nonce, self.world.now, lambda layout: count, comeback=comeback
+        )
         self._history: deque[Update] = deque()
         self._averages: list[Carried] = []
         self._sums: dict[int, list[Sample]] = {}
@@ -78,12 +106,42 @@ class Server:
         self._models: dict[str, int] = {}  # what each peer's model was when it joined
         self._backlog: deque[tuple[int, Carried]] = deque()
         self._sessions = 0
-        world.after(TICK_S, self._tick)
-        world.after(0.0, self._pulse)
+        self.world.after(TICK_S, self._tick, self.boots)
+        self.world.after(0.0, self._pulse, self.boots)
+
+    # ------------------------------------------------------------------ dying and coming back
+
+    def kill(self) -> None:
+        """kill -9. What was published may be under way, what was noted is on disk."""
+        if self.alive:
+            self.world.say("the server is killed")
+            self.alive = False
+            self.net.server_died()
+
+    def restart(self) -> None:
+        """`make server` again."""
+        if not self.alive:
+            self.world.say(f"START the server again; step {self.noted} was noted")
+            self._boot(self.noted)
+            self.net.server_is_back()
+
+    def _desert(self) -> None:
+        """Nobody came back: a new run begins, on the same port."""
+        self.deserted()
+        self.world.say("nobody came back: a new run begins")
+        self.net.server_died()
+        self._begin_run()
+        self.net.server_is_back()
+
+    def _die_if_due(self, moment: str) -> None:
+        if self.dies_at == moment:
+            raise Killed
 
     # ------------------------------------------------------------------ what comes in
 
     def receive(self, route: int, carried: Carried) -> None:
+        if not self.alive:
+            return
         if self.stalled:
             self._backlog.append((route, carried))
             return
@@ -92,7 +150,11 @@ class Server:
             session = self._links.get(route)
             who = self.rounds.peers[session].name if session else f"route {route}"
             self.world.say(f"    {who} -> server: {brief(message)}")
-        self._handle(route, message, payload, self.world.now)
+        try:
+            self._handle(route, message, payload, self.world.now)
+        except Killed:
+            self.kill()
+            return
         self._check_bounds()
 
     def go_on(self) -> None:
@@ -108,7 +170,12 @@ class Server:
                 self._greet(route, message, now)
                 return
             case wire.Beat():
-                r.seen(message.session, now)
+                if message.session in r.peers:
+                    r.seen(message.session, now)
+                else:
+                    if message.run == self.run:
+                        r.beats_unknown(message.nonce, now)
+                    self._send_raw(route, wire.Greet(session_known=False))
                 return
             case wire.Probe():
                 self._probe(route, message, now)
@@ -145,13 +212,23 @@ class Server:
                 raise Broken(f"a {type(message).__name__} is not for the server")
 
     def _greet(self, route: int, hello: wire.Hello, now: float) -> None:
+        if self.rounds.coming_back and hello.role == "worker" and hello.run is None:
+            self._send_raw(route, wire.Later(self.rounds.phase(now)))
+            return
+        refuse = ""
         if self.rounds.ended is not None:
-            self._send_raw(route, wire.Reject(f"the run has ended: {self.rounds.ended.reason}"))
+            refuse = f"the run has ended: {self.rounds.ended.reason}"
+        elif hello.role == "observer" and hello.key != self.nonce:
+            refuse = "only the observer that this server started may observe"
+        elif hello.run is not None and hello.run != self.run:
+            refuse = f"this server runs {self.run}, you belong to {hello.run}"
+        if refuse:
+            self._send_raw(route, wire.Reject(refuse))
             return
         known = next((s for s, d in self._doors.items() if d == route), None)
         if known is None:
             self._sessions += 1
-        session = known or f"session-{self._sessions}"
+        session = known or f"session-{self.boots}-{self._sessions}"
         if session not in self.rounds.peers:
             peer, why, effects = self.rounds.greet(
                 session,
@@ -161,6 +238,7 @@ class Server:
                 nonce=hello.nonce,
                 host=hello.host,
                 pid=hello.pid,
+                returns=hello.run == self.run,
                 reachable=self._reachable,
             )
             self._carry_out(effects)
@@ -172,7 +250,7 @@ class Server:
             route,
             wire.Welcome(
                 protocol=wire.PROTOCOL,
-                run="run-1",
+                run=self.run,
                 nonce=self.nonce,
                 session=session,
                 id=self.rounds.peers[session].id,
@@ -223,20 +301,33 @@ class Server:
 
     # ------------------------------------------------------------------ time
 
-    def _tick(self) -> None:
-        self.world.after(TICK_S, self._tick)
-        self._look_at_time()
+    def _tick(self, boot: int) -> None:
+        if not self.alive or boot != self.boots:
+            return
+        self.world.after(TICK_S, self._tick, boot)
+        self._look_at_time(boot)
         due = self.rounds.next_deadline()
         if due is not None and due < self.world.now + TICK_S:
-            self.world.at(due, self._look_at_time)
+            self.world.at(due, self._look_at_time, boot)
 
-    def _look_at_time(self) -> None:
-        if not self.stalled:
+    def _look_at_time(self, boot: int) -> None:
+        if self.stalled or not self.alive or boot != self.boots:
+            return
+        try:
             self._carry_out(self.rounds.tick(self.world.now))
-            self._check_bounds()
+        except Killed:
+            self.kill()
+            return
+        self._check_bounds()
+        if not self.rounds.coming_back:
+            self.rounds.observer_comes = self.look()
+        if self.rounds.deserted:
+            self._desert()
 
-    def _pulse(self) -> None:
-        self.world.after(self.rules.heartbeat_timeout / PULSES_PER_TIMEOUT, self._pulse)
+    def _pulse(self, boot: int) -> None:
+        if not self.alive or boot != self.boots:
+            return
+        self.world.after(self.rules.heartbeat_timeout / PULSES_PER_TIMEOUT, self._pulse, boot)
         if not self.stalled:
             pulse = self.rounds.pulse(self.world.now)
             self._publish(pulse)
@@ -244,16 +335,19 @@ class Server:
                 self._send(session, pulse)
 
     def stop(self, reason: str) -> None:
-        self._carry_out(self.rounds.stop(reason, self.world.now))
+        if self.alive:
+            self._carry_out(self.rounds.stop(reason, self.world.now))
+            if self.rounds.put_off:
+                self.kill()
 
     def finished(self) -> bool:
         """Has everybody who is alive said goodbye, or had the time to?"""
-        if self.ended_at is None:
+        if self.ended_at is None or not self.alive:
             return False
         now, silence = self.world.now, self.rules.heartbeat_timeout
+        farewell = {"worker": FAREWELLS * silence, "observer": self.rules.idle_timeout}
         return all(
-            now - p.last_seen > silence
-            or (p.role == "worker" and now - self.ended_at > FAREWELLS * silence)
+            now - p.last_seen > silence or now - self.ended_at > farewell[p.role]
             for p in self.rounds.peers.values()
         )
 
@@ -273,7 +367,7 @@ class Server:
                 case Send():
                     message = effect.message
                     if isinstance(message, wire.Admit) and message.action == "origin":
-                        self.book.begin(message.lineage, self._models[effect.session])
+                        self._has_origin(message, self._models[effect.session])
                     self._send(effect.session, message)
                 case Say():
                     self.world.say(f"        {effect.text}")
@@ -286,6 +380,13 @@ class Server:
                     self._publish(effect.end)
                     for session in list(self.rounds.peers):
                         self._send(session, effect.end)
+
+    def _has_origin(self, admit: wire.Admit, model: int) -> None:
+        if not self.book.closes:
+            self.book.begin(admit.lineage, model)
+        elif gone := self.book.go_on(admit.step, admit.lineage, model):
+            self.world.say(f"{len(gone)} closed steps are lost")
+            self.lost(gone)
 
     def _add(self, effect: Add) -> None:
         model, samples, _ = self._payloads.pop((effect.worker, effect.bucket))
@@ -314,7 +415,11 @@ class Server:
         if self._sums or self._payloads:
             raise Broken("something was pushed and taken, but is not in the update")
         self.book.close(close, {a.bucket: (a, samples) for a, samples in self._averages})
+        self._die_if_due("before a close is noted")
+        self.noted = close.lineage
+        self._die_if_due("before a close is told")
         self._publish(close)
+        self._die_if_due("after a close is told")
         self._history.append(Update(close.step, [*self._averages, (close, None)]))
         while len(self._history) > self.limit:
             self._history.popleft()

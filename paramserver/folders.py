@@ -1,0 +1,51 @@
+"""Private folders of a running process, and the end of those that a killed one left behind.
+
+A process keeps a lock on each of its folders while it lives. The kernel lets go of it with the
+process, however that ended, so a folder whose lock is free belongs to nobody.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+
+PREFIX = "paramserver-"
+
+
+class PrivateFolder:
+    """A new folder in `parent` that only this user may enter; `close` removes it.
+
+    Making one removes those of this user that are nobody's any more. Raises OSError.
+    """
+
+    def __init__(self, parent: Path) -> None:
+        for old in parent.glob(f"{PREFIX}*"):
+            _sweep(old)
+        self.path = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=parent))
+        new = self.path / "new"
+        self._lock: int | None = os.open(new, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
+        new.rename(self.path / "lock")  # from now on its lock tells whose it is
+
+    def close(self) -> None:
+        """Safe to call twice."""
+        if self._lock is not None:
+            shutil.rmtree(self.path, ignore_errors=True)
+            os.close(self._lock)
+            self._lock = None
+
+
+def _sweep(folder: Path) -> None:
+    with suppress(OSError):  # it is somebody else's, in use, just being made or removed
+        if folder.stat().st_uid != os.getuid():
+            return
+        lock = os.open(folder / "lock", os.O_RDWR | os.O_CLOEXEC)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)
+        finally:
+            os.close(lock)
