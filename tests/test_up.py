@@ -14,6 +14,7 @@ from machines import Machines, why_no_machines
 from whole import Program
 
 pytestmark = [
+    pytest.mark.timeout(300),  # many processes import torch, on two cores
     pytest.mark.root,
     pytest.mark.skipif(why_no_machines() is not None, reason=str(why_no_machines())),
 ]
@@ -144,12 +145,6 @@ def test_a_run_from_start_to_end(cluster: Cluster) -> None:
     assert "worker 2  failed (killed by SIGKILL)" in cluster.says("status", code=1)
     assert "mini2 | the worker died" in cluster.says("logs", "--host=mini2")
 
-    again = cluster.make("up", *SMALL, *LONG, "batch_size=16", WANDB_API_KEY="s3cret" * 7)
-    again.wait_for(r"mini1 \| .*worker 2 \(mini3\) is here")  # only what is missing is started
-    again.send(signal.SIGINT)
-    assert again.end() == 0
-    assert len(cluster.runs()) == 1
-
     down = cluster.says("down")
     assert "mini1 | the server has ended, in order" in down
     assert down.splitlines()[-1] == "nothing of the run is left on mini1, mini2, mini3"
@@ -161,7 +156,7 @@ def test_a_run_from_start_to_end(cluster: Cluster) -> None:
 
 
 def test_a_start_that_fails_leaves_nothing_and_the_next_one_works(cluster: Cluster) -> None:
-    small = (*SMALL, *LONG, "observer=false")
+    small, before = (*SMALL, *LONG, "observer=false"), len(cluster.runs())
     taken = cluster.machines.enter("mini1", sys.executable, "-c", LISTENS, "43210")
     try:
         assert taken.stdout is not None and taken.stdout.readline() == b"here\n"
@@ -188,7 +183,7 @@ def test_a_start_that_fails_leaves_nothing_and_the_next_one_works(cluster: Clust
     again.wait_for(r"mini1 \| .*worker 1 \(mini2\) is here")
     again.send(signal.SIGINT)
     assert again.end() == 0
-    assert len(cluster.runs()) == 1
+    assert len(cluster.runs()) == before + 1  # the server that ran already was left alone
 
     cluster.kill("mini1", "fleet.keeper start server")
     cluster.kill("mini2", "fleet.keeper")
