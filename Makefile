@@ -1,15 +1,15 @@
 # The commands of a clone; `make` alone lists them. Works with GNU make 3.81 (macOS) and any sh.
 #
 # Words with a lower-case name, like learning_rate=0.01, are settings and go on to the program;
-# upper-case ones (ID, ARGS, PYTHON) are read here.
+# upper-case ones (ID, NAME, ARGS, PYTHON) are read here.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo server worker keys up status logs attach down test check bench profile simulate format constraints clean
+.PHONY: help setup demo example server worker keys up status logs attach down test check bench profile simulate format constraints clean
 
 VENV_PYTHON := .venv/bin/python
 READY := .venv/.ready
 
-unexport ARGS DRY HOST ID JOIN QUICK ROTATE SEEDS # they are for this make, not for one that a test or a program starts
+unexport ARGS DRY HOST ID JOIN NAME QUICK ROTATE SEEDS # they are for this make, not for one that a test or a program starts
 
 help: ## list these commands
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F '|' '{ printf "%-20s %s\n", $$1, $$2 }'
@@ -20,6 +20,9 @@ setup: $(READY) ## make .venv with all that is needed (PYTHON=python3.12 chooses
 
 demo: $(READY) ## train on real digits: a server and two workers, all on this machine
 	@$(RUN) paramserver.launch demo $(ARGS)
+
+example: $(READY) ## train one of examples/ on this machine: make example NAME=digits
+	@$(RUN) paramserver.launch script examples/$(or $(NAME),digits).py $(ARGS)
 
 server: $(READY) ## start a server and its observer
 	@$(RUN) paramserver $(ARGS)

@@ -1,8 +1,10 @@
-"""`python -m paramserver.launch demo`: a whole cluster on this machine, for a first look; and the
-words for a cluster of many machines (`paramserver.fleet`): up, status, logs, attach, down."""
+"""`python -m paramserver.launch demo`: a whole cluster on this machine, for a first look; `script
+train.py`: the same for a training script of one's own; and the words for a cluster of many machines
+(`paramserver.fleet`): up, status, logs, attach, down."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -28,6 +30,8 @@ DEMO = {"dataset.name": "digits", "num_epochs": "15", "num_workers": "2", "eval_
 WORKERS_PATIENCE_S = 10.0
 FLEET = ("up", "status", "logs", "attach", "down")
 PARTS_OF_A_STEP = ("load", "compute", "encode", "send", "wait", "decode", "optimizer")
+SCRIPT_S = 600.0  # what a script does after its run: an evaluation, a sample
+LOOPBACK = "127.0.0.1"
 PATIENCE_S = 120.0  # an orderly end takes the observer's last evaluation and upload
 
 
@@ -63,11 +67,7 @@ def demo(arguments: list[str]) -> int:
     finally:
         _end([server], PATIENCE_S)
         _end(workers, WORKERS_PATIENCE_S)
-        folder = latest(Path(settings.run_dir))
-        if folder is not None:
-            for words in logs.iterdir():
-                shutil.move(words, folder.path / words.name)
-        shutil.rmtree(logs, ignore_errors=True)
+        _keep(logs, Path(settings.run_dir))
 
 
 def _end(processes: list[subprocess.Popen[bytes]], patience_s: float) -> None:
@@ -153,11 +153,82 @@ def fleet(words: list[str]) -> int:
     return {"status": watch.status, "attach": watch.attach, "down": watch.down}[command](settings)
 
 
+def script(arguments: list[str]) -> int:
+    """A server and `num_workers` processes of one's own training script, all on this machine.
+
+    The settings in a YAML file beside the script, of the same name, are taken first. Each process
+    finds the server in its environment (`workers.join()` without an address). What the first one
+    said is printed at the end, since the progress has the terminal until then.
+    """
+    if not arguments or "=" in arguments[0]:
+        raise UserError("which script?", "python -m paramserver.launch script train.py [key=value]")
+    path, arguments = Path(arguments[0]), arguments[1:]
+    if not path.is_file():
+        there = ", ".join(sorted(p.stem for p in path.parent.glob("*.py")))
+        raise UserError(f"there is no script {path}", f"there is: {there}" if there else "")
+    given = {a.partition("=")[0] for a in arguments}
+    chosen = {"observer": "false"}  # it would need the script's model
+    if path.with_suffix(".yaml").is_file():
+        chosen["model"] = str(path.with_suffix(".yaml"))
+    arguments = [f"{k}={v}" for k, v in chosen.items() if k not in given] + arguments
+    settings = load(arguments, "server").settings
+    place = {"PARAMSERVER_HOST": LOOPBACK, "PARAMSERVER_PORT": str(settings.port)}
+    cores = max(1, (os.cpu_count() or 1) // settings.num_workers)
+    usual = {"OMP_NUM_THREADS": str(cores), "PYTHONUNBUFFERED": "1"}
+    server = subprocess.Popen([sys.executable, "-m", "paramserver", *arguments])
+    logs = Path(tempfile.mkdtemp(prefix="paramserver-script-"))
+    processes: list[subprocess.Popen[bytes]] = []
+    try:
+        for number in range(1, settings.num_workers + 1):
+            with open(logs / f"worker-{number}.log", "wb") as log:
+                processes.append(
+                    subprocess.Popen(
+                        [sys.executable, str(path)],
+                        env={**usual, **os.environ, **place, "PARAMSERVER_ID": str(number)},
+                        stdout=log,
+                        stderr=subprocess.STDOUT,
+                        stdin=subprocess.DEVNULL,
+                        start_new_session=True,
+                    )
+                )
+        try:
+            failed = _watch(server, processes, logs) != 0
+            failed = not _all_well(processes) or failed
+        except KeyboardInterrupt:
+            server.terminate()
+            return server.wait()
+        print((logs / "worker-1.log").read_text(errors="replace").strip())
+        return int(failed)
+    finally:
+        _end([server], PATIENCE_S)
+        _end(processes, WORKERS_PATIENCE_S)
+        _keep(logs, Path(settings.run_dir))
+
+
+def _all_well(processes: list[subprocess.Popen[bytes]]) -> bool:
+    """What the scripts still have to do after the run takes its time; did all of them end well?"""
+    deadline = time.monotonic() + SCRIPT_S
+    for process in processes:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(max(0.0, deadline - time.monotonic()))
+    return all(p.returncode == 0 for p in processes)
+
+
+def _keep(logs: Path, run_dir: Path) -> None:
+    """What the workers said goes into the run's folder."""
+    folder = latest(run_dir)
+    if folder is not None:
+        for words in logs.iterdir():
+            shutil.move(words, folder.path / words.name)
+    shutil.rmtree(logs, ignore_errors=True)
+
+
 def main() -> None:
     with exit_on_user_error():
         commands: dict[str, Callable[[list[str]], int]] = {
             "demo": demo,
             "profile": profile,
+            "script": script,
             **dict.fromkeys(FLEET, fleet),
         }
         if len(sys.argv) < 2 or sys.argv[1] not in commands:

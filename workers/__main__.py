@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
+from dataclasses import replace
 from typing import Any
 
 from paramserver.config import exit_on_user_error, load
 from paramserver.errors import UserError
+from workers.placed import placed
 
 
 class Leave(BaseException):
@@ -18,7 +21,7 @@ def main() -> None:
     """The worker program; exits with 0 when the run ended well or the worker was asked to leave."""
     with exit_on_user_error():
         loaded = load(sys.argv[1:], "worker")
-        settings = loaded.settings
+        settings = _placed(loaded.settings)
         if settings.id is None:
             settings = _with_id(settings)
 
@@ -42,10 +45,18 @@ def main() -> None:
             say(f"left the run ({e})")
 
 
+def _placed(settings: Any) -> Any:
+    """Number and server's address as the environment has them, where the settings do not."""
+    here = placed(os.environ)
+    return replace(
+        settings,
+        id=here.id if settings.id is None else settings.id,
+        host_ip=settings.host_ip or here.host,
+    )
+
+
 def _with_id(settings: Any) -> Any:
     """Ask for the id where somebody can answer."""
-    from dataclasses import replace
-
     if not sys.stdin.isatty():
         raise UserError("a worker needs its number", "make worker ID=2, or id=2")
     answer = input("This worker's number (1 for the first, 2 for the second ...): ").strip()

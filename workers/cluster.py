@@ -304,7 +304,7 @@ class Cluster:
 
     def tell(self, loss: float | Tensor) -> None:
         """The mean loss over this batch, for progress and logs; optional, before `step`."""
-        self._loss = loss
+        self._loss = loss.detach() if isinstance(loss, Tensor) else loss
 
     def _send_bucket(self, bucket: Bucket, values: Tensor, absent: tuple[int, ...]) -> None:
         """A bucket of this step's gradient is complete: encode and send it, look what came in."""

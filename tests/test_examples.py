@@ -1,0 +1,78 @@
+"""The examples run as they are, and say what they reached; so does any script of one's own."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_alone import SCRIPT
+from whole import CLONE, Run
+
+EXAMPLES = sorted(path.stem for path in (CLONE / "examples").glob("*.py"))
+
+
+def launched(folder: Path, script: Path, *settings: str) -> tuple[int, str]:
+    """Exit code and words of `launch script`."""
+    with Run(folder) as run:
+        words = ["-m", "paramserver.launch", "script", str(script), f"port={run.port}"]
+        program = run.start("the launcher", *words, "run_dir=runs", "plain=true", *settings)
+        return program.end(), program.output
+
+
+@pytest.mark.parametrize(("name", "least"), [("digits", 85.0), ("federated", 75.0)])
+def test_an_example_reaches_what_it_promises(name: str, least: float, tmp_path: Path) -> None:
+    code, said = launched(tmp_path, CLONE / "examples" / f"{name}.py", "num_epochs=3")
+    assert code == 0, said
+    reached = re.search(rf"^{name}: .*?(\d+\.\d) %", said, re.MULTILINE)
+    assert reached and float(reached[1]) > least, said
+    assert "the same on all replicas" in said
+
+
+def test_each_example_is_told_of() -> None:
+    for page in (CLONE / "README.md", CLONE / "docs" / "your-own-model.md"):
+        assert "make example NAME=digits" in page.read_text()
+    told = set(re.findall(r"make example NAME=(\w+)", (CLONE / "README.md").read_text()))
+    assert told == set(EXAMPLES)
+
+
+def test_a_script_with_settings_beside_it(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT)
+    script.with_suffix(".yaml").write_text("num_epochs: 3\nbatch_size: 16\n")
+    code, said = launched(tmp_path, script, "num_workers=1")
+    assert code == 0 and said.endswith("worker 1 stands at step 12"), said
+    [folder] = (tmp_path / "runs").glob("*")
+    assert "stands at step 12" in (folder / "worker-1.log").read_text()
+
+
+def test_a_script_that_fails_is_told(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT + "raise LookupError('after all')\n")
+    code, said = launched(tmp_path, script, "num_workers=1")
+    assert code == 1 and "LookupError: after all" in said
+
+
+def test_without_its_pictures_an_example_says_where_they_come_from(tmp_path: Path) -> None:
+    script = tmp_path / "fashion.py"
+    script.write_text(
+        (CLONE / "examples" / "fashion.py")
+        .read_text()
+        .replace("/usr/share/datasets/fashion-mnist", str(tmp_path / "nowhere"))
+    )
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(CLONE), "PATH": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1 and "apt install dataset-fashion-mnist" in done.stderr
+
+
+def test_a_script_that_is_not_there_is_told(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text("")
+    code, said = launched(tmp_path, tmp_path / "trian.py")
+    assert code == 2 and "there is no script" in said and "there is: train" in said
