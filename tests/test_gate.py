@@ -11,14 +11,14 @@ import signal
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import zmq
 from crew import Crew, Noise, perceptron
-from test_strangers import RAW, ZMTP_GREETING
+from test_strangers import RAW, ZMTP_GREETING, a_run_in_its_middle
 from whole import DEADLINE_S, LOOPBACK, Program, Run, Served
 
 from benchmarks.network import Hosts
@@ -33,36 +33,16 @@ from workers.client import Client
 
 KEYS, OTHERS = Keys.new(), Keys.new()
 EPOCHS = 2
-HELD_AT = 3
 
 
 def as_peer(keys: Keys) -> PeerKeys:
     return keys_of(decode(keys.token("host", 1)))
 
 
-@contextmanager
-def a_guarded_run(*, in_its_middle: bool = True) -> Iterator[Served]:
-    """Two workers with the right keys that hold at a step while the block is executed, and then
-    go on to the end of the run, which must be as in one process."""
-    go_on = threading.Event()
-
-    def hold(number: int, step: int) -> None:
-        if in_its_middle and step == HELD_AT:
-            assert go_on.wait(DEADLINE_S)
-
-    with Served(keys=KEYS, num_workers=2, num_epochs=EPOCHS) as served:
-        crew = Crew(served, perceptron, Noise(96), hold)
-        futures = [crew.start(number, 8) for number in (1, 2)]
-        if in_its_middle:
-            served.until(lambda: len(served.closes) == HELD_AT)
-        try:
-            yield served
-        finally:
-            go_on.set()
-        served.wait(*futures)
-    crew.check()
-    assert served.samples == (96 * EPOCHS, 0, 0)
-    assert not any(close.late for close in served.closes)
+def a_guarded_run() -> AbstractContextManager[Served]:
+    """Two workers with the right keys hold at a step while the block is executed; then the run goes
+    on to its end, which must be as in one process."""
+    return a_run_in_its_middle(keys=KEYS)
 
 
 def refusals(served: Served) -> list[str]:
@@ -73,7 +53,7 @@ def refusals(served: Served) -> list[str]:
 
 
 def test_who_has_the_token_takes_part() -> None:
-    with a_guarded_run(in_its_middle=False) as served:
+    with a_guarded_run() as served:
         pass
     assert refusals(served) == []
 
