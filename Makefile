@@ -4,7 +4,7 @@
 # upper-case ones (ID, NAME, ARGS, PYTHON) are read here.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo example server worker keys up status logs attach down test check bench profile simulate format constraints clean
+.PHONY: help setup demo example server worker keys up status logs attach down test check bench profile simulate chaos soak format constraints clean
 
 VENV_PYTHON := .venv/bin/python
 READY := .venv/.ready
@@ -64,6 +64,12 @@ profile: $(READY) ## where a step's time goes: a table, and trace.json in the ru
 
 simulate: $(READY) ## whole runs with faults in virtual time (SEEDS=100000; ARGS='--seed 7 --verbose')
 	@exec $(VENV_PYTHON) -m tests.simulation $(if $(SEEDS),--seeds $(SEEDS)) $(ARGS)
+
+chaos: $(READY) ## a training whose processes are killed, stopped and started again (MINUTES=2 SEED=7)
+	@PYTHONPATH=tests exec $(VENV_PYTHON) -m chaos $(if $(MINUTES),--minutes $(MINUTES)) $(if $(SEED),--seed $(SEED)) $(ARGS)
+
+soak: $(READY) ## workers come and go for many rounds: memory and descriptors stay flat (ROUNDS=100000)
+	@PYTHONPATH=tests exec $(VENV_PYTHON) -m chaos --soak $(or $(ROUNDS),100000) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 format: $(READY) ## bring all files into shape
 	.venv/bin/ruff format .

@@ -267,6 +267,8 @@ def _read_file(path: Path) -> _Layer:
         ) from None
     except OmegaConfBaseException as error:
         raise _unresolved(error, _Layer(str(path), {}, lines).where) from None
+    except RecursionError:
+        raise UserError(f"cannot read {path}: it is nested too deeply") from None
     except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: UTF-8, or `!!int x`
         reason = str(error).splitlines()[0]
         raise UserError(f"cannot read {path}: {reason}", "it must be YAML, in UTF-8") from None

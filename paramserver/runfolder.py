@@ -39,6 +39,7 @@ NOTE_BYTES = 64  # of newest_step: the number of a step and its lineage
 MAX_WAITING_BYTES = 4_000_000  # kept while the disk takes nothing, some 20,000 lines
 
 _NAME = re.compile(r"(\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d)(?:-(\d+))?")
+UNREADABLE = (ValueError, RecursionError, msgspec.DecodeError)  # what a disk or a person spoilt
 _encode = msgspec.json.Encoder().encode  # writes NaN and infinity as null
 
 
@@ -213,7 +214,7 @@ class RunFolder:
                         break
                     try:
                         line = msgspec.json.decode(text, type=StepLine)
-                    except msgspec.DecodeError:  # an evaluation
+                    except UNREADABLE:  # an evaluation
                         whole += len(text)
                         continue
                     if line.step >= before:
@@ -314,7 +315,7 @@ def unended(
         folder = RunFolder(path)
         try:
             record = msgspec.json.decode(folder.record.read_bytes(), type=Record)
-        except (OSError, msgspec.DecodeError):
+        except (OSError, *UNREADABLE):
             continue
         if (record.host, record.port, record.host_ip) == (socket.gethostname(), port, host_ip):
             if not record.ended and not folder.claim():
