@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import threading
 import time
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -63,7 +64,7 @@ def done(name: str, start: int, **arguments: Any) -> None:
             {
                 "ph": "X",
                 "pid": os.getpid(),
-                "tid": 0,
+                "tid": threading.get_native_id(),
                 "name": name,
                 "ts": start / 1000,
                 "dur": (end - start) / 1000,
@@ -73,10 +74,11 @@ def done(name: str, start: int, **arguments: Any) -> None:
 
 
 def own_times(events: list[dict[str, Any]]) -> dict[str, float]:
-    """Seconds by name, each span without the spans inside it. Spans nest or are apart."""
+    """Seconds by name, each span without those inside it. Of one thread they nest or are apart."""
     totals: dict[str, float] = {}
-    inside: list[tuple[float, str]] = []  # (end, name) of the spans that are open
+    of_thread: dict[int, list[tuple[float, str]]] = {}  # (end, name) of the spans that are open
     for e in sorted((e for e in events if e["ph"] == "X"), key=lambda e: (e["ts"], -e["dur"])):
+        inside = of_thread.setdefault(e["tid"], [])
         while inside and inside[-1][0] <= e["ts"]:
             inside.pop()
         if inside:

@@ -17,6 +17,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import torch
@@ -165,9 +166,7 @@ class Cluster:
             replica.plan, self.settings["codec"], self.settings["topk_ratio"], self.client.room
         )
         self.client.on_close = self._on_close
-        self._gradients = Gradients(
-            replica, self._feedback.values, self._send_bucket, self.client.drop, accumulate
-        )
+        self._gradients = Gradients(replica, self._feedback.values, self._send_bucket, accumulate)
         return model, ClusterOptimizer(optimizer, self)
 
     # ------------------------------------------------------------------ samples
@@ -365,6 +364,9 @@ class Cluster:
     def leave(self, reason: str = wire.FINISHED) -> None:
         """Say goodbye and close the sockets; safe to call twice, and called at exit."""
         atexit.unregister(self.leave)
+        if self._gradients is not None:
+            with suppress(Exception):  # after an error in the middle of a backward
+                self._gradients.finish()
         self.client.goodbye(reason)
         self.client.close()
 

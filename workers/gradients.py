@@ -1,64 +1,74 @@
-"""Gradients leave while backward runs: hooks on the parameters fill buckets, a full one is sent.
+"""Gradients leave while backward runs: hooks on the parameters tell which buckets are complete.
 
-A bucket is full when every parameter in it has its gradient of this step. What has none by the end
-(unused branches, frozen for a step) is sent by `flush` as absent, with zeros in its place.
+A bucket is complete when every parameter in it has its gradient of this step. What has none by the
+end (unused branches, frozen for a step) is sent by `flush` as absent, with zeros in its place.
+
+Copying, encoding and sending are done at once where that is soon done. For large models, and where
+gradients must come from a device first, a thread does them, so that backward goes on meanwhile; it
+is waited for at the end of each backward. Sockets so belong to that thread during a backward, and
+to the caller's otherwise.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 
 import torch
 from torch import Tensor
+from torch.autograd import Variable
 
-from paramserver.bucket import Bucket
+from paramserver.bucket import FLOAT32_BYTES, Bucket
 from paramserver.errors import UserError
 from workers.checks import sparse
 from workers.replica import Replica
 
+THREAD_FROM_BYTES = 8 * 2**20
+"""Of gradients; below, handing them to a thread costs more than it hides."""
+
 Make = Callable[[Bucket], Tensor]
-Drop = Callable[[Tensor], None]
 Send = Callable[[Bucket, Tensor, tuple[int, ...]], None]
 
 
 class Gradients:
     """Watches a replica's backward and gives every full bucket to `send(bucket, values, absent)`.
 
-    `values` is a flat float32 CPU tensor that `make(bucket)` made for it; one that is not sent
-    after all goes to `drop(values)`. `absent` are the layout indexes of parameters without a
-    gradient. `accumulate` backward passes make one step.
+    `values` is a flat float32 CPU tensor that `make(bucket)` made for it. `absent` are the layout
+    indexes of parameters without a gradient. `accumulate` backward passes make one step.
     """
 
-    def __init__(
-        self, replica: Replica, make: Make, send: Send, drop: Drop, accumulate: int = 1
-    ) -> None:
+    def __init__(self, replica: Replica, make: Make, send: Send, accumulate: int = 1) -> None:
         self._replica = replica
         self._make = make
-        self._drop = drop
         self._send = send
         self._accumulate = accumulate
-        self._plan = replica.plan
+        self._plan = plan = replica.plan
         self._open = False
         self._passes = [0] * len(replica.params)
         self._versions = [0] * len(replica.params)  # of the gradients as they were taken
         self._missing: list[int] = []
-        self._values: dict[int, Tensor] = {}
         self._sent: set[int] = set()
         self._device = replica.params[0][1].device if replica.params else torch.device("cpu")
+        self._threaded = (
+            self._device.type != "cpu" or FLOAT32_BYTES * plan.size >= THREAD_FROM_BYTES
+        )
+        self._thread = ThreadPoolExecutor(1, "gradients")
+        self._under_way: list[Future[None]] = []
+        self._spans = [[self._span(index, b) for index in b.tensors] for b in plan.buckets]
         for index, (name, p) in enumerate(replica.params):
             p.register_post_accumulate_grad_hook(self._hook(index, name))
 
     def begin(self) -> None:
         """A step begins: its buckets are all empty."""
+        with suppress(Exception):  # of a step that was not carried through
+            self.finish()
         self._replica.reset_statistics()
         for _, p in self._replica.params:  # the last average, a view of where the next one goes
             p.grad = None
         self._open = True
         self._passes = [0] * len(self._passes)
         self._missing = [len(b.tensors) for b in self._plan.buckets]
-        for values in self._values.values():  # of a step that was not carried through
-            self._drop(values)
-        self._values.clear()
         self._sent.clear()
 
     def flush(self) -> None:
@@ -70,21 +80,23 @@ class Gradients:
         for bucket in self._plan.buckets:
             if bucket.index in self._sent:
                 continue
-            absent = []
-            if bucket.kind == "grad":
-                for index in bucket.tensors:
-                    passes = self._passes[index]
-                    if passes and passes != self._accumulate:
-                        # Fewer passes than stated reached it: what is there is its gradient.
-                        self._fill(index, bucket, self._source(index))
-                    elif not passes:
-                        absent.append(index)
-                        self._zero(index, bucket)
-            else:
-                for index in bucket.tensors:
-                    self._fill(index, bucket, self._source(index))
+            # Fewer passes than stated may have reached a parameter: what is there is its gradient.
+            absent = [
+                index
+                for index in bucket.tensors
+                if index < len(self._passes) and not self._passes[index]
+            ]
             self._hand_over(bucket, tuple(absent))
+        self.finish()
         self._open = False
+
+    def finish(self) -> None:
+        """Wait for the thread: all that was complete is with the sockets now, which are the
+        caller's again. Raises what went wrong there."""
+        wait(self._under_way)
+        ended, self._under_way = self._under_way, []
+        for job in ended:
+            job.result()
 
     def _check_untouched(self) -> None:
         """Clipped or scaled now, a gradient that has left would go on as it was before."""
@@ -116,26 +128,15 @@ class Gradients:
                 )
             self._versions[index] = p.grad._version
             if self._passes[index] == self._accumulate:
-                # One after another: the room of a bucket that has left is free for a later one.
-                source = self._source(index)
                 for number in self._plan.buckets_of[index]:
                     bucket = self._plan.buckets[number]
-                    self._fill(index, bucket, source)
                     self._missing[number] -= 1
                     if self._missing[number] == 0:
+                        if self._threaded and not self._under_way:  # the first of this backward
+                            Variable._execution_engine.queue_callback(self.finish)
                         self._hand_over(bucket, ())
 
         return on_gradient
-
-    def _room(self, bucket: Bucket) -> Tensor:
-        values = self._values.get(bucket.index)
-        if values is None:
-            values = self._values[bucket.index] = (
-                self._make(bucket)
-                if self._device.type == "cpu"
-                else torch.empty(bucket.size, device=self._device)
-            )
-        return values
 
     def _span(self, index: int, bucket: Bucket) -> tuple[int, int, int]:
         """Where the part of a tensor that lies in a bucket starts and stops in the bucket, and
@@ -143,11 +144,6 @@ class Gradients:
         begin, end = self._plan.offsets[index], self._plan.offsets[index + 1]
         start, stop = max(begin, bucket.start), min(end, bucket.stop)
         return start - bucket.start, stop - bucket.start, start - begin
-
-    def _fill(self, index: int, bucket: Bucket, source: Tensor) -> None:
-        """Copy what a bucket holds of a tensor's gradient (or statistic) into it."""
-        start, stop, offset = self._span(index, bucket)
-        self._room(bucket)[start:stop].copy_(source[offset : offset + stop - start])
 
     def _source(self, index: int) -> Tensor:
         """A tensor's gradient (or statistic), flat."""
@@ -159,13 +155,24 @@ class Gradients:
         others = [*self._replica.stats, *self._replica.counts]
         return others[index - len(params)][1].detach().reshape(-1)
 
-    def _zero(self, index: int, bucket: Bucket) -> None:
-        start, stop, _ = self._span(index, bucket)
-        self._room(bucket)[start:stop].zero_()
-
     def _hand_over(self, bucket: Bucket, absent: tuple[int, ...]) -> None:
-        values = self._values.pop(bucket.index)
         self._sent.add(bucket.index)
-        if values.device.type != "cpu":
+        if self._threaded:
+            self._under_way.append(self._thread.submit(self._take, bucket, absent))
+        else:
+            self._take(bucket, absent)
+
+    def _take(self, bucket: Bucket, absent: tuple[int, ...]) -> None:
+        """Copy a bucket's gradients (or statistics), and send them."""
+        on_cpu = self._device.type == "cpu"
+        values = self._make(bucket) if on_cpu else torch.empty(bucket.size, device=self._device)
+        for index, (start, stop, offset) in zip(
+            bucket.tensors, self._spans[bucket.index], strict=True
+        ):
+            if index in absent:
+                values[start:stop].zero_()
+            else:
+                values[start:stop].copy_(self._source(index)[offset : offset + stop - start])
+        if not on_cpu:
             values = self._make(bucket).copy_(values)
         self._send(bucket, values, absent)
