@@ -34,7 +34,7 @@ FLOORS = {
     "paramserver paramserver.comeback paramserver.digests paramserver.effects "
     "paramserver.errors paramserver.jointoken paramserver.ledger paramserver.members "
     "paramserver.norms paramserver.rounds paramserver.schema paramserver.settings "
-    "paramserver.trace paramserver.wire workers.follow workers.placed",
+    "paramserver.trace paramserver.wire workers.follow workers.pace workers.placed",
 }
 """Programs, compose, I/O, math, meaning. `paramserver` and `workers` stand for their `__init__`, a
 package inside them for all its modules (so a new codec needs no row)."""

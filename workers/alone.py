@@ -117,7 +117,7 @@ class Alone:
     def room(self, nbytes: int) -> torch.Tensor:
         return fresh(nbytes)
 
-    def drop(self, values: torch.Tensor) -> None:
+    def settled(self) -> None:
         pass
 
     def poll(self) -> None:

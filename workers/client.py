@@ -29,6 +29,7 @@ from paramserver.codec import fresh
 from paramserver.errors import PeerError, RunLost, UserError
 from paramserver.gate import Knock
 from workers import follow
+from workers.pace import Pace
 from workers.replica import Replica
 from workers.state import as_bytes, dtype_name, empty, flatten, pieces, unflatten
 
@@ -102,6 +103,7 @@ class Client:
         self._outbox: arena.Outbox | None = None
         self._outboxes = 0
         self._ring: arena.Ring | None = None
+        self._pace: Pace[tuple[wire.Push, list[Any]]] = Pace()
         self._held: deque[tuple[Any, list[Any]]] = deque()  # from SUB, to be looked at (again)
         self._beating: threading.Event | None = None
         self._beat_thread: threading.Thread | None = None
@@ -297,6 +299,7 @@ class Client:
     def _send_join(self) -> None:
         assert self.replica is not None
         self._joined, self.adrift, self._stood = False, False, -1
+        self._pace.begin()
         self._admitted = None
         self._outbox = self._make_outbox()
         self._send(
@@ -372,17 +375,22 @@ class Client:
                 time.sleep(OUTBOX_LOOK_S)
         return fresh(nbytes)
 
-    def drop(self, values: torch.Tensor) -> None:
-        """What was made by `room` will not be pushed."""
-        if self._outbox is not None:
-            place = self._outbox.place(values.view(torch.uint8).numpy().data)
-            if place is not None:
-                self._outbox.free(place[2])
-
     def push(self, push: wire.Push, buffers: list[Any]) -> None:
-        """Send one bucket; the buffers belong to the server or to ZeroMQ from now on."""
-        with trace.span("send", bucket=push.bucket):
-            self._send_push(push, buffers)
+        """Send one bucket, now or in its turn; the buffers are not the caller's from now on."""
+        self._pace.add(push.bucket, (push, buffers), time.monotonic())
+        self._send_due()
+
+    def settled(self) -> None:
+        """The round of the pushes is over: what has not been sent is forgotten."""
+        for _, buffers in self._pace.begin():
+            if self._outbox is not None:
+                for place in filter(None, map(self._outbox.place, buffers)):
+                    self._outbox.free(place[2])
+
+    def _send_due(self) -> None:
+        for push, buffers in self._pace.due(time.monotonic()):
+            with trace.span("send", bucket=push.bucket):
+                self._send_push(push, buffers)
 
     def _send_push(self, push: wire.Push, buffers: list[Any]) -> None:
         if self._outbox is not None:
@@ -450,10 +458,11 @@ class Client:
         backward. Anything else must wait, since nothing may be applied now."""
         while self._may_read_sub():
             if not self._held and not self._read_sub():
-                return
-            if not isinstance(self._held[0][0], wire.Average):
-                return
+                break
+            if not isinstance(self._held[0][0], wire.Average | wire.Pulse):
+                break
             self._next_published()
+        self._send_due()
 
     def wait(self, done: Callable[[], Any], what: str, timeout_s: float | None = None) -> bool:
         """Handle messages, applying updates, until `done()`; False if `timeout_s` passed first.
@@ -496,6 +505,7 @@ class Client:
         return f"{text or 'the server is'}: {f.phase}"
 
     def _tick(self, now: float) -> None:
+        self._send_due()
         f = self.follow
         if f is None:
             return
@@ -615,6 +625,8 @@ class Client:
                 replica.forget_averages()
             with trace.span("decode", bucket=message.bucket):
                 replica.take(effect.average, buffers)
+            self._pace.averaged(message.bucket, now)
+            self._send_due()
             if isinstance(message, wire.Shared) and not self._still_there(message):
                 f.lost(message.bucket)
         elif isinstance(effect, follow.Apply):

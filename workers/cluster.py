@@ -355,6 +355,7 @@ class Cluster:
             f"for the averages of round {self._round}",
         )
         trace.done("wait", waiting, round=self._round)
+        client.settled()
         self._feedback.settled(self._taken)
         self._taken = ()
         self._waiting_s += time.perf_counter() - start
