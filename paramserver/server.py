@@ -20,7 +20,7 @@ import msgspec
 import torch
 import zmq
 
-from paramserver import arena, sockets, trace, wire
+from paramserver import arena, memory, sockets, trace, wire
 from paramserver.bucket import FLOAT32_BYTES, Plan, plan
 from paramserver.codec import fresh
 from paramserver.effects import (
@@ -192,6 +192,7 @@ class Server:
         # Sums are bound by memory, and threads that wait for each other on shared cores cost
         # milliseconds each time.
         torch.set_num_threads(settings.threads or 1)
+        memory.keep_freed()
         self._ctx = sockets.context()
         self._gate: Gate | None = None
         self._ipc = sockets.ipc_folder()

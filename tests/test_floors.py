@@ -26,7 +26,7 @@ FLOORS = {
     "workers.gradients workers.logbook workers.recipe workers.replica",
     2: "paramserver.fleet.keeper paramserver.fleet.machine paramserver.fleet.remote "
     "paramserver.fleet.speed paramserver.address paramserver.arena paramserver.folders "
-    "paramserver.gate "
+    "paramserver.gate paramserver.memory "
     "paramserver.sockets workers.data workers.models",
     1: "paramserver.bucket paramserver.codec paramserver.feedback paramserver.mean workers.state",
     0: "paramserver.fleet paramserver.fleet.hosts paramserver.fleet.interfaces "

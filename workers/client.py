@@ -23,7 +23,7 @@ import msgspec
 import torch
 import zmq
 
-from paramserver import arena, sockets, trace, wire
+from paramserver import arena, memory, sockets, trace, wire
 from paramserver.bucket import FLOAT32_BYTES
 from paramserver.codec import fresh
 from paramserver.errors import PeerError, RunLost, UserError
@@ -65,6 +65,7 @@ class Client:
     ) -> None:
         """`keys` are needed where the server lets in only those who have them; `key` is what the
         server's own observer shows."""
+        memory.keep_freed()
         self.host, self.port = host, port
         self._keys = keys
         self.say = say
