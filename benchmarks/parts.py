@@ -6,9 +6,12 @@ A B C, and whatever else the machine is doing meets all of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import count
+from pathlib import Path
+from typing import Any
 
 from benchmarks import runs
 from benchmarks.machine import Machine, link_rate
@@ -44,6 +47,8 @@ class Effort:
     """For what need not be measured with each number of them."""
     scale: tuple[int, ...]
     scale_rounds: int
+    epochs: dict[str, int]
+    """By data set: how long the training is whose accuracy counts."""
 
     def limits(self, rounds: int) -> Limits:
         return Limits(self.run_s, rounds)
@@ -64,6 +69,7 @@ FULL = Effort(
     few_workers=(2, 4),
     scale=(4, 64),
     scale_rounds=1200,
+    epochs={"digits": 15, "FashionMNIST": 3},
 )
 QUICK = Effort(
     name="quick",
@@ -80,6 +86,7 @@ QUICK = Effort(
     few_workers=(2,),
     scale=(4, 64),
     scale_rounds=400,
+    epochs={"digits": 5},
 )
 TINY = replace(
     QUICK,
@@ -92,6 +99,7 @@ TINY = replace(
     link_rounds={"0.1 MB": 3},
     scale=(2, 4),
     scale_rounds=40,
+    epochs={"digits": 1},
 )
 EFFORTS = {effort.name: effort for effort in (FULL, QUICK, TINY)}
 
@@ -337,3 +345,31 @@ def scale(effort: Effort) -> Groups:
         row = Row("scale", size, workers, our_name(DEFAULT.codec), "ms per worker")
         cases.append(Case(row, partial(ours, workers)))
     yield cases
+
+
+FASHION = Path("/usr/share/datasets/fashion-mnist")  # of Debian's package of that name
+
+
+def accuracy(effort: Effort) -> Groups:
+    """Each run has another seed; in the limit's place, points above float32 with that seed."""
+
+    def train(dataset: dict[str, Any], epochs: int, codec: str, seeds: Iterator[int]) -> Figure:
+        seed = next(seeds)
+        right = runs.accuracy(effort.run_s, dataset, codec, seed, epochs)
+        if codec == "float32":
+            plain[dataset["name"], seed] = right
+        return right, right - plain[dataset["name"], seed]
+
+    plain: dict[tuple[str, int], float] = {}
+    for name, epochs in effort.epochs.items():
+        dataset = {"name": name}
+        if name == "FashionMNIST":
+            if not FASHION.is_dir():
+                raise Skipped("FashionMNIST needs Debian's package dataset-fashion-mnist")
+            dataset["root"] = str(FASHION)
+        cases = []
+        for codec in CODECS:
+            row = Row("accuracy", f"{name}, {epochs} epochs", 2, our_name(codec), "% right")
+            seeds = count(DEFAULT.seed)
+            cases.append(Case(row, partial(train, dataset, epochs, codec, seeds)))
+        yield cases

@@ -269,6 +269,13 @@ def training(limits: Limits, workers: int) -> Training:
     return Training(samples / full_step / seconds, late, len(lines))
 
 
+def accuracy(seconds: float, dataset: dict[str, Any], codec: str, seed: int, epochs: int) -> float:
+    """`contenders.accuracy` for two workers."""
+    with Team(seconds) as team:
+        team.start("training", contenders.accuracy, dataset, codec, seed, epochs, 2)
+        return float(team.wait("training"))
+
+
 # ------------------------------------------------------------------ torch.distributed with gloo
 
 
