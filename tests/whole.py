@@ -257,7 +257,7 @@ class Served:
     """
 
     def __init__(
-        self, *, keys: Keys | None = None, comeback: int | None = None, **settings: Any
+        self, *, keys: Keys | None = None, comeback: str | None = None, **settings: Any
     ) -> None:
         """With `keys`, only who has them gets in, on loopback too."""
         self._threads = set(threading.enumerate())
