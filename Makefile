@@ -9,7 +9,7 @@
 VENV_PYTHON := .venv/bin/python
 READY := .venv/.ready
 
-unexport ARGS DRY HOST ID JOIN NAME QUICK ROTATE SEEDS # they are for this make, not for one that a test or a program starts
+unexport ARGS DRY HOST ID JOIN MINUTES NAME QUICK ROTATE ROUNDS SEED SEEDS # they are for this make, not for one that a test or a program starts
 
 help: ## list these commands
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F '|' '{ printf "%-20s %s\n", $$1, $$2 }'
