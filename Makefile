@@ -4,7 +4,7 @@
 # upper-case ones (ID, NAME, ARGS, PYTHON) are read here.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo example server worker keys up status logs attach down test check bench profile simulate chaos soak format constraints clean
+.PHONY: help setup demo example server worker keys up doctor status logs attach down test check bench profile simulate chaos soak format constraints clean
 
 VENV_PYTHON := .venv/bin/python
 READY := .venv/.ready
@@ -35,6 +35,9 @@ keys: $(READY) ## print the join token of a server at host_ip (ROTATE=1: new key
 
 up: $(READY) ## start a run on the machines in conf/cluster.yaml (DRY=1: only print the commands)
 	@$(RUN) paramserver.launch up $(if $(DRY),--dry) $(ARGS)
+
+doctor: $(READY) ## look at each machine and measure every path between them (ARGS=--json)
+	@$(RUN) paramserver.launch doctor $(ARGS)
 
 status: $(READY) ## how it stands on each machine
 	@$(RUN) paramserver.launch status $(ARGS)

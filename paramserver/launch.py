@@ -28,7 +28,7 @@ from paramserver.schema import scope
 DEMO = {"dataset.name": "digits", "num_epochs": "15", "num_workers": "2", "eval_steps": "100"}
 """What the demo sets, unless the command line says otherwise."""
 WORKERS_PATIENCE_S = 10.0
-FLEET = ("up", "status", "logs", "attach", "down")
+FLEET = ("up", "status", "logs", "attach", "down", "doctor")
 PARTS_OF_A_STEP = ("load", "compute", "encode", "send", "wait", "decode", "optimizer")
 SCRIPT_S = 600.0  # what a script does after its run: an evaluation, a sample
 LOOPBACK = "127.0.0.1"
@@ -137,10 +137,10 @@ def profile(arguments: list[str]) -> int:
 
 def fleet(words: list[str]) -> int:
     """The commands for a cluster of machines: a word, options like --dry, and settings."""
-    from paramserver.fleet import up, watch
+    from paramserver.fleet import doctor, up, watch
 
     command, *rest = words
-    known = {"up": ["--dry"], "logs": ["--host="]}.get(command, [])
+    known = {"up": ["--dry"], "logs": ["--host="], "doctor": ["--json"]}.get(command, [])
     options = [word for word in rest if word.startswith("--")]
     for option in options:
         if option.partition("=")[0] + "=" * ("=" in option) not in known:
@@ -150,6 +150,8 @@ def fleet(words: list[str]) -> int:
         return up.up(settings, dry="--dry" in options)
     if command == "logs":
         return watch.logs(settings, options[-1].partition("=")[2] if options else None)
+    if command == "doctor":
+        return doctor.doctor(settings, as_json="--json" in options)
     return {"status": watch.status, "attach": watch.attach, "down": watch.down}[command](settings)
 
 

@@ -19,7 +19,8 @@ PACKAGES = ("paramserver", "workers")
 
 FLOORS = {
     4: "paramserver.__main__ paramserver.config paramserver.display paramserver.keys "
-    "paramserver.launch paramserver.fleet.agent paramserver.fleet.up paramserver.fleet.watch "
+    "paramserver.launch paramserver.fleet.agent paramserver.fleet.doctor "
+    "paramserver.fleet.up paramserver.fleet.watch "
     "workers.__main__ workers.observe workers.train",
     3: "paramserver.curves paramserver.runfolder paramserver.server "
     "workers workers.alone workers.checkpoint workers.checks workers.client workers.cluster "
@@ -30,7 +31,7 @@ FLOORS = {
     "paramserver.sockets workers.data workers.models",
     1: "paramserver.bucket paramserver.codec paramserver.feedback paramserver.mean workers.state",
     0: "paramserver.fleet paramserver.fleet.hosts paramserver.fleet.interfaces "
-    "paramserver.fleet.plan "
+    "paramserver.fleet.findings paramserver.fleet.plan paramserver.fleet.topology "
     "paramserver paramserver.comeback paramserver.digests paramserver.effects "
     "paramserver.errors paramserver.jointoken paramserver.ledger paramserver.members "
     "paramserver.norms paramserver.rounds paramserver.schema paramserver.settings "

@@ -65,6 +65,7 @@ def make(clone: Path, *words: str) -> list[str]:
         ("up model.hidden=64 seed=1", "up model.hidden=64 seed=1"),
         ("up DRY=1", "up --dry"),
         ("status", "status"),
+        ("doctor ARGS=--json", "doctor --json"),
         ("logs HOST=mini2", "logs --host=mini2"),
         ("logs", "logs"),
         ("attach", "attach"),

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from machines import Machines, why_no_machines
+from machines import SLOW, Machines, why_no_machines
 from whole import Program
 
 pytestmark = [
@@ -74,7 +75,7 @@ class Cluster:
 
 @pytest.fixture(scope="module")
 def machines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machines]:
-    with Machines(tmp_path_factory.mktemp("machines"), NAMES, ("1gbit", "100mbit")) as made:
+    with Machines(tmp_path_factory.mktemp("machines"), NAMES, ("500mbit", "100mbit")) as made:
         yield made
 
 
@@ -113,7 +114,7 @@ def test_all_that_is_wrong_is_told_at_once(cluster: Cluster) -> None:
 def test_a_run_from_start_to_end(cluster: Cluster) -> None:
     up = cluster.make("up", *SMALL, *LONG, "batch_size=16", WANDB_API_KEY="s3cret" * 7)
     up.wait_for(
-        r"mini2 \| reaches mini1 by 10.10.0.2 \(eth0\) -> 10.10.0.1 \(eth0\), Ethernet: 0.9"
+        r"mini2 \| reaches mini1 by 10.10.0.2 \(eth0\) -> 10.10.0.1 \(eth0\), Ethernet: 0.[45]"
     )
     up.wait_for(r"mini1 \| .*server at 127.0.0.1:43210, 10.10.0.1:43210, run folder ../runs/")
     up.wait_for(r"mini1 \| .*step [1-9]")
@@ -190,3 +191,25 @@ def test_a_start_that_fails_leaves_nothing_and_the_next_one_works(cluster: Clust
     said = cluster.says("down")
     assert said.splitlines()[-1] == "nothing of the run is left on mini1, mini2, mini3"
     assert cluster.left() == []
+
+
+def test_the_doctor_takes_the_fast_link_and_measures_it_as_iperf3_does(cluster: Cluster) -> None:
+    found = json.loads(cluster.says("doctor", "--json", code=1))  # 0.5 Gbit/s is slow for Ethernet
+    chosen = found["chosen"]["mini2"]
+    assert chosen["path"]["far"]["address"] == cluster.machines.address("mini1")
+    paths = [p for p in found["paths"] if (p["near"], p["far"]) == ("mini2", "mini1")]
+    rates = {p["path"]["near"]["device"]: p["up_bytes_per_s"] for p in paths}
+    assert rates["eth0"] > 2 * rates["eth1"]
+    assert "carries only" in "\n".join(f["problem"] for f in found["findings"])
+
+    if shutil.which("iperf3") is None:
+        pytest.skip("iperf3 is not installed")
+    slow = cluster.machines.address("mini1", SLOW)
+    server = cluster.machines.enter("mini1", "iperf3", "-s", "-1", "--forceflush")
+    assert server.stdout is not None
+    while b"listening" not in server.stdout.readline():
+        pass
+    told = cluster.machines.on("mini2", "iperf3", "-c", slow, "-t", "2", "-J")
+    server.communicate()
+    theirs = json.loads(told)["end"]["sum_received"]["bits_per_second"] / 8
+    assert rates["eth1"] == pytest.approx(theirs, rel=0.15)

@@ -44,6 +44,8 @@ class Agent:
             return asdict(measure(**words))
         if do == "port":
             return {"held": machine.port_holder(words["port"])}
+        if do == "ping":
+            return {"pings": machine.pings(words["address"])}
         if do == "token":
             return {"token": keys.load_or_make()[0].token(words["host"], words["port"])}
         return {"problem": f"{do} is no question"}

@@ -125,6 +125,14 @@ def facts() -> dict[str, Any]:
     }
 
 
+def pings(address: str) -> bool | None:
+    """Does one ping come back? None where there is no ping to ask."""
+    if shutil.which("ping") is None:
+        return None
+    wait = ("-t", "3") if platform.system() == "Darwin" else ("-W", "3")
+    return "ttl=" in ask("ping", "-c", "1", *wait, address).lower()
+
+
 def port_holder(port: int) -> str | None:
     """Who listens at this port on this machine, in words; None if nobody does."""
     return sockets.listener(port) or None

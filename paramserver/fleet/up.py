@@ -164,17 +164,21 @@ def look(wanted: Job, checked: Mapping[str, Checked]) -> set[tuple[str, str]]:
     return ours
 
 
-def prepare(lines: Lines, hosts: Sequence[Host], root: Path) -> None:
+def prepare(lines: Lines, hosts: Sequence[Host], root: Path, *, quiet: bool = False) -> None:
     """Bring the code over and make the environments. Raises `UserError`."""
+
+    def say(host: Host, line: str) -> None:
+        if not quiet:
+            lines.say(host.name, line)
 
     def one(host: Host) -> None:
         began = time.monotonic()
         remote.must(host, plan.copy(host, str(root)), "copying the code")
         remote.must(
             host, plan.environment(host), "making the environment",
-            lambda line: lines.say(host.name, line) if _worth_saying(line) else None,
+            lambda line: say(host, line) if _worth_saying(line) else None,
         )  # fmt: skip
-        lines.say(host.name, f"the code is there ({time.monotonic() - began:.1f} s)")
+        say(host, f"the code is there ({time.monotonic() - began:.1f} s)")
 
     _, troubles = remote.on_all(one, hosts)
     refuse(troubles, _cannot(troubles))

@@ -76,6 +76,10 @@ class Lines:
         """A line of our own."""
         self._console.print(Text(printable(line)))
 
+    def tell_as_it_is(self, text: str) -> None:
+        """Several lines of our own."""
+        self._console.print(Text("\n".join(printable(line) for line in text.split("\n"))))
+
     def print(self, renderable: Any) -> None:
         self._console.print(renderable)
 
@@ -199,7 +203,7 @@ def status(arguments: list[str]) -> int:
     lines = Lines(hosts)
     lines.print(table)
     for trouble in troubles:
-        lines.tell(str(trouble))
+        lines.tell_as_it_is(str(trouble))
     return int(wrong)
 
 
@@ -231,7 +235,7 @@ def logs(arguments: list[str], name: str | None = None) -> int:
         for line in texts.get(host.name, []):
             lines.say(host.name, line)
     for trouble in troubles + more:
-        lines.tell(str(trouble))
+        lines.tell_as_it_is(str(trouble))
     return int(bool(troubles or more))
 
 
@@ -241,7 +245,7 @@ def attach(arguments: list[str]) -> int:
     found, troubles = states(hosts)
     lines = Lines(hosts)
     for trouble in troubles:
-        lines.tell(str(trouble))
+        lines.tell_as_it_is(str(trouble))
     alive = [
         (host, name, state)
         for host in hosts
@@ -283,7 +287,7 @@ def show(watch: Watch, lines: Lines) -> int:
         lines.tell("the run goes on. Look again: make attach, make status. End it: make down")
         return 0
     for trouble in watch.troubles:
-        lines.tell(str(trouble))
+        lines.tell_as_it_is(str(trouble))
     return 1 if watch.troubles else code
 
 
@@ -301,7 +305,7 @@ def down(arguments: list[str]) -> int:
     troubles += stop(lines, hosts, "worker")
     troubles += stop(lines, others, "server")  # where the roles were others
     for trouble in {trouble.host: trouble for trouble in troubles}.values():
-        lines.tell(str(trouble))
+        lines.tell_as_it_is(str(trouble))
     clean = [host.name for host in hosts if host.name not in {t.host for t in troubles}]
     if clean:
         lines.tell(f"nothing of the run is left on {', '.join(clean)}")

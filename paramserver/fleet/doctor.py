@@ -1,0 +1,187 @@
+"""`doctor`: what each machine is like, what each path carries, and what is wrong.
+
+Measured one path at a time, a second each way, so that no measurement disturbs another; every pair
+of machines over every network that both are in. During a run the figures are what the run leaves.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import asdict
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from paramserver.fleet import plan, remote, topology
+from paramserver.fleet.findings import Measured, Report, chosen, findings
+from paramserver.fleet.hosts import Host
+from paramserver.fleet.interfaces import SPOKEN, Interface, from_json, paths
+from paramserver.fleet.interfaces import Path as Way
+from paramserver.fleet.plan import Trouble
+from paramserver.fleet.remote import Agent, Failed
+from paramserver.fleet.up import clone, job, measure, prepare
+from paramserver.fleet.watch import Lines, states
+
+SECONDS = 1.0
+PICTURE = Path("runs/topology.svg")
+
+
+def doctor(arguments: list[str], *, as_json: bool = False) -> int:
+    """Examine all machines; 1 where something is wrong with any of them."""
+    wanted = job(arguments)
+    lines = Lines(wanted.hosts)
+    hosts, troubles = _prepared(lines, wanted.hosts, quiet=as_json)
+    with ExitStack() as stack:
+        agents = {host.name: stack.enter_context(Agent(host)) for host in hosts}
+        report, more = examine(wanted.hosts, agents, wanted.settings.port)
+        measured, broken = _measure(
+            wanted.hosts, report.interfaces, agents, wanted.settings.host_ip
+        )
+    report = Report(
+        wanted.hosts, (*troubles, *more, *broken), report.facts, report.interfaces,
+        tuple(measured), wanted.settings.port,
+    )  # fmt: skip
+    found = findings(report)
+    if as_json:
+        print(json.dumps(to_json(report, found), indent=2))
+    else:
+        _print(lines, report, found)
+    return int(bool(found))
+
+
+def _prepared(
+    lines: Lines, hosts: tuple[Host, ...], *, quiet: bool
+) -> tuple[list[Host], list[Trouble]]:
+    """The machines that can be asked, with this code on them unless a run is going on there; and
+    what is wrong with the others."""
+
+    def one(host: Host) -> bool:
+        found = plan.read_check(remote.must(host, plan.check(host), "the check"))
+        wrong = plan.troubles(host, found)
+        if wrong:
+            raise Failed(wrong[0])
+        return "environment" in found.has
+
+    ready, troubles = remote.on_all(one, hosts)
+    able = [host for host in hosts if host.name in ready]
+    kept, more = states([host for host in able if ready[host.name]])
+    troubles += more
+    able = [host for host in able if host.name not in {t.host for t in more}]
+    idle = [h for h in able if not any(s.alive for s in kept.get(h.name, {}).values())]
+    prepare(lines, idle, clone(), quiet=quiet)
+    return able, troubles
+
+
+def examine(
+    hosts: tuple[Host, ...], agents: Mapping[str, Agent], port: int
+) -> tuple[Report, list[Trouble]]:
+    """What each machine tells of itself, with its clock beside ours."""
+
+    def one(host: Host) -> tuple[dict[str, Any], list[Interface]]:
+        agent = agents[host.name]
+        own = from_json(agent.ask("look")["interfaces"])  # and by now it is awake
+        before = time.time()
+        there = agent.ask("time")["time"]
+        skew = there - (before + time.time()) / 2
+        facts = agent.ask("facts")
+        facts |= {"skew_s": skew, "port_held": agent.ask("port", port=port)["held"]}
+        return facts, own
+
+    told, troubles = remote.on_all(one, [agent.host for agent in agents.values()])
+    facts = {name: each[0] for name, each in told.items()}
+    interfaces = {name: each[1] for name, each in told.items()}
+    return Report(hosts, (), facts, interfaces), troubles
+
+
+def _measure(
+    hosts: tuple[Host, ...],
+    interfaces: Mapping[str, list[Interface]],
+    agents: Mapping[str, Agent],
+    host_ip: str | None,
+) -> tuple[list[Measured], list[Trouble]]:
+    """Every path of every pair, one after the other; the server's machine is the far end."""
+    measured, troubles = [], []
+    there = sorted((h for h in hosts if h.name in interfaces), key=lambda host: not host.serves)
+    for far, near in combinations(there, 2):
+        own, other = interfaces[far.name], interfaces[near.name]
+        wanted = paths(own, other, server_ip=far.ip or (host_ip if far.serves else None), worker_ip=near.ip)  # fmt: skip  # noqa: E501
+        pinned = {(w.far, w.near) for w in wanted if w.pinned}
+        for way in paths(own, other):
+            way = Way(way.far, way.near, (way.far, way.near) in pinned)
+            try:
+                told = measure(agents, far.name, near.name, way, SECONDS)
+                pings = None
+                if "problem" in told:
+                    pings = agents[near.name].ask("ping", address=way.far.address)["pings"]
+            except Failed as e:
+                troubles.append(e.trouble)
+                break
+            measured.append(Measured(near.name, far.name, way, **told, pings=pings))
+    return measured, troubles
+
+
+def to_json(report: Report, found: list[Trouble]) -> dict[str, Any]:
+    """Everything, for machines."""
+    return {
+        "machines": {
+            host.name: {
+                **report.facts.get(host.name, {}),
+                "interfaces": [asdict(i) for i in report.interfaces.get(host.name, [])],
+            }
+            for host in report.hosts
+        },
+        "paths": [asdict(m) for m in report.measured],
+        "chosen": {
+            host.name: asdict(best)
+            for host in report.hosts
+            if (best := report.best(host.name, report.server.name)) is not None
+        },
+        "findings": [asdict(trouble) for trouble in found],
+    }
+
+
+def _print(lines: Lines, report: Report, found: list[Trouble]) -> None:
+    machines = Table(box=None, pad_edge=False)
+    for head in ("machine", "system", "python", "torch", "device", "memory free", "disk free",
+                 "clock", "sleep", "firewall"):  # fmt: skip
+        machines.add_column(head)
+    for name, facts in report.facts.items():
+        machines.add_row(
+            name, f"{facts['system']} {facts['machine']}", facts["python"],
+            str(facts["versions"]["torch"]), facts["device"],
+            f"{facts['free_memory_bytes'] / 2**30:.1f} GiB",
+            f"{facts['free_disk_bytes'] / 2**30:.0f} GiB",
+            f"{facts['skew_s']:+.1f} s", facts["sleep"], facts["firewall"],
+        )  # fmt: skip
+    ways = Table(box=None, pad_edge=False)
+    for head in ("from", "to", "path", "kind", "MTU", "round trip", "up", "down"):
+        ways.add_column(head)
+    for m in report.measured:
+        mtu = f"{m.path.near.mtu if m.path.near else '?'} / {m.path.far.mtu}"
+        carried = (
+            (f"{1000 * m.round_trip_s:.2f} ms", *(f"{8e-9 * b:.2f} Gbit/s" for b in (m.up_bytes_per_s, m.down_bytes_per_s)))  # noqa: E501
+            if not m.problem
+            else (m.problem, "", "")
+        )  # fmt: skip
+        ways.add_row(
+            m.near, m.far, str(m.path), SPOKEN.get(m.path.kind, m.path.kind), mtu, *carried
+        )
+    for part in (machines, ways):
+        lines.print(part)
+        lines.tell("")
+    if picture := topology.text(report):
+        lines.tell_as_it_is(picture)
+        PICTURE.parent.mkdir(exist_ok=True)
+        PICTURE.write_text(topology.svg(report), encoding="utf-8")
+        lines.tell_as_it_is(f"as a picture: {PICTURE}\n")
+    for sentence in chosen(report):
+        lines.tell(sentence)
+    for trouble in found:
+        lines.tell_as_it_is(str(trouble))
+    if not found:
+        lines.tell("nothing is wrong")

@@ -1,0 +1,231 @@
+"""What the doctor says about what it has seen: sentences, each with what to do. Pure.
+
+A `Report` holds what was asked and measured; `findings` judges it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from paramserver.fleet.hosts import Host
+from paramserver.fleet.interfaces import KINDS, SPOKEN, Interface, Path
+from paramserver.fleet.plan import Trouble
+
+NO_ROUTE = (65, 113)  # EHOSTUNREACH of macOS and of Linux
+SKEW_S = 2.0
+ROOM_BYTES = 2**30
+MEMORY_BYTES = 2**30
+JUMBO = 9000
+UNEVEN = 0.5  # one way carries less than this share of the other
+EXPECTED_GBITS = {"thunderbolt": 5.0, "ethernet": 0.7, "wifi": 0.05}
+"""Less than this, and something is in the way."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A path from one machine to another, and what it carries; `problem` where it does not."""
+
+    near: str  # the machines
+    far: str
+    path: Path
+    round_trip_s: float = math.nan
+    up_bytes_per_s: float = 0.0
+    down_bytes_per_s: float = 0.0
+    problem: str = ""
+    errno: int = 0
+    pings: bool | None = None  # does ping come through?
+
+    @property
+    def gbits(self) -> float:
+        """Gbit/s of the slower way."""
+        return 8e-9 * min(self.up_bytes_per_s, self.down_bytes_per_s)
+
+    @property
+    def kind(self) -> str:
+        return SPOKEN.get(self.path.kind, self.path.kind)
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that the doctor has seen."""
+
+    hosts: tuple[Host, ...]
+    troubles: tuple[Trouble, ...] = ()  # of machines that could not be asked
+    facts: dict[str, dict[str, Any]] = field(default_factory=dict)  # `machine.facts`, and more
+    interfaces: dict[str, list[Interface]] = field(default_factory=dict)
+    measured: tuple[Measured, ...] = ()
+    port: int = 65432
+
+    def best(self, near: str, far: str) -> Measured | None:
+        """The fastest path of a pair that carries anything; where the settings pin it, that one."""
+        found = [
+            m for m in self.measured if {m.near, m.far} == {near, far} and not m.problem
+        ]  # fmt: skip
+        pinned = [m for m in found if m.path.pinned]
+        return max(pinned or found, key=lambda m: m.gbits, default=None)
+
+    @property
+    def server(self) -> Host:
+        return next(host for host in self.hosts if host.serves)
+
+
+def findings(report: Report) -> list[Trouble]:
+    """Everything that is not as it should be, the gravest first."""
+    found = list(report.troubles)
+    found += _versions(report)
+    for host in report.hosts:
+        if host.name in report.facts:
+            found += _machine(host.name, report.facts[host.name], report)
+            found += _addresses(host.name, report.interfaces.get(host.name, []))
+    for measured in report.measured:
+        if measured.problem or measured == report.best(measured.near, measured.far):
+            found += _path(measured)  # how fast the others are does not matter
+    found += _worse_than_it_could_be(report)
+    return found
+
+
+def _versions(report: Report) -> Iterator[Trouble]:
+    server = report.facts.get(report.server.name)
+    if server is None:
+        return
+    for name, facts in report.facts.items():
+        for package, version in facts["versions"].items():
+            other = server["versions"].get(package)
+            if version != other:
+                yield Trouble(
+                    name,
+                    f"{package} {version}, but {other} on {report.server.name}",
+                    "make up brings both to the same",
+                )
+
+
+def _machine(name: str, facts: dict[str, Any], report: Report) -> Iterator[Trouble]:
+    if abs(facts.get("skew_s", 0.0)) > SKEW_S:
+        yield Trouble(
+            name,
+            f"its clock is {facts['skew_s']:+.1f} s off this machine's",
+            "training does not mind, logs do: set it by the network (NTP)",
+        )
+    if facts["free_disk_bytes"] < ROOM_BYTES:
+        yield Trouble(
+            name, f"only {facts['free_disk_bytes'] / 2**30:.1f} GiB of disk are free", "make room"
+        )
+    if facts["free_memory_bytes"] < MEMORY_BYTES:
+        yield Trouble(
+            name,
+            f"only {facts['free_memory_bytes'] / 2**30:.1f} GiB of memory are free",
+            "end what needs it",
+        )
+    if facts["sleep"].isdigit():
+        yield Trouble(
+            name,
+            f"it sleeps after {facts['sleep']} minutes",
+            "during a run that is held off; for ssh: sudo pmset -a sleep 0 womp 1",
+        )
+    if facts["firewall"] == "on":
+        ports = f"{report.port} and {report.port + 1}"
+        yield Trouble(
+            name,
+            "a firewall is on",
+            f"where nothing comes through: let ports {ports} in, or Python on a Mac",
+        )
+    if facts["device"] == "none":
+        yield Trouble(name, "PyTorch does not load there", "make up makes the environment anew")
+    held = facts.get("port_held")
+    if held and name == report.server.name:
+        yield Trouble(
+            name, f"port {report.port} is taken by {held}",
+            "fine if that is the run that is going on; else stop it, or choose port=65500",
+        )  # fmt: skip
+
+
+def _addresses(name: str, own: Sequence[Interface]) -> Iterator[Trouble]:
+    by_network: dict[str, set[str]] = {}
+    for interface in own:
+        if interface.kind != "loopback":
+            by_network.setdefault(interface.network, set()).add(interface.device)
+    for network, devices in by_network.items():
+        if len(devices) > 1:
+            yield Trouble(
+                name,
+                f"{' and '.join(sorted(devices))} are both in {network}: which one is used is luck",
+                "give the cable between machines a network of its own, like 10.10.0.x",
+            )
+
+
+def _path(m: Measured) -> Iterator[Trouble]:
+    where = f"{m.path} ({m.kind})"
+    if m.problem:
+        if m.errno in NO_ROUTE and m.pings:
+            yield Trouble(
+                m.near,
+                f"ping reaches {m.far}, Python does not (errno {m.errno}): {where}",
+                "on a Mac this is Local Network Privacy: allow it under System Settings, Privacy & "
+                "Security, Local Network",
+            )
+        else:
+            yield Trouble(
+                m.near, f"does not reach {m.far} by {where}: {m.problem}",
+                "the cable, the address, or a firewall at the other end",
+            )  # fmt: skip
+        return
+    if m.gbits < EXPECTED_GBITS.get(m.path.kind, 0.0):
+        near_mtu = m.path.near.mtu if m.path.near else JUMBO
+        mtu = min(m.path.far.mtu, near_mtu)
+        small = m.path.kind == "thunderbolt" and mtu < JUMBO
+        yield Trouble(
+            m.near,
+            f"{where} to {m.far} carries only {m.gbits:.2f} Gbit/s",
+            f"its MTU is {mtu}: set {JUMBO} at both ends" if small else "cable, port, or distance",
+        )
+    elif m.path.near is not None and m.path.near.mtu != m.path.far.mtu:
+        yield Trouble(
+            m.near,
+            f"MTU {m.path.near.mtu} here, {m.path.far.mtu} on {m.far}: {where}",
+            "the same at both ends",
+        )
+    ways = sorted((m.up_bytes_per_s, m.down_bytes_per_s))
+    if ways[0] < UNEVEN * ways[1]:
+        yield Trouble(
+            m.near,
+            f"{where} to {m.far}: {8e-9 * m.up_bytes_per_s:.2f} Gbit/s up, "
+            f"{8e-9 * m.down_bytes_per_s:.2f} down",
+            "the slower way sets the pace: duplex, or a busy network",
+        )
+
+
+def _worse_than_it_could_be(report: Report) -> Iterator[Trouble]:
+    """Pairs that use a slow path though both machines have an address of a better kind."""
+    server = report.server.name
+    for host in report.hosts:
+        used = report.best(host.name, server)
+        if host.name == server or used is None:
+            continue
+        for kind in KINDS[: KINDS.index(used.path.kind)]:
+            near = [i for i in report.interfaces.get(host.name, []) if i.kind == kind]
+            far = [i for i in report.interfaces.get(server, []) if i.kind == kind]
+            if near and far:
+                yield Trouble(
+                    host.name,
+                    f"reaches {server} over {used.kind} at {used.gbits:.1f} Gbit/s although both "
+                    f"have {SPOKEN.get(kind, kind)} addresses: {near[0].address} and "
+                    f"{far[0].address}",
+                    "is the cable in? Are both in one network, with the same mask?",
+                )
+                break
+
+
+def chosen(report: Report) -> list[str]:
+    """A sentence for each worker's machine: the path that `make up` takes."""
+    server, told = report.server.name, []
+    for host in report.hosts:
+        best = report.best(host.name, server)
+        if host.works and host.name != server and best is not None:
+            told.append(
+                f"{host.name} takes {best.path} to {server}: {best.kind}, {best.gbits:.2f} Gbit/s, "
+                f"{1000 * best.round_trip_s:.2f} ms"
+            )
+    return told

@@ -1,0 +1,106 @@
+"""What the doctor says of what it has seen, and how it draws it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from paramserver.fleet import topology
+from paramserver.fleet.findings import Measured, Report, chosen, findings
+from paramserver.fleet.hosts import Host
+from paramserver.fleet.interfaces import Interface, Path
+
+HOSTS = (Host("mini1", "mini1", role="server"), Host("mini2", "mini2", id=1))
+TB1 = Interface("bridge0", "thunderbolt", "10.10.0.1", 24, 9000)
+TB2 = Interface("bridge0", "thunderbolt", "10.10.0.2", 24, 9000)
+WIFI1 = Interface("en1", "wifi", "192.168.1.1", 24, 1500)
+WIFI2 = Interface("en1", "wifi", "192.168.1.2", 24, 1500)
+FACTS: dict[str, Any] = {
+    "versions": {"paramserver": "1", "torch": "2.15.0", "pyzmq": "27"},
+    "skew_s": 0.1, "free_disk_bytes": 2**36, "free_memory_bytes": 2**33,
+    "sleep": "never", "firewall": "off", "device": "mps",
+}  # fmt: skip
+FAST = Measured("mini2", "mini1", Path(TB1, TB2), 0.0005, 2e9, 2e9)
+AIR = Measured("mini2", "mini1", Path(WIFI1, WIFI2), 0.01, 25e6, 25e6)
+GOOD = Report(
+    HOSTS,
+    facts={"mini1": FACTS, "mini2": FACTS},
+    interfaces={"mini1": [TB1, WIFI1], "mini2": [TB2, WIFI2]},
+    measured=(FAST, AIR),
+)
+
+
+def told(report: Report) -> str:
+    return "\n".join(str(trouble) for trouble in findings(report))
+
+
+def with_facts(**facts: Any) -> Report:
+    return replace(GOOD, facts={"mini1": FACTS, "mini2": {**FACTS, **facts}})
+
+
+def test_a_good_cluster_has_nothing_to_be_told() -> None:
+    assert told(GOOD) == ""
+    assert chosen(GOOD) == [
+        "mini2 takes 10.10.0.2 (bridge0) -> 10.10.0.1 (bridge0) to mini1: Thunderbolt, "
+        "16.00 Gbit/s, 0.50 ms"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("facts", "said"),
+    [
+        ({"versions": {**FACTS["versions"], "torch": "2.14"}}, "torch 2.14, but 2.15.0 on mini1"),
+        ({"skew_s": 40.0}, "its clock is +40.0 s off"),
+        ({"free_disk_bytes": 2**29}, "only 0.5 GiB of disk"),
+        ({"free_memory_bytes": 2**29}, "only 0.5 GiB of memory"),
+        ({"sleep": "10"}, "it sleeps after 10 minutes"),
+        ({"firewall": "on"}, "a firewall is on"),
+        ({"device": "none"}, "PyTorch does not load"),
+    ],
+)
+def test_what_is_wrong_with_a_machine(facts: dict[str, Any], said: str) -> None:
+    assert f"mini2: {said}" in told(with_facts(**facts))
+
+
+def test_wifi_although_there_is_a_cable() -> None:
+    broken = replace(FAST, problem="Operation timed out", errno=60)
+    said = told(replace(GOOD, measured=(broken, AIR)))
+    assert "reaches mini1 over Wi-Fi at 0.2 Gbit/s although both have Thunderbolt" in said
+    assert "does not reach mini1 by 10.10.0.2 (bridge0)" in said
+
+
+def test_local_network_privacy_is_named() -> None:
+    refused = replace(FAST, problem="No route to host", errno=65, pings=True)
+    assert "Local Network Privacy" in told(replace(GOOD, measured=(refused, AIR)))
+    dead = replace(refused, pings=False)
+    assert "Local Network Privacy" not in told(replace(GOOD, measured=(dead, AIR)))
+
+
+def test_slow_and_uneven_paths() -> None:
+    small = Path(replace(TB1, mtu=1500), replace(TB2, mtu=1500))
+    slow = replace(FAST, path=small, up_bytes_per_s=5e8, down_bytes_per_s=5e8)
+    assert "carries only 4.00 Gbit/s\n  its MTU is 1500" in told(replace(GOOD, measured=(slow,)))
+    uneven = replace(FAST, up_bytes_per_s=1e9, down_bytes_per_s=3e9)
+    assert "8.00 Gbit/s up, 24.00 down" in told(replace(GOOD, measured=(uneven,)))
+    mixed = replace(FAST, path=Path(TB1, replace(TB2, mtu=1500)))
+    assert "MTU 1500 here, 9000 on mini1" in told(replace(GOOD, measured=(mixed,)))
+
+
+def test_two_interfaces_in_one_network() -> None:
+    astray = {"mini1": [TB1], "mini2": [TB2, WIFI2, replace(WIFI2, device="en7")]}
+    assert "en1 and en7 are both in 192.168.1.0/24" in told(replace(GOOD, interfaces=astray))
+
+
+def test_what_the_settings_pin_is_taken() -> None:
+    pinned = replace(AIR, path=replace(AIR.path, pinned=True))
+    assert replace(GOOD, measured=(FAST, pinned)).best("mini2", "mini1") == pinned
+
+
+def test_the_picture() -> None:
+    assert topology.text(GOOD) == "mini1 ═══ Thunderbolt 16.00 Gbit/s 0.50 ms ═══ mini2"
+    drawn = ElementTree.fromstring(topology.svg(GOOD))
+    words = [element.text for element in drawn.iter() if element.text and element.text.strip()]
+    assert "Thunderbolt 16.00 Gbit/s" in words and "mini1" in words and "server" in words
