@@ -189,6 +189,8 @@ class Chaos:
 
     def _do(self, fault: str, number: int, seconds: float) -> None:
         worker = self.workers[number]
+        if "server" in fault and "killed" in fault:  # somebody has to hold the run meanwhile
+            self.watch.until_all_take_part(len(WORKERS))
         match fault:
             case "worker killed":
                 self._end(worker, signal.SIGKILL)
