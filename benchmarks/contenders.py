@@ -144,6 +144,7 @@ def worker(
     tcp: bool = False,
     keys_in: str = "",
     guarded: bool = False,
+    security: str = "none",
 ) -> dict[str, Any]:
     """Train `Layers` for that many rounds, by the door that every training loop uses.
 
@@ -152,14 +153,16 @@ def worker(
     """
     torch.set_num_threads(1)
     os.environ["XDG_CONFIG_HOME"] = keys_in
-    token = keys.load_or_make()[0].token(host, port) if keys_in else None
+    token = keys.load_or_make()[0].token(host, port) if security == "curve" else None
     if tcp:
         sockets.ipc_usable = lambda folder: False
     if guarded:
         address.is_local = lambda host: False
     model = Layers(shapes, seconds)
     alone = _backward_alone(model)
-    with join(host, number, port=port, token=token, timeout_s=PATIENCE_S) as cluster:
+    with join(
+        host, number, port=port, token=token, security=security, timeout_s=PATIENCE_S
+    ) as cluster:
         model, optimizer = cluster.attach(model, Idle(model.parameters()))
         laps = Laps(rounds, warm_up)
         for _ in cluster.batches(_Nothing(int(cluster.settings["num_workers"]) * 1000)):

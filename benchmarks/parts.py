@@ -234,13 +234,23 @@ def links(effort: Effort) -> Groups:
                         row = Row("links", what, workers, our_name(codec), "ms")
                         ours = partial(_linked, limits, size, workers, codec, place, rate)
                         cases.append(Case(row, ours))
+                    if effort.extras:
+                        row = Row("links", what, workers, "paramserver float16, CURVE", "ms")
+                        ours = partial(_linked, limits, size, workers, "float16", place, rate)
+                        cases.append(Case(row, partial(ours, guarded=True)))
                     yield cases
 
 
 def _linked(
-    limits: Limits, size: str, workers: int, codec: str, place: Place, rate: float
+    limits: Limits,
+    size: str,
+    workers: int,
+    codec: str,
+    place: Place,
+    rate: float,
+    guarded: bool = False,
 ) -> Figure:
-    one = runs.exchange(limits, size, workers, codec, place)
+    one = runs.exchange(limits, size, workers, codec, place, guarded=guarded)
     remote = workers if place.server_on == "server" else workers - 1
     busiest = max(one.sent_bytes, one.received_bytes) * remote / workers
     return 1e3 * one.seconds, 1e3 * busiest / rate

@@ -111,15 +111,18 @@ def exchange(
     backward_s: float = 0.0,
 ) -> Exchange:
     """Rounds of a server and its workers, whose backward takes `backward_s`; `guarded`: with keys
-    and encryption on loopback, too."""
+    and encryption, on loopback too."""
     with Team(limits.seconds) as team:
         port = place.port()
         settings = server_settings(port, workers, codec, team)
         if place.hosts is not None:
             settings.append(f"host_ip={place.address(place.server_on)}")
+        security = "curve" if guarded else "none"
+        settings.append(f"security={security}")
         at = place.host(place.server_on)
-        keys = {"keys_in": str(team.folder / "keys"), "guarded": guarded}
+        keys = {"keys_in": str(team.folder / "keys"), "guarded": guarded and place.hosts is None}
         team.start("server", contenders.server, *settings, host=at, **keys)
+        keys["security"] = security
         return _rounds(
             team, limits, size, workers, port, place, tcp=tcp, seconds=backward_s, **keys
         )
