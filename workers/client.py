@@ -102,6 +102,7 @@ class Client:
         self._link_kind = "tcp"
         self._shared: Path | None = None  # where this host's server shares memory with us
         self._outbox: arena.Outbox | None = None
+        self._outbox_moves = True  # its slots become free soon
         self._outboxes = 0
         self._ring: arena.Ring | None = None
         self._pace: Pace[tuple[wire.Push, list[Any]]] = Pace()
@@ -363,14 +364,16 @@ class Client:
         """Memory for a bucket on its way to the server: a slot of the outbox, if one is free soon.
 
         Waiting a little costs less than sending through the socket: the server is busy either way.
+        Once in a round, though: where it was in vain, others are what the averages wait for.
         """
-        if self._outbox is not None:
+        if self._outbox is not None and self._outbox_moves:
             deadline = time.monotonic() + OUTBOX_WAIT_S
             while True:
                 slot = self._outbox.room(nbytes)
                 if slot is not None:
                     return slot
                 if time.monotonic() > deadline:
+                    self._outbox_moves = False
                     break
                 self.poll()
                 time.sleep(OUTBOX_LOOK_S)
@@ -383,6 +386,7 @@ class Client:
 
     def settled(self) -> None:
         """The round of the pushes is over: what has not been sent is forgotten."""
+        self._outbox_moves = True
         for _, buffers in self._pace.begin():
             if self._outbox is not None:
                 for place in filter(None, map(self._outbox.place, buffers)):
