@@ -38,11 +38,10 @@ def test_the_promises_hold_under_faults(first: int) -> None:
 
 
 def test_schedules_have_what_they_are_made_for() -> None:
-    seen = sum((simulate(seed).seen for seed in range(100)), start=simulate(100).seen)
+    seen = sum((simulate(seed).seen for seed in range(200)), start=simulate(200).seen)
     faults = ("kill", "kill the server", "stop", "cut", "hold", "twin", "pause")
-    for what in (*faults, "snapshots", "steps", "steps lost", "run given up"):
+    for what in (*faults, "snapshots", "void rounds", "steps", "steps lost", "run given up"):
         assert seen[what] > 5, f"{what} hardly ever happens: {seen}"
-    assert seen["rounds"] > seen["steps"], "no round was ever void"
     assert seen["steps"] > 500
 
 
@@ -227,7 +226,7 @@ class ListeningObserver(Listens, Observer):
         (Parts(rounds=SaysNothingAfterACut), "does not end|could have gone on", 361),
         (Parts(rounds=AwaitsNobody), "holds step .*, which was lost", 0),
         (Parts(rounds=ForgetsTheLedger), "twice in bucket|samples done", 0),
-        (Parts(worker=WelcomedWorker), "of another log", 0),
+        (Parts(worker=WelcomedWorker), "of another log|another model than the log", 0),
         (Parts(rounds=HearsNoBeats), "which was lost|could have come back", 14409),
         (Parts(follow=AppliesTwice), "another model than the log", 0),
         (Parts(follow=KeepsVoidAverages), "another model than the log", 297),

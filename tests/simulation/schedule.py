@@ -346,7 +346,7 @@ class Schedule:
             left = ", ".join(p.name for p in self.alive)
             raise Broken(f"the run has ended, but not for {left or 'the server'}")
         outcome.seen["steps"] += end.step
-        outcome.seen["rounds"] += server.rounds._rounds
+        outcome.seen["void rounds"] += server.voids
         outcome.seen["snapshots"] += server.rounds._snapshots
 
 

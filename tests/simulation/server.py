@@ -91,6 +91,7 @@ class Server:
         self.alive, self.stalled = True, False
         self.dies_at = None
         self.ended_at: float | None = None
+        self.voids = 0
         self.nonce = f"server-{self.boots}"
         count = self.buckets
         self.rounds = self._make_rounds(
@@ -372,6 +373,7 @@ class Server:
                 case Say():
                     self.world.say(f"        {effect.text}")
                 case Void():
+                    self.voids += 1
                     self._forget_round()
                 case Remove():
                     self._forget_peer(effect.session)
