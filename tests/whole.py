@@ -118,7 +118,7 @@ class Program:
         except subprocess.TimeoutExpired:
             self.kill()
             raise AssertionError(f"{self.name} did not end:\n{self.output}") from None
-        self._drain()
+        self.drain()
         return code
 
     def kill(self) -> None:
@@ -129,9 +129,10 @@ class Program:
                     child.kill()
         self.process.kill()
         self.process.wait()
-        self._drain()
+        self.drain()
 
-    def _drain(self) -> None:
+    def drain(self) -> None:
+        """Take in what an ended one said."""
         self._reader.join(DEADLINE_S)
         while (line := self._new.get()) is not None:
             self.lines.append(line)
@@ -160,6 +161,8 @@ class Run:
         for program in self._programs:
             if program.process.poll() is None:
                 program.kill()
+            else:
+                program.drain()
             if error is not None:
                 print(f"--- {program.name}:\n{program.output}")
 

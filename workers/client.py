@@ -38,6 +38,8 @@ WANTS_IN_FLIGHT = 4
 SAY_WAITING_AFTER_S = 3.0
 PROBE_INTERVAL_S = 0.1
 HELLO_INTERVAL_S = 2.0
+NEW_DOOR_S = 10.0
+SILENT_TIMEOUTS = 3  # heartbeat timeouts; then the connections are made anew
 OUTBOX_WAIT_S = 0.05
 OUTBOX_LOOK_S = 0.0001
 SPIN_S = 0.006
@@ -151,19 +153,19 @@ class Client:
                     "a firewall between the two machines? both ports must be open",
                 )
             blocked = missing in ("SUB", "ROUTER")
-            self._close_sockets()
 
     def _be_welcomed(self, start: float, deadline_s: float) -> wire.Welcome:
         """Say hello at the door until it is answered, at most until `deadline_s` after `start` or
         after the last sign of a server that does not let us in yet."""
-        door = self._door = sockets.dealer(self._ctx)
-        with_keys = self._keys is not None
-        knock = self._knock = Knock(self._ctx, door, self.host, self.port, with_keys=with_keys)
-        sockets.connect(door, sockets.tcp(self.host, self.port), self._keys)
+        door, knock = self._open_door()
         deadline, hello_at, told = start + deadline_s, time.monotonic(), ""
+        new_door_at = hello_at + NEW_DOOR_S
         while True:
             knock.check()
             now = time.monotonic()
+            if now >= new_door_at:  # ZeroMQ may have given up this one's connection in silence
+                door, knock = self._open_door()
+                hello_at, new_door_at = now, now + NEW_DOOR_S
             if now >= hello_at:  # one may be lost with a cut connection
                 with contextlib.suppress(zmq.Again):  # refused just now: the next check tells why
                     door.send_multipart(wire.to_frames(self._hello), zmq.NOBLOCK)
@@ -178,13 +180,18 @@ class Client:
                     raise UserError(message.reason, message.hint)
                 if isinstance(message, wire.Later):  # it lives, and has a deadline of its own
                     hello_at = time.monotonic() + HELLO_INTERVAL_S
-                    deadline = hello_at + deadline_s
+                    deadline, new_door_at = hello_at + deadline_s, hello_at + NEW_DOOR_S
                     if told != message.reason:
                         told = message.reason
                         self.say(f"the server is {told}")
                 continue
             now = time.monotonic()
             if now > deadline:
+                if self.replica is not None:
+                    raise RunLost(
+                        f"no server answered at {self.host}:{self.port} for {deadline_s:g} s; last "
+                        f"step here: {self.replica.step}"
+                    )
                 raise UserError(
                     f"no server answered at {self.host}:{self.port} within {deadline_s:g} s",
                     "is it running (make server)? another address: host_ip=..., another port: "
@@ -193,6 +200,15 @@ class Client:
             if not told and now > start + 1:
                 told = f"waiting for a server at {self.host}:{self.port}"
                 self.say(f"{told} (for {deadline_s:g} s; start one with: make server)")
+
+    def _open_door(self) -> tuple[zmq.Socket[bytes], Knock]:
+        """A socket to say hello at, and what becomes of its handshakes, in place of the last."""
+        self._close_sockets()
+        door = self._door = sockets.dealer(self._ctx)
+        with_keys = self._keys is not None
+        knock = self._knock = Knock(self._ctx, door, self.host, self.port, with_keys=with_keys)
+        sockets.connect(door, sockets.tcp(self.host, self.port), self._keys)
+        return door, knock
 
     def _check(self, welcome: wire.Welcome) -> None:
         if welcome.protocol != wire.PROTOCOL:
@@ -523,7 +539,9 @@ class Client:
                     f"the server at {self.host}:{self.port} has been silent for "
                     f"{effect.seconds:.0f} s; last step here: {f.step}"
                 )
-            if self.welcome is not None:
+            if effect.seconds > SILENT_TIMEOUTS * self.heartbeat_timeout:
+                self._must_greet = True
+            elif self.welcome is not None:
                 self._send(wire.Probe(session=self.welcome.session))
         elif isinstance(effect, follow.Gap):
             self._fetch()
@@ -771,7 +789,11 @@ class Client:
         """The server does not know this session any more: it was silent for too long, or is a new
         one. Say hello again, and stand where the log stands."""
         assert self.welcome is not None and self.replica is not None and self.follow is not None
-        self.say("the server does not know this worker any more: greeting it again")
+        silent_s = time.monotonic() - self.follow.heard_at
+        if silent_s > SILENT_TIMEOUTS * self.heartbeat_timeout:
+            self.say(f"the server has been silent for {silent_s:.0f} s: greeting it again")
+        else:
+            self.say("the server does not know this worker any more: greeting it again")
         self._close_sockets()
         self._must_greet = False  # nobody is left who would set it
         own = self.welcome.id if self._hello.role == "worker" else None  # leases are told by it

@@ -22,6 +22,7 @@ from .process import AT_BOTH, AT_DOOR, AT_LINK, DEAF, Leaves, Process, Waiting
 from .server import Server, brief
 
 BEATS_PER_TIMEOUT = 5
+SILENT_TIMEOUTS = 3
 HELLO_EVERY_S = 1.0
 PROBE_EVERY_S = 0.25
 WANTS_IN_FLIGHT = 2
@@ -316,7 +317,10 @@ class Client(Process):
         if isinstance(effect, follow.Silent):
             if effect.seconds > DEADLINE_S:
                 raise Leaves(f"the server has been silent for {effect.seconds:.0f} s")
-            self._send(wire.Probe(session=self.session))
+            if effect.seconds > SILENT_TIMEOUTS * 2 * self._quiet_s:
+                self._must_greet = True
+            else:
+                self._send(wire.Probe(session=self.session))
         elif isinstance(effect, follow.Gap):
             self._fetch()
         if self._taking is not None and now - self._taking.heard_at > 4 * self._quiet_s:
