@@ -63,9 +63,7 @@ class Hosts:
                 _ip(f"-n {switch} link set {port} master bridge")
                 for namespace, device in ((host, "lo"), (host, "eth0"), (switch, port)):
                     _ip(f"-n {namespace} link set {device} up")
-                for namespace, device in ((host, "eth0"), (switch, port)):
-                    shape = f"tbf rate {self._rate} burst 512kb latency 100ms"
-                    _call("tc", f"-n {namespace} qdisc add dev {device} root {shape}")
+                self.mend(name)
         except BaseException:
             self.__exit__()
             raise
@@ -75,6 +73,25 @@ class Hosts:
         while self._made:  # the links go with their namespaces
             with contextlib.suppress(RuntimeError):
                 _ip(f"netns del {self._made.pop()}")
+
+    def cut(self, name: str, *, leaving: bool = True, arriving: bool = True) -> None:
+        """From now on nothing that leaves this host, or that is sent to it, arrives."""
+        ours, port = self._ends(name)
+        for end in (ours, port)[not leaving : 1 + arriving]:
+            _call("tc", f"{end} root blackhole")
+
+    def mend(self, name: str) -> None:
+        """Both directions of this host's link are as they should be."""
+        for end in self._ends(name):
+            _call("tc", f"{end} root tbf rate {self._rate} burst 512kb latency 100ms")
+
+    def _ends(self, name: str) -> tuple[str, str]:
+        """For tc, of a host's link: its own end and the switch's."""
+        port = f"port{self._names.index(name) + 1}"
+        return (
+            f"-n {self[name]} qdisc replace dev eth0",
+            f"-n {self['switch']} qdisc replace dev {port}",
+        )
 
     def _add(self, name: str) -> str:
         self._made.append(self[name])
