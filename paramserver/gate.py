@@ -47,7 +47,7 @@ class Gate:
     def __init__(self, ctx: zmq.Context[zmq.Socket[bytes]], keys: sockets.ServerKeys) -> None:
         self._ctx = ctx
         self._key = keys.workers
-        self._watched: dict[zmq.Socket[bytes], _Listener] = {}
+        self._watched: dict[zmq.Socket[bytes], tuple[zmq.Socket[bytes], _Listener]] = {}
         self._told: set[str] = set()
         self._authenticator = ThreadAuthenticator(ctx)
         self._authenticator.start()
@@ -60,7 +60,8 @@ class Gate:
     def watch(self, s: zmq.Socket[bytes], guarded: list[str]) -> None:
         """Look at handshakes at these endpoints of `s`, which is not bound yet."""
         events = _ACCEPTED | _AUTH | _PROTOCOL | _NO_DETAIL | _DISCONNECTED
-        self._watched[sockets.monitor(self._ctx, s, events)] = _Listener(frozenset(guarded))
+        watch = sockets.monitor(self._ctx, s, events)
+        self._watched[watch] = s, _Listener(frozenset(guarded))
 
     @property
     def watches(self) -> list[zmq.Socket[bytes]]:
@@ -68,7 +69,7 @@ class Gate:
 
     def refused(self) -> Iterator[str]:
         """Sentences about those who were refused since the last call."""
-        for watch, listener in self._watched.items():
+        for watch, (_, listener) in self._watched.items():
             while sockets.readable(watch):
                 who, why = listener.event(recv_monitor_message(watch))
                 if why and who not in self._told and len(self._told) < PEERS_TOLD:
@@ -76,9 +77,9 @@ class Gate:
                     yield f"{who} was refused: {why}"
 
     def close(self) -> None:
-        """Stop answering: from now on nobody gets in. After the guarded sockets were closed."""
-        for watch in self._watched:
-            watch.close()
+        """Stop answering: from now on nobody gets in. Before the guarded sockets are closed."""
+        for watch, (s, _) in self._watched.items():
+            sockets.end_monitor(s, watch)
         self._watched.clear()
         self._authenticator.stop()
 
@@ -136,6 +137,7 @@ class Knock:
         *,
         with_keys: bool,
     ) -> None:
+        self._socket = s
         self._watch = sockets.monitor(ctx, s, _AUTH | _PROTOCOL | _NO_DETAIL | _SUCCEEDED)
         self._host, self._port = host, port
         self._with_keys = with_keys
@@ -190,7 +192,8 @@ class Knock:
         )
 
     def close(self) -> None:
-        self._watch.close()
+        """Before the peer's socket is closed."""
+        sockets.end_monitor(self._socket, self._watch)
 
 
 def mechanism(host: str, port: int) -> str:

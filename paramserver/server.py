@@ -282,12 +282,12 @@ class Server:
 
     def close(self) -> None:
         """Release sockets and files; safe to call twice."""
+        if self._gate is not None:
+            self._gate.close()
         for name in ("_router", "_pub"):
             s = getattr(self, name, None)
             if s is not None:
                 s.close(linger=1000)
-        if self._gate is not None:
-            self._gate.close()
         self._ctx.term()
         for folder in (self._ipc, self._shared):
             if folder is not None:

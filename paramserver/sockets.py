@@ -179,6 +179,14 @@ def monitor(
     return watch
 
 
+def end_monitor(s: zmq.Socket[bytes], watch: zmq.Socket[bytes]) -> None:
+    """Close what `monitor` returned, before `s` is closed: an I/O thread that has an event to tell
+    and finds nobody there to take it waits for ever, and all of its context with it."""
+    if not s.closed:
+        s.disable_monitor()
+    watch.close()
+
+
 def subscribe(s: zmq.Socket[bytes], prefix: bytes) -> None:
     """Hear what begins like this too; PUB sends nothing else."""
     s.setsockopt(zmq.SUBSCRIBE, prefix)

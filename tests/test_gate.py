@@ -22,10 +22,10 @@ from test_strangers import RAW, ZMTP_GREETING, a_run_in_its_middle
 from whole import DEADLINE_S, LOOPBACK, Program, Run, Served
 
 from benchmarks.network import Hosts
-from paramserver import wire
+from paramserver import sockets, wire
 from paramserver.address import keys_of
 from paramserver.errors import UserError
-from paramserver.gate import HUNG_UP_TIMES
+from paramserver.gate import HUNG_UP_TIMES, Knock
 from paramserver.jointoken import decode
 from paramserver.keys import Keys
 from paramserver.sockets import PeerKeys
@@ -299,3 +299,32 @@ def test_two_machines_a_killed_server_and_new_keys(tmp_path: Path) -> None:
         third.send(signal.SIGINT)
         assert (third.end(), workers[0].end()) == (0, 0)
         assert len(run.runs) == 1
+
+
+def test_a_socket_closed_in_the_middle_of_a_handshake_leaves_its_context_alive() -> None:
+    """ZeroMQ's I/O thread waits for whoever lets its events lie, and must not do so for ever."""
+    with socket.create_server((LOOPBACK, 0)) as listener, zmq.Context() as ctx:
+
+        def hang_up() -> None:
+            with suppress(OSError):
+                while True:
+                    listener.accept()[0].close()
+
+        thread = threading.Thread(target=hang_up)
+        thread.start()
+        port = listener.getsockname()[1]
+        for _ in range(500):
+            s = sockets.dealer(ctx)
+            knock = Knock(ctx, s, LOOPBACK, port, with_keys=False)
+            sockets.connect(s, sockets.tcp(LOOPBACK, port))
+            s.poll(1)
+            knock.close()
+            s.close()
+        listener.shutdown(socket.SHUT_RDWR)
+        thread.join(DEADLINE_S)
+        with zmq.Context() as other, sockets.dealer(other) as s:
+            s.bind("tcp://127.0.0.1:*")
+            with sockets.dealer(ctx) as ours:
+                ours.connect(s.last_endpoint.decode())
+                ours.send(b"still here")
+                assert s.poll(int(1000 * DEADLINE_S)) and s.recv() == b"still here"

@@ -1,5 +1,6 @@
 """paramserver/memory.py: what was freed need not be fetched from the system again."""
 
+import os
 import resource
 import subprocess
 import sys
@@ -30,11 +31,18 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
 def test_rounds_of_equal_tensors_take_no_new_pages() -> None:
     faults = {}
+    # glibc's defaults, which it does not adapt then: with luck it would do without help.
+    defaults = {"MALLOC_TRIM_THRESHOLD_": "131072", "MALLOC_MMAP_THRESHOLD_": "131072"}
     for keep in (True, False):
         code = ROUNDS.replace("KEEP", str(keep))
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, **defaults},
+            capture_output=True,
+            text=True,
+        )
         assert done.returncode == 0, done.stderr
         faults[keep] = int(done.stdout)
     pages = 5 * 16 * 4 * 2**19 // resource.getpagesize()
     assert faults[True] < 0.05 * pages
-    assert faults[False] > faults[True]
+    assert faults[False] > 0.5 * pages

@@ -446,7 +446,7 @@ class Client:
             self._beating.set()
             self._beat_thread.join()
             self._beat_thread = None
-        for s in (self._door, self._link, self._sub, self._knock):
+        for s in (self._knock, self._door, self._link, self._sub):
             if s is not None:
                 s.close()
         self._knock = None
