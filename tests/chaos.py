@@ -3,6 +3,8 @@
     make chaos MINUTES=10 SEED=7      faults of every kind, ending in a table
     make soak ROUNDS=100000           workers come and go; memory and descriptors must stay flat
 
+As root on Linux each worker has a machine of its own (a network namespace), and cables are cut.
+
 The seed chooses which fault comes when; what the processes make of it is never twice the same.
 Exit code 1 where a promise was broken: a closed step lost, samples applied twice or silently never,
 a run that stands still, replicas that differ, memory that grows, something left behind.
@@ -11,6 +13,7 @@ a run that stands still, replicas that differ, memory that grows, something left
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import re
 import signal
@@ -20,8 +23,8 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +34,7 @@ import zmq
 from strangers import bother
 from whole import LOOPBACK, Program, Run, private_folders
 
+from benchmarks.network import Hosts, move_to
 from paramserver import wire
 from paramserver.ledger import Ledger
 
@@ -49,7 +53,10 @@ FAULTS = {
     "second worker of one id": 1,
     "stranger at the ports": 2,
 }
-COMING_AND_GOING = ("worker killed", "worker stopped", "worker asked to leave")
+CABLES = {"cable out": 3, "cable out in one direction": 3}  # where there are cables
+OUT_S = (1.0, 3.0, 3.0, 15.0, 60.0)
+COMING_AND_GOING = {"worker killed": 4, "worker stopped": 3, "worker asked to leave": 2}
+HOSTS = ["mini1", "mini2", "mini3"]
 OBSERVERS_KILLED = 2  # by one server; it gives up an observer that ends too often
 ACCURACY_LOSS = 0.02
 BASELINE_EPOCHS = 15
@@ -73,8 +80,9 @@ class Tally:
 class Watch(threading.Thread):
     """Reads the closes of a run, as a monitor may, and checks each one's ledger."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, host: str | None = None) -> None:
         super().__init__(name="watch", daemon=True)
+        self._host = host
         self.step = self.contributors = 0
         self.problem: str | None = None
         self.longest_s, self.before_longest = 0.0, "the start"
@@ -85,6 +93,8 @@ class Watch(threading.Thread):
         self._count = 0
 
     def run(self) -> None:
+        if self._host is not None:
+            move_to(self._host)  # this thread, and those of its context
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         sub = context.socket(zmq.SUB)
         sub.setsockopt(zmq.RECONNECT_IVL, 50)
@@ -142,11 +152,14 @@ class Chaos:
         self,
         run: Run,
         seed: int,
-        faults: Sequence[str],
+        faults: Mapping[str, int],
         settings: list[str],
         whom: Sequence[int] = WORKERS,
+        hosts: Hosts | None = None,
     ) -> None:
-        self.run, self.random = run, random.Random(seed)
+        """`faults`, with their weights, happen to those in `whom`. With `hosts` the server and worker
+        1 share the first of HOSTS, and the others have one each."""
+        self.run, self.random, self.hosts = run, random.Random(seed), hosts
         self.tally = Tally()
         self.folders: set[Path] = set()
         self._settings = settings
@@ -154,16 +167,34 @@ class Chaos:
         self._observers_killed = 0
         self.began = time.monotonic()
         self.server = self._start_server()
-        self.workers = {i: run.worker(i, "join_timeout=60") for i in WORKERS}
-        self.watch = Watch(run.port)
+        self.workers = {i: self._start_worker(i) for i in WORKERS}
+        self.watch = Watch(run.port, hosts and hosts[HOSTS[0]])
         self.watch.start()
 
     def _start_server(self) -> Program:
         self._observers_killed = 0
-        server = self.run.server(*self._settings)
-        server.wait_for("server at .* run folder")
+        if self.hosts is None:
+            server = self.run.server(*self._settings)
+            server.wait_for("server at .* run folder")
+        else:
+            settings, keys = (*self._settings, self._address), str(self.run.folder / "keys")
+            server = self.run.server(*settings, host=self.hosts[HOSTS[0]], XDG_CONFIG_HOME=keys)
+            self._token = server.wait_for("other machines join with: ").rpartition("=")[2]
         self.folders |= private_folders(server)
         return server
+
+    def _start_worker(self, number: int) -> Program:
+        if self.hosts is None:
+            return self.run.worker(number)
+        host = self.hosts[HOSTS[number - 1]]
+        if number == 1:
+            return self.run.worker(number, self._address, host=host)
+        return self.run.worker(number, host=host, PARAMSERVER_JOIN=self._token)
+
+    @property
+    def _address(self) -> str:
+        assert self.hosts is not None
+        return f"host_ip={self.hosts.address(HOSTS[0])}"
 
     def say(self, text: str) -> None:
         seconds = int(time.monotonic() - self.began)
@@ -173,9 +204,12 @@ class Chaos:
     def disturb(self, most_s: float) -> None:
         """Let it run for a while, do something to it, and see that it goes on."""
         self._pause(min(most_s, self.random.uniform(0.3, 3.0)))
-        fault = self.random.choices(self._faults, [FAULTS[f] for f in self._faults])[0]
+        fault = self.random.choices(list(self._faults), list(self._faults.values()))[0]
         number = self.random.choice(self._whom)
         seconds = self.random.choice((0.1, 1.0, 5.0)) * self.random.uniform(0.5, 1.0)
+        if fault in CABLES:
+            number, seconds = self.random.choice(WORKERS[1:]), self.random.choice(OUT_S)
+            seconds = min(seconds, most_s)
         if fault == "observer killed" and self._observers_killed == OBSERVERS_KILLED:
             return
         self.tally.faults[fault] += 1
@@ -195,11 +229,11 @@ class Chaos:
             case "worker killed":
                 self._end(worker, signal.SIGKILL)
                 self._pause(seconds)
-                self.workers[number] = self.run.worker(number)
+                self.workers[number] = self._start_worker(number)
             case "worker asked to leave":
                 self._end(worker, signal.SIGTERM)
                 self._pause(seconds)
-                self.workers[number] = self.run.worker(number)
+                self.workers[number] = self._start_worker(number)
             case "worker stopped":
                 self._stop(worker, seconds)
             case "server stopped":
@@ -210,7 +244,7 @@ class Chaos:
                 worker.send(signal.SIGKILL)
                 self._kill_server(seconds)
                 worker.end()
-                self.workers[number] = self.run.worker(number)
+                self.workers[number] = self._start_worker(number)
             case "observer killed":
                 self._observers_killed += 1
                 for child in psutil.Process(self.server.process.pid).children():
@@ -218,12 +252,35 @@ class Chaos:
                         if "workers.observe" in child.cmdline():
                             child.kill()
             case "second worker of one id":
-                twin = self.run.worker(number)
+                twin = self._start_worker(number)
                 if (code := twin.end()) != 2 or "is taken" not in twin.output:
                     raise Broken(f"a second worker {number} ended with {code}:\n{twin.output}")
             case "stranger at the ports":
                 for port in (self.run.port, self.run.port + 1):
-                    bother(port, self.random)
+                    self._bother(port)
+            case "cable out" | "cable out in one direction":
+                self._cut(HOSTS[number - 1], seconds, both=fault == "cable out")
+
+    def _bother(self, port: int) -> None:
+        if self.hosts is None:
+            bother(port, self.random)
+            return
+        there, address = self.hosts[HOSTS[1]], self.hosts.address(HOSTS[0])
+
+        def knock() -> None:
+            move_to(there)
+            bother(port, self.random, address)
+
+        thread = threading.Thread(target=knock)
+        thread.start()
+        thread.join()
+
+    def _cut(self, name: str, seconds: float, *, both: bool) -> None:
+        assert self.hosts is not None
+        leaving = both or self.random.random() < 0.5
+        self.hosts.cut(name, leaving=leaving, arriving=both or not leaving)
+        self._pause(seconds)
+        self.hosts.mend(name)
 
     def _stop(self, program: Program, seconds: float) -> None:
         program.send(signal.SIGSTOP)
@@ -326,8 +383,13 @@ def chaos(seconds: float, seed: int, *, compare: bool) -> int:
         "num_workers=3", "batch_size=16", "num_epochs=1000000", "timeout=0.5", "eval_steps=0",
         f"heartbeat_timeout={SILENCE_S}", "checkpoint_steps=200", "digest_steps=100",
     ]  # fmt: skip
-    with tempfile.TemporaryDirectory(prefix="chaos-") as folder, Run(Path(folder)) as run:
-        monkey = Chaos(run, seed, list(FAULTS), settings)
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="chaos-"))
+        cables = sys.platform == "linux" and os.geteuid() == 0
+        hosts = stack.enter_context(Hosts(HOSTS)) if cables else None
+        run = stack.enter_context(Run(Path(folder)))
+        print(f"machines of their own, with cables: {'yes' if cables else 'no, that takes root'}")
+        monkey = Chaos(run, seed, FAULTS | (CABLES if cables else {}), settings, hosts=hosts)
         monkey.watch.next_close()
         until = time.monotonic() + seconds
         while (left := until - time.monotonic()) > 0:

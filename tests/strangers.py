@@ -25,10 +25,10 @@ KNOCKS = {
 }
 
 
-def bother(port: int, source: random.Random) -> None:
+def bother(port: int, source: random.Random, host: str = LOOPBACK) -> None:
     """One stranger at a port: a known protocol, or noise. It goes without a goodbye."""
     knock = source.choice((*KNOCKS.values(), source.randbytes(source.randrange(1, 5000))))
-    with suppress(OSError), socket.create_connection((LOOPBACK, port), 5) as s:
+    with suppress(OSError), socket.create_connection((host, port), 5) as s:
         s.settimeout(0.2)
         s.sendall(knock)
         if source.random() < 0.5:

@@ -1,0 +1,53 @@
+"""Machines whose cable is out, in both directions or in one, and in again."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+from whole import Run
+
+from benchmarks.network import Hosts
+
+DIRECTIONS: dict[str, dict[str, bool]] = {
+    "both": {},
+    "what the worker sends": {"arriving": False},
+    "what is sent to it": {"leaving": False},
+}
+
+
+@pytest.mark.root
+def test_a_cable_that_is_out_costs_nothing_but_time(tmp_path: Path) -> None:
+    """Out for long, until the server has given the worker up, and for a moment, until a round was
+    closed without it. Nobody else waits; the worker comes back; every sample is accounted for."""
+    with Hosts(["mini1", "mini2"]) as hosts, Run(tmp_path) as run:
+        here, there = hosts["mini1"], hosts["mini2"]
+        address = f"host_ip={hosts.address('mini1')}"
+        settings = ["observer=false", "num_epochs=999", "num_workers=2", "heartbeat_timeout=2"]
+        keys = {"XDG_CONFIG_HOME": str(tmp_path / "mini1")}
+        server = run.server(address, "timeout=0.3", *settings, host=here, **keys)
+        token = server.wait_for("other machines join with: ").rpartition("=")[2]
+        beside = run.worker(1, address, host=here)
+        far = run.worker(2, host=there, PARAMSERVER_JOIN=token)
+        server.wait_for("training, step")
+
+        for what in DIRECTIONS.values():
+            hosts.cut("mini2", **what)
+            server.wait_for(r"worker 2 .*is gone: silent")
+            hosts.mend("mini2")
+            server.wait_for(r"worker 2 .*(is here|took a snapshot)")
+            server.wait_for(r"training, step (?!.*joining)")
+
+        hosts.cut("mini2")
+        server.wait_for(r"closed with 1 of 2: worker 2 .* late")
+        hosts.mend("mini2")
+        server.wait_for("with everybody again|worker 2 .*took a snapshot")
+
+        server.send(signal.SIGINT)
+        assert [p.end() for p in (server, beside, far)] == [0, 0, 0]
+        summary, steps = run.summary(), run.steps()
+    assert summary["replicas_equal"] and len(summary["digests"]) == 2
+    assert [line["step"] for line in steps] == list(range(1, summary["steps"] + 1))
+    applied = summary["samples_done"] + summary["samples_partly"]
+    assert sum(line["samples"] for line in steps) == applied
