@@ -314,7 +314,10 @@ def accuracy(dataset: dict[str, Any], codec: str, seed: int, epochs: int, worker
                     contributors={}, late={}, loss=None, seconds=0.0, ledger={},
                 )
             )  # fmt: skip
-    _, right = recipe.evaluate(model, samples.val, torch.device("cpu"))
+    cpu = torch.device("cpu")
+    judged_by = recipe.build_criterion(settings, model, samples.val, cpu)
+    _, right = recipe.evaluate(model, samples.val, cpu, judged_by)
+    assert right is not None
     return 100 * right
 
 

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from datetime import datetime
@@ -116,6 +116,7 @@ class Show:
             seconds=self._seconds(server),
             val_loss=report.values.get("val_loss"),
             val_accuracy=report.values.get("val_accuracy"),
+            metrics=_metrics(report.values),
         )
         if not report.final:
             self.folder.log(line)
@@ -197,12 +198,19 @@ class Show:
             num_epochs=self.settings.num_epochs,
             loss=self.train_loss(),
             val_accuracy=self.val.get("val_accuracy"),
+            metrics=_metrics(self.val),
             steps_per_s=rate,
             samples_per_s=(self.samples - samples) / seconds if seconds > 0 else None,
             eta_s=left / rate if left is not None and rate else None,
             workers=workers,
             late=self._late,
         )
+
+
+def _metrics(values: Mapping[str, float | None]) -> dict[str, float | None]:
+    """What an observer told beside loss and accuracy, by its name."""
+    known = ("val_loss", "val_accuracy")
+    return {name.removeprefix("val_"): v for name, v in values.items() if name not in known}
 
 
 def _trouble(peer: Any, current: Any, now: float) -> str:
@@ -322,6 +330,7 @@ def summarize(server: Server, show: Show, end: wire.End) -> dict[str, Any]:
         "samples_per_s": show.samples / seconds if seconds else None,
         "val_accuracy": values.get("val_accuracy"),
         "val_loss": values.get("val_loss"),
+        "metrics": _metrics(values),
         "train_loss": show.train_loss(),
         "workers": len(tallies),
         "sent_bytes": sent_bytes,

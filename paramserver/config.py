@@ -12,9 +12,9 @@ the installation; ``cluster=`` and ``model=`` choose others, by path or by name 
 file chosen with ``cluster=`` that has a ``model:`` mapping is a whole configuration, as the
 ``config.yaml`` of a run is: the default model file is then left out.
 
-``model:`` and ``dataset:`` are replaced, not merged, by a layer that changes their type or name, so
-that no argument of one model is handed to another. ``dataset.root`` stays: it is a place on this
-machine, whatever lies there.
+``model:``, ``dataset:``, ``optimizer:`` and the like are replaced, not merged, by a layer that
+changes their type or name, so that no argument of one model is handed to another. ``dataset.root``
+stays: it is a place on this machine, whatever lies there.
 
 On a worker the run's settings arrive with the server's welcome (`to_wire`, `from_wire`).
 """
@@ -35,10 +35,11 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from paramserver.errors import UserError
-from paramserver.fleet.hosts import spelled_out
+from paramserver.fleet import hosts
 from paramserver.jointoken import VARIABLE
 from paramserver.schema import (
     KEYS,
+    NAMED,
     Program,
     Where,
     build,
@@ -47,6 +48,7 @@ from paramserver.schema import (
     help_text,
     scope,
     shown,
+    spelled_out,
 )
 from paramserver.settings import Settings
 
@@ -63,7 +65,7 @@ __all__ = [
     "to_wire",
 ]
 
-_NAMED = {"model": ("type", ()), "dataset": ("name", ("root",))}  # group -> (its name, what stays)
+_STAYING = {"dataset": ("root",)}  # group -> what stays where another one is named
 
 
 @dataclass(frozen=True)
@@ -277,7 +279,7 @@ def _read_file(path: Path) -> _Layer:
 
 def _spelled_out(tree: dict[str, Any], source: str) -> dict[str, Any]:
     try:
-        return spelled_out(tree)
+        return hosts.spelled_out(tree)
     except UserError as error:
         raise UserError(f"{error.problem} ({source})", error.hint) from None
 
@@ -326,6 +328,7 @@ def _nest(pairs: Iterable[tuple[Any, Any]], source: str) -> dict[str, Any]:
     """Dotted names opened into nested mappings, later over earlier."""
     trees: list[dict[str, Any]] = [{}]
     for name, value in pairs:
+        value = spelled_out(name, value)
         for part in reversed(str(name).split(".")):
             value = {part: value}
         trees.append(value)
@@ -335,10 +338,10 @@ def _nest(pairs: Iterable[tuple[Any, Any]], source: str) -> dict[str, Any]:
 def _merge(lower: dict[str, Any], upper: dict[str, Any], source: str) -> dict[str, Any]:
     """`upper` over `lower`; a group whose type or name changes is replaced but for what stays."""
     kept = dict(lower)
-    for group, (naming, staying) in _NAMED.items():
-        old, new = lower[group], upper.get(group, {})
+    for group, naming in NAMED.items():
+        old, new = lower[group] or {}, upper.get(group) or {}
         if naming in new and new[naming] != old.get(naming):
-            kept[group] = {part: old[part] for part in staying if part in old}
+            kept[group] = {part: old[part] for part in _STAYING.get(group, ()) if part in old}
     return _overlay([kept, upper], source)
 
 

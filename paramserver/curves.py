@@ -57,6 +57,9 @@ class Metrics:
         self.eval_step = _column(evals, "step")
         self.val_loss = _column(evals, "val_loss")
         self.val_accuracy = _column(evals, "val_accuracy")
+        told = [record.get("metrics") or {} for record in evals]
+        self.metric = next((name for record in told for name in record), "")
+        self.val_metric = _column(told, self.metric)
 
 
 def draw(metrics_path: Path, out_path: Path, title: str) -> str | None:
@@ -105,9 +108,13 @@ def _png(metrics: Metrics, title: str) -> bytes:
         figure.text(0.065, 0.912, _subtitle(metrics), fontsize=11, color=MUTED)
         _draw_losses(figure.add_subplot(grid[0, :]), metrics)
         has_accuracy = bool(np.isfinite(metrics.val_accuracy).any())
+        has_metric = bool(np.isfinite(metrics.val_metric).any())
         if has_accuracy:
             _draw_accuracy(figure.add_subplot(grid[1, 0]), metrics)
-        _draw_rate(figure.add_subplot(grid[1, 1] if has_accuracy else grid[1, :]), metrics)
+        elif has_metric:
+            _draw_metric(figure.add_subplot(grid[1, 0]), metrics)
+        beside = has_accuracy or has_metric
+        _draw_rate(figure.add_subplot(grid[1, 1] if beside else grid[1, :]), metrics)
         png = io.BytesIO()
         figure.savefig(png, format="png")
     return png.getvalue()
@@ -124,6 +131,8 @@ def _subtitle(metrics: Metrics) -> str:
     accuracy = metrics.val_accuracy[np.isfinite(metrics.val_accuracy)]
     if len(accuracy):
         parts.append(f"{100 * accuracy[-1]:.2f} % right")
+    elif len(metric := metrics.val_metric[np.isfinite(metrics.val_metric)]):
+        parts.append(f"{metrics.metric} {metric[-1]:.4g}")
     if len(metrics.late_step):
         parts.append(f"{len(metrics.late_step):,} rounds with a late worker")
     return "   ·   ".join(parts)
@@ -179,6 +188,22 @@ def _draw_accuracy(axes: Axes, metrics: Metrics) -> None:
         f"{accuracy[-1]:.2f} %",
         (step[-1], accuracy[-1]),
         xytext=(0, -17 if accuracy[-1] > (low + 100) / 2 else 9),
+        textcoords="offset points",
+        ha="right" if len(step) > 1 else "center",
+        color=GREEN,
+        fontweight="bold",
+    )
+
+
+def _draw_metric(axes: Axes, metrics: Metrics) -> None:
+    _prepare(axes, metrics, f"Validation {metrics.metric}")
+    step, value = _finite(metrics.eval_step, metrics.val_metric)
+    dot = _dot(step, 60)
+    axes.plot(_thinned(step), _thinned(value), color=GREEN, linewidth=2, marker=dot, markersize=5)
+    axes.annotate(
+        f"{value[-1]:.4g}",
+        (step[-1], value[-1]),
+        xytext=(0, 9),
         textcoords="offset points",
         ha="right" if len(step) > 1 else "center",
         color=GREEN,

@@ -25,7 +25,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, TextIO
 
@@ -71,6 +71,8 @@ class Status:
     loss: float | None = None
     val_accuracy: float | None = None
     """0 to 1."""
+    metrics: Mapping[str, float | None] = field(default_factory=dict)
+    """What else the observer tells, by its name."""
     steps_per_s: float | None = None
     samples_per_s: float | None = None
     eta_s: float | None = None
@@ -146,7 +148,7 @@ class Display:
         """Print the final table in place of the drawing.
 
         Shows what is there of: steps, samples, samples_done, samples_partly, samples_skipped,
-        seconds, steps_per_s, samples_per_s, train_loss, val_loss, val_accuracy (0 to 1),
+        seconds, steps_per_s, samples_per_s, train_loss, val_loss, val_accuracy (0 to 1), metrics,
         sent_bytes, received_bytes, digest, replicas_equal (None: not compared), and workers: a
         sequence of mappings with id, host, samples, late (rounds missed).
         """
@@ -362,6 +364,7 @@ def _figures(status: Status) -> list[str]:
         figures.append(f"epoch {status.epoch}{of}")
     if status.val_accuracy is not None:
         figures.append(f"accuracy {100 * status.val_accuracy:.1f} %")
+    figures += _told(status.metrics)
     if status.steps_per_s is not None:
         figures.append(f"{_rate(status.steps_per_s)} steps/s")
     return figures
@@ -382,6 +385,12 @@ def _fitting(words: Sequence[str], width: int) -> list[str]:
     return fitting
 
 
+def _told(metrics: Mapping[str, float | None]) -> list[str]:
+    return [
+        f"{printable(name)} {value:.4g}" for name, value in metrics.items() if value is not None
+    ]
+
+
 def _summary_table(summary: Mapping[str, Any]) -> Table:
     def known(*forms: tuple[str, str]) -> str:
         """The values of those keys that have one, each in its form."""
@@ -393,6 +402,7 @@ def _summary_table(summary: Mapping[str, Any]) -> Table:
     seconds, accuracy = summary.get("seconds"), summary.get("val_accuracy")
     validation = [
         "" if accuracy is None else f"{100 * accuracy:.2f} % right",
+        *_told(summary.get("metrics") or {}),
         known(("val_loss", "loss {:.4f}")),
     ]
     traffic = [

@@ -66,7 +66,7 @@ class StepLine(msgspec.Struct, frozen=True, gc=False):
     """Samples of each of `workers`, in their order."""
 
 
-class EvalLine(msgspec.Struct, frozen=True, gc=False):
+class EvalLine(msgspec.Struct, frozen=True, omit_defaults=True):
     """One evaluation of a run, as a line of metrics.jsonl."""
 
     step: int
@@ -74,6 +74,8 @@ class EvalLine(msgspec.Struct, frozen=True, gc=False):
     val_loss: float | None
     val_accuracy: float | None
     """Share of right answers, 0 to 1."""
+    metrics: dict[str, float | None] = {}
+    """By its name, another one that was chosen."""
 
 
 class Record(msgspec.Struct, frozen=True):

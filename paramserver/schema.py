@@ -23,7 +23,10 @@ from paramserver.settings import Settings, Wandb
 Program = Literal["server", "worker", "launch"]
 Where = Callable[[str], str]  # a setting's name -> where its value was written, or ""
 
-GROUPS = ("model", "dataset", "wandb")  # settings that hold settings
+NAMED = {"model": "type", "dataset": "name"}  # what is called by a name, and its arguments
+SHORT = ("optimizer", "scheduler", "loss", "metric")  # the same; the name may stand alone
+NAMED |= dict.fromkeys(SHORT, "name")
+GROUPS = (*NAMED, "wandb")  # settings that hold settings
 
 
 @dataclass(frozen=True)
@@ -61,11 +64,13 @@ _PARTS = (
         str,
         False,
         "MNIST",
-        "MNIST | FashionMNIST | digits (5,000 real MNIST digits that come with the installation)",
+        "MNIST | FashionMNIST | digits (5,000 real MNIST digits that come with the installation), "
+        "or your own as package.module:Name; the rest are its arguments",
         "",
         "run",
     ),
     Key("dataset.root", str, False, "data", "folder of data files on this machine", "", "local"),
+    *(Key(f"{name}.name", str, False, None, "its name", "", "run") for name in SHORT),
 )
 
 KEYS: dict[str, Key] = {key.name: key for key in (*_keys(Settings), *_PARTS)}
@@ -123,6 +128,8 @@ RULES: dict[str, tuple[Callable[[Any], object], str]] = {
     "batch_size": _at_least(1),
     "learning_rate": _POSITIVE,
     "num_epochs": _at_least(1),
+    "schedule_by": _one_of("step", "epoch"),
+    "clip_norm": _POSITIVE,
     "eval_steps": _at_least(0),
     "checkpoint_steps": _at_least(0),
     "keep_checkpoints": _at_least(1),
@@ -131,6 +138,7 @@ RULES: dict[str, tuple[Callable[[Any], object], str]] = {
     "model.type": _FILLED,
     "dataset.name": _FILLED,
     "dataset.root": _FILLED,
+    **{f"{name}.name": _FILLED for name in SHORT},
 }
 
 _KINDS = {
@@ -156,6 +164,11 @@ def shown(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
+def spelled_out(name: str, value: Any) -> Any:
+    """``optimizer: SGD`` as ``optimizer: {name: SGD}``; anything else as it is."""
+    return {NAMED[name]: value} if name in SHORT and isinstance(value, str) else value
+
+
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested settings as flat dotted names; only the groups are opened, an empty one is kept."""
     flat: dict[str, Any] = {}
@@ -173,9 +186,10 @@ def check_names(flat: Mapping[str, Any], where: Where) -> None:
     for a group that is no mapping."""
     for name, value in flat.items():
         group, *parts = name.split(".")
-        if name in GROUPS and not isinstance(value, Mapping):
-            raise _wrong(name, "must be a mapping", value, where)
-        if name in (*KEYS, "wandb") or (group in ("model", "dataset") and all(parts)):
+        may_be_null = name in KEYS and KEYS[name].optional and value is None
+        if name in GROUPS and not (isinstance(value, Mapping) or may_be_null):
+            raise _wrong(name, _must_be(KEYS.get(name)), value, where)
+        if name in (*KEYS, "wandb") or (group in NAMED and all(parts)):
             continue
         wanted = name.lower().replace("-", "_")
         near = difflib.get_close_matches(wanted, KEYS, n=1)
@@ -190,7 +204,7 @@ def check_names(flat: Mapping[str, Any], where: Where) -> None:
 def build(tree: Mapping[str, Any], where: Where = lambda name: "") -> Settings:
     """The finished `Settings` of a complete nested tree; a `UserError` for the first bad value."""
     names = [field.name for field in fields(Settings) if field.name != "wandb"]
-    values = {name: _checked(name, tree[name], where) for name in names}
+    values = {name: _checked(name, spelled_out(name, tree[name]), where) for name in names}
     logging = {
         field.name: _checked(f"wandb.{field.name}", tree["wandb"][field.name], where)
         for field in fields(Wandb)
@@ -218,8 +232,7 @@ def _checked(name: str, value: Any, where: Where) -> Any:
         value = int(value)  # 1e3 is a whole number too
     finite = not isinstance(value, float) or math.isfinite(value)
     if type(value) is not key.kind or not finite:
-        kind = f"must be {_KINDS[key.kind]}{' or null' if key.optional else ''}"
-        raise _wrong(name, kind, value, where)
+        raise _wrong(name, _must_be(key), value, where)
     if name in RULES and not RULES[name][0](value):
         raise _wrong(name, RULES[name][1], value, where)
     if isinstance(value, dict):
@@ -234,7 +247,8 @@ def _checked_mapping(name: str, mapping: dict[Any, Any], where: Where) -> dict[s
             plain = leaf is None or isinstance(leaf, (bool, int, float, str, list, dict))
             if not plain or (isinstance(leaf, float) and not math.isfinite(leaf)):
                 raise _wrong(inner, "must be a plain, finite value", leaf, where)
-    parts = {key.name.rpartition(".")[2]: key.name for key in _PARTS if key.name.startswith(name)}
+    own = [key.name for key in _PARTS if key.name.startswith(f"{name}.")]
+    parts = {key.rpartition(".")[2]: key for key in own}
     return mapping | {part: _checked(key, mapping.get(part), where) for part, key in parts.items()}
 
 
@@ -249,22 +263,34 @@ def _read_scalar(text: str) -> object:
     return text
 
 
+def _must_be(key: Key | None) -> str:
+    kind = "a mapping" if key is None else _KINDS[key.kind]
+    if key is not None and key.name in SHORT:
+        kind = "a name, or a mapping with a name"
+    return f"must be {kind}{' or null' if key is not None and key.optional else ''}"
+
+
 def _wrong(name: str, must: str, value: object, where: Where) -> UserError:
     key = KEYS.get(name)
     got = "nothing" if value is None else shown(repr(value) if isinstance(value, str) else value)
     hint = ""
     if key and key.kind is dict and isinstance(value, str):
-        hint = f"for its name alone: {key.name}.{'type' if name == 'model' else 'name'}={value}\n"
+        hint = f"for its name alone: {key.name}.{NAMED[name]}={value}\n"
     if key and key.kind is str and type(value) in (bool, int, float):
         hint = f"to make text of it in YAML, put it in quotes: {name}: '{shown(value)}'\n"
     if key:
-        hint += f"{name}: {_meaning(key)}; default {shown(key.default)}"
+        hint += f"{name}: {_meaning(key)}; default {shown(_default(key))}"
     return UserError(f"{name} {must}, got {got}{_at(where, name)}", hint)
 
 
 def _at(where: Where, name: str) -> str:
     place = where(name)
     return f" ({place})" if place else ""
+
+
+def _default(key: Key) -> object:
+    """As a person writes it."""
+    return key.default["name"] if key.name in SHORT and key.default else key.default
 
 
 def _meaning(key: Key) -> str:
@@ -320,7 +346,8 @@ _USAGE = {
 _FILES = """\
 Values come from, later over earlier: the defaults below, conf/cluster.yaml, conf/model.yaml, the
 command line. cluster= and model= choose other files, by path or by name under conf/. A mapping
-model: or dataset: is replaced, not merged, when its type or name changes (dataset.root stays).
+like model: or optimizer: is replaced, not merged, when its type or name changes (dataset.root
+stays).
 
 run     the server's value is everybody's; set on a worker to another value, it is an error
 server  read by the server and its observer only
@@ -333,7 +360,7 @@ def help_text(program: Program) -> str:
     for key in KEYS.values():
         if key.name in HEADINGS:
             lines += ["", f"{HEADINGS[key.name]}:"]
-        if key.kind is dict:
+        if key.kind is dict and key.name not in SHORT:
             for part, default in key.default.items():
                 name, meaning = f"{key.name}.{part}", f"argument of {key.default.get('type')}"
                 inner = KEYS.get(name, Key(name, object, False, default, meaning, "", key.scope))
@@ -344,6 +371,6 @@ def help_text(program: Program) -> str:
 
 
 def _row(key: Key) -> list[str]:
-    left = f"  {key.name:<18} {shown(key.default):<12} {key.scope:<7} "
+    left = f"  {key.name:<18} {shown(_default(key)):<12} {key.scope:<7} "
     space = " " * len(left)
     return textwrap.wrap(_meaning(key), 96, initial_indent=left, subsequent_indent=space)

@@ -128,8 +128,29 @@ class Settings:
     # The training
     seed: int = setting(42, "initial weights, split, shuffling")
     batch_size: int = setting(32, "samples per worker and step")
-    learning_rate: float = setting(0.001, "Adam's step size")
+    learning_rate: float = setting(0.001, "the optimizer's step size")
     num_epochs: int = setting(2, "passes over the training set")
+    optimizer: dict[str, Any] = setting(
+        {"name": "Adam"},
+        "of torch.optim by its name, or your own as package.module:Name; with arguments: "
+        "optimizer.weight_decay=0.01, or {name: AdamW, weight_decay: 0.01}",
+    )
+    scheduler: dict[str, Any] | None = setting(
+        None, "of torch.optim.lr_scheduler: {name: StepLR, step_size: 3}; null = none"
+    )
+    schedule_by: str = setting("step", "step | epoch: when the schedule is stepped")
+    clip_norm: float | None = setting(
+        None, "the averaged gradient's total norm is clipped to this; null = never"
+    )
+    loss: dict[str, Any] = setting(
+        {"name": "CrossEntropyLoss"},
+        "of torch.nn by its name, or your own as package.module:name, with arguments",
+    )
+    metric: dict[str, Any] | None = setting(
+        None,
+        "what the observer tells beside the loss: accuracy, a loss of torch.nn, or your own; "
+        "null = accuracy where targets are classes, else nothing",
+    )
     model: dict[str, Any] = setting(
         {
             "type": "SimpleNN",
@@ -142,8 +163,7 @@ class Settings:
     )
     dataset: dict[str, Any] = setting(
         {"name": "MNIST", "root": "data"},
-        "name: MNIST | FashionMNIST | digits (5,000 real MNIST digits that come with the "
-        "installation); root: folder with the files (default: data)",
+        "name and, for a data set of your own, its arguments",
     )
 
     # What is kept and shown

@@ -181,6 +181,40 @@ def test_interpolation(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (settings.port, settings.min_workers, settings.run_dir) == (7000, 3, "runs/42")
 
 
+SGD = {"name": "SGD", "momentum": 0.9}
+
+
+@pytest.mark.parametrize(
+    ("yaml", "argv", "expected"),
+    [
+        ("SGD", [], {"name": "SGD"}),
+        ("{name: SGD, momentum: 0.9}", [], SGD),
+        ("SGD", ["optimizer.momentum=0.9"], SGD),
+        ("{name: SGD, momentum: 0.9}", ["optimizer=SGD"], SGD),
+        ("{name: SGD, momentum: 0.9}", ["optimizer=Adam"], {"name": "Adam"}),
+        ("Adam", ["optimizer={name: SGD, momentum: 0.9}"], SGD),
+        ("Adam", ["optimizer=SGD", "optimizer.momentum=0.9"], SGD),
+    ],
+)
+def test_an_optimizer_is_a_name_or_more(
+    yaml: str, argv: list[str], expected: dict[str, Any]
+) -> None:
+    put("conf/model.yaml", f"optimizer: {yaml}\n")
+    assert load(argv, "server").settings.optimizer == expected
+
+
+@pytest.mark.parametrize("name", ["scheduler", "metric"])
+def test_what_may_be_left_out(name: str) -> None:
+    put("conf/model.yaml", f"{name}: {{name: x, y: 1}}\n")
+    assert getattr(load([], "server").settings, name) == {"name": "x", "y": 1}
+    assert getattr(load([f"{name}=null"], "server").settings, name) is None
+    assert getattr(load([f"{name}="], "server").settings, name) is None
+    assert f"{name} must be a name, or a mapping with a name or null" in refused([f"{name}=3"])
+    put("conf/model.yaml", "")
+    assert f"{name}.name must be text, got nothing" in refused([f"{name}.y=3"])
+    assert "loss must be a name, or a mapping with a name, got nothing" in refused(["loss=null"])
+
+
 # What values become
 
 
@@ -531,6 +565,7 @@ def test_help(program: schema.Program, flag: str, capsys: pytest.CaptureFixture[
     assert max(map(len, text.splitlines())) <= 100
     squeezed = " ".join(text.split())
     for name, default in schema.flatten(asdict(Settings())).items():
+        name = name.removesuffix(".name") if name.partition(".")[0] in schema.SHORT else name
         assert f" {name} {schema.shown(default)} {schema.scope(name)} " in squeezed
     for key in schema.KEYS.values():
         if key.kind is not dict:

@@ -28,7 +28,7 @@ FLOORS = {
     2: "paramserver.fleet.keeper paramserver.fleet.machine paramserver.fleet.remote "
     "paramserver.fleet.speed paramserver.address paramserver.arena paramserver.folders "
     "paramserver.gate paramserver.memory "
-    "paramserver.sockets workers.data workers.models",
+    "paramserver.sockets workers.data workers.models workers.named workers.own_data",
     1: "paramserver.bucket paramserver.codec paramserver.feedback paramserver.mean workers.state",
     0: "paramserver.fleet paramserver.fleet.hosts paramserver.fleet.interfaces "
     "paramserver.fleet.findings paramserver.fleet.plan paramserver.fleet.topology "

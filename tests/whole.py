@@ -167,21 +167,33 @@ class Run:
                 print(f"--- {program.name}:\n{program.output}")
 
     def start(
-        self, name: str, *command: str, host: str | None = None, **environment: str
+        self,
+        name: str,
+        *command: str,
+        host: str | None = None,
+        folder: Path | None = None,
+        **environment: str,
     ) -> Program:
         """A Python program: `command` is what follows `python`; in the network namespace `host`,
-        if one is named."""
+        if one is named, and in that folder instead of the run's."""
         there = ["ip", "netns", "exec", host] if host else []
-        program = Program(name, [*there, sys.executable, *command], self.folder, **environment)
+        command = (*there, sys.executable, *command)
+        program = Program(name, list(command), folder or self.folder, **environment)
         self._programs.append(program)
         return program
 
-    def server(self, *settings: str, host: str | None = None, **environment: str) -> Program:
+    def server(
+        self,
+        *settings: str,
+        host: str | None = None,
+        folder: Path | None = None,
+        **environment: str,
+    ) -> Program:
         """`python -m paramserver`, on small real data, logging to nobody."""
         small = ["dataset.name=digits", "model.hidden=16", "wandb.mode=disabled"]
         ours = [f"port={self.port}", "run_dir=runs", "plain=true", "track_gradients=false"]
         words = ["-m", "paramserver", *small, *ours, *settings]
-        return self.start("the server", *words, host=host, **environment)
+        return self.start("the server", *words, host=host, folder=folder, **environment)
 
     def worker(
         self, number: int, *settings: str, host: str | None = None, **environment: str

@@ -33,7 +33,7 @@ from paramserver.settings import Settings
 from paramserver.wire import Lease
 from workers.alone import Alone
 from workers.client import Client, Say
-from workers.data import order
+from workers.data import loader, order
 from workers.gradients import Gradients
 from workers.placed import listens, placed
 from workers.replica import Replica
@@ -191,7 +191,7 @@ class Cluster:
         size = batch_size or int(self.settings["batch_size"])
         if len(dataset) < 1 or size < 1:
             raise UserError("a data set without samples", "give batches() a longer one")
-        load = _loader(dataset, device)
+        load = loader(dataset, device)
         shuffled = _Shuffled(len(dataset), int(self.settings["seed"]))
         ahead: dict[Lease, Future[Any]] = {}
         loaders = ThreadPoolExecutor(1, "loader")
@@ -451,25 +451,6 @@ def _do_now(function: Callable[..., Any], *arguments: Any) -> Future[Any]:
     future: Future[Any] = Future()
     future.set_result(function(*arguments))
     return future
-
-
-def _loader(dataset: Any, device: torch.device | str | None) -> Callable[[Tensor], Any]:
-    """How batches come out of a data set: its own `batch`, or sample by sample."""
-    batch = getattr(dataset, "batch", None)
-    if callable(batch):
-        return lambda indices: batch(indices, device or "cpu")
-    from torch.utils.data import default_collate
-
-    def move(value: Any) -> Any:
-        if isinstance(value, Tensor) and device is not None:
-            return value.to(device)
-        if isinstance(value, list | tuple):
-            return [move(v) for v in value]
-        if isinstance(value, dict):
-            return {k: move(v) for k, v in value.items()}
-        return value
-
-    return lambda indices: move(default_collate([dataset[int(i)] for i in indices]))
 
 
 __all__ = ["Cluster", "ClusterOptimizer", "RunLost", "join"]

@@ -20,7 +20,6 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -29,9 +28,10 @@ import filelock
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
 from paramserver.errors import UserError
+from workers.named import did_you_mean
 
 log = logging.getLogger(__name__)
 
@@ -108,13 +108,32 @@ def load(dataset: dict[str, Any], seed: int) -> Data:
     )
 
 
+def loader(dataset: Any, device: torch.device | str | None) -> Callable[[Tensor], Any]:
+    """How the samples at some indices come out of a data set: by its own `batch`, or one by one,
+    collated as torch's DataLoader does, and moved to the device."""
+    batch = getattr(dataset, "batch", None)
+    if callable(batch):
+        return lambda indices: batch(indices, device or "cpu")
+
+    def move(value: Any) -> Any:
+        if isinstance(value, Tensor) and device is not None:
+            return value.to(device)
+        if isinstance(value, list | tuple):
+            return [move(v) for v in value]
+        if isinstance(value, dict):
+            return {k: move(v) for k, v in value.items()}
+        return value
+
+    return lambda indices: move(default_collate([dataset[int(i)] for i in indices]))
+
+
 @lru_cache(maxsize=4)
 def order(n: int, seed: int, epoch: int) -> Tensor:
     """The order of `n` samples in an epoch: a permutation, int64 [n]. Kept: do not write to it."""
-    return _permutation(n, f"order of epoch {epoch}, seed {seed}")
+    return permutation(n, f"order of epoch {epoch}, seed {seed}")
 
 
-def _permutation(n: int, purpose: str) -> Tensor:
+def permutation(n: int, purpose: str) -> Tensor:
     """Sort 0..n-1 by pseudo-random numbers that depend on nothing but `purpose`.
 
     The numbers are the output of SHAKE-128, a standard, and the sort is stable. `torch.randperm`
@@ -143,7 +162,7 @@ def _checked(dataset: dict[str, Any]) -> tuple[str, Path]:
     """Name and root folder out of the setting `dataset`."""
     for key in dataset:
         if key not in _KEYS:
-            raise UserError(f"unknown setting dataset.{key}", _did_you_mean(str(key), _KEYS))
+            raise UserError(f"unknown setting dataset.{key}", _nearest(str(key), _KEYS))
     name, root = dataset.get("name"), dataset.get("root", "data")
     if not isinstance(name, str):
         raise UserError(
@@ -151,18 +170,16 @@ def _checked(dataset: dict[str, Any]) -> tuple[str, Path]:
         )
     if name not in _SOURCES:
         raise UserError(
-            f"there is no data set {name!r} (dataset.name)", _did_you_mean(name, tuple(_SOURCES))
+            f"there is no data set {name!r} (dataset.name)",
+            f"{_nearest(name, tuple(_SOURCES))}, or package.module:Name for your own",
         )
     if not isinstance(root, str | os.PathLike):
         raise UserError(f"dataset.root must be a folder, not {root!r}")
     return name, Path(root).expanduser()
 
 
-def _did_you_mean(word: str, known: tuple[str, ...]) -> str:
-    spelled = {name.lower(): name for name in known}
-    nearest = get_close_matches(word.lower(), spelled, n=1, cutoff=0.5)
-    question = f"did you mean {spelled[nearest[0]]}? " if nearest else ""
-    return f"{question}known: {', '.join(known)}"
+def _nearest(word: str, known: tuple[str, ...]) -> str:
+    return did_you_mean(word, known, f"known: {', '.join(known)}")
 
 
 # ------------------------------------------------------------------------------------- digits
@@ -195,7 +212,7 @@ def _digits(name: str, root: Path, seed: int) -> Arrays:
 
     images = torch.from_numpy(np.ascontiguousarray(table[:, :-1])).view(-1, 28, 28)
     labels = torch.from_numpy(table[:, -1].astype(np.int64))
-    shuffled = _permutation(len(labels), f"split, seed {seed}")
+    shuffled = permutation(len(labels), f"split, seed {seed}")
     held_out = torch.zeros(len(labels), dtype=torch.bool)
     for digit in range(CLASSES):
         of_class = shuffled[labels[shuffled] == digit]

@@ -7,7 +7,7 @@ nothing but one line that says so. What is kept waiting is bounded.
 Keys:
 
     losses/train                        sample-weighted mean over the round's workers
-    losses/val, accuracy/val            where the step was evaluated
+    losses/val, accuracy/val            where the step was evaluated; another metric: <name>/val
     gradients/layer_<name>              norm of a parameter's averaged gradient
     lr, batch_size                      batch_size: samples that took part in the step
     cluster/step_s                      duration of the round

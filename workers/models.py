@@ -7,18 +7,14 @@ key under `model` is an argument of its constructor. A model of your own is a su
 
 from __future__ import annotations
 
-import importlib
-import inspect
-import os
-import sys
-from collections.abc import Callable, Iterable
-from difflib import get_close_matches
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from paramserver.errors import UserError
+from workers import named
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,
@@ -133,143 +129,14 @@ def build(model: dict[str, Any], seed: int) -> nn.Module:
     """
     arguments = dict(model)
     name = arguments.pop("type", None)
-    if not isinstance(name, str):
-        raise UserError(f"model.type must be a name, not {name!r}", _known_types())
-    make = _imported(name) if ":" in name else _in_table(name)
-    _check_arguments(name, make, arguments)
+    factory = named.find("model.type", name, MODELS, nn.Module, "torch.nn.Module")
     # Only the CPU's generator is used, saved and put back; torch.manual_seed would seed them all.
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(seed)
-        try:
-            built = make(**arguments)
-        except UserError:
-            raise
-        except Exception as fault:  # whatever a constructor does, it is the settings that led to it
-            raise UserError(
-                f"{name} cannot be built from these arguments: {type(fault).__name__}: {fault}",
-                _takes(name, make),
-            ) from fault
+        built = named.make("model", str(name), factory, arguments)
     if not isinstance(built, nn.Module):
         raise UserError(f"{name} returned {type(built).__name__}, not a torch.nn.Module")
     return built
-
-
-# -------------------------------------------------------------------------- from name to callable
-
-
-def _in_table(name: str) -> Callable[..., nn.Module]:
-    if name not in MODELS:
-        raise UserError(
-            f"there is no model {name!r} (model.type)",
-            _did_you_mean(name, MODELS) + _known_types(),
-        )
-    return MODELS[name]
-
-
-def _imported(name: str) -> Callable[..., nn.Module]:
-    """What `module:attribute` names, provided that it makes a module.
-
-    A worker gets this name from its server, so not any callable will do: `os:system` must not.
-    """
-    module_name, _, attribute = name.partition(":")
-    if "" not in sys.path and os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # an installed command does not look there, `python -m` does
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as fault:  # whatever a user's module may do
-        is_absent = isinstance(fault, ModuleNotFoundError) and f"{module_name}.".startswith(
-            f"{fault.name}."
-        )
-        problem = (
-            f"there is no module {module_name!r}"
-            if is_absent
-            else f"importing {module_name!r} failed: {type(fault).__name__}: {fault}"
-        )
-        raise UserError(
-            f"model.type={name}: {problem}",
-            "its file must be in this folder, or installed, on every machine of the run",
-        ) from fault
-    make = getattr(module, attribute, None)
-    if make is None:
-        raise UserError(
-            f"model.type={name}: module {module_name} has no {attribute!r}",
-            _did_you_mean(attribute, vars(module)),
-        )
-    made = make
-    if inspect.isfunction(make) and (signature := _signature(make)):
-        made = signature.return_annotation
-    if not (isinstance(made, type) and issubclass(made, nn.Module)):
-        raise UserError(
-            f"model.type={name} is neither a subclass of torch.nn.Module nor a function "
-            "annotated to return one"
-        )
-    checked: Callable[..., nn.Module] = make
-    return checked
-
-
-def _known_types() -> str:
-    return f"known: {', '.join(MODELS)}, or package.module:Name for a model of your own"
-
-
-def _did_you_mean(word: str, known: Iterable[str]) -> str:
-    spelled = {name.lower(): name for name in known}
-    nearest = get_close_matches(word.lower(), spelled, n=1)
-    return f"did you mean {spelled[nearest[0]]}? " if nearest else ""
-
-
-# ------------------------------------------------------------------------------------- arguments
-
-
-def _check_arguments(name: str, make: Callable[..., Any], arguments: dict[str, Any]) -> None:
-    """Compare `arguments` with the signature: unknown, wrong type, missing."""
-    signature = _signature(make)
-    if signature is None:
-        return
-    parameters = signature.parameters.values()
-    named = {p.name: p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
-    takes = _takes(name, make)
-    for key, value in arguments.items():
-        if key in named:
-            kind = named[key].annotation
-            if not _fits(value, kind):
-                raise UserError(f"model.{key} must be {kind.__name__}, not {value!r}", takes)
-        elif not takes_any:
-            raise UserError(
-                f"model.{key} is no argument of {name}", _did_you_mean(str(key), named) + takes
-            )
-    for key, parameter in named.items():
-        if parameter.default is parameter.empty and key not in arguments:
-            raise UserError(f"model.{key} is missing", takes)
-
-
-def _fits(value: object, kind: object) -> bool:
-    """Whether `value` may stand where `kind` is annotated; only plain types are checked."""
-    if kind is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if kind is str or kind is bool:
-        return isinstance(value, kind)
-    return True
-
-
-def _signature(make: Callable[..., Any]) -> inspect.Signature | None:
-    """With annotations as objects if their names can be resolved; None where Python cannot tell."""
-    for resolve in (True, False):
-        try:
-            return inspect.signature(make, eval_str=resolve)
-        except Exception:  # annotations are the user's code, and some callables have no signature
-            continue
-    return None
-
-
-def _takes(name: str, make: Callable[..., Any]) -> str:
-    """A hint: the arguments with their types and defaults."""
-    signature = _signature(make)
-    if signature is None:
-        return ""
-    return f"{name} takes {', '.join(map(str, signature.parameters.values())) or 'no arguments'}"
 
 
 def _check_sizes(at_least: int = 1, **sizes: int) -> None:
@@ -282,6 +149,6 @@ def _activation(name: str) -> nn.Module:
     if name not in ACTIVATIONS:
         raise UserError(
             f"there is no activation {name!r} (model.activation)",
-            f"{_did_you_mean(name, ACTIVATIONS)}known: {', '.join(ACTIVATIONS)}",
+            named.did_you_mean(name, ACTIVATIONS, f"known: {', '.join(ACTIVATIONS)}"),
         )
     return ACTIVATIONS[name]()

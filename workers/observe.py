@@ -11,7 +11,7 @@ import copy
 import os
 import sys
 import threading
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import msgspec
@@ -22,13 +22,20 @@ from paramserver.bucket import FLOAT32_BYTES
 from paramserver.config import exit_on_user_error
 from paramserver.errors import UserError
 from paramserver.runfolder import RunFolder
+from paramserver.schema import shown
 from paramserver.settings import Settings
-from workers import checkpoint, data, models, recipe
+from workers import checkpoint, models, recipe
 from workers.client import Client
 from workers.logbook import open_logbooks, step_values
 from workers.replica import Replica
 
 NICE = 2
+RECIPE = {
+    "learning_rate",
+    "optimizer",
+    "scheduler",
+    "schedule_by",
+}  # what a checkpoint's state is of
 LOGBOOK_S = 5.0  # that the first round waits for W&B to be ready
 REST_MAX_S = 0.05
 REST_GROWS, REST_BEGINS_S = 1.1, 1e-4  # with each update, up to what rounds take
@@ -57,15 +64,20 @@ class Observer:
         self.device = recipe.choose_device(settings.device)
         recipe.set_threads(1, 1)
         recipe.tell_downloads(_say)
-        self.val = data.load(settings.dataset, settings.seed).val
+        self.val = recipe.load_data(settings).val
         model = models.build(settings.model, settings.seed).to(self.device)
+        self.copy = copy.deepcopy(model)  # what is evaluated while updates go on
+        self.criterion = recipe.build_criterion(settings, self.copy, self.val, self.device)
+        optimizer = recipe.build_optimizer(model, settings)
         self.replica = Replica(
             model,
-            recipe.build_optimizer(model, settings),
+            optimizer,
             bucket_mb=settings.bucket_mb,
             codec=settings.codec_down or settings.codec,
+            scheduler=recipe.build_scheduler(optimizer, settings),
+            clip_norm=settings.clip_norm,
+            schedule_by=settings.schedule_by,
         )
-        self.copy = copy.deepcopy(model)  # what is evaluated while updates go on
         if orders.resume is not None:
             self._resume(Path(orders.resume))
         self.logbook = open_logbooks(settings, self.folder.path, run=orders.run)
@@ -74,7 +86,7 @@ class Observer:
         self.client.on_missed = self._on_missed
         self.server_gone = self.client.abandoned  # set where the pipe from the server ends
         self._logs: list[tuple[int, dict[str, float]]] = []  # held back during an evaluation
-        self._evaluated: tuple[int, float, float] | None = None  # step, loss, accuracy
+        self._evaluated: tuple[int, dict[str, float | None]] | None = None  # step, what came out
         self._saved_step: int | None = None
         self._due: set[str] = set()
         self._evaluating = False
@@ -82,6 +94,22 @@ class Observer:
 
     def _resume(self, path: Path) -> None:
         saved = checkpoint.load(path)
+        settings, optimizer = self.settings, self.replica.optimizer
+        before = replace(Settings(), **{k: saved.settings[k] for k in RECIPE & {*saved.settings}})
+        for key, theirs, ours in (
+            ("optimizer", before.optimizer["name"], settings.optimizer["name"]),
+            ("scheduler", before.scheduler, settings.scheduler),
+            ("schedule_by", before.schedule_by, settings.schedule_by),
+        ):
+            if theirs != ours and not (key == "schedule_by" and settings.scheduler is None):
+                raise UserError(
+                    f"{path} was trained with {key}={shown(theirs)}, this run has {shown(ours)}",
+                    "its state would not fit: resume with the same",
+                )
+        chosen = [
+            {k: v for k, v in g.items() if k in settings.optimizer or k in before.optimizer}
+            for g in optimizer.param_groups
+        ]
         try:
             self.replica.load(saved.state, saved.step, saved.lineage)
         except ValueError as e:
@@ -89,10 +117,12 @@ class Observer:
                 f"the checkpoint {path} does not fit this run's model: {e}",
                 "resume with the model it was trained with",
             ) from None
-        # The optimizer's state brings its old learning rate; a newly chosen one wins.
-        if saved.settings.get("learning_rate") != self.settings.learning_rate:
-            for group in self.replica.optimizer.param_groups:
-                group["lr"] = self.settings.learning_rate
+        # The optimizer's state brings its old settings; newly chosen ones win.
+        if before.optimizer != settings.optimizer:
+            for group, own in zip(optimizer.param_groups, chosen, strict=True):
+                group.update(own)
+        if before.learning_rate != settings.learning_rate:
+            self.replica.change_learning_rate(before.learning_rate, settings.learning_rate)
         _say(f"resumed {path} at step {saved.step}")
 
     def run(self) -> None:
@@ -174,13 +204,19 @@ class Observer:
         step = self.replica.step
         self.copy.load_state_dict(self.replica.state()["model"])
         self._evaluating = True
-        loss, accuracy = recipe.evaluate(self.copy, self.val, self.device, lambda: self._keep_up())
+        loss, metric = recipe.evaluate(
+            self.copy, self.val, self.device, self.criterion, lambda: self._keep_up()
+        )
         self._evaluating = False
-        self._evaluated = (step, loss, accuracy)
-        self.client.report(step, {"val_loss": loss, "val_accuracy": accuracy})
+        name, results = self.criterion.name, {"losses/val": loss}
+        report: dict[str, float | None] = {"val_loss": loss}
+        if metric is not None:
+            results[f"{name}/val"] = report[f"val_{name}"] = metric
+        self._evaluated = (step, report)
+        self.client.report(step, report)
         for logged, values in self._logs:
             if logged == step:
-                values.update({"losses/val": loss, "accuracy/val": accuracy})
+                values.update(results)
         self._write_logs()
 
     def _keep_up(self) -> None:
@@ -228,8 +264,7 @@ class Observer:
         if self._evaluated is None or self._evaluated[0] != step:
             self._evaluate()
         assert self._evaluated is not None
-        _, loss, accuracy = self._evaluated
-        self.client.report(step, {"val_loss": loss, "val_accuracy": accuracy}, final=True)
+        self.client.report(*self._evaluated, final=True)
         self.client.goodbye("finished")
 
 

@@ -1,23 +1,34 @@
-"""What the built-in training is made of: device, threads, data, model, optimizer, evaluation.
+"""What the built-in training is made of: device, threads, data, optimizer, loss, evaluation.
 
 Worker and observer build the same things from the same settings.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
 import logging
 import os
+import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, TypeVar
 
 import torch
-from torch import nn
-from torch.optim import Adam, Optimizer
+from torch import Tensor, nn
+from torch.optim import Optimizer, lr_scheduler
+from torch.optim.lr_scheduler import LRScheduler
 
 from paramserver.errors import UserError
 from paramserver.settings import Settings
-from workers.data import Samples
+from workers import data, named
+from workers.own_data import OwnData
+
+T = TypeVar("T")
 
 EVALUATION_BATCH = 500
+NOT_FUSED = {"fused", "foreach", "differentiable", "capturable"}
 
 
 def choose_device(wanted: str) -> torch.device:
@@ -55,27 +66,211 @@ def tell_downloads(say: Callable[[str], None]) -> None:
     logger.propagate = False
 
 
+def load_data(settings: Settings) -> data.Data | OwnData:
+    """What the run trains on (`train`) and is judged by (`val`). Raises `UserError`."""
+    if ":" in str(settings.dataset.get("name")):
+        return OwnData(settings.dataset, settings.seed)
+    return data.load(settings.dataset, settings.seed)
+
+
 def build_optimizer(model: nn.Module, settings: Settings) -> Optimizer:
-    """Adam, in one kernel for all parameters where torch has that for their device."""
+    """The setting `optimizer`; in one kernel for all parameters where torch has that for their
+    device. Raises `UserError`."""
+    arguments = dict(settings.optimizer)
+    name = arguments.pop("name")
+    factory = named.find("optimizer", name, OPTIMIZERS, Optimizer, "torch.optim.Optimizer")
+    if "lr" in arguments:
+        raise UserError("optimizer.lr is a setting of its own", f"learning_rate={arguments['lr']}")
+    if named.takes(factory, "lr"):
+        arguments["lr"] = settings.learning_rate
     parameters = [p for p in model.parameters() if p.requires_grad]
-    fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in parameters)
-    return Adam(parameters, lr=settings.learning_rate, fused=fused)
+    if named.takes(factory, "fused") and not {*arguments} & NOT_FUSED:
+        arguments["fused"] = all(
+            p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in parameters
+        )
+    optimizer: Optimizer = named.make("optimizer", name, factory, arguments, parameters)
+    return optimizer
+
+
+def build_scheduler(optimizer: Optimizer, settings: Settings) -> LRScheduler | None:
+    """The setting `scheduler`. Raises `UserError`."""
+    if settings.scheduler is None:
+        return None
+    return _scheduler(optimizer, settings.scheduler)
+
+
+def _scheduler(optimizer: Optimizer, setting: dict[str, Any]) -> LRScheduler:
+    arguments = dict(setting)
+    name = arguments.pop("name", None)
+    factory = named.find("scheduler", name, SCHEDULERS, LRScheduler, "torch's LRScheduler")
+    inner = arguments.get("schedulers")
+    if isinstance(inner, list) and all(isinstance(i, dict) for i in inner):  # one after another
+        arguments["schedulers"] = [_scheduler(optimizer, i) for i in inner]
+    of_many = not named.takes(factory, "optimizer") or name == "ChainedScheduler"
+    first = () if of_many else (optimizer,)
+    scheduler: LRScheduler = named.make("scheduler", name, factory, arguments, *first)
+    return scheduler
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """What a model is trained by, and told by: functions of (outputs, targets), means over a batch.
+
+    `metric` is None where only the loss is told; `name` is what the metric is called.
+    """
+
+    loss: Callable[[Tensor, Tensor], Tensor]
+    metric: Callable[[Tensor, Tensor], Tensor] | None = None
+    name: str = "accuracy"
+
+
+def build_criterion(
+    settings: Settings, model: nn.Module, samples: Any, device: torch.device
+) -> Criterion:
+    """The settings `loss` and `metric`, tried on two samples before anybody waits for them.
+
+    Without `metric` it is the accuracy where targets are classes. Raises `UserError` where model,
+    data set, loss and metric do not fit together.
+    """
+    loss = _function("loss", settings.loss, LOSSES, device)
+    outputs, targets = _try("model", lambda: _two(model, samples, device))
+    shapes = f"outputs are {_shape(outputs)}, targets {_shape(targets)}"
+    value = _try("loss", lambda: loss(outputs, targets), shapes)
+    if not isinstance(value, Tensor) or value.dim():
+        raise UserError(f"loss={settings.loss['name']} gives no single number", shapes)
+    if settings.metric is None:
+        return Criterion(loss, accuracy if _are_classes(outputs, targets) else None)
+    metric = _function("metric", settings.metric, METRICS, device)
+    _try("metric", lambda: float(metric(outputs, targets)), shapes)
+    module, _, name = settings.metric["name"].rpartition(":")
+    is_ours = not module or name not in ("accuracy", "loss")  # whose is shown as a share, or taken
+    return Criterion(loss, metric, name if is_ours else f"{module}.{name}")
+
+
+def accuracy(outputs: Tensor, targets: Tensor) -> Tensor:
+    """The share of right answers: outputs [b, classes, ...], targets [b, ...] of whole numbers."""
+    if not _are_classes(outputs, targets):
+        raise ValueError("accuracy is of classes: targets [b] of whole numbers, outputs [b, n]")
+    return (outputs.argmax(1) == targets).float().mean()
 
 
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
-    samples: Samples,
+    samples: Any,
     device: torch.device,
+    criterion: Criterion,
     between: Callable[[], None] = lambda: None,
-) -> tuple[float, float]:
-    """(mean loss, share of right answers) over a set; `between()` runs after every batch."""
+) -> tuple[float, float | None]:
+    """Mean loss and mean metric over a set; `between()` runs after every batch."""
     model.eval()
-    loss, right = 0.0, 0
+    load = data.loader(samples, device)
+    loss, metric = 0.0, 0.0
     for indices in torch.split(torch.arange(len(samples)), EVALUATION_BATCH):
-        images, labels = samples.batch(indices, device)
-        outputs = model(images)
-        loss += float(nn.functional.cross_entropy(outputs, labels, reduction="sum"))
-        right += int((outputs.argmax(1) == labels).sum())
+        outputs, targets = forward(model, load(indices))
+        loss += float(criterion.loss(outputs, targets)) * len(indices)
+        if criterion.metric is not None:
+            metric += float(criterion.metric(outputs, targets)) * len(indices)
         between()
-    return loss / len(samples), right / len(samples)
+    return loss / len(samples), metric / len(samples) if criterion.metric is not None else None
+
+
+def forward(model: nn.Module, batch: Any) -> tuple[Any, Any]:
+    """The outputs for a batch (input, ..., target), and its targets."""
+    if not isinstance(batch, list | tuple) or len(batch) < 2:
+        raise UserError(
+            f"a sample is (input, target), not one {type(batch).__name__}",
+            "other data take a loop of your own: docs/your-own-model.md",
+        )
+    *inputs, targets = batch
+    return model(*inputs), targets
+
+
+@torch.no_grad()
+def _two(model: nn.Module, samples: Any, device: torch.device) -> tuple[Any, Any]:
+    """Outputs and targets of two samples; the model is left as it was."""
+    was_training = model.training
+    model.eval()
+    load = data.loader(samples, device)
+    try:
+        return forward(model, load(torch.arange(min(2, len(samples)))))
+    finally:
+        model.train(was_training)
+
+
+def _try(what: str, function: Callable[[], T], shapes: str = "") -> T:
+    try:
+        with warnings.catch_warnings():
+            # It goes on with every target for every output, and nothing is learnt.
+            warnings.filterwarnings("error", "Using a target size")
+            return function()
+    except UserError:
+        raise
+    except Exception as fault:
+        raise UserError(
+            f"this {what} does not take these samples: {named.told(fault)}", shapes
+        ) from fault
+
+
+def _function(
+    group: str, setting: dict[str, Any], known: dict[str, Any], device: torch.device
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """A loss or a metric: a module that is built, or a function, with its arguments."""
+    arguments = dict(setting)
+    name = arguments.pop("name")
+    if arguments.get("reduction", "mean") != "mean":
+        raise UserError(
+            f"{group}.reduction={arguments['reduction']}: it must be a mean",
+            "gradients of workers are averaged by their samples",
+        )
+    found = named.find(group, name, known, nn.Module | Tensor, "torch.nn.Module or torch.Tensor")
+    if isinstance(found, type) or named.returns(found, nn.Module):
+        module: nn.Module = named.make(group, name, found, arguments)
+        if group == "loss" and any(True for _ in module.parameters()):
+            raise UserError(
+                f"loss={name} has parameters of its own, which nobody would train",
+                "make them a part of the model",
+            )
+        return module.to(device)
+    named.check(group, name, found, arguments, first=2)
+    return functools.partial(found, **arguments) if arguments else found
+
+
+def _are_classes(outputs: Any, targets: Any) -> bool:
+    """Whether a target is the number of the right one of the outputs."""
+    return (
+        isinstance(outputs, Tensor)
+        and isinstance(targets, Tensor)
+        and not (targets.is_floating_point() or targets.is_complex())
+        and outputs.dim() >= 2
+        and targets.shape == (outputs.shape[0], *outputs.shape[2:])
+    )
+
+
+def _shape(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return f"a {type(value).__name__}"
+    return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+
+
+def _of(module: ModuleType, wanted: type) -> dict[str, Any]:
+    """The public subclasses of `wanted` in a module of torch's."""
+    return {
+        name: found
+        for name, found in vars(module).items()
+        if isinstance(found, type)
+        and issubclass(found, wanted)
+        and found is not wanted
+        and not name.startswith("_")
+    }
+
+
+def _takes_two(loss: type[nn.Module]) -> bool:
+    """Losses of triplets and pairs take other things than outputs and targets."""
+    return len(inspect.signature(loss.forward).parameters) == 3
+
+
+OPTIMIZERS = _of(torch.optim, Optimizer)
+SCHEDULERS = _of(lr_scheduler, LRScheduler)
+LOSSES = {n: kind for n, kind in _of(nn, nn.modules.loss._Loss).items() if _takes_two(kind)}
+METRICS = {"accuracy": accuracy, **LOSSES}

@@ -213,6 +213,16 @@ class Replica:
         self.step, self.lineage = step, lineage
         self.forget_averages()
 
+    def change_learning_rate(self, before: float, now: float) -> None:
+        """Go on with another one than the state that was loaded; a schedule goes on from it."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = now if self.scheduler is None else group["lr"] * now / before
+            if "initial_lr" in group:
+                group["initial_lr"] *= now / before
+        for scheduler in (self.scheduler, *getattr(self.scheduler, "_schedulers", ())):
+            if rates := getattr(scheduler, "base_lrs", None):
+                scheduler.base_lrs = [rate * now / before for rate in rates]
+
     def kind(self) -> str:
         """What rounds as this replica does, in words: equal kinds must have equal digests."""
         device = next((p.device for _, p in self.params), torch.device("cpu"))

@@ -8,13 +8,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from torch import nn
-
 from paramserver import address, sockets, trace
 from paramserver.config import check_worker_overrides, from_wire
 from paramserver.errors import UserError
 from paramserver.settings import Settings
-from workers import data, models, recipe
+from workers import models, recipe
 from workers.cluster import Cluster, join
 
 PROGRESS_S = 5.0
@@ -49,22 +47,29 @@ def train(settings: Settings, given: dict[str, object], say: Callable[[str], Non
         say(f"worker {cluster.worker_id} of a run at {cluster.host}:{cluster.port}, on {device}")
 
         recipe.tell_downloads(say)
-        samples = data.load(run.dataset, run.seed).train
+        samples = recipe.load_data(run).train
         model = models.build(run.model, run.seed).to(device)
         optimizer = recipe.build_optimizer(model, run)
-        criterion = nn.CrossEntropyLoss()
+        criterion = recipe.build_criterion(run, model, samples, device)
         model.train()
-        model, stepper = cluster.attach(model, optimizer)
+        model, stepper = cluster.attach(
+            model,
+            optimizer,
+            scheduler=recipe.build_scheduler(optimizer, run),
+            clip_norm=run.clip_norm,
+            schedule_by=run.schedule_by,
+        )
         say(f"stands at step {cluster.step}")
 
         progress = Progress(say)
-        for images, labels in cluster.batches(samples, device=device):
+        for batch in cluster.batches(samples, device=device):
             stepper.zero_grad()
-            loss = criterion(model(images), labels)
+            outputs, targets = recipe.forward(model, batch)
+            loss = criterion.loss(outputs, targets)
             cluster.tell(loss=loss)
             loss.backward()
             stepper.step()
-            progress.did(len(labels), cluster)
+            progress.did(len(targets), cluster)
         end = cluster.end
         assert end is not None
         say(f"the run is over at step {end.step}: {end.reason}")
