@@ -157,8 +157,8 @@ class Chaos:
         whom: Sequence[int] = WORKERS,
         hosts: Hosts | None = None,
     ) -> None:
-        """`faults`, with their weights, happen to those in `whom`. With `hosts` the server and worker
-        1 share the first of HOSTS, and the others have one each."""
+        """`faults`, with their weights, happen to those in `whom`. With `hosts` the server and
+        worker 1 share the first of HOSTS, and the others have one each."""
         self.run, self.random, self.hosts = run, random.Random(seed), hosts
         self.tally = Tally()
         self.folders: set[Path] = set()
