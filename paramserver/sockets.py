@@ -32,7 +32,7 @@ SMALL_MESSAGES = 64  # room for what is not a bucket
 HISTORY_MIN_MB = 64.0
 FRAME_OVERHEAD = 4096
 CONNECTIONS = 10_000  # macOS allows 10,240 by default
-ZAP_DOMAIN = "paramserver"
+ZAP_DOMAIN, ZAP_PLAIN = "paramserver", "paramserver-plain"
 _EVENTS, _POLLIN = zmq.EVENTS, int(zmq.POLLIN)
 
 
@@ -114,9 +114,13 @@ def bind(
     """Listen at these endpoints; at the guarded ones, with `keys`, only to those who have theirs.
 
     An endpoint keeps the options that the socket had when it was bound, so plain ones come first.
+    These have a domain for the authenticator too, though everybody may come in: ZeroMQ then refuses
+    the protocol's old versions, in which any noise is a peer. One that calls itself like another is
+    never read, and its connection never ends.
     Where no `gate` answers for a guarded one, nobody gets in. Raises `UserError` where an address
     cannot be had, and closes the socket.
     """
+    s.setsockopt(zmq.ZAP_DOMAIN, ZAP_PLAIN.encode())
     _bind(s, plain)
     if guarded:
         if keys is None:

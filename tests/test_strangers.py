@@ -12,14 +12,16 @@ import struct
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import msgspec
+import psutil
 import pytest
 import torch
 import zmq
 from crew import Crew, Noise, perceptron
-from whole import DEADLINE_S, LOOPBACK, Served
+from whole import DEADLINE_S, LOOPBACK, Run, Served
 
 import workers
 from paramserver import wire
@@ -104,6 +106,37 @@ def test_bytes_that_are_not_the_protocol_do_not_disturb(name: str, door: int) ->
         if name.endswith("message"):
             while s.recv(1000):  # refused by its length: the connection ends
                 pass
+
+
+def test_a_crowd_of_strangers_leaves_nothing_behind(tmp_path: Path) -> None:
+    """Neither memory nor descriptors grow, and no round waits for anybody but its worker."""
+    with Run(tmp_path) as run:
+        server = run.server("observer=false", "num_epochs=9999", "num_workers=1")
+        run.worker(1)
+        server.wait_for("training, step")
+        process = psutil.Process(server.process.pid)
+
+        def come_and_go() -> int:
+            for port in (run.port, run.port + 1):
+                for knock in RAW.values():
+                    for _ in range(25):
+                        with suppress(OSError), socket.create_connection((LOOPBACK, port)) as s:
+                            s.sendall(knock)
+            with dealer(run.port) as s:
+                for frames in GARBAGE.values():
+                    for _ in range(10):
+                        s.send_multipart(frames)
+                s.send_multipart(wire.to_frames(msgspec.structs.replace(HELLO, id=0)))
+                while "out of range" not in answer(s, wire.Reject).reason:
+                    pass  # the last answer: the server has been through it all
+            server.wait_for("training, step")
+            return process.memory_full_info().uss
+
+        before, descriptors = come_and_go(), process.num_fds()
+        after = max(come_and_go() for _ in range(2))
+        assert after < before + 16 * 2**20
+        assert process.num_fds() < descriptors + 20
+        assert "late" not in server.output and "void" not in server.output
 
 
 # ---------------------------------------------------------------------------------- ZeroMQ frames
