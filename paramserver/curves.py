@@ -200,10 +200,12 @@ def _draw_metric(axes: Axes, metrics: Metrics) -> None:
     step, value = _finite(metrics.eval_step, metrics.val_metric)
     dot = _dot(step, 60)
     axes.plot(_thinned(step), _thinned(value), color=GREEN, linewidth=2, marker=dot, markersize=5)
+    axes.margins(y=0.2)
+    falls = value[-1] < value[0]  # then the curve comes from above
     axes.annotate(
         f"{value[-1]:.4g}",
         (step[-1], value[-1]),
-        xytext=(0, 9),
+        xytext=(0, -17 if falls else 9),
         textcoords="offset points",
         ha="right" if len(step) > 1 else "center",
         color=GREEN,

@@ -30,8 +30,9 @@ FLOORS = {
     "paramserver.gate paramserver.memory "
     "paramserver.sockets workers.data workers.models workers.named workers.own_data",
     1: "paramserver.bucket paramserver.codec paramserver.feedback paramserver.mean workers.state",
-    0: "paramserver.fleet paramserver.fleet.hosts paramserver.fleet.interfaces "
-    "paramserver.fleet.findings paramserver.fleet.plan paramserver.fleet.topology "
+    0: "paramserver.fleet paramserver.fleet.carry paramserver.fleet.hosts "
+    "paramserver.fleet.interfaces paramserver.fleet.findings paramserver.fleet.plan "
+    "paramserver.fleet.topology "
     "paramserver paramserver.comeback paramserver.digests paramserver.effects "
     "paramserver.errors paramserver.jointoken paramserver.ledger paramserver.members "
     "paramserver.norms paramserver.rounds paramserver.schema paramserver.settings "

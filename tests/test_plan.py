@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
 from paramserver.fleet import plan
+from paramserver.fleet.carry import Carried
 from paramserver.fleet.hosts import Host, read
 from paramserver.fleet.plan import Checked, fits, read_check, ssh_trouble, troubles
 from paramserver.settings import Settings
@@ -46,6 +48,35 @@ def test_code_is_copied_without_what_belongs_to_each_machine() -> None:
     assert argv[0] == "rsync" and argv[-2:] == ("/clone/", "user@mini2.local:paramserver/code/")
     for own in (".venv", "/runs", "/data", ".git", "/wandb"):
         assert f"--exclude={own}" in argv
+
+
+def test_own_modules_are_copied_beside_the_code() -> None:
+    own = [Carried(Path("/desk"), ("layers.py", "nets")), Carried(Path("/other"), ("data.py",))]
+    _, first, _, second = plan.copy_own(MINI, own)
+    assert first.argv[-2:] == ("/desk/", "user@mini2.local:paramserver/own/0/")
+    assert second.argv[-2:] == ("/other/", "user@mini2.local:paramserver/own/1/")
+    assert plan.own_path(own) == "../own/0:../own/1"
+    command = plan.start(MINI, "worker", ["x"], "up", {}, {"PYTHONPATH": plan.own_path(own)})
+    assert '"PYTHONPATH": "../own/0:../own/1"' in str(command)
+
+
+@pytest.mark.skipif(shutil.which("rsync") is None, reason="rsync is not installed")
+def test_only_what_is_named_arrives_and_what_is_gone_goes(tmp_path: Path) -> None:
+    desk, home = tmp_path / "desk", tmp_path / "home"
+    for name in ("nets/deep/x.py", "nets/__pycache__/x.pyc", "layers.py", "holiday.mov", "old.py"):
+        (desk / name).parent.mkdir(parents=True, exist_ok=True)
+        (desk / name).touch()
+
+    def arrived(*names: str) -> set[str]:
+        for command in plan.copy_own(HERE, [Carried(desk, names)]):
+            subprocess.run(command.argv, check=True, env={**os.environ, "HOME": str(home)})
+        there = home / "paramserver/own/0"
+        return {str(p.relative_to(there)) for p in there.rglob("*") if p.is_file()}
+
+    home.mkdir()
+    assert arrived("nets", "layers.py", "old.py") == {"nets/deep/x.py", "layers.py", "old.py"}
+    (desk / "nets/deep/x.py").rename(desk / "nets/y.py")
+    assert arrived("nets", "layers.py") == {"nets/y.py", "layers.py"}
 
 
 def test_secrets_go_by_standard_input_and_are_not_shown() -> None:

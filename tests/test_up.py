@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from machines import SLOW, Machines, why_no_machines
-from whole import Program
+from whole import CLONE, Program
 
 pytestmark = [
     pytest.mark.timeout(300),  # many processes import torch, on two cores
@@ -29,7 +29,7 @@ hosts:
   - {name: mini3, restart: 0}
 """
 SMALL = (
-    "dataset.name=digits", "model.hidden=16", "wandb.mode=disabled", "track_gradients=false",
+    "dataset.name=digits", "wandb.mode=disabled", "track_gradients=false",
     "digest_steps=0",
 )  # fmt: skip
 LISTENS = """
@@ -38,6 +38,15 @@ listening = socket.create_server(("0.0.0.0", int(sys.argv[1])))
 print("here", flush=True)
 listening.accept()
 """
+OUTSIDE = """
+from torch import nn
+import inside
+
+class Net(nn.Sequential):
+    def __init__(self, pixels: int) -> None:
+        super().__init__(nn.Flatten(), nn.Linear(pixels, inside.CLASSES))
+"""
+"""A model that lies in no clone, and needs a neighbour."""
 LONG = ("num_epochs=10000", "heartbeat_timeout=3")
 
 
@@ -111,8 +120,15 @@ def test_all_that_is_wrong_is_told_at_once(cluster: Cluster) -> None:
     assert not (cluster.machines.home("mini1") / "paramserver/code/Makefile").exists()
 
 
-def test_a_run_from_start_to_end(cluster: Cluster) -> None:
-    up = cluster.make("up", *SMALL, *LONG, "batch_size=16", WANDB_API_KEY="s3cret" * 7)
+def test_a_run_from_start_to_end(cluster: Cluster, tmp_path: Path) -> None:
+    (tmp_path / "outside.py").write_text(OUTSIDE)
+    (tmp_path / "inside.py").write_text("CLASSES = 10\n")
+    own = ("model.type=outside:Net", "model.pixels=784")
+    up = cluster.make(
+        "up", *SMALL, *LONG, "batch_size=16", *own,
+        WANDB_API_KEY="s3cret" * 7, PYTHONPATH=f"{CLONE}:{tmp_path}",
+    )  # fmt: skip
+    up.wait_for(f"carrying inside.py, outside.py from {tmp_path} to each machine")
     up.wait_for(
         r"mini2 \| reaches mini1 by 10.10.0.2 \(eth0\) -> 10.10.0.1 \(eth0\), Ethernet: 0.[45]"
     )
@@ -125,7 +141,8 @@ def test_a_run_from_start_to_end(cluster: Cluster) -> None:
     assert up.lines[-1] == (
         "the run goes on. Look again: make attach, make status. End it: make down"
     )
-    assert "batch_size: 16" in (cluster.runs()[-1] / "config.yaml").read_text()
+    config = (cluster.runs()[-1] / "config.yaml").read_text()
+    assert "batch_size: 16" in config and "outside:Net" in config
     assert len([line for line in cluster.left() if "paramserver.fleet.keeper start" in line]) == 3
 
     status = cluster.says("status")

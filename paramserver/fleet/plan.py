@@ -7,6 +7,7 @@ without ssh. A script begins in the home folder and needs nothing but a POSIX sh
 On each machine everything lies in one folder (`Host.folder`):
 
     code/            a copy of this clone, with its own .venv
+    own/0/ ...       the user's own modules from elsewhere (`carry`), a folder for each of theirs
     runs/  data/     on the server's machine the run folders; data sets
     state/  logs/    what `keeper` writes
     settings.yaml    on the server's machine: the settings of the run
@@ -19,8 +20,10 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
+from paramserver.fleet.carry import Carried
 from paramserver.fleet.hosts import HERE, Host
 from paramserver.settings import Settings
 
@@ -250,14 +253,36 @@ def ssh_trouble(host: Host, stderr: str) -> Trouble:
 
 def copy(host: Host, root: str) -> Command:
     """Brings the clone at `root` over: what changed, and what is gone there goes."""
-    left_out = [f"--exclude={pattern}" for pattern in LEFT_OUT]
-    argv = ["rsync", "-az", "--delete", *left_out]
+    return _rsync(host, root, "code", [f"--exclude={pattern}" for pattern in LEFT_OUT])
+
+
+def copy_own(host: Host, carried: Sequence[Carried]) -> list[Command]:
+    """Brings the user's own modules over, and removes there what is carried no more."""
+    commands = []
+    for number, own in enumerate(carried):
+        chosen = ["--exclude=__pycache__", "--exclude=*.pyc"]
+        chosen += [f"--include=/{name}" for name in own.names]
+        rest = ["--exclude=/*", "--delete-excluded"]
+        inner = f"own/{number}"
+        commands.append(shell(host, f"exec mkdir -p {place(host, inner)}"))
+        commands.append(_rsync(host, str(own.folder), inner, [*chosen, *rest]))
+    return commands
+
+
+def own_path(carried: Sequence[Carried]) -> str:
+    """Where Python finds them, seen from the code."""
+    return ":".join(f"../own/{number}" for number in range(len(carried)))
+
+
+def _rsync(host: Host, source: str, inner: str, options: Sequence[str]) -> Command:
+    argv = ["rsync", "-az", "--delete", *options]
     folder = host.folder.removeprefix("~/").rstrip("/")
     if host.ssh == HERE:
-        target = f'"$HOME/{folder}/code/"' if not folder.startswith("/") else f"'{folder}/code/'"
-        argv = ["sh", "-c", f"exec {shlex.join([*argv, f'{root}/'])} {target}"]
+        to = f"{folder}/{inner}/"
+        target = f'"$HOME/{to}"' if not folder.startswith("/") else f"'{to}'"
+        argv = ["sh", "-c", f"exec {shlex.join([*argv, f'{source}/'])} {target}"]
     else:
-        argv += ["-e", shlex.join(SSH), f"{root}/", f"{host.ssh}:{folder}/code/"]
+        argv += ["-e", shlex.join(SSH), f"{source}/", f"{host.ssh}:{folder}/{inner}/"]
     return Command(host.name, tuple(argv), limit_s=COPY_S)
 
 
@@ -319,15 +344,20 @@ def _root(settings: Settings) -> str:
 
 
 def start(
-    host: Host, name: str, argv: Sequence[str], up: str, secrets: Mapping[str, str]
+    host: Host,
+    name: str,
+    argv: Sequence[str],
+    up: str,
+    secrets: Mapping[str, str],
+    own: Mapping[str, str] = MappingProxyType({}),
 ) -> Command:
-    """Starts `server` or `worker` under a keeper. `secrets` are environment variables that go by
-    standard input."""
+    """Starts `server` or `worker` under a keeper. `secrets` are environment variables that are not
+    shown, `own` such that are; all go by standard input."""
 
     def orders(secrets: Mapping[str, str]) -> str:
         told = {
             "argv": argv,
-            "environment": {"PYTHONUNBUFFERED": "1", **secrets},
+            "environment": {"PYTHONUNBUFFERED": "1", **own, **secrets},
             "restart": host.restart,
             "again": AGAIN[name],
             "up": up,

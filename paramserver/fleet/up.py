@@ -20,6 +20,7 @@ from typing import Any
 from paramserver.config import dump
 from paramserver.errors import UserError
 from paramserver.fleet import plan, remote
+from paramserver.fleet.carry import Carried, carried
 from paramserver.fleet.hosts import Host
 from paramserver.fleet.interfaces import SPOKEN, Interface, from_json, paths
 from paramserver.fleet.interfaces import Path as Way
@@ -44,6 +45,8 @@ class Job:
 
     settings: Settings
     hosts: tuple[Host, ...]
+    carried: tuple[Carried, ...] = ()
+    """The user's own modules that do not lie in the clone."""
 
     @property
     def server(self) -> Host:
@@ -83,8 +86,8 @@ def job(arguments: Sequence[str]) -> Job:
 
 def up(arguments: list[str], *, dry: bool = False) -> int:
     """Start a run and show it; the server's exit code. `UserError` tells all that is wrong."""
-    wanted = job(arguments)
-    root = clone()
+    wanted, root = job(arguments), clone()
+    wanted = replace(wanted, carried=carried(wanted.settings, root))
     if dry:
         for command in commands(wanted, root):
             print(command)
@@ -93,7 +96,7 @@ def up(arguments: list[str], *, dry: bool = False) -> int:
     checked = check(wanted.hosts)
     running = look(wanted, checked)
     if not running:
-        prepare(lines, wanted.hosts, root)
+        prepare(lines, wanted.hosts, root, wanted.carried)
     with ExitStack() as stack:
         agents = open_agents(stack, wanted.hosts)
         ways = choose_ways(lines, wanted, agents)
@@ -164,8 +167,17 @@ def look(wanted: Job, checked: Mapping[str, Checked]) -> set[tuple[str, str]]:
     return ours
 
 
-def prepare(lines: Lines, hosts: Sequence[Host], root: Path, *, quiet: bool = False) -> None:
+def prepare(
+    lines: Lines,
+    hosts: Sequence[Host],
+    root: Path,
+    carried: Sequence[Carried] = (),
+    *,
+    quiet: bool = False,
+) -> None:
     """Bring the code over and make the environments. Raises `UserError`."""
+    for own in carried:
+        lines.tell(f"carrying {own} to each machine")
 
     def say(host: Host, line: str) -> None:
         if not quiet:
@@ -173,7 +185,8 @@ def prepare(lines: Lines, hosts: Sequence[Host], root: Path, *, quiet: bool = Fa
 
     def one(host: Host) -> None:
         began = time.monotonic()
-        remote.must(host, plan.copy(host, str(root)), "copying the code")
+        for command in (plan.copy(host, str(root)), *plan.copy_own(host, carried)):
+            remote.must(host, command, "copying the code")
         remote.must(
             host, plan.environment(host), "making the environment",
             lambda line: say(host, line) if _worth_saying(line) else None,
@@ -345,12 +358,13 @@ def _starts(wanted: Job, ways: Mapping[str, Way], token: str) -> list[plan.Comma
     addresses = list(dict.fromkeys(way.far.address for way in ways.values()))
     secrets = remote.environment(SECRETS, os.environ)
     argv = plan.server_argv(settings, addresses)
-    begun = [plan.start(server, "server", argv, wanted.stamp, secrets)]
+    own = {"PYTHONPATH": plan.own_path(wanted.carried)} if wanted.carried else {}
+    begun = [plan.start(server, "server", argv, wanted.stamp, secrets, own)]
     for host in wanted.workers:
         to = ways[host.name].far.address if host != server else None
         argv = plan.worker_argv(host, settings, to)
         secret = {VARIABLE: token} if to is not None and token else {}
-        begun.append(plan.start(host, "worker", argv, wanted.stamp, secret))
+        begun.append(plan.start(host, "worker", argv, wanted.stamp, secret, own))
     return begun
 
 
@@ -364,7 +378,8 @@ def commands(wanted: Job, root: Path) -> list[plan.Command]:
     told = [plan.check(host) for host in wanted.hosts]
     told += [plan.status(host) for host in wanted.hosts]
     for host in wanted.hosts:
-        told += [plan.copy(host, str(root)), plan.environment(host)]
+        own = plan.copy_own(host, wanted.carried)
+        told += [plan.copy(host, str(root)), *own, plan.environment(host)]
     told += [plan.agent(host) for host in wanted.hosts]
     token = "" if wanted.settings.security == "none" else "***"
     server, *workers = _starts(wanted, ways, token)
