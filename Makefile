@@ -4,7 +4,7 @@
 # upper-case ones (ID, NAME, ARGS, PYTHON) are read here.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo example server worker keys up doctor status logs attach down test check bench profile simulate chaos soak format constraints clean
+.PHONY: help setup demo example server worker keys up doctor status logs attach down test check bench profile simulate chaos soak fuzz format constraints clean
 
 VENV_PYTHON := .venv/bin/python
 READY := .venv/.ready
@@ -73,6 +73,9 @@ chaos: $(READY) ## a training whose processes are killed, stopped and started ag
 
 soak: $(READY) ## workers come and go for many rounds: memory and descriptors stay flat (ROUNDS=100000)
 	@PYTHONPATH=tests exec $(VENV_PYTHON) -m chaos --soak $(or $(ROUNDS),100000) $(if $(SEED),--seed $(SEED)) $(ARGS)
+
+fuzz: $(READY) ## made-up bytes for all that reads from sockets and files (MINUTES=10; ARGS='--only token')
+	@PYTHONPATH=tests exec $(VENV_PYTHON) -m fuzz $(if $(MINUTES),--minutes $(MINUTES)) $(ARGS)
 
 format: $(READY) ## bring all files into shape
 	.venv/bin/ruff format .

@@ -1,0 +1,280 @@
+"""Everything that reads from a socket or a file, given bytes that libFuzzer makes up.
+
+    make fuzz MINUTES=10              all of it, for so long together, ending in a table
+    make fuzz ARGS='--only server'    one target; `--input FILE` repeats what a crash has left
+
+Atheris sees which branches of the project's code an input takes, and breeds those that take new
+ones. Whatever is not the error that is meant for bad input is a crash, and so is a process that
+grows beyond a gigabyte or stands still. Takes Linux, and `pip install -e '.[fuzz]'`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
+from pathlib import Path
+from typing import Any
+
+try:
+    import atheris
+except ImportError:
+    sys.exit("error: atheris is not installed\n  .venv/bin/uv pip install -e '.[fuzz]'")
+
+BECOME = "--become"
+"""What makes this program one target: its imports are what libFuzzer watches."""
+
+with (
+    atheris.instrument_imports(include=["paramserver", "workers"])
+    if BECOME in sys.argv
+    else nullcontext()
+):
+    import torch
+    import zmq
+    from whole import LOOPBACK, free_port
+
+    from paramserver import jointoken, runfolder, wire
+    from paramserver.codec import CODECS
+    from paramserver.config import load, to_wire
+    from paramserver.errors import UserError
+    from paramserver.keys import Keys
+    from paramserver.runfolder import RunFolder
+    from paramserver.server import Server
+    from paramserver.settings import Settings
+    from workers import checkpoint
+    from workers.replica import Replica
+    from workers.state import flatten, unflatten
+
+MEMORY_MB = 1500
+STANDSTILL_S = 20
+LONGEST = 4096
+CRASHES = "runs/fuzz"
+LAYOUT = wire.Layout((wire.Tensor("w", (3, 5), "float32"), wire.Tensor("b", (3,), "float32")))
+HELLO = wire.Hello(protocol=wire.PROTOCOL, role="worker", id=None, nonce="n", host="h", pid=1)
+CUT = b"\0\0"
+"""Between the frames of an input."""
+
+
+class Quiet:
+    """Looks on and says nothing."""
+
+    def say(self, text: str) -> None: ...
+    def closing(self, close: wire.Close) -> None: ...
+    def closed(self, server: Server, close: wire.Close) -> None: ...
+    def reported(self, server: Server, report: wire.Report) -> None: ...
+    def looked(self, server: Server, now: float) -> None: ...
+
+
+class Received:
+    """All that a server receives: from one worker in the middle of its training, and a stranger."""
+
+    def __init__(self) -> None:
+        self.server: Server | None = None
+        self.session = ""
+        self.count = 0
+
+    def __call__(self, content: bytes) -> None:
+        self.count += 1
+        if self.server is None or self.count % 1000 == 0:
+            self.begin()
+        elif self.session not in self.server.rounds.peers:
+            self.join(self.server)
+        assert self.server is not None
+        if self.server.rounds.round is None:  # its log went on, or the run has ended
+            self.begin()
+        sender, *frames = content.split(CUT)
+        for old, new in ((b"SESSION", self.session), (b"ROUND", str(self.server.rounds.step + 1))):
+            frames = [frame.replace(old, new.encode()) for frame in frames]
+        self.receive(b"stranger" if sender == b"s" else b"link", *frames)
+
+    def begin(self) -> None:
+        if self.server is not None:
+            self.server.close()
+        settings = Settings(
+            port=free_port(), observer=False, num_workers=1, bucket_mb=0.001, history_mb=1
+        )
+        self.server = server = Server(
+            settings, to_wire(settings), Quiet(), hosts=[LOOPBACK], run="r", observer_key="key"
+        )
+        self.join(server)
+        assert server.rounds.round is not None, "the worker has no round to take part in"
+
+    def join(self, server: Server) -> None:
+        self.receive(b"door", *wire.to_frames(HELLO))
+        self.session = next((s for s, d in server._doors.items() if d == b"door"), "")
+        for message in JOINING:
+            header = wire.to_frames(message)[0]
+            self.receive(b"link", header.replace(b"SESSION", self.session.encode()))
+
+    def receive(self, sender: bytes, *frames: bytes) -> None:
+        assert self.server is not None
+        self.server._receive([zmq.Frame(sender), *map(zmq.Frame, frames)])
+
+
+def from_file(name: str, read: Callable[[Path], Any]) -> Callable[[bytes], None]:
+    """A target that reads a file of this name."""
+    path = Path(tempfile.mkdtemp(prefix="fuzz-")) / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+    def target(content: bytes) -> None:
+        path.write_bytes(content)
+        with suppress(UserError):
+            read(path)
+
+    return target
+
+
+def tree(content: bytes) -> None:
+    with suppress(ValueError):
+        unflatten(content.decode(errors="replace"), [torch.zeros(1)] * 3)
+
+
+def token(content: bytes) -> None:
+    with suppress(UserError):
+        jointoken.decode(content.decode(errors="replace"))
+
+
+def payload(content: bytes) -> None:
+    """What `fits` lets pass can be decoded."""
+    kind, *buffers = content.split(CUT)
+    codec = CODECS[sorted(CODECS)[len(kind) % len(CODECS)]]
+    views = [memoryview(bytearray(b)) for b in buffers]
+    if codec.fits(15, views) is None:
+        assert codec.decode(views, 1.0, torch.zeros(15)).numel() == 15
+
+
+def record(path: Path) -> None:
+    found = runfolder.unended(path.parent.parent, 65432, {})
+    if found is not None:
+        found[0].close()
+
+
+JOINING: list[wire.Message] = [
+    wire.Probe(session="SESSION"),
+    wire.Join(layout=LAYOUT, step=0, lineage="x", device="cpu"),
+    wire.Ready(samples=64, batch_size=8),
+]
+OTHERS: list[wire.Message] = [
+    HELLO,
+    wire.Beat(session="SESSION"),
+    wire.Unready(),
+    wire.Fetch(step=0, lineage="x"),
+    wire.Digest(step=0, digest="0"),
+    wire.Stand(step=0),
+    wire.Manifest(snapshot=1, step=0, lineage="x", tree="{}", tensors=(), piece_bytes=4),
+    wire.Want(snapshot=1, piece=0),
+    wire.Piece(snapshot=1, piece=0),
+    wire.Adopted(snapshot=1, step=0, lineage="x"),
+    wire.Abort(snapshot=1, reason=""),
+    wire.Report(step=0, values={"val_loss": 0.5}),
+    wire.Goodbye(reason="", step=0, digest="0"),
+]
+PUSH = wire.to_frames(wire.Push(round=1, bucket=0, samples=8))[0].replace(b":1,", b":ROUND,", 1)
+
+
+def seeds(target: str, folder: Path) -> list[bytes]:
+    """What should be understood, to begin with."""
+    if target == "received":
+        headers = [wire.to_frames(message)[0] for message in (*JOINING, *OTHERS)]
+        made = [CUT.join((b"l", header)) for header in headers]
+        return [*made, CUT.join((b"l", PUSH, bytes(range(1, 73)))), CUT.join((b"s", PUSH))]
+    if target in ("checkpoint", "tree"):
+        model = torch.nn.Linear(3, 2)
+        replica = Replica(
+            model, torch.optim.Adam(model.parameters()), bucket_mb=1.0, codec="float32"
+        )
+        if target == "tree":
+            return [flatten(replica.state())[0].encode()]
+        path = folder / "step-00000001.safetensors"
+        checkpoint.save(path, replica, "run", {"learning_rate": 0.001})
+        return [path.read_bytes()]
+    return {
+        "token": [Keys.new().token(LOOPBACK, 65432).encode()],
+        "payload": [CUT.join((b"x" * n, bytes(60), bytes(4))) for n in range(len(CODECS))],
+        "run.json": [b'{"run":"r","host":"h","port":65432,"settings":{}}'],
+        "metrics": [b'{"step":1,"samples":8,"late":[]}\n'],
+        "settings": [b"model:\n  type: simplenn\n  hidden: 16\nport: 65432\n"],
+    }[target]
+
+
+def targets() -> dict[str, Callable[[], Callable[[bytes], None]]]:
+    """By name, how to make each one."""
+    run = "runs/2026-11-22_12-00-09"
+    return {
+        "received": Received,
+        "payload": lambda: payload,
+        "token": lambda: token,
+        "tree": lambda: tree,
+        "checkpoint": lambda: from_file("step-00000001.safetensors", checkpoint.load),
+        "run.json": lambda: from_file(f"{run}/run.json", record),
+        "metrics": lambda: from_file(
+            f"{run}/metrics.jsonl", lambda path: RunFolder(path.parent).take_up()
+        ),
+        "settings": lambda: from_file(
+            "cluster.yaml", lambda path: load([f"cluster={path}"], "server")
+        ),
+    }
+
+
+def fuzz(target: str, arguments: Sequence[str]) -> None:
+    """Become libFuzzer."""
+    torch.set_num_threads(1)
+    atheris.Setup([target, *arguments], targets()[target]())
+    atheris.Fuzz()
+
+
+def work(target: str, seconds: int, corpus: Path) -> tuple[str, bool]:
+    """One target for so long, in a process of its own: what it came to, and whether it is well."""
+    corpus.mkdir()
+    Path(CRASHES).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as name:
+        for number, seed in enumerate(seeds(target, Path(name))):
+            (corpus / f"seed-{number}").write_bytes(seed)
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "fuzz", BECOME, target, str(corpus),
+            f"-max_total_time={seconds}", f"-max_len={LONGEST}", f"-rss_limit_mb={MEMORY_MB}",
+            f"-timeout={STANDSTILL_S}", f"-artifact_prefix={CRASHES}/{target}-",
+        ],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", check=False,
+    )  # fmt: skip
+    finished = re.search(r"Done (\d+) runs in (\d+) second", done.stdout)
+    if done.returncode or finished is None:
+        return "\n".join(done.stdout.splitlines()[-40:]), False
+    found = len(list(corpus.iterdir()))
+    return (
+        f"{int(finished[1]):>12,} inputs in {finished[2]} s, {found:,} of them of a new kind",
+        True,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; see the module's head."""
+    parser = argparse.ArgumentParser(prog="make fuzz", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--minutes", type=float, default=2.0, help="for all targets together")
+    parser.add_argument("--only", choices=targets(), help="one target")
+    parser.add_argument("--input", help="with --only: an input that a crash has left")
+    parser.add_argument(BECOME, nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.become:
+        fuzz(args.become[0], args.become[1:])
+    if args.input:
+        fuzz(args.only, [args.input])
+    chosen = [args.only] if args.only else list(targets())
+    well = True
+    with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
+        for target in chosen:
+            seconds = max(1, round(60 * args.minutes / len(chosen)))
+            told, fine = work(target, seconds, Path(folder) / target)
+            well &= fine
+            print(f"  {target:<12}{told}", flush=True)
+    print("nothing but the errors that are meant" if well else "CRASHED: see above")
+    return 0 if well else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
