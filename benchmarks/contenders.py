@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 
 from paramserver import __main__ as server_program
 from paramserver import address, curves, keys, sockets, wire
+from paramserver.bucket import BUCKET_MB
 from paramserver.codec import CODECS
 from paramserver.feedback import Feedback
 from paramserver.mean import Mean
@@ -281,7 +282,7 @@ def accuracy(dataset: dict[str, Any], codec: str, seed: int, epochs: int, worker
     samples = data.load(dataset, seed)
     model = models.build(settings.model, seed)
     optimizer = recipe.build_optimizer(model, settings)
-    replica = Replica(model, optimizer, bucket_mb=settings.bucket_mb, codec=codec)
+    replica = Replica(model, optimizer, bucket_mb=settings.bucket_mb or BUCKET_MB, codec=codec)
     buckets, params = replica.plan.buckets, [p for _, p in replica.params]
     senders = [Feedback(replica.plan, codec, settings.topk_ratio) for _ in range(workers)]
     mean = Mean(replica.plan, codec, codec, settings.topk_ratio)

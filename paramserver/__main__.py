@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ import msgspec
 
 from paramserver import runfolder, trace, wire
 from paramserver.address import LOOPBACK, listen
+from paramserver.bucket import BUCKET_MB, LINKED_BUCKET_MB
 from paramserver.config import exit_on_user_error, load, save, to_wire
 from paramserver.display import Display, Status, WorkerStatus
 from paramserver.errors import UserError
@@ -358,6 +359,12 @@ def serve(settings: Settings) -> int:
     """
     trace.begin("server")
     allow_connections()
+    host_ip, chosen = machine.settle(settings.host_ip)
+    hosts, guarded = listen(host_ip, settings.security)
+    linked = not all(map(is_loopback, (*hosts, *guarded)))
+    default = LINKED_BUCKET_MB if linked else BUCKET_MB
+    settings = replace(settings, bucket_mb=settings.bucket_mb or default)
+    at = Listening(hosts, guarded, chosen)
     parent, told = Path(settings.run_dir), to_wire(settings)
     resume, before = None, None
     if settings.resume is not None:
@@ -365,18 +372,29 @@ def serve(settings: Settings) -> int:
     else:
         before = runfolder.unended(parent, settings.port, told, settings.host_ip)
     if before is not None:
-        code = _serve(settings, *before, comeback=True)
+        code = _serve(settings, at, *before, comeback=True)
         if code is not None:
             return code
     host, run = socket.gethostname(), secrets.token_hex(8)
     record = Record(run=run, host=host, port=settings.port, settings=told, host_ip=settings.host_ip)
-    code = _serve(settings, RunFolder.create(parent, datetime.now()), record, resume=resume)
+    folder = RunFolder.create(parent, datetime.now())
+    code = _serve(settings, at, folder, record, resume=resume)
     assert code is not None
     return code
 
 
+@dataclass(frozen=True)
+class Listening:
+    """Where a server listens: for all, and for holders of its keys only; why, if it chose."""
+
+    hosts: list[str]
+    guarded: list[str]
+    why: str
+
+
 def _serve(
     settings: Settings,
+    at: Listening,
     folder: RunFolder,
     record: Record,
     *,
@@ -384,8 +402,7 @@ def _serve(
     comeback: bool = False,
 ) -> int | None:
     """Run the server of one run; None where it was to go on and nobody came back to it."""
-    host_ip, chosen = machine.settle(settings.host_ip)
-    hosts, guarded = listen(host_ip, settings.security)
+    hosts, guarded = at.hosts, at.guarded
     keys, new_keys = None, False
     show = Show(settings, folder)
     noted = folder.noted() if comeback else None
@@ -412,8 +429,8 @@ def _serve(
             show.tell(folder.write_record(record))
         show.tell(folder.open_note())
         where = ", ".join(f"{h}:{settings.port}" for h in (*hosts, *guarded))
-        if chosen:
-            show.say(chosen)
+        if at.why:
+            show.say(at.why)
         show.say(f"server at {where}, run folder {folder.path}")
         if keys is not None:
             if new_keys:

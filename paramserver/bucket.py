@@ -13,6 +13,10 @@ from dataclasses import dataclass
 
 from paramserver.wire import Layout
 
+BUCKET_MB, LINKED_BUCKET_MB = 4.0, 2.0
+"""By default, where all processes share a host, and where some are reached over links. On one host
+each message costs more than its bytes; over a link the first average may come sooner."""
+
 FLOAT32_BYTES = 4
 
 

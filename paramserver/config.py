@@ -34,6 +34,7 @@ import yaml  # type: ignore[import-untyped]
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from paramserver.bucket import BUCKET_MB
 from paramserver.errors import UserError
 from paramserver.fleet import hosts
 from paramserver.jointoken import VARIABLE
@@ -155,6 +156,7 @@ def save(settings: Settings, path: Path) -> None:
 def to_wire(settings: Settings) -> dict[str, Any]:
     """What all must have equal, for the welcome: run-wide settings, without this machine's own."""
     wire = {name: value for name, value in asdict(settings).items() if _is_run_wide(name)}
+    wire |= {"bucket_mb": settings.bucket_mb or BUCKET_MB}
     return wire | {"dataset": {k: v for k, v in settings.dataset.items() if k != "root"}}
 
 

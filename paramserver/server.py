@@ -21,7 +21,7 @@ import torch
 import zmq
 
 from paramserver import arena, memory, sockets, trace, wire
-from paramserver.bucket import FLOAT32_BYTES, Plan, plan
+from paramserver.bucket import BUCKET_MB, FLOAT32_BYTES, Plan, plan
 from paramserver.codec import fresh
 from paramserver.effects import (
     Add,
@@ -138,6 +138,7 @@ class Server:
         keys: sockets.ServerKeys | None = None,
     ) -> None:
         self.settings = settings
+        self._bucket_mb = settings.bucket_mb or BUCKET_MB
         self.run_id = run
         self.nonce = uuid.uuid4().hex
         self.watcher = watcher
@@ -167,7 +168,7 @@ class Server:
             ),
             self.nonce,
             time.monotonic(),
-            lambda layout: len(plan(layout, settings.bucket_mb).buckets),
+            lambda layout: len(plan(layout, self._bucket_mb).buckets),
             comeback=comeback,
         )
         self._to_send = to_send
@@ -207,7 +208,7 @@ class Server:
         self, hosts: Sequence[str], guarded: Sequence[str], keys: sockets.ServerKeys | None
     ) -> None:
         port = self.settings.port
-        bucket_bytes = int(self.settings.bucket_mb * 2**20) + FLOAT32_BYTES
+        bucket_bytes = int(self._bucket_mb * 2**20) + FLOAT32_BYTES
         largest = max(bucket_bytes, wire.HEADER_BYTES_MAX) + sockets.FRAME_OVERHEAD
         routers = [sockets.tcp(h, port) for h in hosts]
         pubs = [sockets.tcp(h, port + 1) for h in hosts]
@@ -217,7 +218,7 @@ class Server:
             ):
                 endpoints.append(kind)
         s = self.settings
-        mark = sockets.mark(s.history_mb, s.bucket_mb)
+        mark = sockets.mark(s.history_mb, self._bucket_mb)
         self._router = sockets.router(self._ctx, largest)
         self._pub = sockets.publisher(self._ctx, largest, mark)
         for socket, plain, at in ((self._router, routers, port), (self._pub, pubs, port + 1)):
@@ -527,7 +528,7 @@ class Server:
                 case Say():
                     self.watcher.say(effect.text)
                 case Start():
-                    self.plan = plan(effect.layout, self.settings.bucket_mb)
+                    self.plan = plan(effect.layout, self._bucket_mb)
                     s = self.settings
                     self._ring = self._make_ring(self.plan)
                     room = fresh if self._ring is None else self._room

@@ -106,7 +106,9 @@ class Settings:
     )
     codec_down: str | None = setting(None, "the same for the averages; null = as codec")
     topk_ratio: float = setting(0.01, "share of the numbers that topk sends")
-    bucket_mb: float = setting(4.0, "size of a bucket, as float32", unit="MiB")
+    bucket_mb: float | None = setting(
+        None, "size of a bucket, as float32; null = 4 on one host, 2 over links", unit="MiB"
+    )
     history_mb: float = setting(
         256.0, "updates the server keeps for replicas that fell behind (at least one)", unit="MiB"
     )

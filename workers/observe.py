@@ -18,7 +18,7 @@ import msgspec
 import torch
 
 from paramserver import trace, wire
-from paramserver.bucket import FLOAT32_BYTES
+from paramserver.bucket import BUCKET_MB, FLOAT32_BYTES
 from paramserver.config import exit_on_user_error
 from paramserver.errors import UserError
 from paramserver.runfolder import RunFolder
@@ -72,7 +72,7 @@ class Observer:
         self.replica = Replica(
             model,
             optimizer,
-            bucket_mb=settings.bucket_mb,
+            bucket_mb=settings.bucket_mb or BUCKET_MB,
             codec=settings.codec_down or settings.codec,
             scheduler=recipe.build_scheduler(optimizer, settings),
             clip_norm=settings.clip_norm,
