@@ -589,16 +589,17 @@ class Server:
         self.sent_bytes += sum(map(len, chain(*messages))) * (sharing + max(0, others))
 
     def _make_ring(self, plan: Plan) -> arena.Ring | None:
-        """Shared memory for the open round's averages and those that the history keeps."""
+        """Shared memory for the history, of which the open round takes the oldest, and for two
+        updates at least."""
         if self._shared is None:
             return None
         update = FLOAT32_BYTES * plan.size + 2 * arena.ALIGN * len(plan.buckets)
-        kept = max(int(self.settings.history_mb * 2**20), update)
+        kept = max(int(self.settings.history_mb * 2**20), 2 * update)
         largest = FLOAT32_BYTES * max(b.size for b in plan.buckets)
         path = self._shared.path / "ring"
         path.unlink(missing_ok=True)
         try:
-            return arena.Ring(path, kept + update + 4 * largest)
+            return arena.Ring(path, kept + 4 * largest)
         except OSError as e:
             self.watcher.say(f"no shared memory for peers on this host, slower: {e}")
             return None
