@@ -31,7 +31,8 @@ from paramserver.gate import Knock
 from workers import follow
 from workers.pace import Pace
 from workers.replica import Replica
-from workers.state import as_bytes, dtype_name, empty, flatten, pieces, unflatten
+from workers.snapshot import Giving, Taking
+from workers.state import unflatten
 
 BEATS_PER_TIMEOUT = 5
 WANTS_IN_FLIGHT = 4
@@ -115,8 +116,8 @@ class Client:
         self._admitted: wire.Admit | None = None
         self._joined = False
         self._run: str | None = None  # the run that our state belongs to
-        self._taking: _Taking | None = None
-        self._giving: _Giving | None = None
+        self._taking: Taking | None = None
+        self._giving: Giving | None = None
         self._give_later: wire.Give | None = None
         self._ready: wire.Ready | None = None
         self._must_greet = False
@@ -739,7 +740,7 @@ class Client:
             case wire.Want():
                 self._piece(message)
             case wire.Manifest():
-                self._taking = _Taking(message, now)
+                self._taking = Taking(message, now)
                 self._want_more()
             case wire.Piece():
                 self._take_piece(message, buffers, now)
@@ -814,7 +815,7 @@ class Client:
         assert f is not None and replica is not None
         self._giving = self._give_later = None
         if f.step == message.step and f.lineage == message.lineage:
-            self._giving = _Giving(message.snapshot, replica)
+            self._giving = Giving(message.snapshot, replica)
             self._send(self._giving.manifest(replica))
         elif f.step < message.step:
             # Apply what is on its way first, then look at this again.
@@ -862,7 +863,7 @@ class Client:
         taking.heard_at = now
         self._want_more()
 
-    def _adopt(self, taking: _Taking) -> None:
+    def _adopt(self, taking: Taking) -> None:
         f, replica = self.follow, self.replica
         assert f is not None and replica is not None
         m = taking.manifest
@@ -930,57 +931,3 @@ def _give_way() -> None:
         os.sched_yield()
     else:
         time.sleep(0)
-
-
-class _Giving:
-    """A snapshot of this replica that somebody is taking piece by piece."""
-
-    def __init__(self, number: int, replica: Replica) -> None:
-        self.number = number
-        self.tree, tensors = flatten(replica.state())
-        self.shapes = tuple((dtype_name(t.dtype), tuple(t.shape)) for t in tensors)
-        self.buffers = [as_bytes(t) for t in tensors]
-        largest = max((b.size for b in replica.plan.buckets), default=1)
-        self.piece_bytes = FLOAT32_BYTES * largest
-        self.pieces = pieces([b.numel() for b in self.buffers], self.piece_bytes)
-
-    def manifest(self, replica: Replica) -> wire.Manifest:
-        return wire.Manifest(
-            snapshot=self.number,
-            step=replica.step,
-            lineage=replica.lineage,
-            tree=self.tree,
-            tensors=self.shapes,
-            piece_bytes=self.piece_bytes,
-        )
-
-    def bytes(self, piece: int) -> Any:
-        if not 0 <= piece < len(self.pieces):
-            raise PeerError(f"there is no piece {piece}")
-        tensor, start, stop = self.pieces[piece]
-        return self.buffers[tensor][start:stop].numpy().data
-
-
-class _Taking:
-    """A snapshot that is coming in."""
-
-    def __init__(self, manifest: wire.Manifest, now: float) -> None:
-        self.manifest = manifest
-        self.heard_at = now
-        try:
-            self.tensors = [empty(dtype, shape) for dtype, shape in manifest.tensors]
-        except (ValueError, RuntimeError) as e:
-            raise UserError(f"the snapshot cannot be held here: {e}") from None
-        self.buffers = [as_bytes(t) for t in self.tensors]  # views: these are new, on the CPU
-        self.pieces = pieces([b.numel() for b in self.buffers], max(1, manifest.piece_bytes))
-        self.next = 0
-        self.wanted: set[int] = set()
-
-    def take(self, piece: int, buffers: list[Any]) -> None:
-        if piece not in self.wanted:
-            return
-        tensor, start, stop = self.pieces[piece]
-        if len(buffers) != 1 or memoryview(buffers[0]).nbytes != stop - start:
-            raise PeerError(f"piece {piece} of the snapshot has another length")
-        self.wanted.discard(piece)
-        self.buffers[tensor][start:stop].copy_(torch.frombuffer(buffers[0], dtype=torch.uint8))

@@ -1,0 +1,73 @@
+"""The two ends of a snapshot: a replica's whole state, piece by piece from one peer to another.
+
+The server passes the messages on and keeps nothing of them; see "Snapshots" in docs/protocol.md.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from paramserver import wire
+from paramserver.bucket import FLOAT32_BYTES
+from paramserver.errors import PeerError, UserError
+from workers.replica import Replica
+from workers.state import as_bytes, dtype_name, empty, flatten, pieces
+
+
+class Giving:
+    """A snapshot of this replica that somebody is taking piece by piece."""
+
+    def __init__(self, number: int, replica: Replica) -> None:
+        self.number = number
+        self.tree, tensors = flatten(replica.state())
+        self.shapes = tuple((dtype_name(t.dtype), tuple(t.shape)) for t in tensors)
+        self.buffers = [as_bytes(t) for t in tensors]
+        largest = max((b.size for b in replica.plan.buckets), default=1)
+        self.piece_bytes = FLOAT32_BYTES * largest
+        self.pieces = pieces([b.numel() for b in self.buffers], self.piece_bytes)
+
+    def manifest(self, replica: Replica) -> wire.Manifest:
+        return wire.Manifest(
+            snapshot=self.number,
+            step=replica.step,
+            lineage=replica.lineage,
+            tree=self.tree,
+            tensors=self.shapes,
+            piece_bytes=self.piece_bytes,
+        )
+
+    def bytes(self, piece: int) -> Any:
+        if not 0 <= piece < len(self.pieces):
+            raise PeerError(f"there is no piece {piece}")
+        tensor, start, stop = self.pieces[piece]
+        return self.buffers[tensor][start:stop].numpy().data
+
+
+class Taking:
+    """A snapshot that is coming in."""
+
+    def __init__(self, manifest: wire.Manifest, now: float) -> None:
+        self.manifest = manifest
+        self.heard_at = now
+        try:
+            self.tensors = [empty(dtype, shape) for dtype, shape in manifest.tensors]
+        except (ValueError, RuntimeError) as e:
+            raise UserError(f"the snapshot cannot be held here: {e}") from None
+        self.buffers = [as_bytes(t) for t in self.tensors]  # views: these are new, on the CPU
+        self.pieces = pieces([b.numel() for b in self.buffers], max(1, manifest.piece_bytes))
+        self.next = 0
+        self.wanted: set[int] = set()
+
+    def take(self, piece: int, buffers: list[Any]) -> None:
+        if piece not in self.wanted:
+            return
+        tensor, start, stop = self.pieces[piece]
+        if len(buffers) != 1 or memoryview(buffers[0]).nbytes != stop - start:
+            raise PeerError(f"piece {piece} of the snapshot has another length")
+        self.wanted.discard(piece)
+        self.buffers[tensor][start:stop].copy_(torch.frombuffer(buffers[0], dtype=torch.uint8))
+
+
+__all__ = ["Giving", "Taking"]
