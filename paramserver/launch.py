@@ -1,6 +1,7 @@
 """`python -m paramserver.launch demo`: a whole cluster on this machine, for a first look; `script
-train.py`: the same for a training script of one's own; and the words for a cluster of many machines
-(`paramserver.fleet`): up, status, logs, attach, down."""
+train.py`: the same for a training script of one's own; `ray`: on the nodes of a Ray cluster
+(`paramserver.onray`); and the words for a cluster of many machines (`paramserver.fleet`): up,
+status, logs, attach, down."""
 
 from __future__ import annotations
 
@@ -155,6 +156,13 @@ def fleet(words: list[str]) -> int:
     return {"status": watch.status, "attach": watch.attach, "down": watch.down}[command](settings)
 
 
+def ray(arguments: list[str]) -> int:
+    """A run on a Ray cluster."""
+    from paramserver import onray
+
+    return onray.ray(arguments)
+
+
 def script(arguments: list[str]) -> int:
     """A server and `num_workers` processes of one's own training script, all on this machine.
 
@@ -231,6 +239,7 @@ def main() -> None:
             "demo": demo,
             "profile": profile,
             "script": script,
+            "ray": ray,
             **dict.fromkeys(FLEET, fleet),
         }
         if len(sys.argv) < 2 or sys.argv[1] not in commands:

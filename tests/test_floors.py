@@ -19,15 +19,15 @@ PACKAGES = ("paramserver", "workers")
 
 FLOORS = {
     4: "paramserver.__main__ paramserver.config paramserver.display paramserver.keys "
-    "paramserver.launch paramserver.fleet.agent paramserver.fleet.doctor "
-    "paramserver.fleet.up paramserver.fleet.watch "
+    "paramserver.actor paramserver.launch paramserver.onray paramserver.fleet.agent "
+    "paramserver.fleet.doctor paramserver.fleet.up paramserver.fleet.watch "
     "workers.__main__ workers.observe workers.train",
     3: "paramserver.curves paramserver.runfolder paramserver.server "
     "workers workers.alone workers.checkpoint workers.checks workers.client workers.cluster "
     "workers.gradients workers.logbook workers.recipe workers.replica workers.snapshot",
     2: "paramserver.fleet.keeper paramserver.fleet.machine paramserver.fleet.remote "
     "paramserver.fleet.speed paramserver.address paramserver.arena paramserver.folders "
-    "paramserver.gate paramserver.memory "
+    "paramserver.gate paramserver.memory paramserver.tether "
     "paramserver.sockets workers.data workers.models workers.named workers.own_data",
     1: "paramserver.bucket paramserver.codec paramserver.feedback paramserver.mean workers.state",
     0: "paramserver.fleet paramserver.fleet.carry paramserver.fleet.hosts "
