@@ -29,6 +29,17 @@ def test_norms_that_grow_step_by_step_are_usual() -> None:
     assert all(norms.judge(0, 1.001**step) is None for step in range(5000))
 
 
+@pytest.mark.parametrize("before", [2.0, 1e-12], ids=["it has learned", "it came back like that"])
+def test_a_model_that_fits_its_data_may_still_meet_what_it_does_not_know(before: float) -> None:
+    """As in a run of 48,000 steps over small data: nearly all batches gave nothing any more, and
+    the few that did were refused one after another, until the run ended."""
+    norms = Norms(1000.0)
+    for norm in (*[before] * KEPT, *[1e-12] * 10 * KEPT):
+        assert norms.judge(0, norm) is None
+    assert norms.judge(0, 5.0) is None and norms.judge(0, 1e-3) is None
+    assert norms.judge(0, 1e12)
+
+
 def test_each_bucket_has_its_own() -> None:
     norms = Norms(10.0)
     for _ in range(KEPT):

@@ -285,6 +285,16 @@ def kept(mark: str) -> list[Any]:
     return found
 
 
+def ask_orphan(mark: str, pid: int) -> None:
+    """Ask the process that a keeper started, which is gone itself, to end; nobody else will."""
+    import psutil
+
+    for process in kept(mark):
+        with suppress(psutil.Error):
+            if process.pid == pid:
+                process.terminate()
+
+
 def sweep(mark: str, patience_s: float) -> list[str]:
     """End what is left under this mark, like the observer of a server that was killed: it may end
     by itself for `patience_s`. Returns the command lines of those that had to be killed."""
@@ -383,7 +393,12 @@ def stop(place: Place, patience_s: int) -> dict[str, Any]:
             killed.append(f"the keeper of {place.name}")
             break
         time.sleep(LOOK_S)
-    killed += sweep(place.mark, min(patience_s, LEFT_S))
+    if asked:
+        killed += sweep(place.mark, min(patience_s, LEFT_S))
+    else:
+        if was is not None:
+            ask_orphan(place.mark, was.process)
+        killed += sweep(place.mark, patience_s)
     left = [p.pid for p in kept(place.mark)]
     now = place.read()
     return {"ran": ran, "killed": killed, "left": left, "state": asdict(now) if now else None}
