@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from test_alone import SCRIPT
 from whole import CLONE, Run
+
+from workers.data import FILES, load
 
 EXAMPLES = sorted(path.stem for path in (CLONE / "examples").glob("*.py"))
 
@@ -29,6 +33,50 @@ def test_an_example_reaches_what_it_promises(name: str, least: float, tmp_path: 
     reached = re.search(rf"^{name}: .*?(\d+\.\d) %", said, re.MULTILINE)
     assert reached and float(reached[1]) > least, said
     assert "the same on all replicas" in said
+
+
+def shortened(name: str, folder: Path, *changes: tuple[str, str]) -> Path:
+    """A copy of an example with other constants, and its settings."""
+    text = (CLONE / "examples" / f"{name}.py").read_text()
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new)
+    script = folder / f"{name}.py"
+    script.write_text(text)
+    shutil.copy(CLONE / "examples" / f"{name}.yaml", folder)
+    return script
+
+
+def test_the_small_gpt_in_short(tmp_path: Path) -> None:
+    script = shortened("gpt", tmp_path, ("WINDOWS = 12_000", "WINDOWS = 640"))
+    code, said = launched(tmp_path, script)
+    assert code == 0 and "the same on all replicas" in said, said
+    reached = re.search(
+        r"^gpt: [\d,]+ parameters, loss (\d\.\d+) a letter after 20 steps", said, re.M
+    )
+    assert reached and float(reached[1]) < 4.0, said  # it starts at log(97) = 4.6
+    assert "So:\nThe " in said
+
+
+def test_resnet18_in_short(tmp_path: Path) -> None:
+    """On digits, written as those files are, since they come with the packages."""
+    raw = tmp_path / "data/FashionMNIST/raw"
+    raw.mkdir(parents=True)
+    digits = load({"name": "digits"}, 42)
+    parts = (digits.train.images, digits.train.labels, digits.val.images, digits.val.labels)
+    for name, part in zip(FILES, parts, strict=True):
+        sizes = b"".join(size.to_bytes(4) for size in part.shape)
+        content = bytes([0, 0, 8, part.dim()]) + sizes + part.to(torch.uint8).numpy().tobytes()
+        (raw / name).write_bytes(content)
+    script = shortened(
+        "fashion",
+        tmp_path,
+        ("TRAIN, TEST = 3, 3072, 1000", "TRAIN, TEST = 3, 512, 250"),
+        ("/usr/share/datasets/fashion-mnist", str(tmp_path / "nowhere")),
+    )
+    code, said = launched(tmp_path, script, "num_epochs=1")
+    assert code == 0 and "the same on all replicas" in said, said
+    assert re.search(r"^fashion: \d+\.\d % right after 8 steps on 512 pictures", said, re.M), said
 
 
 def test_each_example_is_told_of() -> None:
