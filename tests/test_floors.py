@@ -24,7 +24,8 @@ FLOORS = {
     "workers.__main__ workers.observe workers.train",
     3: "paramserver.curves paramserver.runfolder paramserver.server "
     "workers workers.alone workers.checkpoint workers.checks workers.client workers.cluster "
-    "workers.gradients workers.logbook workers.recipe workers.replica workers.snapshot",
+    "workers.connection workers.gradients workers.logbook workers.recipe workers.replica "
+    "workers.snapshot",
     2: "paramserver.fleet.keeper paramserver.fleet.machine paramserver.fleet.remote "
     "paramserver.fleet.speed paramserver.address paramserver.arena paramserver.folders "
     "paramserver.gate paramserver.memory paramserver.tether "

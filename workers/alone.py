@@ -22,7 +22,7 @@ from paramserver.mean import Mean
 from paramserver.schema import build, check_names
 from paramserver.settings import Settings
 from workers import follow
-from workers.client import Say
+from workers.connection import Say
 from workers.replica import Replica
 
 ID = 1

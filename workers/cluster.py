@@ -32,7 +32,8 @@ from paramserver.feedback import Feedback
 from paramserver.settings import Settings
 from paramserver.wire import Lease
 from workers.alone import Alone
-from workers.client import Client, Say
+from workers.client import Client
+from workers.connection import Say
 from workers.data import loader, order
 from workers.gradients import Gradients
 from workers.placed import listens, placed

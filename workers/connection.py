@@ -1,0 +1,302 @@
+"""The sockets of a peer: it says hello at the door, gets a link and a SUB, and beats.
+
+`workers.client` makes a replica of it that follows the log; what travels is in docs/protocol.md.
+One thread uses the link and SUB. A second one beats at the door, so that a long push or forward is
+not taken for death.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import zmq
+
+from paramserver import sockets, wire
+from paramserver.errors import PeerError, RunLost, UserError
+from paramserver.gate import Knock
+
+BEATS_PER_TIMEOUT = 5
+PROBE_INTERVAL_S = 0.1
+HELLO_INTERVAL_S = 2.0
+NEW_DOOR_S = 10.0
+
+Say = Callable[[str], None]
+
+
+class Connection:
+    """The connection of one peer to its server: `connect`, then send and receive, then `close`.
+
+    `say(line)` gets sentences for a person.
+    """
+
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        *,
+        role: str = "worker",
+        id: int | None = None,
+        key: str = "",
+        keys: sockets.PeerKeys | None = None,
+        say: Say = print,
+    ) -> None:
+        """`keys` are needed where the server lets in only those who have them; `key` is what the
+        server's own observer shows."""
+        self.host, self.port = host, port
+        self.say = say
+        self.welcome: wire.Welcome | None = None
+        self.heartbeat_timeout = 10.0
+        self.give_up_s = 60.0
+        self.abandoned = threading.Event()
+        """Set by another thread: do not go on connecting and joining."""
+        self.greetings = 0
+        """How often this peer was welcomed: a wait for a round of an earlier time is void."""
+        self._keys = keys
+        self._hello = wire.Hello(
+            protocol=wire.PROTOCOL,
+            role=role,
+            id=id,
+            nonce=uuid.uuid4().hex,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            key=key,
+        )
+        self._ctx = sockets.context()
+        self._door: zmq.Socket[bytes] | None = None
+        self._knock: Knock | None = None  # what becomes of the door's handshakes
+        self._link: zmq.Socket[bytes] | None = None
+        self._sub: zmq.Socket[bytes] | None = None
+        self._link_kind = "tcp"
+        self._shared: Path | None = None  # where this host's server shares memory with us
+        self._beating: threading.Event | None = None
+        self._beat_thread: threading.Thread | None = None
+        self._probed: set[str] = set()  # where our probe was seen: "sub", "link"
+        self._must_greet = False  # the server does not know this session, or is silent
+
+    def connect(self, deadline_s: float, last_step: int | None = None) -> wire.Welcome:
+        """Find the server and be welcomed, within `deadline_s`; says what it waits for. Raises
+        `UserError` where it refuses or does not answer, `RunLost` when `abandoned` is set meanwhile
+        or, with `last_step`, which a peer of its run has reached, when it does not come back."""
+        start, blocked = time.monotonic(), False
+        while True:
+            welcome = self._be_welcomed(start, deadline_s, last_step)
+            self._check(welcome)
+            self.welcome = welcome
+            self.heartbeat_timeout = float(welcome.settings.get("heartbeat_timeout", 10.0))
+            self.give_up_s = float(welcome.settings.get("idle_timeout", self.give_up_s))
+            missing = self._open_link(welcome)
+            if not missing:
+                self.greetings += 1
+                return welcome
+            # The server may have died just now; if it is there, something is in between.
+            if blocked and missing in ("SUB", "ROUTER"):
+                port = welcome.pub_port if missing == "SUB" else self.port
+                raise UserError(
+                    f"{self.host} answered at port {self.port}, but nothing comes through "
+                    f"at port {port} ({missing})",
+                    "a firewall between the two machines? both ports must be open",
+                )
+            blocked = missing in ("SUB", "ROUTER")
+
+    def _be_welcomed(self, start: float, deadline_s: float, last_step: int | None) -> wire.Welcome:
+        """Say hello at the door until it is answered, at most until `deadline_s` after `start` or
+        after the last sign of a server that does not let us in yet."""
+        door, knock = self._open_door()
+        deadline, hello_at, told = start + deadline_s, time.monotonic(), ""
+        new_door_at = hello_at + NEW_DOOR_S
+        while True:
+            knock.check()
+            now = time.monotonic()
+            if now >= new_door_at:  # ZeroMQ may have given up this one's connection in silence
+                door, knock = self._open_door()
+                hello_at, new_door_at = now, now + NEW_DOOR_S
+            if now >= hello_at:  # one may be lost with a cut connection
+                with contextlib.suppress(zmq.Again):  # refused just now: the next check tells why
+                    door.send_multipart(wire.to_frames(self._hello), zmq.NOBLOCK)
+                hello_at = now + HELLO_INTERVAL_S
+            if self.abandoned.is_set():
+                raise RunLost("the run is over")
+            if door.poll(min(500, max(0, int(1000 * (deadline - now))))):
+                message = self._decode(door.recv_multipart(copy=False))[0]
+                if isinstance(message, wire.Welcome):
+                    return message
+                if isinstance(message, wire.Reject):
+                    raise UserError(message.reason, message.hint)
+                if isinstance(message, wire.Later):  # it lives, and has a deadline of its own
+                    hello_at = time.monotonic() + HELLO_INTERVAL_S
+                    deadline, new_door_at = hello_at + deadline_s, hello_at + NEW_DOOR_S
+                    if told != message.reason:
+                        told = message.reason
+                        self.say(f"the server is {told}")
+                continue
+            now = time.monotonic()
+            if now > deadline:
+                if last_step is not None:
+                    raise RunLost(
+                        f"no server answered at {self.host}:{self.port} for {deadline_s:g} s; last "
+                        f"step here: {last_step}"
+                    )
+                raise UserError(
+                    f"no server answered at {self.host}:{self.port} within {deadline_s:g} s",
+                    "is it running (make server)? another address: host_ip=..., another port: "
+                    "port=..., a longer wait: join_timeout=...",
+                )
+            if not told and now > start + 1:
+                told = f"waiting for a server at {self.host}:{self.port}"
+                self.say(f"{told} (for {deadline_s:g} s; start one with: make server)")
+
+    def _open_door(self) -> tuple[zmq.Socket[bytes], Knock]:
+        """A socket to say hello at, and what becomes of its handshakes, in place of the last."""
+        self._close_sockets()
+        door = self._door = sockets.dealer(self._ctx)
+        with_keys = self._keys is not None
+        knock = self._knock = Knock(self._ctx, door, self.host, self.port, with_keys=with_keys)
+        sockets.connect(door, sockets.tcp(self.host, self.port), self._keys)
+        return door, knock
+
+    def _check(self, welcome: wire.Welcome) -> None:
+        if welcome.protocol != wire.PROTOCOL:
+            raise UserError(
+                f"the server speaks protocol {welcome.protocol}, this worker {wire.PROTOCOL}",
+                "install the same version on both machines",
+            )
+
+    def _open_link(self, welcome: wire.Welcome) -> str:
+        """Link and SUB, over ipc where server and we share a host; then wait until both work.
+
+        Returns what is missing: nothing; the socket, ROUTER or SUB, of which nothing was heard; or
+        the session, which the server has forgotten since.
+        """
+        router = sockets.tcp(self.host, self.port)
+        pub = sockets.tcp(self.host, welcome.pub_port)
+        self._link_kind = "tcp"
+        if welcome.ipc and sockets.is_local(self.host) and sockets.ipc_usable(welcome.ipc):
+            router, pub = sockets.ipc_endpoints(welcome.ipc)
+            self._link_kind = "ipc"
+            if welcome.shared and sockets.ipc_usable(welcome.shared):
+                self._shared = Path(welcome.shared)
+        of_run = welcome.settings
+        mark = sockets.mark(of_run["history_mb"], of_run["bucket_mb"])
+        keys = None if self._link_kind == "ipc" else self._keys
+        self._sub = sockets.subscriber(self._ctx, mark)
+        for kind in (wire.Close, wire.Open, wire.Pulse, wire.Probe, wire.End):
+            sockets.subscribe(self._sub, wire.topic(kind))
+        self._link = sockets.dealer(self._ctx)
+        sockets.connect(self._sub, pub, keys)
+        sockets.connect(self._link, router, keys)
+        self._poller = zmq.Poller()
+        self._poller.register(self._link, zmq.POLLIN)
+        self._poller.register(self._sub, zmq.POLLIN)
+        self._must_greet = False
+        self._start_beating(welcome.session)
+        self._probed.clear()
+        start = time.monotonic()
+        probed = 0.0
+        while self._probed != {"sub", "link"}:
+            if time.monotonic() - probed >= PROBE_INTERVAL_S:
+                self._send(wire.Probe(session=welcome.session))
+                probed = time.monotonic()
+            self._poll_for_probe(PROBE_INTERVAL_S)
+            if self._must_greet or self.abandoned.is_set():
+                return "session"
+            if time.monotonic() - start > self.heartbeat_timeout:
+                return "SUB" if "link" in self._probed else "ROUTER"
+        return ""
+
+    def _drain(self, timeout_s: float) -> list[tuple[Any, Any]]:
+        """Everything that has come on link and SUB, with its socket; waits for something."""
+        found = []
+        for s, _ in self._poller.poll(int(1000 * timeout_s)):
+            while sockets.readable(s):
+                found.append((s, self._decode(s.recv_multipart(copy=False))[0]))
+        return found
+
+    def _poll_for_probe(self, timeout_s: float) -> None:
+        assert self._sub is not None and self._link is not None
+        for s, message in self._drain(timeout_s):
+            if isinstance(message, wire.Probe) and self.welcome is not None:
+                if message.session == self.welcome.session:
+                    self._probed.add("sub")
+            elif isinstance(message, wire.Pulse):
+                if s is self._link:
+                    self._probed.add("link")
+            elif isinstance(message, wire.Greet):
+                self._must_greet |= not message.session_known
+            elif isinstance(message, wire.Reject):
+                raise UserError(message.reason, message.hint)
+            elif isinstance(message, wire.End):
+                raise RunLost(f"the run has ended: {message.reason}")
+
+    def _start_beating(self, session: str) -> None:
+        assert self._door is not None
+        stop = self._beating = threading.Event()
+        assert self.welcome is not None
+        own = wire.Beat(session=session, run=self.welcome.run, nonce=self._hello.nonce)
+        beat = wire.to_frames(own)
+        every_s = self.heartbeat_timeout / BEATS_PER_TIMEOUT
+        door = self._door
+
+        def run() -> None:
+            while not stop.wait(every_s):
+                with contextlib.suppress(zmq.ZMQError, UserError):
+                    door.send_multipart(beat, zmq.NOBLOCK)
+                    while sockets.readable(door):
+                        message = self._decode(door.recv_multipart(copy=False))[0]
+                        if isinstance(message, wire.Greet) and not message.session_known:
+                            self._must_greet = True  # another server, or it gave us up
+
+        self._beat_thread = threading.Thread(target=run, name="beat", daemon=True)
+        self._beat_thread.start()
+
+    def close(self) -> None:
+        """Close every socket; safe to call twice."""
+        self._close_sockets()
+        self._ctx.term()
+
+    def _close_sockets(self) -> None:
+        if self._beat_thread is not None and self._beating is not None:
+            self._beating.set()
+            self._beat_thread.join()
+            self._beat_thread = None
+        for s in (self._knock, self._door, self._link, self._sub):
+            if s is not None:
+                s.close()
+        self._knock = None
+        self._door = self._link = self._sub = None
+        self._shared = None
+
+    # ------------------------------------------------------------------ for what follows the log
+
+    def _send(self, message: wire.Message, *buffers: Any) -> None:
+        assert self._link is not None
+        try:
+            self._link.send_multipart(
+                wire.to_frames(message, *buffers), zmq.NOBLOCK, copy=not buffers
+            )
+        except zmq.Again:  # not its mark, it has none: ZeroMQ has given this connection up
+            if self._knock is not None:
+                self._knock.check()
+            raise RunLost(
+                f"the server at {self.host}:{self.port} does not let this worker in any more",
+                "was it started again with other keys, or another security=?",
+            ) from None
+
+    def _decode(self, frames: Sequence[zmq.Frame]) -> tuple[Any, list[Any]]:
+        try:
+            return wire.from_frames(frames)
+        except PeerError as e:
+            raise UserError(
+                f"{self.host}:{self.port} does not speak this protocol: {e}",
+                "is another program listening there, or another version of this one?",
+            ) from None
+
+
+__all__ = ["Connection", "Say"]
