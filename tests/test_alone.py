@@ -64,6 +64,20 @@ def test_a_schedule_by_epoch_goes_on_where_an_epoch_ends() -> None:
     assert rates == [0.1] * 3 + [0.05] * 3 + [0.025] * 3
 
 
+def test_a_loop_knows_how_many_epochs_are_done() -> None:
+    data, setup = Noise(40), perceptron(1)
+    alone = {"num_epochs": 2}
+    with workers.join(port=free_port(), say=lambda line: None, alone=alone) as cluster:
+        assert cluster.epoch == 0
+        model, optimizer = cluster.attach(setup.model, setup.optimizer)
+        seen = []
+        for x, y, _ in cluster.batches(data, batch_size=16):
+            loss(model, x, y).backward()
+            optimizer.step()
+            seen.append(cluster.epoch)
+    assert seen == [0, 0, 1, 1, 1, 2]
+
+
 def test_a_batch_of_bad_numbers_is_left_out() -> None:
     data = Noise(40)
     data.x[7] = float("nan")

@@ -117,6 +117,15 @@ def test_any_schedule(name: str) -> None:
     check_one(make)
 
 
+def test_a_schedule_that_ends_before_the_run_stays_there() -> None:
+    model = drawn(PERCEPTRON, 1)
+    optimizer = SGD(model.parameters(), lr=0.05)
+    scheduler = schedules.OneCycleLR(optimizer, 0.1, total_steps=5)
+    replica = alone(Setup(model, optimizer, scheduler=scheduler), Noise(96))
+    assert replica.step == 12 and scheduler.last_epoch == 4
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1 / 25 / 1e4)
+
+
 # ---------------------------------------------------------------------------- held for a while
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from paramserver import address, wire
+from paramserver.bucket import BUCKET_MB
 from paramserver.codec import fresh
 from paramserver.errors import UserError
 from paramserver.ledger import DONE, RETURNED, SKIPPED, Ledger, OwnLedger
@@ -42,6 +43,7 @@ class Alone:
         check_names(settings, lambda name: "alone=")
         known = asdict(Settings())
         run = asdict(build({**known, **settings, **AS_IT_IS}, lambda name: "alone="))
+        run["bucket_mb"] = run["bucket_mb"] or BUCKET_MB
         self.welcome = wire.Welcome(
             protocol=wire.PROTOCOL,
             run="",

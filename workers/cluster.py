@@ -124,6 +124,11 @@ class Cluster:
         return self._replica.step if self._replica is not None else 0
 
     @property
+    def epoch(self) -> int:
+        """Whole epochs of samples applied so far; 0 with batches of one's own."""
+        return self._replica.epoch if self._replica is not None else 0
+
+    @property
     def waiting_s(self) -> float:
         """Seconds spent in `step` waiting for averages, in all."""
         return self._waiting_s

@@ -167,10 +167,19 @@ class Replica:
         self.forget_averages()
 
     def _due(self, close: wire.Close) -> int:
-        """How often the schedule is stepped with this update."""
-        if self.schedule_by == "step":
-            return 1
-        return _epochs(close.ledger) - (0 if self.ledger is None else _epochs(self.ledger))
+        """How often the schedule is stepped with this update; one that has an end stays there, for
+        nobody knows how many steps a run will have."""
+        due = 1
+        if self.schedule_by == "epoch":
+            due = _epochs(close.ledger) - self.epoch
+        schedule: Any = self.scheduler
+        total = getattr(schedule, "total_steps", None)  # OneCycleLR climbs, then raises beyond it
+        return due if total is None else min(due, total - 1 - schedule.last_epoch)
+
+    @property
+    def epoch(self) -> int:
+        """Epochs of samples that are in this step for good."""
+        return 0 if self.ledger is None else _epochs(self.ledger)
 
     def forget_averages(self) -> None:
         """What was taken belongs to a void round."""
