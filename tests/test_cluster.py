@@ -15,7 +15,7 @@ import torch
 from crew import CLASSES, INPUTS, PERCEPTRON, Crew, Make, Noise, Setup, drawn, perceptron, train
 from torch import Tensor, nn
 from torch.optim import SGD, Adam
-from torch.optim.lr_scheduler import StepLR
+from torch.optim.lr_scheduler import OneCycleLR, StepLR
 from whole import DEADLINE_S, Served
 
 import workers
@@ -339,6 +339,29 @@ class Mixed(nn.Module):
             return self.inner(x)
 
 
+class Transposed(nn.Module):
+    """A parameter, and so a gradient, whose numbers do not lie in the order of its indices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(CLASSES, INPUTS).t())
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert not self.weight.is_contiguous()
+        return x @ self.weight
+
+
+def everything(seed: int) -> Setup:
+    """As scripts have it: autocast, parameter groups, a warm-up by OneCycleLR, clipping, and
+    several passes for a step."""
+    model = drawn(Mixed(), seed)
+    first, *rest = model.parameters()
+    each = [{"params": [first], "lr": 0.003}, {"params": rest, "weight_decay": 0.1}]
+    optimizer = SGD(each, lr=0.01, momentum=0.9)
+    schedule = OneCycleLR(optimizer, [0.05, 0.1], total_steps=40)
+    return Setup(model, optimizer, scheduler=schedule, clip_norm=0.5, accumulate=2)
+
+
 class Double(nn.Module):
     """A model that computes in float64."""
 
@@ -376,6 +399,8 @@ MODELS: dict[str, tuple[Make, tuple[int, ...], dict[str, Any]]] = {
     "before_step": (sgd(PERCEPTRON, before_step=halve_gradients), (INPUTS,), {}),
     "mixed precision": (sgd(Mixed()), (INPUTS,), {}),
     "float64": (sgd(Double()), (INPUTS,), {}),
+    "a transposed parameter": (sgd(Transposed()), (INPUTS,), {}),
+    "everything at once": (everything, (INPUTS,), {}),
 }
 
 
