@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import combinations
 from typing import Any
 from xml.etree import ElementTree
 
@@ -104,3 +105,18 @@ def test_the_picture() -> None:
     drawn = ElementTree.fromstring(topology.svg(GOOD))
     words = [element.text for element in drawn.iter() if element.text and element.text.strip()]
     assert "Thunderbolt 16.00 Gbit/s" in words and "mini1" in words and "server" in words
+
+
+@pytest.mark.parametrize("count", range(2, 7))
+def test_no_label_of_the_picture_hides_another_one_or_a_machine(count: int) -> None:
+    hosts = [Host(f"mini{i}", "", role="worker" if i else "server") for i in range(count)]
+    ways = [replace(FAST, far=a.name, near=b.name) for a, b in combinations(hosts, 2)]
+    drawn = ElementTree.fromstring(topology.svg(Report(tuple(hosts), measured=tuple(ways))))
+    rects = [e.attrib for e in drawn.iter() if e.tag.endswith("rect") and "x" in e.attrib]
+    assert len(rects) == count + len(ways)
+    for a, b in combinations(rects, 2):
+        apart = (
+            int(b[at]) - int(a[at]) >= int(a[size]) or int(a[at]) - int(b[at]) >= int(b[size])
+            for at, size in (("x", "width"), ("y", "height"))
+        )
+        assert any(apart), (a, b)

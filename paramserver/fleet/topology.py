@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from html import escape
 
 from paramserver.fleet.findings import Measured, Report
 
 COLOURS = {"thunderbolt": "#7c3aed", "ethernet": "#0369a1", "wifi": "#d97706"}
-WIDTH, HEIGHT, BOX_W, BOX_H = 760, 560, 150, 54
+GREY = 'font-size="12" fill="#374151"'
+BOX_W, BOX_H, LABEL_H = 150, 54, 36
+NAME_W, LETTER_W = 10, 7  # of a character, in the font sizes of names and labels
+PLACES = sorted((n / 50 for n in range(8, 43)), key=lambda t: abs(t - 0.5))
+"""Of a label, along its line: its middle first."""
 
 
 def pairs(report: Report) -> Iterator[Measured]:
@@ -36,41 +41,85 @@ def text(report: Report) -> str:
 def svg(report: Report) -> str:
     """The machines in a ring, the server on top; lines as thick as their logarithm of Gbit/s."""
     hosts = sorted(report.hosts, key=lambda host: not host.serves)
-    place = {}
+    box_w = max(BOX_W, NAME_W * max(len(host.name) for host in hosts) + 24)
+    stretch = max(1.0, len(hosts) / 4)
+    across, down = 300 * stretch, 200 * stretch
+    width, height = 2 * across + box_w + 60, 2 * down + BOX_H + 60
+    boxes = {}
     for number, host in enumerate(hosts):
         angle = 2 * math.pi * number / len(hosts) - math.pi / 2
-        x, y = WIDTH / 2 + 270 * math.cos(angle), HEIGHT / 2 + 200 * math.sin(angle)
-        place[host.name] = (x, y)
+        x, y = width / 2 + across * math.cos(angle), height / 2 + down * math.sin(angle)
+        boxes[host.name] = Box(x, y, box_w, BOX_H)
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height:.0f}" '
         'font-family="system-ui, sans-serif" text-anchor="middle">',
-        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
+        f'<rect width="{width:.0f}" height="{height:.0f}" fill="white"/>',
     ]
-    labels = []
-    for m in pairs(report):
-        (x1, y1), (x2, y2) = place[m.far], place[m.near]
+    taken, labels = list(boxes.values()), []
+    # To make room a label moves far on a flat line and little on a steep one: flat ones first.
+    for m in sorted(pairs(report), key=lambda m: abs(boxes[m.far].y - boxes[m.near].y)):
+        far, near = boxes[m.far], boxes[m.near]
         colour = COLOURS.get(m.path.kind, "#6b7280")
         thick = 2 + 2 * max(0.0, math.log10(max(m.gbits, 0.01) * 10))
         dash = ' stroke-dasharray="8 6"' if m.path.kind == "wifi" else ""
         parts.append(
-            f'<line x1="{x1:.0f}" y1="{y1:.0f}" x2="{x2:.0f}" y2="{y2:.0f}" '
+            f'<line x1="{far.x:.0f}" y1="{far.y:.0f}" x2="{near.x:.0f}" y2="{near.y:.0f}" '
             f'stroke="{colour}" stroke-width="{thick:.1f}"{dash}/>'
         )
-        x, y = (x1 + x2) / 2, (y1 + y2) / 2
-        rate = f"{escape(m.kind)} {m.gbits:.2f} Gbit/s"
-        labels.append(f'<rect x="{x - 78:.0f}" y="{y - 17:.0f}" width="156" height="36" fill="white" fill-opacity="0.9" rx="4"/>')  # fmt: skip  # noqa: E501
-        labels.append(f'<text x="{x:.0f}" y="{y - 2:.0f}" font-size="13" fill="{colour}">{rate}</text>')  # fmt: skip  # noqa: E501
-        labels.append(f'<text x="{x:.0f}" y="{y + 14:.0f}" font-size="12" fill="#374151">{1000 * m.round_trip_s:.2f} ms</text>')  # fmt: skip  # noqa: E501
+        rate = f"{m.kind} {m.gbits:.2f} Gbit/s"
+        label = _free_place(far, near, LETTER_W * len(rate) + 8, taken)
+        taken.append(label)
+        labels += [
+            label.rect('fill="white" fill-opacity="0.9" rx="4"'),
+            _line(label.x, label.y - 3, rate, f'font-size="13" fill="{colour}"'),
+            _line(label.x, label.y + 13, f"{1000 * m.round_trip_s:.2f} ms", GREY),
+        ]
     parts += labels
     ill = {trouble.host for trouble in report.troubles}
     for host in hosts:
-        x, y = place[host.name]
+        box = boxes[host.name]
         fill = "#fee2e2" if host.name in ill else "#ede9fe" if host.serves else "#f3f4f6"
-        said = "not reached" if host.name in ill else host.role if host.role != "both" else "server, worker"  # fmt: skip  # noqa: E501
+        said = host.role if host.role != "both" else "server, worker"
         parts += [
-            f'<rect x="{x - BOX_W / 2:.0f}" y="{y - BOX_H / 2:.0f}" width="{BOX_W}" '
-            f'height="{BOX_H}" rx="8" fill="{fill}" stroke="#374151"/>',
-            f'<text x="{x:.0f}" y="{y - 4:.0f}" font-size="16">{escape(host.name)}</text>',
-            f'<text x="{x:.0f}" y="{y + 16:.0f}" font-size="12" fill="#374151">{said}</text>',
+            box.rect(f'rx="8" fill="{fill}" stroke="#374151"'),
+            _line(box.x, box.y - 4, host.name, 'font-size="16"'),
+            _line(box.x, box.y + 16, "not reached" if host.name in ill else said, GREY),
         ]
     return "\n".join([*parts, "</svg>", ""])
+
+
+@dataclass(frozen=True)
+class Box:
+    """A rectangle around a point."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+
+    def touches(self, other: Box) -> bool:
+        return (
+            2 * abs(self.x - other.x) < self.width + other.width
+            and 2 * abs(self.y - other.y) < self.height + other.height
+        )
+
+    def rect(self, attributes: str) -> str:
+        return (
+            f'<rect x="{self.x - self.width / 2:.0f}" y="{self.y - self.height / 2:.0f}" '
+            f'width="{self.width:.0f}" height="{self.height:.0f}" {attributes}/>'
+        )
+
+
+def _free_place(far: Box, near: Box, width: float, taken: Sequence[Box]) -> Box:
+    """Where on the line between two boxes a label hides nothing, as near to its middle as may
+    be; the middle, if it does everywhere."""
+    places = [
+        Box(far.x + t * (near.x - far.x), far.y + t * (near.y - far.y), width, LABEL_H)
+        for t in PLACES
+    ]
+    free = (place for place in places if not any(map(place.touches, taken)))
+    return next(free, places[0])
+
+
+def _line(x: float, y: float, text: str, attributes: str) -> str:
+    return f'<text x="{x:.0f}" y="{y:.0f}" {attributes}>{escape(text)}</text>'
