@@ -15,6 +15,8 @@ import shutil
 import subprocess
 import sys
 import threading
+import zipfile
+from importlib import metadata
 from pathlib import Path
 
 from whole import CLONE, DEADLINE_S, Program
@@ -22,6 +24,10 @@ from whole import CLONE, DEADLINE_S, Program
 FAST, SLOW = "10.10.0", "10.20.0"
 NEEDED = ("ip", "tc", "ssh", "sshd", "ssh-keygen", "rsync", "unshare", "make")
 SHELL_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
+HASTY_UV = """case $1 in pip) exec "$uv" "$@" --no-compile-bytecode ;; esac
+exec "$uv" "$@"
+"""
+"""Compiling what is imported never, or once, takes most of the time of making an environment."""
 
 
 def why_no_machines() -> str | None:
@@ -36,8 +42,8 @@ def why_no_machines() -> str | None:
 
 
 class Machines:
-    """Machines of these names, and a laptop, as a context. `bare` has no Python, `full` no room;
-    the others, but for `fresh`, share this environment."""
+    """Machines of these names, and a laptop, as a context. `bare` has no Python, `full` no room,
+    `fresh` no environment, but all for one in uv's cache; the others share this environment."""
 
     def __init__(self, folder: Path, names: list[str], rates: tuple[str, str]) -> None:
         self._folder = folder
@@ -117,15 +123,19 @@ class Machines:
             self._make_laptop(home)
             return
         (folder / "bin").mkdir()
-        uv = shutil.which("uv", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-        if uv and name != "bare":
+        uv, links = find_uv(), ""
+        if uv and name == "fresh":
+            (folder / "bin/uv").write_text(f"#!/bin/sh\nuv={uv}\n{HASTY_UV}")
+            (folder / "bin/uv").chmod(0o755)
+            links = f"UV_FIND_LINKS={_wheel_of_uv(folder)}"
+        elif uv and name != "bare":
             (folder / "bin/uv").symlink_to(uv)
-        cache = os.environ.get("UV_CACHE_DIR", Path("~/.cache/uv").expanduser())
         (folder / "sshd_config").write_text(
             f"HostKey {folder / 'key'}\n"
             f"AuthorizedKeysFile {self._folder / 'laptop/key.pub'}\n"
             "PidFile none\nUsePAM no\nStrictModes no\nPermitRootLogin yes\nUseDNS no\n"
-            f"SetEnv UV_CACHE_DIR={cache} UV_OFFLINE=1 PATH={folder / 'bin'}:{SHELL_PATH}\n"
+            f"SetEnv UV_CACHE_DIR={uv_cache()} UV_OFFLINE=1 {links} "
+            f"PATH={folder / 'bin'}:{SHELL_PATH}\n"
         )
 
     def _make_laptop(self, home: Path) -> None:
@@ -221,6 +231,35 @@ class Machines:
 
     def namespace(self, name: str) -> str:
         return self._prefix + name
+
+
+def find_uv() -> str | None:
+    """The uv of this environment, or else of this machine."""
+    return shutil.which("uv", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+
+
+def uv_cache() -> Path:
+    """Where it keeps all that was ever installed with it."""
+    return Path(os.environ.get("UV_CACHE_DIR", Path("~/.cache/uv").expanduser()))
+
+
+def _wheel_of_uv(folder: Path) -> Path:
+    """The folder of a wheel of this environment's uv, packed from what is installed: pip brought
+    it, so it is in no cache of its own."""
+    uv = metadata.distribution("uv")
+    tag = re.search(r"^Tag: (.*)", uv.read_text("WHEEL") or "", re.MULTILINE)
+    assert tag is not None and uv.files is not None
+    wheel = folder / f"wheels/uv-{uv.version}-{tag[1]}.whl"
+    wheel.parent.mkdir()
+    with zipfile.ZipFile(wheel, "w") as file:
+        for path in uv.files:
+            if path.parts[0] == "..":  # into bin/
+                file.write(path.locate(), f"uv-{uv.version}.data/scripts/{path.name}")
+            elif path.name == "RECORD":
+                file.writestr(str(path), "")
+            elif path.suffix != ".pyc" and path.name not in ("INSTALLER", "REQUESTED"):
+                file.write(path.locate(), str(path))
+    return wheel.parent
 
 
 def _pythons() -> set[Path]:

@@ -331,7 +331,9 @@ def start(place: Place, orders: Orders) -> State:
         if time.monotonic() > deadline:
             raise OSError(f"the keeper of the {place.name} tells nothing")
         time.sleep(LOOK_S)  # somebody asks just now, or another start is not done
-    sweep(place.mark, LEFT_S)  # of a keeper that was killed
+    if (before := place.read()) is not None:  # a keeper that was killed leaves what it kept
+        ask_orphan(place.mark, before.process)
+    sweep(place.mark, LEFT_S)
     reader, writer = os.pipe()
     if os.fork() == 0:
         os.setsid()
