@@ -359,7 +359,7 @@ def serve(settings: Settings) -> int:
     """
     trace.begin("server")
     allow_connections()
-    host_ip, chosen = machine.settle(settings.host_ip)
+    host_ip, chosen = machine.settle(settings)
     hosts, guarded = listen(host_ip, settings.security)
     linked = not all(map(is_loopback, (*hosts, *guarded)))
     default = LINKED_BUCKET_MB if linked else BUCKET_MB

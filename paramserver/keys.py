@@ -150,7 +150,7 @@ def main() -> None:
         else:
             keys, made = load_or_make()
             print(f"{'new keys' if made else 'keys'}: {path()}")
-        guarded = listen(machine.settle(settings.host_ip)[0])[1]
+        guarded = listen(machine.settle(settings)[0])[1]
         for host in guarded:
             print(f"join token of a server at {host}:{settings.port}:")
             print(keys.token(host, settings.port))

@@ -26,13 +26,16 @@ from paramserver.errors import UserError
 from paramserver.runfolder import latest
 from paramserver.schema import scope
 
-DEMO = {"dataset.name": "digits", "num_epochs": "15", "num_workers": "2", "eval_steps": "100"}
+LOOPBACK = "127.0.0.1"
+DEMO = {
+    "host_ip": LOOPBACK, "dataset.name": "digits", "num_epochs": "15", "num_workers": "2",
+    "eval_steps": "100",
+}  # fmt: skip
 """What the demo sets, unless the command line says otherwise."""
 WORKERS_PATIENCE_S = 10.0
 FLEET = ("up", "status", "logs", "attach", "down", "doctor")
 PARTS_OF_A_STEP = ("load", "compute", "encode", "send", "wait", "decode", "optimizer")
 SCRIPT_S = 600.0  # what a script does after its run: an evaluation, a sample
-LOOPBACK = "127.0.0.1"
 PATIENCE_S = 120.0  # an orderly end takes the observer's last evaluation and upload
 
 
@@ -177,7 +180,7 @@ def script(arguments: list[str]) -> int:
         there = ", ".join(sorted(p.stem for p in path.parent.glob("*.py")))
         raise UserError(f"there is no script {path}", f"there is: {there}" if there else "")
     given = {a.partition("=")[0] for a in arguments}
-    chosen = {"observer": "false"}  # it would need the script's model
+    chosen = {"host_ip": LOOPBACK, "observer": "false"}  # which would need the script's model
     if path.with_suffix(".yaml").is_file():
         chosen["model"] = str(path.with_suffix(".yaml"))
     arguments = [f"{k}={v}" for k, v in chosen.items() if k not in given] + arguments

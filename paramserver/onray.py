@@ -257,7 +257,7 @@ class Crew:
         if self.far and s.security != "none":
             token = self._ask(self.server, self.server.actor.token.remote(home.address, s.port))
         given = {name: os.environ[name] for name in GIVEN if os.environ.get(name)}
-        server = dump(replace(s, host_ip=host_ip))
+        server = dump(replace(s, hosts=None, host_ip=host_ip))
         self._begin(self.server, ["paramserver"], server, given, ["resume=null"])
         self._until_ready()
         for number, worker in enumerate(self.workers, 1):

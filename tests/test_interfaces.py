@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import pytest
 from recorded import HARDWARE_PORTS, IFCONFIG
@@ -23,6 +24,7 @@ from paramserver.fleet.interfaces import (
     to_json,
     why,
 )
+from paramserver.settings import Settings
 
 TB1 = Interface("bridge0", "thunderbolt", "10.10.0.1", 24, 9000)
 TB2 = Interface("bridge0", "thunderbolt", "10.10.0.2", 24, 9000)
@@ -132,16 +134,53 @@ def test_interfaces_travel_as_json() -> None:
     assert from_json(to_json([TB1, LAN1])) == [TB1, LAN1]
 
 
+HOME = [{"name": "mini1", "role": "both"}, {"name": "mini2"}]
+
+
+def settled(own: list[Interface], monkeypatch: pytest.MonkeyPatch, **settings: Any) -> Any:
+    """Where a server listens on a machine with these interfaces, and what it says of it."""
+    monkeypatch.setattr(machine, "interfaces", lambda: own)
+    return machine.settle(Settings(**settings))
+
+
+def test_a_server_chooses_where_it_is_asked_to_or_other_machines_are_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    own = [LOOP, WIFI1, LAN1, VPN]
+    chosen = (LAN1.address, why(LAN1, own))
+    assert settled(own, monkeypatch, host_ip="auto") == chosen
+    assert settled(own, monkeypatch, hosts=HOME) == chosen
+    assert settled(own, monkeypatch) == (None, "")
+    assert settled(own, monkeypatch, hosts=HOME[:1]) == (None, "")
+    here = [HOME[0], {"name": "mini2", "ssh": "local"}]
+    assert settled(own, monkeypatch, hosts=here) == (None, "")
+    assert settled(own, monkeypatch, hosts=HOME, host_ip="127.0.0.1") == ("127.0.0.1", "")
+
+
+def test_a_server_takes_the_address_that_hosts_gives_it_if_it_has_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    own = [LOOP, TB1, WIFI1]
+    for ip, chosen in ((WIFI1.address, WIFI1.address), (LAN2.address, TB1.address)):
+        named = [{"name": "mini1", "role": "server", "ip": ip}, {"name": "mini2"}]
+        assert settled(own, monkeypatch, hosts=named)[0] == chosen
+
+
+def test_with_nothing_to_choose_from_it_is_an_error_only_where_a_choice_was_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    host_ip, said = settled([LOOP, VPN], monkeypatch, hosts=HOME)
+    assert host_ip is None and "listening on loopback only" in said
+    with pytest.raises(UserError, match="no Thunderbolt, Ethernet or Wi-Fi address"):
+        settled([LOOP, VPN], monkeypatch, host_ip="auto")
+
+
 def test_this_machine_has_loopback_and_what_it_chooses_is_its_own() -> None:
     own = machine.interfaces()
     assert ("loopback", "127.0.0.1") in {(i.kind, i.address) for i in own}
     chosen = choose(own)
     if chosen is not None:
-        assert machine.choose_own()[0] == chosen.address
-        assert machine.settle("auto") == (chosen.address, why(chosen, own))
-    else:
-        with pytest.raises(UserError, match="no Thunderbolt, Ethernet or Wi-Fi address"):
-            machine.choose_own()
+        assert machine.settle(Settings(host_ip="auto")) == (chosen.address, why(chosen, own))
 
 
 @pytest.mark.parametrize(
@@ -156,7 +195,7 @@ def test_this_machine_has_loopback_and_what_it_chooses_is_its_own() -> None:
 def test_where_a_server_listens(
     host_ip: str | None, open_to_all: list[str], guarded: list[str]
 ) -> None:
-    assert machine.settle(host_ip) == (host_ip, "")
+    assert machine.settle(Settings(host_ip=host_ip)) == (host_ip, "")
     assert listen(host_ip) == (open_to_all, guarded)
 
 

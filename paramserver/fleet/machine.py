@@ -21,6 +21,7 @@ import psutil
 
 from paramserver import __version__, sockets
 from paramserver.errors import UserError
+from paramserver.fleet import hosts
 from paramserver.fleet.interfaces import (
     Interface,
     choose,
@@ -30,7 +31,9 @@ from paramserver.fleet.interfaces import (
     usable,
     why,
 )
+from paramserver.settings import Settings
 
+AUTO = "auto"
 SYSFS = Path("/sys/class/net")
 TOOL_S = 10.0
 
@@ -71,21 +74,32 @@ def _prefix(netmask: str | None) -> int:
     return 0 if netmask is None else int(ipaddress.ip_address(netmask)).bit_count()
 
 
-def settle(host_ip: str | None) -> tuple[str | None, str]:
-    """What a server's setting `host_ip` means here, and a sentence where it chose for itself."""
-    return choose_own() if host_ip == "auto" else (host_ip, "")
+def settle(settings: Settings) -> tuple[str | None, str]:
+    """Where a server with these settings listens here, as `host_ip` says it, and a sentence where
+    it chose for itself: with `host_ip: auto`, and with none where `hosts` names other machines.
 
-
-def choose_own() -> tuple[str, str]:
-    """The address that a server here listens at, and why. Raises `UserError` without one."""
+    Raises `UserError` where it was asked to choose and there is nothing to choose from.
+    """
+    machines = hosts.read(settings.hosts)
+    others = any(not host.serves and host.ssh != hosts.HERE for host in machines)
+    if settings.host_ip not in (None, AUTO) or (settings.host_ip is None and not others):
+        return settings.host_ip, ""
     own = interfaces()
+    given = next((host.ip for host in machines if host.serves), None)
+    if settings.host_ip is None and given in {i.address for i in own}:
+        return given, f"listening at {given}: hosts says so"
     chosen = choose(own)
-    if chosen is None:
-        raise UserError(
-            "this machine has no Thunderbolt, Ethernet or Wi-Fi address to listen at",
-            f"its addresses: {', '.join(str(i) for i in own) or 'none'}\nchoose one: host_ip=...",
+    if chosen is not None:
+        return chosen.address, why(chosen, own)
+    if settings.host_ip is None:
+        return None, (
+            "hosts names other machines, but this one has no Thunderbolt, Ethernet or Wi-Fi "
+            "address for them: listening on loopback only"
         )
-    return chosen.address, why(chosen, own)
+    raise UserError(
+        "this machine has no Thunderbolt, Ethernet or Wi-Fi address to listen at",
+        f"its addresses: {', '.join(str(i) for i in own) or 'none'}\nchoose one: host_ip=...",
+    )
 
 
 def ask(*command: str) -> str:
