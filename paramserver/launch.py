@@ -90,6 +90,8 @@ def _end(processes: list[subprocess.Popen[bytes]], patience_s: float) -> None:
 
 def _for_workers(name: str) -> bool:
     """Settings of one process that the workers of a demo share with the server."""
+    if name in ("cluster", "model"):
+        return True  # their files may hold such settings
     return scope(name) == "local" and name not in ("id", "run_dir", "plain", "host_ip", "join")
 
 
