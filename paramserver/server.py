@@ -662,6 +662,8 @@ class Server:
         self._publish(pulse)
         for session in list(self._routes):
             self._send(session, pulse)
+            if self.rounds.ended is not None:  # it may have been out when that was told
+                self._send(session, self.rounds.ended)
 
     def _publish(self, message: wire.Message) -> None:
         self._publish_frames(wire.to_frames(message))

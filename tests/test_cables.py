@@ -19,12 +19,12 @@ DIRECTIONS: dict[str, dict[str, bool]] = {
 
 @pytest.mark.root
 def test_a_cable_that_is_out_costs_nothing_but_time(tmp_path: Path) -> None:
-    """Out for long, until the server has given the worker up, and for a moment, until a round was
-    closed without it. Nobody else waits; the worker comes back; every sample is accounted for."""
+    """Out until the server has given the worker up. Nobody else waits; the worker comes back; every
+    sample is accounted for."""
     with Hosts(["mini1", "mini2"]) as hosts, Run(tmp_path) as run:
         here, there = hosts["mini1"], hosts["mini2"]
         address = f"host_ip={hosts.address('mini1')}"
-        settings = ["observer=false", "num_epochs=999", "num_workers=2", "heartbeat_timeout=2"]
+        settings = ["observer=false", "num_epochs=999", "num_workers=2", "heartbeat_timeout=3"]
         keys = {"XDG_CONFIG_HOME": str(tmp_path / "mini1")}
         server = run.server(address, "timeout=0.3", *settings, host=here, **keys)
         token = server.wait_for("other machines join with: ").rpartition("=")[2]
@@ -38,11 +38,6 @@ def test_a_cable_that_is_out_costs_nothing_but_time(tmp_path: Path) -> None:
             hosts.mend("mini2")
             server.wait_for(r"worker 2 .*(is here|took a snapshot)")
             server.wait_for(r"training, step (?!.*joining)")
-
-        hosts.cut("mini2")
-        server.wait_for(r"closed with 1 of 2: worker 2 .* late")
-        hosts.mend("mini2")
-        server.wait_for("with everybody again|worker 2 .*took a snapshot")
 
         server.send(signal.SIGINT)
         assert [p.end() for p in (server, beside, far)] == [0, 0, 0]

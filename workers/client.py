@@ -280,6 +280,9 @@ class Client(Connection):
         said = ""
         while not done():
             if self._must_greet and not self.abandoned.is_set():
+                if self.follow is not None and self.follow.end is not None:
+                    self._stay_behind()  # nobody is left to greet
+                    continue
                 self._greet_again()
             if self._handle_one():
                 continue
@@ -486,6 +489,8 @@ class Client(Connection):
         match message:
             case wire.Average() | wire.Close():
                 if self._joined:
+                    if f is not None and f.fetching_since is not None:
+                        f.fetching_since = now  # the answer is coming: not yet time to ask again
                     self._published(message, buffers)
             case wire.Fetched():
                 if f is not None and isinstance(f.fetched(message.step, message.open), follow.Gap):
@@ -523,7 +528,7 @@ class Client(Connection):
                 f.ended(message)
                 if not self._joined:
                     self._left_behind = True
-                elif f.step < message.step:
+                elif f.step < message.step and f.fetching_since is None:
                     self._fetch()
             case _:
                 pass  # Refused: the round's close tells the rest; Probe, late
@@ -540,8 +545,7 @@ class Client(Connection):
             if message.action == "adopt":
                 return  # Manifest and pieces follow
             if f.end is not None:
-                self._left_behind = True
-                self.say(f"the run ended at step {f.end.step}, this replica at {f.step}")
+                self._stay_behind()
             elif self.on_missed is not None and not f.ending:
                 self.adrift = True
             else:
@@ -550,6 +554,15 @@ class Client(Connection):
         self._joined_now()
         if message.action == "follow" and message.step > f.step:
             self._fetch()
+
+    def _stay_behind(self) -> None:
+        """The run has ended, and what this replica lacks is not to be had any more."""
+        assert self.follow is not None and self.follow.end is not None
+        self._must_greet = False
+        if not self._left_behind:
+            end, stands = self.follow.end, self.follow.step
+            self.say(f"the run ended at step {end.step}, this replica at {stands}")
+        self._left_behind = True
 
     def _joined_now(self) -> None:
         assert self.replica is not None and self._sub is not None

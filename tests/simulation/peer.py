@@ -301,6 +301,9 @@ class Client(Process):
         until = self.world.now + timeout_s
         while not done():
             if self._must_greet and not self.abandoned:
+                if self.follow is not None and self.follow.end is not None:
+                    self._must_greet, self.left_behind = False, True
+                    continue
                 yield from self._greet_again()
             if self._handle_one():
                 continue
@@ -430,6 +433,8 @@ class Client(Process):
         match message:
             case wire.Average() | wire.Close():
                 if self._joined:
+                    if f.fetching_since is not None:
+                        f.fetching_since = now
                     self._published(message, payload)
             case wire.Fetched():
                 if isinstance(f.fetched(message.step, message.open), follow.Gap):
@@ -465,7 +470,7 @@ class Client(Process):
                 f.ended(message)
                 if not self._joined:
                     self.left_behind = True
-                elif f.step < message.step:
+                elif f.step < message.step and f.fetching_since is None:
                     self._fetch()
 
     def _on_greet(self, message: wire.Greet) -> None:

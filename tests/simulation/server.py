@@ -334,6 +334,8 @@ class Server:
             self._publish(pulse)
             for session in list(self._routes):
                 self._send(session, pulse)
+                if self.rounds.ended is not None:
+                    self._send(session, self.rounds.ended)
 
     def stop(self, reason: str) -> None:
         if self.alive:
