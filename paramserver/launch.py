@@ -14,7 +14,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -25,6 +27,7 @@ from paramserver.config import exit_on_user_error, load
 from paramserver.errors import UserError
 from paramserver.runfolder import latest
 from paramserver.schema import scope
+from paramserver.settings import Settings
 
 LOOPBACK = "127.0.0.1"
 DEMO = {
@@ -48,30 +51,60 @@ def demo(arguments: list[str]) -> int:
     local.append("join=null")  # whatever other cluster this machine's workers usually join
     if settings.num_workers > 16:
         raise UserError(f"{settings.num_workers} workers on one machine", "num_workers=2 is enough")
+
+    def worker(number: int) -> tuple[list[str], dict[str, str]]:
+        return ["-m", "workers", f"id={number}", *local], dict(os.environ)
+
+    with _on_this_machine(settings, arguments, worker) as started:
+        try:
+            return _watch(started)
+        except KeyboardInterrupt:
+            return started.interrupt()
+
+
+@dataclass(frozen=True)
+class Started:
+    """A server, its workers, and the folder with their logs."""
+
+    server: subprocess.Popen[bytes]
+    workers: list[subprocess.Popen[bytes]]
+    logs: Path
+
+    def interrupt(self) -> int:
+        """Let the server end the run in order, and the workers with it; its exit code."""
+        self.server.terminate()
+        return self.server.wait()
+
+
+@contextmanager
+def _on_this_machine(
+    settings: Settings,
+    arguments: list[str],
+    worker: Callable[[int], tuple[list[str], dict[str, str]]],
+) -> Iterator[Started]:
+    """A server with these arguments and `num_workers` workers: `worker(number)` is what follows
+    `python`, and the environment. Nothing is left running."""
     server = subprocess.Popen([sys.executable, "-m", "paramserver", *arguments])
-    logs = Path(tempfile.mkdtemp(prefix="paramserver-demo-"))
-    workers: list[subprocess.Popen[bytes]] = []
+    started = Started(server, [], Path(tempfile.mkdtemp(prefix="paramserver-workers-")))
     try:
         for number in range(1, settings.num_workers + 1):
-            with open(logs / f"worker-{number}.log", "wb") as log:
-                workers.append(
+            words, environment = worker(number)
+            with open(started.logs / f"worker-{number}.log", "wb") as log:
+                started.workers.append(
                     subprocess.Popen(
-                        [sys.executable, "-m", "workers", f"id={number}", *local],
+                        [sys.executable, *words],
+                        env=environment,
                         stdout=log,
                         stderr=subprocess.STDOUT,
                         stdin=subprocess.DEVNULL,
                         start_new_session=True,  # Ctrl-C is for the server, which tells them
                     )
                 )
-        try:
-            return _watch(server, workers, logs)
-        except KeyboardInterrupt:
-            server.terminate()  # it ends the run in order, and the workers with it
-            return server.wait()
+        yield started
     finally:
         _end([server], PATIENCE_S)
-        _end(workers, WORKERS_PATIENCE_S)
-        _keep(logs, Path(settings.run_dir))
+        _end(started.workers, WORKERS_PATIENCE_S)
+        _keep(started.logs, Path(settings.run_dir))
 
 
 def _end(processes: list[subprocess.Popen[bytes]], patience_s: float) -> None:
@@ -95,21 +128,19 @@ def _for_workers(name: str) -> bool:
     return scope(name) == "local" and name not in ("id", "run_dir", "plain", "host_ip", "join")
 
 
-def _watch(
-    server: subprocess.Popen[bytes], workers: list[subprocess.Popen[bytes]], logs: Path
-) -> int:
+def _watch(started: Started) -> int:
     """Wait for the server; a worker that fails is told with its last words."""
     told: set[int] = set()
-    while server.poll() is None:
-        for number, worker in enumerate(workers, 1):
+    while started.server.poll() is None:
+        for number, worker in enumerate(started.workers, 1):
             if worker.poll() not in (None, 0) and number not in told:
                 told.add(number)
-                words = (logs / f"worker-{number}.log").read_text(errors="replace").strip()
+                words = (started.logs / f"worker-{number}.log").read_text(errors="replace").strip()
                 print(f"worker {number} failed:\n{words[-2000:]}", file=sys.stderr)
-                if len(told) == len(workers):
-                    server.terminate()
+                if len(told) == len(started.workers):
+                    started.server.terminate()
         time.sleep(0.1)
-    return server.returncode
+    return started.server.returncode
 
 
 def profile(arguments: list[str]) -> int:
@@ -190,34 +221,18 @@ def script(arguments: list[str]) -> int:
     place = {"PARAMSERVER_HOST": LOOPBACK, "PARAMSERVER_PORT": str(settings.port)}
     cores = max(1, (os.cpu_count() or 1) // settings.num_workers)
     usual = {"OMP_NUM_THREADS": str(cores), "PYTHONUNBUFFERED": "1"}
-    server = subprocess.Popen([sys.executable, "-m", "paramserver", *arguments])
-    logs = Path(tempfile.mkdtemp(prefix="paramserver-script-"))
-    processes: list[subprocess.Popen[bytes]] = []
-    try:
-        for number in range(1, settings.num_workers + 1):
-            with open(logs / f"worker-{number}.log", "wb") as log:
-                processes.append(
-                    subprocess.Popen(
-                        [sys.executable, str(path)],
-                        env={**usual, **os.environ, **place, "PARAMSERVER_ID": str(number)},
-                        stdout=log,
-                        stderr=subprocess.STDOUT,
-                        stdin=subprocess.DEVNULL,
-                        start_new_session=True,
-                    )
-                )
+
+    def worker(number: int) -> tuple[list[str], dict[str, str]]:
+        return [str(path)], {**usual, **os.environ, **place, "PARAMSERVER_ID": str(number)}
+
+    with _on_this_machine(settings, arguments, worker) as started:
         try:
-            failed = _watch(server, processes, logs) != 0
-            failed = not _all_well(processes) or failed
+            failed = _watch(started) != 0
+            failed = not _all_well(started.workers) or failed
         except KeyboardInterrupt:
-            server.terminate()
-            return server.wait()
-        print((logs / "worker-1.log").read_text(errors="replace").strip())
+            return started.interrupt()
+        print((started.logs / "worker-1.log").read_text(errors="replace").strip())
         return int(failed)
-    finally:
-        _end([server], PATIENCE_S)
-        _end(processes, WORKERS_PATIENCE_S)
-        _keep(logs, Path(settings.run_dir))
 
 
 def _all_well(processes: list[subprocess.Popen[bytes]]) -> bool:
