@@ -19,11 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from zmq.utils import z85
 
 from paramserver import runfolder, trace, wire
 from paramserver.address import LOOPBACK, listen
 from paramserver.bucket import BUCKET_MB, LINKED_BUCKET_MB
 from paramserver.config import exit_on_user_error, load, save, to_wire
+from paramserver.discover import Announcement
 from paramserver.display import Display, Status, WorkerStatus
 from paramserver.errors import UserError
 from paramserver.fleet import machine
@@ -54,6 +56,7 @@ class Show:
         self._marks: deque[tuple[float, int, int, dict[int, int]]] = deque()  # for the rates
         self._late = ""
         self.observer: ObserverProcess | None = None
+        self.announcement: Announcement | None = None
 
     def _take_up(self, before: float = math.inf) -> None:
         """Go on with what the run's folder tells of its steps before this one."""
@@ -126,6 +129,8 @@ class Show:
         self.tell(self.folder.flush(now))
         if self.observer is not None:
             self.observer.look(server)
+        if self.announcement is not None:
+            self.tell(self.announcement.problem())
         if self.display.due(now):
             self.display.update(self._status(server, now), now)
 
@@ -447,12 +452,16 @@ def _serve(
                 "this run has not ended: waiting for its replicas to come back "
                 f"(a new one begins if nobody does in {settings.heartbeat_timeout:g} s)"
             )
+        public = None if keys is None else z85.decode(keys.for_server().public)
+        show.announcement = Announcement(guarded or hosts, settings.port, run, public)
         if settings.observer:
             observer = show.observer = ObserverProcess(settings, folder, run, key, resume)
             observer.look(server)
         end = server.run()
     finally:
         server.close()
+        if show.announcement is not None:
+            show.announcement.close()
         if observer is not None:
             observer.finish()
         show.tell(folder.close())

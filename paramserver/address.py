@@ -14,6 +14,8 @@ from paramserver.jointoken import JoinToken
 from paramserver.sockets import PeerKeys, is_local, is_loopback, own_addresses
 
 LOOPBACK = "127.0.0.1"
+AUTO = "auto"
+"""As `host_ip`: a server chooses its address by kind, a worker looks for its server."""
 EVERYWHERE = ("0.0.0.0", "::")
 TOKEN_FILE_BYTES = 4096
 

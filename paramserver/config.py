@@ -376,8 +376,8 @@ def _unresolved(error: OmegaConfBaseException, where: Where) -> UserError:
 
 
 def _one_address(host_ip: str | None) -> None:
-    """What a worker dials, where a server may have several addresses, or choose one itself."""
-    if host_ip is not None and (host_ip == "auto" or "," in host_ip):
+    """What a worker dials, where a server may have several addresses."""
+    if host_ip is not None and "," in host_ip:
         raise UserError(
             f"a worker dials one address, not {host_ip}", "the server prints where it listens"
         )

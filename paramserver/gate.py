@@ -12,6 +12,7 @@ import errno
 import hmac
 import os
 import socket
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Any
@@ -142,6 +143,7 @@ class Knock:
         self._host, self._port = host, port
         self._with_keys = with_keys
         self._hung_up = 0
+        self.proven = False  # a handshake is done; with keys, with the server whose key it is
 
     def check(self) -> None:
         """Raise `UserError` if the server has refused, with the reason. Does not wait, but for a
@@ -151,6 +153,7 @@ class Knock:
             kind, value = told["event"], told["value"]
             if kind == _SUCCEEDED:
                 self._hung_up = 0
+                self.proven = True
             elif kind == _AUTH:
                 raise self._refused("refuses the key of this worker's join token")
             elif kind == _PROTOCOL and value == zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH:
@@ -199,12 +202,13 @@ class Knock:
 def mechanism(host: str, port: int) -> str:
     """The security mechanism in the greeting of whoever listens there: NULL, CURVE, or nothing
     where that is not ZeroMQ. (The greeting is ZMTP's, https://rfc.zeromq.org/spec/37.)"""
-    greeting = b""
+    greeting, deadline = b"", time.monotonic() + LOOK_S
     try:
         with socket.create_connection((host, port), LOOK_S) as s:
             s.sendall(b"\xff" + bytes(7) + b"\x01\x7f\x03")  # signature, major version
             while len(greeting) < 64 and (more := s.recv(64 - len(greeting))):
                 greeting += more
+                s.settimeout(max(0.001, deadline - time.monotonic()))
     except OSError:
         return ""
     signed = len(greeting) == 64 and greeting[0] == 0xFF and greeting[9] == 0x7F

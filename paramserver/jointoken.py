@@ -91,6 +91,12 @@ def decode(text: str) -> JoinToken:
     return JoinToken(host.decode("ascii"), port, server_key, client_secret)
 
 
+def fingerprint(server_key: bytes) -> str:
+    """Tells a server's public key from others without showing it: who knows the key gets a hearing
+    at the server's gate."""
+    return hashlib.sha256(b"paramserver" + server_key).hexdigest()[:16]
+
+
 def looks_like_one(text: str) -> bool:
     """Is this meant to be a token, rather than the name of a file?"""
     return re.fullmatch(r"ps[a-z2-7]{8,}", text.strip().lower()) is not None

@@ -48,7 +48,8 @@ def demo(arguments: list[str]) -> int:
     arguments = [f"{k}={v}" for k, v in DEMO.items() if k not in given] + arguments
     settings = load(arguments, "server").settings  # mistakes are told before anything starts
     local = [a for a in arguments if _for_workers(a.partition("=")[0])]
-    local.append("join=null")  # whatever other cluster this machine's workers usually join
+    # whatever other cluster this machine's workers usually join
+    local += ["join=null", "host_ip=null"]
     if settings.num_workers > 16:
         raise UserError(f"{settings.num_workers} workers on one machine", "num_workers=2 is enough")
 

@@ -46,8 +46,8 @@ class Settings:
     host_ip: str | None = setting(
         None,
         "server: addresses to bind beside loopback, with commas; worker: address to dial; "
-        "auto = the server chooses by kind (Thunderbolt, Ethernet, Wi-Fi); null = loopback only, "
-        "but a server whose hosts names other machines chooses, too",
+        "auto = the server chooses by kind (Thunderbolt, Ethernet, Wi-Fi), a worker looks for it; "
+        "null = loopback only, but a server whose hosts names other machines chooses, too",
         scope="local",
     )
     hosts: list[Any] | None = setting(

@@ -199,10 +199,9 @@ def test_where_a_server_listens(
     assert listen(host_ip) == (open_to_all, guarded)
 
 
-@pytest.mark.parametrize("host_ip", ["auto", "10.10.0.1,192.168.1.5"])
-def test_a_worker_dials_one_address(host_ip: str) -> None:
+def test_a_worker_dials_one_address() -> None:
     with pytest.raises(UserError, match="a worker dials one address"):
-        load(["id=1", f"host_ip={host_ip}"], "worker")
+        load(["id=1", "host_ip=10.10.0.1,192.168.1.5"], "worker")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/sys/class/net is Linux's")

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from paramserver import address, trace, wire
+from paramserver import address, discover, trace, wire
 from paramserver.bucket import Bucket
 from paramserver.errors import RunLost, UserError
 from paramserver.feedback import Feedback
@@ -58,9 +58,10 @@ def join(
 
     What is not given is read off the environment (`workers.placed`). A server on another machine
     takes its join `token`, or the path of a file that holds one; host and port come with it, where
-    they are not given. `security="none"` is for a server that runs so. If there is neither host nor
-    token, and no server listens on this machine, this is a cluster of one: the same loop trains
-    alone, with the settings in `alone` (`num_epochs`, `batch_size`, `seed`) over the usual ones.
+    they are not given. As host, "auto" looks for the server in the local network, by mDNS.
+    `security="none"` is for a server that runs so. If there is neither host nor token, and no
+    server listens on this machine, this is a cluster of one: the same loop trains alone, with the
+    settings in `alone` (`num_epochs`, `batch_size`, `seed`) over the usual ones.
 
     Waits up to `timeout_s` for a server that was named, or is there, to answer. Raises `UserError`
     when none does or when it refuses, with the reason.
@@ -74,7 +75,10 @@ def join(
             epochs = only.welcome.settings["num_epochs"]
             say(f"no server on this machine (port {port}): training alone, {epochs} epochs")
             return Cluster(only)
-    there = address.find(host, port, token, security=security)
+    if host == address.AUTO:
+        there = discover.find(token, security=security, timeout_s=timeout_s, say=say)
+    else:
+        there = address.find(host, port, token, security=security)
     id = here.id if worker_id is None else worker_id
     client = Client(there.host, there.port, id=id, keys=there.keys, say=say)
     try:

@@ -27,7 +27,7 @@ def train(settings: Settings, given: dict[str, object], say: Callable[[str], Non
     host: str | None = settings.host_ip or address.LOOPBACK
     port: int | None = settings.port
     if settings.join is not None:  # what a token tells goes before what stands in files
-        host = host if "host_ip" in given else None
+        host = host if "host_ip" in given or host == address.AUTO else None
         port = port if "port" in given else None
     cluster = join(
         host,
