@@ -21,7 +21,7 @@ from typing import Any
 import msgspec
 from zmq.utils import z85
 
-from paramserver import runfolder, trace, wire
+from paramserver import paths, runfolder, trace, wire
 from paramserver.address import LOOPBACK, listen
 from paramserver.bucket import BUCKET_MB, LINKED_BUCKET_MB
 from paramserver.config import exit_on_user_error, load, save, to_wire
@@ -419,6 +419,7 @@ def _serve(
             settings, record.settings, show,
             hosts=hosts, run=run, observer_key=key, comeback=noted,
             guarded=guarded, keys=None if keys is None else keys.for_server(),
+            paths=paths.read(os.environ),
         )  # fmt: skip
     except UserError:
         folder.close()

@@ -39,6 +39,7 @@ from paramserver.effects import (
 from paramserver.errors import PeerError
 from paramserver.gate import Gate
 from paramserver.mean import Mean, Release
+from paramserver.paths import Paths
 from paramserver.rounds import Rounds, Rules
 from paramserver.settings import Settings
 
@@ -120,6 +121,7 @@ class Server:
     `settings` are the run's; `to_send` is what workers get of them in the welcome. `hosts` are the
     addresses to bind, `guarded` those where only holders of `keys` get in. `observer_key` is what
     the observer that belongs to this server shows.
+    `paths` are those that workers were told to take.
     `comeback`: the run's server died, having noted this step (its lineage, see `Comeback`).
     Raises `UserError` where an address cannot be bound.
     """
@@ -136,8 +138,10 @@ class Server:
         comeback: str | None = None,
         guarded: Sequence[str] = (),
         keys: sockets.ServerKeys | None = None,
+        paths: Paths | None = None,
     ) -> None:
         self.settings = settings
+        self._paths = paths
         self._bucket_mb = settings.bucket_mb or BUCKET_MB
         self.run_id = run
         self.nonce = uuid.uuid4().hex
@@ -304,6 +308,8 @@ class Server:
         try:
             message, buffers = wire.from_frames(frames[1:])
             self._handle(sender, message, buffers, now)
+            if self._paths is not None and isinstance(message, wire.Push):
+                self._look_at_path(self._paths, sender, message, frames, now)
         except PeerError as e:
             session = self._links.get(sender)
             if sender not in self._told:
@@ -314,6 +320,17 @@ class Server:
             self._send_raw(sender, wire.Reject(f"your message was not understood: {e}"))
             if session is not None:
                 self._carry_out(self.rounds.leave(session, str(e), now))
+
+    def _look_at_path(
+        self, paths: Paths, sender: bytes, push: wire.Push, frames: list[zmq.Frame], now: float
+    ) -> None:
+        peer = self.rounds.peers.get(self._links.get(sender, ""))
+        if peer is not None:
+            address, size = sockets.sender(frames[-1]), sum(map(len, frames[1:]))
+            for sentence in paths.pushed(
+                peer.id, peer.name, address, push.round, push.ready_s, size, now
+            ):
+                self.watcher.say(sentence)
 
     def _handle(self, sender: bytes, message: Any, buffers: list[Any], now: float) -> None:
         if isinstance(message, wire.Hello):

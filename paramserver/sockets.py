@@ -201,6 +201,14 @@ def readable(s: zmq.Socket[bytes]) -> bool:
     return bool(cast(int, s.getsockopt(_EVENTS)) & _POLLIN)
 
 
+def sender(frame: zmq.Frame) -> str:
+    """The address that a received message came from; "" where it came over no network."""
+    try:
+        return str(frame.get("Peer-Address")).removeprefix("::ffff:")
+    except (zmq.ZMQError, KeyError):
+        return ""
+
+
 def tcp(host: str, port: int) -> str:
     return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
 

@@ -251,6 +251,8 @@ class Push(Message, frozen=True):
     """Where the buffers lie in the outbox; none: they follow as frames."""
     loss: float | None = None
     """Mean loss over the samples; with the last bucket."""
+    ready_s: float = 0.0
+    """When it was ready, by its worker's clock: two of them tell how long it computed between."""
 
 
 class Refused(Message, frozen=True):

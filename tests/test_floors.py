@@ -36,8 +36,9 @@ FLOORS = {
     "paramserver.fleet.topology "
     "paramserver paramserver.comeback paramserver.digests paramserver.effects "
     "paramserver.errors paramserver.jointoken paramserver.ledger paramserver.members "
-    "paramserver.norms paramserver.rounds paramserver.schema paramserver.settings "
-    "paramserver.trace paramserver.wire workers.follow workers.pace workers.placed",
+    "paramserver.norms paramserver.paths paramserver.rounds paramserver.schema "
+    "paramserver.settings paramserver.trace paramserver.wire workers.follow "
+    "workers.pace workers.placed",
 }
 """Programs, compose, I/O, math, meaning. `paramserver` and `workers` stand for their `__init__`, a
 package inside them for all its modules (so a new codec needs no row)."""

@@ -193,7 +193,10 @@ class Client(Connection):
 
     def push(self, push: wire.Push, buffers: list[Any]) -> None:
         """Send one bucket, now or in its turn; the buffers are not the caller's from now on."""
-        self._pace.add(push.bucket, (push, buffers), time.monotonic())
+        now = time.monotonic()
+        if self._link_kind == "tcp":
+            push = msgspec.structs.replace(push, ready_s=now)
+        self._pace.add(push.bucket, (push, buffers), now)
         self._send_due()
 
     def settled(self) -> None:

@@ -162,6 +162,7 @@ class Path:
     far: Interface  # the server's end
     near: Interface | None  # the worker's
     pinned: bool = False  # the settings say so
+    bytes_per_s: float | None = None  # from the worker up, as measured
 
     @property
     def kind(self) -> str:

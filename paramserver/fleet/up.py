@@ -29,6 +29,8 @@ from paramserver.fleet.plan import Checked, Trouble
 from paramserver.fleet.remote import Agent, Failed
 from paramserver.fleet.watch import Lines, Watch, machines, refuse, show, states, stop
 from paramserver.jointoken import VARIABLE
+from paramserver.paths import VARIABLE as CHOSEN
+from paramserver.paths import Chosen, write
 from paramserver.settings import Settings
 
 READY = "server at "
@@ -249,8 +251,9 @@ def choose_ways(lines: Lines, wanted: Job, agents: Mapping[str, Agent]) -> dict[
                 )
             )  # fmt: skip
             continue
-        ways[host.name], told = max(carrying, key=lambda pair: slower(pair[1]))
-        lines.say(host.name, f"reaches {server.name} by {said(ways[host.name], told)}")
+        best, told = max(carrying, key=lambda pair: slower(pair[1]))
+        ways[host.name] = replace(best, bytes_per_s=told["up_bytes_per_s"])
+        lines.say(host.name, f"reaches {server.name} by {said(best, told)}")
     refuse(troubles, _cannot(troubles))
     return ways
 
@@ -359,7 +362,13 @@ def _starts(wanted: Job, ways: Mapping[str, Way], token: str) -> list[plan.Comma
     secrets = remote.environment(SECRETS, os.environ)
     argv = plan.server_argv(settings, addresses)
     own = {"PYTHONPATH": plan.own_path(wanted.carried)} if wanted.carried else {}
-    begun = [plan.start(server, "server", argv, wanted.stamp, secrets, own)]
+    chosen = [
+        Chosen(host.id, way.near.address if way.near else None, way.far.address, way.bytes_per_s)
+        for host in wanted.workers
+        if host.id and (way := ways.get(host.name)) and way.bytes_per_s
+    ]
+    told = {CHOSEN: write(chosen)} if chosen else {}
+    begun = [plan.start(server, "server", argv, wanted.stamp, secrets, {**own, **told})]
     for host in wanted.workers:
         to = ways[host.name].far.address if host != server else None
         argv = plan.worker_argv(host, settings, to)
