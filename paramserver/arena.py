@@ -30,7 +30,7 @@ SHARED = Path("/dev/shm")
 ALIGN = 64  # bytes: a cache line
 STATES = 4096  # bytes at an outbox's start, one for each slot
 FREE, TAKEN = 0, 1
-OUTBOX_SLOTS = 6
+OUTBOX_SLOTS = 5
 
 Place = tuple[int, int, int]
 """Offset and length in bytes, and the stamp (of a ring) or the slot (of an outbox)."""
