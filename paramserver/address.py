@@ -76,13 +76,14 @@ def read(join: str) -> JoinToken:
     """The token that is meant: itself, or in a file. Raises `UserError`."""
     if jointoken.looks_like_one(join):
         return jointoken.decode(join)
-    path = Path(os.path.expanduser(join))
     try:
+        path = Path(os.path.expanduser(join))
         with path.open("rb") as file:
             text = file.read(TOKEN_FILE_BYTES).decode("ascii", "replace")
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: not even a file's name
+        why = error.strerror if isinstance(error, OSError) else error
         raise UserError(
-            f"join is neither a join token nor a file that can be read: {error.strerror}",
+            f"join is neither a join token nor a file that can be read: {why}",
             "a token begins with `ps` and is one word; `make server` prints it",
         ) from None
     try:

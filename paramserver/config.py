@@ -25,7 +25,7 @@ import os
 import sys
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -299,7 +299,10 @@ def _lines(node: Any, prefix: str = "") -> dict[str, int]:
 
 def _find(kind: str, name: str | None) -> Path | None:
     """The file that `kind`= chose, or its default; None where there is not even a default."""
-    places = [Path(os.path.expanduser(name))] if name else []
+    places = []
+    if name:
+        with suppress(ValueError):  # a user's name that cannot be one: ~ and a null byte
+            places.append(Path(os.path.expanduser(name)))
     folders = [inner for folder in _folders() for inner in (folder, folder / kind)]
     for folder in folders:
         places += [folder / (name or kind), folder / f"{name or kind}.yaml"]

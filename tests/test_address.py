@@ -80,6 +80,7 @@ def test_what_is_no_token_is_told_without_repeating_it(tmp_path: Path) -> None:
         (str(tmp_path / "half"), "half: the join token is cut off"),
         (str(tmp_path / "nothing"), "neither a join token nor a file"),
         (str(tmp_path), "neither a join token nor a file"),
+        ("~\x00", "neither a join token nor a file"),
         ("/dev/zero", "/dev/zero: this is no join token"),
     ):
         with pytest.raises(UserError, match=words) as raised:

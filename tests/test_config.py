@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given
+from hypothesis import HealthCheck, example, given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
@@ -418,6 +418,7 @@ TEXT = st.text(st.sampled_from("abe1.0-+:=[]{}${}!&*#'\"\\,| \n\t~?%@\x00\x85é\
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(st.lists(st.tuples(st.sampled_from(WORDS), TEXT).map("=".join) | TEXT, max_size=3))
+@example(["model=~\x00"])
 def test_any_command_line_is_settings_or_an_error_for_people(argv: list[str]) -> None:
     with contextlib.suppress(UserError):
         load([argument for argument in argv if argument != "-h"], "server")
