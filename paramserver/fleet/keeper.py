@@ -285,22 +285,19 @@ def kept(mark: str) -> list[Any]:
     return found
 
 
-def ask_orphan(mark: str, pid: int) -> None:
-    """Ask the process that a keeper started, which is gone itself, to end; nobody else will."""
-    import psutil
-
-    for process in kept(mark):
-        with suppress(psutil.Error):
-            if process.pid == pid:
-                process.terminate()
-
-
-def sweep(mark: str, patience_s: float) -> list[str]:
+def sweep(mark: str, patience_s: float, orphan: State | None = None) -> list[str]:
     """End what is left under this mark, like the observer of a server that was killed: it may end
-    by itself for `patience_s`. Returns the command lines of those that had to be killed."""
+    by itself for `patience_s`. The program of a keeper that is gone itself, whose state `orphan`
+    is, is asked to end at once: nobody else will. Returns the command lines of those that had to be
+    killed."""
     import psutil
 
-    _, left = psutil.wait_procs(kept(mark), timeout=patience_s)
+    left = kept(mark)
+    for process in left:
+        if orphan is not None and process.pid == orphan.process:
+            with suppress(psutil.Error):
+                process.terminate()
+    _, left = psutil.wait_procs(left, timeout=patience_s)
     for process in left:
         with suppress(psutil.Error):
             process.terminate()
@@ -331,9 +328,7 @@ def start(place: Place, orders: Orders) -> State:
         if time.monotonic() > deadline:
             raise OSError(f"the keeper of the {place.name} tells nothing")
         time.sleep(LOOK_S)  # somebody asks just now, or another start is not done
-    if (before := place.read()) is not None:  # a keeper that was killed leaves what it kept
-        ask_orphan(place.mark, before.process)
-    sweep(place.mark, LEFT_S)
+    sweep(place.mark, LEFT_S, place.read())  # a keeper that was killed leaves what it kept
     reader, writer = os.pipe()
     if os.fork() == 0:
         os.setsid()
@@ -398,9 +393,7 @@ def stop(place: Place, patience_s: int) -> dict[str, Any]:
     if asked:
         killed += sweep(place.mark, min(patience_s, LEFT_S))
     else:
-        if was is not None:
-            ask_orphan(place.mark, was.process)
-        killed += sweep(place.mark, patience_s)
+        killed += sweep(place.mark, patience_s, was)
     left = [p.pid for p in kept(place.mark)]
     now = place.read()
     return {"ran": ran, "killed": killed, "left": left, "state": asdict(now) if now else None}

@@ -20,6 +20,7 @@ from typing import Any
 import psutil
 
 from paramserver import __version__, sockets
+from paramserver.address import AUTO
 from paramserver.errors import UserError
 from paramserver.fleet import hosts
 from paramserver.fleet.interfaces import (
@@ -33,7 +34,6 @@ from paramserver.fleet.interfaces import (
 )
 from paramserver.settings import Settings
 
-AUTO = "auto"
 SYSFS = Path("/sys/class/net")
 TOOL_S = 10.0
 
