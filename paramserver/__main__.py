@@ -63,13 +63,13 @@ class Show:
         self.past = self.folder.take_up(before)
         self.samples, self.steps = self.past.samples, self.past.steps
 
-    def say(self, text: str) -> None:
-        self.display.say(text)
+    def say(self, text: str, warning: bool = False) -> None:
+        self.display.say(text, warning)
 
     def tell(self, problem: str | None) -> None:
         """Say what went wrong, if anything did."""
         if problem is not None:
-            self.say(problem)
+            self.say(problem, warning=True)
 
     def closing(self, close: wire.Close) -> None:
         self.folder.note(close.step, close.lineage)
@@ -108,10 +108,12 @@ class Show:
     def _compare(self, noted: int, first: int) -> None:
         """The last step in a killed server's metrics, and the first one of this server."""
         if first <= noted:
-            self.say(f"lost: steps {first} to {noted}, nobody who had seen them came back")
+            self.tell(f"lost: steps {first} to {noted}, nobody who had seen them came back")
             self._take_up(first)
         elif first > noted + 1:
-            self.say(f"metrics.jsonl lacks steps {noted + 1} to {first - 1}: the server was killed")
+            self.tell(
+                f"metrics.jsonl lacks steps {noted + 1} to {first - 1}: the server was killed"
+            )
 
     def reported(self, server: Server, report: wire.Report) -> None:
         self.val = report.values
@@ -290,7 +292,7 @@ class ObserverProcess:
             )
             server.stop("the observer cannot be kept running")
         else:
-            server.watcher.say(f"the observer ended (exit code {code}): starting it again")
+            server.watcher.say(f"the observer ended (exit code {code}): starting it again", True)
             self._orders["resume"] = None  # the run goes on: it takes a snapshot
             self._process = self._start()
 

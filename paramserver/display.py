@@ -40,6 +40,8 @@ PLAIN_S = 5.0  # between plain lines
 PHASE_S = 1.0  # the same where the phase has changed
 LAST_WAIT_S = 5.0  # for a stopped terminal to take the final table
 TRAINING = "training"
+WARNING = "warning: "
+"""Before a line that somebody should look at; `make status` looks for it (`fleet.keeper`)."""
 
 # What a peer sends may end up on the terminal: control characters are shown, not obeyed.
 _CONTROLS = dict.fromkeys((*range(32), *range(127, 160)), "\N{REPLACEMENT CHARACTER}")
@@ -137,10 +139,11 @@ class Display:
             self._print_plain(status, now)
         self._emit()
 
-    def say(self, line: str) -> None:
+    def say(self, line: str, warning: bool = False) -> None:
         """Print a line with a time stamp, above the drawing."""
         stamp = self._clock().strftime("%H:%M:%S")
-        text = Text.assemble((stamp, "dim"), "  ", printable(line))
+        mark = (WARNING, "yellow") if warning else ""
+        text = Text.assemble((stamp, "dim"), "  ", mark, printable(line))
         self._pending.append(self._rendered(text, soft_wrap=True))
         self._emit()
 

@@ -62,9 +62,10 @@ class Void(Effect, frozen=True):
 
 
 class Say(Effect, frozen=True):
-    """A sentence for the log."""
+    """A sentence for the log; `warning` where somebody should look."""
 
     text: str
+    warning: bool = False
 
 
 class Remove(Effect, frozen=True):

@@ -1,6 +1,6 @@
 """Did the workers come by the path that was chosen for them, and does it carry what it did then?
 
-`make up` measures, and tells the server by its environment (`VARIABLE`). The server shows every
+`make up` tells the server by its environment (`VARIABLE`). The server shows every
 push to `Paths`, which answers with sentences for a person, each once. No socket and no clock here.
 """
 
@@ -20,12 +20,13 @@ ROUNDS = 5  # in a row
 
 class Chosen(msgspec.Struct, frozen=True):
     """A worker's path: its own address (None: its system decides), the server's, and how many bytes
-    a second came up when it was measured, on a link that was otherwise idle."""
+    a second came up when it was measured, on a link that was otherwise idle, and by what."""
 
     worker: int
     near: str | None
     far: str
     bytes_per_s: float
+    by: str = "make up"
 
 
 def write(chosen: list[Chosen]) -> str:
@@ -112,7 +113,7 @@ class Paths:
         return self._once(
             chosen.worker,
             "slow",
-            f"{name} brings {8e-9 * done.bytes / took:.3f} Gbit/s, where make up had measured "
+            f"{name} brings {8e-9 * done.bytes / took:.3f} Gbit/s, where {chosen.by} had measured "
             f"{8e-9 * chosen.bytes_per_s:.3f}: a cable, a busy network? make doctor looks closer",
         )
 

@@ -326,7 +326,7 @@ class Rounds:
         }
         for id in self._digests.report(step, kind, peer.id, digest, alike):
             if (wrong := alike.get(id)) is not None:
-                self._say(f"{wrong.name} has other weights than the rest: it takes a snapshot")
+                self._warn(f"{wrong.name} has other weights than the rest: it takes a snapshot")
                 wrong.wrong = True
                 self._take_out(wrong, "has other weights than the rest", now)
                 self._send(wrong, Greet(join=True))
@@ -362,7 +362,7 @@ class Rounds:
         member.tells(push.samples)
         if bad is not None:
             member.bad = bad
-            self._say(f"round {current.number}: {peer.name} refused: {bad}")
+            self._warn(f"round {current.number}: {peer.name} refused: {bad}")
             self._send(peer, Refused(round=push.round, reason=bad))
             self._out_of_round(member, bad, now)
         else:
@@ -416,7 +416,7 @@ class Rounds:
             timeout = self.rules.heartbeat_timeout
             for peer in list(self.peers.values()):
                 if now - peer.last_seen > timeout:
-                    self._say(f"{peer.name} is gone: silent for {now - peer.last_seen:.1f} s")
+                    self._warn(f"{peer.name} is gone: silent for {now - peer.last_seen:.1f} s")
                     self._remove(peer, f"gone, silent for {now - peer.last_seen:.1f} s", now)
             snap = self.snapshot
             if snap is not None and now - snap.progress_at > timeout:
@@ -595,6 +595,9 @@ class Rounds:
     def _say(self, text: str) -> None:
         self._effects.append(Say(text))
 
+    def _warn(self, text: str) -> None:
+        self._effects.append(Say(text, warning=True))
+
     def _say_phase(self, now: float) -> None:
         """A pause is told when it begins, not every time somebody looks."""
         paused = self.started and self.round is None and self.snapshot is None and not self.ended
@@ -607,7 +610,10 @@ class Rounds:
         """Who is late is told when it changes, not every step."""
         late = frozenset(close.late)
         if late != self._said_late:
-            self._say(close.reason or f"round {close.round} closed with everybody again")
+            if close.reason:
+                self._warn(close.reason)
+            else:
+                self._say(f"round {close.round} closed with everybody again")
         self._said_late = late
 
     def _take_out(self, peer: Peer, why: str, now: float) -> None:
@@ -885,7 +891,7 @@ class Rounds:
                     peer.leases.remove(member.lease)
         self.round = None
         self._effects.append(Void(current.number))
-        self._say(f"round {current.number} is void: {why}")
+        self._warn(f"round {current.number} is void: {why}")
 
     def _try_open(self, now: float) -> Open | None:
         """Open the next round, or start a snapshot, if something stands in the way of neither."""
@@ -898,7 +904,7 @@ class Rounds:
         if not may_open:
             return None
         if not self.started and len(ready) < self.rules.num_workers:
-            self._say(f"starting with {len(ready)} of {self.rules.num_workers} workers")
+            self._warn(f"starting with {len(ready)} of {self.rules.num_workers} workers")
         self._hand_out()
         members = {p.id: Member(p, p.leases[0]) for p in ready if p.leases}
         if not members:
@@ -959,7 +965,7 @@ class Rounds:
         assert snap is not None
         self.snapshot = None
         self._snapshot_rests = True
-        self._say(f"snapshot {snap.number} is off: {why}")
+        self._warn(f"snapshot {snap.number} is off: {why}")
         for session in (snap.giver, snap.joiner):
             peer = self.peers.get(session)
             if peer is not None:

@@ -53,7 +53,7 @@ FAREWELLS = 3  # heartbeat timeouts that a worker has to say goodbye after the r
 class Watcher(Protocol):
     """Who looks on: the program's display and run folder. Calls must return at once."""
 
-    def say(self, text: str) -> None: ...
+    def say(self, text: str, warning: bool = False) -> None: ...
     def closing(self, close: wire.Close) -> None: ...  # nobody has been told of it yet
     def closed(self, server: Server, close: wire.Close) -> None: ...
     def reported(self, server: Server, report: wire.Report) -> None: ...
@@ -271,7 +271,7 @@ class Server:
 
     def _tell_refused(self, gate: Gate) -> None:
         for sentence in gate.refused():
-            self.watcher.say(sentence)
+            self.watcher.say(sentence, warning=True)
 
     def _finished(self) -> bool:
         """Has everybody who is alive said goodbye, or had the time to?"""
@@ -316,7 +316,7 @@ class Server:
                 if len(self._told) < 1000:
                     self._told.add(sender)
                 who = self.rounds.peers[session].name if session else "somebody unknown"
-                self.watcher.say(f"{who} sent what this protocol does not allow: {e}")
+                self.watcher.say(f"{who} sent what this protocol does not allow: {e}", True)
             self._send_raw(sender, wire.Reject(f"your message was not understood: {e}"))
             if session is not None:
                 self._carry_out(self.rounds.leave(session, str(e), now))
@@ -330,7 +330,7 @@ class Server:
             for sentence in paths.pushed(
                 peer.id, peer.name, address, push.round, push.ready_s, size, now
             ):
-                self.watcher.say(sentence)
+                self.watcher.say(sentence, warning=True)
 
     def _handle(self, sender: bytes, message: Any, buffers: list[Any], now: float) -> None:
         if isinstance(message, wire.Hello):
@@ -543,7 +543,7 @@ class Server:
                 case Send():
                     self._send(effect.session, effect.message)
                 case Say():
-                    self.watcher.say(effect.text)
+                    self.watcher.say(effect.text, effect.warning)
                 case Start():
                     self.plan = plan(effect.layout, self._bucket_mb)
                     s = self.settings

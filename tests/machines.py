@@ -103,8 +103,7 @@ class Machines:
                 call("ip", f"-n {switch} link set {port} master bridge{number}")
                 for namespace, end in ((host, device), (switch, port)):
                     call("ip", f"-n {namespace} link set {end} up")
-                    shape = f"tbf rate {rate} burst 256kb latency 50ms"
-                    call("tc", f"-n {namespace} qdisc add dev {end} root {shape}")
+                    shape(namespace, end, rate)
 
     def _add(self, name: str) -> str:
         self._made.append(name)
@@ -229,8 +228,18 @@ class Machines:
         """Take a link `down` or `up`."""
         call("ip", f"-n {self._prefix}{name} link set {device} {state}")
 
+    def slow_down(self, name: str, device: str, rate: str = "") -> None:
+        """What leaves a machine over a link is held to this rate; "": to its own again."""
+        shape(self._prefix + name, device, rate or self._rates[int(device[-1])])
+
     def namespace(self, name: str) -> str:
         return self._prefix + name
+
+
+def shape(namespace: str, device: str, rate: str) -> None:
+    """Hold what a device sends to this rate."""
+    held = f"tbf rate {rate} burst 256kb latency 50ms"
+    call("tc", f"-n {namespace} qdisc replace dev {device} root {held}")
 
 
 def find_uv() -> str | None:

@@ -20,6 +20,7 @@ from typing import TextIO
 import pytest
 
 from paramserver.display import TRAINING, Display, Status, WorkerStatus
+from paramserver.fleet.keeper import WARNED
 
 WORKERS = (
     WorkerStatus(1, "mini1", 9540.0),
@@ -221,6 +222,15 @@ def test_nothing_is_left_behind_in_a_window_made_narrower(terminal: Terminal) ->
     assert len(terminal.screen) == 3
     assert terminal.screen[0] == "12:00:09  hello"
     assert "step 812" in terminal.screen[1]
+
+
+def test_a_warning_is_marked_as_make_status_looks_for_it(
+    terminal: Terminal, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Display(terminal.stream, clock=at_noon).say("worker 3 is gone", warning=True)
+    assert terminal.screen == ["12:00:09  warning: worker 3 is gone"]
+    Display(plain=True, clock=at_noon).say("worker 3 is gone", warning=True)
+    assert WARNED.match(capsys.readouterr().out)
 
 
 def test_waiting_before_the_first_step(terminal: Terminal) -> None:

@@ -117,10 +117,14 @@ def test_one_that_is_killed_is_started_again_so_often(here: Kept) -> None:
     assert next(lines) == "here"
     os.kill(here.state().process, signal.SIGKILL)
     said = [next(lines), next(lines)]
-    assert said == ["the worker died (killed by SIGKILL): starting it again (1 of 1)", "here"]
+    assert said == [
+        "warning: the worker died (killed by SIGKILL): starting it again (1 of 1)",
+        "here",
+    ]
     os.kill(here.state().process, signal.SIGKILL)
     assert list(lines) == []
     assert (here.state().phase, here.state().restarts) == ("failed", 1)
+    assert (here.state().last, here.state().warning) == ("here", said[0])
 
 
 @pytest.mark.parametrize(("code", "starts"), [(0, 1), (2, 1), (1, 2)])
@@ -144,7 +148,7 @@ def test_one_that_does_not_end_is_killed(here: Kept) -> None:
     lines = here.lines()
     assert next(lines) == "here"
     assert here.stop(1)["left"] == []
-    assert list(lines) == ["the worker does not end: killed"]
+    assert list(lines) == ["warning: the worker does not end: killed"]
     assert here.state().code == -signal.SIGKILL
 
 

@@ -359,7 +359,7 @@ class Served:
 
     # What the server calls, in its thread.
 
-    def say(self, text: str) -> None:
+    def say(self, text: str, warning: bool = False) -> None:
         self.said.append(text)
 
     def closing(self, close: wire.Close) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 from paramserver import keys
 from paramserver.errors import UserError
-from paramserver.fleet import keeper, machine
+from paramserver.fleet import figures, keeper, machine
 from paramserver.fleet.interfaces import to_json
 from paramserver.fleet.speed import Broken, Listener, measure
 
@@ -46,6 +46,11 @@ class Agent:
             return {"held": machine.port_holder(words["port"])}
         if do == "ping":
             return {"pings": machine.pings(words["address"])}
+        if do == "keep":
+            figures.write(self._folder, figures.from_json(words["figures"]))
+            return {}
+        if do == "kept":
+            return {"figures": figures.to_json(figures.read(self._folder))}
         if do == "token":
             return {"token": keys.load_or_make()[0].token(words["host"], words["port"])}
         return {"problem": f"{do} is no question"}

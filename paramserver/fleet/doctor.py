@@ -17,7 +17,8 @@ from typing import Any
 
 from rich.table import Table
 
-from paramserver.fleet import plan, remote, topology
+from paramserver.fleet import figures, plan, remote, topology
+from paramserver.fleet.figures import Figure
 from paramserver.fleet.findings import Measured, Report, chosen, findings
 from paramserver.fleet.hosts import Host
 from paramserver.fleet.interfaces import SPOKEN, Interface, from_json, paths
@@ -35,13 +36,15 @@ def doctor(arguments: list[str], *, as_json: bool = False) -> int:
     """Examine all machines; 1 where something is wrong with any of them."""
     wanted = job(arguments)
     lines = Lines(wanted.hosts)
-    hosts, troubles = _prepared(lines, wanted.hosts, quiet=as_json)
+    hosts, at_rest, troubles = _prepared(lines, wanted.hosts, quiet=as_json)
     with ExitStack() as stack:
         agents = {host.name: stack.enter_context(Agent(host)) for host in hosts}
         report, more = examine(wanted.hosts, agents, wanted.settings.port)
         measured, broken = _measure(
             wanted.hosts, report.interfaces, agents, wanted.settings.host_ip
         )
+        if at_rest and wanted.server.name in agents:
+            broken += _keep(agents[wanted.server.name], measured)
     report = Report(
         wanted.hosts, (*troubles, *more, *broken), report.facts, report.interfaces,
         tuple(measured), wanted.settings.port,
@@ -56,9 +59,9 @@ def doctor(arguments: list[str], *, as_json: bool = False) -> int:
 
 def _prepared(
     lines: Lines, hosts: tuple[Host, ...], *, quiet: bool
-) -> tuple[list[Host], list[Trouble]]:
-    """The machines that can be asked, with this code on them unless a run is going on there; and
-    what is wrong with the others."""
+) -> tuple[list[Host], bool, list[Trouble]]:
+    """The machines that can be asked, with this code on them unless a run is going on there; is
+    there none anywhere? And what is wrong with the others."""
 
     def one(host: Host) -> bool:
         found = plan.read_check(remote.must(host, plan.check(host), "the check"))
@@ -74,7 +77,7 @@ def _prepared(
     able = [host for host in able if host.name not in {t.host for t in more}]
     idle = [h for h in able if not any(s.alive for s in kept.get(h.name, {}).values())]
     prepare(lines, idle, clone(), quiet=quiet)
-    return able, troubles
+    return able, idle == able, troubles
 
 
 def examine(
@@ -123,6 +126,21 @@ def _measure(
                 break
             measured.append(Measured(near.name, far.name, way, **told, pings=pings))
     return measured, troubles
+
+
+def _keep(agent: Agent, measured: list[Measured]) -> list[Trouble]:
+    """Put what comes up to the server's machine down there, for the next `make up`."""
+    now = time.time()
+    found = [
+        Figure(m.near, m.path.near.address, m.path.far.address, m.up_bytes_per_s, now)
+        for m in measured
+        if m.far == agent.host.name and m.path.near is not None and not m.problem
+    ]
+    try:
+        agent.ask("keep", figures=figures.to_json(found))
+    except Failed as e:
+        return [e.trouble]
+    return []
 
 
 def to_json(report: Report, found: list[Trouble]) -> dict[str, Any]:

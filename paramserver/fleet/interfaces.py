@@ -163,6 +163,7 @@ class Path:
     near: Interface | None  # the worker's
     pinned: bool = False  # the settings say so
     bytes_per_s: float | None = None  # from the worker up, as measured
+    measured_by: str = ""
 
     @property
     def kind(self) -> str:

@@ -27,6 +27,7 @@ import fcntl
 import json
 import os
 import platform
+import re
 import select
 import shutil
 import signal
@@ -37,6 +38,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
@@ -44,6 +46,10 @@ MARK = "PARAMSERVER_KEPT"
 """Environment variable of everything that a keeper starts, also where that starts others."""
 LOG_BYTES = 16 * 2**20  # a longer log makes room for a new one
 LOOK_S = 0.1  # at a file that grows
+TAIL_BYTES = 4 * 2**20  # of a log, where its newest warning is looked for
+WARNED = re.compile(r"(\d\d:\d\d:\d\d  )?(warning|error): ")
+"""How a line begins that somebody should look at (`display.WARNING`, `config.exit_on_user_error`,
+and a keeper's own)."""
 FORGIVEN_S = 600.0  # a process that lived so long may die again as often as at first
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0  # before it is started again
 LOCK_S = 10.0  # a keeper that was asked to start has its lock by then
@@ -80,6 +86,7 @@ class State:
     alive: bool = False  # is there a keeper? Told by `status`
     log_to: int = 0  # likewise, the log's length
     last: str = ""  # likewise, its last line
+    warning: str = ""  # likewise, its newest line that is a warning
 
 
 class Place:
@@ -139,15 +146,18 @@ class Place:
             state.phase = "failed"  # the keeper itself was killed, or the machine was off
         with suppress(OSError):
             state.log_to = self.log.stat().st_size
-            state.last = _last_line(self.log, max(state.log_from, state.log_to - 4096))
+            lines = _lines(self.log, max(state.log_from, state.log_to - TAIL_BYTES))
+            state.last = next(lines, "")
+            state.warning = next(filter(WARNED.match, chain([state.last], lines)), "")
         return state
 
 
-def _last_line(log: Path, offset: int) -> str:
+def _lines(log: Path, offset: int) -> Iterator[str]:
+    """What a log says from there on, the last line first, without empty ones."""
     with log.open("rb") as file:
         file.seek(offset)
-        lines = [line for line in file.read().decode(errors="replace").splitlines() if line.strip()]
-    return lines[-1] if lines else ""
+        lines = file.read().splitlines()
+    return (line.decode(errors="replace") for line in reversed(lines) if line.strip())
 
 
 # ---------------------------------------------------------------------------------------- keeping
@@ -197,7 +207,7 @@ class Keeper:
                 break
             self._state.restarts += 1
             self._say(
-                f"the {self._place.name} died ({died(code)}): starting it again "
+                f"warning: the {self._place.name} died ({died(code)}): starting it again "
                 f"({self._state.restarts} of {self._orders.restart})"
             )
             self._note("pausing")
@@ -254,7 +264,7 @@ class Keeper:
 
     def _kill(self, *_: Any) -> None:
         if self._process is not None and self._process.poll() is None:
-            self._say(f"the {self._place.name} does not end: killed")
+            self._say(f"warning: the {self._place.name} does not end: killed")
             os.killpg(self._process.pid, signal.SIGKILL)
 
 

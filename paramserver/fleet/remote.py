@@ -19,6 +19,7 @@ from paramserver.fleet.plan import Command, Trouble
 
 SSH_FAILED = 255
 ENDING_S = 5.0
+FOLLOWED_S = 0.5  # to end a connection that may be broken; the other end then ends by itself
 
 T = TypeVar("T")
 
@@ -239,7 +240,7 @@ class Follower:
         with suppress(OSError):
             self._process.stdin.close()
         with suppress(subprocess.TimeoutExpired):
-            self._process.wait(ENDING_S)
+            self._process.wait(FOLLOWED_S)
         _end(self._process, self._threads)
 
 

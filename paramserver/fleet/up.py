@@ -14,13 +14,15 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from paramserver.config import dump
 from paramserver.errors import UserError
-from paramserver.fleet import plan, remote
+from paramserver.fleet import figures, plan, remote
 from paramserver.fleet.carry import Carried, carried
+from paramserver.fleet.figures import Figure
 from paramserver.fleet.hosts import Host
 from paramserver.fleet.interfaces import SPOKEN, Interface, from_json, paths
 from paramserver.fleet.interfaces import Path as Way
@@ -29,8 +31,8 @@ from paramserver.fleet.plan import Checked, Trouble
 from paramserver.fleet.remote import Agent, Failed
 from paramserver.fleet.watch import Lines, Watch, machines, refuse, show, states, stop
 from paramserver.jointoken import VARIABLE
+from paramserver.paths import FAR_BELOW, Chosen, write
 from paramserver.paths import VARIABLE as CHOSEN
-from paramserver.paths import Chosen, write
 from paramserver.settings import Settings
 
 READY = "server at "
@@ -229,6 +231,7 @@ def choose_ways(lines: Lines, wanted: Job, agents: Mapping[str, Agent]) -> dict[
         have = ", ".join(str(i) for i in own[server.name] if i.kind != "loopback")
         raise UserError(f"{server.name} has no address {given}", f"it has {have or 'none'}")
     ways, troubles = {}, []
+    kept = figures.from_json(agents[server.name].ask("kept")["figures"])
     for host in wanted.workers:
         if host == server:
             continue
@@ -252,10 +255,30 @@ def choose_ways(lines: Lines, wanted: Job, agents: Mapping[str, Agent]) -> dict[
             )  # fmt: skip
             continue
         best, told = max(carrying, key=lambda pair: slower(pair[1]))
-        ways[host.name] = replace(best, bytes_per_s=told["up_bytes_per_s"])
         lines.say(host.name, f"reaches {server.name} by {said(best, told)}")
+        best = replace(best, bytes_per_s=told["up_bytes_per_s"], measured_by="make up")
+        ways[host.name] = _as_the_doctor_had_it(lines, host, best, kept)
     refuse(troubles, _cannot(troubles))
     return ways
+
+
+def _as_the_doctor_had_it(lines: Lines, host: Host, way: Way, kept: Sequence[Figure]) -> Way:
+    """With the doctor's figure of the same path, if that is the higher one: what was measured just
+    now may be what is wrong. Says so where it is far below."""
+    here = (host.name, way.near and way.near.address, way.far.address)
+    for figure in kept:
+        if (figure.machine, figure.near, figure.far) != here or way.bytes_per_s is None:
+            continue
+        if way.bytes_per_s < FAR_BELOW * figure.bytes_per_s:
+            lines.say(
+                host.name,
+                f"warning: {8e-9 * way.bytes_per_s:.2f} Gbit/s come up now, where make doctor had "
+                f"measured {8e-9 * figure.bytes_per_s:.2f} on "
+                f"{datetime.fromtimestamp(figure.at):%d %b at %H:%M}: a cable, a busy network?",
+            )
+        if way.bytes_per_s < figure.bytes_per_s:
+            return replace(way, bytes_per_s=figure.bytes_per_s, measured_by="make doctor")
+    return way
 
 
 def join_token(wanted: Job, agents: Mapping[str, Agent], ways: Mapping[str, Way]) -> str:
@@ -363,7 +386,13 @@ def _starts(wanted: Job, ways: Mapping[str, Way], token: str) -> list[plan.Comma
     argv = plan.server_argv(settings, addresses)
     own = {"PYTHONPATH": plan.own_path(wanted.carried)} if wanted.carried else {}
     chosen = [
-        Chosen(host.id, way.near.address if way.near else None, way.far.address, way.bytes_per_s)
+        Chosen(
+            host.id,
+            way.near.address if way.near else None,
+            way.far.address,
+            way.bytes_per_s,
+            way.measured_by,
+        )
         for host in wanted.workers
         if host.id and (way := ways.get(host.name)) and way.bytes_per_s
     ]

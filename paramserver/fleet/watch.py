@@ -174,13 +174,15 @@ def states(hosts: Sequence[Host]) -> tuple[dict[str, dict[str, State]], list[Tro
 
 
 def status(arguments: list[str]) -> int:
-    """A table of all machines; 1 where one does not answer or something failed."""
+    """A table of all machines, and the newest warning of each process; 1 where a machine does not
+    answer or something failed."""
     _, _, hosts = machines(arguments)
     found, troubles = states(hosts)
     table = Table(box=None, pad_edge=False)
     for head in ("machine", "process", "state", "since", "restarts", "last words"):
         table.add_column(head, overflow="fold" if head == "last words" else "ellipsis")
     wrong = bool(troubles)
+    warnings: list[tuple[str, str]] = []
     missing = {trouble.host: trouble for trouble in troubles}
     for host in hosts:
         if host.name in missing:
@@ -191,6 +193,7 @@ def status(arguments: list[str]) -> int:
             table.add_row(host.name, "", "nothing was started here")
         for name, state in kept.items():
             wrong |= state.phase == "failed"
+            warnings += [(host.name, state.warning)] if state.warning else []
             style = {"failed": "red", "running": "green"}.get(state.phase, "")
             table.add_row(
                 host.name,
@@ -202,6 +205,11 @@ def status(arguments: list[str]) -> int:
             )
     lines = Lines(hosts)
     lines.print(table)
+    if warnings:
+        lines.tell("")
+        lines.tell("the newest warnings:")
+    for name, warning in warnings:
+        lines.say(name, warning)
     for trouble in troubles:
         lines.tell_as_it_is(str(trouble))
     return int(wrong)
