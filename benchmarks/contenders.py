@@ -44,33 +44,36 @@ class Layers(nn.Module):
 
     `shapes` are the elements of each layer, first layer first. Backward takes `seconds` in all,
     slept in equal parts before each layer's gradient; that is the layer's own weights, so that it
-    costs neither time nor memory.
+    costs neither time nor memory. Without a wait all layers are one function: what autograd needs
+    for each is not the exchange's.
     """
 
     def __init__(self, shapes: Sequence[int], seconds: float = 0.0) -> None:
         super().__init__()
         torch.manual_seed(SEED)
         self.layers = nn.ParameterList(torch.empty(n).normal_(std=0.01) for n in shapes)
-        self.seconds = seconds
+        self._seconds = seconds / len(shapes)
+        layers = list(self.layers)
+        self._functions = [[layer] for layer in layers] if seconds else [layers]
 
     def forward(self) -> Tensor:
         x = torch.zeros(())
-        for layer in self.layers:
-            x = _Layer.apply(x, layer, self.seconds / len(self.layers))
+        for layers in self._functions:
+            x = _Layers.apply(x, self._seconds, *layers)
         return x
 
 
-class _Layer(torch.autograd.Function):
+class _Layers(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weights: Tensor, seconds: float) -> Tensor:
-        ctx.gradient, ctx.seconds = weights.detach(), seconds
+    def forward(ctx: Any, x: Tensor, seconds: float, *weights: Tensor) -> Tensor:
+        ctx.gradients, ctx.seconds = [w.detach() for w in weights], seconds
         return x.clone()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         if ctx.seconds:
             time.sleep(ctx.seconds)
-        return gradients[0], ctx.gradient.detach(), None
+        return gradients[0], None, *(g.detach() for g in ctx.gradients)
 
 
 class Idle(Optimizer):
