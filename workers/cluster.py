@@ -412,7 +412,9 @@ class ClusterOptimizer:
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients. They are always set to None: what is there is the run's average."""
-        self.wrapped.zero_grad(set_to_none=True)
+        for group in self.wrapped.param_groups:
+            for p in group["params"]:
+                p.grad = None
 
     @property
     def _step_supports_amp_scaling(self) -> bool:

@@ -55,7 +55,7 @@ class Gradients:
         )
         self._thread = ThreadPoolExecutor(1, "gradients")
         self._under_way: list[Future[None]] = []
-        self._spans = [[self._span(index, b) for index in b.tensors] for b in plan.buckets]
+        self._parts = [[self._part(index, b) for index in b.tensors] for b in plan.buckets]
         for index, (name, p) in enumerate(replica.params):
             p.register_post_accumulate_grad_hook(self._hook(index, name))
 
@@ -114,20 +114,21 @@ class Gradients:
         def on_gradient(p: Tensor) -> None:
             if not self._open:
                 return
-            if p.grad is None:  # frozen between forward and backward
+            grad = p.grad
+            if grad is None:  # frozen between forward and backward
                 self._replica.check_unchanged()
                 return
-            if p.grad.is_sparse:
+            if grad.is_sparse:
                 raise sparse(name)
-            self._passes[index] += 1
-            if self._passes[index] > self._accumulate:
+            self._passes[index] = passes = self._passes[index] + 1
+            if passes > self._accumulate:
                 raise UserError(
-                    f"{name} got its gradient {self._passes[index]} times in one step, "
+                    f"{name} got its gradient {passes} times in one step, "
                     f"{self._accumulate} were stated",
                     "state the number of backward passes for each step: attach(accumulate=...)",
                 )
-            self._versions[index] = p.grad._version
-            if self._passes[index] == self._accumulate:
+            self._versions[index] = grad._version
+            if passes == self._accumulate:
                 for number in self._plan.buckets_of[index]:
                     bucket = self._plan.buckets[number]
                     self._missing[number] -= 1
@@ -138,12 +139,12 @@ class Gradients:
 
         return on_gradient
 
-    def _span(self, index: int, bucket: Bucket) -> tuple[int, int, int]:
-        """Where the part of a tensor that lies in a bucket starts and stops in the bucket, and
-        where it starts in the tensor."""
+    def _part(self, index: int, bucket: Bucket) -> tuple[int, slice | None]:
+        """A tensor, and which part of it lies in a bucket, if not all of it does."""
         begin, end = self._plan.offsets[index], self._plan.offsets[index + 1]
         start, stop = max(begin, bucket.start), min(end, bucket.stop)
-        return start - bucket.start, stop - bucket.start, start - begin
+        whole = (start, stop) == (begin, end)
+        return index, None if whole else slice(start - begin, stop - begin)
 
     def _source(self, index: int) -> Tensor:
         """A tensor's gradient (or statistic), flat."""
@@ -163,16 +164,19 @@ class Gradients:
             self._take(bucket, absent)
 
     def _take(self, bucket: Bucket, absent: tuple[int, ...]) -> None:
-        """Copy a bucket's gradients (or statistics), and send them."""
+        """Copy a bucket's gradients (or statistics), all in one call, and send them."""
         on_cpu = self._device.type == "cpu"
         values = self._make(bucket) if on_cpu else torch.empty(bucket.size, device=self._device)
-        for index, (start, stop, offset) in zip(
-            bucket.tensors, self._spans[bucket.index], strict=True
-        ):
-            if index in absent:
-                values[start:stop].zero_()
-            else:
-                values[start:stop].copy_(self._source(index)[offset : offset + stop - start])
+        parts = []
+        for index, part in self._parts[bucket.index]:
+            source = self._nothing(index) if index in absent else self._source(index)
+            parts.append(source if part is None else source[part])
+        torch.cat(parts, out=values)
         if not on_cpu:
             values = self._make(bucket).copy_(values)
         self._send(bucket, values, absent)
+
+    def _nothing(self, index: int) -> Tensor:
+        """A tensor's gradient, flat, where it has none."""
+        size = self._plan.offsets[index + 1] - self._plan.offsets[index]
+        return torch.zeros((), device=self._device).expand(size)

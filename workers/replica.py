@@ -148,11 +148,10 @@ class Replica:
                 p.grad = view
             else:
                 p.grad = view.to(device=p.device, dtype=p.dtype)
-        with torch.no_grad():
-            first = len(self.params)
-            for offset, held in enumerate(self._held):
-                if self._present[first + offset]:
-                    held.copy_(self._views[first + offset])
+        first = len(self.params)
+        for offset, held in enumerate(self._held):  # no parameters, so nothing records this
+            if self._present[first + offset]:
+                held.copy_(self._views[first + offset])
         self.reset_statistics()
         if self.clip_norm is not None:
             nn.utils.clip_grad_norm_([p for _, p in self.params], self.clip_norm)
@@ -257,9 +256,8 @@ class Replica:
     def reset_statistics(self) -> None:
         """Put running statistics back to those of this step: a forward may have changed them
         whose round came to nothing."""
-        with torch.no_grad():
-            for buffer, held in zip(self._exchanged, self._held, strict=True):
-                buffer.copy_(held)
+        for buffer, held in zip(self._exchanged, self._held, strict=True):
+            buffer.copy_(held)
 
     def digest(self) -> str:
         """SHA-256 over the bytes of what is exchanged, in the layout's order."""
