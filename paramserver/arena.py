@@ -14,6 +14,7 @@ Everything works without it (other hosts, other systems, a full /dev/shm), only 
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 from collections import deque
@@ -72,7 +73,10 @@ class Memory:
 
     def offset_of(self, buffer: Any) -> int | None:
         """Where this buffer lies in here; None when it lies elsewhere."""
-        offset = np.frombuffer(buffer, dtype=np.uint8).ctypes.data - self._start
+        try:
+            offset = ctypes.addressof(ctypes.c_char.from_buffer(buffer)) - self._start
+        except TypeError:
+            return None  # it cannot be written, so it is not from here
         return offset if 0 <= offset < self.size else None
 
 

@@ -36,7 +36,9 @@ class Peer:
         self.ready: Ready | None = None
         self.leases: list[Lease] = []
         self.last_seen = 0.0
-        self.push_times: deque[float] = deque(maxlen=PUSH_TIMES_KEPT)
+        self.push_time_p95: float | None = None
+        """Seconds from a round's opening to the end of this worker's push, in most of the last."""
+        self._push_times: deque[float] = deque(maxlen=PUSH_TIMES_KEPT)
         self.failed_gives = 0
         self.replica_since = 0  # the step at which it became one
         self.returns = False  # it was part of this run before this server was
@@ -47,11 +49,11 @@ class Peer:
     def name(self) -> str:
         return f"worker {self.id} ({self.host})" if self.role == "worker" else "the observer"
 
-    def push_time_p95(self) -> float | None:
-        if not self.push_times:
-            return None
-        times = sorted(self.push_times)
-        return times[min(len(times) - 1, math.ceil(0.95 * len(times)))]
+    def took(self, seconds: float) -> None:
+        """So long after a round's opening its push was whole, or was given up."""
+        self._push_times.append(seconds)
+        times = sorted(self._push_times)
+        self.push_time_p95 = times[min(len(times) - 1, math.ceil(0.95 * len(times)))]
 
 
 class Tally(msgspec.Struct):

@@ -368,7 +368,7 @@ class Rounds:
         else:
             current.take(member, push)
             if current.whole(member):
-                peer.push_times.append(now - current.opened_at)
+                peer.took(now - current.opened_at)
                 current.look_for_quorum(now)
             self._effects += current.advance(push.bucket)
         self._progress(now)
@@ -455,7 +455,7 @@ class Rounds:
             return math.inf
         assert self.round is not None
         times = [
-            self.peers[m.session].push_time_p95()
+            self.peers[m.session].push_time_p95
             for m in self.round.members.values()
             if m.session in self.peers
         ]
@@ -478,8 +478,8 @@ class Rounds:
 
     def forget_before(self, step: int) -> None:
         """Updates up to and including the one that led to `step` are not kept any more."""
-        for old in [s for s in self._lineages if s < step]:
-            del self._lineages[old]
+        while self._lineages and (oldest := next(iter(self._lineages))) < step:
+            del self._lineages[oldest]
 
     def open_message(self) -> Open | None:
         current = self.round
@@ -790,9 +790,9 @@ class Rounds:
 
     def _lateness(self, member: Member, current: Round, now: float) -> str:
         peer = self.peers[member.session]
-        p95 = peer.push_time_p95()
+        p95 = peer.push_time_p95
         usual = "" if p95 is None else f"p95 {p95:.2f} s, "
-        peer.push_times.append(now - current.opened_at)  # at least this long
+        peer.took(now - current.opened_at)  # at least this long
         return f"late ({usual}last seen {now - peer.last_seen:.1f} s ago)"
 
     def _progress(self, now: float) -> None:

@@ -255,7 +255,7 @@ class Server:
             for _ in range(MESSAGES_PER_TURN):
                 if not sockets.readable(self._router):
                     break
-                self._receive(self._router.recv_multipart(copy=False))
+                self._receive(sockets.receive(self._router))
             now = time.monotonic()
             if now >= next_tick or (due is not None and now >= due):
                 next_tick = now + TICK_S
@@ -600,9 +600,9 @@ class Server:
                 )
                 for average, frames in due
             ]
-            self._pub.send_multipart(wire.join([*headers, *closing]))
+            sockets.send(self._pub, wire.join([*headers, *closing]))
         if others > 0 or not sharing:
-            self._pub.send_multipart(wire.join(messages), copy=self._ring is not None)
+            sockets.send(self._pub, wire.join(messages), copy=self._ring is not None)
         self.sent_bytes += sum(map(len, chain(*messages))) * (sharing + max(0, others))
 
     def _make_ring(self, plan: Plan) -> arena.Ring | None:
@@ -686,7 +686,7 @@ class Server:
         self._publish_frames(wire.to_frames(message))
 
     def _publish_frames(self, frames: list[Any]) -> None:
-        self._pub.send_multipart(frames, copy=len(frames) == 1)
+        sockets.send(self._pub, frames, copy=len(frames) == 1)
         self.sent_bytes += sum(map(len, frames)) * len(self._routes)
 
     def _send(self, session: str, message: wire.Message, *buffers: Any) -> None:
@@ -700,9 +700,7 @@ class Server:
     def _send_frames(self, route: bytes, frames: list[Any], copy: bool = False) -> bool:
         """False when that peer is gone; what becomes of it is decided by its silence."""
         try:
-            self._router.send_multipart(
-                [route, *frames], zmq.NOBLOCK, copy=copy or len(frames) == 1
-            )
+            sockets.send(self._router, [route, *frames], copy=copy or len(frames) == 1, wait=False)
         except zmq.ZMQError as e:
             if e.errno in (errno.EHOSTUNREACH, errno.EAGAIN):
                 return False

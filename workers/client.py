@@ -347,7 +347,7 @@ class Client(Connection):
             return True
         if not sockets.readable(self._link):
             return False
-        self._from_link(*self._decode(self._link.recv_multipart(copy=False)))
+        self._from_link(*self._decode(sockets.receive(self._link)))
         return True
 
     def _may_read_sub(self) -> bool:
@@ -359,7 +359,7 @@ class Client(Connection):
         assert self._sub is not None
         if not sockets.readable(self._sub):
             return False
-        for frames in wire.split(self._sub.recv_multipart(copy=False)):
+        for frames in wire.split(sockets.receive(self._sub)):
             self._held.append(self._decode(frames))
         return True
 
@@ -391,7 +391,7 @@ class Client(Connection):
         """
         assert self._link is not None and self._sub is not None
         while time.perf_counter() - start < SPIN_S:
-            if sockets.readable(self._sub) or sockets.readable(self._link):
+            if sockets.readable(self._sub, self._link):
                 return True
             _give_way()
         return False

@@ -120,12 +120,12 @@ class Connection:
                 hello_at, new_door_at = now, now + NEW_DOOR_S
             if now >= hello_at:  # one may be lost with a cut connection
                 with contextlib.suppress(zmq.Again):  # refused just now: the next check tells why
-                    door.send_multipart(wire.to_frames(self._hello), zmq.NOBLOCK)
+                    sockets.send(door, wire.to_frames(self._hello), wait=False)
                 hello_at = now + HELLO_INTERVAL_S
             if self.abandoned.is_set():
                 raise RunLost("the run is over")
             if door.poll(min(500, max(0, int(1000 * (deadline - now))))):
-                message = self._decode(door.recv_multipart(copy=False))[0]
+                message = self._decode(sockets.receive(door))[0]
                 if isinstance(message, wire.Welcome):
                     return message
                 if isinstance(message, wire.Reject):
@@ -216,7 +216,7 @@ class Connection:
         found = []
         for s, _ in self._poller.poll(int(1000 * timeout_s)):
             while sockets.readable(s):
-                found.append((s, self._decode(s.recv_multipart(copy=False))[0]))
+                found.append((s, self._decode(sockets.receive(s))[0]))
         return found
 
     def _poll_for_probe(self, timeout_s: float) -> None:
@@ -247,9 +247,9 @@ class Connection:
         def run() -> None:
             while not stop.wait(every_s):
                 with contextlib.suppress(zmq.ZMQError, UserError):
-                    door.send_multipart(beat, zmq.NOBLOCK)
+                    sockets.send(door, beat, wait=False)
                     while sockets.readable(door):
-                        message = self._decode(door.recv_multipart(copy=False))[0]
+                        message = self._decode(sockets.receive(door))[0]
                         if isinstance(message, wire.Greet) and not message.session_known:
                             self._must_greet = True  # another server, or it gave us up
 
@@ -278,9 +278,8 @@ class Connection:
     def _send(self, message: wire.Message, *buffers: Any) -> None:
         assert self._link is not None
         try:
-            self._link.send_multipart(
-                wire.to_frames(message, *buffers), zmq.NOBLOCK, copy=not buffers
-            )
+            frames = wire.to_frames(message, *buffers)
+            sockets.send(self._link, frames, copy=not buffers, wait=False)
         except zmq.Again:  # not its mark, it has none: ZeroMQ has given this connection up
             if self._knock is not None:
                 self._knock.check()
