@@ -6,8 +6,9 @@ has keys, `key`: the fingerprint of its public one (`jointoken.fingerprint`). mD
 services RFC 6763.
 
 Everybody in the network may announce whatever they like, so nothing that was heard is believed: a
-worker with a join token dials what fits the token's fingerprint, and takes the first address at
-which a CURVE handshake has proven the token's key. Records are read one by one, not as the newest
+worker with a join token dials what fits the token's fingerprint, and takes an address at which a
+CURVE handshake has proven the token's key: of several the one by the best kind of interface. Mind
+that mDNS is spoken over IPv4 only here. Records are read one by one, not as the newest
 state of a service: whoever announces another one's name must not hide it.
 """
 
@@ -22,7 +23,7 @@ import socket
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 
 import zeroconf
@@ -31,12 +32,15 @@ import zmq
 from paramserver import address, jointoken, sockets, wire
 from paramserver.address import Address
 from paramserver.errors import UserError
+from paramserver.fleet import machine
+from paramserver.fleet.interfaces import KINDS, Interface
 from paramserver.gate import Knock
 from paramserver.sockets import PeerKeys
 
 SERVICE = "_paramserver._tcp.local."
 ASK_FIRST_S, ASK_LAST_S = 1.0, 8.0  # between two questions; doubled from the one to the other
 OTHERS_S = 1.5  # without a token: how long another server may take to answer, too
+BETTER_S = 1.0  # how long another address of the same server may, where that is a better way
 TURN_S = 0.05
 CANDIDATES = 100  # addresses that are tried in one search
 RECORDS = 1000  # that are kept of what is heard, whoever sends it
@@ -234,14 +238,31 @@ def _text(content: bytes) -> dict[str, str]:
     return found
 
 
+@dataclass
+class _Trial:
+    """A connection to an address where the server may be; `rank` is that of the kind of this
+    machine's interface that leads there, the lowest best."""
+
+    door: zmq.Socket[bytes]
+    knock: Knock
+    rank: int
+
+    def close(self) -> None:
+        self.knock.close()
+        self.door.close()
+
+
 class _Trials:
-    """Connections to addresses where the server may be; `won` is the first that is it."""
+    """Connections to addresses where the server may be; `won` is the best that is it."""
 
     def __init__(self, keys: PeerKeys | None) -> None:
         self._keys = keys
         self._ctx = sockets.context()
-        self._running: dict[tuple[str, int], tuple[zmq.Socket[bytes], Knock]] = {}
+        self._running: dict[tuple[str, int], _Trial] = {}
         self._tried: set[tuple[str, int]] = set()
+        self._own = machine.interfaces()
+        self._best = min((KINDS.index(i.kind) for i in self._own), default=0)
+        self._proven_at: float | None = None
         self.strangers: list[str] = []
 
     def begin(self, host: str, port: int) -> None:
@@ -250,85 +271,143 @@ class _Trials:
         self._tried.add((host, port))
         door = sockets.dealer(self._ctx)
         knock = Knock(self._ctx, door, host, port, with_keys=self._keys is not None)
-        self._running[host, port] = door, knock
+        self._running[host, port] = _Trial(door, knock, rank(host, self._own))
         sockets.connect(door, sockets.tcp(host, port), self._keys)
 
-    def won(self, say: Say) -> tuple[str, int] | None:
-        """The address of the server, once it is known; says who turned out to be another one."""
-        for at, (_, knock) in list(self._running.items()):
+    def won(self, now: float, say: Say) -> tuple[str, int] | None:
+        """An address of the server, once: by the best kind of interface, if several have proven
+        to be its own within `BETTER_S`. Says who turned out to be another one."""
+        for at, trial in list(self._running.items()):
             try:
-                knock.check()
+                trial.knock.check()
             except UserError as e:
-                self._end(at)
+                self._running.pop(at).close()
                 self.strangers.append(e.problem)
                 say(f"{e.problem}: not the one that is looked for, the search goes on")
-            else:
-                if knock.proven:
-                    return at
-        return None
-
-    def _end(self, at: tuple[str, int]) -> None:
-        door, knock = self._running.pop(at)
-        knock.close()
-        door.close()
+        proven = {at: t.rank for at, t in self._running.items() if t.knock.proven}
+        if not proven:
+            return None
+        if self._proven_at is None:
+            self._proven_at = now
+        best = min(proven, key=lambda at: proven[at])
+        if proven[best] > self._best and now < self._proven_at + BETTER_S:
+            return None
+        self._running.pop(best).close()
+        return best
 
     def close(self) -> None:
-        for at in list(self._running):
-            self._end(at)
+        for trial in self._running.values():
+            trial.close()
+        self._running.clear()
         self._ctx.term()
 
 
-def find(join: str | None, *, security: str = "curve", timeout_s: float, say: Say) -> Address:
-    """Where the server is: the one that proves the join token's key, or without a token the only
-    one that is heard.
+def rank(host: str, own: Sequence[Interface]) -> int:
+    """Of the interface that leads there, by its kind: the lowest is the best. An address of this
+    machine itself is better than all others."""
+    if sockets.is_local(host):
+        return -1
+    near = sockets.towards(host)
+    return next((KINDS.index(i.kind) for i in own if i.address == near), len(KINDS))
 
-    `join` is a token or the path of a file that holds one; the address in it is tried like those
-    that are heard. An address of this host becomes loopback. Raises `UserError`.
+
+class Search:
+    """Looks for a server, in turns: call `look` again and again; as a `with` block.
+
+    With a token it is the one that proves the token's key; the address in it is tried like those
+    that are heard. Without one it is the only one that is heard. Of one `run`, if that is given.
     """
-    token = address.read(join) if join and security != "none" else None
-    whose = "the server of this join token" if token else "a server"
-    say(f"looking for {whose} in the local network (for {timeout_s:g} s)")
-    with ExitStack() as stack:
-        trials = _Trials(address.keys_of(token) if token else None)
-        stack.callback(trials.close)
-        ear = None
+
+    def __init__(
+        self,
+        join: str | None,
+        *,
+        security: str = "curve",
+        run: str | None = None,
+        known: tuple[str, int] | None = None,
+        say: Say,
+    ) -> None:
+        """`join` is a token or the path of a file that holds one; `known` an address that is tried
+        in any case, and where the search ends if it is the server's. Raises `UserError`."""
+        self._token = address.read(join) if join and security != "none" else None
+        self._join, self._security, self._run, self._say = join, security, run, say
+        self.whose = "the server of this join token" if self._token else "a server"
+        self._fitting: list[Heard] = []
+        self._others: list[Heard] = []
+        self._choose_at: float | None = None
+        self._ear: _Ear | None = None
         try:
-            ear = _Ear()
-            stack.callback(ear.close)
+            self._ear = _Ear()
         except (OSError, zeroconf.Error) as e:
             silent = f"there is no multicast DNS on this machine: {_words(e)}"
-            if token is None:
+            if self._token is None:
                 raise UserError(silent, "give the server's address: host_ip=10.10.0.1") from None
             say(f"{silent}; only the address in the join token is tried")
-        if token is not None:
-            trials.begin(token.host, token.port)
-        fitting: list[Heard] = []
-        others: list[Heard] = []
-        choose_at = None
+        self._trials = _Trials(address.keys_of(self._token) if self._token else None)
+        if self._token is not None:
+            self._trials.begin(self._token.host, self._token.port)
+        self._known, self._over = known, False
+        if known is not None and not sockets.is_loopback(known[0]):
+            self._trials.begin(*known)
+
+    def __enter__(self) -> Search:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._trials.close()
+        if self._ear is not None:
+            self._ear.close()
+
+    def look(self, now: float) -> Address | None:
+        """The server's address, once it is known, each one once; does not wait. An address of this
+        host becomes loopback. Raises `UserError` where without a token there are several."""
+        if self._over:
+            return None
+        if self._ear is not None:
+            self._ear.ask(now)
+            for heard in self._ear.news():
+                self._consider(heard)
+        if self._token is None and self._fitting:
+            self._choose_at = self._choose_at or now + OTHERS_S
+            if now >= self._choose_at:
+                for there in only(self._fitting, self._security):
+                    self._trials.begin(there.host, there.port)
+        won = self._trials.won(now, self._say)
+        self._over = won is not None and won == self._known
+        return None if won is None else address.find(*won, self._join, security=self._security)
+
+    def _consider(self, heard: Heard) -> None:
+        if self._token is None:
+            fits = self._security != "none" or not heard.key
+        else:
+            fits = heard.key == jointoken.fingerprint(self._token.server_key)
+        fits &= self._run in (None, heard.run)
+        (self._fitting if fits else self._others).append(heard)
+        if fits and self._token is not None:
+            self._trials.begin(heard.host, heard.port)
+
+    def seen(self) -> str:
+        """Who is there, but is not the one, in lines for a person."""
+        told = [*self._trials.strangers, *(f"{each} is another one" for each in self._others)]
+        return "".join(f"\n  {line}" for line in told)
+
+
+def find(join: str | None, *, security: str = "curve", timeout_s: float, say: Say) -> Address:
+    """Where the server is that `Search` finds. Raises `UserError` where that takes too long."""
+    with Search(join, security=security, say=say) as search:
+        say(f"looking for {search.whose} in the local network (for {timeout_s:g} s)")
         deadline = time.monotonic() + timeout_s
         while (now := time.monotonic()) < deadline:
-            if ear is not None:
-                ear.ask(now)
-                for heard in ear.news():
-                    if token is None:
-                        fits = security != "none" or not heard.key
-                    else:
-                        fits = heard.key == jointoken.fingerprint(token.server_key)
-                    (fitting if fits else others).append(heard)
-                    if fits and token is not None:
-                        trials.begin(heard.host, heard.port)
-            if token is None and fitting:
-                choose_at = choose_at or now + OTHERS_S
-                if now >= choose_at:
-                    for there in only(fitting, security):
-                        trials.begin(there.host, there.port)
-            won = trials.won(say)
-            if won is not None:
-                say(f"found it at {won[0]}:{won[1]}")
-                return address.find(*won, join, security=security)
+            found = search.look(now)
+            if found is not None:
+                say(f"found it at {found.host}:{found.port}")
+                return found
             time.sleep(TURN_S)
         raise UserError(
-            f"{whose} was not found within {timeout_s:g} s" + _seen(trials.strangers, others),
+            f"{search.whose} was not found within {timeout_s:g} s{search.seen()}",
             "is it running with host_ip=..., in this network? mDNS does not pass routers, and some "
             "Wi-Fi does not pass it at all:\nhost_ip=10.10.0.1 goes straight to an address",
         )
@@ -345,8 +424,3 @@ def only(heard: Sequence[Heard], security: str) -> list[Address]:
             "a join token tells which is meant (JOIN=...), or an address: host_ip=... port=...",
         )
     return [address.find(each.host, each.port, None, security=security) for each in heard]
-
-
-def _seen(strangers: Sequence[str], others: Sequence[Heard]) -> str:
-    told = [*strangers, *(f"{each} is another one" for each in others)]
-    return "".join(f"\n  {line}" for line in told)

@@ -268,6 +268,18 @@ def is_local(host: str) -> bool:
     return bool(addresses & own)
 
 
+def towards(host: str) -> str:
+    """The address of this host from which what is sent there leaves; "" where no way leads there.
+    Sends nothing."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as s:
+            s.connect((host, 9))
+            return str(s.getsockname()[0])
+    except OSError:
+        return ""
+
+
 def is_loopback(host: str) -> bool:
     """Is this an address that only processes of one host can reach?"""
     try:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import zeroconf
+from machines import call
 from whole import Program, Run
 
 from benchmarks.network import Hosts
@@ -99,14 +100,16 @@ def test_a_server_that_cannot_be_announced_says_so_once() -> None:
 # --------------------------------------------------------------------------------------- programs
 
 SERVER = """
-import sys, zeroconf
+import contextlib, sys, zeroconf
 from paramserver import sockets
+from paramserver.errors import UserError
 from paramserver.keys import Keys
 name, host, port, run, key = sys.argv[1:]
 ctx = sockets.context()
 router = sockets.router(ctx, 1000)
 at = [sockets.tcp(host, int(port))]
-sockets.bind(router, [] if key else at, at if key else [], Keys.new().for_server())
+with contextlib.suppress(UserError):  # a server is there, of another run
+    sockets.bind(router, [] if key else at, at if key else [], Keys.new().for_server())
 info = zeroconf.ServiceInfo(
     "_paramserver._tcp.local.", name + "._paramserver._tcp.local.", port=int(port),
     properties={"run": run, "key": key}, server=f"paramserver-{run[:8]}.local.",
@@ -145,12 +148,30 @@ def find(
     return run.start("a search", "-c", FIND, token, security, str(timeout_s), host=host)
 
 
+CABLE, OTHER_CABLE = "10.88.0", "10.99.0"
+
+
+def join_by_a_cable(hosts: Hosts, network: str, one: str, other: str) -> None:
+    """As network.1 and network.2, beside the network that all are in."""
+    link = f"thunderbolt0 type veth peer name thunderbolt0 netns {hosts[other]}"
+    call("ip", f"-n {hosts[one]} link add {link}")
+    for number, name in enumerate((one, other), 1):
+        call("ip", f"-n {hosts[name]} addr add {network}.{number}/24 dev thunderbolt0")
+        call("ip", f"-n {hosts[name]} link set thunderbolt0 up")
+
+
 @pytest.mark.root
+@pytest.mark.timeout(180)
 def test_the_server_of_the_token_is_found_and_nobody_else(tmp_path: Path) -> None:
     """The worker is there first, then an impostor, then the server, at another address than the
-    token tells; then an impostor under the server's own name, and another worker."""
-    with Hosts(["mini1", "mini2", "mini3"]) as hosts, Run(tmp_path) as run:
-        there, worker = f"{hosts.address('mini1')}:{run.port}", hosts["mini2"]
+    token tells; then an impostor under the server's own name, and another worker. Then there is
+    another run with the same keys, the server dies with its cable and comes back at its next
+    address; meanwhile somebody claims that the other run's server is the one."""
+    names = ["mini1", "mini2", "mini3", "mini4"]
+    with Hosts(names) as hosts, Run(tmp_path) as run:
+        join_by_a_cable(hosts, CABLE, "mini1", "mini2")
+        join_by_a_cable(hosts, OTHER_CABLE, "mini4", "mini3")
+        there, worker = f"{CABLE}.1:{run.port}", hosts["mini2"]
         home = {"XDG_CONFIG_HOME": str(tmp_path / "mini1")}
         made = run.start("make keys", "-m", "paramserver.keys", "host_ip=10.77.0.99", **home)
         assert made.end() == 0
@@ -164,8 +185,8 @@ def test_the_server_of_the_token_is_found_and_nobody_else(tmp_path: Path) -> Non
         first.wait_for(
             rf"{hosts.address('mini3')}:{run.port} (has other keys|does not prove) .*goes on"
         )
-        address = f"host_ip={hosts.address('mini1')}"
-        server = run.server(address, "observer=false", host=hosts["mini1"], **home)
+        long = ("observer=false", "num_workers=1", "num_epochs=9999", "heartbeat_timeout=3")
+        server = run.server("host_ip=auto", *long, host=hosts["mini1"], **home)
         first.wait_for(f"found it at {there}")
         server.wait_for("worker 1 .* is here")
         assert "no multicast" not in server.output
@@ -179,6 +200,26 @@ def test_the_server_of_the_token_is_found_and_nobody_else(tmp_path: Path) -> Non
         assert same_host == f"it is {LOOPBACK}:{run.port} without keys"
         beside = find(run, hosts["mini1"])  # neither with a token, nor alone in the network
         beside.wait_for("there are several servers")
+
+        (folder := tmp_path / "other").mkdir()
+        both = f"host_ip={hosts.address('mini4')},{OTHER_CABLE}.1"
+        other = run.server(both, "observer=false", host=hosts["mini4"], folder=folder, **home)
+        other.wait_for("server at")
+        by_cable = find(run, hosts["mini3"], token).wait_for("it is")
+        assert by_cable == f"it is {OTHER_CABLE}.1:{run.port} with keys"
+
+        server.wait_for("training, step")
+        server.kill()
+        call("ip", f"-n {hosts['mini1']} link set thunderbolt0 down")
+        first.wait_for(f"{there} is silent: looking for the server elsewhere, too")
+        announce(run, hosts, "mini4", "liar", number, key)
+        first.wait_for(f"found it at {hosts.address('mini4')}")
+        first.wait_for(f"the server at {hosts.address('mini4')}:.* is another one")
+        again = run.server("host_ip=auto", *long, host=hosts["mini1"], **home)
+        first.wait_for(f"found it at {hosts.address('mini1')}:{run.port}")
+        again.wait_for(r"the run goes on after step \d+, where worker 1")
+        again.wait_for("training, step")
+        assert len(run.runs) == 1 and "worker" not in other.output
 
 
 @pytest.mark.root

@@ -68,7 +68,6 @@ class Client(Connection):
         self._held: deque[tuple[Any, list[Any]]] = deque()  # from SUB, to be looked at (again)
         self._admitted: wire.Admit | None = None
         self._joined = False
-        self._run: str | None = None  # the run that our state belongs to
         self._taking: Taking | None = None
         self._giving: Giving | None = None
         self._give_later: wire.Give | None = None
@@ -318,6 +317,11 @@ class Client(Connection):
         self._send_due()
         f = self.follow
         if f is None:
+            return
+        if now - f.heard_at <= self.heartbeat_timeout / 2:
+            self._elsewhere.over()
+        elif self._elsewhere.found(now):
+            self._must_greet = True
             return
         effect = f.tick(now, self.heartbeat_timeout / 2)
         if isinstance(effect, follow.Silent):
@@ -571,7 +575,7 @@ class Client(Connection):
         assert self.replica is not None and self._sub is not None
         self._joined = True
         assert self.welcome is not None
-        self._run = self.welcome.run
+        self.run = self.welcome.run
         if self._ready is not None:
             self._send(self._ready)
 
@@ -582,12 +586,12 @@ class Client(Connection):
         silent_s = time.monotonic() - self.follow.heard_at
         if silent_s > SILENT_TIMEOUTS * self.heartbeat_timeout:
             self.say(f"the server has been silent for {silent_s:.0f} s: greeting it again")
-        else:
+        elif not self._elsewhere.moved:
             self.say("the server does not know this worker any more: greeting it again")
         self._close_sockets()
         self._must_greet = False  # nobody is left who would set it
         own = self.welcome.id if self._hello.role == "worker" else None  # leases are told by it
-        self._hello = msgspec.structs.replace(self._hello, run=self._run, id=own)
+        self._hello = msgspec.structs.replace(self._hello, run=self.run, id=own)
         self._held.clear()
         self._giving = self._give_later = self._taking = None
         welcome = self.connect(self.give_up_s, self.replica.step)

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -68,6 +69,7 @@ def join(
     """
     here = placed(os.environ)
     host, port, token = host or here.host, port or here.port, token or here.token
+    search = None
     if host is None and token is None:
         port = port or Settings.port
         if not listens(address.LOOPBACK, port):
@@ -77,10 +79,11 @@ def join(
             return Cluster(only)
     if host == address.AUTO:
         there = discover.find(token, security=security, timeout_s=timeout_s, say=say)
+        search = partial(discover.Search, token, security=security, say=say)
     else:
         there = address.find(host, port, token, security=security)
     id = here.id if worker_id is None else worker_id
-    client = Client(there.host, there.port, id=id, keys=there.keys, say=say)
+    client = Client(there.host, there.port, id=id, keys=there.keys, search=search, say=say)
     try:
         client.connect(timeout_s)
     except BaseException:

@@ -20,6 +20,7 @@ from typing import Any
 import zmq
 
 from paramserver import sockets, wire
+from paramserver.discover import Search
 from paramserver.errors import PeerError, RunLost, UserError
 from paramserver.gate import Knock
 
@@ -27,6 +28,7 @@ BEATS_PER_TIMEOUT = 5
 PROBE_INTERVAL_S = 0.1
 HELLO_INTERVAL_S = 2.0
 NEW_DOOR_S = 10.0
+SEARCH_AFTER_S = 2.0  # without an answer; then the server may be somewhere else
 
 Say = Callable[[str], None]
 
@@ -46,13 +48,17 @@ class Connection:
         id: int | None = None,
         key: str = "",
         keys: sockets.PeerKeys | None = None,
+        search: Callable[..., Search] | None = None,
         say: Say = print,
     ) -> None:
         """`keys` are needed where the server lets in only those who have them; `key` is what the
-        server's own observer shows."""
+        server's own observer shows. `search(run=...)` begins to look for the server of a run (None:
+        any) where it does not answer any more."""
         self.host, self.port = host, port
         self.say = say
         self.welcome: wire.Welcome | None = None
+        self.run: str | None = None
+        """The run that this peer has state of."""
         self.heartbeat_timeout = 10.0
         self.give_up_s = 60.0
         self.abandoned = threading.Event()
@@ -60,6 +66,7 @@ class Connection:
         self.greetings = 0
         """How often this peer was welcomed: a wait for a round of an earlier time is void."""
         self._keys = keys
+        self._elsewhere = Elsewhere(self, search)
         self._hello = wire.Hello(
             protocol=wire.PROTOCOL,
             role=role,
@@ -94,6 +101,7 @@ class Connection:
             self.give_up_s = float(welcome.settings.get("idle_timeout", self.give_up_s))
             missing = self._open_link(welcome)
             if not missing:
+                self._elsewhere.over()
                 self.greetings += 1
                 return welcome
             # The server may have died just now; if it is there, something is in between.
@@ -108,13 +116,16 @@ class Connection:
 
     def _be_welcomed(self, start: float, deadline_s: float, last_step: int | None) -> wire.Welcome:
         """Say hello at the door until it is answered, at most until `deadline_s` after `start` or
-        after the last sign of a server that does not let us in yet."""
+        after the last sign of a server that does not let us in yet. One that may have moved is
+        searched for meanwhile."""
         door, knock = self._open_door()
         deadline, hello_at, told = start + deadline_s, time.monotonic(), ""
-        new_door_at = hello_at + NEW_DOOR_S
+        new_door_at, search_at = hello_at + NEW_DOOR_S, hello_at + SEARCH_AFTER_S
         while True:
             knock.check()
             now = time.monotonic()
+            if now >= search_at and self._elsewhere.found(now):
+                new_door_at = now  # there
             if now >= new_door_at:  # ZeroMQ may have given up this one's connection in silence
                 door, knock = self._open_door()
                 hello_at, new_door_at = now, now + NEW_DOOR_S
@@ -129,9 +140,12 @@ class Connection:
                 if isinstance(message, wire.Welcome):
                     return message
                 if isinstance(message, wire.Reject):
-                    raise UserError(message.reason, message.hint)
+                    if not self._elsewhere.was_wrong(message.reason):
+                        raise UserError(message.reason, message.hint)
+                    new_door_at = now
                 if isinstance(message, wire.Later):  # it lives, and has a deadline of its own
                     hello_at = time.monotonic() + HELLO_INTERVAL_S
+                    search_at = hello_at + SEARCH_AFTER_S
                     deadline, new_door_at = hello_at + deadline_s, hello_at + NEW_DOOR_S
                     if told != message.reason:
                         told = message.reason
@@ -152,6 +166,14 @@ class Connection:
             if not told and now > start + 1:
                 told = f"waiting for a server at {self.host}:{self.port}"
                 self.say(f"{told} (for {deadline_s:g} s; start one with: make server)")
+
+    def move(
+        self, host: str, port: int, keys: sockets.PeerKeys | None
+    ) -> tuple[str, int, sockets.PeerKeys | None]:
+        """The server is to be reached there; where it was before. For doors to come."""
+        before = self.host, self.port, self._keys
+        self.host, self.port, self._keys = host, port, keys
+        return before
 
     def _open_door(self) -> tuple[zmq.Socket[bytes], Knock]:
         """A socket to say hello at, and what becomes of its handshakes, in place of the last."""
@@ -258,6 +280,7 @@ class Connection:
 
     def close(self) -> None:
         """Close every socket; safe to call twice."""
+        self._elsewhere.over()
         self._close_sockets()
         self._ctx.term()
 
@@ -296,6 +319,63 @@ class Connection:
                 f"{self.host}:{self.port} does not speak this protocol: {e}",
                 "is another program listening there, or another version of this one?",
             ) from None
+
+
+class Elsewhere:
+    """Looks for a server that is silent at other addresses, while its peer knocks on at the last
+    one."""
+
+    def __init__(self, peer: Connection, search: Callable[..., Search] | None) -> None:
+        self._peer, self._begin = peer, search
+        self._search: Search | None = None
+        self._before: tuple[str, int, sockets.PeerKeys | None] | None = None
+
+    def found(self, now: float) -> bool:
+        """Has it moved? Then the peer has its new address from now on. To be asked again and
+        again while it is silent."""
+        peer = self._peer
+        if self._begin is None:
+            return False
+        try:
+            if self._search is None:
+                peer.say(
+                    f"{peer.host}:{peer.port} is silent: looking for the server elsewhere, too"
+                )
+                self._search = self._begin(run=peer.run, known=(peer.host, peer.port))
+            there = self._search.look(now)
+        except UserError as e:  # no multicast, or without a token several servers
+            peer.say(f"the server can only be waited for where it was: {e.problem}")
+            self._begin = None
+            return False
+        if there is None or (there.host, there.port) == (peer.host, peer.port):
+            return False
+        self._before = peer.move(there.host, there.port, there.keys)
+        peer.say(f"found it at {there.host}:{there.port}")
+        return True
+
+    @property
+    def moved(self) -> bool:
+        """Was the address that the peer has now found, and nobody welcomed it there yet?"""
+        return self._before is not None
+
+    def was_wrong(self, reason: str) -> bool:
+        """The server there does not take this peer; was it one that was found? Then the peer has
+        the address before again."""
+        if self._before is None:
+            return False
+        self._peer.say(
+            f"the server at {self._peer.host}:{self._peer.port} is another one: {reason}"
+        )
+        self._peer.move(*self._before)
+        self._before = None
+        return True
+
+    def over(self) -> None:
+        """The server is heard."""
+        self._before = None
+        if self._search is not None:
+            self._search.close()
+            self._search = None
 
 
 __all__ = ["Connection", "Say"]
