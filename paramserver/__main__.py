@@ -29,6 +29,7 @@ from paramserver.discover import Announcement
 from paramserver.display import Display, Status, WorkerStatus
 from paramserver.errors import UserError
 from paramserver.fleet import machine
+from paramserver.fleet.keeper import MARK
 from paramserver.keys import load_or_make
 from paramserver.keys import path as keys_path
 from paramserver.members import Tally
@@ -443,8 +444,12 @@ def _serve(
         if keys is not None:
             if new_keys:
                 show.say(f"made the keys of this cluster: {keys_path()}")
-            token = keys.token(guarded[0], settings.port)
-            show.say(f"other machines join with: {_join_command(token)}")
+            if MARK in os.environ:  # the workers have it from `make up`, and a log is a file
+                command = f"make keys host_ip={guarded[0]}"
+                show.say(f"the join token, for further machines: {command}, in {Path.cwd()}")
+            else:
+                token = keys.token(guarded[0], settings.port)
+                show.say(f"other machines join with: {_join_command(token)}")
         elif exposed := [h for h in hosts if not is_loopback(h)]:
             show.say(
                 f"security=none: whoever reaches {', '.join(exposed)} can read the model and "

@@ -891,7 +891,7 @@ class Rounds:
                     peer.leases.remove(member.lease)
         self.round = None
         self._effects.append(Void(current.number))
-        self._warn(f"round {current.number} is void: {why}")
+        self._say(f"round {current.number} is void: {why}")
 
     def _try_open(self, now: float) -> Open | None:
         """Open the next round, or start a snapshot, if something stands in the way of neither."""

@@ -91,3 +91,24 @@ en7: flags=8863<UP,BROADCAST,SMART,RUNNING,SIMPLEX,MULTICAST> mtu 1500
 	media: autoselect (1000baseT <full-duplex>)
 	status: active
 """
+
+PMSET = """\
+System-wide power settings:
+Currently in use:
+ standby              1
+ Sleep On Power Button 1
+ womp                 1
+ autorestart          0
+ hibernatefile        /var/vm/sleepimage
+ powernap             1
+ networkoversleep     0
+ disksleep            10
+ sleep                1 (sleep prevented by powerd, bluetoothd)
+ hibernatemode        0
+ ttyskeepawake        1
+ displaysleep         10
+ tcpkeepalive         1
+"""
+
+FIREWALL_ON = "Firewall is enabled. (State = 1)\n"
+FIREWALL_OFF = "Firewall is disabled. (State = 0)\n"

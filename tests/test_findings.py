@@ -42,6 +42,12 @@ def with_facts(**facts: Any) -> Report:
     return replace(GOOD, facts={"mini1": FACTS, "mini2": {**FACTS, **facts}})
 
 
+def test_a_port_that_is_taken_is_told_of_the_server_alone() -> None:
+    both = {name: {**FACTS, "port_held": "pid 7 (nc)"} for name in ("mini1", "mini2")}
+    assert told(replace(GOOD, facts=both)).startswith("mini1: port 65432 is taken by pid 7 (nc)\n")
+    assert "mini2" not in told(replace(GOOD, facts=both))
+
+
 def test_a_good_cluster_has_nothing_to_be_told() -> None:
     assert told(GOOD) == ""
     assert chosen(GOOD) == [

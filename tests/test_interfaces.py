@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import sys
 from typing import Any
 
 import pytest
-from recorded import HARDWARE_PORTS, IFCONFIG
+from recorded import FIREWALL_OFF, FIREWALL_ON, HARDWARE_PORTS, IFCONFIG, PMSET
 
 from paramserver.address import listen
 from paramserver.config import load
@@ -132,6 +134,53 @@ def test_without_a_network_in_common_the_routes_decide() -> None:
 
 def test_interfaces_travel_as_json() -> None:
     assert from_json(to_json([TB1, LAN1])) == [TB1, LAN1]
+
+
+def a_mac(monkeypatch: pytest.MonkeyPatch, **answers: str) -> list[tuple[str, ...]]:
+    """This machine is a Mac whose tools say so; what they are asked."""
+    asked = []
+
+    def ask(*command: str) -> str:
+        asked.append(command)
+        return answers.get(command[0].rpartition("/")[2], "")
+
+    monkeypatch.setattr("sys.platform", "darwin")
+    monkeypatch.setattr(machine, "ask", ask)
+    return asked
+
+
+def test_a_mac_is_asked_by_its_own_tools(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = a_mac(
+        monkeypatch, networksetup=HARDWARE_PORTS, ifconfig=IFCONFIG, pmset=PMSET,
+        socketfilterfw=FIREWALL_ON,
+    )  # fmt: skip
+    bridge = Interface("bridge0", "thunderbolt", "10.10.0.2", 24, 9000)
+    assert choose(machine.interfaces()) == bridge
+    assert (machine._sleep(), machine._firewall()) == ("1", "on")
+    assert asked == [
+        ("networksetup", "-listallhardwareports"), ("ifconfig", "-a"), ("pmset", "-g"),
+        ("/usr/libexec/ApplicationFirewall/socketfilterfw", "--getglobalstate"),
+    ]  # fmt: skip
+
+
+def test_a_mac_that_never_sleeps_and_one_that_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    never = PMSET.replace(" sleep                1 (sleep", " sleep                0 (sleep")
+    a_mac(monkeypatch, pmset=never, socketfilterfw=FIREWALL_OFF)
+    assert (machine._sleep(), machine._firewall()) == ("never", "off")
+    a_mac(monkeypatch)
+    assert (machine._sleep(), machine._firewall()) == ("unknown", "unknown")
+    assert machine.interfaces() == []
+
+
+def test_a_taken_port_is_seen_also_where_it_may_not_be_known_whose(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1]
+        assert str(os.getpid()) in str(machine.port_holder(port))
+        monkeypatch.setattr("paramserver.sockets.listener", lambda port: "")  # a Mac, without root
+        assert f"lsof -nP -iTCP:{port}" in str(machine.port_holder(port))
+    assert machine.port_holder(port) is None
 
 
 HOME = [{"name": "mini1", "role": "both"}, {"name": "mini2"}]

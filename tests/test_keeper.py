@@ -16,7 +16,7 @@ import psutil
 import pytest
 from whole import CLONE, DEADLINE_S
 
-from paramserver.fleet.keeper import MARK, Place, State, died, follow, kept
+from paramserver.fleet.keeper import MARK, Place, State, _hold_off_sleep, died, follow, kept
 
 WAITS = """
 import signal, sys
@@ -226,6 +226,18 @@ def test_following_ends_with_the_input(here: Kept) -> None:
         following.stdin.close()
         assert following.wait(DEADLINE_S) == 0
     assert here.place.alive
+
+
+def test_on_a_mac_sleep_is_held_off_as_long_as_it_lives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "caffeinate").write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\n')
+    (tmp_path / "caffeinate").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr("platform.system", lambda: "Darwin")
+    awake = _hold_off_sleep()
+    assert awake is not None and awake.wait(DEADLINE_S) == 0
+    assert (tmp_path / "asked").read_text() == f"-is -w {os.getpid()}\n"
 
 
 def test_codes_in_words() -> None:

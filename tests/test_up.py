@@ -149,6 +149,8 @@ def test_a_run_from_start_to_end(cluster: Cluster, tmp_path: Path) -> None:
     )
     up.wait_for(r"mini1 \| .*server at 127.0.0.1:43210, 10.10.0.1:43210, run folder ../runs/")
     up.wait_for(r"mini1 \| .*step [1-9]")
+    logs = machines_logs(cluster)
+    assert "server at" in logs and not re.search(r"\bps[a-z2-7]{60}", up.output + logs)  # a token
     for name in ("mini1", "mini2", "mini3"):
         assert "s3cret" not in "\n".join(cluster.machines.processes(name))
     up.send(signal.SIGINT)
@@ -279,6 +281,13 @@ def test_the_doctor_takes_the_fast_link_and_measures_both_as_iperf3_does(cluster
     for device, network in (("eth0", FAST), ("eth1", SLOW)):
         theirs = iperf3(cluster.machines, cluster.machines.address("mini1", network))
         assert rates[device] == pytest.approx(theirs, rel=0.15), device
+
+
+def machines_logs(cluster: Cluster) -> str:
+    """All that any process has written on any machine."""
+    homes = (cluster.machines.home(name) for name in ("mini1", "mini2", "mini3"))
+    logs = (path for home in homes for path in home.glob("paramserver/logs/*.log"))
+    return "\n".join(path.read_text() for path in logs)
 
 
 def iperf3(machines: Machines, address: str) -> float:

@@ -53,7 +53,7 @@ def doctor(arguments: list[str], *, as_json: bool = False) -> int:
     if as_json:
         print(json.dumps(to_json(report, found), indent=2))
     else:
-        _print(lines, report, found)
+        _print(lines, report, found, at_rest)
     return int(bool(found))
 
 
@@ -87,13 +87,14 @@ def examine(
 
     def one(host: Host) -> tuple[dict[str, Any], list[Interface]]:
         agent = agents[host.name]
-        own = from_json(agent.ask("look")["interfaces"])  # and by now it is awake
+        look = agent.ask("look")  # and by now it is awake
+        serves = any(s["name"] == "server" and s["alive"] for s in look["states"])
         before = time.time()
         there = agent.ask("time")["time"]
         skew = there - (before + time.time()) / 2
         facts = agent.ask("facts")
-        facts |= {"skew_s": skew, "port_held": agent.ask("port", port=port)["held"]}
-        return facts, own
+        held = None if serves else agent.ask("port", port=port)["held"]  # not by our own run
+        return facts | {"skew_s": skew, "port_held": held}, from_json(look["interfaces"])
 
     told, troubles = remote.on_all(one, [agent.host for agent in agents.values()])
     facts = {name: each[0] for name, each in told.items()}
@@ -163,7 +164,7 @@ def to_json(report: Report, found: list[Trouble]) -> dict[str, Any]:
     }
 
 
-def _print(lines: Lines, report: Report, found: list[Trouble]) -> None:
+def _print(lines: Lines, report: Report, found: list[Trouble], at_rest: bool) -> None:
     machines = Table(box=None, pad_edge=False)
     for head in ("machine", "system", "python", "torch", "device", "memory free", "disk free",
                  "clock", "sleep", "firewall"):  # fmt: skip
@@ -199,6 +200,8 @@ def _print(lines: Lines, report: Report, found: list[Trouble]) -> None:
         lines.tell_as_it_is(f"as a picture: {PICTURE}\n")
     for sentence in chosen(report):
         lines.tell(sentence)
+    if not at_rest:
+        lines.tell("a run is going on: these figures are what it leaves free, and are not kept")
     for trouble in found:
         lines.tell_as_it_is(str(trouble))
     if not found:

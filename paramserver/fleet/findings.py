@@ -138,7 +138,7 @@ def _machine(name: str, facts: dict[str, Any], report: Report) -> Iterator[Troub
     if held and name == report.server.name:
         yield Trouble(
             name, f"port {report.port} is taken by {held}",
-            "fine if that is the run that is going on; else stop it, or choose port=65500",
+            "stop that, or choose port=65500",
         )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 
 from paramserver import __version__, sockets
-from paramserver.address import AUTO
+from paramserver.address import AUTO, LOOPBACK
 from paramserver.errors import UserError
 from paramserver.fleet import hosts
 from paramserver.fleet.interfaces import (
@@ -36,6 +36,7 @@ from paramserver.settings import Settings
 
 SYSFS = Path("/sys/class/net")
 TOOL_S = 10.0
+CONNECT_S = 1.0
 
 
 def interfaces() -> list[Interface]:
@@ -149,7 +150,11 @@ def pings(address: str) -> bool | None:
 
 def port_holder(port: int) -> str | None:
     """Who listens at this port on this machine, in words; None if nobody does."""
-    return sockets.listener(port) or None
+    if held := sockets.listener(port):
+        return held
+    with suppress(OSError), socket.create_connection((LOOPBACK, port), CONNECT_S):
+        return f"somebody (sudo lsof -nP -iTCP:{port} tells)"  # macOS tells only root
+    return None
 
 
 def _versions(*packages: str) -> dict[str, str | None]:

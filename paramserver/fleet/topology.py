@@ -44,12 +44,13 @@ def svg(report: Report) -> str:
     box_w = max(BOX_W, NAME_W * max(len(host.name) for host in hosts) + 24)
     stretch = max(1.0, len(hosts) / 4)
     across, down = 300 * stretch, 200 * stretch
-    width, height = 2 * across + box_w + 60, 2 * down + BOX_H + 60
+    width, top = 2 * across + box_w + 60, BOX_H / 2 + 30
     boxes = {}
     for number, host in enumerate(hosts):
         angle = 2 * math.pi * number / len(hosts) - math.pi / 2
-        x, y = width / 2 + across * math.cos(angle), height / 2 + down * math.sin(angle)
+        x, y = width / 2 + across * math.cos(angle), top + down * (1 + math.sin(angle))
         boxes[host.name] = Box(x, y, box_w, BOX_H)
+    height = max(box.y for box in boxes.values()) + top
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height:.0f}" '
         'font-family="system-ui, sans-serif" text-anchor="middle">',

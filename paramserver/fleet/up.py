@@ -231,7 +231,7 @@ def choose_ways(lines: Lines, wanted: Job, agents: Mapping[str, Agent]) -> dict[
         have = ", ".join(str(i) for i in own[server.name] if i.kind != "loopback")
         raise UserError(f"{server.name} has no address {given}", f"it has {have or 'none'}")
     ways, troubles = {}, []
-    kept = figures.from_json(agents[server.name].ask("kept")["figures"])
+    kept = figures.from_json(agents[server.name].ask("kept").get("figures", []))
     for host in wanted.workers:
         if host == server:
             continue
