@@ -38,6 +38,9 @@ class Machine(msgspec.Struct, frozen=True):
     pyzmq: str
     load: float
     """Processes that wanted a core in the minute before."""
+    cores_gain: float
+    """How much more Python all cores run together than one of them alone. Two threads of one core,
+    as virtual machines often have, are little more than that one."""
     tcp_rate: float
     """The most that all streams over loopback carry together; data that stays in the caches."""
     copy_rate: float
@@ -47,11 +50,12 @@ class Machine(msgspec.Struct, frozen=True):
 
     def __str__(self) -> str:
         return (
-            f"{self.taken}, commit {self.commit}: {self.cpu}, {self.cores} cores, "
-            f"{self.memory_gb:.0f} GB, {self.system}, Python {self.python}, torch {self.torch}, "
-            f"{self.pyzmq}; load {self.load:.1f} before the start; loopback carries "
-            f"{8e-9 * self.tcp_rate:.0f} Gbit/s and one byte there and back in "
-            f"{1e6 * self.round_trip_s:.0f} µs; all cores copy {1e-9 * self.copy_rate:.0f} GB/s"
+            f"{self.taken}, commit {self.commit}: {self.cpu}, {self.cores} cores that run "
+            f"{self.cores_gain:.1f} times the Python of one, {self.memory_gb:.0f} GB, "
+            f"{self.system}, Python {self.python}, torch {self.torch}, {self.pyzmq}; load "
+            f"{self.load:.1f} before the start; loopback carries {8e-9 * self.tcp_rate:.0f} Gbit/s "
+            f"and one byte there and back in {1e6 * self.round_trip_s:.0f} µs; all cores copy "
+            f"{1e-9 * self.copy_rate:.0f} GB/s"
         )
 
     @property
@@ -72,6 +76,7 @@ def describe() -> Machine:
         torch=str(torch.__version__),
         pyzmq=f"pyzmq {zmq.__version__} (libzmq {zmq.zmq_version()})",
         load=load,
+        cores_gain=cores_gain(),
         tcp_rate=max(tcp_rate(streams) for streams in (1, 2, 1, 2)),
         copy_rate=copy_rate(),
         round_trip_s=round_trip(),
@@ -103,6 +108,25 @@ def copy(seconds: float = 0.6) -> float:
     while time.perf_counter() - start < seconds:
         target[:] = source
         total += CHUNK
+    return total / (time.perf_counter() - start)
+
+
+def cores_gain() -> float:
+    """Python's speed on all cores at once over that on one."""
+    with Team(30) as team:
+        team.start("alone", count)
+        alone = float(team.wait("alone"))
+        for core in range(_cores()):
+            team.start(f"count-{core}", count)
+        return float(sum(team.wait(f"count-{core}") for core in range(_cores()))) / alone
+
+
+def count(seconds: float = 0.6) -> float:
+    """How far Python counts in a second."""
+    total, start = 0, time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        for _ in range(1000):
+            total += 1
     return total / (time.perf_counter() - start)
 
 

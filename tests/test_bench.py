@@ -28,6 +28,7 @@ MACHINE = Machine(
     torch="2.15",
     pyzmq="pyzmq 27",
     load=0.1,
+    cores_gain=1.9,
     tcp_rate=2.5e9,
     copy_rate=2e10,
     round_trip_s=2e-5,
