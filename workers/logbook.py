@@ -8,7 +8,8 @@ Keys:
 
     losses/train                        sample-weighted mean over the round's workers
     losses/val, accuracy/val            where the step was evaluated; another metric: <name>/val
-    gradients/layer_<name>              norm of a parameter's averaged gradient
+    gradients/layer_<name>              norm of a parameter's averaged gradient; of steps shorter
+                                        than 50 ms not in each
     lr, batch_size                      batch_size: samples that took part in the step
     cluster/step_s                      duration of the round
     cluster/samples_per_s/worker_<id>

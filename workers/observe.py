@@ -11,6 +11,7 @@ import copy
 import os
 import sys
 import threading
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -39,6 +40,7 @@ RECIPE = {
 LOGBOOK_S = 5.0  # that the first round waits for W&B to be ready
 REST_MAX_S = 0.05
 REST_GROWS, REST_BEGINS_S = 1.1, 1e-4  # with each update, up to what rounds take
+NORMS_EVERY_S = 0.05  # where steps are shorter: all of them cost a fast run a tenth of its speed
 KEPT_SHARE = 0.25  # of what the server keeps, the part that may wait to be looked at
 
 
@@ -90,6 +92,7 @@ class Observer:
         self._saved_step: int | None = None
         self._due: set[str] = set()
         self._evaluating = False
+        self._norms_at = 0.0  # when gradients are measured next
         self._round_s = 0.0  # what a round takes, taken short rather than long
 
     def _resume(self, path: Path) -> None:
@@ -163,8 +166,9 @@ class Observer:
 
     def _on_close(self, close: wire.Close) -> None:
         self.client.rest_s = self._rest_s(close)
-        norms = None
-        if self.settings.track_gradients:
+        norms, now = None, time.monotonic()
+        if self.settings.track_gradients and now >= self._norms_at:
+            self._norms_at = now + NORMS_EVERY_S
             with_gradient = [(n, p.grad) for n, p in self.replica.params if p.grad is not None]
             lengths = torch._foreach_norm([g for _, g in with_gradient]) if with_gradient else []
             norms = {n: float(norm) for (n, _), norm in zip(with_gradient, lengths, strict=True)}
