@@ -40,7 +40,7 @@ from paramserver.sockets import PeerKeys
 SERVICE = "_paramserver._tcp.local."
 ASK_FIRST_S, ASK_LAST_S = 1.0, 8.0  # between two questions; doubled from the one to the other
 OTHERS_S = 1.5  # without a token: how long another server may take to answer, too
-BETTER_S = 1.0  # how long another address of the same server may, where that is a better way
+BETTER_S = 2.0  # how long another address of the same server may, where that is a better way
 TURN_S = 0.05
 CANDIDATES = 100  # addresses that are tried in one search
 RECORDS = 1000  # that are kept of what is heard, whoever sends it

@@ -6,6 +6,7 @@ Whole programs search in network namespaces; what is made of records is tested w
 from __future__ import annotations
 
 import json
+import signal
 import socket
 from pathlib import Path
 
@@ -238,3 +239,32 @@ def test_without_a_token_the_only_server_is_taken(tmp_path: Path) -> None:
         announce(run, hosts, "mini3", "plain too", "22222222")
         several = find(run, hosts["mini2"], security="none")
         several.wait_for("there are several servers: .*11111111.*22222222|.*22222222.*11111111")
+
+
+@pytest.mark.root
+def test_a_server_with_two_addresses_is_reached_by_the_other_when_a_cable_is_out(
+    tmp_path: Path,
+) -> None:
+    """And one that only stands still for a while is not left."""
+    with Hosts(["mini1", "mini2"]) as hosts, Run(tmp_path) as run:
+        join_by_a_cable(hosts, CABLE, "mini1", "mini2")
+        long = ("observer=false", "num_workers=1", "num_epochs=9999", "heartbeat_timeout=3")
+        both = f"host_ip={CABLE}.1,{hosts.address('mini1')}"
+        home = {"XDG_CONFIG_HOME": str(tmp_path / "mini1")}
+        server = run.server(both, *long, host=hosts["mini1"], **home)
+        token = server.wait_for("other machines join with: ").rpartition("=")[2]
+        auto = {"PARAMSERVER_JOIN": token, "PARAMSERVER_HOST": "auto"}
+        worker = run.worker(1, host=hosts["mini2"], **auto)
+        worker.wait_for(f"found it at {CABLE}.1")
+        server.wait_for("training, step")
+
+        server.send(signal.SIGSTOP)
+        worker.wait_for(f"{CABLE}.1:{run.port} is silent: looking for the server elsewhere, too")
+        server.send(signal.SIGCONT)
+        worker.wait_for(r"step \d+")
+        assert worker.output.count("found it at") == 1
+
+        call("ip", f"-n {hosts['mini1']} link set thunderbolt0 down")
+        worker.wait_for(f"found it at {hosts.address('mini1')}:{run.port}")
+        server.wait_for("worker 1 .* is here")
+        server.wait_for("training, step")
