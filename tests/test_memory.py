@@ -19,7 +19,7 @@ base = torch.zeros(2**19)
 def one_round():
     made = [base.clone() for _ in range(16)]
 
-for _ in range(3):
+for _ in range(20):  # the first few may still find no hole that fits
     one_round()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(5):
@@ -44,5 +44,5 @@ def test_rounds_of_equal_tensors_take_no_new_pages() -> None:
         assert done.returncode == 0, done.stderr
         faults[keep] = int(done.stdout)
     pages = 5 * 16 * 4 * 2**19 // resource.getpagesize()
-    assert faults[True] < 0.25 * pages  # a few tensors may still find no hole that fits
+    assert faults[True] < 0.05 * pages
     assert faults[False] > 0.5 * pages
