@@ -7,6 +7,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 
@@ -96,10 +97,16 @@ def tcp_rate(streams: int, seconds: float = 0.6) -> float:
 
 def copy_rate() -> float:
     """Bytes per second that one process on each core copies, all together."""
+    return _together(copy, _cores())
+
+
+def _together(rate: Callable[[], float], processes: int) -> float:
+    """The sum of what that many processes reach at once."""
     with Team(30) as team:
-        for core in range(_cores()):
-            team.start(f"copy-{core}", copy)
-        return float(sum(team.wait(f"copy-{core}") for core in range(_cores())))
+        names = [f"{rate.__name__}-{number}" for number in range(processes)]
+        for name in names:
+            team.start(name, rate)
+        return float(sum(team.wait(name) for name in names))
 
 
 def copy(seconds: float = 0.6) -> float:
@@ -113,12 +120,7 @@ def copy(seconds: float = 0.6) -> float:
 
 def cores_gain() -> float:
     """Python's speed on all cores at once over that on one."""
-    with Team(30) as team:
-        team.start("alone", count)
-        alone = float(team.wait("alone"))
-        for core in range(_cores()):
-            team.start(f"count-{core}", count)
-        return float(sum(team.wait(f"count-{core}") for core in range(_cores()))) / alone
+    return _together(count, _cores()) / _together(count, 1)
 
 
 def count(seconds: float = 0.6) -> float:

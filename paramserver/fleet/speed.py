@@ -83,14 +83,14 @@ class Listener:
             if not self._socket.poll(50):
                 continue
             while sockets.readable(self._socket):
-                peer, word, content = self._socket.recv_multipart(copy=False)
+                peer, word, content = sockets.receive(self._socket)
                 answer: list[Any] = [peer, word, content]
                 if word.bytes == b"take":
                     answer = [peer, b"got"]
                 elif word.bytes == b"give":
                     answer = [peer, b"took", zeros[: min(int(content.bytes), FRAME_MAX)]]
                 with suppress(zmq.ZMQError):  # it has gone
-                    self._socket.send_multipart(answer, copy=False)
+                    sockets.send(self._socket, answer, copy=False)
         self._socket.close()
         self._context.term()
 
@@ -134,7 +134,7 @@ def _round_trip(dealer: zmq.Socket[bytes]) -> float:
     times = []
     for _ in range(ECHOES):
         start = time.perf_counter()
-        dealer.send_multipart([b"echo", b"?"])
+        sockets.send(dealer, [b"echo", b"?"])
         _receive(dealer)
         times.append(time.perf_counter() - start)
     return sorted(times)[ECHOES // 2]
@@ -143,7 +143,7 @@ def _round_trip(dealer: zmq.Socket[bytes]) -> float:
 def _receive(dealer: zmq.Socket[bytes]) -> list[zmq.Frame]:
     if not dealer.poll(int(1000 * SILENCE_S)):
         raise Broken(0, f"nothing comes through for {SILENCE_S:g} s")
-    return dealer.recv_multipart(copy=False)
+    return sockets.receive(dealer)
 
 
 def _throughput(dealer: zmq.Socket[bytes], word: bytes, trip_s: float, seconds: float) -> float:
@@ -158,9 +158,8 @@ def _throughput(dealer: zmq.Socket[bytes], word: bytes, trip_s: float, seconds: 
         window = min(max(rate * max(QUEUE_S, 4 * trip_s), WINDOW_MIN), WINDOW_MAX)
         size = int(min(max(rate * FRAME_S, FRAME_MIN), FRAME_MAX))
         while under_way + size <= window or not waiting:
-            dealer.send_multipart(
-                [word, zeros[:size] if word == b"take" else str(size).encode()], copy=False
-            )
+            content = zeros[:size] if word == b"take" else str(size).encode()
+            sockets.send(dealer, [word, content], copy=False)
             waiting.append(size)
             under_way += size
         _receive(dealer)
