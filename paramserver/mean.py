@@ -23,6 +23,10 @@ from paramserver.codec import CODECS, Codec, Room, Wire, fresh
 from paramserver.errors import PeerError
 from paramserver.feedback import Feedback
 
+AVERAGE_SHARE = 2
+"""An average in topk carries so many times the share of a push: all that two workers chose, and of
+what more chose, most. With a single share, what they chose apart waits twice, on both ways."""
+
 Release = Callable[[], None]
 
 
@@ -40,13 +44,14 @@ class Mean:
     """Running sums and averages of the buckets of one plan.
 
     Pushes come encoded with the codec `up`; averages are encoded with `down`, with error feedback
-    where that codec is lossy. `ratio` is that of topk; `room` makes the averages' wire buffers.
+    where that codec is lossy. `ratio` is the share that topk pushes; `room` makes the wire buffers
+    of the averages.
     """
 
     def __init__(self, plan: Plan, up: str, down: str, ratio: float, room: Room = fresh) -> None:
         self._plan = plan
         self._up = CODECS[up]
-        self._down = Feedback(plan, down, ratio, room)
+        self._down = Feedback(plan, down, min(1.0, AVERAGE_SHARE * ratio), room)
         self._running: dict[int, Running] = {}
         self._scratch = torch.empty(max(b.size for b in plan.buckets))
         self._decoded: tuple[Wire, Tensor] | None = None  # what lies in the scratch, and of what

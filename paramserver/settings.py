@@ -106,7 +106,9 @@ class Settings:
         "float32", "float32 | float16 | bfloat16 | int8 | topk: how numbers look on the wire"
     )
     codec_down: str | None = setting(None, "the same for the averages; null = as codec")
-    topk_ratio: float = setting(0.01, "share of the numbers that topk sends")
+    topk_ratio: float = setting(
+        0.01, "share of the numbers that topk pushes; averages carry twice that"
+    )
     bucket_mb: float | None = setting(
         None, "size of a bucket, as float32; null = 4 on one host, 2 over links", unit="MiB"
     )

@@ -76,6 +76,20 @@ def test_the_mean_is_weighted_by_samples(data: st.DataObject) -> None:
     assert set(payloads.released) == {1}
 
 
+def test_in_topk_all_that_two_workers_chose_is_in_the_average() -> None:
+    """Whatever each of them chose, and at once."""
+    size, ratio = PLAN.buckets[GRAD].size, 0.1
+    mean = Mean(PLAN, "topk", "topk", ratio)
+    values = torch.zeros(2, size)
+    for worker in (0, 1):
+        values[worker, worker :: round(1 / ratio)] = torch.arange(1.0, round(ratio * size) + 1)
+        buffers, scale = CODECS["topk"].encode(values[worker].clone(), ratio)
+        mean.add(GRAD, buffers, scale, 1, lambda: None)
+    buffers, scale = mean.finish(GRAD, 2, ())
+    came = CODECS["topk"].decode(buffers, scale, torch.empty(size))
+    assert torch.allclose(came, values.mean(0), rtol=1e-3, atol=0)
+
+
 def test_statistics_are_averaged_and_counters_take_the_maximum() -> None:
     payloads, mean = Payloads(), Mean(PLAN, "int8", "int8", 0.01)
     for n, stat, count in ((1, 0.0, 7.0), (3, 4.0, 5.0)):

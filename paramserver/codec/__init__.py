@@ -12,7 +12,7 @@ float32   4                 nothing                                             
 float16   2                 2^-11 of each number, 2^-34 of the largest           -
 bfloat16  2                 2^-8 of each number                                  -
 int8      1 (and 4 / 1024)  1/254 of the largest of 1024 neighbours              yes
-topk      4 * topk_ratio    all but the largest; of these as float16             yes
+topk      4 * its share     all but the largest; of these as float16             yes
 ========  ================  ===================================================  ==============
 
 What is not finite stays visible: where a NaN or an infinity goes in, a number that is not finite
