@@ -126,6 +126,47 @@ def test_a_schedule_that_ends_before_the_run_stays_there() -> None:
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1 / 25 / 1e4)
 
 
+# ------------------------------------------------------------------------------------- by hand
+
+
+def test_gradients_that_came_without_backward_are_taken() -> None:
+    """Set by hand: all of them, or those of the parameters that backward did not reach."""
+    data, setup, plain = Noise(96), *(_of_two() for _ in range(2))
+
+    def by_hand(s: Setup, x: Tensor, y: Tensor, step: int) -> None:
+        first, second, _ = s.model
+        outputs = first(x) + second(x)
+        whole = loss(nn.Identity(), outputs, y)
+        if step % 2:
+            gradients = torch.autograd.grad(whole, [*s.model.parameters()][:4])
+            for p, g in zip(s.model.parameters(), gradients, strict=False):
+                p.grad = g
+        else:
+            second.weight.grad, second.bias.grad = torch.autograd.grad(
+                whole, [second.weight, second.bias], retain_graph=True
+            )
+            whole.backward(inputs=[first.weight, first.bias])
+
+    with workers.join(port=free_port(), say=lambda line: None, alone={"num_epochs": 99}) as cluster:
+        _, optimizer = cluster.attach(setup.model, setup.optimizer)
+        for x, y, indices in cluster.batches(data, batch_size=8):
+            by_hand(setup, x, y, cluster.step)
+            plain.optimizer.zero_grad()
+            by_hand(plain, data.x[indices], data.y[indices], cluster.step)
+            optimizer.step()
+            plain.optimizer.step()
+            same(setup, plain)
+            assert setup.model[2].weight.grad is None
+            if cluster.step == 12:
+                break
+
+
+def _of_two() -> Setup:
+    layers = (nn.Linear(INPUTS, CLASSES), nn.Linear(INPUTS, CLASSES), nn.Linear(2, 2))
+    model = drawn(nn.Sequential(*layers), 1)
+    return Setup(model, SGD(model.parameters(), lr=0.1, momentum=0.9))
+
+
 # ---------------------------------------------------------------------------- held for a while
 
 

@@ -1,7 +1,8 @@
 """Gradients leave while backward runs: hooks on the parameters tell which buckets are complete.
 
-A bucket is complete when every parameter in it has its gradient of this step. What has none by the
-end (unused branches, frozen for a step) is sent by `flush` as absent, with zeros in its place.
+A bucket is complete when every parameter in it has its gradient of this step. The others are sent
+by `flush`: with gradients that were set by hand, without backward, and what has none by the end
+(unused branches, frozen for a step) as absent, with zeros in its place.
 
 Copying, encoding and sending are done at once where that is soon done. For large models, and where
 gradients must come from a device first, a thread does them, so that backward goes on meanwhile; it
@@ -80,11 +81,11 @@ class Gradients:
         for bucket in self._plan.buckets:
             if bucket.index in self._sent:
                 continue
-            # Fewer passes than stated may have reached a parameter: what is there is its gradient.
+            # Whoever put it there, after however many passes: what is there is its gradient.
             absent = [
                 index
                 for index in bucket.tensors
-                if index < len(self._passes) and not self._passes[index]
+                if index < len(self._passes) and self._gradient(index) is None
             ]
             self._hand_over(bucket, tuple(absent))
         self.finish()
@@ -146,15 +147,21 @@ class Gradients:
         whole = (start, stop) == (begin, end)
         return index, None if whole else slice(start - begin, stop - begin)
 
+    def _gradient(self, index: int) -> Tensor | None:
+        """A parameter's gradient, as it is now."""
+        name, p = self._replica.params[index]
+        if p.grad is not None and p.grad.is_sparse:
+            raise sparse(name)
+        return p.grad
+
     def _source(self, index: int) -> Tensor:
         """A tensor's gradient (or statistic), flat."""
-        params = self._replica.params
-        if index < len(params):
-            grad = params[index][1].grad
+        if index < len(self._passes):
+            grad = self._gradient(index)
             assert grad is not None
             return grad.detach().reshape(-1)
         others = [*self._replica.stats, *self._replica.counts]
-        return others[index - len(params)][1].detach().reshape(-1)
+        return others[index - len(self._passes)][1].detach().reshape(-1)
 
     def _hand_over(self, bucket: Bucket, absent: tuple[int, ...]) -> None:
         self._sent.add(bucket.index)
