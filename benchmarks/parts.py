@@ -38,6 +38,8 @@ class Effort:
     """By size: what is exchanged, and how often in one run."""
     workers: tuple[int, ...]
     codecs: tuple[str, ...]
+    few_codecs: tuple[str, ...]
+    """For what need not be measured with each of them: one worker, 250 MB, what compute hides."""
     extras: bool
     """Also gloo in float16, and tcp where memory would be shared."""
     training_steps: int
@@ -56,14 +58,15 @@ class Effort:
 
 FULL = Effort(
     name="full",
-    minutes=150,
+    minutes=100,
     repeats=3,
     run_s=180,
     rounds={"1.35 MB": 300, "46.8 MB": 20, "250 MB": 6},
     workers=(1, 2, 3, 4),
     codecs=tuple(CODECS),
+    few_codecs=tuple(dict.fromkeys((DEFAULT.codec, "float16"))),
     extras=True,
-    training_steps=3000,
+    training_steps=1200,
     training_workers=(1, 2, 3, 4),
     link_rounds={"1.35 MB": 40, "46.8 MB": 5},
     few_workers=(2, 4),
@@ -79,6 +82,7 @@ QUICK = Effort(
     rounds={"1.35 MB": 100, "46.8 MB": 8},
     workers=(2, 4),
     codecs=tuple(dict.fromkeys((DEFAULT.codec, "float32", "float16"))),
+    few_codecs=(DEFAULT.codec,),
     extras=False,
     training_steps=1000,
     training_workers=(2,),
@@ -166,7 +170,8 @@ def exchange(effort: Effort, machine: Machine) -> Groups:
                 row = Row("exchange", size, workers, _gloo_name(half), "ms")
                 share = workers * _half(half) / machine.tcp_rate
                 cases.append(Case(row, partial(_gloo, limits, size, workers, HERE, half, share)))
-            for codec in effort.codecs:
+            few = workers == 1 or size == "250 MB"
+            for codec in effort.few_codecs if few else effort.codecs:
                 row = Row("exchange", size, workers, our_name(codec), "ms")
                 cases.append(Case(row, partial(_ours, limits, size, workers, codec, machine)))
             for how, guarded in {"tcp": False, "tcp with CURVE": True}.items():
@@ -273,7 +278,7 @@ def exposed(effort: Effort) -> Groups:
 
     for workers in effort.few_workers:
         cases = [Case(Row("exposed", size, workers, DDP, "%"), partial(ddp, workers))]
-        for codec in dict.fromkeys((DEFAULT.codec, *effort.codecs)):
+        for codec in effort.few_codecs:
             row = Row("exposed", size, workers, our_name(codec), "%")
             cases.append(Case(row, partial(ours, workers, codec)))
         yield cases
