@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import textwrap
 from collections.abc import Iterable, Sequence
+from itertools import cycle
 from pathlib import Path
 from statistics import median
 
@@ -207,6 +208,7 @@ def write_docs(results: Results, page: Path, picture: str | None = None) -> list
 
 def draw(results: Results, path: Path) -> None:
     """Bars: every `how` beside the others, for each size and number of workers."""
+    import matplotlib
     from matplotlib.figure import Figure
 
     panels = [
@@ -218,7 +220,8 @@ def draw(results: Results, path: Path) -> None:
     if not panels:
         return
     ways_of_all = [way for way in _in_order(r.how for r in results.rows) if way not in REFERENCES]
-    colors = {way: f"C{index % 10}" for index, way in enumerate(ways_of_all)}
+    palette = [color for color in matplotlib.colormaps["tab20"].colors if len(set(color)) > 1]
+    colors = dict(zip(ways_of_all, cycle(palette[::2] + palette[1::2]), strict=False))
     columns = min(3, len(panels))
     lines = -(-len(panels) // columns)
     figure = Figure(figsize=(5.5 * columns, 3.6 * lines), layout="constrained")
