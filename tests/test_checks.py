@@ -134,6 +134,14 @@ def forget_gradients(model: nn.Module, optimizer: Any, loss: Tensor) -> None:
     optimizer.step()
 
 
+def replace(model: nn.Module, optimizer: Any, loss: Tensor) -> None:
+    loss.backward()
+    for p in model.parameters():
+        assert p.grad is not None
+        p.grad = p.grad * 0.5
+    optimizer.step()
+
+
 def close_over(model: nn.Module, optimizer: Any, loss: Tensor) -> None:
     loss.backward()
     optimizer.step(lambda: loss)
@@ -169,6 +177,7 @@ MISTAKES = {
     backward_twice: r"got its gradient 2 times in one step, 1 were stated",
     clip: r"gradient of 2\.bias was changed after backward",
     forget_gradients: r"gradient of 2\.bias was changed after backward",
+    replace: r"gradient of 2\.bias was changed after backward",
     close_over: r"step\(closure\)",
     scale: "GradScaler",
     freeze: r"0\.weight was frozen in the middle of the run",

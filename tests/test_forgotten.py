@@ -129,8 +129,13 @@ def test_a_schedule_that_ends_before_the_run_stays_there() -> None:
 # ------------------------------------------------------------------------------------- by hand
 
 
-def test_gradients_that_came_without_backward_are_taken() -> None:
+@pytest.mark.parametrize("threaded", [False, True])
+def test_gradients_that_came_without_backward_are_taken(
+    threaded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Set by hand: all of them, or those of the parameters that backward did not reach."""
+    if threaded:
+        monkeypatch.setattr("workers.gradients.THREAD_FROM_BYTES", 0)
     data, setup, plain = Noise(96), *(_of_two() for _ in range(2))
 
     def by_hand(s: Setup, x: Tensor, y: Tensor, step: int) -> None:

@@ -47,7 +47,7 @@ class Gradients:
         self._plan = plan = replica.plan
         self._open = False
         self._passes = [0] * len(replica.params)
-        self._versions = [0] * len(replica.params)  # of the gradients as they were taken
+        self._seen: dict[int, tuple[Tensor, int]] = {}  # gradients as they were taken; versions
         self._missing: list[int] = []
         self._sent: set[int] = set()
         self._device = replica.params[0][1].device if replica.params else torch.device("cpu")
@@ -71,6 +71,7 @@ class Gradients:
         self._passes = [0] * len(self._passes)
         self._missing = [len(b.tensors) for b in self._plan.buckets]
         self._sent.clear()
+        self._seen.clear()
 
     def flush(self) -> None:
         """Backward is over: send what has not been sent, gradient or not, and the statistics."""
@@ -78,16 +79,13 @@ class Gradients:
             return
         self._replica.check_unchanged()
         self._check_untouched()
-        for bucket in self._plan.buckets:
-            if bucket.index in self._sent:
-                continue
-            # Whoever put it there, after however many passes: what is there is its gradient.
-            absent = [
-                index
-                for index in bucket.tensors
-                if index < len(self._passes) and self._gradient(index) is None
-            ]
-            self._hand_over(bucket, tuple(absent))
+        self._seen.clear()  # they need no memory any more
+        unsent = [bucket for bucket in self._plan.buckets if bucket.index not in self._sent]
+        tensors = {index for bucket in unsent for index in bucket.tensors}
+        # Whoever put it there, after however many passes: what is there is its gradient.
+        absent = {i for i in tensors if i < len(self._passes) and self._gradient(i) is None}
+        for bucket in unsent:
+            self._hand_over(bucket, tuple(i for i in bucket.tensors if i in absent))
         self.finish()
         self._open = False
 
@@ -100,13 +98,12 @@ class Gradients:
             job.result()
 
     def _check_untouched(self) -> None:
-        """Clipped or scaled now, a gradient that has left would go on as it was before."""
-        for index, (name, p) in enumerate(self._replica.params):
-            if not self._passes[index]:
-                continue
-            if p.grad is None or p.grad._version != self._versions[index]:
+        """Clipped, scaled or replaced now, a gradient that has left would go on as it was."""
+        for index in sorted(self._seen):
+            (name, p), (grad, version) = self._replica.params[index], self._seen[index]
+            if p.grad is not grad or grad._version != version:
                 raise UserError(
-                    f"the gradient of {name} was changed after backward, when it had left",
+                    f"the gradient of {name} was changed after backward, when it may have left",
                     "what happens to the averaged gradient is given to attach(): clip_norm=, or "
                     "before_step=; scale the loss, not the gradient",
                 )
@@ -128,7 +125,7 @@ class Gradients:
                     f"{self._accumulate} were stated",
                     "state the number of backward passes for each step: attach(accumulate=...)",
                 )
-            self._versions[index] = grad._version
+            self._seen[index] = grad, grad._version
             if passes == self._accumulate:
                 for number in self._plan.buckets_of[index]:
                     bucket = self._plan.buckets[number]
