@@ -282,7 +282,7 @@ def _encoded(client: Client) -> list[tuple[list[Any], float]]:
 
 
 JUDGED = (0.2, 10)
-"""In the last fifth of a training, ten times."""
+"""In the last fifth of a training, ten times at most."""
 
 
 def accuracy(dataset: dict[str, Any], codec: str, seed: int, epochs: int, workers: int) -> float:

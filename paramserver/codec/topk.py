@@ -63,8 +63,8 @@ class TopK:
     ) -> tuple[list[Any], float]:
         slabs = values.split(SLAB)
         where = torch.cat([_largest(slab, ratio) + SLAB * i for i, slab in enumerate(slabs)])
-        counts = torch.bincount(where >> 16, minlength=_sections(values.numel()))
-        positions = where & (SECTION - 1)
+        counts = torch.bincount(where // SECTION, minlength=_sections(values.numel()))
+        positions = where % SECTION
         chosen = values.index_select(0, where)
         half = torch.empty(len(where), dtype=torch.float16)
         scale = shrink(chosen.clone(), half) if len(where) else 1.0
