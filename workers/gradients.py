@@ -112,12 +112,10 @@ class Gradients:
         def on_gradient(p: Tensor) -> None:
             if not self._open:
                 return
-            grad = p.grad
+            grad = self._gradient(index)
             if grad is None:  # frozen between forward and backward
                 self._replica.check_unchanged()
                 return
-            if grad.is_sparse:
-                raise sparse(name)
             self._passes[index] = passes = self._passes[index] + 1
             if passes > self._accumulate:
                 raise UserError(
@@ -145,7 +143,7 @@ class Gradients:
         return index, None if whole else slice(start - begin, stop - begin)
 
     def _gradient(self, index: int) -> Tensor | None:
-        """A parameter's gradient, as it is now."""
+        """A parameter's gradient, as it is now; raises `UserError` where it is sparse."""
         name, p = self._replica.params[index]
         if p.grad is not None and p.grad.is_sparse:
             raise sparse(name)
@@ -153,12 +151,13 @@ class Gradients:
 
     def _source(self, index: int) -> Tensor:
         """A tensor's gradient (or statistic), flat."""
-        if index < len(self._passes):
-            grad = self._gradient(index)
+        params = self._replica.params
+        if index < len(params):
+            grad = params[index][1].grad
             assert grad is not None
             return grad.detach().reshape(-1)
         others = [*self._replica.stats, *self._replica.counts]
-        return others[index - len(self._passes)][1].detach().reshape(-1)
+        return others[index - len(params)][1].detach().reshape(-1)
 
     def _hand_over(self, bucket: Bucket, absent: tuple[int, ...]) -> None:
         self._sent.add(bucket.index)
