@@ -33,6 +33,7 @@ from paramserver.fleet.keeper import MARK
 from paramserver.keys import load_or_make
 from paramserver.keys import path as keys_path
 from paramserver.members import Tally
+from paramserver.problems import Problems
 from paramserver.runfolder import EvalLine, Record, RunFolder, StepLine
 from paramserver.server import Server
 from paramserver.settings import Settings
@@ -53,6 +54,7 @@ class Show:
         self.display = Display(plain=settings.plain)
         self.losses: deque[tuple[int, float]] = deque(maxlen=LOSSES_KEPT)  # (samples, loss)
         self.val: dict[str, float | None] = {}
+        self.problems = Problems()
         self._take_up()
         self._marks: deque[tuple[float, int, int, dict[int, int]]] = deque()  # for the rates
         self._late = ""
@@ -67,10 +69,15 @@ class Show:
     def say(self, text: str, warning: bool = False) -> None:
         self.display.say(text, warning)
 
+    def problem(self, text: str) -> None:
+        """Something was not done that people count on: say it, and keep it for summary.json."""
+        if self.problems.note(text):
+            self.say(text, warning=True)
+
     def tell(self, problem: str | None) -> None:
-        """Say what went wrong, if anything did."""
+        """A problem, if there is one."""
         if problem is not None:
-            self.say(problem, warning=True)
+            self.problem(problem)
 
     def closing(self, close: wire.Close) -> None:
         self.folder.note(close.step, close.lineage)
@@ -355,6 +362,7 @@ def summarize(server: Server, show: Show, end: wire.End) -> dict[str, Any]:
             for i, t in sorted(tallies.items())
         ],
         "end": end.reason,
+        "problems": show.problems.all(),
         "run": server.run_id,
     }
 

@@ -152,8 +152,9 @@ class Display:
 
         Shows what is there of: steps, samples, samples_done, samples_partly, samples_skipped,
         seconds, steps_per_s, samples_per_s, train_loss, val_loss, val_accuracy (0 to 1), metrics,
-        sent_bytes, received_bytes, digest, replicas_equal (None: not compared), and workers: a
-        sequence of mappings with id, host, samples, late (rounds missed).
+        sent_bytes, received_bytes, digest, replicas_equal (None: not compared), problems: a
+        sequence of sentences, and workers: a sequence of mappings with id, host, samples, late
+        (rounds missed).
         """
         self._drawing = ""
         self._pending.append(self._rendered(_summary_table(summary)))
@@ -431,6 +432,8 @@ def _summary_table(summary: Mapping[str, Any]) -> Table:
     for name, value in facts:
         if value:
             table.add_row(name, value)
+    for number, problem in enumerate(summary.get("problems") or ()):
+        table.add_row("" if number else "problems", Text(printable(problem), style="yellow"))
     table.add_section()
     workers = summary.get("workers") or ()
     total = sum(worker.get("samples") or 0 for worker in workers) or 1

@@ -57,6 +57,7 @@ class Watcher(Protocol):
     def closing(self, close: wire.Close) -> None: ...  # nobody has been told of it yet
     def closed(self, server: Server, close: wire.Close) -> None: ...
     def reported(self, server: Server, report: wire.Report) -> None: ...
+    def problem(self, text: str) -> None: ...  # something was not done that people count on
     def looked(self, server: Server, now: float) -> None: ...
 
 
@@ -381,6 +382,9 @@ class Server:
                     if message.final:
                         self.final_report = message
                     self.watcher.reported(self, message)
+            case wire.Problem():
+                if r.peers[session].role == "observer":
+                    self.watcher.problem(message.text)
             case wire.Goodbye():
                 peer = r.peers[session]
                 if message.digest:

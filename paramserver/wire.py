@@ -41,6 +41,7 @@ Abort      both           the snapshot is off, and why
 Beat       door -> server I am alive. A server that does not know me answers Greet
 Pulse      PUB and link   the server is alive; newest step, what it is doing
 Report     link -> server the observer's evaluation
+Problem    link -> server what the observer could not do, as a sentence for people
 Goodbye    link -> server I leave, in order; the digest of my weights
 Reject     server -> any  you cannot take part, and why; final
 End        PUB and link   the run is over, and why
@@ -65,6 +66,7 @@ KINDS = ("grad", "stat", "count")
 DTYPES = ("float32", "float64", "float16", "bfloat16", "int64", "int32")
 DIMENSIONS_MAX = 64
 ELEMENTS_MAX = 2**38  # a terabyte of float32
+PROBLEM_CHARS = 1000
 HEADER_BYTES_MAX = 4 * 2**20  # a layout of some ten thousand parameters; everything else is tiny
 
 Int = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
@@ -402,6 +404,11 @@ class Report(Message, frozen=True):
     final: bool = False
 
 
+class Problem(Message, frozen=True):
+    text: Annotated[str, msgspec.Meta(max_length=PROBLEM_CHARS)]
+    """What could not be done and why: a checkpoint that was not written, a logger that stopped."""
+
+
 FINISHED = "finished"
 """The reason of a worker that leaves because it is done."""
 
@@ -424,7 +431,8 @@ class End(Message, frozen=True):
 ANY = (
     Hello | Welcome | Later | Probe | Greet | Join | Admit | Ready | Unready | Reject | Push
     | Refused | Average | Shared | Open | Close | Fetch | Fetched | Stand | Digest | Give
-    | Manifest | Want | Piece | Adopted | Abort | Beat | Pulse | Report | Goodbye | End
+    | Manifest | Want | Piece | Adopted | Abort | Beat | Pulse | Report | Problem
+    | Goodbye | End
 )  # fmt: skip
 
 _encoder = msgspec.json.Encoder()

@@ -472,6 +472,17 @@ def test_a_summary_of_what_is_known(pipe: Pipe) -> None:
     ]
 
 
+def test_the_summary_tells_what_went_wrong_on_the_way(pipe: Pipe) -> None:
+    problems = ["the checkpoint of step 100 was not written: \x1b[2J", "W&B stopped"]
+    Display(pipe.stream).summary({"steps": 1, "problems": problems})
+    rows = [line for line in pipe.text.splitlines() if line.startswith("│")]
+    assert [re.split(r" +│ +|│ +| +│", row)[1:3] for row in rows] == [
+        ["steps", "1"],
+        ["problems", "the checkpoint of step 100 was not written: \N{REPLACEMENT CHARACTER}[2J"],
+        ["", "W&B stopped"],
+    ]
+
+
 def test_a_pipe_that_nobody_reads_holds_nothing_up(pipe: Pipe) -> None:
     pipe.fill()
     display = Display(pipe.stream)

@@ -37,8 +37,8 @@ FLOORS = {
     "paramserver.fleet.topology "
     "paramserver paramserver.comeback paramserver.digests paramserver.effects "
     "paramserver.errors paramserver.jointoken paramserver.ledger paramserver.members "
-    "paramserver.norms paramserver.paths paramserver.rounds paramserver.schema "
-    "paramserver.settings paramserver.trace paramserver.wire workers.follow "
+    "paramserver.norms paramserver.paths paramserver.problems paramserver.rounds "
+    "paramserver.schema paramserver.settings paramserver.trace paramserver.wire workers.follow "
     "workers.pace workers.placed",
 }
 """Programs, compose, I/O, math, meaning. `paramserver` and `workers` stand for their `__init__`, a

@@ -364,7 +364,10 @@ class Opened:
         self.told: list[str] = []
         self.books: list[Book] = []
         self._there = threading.Event()
-        self.background = Background("Book", self._open, self._say, kill, close_s)
+        self.problems: list[str] = []  # of what was told
+        self.background = Background(
+            "Book", self._open, self._say, kill, close_s, problem=self._problem
+        )
         assert self._there.wait(60)
         (self.book,) = self.books
         self._thread = threading.current_thread()
@@ -377,6 +380,10 @@ class Opened:
     def _say(self, line: str) -> None:
         assert threading.current_thread() is self._thread
         self.told.append(line)
+
+    def _problem(self, line: str) -> None:
+        self._say(line)
+        self.problems.append(line)
 
 
 def test_steps_arrive_in_order_and_before_the_end() -> None:
@@ -402,7 +409,7 @@ def test_a_failure_is_told_once_on_the_callers_thread() -> None:
         opened.background.log(step, {})
     opened.background.close()
     assert opened.book.steps == [0, 1, 2]
-    assert opened.told == ["Book stopped, training goes on: disk full"]
+    assert opened.told == opened.problems == ["Book stopped, training goes on: disk full"]
 
 
 def test_what_waits_for_a_slow_service_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -418,6 +425,7 @@ def test_what_waits_for_a_slow_service_is_bounded(monkeypatch: pytest.MonkeyPatc
     opened.background.close()
     assert opened.book.steps == list(range(11))
     assert opened.told[1:] == ["Book: 89 steps are missing"]
+    assert opened.told == opened.problems
 
 
 def test_a_service_that_hangs_at_the_end_is_given_up() -> None:

@@ -184,6 +184,7 @@ NOBODY = [
     wire.Adopted(snapshot=0, step=0, lineage=""),
     wire.Abort(snapshot=0, reason=""),
     wire.Report(step=0, values={"val_loss": None}, final=True),
+    wire.Problem("the disk is full"),
     wire.Goodbye(reason="", step=0, digest="0"),
     wire.Reject("no"),
     wire.End(nonce="", step=0, lineage="", reason="over"),
@@ -341,3 +342,14 @@ def test_a_gradient_that_is_not_finite_is_left_out_and_counted() -> None:
     assert crew.applied()[17] == 0
     assert "not all of its numbers are finite" in served.text
     crew.check()
+
+
+def test_a_worker_cannot_tell_problems_of_the_run() -> None:
+    with a_run_in_its_middle() as served, dealer(served.port) as s:
+        s.send_multipart(wire.to_frames(HELLO))
+        session = answer(s, wire.Welcome).session
+        s.send_multipart(wire.to_frames(wire.Probe(session=session)))
+        s.send_multipart(wire.to_frames(wire.Problem("the disk is full")))
+        s.send_multipart(wire.to_frames(wire.Problem("x" * (wire.PROBLEM_CHARS + 1))))
+        assert "not understood" in answer(s, wire.Reject).reason
+        assert served.problems == []

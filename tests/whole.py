@@ -280,6 +280,7 @@ class Served:
         self.settings = Settings(port=self.port, observer=False, **settings)
         self.said: list[str] = []
         self.closes: list[wire.Close] = []
+        self.problems: list[str] = []
         self._waits: list[tuple[Callable[[], Any], threading.Event]] = []
         self.server = Server(
             self.settings,
@@ -371,6 +372,9 @@ class Served:
 
     def reported(self, server: Server, report: wire.Report) -> None:
         pass
+
+    def problem(self, text: str) -> None:
+        self.problems.append(text)
 
     def looked(self, server: Server, now: float) -> None:
         self._look()

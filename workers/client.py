@@ -222,6 +222,11 @@ class Client(Connection):
     def report(self, step: int, values: dict[str, float | None], final: bool = False) -> None:
         self._send(wire.Report(step=step, values=values, final=final))
 
+    def problem(self, text: str) -> None:
+        """Let people at the server know what could not be done here."""
+        sendable = text.encode(errors="replace").decode()  # the name of a file may be any bytes
+        self._send(wire.Problem(sendable[: wire.PROBLEM_CHARS]))
+
     def goodbye(self, reason: str) -> None:
         """Leave in order: tell the server, and the digest of the weights with it. Once."""
         if self._link is None or self._left:

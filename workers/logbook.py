@@ -65,11 +65,13 @@ def open_logbooks(
     say: Callable[[str], None] | None = None,
     *,
     run: str | None = None,
+    problem: Callable[[str], None] | None = None,
 ) -> Several:
     """Open what the settings ask for, inside the run folder; asks nobody and waits for nothing.
 
-    `say` gets a sentence where there is something to tell (a page to look at, a service that
-    failed); it is called by whoever calls `log` or `close`, on that thread. Default: stderr.
+    `say` gets a sentence where there is something to tell (a page to look at), `problem` one where
+    something is not logged as it was asked for (a service that failed); they are called by whoever
+    calls `log` or `close`, on that thread. Default: stderr, and `say` for both.
     `run` is the run's id: whoever opens it again online, after a crash, goes on in the same W&B
     run. Offline each gets its own.
 
@@ -77,12 +79,17 @@ def open_logbooks(
     unknown `wandb.mode`, or `online` without a login.
     """
     tell = say or _to_stderr
+    trouble = problem or tell
     books: list[Background] = []
     mode = wandb_mode(settings.wandb.mode)
     if mode != "disabled":
         books.append(
             Background(
-                "W&B", lambda news: _Wandb(settings, folder, mode, run, news), tell, _kill_wandb
+                "W&B",
+                lambda news: _Wandb(settings, folder, mode, run, news),
+                tell,
+                _kill_wandb,
+                problem=trouble,
             )
         )
     if settings.tensorboard:
@@ -91,7 +98,9 @@ def open_logbooks(
                 "tensorboard=true, but TensorBoard is not installed",
                 "install it with: pip install 'paramserver[tensorboard]'",
             )
-        books.append(Background("TensorBoard", lambda news: _TensorBoard(folder), tell))
+        books.append(
+            Background("TensorBoard", lambda news: _TensorBoard(folder), tell, problem=trouble)
+        )
     return Several(books)
 
 
@@ -134,6 +143,17 @@ def step_values(
     return {key: value for key, value in values.items() if value is not None}
 
 
+class News(deque[tuple[str, bool]]):
+    """Sentences on their way to another thread, and whether each is a problem; call it with one
+    that is none."""
+
+    def __call__(self, text: str) -> None:
+        self.append((text, False))
+
+    def problem(self, text: str) -> None:
+        self.append((text, True))
+
+
 class Several:
     """Several logbooks as one; with none of them it is the logbook that writes nothing."""
 
@@ -165,16 +185,18 @@ class Background:
     def __init__(
         self,
         name: str,
-        opener: Callable[[Callable[[str], None]], Logbook],
+        opener: Callable[[News], Logbook],
         say: Callable[[str], None],
         kill: Callable[[], None] = lambda: None,
         close_s: float = CLOSE_S,
+        problem: Callable[[str], None] | None = None,
     ) -> None:
         self._name, self._opener, self._say, self._kill = name, opener, say, kill
+        self._problem = problem or say
         self._close_s = close_s
         self._waiting: deque[tuple[int, Mapping[str, float]]] = deque()
         self._missed = 0
-        self._news: deque[str] = deque()  # deques: filled by one thread, emptied by the other
+        self._news = News()  # deques: filled by one thread, emptied by the other
         self._closing = threading.Event()
         self.opened = threading.Event()
         """The inner logbook is open, or has failed."""
@@ -190,7 +212,9 @@ class Background:
         if len(self._waiting) >= MAX_WAITING:
             self._missed += 1
             if self._missed == 1:
-                self._say(f"{self._name} does not keep up: steps from {step} on will be missing")
+                self._problem(
+                    f"{self._name} does not keep up: steps from {step} on will be missing"
+                )
             return
         self._waiting.append((step, values))
 
@@ -198,22 +222,23 @@ class Background:
         self._closing.set()
         self._thread.join(self._close_s)
         if self._thread.is_alive():
-            self._news.append(f"{self._name} did not end within {self._close_s:g} s: given up")
+            self._news.problem(f"{self._name} did not end within {self._close_s:g} s: given up")
             self._kill()
             self._thread.join(KILLED_S)
         if self._missed:
-            self._news.append(f"{self._name}: {self._missed} steps are missing")
+            self._news.problem(f"{self._name}: {self._missed} steps are missing")
             self._missed = 0
         self._tell()
 
     def _tell(self) -> None:
         while self._news:
-            self._say(self._news.popleft())
+            text, problem = self._news.popleft()
+            (self._problem if problem else self._say)(text)
 
     def _work(self) -> None:
         book: Logbook | None = None
         try:
-            book = self._opener(self._news.append)
+            book = self._opener(self._news)
             self.opened.set()
             while not self._closing.wait(BURST_S):
                 self._drain(book)
@@ -223,7 +248,7 @@ class Background:
             self._failed = True
             self.opened.set()
             self._waiting.clear()
-            self._news.append(f"{self._name} stopped, training goes on: {_first_line(error)}")
+            self._news.problem(f"{self._name} stopped, training goes on: {_first_line(error)}")
             if book is not None:
                 with suppress(BaseException):
                     book.close()
@@ -263,7 +288,7 @@ class _Wandb:
         folder: Path,
         mode: str,
         run: str | None,
-        news: Callable[[str], None],
+        news: News,
     ) -> None:
         # Read at wandb's import. Error reports would use the network, offline too.
         os.environ["WANDB_ERROR_REPORTING"] = "false"
@@ -307,7 +332,7 @@ class _Wandb:
             if mode == "offline":
                 self.close()
                 raise
-            news(
+            news.problem(
                 f"W&B cannot be used online, logging offline: {_first_line(error)}; "
                 f"later: wandb sync {folder / 'wandb'}/offline-run-*"
             )

@@ -37,6 +37,7 @@ RECIPE = {
     "scheduler",
     "schedule_by",
 }  # what a checkpoint's state is of
+PROBLEMS_TOLD = 100  # to the server; more are in this program's log
 LOGBOOK_S = 5.0  # that the first round waits for W&B to be ready
 REST_MAX_S = 0.05
 REST_GROWS, REST_BEGINS_S = 1.1, 1e-4  # with each update, up to what rounds take
@@ -82,8 +83,13 @@ class Observer:
         )
         if orders.resume is not None:
             self._resume(Path(orders.resume))
-        self.logbook = open_logbooks(settings, self.folder.path, run=orders.run)
         self.client = Client(orders.host, orders.port, role="observer", key=orders.key, say=_say)
+        self._untold: list[str] = []  # problems, until the server can be told
+        self._told: set[str] = set()
+        self._left = False
+        self.logbook = open_logbooks(
+            settings, self.folder.path, _say, run=orders.run, problem=self._problem
+        )
         self.client.on_close = self._on_close
         self.client.on_missed = self._on_missed
         self.server_gone = self.client.abandoned  # set where the pipe from the server ends
@@ -134,6 +140,7 @@ class Observer:
         client.connect(self.settings.join_timeout)
         self.logbook.wait_open(LOGBOOK_S)  # later it would take the first rounds' processor time
         client.join(self.replica)
+        self._tell_problems()
         while True:
             client.wait(
                 lambda: (self._due and client.follows) or client.ended or self.server_gone.is_set(),
@@ -152,9 +159,23 @@ class Observer:
         self._finish()
 
     def close(self) -> None:
-        """Sockets first: the server need not wait for what the loggers still have to write."""
+        """Sockets first: nobody need wait for loggers where the run was not followed to its end."""
+        self._left = True
         self.client.close()
         self.logbook.close()
+
+    def _problem(self, text: str) -> None:
+        """What could not be done here: in this program's log, and for people at the server."""
+        _say(text)
+        if text not in self._told and len(self._told) < PROBLEMS_TOLD:
+            self._told.add(text)
+            self._untold.append(text)
+        if self.client.follows and not self._left:
+            self._tell_problems()
+
+    def _tell_problems(self) -> None:
+        while self._untold:
+            self.client.problem(self._untold.pop(0))
 
     # ------------------------------------------------------------------ step by step
 
@@ -250,7 +271,7 @@ class Observer:
             checkpoint.prune(self.folder.checkpoints, self.settings.keep_checkpoints)
             self._saved_step = step
         except OSError as e:
-            _say(f"checkpoint of step {step} was not written: {e}")
+            self._problem(f"the checkpoint of step {step} was not written: {e}")
 
     def _finish(self) -> None:
         """The last checkpoint, the weights, the last evaluation; then goodbye."""
@@ -260,7 +281,7 @@ class Observer:
         try:
             checkpoint.save_model(self.folder.model, self.replica)
         except OSError as e:
-            _say(f"{self.folder.model} was not written: {e}")
+            self._problem(f"{self.folder.model} was not written: {e}")
         self._due.clear()
         if self.server_gone.is_set():
             self._write_logs()
@@ -269,6 +290,8 @@ class Observer:
             self._evaluate()
         assert self._evaluated is not None
         self.client.report(*self._evaluated, final=True)
+        self.logbook.close()  # what it could not do is told before goodbye is said
+        self._tell_problems()
         self.client.goodbye("finished")
 
 
