@@ -110,7 +110,7 @@ RULES: dict[str, tuple[Callable[[Any], object], str]] = {
     "run_dir": _FILLED,
     "num_workers": _between(1, 65535),
     "min_workers": _at_least(1),
-    "max_workers": _at_least(1),
+    "max_workers": _between(1, 1024),  # `wire.WORKERS_MAX`
     "timeout": _POSITIVE,
     "quorum": (lambda value: 0 < value <= 1, "must be more than 0 and at most 1"),
     "heartbeat_timeout": _POSITIVE,

@@ -48,6 +48,10 @@ End        PUB and link   the run is over, and why
 ========== ============== ==================================================================
 
 A peer that breaks these rules is answered with `Reject` and costs only itself.
+
+Every field has a limit of its own (a number its range, a text, list or dict its length), every
+kind of message one for its header, and a message one for its frames. Who makes sentences out of
+what others said need not count: messages cut their own sentences.
 """
 
 from __future__ import annotations
@@ -67,38 +71,86 @@ DTYPES = ("float32", "float64", "float16", "bfloat16", "int64", "int32")
 DIMENSIONS_MAX = 64
 ELEMENTS_MAX = 2**38  # a terabyte of float32
 PROBLEM_CHARS = 1000
-HEADER_BYTES_MAX = 4 * 2**20  # a layout of some ten thousand parameters; everything else is tiny
+HEADER_BYTES_MAX = 4 * 2**20  # a layout of some ten thousand parameters; see `header_limit`
+MEASURED_BYTES_MAX = 2**18  # of a dict whose values may be anything, as JSON
+BUFFERS_MAX = 8  # that follow one header
+WORKERS_MAX = 1024
+TENSORS_MAX = 2**16
+BUCKETS_MAX = 2**16
+NUMBER_MAX = 2**53  # any JSON reader has it exactly, and a thousand of them fit into 64 bits
+STEP_MAX = 2**48  # at which a run may begin: there are steps after it
+SAMPLES_MAX = 2**31 - 1  # of one batch
+REASON_MAX, LATE_MAX = 4000, 200
 
-Int = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
+Int = Annotated[int, msgspec.Meta(ge=-NUMBER_MAX, le=NUMBER_MAX)]
 """Python has larger ones, which cost more than they are worth to a peer that means well."""
+
+Id = Annotated[str, msgspec.Meta(max_length=128)]
+"""What a program made up to name something: nonce, session, run, lineage, digest, key."""
+
+Name = Annotated[str, msgspec.Meta(max_length=255)]
+"""What a person or a system chose: a host, a device, a word of this protocol."""
+
+Words = Annotated[str, msgspec.Meta(max_length=REASON_MAX)]
+"""Sentences for people; see `clip`."""
+
+Path = Annotated[str, msgspec.Meta(max_length=1024)]
+
+Recipe = Annotated[str, msgspec.Meta(max_length=2**16)]
+
+Indexes = Annotated[tuple[Int, ...], msgspec.Meta(max_length=TENSORS_MAX)]
+
+Worker = Int
+"""A worker's id, as the key of a dict."""
 
 Place = tuple[Int, Int, Int]
 """Where a buffer lies in shared memory; see `arena.Place`."""
 
-Lease = tuple[int, int, int]
+Places = Annotated[tuple[Place, ...], msgspec.Meta(max_length=BUFFERS_MAX)]
+
+Lease = tuple[Int, Int, Int]
 """(epoch, start, stop): a range of the epoch's shuffled order."""
 
 OWN: Lease = (0, 0, 0)
 """The lease of a worker that brings samples of its own."""
 
+Leases = Annotated[tuple[Lease, ...], msgspec.Meta(max_length=8)]
+
+Anything = Annotated[dict[Name, Any], msgspec.Meta(max_length=1000)]
+"""A dict of what this module knows nothing of; as JSON at most `MEASURED_BYTES_MAX`."""
+
+Shape = Annotated[tuple[Int, ...], msgspec.Meta(max_length=DIMENSIONS_MAX)]
+
+
+def clip(text: str, most: int = REASON_MAX) -> str:
+    """At most so many characters of a sentence, whoever's words are in it."""
+    return text if len(text) <= most else f"{text[: most - 4]} ..."
+
 
 class Message(msgspec.Struct, frozen=True, tag_field="type", tag=str.lower, kw_only=True):
     """Base of all headers. `type` comes first on the wire: a SUB can subscribe by prefix."""
+
+    def _clip(self, *fields: str) -> None:
+        """For `__post_init__`: these sentences may hold words of others."""
+        for field in fields:
+            text = getattr(self, field)
+            if len(text) > REASON_MAX:
+                msgspec.structs.force_setattr(self, field, clip(text))
 
 
 class Tensor(msgspec.Struct, frozen=True, array_like=True):
     """One tensor of the layout. `kind`: grad (mean), stat (mean, as float32), count (maximum)."""
 
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    kind: str = "grad"
+    name: Annotated[str, msgspec.Meta(max_length=1000)]
+    shape: Shape
+    dtype: Name
+    kind: Name = "grad"
 
 
 class Layout(msgspec.Struct, frozen=True):
     """Names, shapes and dtypes of what is exchanged, in the order of the flat vector."""
 
-    tensors: tuple[Tensor, ...]
+    tensors: Annotated[tuple[Tensor, ...], msgspec.Meta(max_length=TENSORS_MAX)]
 
     def fingerprint(self) -> str:
         return hashlib.sha256(msgspec.json.encode(self)).hexdigest()[:16]
@@ -152,37 +204,37 @@ def _shape(t: Tensor) -> str:
 
 class Hello(Message, frozen=True):
     protocol: Int
-    role: str
+    role: Name
     """worker | observer"""
-    id: Int | None
-    """A worker's number; None: any free one."""
-    nonce: str
+    id: Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)] | None
+    """A worker's number; None: any free one. Who mistypes it gets a sentence of its own."""
+    nonce: Id
     """Made once per process: tells a restarted worker from a second one with the same id."""
-    host: str
+    host: Name
     pid: Int
-    run: str | None = None
+    run: Id | None = None
     """The run this replica belongs to, if it has state already."""
-    key: str = ""
+    key: Id = ""
     """Proves that the observer is the one this server started."""
 
 
 class Welcome(Message, frozen=True):
     protocol: Int
-    run: str
-    nonce: str
+    run: Id
+    nonce: Id
     """The server process; every published message carries it."""
-    session: str
+    session: Id
     id: Int
-    settings: dict[str, Any]
+    settings: Anything
     pub_port: Int
-    ipc: str | None = None
+    ipc: Path | None = None
     """Folder of the ipc sockets, for peers on the server's own host."""
-    shared: str | None = None
+    shared: Path | None = None
     """Folder of the memory that such peers may share (`arena`)."""
 
 
 class Probe(Message, frozen=True):
-    session: str
+    session: Id
 
 
 class Greet(Message, frozen=True):
@@ -194,16 +246,16 @@ class Greet(Message, frozen=True):
 
 class Join(Message, frozen=True):
     layout: Layout
-    step: Int
-    lineage: str
-    device: str
-    kind: str = ""
+    step: Annotated[int, msgspec.Meta(ge=-NUMBER_MAX, le=STEP_MAX)]
+    lineage: Id
+    device: Name
+    kind: Words = ""
     """What rounds as this replica does, in words: equal kinds must have equal digests."""
-    recipe: str = ""
+    recipe: Recipe = ""
     """What turns an average into weights there, in words: it must be the same everywhere."""
-    ledger: dict[str, Any] | None = None
+    ledger: Anything | None = None
     """As of this step: for a server that knows nothing of the log, since it is new or resumes."""
-    link: str = "tcp"
+    link: Name = "tcp"
     sharing: bool = False
     """This peer reads averages from the server's ring, if there is one when it is admitted."""
     outbox: Int = 0
@@ -211,15 +263,15 @@ class Join(Message, frozen=True):
 
 
 class Admit(Message, frozen=True):
-    action: str
+    action: Name
     """origin: your state is the run's; follow: fetch what you lack; adopt: a snapshot follows;
     behind: what you lack is not kept any more, join again when you want a snapshot."""
     step: Int
-    lineage: str
+    lineage: Id
 
 
 class Ready(Message, frozen=True):
-    samples: Int
+    samples: Annotated[int, msgspec.Meta(ge=-NUMBER_MAX, le=STEP_MAX)]
     batch_size: Int
     own: bool = False
     """It brings samples of its own: its lease is `OWN`, and its pushes tell how many they are of.
@@ -231,12 +283,18 @@ class Unready(Message, frozen=True):
 
 
 class Later(Message, frozen=True):
-    reason: str
+    reason: Words
+
+    def __post_init__(self) -> None:
+        self._clip("reason")
 
 
 class Reject(Message, frozen=True):
-    reason: str
-    hint: str = ""
+    reason: Words
+    hint: Words = ""
+
+    def __post_init__(self) -> None:
+        self._clip("reason", "hint")
 
 
 # --------------------------------------------------------------------------- rounds
@@ -245,11 +303,11 @@ class Reject(Message, frozen=True):
 class Push(Message, frozen=True):
     round: Int
     bucket: Int
-    samples: Int
-    absent: tuple[int, ...] = ()
+    samples: Annotated[int, msgspec.Meta(ge=-NUMBER_MAX, le=SAMPLES_MAX)]
+    absent: Indexes = ()
     """Indexes into the layout of this bucket's parameters that had no gradient."""
     scale: float = 1.0
-    places: tuple[Place, ...] = ()
+    places: Places = ()
     """Where the buffers lie in the outbox; none: they follow as frames."""
     loss: float | None = None
     """Mean loss over the samples; with the last bucket."""
@@ -259,61 +317,76 @@ class Push(Message, frozen=True):
 
 class Refused(Message, frozen=True):
     round: Int
-    reason: str
+    reason: Words
+
+    def __post_init__(self) -> None:
+        self._clip("reason")
 
 
 class Average(Message, frozen=True):
-    nonce: str
+    nonce: Id
     round: Int
     step: Int
     """The step that this update leads to."""
     bucket: Int
-    absent: tuple[int, ...] = ()
+    absent: Indexes = ()
     scale: float = 1.0
 
 
 class Shared(Average, frozen=True):
-    places: tuple[Place, ...] = ()
+    places: Places = ()
     """Where the buffers lie in the ring."""
 
 
 class Open(Message, frozen=True):
-    nonce: str
+    nonce: Id
     round: Int
     step: Int
     """The step everyone stands at."""
-    lineage: str
-    leases: dict[int, tuple[Lease, ...]]
+    lineage: Id
+    leases: Annotated[dict[Worker, Leases], msgspec.Meta(max_length=WORKERS_MAX)]
     """By worker id: the lease of this round and, if there is more to do, the one after it."""
 
 
 class Close(Message, frozen=True):
-    nonce: str
+    nonce: Id
     round: Int
     step: Int
     """The step this update leads to."""
-    lineage: str
+    lineage: Id
     """Names the state after this update; see `next_lineage`."""
-    buckets: tuple[int, ...]
+    buckets: Annotated[tuple[Int, ...], msgspec.Meta(max_length=BUCKETS_MAX)]
     """The buckets that have an average. One that nobody contributed to has none."""
-    contributors: dict[int, int]
+    contributors: Annotated[dict[Worker, Int], msgspec.Meta(max_length=WORKERS_MAX)]
     """Samples of each worker that put something into this update."""
-    late: dict[int, str]
+    late: Annotated[
+        dict[Worker, Annotated[str, msgspec.Meta(max_length=LATE_MAX)]],
+        msgspec.Meta(max_length=WORKERS_MAX),
+    ]
     """Members that are not in it, or not with everything, and why."""
     loss: float | None
     seconds: float
     """From the opening of the round to its close."""
-    ledger: dict[str, Any]
+    ledger: Anything
     open: Open | None = None
     """The round that follows at once."""
-    reason: str = ""
-    partly: dict[int, tuple[int, ...]] = {}
+    reason: Words = ""
+    partly: Annotated[
+        dict[Worker, Annotated[tuple[Int, ...], msgspec.Meta(max_length=BUCKETS_MAX)]],
+        msgspec.Meta(max_length=WORKERS_MAX),
+    ] = {}
     """Of contributors that are not in it with everything: the buckets that are."""
+
+    def __post_init__(self) -> None:
+        self._clip("reason")
+        if any(len(why) > LATE_MAX for why in self.late.values()):
+            late = {worker: clip(why, LATE_MAX) for worker, why in self.late.items()}
+            msgspec.structs.force_setattr(self, "late", late)
 
 
 class Fetch(Message, frozen=True):
     step: Int
-    lineage: str
+    lineage: Id
 
 
 class Fetched(Message, frozen=True):
@@ -327,7 +400,7 @@ class Stand(Message, frozen=True):
 
 class Digest(Message, frozen=True):
     step: Int
-    digest: str
+    digest: Id
 
 
 # --------------------------------------------------------------------------- snapshots
@@ -336,16 +409,16 @@ class Digest(Message, frozen=True):
 class Give(Message, frozen=True):
     snapshot: Int
     step: Int
-    lineage: str
+    lineage: Id
 
 
 class Manifest(Message, frozen=True):
     snapshot: Int
     step: Int
-    lineage: str
-    tree: str
+    lineage: Id
+    tree: Annotated[str, msgspec.Meta(max_length=HEADER_BYTES_MAX)]
     """JSON of the state with its tensors replaced by their numbers (`workers.state`)."""
-    tensors: tuple[tuple[str, tuple[int, ...]], ...]
+    tensors: Annotated[tuple[tuple[Name, Shape], ...], msgspec.Meta(max_length=4 * TENSORS_MAX)]
     """dtype and shape of each."""
     piece_bytes: Int
     """Every tensor is cut into pieces of this size; they are numbered in order."""
@@ -364,29 +437,32 @@ class Piece(Message, frozen=True):
 class Adopted(Message, frozen=True):
     snapshot: Int
     step: Int
-    lineage: str
+    lineage: Id
 
 
 class Abort(Message, frozen=True):
     snapshot: Int
-    reason: str
+    reason: Words
+
+    def __post_init__(self) -> None:
+        self._clip("reason")
 
 
 # --------------------------------------------------------------------------- life
 
 
 class Beat(Message, frozen=True):
-    session: str
-    run: str = ""
-    nonce: str = ""
+    session: Id
+    run: Id = ""
+    nonce: Id = ""
     """Of the Hello: a server that was started again knows by these who may come back."""
 
 
 class Pulse(Message, frozen=True):
-    nonce: str
+    nonce: Id
     step: Int
-    lineage: str
-    phase: str
+    lineage: Id
+    phase: Words
     """What the server is doing or waiting for, as a sentence."""
     open: Open | None = None
     closed: Int | None = None
@@ -397,10 +473,13 @@ class Pulse(Message, frozen=True):
     ending: bool = False
     """No more rounds; the run ends as soon as the observer stands at the newest step."""
 
+    def __post_init__(self) -> None:
+        self._clip("phase")
+
 
 class Report(Message, frozen=True):
     step: Int
-    values: dict[str, float | None]
+    values: Annotated[dict[Name, float | None], msgspec.Meta(max_length=1000)]
     final: bool = False
 
 
@@ -414,18 +493,24 @@ FINISHED = "finished"
 
 
 class Goodbye(Message, frozen=True):
-    reason: str
+    reason: Words
     step: Int = 0
-    digest: str = ""
+    digest: Id = ""
+
+    def __post_init__(self) -> None:
+        self._clip("reason")
 
 
 class End(Message, frozen=True):
-    nonce: str
+    nonce: Id
     step: Int
-    lineage: str
-    reason: str
+    lineage: Id
+    reason: Words
     error: bool = False
     """The run did not end as it should: peers exit with an error too."""
+
+    def __post_init__(self) -> None:
+        self._clip("reason")
 
 
 ANY = (
@@ -434,6 +519,14 @@ ANY = (
     | Manifest | Want | Piece | Adopted | Abort | Beat | Pulse | Report | Problem
     | Goodbye | End
 )  # fmt: skip
+
+HEADER_LIMITS: dict[type[Message], int] = {
+    **dict.fromkeys((Join, Manifest, Close), HEADER_BYTES_MAX),
+    **dict.fromkeys((Welcome, Push, Average, Shared), 2**20),
+    **dict.fromkeys((Open, Pulse, Fetched), 2**18),
+}
+"""Bytes of the largest header, by kind of message; of those that are not here:"""
+USUAL_HEADER_BYTES_MAX = 2**16
 
 _encoder = msgspec.json.Encoder()
 _decoder = msgspec.json.Decoder(ANY)
@@ -447,17 +540,42 @@ def to_frames(message: Message, *buffers: Any) -> list[Any]:
 def from_frames(frames: Sequence[Any]) -> tuple[Any, list[Any]]:
     """The message and its buffers. Frames are bytes-like or `zmq.Frame`s; nothing is copied.
 
-    Raises `PeerError` where the header is missing, too large, or not one of this protocol's.
+    Raises `PeerError` where the header is missing, too large, or not one of this protocol's, and
+    where more buffers follow than any message has.
     """
     if not frames:
         raise PeerError("a message without a header")
+    if len(frames) > 1 + BUFFERS_MAX:
+        raise PeerError(f"{len(frames)} frames (at most {1 + BUFFERS_MAX})")
     header = getattr(frames[0], "buffer", frames[0])
-    if len(header) > HEADER_BYTES_MAX:
-        raise PeerError(f"a header of {len(header)} bytes (at most {HEADER_BYTES_MAX})")
+    if len(header) > USUAL_HEADER_BYTES_MAX and len(header) > (most := header_limit(header)):
+        raise PeerError(f"a header of {len(header)} bytes (at most {most})")
     try:
-        return _decoder.decode(header), [getattr(f, "buffer", f) for f in frames[1:]]
+        message = _decoder.decode(header)
+        if len(header) > MEASURED_BYTES_MAX:
+            _measure(message)
     except (ValueError, RecursionError) as e:  # DecodeError, ValidationError, UnicodeDecodeError
-        raise PeerError(f"not a header of this protocol: {e}") from None
+        raise PeerError(f"not a header of this protocol: {clip(str(e), 400)}") from None
+    return message, [getattr(f, "buffer", f) for f in frames[1:]]
+
+
+def header_limit(header: Any) -> int:
+    """How many bytes a header may have that begins like this, by its kind. A large one names its
+    kind first, as all do that this module makes."""
+    begin = bytes(header[:40])
+    kind = begin.split(b'"')[3] if begin.startswith(b'{"type":"') else b""
+    return _limits.get(kind, USUAL_HEADER_BYTES_MAX)
+
+
+_limits = {str(kind.__struct_config__.tag).encode(): n for kind, n in HEADER_LIMITS.items()}
+
+
+def _measure(message: Any) -> None:
+    """What may hold anything is not larger than it may be; raises ValueError."""
+    for field in ("settings", "ledger"):
+        size = len(_encoder.encode(getattr(message, field, None)))
+        if size > MEASURED_BYTES_MAX:
+            raise ValueError(f"`{field}` has {size} bytes (at most {MEASURED_BYTES_MAX})")
 
 
 def join(messages: Sequence[Sequence[Any]]) -> list[Any]:

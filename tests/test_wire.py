@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 import typing
+from contextlib import suppress
 from typing import Any
 
 import msgspec
@@ -22,7 +23,7 @@ SLOW_S = 5.0
 
 # -------------------------------------------------------------------------- messages of all kinds
 
-INTS = st.integers(-(2**63), 2**63 - 1)
+INTS = st.integers(-wire.NUMBER_MAX, wire.NUMBER_MAX)
 FLOATS = st.floats(allow_nan=False, allow_infinity=False)
 SIMPLE: dict[Any, st.SearchStrategy[Any]] = {
     int: INTS,
@@ -46,7 +47,10 @@ def values(kind: Any) -> st.SearchStrategy[Any]:
     if kind is Any:
         return JSON
     if origin is typing.Annotated:
-        return values(args[0])
+        limit = args[1]
+        if args[0] is int:
+            return st.integers(limit.ge, limit.le)
+        return values(args[0]).filter(lambda v: len(v) <= limit.max_length)
     if origin is dict:
         return st.dictionaries(values(args[0]), values(args[1]), max_size=3)
     if origin is tuple and args[-1] is Ellipsis:
@@ -125,6 +129,124 @@ def test_a_field_of_a_later_version_is_passed_over() -> None:
 def test_defaults_need_not_be_sent() -> None:
     message, _ = wire.from_frames([b'{"type":"push","round":1,"bucket":0,"samples":2}'])
     assert message == wire.Push(round=1, bucket=0, samples=2)
+
+
+# -------------------------------------------------------------------------- limits
+
+MEASURED = {("Welcome", "settings"), ("Join", "ledger"), ("Close", "ledger")}
+"""Dicts of anything: their size as JSON is limited."""
+
+
+def unlimited(kind: Any, where: tuple[str, ...], limit: Any = None) -> list[str]:
+    """Places in this type where a peer could put as much as it likes."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Annotated:
+        return unlimited(args[0], where, args[1])
+    if kind is int:
+        most = 2**63 if where == ("Hello", "id") else wire.NUMBER_MAX
+        fine = limit is not None and limit.ge >= -most and limit.le <= most
+        return [] if fine else [".".join(where)]
+    if kind is Any:
+        return [] if where[:2] in MEASURED else [".".join(where)]
+    found = []
+    many = origin is dict or (origin is tuple and args[-1] is Ellipsis)
+    if (kind is str or many) and (limit is None or limit.max_length is None):
+        found.append(".".join(where))
+    if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
+        hints = typing.get_type_hints(kind, include_extras=True)
+        return [gap for f, h in hints.items() for gap in unlimited(h, (*where, f))]
+    inside = [a for a in args if a not in (Ellipsis, type(None))]
+    return found + [gap for a in inside for gap in unlimited(a, (*where, "[]") if many else where)]
+
+
+@pytest.mark.parametrize("kind", TYPES, ids=lambda kind: kind.__name__)
+def test_every_field_has_a_limit(kind: type[wire.Message]) -> None:
+    hints = typing.get_type_hints(kind, include_extras=True)
+    assert [gap for f, h in hints.items() for gap in unlimited(h, (kind.__name__, f))] == []
+
+
+def test_a_field_without_a_limit_would_be_found() -> None:
+    class Lax(msgspec.Struct):
+        number: int
+        text: str
+        more: tuple[wire.Int, ...]
+        table: dict[str, float]
+
+    assert unlimited(Lax, ("Lax",)) == [
+        "Lax.number",
+        "Lax.text",
+        "Lax.more",
+        "Lax.table",
+        "Lax.table.[]",
+    ]
+
+
+def header_of(kind: type[wire.Message], nbytes: int) -> bytes:
+    begin = wire.topic(kind) + b',"later":"'
+    return begin + b"x" * (nbytes - len(begin) - 2) + b'"}'
+
+
+@pytest.mark.parametrize("kind", TYPES, ids=lambda kind: kind.__name__)
+def test_every_kind_of_message_has_a_limit_for_its_header(kind: type[wire.Message]) -> None:
+    most = wire.HEADER_LIMITS.get(kind, wire.USUAL_HEADER_BYTES_MAX)
+    told = f"a header of {most + 1} bytes (at most {most})"
+    assert refused(header_of(kind, most + 1)) == told
+    with suppress(PeerError):  # fields are missing, but it was looked at
+        wire.from_frames([header_of(kind, most)])
+
+
+def test_a_large_header_that_hides_its_kind_is_refused() -> None:
+    hidden = b'{"step":1,"type":"join",' + b" " * wire.USUAL_HEADER_BYTES_MAX + b"}"
+    assert "at most" in refused(hidden)
+
+
+def test_more_frames_than_any_message_has_are_refused() -> None:
+    frames = wire.to_frames(wire.Want(snapshot=1, piece=1), *[b"x"] * wire.BUFFERS_MAX)
+    wire.from_frames(frames)
+    assert refused(*frames, b"x") == "10 frames (at most 9)"
+
+
+def test_what_may_hold_anything_is_measured() -> None:
+    ledger = {"waiting": [[0, i, i + 1] for i in range(40_000)]}
+    join = wire.Join(
+        layout=wire.Layout(()), step=0, lineage="", device="", recipe="", ledger=ledger
+    )
+    assert "`ledger` has" in refused(wire.to_frames(join)[0])
+    long = wire.Join(
+        layout=wire.Layout((wire.Tensor("w" * 900, (), "float32"),) * 400),
+        step=0,
+        lineage="",
+        device="",
+        ledger={"waiting": []},
+    )
+    assert there_and_back(long)[0] == long
+
+
+def test_sentences_are_cut_where_they_are_made() -> None:
+    """Else what one peer says at length could make a message that no other peer understands."""
+    long = "x" * 10_000
+    for message in (
+        wire.Reject(long, long),
+        wire.Goodbye(long),
+        wire.Abort(1, long),
+        wire.Refused(1, long),
+        msgspec.structs.replace(CLOSE, reason=long, late={1: long}),
+        wire.End(nonce="", step=1, lineage="", reason=long),
+        wire.Pulse(nonce="", step=1, lineage="", phase=long),
+    ):
+        there_and_back(message)
+
+
+@pytest.mark.parametrize(
+    ("header", "limit"),
+    [
+        (b'{"type":"push","round":1,"bucket":0,"samples":%d}' % (2**63 - 1), "2147483647"),
+        (b'{"type":"fetch","step":%d,"lineage":""}' % (2**53 + 1), "9007199254740992"),
+        (b'{"type":"goodbye","reason":"","digest":"%s"}' % (b"d" * 129), "length <= 128"),
+    ],
+)
+def test_a_number_or_text_beyond_its_limit_is_refused(header: bytes, limit: str) -> None:
+    assert limit in refused(header)
 
 
 # -------------------------------------------------------------------------- what is no message
