@@ -21,7 +21,7 @@ from typing import Any
 import msgspec
 from zmq.utils import z85
 
-from paramserver import paths, runfolder, trace, wire
+from paramserver import paths, runfolder, terminal, trace, wire
 from paramserver.address import LOOPBACK, listen
 from paramserver.bucket import BUCKET_MB, LINKED_BUCKET_MB
 from paramserver.config import exit_on_user_error, load, save, to_wire
@@ -437,7 +437,7 @@ def _serve(
         if not comeback:
             folder.path.rmdir()  # nothing is in it
         raise
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in terminal.ending_signals():
         signal.signal(number, lambda n, _: _stop(server, n))
     observer = None
     try:
@@ -523,7 +523,8 @@ def _write_results(show: Show, summary: dict[str, Any], end: wire.End) -> None:
 
 
 def _stop(server: Server, number: int) -> None:
-    signal.signal(number, signal.SIG_DFL)  # a second one ends the server at once
+    # A second one ends the server at once; but a shell and the system may both send SIGHUP.
+    signal.signal(number, signal.SIG_IGN if number == signal.SIGHUP else signal.SIG_DFL)
     server.stop(f"stopped by {signal.Signals(number).name}")
 
 

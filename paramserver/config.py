@@ -22,7 +22,6 @@ On a worker the run's settings arrive with the server's welcome (`to_wire`, `fro
 from __future__ import annotations
 
 import os
-import sys
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -34,6 +33,7 @@ import yaml  # type: ignore[import-untyped]
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from paramserver import terminal
 from paramserver.bucket import BUCKET_MB
 from paramserver.errors import UserError
 from paramserver.fleet import hosts
@@ -99,7 +99,7 @@ def load(argv: list[str], program: Program) -> Loaded:
     and on a worker for a setting that only the server reads.
     """
     if any(argument in ("-h", "--help") for argument in argv):
-        print(help_text(program))
+        terminal.result(help_text(program))
         raise SystemExit(0)
     chosen, command_line = _read_command_line(argv)
     files = [_find("cluster", chosen.get("cluster"))]
@@ -201,12 +201,14 @@ def exit_on_user_error() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        print(f"error: {error.problem}", file=sys.stderr)
+        terminal.say(f"error: {error.problem}", error=True)
         if error.hint:
-            print(textwrap.indent(error.hint, "  "), file=sys.stderr)
+            terminal.say(textwrap.indent(error.hint, "  "), error=True)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+    finally:
+        terminal.settle()
 
 
 # Sources ----------------------------------------------------------------------------------------

@@ -11,8 +11,8 @@ Elsewhere (a pipe, CI, `plain=true`) there are plain lines without control codes
 seconds and where the phase changes.
 
 There is no thread: the server's loop calls `update`, which does nothing until a drawing is due.
-A terminal that takes no output (Ctrl-S) misses drawings and one that is gone ends them; neither
-holds up or ends the run.
+A terminal that takes no output (Ctrl-S) misses drawings, one that is gone ends them, and a log on a
+full disk lacks lines; none of them holds up or ends the run.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ from rich.cells import cell_len
 from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
+
+from paramserver import terminal
 
 DRAW_S = 0.25
 PLAIN_S = 5.0  # between plain lines
@@ -116,7 +118,7 @@ class Display:
         self._file = _descriptor(self._stream, self._live)
         self._unsent = b""  # of the newest piece
         self._console = Console(
-            file=self._stream,
+            file=Paper(self._stream),
             force_terminal=self._live,
             legacy_windows=False,
             markup=False,
@@ -222,8 +224,10 @@ class Display:
             self._drawn, self._on_screen = self._drawing, self._widths if self._drawing else ()
             self._unsent = piece.encode(self._encoding, "replace")  # of a host's name, say
             self._sent(wait_s)
-        except (OSError, ValueError):  # a closed pipe, a terminal that hung up, a closed file
-            self._give_up()
+        except (OSError, ValueError) as e:
+            self._unsent = b""
+            if not (isinstance(e, OSError) and e.errno in terminal.FULL):
+                self._give_up()  # a closed pipe, a terminal that hung up, a closed file
 
     def _sent(self, wait_s: float) -> bool:
         """Go on sending `_unsent` without ever blocking; whether nothing of it is left."""
@@ -262,10 +266,23 @@ class Display:
     def _give_up(self) -> None:
         """Nobody reads: be silent, also when Python flushes the stream at its exit."""
         self._gone = True
-        with suppress(OSError, ValueError):
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self._stream.fileno())
-            os.close(nowhere)
+        terminal.silence(self._stream)
+
+
+class Paper(io.StringIO):
+    """The file of a rich console that only renders for `stream`. rich writes to its file, though
+    nothing, while it captures, which fails where that is a terminal that is gone."""
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__()
+        self._stream = stream
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return getattr(self._stream, "encoding", None) or "utf-8"
+
+    def isatty(self) -> bool:
+        return not self._stream.closed and self._stream.isatty()
 
 
 def _is_terminal(stream: TextIO) -> bool:

@@ -20,6 +20,7 @@ import msgspec
 import zmq
 from zmq.utils import z85
 
+from paramserver import terminal
 from paramserver.address import listen
 from paramserver.config import exit_on_user_error, load
 from paramserver.errors import UserError
@@ -145,17 +146,21 @@ def main() -> None:
         settings = load([word for word in words if word != "rotate"], "server").settings
         if "rotate" in words:
             keys = rotate()
-            print(f"new keys: {path()}")
-            print("a server has them when it is started again; older tokens are worthless then")
+            terminal.result(f"new keys: {path()}")
+            terminal.result(
+                "a server has them when it is started again; older tokens are worthless then"
+            )
         else:
             keys, made = load_or_make()
-            print(f"{'new keys' if made else 'keys'}: {path()}")
+            terminal.result(f"{'new keys' if made else 'keys'}: {path()}")
         guarded = listen(machine.settle(settings)[0])[1]
         for host in guarded:
-            print(f"join token of a server at {host}:{settings.port}:")
-            print(keys.token(host, settings.port))
+            terminal.result(f"join token of a server at {host}:{settings.port}:")
+            terminal.result(keys.token(host, settings.port))
         if not guarded:
-            print("for a join token, tell the server's address: make keys host_ip=10.10.0.1")
+            terminal.result(
+                "for a join token, tell the server's address: make keys host_ip=10.10.0.1"
+            )
 
 
 if __name__ == "__main__":

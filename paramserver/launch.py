@@ -22,7 +22,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from paramserver import trace
+from paramserver import terminal, trace
 from paramserver.config import exit_on_user_error, load
 from paramserver.errors import UserError
 from paramserver.runfolder import latest
@@ -137,7 +137,7 @@ def _watch(started: Started) -> int:
             if worker.poll() not in (None, 0) and number not in told:
                 told.add(number)
                 words = (started.logs / f"worker-{number}.log").read_text(errors="replace").strip()
-                print(f"worker {number} failed:\n{words[-2000:]}", file=sys.stderr)
+                terminal.say(f"worker {number} failed:\n{words[-2000:]}", error=True)
                 if len(told) == len(started.workers):
                     started.server.terminate()
         time.sleep(0.1)
@@ -166,10 +166,13 @@ def profile(arguments: list[str]) -> int:
                 steps = sum(e["name"] == "wait" for e in events) or 1
                 row = [f"{1000 * times.get(n, 0.0) / steps:.3f}" for n in PARTS_OF_A_STEP]
                 table.add_row(process, *row)
-        Console().print(table)
+        console = Console()
+        with console.capture() as drawn:
+            console.print(table)
+        terminal.write(drawn.get())
         path = folder.path / "trace.json"
         path.write_text(json.dumps({"traceEvents": [e for events in parts for e in events]}))
-        print(f"every span of every process: {path} (open it at ui.perfetto.dev)")
+        terminal.say(f"every span of every process: {path} (open it at ui.perfetto.dev)")
     return code
 
 
@@ -232,7 +235,7 @@ def script(arguments: list[str]) -> int:
             failed = not _all_well(started.workers) or failed
         except KeyboardInterrupt:
             return started.interrupt()
-        print((started.logs / "worker-1.log").read_text(errors="replace").strip())
+        terminal.say((started.logs / "worker-1.log").read_text(errors="replace").strip())
         return int(failed)
 
 
@@ -269,9 +272,13 @@ def main() -> None:
             )
 
         def stop(number: int, frame: object) -> None:
+            if number == signal.SIGHUP:  # which may come twice
+                signal.signal(number, signal.SIG_IGN)
             raise KeyboardInterrupt
 
-        signal.signal(signal.SIGTERM, stop)
+        for ending in terminal.ending_signals():
+            if ending != signal.SIGINT:
+                signal.signal(ending, stop)
         words = sys.argv[1:] if sys.argv[1] in FLEET else sys.argv[2:]
         code = commands[sys.argv[1]](words)
     sys.exit(code)

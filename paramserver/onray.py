@@ -12,7 +12,6 @@ import math
 import os
 import shutil
 import signal
-import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -22,6 +21,7 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
+from paramserver import terminal
 from paramserver.actor import Actor
 from paramserver.config import dump, load
 from paramserver.errors import UserError
@@ -98,7 +98,7 @@ def pack(settings: Settings, folder: Path) -> None:
         if (here.parent / package).is_dir():
             shutil.copytree(here.parent / package, folder / package, ignore=leave)
     for own in carried(settings, folder):
-        print(f"carrying {own} to each node", flush=True)
+        terminal.say(f"carrying {own} to each node")
         for name in own.names:
             source, target = own.folder / name, folder / name
             if target.exists():
@@ -163,7 +163,7 @@ def _connect(engine: Any, folder: str, workers: int) -> None:
                 f"there is no Ray cluster at RAY_ADDRESS={address}: {str(error).splitlines()[0]}",
                 "see it: ray status; without RAY_ADDRESS one is started here for the run",
             ) from None
-        print("no Ray cluster is here: starting one for this run", flush=True)
+        terminal.say("no Ray cluster is here: starting one for this run")
         room = max(workers, os.cpu_count() or 1)
         engine.init(address="local", num_cpus=room, include_dashboard=False, **wanted)
     finally:
@@ -225,7 +225,7 @@ class Crew:
             self._start()
             return self._watch(math.inf)
         except KeyboardInterrupt:
-            print("ending the run in order; Ctrl-C again: at once", flush=True)
+            terminal.say("ending the run in order; Ctrl-C again: at once")
         if self.server.ran is None:
             return 130
         try:
@@ -251,7 +251,7 @@ class Crew:
     def _start(self) -> None:
         s, home = self.settings, self.server.node
         said = ", ".join(f"{w.name} on {w.node.name}" for w in self.workers)
-        print(f"Ray: the server on {home.name}, {said}", flush=True)
+        terminal.say(f"Ray: the server on {home.name}, {said}")
         host_ip = home.address if self.far else None
         token = ""
         if self.far and s.security != "none":
@@ -316,7 +316,7 @@ class Crew:
             if all(worker.ended and worker.code != 0 for worker in self.workers):
                 self.server.actor.stop.remote()
             if time.monotonic() > deadline:
-                print(f"the server did not end within {RUN_END_S:g} s", file=sys.stderr)
+                terminal.say(f"the server did not end within {RUN_END_S:g} s", error=True)
                 return 1
         return 1 if self.server.code is None else self.server.code
 
@@ -337,7 +337,7 @@ class Crew:
             elif now - member.asked_at > ACTOR_START_S:
                 member.asked_at = math.inf  # it is told once
                 said = f"{member.name} says nothing on {member.node.name} since {ACTOR_START_S:g} s"
-                print(f"{said}: is there room? See: ray status", file=sys.stderr)
+                terminal.say(f"{said}: is there room? See: ray status", error=True)
             if member.ran in done:
                 self._ended(member)
 
@@ -349,12 +349,12 @@ class Crew:
 
     def _tell(self, member: Member, born: str, seen: int, lines: list[str]) -> None:
         if member.born not in ("", born):
-            print(f"{member.name} died: Ray has started it again", flush=True)
+            terminal.say(f"{member.name} died: Ray has started it again")
         member.born, member.seen = born, seen
         member.lines = [*member.lines, *lines][-LAST_WORDS:]
         if member is self.server:
             for line in lines:
-                print(line, flush=True)
+                terminal.say(line)
 
     def _ended(self, member: Member) -> None:
         member.ended = True
@@ -364,10 +364,10 @@ class Crew:
             self._tell(member, *self.ray.get(last, timeout=LAST_WORDS_S))
         except self.ray.exceptions.RayError as error:
             member.code = 1 if member.code is None else member.code
-            print(f"{member.name} is gone: {_first_line(error)}", file=sys.stderr)
+            terminal.say(f"{member.name} is gone: {_first_line(error)}", error=True)
         if member is not self.server and member.code != 0:
             words = "\n".join(member.lines)
-            print(f"{member.name} failed (exit code {member.code}):\n{words}", file=sys.stderr)
+            terminal.say(f"{member.name} failed (exit code {member.code}):\n{words}", error=True)
 
 
 def _first_line(error: BaseException) -> str:

@@ -12,7 +12,7 @@ import json
 import os
 import threading
 import time
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,12 @@ def begin(process: str) -> None:
         return
     _events = [{"ph": "M", "pid": os.getpid(), "name": "process_name", "args": {"name": process}}]
     path = Path(folder) / f"{process.replace(' ', '-')}-{os.getpid()}.json"
-    atexit.register(lambda: path.write_text(json.dumps(_events)))
+    atexit.register(_write, path)
+
+
+def _write(path: Path) -> None:
+    with suppress(OSError):  # the folder of a trace is a profile's, and goes with it
+        path.write_text(json.dumps(_events))
 
 
 def span(name: str, **arguments: Any) -> AbstractContextManager[None]:

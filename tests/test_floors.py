@@ -39,7 +39,8 @@ FLOORS = {
     "paramserver.errors paramserver.jointoken paramserver.ledger paramserver.members "
     "paramserver.norms paramserver.paths paramserver.problems paramserver.rounds "
     "paramserver.schema paramserver.settings paramserver.trace paramserver.wire workers.follow "
-    "workers.pace workers.placed",
+    "workers.pace workers.placed "
+    "paramserver.terminal",
 }
 """Programs, compose, I/O, math, meaning. `paramserver` and `workers` stand for their `__init__`, a
 package inside them for all its modules (so a new codec needs no row)."""

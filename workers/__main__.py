@@ -8,13 +8,14 @@ import sys
 from dataclasses import replace
 from typing import Any
 
+from paramserver import terminal
 from paramserver.config import exit_on_user_error, load
 from paramserver.errors import UserError
 from workers.placed import placed
 
 
 class Leave(BaseException):
-    """SIGINT or SIGTERM: this worker leaves, in order."""
+    """SIGINT, SIGTERM or SIGHUP: this worker leaves, in order."""
 
 
 def main() -> None:
@@ -26,15 +27,16 @@ def main() -> None:
             settings = _with_id(settings)
 
         def leave(number: int, frame: Any) -> None:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            for ending in terminal.ending_signals():
+                signal.signal(ending, signal.SIG_IGN)
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends it at once
             raise Leave(signal.Signals(number).name)
 
-        signal.signal(signal.SIGINT, leave)
-        signal.signal(signal.SIGTERM, leave)
+        for ending in terminal.ending_signals():
+            signal.signal(ending, leave)
 
         def say(line: str) -> None:
-            print(f"[worker {settings.id}] {line}", flush=True)
+            terminal.say(f"[worker {settings.id}] {line}")
 
         try:
             from workers.train import train  # torch takes seconds: signals are handled before

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from paramserver import address, discover, trace, wire
+from paramserver import address, discover, terminal, trace, wire
 from paramserver.bucket import Bucket
 from paramserver.errors import RunLost, UserError
 from paramserver.feedback import Feedback
@@ -52,7 +52,7 @@ def join(
     token: str | None = None,
     security: str = "curve",
     timeout_s: float = 60.0,
-    say: Say = print,
+    say: Say = terminal.say,
     alone: Mapping[str, Any] | None = None,
 ) -> Cluster:
     """Greet the server at `host` and take part as worker `worker_id` (None: any free id).

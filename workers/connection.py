@@ -19,7 +19,7 @@ from typing import Any
 
 import zmq
 
-from paramserver import sockets, wire
+from paramserver import sockets, terminal, wire
 from paramserver.discover import Search
 from paramserver.errors import PeerError, RunLost, UserError
 from paramserver.gate import Knock
@@ -49,7 +49,7 @@ class Connection:
         key: str = "",
         keys: sockets.PeerKeys | None = None,
         search: Callable[..., Search] | None = None,
-        say: Say = print,
+        say: Say = terminal.say,
     ) -> None:
         """`keys` are needed where the server lets in only those who have them; `key` is what the
         server's own observer shows. `search(run=...)` begins to look for the server of a run (None:

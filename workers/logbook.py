@@ -24,7 +24,6 @@ import dataclasses
 import importlib.util
 import netrc
 import os
-import sys
 import threading
 import time
 from collections import deque
@@ -36,6 +35,7 @@ from urllib.parse import urlsplit
 
 import psutil
 
+from paramserver import terminal
 from paramserver.errors import UserError
 from paramserver.settings import Settings
 
@@ -405,4 +405,4 @@ def _first_line(error: BaseException) -> str:
 
 
 def _to_stderr(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    terminal.say(line, error=True)

@@ -12,13 +12,14 @@ import os
 import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import msgspec
 import torch
 
-from paramserver import trace, wire
+from paramserver import terminal, trace, wire
 from paramserver.bucket import BUCKET_MB, FLOAT32_BYTES
 from paramserver.config import exit_on_user_error
 from paramserver.errors import UserError
@@ -318,13 +319,14 @@ def main() -> None:
 
 def _step_aside() -> None:
     """Where cores are scarce they are the workers': the observer falls behind and catches up."""
-    os.nice(NICE)
-    if sys.platform == "linux":  # woken up, it does not take a core from somebody at work
-        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+    with suppress(OSError):  # a container may forbid it
+        os.nice(NICE)
+        if sys.platform == "linux":  # woken up, it does not take a core from somebody at work
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
 def _say(line: str) -> None:
-    print(line, flush=True)
+    terminal.say(line)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from typing import Any
 
 from rich.table import Table
 
+from paramserver import terminal
 from paramserver.fleet import figures, plan, remote, topology
 from paramserver.fleet.figures import Figure
 from paramserver.fleet.findings import Measured, Report, chosen, findings
@@ -51,7 +52,7 @@ def doctor(arguments: list[str], *, as_json: bool = False) -> int:
     )  # fmt: skip
     found = findings(report)
     if as_json:
-        print(json.dumps(to_json(report, found), indent=2))
+        terminal.result(json.dumps(to_json(report, found), indent=2))
     else:
         _print(lines, report, found, at_rest)
     return int(bool(found))

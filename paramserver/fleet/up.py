@@ -18,6 +18,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from paramserver import terminal
 from paramserver.config import dump
 from paramserver.errors import UserError
 from paramserver.fleet import figures, plan, remote
@@ -94,7 +95,7 @@ def up(arguments: list[str], *, dry: bool = False) -> int:
     wanted = replace(wanted, carried=carried(wanted.settings, root))
     if dry:
         for command in commands(wanted, root):
-            print(command)
+            terminal.result(str(command))
         return 0
     lines = Lines(wanted.hosts)
     checked = check(wanted.hosts)

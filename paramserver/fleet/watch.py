@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import math
 import queue
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -15,8 +17,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from paramserver import terminal
 from paramserver.config import load
-from paramserver.display import printable
+from paramserver.display import Paper, printable
 from paramserver.errors import UserError
 from paramserver.fleet import hosts as fleet
 from paramserver.fleet import plan, remote
@@ -64,24 +67,28 @@ class Lines:
     """Lines of all machines on one terminal, each with its machine's name and colour."""
 
     def __init__(self, hosts: Sequence[Host]) -> None:
-        self._console = Console(highlight=False, soft_wrap=True)
+        self._console = Console(
+            file=Paper(sys.stdout or io.StringIO()), highlight=False, soft_wrap=True
+        )
         self._width = max((len(host.name) for host in hosts), default=0)
         self._colours = {h.name: COLOURS[i % len(COLOURS)] for i, h in enumerate(hosts)}
 
     def say(self, host: str, line: str) -> None:
         head = Text(f"{host:<{self._width}} | ", style=self._colours.get(host, ""))
-        self._console.print(head + Text(printable(line)))
+        self.print(head + Text(printable(line)))
 
     def tell(self, line: str) -> None:
         """A line of our own."""
-        self._console.print(Text(printable(line)))
+        self.print(Text(printable(line)))
 
     def tell_as_it_is(self, text: str) -> None:
         """Several lines of our own."""
-        self._console.print(Text("\n".join(printable(line) for line in text.split("\n"))))
+        self.print(Text("\n".join(printable(line) for line in text.split("\n"))))
 
     def print(self, renderable: Any) -> None:
-        self._console.print(renderable)
+        with self._console.capture() as drawn:
+            self._console.print(renderable)
+        terminal.write(drawn.get())
 
 
 Key = tuple[str, str]  # machine, process
