@@ -26,7 +26,7 @@ from paramserver import terminal, trace
 from paramserver.config import exit_on_user_error, load
 from paramserver.errors import UserError
 from paramserver.runfolder import latest
-from paramserver.schema import scope
+from paramserver.schema import allowed, scope
 from paramserver.settings import Settings
 
 LOOPBACK = "127.0.0.1"
@@ -50,6 +50,7 @@ def demo(arguments: list[str]) -> int:
     local = [a for a in arguments if _for_workers(a.partition("=")[0])]
     # whatever other cluster this machine's workers usually join
     local += ["join=null", "host_ip=null"]
+    local += [f"allow={','.join(names)}"] if (names := allowed(settings)) else []
     if settings.num_workers > 16:
         raise UserError(f"{settings.num_workers} workers on one machine", "num_workers=2 is enough")
 

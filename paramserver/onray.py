@@ -28,6 +28,7 @@ from paramserver.errors import UserError
 from paramserver.fleet import plan
 from paramserver.fleet.carry import carried
 from paramserver.jointoken import VARIABLE
+from paramserver.schema import allowed
 from paramserver.settings import Settings
 
 READY = "server at "
@@ -267,6 +268,7 @@ class Crew:
                 f"dataset.root={s.dataset['root']}", f"device={s.device}", f"security={s.security}",
                 f"host_ip={home.address if far else 'null'}", "join=null" if not far else "",
                 f"threads={s.threads}" if s.threads else "",
+                f"allow={','.join(names)}" if (names := allowed(s)) else "",
             ]  # fmt: skip
             secret = {VARIABLE: token} if far and token else {}
             self._begin(worker, [word for word in words if word], "", secret, [])

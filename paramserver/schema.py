@@ -107,6 +107,10 @@ RULES: dict[str, tuple[Callable[[Any], object], str]] = {
         "must be auto, cpu, cuda, cuda:N or mps",
     ),
     "threads": _at_least(1),
+    "allow": (
+        lambda value: all(map(_is_allowed, value)),
+        "must be names like mypackage, mypackage.nets or mypackage.nets:Net",
+    ),
     "run_dir": _FILLED,
     "num_workers": _between(1, 65535),
     "min_workers": _at_least(1),
@@ -165,8 +169,47 @@ def shown(value: object) -> str:
 
 
 def spelled_out(name: str, value: Any) -> Any:
-    """``optimizer: SGD`` as ``optimizer: {name: SGD}``; anything else as it is."""
+    """``optimizer: SGD`` as ``optimizer: {name: SGD}``, ``allow: a, b`` as a list; anything else as
+    it is."""
+    if name == "allow" and isinstance(value, str):
+        return [part.strip() for part in value.split(",") if part.strip()]
     return {NAMED[name]: value} if name in SHORT and isinstance(value, str) else value
+
+
+def is_import_path(text: object) -> bool:
+    """Whether it is `package.module:Name`."""
+    module, colon, name = str(text).partition(":")
+    return bool(colon) and all(part.isidentifier() for part in (*module.split("."), name))
+
+
+def import_paths(settings: Settings) -> dict[str, str]:
+    """What settings name by its import path: each name, and the setting that it is the value of."""
+    found: dict[str, str] = {}
+
+    def look(setting: str, part: str, group: Any) -> None:
+        if not isinstance(group, Mapping):
+            return
+        name = group.get(part)
+        if is_import_path(name):
+            found.setdefault(str(name), f"{setting}.{part}")
+        inner = group.get("schedulers")
+        for each in inner if isinstance(inner, list) else ():  # one after another
+            look(f"{setting}.schedulers", part, each)
+
+    for group, part in NAMED.items():
+        look(group, part, getattr(settings, group))
+    return found
+
+
+def allowed(settings: Settings) -> tuple[str, ...]:
+    """What the owner of these settings lets workers import, wherever it lies: what stands in
+    `allow`, and what the settings themselves name."""
+    return tuple(dict.fromkeys((*(settings.allow or ()), *import_paths(settings))))
+
+
+def _is_allowed(entry: object) -> bool:
+    """A package, a module, or one name of it."""
+    return isinstance(entry, str) and is_import_path(entry if ":" in entry else f"{entry}:name")
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -71,6 +71,12 @@ class Settings:
         "torch threads; null = the cores, shared among processes of one machine",
         scope="local",
     )
+    allow: list[Any] | None = setting(
+        None,
+        "worker: packages, modules or module:Name, beside those in the folder where it is started, "
+        "that the server's settings may name",
+        scope="local",
+    )
     run_dir: str = setting("runs", "parent folder of run folders", scope="local")
     plain: bool = setting(False, "progress as plain lines, also on a terminal", scope="local")
 

@@ -30,7 +30,7 @@ FLOORS = {
     "paramserver.fleet.speed paramserver.fleet.figures paramserver.address paramserver.arena "
     "paramserver.discover paramserver.folders paramserver.gate paramserver.memory "
     "paramserver.tether paramserver.sockets workers.data workers.models workers.named "
-    "workers.own_data",
+    "workers.own_code workers.own_data",
     1: "paramserver.bucket paramserver.codec paramserver.feedback paramserver.mean workers.state",
     0: "paramserver.fleet paramserver.fleet.carry paramserver.fleet.hosts "
     "paramserver.fleet.interfaces paramserver.fleet.findings paramserver.fleet.plan "

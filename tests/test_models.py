@@ -129,7 +129,7 @@ def test_no_random_generator_of_the_caller_is_touched():
     before = states()
     build(SIMPLE, seed=42)
     with pytest.raises(UserError):
-        build({"type": "torch.nn:Linear", "in_features": -1, "out_features": 1}, seed=42)
+        build({"type": "torch.nn:Linear", "in_features": -1, "out_features": 1}, 42, None)
     assert states() == before
 
 
@@ -202,27 +202,31 @@ number = 5
 
 
 def test_a_class_from_the_current_folder(nets):
-    model = build({"type": "my_nets:Net", "width": 3, "scale": 2, "extra": [1, 2]}, seed=5)
+    model = build(
+        {"type": "my_nets:Net", "width": 3, "scale": 2, "extra": [1, 2]}, seed=5, code=None
+    )
     assert type(model).__qualname__ == "Net"
     assert model.layer.weight.shape == (2, 3)
     assert model.more == {"extra": [1, 2]}
-    again = build({"type": "my_nets:Net", "width": 3}, seed=5)
+    again = build({"type": "my_nets:Net", "width": 3}, seed=5, code=None)
     assert torch.equal(model.layer.weight, again.layer.weight)
 
 
 def test_a_function_that_says_that_it_makes_a_module(nets):
-    assert type(build({"type": "my_nets:made", "width": 3}, seed=0)).__name__ == "Strict"
+    assert type(build({"type": "my_nets:made", "width": 3}, seed=0, code=None)).__name__ == "Strict"
 
 
 def test_installed_models(nets):
-    assert shapes(build({"type": "torch.nn:Linear", "in_features": 3, "out_features": 2}, 0)) == {
+    assert shapes(
+        build({"type": "torch.nn:Linear", "in_features": 3, "out_features": 2}, 0, code=None)
+    ) == {
         "weight": (2, 3),
         "bias": (2,),
     }
 
 
 def test_annotations_that_cannot_be_resolved_are_not_checked(nets):
-    assert build({"type": "my_nets:Unresolved", "width": "any"}, seed=0).width == "any"
+    assert build({"type": "my_nets:Unresolved", "width": "any"}, seed=0, code=None).width == "any"
 
 
 @pytest.mark.parametrize(
@@ -248,7 +252,7 @@ def test_annotations_that_cannot_be_resolved_are_not_checked(nets):
 )
 def test_what_is_wrong_with_a_model_of_ones_own(nets, arguments, problem, hint):
     with pytest.raises(UserError) as told:
-        build(arguments, seed=0)
+        build(arguments, seed=0, code=None)
     assert problem in told.value.problem
     assert hint in told.value.hint
 
@@ -260,7 +264,7 @@ def test_what_is_wrong_with_a_model_of_ones_own(nets, arguments, problem, hint):
 )
 def test_a_server_cannot_have_just_anything_called(nets, name):
     with pytest.raises(UserError, match=r"neither a subclass of torch\.nn\.Module nor"):
-        build({"type": name}, seed=0)
+        build({"type": name}, seed=0, code=None)
 
 
 # -------------------------------------------------------------------------------------- settings

@@ -70,7 +70,7 @@ def sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def own(name: str, seed: int = 1, **arguments: Any) -> OwnData:
-    return OwnData({"name": f"sets_of_ours:{name}", "root": "data", **arguments}, seed)
+    return OwnData({"name": f"sets_of_ours:{name}", "root": "data", **arguments}, seed, None)
 
 
 def test_a_share_is_held_out_by_the_seed() -> None:

@@ -239,9 +239,9 @@ def test_what_is_wrong_names_setting_and_argument(name: str) -> None:
 
 
 def built(s: Settings, samples: Any) -> tuple[Any, ...]:
-    criterion = recipe.build_criterion(s, MODEL, samples, CPU)
-    optimizer = recipe.build_optimizer(MODEL, s)
-    return criterion, optimizer, recipe.build_scheduler(optimizer, s)
+    criterion = recipe.build_criterion(s, MODEL, samples, CPU, None)
+    optimizer = recipe.build_optimizer(MODEL, s, None)
+    return criterion, optimizer, recipe.build_scheduler(optimizer, s, None)
 
 
 def test_targets_that_would_be_stretched_are_told() -> None:
@@ -271,7 +271,7 @@ def test_accuracy_goes_without_saying_where_targets_are_classes() -> None:
 def test_what_is_evaluated_are_means_over_samples(ours: Path) -> None:
     samples = TensorDataset(torch.randn(701, 4), torch.randn(701, 3))  # not whole batches
     s = settings(loss="MSELoss", metric={"name": "ours.houses:off", "power": 2})
-    criterion = recipe.build_criterion(s, MODEL, samples, CPU)
+    criterion = recipe.build_criterion(s, MODEL, samples, CPU, None)
     loss, metric = recipe.evaluate(MODEL, samples, CPU, criterion)
     with torch.no_grad():
         expected = nn.functional.mse_loss(MODEL(samples.tensors[0]), samples.tensors[1])
@@ -284,7 +284,7 @@ def test_a_metric_of_ones_own_is_not_taken_for_ours(ours: Path) -> None:
     (ours / "ours" / "houses.py").write_text(HOUSES.replace("def off", "def accuracy"))
     s = settings(loss="MSELoss", metric="ours.houses:accuracy")
     samples = TensorDataset(torch.randn(4, 4), torch.randn(4, 3))
-    assert recipe.build_criterion(s, MODEL, samples, CPU).name == "ours.houses.accuracy"
+    assert recipe.build_criterion(s, MODEL, samples, CPU, None).name == "ours.houses.accuracy"
 
 
 def test_weights_of_classes_are_a_list() -> None:

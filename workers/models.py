@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from paramserver.errors import UserError
 from workers import named
+from workers.own_code import NOTHING, OwnCode
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,
@@ -121,15 +122,16 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 }
 
 
-def build(model: dict[str, Any], seed: int) -> nn.Module:
+def build(model: dict[str, Any], seed: int, code: OwnCode | None = NOTHING) -> nn.Module:
     """The model that the setting `model` describes, on the CPU, its first weights drawn by `seed`.
 
     The weights are the same wherever this runs, up to rounding, and no random generator of the
-    caller is touched. Raises `UserError` for a type or an argument that cannot be.
+    caller is touched. `code` is what a type may be imported from (`workers.own_code`; None:
+    anything). Raises `UserError` for a type or an argument that cannot be.
     """
     arguments = dict(model)
     name = arguments.pop("type", None)
-    factory = named.find("model.type", name, MODELS, nn.Module, "torch.nn.Module")
+    factory = named.find("model.type", name, MODELS, nn.Module, "torch.nn.Module", code)
     # Only the CPU's generator is used, saved and put back; torch.manual_seed would seed them all.
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(seed)

@@ -2,8 +2,9 @@
 
 `model.type`, `dataset.name`, `optimizer`, `scheduler`, `loss` and `metric` are each a name out of a
 table (of ours, or of torch's), or `package.module:Name` for one of your own; every other key beside
-the name is an argument. Names come from the server, so not any callable will do: what is imported
-must be a subclass of what is wanted, or a function that is annotated to return one.
+the name is an argument. What is imported must be a subclass of what is wanted, or a function that
+is annotated to return one; and where the name came from the server, it must be this worker's own
+(`workers.own_code`).
 """
 
 from __future__ import annotations
@@ -21,21 +22,31 @@ from typing import Any
 import torch
 
 from paramserver.errors import UserError
+from workers.own_code import NOTHING, OwnCode
 
 NOT_THEIRS = (Path(torch.__file__).parent, Path(__file__).parent)
 
 
-def find(setting: str, name: object, known: Mapping[str, Any], wanted: Any, is_a: str) -> Any:
+def find(
+    setting: str,
+    name: object,
+    known: Mapping[str, Any],
+    wanted: Any,
+    is_a: str,
+    code: OwnCode | None = NOTHING,
+) -> Any:
     """What `name` stands for: a row of `known`, or imported where it has a colon.
 
     `setting` is where the name is written, `wanted` the class (or classes, as for `issubclass`)
-    that must be meant, called `is_a`. Raises `UserError`, with the nearest name that there is.
+    that must be meant, called `is_a`. `code` is what may be imported; None, anything, where the
+    name is that of who started this process. Raises `UserError`, with the nearest name that there
+    is.
     """
     kinds = f"known: {', '.join(known)}, or package.module:Name for your own"
     if not isinstance(name, str):
         raise UserError(f"{setting} must be a name, not {name!r}", kinds)
     if ":" in name:
-        return _imported(setting, name, wanted, is_a)
+        return _imported(setting, name, wanted, is_a, code)
     if name not in known:
         what = "data set" if setting.startswith("dataset") else setting.partition(".")[0]
         raise UserError(
@@ -127,11 +138,13 @@ def did_you_mean(word: str, known: Iterable[str], rest: str = "") -> str:
 # -------------------------------------------------------------------------- from name to callable
 
 
-def _imported(setting: str, name: str, wanted: Any, is_a: str) -> Any:
+def _imported(setting: str, name: str, wanted: Any, is_a: str, code: OwnCode | None) -> Any:
     """What `module:attribute` names, provided that it is, or makes, what is wanted."""
     module_name, _, attribute = name.partition(":")
     if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # an installed command does not look there, `python -m` does
+    if code is not None:
+        code.admit(setting, name)
     try:
         module = importlib.import_module(module_name)
     except Exception as fault:  # whatever a user's module may do
@@ -153,6 +166,8 @@ def _imported(setting: str, name: str, wanted: Any, is_a: str) -> Any:
             f"{setting}={name}: module {module_name} has no {attribute!r}",
             did_you_mean(attribute, vars(module)),
         )
+    if code is not None:
+        code.check_defined(setting, name, found)
     is_one = isinstance(found, type) and issubclass(found, wanted)
     if not is_one and not returns(found, wanted):
         raise UserError(

@@ -68,17 +68,17 @@ class Observer:
         self.device = recipe.choose_device(settings.device)
         recipe.set_threads(1, 1)
         recipe.tell_downloads(_say)
-        self.val = recipe.load_data(settings).val
-        model = models.build(settings.model, settings.seed).to(self.device)
+        self.val = recipe.load_data(settings, None).val
+        model = models.build(settings.model, settings.seed, None).to(self.device)
         self.copy = copy.deepcopy(model)  # what is evaluated while updates go on
-        self.criterion = recipe.build_criterion(settings, self.copy, self.val, self.device)
-        optimizer = recipe.build_optimizer(model, settings)
+        self.criterion = recipe.build_criterion(settings, self.copy, self.val, self.device, None)
+        optimizer = recipe.build_optimizer(model, settings, None)
         self.replica = Replica(
             model,
             optimizer,
             bucket_mb=settings.bucket_mb or BUCKET_MB,
             codec=settings.codec_down or settings.codec,
-            scheduler=recipe.build_scheduler(optimizer, settings),
+            scheduler=recipe.build_scheduler(optimizer, settings, None),
             clip_norm=settings.clip_norm,
             schedule_by=settings.schedule_by,
         )

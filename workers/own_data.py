@@ -20,6 +20,7 @@ from torch.utils.data import Dataset, Subset
 from paramserver.errors import UserError
 from workers import named
 from workers.data import permutation
+from workers.own_code import NOTHING, OwnCode
 
 VAL_SHARE = 0.1
 
@@ -27,11 +28,12 @@ VAL_SHARE = 0.1
 class OwnData:
     """Its samples to train on and to validate by, each made when it is asked for."""
 
-    def __init__(self, dataset: dict[str, Any], seed: int) -> None:
+    def __init__(self, dataset: dict[str, Any], seed: int, code: OwnCode | None = NOTHING) -> None:
         arguments = dict(dataset)
         self.name: str = arguments.pop("name")
         self._seed = seed
-        self._class = named.find("dataset.name", self.name, {}, Dataset, "torch.utils.data.Dataset")
+        is_a = "torch.utils.data.Dataset"
+        self._class = named.find("dataset.name", self.name, {}, Dataset, is_a, code)
         if not named.takes(self._class, "root"):
             arguments.pop("root", None)  # the setting has a default
         self._share = self._taken(arguments, "val_share", VAL_SHARE)

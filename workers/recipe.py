@@ -1,6 +1,7 @@
 """What the built-in training is made of: device, threads, data, optimizer, loss, evaluation.
 
-Worker and observer build the same things from the same settings.
+Worker and observer build the same things from the same settings. `code` is what names in them may
+be imported from (`workers.own_code`); None, anything: the observer's settings are its owner's.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from paramserver.errors import UserError
 from paramserver.settings import Settings
 from workers import data, named
+from workers.own_code import NOTHING, OwnCode
 from workers.own_data import OwnData
 
 T = TypeVar("T")
@@ -66,19 +68,21 @@ def tell_downloads(say: Callable[[str], None]) -> None:
     logger.propagate = False
 
 
-def load_data(settings: Settings) -> data.Data | OwnData:
+def load_data(settings: Settings, code: OwnCode | None = NOTHING) -> data.Data | OwnData:
     """What the run trains on (`train`) and is judged by (`val`). Raises `UserError`."""
     if ":" in str(settings.dataset.get("name")):
-        return OwnData(settings.dataset, settings.seed)
+        return OwnData(settings.dataset, settings.seed, code)
     return data.load(settings.dataset, settings.seed)
 
 
-def build_optimizer(model: nn.Module, settings: Settings) -> Optimizer:
+def build_optimizer(
+    model: nn.Module, settings: Settings, code: OwnCode | None = NOTHING
+) -> Optimizer:
     """The setting `optimizer`; in one kernel for all parameters where torch has that for their
     device. Raises `UserError`."""
     arguments = dict(settings.optimizer)
     name = arguments.pop("name")
-    factory = named.find("optimizer", name, OPTIMIZERS, Optimizer, "torch.optim.Optimizer")
+    factory = named.find("optimizer", name, OPTIMIZERS, Optimizer, "torch.optim.Optimizer", code)
     if "lr" in arguments:
         raise UserError("optimizer.lr is a setting of its own", f"learning_rate={arguments['lr']}")
     if named.takes(factory, "lr"):
@@ -92,20 +96,22 @@ def build_optimizer(model: nn.Module, settings: Settings) -> Optimizer:
     return optimizer
 
 
-def build_scheduler(optimizer: Optimizer, settings: Settings) -> LRScheduler | None:
+def build_scheduler(
+    optimizer: Optimizer, settings: Settings, code: OwnCode | None = NOTHING
+) -> LRScheduler | None:
     """The setting `scheduler`. Raises `UserError`."""
     if settings.scheduler is None:
         return None
-    return _scheduler(optimizer, settings.scheduler)
+    return _scheduler(optimizer, settings.scheduler, code)
 
 
-def _scheduler(optimizer: Optimizer, setting: dict[str, Any]) -> LRScheduler:
+def _scheduler(optimizer: Optimizer, setting: dict[str, Any], code: OwnCode | None) -> LRScheduler:
     arguments = dict(setting)
     name = arguments.pop("name", None)
-    factory = named.find("scheduler", name, SCHEDULERS, LRScheduler, "torch's LRScheduler")
+    factory = named.find("scheduler", name, SCHEDULERS, LRScheduler, "torch's LRScheduler", code)
     inner = arguments.get("schedulers")
     if isinstance(inner, list) and all(isinstance(i, dict) for i in inner):  # one after another
-        arguments["schedulers"] = [_scheduler(optimizer, i) for i in inner]
+        arguments["schedulers"] = [_scheduler(optimizer, i, code) for i in inner]
     of_many = not named.takes(factory, "optimizer") or name == "ChainedScheduler"
     first = () if of_many else (optimizer,)
     scheduler: LRScheduler = named.make("scheduler", name, factory, arguments, *first)
@@ -125,14 +131,18 @@ class Criterion:
 
 
 def build_criterion(
-    settings: Settings, model: nn.Module, samples: Any, device: torch.device
+    settings: Settings,
+    model: nn.Module,
+    samples: Any,
+    device: torch.device,
+    code: OwnCode | None = NOTHING,
 ) -> Criterion:
     """The settings `loss` and `metric`, tried on two samples before anybody waits for them.
 
     Without `metric` it is the accuracy where targets are classes. Raises `UserError` where model,
     data set, loss and metric do not fit together.
     """
-    loss = _function("loss", settings.loss, LOSSES, device)
+    loss = _function("loss", settings.loss, LOSSES, device, code)
     outputs, targets = _try("model", lambda: _two(model, samples, device))
     shapes = f"outputs are {_shape(outputs)}, targets {_shape(targets)}"
     value = _try("loss", lambda: loss(outputs, targets), shapes)
@@ -140,7 +150,7 @@ def build_criterion(
         raise UserError(f"loss={settings.loss['name']} gives no single number", shapes)
     if settings.metric is None:
         return Criterion(loss, accuracy if _are_classes(outputs, targets) else None)
-    metric = _function("metric", settings.metric, METRICS, device)
+    metric = _function("metric", settings.metric, METRICS, device, code)
     _try("metric", lambda: float(metric(outputs, targets)), shapes)
     module, _, name = settings.metric["name"].rpartition(":")
     is_ours = not module or name not in ("accuracy", "loss")  # whose is shown as a share, or taken
@@ -213,7 +223,11 @@ def _try(what: str, function: Callable[[], T], shapes: str = "") -> T:
 
 
 def _function(
-    group: str, setting: dict[str, Any], known: dict[str, Any], device: torch.device
+    group: str,
+    setting: dict[str, Any],
+    known: dict[str, Any],
+    device: torch.device,
+    code: OwnCode | None,
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """A loss or a metric: a module that is built, or a function, with its arguments."""
     arguments = dict(setting)
@@ -223,7 +237,8 @@ def _function(
             f"{group}.reduction={arguments['reduction']}: it must be a mean",
             "gradients of workers are averaged by their samples",
         )
-    found = named.find(group, name, known, nn.Module | Tensor, "torch.nn.Module or torch.Tensor")
+    wanted = "torch.nn.Module or torch.Tensor"
+    found = named.find(group, name, known, nn.Module | Tensor, wanted, code)
     if isinstance(found, type) or named.returns(found, nn.Module):
         module: nn.Module = named.make(group, name, found, arguments)
         if group == "loss" and any(True for _ in module.parameters()):

@@ -12,7 +12,7 @@ from paramserver import address, sockets, trace
 from paramserver.config import check_worker_overrides, from_wire
 from paramserver.errors import UserError
 from paramserver.settings import Settings
-from workers import models, recipe
+from workers import models, own_code, recipe
 from workers.cluster import Cluster, join
 
 PROGRESS_S = 5.0
@@ -47,15 +47,16 @@ def train(settings: Settings, given: dict[str, object], say: Callable[[str], Non
         say(f"worker {cluster.worker_id} of a run at {cluster.host}:{cluster.port}, on {device}")
 
         recipe.tell_downloads(say)
-        samples = recipe.load_data(run).train
-        model = models.build(run.model, run.seed).to(device)
-        optimizer = recipe.build_optimizer(model, run)
-        criterion = recipe.build_criterion(run, model, samples, device)
+        code = own_code.of_worker(settings)
+        samples = recipe.load_data(run, code).train
+        model = models.build(run.model, run.seed, code).to(device)
+        optimizer = recipe.build_optimizer(model, run, code)
+        criterion = recipe.build_criterion(run, model, samples, device, code)
         model.train()
         model, stepper = cluster.attach(
             model,
             optimizer,
-            scheduler=recipe.build_scheduler(optimizer, run),
+            scheduler=recipe.build_scheduler(optimizer, run, code),
             clip_norm=run.clip_norm,
             schedule_by=run.schedule_by,
         )

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from paramserver.schema import NAMED
+from paramserver.schema import import_paths
 from paramserver.settings import Settings
 
 
@@ -34,10 +34,8 @@ class Carried:
 def modules(settings: Settings) -> dict[str, str]:
     """The top-level modules that settings name: the name of each, and the setting it is from."""
     found: dict[str, str] = {}
-    for group, part in NAMED.items():
-        name = str((getattr(settings, group) or {}).get(part))
-        if ":" in name:
-            found.setdefault(name.partition(":")[0].partition(".")[0], f"{group}.{part}={name}")
+    for name, setting in import_paths(settings).items():
+        found.setdefault(name.partition(":")[0].partition(".")[0], f"{setting}={name}")
     return found
 
 
@@ -46,7 +44,7 @@ def carried(settings: Settings, root: Path) -> tuple[Carried, ...]:
     by_folder: dict[Path, set[str]] = {}
     for module in modules(settings):
         place = _place(module)
-        if place is not None and place.parent != root and not _is_installed(place):
+        if place is not None and place.parent != root and not is_installed(place):
             by_folder.setdefault(place.parent, set()).update(_with_neighbours(place))
     return tuple(Carried(folder, tuple(sorted(names))) for folder, names in by_folder.items())
 
@@ -66,7 +64,8 @@ def _place(module: str) -> Path | None:
     return Path(spec.origin).resolve() if spec.has_location and spec.origin else None
 
 
-def _is_installed(place: Path) -> bool:
+def is_installed(place: Path) -> bool:
+    """Whether it is a part of Python or of what was installed for it."""
     standard = {Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib")}
     is_package = {"site-packages", "dist-packages"} & {*place.parts}
     return bool(is_package) or any(place.is_relative_to(folder) for folder in standard)

@@ -25,6 +25,7 @@ from typing import Any
 
 from paramserver.fleet.carry import Carried
 from paramserver.fleet.hosts import HERE, Host
+from paramserver.schema import allowed
 from paramserver.settings import Settings
 
 SSH = (
@@ -335,6 +336,7 @@ def worker_argv(host: Host, settings: Settings, address: str | None) -> list[str
         f"join_timeout={settings.join_timeout:g}",
     ]  # fmt: skip
     argv += ["security=none"] if settings.security == "none" else []
+    argv += [f"allow={','.join(names)}"] if (names := allowed(settings)) else []
     argv += [f"device={host.device}"] if host.device else []
     return argv + ([f"threads={host.threads}"] if host.threads else [])
 
