@@ -31,7 +31,8 @@ FLOORS = {
     "paramserver.discover paramserver.folders paramserver.gate paramserver.memory "
     "paramserver.tether paramserver.sockets workers.data workers.models workers.named "
     "workers.own_code workers.own_data",
-    1: "paramserver.bucket paramserver.codec paramserver.feedback paramserver.mean workers.state",
+    1: "paramserver.bucket paramserver.codec paramserver.feedback paramserver.mean workers.state "
+    "workers.weight",
     0: "paramserver.fleet paramserver.fleet.carry paramserver.fleet.hosts "
     "paramserver.fleet.interfaces paramserver.fleet.findings paramserver.fleet.plan "
     "paramserver.fleet.topology "

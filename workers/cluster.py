@@ -15,7 +15,7 @@ from __future__ import annotations
 import atexit
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
@@ -39,6 +39,7 @@ from workers.data import loader, order
 from workers.gradients import Gradients
 from workers.placed import listens, placed
 from workers.replica import Replica
+from workers.weight import checked, collates_by_default, samples_in
 
 M = TypeVar("M", bound=nn.Module)
 T = TypeVar("T")
@@ -240,9 +241,10 @@ class Cluster:
     ) -> Iterator[T]:
         """Batches of this worker's own: any iterable, a DataLoader say, whose data stay here.
 
-        Each one is part of a round, whose average weighs it by `samples(batch)`: by default the
-        length of the batch, or of its first tensor. One call is one pass; call it again for the
-        next one, and `leave` after the last. The run ends when all workers have left so.
+        Each one is part of a round, whose average weighs it by `samples(batch)`, which is counted
+        where it is not given and all parts of the batch agree (`workers.weight`). One call is one
+        pass; call it again for the next one, and `leave` after the last. The run ends when all
+        workers have left so. Raises `UserError` for a batch whose samples cannot be counted.
         """
         if self._replica is None:
             raise UserError("own_batches() before attach()", "attach the model first")
@@ -255,11 +257,13 @@ class Cluster:
             self._own = True
             self.client.ready(0, 1, own=True)
         whole = False  # the pass
+        collated = collates_by_default(batches)
         try:
             for batch in batches:
-                count = _length(batch) if samples is None else samples(batch)
-                if count < 1:
-                    raise UserError(f"a batch of {count} samples", "leave it out")
+                if samples is None:
+                    count = samples_in(batch, collated=collated)
+                else:
+                    count = checked(samples(batch))
                 if self._next_lease() is None:
                     break
                 self._begin(count)
@@ -444,21 +448,6 @@ class _Shuffled:
             self._orders = {e: o for e, o in self._orders.items() if e == epoch - 1}
             self._orders[epoch] = order(self._samples, self._seed, epoch)
         return self._orders[epoch][start:stop]
-
-
-def _length(batch: Any) -> int:
-    """How many samples a batch holds: the length of its first tensor, or its own."""
-    if isinstance(batch, Tensor):
-        return batch.shape[0] if batch.dim() else 1
-    if isinstance(batch, dict):
-        batch = list(batch.values())
-    if isinstance(batch, list | tuple) and batch and isinstance(batch[0], Tensor | list | tuple):
-        return _length(batch[0])
-    if isinstance(batch, Sized):
-        return len(batch)
-    raise UserError(
-        f"how many samples are in a {type(batch).__name__}?", "own_batches(..., samples=...)"
-    )
 
 
 def _do_now(function: Callable[..., Any], *arguments: Any) -> Future[Any]:
