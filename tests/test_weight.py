@@ -15,7 +15,8 @@ from torch.nn.utils.rnn import pack_sequence
 from torch.utils.data import DataLoader, TensorDataset, default_collate
 
 from paramserver.errors import UserError
-from workers.weight import SAMPLES_MAX, checked, collates_by_default, samples_in
+from paramserver.wire import SAMPLES_MAX
+from workers.weight import checked, collates_by_default, samples_in
 
 Pair = namedtuple("Pair", "x y")
 

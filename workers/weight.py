@@ -21,9 +21,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import DataLoader, default_collate
 
 from paramserver.errors import UserError
-
-SAMPLES_MAX = 2**53
-"""Whole numbers beyond it are not exact where weights are multiplied."""
+from paramserver.wire import SAMPLES_MAX
 
 HINT = "say it: own_batches(..., samples=lambda batch: ...)"
 
