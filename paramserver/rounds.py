@@ -385,6 +385,8 @@ class Rounds:
             return None, [Send(session, Abort(message.snapshot, "this snapshot is over"))]
         if isinstance(message, Abort):
             if session in (snap.giver, snap.joiner):
+                if session == snap.giver:
+                    self.peers[session].failed_gives += 1  # the next one is asked of another
                 self._abort_snapshot(message.reason, but=self.peers[session])
                 self._progress(now)
             return None, self._out()

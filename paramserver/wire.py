@@ -67,6 +67,16 @@ from paramserver.errors import PeerError
 
 PROTOCOL = 2
 KINDS = ("grad", "stat", "count")
+ITEM_BYTES = {
+    "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2,
+    "float8_e4m3fn": 1, "float8_e4m3fnuz": 1, "float8_e5m2": 1, "float8_e5m2fnuz": 1,
+    "float8_e8m0fnu": 1, "float4_e2m1fn_x2": 1,
+    "complex128": 16, "complex64": 8, "complex32": 4,
+    "int64": 8, "int32": 4, "int16": 2, "int8": 1,
+    "uint64": 8, "uint32": 4, "uint16": 2, "uint8": 1, "bool": 1,
+}  # fmt: skip
+"""The dtypes of tensors, by torch's names, and the bytes that a number of each takes."""
+
 DTYPES = ("float32", "float64", "float16", "bfloat16", "int64", "int32")
 DIMENSIONS_MAX = 64
 ELEMENTS_MAX = 2**38  # a terabyte of float32

@@ -1041,7 +1041,7 @@ def test_a_giver_may_decline_and_a_joiner_too() -> None:
     run.join(3)
     run.push(1), run.push(2)
     _, effects = run.route(3, wire.Abort(4, "no room"))
-    assert but_words(effects)[0] == "obs <- abort 4: no room"
+    assert but_words(effects)[0] == "w1 <- abort 4: no room"
     assert run.route(1, wire.Abort(4, "?")) == (None, ["w1 <- abort 4: this snapshot is over"])
 
 

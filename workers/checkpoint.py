@@ -1,7 +1,9 @@
 """Checkpoints: a replica's whole state in one safetensors file, written whole or not at all.
 
 The tensors are stored under their numbers in `workers.state.flatten`, the rest of the tree, step,
-lineage and settings as text in the file's metadata. No pickle.
+lineage and settings as text in the file's metadata. No pickle. Tensors of a dtype that safetensors
+does not know are stored as their bytes, in a dimension more: `tensor.view(dtype).squeeze(-1)` gives
+them back, and the metadata name these dtypes.
 """
 
 from __future__ import annotations
@@ -9,17 +11,20 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as pack
 from safetensors.torch import save_file
 from torch import Tensor
 
 from paramserver.errors import UserError
 from workers.replica import Replica
-from workers.state import flatten, unflatten
+from workers.state import DTYPES, dtype_name, flatten, unflatten
 
 FORMAT = "paramserver checkpoint 1"
 
@@ -54,8 +59,14 @@ def save(path: Path, replica: Replica, run: str, settings: dict[str, Any]) -> No
 
 
 def save_model(path: Path, replica: Replica) -> None:
-    """Write the weights alone, by their names in the model's state_dict."""
-    _write(dict(replica.state()["model"]), path, {"format": "pt", "step": str(replica.step)})
+    """Write the weights alone, by their names in the model's state_dict. What is no tensor there is
+    left out, and named in the metadata (`left_out`); checkpoints have it."""
+    state = replica.state()["model"]
+    tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    metadata = {"format": "pt", "step": str(replica.step)}
+    if left_out := [key for key in state if key not in tensors]:
+        metadata["left_out"] = json.dumps(left_out)
+    _write(tensors, path, metadata)
 
 
 def load(path: Path) -> Checkpoint:
@@ -65,7 +76,11 @@ def load(path: Path) -> Checkpoint:
             metadata = f.metadata() or {}
             if metadata.get("format") != FORMAT:
                 raise UserError(f"{path} is not a checkpoint of this program")
+            dtypes = json.loads(metadata.get("dtypes", "{}"))
             tensors = [f.get_tensor(str(i)) for i in range(len(f.keys()))]
+            for key, dtype in dtypes.items():
+                as_bytes = tensors[int(key)].clone()  # which begins where any dtype may begin
+                tensors[int(key)] = as_bytes.view(DTYPES[dtype]).squeeze(-1)
         return Checkpoint(
             state=unflatten(metadata["tree"], tensors),
             step=int(metadata["step"]),
@@ -93,7 +108,13 @@ def _write(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> 
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         try:
-            save_file(_separate(tensors), temporary, metadata)
+            separate = _separate(tensors)
+            dtypes = {k: dtype_name(t.dtype) for k, t in separate.items() if not _known(t.dtype)}
+            for key in dtypes:
+                separate[key] = separate[key].unsqueeze(-1).view(torch.uint8)
+            if dtypes:
+                metadata = {**metadata, "dtypes": json.dumps(dtypes)}
+            save_file(separate, temporary, metadata)
         except SafetensorError as e:
             raise OSError(str(e)) from None
         with open(temporary, "rb+") as f:
@@ -102,6 +123,16 @@ def _write(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> 
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+@cache
+def _known(dtype: torch.dtype) -> bool:
+    """Does the safetensors that is installed here store such numbers?"""
+    try:
+        pack({"": torch.empty((), dtype=dtype)})
+    except (SafetensorError, KeyError):
+        return False
+    return True
 
 
 def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -10,20 +10,41 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer, SparseAdam
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from paramserver.errors import UserError
+from workers.state import dtype_name
 
+TRAINED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 STEPPED_BY_CLUSTER = "the schedule that attach() was given is stepped with every update"
 
 
 def check(model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler | None) -> None:
     """Raise `UserError` for the first thing that a replica cannot do, with what to do instead."""
+    _check_shapes(model)
     _check_parameters(model)
     _check_optimizer(model, optimizer)
     _check_scheduler(optimizer, scheduler)
+
+
+def _check_shapes(model: nn.Module) -> None:
+    """Lazy modules get their shapes with the first batch, the meta device has no numbers."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor):
+            raise UserError(
+                f"{name} has no shape yet: it belongs to a lazy module",
+                "pass one batch through the model before attach(), on every worker: model(images)",
+            )
+        if tensor.is_meta:
+            raise UserError(
+                f"{name} is on the meta device, where tensors have no numbers",
+                "give it memory and numbers before attach(): model.to_empty(device='cpu'), and "
+                "initialise it",
+            )
 
 
 def _check_parameters(model: nn.Module) -> None:
@@ -35,6 +56,11 @@ def _check_parameters(model: nn.Module) -> None:
             raise UserError(
                 f"{name} is complex: averages are of real numbers",
                 "keep it as a real parameter, and use torch.view_as_complex in forward",
+            )
+        if p.dtype not in TRAINED:
+            raise UserError(
+                f"{name} is trained in {dtype_name(p.dtype)}, whose numbers cannot be averaged",
+                "train it in float32, bfloat16, float16 or float64",
             )
     for name, module in model.named_modules():
         is_embedding = isinstance(module, nn.Embedding | nn.EmbeddingBag)
@@ -93,6 +119,11 @@ def refuse_step(scheduler: LRScheduler) -> Any:
 
     scheduler.step = refuse  # type: ignore[method-assign]
     return step
+
+
+def allow_step(scheduler: LRScheduler) -> None:
+    """The schedule is its owner's again: undo `refuse_step`."""
+    scheduler.__dict__.pop("step", None)
 
 
 def schedule_state(scheduler: LRScheduler) -> dict[str, Any]:

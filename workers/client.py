@@ -30,6 +30,7 @@ from workers.state import unflatten
 
 WANTS_IN_FLIGHT = 4
 SAY_WAITING_AFTER_S = 3.0
+ABORTED_MAX = 5  # snapshots in a row; then this peer gives up
 SILENT_TIMEOUTS = 3  # heartbeat timeouts; then the connections are made anew
 OUTBOX_WAIT_S = 0.05
 OUTBOX_LOOK_S = 0.0001
@@ -69,6 +70,7 @@ class Client(Connection):
         self._admitted: wire.Admit | None = None
         self._joined = False
         self._taking: Taking | None = None
+        self._aborted = 0  # snapshots in a row that were called off
         self._giving: Giving | None = None
         self._give_later: wire.Give | None = None
         self._ready: wire.Ready | None = None
@@ -613,7 +615,12 @@ class Client(Connection):
         assert f is not None and replica is not None
         self._giving = self._give_later = None
         if f.step == message.step and f.lineage == message.lineage:
-            self._giving = Giving(message.snapshot, replica)
+            try:
+                self._giving = Giving(message.snapshot, replica)
+            except (TypeError, ValueError, RuntimeError) as e:  # it costs the joiner, not us
+                self.say(f"this replica's state cannot be sent: {e}")
+                self._send(wire.Abort(message.snapshot, f"the state cannot be sent: {e}"))
+                return
             self._send(self._giving.manifest(replica))
         elif f.step < message.step:
             # Apply what is on its way first, then look at this again.
@@ -674,6 +681,7 @@ class Client(Connection):
                 f"the run's state does not fit this worker's model or optimizer: {e}",
                 "start it with the same model, optimizer and settings as the others",
             ) from None
+        self._aborted = 0
         f.adopted(m.step, m.lineage)
         self._send(wire.Adopted(snapshot=m.snapshot, step=m.step, lineage=m.lineage))
         self._joined_now()
@@ -683,6 +691,13 @@ class Client(Connection):
             self._giving = None
         elif not self._joined:
             self._taking = None
+            self._aborted += 1
+            if self._aborted >= ABORTED_MAX:
+                raise UserError(
+                    f"the run's state is not to be had, tried {self._aborted} times: "
+                    f"{message.reason}",
+                    "what the others say about it stands in their own output",
+                )
             self._send_join()
 
 

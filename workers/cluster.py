@@ -144,7 +144,7 @@ class Cluster:
     def attach(
         self,
         model: M,
-        optimizer: Optimizer,
+        optimizer: Optimizer | ClusterOptimizer,
         *,
         scheduler: LRScheduler | None = None,
         clip_norm: float | None = None,
@@ -162,6 +162,8 @@ class Cluster:
         """
         if self._replica is not None:
             raise UserError("attach() was called twice", "a cluster trains one model")
+        if isinstance(optimizer, ClusterOptimizer):  # of a training before this one
+            optimizer = optimizer.wrapped
         replica = Replica(
             model,
             optimizer,
@@ -385,8 +387,11 @@ class Cluster:
         if self._gradients is not None:
             with suppress(Exception):  # after an error in the middle of a backward
                 self._gradients.finish()
+            self._gradients.close()
         self.client.goodbye(reason)
         self.client.close()
+        if self._replica is not None:
+            self._replica.give_back()
 
     def __enter__(self) -> Cluster:
         return self

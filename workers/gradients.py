@@ -57,8 +57,10 @@ class Gradients:
         self._thread = ThreadPoolExecutor(1, "gradients")
         self._under_way: list[Future[None]] = []
         self._parts = [[self._part(index, b) for index in b.tensors] for b in plan.buckets]
-        for index, (name, p) in enumerate(replica.params):
+        self._hooks = [
             p.register_post_accumulate_grad_hook(self._hook(index, name))
+            for index, (name, p) in enumerate(replica.params)
+        ]
 
     def begin(self) -> None:
         """A step begins: its buckets are all empty."""
@@ -96,6 +98,13 @@ class Gradients:
         ended, self._under_way = self._under_way, []
         for job in ended:
             job.result()
+
+    def close(self) -> None:
+        """Leave the model to whoever trains it next."""
+        self._open = False
+        for hook in self._hooks:
+            hook.remove()
+        self._thread.shutdown(wait=False)
 
     def _check_untouched(self) -> None:
         """Clipped, scaled or replaced now, a gradient that has left would go on as it was."""

@@ -24,8 +24,9 @@ from paramserver import wire
 from paramserver.bucket import Bucket, plan
 from paramserver.codec import CODECS
 from paramserver.errors import PeerError, UserError
-from workers.checks import check, refuse_step, schedule_state
+from workers.checks import allow_step, check, refuse_step, schedule_state
 from workers.state import as_bytes, dtype_name
+from workers.travel import HINTS, there_and_back
 
 NORM_LAYERS = (nn.modules.batchnorm._NormBase,)
 SCHEDULE_BY = ("step", "epoch")
@@ -99,6 +100,20 @@ class Replica:
         self._present: list[int] = [0] * len(self.layout.tensors)  # buckets with a gradient for it
         self._exchanged = [b for _, b in (*self.stats, *self.counts)]
         self._held = [b.detach().clone() for b in self._exchanged]  # as of this step
+        self._begin_as_others_will()
+        self._has_stepped = False  # what an optimizer keeps is known after its first step
+
+    def _begin_as_others_will(self) -> None:
+        """Send the state to ourselves, once: what cannot travel is found out now, by `UserError`,
+        and what becomes of a number on its way (numpy's are Python's then) happens to all."""
+        state = {part: there_and_back(part, self.state()[part]) for part in HINTS}
+        try:
+            self.load({**state, "ledger": None}, self.step, self.lineage)
+        except ValueError as e:
+            raise UserError(
+                f"its own state cannot be loaded again: {e}",
+                "what state_dict() gives must be what load_state_dict() takes",
+            ) from None
 
     def check_unchanged(self) -> None:
         """Raise `UserError` where something else is trained than when this replica was made."""
@@ -164,6 +179,9 @@ class Replica:
                 self._schedule()
         self.step, self.lineage, self.ledger = close.step, close.lineage, close.ledger
         self.forget_averages()
+        if not self._has_stepped:
+            self._has_stepped = True
+            there_and_back("optimizer", self.optimizer.state_dict())
 
     def _due(self, close: wire.Close) -> int:
         """How often the schedule is stepped with this update; one that has an end stays there, for
@@ -213,13 +231,18 @@ class Replica:
             if self.scheduler is not None and state["scheduler"] is not None:
                 self.scheduler.load_state_dict(state["scheduler"])
             self.ledger = state["ledger"]
-        except (KeyError, RuntimeError, TypeError, AttributeError) as e:
-            raise ValueError(str(e)) from None
+        except Exception as e:  # the user's own load_state_dict may raise anything
+            raise ValueError(f"{type(e).__name__}: {e}") from None
         with torch.no_grad():
             for buffer, held in zip(self._exchanged, self._held, strict=True):
                 held.copy_(buffer)
         self.step, self.lineage = step, lineage
         self.forget_averages()
+
+    def give_back(self) -> None:
+        """The training is over: the schedule is its owner's again."""
+        if self.scheduler is not None:
+            allow_step(self.scheduler)
 
     def change_learning_rate(self, before: float, now: float) -> None:
         """Go on with another one than the state that was loaded; a schedule goes on from it."""
