@@ -23,7 +23,7 @@ While a snapshot is given no round is open; while a round is open no snapshot st
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import msgspec
 
@@ -53,6 +53,7 @@ from paramserver.members import (
     Tally,
 )
 from paramserver.norms import Norms
+from paramserver.sentences import Sentences
 from paramserver.wire import (
     FINISHED,
     Abort,
@@ -78,6 +79,17 @@ from paramserver.wire import (
 )
 
 ENDING_TIMEOUTS = 3  # heartbeat timeouts that the observer has for its next sign of catching up
+MAX_WAIT_TIMEOUTS = 3  # heartbeat timeouts that a derived wait is at most
+EMPTY_ROUNDS = 3  # that a worker may bring nothing to, though they waited as long as they do
+REST_ROUNDS = 10  # that go on without it then, doubled each time
+REST_DOUBLINGS = 6
+WASTED_SNAPSHOTS = 3  # in a row that brought nobody who contributes: the next one waits
+WAIT_DOUBLINGS = 5
+SNAPSHOTS_FOR_WRONG = 3  # that a replica takes because its weights are not those of the others
+SLOW_ROUNDS = 20  # in a row that wait longer for one than for all others, before it is said
+SLOW_S = 0.1
+DEAF_STEPS = 20  # who fetches at more than this share of them gets nothing of what is published
+DEAF_SHARE = 0.7
 LEASES_HELD = 2  # one being computed, one whose data loads meanwhile
 DERIVED_TIMEOUT_MIN_S = 1.0
 
@@ -145,12 +157,22 @@ class Rounds:
             )
         self.norms = Norms(rules.max_norm_ratio)
         self._digests = Digests()
+        self.digests: dict[int, tuple[str, int, str]] = {}
+        """By id: name, step and digest that a replica told when it left."""
+        self.deaf: set[str] = set()
+        """Sessions of those that seem to get nothing of what is published."""
+        self.prompted: set[str] = set()
+        """Sessions of those for whom rounds wait: they are told on their link that one is open."""
+        self._sentences = Sentences()
         self._bad_rounds = 0  # in a row
         self._log_begun = False  # an update follows the first state
         self._lineages: dict[int, str] = {}  # of the steps whose successors can be fetched
         self._rounds = 0
         self._snapshots = 0
-        self._snapshot_rests = False  # one round goes first after an aborted snapshot
+        self._snapshot_rests = False  # one round goes first after a snapshot
+        self._wasted = 0  # snapshots in a row that brought nobody who then contributed
+        self._wasted_by: dict[int, int] = {}  # worker id -> the same, of this one
+        self._next_snapshot_at = now  # not before, as long as rounds can go on
         self._count_buckets = count_buckets
         self._buckets = 0
         self._ready_since: float | None = None  # the first worker is ready
@@ -207,7 +229,7 @@ class Rounds:
         if self._comeback is not None:
             self._comeback.greeted(nonce)
         if role == "worker":
-            self._say(f"{peer.name} is here")
+            self._say(f"{peer.name} is here", peer)
         self._progress(now)
         return peer, "", self._out()
 
@@ -316,29 +338,56 @@ class Rounds:
     def digest(self, session: str, step: int, digest: str, now: float) -> list[Effect]:
         """A replica tells the digest of its weights at a step."""
         peer = self.peers[session]
-        if peer.state != REPLICA or peer.join is None or not peer.replica_since < step <= self.step:
+        if not _believed(peer) or peer.join is None or not peer.replica_since < step <= self.step:
             return self._out()
         kind = peer.join.kind
         alike = {
             p.id: p
             for p in self.peers.values()
-            if p.state == REPLICA and p.join and p.join.kind == kind and p.replica_since < step
+            if _believed(p) and p.join and p.join.kind == kind and p.replica_since < step
         }
         for id in self._digests.report(step, kind, peer.id, digest, alike):
             if (wrong := alike.get(id)) is not None:
-                self._warn(f"{wrong.name} has other weights than the rest: it takes a snapshot")
-                wrong.wrong = True
-                self._take_out(wrong, "has other weights than the rest", now)
-                self._send(wrong, Greet(join=True))
+                self._is_wrong(wrong, [p.name for p in alike.values() if p is not wrong], now)
         self._progress(now)
         return self._out()
 
-    def leave(self, session: str, reason: str, now: float) -> list[Effect]:
-        """A Goodbye."""
+    def _is_wrong(self, peer: Peer, others: list[str], now: float) -> None:
+        """Most others of its kind have other weights. A snapshot helps, but one that is found wrong
+        again and again would take snapshots for ever, perhaps because another one lies."""
+        peer.found_wrong += 1
+        if peer.found_wrong > SNAPSHOTS_FOR_WRONG:
+            if peer.found_wrong == SNAPSHOTS_FOR_WRONG + 1:
+                self._warn(
+                    f"{peer.name} and {', '.join(others)} have other weights again, after "
+                    f"{SNAPSHOTS_FOR_WRONG} snapshots: one of them is broken; stop that one"
+                )
+            return
+        self._warn(f"{peer.name} has other weights than the rest: it takes a snapshot", peer)
+        giver = self.peers.get(peer.given_by)
+        if giver is not None:
+            giver.failed_gives += 1
+        peer.wrong = True
+        self._take_out(peer, "has other weights than the rest", now)
+        self._send(peer, Greet(join=True))
+
+    def fetches(self, session: str) -> None:
+        """A replica fetches updates that were published: see `_look_for_the_deaf`."""
+        peer = self.peers[session]
+        if peer.fetched_at != self.step:  # who is far behind fetches again and again at one step
+            peer.fetched_at = self.step
+            peer.fetches += 1
+
+    def leave(
+        self, session: str, reason: str, now: float, step: int = 0, digest: str = ""
+    ) -> list[Effect]:
+        """A Goodbye; `digest` is of its weights at `step`, which only a member can know."""
         peer = self.peers.get(session)
         if peer is not None:
+            if digest and _believed(peer) and peer.replica_since <= step <= self.step:
+                self.digests[peer.id] = (peer.name, step, digest)
             if not self.ended:
-                self._say(f"{peer.name} left: {reason}")
+                self._say(f"{peer.name} left: {reason}", peer)
             self._remove(peer, "left", now)
             workers = any(p.role == "worker" for p in self.peers.values())
             if isinstance(self.ledger, OwnLedger) and reason == FINISHED and not workers:
@@ -362,13 +411,14 @@ class Rounds:
         member.tells(push.samples)
         if bad is not None:
             member.bad = bad
-            self._warn(f"round {current.number}: {peer.name} refused: {bad}")
+            self._warn(f"round {current.number}: {peer.name} refused: {bad}", peer)
             self._send(peer, Refused(round=push.round, reason=bad))
             self._out_of_round(member, bad, now)
         else:
             current.take(member, push)
             if current.whole(member):
                 peer.took(now - current.opened_at)
+                member.whole_at = now
                 current.look_for_quorum(now)
             self._effects += current.advance(push.bucket)
         self._progress(now)
@@ -385,26 +435,47 @@ class Rounds:
             return None, [Send(session, Abort(message.snapshot, "this snapshot is over"))]
         if isinstance(message, Abort):
             if session in (snap.giver, snap.joiner):
-                if session == snap.giver:
-                    self.peers[session].failed_gives += 1  # the next one is asked of another
-                self._abort_snapshot(message.reason, but=self.peers[session])
+                gives = session == snap.giver
+                if not gives:  # the next one comes from another
+                    self.peers[snap.giver].failed_gives += 1
+                self._abort_snapshot(message.reason, now, but=self.peers[session], by_giver=gives)
                 self._progress(now)
             return None, self._out()
-        source = snap.joiner if isinstance(message, Want) else snap.giver
+        source, goal = snap.giver, snap.joiner
+        if isinstance(message, Want):
+            source, goal = goal, source
         if session != source:
             return None, [Send(session, Reject("not your part of this snapshot"))]
-        snap.progress_at = now
-        snap.waits_for = snap.giver if isinstance(message, Want) else snap.joiner
-        return snap.waits_for, []
+        if isinstance(message, Manifest):
+            if snap.pieces is not None:
+                return None, []
+            wrong = snap.tells(message)
+            if (message.step, message.lineage) != (self.step, self.lineage):
+                wrong = f"another state than that of step {self.step}"
+            if wrong is not None:
+                giver = self.peers[snap.giver]
+                why = f"{giver.name} gives what cannot be: {wrong}"
+                self._abort_snapshot(why, now, by_giver=True)
+                self._progress(now)
+                return None, self._out()
+        return (goal if snap.advance(message, now) else None), []
 
     def adopted(self, session: str, number: int, now: float) -> list[Effect]:
-        """The joiner holds the snapshot."""
+        """The joiner holds the snapshot, if all of it went through this server."""
         snap, peer = self.snapshot, self.peers[session]
         if snap is not None and snap.number == number and session == snap.joiner:
+            if not snap.complete:
+                had = f"{len(snap.delivered)} of {snap.pieces or 'unknown'} pieces"
+                self._abort_snapshot(f"{peer.name} says that it holds it, after {had}", now)
+                self._progress(now)
+                return self._out()
             self._becomes_replica(peer)
-            peer.wrong = False
+            peer.wrong, peer.owes = False, peer.role == "worker"
+            peer.given_by = snap.giver
+            self.peers[snap.giver].failed_gives = 0
             self.snapshot = None
-            self._say(f"{peer.name} took a snapshot of step {self.step}")
+            self._snapshot_rests = True
+            self._say(f"{peer.name} took a snapshot of step {self.step}", peer)
             self._progress(now)
         elif peer.state == GREETED:
             self._send(peer, Greet(join=True))  # it was called off while this was on its way
@@ -418,14 +489,20 @@ class Rounds:
             timeout = self.rules.heartbeat_timeout
             for peer in list(self.peers.values()):
                 if now - peer.last_seen > timeout:
-                    self._warn(f"{peer.name} is gone: silent for {now - peer.last_seen:.1f} s")
+                    silent_s = now - peer.last_seen
+                    self._warn(f"{peer.name} is gone: silent for {silent_s:.1f} s", peer)
                     self._remove(peer, f"gone, silent for {now - peer.last_seen:.1f} s", now)
             snap = self.snapshot
             if snap is not None and now - snap.progress_at > timeout:
                 culprit = self.peers[snap.waits_for]
-                if snap.waits_for == snap.giver:
-                    culprit.failed_gives += 1
-                self._abort_snapshot(f"{culprit.name} was silent for {timeout:g} s")
+                why = f"{culprit.name} was silent for {timeout:g} s"
+                self._abort_snapshot(why, now, by_giver=snap.waits_for == snap.giver)
+            elif (
+                snap is not None
+                and now - snap.began_at > snap.limit_s(timeout)
+                and self._enough(self.workers_ready(), now)  # who wait for its end
+            ):
+                self._abort_snapshot(f"it is not over after {now - snap.began_at:.0f} s", now)
             self._close_if_due(now)
             if now - self._busy_at > self.rules.idle_timeout and not self.coming_back:
                 self._begin_end(
@@ -435,6 +512,8 @@ class Rounds:
                 )
             self._progress(now)
             self._say_phase(now)
+            for sentence in self._sentences.left_out(now):
+                self._warn(sentence)
         return self._out()
 
     def next_deadline(self) -> float | None:
@@ -463,8 +542,11 @@ class Rounds:
         ]
         known = [t for t in times if t is not None]
         if len(known) < len(times) or not known:
-            return 3 * self.rules.heartbeat_timeout
-        return min(max(DERIVED_TIMEOUT_MIN_S, 3 * max(known)), 3 * self.rules.heartbeat_timeout)
+            return MAX_WAIT_TIMEOUTS * self.rules.heartbeat_timeout
+        return min(
+            max(DERIVED_TIMEOUT_MIN_S, 3 * max(known)),
+            MAX_WAIT_TIMEOUTS * self.rules.heartbeat_timeout,
+        )
 
     # ------------------------------------------------------------------ what others may ask
 
@@ -594,11 +676,17 @@ class Rounds:
     def _send(self, peer: Peer, message: Message) -> None:
         self._effects.append(Send(peer.session, message))
 
-    def _say(self, text: str) -> None:
-        self._effects.append(Say(text))
+    def _say(self, text: str, about: Peer | None = None, *, warning: bool = False) -> None:
+        """A sentence for people; those about one worker are limited (`Sentences`)."""
+        if about is None or about.id == 0 or self.may_say(about.id, about.name):
+            self._effects.append(Say(text, warning=warning))
 
-    def _warn(self, text: str) -> None:
-        self._effects.append(Say(text, warning=True))
+    def _warn(self, text: str, about: Peer | None = None) -> None:
+        self._say(text, about, warning=True)
+
+    def may_say(self, id: int, name: str) -> bool:
+        """May one more sentence about this worker be told?"""
+        return self._sentences.may(id, name)
 
     def _say_phase(self, now: float) -> None:
         """A pause is told when it begins, not every time somebody looks."""
@@ -612,16 +700,24 @@ class Rounds:
         """Who is late is told when it changes, not every step."""
         late = frozenset(close.late)
         if late != self._said_late:
-            if close.reason:
-                self._warn(close.reason)
-            else:
-                self._say(f"round {close.round} closed with everybody again")
+            changed = min(late ^ self._said_late)  # its sentences are limited
+            if self.may_say(changed, f"worker {changed}"):
+                if close.reason:
+                    self._warn(close.reason)
+                else:
+                    self._say(f"round {close.round} closed with everybody again")
         self._said_late = late
 
     def _take_out(self, peer: Peer, why: str, now: float) -> None:
         """Nothing is expected of this peer any more, until it joins (again)."""
         if self.snapshot and peer.session in (self.snapshot.giver, self.snapshot.joiner):
-            self._abort_snapshot(f"{peer.name} {why}", but=peer)
+            gives = peer.session == self.snapshot.giver
+            self._abort_snapshot(f"{peer.name} {why}", now, but=peer, by_giver=gives)
+        if peer.owes:
+            peer.owes = False
+            self._snapshot_was_wasted(peer, now)
+        self.deaf.discard(peer.session)
+        self.prompted.discard(peer.session)
         if self.round and (member := self.round.member_of(peer)):
             self._out_of_round(member, why, now)
         self._return_leases(peer)
@@ -691,6 +787,10 @@ class Rounds:
             except ValueError as e:
                 self._send(peer, Reject(f"the checkpoint's ledger cannot be right: {e}"))
                 return False
+        if message.step < 0:
+            self._send(peer, Reject(f"there is no step {message.step} to begin at"))
+            return False
+        peer.proven = True
         self.layout, self._buckets = message.layout, buckets
         self.recipe = message.recipe
         self.step, self.lineage = message.step, message.lineage
@@ -758,7 +858,7 @@ class Rounds:
         """Fill everybody up to two leases: first what is due now for all, then what comes after."""
         if self.ledger is None:
             return
-        ready = self.workers_ready()
+        ready = self._takers()
         for count in range(1, LEASES_HELD + 1):
             for peer in ready:
                 if len(peer.leases) < count and peer.ready is not None:
@@ -787,7 +887,10 @@ class Rounds:
         deadline = self.next_deadline()
         if deadline is None or now < deadline or self.round is None:
             return
+        longest = MAX_WAIT_TIMEOUTS * self.rules.heartbeat_timeout
+        patient = self.rules.timeout is not None or self.wait_s() >= longest
         for member in self.round.expected():
+            member.timed_out = patient
             self._out_of_round(member, self._lateness(member, self.round, now), now)
 
     def _lateness(self, member: Member, current: Round, now: float) -> str:
@@ -857,6 +960,10 @@ class Rounds:
             peer = self.peers.get(m.session)
             if peer is not None and m.lease in peer.leases:
                 peer.leases.remove(m.lease)
+            if peer is not None:
+                self._judge(peer, m, how)
+        self._look_for_the_slow(current, now)
+        self._look_for_the_deaf()
         refused = any(m.bad is not None for m in current.members.values())
         self._bad_rounds = self._bad_rounds + 1 if refused and not contributors else 0
         weight = sum(n for n, _ in losses)
@@ -899,9 +1006,9 @@ class Rounds:
         """Open the next round, or start a snapshot, if something stands in the way of neither."""
         if self.snapshot is not None or self.round is not None or self._everything_done():
             return None
-        ready = self.workers_ready()
+        ready = self._takers()
         may_open = self._enough(ready, now)
-        if (not self._snapshot_rests or not may_open) and self._start_snapshot(now):
+        if self._start_snapshot(now, only=self._may_take_snapshot(now) if may_open else None):
             return None
         if not may_open:
             return None
@@ -937,37 +1044,145 @@ class Rounds:
             now >= self._ready_since + self.rules.join_timeout
         )
 
+    # ------------------------------------------------------------------ inside: who holds up others
+
+    def _takers(self) -> list[Peer]:
+        """The workers that get leases: those that are ready, without those that brought nothing to
+        the last rounds, unless too few would be left."""
+        ready = self.workers_ready()
+        takers = [p for p in ready if p.rests_until <= self._rounds]
+        return takers if len(takers) >= max(1, self.rules.min_workers) else ready
+
+    def _judge(self, peer: Peer, member: Member, how: str) -> None:
+        """What a member's part in a closed round says about it."""
+        if how == DONE:
+            peer.proven = True
+            if peer.owes:
+                peer.owes = False
+                self._wasted_by.pop(peer.id, None)
+                self._wasted = 0
+        if member.got:
+            peer.empty_rounds = peer.rests = 0
+        elif member.timed_out:
+            peer.empty_rounds += 1
+            if peer.empty_rounds >= EMPTY_ROUNDS and len(self._takers()) > 1:
+                rounds = REST_ROUNDS * 2 ** min(peer.rests, REST_DOUBLINGS)
+                peer.rests += 1
+                peer.rests_until = self._rounds + rounds
+                self._return_leases(peer)
+                self._warn(
+                    f"{peer.name} brought nothing to {peer.empty_rounds} rounds in a row, however "
+                    f"long they waited: the next {rounds} go on without it",
+                    peer,
+                )
+
+    def _look_for_the_slow(self, current: Round, now: float) -> None:
+        """A round that waits for one member most of its time has a sentence, once."""
+        ends = sorted((m.whole_at, w) for w, m in current.members.items() if m.whole_at is not None)
+        if len(ends) < 2 or len(ends) < len(current.members):
+            return
+        (before, _), (last, slowest) = ends[-2:]
+        for worker, member in current.members.items():
+            peer = self.peers.get(member.session)
+            if peer is None:
+                continue
+            held_s = last - before
+            holds_up = worker == slowest and held_s > max(SLOW_S, (now - current.opened_at) / 2)
+            peer.slow_rounds = peer.slow_rounds + 1 if holds_up else 0
+            if peer.slow_rounds == SLOW_ROUNDS:
+                self.prompted.add(peer.session)
+                if not peer.said_slow:
+                    peer.said_slow = True
+                    self._warn(
+                        f"every round waits {held_s:.2f} s for {peer.name}: the others are done "
+                        f"after {before - current.opened_at:.2f} s",
+                        peer,
+                    )
+
+    def _look_for_the_deaf(self) -> None:
+        """Who fetches nearly every update seems to get nothing of what is published."""
+        if self.step % DEAF_STEPS:
+            return
+        for peer in self.peers.values():
+            if peer.fetches > DEAF_SHARE * DEAF_STEPS and peer.session not in self.deaf:
+                self.deaf.add(peer.session)
+                self._warn(
+                    f"{peer.name} fetches nearly every update: it seems to get nothing of what is "
+                    "published (is the port after the server's blocked?); it is sent on its link",
+                    peer,
+                )
+            peer.fetches = 0
+
     # ------------------------------------------------------------------ inside: snapshots
 
-    def _start_snapshot(self, now: float) -> bool:
-        """Between rounds, the first one who waits for a snapshot gets it. Is one under way now?"""
+    def _may_take_snapshot(self, now: float) -> Collection[str]:
+        """The roles that need not wait for a snapshot while rounds can go on: nobody right after
+        another one, and no workers as long as those before made nothing of theirs."""
+        if self._snapshot_rests:
+            return ()
+        return ("observer", "worker") if now >= self._next_snapshot_at else ("observer",)
+
+    def _start_snapshot(self, now: float, only: Collection[str] | None = None) -> bool:
+        """Between rounds, the first one who waits for a snapshot (and has one of these roles) gets
+        it; those who made nothing of theirs come last. Is one under way now?"""
         if self.snapshot is not None or self.round is not None:
             return self.snapshot is not None
-        joiner = next(
+        joiner = min(
             (
                 p
                 for p in self.peers.values()
-                if p.state == WAITING and p.join and (self.ending is None or p.role == "observer")
+                if p.state == WAITING
+                and p.join
+                and (self.ending is None or p.role == "observer")
+                and (only is None or p.role in only)
             ),
-            None,
+            key=lambda p: self._wasted_by.get(p.id, 0),
+            default=None,
         )
         givers = [p for p in self.peers.values() if p.state == REPLICA]
         if joiner is None or not givers:
             return False
-        giver = min(givers, key=lambda p: (p.failed_gives, p.id))  # the observer's id is 0
+        # The observer's id is 0. Who has proven nothing yet is the last to be asked.
+        giver = min(
+            givers, key=lambda p: (p.failed_gives, p.role == "worker" and not p.proven, p.id)
+        )
         self._snapshots += 1
         self.snapshot = Snapshot(self._snapshots, giver.session, joiner.session, now)
         joiner.state = ADOPTING
         self._send(giver, Give(snapshot=self._snapshots, step=self.step, lineage=self.lineage))
         return True
 
-    def _abort_snapshot(self, why: str, but: Peer | None = None) -> None:
+    def _snapshot_was_wasted(self, joiner: Peer, now: float) -> None:
+        """Nobody who contributes came of a snapshot: after some of these in a row the next ones
+        wait, so that who joins again and again, by whatever name, does not stop the training."""
+        if joiner.role == "observer":
+            return
+        self._wasted += 1
+        self._wasted_by[joiner.id] = self._wasted_by.get(joiner.id, 0) + 1
+        beyond = min(self._wasted - WASTED_SNAPSHOTS, WAIT_DOUBLINGS)
+        if beyond > 0:
+            wait_s = self.rules.heartbeat_timeout * 2 ** (beyond - 1)
+            self._next_snapshot_at = now + wait_s
+            self._warn(
+                f"{self._wasted} snapshots in a row brought nobody who took part then: rounds go "
+                f"on for {wait_s:.0f} s before the next one",
+                joiner,
+            )
+
+    def _abort_snapshot(
+        self, why: str, now: float, but: Peer | None = None, by_giver: bool = False
+    ) -> None:
         """Both sides are told, `but` not the one who knows: it would join again once more."""
         snap = self.snapshot
         assert snap is not None
         self.snapshot = None
         self._snapshot_rests = True
-        self._warn(f"snapshot {snap.number} is off: {why}")
+        joiner = self.peers[snap.joiner]
+        self._warn(f"snapshot {snap.number} is off: {why}", joiner)
+        if by_giver:
+            self.peers[snap.giver].failed_gives += 1
+        else:
+            self._snapshot_was_wasted(joiner, now)
         for session in (snap.giver, snap.joiner):
             peer = self.peers.get(session)
             if peer is not None:
@@ -975,3 +1190,9 @@ class Rounds:
                     self._send(peer, Abort(snapshot=snap.number, reason=why))
                 if peer.state == ADOPTING:
                     peer.state = GREETED  # it joins again when it has understood
+
+
+def _believed(peer: Peer) -> bool:
+    """Does what it says about its weights count? Only that of a replica of which the log holds
+    something, and the observer's, which has shown its key: a greeting proves nothing."""
+    return peer.state == REPLICA and (peer.role == "observer" or peer.proven)

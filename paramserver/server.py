@@ -11,7 +11,7 @@ import math
 import time
 import uuid
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from itertools import chain
 from typing import Any, Protocol
@@ -149,8 +149,6 @@ class Server:
         self.watcher = watcher
         self.sent_bytes = 0
         self.received_bytes = 0
-        self.digests: dict[str, tuple[int, str]] = {}
-        """By peer: step and digest of its weights when it said goodbye."""
         self.final_report: wire.Report | None = None
         self.first_open_at: float | None = None
         self.closed_at: float | None = None
@@ -231,6 +229,11 @@ class Server:
             if self._gate is not None:
                 self._gate.watch(socket, closed)
             sockets.bind(socket, plain, closed, keys)
+
+    @property
+    def digests(self) -> dict[str, tuple[int, str]]:
+        """By peer: step and digest of its weights when it said goodbye."""
+        return {name: (step, digest) for name, step, digest in self.rounds.digests.values()}
 
     # ------------------------------------------------------------------ the loop
 
@@ -369,7 +372,8 @@ class Server:
             case wire.Manifest() | wire.Want() | wire.Piece() | wire.Abort():
                 goal, effects = r.route(session, message, now)
                 if goal is not None:
-                    self._send(goal, message, *buffers)
+                    content = buffers[:1] if isinstance(message, wire.Piece) else ()
+                    self._send(goal, message, *content)
                 self._carry_out(effects)
             case wire.Digest():
                 self._carry_out(r.digest(session, message.step, message.digest, now))
@@ -386,10 +390,8 @@ class Server:
                 if r.peers[session].role == "observer":
                     self.watcher.problem(message.text)
             case wire.Goodbye():
-                peer = r.peers[session]
-                if message.digest:
-                    self.digests[peer.name] = (message.step, message.digest)
-                self._carry_out(r.leave(session, message.reason, now))
+                said = (message.reason, now, message.step, message.digest)
+                self._carry_out(r.leave(session, *said))
             case _:
                 raise PeerError(f"a {type(message).__name__} is not for the server")
 
@@ -520,6 +522,7 @@ class Server:
         if not self.rounds.knows(fetch.step, fetch.lineage):
             self._carry_out(self.rounds.behind(session, now))
             return
+        self.rounds.fetches(session)
         route = self._routes[session]
         for update in self._history.after(fetch.step):
             for frames in update.messages:
@@ -544,6 +547,8 @@ class Server:
                     if isinstance(effect.message, wire.Open) and self.first_open_at is None:
                         self.first_open_at = time.monotonic()
                     self._publish(effect.message)
+                    if isinstance(effect.message, wire.Open):
+                        self._prompt(self.rounds.deaf | self.rounds.prompted)
                 case Send():
                     self._send(effect.session, effect.message)
                 case Say():
@@ -652,6 +657,10 @@ class Server:
                 stamp=self._round_stamp or 0,
             )
         )
+        for session in self.rounds.deaf:
+            for message in (*self._averages, frames):
+                self._send_frames(self._routes.get(session, b""), message, copy=bool(self._ring))
+        self._prompt(self.rounds.prompted)
         self._forget_overwritten()
         self.closed_at = time.monotonic()
         self._forget_round(close.buckets)
@@ -685,6 +694,11 @@ class Server:
             self._send(session, pulse)
             if self.rounds.ended is not None:  # it may have been out when that was told
                 self._send(session, self.rounds.ended)
+
+    def _prompt(self, sessions: Collection[str]) -> None:
+        """Tell these on their links that a round is open, as the next pulse would."""
+        for session in sessions:
+            self._send(session, self.rounds.pulse(time.monotonic()))
 
     def _publish(self, message: wire.Message) -> None:
         self._publish_frames(wire.to_frames(message))

@@ -204,7 +204,24 @@ class Run:
         return self._out(self.rounds.leave(session(who), reason, self.now))
 
     def adopted(self, who: int, number: int, life: str = "") -> list[str]:
+        """The snapshot has no pieces."""
+        snap = self.rounds.snapshot
+        if snap is not None and snap.number == number and snap.pieces is None:
+            self.rounds.route(snap.giver, self.manifest(), self.now)
         return self._out(self.rounds.adopted(session(who, life), number, self.now))
+
+    def manifest(self, *sizes: int, **fields: Any) -> wire.Manifest:
+        """Of the snapshot under way: tensors of these sizes, in bytes; a piece has 10."""
+        snap = self.rounds.snapshot
+        usual = {
+            "snapshot": snap.number if snap else 0,
+            "step": self.rounds.step,
+            "lineage": self.rounds.lineage,
+            "tree": "{}",
+            "tensors": tuple(("uint8", (size,)) for size in sizes),
+            "piece_bytes": 10,
+        }
+        return wire.Manifest(**{**usual, **fields})
 
     def route(self, who: int, m: Any) -> tuple[str | None, list[str]]:
         goal, effects = self.rounds.route(session(who), m, self.now)

@@ -39,6 +39,7 @@ FLOORS = {
     "paramserver paramserver.comeback paramserver.digests paramserver.effects "
     "paramserver.errors paramserver.jointoken paramserver.ledger paramserver.members "
     "paramserver.norms paramserver.paths paramserver.problems paramserver.rounds "
+    "paramserver.sentences "
     "paramserver.schema paramserver.settings paramserver.trace paramserver.wire workers.follow "
     "workers.pace workers.placed "
     "paramserver.terminal",

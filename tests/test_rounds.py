@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -530,10 +531,86 @@ def test_the_derived_timeout_covers_a_steady_slow_machine_and_no_sudden_one() ->
     run.push(1)
     run.tick(run.now + 1.5, 0, 1, 2)
     assert run.rounds.wait_s() == 1.0  # one slow push of many is no habit
-    for _ in range(10):
+    for _ in range(5):
         run.push(1)
         run.tick(run.now + 20.0, 0, 1, 2)
     assert run.rounds.wait_s() == 30.0  # a late push counts as taking until it was given up
+
+
+def rounds_of_one(run: Run, count: int) -> list[str]:
+    """Worker 1 pushes for so many rounds, each of which waits for the others as long as it does."""
+    effects: list[str] = []
+    for _ in range(count):
+        effects += run.push(1)
+        if run.rounds.next_deadline() is not None:
+            effects += run.tick(run.rounds.next_deadline() or 0.0, 0, 1, 2)
+    return effects
+
+
+def test_who_brings_nothing_however_long_they_wait_is_left_out_for_some_rounds() -> None:
+    run = Run(epochs=1000).observer().workers(1, 2)
+    said = [e for e in rounds_of_one(run, 3) if "go on without" in e]
+    assert said == [
+        "# worker 2 (pi) brought nothing to 3 rounds in a row, however long they waited: "
+        "the next 10 go on without it"
+    ]
+    began = run.now
+    rounds_of_one(run, 10)
+    assert run.now == began, "nobody waits for it"
+    assert all(set(close.late) == set() for close in run.closes[-10:])
+    assert "the next 20 go on without it" in " ".join(rounds_of_one(run, 1))
+    rounds_of_one(run, 20)
+    run.push(1), run.push(2)  # it is tried, and is there
+    assert run.closes[-1].contributors == {1: 10, 2: 10}
+    assert "the next 10 go on without it" in " ".join(rounds_of_one(run, 3)), "it begins anew"
+
+
+def test_who_is_late_now_and_then_takes_part_in_every_round() -> None:
+    run = Run(epochs=1000).observer().workers(1, 2)
+    for _ in range(10):
+        rounds_of_one(run, 2)
+        run.push(2, 0)
+        rounds_of_one(run, 1)
+    assert run.rounds.peers["w2"].rests == 0
+
+
+def test_nobody_is_left_out_where_too_few_would_be_left() -> None:
+    run = Run(epochs=1000, min_workers=2).observer().workers(1, 2)
+    rounds_of_one(run, 8)
+    assert all(2 in close.late for close in run.closes)
+
+
+def test_a_round_that_waits_for_one_most_of_the_time_has_a_sentence() -> None:
+    run = Run(epochs=1000).observer().workers(1, 2)
+    said: list[str] = []
+    for _ in range(50):
+        run.now += 0.02
+        run.push(1)
+        run.now += 0.9
+        said += run.push(2)
+    assert [e for e in said if "every round waits" in e] == [
+        "# every round waits 0.90 s for worker 2 (pi): the others are done after 0.02 s"
+    ]
+    assert run.rounds.prompted == {"w2"}
+
+
+def test_who_fetches_nearly_every_update_is_named_and_told_on_its_link() -> None:
+    run = Run(epochs=1000).observer().workers(1, 2)
+    said: list[str] = []
+    for _ in range(45):
+        run.rounds.fetches("w2")
+        run.rounds.fetches("w2")
+        if len(run.closes) % 3 == 0:
+            run.rounds.fetches("w1")
+        run.push(1)
+        said += run.push(2)
+    assert [e for e in said if "fetches" in e] == [
+        "# worker 2 (pi) fetches nearly every update: it seems to get nothing of what is published "
+        "(is the port after the server's blocked?); it is sent on its link"
+    ]
+    assert run.rounds.deaf == {"w2"}
+    run.leave(2)
+    assert run.rounds.deaf == set()
 
 
 # ----------------------------------------------------------------------------- who dies
@@ -961,7 +1038,7 @@ def test_the_parts_of_a_snapshot_go_to_the_other_side() -> None:
     run = Run().observer()
     run.hello(1)
     run.join(1)
-    manifest = wire.Manifest(snapshot=1, step=0, lineage="", tree="", tensors=(), piece_bytes=1)
+    manifest = run.manifest(5)
     want, piece = wire.Want(snapshot=1, piece=0), wire.Piece(snapshot=1, piece=0)
     assert run.route(0, manifest) == ("w1", [])
     assert run.route(1, want) == ("obs", [])
@@ -977,6 +1054,218 @@ def test_the_parts_of_a_snapshot_go_to_the_other_side() -> None:
         None,
         ["w1 <- abort 7: this snapshot is over"],
     )
+
+
+def test_only_what_brings_a_snapshot_nearer_to_its_end_goes_on() -> None:
+    run = Run(num_workers=1).observer().workers(1)
+    run.hello(2)
+    run.join(2)
+    run.push(1)
+    want = [wire.Want(snapshot=2, piece=n) for n in range(-1, 31)]
+    assert run.route(2, want[1]) == (None, []), "there is no manifest yet"
+    assert run.route(0, run.manifest(295, 5))[0] == "w2"
+    assert run.route(0, run.manifest(295, 5)) == (None, []), "it comes once"
+    assert run.route(0, wire.Piece(snapshot=2, piece=0)) == (None, []), "nobody wants it"
+    assert [run.route(2, w)[0] for w in want[1:18]] == ["obs"] * 16 + [None], "that is enough"
+    assert run.route(2, want[0]) == run.route(2, wire.Want(snapshot=2, piece=31)) == (None, [])
+    assert run.route(0, wire.Piece(snapshot=2, piece=3))[0] == "w2"
+    assert run.route(0, wire.Piece(snapshot=2, piece=3)) == (None, []), "it was there"
+    assert run.route(2, wire.Want(snapshot=2, piece=3)) == (None, []), "it was there"
+    assert run.route(2, wire.Want(snapshot=2, piece=16))[0] == "obs"
+
+
+def test_asking_for_the_same_piece_is_no_progress() -> None:
+    run = Run(num_workers=1).observer().workers(1)
+    run.hello(2)
+    run.join(2)
+    run.push(1)
+    run.route(0, run.manifest(100))
+    run.route(2, wire.Want(snapshot=2, piece=0))
+    run.route(0, wire.Piece(snapshot=2, piece=0))
+    for now in range(1, 10):
+        run.tick(float(now), 0, 1, 2)
+        run.route(2, wire.Want(snapshot=2, piece=0))
+    effects = run.tick(10.5, 0, 1, 2)
+    assert effects[0] == "# snapshot 2 is off: worker 2 (pi) was silent for 10 s"
+    assert effects[-1].startswith("all <- open 2")
+
+
+def test_a_snapshot_has_a_limit_in_all() -> None:
+    run = Run(num_workers=1).observer().workers(1)
+    run.hello(2)
+    run.join(2)
+    run.push(1)
+    run.route(0, run.manifest(1000))
+    said: list[str] = []
+    for n in range(60):
+        run.route(2, wire.Want(snapshot=2, piece=n))
+        run.route(0, wire.Piece(snapshot=2, piece=n))
+        said += run.tick(float(n), 0, 1, 2)
+    assert said[0] == "# snapshot 2 is off: it is not over after 31 s"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "why"),
+    [
+        ({"tensors": (("uint8", (2**62,)),)}, "more than 1048576 pieces"),
+        ({"tensors": (("uint8", (2**62, 0)), ("uint8", (11, 2**40)))}, "more than 1048576 pieces"),
+        ({"tensors": (("uint8", (-5,)),)}, "a tensor of 'uint8' and shape (-5,)"),
+        ({"tensors": (("object", (5,)),)}, "a tensor of 'object' and shape (5,)"),
+        ({"piece_bytes": 0}, "pieces of 0 bytes"),
+        ({"step": 7}, "another state than that of step 0"),
+        ({"lineage": "made up"}, "another state than that of step 0"),
+    ],
+)
+def test_a_manifest_that_cannot_be_is_not_passed_on(wrong: dict[str, Any], why: str) -> None:
+    run = Run().observer()
+    run.hello(1)
+    run.join(1)
+    goal, effects = run.route(0, run.manifest(**wrong))
+    assert goal is None
+    assert effects[0].startswith(f"# snapshot 1 is off: the observer gives what cannot be: {why}")
+    assert [e.split(":")[0] for e in but_words(effects)[:2]] == ["obs <- abort 1", "w1 <- abort 1"]
+
+
+def test_adopted_without_all_pieces_is_not_believed() -> None:
+    run = Run(num_workers=1).observer().workers(1)
+    run.hello(2)
+    run.join(2)
+    run.push(1)
+    run.route(0, run.manifest(20))
+    run.route(2, wire.Want(snapshot=2, piece=0))
+    run.route(0, wire.Piece(snapshot=2, piece=0))
+    effects = run.adopted(2, 2)
+    assert effects[0] == (
+        "# snapshot 2 is off: worker 2 (pi) says that it holds it, after 1 of 2 pieces"
+    )
+    assert run.rounds.peers["w2"].state != REPLICA
+
+
+def test_a_giver_whose_snapshots_fail_is_asked_last() -> None:
+    run = Run(observer=False, epochs=100).workers(1, 2)
+    run.push(1), run.push(2)
+    run.hello(3), run.join(3)
+    run.push(1)
+    assert "w1 <- give 2 of step 2" in run.push(2)
+    run.route(3, wire.Abort(2, "a state of another model"))
+    run.join(3)
+    run.push(1)
+    assert "w2 <- give 3 of step 3" in run.push(2)
+    run.snapshot(3)
+    assert run.rounds.peers["w3"].state == REPLICA
+
+
+def test_between_two_snapshots_a_round_goes_on() -> None:
+    run = Run(epochs=100, max_workers=8).observer().workers(1, 2)
+    for who in (3, 4):
+        run.hello(who), run.join(who)
+    run.push(1), run.push(2)
+    effects = run.snapshot(3)
+    assert effects[-1].startswith("all <- open 2"), "although worker 4 waits"
+    run.push(1)
+    assert "obs <- give 4 of step 2" in run.push(2)
+
+
+def test_who_joins_again_and_again_waits_longer_each_time() -> None:
+    """Under any number: what counts is that nobody contributes."""
+    run = Run(epochs=1000, max_workers=64).observer().workers(1, 2)
+    given, rounds = [], 0
+    run.push(1), run.push(2)
+    while run.now < 600:
+        liar = 3 + len(given) % 5
+        run.hello(liar), run.join(liar)
+        run.push(1), run.push(2)
+        if run.rounds.snapshot is not None:
+            given.append(run.now)
+            run.snapshot(liar)
+        run.leave(liar)
+        rounds += 1
+        run.tick(run.now + 1.0, 0, 1, 2)
+    waits = [round(b - a) for a, b in pairwise(given)]
+    assert waits[-1] >= 160 and len(given) < 15, waits
+    assert waits == sorted(waits)
+    run.hello(9), run.join(9)
+    while run.rounds.peers["w9"].state != REPLICA:  # an honest one comes after all
+        run.push(1), run.push(2)
+        run.snapshot(9)
+        run.tick(run.now + 1.0, 0, 1, 2, 9)
+    run.ready(9)
+    run.push(1), run.push(2)
+    run.push(1), run.push(2), run.push(9)
+    assert 9 in run.closes[-1].contributors
+    assert run.rounds._wasted == 0, "and the next one need not wait"
+
+
+def test_the_observer_never_waits_for_what_workers_wasted() -> None:
+    run = Run(epochs=1000).observer().workers(1, 2)
+    run.rounds._next_snapshot_at = 1e9
+    run.leave(0), run.hello(0, "b"), run.join(0, "b")
+    run.push(1)
+    assert "w1 <- give 3 of step 1" in run.push(2)
+
+
+def test_the_lines_about_one_worker_are_limited() -> None:
+    run = Run(epochs=1000, max_workers=8).observer().workers(1, 2)
+    lines: list[str] = []
+    for _ in range(1000):
+        lines += run.hello(3) + run.leave(3)
+    said = [line for line in lines if line.startswith("#")]
+    assert len(said) == 20
+    run.tick(1.0, 0, 1, 2)
+    assert run.tick(31.5, 0, 1, 2) == ["# worker 3 (pi): 1980 more lines about it are left out"]
+    assert run.hello(4) == ["# worker 4 (pi) is here"], "others are told of"
+
+
+def test_the_digest_of_a_goodbye_counts_from_members_only() -> None:
+    run = Run(epochs=1000, max_workers=8).observer().workers(1, 2)
+    run.push(1), run.push(2)
+    run.hello(3)
+    run.hello(4), run.follows(4)  # where the log stands is no secret
+    for who, step in ((3, 1), (4, 1), (1, 2), (2, 1), (0, 1)):
+        run.rounds.leave(session(who), "bye", 0.0, step, f"digest of {who}")
+    assert {id: digest for id, (_, _, digest) in run.rounds.digests.items()} == {
+        2: "digest of 2",
+        0: "digest of 0",
+    }
+
+
+def test_a_digest_of_somebody_who_only_follows_does_not_count() -> None:
+    run = Run(epochs=1000, max_workers=8, num_workers=1).observer().workers(1)
+    for liar in (2, 3, 4):
+        run.hello(liar), run.follows(liar)
+    run.push(1)
+    for liar in (2, 3, 4):
+        assert run.digest(liar, 1, "a lie") == []
+    assert run.digest(1, 1, "true") == []
+    assert run.digest(0, 1, "true") == []
+    assert all(p.state == REPLICA for p in run.rounds.peers.values())
+
+
+def test_one_who_is_found_wrong_again_and_again_takes_no_more_snapshots() -> None:
+    run = Run(observer=False, epochs=1000).workers(1, 2)
+    run.push(1), run.push(2)
+    said: list[str] = []
+    for _ in range(10):
+        step = run.rounds.step
+        said += run.digest(1, step, "a lie") + run.digest(2, step, "true")
+        if run.rounds.peers["w2"].state != REPLICA:
+            run.join(2)
+            run.push(1)
+            run.snapshot(2)
+            run.ready(2)
+        run.push(1), run.push(2)
+        run.push(1), run.push(2)
+    assert sum("it takes a snapshot" in line for line in said) == 3
+    assert [line for line in said if "again" in line and line.startswith("#")] == [
+        "# worker 2 (pi) and worker 1 (pi) have other weights again, after 3 snapshots: "
+        "one of them is broken; stop that one"
+    ]
+
+
+def test_a_run_cannot_begin_before_its_first_step() -> None:
+    run = Run()
+    run.hello(0)
+    assert run.join(0, step=-1) == ["obs <- reject: there is no step -1 to begin at"]
 
 
 def test_joiners_come_one_after_the_other() -> None:
@@ -1020,6 +1309,8 @@ def test_a_silent_joiner_is_named_and_training_goes_on() -> None:
     run.join(2)
     run.push(1)
     run.now = 5.0
+    run.route(0, run.manifest(10))
+    run.route(2, wire.Want(snapshot=2, piece=0))
     run.route(0, wire.Piece(snapshot=2, piece=0))
     assert run.tick(14.9, 0, 1, 2) == []
     effects = run.tick(15.1, 0, 1, 2)

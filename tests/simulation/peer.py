@@ -532,7 +532,7 @@ class Client(Process):
                     step=r.step,
                     lineage=r.lineage,
                     tree="",
-                    tensors=(),
+                    tensors=(("uint8", (PIECES,)),),
                     piece_bytes=1,
                 )
             )

@@ -294,6 +294,7 @@ class Server:
         if not self.rounds.knows(fetch.step, fetch.lineage):
             self._carry_out(self.rounds.behind(session, now))
             return
+        self.rounds.fetches(session)
         after = [u for u in self._history if u.step > fetch.step]
         for update in after[:FETCH_UPDATES]:
             for carried in update.messages:
@@ -367,6 +368,8 @@ class Server:
                     self._close_round(effect.close)
                 case Publish():
                     self._publish(effect.message)
+                    if isinstance(effect.message, wire.Open):
+                        self._prompt(self.rounds.deaf | self.rounds.prompted)
                 case Send():
                     message = effect.message
                     if isinstance(message, wire.Admit) and message.action == "origin":
@@ -423,6 +426,10 @@ class Server:
         self.noted = close.lineage
         self._die_if_due("before a close is told")
         self._publish(close)
+        for session in self.rounds.deaf:
+            for carried in (*self._averages, (close, None)):
+                self._send(session, *carried)
+        self._prompt(self.rounds.prompted)
         self._die_if_due("after a close is told")
         self._history.append(Update(close.step, [*self._averages, (close, None)]))
         while len(self._history) > self.limit:
@@ -441,6 +448,10 @@ class Server:
         route = self._routes.pop(session, None)
         if route is not None:
             self._links.pop(route, None)
+
+    def _prompt(self, sessions: set[str]) -> None:
+        for session in sorted(sessions):
+            self._send(session, self.rounds.pulse(self.world.now))
 
     def _publish(self, message: wire.Message, payload: Any = None) -> None:
         carried = self._encoded(message), payload

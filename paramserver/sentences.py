@@ -1,0 +1,39 @@
+"""How many sentences about one worker people are told: whoever it is, it does not fill the log."""
+
+from __future__ import annotations
+
+AT_ONCE = 20
+ANOTHER_AFTER_S = 30.0
+
+
+class Sentences:
+    """Of each worker `AT_ONCE` sentences, and another one every `ANOTHER_AFTER_S`; what is left out
+    is counted, and told when there is room again. Keeps a few numbers for each worker id."""
+
+    def __init__(self) -> None:
+        self._told: dict[int, int] = {}
+        self._left_out: dict[int, tuple[int, str]] = {}
+        self._since: float | None = None
+
+    def may(self, id: int, name: str) -> bool:
+        """May one more be told about this worker? If so, it counts."""
+        if self._told.get(id, 0) >= AT_ONCE:
+            self._left_out[id] = (self._left_out.get(id, (0, ""))[0] + 1, name)
+            return False
+        self._told[id] = self._told.get(id, 0) + 1
+        return True
+
+    def left_out(self, now: float) -> list[str]:
+        """As time passes: what to say about the sentences that were not told."""
+        if self._since is None:
+            self._since = now
+        if now - self._since < ANOTHER_AFTER_S:
+            return []
+        self._since = now
+        self._told = {id: count - 1 for id, count in self._told.items() if count > 1}
+        told = []
+        for id, (count, name) in sorted(self._left_out.items()):
+            told.append(f"{name}: {count} more lines about it are left out")
+            self._told[id] = AT_ONCE
+        self._left_out.clear()
+        return told
