@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import os
-import random
-import socket
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+import forked
 import psutil
 import pytest
 import torch
+import whole
 from hypothesis import HealthCheck, settings
 
 MARK = "PARAMSERVER_TESTS"
@@ -75,8 +75,12 @@ def family(pids: set[int]) -> list[psutil.Process]:
         with suppress(psutil.Error):
             process = psutil.Process(pid)
             ours = process in children or process.environ().get(MARK) == os.environ[MARK]
-            # The standard library starts its tracker once and keeps it to the end.
-            if ours and "multiprocessing.resource_tracker" not in describe(process):
+            # The standard library starts its tracker once and keeps it to the end, as we do the
+            # process that programs are forked from.
+            stays = pid == forked.parent() or "multiprocessing.resource_tracker" in describe(
+                process
+            )
+            if ours and not stays:
                 found.append(process)
     return found
 
@@ -100,10 +104,4 @@ def zmq_threads() -> int:
 @pytest.fixture
 def free_port() -> int:
     """A port that is free on loopback, and the next one too (ROUTER and PUB)."""
-    # Below the ranges from which Linux and macOS take the ports of outgoing connections.
-    for port in random.sample(range(20_000, 32_000, 2), 100):
-        with suppress(OSError), socket.socket() as first, socket.socket() as second:
-            first.bind(("127.0.0.1", port))
-            second.bind(("127.0.0.1", port + 1))
-            return port
-    raise RuntimeError("no two free ports in a row between 20000 and 32000")
+    return whole.free_port()

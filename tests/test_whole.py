@@ -378,6 +378,7 @@ def test_five_lines_make_ones_own_loop_a_worker(tmp_path: Path) -> None:
     (tmp_path / "loop.py").write_text(LOOP)
     with Run(tmp_path) as run:
         server = run.server("observer=false", "num_epochs=4", "batch_size=8")
+        server.wait_for("server at")  # without one, such a loop trains alone
         crew = [run.start(f"loop {n}", "loop.py", str(run.port), str(n)) for n in (1, 2)]
         for loop in crew:
             loop.wait_for("my loop is over")

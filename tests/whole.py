@@ -24,6 +24,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
+import forked
 import psutil
 import zmq
 
@@ -46,8 +47,10 @@ T = TypeVar("T")
 
 def free_port() -> int:
     """A port that is free on loopback, and the next one too (ROUTER and PUB)."""
-    # Below the ranges from which Linux and macOS take the ports of outgoing connections.
-    for port in random.sample(range(20_000, 32_000, 2), 100):
+    # Below the ranges from which Linux and macOS take the ports of outgoing connections. Each
+    # process of one session has ports of its own: what is free now is bound seconds later.
+    number = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 6
+    for port in random.sample(range(20_000 + 2_000 * number, 22_000 + 2_000 * number, 2), 100):
         with suppress(OSError), socket.socket() as first, socket.socket() as second:
             first.bind((LOOPBACK, port))
             second.bind((LOOPBACK, port + 1))
@@ -61,21 +64,36 @@ def free_port() -> int:
 class Program:
     """A process whose lines (stdout and stderr) are read as they come."""
 
-    def __init__(self, name: str, command: list[str], folder: Path, **environment: str) -> None:
+    def __init__(
+        self,
+        name: str,
+        command: list[str],
+        folder: Path,
+        *,
+        forks: bool = False,
+        **environment: str,
+    ) -> None:
+        """With `forks`, what would be a new Python is forked from one that has imported torch."""
         self.name = name
         self.lines: list[str] = []
         self._new: queue.Queue[str | None] = queue.Queue()
         inherited = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
-        self.process = subprocess.Popen(
-            command,
-            cwd=folder,
-            env={**inherited, "PYTHONPATH": str(CLONE), "PYTHONUNBUFFERED": "1", **environment},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-        )
+        own = {"PYTHONPATH": str(CLONE), "PYTHONUNBUFFERED": "1"}
+        environment = {**inherited, **own, **environment}
+        self.process: subprocess.Popen[str] | forked.Process
+        if forks:
+            self.process = forked.start(command[1:], folder, environment)
+        else:
+            self.process = subprocess.Popen(
+                command,
+                cwd=folder,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+            )
         self._reader = threading.Thread(target=self._read, name=f"output of {name}")
         self._reader.start()
 
@@ -172,13 +190,16 @@ class Run:
         *command: str,
         host: str | None = None,
         folder: Path | None = None,
+        fresh: bool = False,
         **environment: str,
     ) -> Program:
         """A Python program: `command` is what follows `python`; in the network namespace `host`,
-        if one is named, and in that folder instead of the run's."""
+        if one is named, and in that folder instead of the run's. `fresh`: in a new Python, not in
+        a forked one (`forked`)."""
         there = ["ip", "netns", "exec", host] if host else []
-        command = (*there, sys.executable, *command)
-        program = Program(name, list(command), folder or self.folder, **environment)
+        forks = forked.USABLE and not fresh and host is None
+        words = [*there, sys.executable, *command]
+        program = Program(name, words, folder or self.folder, forks=forks, **environment)
         self._programs.append(program)
         return program
 
