@@ -11,17 +11,17 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import msgspec
 from zmq.utils import z85
 
-from paramserver import paths, runfolder, terminal, trace, wire
+from paramserver import paths, runfolder, stored, terminal, trace, wire
 from paramserver.address import LOOPBACK, listen
 from paramserver.bucket import BUCKET_MB, LINKED_BUCKET_MB
 from paramserver.config import exit_on_user_error, load, save, to_wire
@@ -40,7 +40,10 @@ from paramserver.settings import Settings
 from paramserver.sockets import allow_connections, is_loopback
 
 OBSERVER_RESTARTS = 3
+OBSERVER_PROVEN_S = 60.0  # one that ran for so long is started again as if it was the first
 OBSERVER_PATIENCE_S = 90.0
+LOG_LINES, LOG_BYTES = 5, 4096  # of the observer's log, to say why it ended
+MISSING = 3  # exit code
 LOSSES_KEPT = 100
 RATE_S = 3.0
 
@@ -53,7 +56,8 @@ class Show:
         self.folder = folder
         self.display = Display(plain=settings.plain)
         self.losses: deque[tuple[int, float]] = deque(maxlen=LOSSES_KEPT)  # (samples, loss)
-        self.val: dict[str, float | None] = {}
+        self.val: dict[str, float | None] = {}  # of the newest evaluation, which was of this step:
+        self.val_step: int | None = None
         self.problems = Problems()
         self._take_up()
         self._marks: deque[tuple[float, int, int, dict[int, int]]] = deque()  # for the rates
@@ -124,7 +128,7 @@ class Show:
             )
 
     def reported(self, server: Server, report: wire.Report) -> None:
-        self.val = report.values
+        self.val, self.val_step = report.values, report.step
         line = EvalLine(
             step=report.step,
             seconds=self._seconds(server),
@@ -215,6 +219,7 @@ class Show:
             loss=self.train_loss(),
             val_accuracy=self.val.get("val_accuracy"),
             metrics=_metrics(self.val),
+            val_step=self.val_step,
             steps_per_s=rate,
             samples_per_s=(self.samples - samples) / seconds if seconds > 0 else None,
             eta_s=left / rate if left is not None and rate else None,
@@ -246,9 +251,16 @@ class ObserverProcess:
     """The observer beside the server: started, looked after, started again when it dies."""
 
     def __init__(
-        self, settings: Settings, folder: RunFolder, run: str, key: str, resume: Path | None
+        self,
+        settings: Settings,
+        folder: RunFolder,
+        run: str,
+        key: str,
+        resume: Path | None,
+        problem: Callable[[str], None],
     ) -> None:
         self._folder = folder
+        self._problem = problem
         self._orders = {
             "host": LOOPBACK,
             "port": settings.port,
@@ -258,13 +270,15 @@ class ObserverProcess:
             "settings": asdict(settings),
             "resume": None if resume is None else str(resume),
         }
-        self._starts = 0
+        self._deaths = 0  # in a row, but for what ran well in between
+        self._started_at = 0.0
+        self._here_at: float | None = None  # when this process was last known to the server
         self.problem: UserError | None = None
         self._process: subprocess.Popen[bytes] | None = None
 
     def _start(self) -> subprocess.Popen[bytes]:
-        self._starts += 1
-        with open(self._folder.observer_log, "ab") as log:
+        self._started_at, self._here_at = time.monotonic(), None
+        with self._open_log() as log:
             process = subprocess.Popen(
                 [sys.executable, "-m", "workers.observe"],
                 stdin=subprocess.PIPE,
@@ -279,6 +293,13 @@ class ObserverProcess:
             process.stdin.flush()  # and stays open: its end tells that the server is gone
         return process
 
+    def _open_log(self) -> BinaryIO:
+        try:
+            return open(self._log, "ab")
+        except OSError as error:
+            self._problem(f"{self._log} cannot be written, the observer runs without: {error}")
+            return open(os.devnull, "ab")
+
     def look(self, server: Server) -> None:
         """Has it ended? Then start it again, or end the run where that cannot help."""
         if self._process is None:
@@ -286,23 +307,47 @@ class ObserverProcess:
                 self._process = self._start()
                 server.rounds.observer_comes = True
             return
+        now, ended = time.monotonic(), server.rounds.ended is not None
+        if server.rounds.observer is not None:
+            self._here_at = now
+        elif server.rounds.ending and not ended and self._hangs(now, server):
+            server.watcher.say("the observer does not answer: it is ended", True)
+            self._process.kill()
+            self._process.wait()
         code = self._process.poll()
         server.rounds.observer_comes = code is None
-        if code is None or server.rounds.ended is not None:
+        if code is None or ended or self.problem is not None:
             return
+        well = now - self._started_at > OBSERVER_PROVEN_S
+        self._deaths = 1 if well else self._deaths + 1
         if code == 2:
-            self.problem = UserError(*_last_error(self._folder.observer_log))
-            server.stop("the observer could not start")
-        elif self._starts > OBSERVER_RESTARTS:
-            self.problem = UserError(
-                f"the observer ended {self._starts} times (exit code {code})",
-                f"see {self._folder.observer_log}",
+            self._cannot(server, "the observer could not start", _last_error(self._log))
+        elif self._deaths > OBSERVER_RESTARTS:
+            why = f"the observer ended {self._deaths} times in a row, the last time {_how(code)}"
+            self._cannot(
+                server, "the observer cannot be kept running", (why, _last_lines(self._log))
             )
-            server.stop("the observer cannot be kept running")
         else:
-            server.watcher.say(f"the observer ended (exit code {code}): starting it again", True)
-            self._orders["resume"] = None  # the run goes on: it takes a snapshot
+            server.watcher.say(f"the observer ended ({_how(code)}): starting it again", True)
+            if server.rounds.log_begun:
+                self._orders["resume"] = None  # others hold what follows: it takes a snapshot
             self._process = self._start()
+            server.rounds.observer_comes = True
+
+    def _hangs(self, now: float, server: Server) -> bool:
+        """Was it there, and is silent for so long that the last step is not left to it?"""
+        silence = server.settings.heartbeat_timeout
+        return self._here_at is not None and now - self._here_at > silence
+
+    def _cannot(self, server: Server, reason: str, problem: tuple[str, str]) -> None:
+        """No observer can be had: the run ends, or goes on ending without it."""
+        self.problem = UserError(*problem)
+        self._problem(f"{reason}: {problem[0]}")
+        server.stop(reason, error=True)
+
+    @property
+    def _log(self) -> Path:
+        return self._folder.observer_log
 
     def finish(self) -> None:
         """Wait for its end, which may take its loggers' last upload; kill it after that."""
@@ -320,7 +365,10 @@ class ObserverProcess:
 
 def _last_error(log: Path) -> tuple[str, str]:
     """Problem and hint that an observer printed before it exited with code 2."""
-    lines = log.read_text(errors="replace").splitlines()
+    try:
+        lines = log.read_text(errors="replace").splitlines()
+    except OSError:
+        lines = []
     starts = [i for i, line in enumerate(lines) if line.startswith("error: ")]
     if not starts:
         return "the observer could not start", f"see {log}"
@@ -328,13 +376,34 @@ def _last_error(log: Path) -> tuple[str, str]:
     return first, "\n".join(line.strip() for line in lines[starts[-1] + 1 :])
 
 
+def _how(code: int) -> str:
+    """How a process ended, in words."""
+    if code >= 0:
+        return f"exit code {code}"
+    name = signal.Signals(-code).name
+    memory = ", perhaps since memory was short" if -code == signal.SIGKILL else ""
+    return f"exit code {code}: {name}{memory}"
+
+
+def _last_lines(log: Path) -> str:
+    """The end of an observer's log, as a hint."""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - LOG_BYTES))
+            lines = file.read().decode(errors="replace").splitlines()
+    except OSError:
+        lines = []
+    told = [line.rstrip() for line in lines if line.strip()][-LOG_LINES:]
+    return "\n".join([*told, f"see {log}"])
+
+
 def summarize(server: Server, show: Show, end: wire.End) -> dict[str, Any]:
-    """What summary.json holds."""
+    """What summary.json holds. Figures of an evaluation stand there only if it was of the last
+    step; `last_evaluation` has the newest one with its own step."""
     seconds = show.seconds(server, server.closed_at or server.first_open_at or 0.0)
     sent_bytes, received_bytes = show.traffic(server)
     ledger = server.rounds.ledger
-    report = server.final_report
-    values = report.values if report is not None else show.val
+    values = show.val if show.val_step == end.step else {}
     tallies = show.tallies(server)
     digests = {name: d for name, (step, d) in server.digests.items() if step == end.step}
     reference = digests.get("the observer") or next(iter(digests.values()), None)
@@ -347,6 +416,7 @@ def summarize(server: Server, show: Show, end: wire.End) -> dict[str, Any]:
         "val_accuracy": values.get("val_accuracy"),
         "val_loss": values.get("val_loss"),
         "metrics": _metrics(values),
+        "last_evaluation": None if show.val_step is None else {"step": show.val_step, **show.val},
         "train_loss": show.train_loss(),
         "workers": len(tallies),
         "sent_bytes": sent_bytes,
@@ -442,7 +512,7 @@ def _serve(
     observer = None
     try:
         if not comeback:
-            save(settings, folder.config)
+            _save_config(settings, folder)
             show.tell(folder.write_record(record))
         show.tell(folder.open_note())
         where = ", ".join(f"{h}:{settings.port}" for h in (*hosts, *guarded))
@@ -471,7 +541,9 @@ def _serve(
         public = None if keys is None else z85.decode(keys.for_server().public)
         show.announcement = Announcement(guarded or hosts, settings.port, run, public)
         if settings.observer:
-            observer = show.observer = ObserverProcess(settings, folder, run, key, resume)
+            observer = show.observer = ObserverProcess(
+                settings, folder, run, key, resume, show.problem
+            )
             observer.look(server)
         end = server.run()
     finally:
@@ -494,12 +566,49 @@ def _serve(
         )
         show.display.close()
         return None
-    summary = summarize(server, show, end)
-    if observer is not None and observer.problem is not None:
+    if observer is not None and observer.problem is not None and not server.rounds.log_begun:
         show.display.close()
         raise observer.problem
-    _write_results(show, summary, end)
-    return 1 if end.error else 0
+    missing = missing_results(show, end) if settings.observer and server.rounds.log_begun else []
+    whole = _write_results(server, show, end, missing)
+    if end.error:
+        return 1
+    return 0 if whole else MISSING
+
+
+def _save_config(settings: Settings, folder: RunFolder) -> None:
+    """The first file of a run: where it cannot be written, nothing else could be kept either."""
+    try:
+        save(settings, folder.config)
+    except OSError as error:
+        with suppress(OSError):
+            folder.config.unlink(missing_ok=True)
+            folder.path.rmdir()
+        raise UserError(
+            f"{folder.config} cannot be written: {error.strerror or error}",
+            "make room, or choose another disk with run_dir=FOLDER",
+        ) from None
+
+
+def missing_results(show: Show, end: wire.End) -> list[str]:
+    """What this run should have left and did not, as far as its files show; nobody is believed."""
+    folder, missing = show.folder, []
+    try:
+        at = stored.step(folder.model, stored.MODEL_FORMAT)
+        if at != end.step:
+            missing.append(f"{folder.model.name} (there is one of step {at})")
+    except stored.Broken:
+        missing.append(folder.model.name)
+    try:
+        stored.step(folder.checkpoints / stored.name(end.step))
+    except stored.Broken:
+        newest = stored.newest_whole(folder.checkpoints)
+        there = "" if newest is None else f" (the newest whole one is {newest.name})"
+        missing.append(f"the last checkpoint{there}")
+    if show.val_step != end.step:
+        there = "" if show.val_step is None else f" (the newest is of step {show.val_step})"
+        missing.append(f"the last evaluation{there}")
+    return missing
 
 
 def _join_command(token: str) -> str:
@@ -510,16 +619,29 @@ def _join_command(token: str) -> str:
     return f"{'paramserver-worker' if installed else 'python -m workers'} id=2 join={token}"
 
 
-def _write_results(show: Show, summary: dict[str, Any], end: wire.End) -> None:
-    show.tell(show.folder.write_summary(summary))
+def _write_results(server: Server, show: Show, end: wire.End, missing: list[str]) -> bool:
+    """Summary, picture and table; whether nothing is missing."""
+    folder = show.folder
+    if folder.unwritten:
+        missing = [*missing, f"{folder.unwritten} lines of {folder.metrics.name}"]
+    if missing:
+        show.problem(f"the run ended, but a result of it is missing: {', '.join(missing)}")
+    told = len(show.problems.all())
+    problem = folder.write_summary(summarize(server, show, end))
+    show.tell(problem)
     if show.steps:
         from paramserver import curves
 
-        title = f"run {show.folder.path.name}"
-        show.tell(curves.draw(show.folder.metrics, show.folder.curves, title))
+        title = f"run {folder.path.name}"
+        show.tell(curves.draw(folder.metrics, folder.curves, title))
+    summary = summarize(server, show, end)
+    if problem is None and len(show.problems.all()) > told:
+        problem = folder.write_summary(summary)
+        show.tell(problem)
     show.say(f"the run is over at step {end.step}: {end.reason}")
-    show.display.summary({**summary, "workers": summary["per_worker"]}, str(show.folder.path))
+    show.display.summary({**summary, "workers": summary["per_worker"]}, str(folder.path))
     show.display.close()
+    return not missing and problem is None
 
 
 def _stop(server: Server, number: int) -> None:
@@ -529,7 +651,9 @@ def _stop(server: Server, number: int) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The server program. Exit codes: 0 ended in order, 1 ended early, 2 a person's mistake."""
+    """The server program. Exit codes: 0 ended in order, 1 ended early, 2 a person's mistake, 3 the
+    run ended, but a result of it is missing (the last checkpoint, model.safetensors, the last
+    evaluation, summary.json, lines of metrics.jsonl): the last warning names it."""
     with exit_on_user_error():
         settings = load(list(sys.argv[1:] if argv is None else argv), "server").settings
         code = serve(settings)

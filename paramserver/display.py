@@ -3,7 +3,7 @@
 On a terminal a few lines are drawn anew, about four times a second, below the log lines:
 
     ━━━━━━━━━━━━━━━━━━━━━━━━━━╸───────────  step 812/1,120   72 %   0:03 left
-    loss 0.2134   19,080 samples/s   epoch 3/5   accuracy 93.4 %   298 steps/s
+    loss 0.2134   19,080 samples/s   epoch 3/5   accuracy 93.4 % (step 800)   298 steps/s
       worker 1  mini1   9,540 samples/s
       worker 2  mini2       late 0.41 s
 
@@ -77,6 +77,8 @@ class Status:
     """0 to 1."""
     metrics: Mapping[str, float | None] = field(default_factory=dict)
     """What else the observer tells, by its name."""
+    val_step: int | None = None
+    """The step that was evaluated."""
     steps_per_s: float | None = None
     samples_per_s: float | None = None
     eta_s: float | None = None
@@ -154,6 +156,7 @@ class Display:
 
         Shows what is there of: steps, samples, samples_done, samples_partly, samples_skipped,
         seconds, steps_per_s, samples_per_s, train_loss, val_loss, val_accuracy (0 to 1), metrics,
+        last_evaluation (with its step, where the last step was not evaluated),
         sent_bytes, received_bytes, digest, replicas_equal (None: not compared), problems: a
         sequence of sentences, and workers: a sequence of mappings with id, host, samples, late
         (rounds missed).
@@ -383,9 +386,10 @@ def _figures(status: Status) -> list[str]:
     if status.epoch is not None:
         of = f"/{status.num_epochs}" if status.num_epochs is not None else ""
         figures.append(f"epoch {status.epoch}{of}")
+    of = "" if status.val_step in (None, status.step) else f" (step {status.val_step:,})"
     if status.val_accuracy is not None:
-        figures.append(f"accuracy {100 * status.val_accuracy:.1f} %")
-    figures += _told(status.metrics)
+        figures.append(f"accuracy {100 * status.val_accuracy:.1f} %{of}")
+    figures += [f"{figure}{of}" for figure in _told(status.metrics)]
     if status.steps_per_s is not None:
         figures.append(f"{_rate(status.steps_per_s)} steps/s")
     return figures
@@ -426,6 +430,9 @@ def _summary_table(summary: Mapping[str, Any]) -> Table:
         *_told(summary.get("metrics") or {}),
         known(("val_loss", "loss {:.4f}")),
     ]
+    last = summary.get("last_evaluation") or {}
+    if not any(validation) and last:
+        validation = [f"none of the last step; the newest is of step {last['step']:,}"]
     traffic = [
         f"{summary[key] / 1e6:,.1f} MB {word}"
         for key, word in (("sent_bytes", "sent"), ("received_bytes", "received"))

@@ -70,6 +70,7 @@ class Peer:
         self.slow_rounds = 0  # in a row that had nothing to wait for but its push
         self.said_slow = False
         self.stands_at: int | None = None
+        self.kept_at: int | None = None  # the step of which it has kept what is to stay
 
     @property
     def name(self) -> str:

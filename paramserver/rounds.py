@@ -78,7 +78,6 @@ from paramserver.wire import (
     next_lineage,
 )
 
-ENDING_TIMEOUTS = 3  # heartbeat timeouts that the observer has for its next sign of catching up
 MAX_WAIT_TIMEOUTS = 3  # heartbeat timeouts that a derived wait is at most
 EMPTY_ROUNDS = 3  # that a worker may bring nothing to, though they waited as long as they do
 REST_ROUNDS = 10  # that go on without it then, doubled each time
@@ -177,7 +176,7 @@ class Rounds:
         self._buckets = 0
         self._ready_since: float | None = None  # the first worker is ready
         self._busy_at = now  # a step was closed, or somebody came to work
-        self._ending_at = now  # the end was begun, or the observer came closer to it
+        self._ending_at = now  # the end was begun, or the observer came closer to keeping it
         self._said_phase = ""
         self._said_late: frozenset[int] = frozenset()
         self._effects: list[Effect] = []
@@ -326,11 +325,13 @@ class Rounds:
         self._progress(now)
         return self._out()
 
-    def stands(self, session: str, step: int, now: float) -> list[Effect]:
-        """The observer has applied everything up to `step`."""
+    def stands(self, session: str, step: int, now: float, *, kept: bool = False) -> list[Effect]:
+        """The observer has applied everything up to `step`; what is to stay of it is `kept`."""
         peer = self.peers[session]
         if peer.role == "observer":
             peer.stands_at = step
+            if kept:
+                peer.kept_at = step
             self._ending_at = now
             self._progress(now)
         return self._out()
@@ -475,6 +476,7 @@ class Rounds:
             self.peers[snap.giver].failed_gives = 0
             self.snapshot = None
             self._snapshot_rests = True
+            self._ending_at = now
             self._say(f"{peer.name} took a snapshot of step {self.step}", peer)
             self._progress(now)
         elif peer.state == GREETED:
@@ -550,6 +552,16 @@ class Rounds:
 
     # ------------------------------------------------------------------ what others may ask
 
+    @property
+    def observer(self) -> Peer | None:
+        """The observer, if it is here."""
+        return next((p for p in self.peers.values() if p.role == "observer"), None)
+
+    @property
+    def log_begun(self) -> bool:
+        """Does an update follow the first state? Before that, the state is where it came from."""
+        return self._log_begun
+
     def workers_ready(self) -> list[Peer]:
         return sorted(
             (p for p in self.peers.values() if p.ready is not None and p.state == REPLICA),
@@ -594,7 +606,7 @@ class Rounds:
         if self.ended is not None:
             return f"ended: {self.ended.reason}"
         if self.ending is not None:
-            return "waiting for the observer to catch up with the last step"
+            return "waiting for the observer to keep the last step"
         if self.coming_back:
             here = ", ".join(p.name for p in self.peers.values() if p.returns) or "nobody"
             return f"waiting for the replicas of this run to come back: {here} here"
@@ -637,7 +649,8 @@ class Rounds:
         return self._out()
 
     def _begin_end(self, reason: str, now: float, *, error: bool) -> None:
-        """No more rounds; the observer may catch up, so that what it keeps is the last step."""
+        """No more rounds; workers stay until the observer has kept the last step: should it die
+        before, another one takes it from them."""
         if self.ending is not None:
             return
         if self.round is not None:
@@ -648,16 +661,20 @@ class Rounds:
         self._effects.append(Publish(self.pulse(now)))  # the observer tells where it stands
 
     def _observer_catches_up(self, now: float) -> bool:
-        """Is the observer still on its way to the last step, within its time?"""
-        if now - self._ending_at > ENDING_TIMEOUTS * self.rules.heartbeat_timeout:
+        """Is the observer on its way to the last step, or about to keep it? While it lives it is
+        waited for: to write a large model to a slow disk takes minutes."""
+        if now - self._ending_at > self.rules.idle_timeout:
             return False
-        here = any(p.role == "observer" for p in self.peers.values())
-        if self.observer_comes and self._log_begun and not here:
-            return True
-        return any(
-            p.role == "observer" and p.join is not None and p.stands_at != self.step
+        held = any(
+            p.state == REPLICA or (p.state == GREETED and p.join is not None)  # to join again
             for p in self.peers.values()
         )
+        observer = self.observer
+        if observer is None or observer.join is None:
+            comes = self.observer_comes or observer is not None
+            return comes and self._log_begun and held
+        may_have_it = held or observer.state != WAITING  # else nobody could give it a snapshot
+        return may_have_it and observer.kept_at != self.step
 
     def _end(self) -> None:
         assert self.ending is not None

@@ -121,6 +121,7 @@ class RunFolder:
         self.observer_log = path / "observer.log"
         self._waiting: list[bytes] = []  # lines
         self._rest = b""  # what the disk did not take; may begin within a line
+        self._dropped = 0  # lines, where the disk took nothing for too long
         self._flush_at = 0.0
         self._file: int | None = None  # descriptor: no second buffer that fails again at exit
         self._failed = False  # said so already
@@ -260,6 +261,11 @@ class RunFolder:
             self._noted = None
         return problem
 
+    @property
+    def unwritten(self) -> int:
+        """Lines of metrics.jsonl that the disk did not take."""
+        return self._rest.count(b"\n") + len(self._waiting) + self._dropped
+
     def write_summary(self, summary: Mapping[str, Any]) -> str | None:
         """Write summary.json, whole or not at all; returns a sentence where that failed."""
         text = msgspec.json.format(_encode(summary), indent=2) + b"\n"
@@ -280,7 +286,9 @@ class RunFolder:
             self._rest = b""
         except OSError as error:
             if len(text) > MAX_WAITING_BYTES:
-                text = text[: text.rindex(b"\n", 0, MAX_WAITING_BYTES) + 1]
+                kept = text[: text.rindex(b"\n", 0, MAX_WAITING_BYTES) + 1]
+                self._dropped += text.count(b"\n") - kept.count(b"\n")
+                text = kept
             self._rest = text
             if not self._failed:
                 self._failed = True

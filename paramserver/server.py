@@ -149,7 +149,6 @@ class Server:
         self.watcher = watcher
         self.sent_bytes = 0
         self.received_bytes = 0
-        self.final_report: wire.Report | None = None
         self.first_open_at: float | None = None
         self.closed_at: float | None = None
         self.plan: Plan | None = None
@@ -191,7 +190,7 @@ class Server:
         self._routes: dict[str, bytes] = {}  # session -> routing id of its link
         self._doors: dict[str, bytes] = {}
         self._told: set[bytes] = set()  # who was told that it sends rubbish
-        self._stop: str | None = None
+        self._stop: tuple[str, bool] | None = None
         self._ended_at: float | None = None
         # Sums are bound by memory, and threads that wait for each other on shared cores cost
         # milliseconds each time.
@@ -237,9 +236,9 @@ class Server:
 
     # ------------------------------------------------------------------ the loop
 
-    def stop(self, reason: str) -> None:
-        """Ask for an orderly end; safe in a signal handler."""
-        self._stop = reason
+    def stop(self, reason: str, *, error: bool = False) -> None:
+        """Ask for an end, in order or by an `error`; safe in a signal handler."""
+        self._stop = reason, error
 
     def run(self) -> wire.End | None:
         """Serve until the run has ended and everybody has said goodbye, or had time to; None where
@@ -264,8 +263,8 @@ class Server:
             if now >= next_tick or (due is not None and now >= due):
                 next_tick = now + TICK_S
                 if self._stop is not None:
-                    reason, self._stop = self._stop, None
-                    self._carry_out(self.rounds.stop(reason, now))
+                    (reason, error), self._stop = self._stop, None
+                    self._carry_out(self.rounds.stop(reason, now, error=error))
                 self._carry_out(self.rounds.tick(now))
                 self.watcher.looked(self, now)
             if now >= next_pulse:
@@ -378,13 +377,11 @@ class Server:
             case wire.Digest():
                 self._carry_out(r.digest(session, message.step, message.digest, now))
             case wire.Stand():
-                self._carry_out(r.stands(session, message.step, now))
+                self._carry_out(r.stands(session, message.step, now, kept=message.kept))
             case wire.Adopted():
                 self._carry_out(r.adopted(session, message.snapshot, now))
             case wire.Report():
                 if r.peers[session].role == "observer":
-                    if message.final:
-                        self.final_report = message
                     self.watcher.reported(self, message)
             case wire.Problem():
                 if r.peers[session].role == "observer":

@@ -30,7 +30,7 @@ Close      PUB or link    the round is over: this is the next update of the log
 Open       PUB or link    a round is open, who is in it, with which samples (also inside Close)
 Fetch      link -> server send me the updates after this step, Averages and Closes as on PUB
 Fetched    server -> link that was all; where the log stands now
-Stand      link -> server the observer has applied everything up to this step
+Stand      link -> server the observer has applied everything up to this step; it keeps it
 Digest     link -> server the digest of my weights at this step
 Give       server -> link you are the one who gives the snapshot
 Manifest   link -> link   what the snapshot holds (through the server)
@@ -406,6 +406,8 @@ class Fetched(Message, frozen=True):
 
 class Stand(Message, frozen=True):
     step: Int
+    kept: bool = False
+    """The run is ending, and what is to stay of this step is on disk, or cannot be written."""
 
 
 class Digest(Message, frozen=True):
@@ -481,7 +483,7 @@ class Pulse(Message, frozen=True):
     """By the server to all, since it started; and what it received."""
     received_bytes: Int = 0
     ending: bool = False
-    """No more rounds; the run ends as soon as the observer stands at the newest step."""
+    """No more rounds; the run ends as soon as the observer has kept the newest step."""
 
     def __post_init__(self) -> None:
         self._clip("phase")

@@ -230,8 +230,8 @@ class Run:
     def digest(self, who: int, step: int, digest: str) -> list[str]:
         return self._out(self.rounds.digest(session(who), step, digest, self.now))
 
-    def stands(self, who: int, step: int) -> list[str]:
-        return self._out(self.rounds.stands(session(who), step, self.now))
+    def stands(self, who: int, step: int, *, kept: bool = False) -> list[str]:
+        return self._out(self.rounds.stands(session(who), step, self.now, kept=kept))
 
     def stop(self, reason: str = "Ctrl-C", *, error: bool = False) -> list[str]:
         return self._out(self.rounds.stop(reason, self.now, error=error))

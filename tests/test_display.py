@@ -462,6 +462,17 @@ def test_the_summary_in_a_pipe(pipe: Pipe) -> None:
     )
 
 
+def test_an_evaluation_is_shown_with_its_step(pipe: Pipe) -> None:
+    display = Display(pipe.stream, clock=at_noon)
+    display.update(replace(STATUS, val_step=800, metrics={"mood": 2.0}), 0.0)
+    display.update(replace(STATUS, val_step=812, step=812, late=""), 100.0)
+    first, second = pipe.text.splitlines()
+    assert "accuracy 93.4 % (step 800), mood 2 (step 800)," in first
+    assert "accuracy 93.4 %," in second
+    display.summary({"steps": 812, "last_evaluation": {"step": 800, "val_accuracy": 0.934}})
+    assert "none of the last step; the newest is of step 800" in pipe.text
+
+
 def test_a_summary_of_what_is_known(pipe: Pipe) -> None:
     none = dict.fromkeys(SUMMARY) | {"steps": 0, "replicas_equal": False, "digest": "ab"}
     Display(pipe.stream).summary(none)

@@ -857,7 +857,7 @@ def test_the_end_waits_for_an_observer_that_is_still_starting() -> None:
     run.hello(0)
     run.join(0)
     run.snapshot(0)
-    run.stands(0, 5)
+    run.stands(0, 5, kept=True)
     assert run.rounds.ended is not None and run.rounds.ended.step == 5
 
 
@@ -1416,17 +1416,18 @@ def test_who_has_no_lease_is_not_waited_for() -> None:
 # ----------------------------------------------------------------------------- the end
 
 
-def test_after_the_last_epoch_the_run_ends_when_the_observer_stands_there() -> None:
+def test_after_the_last_epoch_the_run_ends_when_the_observer_has_kept_its_state() -> None:
     run = Run().observer().workers(1, 2, samples=20)
     run.push(1)
     assert run.push(2)[-2:] == [
         "close 1 to step 1, in it 1:10 2:10",
-        "all <- pulse at step 1: waiting for the observer to catch up with the last step",
+        "all <- pulse at step 1: waiting for the observer to keep the last step",
     ]
     assert run.rounds.ended is None
-    assert run.stands(2, 1) == []  # only the observer is waited for
-    assert run.stands(0, 0) == []
-    assert run.stands(0, 1) == ["end at step 1: all epochs are done"]
+    assert run.stands(2, 1, kept=True) == []  # only the observer is waited for
+    assert run.stands(0, 0, kept=True) == []
+    assert run.stands(0, 1) == []
+    assert run.stands(0, 1, kept=True) == ["end at step 1: all epochs are done"]
     assert run.rounds.phase(0.0) == "ended: all epochs are done"
     assert run.push(1, 0) == ["refused: round 0 is not open; no round is"]
     assert run.tick(1000.0) == []
@@ -1439,20 +1440,45 @@ def test_without_an_observer_the_run_ends_at_once() -> None:
 
 
 def test_the_end_does_not_wait_for_an_observer_that_does_not_move() -> None:
-    run = Run().observer().workers(1, 2, samples=20)
+    run = Run(idle_timeout=100.0).observer().workers(1, 2, samples=20)
     run.push(1), run.push(2)
-    assert but_words(run.tick(30.0, 0, 1, 2)) == []
-    assert run.tick(30.1, 0, 1, 2) == ["end at step 1: all epochs are done"]
+    assert but_words(run.tick(100.0, 0, 1, 2)) == []
+    assert run.tick(100.1, 0, 1, 2) == ["end at step 1: all epochs are done"]
 
 
 def test_an_observer_that_comes_closer_is_given_time() -> None:
-    run = Run().observer().workers(1, 2, samples=40)
+    run = Run(idle_timeout=30.0).observer().workers(1, 2, samples=40)
     run.push(1), run.push(2)
     run.push(1), run.push(2)
     run.now = 25.0
     run.stands(0, 1)
     assert but_words(run.tick(55.0, 0)) == ["forget w1", "forget w2"]
     assert run.tick(55.1, 0) == ["end at step 2: all epochs are done"]
+
+
+def test_an_observer_that_dies_before_the_last_step_is_kept_is_followed_by_another() -> None:
+    run = Run().observer().workers(1, 2, samples=20)
+    run.push(1), run.push(2)
+    run.stands(0, 1)
+    run.rounds.observer_comes = True  # its process was started again
+    assert run.leave(0) == ["# the observer left: it was stopped", "forget obs"]
+    assert but_words(run.tick(20.0, 1, 2)) == []
+    assert but_words(run.hello(0, "b")) == []
+    assert but_words(run.join(0, "b")) == ["obsb <- adopt at step 1", "w1 <- give 3 of step 1"]
+    assert but_words(run.adopted(0, 3, "b")) == []
+    assert run.rounds.ended is None
+    assert run.rounds.stands(session(0, "b"), 1, 20.0, kept=True) != []
+    assert run.rounds.ended is not None and not run.rounds.ended.error
+
+
+@pytest.mark.parametrize("why", ["no process", "nobody holds the state"])
+def test_the_end_does_not_wait_for_a_step_that_nobody_can_keep(why: str) -> None:
+    run = Run().observer().workers(1, 2, samples=20)
+    run.push(1), run.push(2)
+    run.rounds.observer_comes = why != "no process"
+    if why == "nobody holds the state":
+        run.leave(1), run.leave(2)
+    assert run.leave(0)[-1] == "end at step 1: all epochs are done"
 
 
 def test_while_it_ends_only_the_observer_gets_a_snapshot() -> None:
@@ -1467,7 +1493,7 @@ def test_while_it_ends_only_the_observer_gets_a_snapshot() -> None:
         "w1 <- give 3 of step 1",
     ]
     assert run.adopted(0, 3) == ["# the observer took a snapshot of step 1"]
-    assert run.stands(0, 1) == ["end at step 1: all epochs are done"]
+    assert run.stands(0, 1, kept=True) == ["end at step 1: all epochs are done"]
 
 
 def test_epochs_follow_each_other_without_a_barrier() -> None:
@@ -1486,8 +1512,8 @@ def test_a_stop_ends_the_run_at_the_last_closed_step() -> None:
     run.push(1, 0)
     assert but_words(run.stop())[0] == "void 2"
     assert run.sums().startswith("20 done, 0 partly")
-    assert run.stands(0, 1) == ["end at step 1: Ctrl-C"]
-    assert run.stop("again") == []
+    assert run.stands(0, 1, kept=True) == ["end at step 1: Ctrl-C"]
+    assert run.stop("b") == []
 
 
 def test_a_stop_because_of_a_fault_is_an_error_for_all() -> None:
@@ -1533,7 +1559,7 @@ def test_what_a_run_without_a_round_waits_for() -> None:
     run.hello(2)
     run.join(2)
     run.push(1)
-    run.stands(0, 1)
+    run.stands(0, 1, kept=True)
     assert run.rounds.phase(0.0) == "ended: all epochs are done"
 
 

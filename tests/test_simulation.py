@@ -155,6 +155,20 @@ class HearsNoBeats(Rounds):
         pass
 
 
+class EndsBeforeItIsKept(Rounds):
+    """The run ends when the observer holds the last step; that it is on disk is taken for sure."""
+
+    def stands(self, session: str, step: int, now: float, *, kept: bool = False) -> list[Effect]:
+        return super().stands(session, step, now, kept=True)
+
+
+class AwaitsNoOtherObserver(Rounds):
+    """The end does not wait for an observer that was started again."""
+
+    def _observer_catches_up(self, now: float) -> bool:
+        return self.observer is not None and super()._observer_catches_up(now)
+
+
 class AppliesTwice(Follow):
     """After a fetch, an update that also came over SUB is applied again."""
 
@@ -228,6 +242,8 @@ class ListeningObserver(Listens, Observer):
         (Parts(rounds=ForgetsTheLedger), "twice in bucket|samples done", 0),
         (Parts(worker=WelcomedWorker), "of another log|another model than the log", 0),
         (Parts(rounds=HearsNoBeats), "which was lost|could have come back", 14409),
+        (Parts(rounds=EndsBeforeItIsKept), "is on no disk", 0),
+        (Parts(rounds=AwaitsNoOtherObserver), "is on no disk", 0),
         (Parts(follow=AppliesTwice), "another model than the log", 0),
         (Parts(follow=KeepsVoidAverages), "another model than the log", 297),
         (Parts(follow=JumpsGaps), "another model than the log", 0),

@@ -23,10 +23,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from paramserver.errors import UserError
+from paramserver.stored import FORMAT, MODEL_FORMAT, name
 from workers.replica import Replica
 from workers.state import DTYPES, dtype_name, flatten, unflatten
 
-FORMAT = "paramserver checkpoint 1"
+__all__ = ["Checkpoint", "load", "name", "prune", "save", "save_model"]
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,6 @@ class Checkpoint:
     lineage: str
     run: str
     settings: dict[str, Any]
-
-
-def name(step: int) -> str:
-    return f"step-{step:08d}.safetensors"
 
 
 def save(path: Path, replica: Replica, run: str, settings: dict[str, Any]) -> None:
@@ -63,7 +60,7 @@ def save_model(path: Path, replica: Replica) -> None:
     left out, and named in the metadata (`left_out`); checkpoints have it."""
     state = replica.state()["model"]
     tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
-    metadata = {"format": "pt", "step": str(replica.step)}
+    metadata = {"format": MODEL_FORMAT, "step": str(replica.step)}
     if left_out := [key for key in state if key not in tensors]:
         metadata["left_out"] = json.dumps(left_out)
     _write(tensors, path, metadata)

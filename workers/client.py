@@ -77,6 +77,9 @@ class Client(Connection):
         self._left = False  # goodbye was said
         self._left_behind = False  # the run has ended, and its last updates are not to be had
         self._stood = -1  # the step that the server was last told we stand at
+        self._kept_step = -1  # the step of which it was told that it is kept
+        self.at_last_step = False
+        """The run is ending, and this replica stands at its last step: time to keep it."""
 
     # ------------------------------------------------------------------ coming
 
@@ -114,6 +117,7 @@ class Client(Connection):
     def _send_join(self) -> None:
         assert self.replica is not None
         self._joined, self.adrift, self._stood = False, False, -1
+        self.at_last_step = False
         self._pace.begin()
         self._admitted = None
         self._outbox = self._make_outbox()
@@ -228,6 +232,12 @@ class Client(Connection):
         """Let people at the server know what could not be done here."""
         sendable = text.encode(errors="replace").decode()  # the name of a file may be any bytes
         self._send(wire.Problem(sendable[: wire.PROBLEM_CHARS]))
+
+    def kept(self) -> None:
+        """What is to stay of this step is on disk, or cannot be written: the run may end."""
+        assert self.replica is not None
+        self._kept_step = self.replica.step
+        self._send(wire.Stand(step=self._kept_step, kept=True))
 
     def goodbye(self, reason: str) -> None:
         """Leave in order: tell the server, and the digest of the weights with it. Once."""
@@ -484,11 +494,16 @@ class Client(Connection):
             self.catch_up()
 
     def _stand(self, pulse: wire.Pulse) -> None:
-        """The observer tells where it stands, so that the run does not end before it is there."""
-        assert self.follow is not None
-        if self._hello.role == "observer" and self._stood != pulse.step == self.follow.step:
+        """The observer tells where it stands, so that the run does not end before it has kept the
+        last step."""
+        f = self.follow
+        assert f is not None
+        if self._hello.role != "observer" or (pulse.nonce, pulse.step) != (f.nonce, f.step):
+            return
+        self.at_last_step = pulse.ending and self._joined
+        if self._stood != pulse.step:
             self._stood = pulse.step
-            self._send(wire.Stand(step=pulse.step))
+            self._send(wire.Stand(step=pulse.step, kept=self._kept_step == pulse.step))
 
     def _fetch(self) -> None:
         assert self.follow is not None

@@ -97,6 +97,7 @@ class Observer:
         self._logs: list[tuple[int, dict[str, float]]] = []  # held back during an evaluation
         self._evaluated: tuple[int, dict[str, float | None]] | None = None  # step, what came out
         self._saved_step: int | None = None
+        self._kept = ""  # lineage of the state that was written at the run's end
         self._due: set[str] = set()
         self._evaluating = False
         self._norms_at = 0.0  # when gradients are measured next
@@ -144,11 +145,18 @@ class Observer:
         self._tell_problems()
         while True:
             client.wait(
-                lambda: (self._due and client.follows) or client.ended or self.server_gone.is_set(),
+                lambda: (
+                    (self._due and client.follows)
+                    or self._must_keep()
+                    or client.ended
+                    or self.server_gone.is_set()
+                ),
                 "",
             )
             if client.ended is not None or self.server_gone.is_set():
                 break
+            if self._must_keep():
+                self._keep()
             if "checkpoint" in self._due:
                 self._due.discard("checkpoint")
                 self._save()
@@ -247,7 +255,9 @@ class Observer:
 
     def _keep_up(self) -> None:
         """Apply what has come in meanwhile, up to where the next evaluation is due."""
-        self.client.wait(lambda: self._due, "", timeout_s=0)
+        self.client.wait(lambda: self._due or self._must_keep(), "", timeout_s=0)
+        if self._must_keep():
+            self._keep()
         if "checkpoint" in self._due:
             self._due.discard("checkpoint")
             self._save()
@@ -274,8 +284,13 @@ class Observer:
         except OSError as e:
             self._problem(f"the checkpoint of step {step} was not written: {e}")
 
-    def _finish(self) -> None:
-        """The last checkpoint, the weights, the last evaluation; then goodbye."""
+    def _must_keep(self) -> bool:
+        """Does the run's end wait for this?"""
+        return self.client.at_last_step and self._kept != self.replica.lineage
+
+    def _keep(self) -> None:
+        """The last checkpoint and the weights. Before the end, workers still hold this state:
+        should this process die now, another one takes it from them."""
         step = self.replica.step
         if self._saved_step != step and step > 0:
             self._save()
@@ -283,6 +298,15 @@ class Observer:
             checkpoint.save_model(self.folder.model, self.replica)
         except OSError as e:
             self._problem(f"{self.folder.model} was not written: {e}")
+        self._kept = self.replica.lineage
+        if self.client.at_last_step:
+            self.client.kept()
+
+    def _finish(self) -> None:
+        """The last evaluation, then goodbye; what is to stay of this step, if that is not done."""
+        step = self.replica.step
+        if self._kept != self.replica.lineage:
+            self._keep()
         self._due.clear()
         if self.server_gone.is_set():
             self._write_logs()

@@ -140,7 +140,8 @@ class Client(Process):
         self._ready: wire.Ready | None = None
         self._must_greet = False
         self.left_behind = False
-        self._stood = -1
+        self._stood = self._kept_step = -1
+        self.at_last_step = False
 
     @property
     def abandoned(self) -> bool:
@@ -247,7 +248,7 @@ class Client(Process):
         self.follow = self._make_follow(self._nonce, r.step, r.lineage, self.world.now)
 
     def _send_join(self) -> None:
-        self._joined = self.adrift = False
+        self._joined = self.adrift = self.at_last_step = False
         self._stood = -1  # the server may not have heard it
         r = self.replica
         join = wire.Join(
@@ -414,10 +415,18 @@ class Client(Process):
         """A step that this replica does not follow."""
 
     def _stand(self, pulse: wire.Pulse) -> None:
-        assert self.follow is not None
-        if self.role == "observer" and self._stood != pulse.step == self.follow.step:
+        f = self.follow
+        assert f is not None
+        if self.role != "observer" or (pulse.nonce, pulse.step) != (f.nonce, f.step):
+            return
+        self.at_last_step = pulse.ending and self._joined
+        if self._stood != pulse.step:
             self._stood = pulse.step
-            self._send(wire.Stand(step=pulse.step))
+            self._send(wire.Stand(step=pulse.step, kept=self._kept_step == pulse.step))
+
+    def kept(self) -> None:
+        self._kept_step = self.replica.step
+        self._send(wire.Stand(step=self._kept_step, kept=True))
 
     def _fetch(self) -> None:
         assert self.follow is not None
@@ -664,22 +673,47 @@ class Observer(Client):
 
     def main(self) -> Waiting:
         self.goes_adrift, self._due = self.world.random.random() < 0.7, False
+        self._kept = ""
         yield from self.connect()
         yield from self.join()
         while True:
             next_s = self.world.random.expovariate(0.5)
             yield from self.wait(
-                lambda: (self._due and self._joined) or self.ended or self.abandoned, next_s
+                lambda: (
+                    (self._due and self._joined)
+                    or self._must_keep()
+                    or self.ended
+                    or self.abandoned
+                ),
+                next_s,
             )
             if self.abandoned:
                 raise Leaves("the server is gone")
             if self.ended is not None:
                 break
+            if self._must_keep():
+                yield from self._keep()
             self._due = False
             for _ in range(3):
                 yield self.world.now + self.habits.compute_s, DEAF
                 yield from self.wait(lambda: self.ended is not None, timeout_s=0)
+                if self._must_keep():
+                    yield from self._keep()
+        if self._kept != self.replica.lineage:
+            yield from self._keep()
         self._send(wire.Goodbye(reason="finished"))
+
+    def _must_keep(self) -> bool:
+        return self.at_last_step and self._kept != self.replica.lineage
+
+    def _keep(self) -> Waiting:
+        """To write takes a while, in which this process may die."""
+        lineage = self.replica.lineage
+        yield self.world.now + self.habits.compute_s, DEAF
+        self.server.disk.add(lineage)
+        self._kept = lineage
+        if self.at_last_step:
+            self.kept()
 
     def missed(self, close: wire.Close) -> None:
         if close.step % 4 == 0:

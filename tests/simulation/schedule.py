@@ -153,6 +153,11 @@ class Schedule:
         if server.boots > 1 and 0 in self.slots and (observer is None or observer.abandoned):
             self.at[0] = self._process(0)
             return True
+        ending = server.rounds.ending is not None and server.rounds.ended is None
+        if observer is not None and not observer.alive and ending:
+            self.at[0] = self._process(0)  # it died at this moment: workers hold the last step
+            self.outcome.seen["observer started again at the end"] += 1
+            return True
         return observer is not None and observer.alive
 
     def _start_server(self) -> None:
@@ -346,6 +351,7 @@ class Schedule:
             left = ", ".join(p.name for p in self.alive)
             raise Broken(f"the run has ended, but not for {left or 'the server'}")
         outcome.seen["steps"] += end.step
+        outcome.seen["last steps kept"] += server.kept
         outcome.seen["void rounds"] += server.voids
         outcome.seen["snapshots"] += server.rounds._snapshots
 

@@ -23,6 +23,7 @@ from paramserver.effects import (
     Send,
     Void,
 )
+from paramserver.members import REPLICA
 from paramserver.rounds import Rounds, Rules
 
 from .book import Book, Broken, Gradient, Sample
@@ -70,6 +71,8 @@ class Server:
         self.through_wire = through_wire
         self.publish: list[Callable[[Carried], None]] = []
         self.look: Callable[[], bool] = lambda: False
+        self.kept = 0  # ends that had to wait for it
+        self.disk: set[str] = set()  # lineages of what the observer has written at the end
         self.lost: Callable[[set[str]], None] = lambda lineages: None
         self.deserted: Callable[[], None] = lambda: None
         self.limit = history
@@ -204,7 +207,7 @@ class Server:
                     self._send(goal, message, payload)
                 self._carry_out(effects)
             case wire.Stand():
-                self._carry_out(r.stands(session, message.step, now))
+                self._carry_out(r.stands(session, message.step, now, kept=message.kept))
             case wire.Adopted():
                 self._carry_out(r.adopted(session, message.snapshot, now))
             case wire.Goodbye():
@@ -384,9 +387,22 @@ class Server:
                     self._forget_peer(effect.session)
                 case Ended():
                     self.ended_at = self.world.now
+                    self._check_kept(effect.end)
                     self._publish(effect.end)
                     for session in list(self.rounds.peers):
                         self._send(session, effect.end)
+
+    def _check_kept(self, end: wire.End) -> None:
+        """While an observer lives, and somebody holds the last step, the end waits until it is on
+        disk."""
+        r = self.rounds
+        held = any(p.state == REPLICA for p in r.peers.values())
+        comes = r.observer_comes or r.observer is not None
+        waited_s = self.world.now - r._ending_at
+        if r.log_begun and held and comes and waited_s <= self.rules.idle_timeout:
+            if end.lineage not in self.disk:
+                raise Broken(f"the run ends, but step {end.step} is on no disk")
+            self.kept += 1
 
     def _has_origin(self, admit: wire.Admit, model: int) -> None:
         if not self.book.closes:
