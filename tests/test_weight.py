@@ -79,7 +79,6 @@ def test_what_is_sure_is_counted(name: str) -> None:
         (X, object()),
         {"x": torch.zeros(5, 2), "weights": torch.zeros(3)},
     ],
-    ids=repr,
 )
 def test_what_is_not_sure_asks_for_it(batch: Any) -> None:
     with pytest.raises(UserError, match=r"how many samples(?s:.*)samples="):
