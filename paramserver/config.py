@@ -46,12 +46,14 @@ from paramserver.schema import (
     build,
     check_names,
     flatten,
+    from_wire,
     help_text,
     scope,
     shown,
     spelled_out,
 )
 from paramserver.settings import Settings
+from paramserver.words import printable_lines
 
 __all__ = [
     "Loaded",
@@ -160,25 +162,6 @@ def to_wire(settings: Settings) -> dict[str, Any]:
     return wire | {"dataset": {k: v for k, v in settings.dataset.items() if k != "root"}}
 
 
-def from_wire(base: Settings, wire: Mapping[str, Any]) -> Settings:
-    """The run's settings, with those of `base` that are this process's own.
-
-    Raises `UserError` if `wire` is not exactly the run-wide settings that this version knows.
-    """
-    tree = asdict(base)
-    differing = sorted({name for name in tree if _is_run_wide(name)} ^ set(wire))
-    if differing:
-        raise UserError(
-            f"the server and this worker know different settings: {', '.join(differing)}",
-            "install the same version on both machines",
-        )
-    root = {"root": base.dataset["root"]} if "root" in base.dataset else {}
-    tree |= wire
-    if isinstance(wire["dataset"], Mapping):
-        tree["dataset"] = {**wire["dataset"], **root}
-    return build(tree, lambda name: "sent by the server" if scope(name) == "run" else "")
-
-
 def check_worker_overrides(given: Mapping[str, object], run: Settings) -> None:
     """Raise `UserError` if a worker's command line contradicts the run's settings.
 
@@ -201,9 +184,9 @@ def exit_on_user_error() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        terminal.say(f"error: {error.problem}", error=True)
+        terminal.say(printable_lines(f"error: {error.problem}"), error=True)
         if error.hint:
-            terminal.say(textwrap.indent(error.hint, "  "), error=True)
+            terminal.say(textwrap.indent(printable_lines(error.hint), "  "), error=True)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None

@@ -36,6 +36,7 @@ from rich.table import Table
 from rich.text import Text
 
 from paramserver import terminal
+from paramserver.words import printable
 
 DRAW_S = 0.25
 PLAIN_S = 5.0  # between plain lines
@@ -44,9 +45,6 @@ LAST_WAIT_S = 5.0  # for a stopped terminal to take the final table
 TRAINING = "training"
 WARNING = "warning: "
 """Before a line that somebody should look at; `make status` looks for it (`fleet.keeper`)."""
-
-# What a peer sends may end up on the terminal: control characters are shown, not obeyed.
-_CONTROLS = dict.fromkeys((*range(32), *range(127, 160)), "\N{REPLACEMENT CHARACTER}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -497,7 +495,3 @@ def _clock_time(seconds: float) -> str:
 
 def _rate(per_s: float) -> str:
     return f"{per_s:,.0f}" if per_s >= 10 else f"{per_s:.2g}"
-
-
-def printable(text: str) -> str:
-    return text.translate(_CONTROLS)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import stat
 import tempfile
 from contextlib import suppress
 from pathlib import Path
@@ -39,9 +40,27 @@ class PrivateFolder:
             self._lock = None
 
 
+def is_private(path: str) -> bool:
+    """Whether a peer that names this folder means one that a process of this user made here: with
+    such a name, no link, closed to others, and with its lock."""
+    folder = Path(path)
+    if not (hasattr(os, "getuid") and folder.is_absolute() and folder.name.startswith(PREFIX)):
+        return False
+    try:
+        inside, lock = folder.lstat(), (folder / "lock").lstat()
+    except (OSError, ValueError):
+        return False
+    return (
+        stat.S_ISDIR(inside.st_mode)
+        and stat.S_IMODE(inside.st_mode) == 0o700
+        and stat.S_ISREG(lock.st_mode)
+        and inside.st_uid == lock.st_uid == os.getuid()
+    )
+
+
 def _sweep(folder: Path) -> None:
     with suppress(OSError):  # it is somebody else's, in use, just being made or removed
-        if folder.stat().st_uid != os.getuid():
+        if folder.lstat().st_uid != os.getuid():
             return
         lock = os.open(folder / "lock", os.O_RDWR | os.O_CLOEXEC)
         try:

@@ -12,13 +12,14 @@ import math
 import re
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from paramserver.errors import UserError
 from paramserver.fleet import hosts
 from paramserver.settings import Settings, Wandb
+from paramserver.words import printable
 
 Program = Literal["server", "worker", "launch"]
 Where = Callable[[str], str]  # a setting's name -> where its value was written, or ""
@@ -88,6 +89,9 @@ def _one_of(*names: str) -> tuple[Callable[[Any], object], str]:
     return lambda value: value in names, f"must be one of {', '.join(names)}"
 
 
+WORD_MAX = 200  # characters of a name within a group
+WHOLE_MAX = 2**63  # beyond it are no samples, steps and sizes, only mistakes and lies
+
 _POSITIVE: tuple[Callable[[Any], object], str] = (lambda value: value > 0, "must be more than 0")
 _FILLED: tuple[Callable[[Any], object], str] = (lambda value: value.strip(), "must not be empty")
 
@@ -145,6 +149,14 @@ RULES: dict[str, tuple[Callable[[Any], object], str]] = {
     **{f"{name}.name": _FILLED for name in SHORT},
 }
 
+BOUNDS: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(("timeout", "join_timeout", "idle_timeout"), (0.0, 1e9)),
+    "heartbeat_timeout": (0.01, 1e9),
+    "bucket_mb": (0.0001, 256.0),
+    "history_mb": (0.0, 1e9),
+}
+"""What Python and ZeroMQ can wait for and count, far beyond what anybody means."""
+
 _KINDS = {
     int: "a whole number",
     float: "a number",
@@ -160,12 +172,12 @@ def scope(name: str) -> str:
     return KEYS[name if name in KEYS else name.partition(".")[0]].scope
 
 
-def shown(value: object) -> str:
+def shown(value: object, most: int = 60) -> str:
     """A value as a person writes it in YAML, not longer than half a line."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
-    text = str(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    text = printable(str(value))
+    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def spelled_out(name: str, value: Any) -> Any:
@@ -244,6 +256,54 @@ def check_names(flat: Mapping[str, Any], where: Where) -> None:
         )
 
 
+def from_wire(base: Settings, wire: Mapping[str, Any]) -> Settings:
+    """The run's settings as a server tells them, with those of `base` that are this process's own.
+
+    Raises `UserError` if `wire` is not exactly the run-wide settings that this version knows, each
+    of its type and within its range.
+    """
+    tree = asdict(base)
+    run_wide = {name for name in tree if name in KEYS and scope(name) == "run"}
+    differing = sorted(run_wide ^ set(wire))
+    if differing:
+        raise UserError(
+            "the server and this worker know different settings: "
+            + shown(", ".join(differing), 400),
+            "install the same version on both machines",
+        )
+    tree |= wire
+    own = [key.name.split(".") for key in _PARTS if key.scope == "local"]
+    for group, part in own:
+        if isinstance(tree[group], Mapping):
+            rest = {k: v for k, v in tree[group].items() if k != part}
+            here = getattr(base, group)
+            tree[group] = rest | ({part: here[part]} if part in here else {})
+    try:
+        for word in _words(wire):
+            if not (isinstance(word, str) and word.isprintable() and len(word) <= WORD_MAX):
+                raise UserError(
+                    f"the server's settings have a name that is none: {shown(repr(word))}"
+                )
+        if wire["bucket_mb"] is None:  # a server chooses, where that was left to it
+            raise _wrong("bucket_mb", "must be a number", None, _of_server)
+        return build(tree, _of_server)
+    except RecursionError:
+        raise UserError("the server's settings are nested too deeply") from None
+
+
+def _of_server(name: str) -> str:
+    return "sent by the server" if scope(name) == "run" else ""
+
+
+def _words(value: Any) -> Iterator[Any]:
+    """The names within nested settings, which will stand in sentences."""
+    if isinstance(value, Mapping):
+        yield from value
+        value = list(value.values())
+    for inner in value if isinstance(value, list) else ():
+        yield from _words(inner)
+
+
 def build(tree: Mapping[str, Any], where: Where = lambda name: "") -> Settings:
     """The finished `Settings` of a complete nested tree; a `UserError` for the first bad value."""
     names = [field.name for field in fields(Settings) if field.name != "wandb"]
@@ -273,11 +333,16 @@ def _checked(name: str, value: Any, where: Where) -> Any:
         value = float(value)
     if key.kind is int and type(value) is float and value.is_integer():
         value = int(value)  # 1e3 is a whole number too
+    if key.kind is int and type(value) is int and abs(value) >= WHOLE_MAX:
+        raise _wrong(name, "must be below 2**63", value, where)
     finite = not isinstance(value, float) or math.isfinite(value)
     if type(value) is not key.kind or not finite:
         raise _wrong(name, _must_be(key), value, where)
     if name in RULES and not RULES[name][0](value):
         raise _wrong(name, RULES[name][1], value, where)
+    low, high = BOUNDS.get(name, (-math.inf, math.inf))
+    if isinstance(value, float) and not low <= value <= high:
+        raise _wrong(name, f"must be between {low:g} and {high:g}", value, where)
     if isinstance(value, dict):
         return _checked_mapping(name, value, where)
     return value
@@ -318,7 +383,7 @@ def _wrong(name: str, must: str, value: object, where: Where) -> UserError:
     got = "nothing" if value is None else shown(repr(value) if isinstance(value, str) else value)
     hint = ""
     if key and key.kind is dict and isinstance(value, str):
-        hint = f"for its name alone: {key.name}.{NAMED[name]}={value}\n"
+        hint = f"for its name alone: {key.name}.{NAMED[name]}={shown(value)}\n"
     if key and key.kind is str and type(value) in (bool, int, float):
         hint = f"to make text of it in YAML, put it in quotes: {name}: '{shown(value)}'\n"
     if key:

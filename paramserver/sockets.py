@@ -13,7 +13,6 @@ import math
 import os
 import resource
 import socket
-import stat
 import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
@@ -25,11 +24,12 @@ import psutil
 import zmq
 
 from paramserver.errors import UserError
-from paramserver.folders import PrivateFolder
+from paramserver.folders import PrivateFolder, is_private
 
 BUCKETS_WAITING = 8
 SMALL_MESSAGES = 64  # room for what is not a bucket
 HISTORY_MIN_MB = 64.0
+MARK_MAX = 2**31 - 1  # ZeroMQ's own
 FRAME_OVERHEAD = 4096
 CONNECTIONS = 10_000  # macOS allows 10,240 by default
 ZAP_DOMAIN, ZAP_PLAIN = "paramserver", "paramserver-plain"
@@ -140,7 +140,8 @@ def mark(history_mb: float, bucket_mb: float) -> int:
     4.3 tells the other end of a pipe that may be gone already (a crash in its I/O thread), and
     takes a pipe for full for ever where more was under way than a mark that was lowered.
     """
-    return SMALL_MESSAGES + 2 * math.ceil(max(history_mb, HISTORY_MIN_MB) / bucket_mb)
+    waiting = 2 * math.ceil(max(history_mb, HISTORY_MIN_MB) / bucket_mb)
+    return min(SMALL_MESSAGES + waiting, MARK_MAX)
 
 
 def dealer(ctx: zmq.Context[zmq.Socket[bytes]]) -> zmq.Socket[bytes]:
@@ -247,13 +248,7 @@ def ipc_usable(folder: str) -> bool:
     Only asked when the dialled address belongs to this host; a file alone proves nothing, since
     network namespaces and containers may share /tmp.
     """
-    if not hasattr(os, "getuid"):
-        return False
-    try:
-        status = os.stat(folder)
-        return status.st_uid == os.getuid() and stat.S_IMODE(status.st_mode) == 0o700
-    except OSError:
-        return False
+    return is_private(folder)
 
 
 def is_local(host: str) -> bool:

@@ -42,7 +42,7 @@ FLOORS = {
     "paramserver.sentences "
     "paramserver.schema paramserver.settings paramserver.trace paramserver.wire workers.follow "
     "workers.pace workers.placed "
-    "paramserver.terminal",
+    "paramserver.terminal paramserver.words",
 }
 """Programs, compose, I/O, math, meaning. `paramserver` and `workers` stand for their `__init__`, a
 package inside them for all its modules (so a new codec needs no row)."""

@@ -129,3 +129,39 @@ def allow_step(scheduler: LRScheduler) -> None:
 def schedule_state(scheduler: LRScheduler) -> dict[str, Any]:
     """Its `state_dict`, without what `refuse_step` has put among its attributes."""
     return {name: value for name, value in scheduler.state_dict().items() if name != "step"}
+
+
+def misfit(own: Any, theirs: Any, where: str, holder: object = None) -> str | None:
+    """What of a state that came from elsewhere cannot take the place of our own, as a sentence;
+    None where it can: nothing of another kind.
+
+    A schedule, the `holder`, takes whatever it is given for attributes of its own. Those that are
+    no part of its state (its methods, its optimizer) are refused.
+    """
+    if own is None or theirs is None:
+        return None
+    if isinstance(own, dict):
+        if not isinstance(theirs, dict):
+            return f"{where} is no mapping"
+        for name in theirs:
+            if name not in own and holder is not None and hasattr(holder, str(name)):
+                return f"{where}.{str(name)[:80]} is no part of a state"
+        pairs = [(own[name], theirs[name], str(name)) for name in theirs if name in own]
+    elif isinstance(own, list | tuple):
+        if not isinstance(theirs, list | tuple):
+            return f"{where} is no list"
+        pairs = [(a, b, str(i)) for i, (a, b) in enumerate(zip(own, theirs, strict=False))]
+    else:
+        number = isinstance(own, int | float)
+        is_wrong = (number and not isinstance(theirs, int | float | torch.Tensor)) or (
+            isinstance(own, str) and not isinstance(theirs, str)
+        )
+        return f"{where} is a {type(theirs).__name__}" if is_wrong else None
+    for a, b, name in pairs:
+        inner = getattr(holder, name, None) if name == "_schedulers" else None
+        if isinstance(holder, list | tuple):
+            inner = holder[int(name)]
+        why = misfit(a, b, f"{where}.{name}", inner)
+        if why is not None:
+            return why
+    return None

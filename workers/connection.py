@@ -9,20 +9,25 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import socket
 import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import zmq
 
 from paramserver import sockets, terminal, wire
 from paramserver.discover import Search
 from paramserver.errors import PeerError, RunLost, UserError
 from paramserver.gate import Knock
+from paramserver.schema import from_wire
+from paramserver.settings import Settings
 
 BEATS_PER_TIMEOUT = 5
 PROBE_INTERVAL_S = 0.1
@@ -95,10 +100,9 @@ class Connection:
         start, blocked = time.monotonic(), False
         while True:
             welcome = self._be_welcomed(start, deadline_s, last_step)
-            self._check(welcome)
-            self.welcome = welcome
-            self.heartbeat_timeout = float(welcome.settings.get("heartbeat_timeout", 10.0))
-            self.give_up_s = float(welcome.settings.get("idle_timeout", self.give_up_s))
+            welcome = self.welcome = self._checked(welcome)
+            self.heartbeat_timeout = welcome.settings["heartbeat_timeout"]
+            self.give_up_s = welcome.settings["idle_timeout"]
             missing = self._open_link(welcome)
             if not missing:
                 self._elsewhere.over()
@@ -184,12 +188,29 @@ class Connection:
         sockets.connect(door, sockets.tcp(self.host, self.port), self._keys)
         return door, knock
 
-    def _check(self, welcome: wire.Welcome) -> None:
+    def _checked(self, welcome: wire.Welcome) -> wire.Welcome:
+        """With settings of the types that they have here. Raises `UserError` where the server says
+        what cannot be: its words go into names of files, ports and sizes."""
         if welcome.protocol != wire.PROTOCOL:
             raise UserError(
                 f"the server speaks protocol {welcome.protocol}, this worker {wire.PROTOCOL}",
                 "install the same version on both machines",
             )
+        for what, is_right in (
+            ("session", re.fullmatch(r"[A-Za-z0-9_ .:-]{1,128}", welcome.session)),
+            ("worker's number", 0 <= welcome.id <= 65535),
+            ("port of its PUB socket", 0 < welcome.pub_port <= 65535),
+        ):
+            if not is_right:
+                raise UserError(
+                    f"the server at {self.host}:{self.port} sent no {what}",
+                    "is it this program, in the same version?",
+                )
+        run = asdict(from_wire(Settings(), welcome.settings))
+        run["dataset"].pop("root")
+        return msgspec.structs.replace(
+            welcome, settings={name: run[name] for name in welcome.settings}
+        )
 
     def _open_link(self, welcome: wire.Welcome) -> str:
         """Link and SUB, over ipc where server and we share a host; then wait until both work.

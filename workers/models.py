@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor, nn
 
@@ -133,12 +134,26 @@ def build(model: dict[str, Any], seed: int, code: OwnCode | None = NOTHING) -> n
     name = arguments.pop("type", None)
     factory = named.find("model.type", name, MODELS, nn.Module, "torch.nn.Module", code)
     # Only the CPU's generator is used, saved and put back; torch.manual_seed would seed them all.
+    if name in MODELS:
+        _check_room(str(name), factory, arguments)
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(seed)
         built = named.make("model", str(name), factory, arguments)
     if not isinstance(built, nn.Module):
         raise UserError(f"{name} returned {type(built).__name__}, not a torch.nn.Module")
     return built
+
+
+def _check_room(name: str, factory: Callable[..., nn.Module], arguments: dict[str, Any]) -> None:
+    """Raise `UserError` where a model of ours is larger than this machine's memory: a slip of the
+    pen, or a server's, would else end the process, or others on this machine, without a word."""
+    with torch.device("meta"):
+        drawn = named.make("model", name, factory, arguments)
+    size = sum(t.numel() * t.element_size() for t in (*drawn.parameters(), *drawn.buffers()))
+    if size > psutil.virtual_memory().total:
+        raise UserError(
+            f"{name} with these arguments takes {size / 2**30:,.0f} GiB, more than this machine has"
+        )
 
 
 def _check_sizes(at_least: int = 1, **sizes: int) -> None:

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from paramserver.errors import UserError
+from paramserver.words import printable
 from workers.own_code import NOTHING, OwnCode
 
 NOT_THEIRS = (Path(torch.__file__).parent, Path(__file__).parent)
@@ -118,7 +119,7 @@ def takes(factory: Callable[..., Any], argument: str) -> bool:
 
 def told(fault: BaseException) -> str:
     """A fault in one line; if it came to pass in somebody's own file, with the place."""
-    text = " ".join(str(fault).split())
+    text = printable(" ".join(str(fault).split()))
     frames = [
         frame
         for frame in traceback.extract_tb(fault.__traceback__)

@@ -24,7 +24,7 @@ from paramserver import wire
 from paramserver.bucket import Bucket, plan
 from paramserver.codec import CODECS
 from paramserver.errors import PeerError, UserError
-from workers.checks import allow_step, check, refuse_step, schedule_state
+from workers.checks import allow_step, check, misfit, refuse_step, schedule_state
 from workers.state import as_bytes, dtype_name
 from workers.travel import HINTS, there_and_back
 
@@ -226,6 +226,7 @@ class Replica:
     def load(self, state: dict[str, Any], step: int, lineage: str) -> None:
         """Become the replica that `state` was taken from. Raises ValueError if it does not fit."""
         try:
+            self._refuse_misfit(state)
             _plain(self.model).load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             if self.scheduler is not None and state["scheduler"] is not None:
@@ -243,6 +244,16 @@ class Replica:
         """The training is over: the schedule is its owner's again."""
         if self.scheduler is not None:
             allow_step(self.scheduler)
+
+    def _refuse_misfit(self, state: dict[str, Any]) -> None:
+        """Raise ValueError where optimizer and schedule would take over what is not theirs."""
+        groups = state["optimizer"]["param_groups"]
+        why = misfit(self.optimizer.state_dict()["param_groups"], groups, "optimizer")
+        if why is None and self.scheduler is not None:
+            own = schedule_state(self.scheduler)
+            why = misfit(own, state["scheduler"], "scheduler", self.scheduler)
+        if why is not None:
+            raise ValueError(why)
 
     def change_learning_rate(self, before: float, now: float) -> None:
         """Go on with another one than the state that was loaded; a schedule goes on from it."""

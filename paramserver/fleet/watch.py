@@ -19,7 +19,7 @@ from rich.text import Text
 
 from paramserver import terminal
 from paramserver.config import load
-from paramserver.display import Paper, printable
+from paramserver.display import Paper
 from paramserver.errors import UserError
 from paramserver.fleet import hosts as fleet
 from paramserver.fleet import plan, remote
@@ -28,6 +28,7 @@ from paramserver.fleet.keeper import State, died
 from paramserver.fleet.plan import Trouble
 from paramserver.fleet.remote import Follower
 from paramserver.settings import Settings
+from paramserver.words import printable
 
 COLOURS = ("cyan", "magenta", "green", "yellow", "blue", "bright_red", "bright_cyan")
 LOG_LINES = 100
