@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +25,7 @@ from zmq.utils import z85
 from paramserver import paths, runfolder, stored, terminal, trace, wire
 from paramserver.address import LOOPBACK, listen
 from paramserver.bucket import BUCKET_MB, LINKED_BUCKET_MB
-from paramserver.config import exit_on_user_error, load, save, to_wire
+from paramserver.config import exit_on_user_error, from_wire, load, save, to_wire
 from paramserver.discover import Announcement
 from paramserver.display import Display, Status, WorkerStatus
 from paramserver.errors import UserError
@@ -34,7 +35,7 @@ from paramserver.keys import load_or_make
 from paramserver.keys import path as keys_path
 from paramserver.members import Tally
 from paramserver.problems import Problems
-from paramserver.runfolder import EvalLine, Record, RunFolder, StepLine
+from paramserver.runfolder import EvalLine, Record, RunFolder, StepLine, Unended
 from paramserver.server import Server
 from paramserver.settings import Settings
 from paramserver.sockets import allow_connections, is_loopback
@@ -45,6 +46,7 @@ OBSERVER_PATIENCE_S = 90.0
 LOG_LINES, LOG_BYTES = 5, 4096  # of the observer's log, to say why it ended
 MISSING = 3  # exit code
 LOSSES_KEPT = 100
+PERSON_S = 30.0  # to a question at the start; the workers wait longer for their server
 RATE_S = 3.0
 
 
@@ -356,11 +358,13 @@ class ObserverProcess:
         assert self._process.stdin is not None
         with suppress(BrokenPipeError):
             self._process.stdin.close()
-        try:
-            self._process.wait(OBSERVER_PATIENCE_S)
-        except subprocess.TimeoutExpired:
+        # A thread wakes up when it ends; `wait` with a limit looks again and again instead.
+        waiting = threading.Thread(target=self._process.wait, name="observer's end", daemon=True)
+        waiting.start()
+        waiting.join(OBSERVER_PATIENCE_S)
+        if waiting.is_alive():
             self._process.kill()
-            self._process.wait()
+            waiting.join()
 
 
 def _last_error(log: Path) -> tuple[str, str]:
@@ -452,21 +456,55 @@ def serve(settings: Settings) -> int:
     settings = replace(settings, bucket_mb=settings.bucket_mb or default)
     at = Listening(hosts, guarded, chosen)
     parent, told = Path(settings.run_dir), to_wire(settings)
-    resume, before = None, None
+    here = Record(
+        run=secrets.token_hex(8),
+        host=socket.gethostname(),
+        port=settings.port,
+        settings=told,
+        host_ip=settings.host_ip,
+        machine=machine.identity(),
+    )
+    resume, before, said = None, None, ""
     if settings.resume is not None:
         resume = runfolder.find_checkpoint(settings.resume, parent)
     else:
         before = runfolder.unended(parent, settings.port, told, settings.host_ip)
     if before is not None:
-        code = _serve(settings, at, *before, comeback=True)
-        if code is not None:
-            return code
-    host, run = socket.gethostname(), secrets.token_hex(8)
-    record = Record(run=run, host=host, port=settings.port, settings=told, host_ip=settings.host_ip)
+        as_it_is, said = _going_on(before, settings)
+        if as_it_is is not None:
+            record = msgspec.structs.replace(
+                before.record, host=here.host, host_ip=here.host_ip, machine=here.machine
+            )
+            code = _serve(as_it_is, at, before.folder, record, comeback=True)
+            if code is not None:
+                return code
+        before.folder.close()
     folder = RunFolder.create(parent, datetime.now())
-    code = _serve(settings, at, folder, record, resume=resume)
+    record = msgspec.structs.replace(here, number=folder.number)
+    code = _serve(settings, at, folder, record, resume=resume, said=said)
     assert code is not None
     return code
+
+
+def _going_on(before: Unended, settings: Settings) -> tuple[Settings | None, str]:
+    """The settings to go on with it, None for a new run; and what is to be said of it then.
+
+    Where it is only nearly the run that was asked for a person decides, if one is there.
+    """
+    if not before.differs:
+        return settings, ""
+    path, port = before.folder.path, before.record.port
+    said = f"{path} has not ended, and is nearly this run: {', '.join(before.differs)}"
+    rest = f"a new run begins; resume={path} would go on from its last checkpoint"
+    try:
+        as_it_is = replace(from_wire(settings, before.record.settings), port=port)
+    except UserError:  # of another version
+        return None, f"{said}; {rest}"
+    if not settings.plain and terminal.somebody_answers():
+        terminal.say(said)
+        question = f"go on with it as it is there, y, or begin a new run, N ({PERSON_S:g} s)? "
+        return (as_it_is, "") if terminal.asked(question, PERSON_S) else (None, rest)
+    return None, f"{said}; started with that it would go on, {rest}"
 
 
 @dataclass(frozen=True)
@@ -486,8 +524,10 @@ def _serve(
     *,
     resume: Path | None = None,
     comeback: bool = False,
+    said: str = "",
 ) -> int | None:
-    """Run the server of one run; None where it was to go on and nobody came back to it."""
+    """Run the server of one run; None where it was to go on and nobody came back to it. `said`:
+    what is to be told of another run."""
     hosts, guarded = at.hosts, at.guarded
     keys, new_keys = None, False
     show = Show(settings, folder)
@@ -513,9 +553,11 @@ def _serve(
     try:
         if not comeback:
             _save_config(settings, folder)
-            show.tell(folder.write_record(record))
+        show.tell(folder.write_record(record))
         show.tell(folder.open_note())
         where = ", ".join(f"{h}:{settings.port}" for h in (*hosts, *guarded))
+        if said:
+            show.say(said, warning=True)
         if at.why:
             show.say(at.why)
         show.say(f"server at {where}, run folder {folder.path}")

@@ -86,7 +86,10 @@ def _on_this_machine(
 ) -> Iterator[Started]:
     """A server with these arguments and `num_workers` workers: `worker(number)` is what follows
     `python`, and the environment. Nothing is left running."""
-    server = subprocess.Popen([sys.executable, "-m", "paramserver", *arguments])
+    server = subprocess.Popen(
+        [sys.executable, "-m", "paramserver", *arguments],
+        stdin=subprocess.DEVNULL,  # it asks nobody anything: its workers are being started
+    )
     started = Started(server, [], Path(tempfile.mkdtemp(prefix="paramserver-workers-")))
     try:
         for number in range(1, settings.num_workers + 1):

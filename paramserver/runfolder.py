@@ -22,9 +22,12 @@ import math
 import mmap
 import os
 import re
+import select
 import socket
+import time
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -33,7 +36,11 @@ import msgspec
 
 from paramserver.comeback import NOTHING, UNKNOWN
 from paramserver.errors import UserError
+from paramserver.fleet import machine
+from paramserver.schema import flatten, shown
 
+NEWEST_RUN = ".newest_run"  # in the folder of run folders: the highest number of a run
+NUMBER_LOCK_S, NUMBER_LOOK_S = 5.0, 0.005  # for a lock that is held for a moment
 RETRY_S = 1.0  # after the disk took nothing
 NOTE_BYTES = 64  # of newest_step: the number of a step and its lineage
 MAX_WAITING_BYTES = 4_000_000  # kept while the disk takes nothing, some 20,000 lines
@@ -89,6 +96,16 @@ class Record(msgspec.Struct, frozen=True):
     host_ip: str | None = None
     """Where it listened beside loopback: hosts of one name, as namespaces are, differ by it."""
     ended: bool = False
+    machine: str = ""
+    """`fleet.machine.identity`: stays where the host name changes."""
+    number: int = 0
+    """Of the runs in one folder a later one has a higher number; 0: of an older version."""
+
+
+class _Numbered(msgspec.Struct):
+    """What of a `Record` tells its place among the runs of a folder."""
+
+    number: int = 0
 
 
 class Past(msgspec.Struct, frozen=True):
@@ -110,6 +127,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.number = 0  # of a new one
         self.config = path / "config.yaml"
         self.record = path / "run.json"
         self.newest_step = path / "newest_step"
@@ -126,12 +144,14 @@ class RunFolder:
         self._file: int | None = None  # descriptor: no second buffer that fails again at exit
         self._failed = False  # said so already
         self._claim: int | None = None  # descriptor of the folder, locked
+        self.locked = False
+        """No other server can have claimed this folder too."""
         self._cut_at: int | None = None  # bytes of whole lines, where another server tore the last
         self._noted: mmap.mmap | None = None
 
     @classmethod
     def create(cls, parent: Path, now: datetime) -> RunFolder:
-        """Make `<parent>/<now>`, with -2, -3, ... where that is taken.
+        """Make `<parent>/<now>`, with -2, -3, ... where that is taken, and give it a number.
 
         Raises UserError where `parent` cannot be written to.
         """
@@ -139,10 +159,12 @@ class RunFolder:
         path, number = parent / name, 1
         try:
             parent.mkdir(parents=True, exist_ok=True)
+            taken = _take_number(parent)
             while True:
                 try:
                     path.mkdir()  # fails where it exists: of two servers one gets it
                     folder = cls(path)
+                    folder.number = taken
                     folder.claim()
                     return folder
                 except FileExistsError:
@@ -164,9 +186,18 @@ class RunFolder:
             os.close(descriptor)
             return False
         except OSError:
-            pass  # a file system without locks
+            self.locked = False  # a file system without locks
+        else:
+            self.locked = True
         self._claim = descriptor
         return True
+
+    def read_record(self) -> Record | None:
+        """run.json; None where there is none, or a disk or a person has spoilt it."""
+        try:
+            return msgspec.json.decode(self.record.read_bytes(), type=Record)
+        except (OSError, *UNREADABLE):
+            return None
 
     def write_record(self, record: Record) -> str | None:
         """Write run.json, whole or not at all; returns a sentence where that failed."""
@@ -311,43 +342,142 @@ def _count(workers: dict[int, tuple[int, int, int]], line: StepLine) -> None:
 
 
 def latest(parent: Path) -> RunFolder | None:
-    """The newest run folder in `parent`, by name; None where there is none."""
+    """The newest run folder in `parent`; None where there is none."""
     found = _run_folders(parent)
     return RunFolder(found[-1]) if found else None
 
 
+@dataclass(frozen=True)
+class Unended:
+    """A run that a server left behind; its folder is claimed."""
+
+    folder: RunFolder
+    record: Record
+    differs: tuple[str, ...] = ()
+    """Empty: it is the run that was asked for. Else what is other there than here, in words."""
+
+
 def unended(
     parent: Path, port: int, settings: Mapping[str, Any], host_ip: str | None = None
-) -> tuple[RunFolder, Record] | None:
-    """The newest run of this host, port and address, if it has not ended, has the same settings,
-    and no server that lives is at it; it is claimed then."""
+) -> Unended | None:
+    """The run that a server of this machine, port and address with these settings goes on with:
+    its newest, if that has not ended and no server that lives is at it. Else a newer one that is
+    nearly it, of other settings, or of another port, address or machine.
+
+    No clock and no host name decides, since both may change while a machine is off. The lock on
+    the folder tells whether another server lives; on a disk that several machines may share it may
+    not be one for all of them, so there the machine must be the same, too.
+    """
+    told, near = msgspec.json.decode(_encode(settings)), None
     for path in reversed(_run_folders(parent)):
         folder = RunFolder(path)
-        try:
-            record = msgspec.json.decode(folder.record.read_bytes(), type=Record)
-        except (OSError, *UNREADABLE):
+        record = folder.read_record()
+        if record is None:
             continue
-        if (record.host, record.port, record.host_ip) == (socket.gethostname(), port, host_ip):
+        place = _differences(
+            {"port": record.port, "host_ip": record.host_ip}, {"port": port, "host_ip": host_ip}
+        )
+        try:
+            others = _differences(record.settings, told)
             if not record.ended and not folder.claim():
                 continue  # of a server that lives, so its port is not this one's
-            if not record.ended and record.settings == msgspec.json.decode(_encode(settings)):
-                return folder, record
+        except (OSError, *UNREADABLE):
+            continue
+        if not _is_here(folder, record):
+            place.append(f"its machine is {record.host}")
+        if not record.ended and not place and not others:
+            _close(near)
+            return Unended(folder, record)
+        if not record.ended and near is None and not (place and others):
+            near = Unended(folder, record, (*place, *others))
+        else:
             folder.close()
-            return None
-    return None
+        if not place:
+            break  # older ones are over for this server
+    return near
+
+
+def _is_here(folder: RunFolder, record: Record) -> bool:
+    """Is it a run of this machine, or on a disk of its own?"""
+    own = machine.identity()
+    if record.machine and own:
+        if record.machine == own:
+            return True
+    elif record.host == socket.gethostname():
+        return True
+    return (record.ended or folder.locked) and not machine.is_shared(folder.path)
+
+
+def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """What is not the same, in words."""
+    theirs, ours = flatten(there), flatten(here)
+    return [
+        f"{name} is {shown(theirs.get(name))} there, {shown(ours.get(name))} here"
+        for name in (*theirs, *(ours.keys() - theirs.keys()))
+        if theirs.get(name) != ours.get(name)
+    ]
+
+
+def _close(found: Unended | None) -> None:
+    if found is not None:
+        found.folder.close()
 
 
 def _run_folders(parent: Path) -> list[Path]:
-    """The run folders in `parent`, oldest first."""
+    """The run folders in `parent`, oldest first: by their numbers, without one by their names."""
     found = []
     try:
         for path in parent.iterdir():
             match = _NAME.fullmatch(path.name)
             if match and path.is_dir():
-                found.append((match[1], int(match[2] or 1), path))
+                found.append((_number(path), match[1], int(match[2] or 1), path))
     except OSError:
         return []
-    return [path for _, _, path in sorted(found)]
+    return [path for *_, path in sorted(found)]
+
+
+def _number(path: Path) -> int:
+    """Of a run folder; 0 where it has none."""
+    try:
+        record = RunFolder(path).record.read_bytes()
+        return msgspec.json.decode(record, type=_Numbered).number
+    except (OSError, *UNREADABLE):
+        return 0
+
+
+def _take_number(parent: Path) -> int:
+    """A number higher than that of any run that there is, or was, in `parent`. Raises OSError.
+
+    The order of runs: a clock may be set back, or begin anew where a machine has none of its own.
+    The highest is kept in a file, also when its run folder is removed; of servers that start at
+    once one has it at a time.
+    """
+    try:
+        fd = os.open(parent / NEWEST_RUN, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except PermissionError:  # another user's, in a folder that several share
+        return 1 + max([0, *map(_number, _run_folders(parent))])
+    try:
+        _lock(fd)
+        kept = os.pread(fd, 20, 0).strip()
+        was = int(kept) if kept.isdigit() else 0
+        number = 1 + max([was, *map(_number, _run_folders(parent))])
+        os.pwrite(fd, f"{number}\n".encode(), 0)  # never shorter than it was
+    finally:
+        os.close(fd)
+    return number
+
+
+def _lock(fd: int) -> None:
+    """Lock a file for this process; not where its file system has no locks, or they hang."""
+    until = time.monotonic() + NUMBER_LOCK_S
+    while time.monotonic() < until:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            select.select([], [], [], NUMBER_LOOK_S)
+        except OSError:
+            return
 
 
 def write_whole(path: Path, content: bytes) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import select
 import signal
 import sys
 from contextlib import suppress
@@ -89,6 +90,26 @@ def silence(stream: TextIO) -> None:
             os.dup2(nowhere, stream.fileno())
         finally:
             os.close(nowhere)
+
+
+def somebody_answers() -> bool:
+    """Is there a person at a terminal?"""
+    streams = (sys.stdin, sys.stdout)
+    return all(s is not None and not s.closed and s.isatty() for s in streams) and not (
+        os.environ.get("CI")
+    )
+
+
+def asked(question: str, limit_s: float) -> bool:
+    """Is the answer yes? No answer in time is none."""
+    write(question)
+    answer = ""
+    with suppress(OSError, ValueError):
+        if select.select([sys.stdin], [], [], limit_s)[0]:
+            answer = sys.stdin.readline()
+    if not answer.endswith("\n"):
+        write("\n")
+    return answer.strip().lower() in ("y", "yes")
 
 
 def ending_signals() -> tuple[signal.Signals, ...]:

@@ -151,7 +151,7 @@ def payload(content: bytes) -> None:
 def record(path: Path) -> None:
     found = runfolder.unended(path.parent.parent, 65432, {})
     if found is not None:
-        found[0].close()
+        found.folder.close()
 
 
 JOINING: list[wire.Message] = [

@@ -109,8 +109,8 @@ def test_a_run_json_of_any_content_is_passed_over(content: bytes) -> None:
         (folder / "run.json").write_bytes(content)
         found = runfolder.unended(Path(name), 65432, {})
         if found is not None:
-            assert isinstance(found[1], Record)
-            found[0].close()
+            assert isinstance(found.record, Record)
+            found.folder.close()
 
 
 @given(content=st.binary(max_size=300) | JSON.map(lambda v: json.dumps(v).encode() + b"\n"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import pytest
 import paramserver.runfolder as runfolder
 from paramserver.comeback import NOTHING, UNKNOWN
 from paramserver.errors import UserError
+from paramserver.fleet import machine
 from paramserver.runfolder import (
     EvalLine,
     Past,
@@ -173,8 +175,8 @@ def test_the_newest_run_of_a_port_goes_on_if_it_has_not_ended(tmp_path: Path) ->
         found = unended(tmp_path, port, settings, at)
         if found is None:
             return None
-        found[0].close()
-        return found[1].run
+        found.folder.close()
+        return None if found.differs else found.record.run
 
     assert goes_on() is None
     made("1_00-00-00", seed=3)
@@ -198,6 +200,103 @@ def test_the_newest_run_of_a_port_goes_on_if_it_has_not_ended(tmp_path: Path) ->
     newer.close()
     made("6_00-00-00", ended=True, seed=3)
     assert goes_on(seed=3) is None
+
+
+def record(number: int, **changed: Any) -> Record:
+    own: dict[str, Any] = {"host": socket.gethostname(), "machine": machine.identity(), "port": 1}
+    return Record(**{**own, "run": f"run {number}", "settings": {}, "number": number, **changed})
+
+
+def made(parent: Path, now: datetime, **changed: Any) -> RunFolder:
+    """A run folder as a server leaves it that was killed at once."""
+    folder = RunFolder.create(parent, now)
+    folder.write_record(record(folder.number, **changed))
+    folder.close()
+    return folder
+
+
+BEFORE = datetime(2021, 6, 4, 12, 0, 9)  # a machine whose clock lost the time
+LATER = datetime(2037, 1, 1)
+
+
+def test_the_order_of_runs_is_not_a_clocks(tmp_path: Path) -> None:
+    (tmp_path / "2030-01-01_00-00-00").mkdir()  # of an older version: before all with a number
+    first = made(tmp_path, LATER, ended=True)
+    second = made(tmp_path, BEFORE)
+    for folder, step in ((first, 188), (second, 415)):
+        folder.checkpoints.mkdir()
+        (folder.checkpoints / f"step-{step:08}.safetensors").touch()
+    newest = latest(tmp_path)
+    assert newest is not None and newest.path == second.path
+    assert find_checkpoint("latest", tmp_path).name == "step-00000415.safetensors"
+    found = unended(tmp_path, 1, {})
+    assert found is not None and found.folder.path == second.path and not found.differs
+    found.folder.close()
+    shutil.rmtree(second.path)
+    assert made(tmp_path, BEFORE).read_record().number == 3  # type: ignore[union-attr]
+
+
+def test_no_two_runs_get_one_number(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        folders = list(pool.map(lambda i: RunFolder.create(tmp_path, NOON), range(40)))
+    for folder in folders:
+        folder.close()
+    assert sorted(folder.number for folder in folders) == list(range(1, 41))
+    assert (tmp_path / ".newest_run").read_text() == "40\n"
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        pytest.param({"host": "as-it-was-called-yesterday"}, id="another host name"),
+        pytest.param({"machine": "a container's that is gone"}, id="another machine id"),
+        pytest.param({"machine": ""}, id="of an older version"),
+        pytest.param({"machine": "", "host": "3f2a9c"}, id="a container's host name"),
+    ],
+)
+def test_what_a_machine_may_lose_between_two_starts_does_not_lose_its_run(
+    tmp_path: Path, changed: dict[str, str]
+) -> None:
+    made(tmp_path, NOON, **changed)
+    found = unended(tmp_path, 1, {})
+    assert found is not None and not found.differs
+    found.folder.close()
+
+
+def test_on_a_disk_of_several_machines_another_ones_run_is_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "is_shared", lambda path: True)
+    made(tmp_path, NOON, machine="another", host="mini2")
+    found = unended(tmp_path, 1, {})
+    assert found is not None and found.differs == ("its machine is mini2",)
+    found.folder.close()
+    made(tmp_path, NOON, host="as-it-was-called-yesterday")
+    found = unended(tmp_path, 1, {})
+    assert found is not None and not found.differs
+    found.folder.close()
+
+
+@pytest.mark.parametrize(
+    ("there", "said"),
+    [
+        ({"port": 2}, "port is 2 there, 1 here"),
+        ({"host_ip": "10.10.0.1"}, "host_ip is 10.10.0.1 there, null here"),
+        ({"settings": {"seed": 4}}, "seed is 4 there, 3 here"),
+        ({"port": 2, "settings": {"seed": 4}}, None),  # another run
+        ({"ended": True, "settings": {"seed": 4}}, None),
+    ],
+)
+def test_what_is_nearly_the_run_is_named_once(
+    tmp_path: Path, there: dict[str, Any], said: str | None
+) -> None:
+    made(tmp_path, NOON, **{"settings": {"seed": 3}, **there})
+    found = unended(tmp_path, 1, {"seed": 3})
+    assert (found and found.differs) == (said and (said,))
+    if found is not None:
+        found.folder.close()
+    made(tmp_path, NOON, settings={"seed": 3}, ended=True)  # the one that was begun instead
+    assert unended(tmp_path, 1, {"seed": 3}) is None
 
 
 def test_a_folder_belongs_to_one_server_while_that_lives(tmp_path: Path) -> None:

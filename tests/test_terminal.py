@@ -10,8 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from tests.whole import CLONE, Monitor, Run
+from whole import CLONE, Monitor, Run
 
 CLOSED_PIPE = "r, w = os.pipe(); os.close(r); os.dup2(w, 1); os.dup2(w, 2); os.close(w)"
 FULL = "w = os.open('/dev/full', os.O_WRONLY); os.dup2(w, 1); os.dup2(w, 2); os.close(w)"
@@ -170,3 +169,45 @@ def test_a_demo_whose_terminal_is_closed_leaves_nothing_running(tmp_path: Path) 
         assert os.waitstatus_to_exitcode(status) == 0
         assert run.summary()["end"] in ("stopped by SIGHUP", "stopped by SIGTERM")
         assert list((run.runs[-1] / "checkpoints").iterdir())
+
+
+def test_a_run_that_is_nearly_the_one_is_asked_about_where_somebody_answers(
+    tmp_path: Path,
+) -> None:
+    def started(*words: str) -> tuple[int, int]:
+        pid, terminal = pty.fork()
+        if pid == 0:
+            os.chdir(tmp_path)
+            os.environ.update(PYTHONPATH=str(CLONE), TERM="xterm", COLUMNS="500")
+            os.environ.pop("CI", None)
+            words = ("dataset.name=digits", "wandb.mode=disabled", "run_dir=runs", *words)
+            os.execv(sys.executable, [sys.executable, "-m", "paramserver", *words])
+        return pid, terminal
+
+    def until(terminal: int, sentence: str) -> str:
+        shown = ""
+        while sentence not in shown:
+            shown += os.read(terminal, 4096).decode(errors="replace").replace("\r\n", "\n")
+        return shown
+
+    with Run(tmp_path) as run:
+        left = run.server("num_epochs=7", "model.hidden=128", "track_gradients=true")
+        left.wait_for("run folder")
+        left.send(signal.SIGKILL)
+        left.end()
+        pid, terminal = started(f"port={run.port}", "num_epochs=8")
+        assert "num_epochs is 7 there, 8 here" in until(terminal, "(30 s)? ")
+        os.write(terminal, b"y\n")
+        until(terminal, "this run has not ended: waiting for its replicas")
+        os.kill(pid, signal.SIGTERM)
+        until(terminal, "its workers wait, start the server again")
+        os.waitpid(pid, 0)
+        os.close(terminal)
+        assert len(run.runs) == 1
+
+        again = run.server("num_epochs=8", "model.hidden=128", "track_gradients=true")
+        again.wait_for("warning: .* has not ended, and is nearly this run: num_epochs is 7 there")
+        again.wait_for("run folder")
+        again.send(signal.SIGTERM)
+        assert again.end() == 0
+        assert len(run.runs) == 2

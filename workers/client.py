@@ -193,7 +193,7 @@ class Client(Connection):
                     self._outbox_moves = False
                     break
                 self.poll()
-                time.sleep(OUTBOX_LOOK_S)
+                self.abandoned.wait(OUTBOX_LOOK_S)
         return fresh(nbytes)
 
     def push(self, push: wire.Push, buffers: list[Any]) -> None:
@@ -398,7 +398,7 @@ class Client(Connection):
             self._link.poll(int(1000 * limit_s))
             return
         if self.rest_s > 0 and self._giving is None:
-            time.sleep(min(self.rest_s, limit_s))
+            self.abandoned.wait(min(self.rest_s, limit_s))
         start = time.perf_counter()
         if not (self._slept_s < SPIN_S and self._hello.role == "worker" and self._spin(start)):
             self._poller.poll(math.ceil(1000 * limit_s))

@@ -5,9 +5,11 @@ Runs on every machine of a cluster (`agent`), and in a server that chooses its o
 
 from __future__ import annotations
 
+import hashlib
 import ipaddress
 import os
 import platform
+import re
 import shutil
 import socket
 import subprocess
@@ -35,6 +37,12 @@ from paramserver.fleet.interfaces import (
 from paramserver.settings import Settings
 
 SYSFS = Path("/sys/class/net")
+MACHINE_IDS = (Path("/etc/machine-id"), Path("/var/lib/dbus/machine-id"))
+SHARED_DISK = re.compile(
+    r"(nfs|cifs|smb|afp|9p|ceph|lustre|gluster|gpfs|beegfs|ocfs|gfs|webdav|afs|coda|virtiofs"
+    r"|vboxsf|prl_fs|osxfs|macfuse|fuse\b)"
+)
+"""File systems, by the beginnings of their names, that lie on another machine or may."""
 TOOL_S = 10.0
 CONNECT_S = 1.0
 
@@ -101,6 +109,30 @@ def settle(settings: Settings) -> tuple[str | None, str]:
         "this machine has no Thunderbolt, Ethernet or Wi-Fi address to listen at",
         f"its addresses: {', '.join(str(i) for i in own) or 'none'}\nchoose one: host_ip=...",
     )
+
+
+def identity() -> str:
+    """What names this machine under any host name and address; "" where nothing does, as in many
+    containers. A hash: the number itself is nobody's business (machine-id(5))."""
+    found = ""
+    if sys.platform == "darwin":
+        told = ask("ioreg", "-rd1", "-c", "IOPlatformExpertDevice")
+        found = next((line for line in told.splitlines() if "IOPlatformUUID" in line), "")
+    for path in MACHINE_IDS:
+        with suppress(OSError, ValueError):
+            found = found or path.read_text().strip()
+    return hashlib.sha256(f"paramserver {found}".encode()).hexdigest()[:16] if found else ""
+
+
+def is_shared(path: Path) -> bool:
+    """May other machines write to this folder's disk, too? True where nobody can tell."""
+    try:
+        place = path.resolve()
+        mounts = {Path(p.mountpoint): p.fstype.lower() for p in psutil.disk_partitions(all=True)}
+    except (OSError, RuntimeError, psutil.Error):
+        return True
+    kinds = [mounts[folder] for folder in (place, *place.parents) if folder in mounts]
+    return not kinds or bool(SHARED_DISK.match(kinds[0]))
 
 
 def ask(*command: str) -> str:
