@@ -7,6 +7,7 @@ updates for replicas that fell behind.
 from __future__ import annotations
 
 import errno
+import hmac
 import math
 import time
 import uuid
@@ -189,6 +190,7 @@ class Server:
         self._links: dict[bytes, str] = {}  # routing id -> session
         self._routes: dict[str, bytes] = {}  # session -> routing id of its link
         self._doors: dict[str, bytes] = {}
+        self._secrets: dict[str, str] = {}  # by session; never sent to anybody
         self._told: set[bytes] = set()  # who was told that it sends rubbish
         self._stop: tuple[str, bool] | None = None
         self._ended_at: float | None = None
@@ -340,7 +342,7 @@ class Server:
             self._greet(sender, message, now)
             return
         if isinstance(message, wire.Beat):
-            if message.session in self.rounds.peers:
+            if self._is_from(message):
                 self.rounds.seen(message.session, now)
             else:
                 if message.run == self.run_id:
@@ -403,10 +405,12 @@ class Server:
             refuse = f"the run has ended: {self.rounds.ended.reason}"
         elif hello.role not in ("worker", "observer"):
             refuse = f"there is no role {hello.role!r}"
-        elif hello.role == "observer" and hello.key != self._observer_key:
+        elif hello.role == "observer" and not _same(hello.key, self._observer_key):
             refuse = "only the observer that this server started may observe"
         elif hello.run is not None and hello.run != self.run_id:
             refuse = f"this server runs {self.run_id}, you belong to {hello.run}"
+        elif self._is_anothers(hello):
+            refuse = "another process has greeted with this nonce"
         if refuse:
             self._send_raw(sender, wire.Reject(refuse))
             return
@@ -429,6 +433,7 @@ class Server:
                 self._send_raw(sender, wire.Reject(why, "choose another: make worker ID=..."))
                 return
             self._doors[session] = sender
+            self._secrets[session] = hello.secret
         welcome = wire.Welcome(
             protocol=wire.PROTOCOL,
             run=self.run_id,
@@ -444,7 +449,7 @@ class Server:
 
     def _probe(self, sender: bytes, probe: wire.Probe, now: float) -> None:
         """Bind a link to its session, and let the peer see that both ways work."""
-        if probe.session not in self.rounds.peers:
+        if not self._is_from(probe):
             self._send_raw(sender, wire.Greet(session_known=False))
             return
         old = self._routes.get(probe.session)
@@ -454,10 +459,23 @@ class Server:
             self._links.pop(old, None)
             self._carry_out(self.rounds.relinked(probe.session, now))
         self.rounds.seen(probe.session, now)
-        self._publish(probe)
+        self._publish(wire.Probe(session=probe.session))  # its secret is nothing to the others
         self._send(probe.session, self.rounds.pulse(now))
         if self.rounds.ended is not None:
             self._send(probe.session, self.rounds.ended)
+
+    def _is_from(self, message: wire.Probe | wire.Beat) -> bool:
+        """Does it come from the peer of this session? Others may know the session's id."""
+        return message.session in self.rounds.peers and _same(
+            message.secret, self._secrets.get(message.session, "")
+        )
+
+    def _is_anothers(self, hello: wire.Hello) -> bool:
+        """Is there a peer of this nonce, which came with another secret?"""
+        return any(
+            peer.nonce == hello.nonce and not _same(hello.secret, self._secrets.get(session, ""))
+            for session, peer in self.rounds.peers.items()
+        )
 
     def _reachable(self, session: str) -> bool:
         """Does this peer's connection still stand? ZeroMQ knows when it was closed."""
@@ -674,6 +692,7 @@ class Server:
 
     def _forget_peer(self, session: str) -> None:
         self._doors.pop(session, None)
+        self._secrets.pop(session, None)
         self._outboxes.pop(session, None)
         self._sharing.discard(session)
         route = self._routes.pop(session, None)
@@ -722,6 +741,11 @@ class Server:
             raise
         self.sent_bytes += sum(map(len, frames))
         return True
+
+
+def _same(told: str, kept: str) -> bool:
+    """Compare secrets in a time that tells nothing of them."""
+    return hmac.compare_digest(told.encode(errors="replace"), kept.encode(errors="replace"))
 
 
 def _free(outbox: arena.Outbox | None, places: tuple[wire.Place, ...]) -> None:

@@ -226,6 +226,9 @@ class Hello(Message, frozen=True):
     """The run this replica belongs to, if it has state already."""
     key: Id = ""
     """Proves that the observer is the one this server started."""
+    secret: Id = ""
+    """Made once per process: who greeted with one probes and beats with it. Others may see its
+    session, on PUB. Without one the session is enough."""
 
 
 class Welcome(Message, frozen=True):
@@ -245,6 +248,8 @@ class Welcome(Message, frozen=True):
 
 class Probe(Message, frozen=True):
     session: Id
+    secret: Id = ""
+    """Of the Hello; never on PUB."""
 
 
 class Greet(Message, frozen=True):
@@ -468,6 +473,8 @@ class Beat(Message, frozen=True):
     run: Id = ""
     nonce: Id = ""
     """Of the Hello: a server that was started again knows by these who may come back."""
+    secret: Id = ""
+    """Of the Hello."""
 
 
 class Pulse(Message, frozen=True):

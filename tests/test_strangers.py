@@ -353,3 +353,63 @@ def test_a_worker_cannot_tell_problems_of_the_run() -> None:
         s.send_multipart(wire.to_frames(wire.Problem("x" * (wire.PROBLEM_CHARS + 1))))
         assert "not understood" in answer(s, wire.Reject).reason
         assert served.problems == []
+
+
+# --------------------------------------------------------------------- in somebody else's name
+
+
+def test_a_session_that_others_can_see_is_not_enough_to_act_as_its_owner() -> None:
+    """Neither to take its link over, to say goodbye for it, nor to keep it alive."""
+    with a_run_in_its_middle() as served, dealer(served.port) as thief:
+        peers = dict(served.server.rounds.peers)
+        assert len(peers) == 2
+        for session, peer in peers.items():
+            for secret in ("", "guessed", peer.nonce, session):
+                thief.send_multipart(wire.to_frames(wire.Probe(session=session, secret=secret)))
+                assert not answer(thief, wire.Greet).session_known
+                thief.send_multipart(wire.to_frames(wire.Beat(session=session, secret=secret)))
+                assert not answer(thief, wire.Greet).session_known
+            thief.send_multipart(wire.to_frames(wire.Goodbye(reason="ended by a thief")))
+            assert answer(thief, wire.Greet).session_known  # this link is nobody's
+            mine = msgspec.structs.replace(HELLO, nonce=peer.nonce, id=peer.id)
+            thief.send_multipart(wire.to_frames(mine))
+            assert (
+                "another process has greeted with this nonce" in answer(thief, wire.Reject).reason
+            )
+    assert "thief" not in served.text
+
+
+def test_a_secret_is_told_to_nobody() -> None:
+    hello = msgspec.structs.replace(HELLO, secret="never told")
+    with (
+        Served(num_workers=1, num_epochs=1) as served,
+        zmq.Context() as context,
+        context.socket(zmq.SUB) as sub,
+        dealer(served.port) as link,
+    ):
+        sub.linger, sub.rcvtimeo = 0, int(1000 * DEADLINE_S)
+        sub.subscribe(b"")
+        sub.connect(f"tcp://{LOOPBACK}:{served.port + 1}")
+        sub.recv()  # it hears what is published
+        link.send_multipart(wire.to_frames(hello))
+        welcome = answer(link, wire.Welcome)
+        probe = wire.Probe(session=welcome.session, secret="never told")
+        link.send_multipart(wire.to_frames(probe))
+        answer(link, wire.Pulse)
+        heard = answer(sub, wire.Probe)
+        assert heard == wire.Probe(session=welcome.session)
+        crew = Crew(served, perceptron, Noise(32))
+        link.send_multipart(wire.to_frames(wire.Goodbye(reason="as you like")))
+        served.wait(crew.start(1, 8))
+
+
+def test_a_peer_without_a_secret_is_known_by_its_session() -> None:
+    """As those of older versions are."""
+    with a_run_in_its_middle() as served, greeted(served) as first, dealer(served.port) as second:
+        session = next(
+            s for s, peer in served.server.rounds.peers.items() if peer.nonce == HELLO.nonce
+        )
+        second.send_multipart(wire.to_frames(wire.Probe(session=session)))
+        answer(second, wire.Pulse)
+        first.send_multipart(wire.to_frames(wire.Unready()))
+        assert answer(first, wire.Greet).session_known  # it is not its link any more

@@ -352,7 +352,7 @@ class Client(Connection):
             if effect.seconds > SILENT_TIMEOUTS * self.heartbeat_timeout:
                 self._must_greet = True
             elif self.welcome is not None:
-                self._send(wire.Probe(session=self.welcome.session))
+                self._send_probe()
         elif isinstance(effect, follow.Gap):
             self._fetch()
         taking = self._taking
@@ -541,7 +541,7 @@ class Client(Connection):
                     if f is not None and not self.adrift:
                         self._join_again()
                 elif self.welcome is not None:
-                    self._send(wire.Probe(session=self.welcome.session))
+                    self._send_probe()
             case wire.Give():
                 self._give(message)
             case wire.Want():

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import secrets
 import socket
 import threading
 import time
@@ -80,6 +81,7 @@ class Connection:
             host=socket.gethostname(),
             pid=os.getpid(),
             key=key,
+            secret=secrets.token_hex(16),
         )
         self._ctx = sockets.context()
         self._door: zmq.Socket[bytes] | None = None
@@ -245,7 +247,7 @@ class Connection:
         probed = 0.0
         while self._probed != {"sub", "link"}:
             if time.monotonic() - probed >= PROBE_INTERVAL_S:
-                self._send(wire.Probe(session=welcome.session))
+                self._send_probe()
                 probed = time.monotonic()
             self._poll_for_probe(PROBE_INTERVAL_S)
             if self._must_greet or self.abandoned.is_set():
@@ -253,6 +255,10 @@ class Connection:
             if time.monotonic() - start > self.heartbeat_timeout:
                 return "SUB" if "link" in self._probed else "ROUTER"
         return ""
+
+    def _send_probe(self) -> None:
+        assert self.welcome is not None
+        self._send(wire.Probe(session=self.welcome.session, secret=self._hello.secret))
 
     def _drain(self, timeout_s: float) -> list[tuple[Any, Any]]:
         """Everything that has come on link and SUB, with its socket; waits for something."""
@@ -282,7 +288,10 @@ class Connection:
         assert self._door is not None
         stop = self._beating = threading.Event()
         assert self.welcome is not None
-        own = wire.Beat(session=session, run=self.welcome.run, nonce=self._hello.nonce)
+        hello = self._hello
+        own = wire.Beat(
+            session=session, run=self.welcome.run, nonce=hello.nonce, secret=hello.secret
+        )
         beat = wire.to_frames(own)
         every_s = self.heartbeat_timeout / BEATS_PER_TIMEOUT
         door = self._door

@@ -123,7 +123,7 @@ class Client(Process):
         self.greetings = 0
         self.key = server.nonce if self.role == "observer" else ""
         self._boot = server.boots
-        self._process = f"process-{serial}"
+        self._process, self._secret = f"process-{serial}", f"secret-{serial}"
         self.goes_adrift = False
         self.adrift = False
         self._make_follow = make_follow
@@ -166,7 +166,9 @@ class Client(Process):
             self._welcomed_by = welcome.run
             self.open_line("link")
             self.open_line("sub")
-            beat = wire.Beat(session=self.session, run=welcome.run, nonce=self._process)
+            beat = wire.Beat(
+                session=self.session, run=welcome.run, nonce=self._process, secret=self._secret
+            )
             self.beat(beat, 2 * self._quiet_s / BEATS_PER_TIMEOUT)
             if (yield from self._probe()):
                 self.greetings += 1
@@ -183,6 +185,7 @@ class Client(Process):
             pid=self.serial,
             run=self.run,
             key=self.key,
+            secret=self._secret,
         )
         while self.world.now < deadline:
             if self.abandoned:
@@ -207,7 +210,7 @@ class Client(Process):
         deadline = self.world.now + 2 * self._quiet_s
         seen: set[str] = set()
         while self.world.now < deadline:
-            self._send(wire.Probe(session=self.session))
+            self._send(wire.Probe(session=self.session, secret=self._secret))
             until = self.world.now + PROBE_EVERY_S
             while self.world.now < until and seen != AT_BOTH:
                 kind = "sub" if self.inbox["sub"] else "link"
@@ -324,7 +327,7 @@ class Client(Process):
             if effect.seconds > SILENT_TIMEOUTS * 2 * self._quiet_s:
                 self._must_greet = True
             else:
-                self._send(wire.Probe(session=self.session))
+                self._send(wire.Probe(session=self.session, secret=self._secret))
         elif isinstance(effect, follow.Gap):
             self._fetch()
         if self._taking is not None and now - self._taking.heard_at > 4 * self._quiet_s:
@@ -489,7 +492,7 @@ class Client(Process):
             if not self.adrift:
                 self._join_again()
         else:
-            self._send(wire.Probe(session=self.session))
+            self._send(wire.Probe(session=self.session, secret=self._secret))
 
     def _on_admit(self, message: wire.Admit) -> None:
         f = self.follow

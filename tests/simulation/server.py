@@ -107,6 +107,7 @@ class Server:
         self._links: dict[int, str] = {}
         self._routes: dict[str, int] = {}
         self._doors: dict[str, int] = {}
+        self._secrets: dict[str, str] = {}
         self._models: dict[str, int] = {}  # what each peer's model was when it joined
         self._backlog: deque[tuple[int, Carried]] = deque()
         self._sessions = 0
@@ -174,7 +175,7 @@ class Server:
                 self._greet(route, message, now)
                 return
             case wire.Beat():
-                if message.session in r.peers:
+                if self._is_from(message):
                     r.seen(message.session, now)
                 else:
                     if message.run == self.run:
@@ -250,6 +251,7 @@ class Server:
                 self._send_raw(route, wire.Reject(why))
                 return
             self._doors[session] = route
+            self._secrets[session] = hello.secret
         self._send_raw(
             route,
             wire.Welcome(
@@ -264,7 +266,7 @@ class Server:
         )
 
     def _probe(self, route: int, probe: wire.Probe, now: float) -> None:
-        if probe.session not in self.rounds.peers:
+        if not self._is_from(probe):
             self._send_raw(route, wire.Greet(session_known=False))
             return
         old = self._routes.get(probe.session)
@@ -274,10 +276,14 @@ class Server:
             self._links.pop(old, None)
             self._carry_out(self.rounds.relinked(probe.session, now))
         self.rounds.seen(probe.session, now)
-        self._publish(probe)
+        self._publish(wire.Probe(session=probe.session))
         self._send(probe.session, self.rounds.pulse(now))
         if self.rounds.ended is not None:
             self._send(probe.session, self.rounds.ended)
+
+    def _is_from(self, message: wire.Probe | wire.Beat) -> bool:
+        known = message.session in self.rounds.peers
+        return known and message.secret == self._secrets.get(message.session)
 
     def _reachable(self, session: str) -> bool:
         route = self._routes.get(session) or self._doors.get(session)
@@ -460,6 +466,7 @@ class Server:
 
     def _forget_peer(self, session: str) -> None:
         self._doors.pop(session, None)
+        self._secrets.pop(session, None)
         self._models.pop(session, None)
         route = self._routes.pop(session, None)
         if route is not None:
