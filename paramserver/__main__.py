@@ -466,6 +466,12 @@ def serve(settings: Settings) -> int:
     )
     resume, before, said = None, None, ""
     if settings.resume is not None:
+        if not settings.observer:
+            raise UserError(
+                f"resume={settings.resume} with observer=false: nobody would load the checkpoint",
+                "the observer does that: leave observer=false out, or load the checkpoint in your "
+                "own script before attach()",
+            )
         resume = runfolder.find_checkpoint(settings.resume, parent)
     else:
         before = runfolder.unended(parent, settings.port, told, settings.host_ip)

@@ -34,6 +34,7 @@ from typing import Any
 
 import msgspec
 
+from paramserver import stored
 from paramserver.comeback import NOTHING, UNKNOWN
 from paramserver.errors import UserError
 from paramserver.fleet import machine
@@ -510,8 +511,35 @@ def _reason(error: OSError) -> str:
 def find_checkpoint(resume: str, parent: Path) -> Path:
     """The checkpoint that `resume` names: `latest` in `parent`, a run folder, or a file.
 
-    Raises UserError where there is none.
+    Raises UserError where there is none, and where it is not whole; an older one that is whole is
+    named then, for a person to decide.
     """
+    found = _named_checkpoint(resume, parent)
+    try:
+        stored.step(found)
+    except stored.Broken as error:
+        raise UserError(
+            f"the checkpoint {found} cannot be resumed: {error}",
+            _older_whole(resume, parent, found),
+        ) from None
+    return found
+
+
+def _older_whole(resume: str, parent: Path, broken: Path) -> str:
+    """How to go on from the newest checkpoint that is whole, if there is one."""
+    places = [broken.parent]
+    if resume == "latest":
+        folders = (
+            f / place for f in reversed(_run_folders(parent)) for place in ("checkpoints", "")
+        )
+        places += [place for place in folders if place != broken.parent]
+    for place in places:
+        if (whole := stored.newest_whole(place, but=broken)) is not None:
+            return f"an older one is whole, of step {stored.step(whole)}: resume={whole}"
+    return "no older one that is whole was found beside it"
+
+
+def _named_checkpoint(resume: str, parent: Path) -> Path:
     if resume == "latest":
         for folder in reversed(_run_folders(parent)):
             if found := _newest_checkpoint(folder):

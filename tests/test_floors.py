@@ -25,7 +25,7 @@ FLOORS = {
     3: "paramserver.curves paramserver.runfolder paramserver.server "
     "workers workers.alone workers.checkpoint workers.checks workers.client workers.cluster "
     "workers.connection workers.gradients workers.logbook workers.recipe workers.replica "
-    "workers.snapshot workers.travel",
+    "workers.resume workers.snapshot workers.travel",
     2: "paramserver.fleet.keeper paramserver.fleet.machine paramserver.fleet.remote "
     "paramserver.fleet.speed paramserver.fleet.figures paramserver.address paramserver.arena "
     "paramserver.discover paramserver.folders paramserver.gate paramserver.memory "

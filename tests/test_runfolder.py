@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 import paramserver.runfolder as runfolder
+from paramserver import stored
 from paramserver.comeback import NOTHING, UNKNOWN
 from paramserver.errors import UserError
 from paramserver.fleet import machine
@@ -438,12 +439,57 @@ def test_latest_is_the_newest_folder(tmp_path: Path) -> None:
     assert newest.path == tmp_path / "2026-11-22_12-00-09-10"
 
 
+def stored_checkpoint(path: Path, step: object, **told: str) -> Path:
+    """A checkpoint, as far as its header and its size tell."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    metadata = {"format": stored.FORMAT, "step": str(step), **told}
+    tensor = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+    header = json.dumps({"__metadata__": metadata, "0": tensor}).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    return path
+
+
+BROKEN = {
+    "cut off": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+    "longer than it is": lambda path: path.write_bytes(path.read_bytes() + b"x"),
+    "empty": lambda path: path.write_bytes(b""),
+    "its header cut off": lambda path: path.write_bytes(path.read_bytes()[:20]),
+    "zeros": lambda path: path.write_bytes(bytes(1000)),
+    "noise": lambda path: path.write_bytes(bytes(range(256)) * 10),
+    "a folder": lambda path: (path.unlink(), path.mkdir()),
+    "another file": lambda path: stored_checkpoint(path, 20, format="pt"),
+    "of a negative step": lambda path: stored_checkpoint(path, -1),
+    "of an absurd step": lambda path: stored_checkpoint(path, 10**30),
+    "of a step that is none": lambda path: stored_checkpoint(path, "ten"),
+}
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_a_broken_checkpoint_is_named_and_an_older_whole_one_too(tmp_path: Path, how: str) -> None:
+    first = stored_checkpoint(
+        tmp_path / "2026-11-21_00-00-00/checkpoints/step-00000900.safetensors", 900
+    )
+    run = tmp_path / "2026-11-22_00-00-00"
+    older = stored_checkpoint(run / "checkpoints/step-00000010.safetensors", 10)
+    newest = stored_checkpoint(run / "checkpoints/step-00000020.safetensors", 20)
+    BROKEN[how](newest)
+    for resume in ("latest", str(run), run.name):
+        with pytest.raises(UserError) as error:
+            find_checkpoint(resume, tmp_path)
+        assert f"{newest} cannot be resumed: " in error.value.problem
+        assert f"of step 10: resume={older}" in error.value.hint
+    assert find_checkpoint(str(older), tmp_path) == older
+    older.unlink()
+    with pytest.raises(UserError, match=f"of step 900: resume={first}"):
+        find_checkpoint("latest", tmp_path)
+    with pytest.raises(UserError, match="no older one that is whole"):
+        find_checkpoint(str(run), tmp_path)
+
+
 def test_what_resume_names(tmp_path: Path) -> None:
     def checkpoint(folder: str, step: int) -> Path:
         path = tmp_path / folder / "checkpoints" / f"step-{step:08}.safetensors"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-        return path
+        return stored_checkpoint(path, step)
 
     with pytest.raises(UserError) as error:
         find_checkpoint("latest", tmp_path)

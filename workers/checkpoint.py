@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -22,12 +23,13 @@ from safetensors.torch import save as pack
 from safetensors.torch import save_file
 from torch import Tensor
 
+from paramserver import stored
 from paramserver.errors import UserError
-from paramserver.stored import FORMAT, MODEL_FORMAT, name
+from paramserver.stored import FORMAT, MODEL_FORMAT, STEPS_MAX, name
 from workers.replica import Replica
 from workers.state import DTYPES, dtype_name, flatten, unflatten
 
-__all__ = ["Checkpoint", "load", "name", "prune", "save", "save_model"]
+__all__ = ["STEPS_MAX", "Checkpoint", "load", "name", "prune", "save", "save_model"]
 
 
 @dataclass(frozen=True)
@@ -69,10 +71,9 @@ def save_model(path: Path, replica: Replica) -> None:
 def load(path: Path) -> Checkpoint:
     """Read a checkpoint. Raises `UserError` for a file that is not one."""
     try:
+        stored.step(path)
         with safe_open(path, framework="pt") as f:
             metadata = f.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise UserError(f"{path} is not a checkpoint of this program")
             dtypes = json.loads(metadata.get("dtypes", "{}"))
             tensors = [f.get_tensor(str(i)) for i in range(len(f.keys()))]
             for key, dtype in dtypes.items():
@@ -80,13 +81,33 @@ def load(path: Path) -> Checkpoint:
                 tensors[int(key)] = as_bytes.view(DTYPES[dtype]).squeeze(-1)
         return Checkpoint(
             state=unflatten(metadata["tree"], tensors),
-            step=int(metadata["step"]),
-            lineage=metadata["lineage"],
+            step=stored.step_of(metadata),
+            lineage=_lineage(metadata["lineage"]),
             run=metadata["run"],
-            settings=json.loads(metadata["settings"]),
+            settings=_mapping(json.loads(metadata["settings"])),
         )
-    except (OSError, SafetensorError, ValueError, KeyError) as e:
+    except stored.Broken as e:
+        raise UserError(f"the checkpoint {path} cannot be resumed: {e}") from None
+    except _UNREADABLE as e:
         raise UserError(f"the checkpoint {path} cannot be read: {e}") from None
+
+
+_UNREADABLE = (
+    OSError, SafetensorError, ValueError, KeyError, IndexError, TypeError, AttributeError,
+    RuntimeError, RecursionError,
+)  # fmt: skip
+
+
+def _lineage(text: str) -> str:
+    if not re.fullmatch(r"[0-9a-zA-Z-]{1,64}", text):
+        raise ValueError(f"its lineage is {text[:40]!r}")
+    return text
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError("its settings are none")
+    return value
 
 
 def prune(folder: Path, keep: int) -> None:

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import msgspec
@@ -24,20 +24,14 @@ from paramserver.bucket import BUCKET_MB, FLOAT32_BYTES
 from paramserver.config import exit_on_user_error
 from paramserver.errors import UserError
 from paramserver.runfolder import RunFolder
-from paramserver.schema import shown
 from paramserver.settings import Settings
 from workers import checkpoint, models, recipe
 from workers.client import Client
 from workers.logbook import open_logbooks, step_values
 from workers.replica import Replica
+from workers.resume import resume
 
 NICE = 2
-RECIPE = {
-    "learning_rate",
-    "optimizer",
-    "scheduler",
-    "schedule_by",
-}  # what a checkpoint's state is of
 PROBLEMS_TOLD = 100  # to the server; more are in this program's log
 LOGBOOK_S = 5.0  # that the first round waits for W&B to be ready
 REST_MAX_S = 0.05
@@ -83,7 +77,8 @@ class Observer:
             schedule_by=settings.schedule_by,
         )
         if orders.resume is not None:
-            self._resume(Path(orders.resume))
+            resume(self.replica, Path(orders.resume), settings)
+            _say(f"resumed {orders.resume} at step {self.replica.step}")
         self.client = Client(orders.host, orders.port, role="observer", key=orders.key, say=_say)
         self._untold: list[str] = []  # problems, until the server can be told
         self._told: set[str] = set()
@@ -102,39 +97,6 @@ class Observer:
         self._evaluating = False
         self._norms_at = 0.0  # when gradients are measured next
         self._round_s = 0.0  # what a round takes, taken short rather than long
-
-    def _resume(self, path: Path) -> None:
-        saved = checkpoint.load(path)
-        settings, optimizer = self.settings, self.replica.optimizer
-        before = replace(Settings(), **{k: saved.settings[k] for k in RECIPE & {*saved.settings}})
-        for key, theirs, ours in (
-            ("optimizer", before.optimizer["name"], settings.optimizer["name"]),
-            ("scheduler", before.scheduler, settings.scheduler),
-            ("schedule_by", before.schedule_by, settings.schedule_by),
-        ):
-            if theirs != ours and not (key == "schedule_by" and settings.scheduler is None):
-                raise UserError(
-                    f"{path} was trained with {key}={shown(theirs)}, this run has {shown(ours)}",
-                    "its state would not fit: resume with the same",
-                )
-        chosen = [
-            {k: v for k, v in g.items() if k in settings.optimizer or k in before.optimizer}
-            for g in optimizer.param_groups
-        ]
-        try:
-            self.replica.load(saved.state, saved.step, saved.lineage)
-        except ValueError as e:
-            raise UserError(
-                f"the checkpoint {path} does not fit this run's model: {e}",
-                "resume with the model it was trained with",
-            ) from None
-        # The optimizer's state brings its old settings; newly chosen ones win.
-        if before.optimizer != settings.optimizer:
-            for group, own in zip(optimizer.param_groups, chosen, strict=True):
-                group.update(own)
-        if before.learning_rate != settings.learning_rate:
-            self.replica.change_learning_rate(before.learning_rate, settings.learning_rate)
-        _say(f"resumed {path} at step {saved.step}")
 
     def run(self) -> None:
         """Follow the run to its end."""
