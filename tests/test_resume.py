@@ -159,7 +159,7 @@ WRONG: dict[str, tuple[Callable[[Any, Any], Any], str]] = {
     ),
     "a group's betas that are none": (
         lambda m, t: m["tree"]["optimizer"]["param_groups"][0].update(betas=1),
-        "cannot be used",
+        "cannot be used|is no list",
     ),
     "state of another optimizer": (lambda m, t: state_of(m).pop("exp_avg"), "cannot be used"),
     "state of another shape": (

@@ -225,8 +225,7 @@ def test_the_order_of_runs_is_not_a_clocks(tmp_path: Path) -> None:
     first = made(tmp_path, LATER, ended=True)
     second = made(tmp_path, BEFORE)
     for folder, step in ((first, 188), (second, 415)):
-        folder.checkpoints.mkdir()
-        (folder.checkpoints / f"step-{step:08}.safetensors").touch()
+        stored_checkpoint(folder.checkpoints / stored.name(step), step)
     newest = latest(tmp_path)
     assert newest is not None and newest.path == second.path
     assert find_checkpoint("latest", tmp_path).name == "step-00000415.safetensors"
