@@ -7,6 +7,11 @@ nothing is applied twice. At any time, in samples:
 
     done + partly + skipped + leased + returned + ahead = epochs * samples
 
+A range that workers die of would kill them all, one after the other: deaths are counted by range
+(`died`). Two that tell of an error, or three of any kind, and the range is halved; of a half one
+more is enough, and what cannot be halved any further, or not without the last workers, is skipped.
+What is skipped so, what nobody could read and what was dropped is named in `lost`.
+
 Where workers bring samples of their own there is nothing to lease out: `OwnLedger` counts what they
 tell.
 
@@ -16,13 +21,44 @@ No clock, no socket; the state goes as a small dict into every close (`state`, `
 from __future__ import annotations
 
 import bisect
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any
 
 import msgspec
 
 from paramserver.wire import OWN, Lease
 
 DONE, PARTLY, SKIPPED, RETURNED = "done", "partly", "skipped", "returned"
+
+KILLED, UNREAD, DROPPED = "killed", "unread", "dropped"
+"""Why samples are lost: workers died of them, they could not be read, or they were the short rest
+of an epoch that was not wanted."""
+
+ERRORS_MAX, DEATHS_MAX = 2, 3  # of a range, with an error and in all
+SUSPECTS_KEPT = 64
+LOST_NAMED = 32
+KILLED_RANGES_MAX = 8
+SHARE_MAX = 100  # at most one sample in so many may be unreadable, or kill
+
+
+class Suspect(msgspec.Struct, frozen=True, array_like=True):
+    """A range that workers died of, and how often it was halved before."""
+
+    lease: Lease
+    errors: Annotated[int, msgspec.Meta(ge=0, le=2**20)]
+    silent: Annotated[int, msgspec.Meta(ge=0, le=2**20)]
+    halvings: Annotated[int, msgspec.Meta(ge=0, le=2**20)] = 0
+
+    @property
+    def due(self) -> bool:
+        return self.errors >= ERRORS_MAX or self.errors + self.silent >= DEATHS_MAX
+
+
+class Lost(msgspec.Struct, frozen=True, array_like=True):
+    """A range that is skipped, and why."""
+
+    lease: Lease
+    why: str
 
 
 class LedgerState(msgspec.Struct, frozen=True):
@@ -37,6 +73,11 @@ class LedgerState(msgspec.Struct, frozen=True):
     skipped: int
     own: bool = False
     """It was an `OwnLedger`."""
+    unread: int = 0
+    killed: int = 0
+    killed_ranges: int = 0
+    suspects: Annotated[tuple[Suspect, ...], msgspec.Meta(max_length=SUSPECTS_KEPT)] = ()
+    lost: Annotated[tuple[Lost, ...], msgspec.Meta(max_length=LOST_NAMED)] = ()
 
 
 class Ledger:
@@ -51,40 +92,174 @@ class Ledger:
         self._epoch, self._start = 0, 0  # the head of what was never leased
         self._waiting: list[Lease] = []  # returned ranges, sorted; they go first
         self._leased: set[Lease] = set()
+        self._suspects: dict[Lease, Suspect] = {}
+        self.unread = 0  # samples that could not be read, of those skipped
+        self.killed, self.killed_ranges = 0, 0  # samples that workers died of, in so many ranges
+        self.lost: list[Lost] = []
+        """The first ranges that are lost, by name."""
+        self.news: list[Lost] = []
+        """What was lost since somebody took this list."""
+        self._least = 1
+        self._spare = False
 
-    def lease(self, size: int) -> Lease | None:
-        """The next range of at most `size` samples; None when nothing is left to lease."""
+    def lease(self, size: int, least: int = 1, drop_last: bool = False) -> Lease | None:
+        """The next range of at most `size` samples; None when nothing is left to lease.
+
+        No rest of fewer than `least` samples stays behind: it is part of the range before it. With
+        `drop_last` the last range of an epoch is dropped where it is short.
+        """
         if size < 1:
             raise ValueError("a lease holds at least one sample")
-        if self._waiting:
-            epoch, start, stop = self._waiting.pop(0)
-            if stop - start > size:
-                self._waiting.insert(0, (epoch, start + size, stop))
-                stop = start + size
-        else:
-            if self._epoch >= self.epochs or self.samples == 0:
-                return None
-            epoch, start = self._epoch, self._start
-            stop = min(start + size, self.samples)
-            self._epoch, self._start = (epoch, stop) if stop < self.samples else (epoch + 1, 0)
-        taken = (epoch, start, stop)
-        self._leased.add(taken)
+        self._least = max(1, least)
+        while True:
+            returned = bool(self._waiting)
+            taken = self._from_waiting(size) if returned else self._from_head(size)
+            if taken is None or returned or not drop_last or taken[2] - taken[1] >= size:
+                break
+            self.skipped += taken[2] - taken[1]
+            self._lose(taken, DROPPED)
+        if taken is not None:
+            self._leased.add(taken)
         return taken
 
-    def settle(self, lease: Lease, how: str) -> None:
-        """End a lease: done, partly, skipped (all counted) or returned to the queue's head."""
-        self._leased.remove(lease)
-        size = lease[2] - lease[1]
-        if how == DONE:
-            self.done += size
-        elif how == PARTLY:
-            self.partly += size
-        elif how == SKIPPED:
-            self.skipped += size
-        elif how == RETURNED:
-            bisect.insort(self._waiting, lease)
-        else:
+    def _from_waiting(self, size: int) -> Lease:
+        epoch, start, stop = self._waiting.pop(0)
+        while stop - start < self._least:  # of a worker to whom that was enough
+            if self._waiting and self._waiting[0][:2] == (epoch, stop):
+                stop = self._waiting.pop(0)[2]
+            elif (self._epoch, self._start) == (epoch, stop) and stop < self.samples:
+                ahead = self._from_head(size)
+                assert ahead is not None
+                stop = ahead[2]
+            else:
+                break
+        if stop - start - size >= self._least:
+            self._waiting.insert(0, (epoch, start + size, stop))
+            return epoch, start, start + size
+        if (self._epoch, self._start) == (epoch, stop) and self.samples - stop < self._least:
+            stop = self.samples  # the rest of the epoch is too short
+            self._epoch, self._start = epoch + 1, 0
+        return epoch, start, stop
+
+    def _from_head(self, size: int) -> Lease | None:
+        if self._epoch >= self.epochs or self.samples == 0:
+            return None
+        epoch, start = self._epoch, self._start
+        stop = min(start + size, self.samples)
+        if self.samples - stop < self._least:
+            stop = self.samples
+        self._epoch, self._start = (epoch, stop) if stop < self.samples else (epoch + 1, 0)
+        return epoch, start, stop
+
+    def settle(self, lease: Lease, how: str, unread: Sequence[int] = ()) -> None:
+        """End a lease: done, partly, skipped (all counted) or returned to the queue's head.
+
+        `unread`: places in it, in order, of the samples that could not be read. They are skipped,
+        whatever becomes of the rest.
+        """
+        if how not in (DONE, PARTLY, SKIPPED, RETURNED):
             raise ValueError(how)
+        self._leased.remove(lease)
+        if how == RETURNED:
+            self._put_back(lease)
+            return
+        self._acquit(lease)
+        epoch, start, stop = lease
+        for first, last in _runs(unread):
+            self._lose((epoch, start + first, start + last), UNREAD)
+        self.unread += len(unread)
+        if how == SKIPPED:
+            self.skipped += stop - start
+            return
+        self.skipped += len(unread)
+        if how == DONE:
+            self.done += stop - start - len(unread)
+        else:
+            self.partly += stop - start - len(unread)
+
+    def died(self, lease: Lease, *, error: bool, spare: bool) -> None:
+        """A worker died while it computed this range, with an error or without a word.
+
+        `spare`: there are workers enough to look for the part of it that kills.
+        """
+        known = [s for s in self._suspects.values() if _overlap(s.lease, lease)]
+        self._suspect(
+            Suspect(
+                lease,
+                errors=max((s.errors for s in known), default=0) + error,
+                silent=max((s.silent for s in known), default=0) + (not error),
+                halvings=max((s.halvings for s in known), default=0),
+            )
+        )
+        self._spare = spare
+        if lease in self._waiting:
+            self._waiting.remove(lease)
+            self._put_back(lease)
+
+    def lived(self, lease: Lease) -> None:
+        """Who seemed to have died of it without a word did not."""
+        suspect = self._suspects.get(lease)
+        if suspect is not None and suspect.silent:
+            self._suspect(msgspec.structs.replace(suspect, silent=suspect.silent - 1))
+
+    def _suspect(self, suspect: Suspect) -> None:
+        self._suspects.pop(suspect.lease, None)
+        if suspect.errors + suspect.silent:
+            self._suspects[suspect.lease] = suspect
+        while len(self._suspects) > SUSPECTS_KEPT:
+            del self._suspects[next(iter(self._suspects))]
+
+    def _put_back(self, lease: Lease) -> None:
+        """What comes back waits; what killed too often is halved, or skipped."""
+        epoch, start, stop = lease
+        suspect = self._suspects.get(lease)
+        if suspect is None or not suspect.due:
+            bisect.insort(self._waiting, lease)
+            return
+        self._acquit(lease)
+        if stop - start >= 2 * self._least and (suspect.halvings == 0 or self._spare):
+            middle = (start + stop) // 2
+            for half in ((epoch, start, middle), (epoch, middle, stop)):
+                self._suspect(Suspect(half, ERRORS_MAX - 1, 1, suspect.halvings + 1))
+                bisect.insort(self._waiting, half)
+            return
+        self.skipped += stop - start
+        self.killed += stop - start
+        self.killed_ranges += 1
+        self._lose(lease, KILLED)
+
+    def _acquit(self, lease: Lease) -> None:
+        """Nothing is suspected of this range any more."""
+        epoch, start, stop = lease
+        for s in [s for s in self._suspects.values() if _overlap(s.lease, lease)]:
+            del self._suspects[s.lease]
+            for rest in ((epoch, s.lease[1], start), (epoch, stop, s.lease[2])):
+                if rest[1] < rest[2]:
+                    self._suspect(msgspec.structs.replace(s, lease=rest))
+
+    def _lose(self, lease: Lease, why: str) -> None:
+        self.news.append(Lost(lease, why))
+        if len(self.lost) < LOST_NAMED:
+            self.lost.append(Lost(lease, why))
+
+    def take_news(self) -> list[Lost]:
+        """What was lost since the last call."""
+        news, self.news = self.news, []
+        return news
+
+    @property
+    def hopeless(self) -> str | None:
+        """Why it makes no sense to go on: more is skipped than a data set may have of what is
+        broken. None while it is less."""
+        most = max(1, self.samples // SHARE_MAX) * min(self._epoch + 1, max(1, self.epochs))
+        if self.unread > most:
+            return f"{self.unread} samples could not be read, more than one in {SHARE_MAX}"
+        if self.killed > most and self.killed_ranges > KILLED_RANGES_MAX:
+            return (
+                f"workers died of {self.killed_ranges} ranges of {self.killed} samples, "
+                f"more than one in {SHARE_MAX}"
+            )
+        return None
 
     @property
     def exhausted(self) -> bool:
@@ -113,7 +288,7 @@ class Ledger:
 
     def state(self) -> dict[str, Any]:
         """JSON-ready; leases that are out are written as waiting, as a restart would see them."""
-        return {
+        state: dict[str, Any] = {
             "samples": self.samples,
             "epochs": self.epochs,
             "head": (self._epoch, self._start),
@@ -122,6 +297,14 @@ class Ledger:
             "partly": self.partly,
             "skipped": self.skipped,
         }
+        rare = {
+            "unread": self.unread,
+            "killed": self.killed,
+            "killed_ranges": self.killed_ranges,
+            "suspects": [msgspec.to_builtins(s) for s in self._suspects.values()],
+            "lost": [msgspec.to_builtins(lost) for lost in self.lost],
+        }
+        return {**state, **{name: value for name, value in rare.items() if value}}
 
     @classmethod
     def from_state(cls, state: dict[str, Any], epochs: int | None = None) -> Ledger:
@@ -149,10 +332,20 @@ class Ledger:
         spans = sum(stop - start for _, start, stop in waiting)
         if s.done + s.partly + s.skipped + spans != epoch * s.samples + start:
             raise msgspec.ValidationError("the ledger's sums do not agree")
+        if min(s.unread, s.killed, s.killed_ranges) < 0 or s.unread + s.killed > s.skipped:
+            raise msgspec.ValidationError("the ledger's numbers cannot be right")
+        for lease in (*(suspect.lease for suspect in s.suspects), *(lost.lease for lost in s.lost)):
+            if not (0 <= lease[0] <= epoch and 0 <= lease[1] < lease[2] <= s.samples):
+                raise msgspec.ValidationError(f"the ledger has no range {lease}")
+        if any(lost.why not in (KILLED, UNREAD, DROPPED) for lost in s.lost):
+            raise msgspec.ValidationError("samples are lost for no reason that there is")
         ledger = cls(s.samples, s.epochs if epochs is None else epochs)
         ledger.done, ledger.partly, ledger.skipped = s.done, s.partly, s.skipped
         ledger._epoch, ledger._start = s.head
         ledger._waiting = waiting
+        ledger.unread, ledger.killed = s.unread, s.killed
+        ledger.killed_ranges, ledger.lost = s.killed_ranges, list(s.lost)
+        ledger._suspects = {suspect.lease: suspect for suspect in s.suspects}
         return ledger
 
 
@@ -165,10 +358,13 @@ class OwnLedger(Ledger):
     def __init__(self) -> None:
         super().__init__(samples=0, epochs=0)
 
-    def lease(self, size: int) -> Lease | None:
+    def lease(self, size: int, least: int = 1, drop_last: bool = False) -> Lease | None:
         return OWN
 
-    def settle(self, lease: Lease, how: str) -> None:
+    def died(self, lease: Lease, *, error: bool, spare: bool) -> None:
+        """Nobody else gets them."""
+
+    def settle(self, lease: Lease, how: str, unread: Sequence[int] = ()) -> None:
         """`lease` is (0, 0, so many samples as were told)."""
         if how != RETURNED:
             self._leased.add(lease)
@@ -180,3 +376,20 @@ class OwnLedger(Ledger):
 
     def state(self) -> dict[str, Any]:
         return {**super().state(), "own": True}
+
+
+def _overlap(a: Lease, b: Lease) -> bool:
+    return a[0] == b[0] and a[1] < b[2] and b[1] < a[2]
+
+
+def _runs(places: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Places in order, as ranges of neighbours."""
+    start = stop = -1
+    for place in places:
+        if place != stop:
+            if stop > 0:
+                yield start, stop
+            start = place
+        stop = place + 1
+    if stop > 0:
+        yield start, stop

@@ -10,15 +10,28 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from paramserver.ledger import DONE, PARTLY, RETURNED, SKIPPED, Ledger, OwnLedger
+from paramserver.ledger import (
+    DONE,
+    DROPPED,
+    KILLED,
+    LOST_NAMED,
+    PARTLY,
+    RETURNED,
+    SKIPPED,
+    SUSPECTS_KEPT,
+    UNREAD,
+    Ledger,
+    Lost,
+    OwnLedger,
+)
 from paramserver.wire import OWN, Lease
 
 # ---------------------------------------------------------------------------------- scripts
 
 
-def all_of(ledger: Ledger, size: int) -> list[Lease]:
+def all_of(ledger: Ledger, size: int, least: int = 1) -> list[Lease]:
     leases = []
-    while (lease := ledger.lease(size)) is not None:
+    while (lease := ledger.lease(size, least)) is not None:
         leases.append(lease)
     return leases
 
@@ -95,6 +108,184 @@ def test_a_lease_is_settled_once_and_only_if_it_was_given() -> None:
         ledger.settle(other, "lost")
 
 
+# ------------------------------------------------------------------------- a rest that is too short
+
+
+def test_no_rest_of_one_stays_where_two_are_needed() -> None:
+    assert all_of(Ledger(5, 2), 2, least=2) == [(0, 0, 2), (0, 2, 5), (1, 0, 2), (1, 2, 5)]
+    assert all_of(Ledger(6, 1), 5, least=3) == [(0, 0, 6)]
+    assert all_of(Ledger(1, 1), 5, least=2) == [(0, 0, 1)]  # there is nothing to add
+
+
+def test_what_comes_back_leaves_no_rest_of_one_either() -> None:
+    ledger = Ledger(9, 1)
+    lease = ledger.lease(8)
+    assert lease is not None
+    ledger.settle(lease, RETURNED)
+    assert all_of(ledger, 3, least=2) == [(0, 0, 3), (0, 3, 6), (0, 6, 9)]
+
+
+def test_a_single_one_that_comes_back_is_leased_with_its_neighbours() -> None:
+    ledger = Ledger(6, 1)
+    first, second, third = (ledger.lease(1) for _ in range(3))
+    assert first and second and third
+    for lease in (first, second, third):
+        ledger.settle(lease, RETURNED)
+    assert all_of(ledger, 2, least=2) == [(0, 0, 2), (0, 2, 4), (0, 4, 6)]
+
+
+def test_a_short_rest_is_dropped_on_request_and_named() -> None:
+    ledger = Ledger(5, 2)
+    leases = []
+    while (lease := ledger.lease(2, drop_last=True)) is not None:
+        leases.append(lease)
+        ledger.settle(lease, DONE)
+    assert leases == [(0, 0, 2), (0, 2, 4), (1, 0, 2), (1, 2, 4)]
+    assert (ledger.done, ledger.skipped, ledger.finished) == (8, 2, True)
+    assert ledger.take_news() == [Lost((0, 4, 5), DROPPED), Lost((1, 4, 5), DROPPED)]
+    assert ledger.take_news() == []
+
+
+# ------------------------------------------------------------------------ what workers die of
+
+
+def die(ledger: Ledger, size: int, error: bool = True, spare: bool = False) -> Lease:
+    """The next range kills its worker."""
+    lease = ledger.lease(size)
+    assert lease is not None
+    ledger.settle(lease, RETURNED)
+    ledger.died(lease, error=error, spare=spare)
+    return lease
+
+
+def test_two_deaths_with_an_error_halve_a_range_and_one_more_skips_the_half() -> None:
+    ledger = Ledger(8, 1)
+    assert [die(ledger, 4) for _ in range(2)] == [(0, 0, 4)] * 2
+    assert die(ledger, 4) == (0, 0, 2)
+    assert ledger.lost == [Lost((0, 0, 2), KILLED)]
+    assert (ledger.skipped, ledger.killed, ledger.killed_ranges) == (2, 2, 1)
+    assert all_of(ledger, 4) == [(0, 2, 4), (0, 4, 8)]
+
+
+def test_without_an_error_it_takes_three() -> None:
+    ledger = Ledger(8, 1)
+    assert [die(ledger, 4, error=False) for _ in range(3)] == [(0, 0, 4)] * 3
+    assert die(ledger, 4, error=False) == (0, 0, 2)
+    assert ledger.lost == [Lost((0, 0, 2), KILLED)]
+
+
+def test_one_of_each_and_another_are_three() -> None:
+    ledger = Ledger(8, 1)
+    die(ledger, 4, error=False), die(ledger, 4, error=True), die(ledger, 4, error=False)
+    assert ledger.lease(4) == (0, 0, 2)
+
+
+def test_with_workers_to_spare_only_the_sample_that_kills_is_skipped() -> None:
+    ledger = Ledger(64, 1)
+    deaths = 0
+    while (lease := ledger.lease(32)) is not None:
+        if lease[1] <= 21 < lease[2]:
+            ledger.settle(lease, RETURNED)
+            ledger.died(lease, error=True, spare=True)
+            deaths += 1
+        else:
+            ledger.settle(lease, DONE)
+    assert ledger.lost == [Lost((0, 21, 22), KILLED)]
+    assert (ledger.done, ledger.skipped, deaths) == (63, 1, 7)
+
+
+def test_a_single_sample_is_skipped_at_once() -> None:
+    ledger = Ledger(3, 1)
+    die(ledger, 1), die(ledger, 1)
+    assert ledger.lost == [Lost((0, 0, 1), KILLED)]
+
+
+def test_a_half_is_never_too_short_to_train_with() -> None:
+    ledger = Ledger(8, 1)
+    for _ in range(2):
+        lease = ledger.lease(3, least=2)
+        assert lease == (0, 0, 3)
+        ledger.settle(lease, RETURNED)
+        ledger.died(lease, error=True, spare=True)
+    assert ledger.lost == [Lost((0, 0, 3), KILLED)]
+
+
+def test_deaths_follow_a_range_that_is_leased_in_parts() -> None:
+    ledger = Ledger(8, 1)
+    die(ledger, 8)
+    assert die(ledger, 4) == (0, 0, 4)
+    assert ledger.lease(4) == (0, 0, 2)  # the second death: halved
+
+
+def test_what_was_computed_is_not_suspected_any_more() -> None:
+    ledger = Ledger(8, 1)
+    die(ledger, 8)
+    lease = ledger.lease(4)
+    assert lease is not None
+    ledger.settle(lease, DONE)
+    assert [suspect[0] for suspect in ledger.state()["suspects"]] == [(0, 4, 8)]
+    lease = ledger.lease(4)
+    assert lease is not None
+    ledger.settle(lease, DONE)
+    assert "suspects" not in ledger.state()
+
+
+def test_who_seemed_dead_and_lived_does_not_count() -> None:
+    ledger = Ledger(8, 1)
+    for _ in range(9):
+        ledger.lived(die(ledger, 4, error=False))
+    assert "suspects" not in ledger.state() and not ledger.skipped
+
+
+def test_a_death_that_is_told_while_another_computes_counts_when_it_comes_back() -> None:
+    ledger = Ledger(8, 1)
+    lease = die(ledger, 4)
+    assert ledger.lease(4) == lease
+    ledger.died(lease, error=True, spare=False)
+    ledger.settle(lease, RETURNED)
+    assert ledger.lease(4) == (0, 0, 2)
+
+
+def test_what_is_kept_of_deaths_is_bounded() -> None:
+    ledger = Ledger(1000, 1)
+    leases = [ledger.lease(1) for _ in range(200)]
+    for lease in leases:
+        assert lease is not None
+        ledger.died(lease, error=True, spare=False)
+    assert len(ledger.state()["suspects"]) == SUSPECTS_KEPT
+    for lease in leases:
+        assert lease is not None
+        ledger.settle(lease, SKIPPED, [0])
+    assert len(ledger.state()["lost"]) == LOST_NAMED
+    Ledger.from_state(msgspec.json.decode(msgspec.json.encode(ledger.state())))
+
+
+def test_a_restarted_server_goes_on_counting() -> None:
+    ledger = Ledger(8, 1)
+    die(ledger, 4)
+    ledger = Ledger.from_state(msgspec.json.decode(msgspec.json.encode(ledger.state())))
+    die(ledger, 4)
+    assert ledger.lease(4) == (0, 0, 2)
+
+
+def test_unreadable_samples_are_skipped_beside_the_rest() -> None:
+    ledger = Ledger(8, 1)
+    lease = ledger.lease(4)
+    assert lease is not None
+    ledger.settle(lease, DONE, [1, 2])
+    assert (ledger.done, ledger.skipped, ledger.unread) == (2, 2, 2)
+    assert ledger.lost == [Lost((0, 1, 3), UNREAD)]
+
+
+def test_more_than_one_in_a_hundred_unreadable_is_hopeless() -> None:
+    ledger = Ledger(200, 2)
+    for count, hopeless in ((2, False), (1, True)):
+        lease = ledger.lease(50)
+        assert lease is not None
+        ledger.settle(lease, DONE, range(count))
+        assert (ledger.hopeless is not None) == hopeless
+
+
 # ---------------------------------------------------------------------------------- its state
 
 
@@ -156,6 +347,7 @@ def test_the_good_state_that_garbled_ones_are_made_of_is_good() -> None:
         {"waiting": [(0, 2, 3), (0, 3, 6)]},
         {"waiting": [(0, 5, 6), (1, 1, 4)]},
         {"epochs": 0},
+        {"suspects": [[[0, 2, 4], 1, 0, 0]], "lost": [[[0, 0, 1], "unread"]], "unread": 1},
     ],
     ids=str,
 )
@@ -261,16 +453,17 @@ class Random(RuleBasedStateMachine):
         self.to_do = list(self.all)  # in the order in which they must come
         self.out: list[Lease] = []
         self.settled: dict[str, list[tuple[int, int]]] = {DONE: [], PARTLY: [], SKIPPED: []}
+        self.unread = 0
 
-    @rule(size=st.integers(1, 7))
-    def lease(self, size: int) -> None:
-        lease = self.ledger.lease(size)
+    @rule(size=st.integers(1, 7), least=st.sampled_from([1, 1, 2]))
+    def lease(self, size: int, least: int) -> None:
+        lease = self.ledger.lease(size, least)
         if lease is None:
             assert not self.to_do
             return
         epoch, start, stop = lease
         taken = [(epoch, i) for i in range(start, stop)]
-        assert 0 < len(taken) <= size
+        assert 0 < len(taken) <= max(size, least) + least - 1
         assert taken == self.to_do[: len(taken)], "not the first that are to do"
         del self.to_do[: len(taken)]
         self.out.append(lease)
@@ -281,11 +474,43 @@ class Random(RuleBasedStateMachine):
         lease = self.out.pop(data.draw(st.integers(0, len(self.out) - 1)))
         epoch, start, stop = lease
         samples = [(epoch, i) for i in range(start, stop)]
-        self.ledger.settle(lease, how)
+        places = st.sets(st.integers(0, stop - start - 1)) if how != RETURNED else st.just(set())
+        unread = sorted(data.draw(places))
+        self.ledger.settle(lease, how, unread)
         if how == RETURNED:
             self.to_do = sorted([*self.to_do, *samples])
-        else:
-            self.settled[how] += samples
+            self.lose(self.ledger.take_news())
+            return
+        self.settled[SKIPPED] += [samples[i] for i in unread]
+        self.settled[how] += [s for i, s in enumerate(samples) if i not in unread]
+        self.unread += len(unread)
+        named = [i for lost in self.ledger.take_news() for i in range(*lost.lease[1:])]
+        assert named == [start + i for i in unread]
+
+    @precondition(lambda self: self.out)
+    @rule(data=st.data(), error=st.booleans(), spare=st.booleans(), told_first=st.booleans())
+    def died(self, data: st.DataObject, error: bool, spare: bool, told_first: bool) -> None:
+        """Of the range that it computed, which comes back at once or with the round's end."""
+        lease = data.draw(st.sampled_from(self.out))
+        epoch, start, stop = lease
+        if told_first:
+            self.ledger.died(lease, error=error, spare=spare)
+            return
+        self.out.remove(lease)
+        self.ledger.settle(lease, RETURNED)
+        self.lose(self.ledger.take_news())
+        back = [(epoch, i) for i in range(start, stop)]
+        self.to_do = sorted([*self.to_do, *(s for s in back if s not in self.settled[SKIPPED])])
+        self.ledger.died(lease, error=error, spare=spare)
+        self.lose(self.ledger.take_news())
+
+    def lose(self, news: list[Lost]) -> None:
+        for lost in news:
+            epoch, start, stop = lost.lease
+            assert lost.why == KILLED
+            gone = [(epoch, i) for i in range(start, stop)]
+            self.settled[SKIPPED] += gone
+            self.to_do = [s for s in self.to_do if s not in gone]
 
     @rule()
     def restart(self) -> None:
@@ -301,6 +526,7 @@ class Random(RuleBasedStateMachine):
         assert ledger.done == len(self.settled[DONE])
         assert ledger.partly == len(self.settled[PARTLY])
         assert ledger.skipped == len(self.settled[SKIPPED])
+        assert ledger.unread == self.unread
         assert ledger.leased() == sum(stop - start for _, start, stop in self.out)
         assert ledger.unleased() == len(self.to_do)
         assert ledger.counted + ledger.leased() + ledger.unleased() == ledger.total
