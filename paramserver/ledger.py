@@ -35,6 +35,7 @@ KILLED, UNREAD, DROPPED = "killed", "unread", "dropped"
 of an epoch that was not wanted."""
 
 ERRORS_MAX, DEATHS_MAX = 2, 3  # of a range, with an error and in all
+STRANGERS_MAX = 9  # where nobody of them had contributed before
 SUSPECTS_KEPT = 64
 LOST_NAMED = 32
 KILLED_RANGES_MAX = 8
@@ -48,9 +49,13 @@ class Suspect(msgspec.Struct, frozen=True, array_like=True):
     errors: Annotated[int, msgspec.Meta(ge=0, le=2**20)]
     silent: Annotated[int, msgspec.Meta(ge=0, le=2**20)]
     halvings: Annotated[int, msgspec.Meta(ge=0, le=2**20)] = 0
+    believed: bool = True
+    """One of them at least had contributed before: anybody can greet, and seem to die."""
 
     @property
     def due(self) -> bool:
+        if not self.believed:
+            return self.errors + self.silent >= STRANGERS_MAX
         return self.errors >= ERRORS_MAX or self.errors + self.silent >= DEATHS_MAX
 
 
@@ -177,11 +182,15 @@ class Ledger:
         else:
             self.partly += stop - start - len(unread)
 
-    def died(self, lease: Lease, *, error: bool, spare: bool) -> None:
+    def died(self, lease: Lease, *, error: bool, spare: bool, believed: bool = True) -> None:
         """A worker died while it computed this range, with an error or without a word.
 
-        `spare`: there are workers enough to look for the part of it that kills.
+        `spare`: there are workers enough to look for the part of it that kills. `believed`: it had
+        contributed before. A range that was settled, halved or leased in parts meanwhile has its
+        answer.
         """
+        if lease not in self._leased and lease not in self._waiting:
+            return
         known = [s for s in self._suspects.values() if _overlap(s.lease, lease)]
         self._suspect(
             Suspect(
@@ -189,6 +198,7 @@ class Ledger:
                 errors=max((s.errors for s in known), default=0) + error,
                 silent=max((s.silent for s in known), default=0) + (not error),
                 halvings=max((s.halvings for s in known), default=0),
+                believed=believed or any(s.believed for s in known),
             )
         )
         self._spare = spare
@@ -216,7 +226,7 @@ class Ledger:
         if suspect is None or not suspect.due:
             bisect.insort(self._waiting, lease)
             return
-        self._acquit(lease)
+        self._acquit(lease, rests=False)
         if stop - start >= 2 * self._least and (suspect.halvings == 0 or self._spare):
             middle = (start + stop) // 2
             for half in ((epoch, start, middle), (epoch, middle, stop)):
@@ -228,13 +238,13 @@ class Ledger:
         self.killed_ranges += 1
         self._lose(lease, KILLED)
 
-    def _acquit(self, lease: Lease) -> None:
-        """Nothing is suspected of this range any more."""
+    def _acquit(self, lease: Lease, rests: bool = True) -> None:
+        """Nothing is suspected of this range any more; but still of what others with it had."""
         epoch, start, stop = lease
         for s in [s for s in self._suspects.values() if _overlap(s.lease, lease)]:
             del self._suspects[s.lease]
             for rest in ((epoch, s.lease[1], start), (epoch, stop, s.lease[2])):
-                if rest[1] < rest[2]:
+                if rests and rest[1] < rest[2] and rest not in self._suspects:
                     self._suspect(msgspec.structs.replace(s, lease=rest))
 
     def _lose(self, lease: Lease, why: str) -> None:
@@ -248,11 +258,20 @@ class Ledger:
         return news
 
     @property
+    def _most_lost(self) -> int:
+        epochs = min(self._epoch + 1, max(1, self.epochs))
+        return max(1, self.samples // SHARE_MAX) * epochs
+
+    @property
+    def too_many_unread(self) -> bool:
+        return self.unread > self._most_lost
+
+    @property
     def hopeless(self) -> str | None:
         """Why it makes no sense to go on: more is skipped than a data set may have of what is
         broken. None while it is less."""
-        most = max(1, self.samples // SHARE_MAX) * min(self._epoch + 1, max(1, self.epochs))
-        if self.unread > most:
+        most = self._most_lost
+        if self.too_many_unread:
             return f"{self.unread} samples could not be read, more than one in {SHARE_MAX}"
         if self.killed > most and self.killed_ranges > KILLED_RANGES_MAX:
             return (
@@ -269,6 +288,16 @@ class Ledger:
     @property
     def finished(self) -> bool:
         return self.exhausted and not self._leased
+
+    @property
+    def untouched(self) -> bool:
+        """Nothing was trained on, and nobody died: the set may as well be another one."""
+        return not (self.counted or self._leased or self._suspects)
+
+    @property
+    def remembers(self) -> bool:
+        """It knows of samples that workers died of."""
+        return bool(self._suspects or self.killed)
 
     @property
     def counted(self) -> int:
@@ -361,7 +390,7 @@ class OwnLedger(Ledger):
     def lease(self, size: int, least: int = 1, drop_last: bool = False) -> Lease | None:
         return OWN
 
-    def died(self, lease: Lease, *, error: bool, spare: bool) -> None:
+    def died(self, lease: Lease, *, error: bool, spare: bool, believed: bool = True) -> None:
         """Nobody else gets them."""
 
     def settle(self, lease: Lease, how: str, unread: Sequence[int] = ()) -> None:

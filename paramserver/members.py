@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from itertools import pairwise
 
 import msgspec
 
@@ -50,6 +51,7 @@ class Peer:
         self.join: Join | None = None
         self.ready: Ready | None = None
         self.leases: list[Lease] = []
+        self.left_with: Lease | None = None  # the lease that it computed when it left its loop
         self.last_seen = 0.0
         self.push_time_p95: float | None = None
         """Seconds from a round's opening to the end of this worker's push, in most of the last."""
@@ -169,15 +171,23 @@ class Member:
         self.loss: float | None = None
         self.whole_at: float | None = None
         self.timed_out = False  # the round waited as long as any round does
+        self.unread: tuple[int, ...] = ()  # places in the lease of what could not be read
 
-    def tells(self, samples: int) -> None:
-        """The first push tells how many samples a worker took that brings its own."""
+    def tells(self, push: Push) -> None:
+        """The first push tells how many samples a worker took that brings its own, and which ones
+        of a lease could not be read."""
         if self.lease == OWN:
-            self.lease = (0, 0, samples)
+            self.lease = (0, 0, push.samples)
+        self.unread = push.unread
+
+    @property
+    def size(self) -> int:
+        return self.lease[2] - self.lease[1]
 
     @property
     def samples(self) -> int:
-        return self.lease[2] - self.lease[1]
+        """Those that were computed."""
+        return self.size - len(self.unread)
 
 
 class Round:
@@ -234,8 +244,15 @@ class Round:
         if member.lease == OWN:
             if push.samples < 1:
                 return f"{push.samples} samples pushed"
-        elif push.samples != member.samples:
-            return f"{push.samples} samples pushed for a lease of {member.samples}"
+            if push.unread:
+                return "samples of its own are told to be unreadable"
+        elif member.got and push.unread != member.unread:
+            return "other samples could not be read than in the bucket before"
+        elif push.samples < 1 or push.samples + len(push.unread) != member.size:
+            but = f", {len(push.unread)} not readable" if push.unread else ""
+            return f"{push.samples} samples pushed{but} for a lease of {member.size}"
+        elif not _in_order(push.unread, member.size):
+            return "it names samples that its lease does not have"
         if any(not 0 <= index < self._tensors for index in push.absent):
             return "it names parameters that the run does not have"
         return None
@@ -314,3 +331,9 @@ class Round:
             return ""
         count, who = len(self.members), [f"{self.members[w].name} {why}" for w, why in late.items()]
         return f"round {self.number} closed with {count - len(late)} of {count}: {'; '.join(who)}"
+
+
+def _in_order(places: tuple[int, ...], size: int) -> bool:
+    """Are these places in a lease of `size`, each once and in order?"""
+    limits = (-1, *places, size)
+    return all(a < b for a, b in pairwise(limits))

@@ -40,7 +40,7 @@ from paramserver.effects import (
     Start,
     Void,
 )
-from paramserver.ledger import DONE, PARTLY, RETURNED, Ledger, OwnLedger
+from paramserver.ledger import DONE, DROPPED, KILLED, PARTLY, RETURNED, UNREAD, Ledger, OwnLedger
 from paramserver.members import (
     ADOPTING,
     GREETED,
@@ -55,7 +55,9 @@ from paramserver.members import (
 from paramserver.norms import Norms
 from paramserver.sentences import Sentences
 from paramserver.wire import (
+    FAILURES,
     FINISHED,
+    OWN,
     Abort,
     Admit,
     Close,
@@ -90,6 +92,14 @@ SLOW_S = 0.1
 DEAF_STEPS = 20  # who fetches at more than this share of them gets nothing of what is published
 DEAF_SHARE = 0.7
 LEASES_HELD = 2  # one being computed, one whose data loads meanwhile
+SILENT_KEPT = 64
+HOLD_S = 1.0  # between leaving a loop and a goodbye that says why; more than a worker needs
+WORKERS_TO_SPARE = 2  # others that are left, to look for the sample that kills
+LOST = {
+    KILLED: "workers died of it",
+    UNREAD: "it cannot be read",
+    DROPPED: "the short rest of an epoch (drop_last)",
+}
 DERIVED_TIMEOUT_MIN_S = 1.0
 
 
@@ -114,7 +124,8 @@ class Rules(msgspec.Struct, frozen=True):
 class Rounds:
     """The state of a run as its server sees it; see the module's head.
 
-    `count_buckets` tells how many buckets a layout has (`bucket.plan`). With `comeback` the server
+    `count_buckets` tells how many buckets a layout has (`bucket.plan`), `name_samples` which
+    samples, of a set of so many, a range of an epoch's order is. With `comeback` the server
     was started again in the middle of a run, and this names the newest step that anybody may hold
     (`Comeback`): the most advanced replica that comes back has its state. Should nobody come back,
     the run is `deserted`; stopped before that, it is `put_off`.
@@ -128,6 +139,7 @@ class Rounds:
         count_buckets: Callable[[Layout], int],
         *,
         comeback: str | None = None,
+        name_samples: Callable[[int, Lease], str] | None = None,
     ) -> None:
         self.rules = rules
         self.nonce = nonce
@@ -173,6 +185,10 @@ class Rounds:
         self._wasted_by: dict[int, int] = {}  # worker id -> the same, of this one
         self._next_snapshot_at = now  # not before, as long as rounds can go on
         self._count_buckets = count_buckets
+        self._name_samples = name_samples
+        self._unread_by: set[int] = set()  # workers that could not read samples
+        self._held: dict[Lease, tuple[str, float]] = {}  # left by a session; until when
+        self._silent: dict[str, Lease] = {}  # by process: what it computed when it fell silent
         self._buckets = 0
         self._ready_since: float | None = None  # the first worker is ready
         self._busy_at = now  # a step was closed, or somebody came to work
@@ -220,7 +236,10 @@ class Rounds:
                     f"(last seen {now - holder.last_seen:.1f} s ago)"
                 )
                 return None, why, self._out()
+            self._dies(holder, None if holder.nonce == nonce else "")
             self._remove(holder, "greeted again", now)
+        if (lease := self._silent.pop(nonce, None)) is not None and self.ledger is not None:
+            self.ledger.lived(lease)
         peer = Peer(session, role, number, nonce, host, pid)
         peer.last_seen = now
         peer.returns = returns
@@ -266,7 +285,8 @@ class Rounds:
         if not message.own and (samples < 1 or message.batch_size < 1):
             self._send(peer, Reject("a data set without samples", "give batches() a longer one"))
             return self._out()
-        if self.ledger is None:
+        others = [p for p in self.workers_ready() if p is not peer]
+        if self.ledger is None or (self.ledger.untouched and not others):
             self.ledger = OwnLedger() if message.own else Ledger(samples, self.rules.epochs)
         if message.own != isinstance(self.ledger, OwnLedger):
             brings, has = "samples of its own", "one set that all share"
@@ -291,15 +311,21 @@ class Rounds:
             )
             return self._out()
         peer.ready = message
+        peer.left_with = None
+        self._release(now, session)
         if self._ready_since is None:
             self._ready_since = now
         self._busy_at = now
         self._progress(now)
         return self._out()
 
-    def unready(self, session: str, now: float) -> list[Effect]:
-        """A worker left its loop: it takes part no more until it is ready again."""
+    def unready(self, session: str, now: float, unfinished: bool = False) -> list[Effect]:
+        """A worker left its loop: it takes part no more until it is ready again. What it left
+        `unfinished` may have killed it: nobody else gets that before this is clear."""
         peer = self.peers[session]
+        peer.left_with = self._computes(peer)
+        if unfinished and peer.left_with is not None:
+            self._held[peer.left_with] = session, now + HOLD_S
         if self.round and (member := self.round.member_of(peer)):
             self._out_of_round(member, "left its loop", now)
         self._return_leases(peer)
@@ -380,11 +406,22 @@ class Rounds:
             peer.fetches += 1
 
     def leave(
-        self, session: str, reason: str, now: float, step: int = 0, digest: str = ""
+        self,
+        session: str,
+        reason: str,
+        now: float,
+        step: int = 0,
+        digest: str = "",
+        *,
+        failed: str = "",
+        lease: Lease | None = None,
     ) -> list[Effect]:
-        """A Goodbye; `digest` is of its weights at `step`, which only a member can know."""
+        """A Goodbye; `digest` is of its weights at `step`, which only a member can know. `failed`
+        (one of `FAILURES`) where it died of an error in this lease."""
         peer = self.peers.get(session)
         if peer is not None:
+            if failed in FAILURES and lease == (self._computes(peer) or peer.left_with):
+                self._dies(peer, failed)
             if digest and _believed(peer) and peer.replica_since <= step <= self.step:
                 self.digests[peer.id] = (peer.name, step, digest)
             if not self.ended:
@@ -409,7 +446,7 @@ class Rounds:
         peer, current = self.peers[session], self.round
         assert current is not None
         member = current.members[peer.id]
-        member.tells(push.samples)
+        member.tells(push)
         if bad is not None:
             member.bad = bad
             self._warn(f"round {current.number}: {peer.name} refused: {bad}", peer)
@@ -422,6 +459,19 @@ class Rounds:
                 member.whole_at = now
                 current.look_for_quorum(now)
             self._effects += current.advance(push.bucket)
+        self._progress(now)
+        return self._out()
+
+    def unreadable(self, session: str, number: int, now: float) -> list[Effect]:
+        """No sample of a worker's lease in this round can be read."""
+        peer, current = self.peers[session], self.round
+        member = None if current is None else current.member_of(peer)
+        if current is None or member is None or current.number != number:
+            return self._out()
+        if member.out is None and not member.got and member.lease != OWN:
+            member.unread = tuple(range(member.size))
+            member.bad = "no sample of its lease can be read"
+            self._out_of_round(member, member.bad, now)
         self._progress(now)
         return self._out()
 
@@ -493,6 +543,7 @@ class Rounds:
                 if now - peer.last_seen > timeout:
                     silent_s = now - peer.last_seen
                     self._warn(f"{peer.name} is gone: silent for {silent_s:.1f} s", peer)
+                    self._dies(peer, "")
                     self._remove(peer, f"gone, silent for {now - peer.last_seen:.1f} s", now)
             snap = self.snapshot
             if snap is not None and now - snap.progress_at > timeout:
@@ -506,6 +557,7 @@ class Rounds:
             ):
                 self._abort_snapshot(f"it is not over after {now - snap.began_at:.0f} s", now)
             self._close_if_due(now)
+            self._release(now)
             if now - self._busy_at > self.rules.idle_timeout and not self.coming_back:
                 self._begin_end(
                     f"nothing happened for {self.rules.idle_timeout:g} s: {self.phase(now)}",
@@ -657,6 +709,7 @@ class Rounds:
             self._void("the run ends")
         for peer in self.peers.values():
             self._return_leases(peer)
+        self._release(math.inf)
         self.ending, self._ending_at = (reason, error), now
         self._effects.append(Publish(self.pulse(now)))  # the observer tells where it stands
 
@@ -738,6 +791,7 @@ class Rounds:
         if self.round and (member := self.round.member_of(peer)):
             self._out_of_round(member, why, now)
         self._return_leases(peer)
+        self._release(now, peer.session)
         peer.state, peer.ready = GREETED, None
 
     def _becomes_replica(self, peer: Peer) -> None:
@@ -797,7 +851,8 @@ class Rounds:
             self._send(peer, Reject(f"the model cannot be trained: {problem}"))
             return False
         buckets = self._count_buckets(message.layout)
-        self.ledger = None
+        if self.ledger is None or not self.ledger.remembers or message.step:
+            self.ledger = None
         if message.ledger is not None:
             try:
                 self.ledger = Ledger.from_state(message.ledger, self.rules.epochs)
@@ -808,6 +863,7 @@ class Rounds:
             self._send(peer, Reject(f"there is no step {message.step} to begin at"))
             return False
         peer.proven = True
+        self._held.clear()
         self.layout, self._buckets = message.layout, buckets
         self.recipe = message.recipe
         self.step, self.lineage = message.step, message.lineage
@@ -879,10 +935,78 @@ class Rounds:
         for count in range(1, LEASES_HELD + 1):
             for peer in ready:
                 if len(peer.leases) < count and peer.ready is not None:
-                    lease = self.ledger.lease(peer.ready.batch_size)
+                    lease = self.ledger.lease(
+                        peer.ready.batch_size, peer.ready.least, peer.ready.drop_last
+                    )
                     if lease is None:
                         return
                     peer.leases.append(lease)
+
+    # ------------------------------------------------------------------ inside: what kills
+
+    def _computes(self, peer: Peer) -> Lease | None:
+        """The lease that this worker computes in the open round, of which nothing came yet."""
+        member = self.round.member_of(peer) if self.round else None
+        if member is None or member.out is not None or member.got or member.lease == OWN:
+            return None
+        return member.lease
+
+    def _dies(self, peer: Peer, failed: str | None) -> None:
+        """This worker dies of what it computes: with an error in a phase, without a word (""), or
+        not at all (None), since the same process is back."""
+        lease = self._computes(peer)
+        if failed:
+            lease = lease or peer.left_with
+        if lease is None or failed is None or self.ledger is None:
+            return
+        if not failed:
+            while len(self._silent) >= SILENT_KEPT:
+                del self._silent[next(iter(self._silent))]
+            self._silent[peer.nonce] = lease
+        others = [p for p in self.workers_ready() if p is not peer]
+        spare = len(others) >= WORKERS_TO_SPARE
+        self.ledger.died(lease, error=bool(failed), spare=spare, believed=peer.proven)
+
+    def _release(self, now: float, session: str | None = None) -> None:
+        """What was held back returns: that of this peer, or all whose time is over."""
+        for lease, (holder, until) in list(self._held.items()):
+            if holder == session or (session is None and now >= until):
+                del self._held[lease]
+                members = self.round.members.values() if self.round else ()
+                if self.ledger is not None and all(m.lease != lease for m in members):
+                    self.ledger.settle(lease, RETURNED)
+
+    def _tell_lost(self) -> None:
+        """Samples that are skipped are named."""
+        if self.ledger is None:
+            return
+        for lost in self.ledger.take_news():
+            epoch, start, stop = lost.lease
+            where = f"place {start}" if stop - start == 1 else f"places {start} to {stop - 1}"
+            what = f"{where} of epoch {epoch}'s order"
+            if self._name_samples is not None:
+                what = f"{self._name_samples(self.ledger.samples, lost.lease)} ({what})"
+            self._warn(f"skipped: {what}: {LOST[lost.why]}")
+
+    def _hopeless(self) -> str | None:
+        """Why it makes no sense to go on, as most workers see it: one alone may be wrong."""
+        assert self.ledger is not None
+        why = self.ledger.hopeless
+        ready = self.workers_ready()
+        agree = [p for p in ready if p.id in self._unread_by]
+        if why is not None and self.ledger.too_many_unread and 2 * len(agree) <= len(ready):
+            return None
+        return why
+
+    def _first_lost(self) -> str:
+        assert self.ledger is not None
+        names = [
+            self._name_samples(self.ledger.samples, lost.lease)
+            if self._name_samples is not None
+            else f"{lost.lease[1]} to {lost.lease[2] - 1} of epoch {lost.lease[0]}"
+            for lost in self.ledger.lost[:4]
+        ]
+        return f"first {'; '.join(names)}"
 
     # ------------------------------------------------------------------ inside: rounds
 
@@ -947,8 +1071,20 @@ class Rounds:
                 return
         elif (following := self._try_open(now)) is not None:
             self._effects.append(Publish(following))
-        if self.round is None and self.snapshot is None and self._everything_done():
-            self._begin_end("all epochs are done", now, error=False)
+        self._tell_lost()
+        if self.ledger is not None and (broken := self._hopeless()) is not None:
+            self._begin_end(f"{broken}: {self._first_lost()}", now, error=True)
+            self._progress(now)
+        elif self.round is None and self.snapshot is None and self._everything_done():
+            assert self.ledger is not None
+            if self.ledger.skipped and not self.ledger.done + self.ledger.partly:
+                self._begin_end(
+                    f"no sample could be trained on, all {self.ledger.skipped} were skipped",
+                    now,
+                    error=True,
+                )
+            else:
+                self._begin_end("all epochs are done", now, error=False)
             self._progress(now)
 
     def _everything_done(self) -> bool:
@@ -964,7 +1100,12 @@ class Rounds:
             how = current.settlement(m)
             if how == PARTLY:
                 partly[worker] = tuple(sorted(m.got))
-            self.ledger.settle(m.lease, how)
+            if how != RETURNED:
+                self.ledger.settle(m.lease, how, m.unread)
+            elif m.lease not in self._held:
+                self.ledger.settle(m.lease, how)
+            if m.unread:
+                self._unread_by.add(worker)
             if m.got:
                 contributors[worker] = m.samples
                 tally.samples += m.samples
@@ -1011,7 +1152,8 @@ class Rounds:
         assert current is not None
         if self.ledger is not None:
             for member in current.members.values():
-                self.ledger.settle(member.lease, RETURNED)
+                if member.lease not in self._held:
+                    self.ledger.settle(member.lease, RETURNED)
                 peer = self.peers.get(member.session)
                 if peer is not None and member.lease in peer.leases:
                     peer.leases.remove(member.lease)

@@ -40,6 +40,7 @@ from paramserver.effects import (
 from paramserver.errors import PeerError
 from paramserver.gate import Gate
 from paramserver.mean import Mean, Release
+from paramserver.order import name_samples
 from paramserver.paths import Paths
 from paramserver.rounds import Rounds, Rules
 from paramserver.settings import Settings
@@ -173,6 +174,7 @@ class Server:
             time.monotonic(),
             lambda layout: len(plan(layout, self._bucket_mb).buckets),
             comeback=comeback,
+            name_samples=partial(name_samples, seed=settings.seed),
         )
         self._to_send = to_send
         self._observer_key = observer_key
@@ -368,8 +370,10 @@ class Server:
                 self._carry_out(r.join(session, message, now))
             case wire.Ready():
                 self._carry_out(r.ready(session, message, now))
+            case wire.Unreadable():
+                self._carry_out(r.unreadable(session, message.round, now))
             case wire.Unready():
-                self._carry_out(r.unready(session, now))
+                self._carry_out(r.unready(session, now, message.unfinished))
             case wire.Manifest() | wire.Want() | wire.Piece() | wire.Abort():
                 goal, effects = r.route(session, message, now)
                 if goal is not None:
@@ -390,7 +394,7 @@ class Server:
                     self.watcher.problem(message.text)
             case wire.Goodbye():
                 said = (message.reason, now, message.step, message.digest)
-                self._carry_out(r.leave(session, *said))
+                self._carry_out(r.leave(session, *said, failed=message.failed, lease=message.lease))
             case _:
                 raise PeerError(f"a {type(message).__name__} is not for the server")
 

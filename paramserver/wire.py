@@ -23,6 +23,7 @@ Admit      server -> link origin / follow / adopt: what to do to stand where the
 Ready      link -> server I am waiting for samples of a set of this length
 Unready    link -> server give me no more samples until I am ready again
 Push       link -> server my gradient of one bucket; 1..n encoded buffers
+Unreadable link -> server no sample of my lease in this round can be read: it has none from me
 Refused    server -> link this push was not taken, and why
 Average    PUB or link    the mean of one bucket; 1..n encoded buffers. Not applied before Close
 Shared     PUB            the same for peers that share memory with the server: no buffers
@@ -291,10 +292,15 @@ class Ready(Message, frozen=True):
     own: bool = False
     """It brings samples of its own: its lease is `OWN`, and its pushes tell how many they are of.
     Then `samples` is 0."""
+    least: Annotated[int, msgspec.Meta(ge=1, le=SAMPLES_MAX)] = 1
+    """Samples that a lease must have: 2 where the model has statistics over a batch."""
+    drop_last: bool = False
+    """The last range of an epoch is not wanted where it is shorter than a batch."""
 
 
 class Unready(Message, frozen=True):
-    pass
+    unfinished: bool = False
+    """It left in the middle of a lease, perhaps because of it: Goodbye would tell so at once."""
 
 
 class Later(Message, frozen=True):
@@ -328,6 +334,13 @@ class Push(Message, frozen=True):
     """Mean loss over the samples; with the last bucket."""
     ready_s: float = 0.0
     """When it was ready, by its worker's clock: two of them tell how long it computed between."""
+    unread: Annotated[tuple[Int, ...], msgspec.Meta(max_length=TENSORS_MAX)] = ()
+    """Places in the lease, in order, of samples that could not be read: `samples` are the others.
+    The same in every push of a round."""
+
+
+class Unreadable(Message, frozen=True):
+    round: Int
 
 
 class Refused(Message, frozen=True):
@@ -507,6 +520,9 @@ class Problem(Message, frozen=True):
     """What could not be done and why: a checkpoint that was not written, a logger that stopped."""
 
 
+LOAD, FORWARD, BACKWARD = FAILURES = "load", "forward", "backward"
+"""Where a worker was with its lease when it died."""
+
 FINISHED = "finished"
 """The reason of a worker that leaves because it is done."""
 
@@ -515,6 +531,10 @@ class Goodbye(Message, frozen=True):
     reason: Words
     step: Int = 0
     digest: Id = ""
+    failed: Name = ""
+    """It died of an error of its own in the middle of a lease: load, forward or backward."""
+    lease: Lease | None = None
+    """And which."""
 
     def __post_init__(self) -> None:
         self._clip("reason")
@@ -534,8 +554,8 @@ class End(Message, frozen=True):
 
 ANY = (
     Hello | Welcome | Later | Probe | Greet | Join | Admit | Ready | Unready | Reject | Push
-    | Refused | Average | Shared | Open | Close | Fetch | Fetched | Stand | Digest | Give
-    | Manifest | Want | Piece | Adopted | Abort | Beat | Pulse | Report | Problem
+    | Unreadable | Refused | Average | Shared | Open | Close | Fetch | Fetched | Stand | Digest
+    | Give | Manifest | Want | Piece | Adopted | Abort | Beat | Pulse | Report | Problem
     | Goodbye | End
 )  # fmt: skip
 

@@ -161,13 +161,19 @@ class Run:
         return self.join(who, life, step=self.rounds.step, lineage=self.rounds.lineage)
 
     def ready(
-        self, who: int, life: str = "", samples: int = 100, batch: int = 10, own: bool = False
+        self,
+        who: int,
+        life: str = "",
+        samples: int = 100,
+        batch: int = 10,
+        own: bool = False,
+        **ready: Any,
     ) -> list[str]:
-        ready = wire.Ready(samples=samples, batch_size=batch, own=own)
-        return self._out(self.rounds.ready(session(who, life), ready, self.now))
+        message = wire.Ready(samples=samples, batch_size=batch, own=own, **ready)
+        return self._out(self.rounds.ready(session(who, life), message, self.now))
 
-    def unready(self, who: int) -> list[str]:
-        return self._out(self.rounds.unready(session(who), self.now))
+    def unready(self, who: int, unfinished: bool = False) -> list[str]:
+        return self._out(self.rounds.unready(session(who), self.now, unfinished))
 
     def push(
         self, who: int, *buckets: int, life: str = "", bad: str = "", **push: Any
@@ -200,8 +206,19 @@ class Run:
     def behind(self, who: int) -> list[str]:
         return self._out(self.rounds.behind(session(who), self.now))
 
-    def leave(self, who: int, reason: str = "it was stopped") -> list[str]:
-        return self._out(self.rounds.leave(session(who), reason, self.now))
+    def leave(self, who: int, reason: str = "it was stopped", **died: Any) -> list[str]:
+        return self._out(self.rounds.leave(session(who), reason, self.now, **died))
+
+    def lease(self, who: int) -> Lease:
+        """That of this worker in the open round."""
+        assert self.rounds.round is not None
+        return self.rounds.round.members[who].lease
+
+    def dies(self, who: int, failed: str = "forward") -> list[str]:
+        """Of an error in its lease: its loop is left before its program ends."""
+        lease = self.lease(who)
+        self.unready(who, unfinished=True)
+        return self.leave(who, "ValueError: no", failed=failed, lease=lease)
 
     def adopted(self, who: int, number: int, life: str = "") -> list[str]:
         """The snapshot has no pieces."""

@@ -29,10 +29,10 @@ FLOORS = {
     2: "paramserver.fleet.keeper paramserver.fleet.machine paramserver.fleet.remote "
     "paramserver.fleet.speed paramserver.fleet.figures paramserver.address paramserver.arena "
     "paramserver.discover paramserver.folders paramserver.gate paramserver.memory "
-    "paramserver.stored paramserver.tether paramserver.sockets workers.data "
-    "workers.models workers.named workers.own_code workers.own_data",
-    1: "paramserver.bucket paramserver.codec paramserver.feedback paramserver.mean workers.state "
-    "workers.weight",
+    "paramserver.stored paramserver.tether paramserver.sockets workers.data workers.models "
+    "workers.named workers.own_code workers.own_data workers.samples",
+    1: "paramserver.bucket paramserver.codec paramserver.feedback paramserver.mean "
+    "paramserver.order workers.state workers.weight",
     0: "paramserver.fleet paramserver.fleet.carry paramserver.fleet.hosts "
     "paramserver.fleet.interfaces paramserver.fleet.findings paramserver.fleet.plan "
     "paramserver.fleet.topology "

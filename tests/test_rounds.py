@@ -14,7 +14,7 @@ from scripts import LAYOUT, NONCE, Run, but_words, session
 
 from paramserver import wire
 from paramserver.effects import Add, Finish, Say, Send
-from paramserver.ledger import Ledger
+from paramserver.ledger import UNREAD, Ledger, Lost
 from paramserver.members import REPLICA
 from paramserver.rounds import Rounds, Rules
 
@@ -1744,3 +1744,161 @@ class AnyOrder(RuleBasedStateMachine):
 
 AnyOrder.TestCase.settings = settings(max_examples=150, stateful_step_count=60)
 TestAnyOrder = AnyOrder.TestCase
+
+
+# ------------------------------------------------------------------------ what workers die of
+
+
+def trained(*numbers: int, samples: int = 40) -> Run:
+    """These workers have contributed to a step."""
+    run = Run(num_workers=len(numbers), observer=True).observer()
+    run.workers(*numbers, samples=samples)
+    for who in numbers:
+        run.push(who)
+    assert run.rounds.step == 1
+    return run
+
+
+def test_what_two_workers_die_of_is_halved_and_what_still_kills_is_skipped() -> None:
+    run = trained(1, 2, 3)
+    assert run.lease(1) == (0, 30, 40)
+    run.dies(1)
+    assert run.lease(2) == (0, 30, 40)
+    run.dies(2)
+    assert run.lease(3) == (0, 30, 35)
+    told = run.dies(3)
+    assert "# skipped: places 30 to 34 of epoch 0's order: workers died of it" in told
+    ledger = run.rounds.ledger
+    assert ledger is not None and (ledger.skipped, ledger.killed) == (5, 5)
+
+
+def test_what_was_left_unfinished_is_held_back_until_it_is_clear_why() -> None:
+    run = trained(1, 2)
+    assert (run.lease(1), run.lease(2)) == ((0, 20, 30), (0, 30, 40))
+    run.unready(1, unfinished=True)
+    run.push(2)
+    assert run.rounds.round is None
+    run.tick(0.5, 0, 1, 2)
+    assert run.rounds.round is None
+    run.tick(1.5, 0, 1, 2)  # it was a break in the middle of a batch
+    assert run.lease(2) == (0, 20, 30)
+    ledger = run.rounds.ledger
+    assert ledger is not None and not ledger.remembers
+
+
+def test_who_left_in_the_middle_and_is_ready_again_gets_it_back() -> None:
+    run = trained(1, 2)
+    run.unready(1, unfinished=True)
+    run.push(2)
+    run.ready(1, samples=40)
+    assert run.lease(1) == (0, 20, 30)
+
+
+def test_what_is_skipped_is_named_by_its_samples_too() -> None:
+    run = trained(1, 2)
+    run.rounds._name_samples = lambda n, lease: f"the samples {lease} of {n}"
+    run.ready(1, samples=40, drop_last=True)
+    ledger = run.rounds.ledger
+    assert ledger is not None
+    ledger.news.append(Lost((1, 3, 4), UNREAD))
+    run.push(1)
+    assert (
+        "# skipped: the samples (1, 3, 4) of 40 (place 3 of epoch 1's order): it cannot be read"
+        in run.push(2)
+    )
+
+
+@pytest.mark.parametrize("how", ["in order", "another lease", "a phase that there is not"])
+def test_who_leaves_without_dying_of_its_lease_does_not_count(how: str) -> None:
+    run = trained(1, 2)
+    lease = run.lease(1)
+    run.unready(1)
+    if how == "in order":
+        run.leave(1)
+    elif how == "another lease":
+        run.leave(1, failed="load", lease=(0, 0, 1))
+    else:
+        run.leave(1, failed="lunch", lease=lease)
+    ledger = run.rounds.ledger
+    assert ledger is not None and not ledger.remembers
+
+
+def test_a_worker_that_falls_silent_counts_unless_it_comes_back() -> None:
+    run = trained(1, 2)
+    ledger = run.rounds.ledger
+    assert ledger is not None
+    run.tick(30.0, 0, 2)
+    assert [tuple(s) for s in ledger.state()["suspects"]] == [((0, 20, 30), 0, 1, 0, True)]
+    run.hello(1)
+    assert not ledger.remembers
+
+
+def test_who_is_late_does_not_count() -> None:
+    run = trained(1, 2)
+    run.push(2)
+    run.tick(29.0, 0, 1, 2), run.tick(60.0, 0, 1, 2)
+    ledger = run.rounds.ledger
+    assert ledger is not None and run.rounds.step == 2 and not ledger.remembers
+
+
+def test_samples_that_cannot_be_read_are_skipped_beside_the_rest() -> None:
+    run = trained(1, 2)
+    assert run.push(1, 0, samples=8, unread=(1, 4)) == ["add 1.0 x8"]
+    assert run.push(1, 1, samples=9, unread=(1,)) == [
+        "refused: other samples could not be read than in the bucket before"
+    ]
+    for samples, unread in ((8, (4, 1)), (8, (1, 1)), (8, (1, 10)), (9, (1, 4)), (0, range(10))):
+        assert "refused" in run.push(2, 0, samples=samples, unread=tuple(unread))[0]
+    run.push(1, 1, samples=8, unread=(1, 4)), run.push(2)
+    ledger = run.rounds.ledger
+    assert ledger is not None and (ledger.done, ledger.skipped) == (38, 2)
+
+
+def test_a_lease_of_which_nothing_can_be_read_is_skipped() -> None:
+    run = trained(1, 2, samples=400)
+    ledger = run.rounds.ledger
+    assert ledger is not None
+    run._out(run.rounds.unreadable("w1", 9, run.now))  # of another round
+    assert run.rounds.round is not None and run.rounds.round.members[1].bad is None
+    run._out(run.rounds.unreadable("w1", run.rounds.round.number, run.now))
+    run.push(2)
+    assert (run.rounds.step, ledger.done, ledger.skipped, ledger.unread) == (2, 30, 10, 10)
+
+
+def test_more_than_one_in_a_hundred_end_the_run_when_most_workers_met_them() -> None:
+    run = trained(1, 2)
+    for who in (1, 2):
+        assert run.rounds.ending is None
+        run.push(who, samples=8, unread=(1, 4))
+    assert run.rounds.ending is not None
+    why, error = run.rounds.ending
+    assert error and why.startswith("4 samples could not be read, more than one in 100: first 21")
+
+
+def test_one_worker_alone_cannot_end_the_run_so() -> None:
+    run = trained(1, 2, 3, samples=400)
+    run.push(1, samples=2, unread=tuple(range(8))), run.push(2), run.push(3)
+    assert run.rounds.step == 2 and run.rounds.ending is None
+
+
+def test_where_nothing_can_be_trained_on_the_run_fails() -> None:
+    run = Run(num_workers=1, max_bad_rounds=3, observer=False)
+    run.hello(1), run.join(1), run.ready(1, samples=1, batch=5)
+    assert run.rounds.round is not None
+    run._out(run.rounds.unreadable("w1", run.rounds.round.number, run.now))
+    assert run.rounds.ended is not None
+    assert run.rounds.ended.error and "no sample could be trained on" in run.rounds.ended.reason
+
+
+def test_a_rest_of_one_is_part_of_the_lease_before_it() -> None:
+    run = Run(num_workers=1, observer=False)
+    run.hello(1), run.join(1), run.ready(1, samples=11, batch=10, least=2)
+    assert run.lease(1) == (0, 0, 11)
+
+
+def test_a_mistake_of_one_does_not_decide_the_length() -> None:
+    run = Run(num_workers=2, observer=True).observer().workers(1, samples=8)
+    run.leave(1)
+    run.workers(2, 3, samples=64)
+    ledger = run.rounds.ledger
+    assert ledger is not None and ledger.samples == 64 and run.rounds.round is not None

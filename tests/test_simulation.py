@@ -17,7 +17,7 @@ from simulation.peer import Observer, Worker
 from paramserver import wire
 from paramserver.comeback import NOTHING
 from paramserver.effects import Effect
-from paramserver.ledger import PARTLY, RETURNED, Ledger
+from paramserver.ledger import PARTLY, RETURNED, Ledger, Suspect
 from paramserver.members import Peer
 from paramserver.rounds import Rounds
 from workers import follow
@@ -43,6 +43,7 @@ def test_schedules_have_what_they_are_made_for() -> None:
     for what in (*faults, "snapshots", "void rounds", "steps", "steps lost", "run given up"):
         assert seen[what] > 5, f"{what} hardly ever happens: {seen}"
     assert seen["steps"] > 500
+    assert seen["ranges killed"] > 5 and seen["ranges unread"] > 5
 
 
 def test_a_seed_replays_in_any_process() -> None:
@@ -287,6 +288,22 @@ def test_a_ledger_that_returns_what_was_partly_used_is_found(
     failures = (simulate(seed).failure for seed in range(SEARCHED))
     failure = next(filter(None, failures), None)
     assert failure is not None and "samples" in failure
+
+
+def test_a_lease_that_kills_for_ever_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Ledger, "died", lambda self, lease, **how: None)
+    failures = (simulate(seed).failure for seed in (829, *range(SEARCHED)))
+    failure = next(filter(None, failures), None)
+    assert failure is not None and "does not end" in failure
+
+
+def test_a_ledger_that_skips_what_is_only_beside_what_kills_is_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Suspect, "due", property(lambda self: True))
+    failures = (simulate(seed).failure for seed in range(SEARCHED))
+    failure = next(filter(None, failures), None)
+    assert failure is not None and "nothing is wrong with it" in failure
 
 
 def test_the_schedule_of_a_seed_is_the_same_with_other_parts() -> None:

@@ -18,7 +18,7 @@ from paramserver import address, wire
 from paramserver.bucket import BUCKET_MB
 from paramserver.codec import fresh
 from paramserver.errors import UserError
-from paramserver.ledger import DONE, RETURNED, SKIPPED, Ledger, OwnLedger
+from paramserver.ledger import DONE, RETURNED, SKIPPED, UNREAD, Ledger, OwnLedger
 from paramserver.mean import Mean
 from paramserver.schema import build, check_names
 from paramserver.settings import Settings
@@ -59,7 +59,9 @@ class Alone:
         self.on_close: Callable[[wire.Close], None] | None = None
         self.follow: follow.Follow | None = None
         self._ledger: Ledger | None = None
-        self._batch_size = 0
+        self._batch_size, self._least, self._drop_last = 0, 1, False
+        self._unread: tuple[int, ...] = ()
+        self._unreadable = False
         self._leases: list[wire.Lease] = []
         self._round = 0
         self._opened_at = 0.0
@@ -76,7 +78,15 @@ class Alone:
         self._mean = Mean(replica.plan, "float32", "float32", 1.0)
         return "origin"
 
-    def ready(self, samples: int, batch_size: int, own: bool = False) -> None:
+    def ready(
+        self,
+        samples: int,
+        batch_size: int,
+        own: bool = False,
+        *,
+        least: int = 1,
+        drop_last: bool = False,
+    ) -> None:
         """Begin, or go on, with rounds of `batch_size` samples, or of `own` ones."""
         assert self.follow is not None
         if self._ledger is None:
@@ -87,12 +97,12 @@ class Alone:
                 f"a data set of {samples} samples, the run has one of {self._ledger.samples}",
                 "every call of batches() needs the same training set",
             )
-        self._batch_size = batch_size
+        self._batch_size, self._least, self._drop_last = batch_size, least, drop_last
         opened = self._open()
         if opened is not None:
             self.follow.opened(opened)
 
-    def unready(self) -> None:
+    def unready(self, unfinished: bool = False) -> None:
         """The loop was left: the open round is void, what was leased comes first the next time."""
         assert self._ledger is not None
         for lease in self._leases:
@@ -110,7 +120,8 @@ class Alone:
     def wait(self, done: Callable[[], Any], what: str, timeout_s: float | None = None) -> bool:
         """There is nobody to wait for: a round whose gradient is complete is closed."""
         while not done():
-            assert len(self._got) == len(self.replica.plan.buckets), f"nothing comes: {what}"
+            whole = len(self._got) == len(self.replica.plan.buckets)
+            assert whole or self._unreadable, f"nothing comes: {what}"
             self._close()
         return True
 
@@ -129,7 +140,7 @@ class Alone:
         """One bucket is its own average; numbers that are not finite are refused as by a server."""
         bad, _ = self._mean.check(push.bucket, buffers, push.scale)
         self._bad = self._bad or bad
-        self._loss, self._samples = push.loss, push.samples
+        self._loss, self._samples, self._unread = push.loss, push.samples, push.unread
         average = wire.Average(
             nonce=self.welcome.nonce,
             round=push.round,
@@ -144,7 +155,13 @@ class Alone:
             self.replica.take(average, buffers)
         self._got.add(push.bucket)
 
-    def goodbye(self, reason: str) -> None:
+    def unreadable(self, round: int) -> None:
+        """Skip the whole lease."""
+        _, start, stop = self._leases[0]
+        self._unreadable, self._unread = True, tuple(range(stop - start))
+        self._bad = "no sample of its lease can be read"
+
+    def goodbye(self, reason: str, failed: str = "", lease: wire.Lease | None = None) -> None:
         pass
 
     def close(self) -> None:
@@ -156,7 +173,7 @@ class Alone:
         """The next round, if there are samples left for one."""
         assert self._ledger is not None
         while len(self._leases) < 2:  # this round's, and the one that is loaded meanwhile
-            lease = self._ledger.lease(self._batch_size)
+            lease = self._ledger.lease(self._batch_size, self._least, self._drop_last)
             if lease is None:
                 break
             self._leases.append(lease)
@@ -165,7 +182,7 @@ class Alone:
         self._round += 1
         self._opened_at = time.monotonic()
         self._got.clear()
-        self._bad = None
+        self._bad, self._unread, self._unreadable = None, (), False
         return wire.Open(
             nonce=self.welcome.nonce,
             round=self._round,
@@ -180,7 +197,10 @@ class Alone:
         lease = self._leases.pop(0)
         if lease == wire.OWN:
             lease = (0, 0, self._samples)
-        self._ledger.settle(lease, DONE if self._bad is None else SKIPPED)
+        self._ledger.settle(lease, DONE if self._bad is None else SKIPPED, self._unread)
+        for lost in self._ledger.take_news():
+            if lost.why != UNREAD:  # those were told one by one
+                self.say(f"skipped: samples {lost.lease[1]} to {lost.lease[2] - 1} of its order")
         if self._bad is not None:
             self.say(f"round {self._round}: refused: {self._bad}")
             self.replica.forget_averages()

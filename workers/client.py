@@ -165,17 +165,28 @@ class Client(Connection):
 
     # ------------------------------------------------------------------ taking part
 
-    def ready(self, samples: int, batch_size: int, own: bool = False) -> None:
+    def ready(
+        self,
+        samples: int,
+        batch_size: int,
+        own: bool = False,
+        *,
+        least: int = 1,
+        drop_last: bool = False,
+    ) -> None:
         """Ask for leases of `batch_size` from a set of `samples`, now and after every greeting; or,
-        with `own`, take part with samples of this worker's own."""
-        self._ready = wire.Ready(samples=samples, batch_size=batch_size, own=own)
+        with `own`, take part with samples of this worker's own. No lease shall have fewer than
+        `least`; with `drop_last` the short rest of an epoch is not wanted."""
+        self._ready = wire.Ready(
+            samples=samples, batch_size=batch_size, own=own, least=least, drop_last=drop_last
+        )
         self._send(self._ready)
 
-    def unready(self) -> None:
-        """Ask for no more leases."""
+    def unready(self, unfinished: bool = False) -> None:
+        """Ask for no more leases; `unfinished`: in the middle of one."""
         self._ready = None
         if self._link is not None and self.ended is None:
-            self._send(wire.Unready())
+            self._send(wire.Unready(unfinished=unfinished))
 
     def room(self, nbytes: int) -> torch.Tensor:
         """Memory for a bucket on its way to the server: a slot of the outbox, if one is free soon.
@@ -239,8 +250,13 @@ class Client(Connection):
         self._kept_step = self.replica.step
         self._send(wire.Stand(step=self._kept_step, kept=True))
 
-    def goodbye(self, reason: str) -> None:
-        """Leave in order: tell the server, and the digest of the weights with it. Once."""
+    def unreadable(self, round: int) -> None:
+        """No sample of the lease in this round can be read."""
+        self._send(wire.Unreadable(round=round))
+
+    def goodbye(self, reason: str, failed: str = "", lease: wire.Lease | None = None) -> None:
+        """Leave in order: tell the server, and the digest of the weights with it. Once. `failed`
+        is one of `wire.FAILURES` where an error in this lease is the reason."""
         if self._link is None or self._left:
             return
         self._left = True
@@ -248,7 +264,9 @@ class Client(Connection):
         if self.replica is not None and self._joined:
             digest, step = self.replica.digest(), self.replica.step
         with contextlib.suppress(UserError):  # it lets nobody in any more
-            self._send(wire.Goodbye(reason=reason, step=step, digest=digest))
+            self._send(
+                wire.Goodbye(reason=reason, step=step, digest=digest, failed=failed, lease=lease)
+            )
         self._link.linger = 2000
 
     def _close_sockets(self) -> None:

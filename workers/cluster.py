@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -35,10 +36,10 @@ from paramserver.wire import Lease
 from workers.alone import Alone
 from workers.client import Client
 from workers.connection import Say
-from workers.data import loader, order
 from workers.gradients import Gradients
 from workers.placed import listens, placed
 from workers.replica import Replica
+from workers.samples import Loaded, Samples, Unusable
 from workers.weight import checked, collates_by_default, samples_in
 
 M = TypeVar("M", bound=nn.Module)
@@ -112,10 +113,14 @@ class Cluster:
         self._stepped = True  # step() was called for it
         self._sent = 0  # buckets of its gradient
         self._computing = 0  # since when; for a trace
+        self._unread: tuple[int, ...] = ()  # places in the lease of what could not be read
+        self._lease: Lease | None = None  # the one of `batches` that is being worked on
+        self._phase = ""  # and how far that is, until the gradient is complete
+        self._seeded = False
         self._loss: float | Tensor | None = None
         self._waiting_s = 0.0
         self._load_ahead: Callable[[], None] | None = None
-        atexit.register(self.leave, "its program ended")
+        atexit.register(self._at_exit)
 
     @property
     def host(self) -> str:
@@ -157,8 +162,9 @@ class Cluster:
         What happens between the averaged gradient and the parameters is given here and runs in
         every replica: `before_step(model)`, clipping of the total norm, the optimizer, the
         schedule (with every update, or `schedule_by` "epoch"). `accumulate` backward passes make
-        one step. Raises `UserError` where the model or the optimizer is not the run's, or cannot
-        be a replica's.
+        one step. Torch's generator is left alone here: it is seeded, another way in each worker,
+        when the first batch is begun. Raises `UserError` where the model or the optimizer is not
+        the run's, or cannot be a replica's.
         """
         if self._replica is not None:
             raise UserError("attach() was called twice", "a cluster trains one model")
@@ -177,7 +183,6 @@ class Cluster:
         self._replica = replica
         self.client.device = str(next(iter(model.parameters())).device.type)
         self.client.join(replica)
-        torch.manual_seed(self.settings["seed"] + self.worker_id)  # dropout differs per worker
         self._feedback = Feedback(
             replica.plan, self.settings["codec"], self.settings["topk_ratio"], self.client.room
         )
@@ -193,45 +198,65 @@ class Cluster:
         *,
         batch_size: int | None = None,
         device: torch.device | str | None = None,
+        drop_last: bool = False,
     ) -> Iterator[Any]:
         """This worker's batches, epoch after epoch, until the run has ended.
 
         `dataset` is the same on every worker: something with a length and `batch(indices, device)`
         or `dataset[i]` (samples are then collated as torch's DataLoader does, and tensors moved to
         `device`). Which samples come is decided by the server, so that each one of an epoch is used
-        once, whoever takes part. The next lease's data is loaded while this one is computed, or, by
-        `batch`, while the averages are on their way.
+        once, whoever takes part, or is skipped and named: what cannot be read, what workers die of,
+        and with `drop_last` the short rest of an epoch. The next lease's data is loaded while this
+        one is computed, or, by `batch`, while the averages are on their way. Raises `UserError`
+        for what is no such data set.
         """
         if self._replica is None or self._gradients is None:
             raise UserError("batches() before attach()", "attach the model first")
-        size = batch_size or int(self.settings["batch_size"])
-        if len(dataset) < 1 or size < 1:
-            raise UserError("a data set without samples", "give batches() a longer one")
-        load = loader(dataset, device)
-        shuffled = _Shuffled(len(dataset), int(self.settings["seed"]))
-        ahead: dict[Lease, Future[Any]] = {}
+        size = int(self.settings["batch_size"]) if batch_size is None else batch_size
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise UserError(f"batch_size={size!r}", "it is a whole number of samples, at least 1")
+        samples = Samples(
+            dataset,
+            device,
+            seed=int(self.settings["seed"]),
+            deterministic=bool(self.settings["deterministic"]),
+            say=self.client.say,
+        )
+        return self._batches(samples, size, drop_last)
+
+    def _batches(self, samples: Samples, size: int, drop_last: bool) -> Iterator[Any]:
+        ahead: dict[Lease, Future[Loaded]] = {}
         loaders = ThreadPoolExecutor(1, "loader")
-        at_once = hasattr(dataset, "batch")  # too quick to be worth a thread
 
         def load_ahead() -> None:
             assert self.client.follow is not None
             lease = self.client.follow.lease_ahead(self.worker_id)
             if lease is not None and lease not in ahead:
-                submit = _do_now if at_once else loaders.submit
-                ahead[lease] = submit(load, shuffled.indices(lease))
+                submit = _do_now if samples.in_loop else loaders.submit
+                ahead[lease] = submit(samples.load, lease)
 
-        self._load_ahead = load_ahead if at_once else None
-        self.client.ready(len(dataset), size)
+        assert self._replica is not None
+        least = min(size, self._replica.least)
+        self._load_ahead = load_ahead if samples.in_loop else None
+        self.client.ready(samples.length, size, least=least, drop_last=drop_last)
         try:
             while (lease := self._next_lease()) is not None:
+                self._seed()
                 loading = ahead.pop(lease, None)
                 ahead.clear()
-                if not at_once:
+                if not samples.in_loop:
                     load_ahead()
+                self._lease, self._phase = lease, wire.LOAD
                 with trace.span("load"):
-                    data = loading.result() if loading else load(shuffled.indices(lease))
-                self._begin(lease[2] - lease[1])
-                yield data
+                    loaded = loading.result() if loading else samples.load(lease)
+                count = lease[2] - lease[1] - len(loaded.unread)
+                if loaded.unread and count < least:
+                    self._phase = ""
+                    self.client.unreadable(self._round)
+                    self._wait_for_the_end_of_the_round()
+                    continue
+                self._begin(count, loaded.unread)
+                yield loaded.data
                 self._check_stepped()
         finally:
             self._load_ahead = None
@@ -255,6 +280,7 @@ class Cluster:
                 "a schedule by epoch follows the epochs of a set that all workers share",
                 "attach(schedule_by='step')",
             )
+        self._seed()
         if not self._own:
             self._own = True
             self.client.ready(0, 1, own=True)
@@ -277,11 +303,19 @@ class Cluster:
                 self._own = False
                 self._leave_loop()
 
-    def _begin(self, samples: int) -> None:
+    def _seed(self) -> None:
+        """Dropout and its like differ per worker. Once, as late as the training needs it: what a
+        script draws before it, a split of the data set say, is the same in every worker."""
+        if not self._seeded:
+            self._seeded = True
+            torch.manual_seed(self.settings["seed"] + self.worker_id)
+
+    def _begin(self, samples: int, unread: tuple[int, ...] = ()) -> None:
         """A batch of this worker's is about to be computed."""
         assert self._gradients is not None
         self._gradients.begin()
         self._stepped, self._sent, self._samples = False, 0, samples
+        self._unread, self._phase = unread, wire.FORWARD
         self._computing = trace.now()
 
     def _check_stepped(self) -> None:
@@ -296,7 +330,7 @@ class Cluster:
         if self.client.ended is not None:
             self.client.goodbye(wire.FINISHED)  # the server need not wait for what comes next here
         else:
-            self.client.unready()
+            self.client.unready(unfinished=bool(self._phase))
 
     def _next_lease(self) -> Lease | None:
         """Wait, following the log, until there is a round with a lease for us; None at the end."""
@@ -330,6 +364,7 @@ class Cluster:
         with trace.span("encode", bucket=bucket.index):
             buffers, scale = self._feedback.encode(bucket, values, absent)
         self._sent += 1
+        self._phase = wire.BACKWARD
         last = self._sent == len(self._replica.plan.buckets)
         loss = self._loss  # turned into a number once: that waits for the device
         self.client.push(
@@ -339,6 +374,7 @@ class Cluster:
                 samples=self._samples,
                 absent=absent,
                 scale=scale,
+                unread=self._unread,
                 loss=None if loss is None or not last else float(loss),
             ),
             buffers,
@@ -359,12 +395,20 @@ class Cluster:
             )
         self._gradients.flush()
         trace.done("compute", self._computing, round=self._round)
-        self._stepped, self._loss = True, None
+        self._stepped, self._loss, self._phase = True, None, ""
         if self._load_ahead is not None:
             with trace.span("load"):
                 self._load_ahead()
-        client, waiting = self.client, trace.now()
-        start = time.perf_counter()
+        waiting, start = trace.now(), time.perf_counter()
+        self._wait_for_the_end_of_the_round()
+        trace.done("wait", waiting, round=self._round)
+        self.client.settled()
+        self._feedback.settled(self._taken)
+        self._taken = ()
+        self._waiting_s += time.perf_counter() - start
+
+    def _wait_for_the_end_of_the_round(self) -> None:
+        client = self.client
         client.wait(
             lambda: (
                 client.greetings != self._greetings
@@ -373,31 +417,45 @@ class Cluster:
             ),
             f"for the averages of round {self._round}",
         )
-        trace.done("wait", waiting, round=self._round)
-        client.settled()
-        self._feedback.settled(self._taken)
-        self._taken = ()
-        self._waiting_s += time.perf_counter() - start
 
     # ------------------------------------------------------------------ leaving
 
-    def leave(self, reason: str = wire.FINISHED) -> None:
-        """Say goodbye and close the sockets; safe to call twice, and called at exit."""
-        atexit.unregister(self.leave)
+    def leave(self, reason: str = wire.FINISHED, error: BaseException | None = None) -> None:
+        """Say goodbye and close the sockets; safe to call twice, and called at exit.
+
+        `error` is what ends this worker, by default the exception that is being handled: in the
+        middle of a batch it tells that others may die of the same samples.
+        """
+        atexit.unregister(self._at_exit)
+        failed = self._failed(error or sys.exception())
         if self._gradients is not None:
             with suppress(Exception):  # after an error in the middle of a backward
                 self._gradients.finish()
             self._gradients.close()
-        self.client.goodbye(reason)
+        self.client.goodbye(reason, failed, self._lease if failed else None)
         self.client.close()
         if self._replica is not None:
             self._replica.give_back()
+
+    def _failed(self, error: BaseException | None) -> str:
+        """Where in its batch this worker was when the error came; empty where it is no fault of
+        the batch's."""
+        ours = isinstance(error, UserError) and self._phase != wire.LOAD
+        if not isinstance(error, Exception) or isinstance(error, RunLost | Unusable) or ours:
+            return ""
+        return self._phase
+
+    def _at_exit(self) -> None:
+        """The program ends, perhaps of an error that the interpreter has just shown."""
+        error: BaseException | None = getattr(sys, "last_exc", getattr(sys, "last_value", None))
+        failed = self._failed(error)
+        self.leave(told(error) if error is not None and failed else "its program ended", error)
 
     def __enter__(self) -> Cluster:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        self.leave(wire.FINISHED if error is None else f"{type(error).__name__}: {error}")
+        self.leave(wire.FINISHED if error is None else told(error), error)
 
     @property
     def end(self) -> wire.End | None:
@@ -440,25 +498,18 @@ class ClusterOptimizer:
         return getattr(self.wrapped, name)
 
 
-class _Shuffled:
-    """The order of samples in the epochs that are in use: the newest two."""
-
-    def __init__(self, samples: int, seed: int) -> None:
-        self._samples, self._seed = samples, seed
-        self._orders: dict[int, Tensor] = {}
-
-    def indices(self, lease: Lease) -> Tensor:
-        epoch, start, stop = lease
-        if epoch not in self._orders:
-            self._orders = {e: o for e, o in self._orders.items() if e == epoch - 1}
-            self._orders[epoch] = order(self._samples, self._seed, epoch)
-        return self._orders[epoch][start:stop]
+def told(error: BaseException) -> str:
+    """An error on one line."""
+    return f"{type(error).__name__}: {error}".strip().splitlines()[0]
 
 
 def _do_now(function: Callable[..., Any], *arguments: Any) -> Future[Any]:
     """As an executor's `submit`, without a thread."""
     future: Future[Any] = Future()
-    future.set_result(function(*arguments))
+    try:
+        future.set_result(function(*arguments))
+    except Exception as e:  # raised where the result is asked for
+        future.set_exception(e)
     return future
 
 

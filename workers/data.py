@@ -8,7 +8,6 @@ leases ranges of an epoch's `order` and never sees a sample itself.
 from __future__ import annotations
 
 import gzip
-import hashlib
 import http.client
 import importlib.resources
 import logging
@@ -20,7 +19,6 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +26,11 @@ import filelock
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import Dataset
 
 from paramserver.errors import UserError
+from paramserver.order import order as order
+from paramserver.order import permutation as permutation
 from workers.named import did_you_mean
 
 log = logging.getLogger(__name__)
@@ -106,42 +106,6 @@ def load(dataset: dict[str, Any], seed: int) -> Data:
         num_classes=CLASSES,
         name=name,
     )
-
-
-def loader(dataset: Any, device: torch.device | str | None) -> Callable[[Tensor], Any]:
-    """How the samples at some indices come out of a data set: by its own `batch`, or one by one,
-    collated as torch's DataLoader does, and moved to the device."""
-    batch = getattr(dataset, "batch", None)
-    if callable(batch):
-        return lambda indices: batch(indices, device or "cpu")
-
-    def move(value: Any) -> Any:
-        if isinstance(value, Tensor) and device is not None:
-            return value.to(device)
-        if isinstance(value, list | tuple):
-            return [move(v) for v in value]
-        if isinstance(value, dict):
-            return {k: move(v) for k, v in value.items()}
-        return value
-
-    return lambda indices: move(default_collate([dataset[int(i)] for i in indices]))
-
-
-@lru_cache(maxsize=4)
-def order(n: int, seed: int, epoch: int) -> Tensor:
-    """The order of `n` samples in an epoch: a permutation, int64 [n]. Kept: do not write to it."""
-    return permutation(n, f"order of epoch {epoch}, seed {seed}")
-
-
-def permutation(n: int, purpose: str) -> Tensor:
-    """Sort 0..n-1 by pseudo-random numbers that depend on nothing but `purpose`.
-
-    The numbers are the output of SHAKE-128, a standard, and the sort is stable. `torch.randperm`
-    and numpy's `permutation` promise no equal results from one version to the next, and machines
-    of one run may well have different versions.
-    """
-    keys = np.frombuffer(hashlib.shake_128(purpose.encode()).digest(8 * n), dtype="<u8")
-    return torch.from_numpy(np.argsort(keys, kind="stable").astype(np.int64))
 
 
 def _mean_and_std(images: Tensor) -> tuple[float, float]:

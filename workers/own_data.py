@@ -18,8 +18,8 @@ from typing import Any
 from torch.utils.data import Dataset, Subset
 
 from paramserver.errors import UserError
+from paramserver.order import permutation
 from workers import named
-from workers.data import permutation
 from workers.own_code import NOTHING, OwnCode
 
 VAL_SHARE = 0.1

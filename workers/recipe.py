@@ -26,6 +26,7 @@ from paramserver.settings import Settings
 from workers import data, named
 from workers.own_code import NOTHING, OwnCode
 from workers.own_data import OwnData
+from workers.samples import loader
 
 T = TypeVar("T")
 
@@ -174,7 +175,7 @@ def evaluate(
 ) -> tuple[float, float | None]:
     """Mean loss and mean metric over a set; `between()` runs after every batch."""
     model.eval()
-    load = data.loader(samples, device)
+    load = loader(samples, device)
     loss, metric = 0.0, 0.0
     for indices in torch.split(torch.arange(len(samples)), EVALUATION_BATCH):
         outputs, targets = forward(model, load(indices))
@@ -201,7 +202,7 @@ def _two(model: nn.Module, samples: Any, device: torch.device) -> tuple[Any, Any
     """Outputs and targets of two samples; the model is left as it was."""
     was_training = model.training
     model.eval()
-    load = data.loader(samples, device)
+    load = loader(samples, device)
     try:
         return forward(model, load(torch.arange(min(2, len(samples)))))
     finally:

@@ -115,6 +115,12 @@ class Replica:
                 "what state_dict() gives must be what load_state_dict() takes",
             ) from None
 
+    @property
+    def least(self) -> int:
+        """Samples that each batch must have: statistics over a batch of one are none."""
+        found = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.model.modules())
+        return 2 if found else 1
+
     def check_unchanged(self) -> None:
         """Raise `UserError` where something else is trained than when this replica was made."""
         for trained, parameters in ((True, self.params), (False, self._frozen)):

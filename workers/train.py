@@ -13,7 +13,7 @@ from paramserver.config import check_worker_overrides, from_wire
 from paramserver.errors import UserError
 from paramserver.settings import Settings
 from workers import models, own_code, recipe
-from workers.cluster import Cluster, join
+from workers.cluster import Cluster, join, told
 
 PROGRESS_S = 5.0
 
@@ -77,7 +77,7 @@ def train(settings: Settings, given: dict[str, object], say: Callable[[str], Non
         if end.error:
             raise UserError(f"the run ended early: {end.reason}")
     except BaseException as e:
-        cluster.leave(f"{type(e).__name__}: {e}".strip().splitlines()[0])
+        cluster.leave(told(e), e)
         raise
     return cluster
 

@@ -46,6 +46,11 @@ class Habits(msgspec.Struct):
     """Share of its steps after which it leaves in order."""
     pauses: float = 0.0
     """Share of its steps after which it leaves its loop for a while, and takes nothing in."""
+    deadly: frozenset[Sample] = frozenset()
+    """Whoever computes on one of them dies,"""
+    in_silence: bool = False
+    """without a word."""
+    unreadable: frozenset[Sample] = frozenset()
 
 
 State = tuple[int, dict[str, Any] | None]
@@ -613,7 +618,14 @@ class Worker(Client):
         self.ready()
         self._round, self._greetings = 0, self.greetings
         while (lease := (yield from self._next_lease())) is not None:
-            yield from self._backward(lease)
+            places = self._unread(lease)
+            if len(places) == lease[2] - lease[1]:
+                self._send(wire.Unreadable(round=self._round))
+                yield from self._step()
+                continue
+            if self.habits.deadly.intersection(samples_of(lease)):
+                yield from self._die(lease)
+            yield from self._backward(lease, places)
             yield from self._step()
             if self.world.chance(self.habits.leaves):
                 self._send(wire.Goodbye(reason="it was stopped"))
@@ -623,6 +635,19 @@ class Worker(Client):
                 yield self.world.now + self.world.random.expovariate(1.0), DEAF
                 self.ready()
         self._send(wire.Goodbye(reason="finished"))
+
+    def _unread(self, lease: wire.Lease) -> tuple[int, ...]:
+        """Places in the lease of what cannot be read."""
+        unreadable = self.habits.unreadable
+        return tuple(i for i, s in enumerate(samples_of(lease)) if s in unreadable)
+
+    def _die(self, lease: wire.Lease) -> Waiting:
+        """Of an error in the middle of a batch; its loop is left before its program ends."""
+        yield self.world.now + self.habits.compute_s * self.world.random.random(), DEAF
+        if not self.habits.in_silence:
+            self._send(wire.Unready(unfinished=True))
+            self._send(wire.Goodbye(reason="an error", failed=wire.FORWARD, lease=lease))
+        raise Leaves("left: it died of its samples")
 
     def _next_lease(self) -> Waiting:
         found: tuple[int, wire.Lease] | None = None
@@ -642,21 +667,23 @@ class Worker(Client):
         self._round, lease = found
         return lease
 
-    def _backward(self, lease: wire.Lease) -> Waiting:
+    def _backward(self, lease: wire.Lease, unread: tuple[int, ...]) -> Waiting:
         """A gradient of the model as it is now, bucket by bucket; nothing is applied meanwhile."""
         world, habits, buckets = self.world, self.habits, self.server.buckets
         model = self.replica.model
+        samples = tuple(s for i, s in enumerate(samples_of(lease)) if i not in unread)
         bad = world.random.randrange(buckets) if world.chance(habits.bad) else None
         for bucket in range(buckets):
             yield world.now + habits.compute_s * (0.5 + world.random.random()), DEAF
             push = wire.Push(
                 round=self._round,
                 bucket=bucket,
-                samples=lease[2] - lease[1],
+                samples=len(samples),
+                unread=unread,
                 absent=(bucket,) if world.chance(habits.absent) else (),
                 loss=1.0 if bucket == buckets - 1 else None,
             )
-            self._send(push, (model, samples_of(lease), bucket != bad))
+            self._send(push, (model, samples, bucket != bad))
             self.poll()
 
     def _step(self) -> Waiting:

@@ -27,11 +27,13 @@ import traceback
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from random import Random
 
+from paramserver.ledger import UNREAD, Ledger
 from paramserver.rounds import Rounds, Rules
 from workers.follow import Follow
 
-from .book import Broken
+from .book import Broken, samples_of
 from .network import DOWN, UP, Network, World
 from .peer import Client, Habits, Observer, Worker
 from .server import Server
@@ -122,6 +124,7 @@ class Schedule:
             compute_s=rng.choice((0.01, 0.1, 0.1, 0.4)),
             absent=rng.choice((0.0, 0.3, 0.6)),
         )
+        self._plan_broken_samples(seed)
         self.lost = rng.choice((0.0, 0.02, 0.2))
         self.slots = range(0 if self.rules.observer else 1, workers + 1)
         self._given_up = False  # a run to which nobody came back in time was followed by another
@@ -136,6 +139,17 @@ class Schedule:
             world.at(rng.choice((0.0, 0.0, rng.uniform(0.0, 5.0))), self._start, slot)
         self.calm_at = self._plan_faults()
         world.at(self.calm_at, self._calm)
+
+    def _plan_broken_samples(self, seed: int) -> None:
+        """In some schedules workers die of a sample or two, or one cannot be read."""
+        rng, epochs, samples = Random(f"samples {seed}"), self.rules.epochs, self.habits.samples
+        found = [(rng.randrange(epochs), rng.randrange(samples)) for _ in range(3)]
+        kind = rng.random()
+        if kind < 0.1:
+            self.habits.deadly = frozenset(found[: rng.choice((1, 1, 2))])
+            self.habits.in_silence = rng.random() < 0.3
+        elif kind < 0.2:
+            self.habits.unreadable = frozenset(found[:1])
 
     # ------------------------------------------------------------------ processes
 
@@ -219,6 +233,18 @@ class Schedule:
         for peer in self._within_reach():
             if peer.role == "worker" and peer.run == self.server.run:
                 raise Broken(f"a new run begins, although {peer.name} could have come back")
+
+    def _check_skipped(self, ledger: Ledger | None) -> None:
+        """What is skipped is named, and what is named was no good: where nothing else kills
+        workers, only what they die of."""
+        lost = ledger.lost if ledger is not None else []
+        calm = {"slow", "bad", "leave", "pause", "finished", "left"}.issuperset(self.outcome.seen)
+        for range_ in lost:
+            self.outcome.seen[f"ranges {range_.why}"] += 1
+            samples = samples_of(range_.lease)
+            broken = self.habits.unreadable if range_.why == UNREAD else self.habits.deadly
+            if (calm or range_.why == UNREAD) and not broken.intersection(samples):
+                raise Broken(f"{range_} is skipped, and nothing is wrong with it")
 
     def _check_taking_part(self) -> None:
         """Who could come back has done so by now."""
@@ -335,7 +361,11 @@ class Schedule:
             raise Broken(f"the run does not end: {server.rounds.phase(world.now)}")
         end, ledger = server.rounds.ended, server.rounds.ledger
         assert end is not None
-        if end.error:
+        if end.error and end.reason.startswith("no sample could be trained on"):
+            outcome.seen["all samples skipped"] += 1
+            assert ledger is not None
+            server.book.check_end(ledger)
+        elif end.error:
             outcome.seen["state lost with all its holders"] += 1
             if any(server.rounds.knows(p.replica.step, p.replica.lineage) for p in self.alive):
                 raise Broken(f"the run was given up, but could have gone on: {end.reason}")
@@ -343,6 +373,7 @@ class Schedule:
             server.book.check_end(ledger)
         elif not outcome.seen["stopped in order"]:
             raise Broken(f"the run ended before its samples did: {end.reason}")
+        self._check_skipped(ledger)
         self._check_taking_part()
         if server.book.step != end.step:
             raise Broken(f"{server.book.step} updates were closed, the end has {end.step}")

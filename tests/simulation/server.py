@@ -200,8 +200,10 @@ class Server:
                 self._carry_out(r.join(session, message, now))
             case wire.Ready():
                 self._carry_out(r.ready(session, message, now))
+            case wire.Unreadable():
+                self._carry_out(r.unreadable(session, message.round, now))
             case wire.Unready():
-                self._carry_out(r.unready(session, now))
+                self._carry_out(r.unready(session, now, message.unfinished))
             case wire.Manifest() | wire.Want() | wire.Piece() | wire.Abort():
                 goal, effects = r.route(session, message, now)
                 if goal is not None:
@@ -212,7 +214,8 @@ class Server:
             case wire.Adopted():
                 self._carry_out(r.adopted(session, message.snapshot, now))
             case wire.Goodbye():
-                self._carry_out(r.leave(session, message.reason, now))
+                died = {"failed": message.failed, "lease": message.lease}
+                self._carry_out(r.leave(session, message.reason, now, **died))
             case _:
                 raise Broken(f"a {type(message).__name__} is not for the server")
 
@@ -513,7 +516,8 @@ class Server:
                 raise Broken(f"{count} {what} are kept, at most {most} may be")
         if r.ledger is not None:
             leases = len(r.ledger._leased) + len(r.ledger._waiting)
-            if leases > rounds.LEASES_HELD * self.rules.max_workers:
+            halves = len(r.ledger._suspects)
+            if leases > rounds.LEASES_HELD * self.rules.max_workers + halves:
                 raise Broken(f"the ledger keeps {leases} ranges")
 
 

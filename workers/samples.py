@@ -1,0 +1,243 @@
+"""A data set as `batches` takes it: how its samples are read, and what is told of them.
+
+Samples that cannot be read are left out of their batch and named; more than one in a hundred of
+them are an error. With `deterministic` each sample is read with generators that were seeded for it,
+so that what a transform draws is the same whoever reads it, and when.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import random
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, default_collate
+
+from paramserver.errors import UserError
+from paramserver.ledger import SHARE_MAX
+from paramserver.order import order
+from paramserver.wire import Lease
+
+NAMED = 10  # unreadable samples that are told one by one
+
+
+class Unusable(UserError):
+    """It makes no sense to go on with this data set, whichever samples of it come next."""
+
+
+class Loaded(NamedTuple):
+    """The samples of a lease. `data` is None where none of them can be read."""
+
+    data: Any
+    unread: tuple[int, ...]
+    """Places in the lease of those that cannot be read."""
+
+
+class Samples:
+    """The samples of one data set, by leases.
+
+    It has a length and `batch(indices, device)` or `dataset[i]`; samples read one by one are
+    collated as torch's DataLoader does, and moved to the device. Raises `UserError` for what is no
+    such data set.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        device: torch.device | str | None = None,
+        *,
+        seed: int = 0,
+        deterministic: bool = False,
+        say: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        self.length = _length(dataset)
+        self.has_batch = takes_indices(dataset)
+        self.in_loop = self.has_batch or deterministic
+        """It is read in the thread of the loop: too quick for another one, or it must be."""
+        self._dataset, self._device = dataset, device
+        self._seed, self._deterministic, self._say = seed, deterministic, say
+        self._orders: dict[int, Tensor] = {}
+        self._read_any = False
+        self._broken: dict[int, str] = {}
+
+    def load(self, lease: Lease) -> Loaded:
+        """The samples of a lease. Raises what the data set raises where nothing could be read ever,
+        and `Unusable` where too much of it cannot."""
+        indices = self._indices(lease)
+        if not self._deterministic:
+            return self._load(indices, lease[0])
+        with forked():
+            return self._load(indices, lease[0])
+
+    def _indices(self, lease: Lease) -> list[int]:
+        epoch, start, stop = lease
+        if epoch not in self._orders:  # the newest two are in use
+            self._orders = {e: o for e, o in self._orders.items() if e == epoch - 1}
+            self._orders[epoch] = order(self.length, self._seed, epoch)
+        indices: list[int] = self._orders[epoch][start:stop].tolist()
+        return indices
+
+    def _load(self, indices: list[int], epoch: int) -> Loaded:
+        if self.has_batch:
+            try:
+                return Loaded(self._batch(indices, epoch), ())
+            except (UserError, MemoryError):
+                raise
+            except Exception:
+                if len(indices) == 1 and not self._read_any:
+                    raise
+        values, errors = [], dict[int, Exception]()
+        for place, index in enumerate(indices):
+            try:
+                values.append(self._one(index, epoch))
+            except (UserError, MemoryError):
+                raise
+            except Exception as e:
+                errors[place] = e
+        if not values and not self._read_any:
+            raise errors[0]  # a mistake in the data set, rather than in one of its samples
+        self._read_any = True
+        for place, error in errors.items():
+            self._cannot_read(indices[place], error)
+        unread = tuple(errors)
+        if not values:
+            return Loaded(None, unread)
+        if self.has_batch:
+            kept = [index for place, index in enumerate(indices) if place not in errors]
+            return Loaded(self._batch(kept, epoch), unread)
+        try:
+            batch = default_collate(values)
+        except (RuntimeError, TypeError, KeyError, ValueError) as e:
+            raise UserError(
+                f"samples {', '.join(map(str, indices[:8]))} cannot be put into one batch: {e}",
+                "give them one shape and kind, or the data set a method batch(indices, device) "
+                "that makes a batch of them",
+            ) from e
+        return Loaded(_moved(batch, self._device), unread)
+
+    def _batch(self, indices: list[int], epoch: int) -> Any:
+        if self._deterministic:
+            seed_generators(f"{self._seed}, epoch {epoch}, sample {indices[0]}")
+        batch = self._dataset.batch(torch.tensor(indices), self._device or "cpu")
+        self._read_any = True
+        return batch
+
+    def _one(self, index: int, epoch: int) -> Any:
+        if self._deterministic:
+            seed_generators(f"{self._seed}, epoch {epoch}, sample {index}")
+        if self.has_batch:
+            return self._dataset.batch(torch.tensor([index]), "cpu")
+        return self._dataset[index]
+
+    def _cannot_read(self, index: int, error: Exception) -> None:
+        if index in self._broken:
+            return
+        self._broken[index] = f"sample {index}: {type(error).__name__}: {error}"
+        if len(self._broken) <= NAMED:
+            self._say(f"warning: cannot be read, and is skipped: {self._broken[index]}")
+        if len(self._broken) > max(1, self.length // SHARE_MAX):
+            first = "; ".join(list(self._broken.values())[:3])
+            raise Unusable(
+                f"{len(self._broken)} of {self.length} samples cannot be read, more than one in "
+                f"{SHARE_MAX}: {first}",
+                "mend them, or leave them out of the data set",
+            ) from error
+
+
+def takes_indices(dataset: Any) -> bool:
+    """Has it a method `batch(indices, device)`? Others have one of that name that does something
+    else (that of Hugging Face's takes a size)."""
+    method = getattr(dataset, "batch", None)
+    if not callable(method):
+        return False
+    try:
+        parameters = inspect.signature(method).parameters
+    except (TypeError, ValueError):
+        return True
+    needed = [p for p in parameters.values() if p.default is p.empty and p.kind < p.KEYWORD_ONLY]
+    many = any(p.kind == p.VAR_POSITIONAL for p in parameters.values())
+    return "device" in parameters or many or len(needed) == 2
+
+
+def _length(dataset: Any) -> int:
+    """How many samples it has; raises `UserError` for what is no data set with numbered samples."""
+    kind = type(dataset).__name__
+    own = "a loop over what each worker has of its own: cluster.own_batches(...)"
+    if isinstance(dataset, DataLoader):
+        raise UserError(
+            f"batches() takes a data set, not a {kind}: which samples come is the server's choice",
+            f"batches(loader.dataset, batch_size=...), or {own}",
+        )
+    if isinstance(dataset, IterableDataset | Iterator):
+        raise UserError(
+            f"a {kind} is a stream: batches() takes a data set whose samples have numbers",
+            f"one with __len__ and __getitem__, or {own}",
+        )
+    if isinstance(dataset, Mapping | str | bytes | int | float | None | type):
+        raise UserError(
+            f"batches() takes a data set, not a {kind}",
+            "one with __len__ and __getitem__(number), as torch.utils.data.TensorDataset is",
+        )
+    if not takes_indices(dataset) and not hasattr(type(dataset), "__getitem__"):
+        raise UserError(
+            f"a {kind} has no numbered samples: neither __getitem__ nor batch(indices, device)",
+            f"batches() takes what has one of them and a length; or {own}",
+        )
+    try:
+        length = len(dataset)
+    except TypeError:
+        raise UserError(
+            f"a {kind} has no length: batches() takes a data set whose samples have numbers", own
+        ) from None
+    if length < 1:
+        raise UserError("a data set without samples", "give batches() a longer one")
+    return length
+
+
+def loader(dataset: Any, device: torch.device | str | None) -> Callable[[Tensor], Any]:
+    """How the samples at some indices come out of a data set: by its own `batch`, or one by one,
+    collated as torch's DataLoader does, and moved to the device."""
+    if takes_indices(dataset):
+        return lambda indices: dataset.batch(indices, device or "cpu")
+    return lambda indices: _moved(default_collate([dataset[int(i)] for i in indices]), device)
+
+
+def _moved(value: Any, device: torch.device | str | None) -> Any:
+    if device is None:
+        return value
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, list | tuple):
+        return [_moved(v, device) for v in value]
+    if isinstance(value, dict):
+        return {k: _moved(v, device) for k, v in value.items()}
+    return value
+
+
+# ------------------------------------------------------------------------------- generators
+
+
+@contextmanager
+def forked() -> Iterator[None]:
+    """The global generators of torch (of the CPU), numpy and random are afterwards as before."""
+    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(states[0])
+        np.random.set_state(states[1])
+        random.setstate(states[2])
+
+
+def seed_generators(purpose: str) -> None:
+    """Seed them by nothing but these words."""
+    number = int.from_bytes(hashlib.sha256(purpose.encode()).digest()[:8], "big")
+    torch.default_generator.manual_seed(number >> 1)
+    np.random.seed(number & 0xFFFFFFFF)
+    random.seed(number)
