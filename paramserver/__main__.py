@@ -684,8 +684,7 @@ def _write_results(server: Server, show: Show, end: wire.End, missing: list[str]
         show.tell(curves.draw(folder.metrics, folder.curves, title))
     summary = summarize(server, show, end)
     if problem is None and len(show.problems.all()) > told:
-        problem = folder.write_summary(summary)
-        show.tell(problem)
+        folder.write_summary(summary)  # with that; where it fails the first one stays
     show.say(f"the run is over at step {end.step}: {end.reason}")
     show.display.summary({**summary, "workers": summary["per_worker"]}, str(folder.path))
     show.display.close()

@@ -34,7 +34,7 @@ from typing import Any
 
 import msgspec
 
-from paramserver import stored
+from paramserver import drafts, stored
 from paramserver.comeback import NOTHING, UNKNOWN
 from paramserver.errors import UserError
 from paramserver.fleet import machine
@@ -483,16 +483,8 @@ def _lock(fd: int) -> None:
 
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file such that under its name there is never half of it. Raises OSError."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with draft.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(path)
-    except OSError:
-        draft.unlink(missing_ok=True)
-        raise
+    with drafts.draft(path) as file:
+        file.write(content)
 
 
 def _try_to_write(path: Path, content: bytes) -> str | None:

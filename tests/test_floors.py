@@ -28,7 +28,8 @@ FLOORS = {
     "workers.resume workers.snapshot workers.travel",
     2: "paramserver.fleet.keeper paramserver.fleet.machine paramserver.fleet.remote "
     "paramserver.fleet.speed paramserver.fleet.figures paramserver.address paramserver.arena "
-    "paramserver.discover paramserver.folders paramserver.gate paramserver.memory "
+    "paramserver.discover paramserver.drafts paramserver.folders paramserver.gate "
+    "paramserver.memory "
     "paramserver.stored paramserver.tether paramserver.sockets workers.data workers.models "
     "workers.named workers.own_code workers.own_data workers.samples",
     1: "paramserver.bucket paramserver.codec paramserver.feedback paramserver.mean "

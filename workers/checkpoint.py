@@ -9,27 +9,25 @@ them back, and the metadata name these dtypes.
 from __future__ import annotations
 
 import json
-import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as pack
-from safetensors.torch import save_file
 from torch import Tensor
 
-from paramserver import stored
+from paramserver import drafts, stored
 from paramserver.errors import UserError
 from paramserver.stored import FORMAT, MODEL_FORMAT, STEPS_MAX, name
 from workers.replica import Replica
-from workers.state import DTYPES, dtype_name, flatten, unflatten
+from workers.state import DTYPES, as_bytes, dtype_name, flatten, unflatten
 
-__all__ = ["STEPS_MAX", "Checkpoint", "load", "name", "prune", "save", "save_model"]
+__all__ = ["STEPS_MAX", "Checkpoint", "load", "name", "prune", "save", "save_model", "with_room"]
 
 
 @dataclass(frozen=True)
@@ -110,47 +108,78 @@ def _mapping(value: Any) -> dict[str, Any]:
     return value
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints, and the drafts of writers that are no more."""
-    for draft in folder.glob("*.tmp"):
-        writer = draft.name.split(".")[-2]
-        if not (writer.isdigit() and psutil.pid_exists(int(writer))):
-            draft.unlink(missing_ok=True)
-    for old in sorted(folder.glob("step-*.safetensors"))[:-keep]:
+def prune(folder: Path, keep: int, newest: Path) -> None:
+    """Remove all but the newest `keep` checkpoints, `newest` among them, and drafts that nobody
+    writes any more."""
+    drafts.sweep(folder)
+    others = sorted(path for path in folder.glob("step-*.safetensors") if path != newest)
+    for old in others[: len(others) - (keep - 1)]:
         old.unlink(missing_ok=True)
 
 
-def _write(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Beside its place first, on the disk for sure, then into its place."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
+def with_room(write: Callable[[], None], folder: Path) -> list[str]:
+    """Call `write`; where the disk is full, remove checkpoints in `folder`, the oldest first, until
+    it has room. The newest whole one stays. Returns the names of those removed.
+
+    Raises OSError.
+    """
+    removed: list[str] = []
+    while True:
         try:
-            separate = _separate(tensors)
-            dtypes = {k: dtype_name(t.dtype) for k, t in separate.items() if not _known(t.dtype)}
-            for key in dtypes:
-                separate[key] = separate[key].unsqueeze(-1).view(torch.uint8)
-            if dtypes:
-                metadata = {**metadata, "dtypes": json.dumps(dtypes)}
-            save_file(separate, temporary, metadata)
-        except SafetensorError as e:
-            raise OSError(str(e)) from None
-        with open(temporary, "rb+") as f:
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+            write()
+            return removed
+        except OSError as error:
+            if error.errno not in drafts.FULL:
+                raise
+            drafts.sweep(folder)
+            stays = stored.newest_whole(folder)
+            old = next((p for p in sorted(folder.glob("step-*.safetensors")) if p != stays), None)
+            if old is None:
+                raise
+            old.unlink()
+            removed.append(old.name)
+
+
+def _write(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """A safetensors file, whole or not at all. Tensors with larger numbers come first, so that each
+    begins where its numbers may begin."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    separate = _separate(tensors)
+    dtypes = {k: dtype_name(t.dtype) for k, t in separate.items() if _name_of(t.dtype) is None}
+    for key in dtypes:
+        separate[key] = separate[key].unsqueeze(-1).view(torch.uint8)
+    if dtypes:
+        metadata = {**metadata, "dtypes": json.dumps(dtypes)}
+    header: dict[str, Any] = {"__metadata__": metadata}
+    ordered, start = sorted(separate, key=lambda k: (-separate[k].element_size(), k)), 0
+    for key in ordered:
+        t = separate[key]
+        stop = start + t.numel() * t.element_size()
+        header[key] = {
+            "dtype": _name_of(t.dtype),
+            "shape": list(t.shape),
+            "data_offsets": [start, stop],
+        }
+        start = stop
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with drafts.draft(path, 8 + len(text) + start) as file:
+        file.write(len(text).to_bytes(8, "little"))
+        file.write(text)
+        for key in ordered:
+            if separate[key].numel():
+                file.write(as_bytes(separate[key]).numpy())
 
 
 @cache
-def _known(dtype: torch.dtype) -> bool:
-    """Does the safetensors that is installed here store such numbers?"""
+def _name_of(dtype: torch.dtype) -> str | None:
+    """What the safetensors that is installed here calls such numbers, if it knows them."""
     try:
-        pack({"": torch.empty((), dtype=dtype)})
+        packed = pack({"": torch.empty((), dtype=dtype)})
     except (SafetensorError, KeyError):
-        return False
-    return True
+        return None
+    header = json.loads(packed[8 : 8 + int.from_bytes(packed[:8], "little")])
+    return str(header[""]["dtype"])
 
 
 def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -19,7 +20,7 @@ from pathlib import Path
 import msgspec
 import torch
 
-from paramserver import terminal, trace, wire
+from paramserver import drafts, terminal, trace, wire
 from paramserver.bucket import BUCKET_MB, FLOAT32_BYTES
 from paramserver.config import exit_on_user_error
 from paramserver.errors import UserError
@@ -59,6 +60,8 @@ class Observer:
         settings = self.settings = orders.settings
         self.orders = orders
         self.folder = RunFolder(Path(orders.folder))
+        for folder in (self.folder.path, self.folder.checkpoints):
+            drafts.sweep(folder)
         self.device = recipe.choose_device(settings.device)
         recipe.set_threads(1, 1)
         recipe.tell_downloads(_say)
@@ -92,6 +95,7 @@ class Observer:
         self._logs: list[tuple[int, dict[str, float]]] = []  # held back during an evaluation
         self._evaluated: tuple[int, dict[str, float | None]] | None = None  # step, what came out
         self._saved_step: int | None = None
+        self._unsaved: list[int] = []  # steps of checkpoints in a row that were not written
         self._kept = ""  # lineage of the state that was written at the run's end
         self._due: set[str] = set()
         self._evaluating = False
@@ -232,19 +236,36 @@ class Observer:
         del self._logs[:ready]
 
     def _save(self) -> None:
-        """A checkpoint; a disk that is full costs the checkpoint, not the run."""
-        step = self.replica.step
+        """A checkpoint; a disk that is full costs older ones, then this one, never the run."""
+        step, folder = self.replica.step, self.folder.checkpoints
+        path, settings = folder / checkpoint.name(step), asdict(self.settings)
         try:
-            checkpoint.save(
-                self.folder.checkpoints / checkpoint.name(step),
-                self.replica,
-                self.orders.run,
-                asdict(self.settings),
-            )
-            checkpoint.prune(self.folder.checkpoints, self.settings.keep_checkpoints)
-            self._saved_step = step
+            self._write(lambda: checkpoint.save(path, self.replica, self.orders.run, settings))
+            checkpoint.prune(folder, self.settings.keep_checkpoints, path)
+            drafts.sweep(self.folder.path)
         except OSError as e:
-            self._problem(f"the checkpoint of step {step} was not written: {e}")
+            self._unsaved.append(step)
+            sentence = f"the checkpoint of step {step} was not written: {e.strerror or e}"
+            if len(self._unsaved) == 1:
+                self._problem(sentence)  # of those that follow their number, when it is known
+            else:
+                _say(sentence)
+        else:
+            self._saved_step = step
+            self._tell_unsaved()
+
+    def _write(self, write: Callable[[], None]) -> None:
+        """Write a file, in the place of older checkpoints where the disk is full."""
+        removed = checkpoint.with_room(write, self.folder.checkpoints)
+        if removed:
+            _say(f"removed to make room: {', '.join(removed)}")
+            self._problem("the disk is full: older checkpoints are removed to make room")
+
+    def _tell_unsaved(self) -> None:
+        count = len(self._unsaved)
+        if count > 1:
+            self._problem(f"{count} checkpoints were not written, up to step {self._unsaved[-1]}")
+        self._unsaved.clear()
 
     def _must_keep(self) -> bool:
         """Does the run's end wait for this?"""
@@ -256,10 +277,11 @@ class Observer:
         step = self.replica.step
         if self._saved_step != step and step > 0:
             self._save()
+        self._tell_unsaved()
         try:
-            checkpoint.save_model(self.folder.model, self.replica)
+            self._write(lambda: checkpoint.save_model(self.folder.model, self.replica))
         except OSError as e:
-            self._problem(f"{self.folder.model} was not written: {e}")
+            self._problem(f"{self.folder.model} was not written: {e.strerror or e}")
         self._kept = self.replica.lineage
         if self.client.at_last_step:
             self.client.kept()
