@@ -9,15 +9,19 @@ numbers lie. Two kinds, each a file in a private folder of /dev/shm that its mak
 * a **ring** belongs to the server and holds averages, newest over oldest. Each block is stamped; a
   reader that was too slow sees another stamp and fetches, as if PUB had dropped the message.
 
-Everything works without it (other hosts, other systems, a full /dev/shm), only slower.
+Everything works without it (other hosts, other systems, a full /dev/shm, `shared_memory=false`),
+only slower.
 """
 
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
+import sys
 from collections import deque
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +36,8 @@ ALIGN = 64  # bytes: a cache line
 STATES = 4096  # bytes at an outbox's start, one for each slot
 FREE, TAKEN = 0, 1
 OUTBOX_SLOTS = 5
+RING_UPDATES = 4
+"""A ring for fewer updates is none: whoever falls behind by so few needs a snapshot each time."""
 
 Place = tuple[int, int, int]
 """Offset and length in bytes, and the stamp (of a ring) or the slot (of an outbox)."""
@@ -47,10 +53,32 @@ def shared_folder() -> PrivateFolder | None:
         return None
 
 
+def room(folder: Path) -> int:
+    """Bytes that may still be taken of the shared memory that this folder lies in.
+
+    Half of all that there is stays free for others. Measured with docker's default of 64 MB: two
+    workers, each with a DataLoader of two processes and batches of 3 MB. Beside two outboxes of
+    20 MB one of the workers died ("unable to allocate shared memory"); beside one, all went well.
+    """
+    try:
+        status = os.statvfs(folder)
+    except OSError:
+        return 0
+    if status.f_blocks == 0:  # without a limit
+        return sys.maxsize
+    return max(0, status.f_frsize * (status.f_bavail - status.f_blocks // 2))
+
+
+def check(size: int, folder: Path) -> None:
+    """Raises OSError where there is no `room` for it."""
+    if size > room(folder):
+        raise OSError(errno.ENOSPC, "half of it is left to others")
+
+
 class Memory:
     """A file of shared memory, mapped. With `size` it is made, else opened.
 
-    Raises OSError where there is no room for it, or no such file.
+    Raises OSError where there is no memory for it, it cannot be mapped, or there is none.
     """
 
     def __init__(self, path: Path, size: int | None = None) -> None:
@@ -58,12 +86,13 @@ class Memory:
         fd = os.open(path, os.O_RDWR | (os.O_CREAT | os.O_EXCL if new else 0), 0o600)
         try:
             if size is not None:
-                try:
-                    os.posix_fallocate(fd, 0, size)  # or else a full memory is a crash, later
-                except OSError:
-                    path.unlink()
-                    raise
+                os.posix_fallocate(fd, 0, size)  # or else a full memory is a crash, later
             self.map = mmap.mmap(fd, os.fstat(fd).st_size)
+        except (OSError, ValueError) as e:  # ValueError: an empty file
+            if new:
+                with suppress(OSError):
+                    path.unlink()
+            raise e if isinstance(e, OSError) else OSError(errno.EINVAL, str(e)) from None
         finally:
             os.close(fd)
         self.size = len(self.map)
@@ -85,15 +114,17 @@ def outbox_path(folder: Path, session: str, number: int) -> Path:
     return folder / f"{session}-{number}"
 
 
+def outbox_bytes(slot_bytes: int) -> int:
+    """The size of an outbox with room for so much in each slot."""
+    return STATES + OUTBOX_SLOTS * (-(-slot_bytes // ALIGN) * ALIGN)
+
+
 class Outbox:
     """A worker's slots for buckets on their way to the server; both sides have one of these."""
 
     def __init__(self, path: Path, slot_bytes: int | None = None) -> None:
         """With `slot_bytes` it is made, by the worker; else opened, by the server."""
-        size = None
-        if slot_bytes is not None:
-            slot_bytes = -(-slot_bytes // ALIGN) * ALIGN
-            size = STATES + OUTBOX_SLOTS * slot_bytes
+        size = None if slot_bytes is None else outbox_bytes(slot_bytes)
         self._memory = Memory(path, size)
         self._slot_bytes = (self._memory.size - STATES) // OUTBOX_SLOTS
         self._states = np.frombuffer(self._memory.map, dtype=np.uint8, count=OUTBOX_SLOTS)
@@ -174,6 +205,10 @@ class Ring:
         offset = self._memory.offset_of(buffer)
         assert offset is not None
         return offset, memoryview(buffer).nbytes, int(self._stamps[(offset - ALIGN) // 8])
+
+    @property
+    def nbytes(self) -> int:
+        return self._memory.size
 
     def buffer(self, place: Place) -> Any:
         """The bytes at a place; what they are worth tells `whole`, before and after reading."""

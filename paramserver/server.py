@@ -184,7 +184,8 @@ class Server:
         self._unpublished: list[tuple[wire.Average, list[Any]]] = []  # of those, the newest
         self._averages_bytes = 0
         self._payloads: dict[tuple[int, int], Payload] = {}
-        self._shared = arena.shared_folder()
+        self._shared = arena.shared_folder() if settings.shared_memory else None
+        self._unmapped: set[str] = set()  # sessions whose outbox cannot be used here
         self._ring: arena.Ring | None = None
         self._round_stamp: int | None = None  # of the first block of the open round
         self._outboxes: dict[str, arena.Outbox] = {}  # by session
@@ -490,6 +491,7 @@ class Server:
         """A peer on this host: its outbox, and whether it reads the ring."""
         self._outboxes.pop(session, None)
         self._sharing.discard(session)
+        self._unmapped.discard(session)
         if self._shared is None:
             return
         if join.sharing:
@@ -501,8 +503,14 @@ class Server:
                 path.unlink()  # both have it mapped; nothing is left when they end
             except FileNotFoundError:
                 pass  # the worker has joined again meanwhile: that comes next
-            except (OSError, ValueError) as e:
+            except ValueError as e:
                 raise PeerError(f"your outbox cannot be used: {e}") from None
+            except OSError as e:
+                self._unmapped.add(session)  # its Admit will tell
+                self.watcher.say(
+                    f"{self.rounds.peers[session].name} sends through the socket, which is slower: "
+                    f"its shared memory cannot be used: {e.strerror or e}"
+                )
 
     def _push(self, session: str, push: wire.Push, buffers: list[Any], now: float) -> None:
         worker = self.rounds.peers[session].id
@@ -569,7 +577,10 @@ class Server:
                     if isinstance(effect.message, wire.Open):
                         self._prompt(self.rounds.deaf | self.rounds.prompted)
                 case Send():
-                    self._send(effect.session, effect.message)
+                    message = effect.message
+                    if isinstance(message, wire.Admit) and effect.session in self._unmapped:
+                        message = msgspec.structs.replace(message, outbox=False)
+                    self._send(effect.session, message)
                 case Say():
                     self.watcher.say(effect.text, effect.warning)
                 case Start():
@@ -641,12 +652,23 @@ class Server:
         update = FLOAT32_BYTES * plan.size + 2 * arena.ALIGN * len(plan.buckets)
         kept = max(int(self.settings.history_mb * 2**20), 2 * update)
         largest = FLOAT32_BYTES * max(b.size for b in plan.buckets)
+        open_round = 4 * largest
         path = self._shared.path / "ring"
-        path.unlink(missing_ok=True)
+        room = arena.room(self._shared.path) // 2  # the rest is for the workers' outboxes
+        size = min(kept + open_round, room)
+        least = min(kept, arena.RING_UPDATES * update) + open_round
         try:
-            return arena.Ring(path, kept + 4 * largest)
+            path.unlink(missing_ok=True)
+            if size < least:
+                raise OSError(
+                    errno.ENOSPC, f"{room >> 20} MiB may be taken, {-(-least >> 20)} are needed"
+                )
+            return arena.Ring(path, size)
         except OSError as e:
-            self.watcher.say(f"no shared memory for peers on this host, slower: {e}")
+            self.watcher.say(
+                f"averages go through sockets on this host, which is slower: {arena.SHARED}: "
+                f"{e.strerror or e} (in docker: --shm-size=1g)"
+            )
             return None
 
     def _room(self, nbytes: int) -> torch.Tensor:
@@ -699,6 +721,7 @@ class Server:
         self._secrets.pop(session, None)
         self._outboxes.pop(session, None)
         self._sharing.discard(session)
+        self._unmapped.discard(session)
         route = self._routes.pop(session, None)
         if route is not None:
             self._links.pop(route, None)

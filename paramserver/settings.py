@@ -77,6 +77,12 @@ class Settings:
         "that the server's settings may name",
         scope="local",
     )
+    shared_memory: bool = setting(
+        True,
+        "between processes of one host gradients and averages go through /dev/shm, half of which "
+        "is left to others; false = through sockets, slower (the server's false is everybody's)",
+        scope="local",
+    )
     run_dir: str = setting("runs", "parent folder of run folders", scope="local")
     plain: bool = setting(False, "progress as plain lines, also on a terminal", scope="local")
 

@@ -284,6 +284,8 @@ class Admit(Message, frozen=True):
     behind: what you lack is not kept any more, join again when you want a snapshot."""
     step: Int
     lineage: Id
+    outbox: bool = True
+    """False where the server cannot map the peer's outbox: push through the link."""
 
 
 class Ready(Message, frozen=True):

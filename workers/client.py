@@ -65,6 +65,7 @@ class Client(Connection):
         self._outbox_moves = True  # its slots become free soon
         self._outboxes = 0
         self._ring: arena.Ring | None = None
+        self._slower: set[str] = set()  # what was said to go through sockets
         self._pace: Pace[tuple[wire.Push, list[Any]]] = Pace()
         self._held: deque[tuple[Any, list[Any]]] = deque()  # from SUB, to be looked at (again)
         self._admitted: wire.Admit | None = None
@@ -145,23 +146,43 @@ class Client(Connection):
         arena.outbox_path(self._shared, session, number).unlink(missing_ok=True)
         self._outboxes += 1
         path = arena.outbox_path(self._shared, session, self._outboxes)
+        slot_bytes = FLOAT32_BYTES * max(b.size for b in self.replica.plan.buckets)
         try:
-            return arena.Outbox(
-                path, FLOAT32_BYTES * max(b.size for b in self.replica.plan.buckets)
-            )
-        except OSError:
-            return None  # no room for it: through the socket, then
+            arena.check(arena.outbox_bytes(slot_bytes), self._shared)
+            return arena.Outbox(path, slot_bytes)
+        except OSError as e:
+            self._say_slower("gradients", e)
+            return None
 
-    def _hear_averages(self) -> None:
-        """From the server's ring, if it shares one with us, or through SUB."""
+    def _hear_averages(self) -> bool:
+        """From the server's ring, if it shares one with us, or through SUB. False where the ring
+        cannot be used: the server must know, or it sends nothing through SUB."""
         assert self._sub is not None
         ring = None if self._shared is None else self._shared / "ring"
+        self._ring = None
         if ring is not None and ring.exists():
-            self._ring = arena.Ring(ring)
+            try:
+                self._ring = arena.Ring(ring)
+            except OSError as e:
+                self._say_slower("averages", e)
+                self._shared = None
+                return False
             sockets.subscribe(self._sub, wire.topic(wire.Shared))
         else:
-            self._ring = None
             sockets.subscribe(self._sub, wire.topic(wire.Average))
+        return True
+
+    def _say_slower(self, what: str, error: OSError) -> None:
+        """Once: shared memory is not to be had."""
+        if what not in self._slower:
+            self._slower.add(what)
+            reason = error.strerror or str(error)
+            self.say(f"{what} go through a socket, which is slower: {arena.SHARED}: {reason}")
+
+    @property
+    def ring_mb(self) -> float:
+        """MiB of updates that the server keeps where this replica reads them; else infinity."""
+        return math.inf if self._ring is None else self._ring.nbytes / 2**20
 
     # ------------------------------------------------------------------ taking part
 
@@ -584,7 +605,11 @@ class Client(Connection):
         f, replica = self.follow, self.replica
         assert f is not None and replica is not None
         self._admitted = message
-        self._hear_averages()
+        if not message.outbox:
+            self._outbox = None
+        if not self._hear_averages():
+            self._join_again()
+            return
         f.fetching_since = None
         if message.action in ("adopt", "behind"):
             self._joined = False

@@ -54,6 +54,7 @@ def join(
     token: str | None = None,
     security: str = "curve",
     timeout_s: float = 60.0,
+    shared_memory: bool = True,
     say: Say = terminal.say,
     alone: Mapping[str, Any] | None = None,
 ) -> Cluster:
@@ -65,6 +66,9 @@ def join(
     `security="none"` is for a server that runs so. If there is neither host nor token, and no
     server listens on this machine, this is a cluster of one: the same loop trains alone, with the
     settings in `alone` (`num_epochs`, `batch_size`, `seed`) over the usual ones.
+
+    With a server on this host gradients go through shared memory, half of which is left to others
+    (a DataLoader's processes, say); `shared_memory=False` leaves all.
 
     Waits up to `timeout_s` for a server that was named, or is there, to answer. Raises `UserError`
     when none does or when it refuses, with the reason.
@@ -85,7 +89,15 @@ def join(
     else:
         there = address.find(host, port, token, security=security)
     id = here.id if worker_id is None else worker_id
-    client = Client(there.host, there.port, id=id, keys=there.keys, search=search, say=say)
+    client = Client(
+        there.host,
+        there.port,
+        id=id,
+        keys=there.keys,
+        search=search,
+        shared_memory=shared_memory,
+        say=say,
+    )
     try:
         client.connect(timeout_s)
     except BaseException:

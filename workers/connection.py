@@ -55,11 +55,13 @@ class Connection:
         key: str = "",
         keys: sockets.PeerKeys | None = None,
         search: Callable[..., Search] | None = None,
+        shared_memory: bool = True,
         say: Say = terminal.say,
     ) -> None:
         """`keys` are needed where the server lets in only those who have them; `key` is what the
         server's own observer shows. `search(run=...)` begins to look for the server of a run (None:
-        any) where it does not answer any more."""
+        any) where it does not answer any more. `shared_memory` may be used with a server on this
+        host."""
         self.host, self.port = host, port
         self.say = say
         self.welcome: wire.Welcome | None = None
@@ -89,6 +91,7 @@ class Connection:
         self._link: zmq.Socket[bytes] | None = None
         self._sub: zmq.Socket[bytes] | None = None
         self._link_kind = "tcp"
+        self._share_memory = shared_memory
         self._shared: Path | None = None  # where this host's server shares memory with us
         self._beating: threading.Event | None = None
         self._beat_thread: threading.Thread | None = None
@@ -226,7 +229,7 @@ class Connection:
         if welcome.ipc and sockets.is_local(self.host) and sockets.ipc_usable(welcome.ipc):
             router, pub = sockets.ipc_endpoints(welcome.ipc)
             self._link_kind = "ipc"
-            if welcome.shared and sockets.ipc_usable(welcome.shared):
+            if self._share_memory and welcome.shared and sockets.ipc_usable(welcome.shared):
                 self._shared = Path(welcome.shared)
         of_run = welcome.settings
         mark = sockets.mark(of_run["history_mb"], of_run["bucket_mb"])

@@ -173,8 +173,9 @@ class Observer:
     def _rest_s(self, close: wire.Close) -> float:
         """As long as the server surely keeps the updates of that time, if rounds get no shorter."""
         self._round_s = min(close.seconds, REST_GROWS * self._round_s + REST_BEGINS_S)
+        kept_mb = min(self.settings.history_mb, self.client.ring_mb)
         update_mb = FLOAT32_BYTES * self.replica.plan.size / 2**20
-        return min(REST_MAX_S, KEPT_SHARE * self.settings.history_mb / update_mb * self._round_s)
+        return min(REST_MAX_S, KEPT_SHARE * kept_mb / update_mb * self._round_s)
 
     def _note(self, close: wire.Close, norms: dict[str, float] | None) -> None:
         """Log a step, and see what is due after it."""

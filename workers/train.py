@@ -36,6 +36,7 @@ def train(settings: Settings, given: dict[str, object], say: Callable[[str], Non
         token=settings.join,
         security=settings.security,
         timeout_s=settings.join_timeout,
+        shared_memory=settings.shared_memory,
         say=say,
     )
     try:
