@@ -65,6 +65,7 @@ from typing import Annotated, Any
 import msgspec
 
 from paramserver.errors import PeerError
+from paramserver.words import printable
 
 PROTOCOL = 2
 KINDS = ("grad", "stat", "count")
@@ -142,11 +143,12 @@ class Message(msgspec.Struct, frozen=True, tag_field="type", tag=str.lower, kw_o
     """Base of all headers. `type` comes first on the wire: a SUB can subscribe by prefix."""
 
     def _clip(self, *fields: str) -> None:
-        """For `__post_init__`: these sentences may hold words of others."""
+        """For `__post_init__`: these fields may hold words of others. Whoever makes or receives the
+        message has them printable and not too long: for terminals, logs, files and pages."""
         for field in fields:
             text = getattr(self, field)
-            if len(text) > REASON_MAX:
-                msgspec.structs.force_setattr(self, field, clip(text))
+            if len(text) > REASON_MAX or not text.isprintable():
+                msgspec.structs.force_setattr(self, field, clip(printable(text)))
 
 
 class Tensor(msgspec.Struct, frozen=True, array_like=True):
@@ -171,6 +173,8 @@ class Layout(msgspec.Struct, frozen=True):
         names: set[str] = set()
         elements = 0
         for t in self.tensors:
+            if not t.name.isprintable():
+                return f"{t.name[:80]!r} is no name that can be told"
             if t.kind not in KINDS or t.dtype not in DTYPES:
                 return f"{t.name[:80]} is of kind {t.kind[:20]!r}, dtype {t.dtype[:20]!r}"
             if any(d < 0 for d in t.shape) or len(t.shape) > DIMENSIONS_MAX:
@@ -231,6 +235,9 @@ class Hello(Message, frozen=True):
     """Made once per process: who greeted with one probes and beats with it. Others may see its
     session, on PUB. Without one the session is enough."""
 
+    def __post_init__(self) -> None:
+        self._clip("role", "host")
+
 
 class Welcome(Message, frozen=True):
     protocol: Int
@@ -276,6 +283,11 @@ class Join(Message, frozen=True):
     """This peer reads averages from the server's ring, if there is one when it is admitted."""
     outbox: Int = 0
     """Number of the outbox that it has made for its pushes; 0: none."""
+
+    def __post_init__(self) -> None:
+        self._clip("device", "kind", "link")
+        if not self.recipe.isprintable():
+            msgspec.structs.force_setattr(self, "recipe", printable(self.recipe))
 
 
 class Admit(Message, frozen=True):
@@ -409,8 +421,8 @@ class Close(Message, frozen=True):
 
     def __post_init__(self) -> None:
         self._clip("reason")
-        if any(len(why) > LATE_MAX for why in self.late.values()):
-            late = {worker: clip(why, LATE_MAX) for worker, why in self.late.items()}
+        if any(len(why) > LATE_MAX or not why.isprintable() for why in self.late.values()):
+            late = {worker: clip(printable(why), LATE_MAX) for worker, why in self.late.items()}
             msgspec.structs.force_setattr(self, "late", late)
 
 
@@ -516,10 +528,18 @@ class Report(Message, frozen=True):
     values: Annotated[dict[Name, float | None], msgspec.Meta(max_length=1000)]
     final: bool = False
 
+    def __post_init__(self) -> None:
+        if not all(map(str.isprintable, self.values)):
+            values = {printable(name): value for name, value in self.values.items()}
+            msgspec.structs.force_setattr(self, "values", values)
+
 
 class Problem(Message, frozen=True):
     text: Annotated[str, msgspec.Meta(max_length=PROBLEM_CHARS)]
     """What could not be done and why: a checkpoint that was not written, a logger that stopped."""
+
+    def __post_init__(self) -> None:
+        self._clip("text")
 
 
 LOAD, FORWARD, BACKWARD = FAILURES = "load", "forward", "backward"
@@ -539,7 +559,7 @@ class Goodbye(Message, frozen=True):
     """And which."""
 
     def __post_init__(self) -> None:
-        self._clip("reason")
+        self._clip("reason", "digest")
 
 
 class End(Message, frozen=True):
@@ -596,7 +616,7 @@ def from_frames(frames: Sequence[Any]) -> tuple[Any, list[Any]]:
         if len(header) > MEASURED_BYTES_MAX:
             _measure(message)
     except (ValueError, RecursionError) as e:  # DecodeError, ValidationError, UnicodeDecodeError
-        raise PeerError(f"not a header of this protocol: {clip(str(e), 400)}") from None
+        raise PeerError(f"not a header of this protocol: {clip(printable(str(e)), 400)}") from None
     return message, [getattr(f, "buffer", f) for f in frames[1:]]
 
 

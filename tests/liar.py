@@ -52,6 +52,10 @@ class FakeServer:
             return [wire.Pulse(nonce="n", step=0, lineage="l", phase="training")]
         return []
 
+    def frames(self, message: wire.Message) -> list[Any]:
+        """As which it is sent."""
+        return wire.to_frames(message)
+
     def _run(self) -> None:
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         router, pub = context.socket(zmq.ROUTER), context.socket(zmq.PUB)
@@ -67,7 +71,7 @@ class FakeServer:
             if isinstance(message, wire.Probe):
                 pub.send_multipart(wire.to_frames(message))
             for answer in self.answer(message):
-                router.send_multipart([sender, *wire.to_frames(answer)])
+                router.send_multipart([sender, *self.frames(answer)])
         router.close()
         pub.close()
         context.term()
