@@ -24,4 +24,5 @@ class PeerError(Exception):
 
 
 class RunLost(UserError):
-    """The server ended the run for this process, or stayed silent past every deadline."""
+    """The run is over for this process, and not in order: it ended by an error or with a state that
+    this replica does not hold, or its server was silent past every deadline."""

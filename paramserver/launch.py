@@ -134,7 +134,8 @@ def _for_workers(name: str) -> bool:
 
 
 def _watch(started: Started) -> int:
-    """Wait for the server; a worker that fails is told with its last words."""
+    """Wait for the server; a worker that fails is told with its last words. The server's exit code,
+    but not 0 where all workers failed, since the server was only asked to end then."""
     told: set[int] = set()
     while started.server.poll() is None:
         for number, worker in enumerate(started.workers, 1):
@@ -145,7 +146,7 @@ def _watch(started: Started) -> int:
                 if len(told) == len(started.workers):
                     started.server.terminate()
         time.sleep(0.1)
-    return started.server.returncode
+    return started.server.returncode or int(len(told) == len(started.workers))
 
 
 def profile(arguments: list[str]) -> int:

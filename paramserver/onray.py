@@ -312,15 +312,18 @@ class Crew:
     # ------------------------------------------------------------------ watching
 
     def _watch(self, deadline: float) -> int:
-        """Show what is said, until the server has ended; its exit code."""
+        """Show what is said, until the server has ended; its exit code, but not 0 where all workers
+        failed, since the server was only asked to end then."""
+        failed = False
         while not self.server.ended:
             self._look()
             if all(worker.ended and worker.code != 0 for worker in self.workers):
+                failed = True
                 self.server.actor.stop.remote()
             if time.monotonic() > deadline:
                 terminal.say(f"the server did not end within {RUN_END_S:g} s", error=True)
                 return 1
-        return 1 if self.server.code is None else self.server.code
+        return (1 if self.server.code is None else self.server.code) or int(failed)
 
     def _look(self) -> None:
         """Show what the members say in the next moment, and what became of them."""

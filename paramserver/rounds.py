@@ -28,6 +28,7 @@ from collections.abc import Callable, Collection
 import msgspec
 
 from paramserver.comeback import Comeback
+from paramserver.departures import FAILED, LEFT, SILENT, Departures
 from paramserver.digests import Digests
 from paramserver.effects import (
     Closed,
@@ -80,6 +81,7 @@ from paramserver.wire import (
     next_lineage,
 )
 
+HOLDER_TIMEOUTS = 4  # that the last one who held the state has to come back to those who wait
 MAX_WAIT_TIMEOUTS = 3  # heartbeat timeouts that a derived wait is at most
 EMPTY_ROUNDS = 3  # that a worker may bring nothing to, though they waited as long as they do
 REST_ROUNDS = 10  # that go on without it then, doubled each time
@@ -166,6 +168,9 @@ class Rounds:
                 limit_s=rules.idle_timeout,
                 most=rules.max_workers + 1,
             )
+        self._departures = Departures(rules.heartbeat_timeout, rules.idle_timeout)
+        self._last_holder = ""  # the last replica that was taken out, and why
+        self._lost_since: float | None = None  # somebody waits for a state that nobody here holds
         self.norms = Norms(rules.max_norm_ratio)
         self._digests = Digests()
         self.digests: dict[int, tuple[str, int, str]] = {}
@@ -329,7 +334,7 @@ class Rounds:
         if self.round and (member := self.round.member_of(peer)):
             self._out_of_round(member, "left its loop", now)
         self._return_leases(peer)
-        peer.ready = None
+        self._not_ready(peer)
         self._progress(now)
         return self._out()
 
@@ -415,9 +420,11 @@ class Rounds:
         *,
         failed: str = "",
         lease: Lease | None = None,
+        error: bool = False,
     ) -> list[Effect]:
-        """A Goodbye; `digest` is of its weights at `step`, which only a member can know. `failed`
-        (one of `FAILURES`) where it died of an error in this lease."""
+        """A Goodbye; with `error` an exception or a broken rule ends this peer's part. `digest` is
+        of its weights at `step`, which only a member can know. `failed` (one of `FAILURES`) where
+        it died of an error in this lease."""
         peer = self.peers.get(session)
         if peer is not None:
             if failed in FAILURES and lease == (self._computes(peer) or peer.left_with):
@@ -426,10 +433,11 @@ class Rounds:
                 self.digests[peer.id] = (peer.name, step, digest)
             if not self.ended:
                 self._say(f"{peer.name} left: {reason}", peer)
-            self._remove(peer, "left", now)
-            workers = any(p.role == "worker" for p in self.peers.values())
-            if isinstance(self.ledger, OwnLedger) and reason == FINISHED and not workers:
-                self._begin_end("every worker has finished", now, error=False)
+            how, took_part = FAILED if error else LEFT, peer.state == REPLICA
+            self._remove(peer, "left", now, how=how, reason=reason)
+            finished = isinstance(self.ledger, OwnLedger) and how == LEFT and reason == FINISHED
+            if finished and took_part and self.started and not self._workers_here:
+                self._begin_end(*self._departures.verdict(own=True), now)
             self._progress(now)
         return self._out()
 
@@ -541,10 +549,10 @@ class Rounds:
             timeout = self.rules.heartbeat_timeout
             for peer in list(self.peers.values()):
                 if now - peer.last_seen > timeout:
-                    silent_s = now - peer.last_seen
-                    self._warn(f"{peer.name} is gone: silent for {silent_s:.1f} s", peer)
+                    silent = f"silent for {now - peer.last_seen:.1f} s"
+                    self._warn(f"{peer.name} is gone: {silent}", peer)
                     self._dies(peer, "")
-                    self._remove(peer, f"gone, silent for {now - peer.last_seen:.1f} s", now)
+                    self._remove(peer, f"gone, {silent}", now)
             snap = self.snapshot
             if snap is not None and now - snap.progress_at > timeout:
                 culprit = self.peers[snap.waits_for]
@@ -558,12 +566,7 @@ class Rounds:
                 self._abort_snapshot(f"it is not over after {now - snap.began_at:.0f} s", now)
             self._close_if_due(now)
             self._release(now)
-            if now - self._busy_at > self.rules.idle_timeout and not self.coming_back:
-                self._begin_end(
-                    f"nothing happened for {self.rules.idle_timeout:g} s: {self.phase(now)}",
-                    now,
-                    error=True,
-                )
+            self._give_up_if_due(now)
             self._progress(now)
             self._say_phase(now)
             for sentence in self._sentences.left_out(now):
@@ -655,10 +658,31 @@ class Rounds:
 
     def phase(self, now: float) -> str:
         """What the run is doing or waiting for, as a sentence."""
+        return self._phase(now) + self._otherwise(now)
+
+    def _otherwise(self, now: float) -> str:
+        """What happens, and when, if what is waited for does not come before; empty: nothing."""
+        if self.ended is not None or self.ending is not None or self.coming_back:
+            return ""
+        if (due := self._nobody_left_until(now)) is not None:
+            return f" (the run ends in {max(0.0, due - now):.0f} s unless one comes)"
+        if self._lost_since is not None:
+            left = self._lost_until() - now
+            return f" (the run ends in {max(0.0, left):.0f} s unless one comes who does)"
+        if self.layout is None or self.snapshot is not None or self.started:
+            return ""
+        if self._ready_since is None or len(self.workers_ready()) < self.rules.min_workers:
+            return ""
+        left = self._ready_since + self.rules.join_timeout - now
+        return f" (starts with fewer in {max(0.0, left):.0f} s)"
+
+    def _phase(self, now: float) -> str:
         if self.ended is not None:
             return f"ended: {self.ended.reason}"
         if self.ending is not None:
-            return "waiting for the observer to keep the last step"
+            if self.observer is not None or self.observer_comes:
+                return "waiting for the observer to keep the last step"
+            return f"ending: {self.ending[0]}"
         if self.coming_back:
             here = ", ".join(p.name for p in self.peers.values() if p.returns) or "nobody"
             return f"waiting for the replicas of this run to come back: {here} here"
@@ -669,17 +693,17 @@ class Rounds:
             return f"{self.peers[self.snapshot.joiner].name} takes a snapshot"
         if self.round is not None:
             return "training"
+        if self._nobody_left_until(now) is not None:
+            return self._departures.verdict(own=isinstance(self.ledger, OwnLedger))[0]
+        if self._lost_since is not None:
+            return self._lost_state()
         states = [p.state for p in self.peers.values()]
         if WAITING in states and REPLICA not in states:
             return f"waiting for a replica that stands at step {self.step}: nobody here does"
         ready = self.workers_ready()
         here = ", ".join(p.name for p in ready) or "nobody"
         if not self.started:
-            text = f"waiting for {self.rules.num_workers} workers: {here} ready"
-            if self._ready_since is not None and len(ready) >= self.rules.min_workers:
-                left = self._ready_since + self.rules.join_timeout - now
-                text += f" (starts with fewer in {max(0, left):.0f} s)"
-            return text
+            return f"waiting for {self.rules.num_workers} workers: {here} ready"
         if self.ledger is not None and self.ledger.exhausted and ready:
             return "waiting for the last samples"
         if len(ready) < self.rules.min_workers:
@@ -696,11 +720,11 @@ class Rounds:
         if self.coming_back:
             self.put_off = True
             return self._out()
-        self._begin_end(reason, now, error=error)
+        self._begin_end(reason, error, now)
         self._progress(now)
         return self._out()
 
-    def _begin_end(self, reason: str, now: float, *, error: bool) -> None:
+    def _begin_end(self, reason: str, error: bool, now: float) -> None:
         """No more rounds; workers stay until the observer has kept the last step: should it die
         before, another one takes it from them."""
         if self.ending is not None:
@@ -728,6 +752,45 @@ class Rounds:
             return comes and self._log_begun and held
         may_have_it = held or observer.state != WAITING  # else nobody could give it a snapshot
         return may_have_it and observer.kept_at != self.step
+
+    @property
+    def _workers_here(self) -> bool:
+        return any(p.role == "worker" for p in self.peers.values())
+
+    def _give_up_if_due(self, now: float) -> None:
+        """End a run for which nobody is left, or left who holds its state, or nothing happens."""
+        if self.coming_back or self.ending is not None:
+            return
+        self._look_for_holder(now)
+        due, idle = self._nobody_left_until(now), self.rules.idle_timeout
+        if due is not None and now >= due:
+            own = isinstance(self.ledger, OwnLedger)
+            self._begin_end(*self._departures.verdict(own=own), now)
+        elif self._lost_since is not None and now >= self._lost_until():
+            self._begin_end(self._lost_state(), True, now)
+        elif now - self._busy_at > idle:
+            self._begin_end(f"nothing happened for {idle:g} s: {self.phase(now)}", True, now)
+
+    def _nobody_left_until(self, now: float) -> float | None:
+        """When the run ends because no worker is left; None where one is, or is awaited."""
+        return None if self._workers_here or not self.started else self._departures.due(now)
+
+    def _look_for_holder(self, now: float) -> None:
+        """Does somebody wait for a state that nobody here holds any more?"""
+        workers = [p.state for p in self.peers.values() if p.role == "worker"]
+        held = any(p.state == REPLICA for p in self.peers.values())
+        if held or not self._log_begun or WAITING not in workers:
+            self._lost_since = None
+        elif self._lost_since is None:
+            self._lost_since = now
+
+    def _lost_until(self) -> float:
+        assert self._lost_since is not None
+        return self._lost_since + HOLDER_TIMEOUTS * self.rules.heartbeat_timeout
+
+    def _lost_state(self) -> str:
+        last = f"; {self._last_holder} was the last to hold it" if self._last_holder else ""
+        return f"nobody here stands at step {self.step}, which the others wait for{last}"
 
     def _end(self) -> None:
         assert self.ending is not None
@@ -761,9 +824,9 @@ class Rounds:
     def _say_phase(self, now: float) -> None:
         """A pause is told when it begins, not every time somebody looks."""
         paused = self.started and self.round is None and self.snapshot is None and not self.ended
-        text = self.phase(now) if paused else ""
+        text = self._phase(now) if paused else ""  # without seconds, which change all the time
         if text and text != self._said_phase:
-            self._say(text)
+            self._say(self.phase(now))
         self._said_phase = text
 
     def _say_late(self, close: Close) -> None:
@@ -792,14 +855,30 @@ class Rounds:
             self._out_of_round(member, why, now)
         self._return_leases(peer)
         self._release(now, peer.session)
-        peer.state, peer.ready = GREETED, None
+        if peer.state == REPLICA:
+            self._last_holder = f"{peer.name} ({why})"
+        peer.state = GREETED
+        self._not_ready(peer)
 
     def _becomes_replica(self, peer: Peer) -> None:
         peer.state, peer.replica_since = REPLICA, self.step
+        if peer.role == "worker":
+            self._departures.joined(peer.id)
 
-    def _remove(self, peer: Peer, why: str, now: float) -> None:
+    def _not_ready(self, peer: Peer) -> None:
+        """It takes no more samples. Before the first round the wait for others begins anew."""
+        peer.ready = None
+        if not self.started and not any(p.ready for p in self.peers.values()):
+            self._ready_since = None
+
+    def _remove(
+        self, peer: Peer, why: str, now: float, *, how: str = SILENT, reason: str = ""
+    ) -> None:
+        """The peer is not here any more; `how` it went, in the words of `Departures`."""
         self._take_out(peer, why, now)
         del self.peers[peer.session]
+        if peer.role == "worker":
+            self._departures.went(peer.id, peer.name, how, reason, now)
         self._effects.append(Remove(peer.session))
 
     @property
@@ -1066,25 +1145,25 @@ class Rounds:
             self._say_late(close)
             if hopeless:
                 why = "rounds in a row brought nothing but gradients that had to be refused"
-                self._begin_end(f"{self._bad_rounds} {why}: {close.reason}", now, error=True)
+                self._begin_end(f"{self._bad_rounds} {why}: {close.reason}", True, now)
                 self._progress(now)
                 return
         elif (following := self._try_open(now)) is not None:
             self._effects.append(Publish(following))
         self._tell_lost()
         if self.ledger is not None and (broken := self._hopeless()) is not None:
-            self._begin_end(f"{broken}: {self._first_lost()}", now, error=True)
+            self._begin_end(f"{broken}: {self._first_lost()}", True, now)
             self._progress(now)
         elif self.round is None and self.snapshot is None and self._everything_done():
             assert self.ledger is not None
             if self.ledger.skipped and not self.ledger.done + self.ledger.partly:
                 self._begin_end(
                     f"no sample could be trained on, all {self.ledger.skipped} were skipped",
+                    True,
                     now,
-                    error=True,
                 )
             else:
-                self._begin_end("all epochs are done", now, error=False)
+                self._begin_end("all epochs are done", False, now)
             self._progress(now)
 
     def _everything_done(self) -> bool:

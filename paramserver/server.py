@@ -195,7 +195,7 @@ class Server:
         self._doors: dict[str, bytes] = {}
         self._secrets: dict[str, str] = {}  # by session; never sent to anybody
         self._told: set[bytes] = set()  # who was told that it sends rubbish
-        self._stop: tuple[str, bool] | None = None
+        self._stop: tuple[str, bool] | None = None  # why, and whether that is an error
         self._ended_at: float | None = None
         # Sums are bound by memory, and threads that wait for each other on shared cores cost
         # milliseconds each time.
@@ -327,7 +327,7 @@ class Server:
                 self.watcher.say(f"{who} sent what this protocol does not allow: {e}", True)
             self._send_raw(sender, wire.Reject(f"your message was not understood: {e}"))
             if session is not None:
-                self._carry_out(self.rounds.leave(session, str(e), now))
+                self._carry_out(self.rounds.leave(session, str(e), now, error=True))
 
     def _look_at_path(
         self, paths: Paths, sender: bytes, push: wire.Push, frames: list[zmq.Frame], now: float
@@ -395,7 +395,9 @@ class Server:
                     self.watcher.problem(message.text)
             case wire.Goodbye():
                 said = (message.reason, now, message.step, message.digest)
-                self._carry_out(r.leave(session, *said, failed=message.failed, lease=message.lease))
+                m = message
+                effects = r.leave(session, *said, failed=m.failed, lease=m.lease, error=m.error)
+                self._carry_out(effects)
             case _:
                 raise PeerError(f"a {type(message).__name__} is not for the server")
 
@@ -403,11 +405,11 @@ class Server:
         if self.rounds.coming_back and hello.role == "worker" and hello.run is None:
             self._send_raw(sender, wire.Later(self.rounds.phase(now)))
             return  # first comes who holds the run
-        refuse = ""
+        refuse, end = "", None
         if hello.protocol != wire.PROTOCOL:
             refuse = f"this server speaks protocol {wire.PROTOCOL}, you speak {hello.protocol}"
         elif self.rounds.ended is not None:
-            refuse = f"the run has ended: {self.rounds.ended.reason}"
+            refuse, end = f"the run has ended: {self.rounds.ended.reason}", self.rounds.ended
         elif hello.role not in ("worker", "observer"):
             refuse = f"there is no role {hello.role!r}"
         elif hello.role == "observer" and not _same(hello.key, self._observer_key):
@@ -417,7 +419,7 @@ class Server:
         elif self._is_anothers(hello):
             refuse = "another process has greeted with this nonce"
         if refuse:
-            self._send_raw(sender, wire.Reject(refuse))
+            self._send_raw(sender, wire.Reject(refuse, end=end))
             return
         known = next((s for s, d in self._doors.items() if d == sender), None)
         session = known or uuid.uuid4().hex

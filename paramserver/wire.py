@@ -327,6 +327,8 @@ class Later(Message, frozen=True):
 class Reject(Message, frozen=True):
     reason: Words
     hint: Words = ""
+    end: End | None = None
+    """The run that was asked for is over: how it ended."""
 
     def __post_init__(self) -> None:
         self._clip("reason", "hint")
@@ -557,6 +559,8 @@ class Goodbye(Message, frozen=True):
     """It died of an error of its own in the middle of a lease: load, forward or backward."""
     lease: Lease | None = None
     """And which."""
+    error: bool = False
+    """It does not leave in order: an exception ends it, which is the reason."""
 
     def __post_init__(self) -> None:
         self._clip("reason", "digest")

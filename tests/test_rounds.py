@@ -61,8 +61,40 @@ def test_the_run_ends_when_all_who_brought_samples_have_finished() -> None:
 def test_the_run_does_not_end_with_one_who_was_killed() -> None:
     run = of_their_own(1, 2)
     run.leave(2, "finished")
-    assert not any("end at" in effect for effect in run.leave(1, "LookupError: enough"))
-    assert run.rounds.phase(0.0).startswith("paused: 0 of at least 1 workers ready")
+    run.tick(5.0, 1)
+    assert run.tick(15.1)[0] == "# worker 1 (pi) is gone: silent for 10.1 s"
+    assert run.tick(1000.0) == [] and run.rounds.ending is None
+    assert run.rounds.phase(1000.0).startswith("paused: 0 of at least 1 workers ready")
+
+
+def test_one_who_failed_may_be_started_again_before_the_run_ends_without_it() -> None:
+    run = of_their_own(1, 2)
+    run.leave(2, "finished")
+    assert but_words(run.leave(1, "LookupError: enough", error=True)) == ["void 1", "forget w1"]
+    sentence = "every worker has finished, except: worker 1 (pi) failed: LookupError: enough"
+    assert run.tick(1.0) == [f"# {sentence} (the run ends in 29 s unless one comes)"]
+    assert run.tick(29.9) == []
+    assert run.tick(30.0)[-1] == f"end at step 0: {sentence}"
+
+
+def test_of_their_own_all_may_leave_without_saying_that_they_have_finished() -> None:
+    """As scripts do that forget it: their program ends, and the run a little later."""
+    run = of_their_own(1, 2)
+    run.push(1, samples=7), run.push(2, samples=3)
+    run.leave(2, "its program ended"), run.leave(1, "its program ended")
+    assert run.rounds.phase(4.0) == "every worker has left (the run ends in 6 s unless one comes)"
+    assert run.tick(9.9)[0].startswith("# every worker has left")
+    assert run.tick(10.0)[-1] == "end at step 1: every worker has left"
+
+
+def test_of_their_own_where_all_failed_that_is_an_error() -> None:
+    run = of_their_own(1, 2)
+    run.leave(1, "ValueError: a", error=True), run.leave(2, "ValueError: b", error=True)
+    assert run.tick(29.9) and run.rounds.ending is None
+    assert run.tick(30.0)[-1] == (
+        "end at step 0: no worker has finished: "
+        "worker 1 (pi) failed: ValueError: a; worker 2 (pi) failed: ValueError: b (error)"
+    )
 
 
 def test_all_bring_samples_of_their_own_or_nobody_does() -> None:
@@ -1528,15 +1560,127 @@ def test_before_anything_began_a_stop_ends_too() -> None:
     assert Run().stop()[-1] == "end at step 0: Ctrl-C"
 
 
-def test_with_nobody_left_the_run_ends_after_idle_timeout_with_an_error() -> None:
+def test_with_nobody_left_the_run_ends_although_samples_are_left() -> None:
     run = Run(idle_timeout=100.0, observer=False).workers(1, 2)
-    run.leave(1), run.leave(2)
+    run.leave(1, "SIGINT")
+    run.now = 3.0
+    run.leave(2, "its program ended")
+    who = "worker 1 (pi) left: SIGINT; worker 2 (pi) left: its program ended"
+    reason = f"every worker has left before all samples were done: {who}"
+    assert run.tick(4.0) == [f"# {reason} (the run ends in 9 s unless one comes)"]
+    assert run.tick(12.9) == [] and run.rounds.pulse(12.9).phase.startswith(reason)
+    assert run.tick(13.0) == [
+        f"all <- pulse at step 0: ending: {reason}",
+        f"end at step 0: {reason} (error)",
+    ]
+
+
+def test_one_who_comes_before_that_goes_on_and_the_time_begins_anew() -> None:
+    run = Run(observer=False).workers(1, 2)
+    run.push(1), run.push(2)
+    run.workers(3)
+    run.leave(1), run.leave(2), run.leave(3)
+    run.tick(9.9)
+    run.hello(4)
+    assert run.tick(19.0, 4) == [
+        "# paused: 0 of at least 1 workers ready (nobody)",
+    ]
+    run.leave(4, "UserError: another model", error=True)  # one that never took part
+    assert run.tick(28.9)[0].startswith("# every worker has left") and run.rounds.ending is None
+    assert run.tick(29.0)[-1].startswith("end at step 1: every worker has left before all")
+
+
+def test_where_all_failed_a_supervisor_has_time_to_start_them_again() -> None:
+    run = Run(observer=False).workers(1, 2)
+    run.leave(1, "ValueError: 1 sample", error=True)
+    run.leave(2, "ValueError: 1 sample", error=True)
+    run.tick(29.9)
+    assert run.rounds.ending is None
+    assert run.tick(30.0)[-1] == (
+        "end at step 0: every worker has failed: worker 1 (pi) failed: ValueError: 1 sample; "
+        "worker 2 (pi) failed: ValueError: 1 sample (error)"
+    )
+
+
+def test_who_fell_silent_is_awaited_as_long_as_idle_timeout() -> None:
+    run = Run(idle_timeout=100.0, observer=False).workers(1, 2)
+    run.leave(2)
+    run.tick(10.1)  # worker 1 is silent
     run.tick(100.0)
     assert run.rounds.ended is None
     assert run.tick(100.1)[-1] == (
         "end at step 0: nothing happened for 100 s: "
         "paused: 0 of at least 1 workers ready (nobody) (error)"
     )
+
+
+def test_who_fell_silent_long_ago_is_awaited_no_more() -> None:
+    run = Run(num_workers=3, idle_timeout=50.0, observer=False, epochs=100).workers(1, 2, 3)
+    for now in range(5, 70, 5):  # worker 3 is silent from the beginning
+        run.tick(float(now), 1, 2)
+        run.push(1), run.push(2)
+    run.leave(1), run.leave(2)
+    run.tick(74.9)
+    assert run.rounds.ending is None
+    assert run.tick(75.0)[-1].startswith("end at step")
+
+
+def test_before_the_first_round_a_server_waits_for_whoever_comes() -> None:
+    """One came, had the wrong data set, and left: the others are about to join."""
+    run = Run(idle_timeout=1000.0, observer=False).workers(1, samples=8)
+    run.leave(1, "TypeError: a DataLoader", error=True)
+    assert run.tick(900.0) == []
+    run.workers(2, 3, samples=100)
+    assert run.rounds.round is not None and run.ledger.samples == 100
+
+
+def test_where_nobody_holds_the_state_any_more_the_others_do_not_wait_for_ever() -> None:
+    run = Run(observer=False).workers(1, 2)
+    run.push(1), run.push(2)
+    run.leave(2)
+    run.tick(5.0, 1)
+    run.hello(3), run.join(3)
+    run.tick(15.1, 3)  # worker 1 is silent
+    sentence = (
+        "nobody here stands at step 1, which the others wait for; "
+        "worker 1 (pi) (gone, silent for 10.1 s) was the last to hold it"
+    )
+    assert run.rounds.phase(25.1) == (
+        f"{sentence} (the run ends in 30 s unless one comes who does)"
+    )
+    for now in (25.0, 35.0, 45.0, 55.0):
+        run.tick(now, 3)
+        assert run.rounds.ending is None
+    assert run.tick(55.2, 3)[-1] == f"end at step 1: {sentence} (error)"
+
+
+def test_who_held_the_state_and_was_only_cut_off_is_in_time() -> None:
+    run = Run(observer=False).workers(1, 2)
+    run.push(1), run.push(2)
+    run.leave(2)
+    run.tick(5.0, 1)
+    run.hello(3), run.join(3)
+    run.tick(15.1, 3), run.tick(25.0, 3), run.tick(35.0, 3)
+    run.hello(1, "b")
+    assert "w3 <- give" not in "".join(run.follows(1, "b"))
+    assert run.rounds.snapshot is not None
+    run.snapshot(3)
+    run.tick(44.0, 3), run.rounds.seen("w1b", 44.0)
+    assert run.rounds.ending is None and len(run.rounds.peers) == 2
+
+
+def test_nobody_is_told_to_wait_for_an_observer_that_there_is_not() -> None:
+    run = Run(observer=False).workers(1, 2)
+    assert "all <- pulse at step 0: ending: Ctrl-C" in run.stop()
+
+
+def test_an_observer_that_has_no_state_is_not_waited_for_where_nobody_has() -> None:
+    run = Run().observer().workers(1, 2)
+    run.push(1), run.push(2)
+    run.leave(0), run.leave(1), run.leave(2)
+    run.rounds.observer_comes = True
+    run.hello(0, "b"), run.join(0, "b")
+    assert run.stop(error=True)[-1] == "end at step 1: Ctrl-C (error)"
 
 
 def test_who_comes_to_work_keeps_a_run_from_being_idle() -> None:

@@ -170,6 +170,20 @@ class AwaitsNoOtherObserver(Rounds):
         return self.observer is not None and super()._observer_catches_up(now)
 
 
+class WaitsForNobody(Rounds):
+    """Nobody is left, and the run waits on."""
+
+    def _nobody_left_until(self, now: float) -> float | None:
+        return None
+
+
+class WaitsForALostState(Rounds):
+    """Nobody holds what those who have joined wait for, and they wait on."""
+
+    def _look_for_holder(self, now: float) -> None:
+        pass
+
+
 class AppliesTwice(Follow):
     """After a fetch, an update that also came over SUB is applied again."""
 
@@ -245,6 +259,8 @@ class ListeningObserver(Listens, Observer):
         (Parts(rounds=HearsNoBeats), "which was lost|could have come back", 14409),
         (Parts(rounds=EndsBeforeItIsKept), "is on no disk", 0),
         (Parts(rounds=AwaitsNoOtherObserver), "is on no disk", 0),
+        (Parts(rounds=WaitsForNobody), "every worker had left, and the run waited on", 112),
+        (Parts(rounds=WaitsForALostState), "nobody could help", 131),
         (Parts(follow=AppliesTwice), "another model than the log", 0),
         (Parts(follow=KeepsVoidAverages), "another model than the log", 297),
         (Parts(follow=JumpsGaps), "another model than the log", 0),

@@ -1,5 +1,5 @@
 """Workers: replicas of the run's model that compute gradients. See `workers.cluster`."""
 
-from workers.cluster import Cluster, join
+from workers.cluster import Cluster, RunLost, UserError, join
 
-__all__ = ["Cluster", "join"]
+__all__ = ["Cluster", "RunLost", "UserError", "join"]

@@ -69,6 +69,7 @@ class Alone:
         self._bad: str | None = None
         self._loss: float | None = None
         self._samples = 0
+        self._left: tuple[str, bool] | None = None  # how its only worker left, if it has
 
     # ------------------------------------------------------------------ what a loop asks for
 
@@ -112,10 +113,24 @@ class Alone:
 
     @property
     def ended(self) -> wire.End | None:
-        if self._ledger is None or not self._ledger.finished:
+        if self._ledger is None:
             return None
+        if self._ledger.finished:
+            reason, error = "all epochs are done", False
+        elif self._left is None:
+            return None
+        elif not isinstance(self._ledger, OwnLedger):
+            reason, error = f"left before all samples were done: {self._left[0]}", True
+        elif self._left == (wire.FINISHED, False):
+            reason, error = "every worker has finished", False
+        else:
+            reason, error = f"the only worker left: {self._left[0]}", self._left[1]
         step, lineage = self.replica.step, self.replica.lineage
-        return wire.End(self.welcome.nonce, step, lineage, "all epochs are done")
+        return wire.End(self.welcome.nonce, step, lineage, reason, error)
+
+    @property
+    def left_behind(self) -> bool:
+        return False
 
     def wait(self, done: Callable[[], Any], what: str, timeout_s: float | None = None) -> bool:
         """There is nobody to wait for: a round whose gradient is complete is closed."""
@@ -161,8 +176,16 @@ class Alone:
         self._unreadable, self._unread = True, tuple(range(stop - start))
         self._bad = "no sample of its lease can be read"
 
-    def goodbye(self, reason: str, failed: str = "", lease: wire.Lease | None = None) -> None:
-        pass
+    def goodbye(
+        self,
+        reason: str,
+        failed: str = "",
+        lease: wire.Lease | None = None,
+        *,
+        error: bool = False,
+    ) -> None:
+        if self._left is None:
+            self._left = reason, error
 
     def close(self) -> None:
         pass

@@ -22,7 +22,7 @@ from paramserver.bucket import FLOAT32_BYTES
 from paramserver.codec import fresh
 from paramserver.errors import PeerError, RunLost, UserError
 from workers import follow
-from workers.connection import Connection
+from workers.connection import Connection, RunOver
 from workers.pace import Pace
 from workers.replica import Replica
 from workers.snapshot import Giving, Taking
@@ -75,8 +75,9 @@ class Client(Connection):
         self._giving: Giving | None = None
         self._give_later: wire.Give | None = None
         self._ready: wire.Ready | None = None
+        self._took_part = False  # it has pushed something
         self._left = False  # goodbye was said
-        self._left_behind = False  # the run has ended, and its last updates are not to be had
+        self._left_behind = False  # the run has ended, and nothing more of it is to be had
         self._stood = -1  # the step that the server was last told we stand at
         self._kept_step = -1  # the step of which it was told that it is kept
         self.at_last_step = False
@@ -231,6 +232,7 @@ class Client(Connection):
     def push(self, push: wire.Push, buffers: list[Any]) -> None:
         """Send one bucket, now or in its turn; the buffers are not the caller's from now on."""
         now = time.monotonic()
+        self._took_part = True
         if self._link_kind == "tcp":
             push = msgspec.structs.replace(push, ready_s=now)
         self._pace.add(push.bucket, (push, buffers), now)
@@ -275,9 +277,17 @@ class Client(Connection):
         """No sample of the lease in this round can be read."""
         self._send(wire.Unreadable(round=round))
 
-    def goodbye(self, reason: str, failed: str = "", lease: wire.Lease | None = None) -> None:
-        """Leave in order: tell the server, and the digest of the weights with it. Once. `failed`
-        is one of `wire.FAILURES` where an error in this lease is the reason."""
+    def goodbye(
+        self,
+        reason: str,
+        failed: str = "",
+        lease: wire.Lease | None = None,
+        *,
+        error: bool = False,
+    ) -> None:
+        """Tell the server that this peer leaves, in order or by an `error`, and the digest of the
+        weights with it. Once. `failed` is one of `wire.FAILURES` where an error in this lease is
+        the reason."""
         if self._link is None or self._left:
             return
         self._left = True
@@ -285,9 +295,10 @@ class Client(Connection):
         if self.replica is not None and self._joined:
             digest, step = self.replica.digest(), self.replica.step
         with contextlib.suppress(UserError):  # it lets nobody in any more
-            self._send(
-                wire.Goodbye(reason=reason, step=step, digest=digest, failed=failed, lease=lease)
+            said = wire.Goodbye(
+                reason=reason, step=step, digest=digest, failed=failed, lease=lease, error=error
             )
+            self._send(said)
         self._link.linger = 2000
 
     def _close_sockets(self) -> None:
@@ -301,6 +312,14 @@ class Client(Connection):
         if end is None or self.replica is None:
             return None
         return end if self.replica.step >= end.step or self._left_behind else None
+
+    @property
+    def left_behind(self) -> bool:
+        """Has the run ended with a state that this replica does not hold, and cannot get?"""
+        end = self.ended
+        if end is None or self.replica is None:
+            return False
+        return (self.replica.step, self.replica.lineage) != (end.step, end.lineage)
 
     @property
     def follows(self) -> bool:
@@ -330,8 +349,8 @@ class Client(Connection):
         """Handle messages, applying updates, until `done()`; False if `timeout_s` passed first.
 
         Says from time to time that it waits for `what` (empty: only what is out of the ordinary),
-        and what the server is doing. Raises `RunLost` when the server is silent for
-        longer than `give_up_s`.
+        and what the server is doing. Raises `RunLost` when the server is silent for longer than
+        `give_up_s`, or does not take this peer any more.
         """
         start = time.monotonic()
         say_at = start + SAY_WAITING_AFTER_S
@@ -572,7 +591,8 @@ class Client(Connection):
             case wire.Admit():
                 self._on_admit(message)
             case wire.Reject():
-                raise UserError(message.reason, message.hint)
+                kind = RunLost if self._took_part else UserError
+                raise kind(message.reason, message.hint)
             case wire.Greet():
                 if not message.session_known:
                     self._must_greet = True
@@ -632,9 +652,10 @@ class Client(Connection):
         assert self.follow is not None and self.follow.end is not None
         self._must_greet = False
         if not self._left_behind:
-            end, stands = self.follow.end, self.follow.step
-            self.say(f"the run ended at step {end.step}, this replica at {stands}")
-        self._left_behind = True
+            self._left_behind = True
+            if self.left_behind:
+                end, stands = self.follow.end, self.follow.step
+                self.say(f"the run ended at step {end.step}, this replica at {stands}")
 
     def _joined_now(self) -> None:
         assert self.replica is not None and self._sub is not None
@@ -659,7 +680,14 @@ class Client(Connection):
         self._hello = msgspec.structs.replace(self._hello, run=self.run, id=own)
         self._held.clear()
         self._giving = self._give_later = self._taking = None
-        welcome = self.connect(self.give_up_s, self.replica.step)
+        try:
+            welcome = self.connect(self.give_up_s, self.replica.step)
+        except RunOver as e:
+            self.follow.end = e.end
+            self._stay_behind()
+            return
+        except UserError as e:
+            raise RunLost(e.problem, e.hint) from None
         self.follow = follow.Follow(
             welcome.nonce, self.replica.step, self.replica.lineage, time.monotonic()
         )

@@ -18,10 +18,11 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, TypeVar
 
+import msgspec
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -132,6 +133,7 @@ class Cluster:
         self._loss: float | Tensor | None = None
         self._waiting_s = 0.0
         self._load_ahead: Callable[[], None] | None = None
+        self._lost: wire.End | None = None  # the run goes on, or not, but not with this worker
         atexit.register(self._at_exit)
 
     @property
@@ -194,7 +196,8 @@ class Cluster:
         )
         self._replica = replica
         self.client.device = str(next(iter(model.parameters())).device.type)
-        self.client.join(replica)
+        with self._losing():
+            self.client.join(replica)
         self._feedback = Feedback(
             replica.plan, self.settings["codec"], self.settings["topk_ratio"], self.client.room
         )
@@ -212,7 +215,9 @@ class Cluster:
         device: torch.device | str | None = None,
         drop_last: bool = False,
     ) -> Iterator[Any]:
-        """This worker's batches, epoch after epoch, until the run has ended.
+        """This worker's batches, epoch after epoch, until the run has ended in order: all epochs
+        are done, or somebody stopped it. Where it ends by an error, or without this worker, it
+        raises `RunLost`; `end` tells how it ended in any case.
 
         `dataset` is the same on every worker: something with a length and `batch(indices, device)`
         or `dataset[i]` (samples are then collated as torch's DataLoader does, and tensors moved to
@@ -250,7 +255,8 @@ class Cluster:
         assert self._replica is not None
         least = min(size, self._replica.least)
         self._load_ahead = load_ahead if samples.in_loop else None
-        self.client.ready(samples.length, size, least=least, drop_last=drop_last)
+        with self._losing():
+            self.client.ready(samples.length, size, least=least, drop_last=drop_last)
         try:
             while (lease := self._next_lease()) is not None:
                 self._seed()
@@ -283,7 +289,9 @@ class Cluster:
         Each one is part of a round, whose average weighs it by `samples(batch)`, which is counted
         where it is not given and all parts of the batch agree (`workers.weight`). One call is one
         pass; call it again for the next one, and `leave` after the last. The run ends when all
-        workers have left so. Raises `UserError` for a batch whose samples cannot be counted.
+        workers have left so. A pass ends early where somebody stopped the run, and raises
+        `RunLost` where it ended by an error, or without this worker. Raises `UserError` for a
+        batch whose samples cannot be counted.
         """
         if self._replica is None:
             raise UserError("own_batches() before attach()", "attach the model first")
@@ -295,7 +303,8 @@ class Cluster:
         self._seed()
         if not self._own:
             self._own = True
-            self.client.ready(0, 1, own=True)
+            with self._losing():
+                self.client.ready(0, 1, own=True)
         whole = False  # the pass
         collated = collates_by_default(batches)
         try:
@@ -341,11 +350,12 @@ class Cluster:
     def _leave_loop(self) -> None:
         if self.client.ended is not None:
             self.client.goodbye(wire.FINISHED)  # the server need not wait for what comes next here
-        else:
+        elif self._lost is None:
             self.client.unready(unfinished=bool(self._phase))
 
     def _next_lease(self) -> Lease | None:
-        """Wait, following the log, until there is a round with a lease for us; None at the end."""
+        """Wait, following the log, until there is a round with a lease for us; None where the run
+        has ended in order. Raises `RunLost` (`_is_over`)."""
         client = self.client
         found: tuple[int, Lease] | None = None
 
@@ -357,10 +367,12 @@ class Cluster:
             found = client.follow.lease(self.worker_id, self._round)
             return found is not None or client.ended is not None
 
-        client.wait(look, "for samples")
-        if client.ended is not None:
+        with self._losing():
+            client.wait(look, "for samples")
+        if self._is_over():
             return None
         assert found is not None
+        self._lost = None
         self._round, lease = found
         return lease
 
@@ -379,19 +391,18 @@ class Cluster:
         self._phase = wire.BACKWARD
         last = self._sent == len(self._replica.plan.buckets)
         loss = self._loss  # turned into a number once: that waits for the device
-        self.client.push(
-            wire.Push(
-                round=self._round,
-                bucket=bucket.index,
-                samples=self._samples,
-                absent=absent,
-                scale=scale,
-                unread=self._unread,
-                loss=None if loss is None or not last else float(loss),
-            ),
-            buffers,
+        push = wire.Push(
+            round=self._round,
+            bucket=bucket.index,
+            samples=self._samples,
+            absent=absent,
+            scale=scale,
+            unread=self._unread,
+            loss=None if loss is None or not last else float(loss),
         )
-        self.client.poll()
+        with self._losing():
+            self.client.push(push, buffers)
+            self.client.poll()
 
     def _on_close(self, close: wire.Close) -> None:
         """Which of our buckets are part of this update?"""
@@ -418,17 +429,54 @@ class Cluster:
         self._feedback.settled(self._taken)
         self._taken = ()
         self._waiting_s += time.perf_counter() - start
+        self._is_over()
 
     def _wait_for_the_end_of_the_round(self) -> None:
         client = self.client
-        client.wait(
-            lambda: (
-                client.greetings != self._greetings
-                or client.ended is not None
-                or (client.follow is not None and client.follow.is_over(self._round))
-            ),
-            f"for the averages of round {self._round}",
-        )
+        with self._losing():
+            client.wait(
+                lambda: (
+                    client.greetings != self._greetings
+                    or client.ended is not None
+                    or (client.follow is not None and client.follow.is_over(self._round))
+                ),
+                f"for the averages of round {self._round}",
+            )
+
+    # ------------------------------------------------------------------ the end
+
+    @property
+    def end(self) -> wire.End | None:
+        """How the run ended: its `reason`, the `step` it came to, and whether that is an `error`.
+
+        None while it goes on, and where this worker has left it and it goes on without. Where the
+        server is lost, or did not take this worker any more, `step` is the last one here.
+        """
+        end = self.client.ended or self._lost
+        if end is None or not self.client.left_behind:
+            return end
+        behind = f"{end.reason}; this worker was left behind at step {self.step}"
+        return msgspec.structs.replace(end, reason=behind, error=True)
+
+    def _is_over(self) -> bool:
+        """Has the run ended in order? Raises `RunLost` where it ended by an error, or with a state
+        that this worker does not hold: what comes after the loop is not for such an end."""
+        end = self.end if self.client.ended is not None else None
+        if end is not None and end.error:
+            raise RunLost(f"the run ended early, at step {end.step}: {end.reason}")
+        return end is not None
+
+    @contextmanager
+    def _losing(self) -> Iterator[None]:
+        """What goes wrong with the connection in here ends the run for this worker."""
+        try:
+            yield
+        except UserError as e:
+            if self._lost is None and self._replica is not None:
+                nonce = self.client.welcome.nonce if self.client.welcome is not None else ""
+                at = self._replica.step, self._replica.lineage
+                self._lost = wire.End(nonce, *at, reason=e.problem, error=True)
+            raise
 
     # ------------------------------------------------------------------ leaving
 
@@ -436,7 +484,8 @@ class Cluster:
         """Say goodbye and close the sockets; safe to call twice, and called at exit.
 
         `error` is what ends this worker, by default the exception that is being handled: in the
-        middle of a batch it tells that others may die of the same samples.
+        middle of a batch it tells that others may die of the same samples. One that was given
+        ends this worker's part by an error, unless it only asks the program to end (Ctrl-C).
         """
         atexit.unregister(self._at_exit)
         failed = self._failed(error or sys.exception())
@@ -444,7 +493,9 @@ class Cluster:
             with suppress(Exception):  # after an error in the middle of a backward
                 self._gradients.finish()
             self._gradients.close()
-        self.client.goodbye(reason, failed, self._lease if failed else None)
+        wrong = failed != "" or isinstance(error, Exception)
+        wrong = wrong or (isinstance(error, SystemExit) and bool(error.code))
+        self.client.goodbye(reason, failed, self._lease if failed else None, error=wrong)
         self.client.close()
         if self._replica is not None:
             self._replica.give_back()
@@ -458,21 +509,18 @@ class Cluster:
         return self._phase
 
     def _at_exit(self) -> None:
-        """The program ends, perhaps of an error that the interpreter has just shown."""
-        error: BaseException | None = getattr(sys, "last_exc", getattr(sys, "last_value", None))
-        failed = self._failed(error)
-        self.leave(told(error) if error is not None and failed else "its program ended", error)
+        """The program ends, perhaps of an error that the interpreter has just shown. At a prompt it
+        has shown errors that ended nothing."""
+        error: BaseException | None = None
+        if not hasattr(sys, "ps1"):
+            error = getattr(sys, "last_exc", getattr(sys, "last_value", None))
+        self.leave("its program ended" if error is None else told(error), error)
 
     def __enter__(self) -> Cluster:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         self.leave(wire.FINISHED if error is None else told(error), error)
-
-    @property
-    def end(self) -> wire.End | None:
-        """How the run ended; None while it goes on."""
-        return self.client.ended
 
 
 class ClusterOptimizer:
@@ -486,7 +534,7 @@ class ClusterOptimizer:
         """Send what is left of the gradient, wait for the round's end, apply what was closed.
 
         Usually that is one update; none when the round came to nothing, several when this worker
-        was late. Raises `RunLost` when the server is gone.
+        was late. Raises `RunLost` when the server is gone, or has ended the run by an error.
         """
         if closure is not None:
             raise UserError("step(closure) cannot be done over a cluster", "call step()")
@@ -525,4 +573,4 @@ def _do_now(function: Callable[..., Any], *arguments: Any) -> Future[Any]:
     return future
 
 
-__all__ = ["Cluster", "ClusterOptimizer", "RunLost", "join"]
+__all__ = ["Cluster", "ClusterOptimizer", "RunLost", "UserError", "join"]

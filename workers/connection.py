@@ -39,6 +39,14 @@ SEARCH_AFTER_S = 2.0  # without an answer; then the server may be somewhere else
 Say = Callable[[str], None]
 
 
+class RunOver(RunLost):
+    """The server says that the run which this peer asks for has ended, as `end` tells."""
+
+    def __init__(self, end: wire.End) -> None:
+        super().__init__(f"the run has ended: {end.reason}")
+        self.end = end
+
+
 class Connection:
     """The connection of one peer to its server: `connect`, then send and receive, then `close`.
 
@@ -150,6 +158,8 @@ class Connection:
                     return message
                 if isinstance(message, wire.Reject):
                     if not self._elsewhere.was_wrong(message.reason):
+                        if message.end is not None:
+                            raise RunOver(message.end)
                         raise UserError(message.reason, message.hint)
                     new_door_at = now
                 if isinstance(message, wire.Later):  # it lives, and has a deadline of its own
@@ -285,7 +295,7 @@ class Connection:
             elif isinstance(message, wire.Reject):
                 raise UserError(message.reason, message.hint)
             elif isinstance(message, wire.End):
-                raise RunLost(f"the run has ended: {message.reason}")
+                raise RunOver(message)
 
     def _start_beating(self, session: str) -> None:
         assert self._door is not None
@@ -411,4 +421,4 @@ class Elsewhere:
             self._search = None
 
 
-__all__ = ["Connection", "Say"]
+__all__ = ["Connection", "RunOver", "Say"]

@@ -220,8 +220,8 @@ class Follow:
 
     def tick(self, now: float, quiet_s: float) -> Effect:
         """Time has passed: ask again what was not answered, knock where it is silent."""
+        if now - self.heard_at > quiet_s:  # who asks on and on would never find out for how long
+            return Silent(now - self.heard_at)
         if self.fetching_since is not None and now - self.fetching_since > quiet_s:
             return Gap()
-        if now - self.heard_at > quiet_s:
-            return Silent(now - self.heard_at)
         return NOTHING

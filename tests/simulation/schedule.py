@@ -22,6 +22,7 @@ process ended by itself at the log's last step, and that nobody was sent away wi
 from __future__ import annotations
 
 import argparse
+import math
 import time
 import traceback
 from collections import Counter
@@ -29,6 +30,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 
+from paramserver import wire
+from paramserver.departures import LEFT
 from paramserver.ledger import UNREAD, Ledger
 from paramserver.rounds import Rounds, Rules
 from workers.follow import Follow
@@ -47,6 +50,9 @@ FAULTS = (
     *("kill",) * 4, *("stop",) * 2, *("cut",) * 4, *("hold",) * 2,
     *("kill the server",) * 3, "stall the server", "slow", "bad", "lossy", "leave", "pause", "twin",
 )  # fmt: skip
+
+HOMEWARD = 0.06
+"""Share of the schedules in which all workers leave in order at some time, and stay away."""
 
 MOMENTS = (
     *(None,) * 4, "before a close is noted", "before a close is told", "after a close is told",
@@ -139,6 +145,10 @@ class Schedule:
             world.at(rng.choice((0.0, 0.0, rng.uniform(0.0, 5.0))), self._start, slot)
         self.calm_at = self._plan_faults()
         world.at(self.calm_at, self._calm)
+        own = Random(-1 - seed)  # so that all else is as it would be without
+        self.home_at = own.uniform(0.5, 8.0) if own.random() < HOMEWARD else math.inf
+        if self.home_at < math.inf:
+            world.at(self.home_at, self._go_home)
 
     def _plan_broken_samples(self, seed: int) -> None:
         """In some schedules workers die of a sample or two, or one cannot be read."""
@@ -156,6 +166,8 @@ class Schedule:
     def _start(self, slot: int) -> None:
         """Start the program where it does not run, as a person at that machine would."""
         before, server = self.at.get(slot), self.server
+        if slot > 0 and self.world.now >= self.home_at:
+            return
         if slot == 0 and (not server.alive or server.rounds.coming_back):
             return  # the server starts it, when it is time
         if server.rounds.ended is None and (before is None or not before.alive):
@@ -254,12 +266,40 @@ class Schedule:
                 if peer.born_at < since and peer.session not in self.server.rounds.peers:
                     raise Broken(f"{peer.name} lives, but is not known any more")
 
+    def _go_home(self) -> None:
+        """All who train have enough of it."""
+        for peer in self.alive:
+            if peer.role == "worker":
+                peer.habits.leaves = 1.0
+
+    def _check_given_up(self, end: wire.End) -> None:
+        """Nobody who was within reach held the state."""
+        since = self.world.now - 2 * SILENCE_S
+        for peer in self.alive:
+            near = not peer.stopped and peer.reachable_at <= since
+            if near and self.server.rounds.knows(peer.replica.step, peer.replica.lineage):
+                raise Broken(f"the run was given up, but could have gone on: {end.reason}")
+
+    def _check_waits(self, end: wire.End) -> None:
+        """A run that nobody can go on with does not wait until `idle_timeout`."""
+        if not end.reason.startswith("nothing happened") or not self.server.rounds.started:
+            return
+        rounds, since = self.server.rounds, (self.server.ended_at or 0.0) - 6 * SILENCE_S
+        went = rounds._departures._went.values()
+        workers = [p for p in rounds.peers.values() if p.role == "worker"]
+        if went and not workers and all(d.how == LEFT and d.at < since for d in went):
+            raise Broken(f"every worker had left, and the run waited on: {end.reason}")
+        waiting = [p for p in self.alive if p.role == "worker" and p.born_at < since]
+        if self.calm_at < since and waiting and "nobody here" in end.reason:
+            raise Broken(f"nobody could help {waiting[0].name}, which waited on: {end.reason}")
+
     def _calm(self) -> None:
         """No more faults; where a process is down it is started again."""
         self.world.say("CALM")
         self.net.repeats = self.lost = 0.0
         for peer in self.alive:
-            peer.habits.bad = peer.habits.leaves = peer.habits.pauses = peer.lost = 0.0
+            peer.habits.bad = peer.habits.pauses = peer.lost = 0.0
+            peer.habits.leaves = float(self.home_at < self.world.now)
             peer.habits.compute_s = self.habits.compute_s
             peer.go_on()
         if self.server.stalled:
@@ -366,9 +406,12 @@ class Schedule:
             assert ledger is not None
             server.book.check_end(ledger)
         elif end.error:
-            outcome.seen["state lost with all its holders"] += 1
-            if any(server.rounds.knows(p.replica.step, p.replica.lineage) for p in self.alive):
-                raise Broken(f"the run was given up, but could have gone on: {end.reason}")
+            self._check_waits(end)
+            if self.home_at < world.now:
+                outcome.seen["all went home"] += 1
+            else:
+                outcome.seen["state lost with all its holders"] += 1
+                self._check_given_up(end)
         elif ledger is not None and ledger.finished:
             server.book.check_end(ledger)
         elif not outcome.seen["stopped in order"]:

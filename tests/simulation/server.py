@@ -214,7 +214,7 @@ class Server:
             case wire.Adopted():
                 self._carry_out(r.adopted(session, message.snapshot, now))
             case wire.Goodbye():
-                died = {"failed": message.failed, "lease": message.lease}
+                died = {"failed": message.failed, "lease": message.lease, "error": message.error}
                 self._carry_out(r.leave(session, message.reason, now, **died))
             case _:
                 raise Broken(f"a {type(message).__name__} is not for the server")
