@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from paramserver import whole
 from paramserver.bucket import Bucket, Plan
-from paramserver.codec import CODECS, Codec, Room, fresh
+from paramserver.codec import Codec, Room, codec_of, fresh
 
 
 class Feedback:
@@ -30,21 +31,20 @@ class Feedback:
 
     def __init__(self, plan: Plan, codec: str, ratio: float, room: Room = fresh) -> None:
         self._plan = plan
-        self._codec = CODECS[codec]
+        self._codec = codec
         self._ratio = ratio
         self._room = room
         self._rests: dict[int, Tensor] = {}
         self._under_way: dict[int, Tensor | None] = {}  # the rest as it was before
 
     def codec(self, bucket: Bucket) -> Codec:
-        """Statistics and counters go as they are; only gradients go through the run's codec."""
-        return self._codec if bucket.kind == "grad" else CODECS["float32"]
+        return codec_of(bucket.kind, bucket.sent, self._codec)
 
     def values(self, bucket: Bucket) -> Tensor:
         """Memory for the numbers of a bucket, to be filled and given to `encode`: where the codec
         sends them as they are, in the room that they are sent from."""
         if self.codec(bucket).in_place:
-            return self._room(4 * bucket.size).view(torch.float32)
+            return self._room(bucket.nbytes).view(getattr(torch, bucket.sent))
         return torch.empty(bucket.size)
 
     def encode(
@@ -55,6 +55,8 @@ class Feedback:
         `absent` are the layout indexes of tensors that nobody will take from this bucket, where
         `values` must be zero: their part of the rest waits.
         """
+        if bucket.kind == "whole":
+            return whole.buffers(values), 1.0
         codec = self.codec(bucket)
         if not codec.leaves_rest:
             return codec.encode(values, self._ratio, self._room)

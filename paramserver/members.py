@@ -165,6 +165,7 @@ class Member:
         self.session = peer.session
         self.lease = lease
         self.got: set[int] = set()  # buckets whose push was taken
+        self.without: set[int] = set()  # buckets that it has nothing for
         self.added: set[int] = set()  # of those, the ones already told to be added
         self.out: str | None = None  # why no more is expected of it
         self.bad: str | None = None  # why a bucket was refused as bad
@@ -237,7 +238,7 @@ class Round:
             return f"a bucket of this round was refused: {member.bad}"
         if member.out is not None:
             return f"too late for round {push.round}: {member.out}"
-        if push.bucket in member.got:
+        if push.bucket in member.got or push.bucket in member.without:
             return f"bucket {push.bucket} of round {push.round} came twice"
         if not 0 <= push.bucket < self._buckets:
             return f"there is no bucket {push.bucket}"
@@ -255,11 +256,17 @@ class Round:
             return "it names samples that its lease does not have"
         if any(not 0 <= index < self._tensors for index in push.absent):
             return "it names parameters that the run does not have"
+        if any(
+            not 0 <= bucket < self._buckets or bucket in member.got or bucket == push.bucket
+            for bucket in push.without
+        ):
+            return "it has nothing for buckets that are not there, or that it pushed"
         return None
 
     def take(self, member: Member, push: Push) -> None:
         """A push that `refusal` let pass and whose numbers are good."""
         member.got.add(push.bucket)
+        member.without.update(push.without)
         if push.loss is not None:
             member.loss = push.loss
         absent = self.absent.get(push.bucket)
@@ -270,7 +277,7 @@ class Round:
 
     def whole(self, member: Member) -> bool:
         """Has it pushed everything?"""
-        return len(member.got) == self._buckets
+        return len(member.got) + len(member.without) == self._buckets
 
     def expected(self) -> list[Member]:
         """Those of whom something is still to come."""
@@ -303,7 +310,7 @@ class Round:
                 if bucket not in member.added and (complete or not self._in_order):
                     member.added.add(bucket)
                     effects.append(Add(worker, bucket, member.samples))
-            elif member.out is None:
+            elif member.out is None and bucket not in member.without:
                 complete = False
         if complete:
             self.finished.add(bucket)

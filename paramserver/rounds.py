@@ -466,7 +466,8 @@ class Rounds:
                 peer.took(now - current.opened_at)
                 member.whole_at = now
                 current.look_for_quorum(now)
-            self._effects += current.advance(push.bucket)
+            for bucket in (push.bucket, *push.without):
+                self._effects += current.advance(bucket)
         self._progress(now)
         return self._out()
 

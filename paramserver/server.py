@@ -22,7 +22,7 @@ import torch
 import zmq
 
 from paramserver import arena, memory, sockets, trace, wire
-from paramserver.bucket import BUCKET_MB, FLOAT32_BYTES, Plan, plan
+from paramserver.bucket import BUCKET_MB, SENT_BYTES, Plan, plan
 from paramserver.codec import fresh
 from paramserver.effects import (
     Add,
@@ -44,6 +44,7 @@ from paramserver.order import name_samples
 from paramserver.paths import Paths
 from paramserver.rounds import Rounds, Rules
 from paramserver.settings import Settings
+from paramserver.whole import BUFFER_BYTES
 
 TICK_S = 0.1
 PULSES_PER_TIMEOUT = 10
@@ -78,6 +79,7 @@ class Payload(msgspec.Struct):
 
     buffers: list[Any]
     scale: float
+    absent: tuple[int, ...]
     release: Release
 
 
@@ -215,8 +217,8 @@ class Server:
         self, hosts: Sequence[str], guarded: Sequence[str], keys: sockets.ServerKeys | None
     ) -> None:
         port = self.settings.port
-        bucket_bytes = int(self._bucket_mb * 2**20) + FLOAT32_BYTES
-        largest = max(bucket_bytes, wire.HEADER_BYTES_MAX) + sockets.FRAME_OVERHEAD
+        bucket_bytes = int(self._bucket_mb * 2**20) + max(SENT_BYTES.values())
+        largest = max(bucket_bytes, wire.HEADER_BYTES_MAX, BUFFER_BYTES) + sockets.FRAME_OVERHEAD
         routers = [sockets.tcp(h, port) for h in hosts]
         pubs = [sockets.tcp(h, port + 1) for h in hosts]
         if self._ipc is not None:
@@ -536,12 +538,12 @@ class Server:
             self._send(session, wire.Refused(round=push.round, reason=why))
             return
         assert self._mean is not None
-        bad, norm = self._mean.check(push.bucket, buffers, push.scale)
+        bad, norm = self._mean.check(push.bucket, buffers, push.scale, push.absent)
         if bad is None and norm is not None:
             bad = self.rounds.norms.judge(push.bucket, norm)
         if bad is None:
             worker = self.rounds.peers[session].id
-            self._payloads[worker, push.bucket] = Payload(buffers, push.scale, release)
+            self._payloads[worker, push.bucket] = Payload(buffers, push.scale, push.absent, release)
         else:
             release()
         self._carry_out(self.rounds.pushed(session, push, now, bad))
@@ -567,7 +569,15 @@ class Server:
                 case Add():
                     assert self._mean is not None
                     p = self._payloads.pop((effect.worker, effect.bucket))
-                    self._mean.add(effect.bucket, p.buffers, p.scale, effect.samples, p.release)
+                    self._mean.add(
+                        effect.bucket,
+                        p.buffers,
+                        p.scale,
+                        effect.samples,
+                        p.release,
+                        effect.worker,
+                        p.absent,
+                    )
                 case Finish():
                     self._finish(effect)
                 case Closed():
@@ -606,13 +616,13 @@ class Server:
     def _finish(self, effect: Finish) -> None:
         assert self._mean is not None
         with trace.span("average", bucket=effect.bucket):
-            buffers, scale = self._mean.finish(effect.bucket, effect.samples, effect.absent)
+            buffers, scale, absent = self._mean.finish(effect.bucket, effect.samples, effect.absent)
         average = wire.Average(
             nonce=self.nonce,
             round=effect.round,
             step=effect.step,
             bucket=effect.bucket,
-            absent=effect.absent,
+            absent=absent,
             scale=scale,
         )
         frames = wire.to_frames(average, *buffers)
@@ -651,10 +661,10 @@ class Server:
         updates at least."""
         if self._shared is None:
             return None
-        update = FLOAT32_BYTES * plan.size + 2 * arena.ALIGN * len(plan.buckets)
+        update = plan.nbytes + 2 * arena.ALIGN * (len(plan.buckets) + wire.BUFFERS_MAX)
         kept = max(int(self.settings.history_mb * 2**20), 2 * update)
-        largest = FLOAT32_BYTES * max(b.size for b in plan.buckets)
-        open_round = 4 * largest
+        whole = (min(b.nbytes, BUFFER_BYTES) for b in plan.buckets if b.kind == "whole")
+        open_round = 4 * max([plan.largest_bytes, *whole])
         path = self._shared.path / "ring"
         room = arena.room(self._shared.path) // 2  # the rest is for the workers' outboxes
         size = min(kept + open_round, room)

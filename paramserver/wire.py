@@ -68,7 +68,14 @@ from paramserver.errors import PeerError
 from paramserver.words import printable
 
 PROTOCOL = 2
-KINDS = ("grad", "stat", "count")
+KINDS = {
+    "grad": ("float32", "float64"),
+    "stat": ("float32", "float64"),
+    "count": ("float32", "float64", "int64"),
+    "whole": ("bytes",),
+}
+"""What is exchanged, and as what its numbers may be sent; see `Tensor`."""
+
 ITEM_BYTES = {
     "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2,
     "float8_e4m3fn": 1, "float8_e4m3fnuz": 1, "float8_e5m2": 1, "float8_e5m2fnuz": 1,
@@ -79,13 +86,12 @@ ITEM_BYTES = {
 }  # fmt: skip
 """The dtypes of tensors, by torch's names, and the bytes that a number of each takes."""
 
-DTYPES = ("float32", "float64", "float16", "bfloat16", "int64", "int32")
 DIMENSIONS_MAX = 64
 ELEMENTS_MAX = 2**38  # a terabyte of float32
 PROBLEM_CHARS = 1000
 HEADER_BYTES_MAX = 4 * 2**20  # a layout of some ten thousand parameters; see `header_limit`
 MEASURED_BYTES_MAX = 2**18  # of a dict whose values may be anything, as JSON
-BUFFERS_MAX = 8  # that follow one header
+BUFFERS_MAX = 16  # that follow one header
 WORKERS_MAX = 1024
 TENSORS_MAX = 2**16
 BUCKETS_MAX = 2**16
@@ -152,12 +158,15 @@ class Message(msgspec.Struct, frozen=True, tag_field="type", tag=str.lower, kw_o
 
 
 class Tensor(msgspec.Struct, frozen=True, array_like=True):
-    """One tensor of the layout. `kind`: grad (mean), stat (mean, as float32), count (maximum)."""
+    """One tensor of the layout. `kind`: grad and stat (mean), count (maximum), whole (as it is in
+    the lowest worker that wrote to its module)."""
 
     name: Annotated[str, msgspec.Meta(max_length=1000)]
     shape: Shape
     dtype: Name
     kind: Name = "grad"
+    sent: Name = "float32"
+    """As what its numbers travel and are averaged; `bytes`: they stay as they are."""
 
 
 class Layout(msgspec.Struct, frozen=True):
@@ -175,8 +184,10 @@ class Layout(msgspec.Struct, frozen=True):
         for t in self.tensors:
             if not t.name.isprintable():
                 return f"{t.name[:80]!r} is no name that can be told"
-            if t.kind not in KINDS or t.dtype not in DTYPES:
+            if t.kind not in KINDS or t.dtype not in ITEM_BYTES:
                 return f"{t.name[:80]} is of kind {t.kind[:20]!r}, dtype {t.dtype[:20]!r}"
+            if t.sent not in KINDS[t.kind]:
+                return f"{t.name[:80]}, of kind {t.kind}, is sent as {t.sent[:20]!r}"
             if any(d < 0 for d in t.shape) or len(t.shape) > DIMENSIONS_MAX:
                 return f"{t.name[:80]} has a shape that no tensor has"
             if t.name in names:
@@ -209,8 +220,11 @@ class Layout(msgspec.Struct, frozen=True):
 
 
 def _shape(t: Tensor) -> str:
+    notes = [t.kind] if t.kind != "grad" else []
+    if t.sent not in ("float32", "bytes"):
+        notes.append(f"sent as {t.sent}")
     return f"{'x'.join(map(str, t.shape)) or 'scalar'} {t.dtype}" + (
-        "" if t.kind == "grad" else f" ({t.kind})"
+        f" ({', '.join(notes)})" if notes else ""
     )
 
 
@@ -346,6 +360,8 @@ class Push(Message, frozen=True):
     scale: float = 1.0
     places: Places = ()
     """Where the buffers lie in the outbox; none: they follow as frames."""
+    without: Indexes = ()
+    """Buckets that this worker has nothing for in this round: no push of them follows."""
     loss: float | None = None
     """Mean loss over the samples; with the last bucket."""
     ready_s: float = 0.0

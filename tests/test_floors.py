@@ -23,9 +23,9 @@ FLOORS = {
     "paramserver.fleet.doctor paramserver.fleet.up paramserver.fleet.watch "
     "workers.__main__ workers.observe workers.train",
     3: "paramserver.curves paramserver.runfolder paramserver.server "
-    "workers workers.alone workers.checkpoint workers.checks workers.client workers.cluster "
-    "workers.connection workers.gradients workers.logbook workers.recipe workers.replica "
-    "workers.resume workers.snapshot workers.travel",
+    "workers workers.alone workers.buffers workers.checkpoint workers.checks workers.client "
+    "workers.cluster workers.connection workers.gradients workers.logbook workers.recipe "
+    "workers.replica workers.resume workers.snapshot workers.travel",
     2: "paramserver.fleet.keeper paramserver.fleet.machine paramserver.fleet.remote "
     "paramserver.fleet.speed paramserver.fleet.figures paramserver.address paramserver.arena "
     "paramserver.discover paramserver.drafts paramserver.folders paramserver.gate "
@@ -33,7 +33,7 @@ FLOORS = {
     "paramserver.stored paramserver.tether paramserver.sockets workers.data workers.models "
     "workers.named workers.own_code workers.own_data workers.samples",
     1: "paramserver.bucket paramserver.codec paramserver.feedback paramserver.mean "
-    "paramserver.order workers.state workers.weight",
+    "paramserver.order paramserver.whole workers.state workers.weight",
     0: "paramserver.fleet paramserver.fleet.carry paramserver.fleet.hosts "
     "paramserver.fleet.interfaces paramserver.fleet.findings paramserver.fleet.plan "
     "paramserver.fleet.topology "

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from crew import Noise, loss, one_step, perceptron
+from crew import Noise, in_float64, loss, one_step, perceptron
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 from whole import Served, free_port
@@ -22,13 +22,13 @@ def batches_of(number: int) -> list[Batch]:
     data = Noise(80)
     mine = range(20) if number == 1 else range(20, 80)
     size = 4 if number == 1 else 12
-    x, y = data.x[list(mine)] + number, data.y[list(mine)]
+    x, y = data.x[list(mine)].double() + number, data.y[list(mine)]
     return list(zip(x.split(size), y.split(size), strict=True))
 
 
 def work(served: Served, number: int, done: dict[tuple[int, int], Batch], models: Any) -> None:
     with workers.join(port=served.port, worker_id=number, say=served.say) as cluster:
-        setup = models[number] = perceptron(number)
+        setup = models[number] = in_float64(perceptron)(number)
         model, optimizer = cluster.attach(setup.model, setup.optimizer)
         for _ in range(2):
             for x, y in cluster.own_batches(batches_of(number)):
@@ -46,12 +46,12 @@ def test_batches_weigh_what_they_hold_and_the_run_ends_with_the_last_of_them() -
     assert len(served.closes) == 10
     assert all(close.contributors == {1: 4, 2: 12} for close in served.closes)
     assert served.samples == (160, 0, 0)
-    truth = perceptron(1 if "first state comes from worker 1" in served.text else 2)
+    truth = in_float64(perceptron)(1 if "first state comes from worker 1" in served.text else 2)
     for close in served.closes:
         one_step(truth, [done[n, close.step - 1] for n in close.contributors])
     for setup in models.values():
         for name, value in truth.model.state_dict().items():
-            torch.testing.assert_close(setup.model.state_dict()[name], value, rtol=0, atol=1e-5)
+            torch.testing.assert_close(setup.model.state_dict()[name], value, rtol=0, atol=1e-10)
 
 
 def test_a_data_loader_alone() -> None:

@@ -203,7 +203,7 @@ def test_a_large_header_that_hides_its_kind_is_refused() -> None:
 def test_more_frames_than_any_message_has_are_refused() -> None:
     frames = wire.to_frames(wire.Want(snapshot=1, piece=1), *[b"x"] * wire.BUFFERS_MAX)
     wire.from_frames(frames)
-    assert refused(*frames, b"x") == "10 frames (at most 9)"
+    assert refused(*frames, b"x") == "18 frames (at most 17)"
 
 
 def test_what_may_hold_anything_is_measured() -> None:

@@ -66,6 +66,7 @@ class Alone:
         self._round = 0
         self._opened_at = 0.0
         self._got: set[int] = set()
+        self._without: set[int] = set()
         self._bad: str | None = None
         self._loss: float | None = None
         self._samples = 0
@@ -135,7 +136,8 @@ class Alone:
     def wait(self, done: Callable[[], Any], what: str, timeout_s: float | None = None) -> bool:
         """There is nobody to wait for: a round whose gradient is complete is closed."""
         while not done():
-            whole = len(self._got) == len(self.replica.plan.buckets)
+            told = len(self._got) + len(self._without)
+            whole = told == len(self.replica.plan.buckets)
             assert whole or self._unreadable, f"nothing comes: {what}"
             self._close()
         return True
@@ -153,7 +155,7 @@ class Alone:
 
     def push(self, push: wire.Push, buffers: list[Any]) -> None:
         """One bucket is its own average; numbers that are not finite are refused as by a server."""
-        bad, _ = self._mean.check(push.bucket, buffers, push.scale)
+        bad, _ = self._mean.check(push.bucket, buffers, push.scale, push.absent)
         self._bad = self._bad or bad
         self._loss, self._samples, self._unread = push.loss, push.samples, push.unread
         average = wire.Average(
@@ -169,6 +171,7 @@ class Alone:
         if isinstance(taken, follow.Take):
             self.replica.take(average, buffers)
         self._got.add(push.bucket)
+        self._without.update(push.without)
 
     def unreadable(self, round: int) -> None:
         """Skip the whole lease."""
@@ -205,6 +208,7 @@ class Alone:
         self._round += 1
         self._opened_at = time.monotonic()
         self._got.clear()
+        self._without.clear()
         self._bad, self._unread, self._unreadable = None, (), False
         return wire.Open(
             nonce=self.welcome.nonce,

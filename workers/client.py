@@ -18,7 +18,6 @@ import msgspec
 import torch
 
 from paramserver import arena, memory, sockets, trace, wire
-from paramserver.bucket import FLOAT32_BYTES
 from paramserver.codec import fresh
 from paramserver.errors import PeerError, RunLost, UserError
 from workers import follow
@@ -147,7 +146,7 @@ class Client(Connection):
         arena.outbox_path(self._shared, session, number).unlink(missing_ok=True)
         self._outboxes += 1
         path = arena.outbox_path(self._shared, session, self._outboxes)
-        slot_bytes = FLOAT32_BYTES * max(b.size for b in self.replica.plan.buckets)
+        slot_bytes = self.replica.plan.largest_bytes
         try:
             arena.check(arena.outbox_bytes(slot_bytes), self._shared)
             return arena.Outbox(path, slot_bytes)

@@ -170,13 +170,16 @@ class Cluster:
         before_step: Callable[[nn.Module], None] | None = None,
         accumulate: int = 1,
         schedule_by: str = "step",
+        buffers: Mapping[str, str] | None = None,
     ) -> tuple[M, ClusterOptimizer]:
         """Make this model a replica: it takes the run's state, and its gradients are exchanged.
 
         What happens between the averaged gradient and the parameters is given here and runs in
         every replica: `before_step(model)`, clipping of the total norm, the optimizer, the
         schedule (with every update, or `schedule_by` "epoch"). `accumulate` backward passes make
-        one step. Torch's generator is left alone here: it is seeded, another way in each worker,
+        one step. `buffers` says of those that forwards write, by name, which are averaged ("mean")
+        or take the largest ("max"); others come whole from one worker, but for normalisation
+        layers. Torch's generator is left alone here: it is seeded, another way in each worker,
         when the first batch is begun. Raises `UserError` where the model or the optimizer is not
         the run's, or cannot be a replica's.
         """
@@ -193,8 +196,10 @@ class Cluster:
             clip_norm=clip_norm,
             before_step=before_step,
             schedule_by=schedule_by,
+            buffers=buffers,
         )
         self._replica = replica
+        self._tell_float64(replica)
         self.client.device = str(next(iter(model.parameters())).device.type)
         with self._losing():
             self.client.join(replica)
@@ -204,6 +209,16 @@ class Cluster:
         self.client.on_close = self._on_close
         self._gradients = Gradients(replica, self._feedback.values, self._send_bucket, accumulate)
         return model, ClusterOptimizer(optimizer, self)
+
+    def _tell_float64(self, replica: Replica) -> None:
+        """A codec that loses precision is not for those who train in float64."""
+        codecs = {self.settings["codec"], self.settings["codec_down"]} - {None, "float32"}
+        exact = [t.name for t in replica.layout.tensors if t.kind == "grad" and t.sent == "float64"]
+        if codecs and exact:
+            self.client.say(
+                f"{len(exact)} parameters in float64 ({exact[0]}) are exchanged as they are, "
+                f"not as {' or '.join(sorted(codecs))}"
+            )
 
     # ------------------------------------------------------------------ samples
 
@@ -382,12 +397,14 @@ class Cluster:
         """The mean loss over this batch, for progress and logs; optional, before `step`."""
         self._loss = loss.detach() if isinstance(loss, Tensor) else loss
 
-    def _send_bucket(self, bucket: Bucket, values: Tensor, absent: tuple[int, ...]) -> None:
+    def _send_bucket(
+        self, bucket: Bucket, values: Tensor, absent: tuple[int, ...], without: tuple[int, ...]
+    ) -> None:
         """A bucket of this step's gradient is complete: encode and send it, look what came in."""
         assert self._replica is not None and self._feedback is not None
         with trace.span("encode", bucket=bucket.index):
             buffers, scale = self._feedback.encode(bucket, values, absent)
-        self._sent += 1
+        self._sent += 1 + len(without)
         self._phase = wire.BACKWARD
         last = self._sent == len(self._replica.plan.buckets)
         loss = self._loss  # turned into a number once: that waits for the device
@@ -398,6 +415,7 @@ class Cluster:
             absent=absent,
             scale=scale,
             unread=self._unread,
+            without=without,
             loss=None if loss is None or not last else float(loss),
         )
         with self._losing():

@@ -20,23 +20,27 @@ import torch
 from torch import Tensor
 from torch.autograd import Variable
 
-from paramserver.bucket import FLOAT32_BYTES, Bucket
+from paramserver import whole
+from paramserver.bucket import Bucket
 from paramserver.errors import UserError
 from workers.checks import sparse
 from workers.replica import Replica
+from workers.state import as_bytes
 
 THREAD_FROM_BYTES = 8 * 2**20
 """Of gradients; below, handing them to a thread costs more than it hides."""
 
 Make = Callable[[Bucket], Tensor]
-Send = Callable[[Bucket, Tensor, tuple[int, ...]], None]
+Send = Callable[[Bucket, Tensor, tuple[int, ...], tuple[int, ...]], None]
 
 
 class Gradients:
-    """Watches a replica's backward and gives every full bucket to `send(bucket, values, absent)`.
+    """Watches a replica's backward and gives every full bucket to `send(bucket, values, absent,
+    without)`.
 
-    `values` is a flat float32 CPU tensor that `make(bucket)` made for it. `absent` are the layout
-    indexes of parameters without a gradient. `accumulate` backward passes make one step.
+    `values` is a flat CPU tensor that `make(bucket)` made for it. `absent` are the layout indexes
+    of parameters without a gradient. `without` names a bucket that will not come: that of buffers
+    which no forward wrote to. `accumulate` backward passes make one step.
     """
 
     def __init__(self, replica: Replica, make: Make, send: Send, accumulate: int = 1) -> None:
@@ -51,12 +55,13 @@ class Gradients:
         self._missing: list[int] = []
         self._sent: set[int] = set()
         self._device = replica.params[0][1].device if replica.params else torch.device("cpu")
-        self._threaded = (
-            self._device.type != "cpu" or FLOAT32_BYTES * plan.size >= THREAD_FROM_BYTES
-        )
+        self._threaded = self._device.type != "cpu" or plan.nbytes >= THREAD_FROM_BYTES
         self._thread = ThreadPoolExecutor(1, "gradients")
         self._under_way: list[Future[None]] = []
         self._parts = [[self._part(index, b) for index in b.tensors] for b in plan.buckets]
+        self._numbers = [b for b in plan.buckets if b.kind != "whole"]
+        self._whole = next((b for b in plan.buckets if b.kind == "whole"), None)
+        self._written_late = False  # forwards of this loop write to buffers behind its backward
         self._hooks = [
             p.register_post_accumulate_grad_hook(self._hook(index, name))
             for index, (name, p) in enumerate(replica.params)
@@ -82,12 +87,17 @@ class Gradients:
         self._replica.check_unchanged()
         self._check_untouched()
         self._seen.clear()  # they need no memory any more
-        unsent = [bucket for bucket in self._plan.buckets if bucket.index not in self._sent]
+        unsent = [bucket for bucket in self._numbers if bucket.index not in self._sent]
         tensors = {index for bucket in unsent for index in bucket.tensors}
         # Whoever put it there, after however many passes: what is there is its gradient.
         absent = {i for i in tensors if i < len(self._passes) and self._gradient(i) is None}
         for bucket in unsent:
             self._hand_over(bucket, tuple(i for i in bucket.tensors if i in absent))
+        if self._whole is not None:
+            if self._whole.index not in self._sent:
+                self._hand_over_buffers(self._whole)
+            elif any(b.counted for b in self._replica.buffers.whole):
+                self._written_late = True  # too late for this step; told at its end from now on
         self.finish()
         self._open = False
 
@@ -165,20 +175,58 @@ class Gradients:
             grad = params[index][1].grad
             assert grad is not None
             return grad.detach().reshape(-1)
-        others = [*self._replica.stats, *self._replica.counts]
-        return others[index - len(params)][1].detach().reshape(-1)
+        return self._replica.buffers.all[index - len(params)].now.detach().reshape(-1)
 
     def _hand_over(self, bucket: Bucket, absent: tuple[int, ...]) -> None:
         self._sent.add(bucket.index)
+        without = self._without()
         if self._threaded:
-            self._under_way.append(self._thread.submit(self._take, bucket, absent))
+            self._under_way.append(self._thread.submit(self._take, bucket, absent, without))
         else:
-            self._take(bucket, absent)
+            self._take(bucket, absent, without)
 
-    def _take(self, bucket: Bucket, absent: tuple[int, ...]) -> None:
+    def _without(self) -> tuple[int, ...]:
+        """With the last bucket of numbers: that of the buffers, where no forward wrote to any."""
+        buffers = self._replica.buffers
+        if not buffers.whole or len(self._sent) < len(self._numbers) or self._written_late:
+            return ()
+        if buffers.written() or self._whole is None:
+            return ()
+        self._sent.add(self._whole.index)
+        return (self._whole.index,)
+
+    def _hand_over_buffers(self, bucket: Bucket) -> None:
+        """Those that were written, as they are; raises `UserError` where they are too much."""
+        buffers = self._replica.buffers
+        written = {id(b) for b in buffers.written()}
+        first = len(self._replica.params)
+        there = [i for i in bucket.tensors if id(buffers.all[i - first]) in written]
+        if not there:
+            values = torch.empty(0, dtype=torch.uint8)
+        else:
+            values = torch.cat([as_bytes(buffers.all[i - first].now) for i in there])
+        if values.numel() > whole.BYTES_MAX:
+            names = ", ".join(buffers.all[i - first].name for i in there)
+            raise UserError(
+                f"forward writes to {values.numel() >> 20} MiB of buffers in a step ({names})",
+                f"at most {whole.BYTES_MAX >> 20} MiB are sent: register what may stay with each "
+                "worker with persistent=False",
+            )
+        absent = tuple(i for i in bucket.tensors if i not in there)
+        self._sent.add(bucket.index)
+        if self._threaded:
+            self._under_way.append(self._thread.submit(self._send, bucket, values, absent, ()))
+        else:
+            self._send(bucket, values, absent, ())
+
+    def _take(self, bucket: Bucket, absent: tuple[int, ...], without: tuple[int, ...]) -> None:
         """Copy a bucket's gradients (or statistics), all in one call, and send them."""
         on_cpu = self._device.type == "cpu"
-        values = self._make(bucket) if on_cpu else torch.empty(bucket.size, device=self._device)
+        if on_cpu:
+            values = self._make(bucket)
+        else:
+            dtype = getattr(torch, bucket.sent)
+            values = torch.empty(bucket.size, dtype=dtype, device=self._device)
         parts = []
         for index, part in self._parts[bucket.index]:
             source = self._nothing(index) if index in absent else self._source(index)
@@ -186,7 +234,7 @@ class Gradients:
         torch.cat(parts, out=values)
         if not on_cpu:
             values = self._make(bucket).copy_(values)
-        self._send(bucket, values, absent)
+        self._send(bucket, values, absent, without)
 
     def _nothing(self, index: int) -> Tensor:
         """A tensor's gradient, flat, where it has none."""

@@ -21,7 +21,7 @@ import msgspec
 import torch
 
 from paramserver import drafts, terminal, trace, wire
-from paramserver.bucket import BUCKET_MB, FLOAT32_BYTES
+from paramserver.bucket import BUCKET_MB
 from paramserver.config import exit_on_user_error
 from paramserver.errors import UserError
 from paramserver.runfolder import RunFolder
@@ -174,7 +174,7 @@ class Observer:
         """As long as the server surely keeps the updates of that time, if rounds get no shorter."""
         self._round_s = min(close.seconds, REST_GROWS * self._round_s + REST_BEGINS_S)
         kept_mb = min(self.settings.history_mb, self.client.ring_mb)
-        update_mb = FLOAT32_BYTES * self.replica.plan.size / 2**20
+        update_mb = self.replica.plan.nbytes / 2**20
         return min(REST_MAX_S, KEPT_SHARE * kept_mb / update_mb * self._round_s)
 
     def _note(self, close: wire.Close, norms: dict[str, float] | None) -> None:

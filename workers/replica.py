@@ -2,8 +2,9 @@
 
 Every replica runs the same code on the same bytes, so replicas of one kind stay equal bit by bit.
 What is exchanged is told by the layout: parameters that require a gradient, last layer first (the
-order in which backward makes them), then the running statistics of normalisation layers, then
-their counters. Frozen parameters and other buffers travel in snapshots only.
+order in which backward makes them), then buffers (`workers.buffers`): running statistics of
+normalisation layers, their counters, and those of all other layers. Frozen parameters, and buffers
+that are not in the model's state, are not: those travel in snapshots only, these not at all.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import hashlib
 import importlib
 import platform
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,13 +23,14 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from paramserver import wire
 from paramserver.bucket import Bucket, plan
-from paramserver.codec import CODECS
+from paramserver.codec import codec_of
 from paramserver.errors import PeerError, UserError
+from paramserver.whole import unpacked
+from workers.buffers import Buffers, sent
 from workers.checks import allow_step, check, misfit, refuse_step, schedule_state
 from workers.state import as_bytes, dtype_name
 from workers.travel import HINTS, there_and_back
 
-NORM_LAYERS = (nn.modules.batchnorm._NormBase,)
 SCHEDULE_BY = ("step", "epoch")
 
 
@@ -38,7 +40,9 @@ class Replica:
     `before_step(model)` runs on the averaged gradients of every update, before the optimizer;
     `clip_norm` clips their total norm. Both run in every replica alike. The schedule goes on with
     every update or, with `schedule_by` "epoch", where an update ends an epoch of samples.
-    `codec` is that of the averages. Raises `UserError` for what cannot be the same everywhere.
+    `buffers` says by name what is done with those that forwards write, where that is not the usual
+    (`workers.buffers`). `codec` is that of the averages. Raises `UserError` for what cannot be the
+    same everywhere.
     """
 
     def __init__(
@@ -52,6 +56,7 @@ class Replica:
         clip_norm: float | None = None,
         before_step: Callable[[nn.Module], None] | None = None,
         schedule_by: str = "step",
+        buffers: Mapping[str, str] | None = None,
     ) -> None:
         if schedule_by not in SCHEDULE_BY:
             raise UserError(f"schedule_by is one of {', '.join(SCHEDULE_BY)}, not {schedule_by!r}")
@@ -70,38 +75,46 @@ class Replica:
         self.ledger: dict[str, Any] | None = None
         """The samples' ledger as of this step, as closes tell it."""
         named = list(_plain(model).named_parameters())
-        self.params: list[tuple[str, nn.Parameter]] = [
-            (name, p) for name, p in reversed(named) if p.requires_grad
-        ]
+        trained = [(name, p) for name, p in reversed(named) if p.requires_grad]
+        self.params = sorted(trained, key=lambda item: sent(item[1], "grad"))
         self._frozen = [(name, p) for name, p in named if not p.requires_grad]
         self._groups = len(optimizer.param_groups)
-        self.stats = _norm_buffers(_plain(model), counters=False)
-        self.counts = _norm_buffers(_plain(model), counters=True)
+        there_and_back("model", _plain(model).state_dict())  # before anything is made of it
+        self.buffers = Buffers(_plain(model), buffers or {})
         self.layout = wire.Layout(
             tuple(
-                wire.Tensor(name, tuple(t.shape), dtype_name(t.dtype), kind)
-                for kind, tensors in (
-                    ("grad", self.params),
-                    ("stat", self.stats),
-                    ("count", self.counts),
+                wire.Tensor(name, tuple(t.shape), dtype_name(t.dtype), kind, as_what)
+                for name, t, kind, as_what in (
+                    *((name, p, "grad", sent(p, "grad")) for name, p in self.params),
+                    *((b.name, b.tensor, b.kind, b.sent) for b in self.buffers.all),
                 )
-                for name, t in tensors
             )
         )
         self.plan = plan(self.layout, bucket_mb)
         self._codec = codec
-        self._flat = torch.zeros(self.plan.size)  # the averages of the next update
-        self._views = [
-            self._flat[start:stop].view(t.shape)
-            for t, start, stop in zip(
-                self.layout.tensors, self.plan.offsets, self.plan.offsets[1:], strict=False
-            )
-        ]
-        self._present: list[int] = [0] * len(self.layout.tensors)  # buckets with a gradient for it
-        self._exchanged = [b for _, b in (*self.stats, *self.counts)]
-        self._held = [b.detach().clone() for b in self._exchanged]  # as of this step
+        self._make_room()
         self._begin_as_others_will()
         self._has_stepped = False  # what an optimizer keeps is known after its first step
+
+    def _make_room(self) -> None:
+        """For the averages of the next update: a vector for each dtype in a row."""
+        self._outs: dict[int, Tensor] = {}
+        starts: dict[int, Tensor] = {}  # of each tensor, by its place in the plan's whole vector
+        numbers = [b for b in self.plan.buckets if b.kind != "whole"]
+        for as_what in dict.fromkeys((b.kind, b.sent) for b in numbers):
+            buckets = [b for b in numbers if (b.kind, b.sent) == as_what]
+            first, stop = buckets[0].start, buckets[-1].stop
+            flat = torch.zeros(stop - first, dtype=getattr(torch, as_what[1]))
+            self._outs |= {b.index: flat[b.start - first : b.stop - first] for b in buckets}
+            for index in dict.fromkeys(i for b in buckets for i in b.tensors):
+                start, end = self.plan.offsets[index : index + 2]
+                starts[index] = flat[start - first : end - first]
+        self._views = [
+            starts.get(index, torch.zeros(0)).view(t.shape) if t.kind != "whole" else None
+            for index, t in enumerate(self.layout.tensors)
+        ]
+        self._came: dict[int, Tensor] = {}  # bytes of the buffers that stay whole
+        self._present = [0] * len(self.layout.tensors)  # buckets with a gradient for it
 
     def _begin_as_others_will(self) -> None:
         """Send the state to ourselves, once: what cannot travel is found out now, by `UserError`,
@@ -143,36 +156,41 @@ class Replica:
     def take(self, average: wire.Average, buffers: Sequence[Any]) -> None:
         """Decode the average of one bucket into its place; nothing is applied yet."""
         b = self.bucket(average.bucket)
-        codec = CODECS[self._codec if b.kind == "grad" else "float32"]
+        absent = set(average.absent)
+        if b.kind == "whole":
+            came = unpacked(self.plan, b, buffers, absent)
+            if isinstance(came, str):
+                raise PeerError(f"bucket {b.index}: {came}")
+            self._came = came
+            return
+        codec = codec_of(b.kind, b.sent, self._codec)
         wrong = codec.fits(b.size, buffers)
         if wrong is not None:
             raise PeerError(f"bucket {b.index}: {wrong}")
-        out = self._flat[b.start : b.stop]
+        out = self._outs[b.index]
         values = codec.decode(buffers, average.scale, out)
         if values.data_ptr() != out.data_ptr():
             out.copy_(values)
-        absent = set(average.absent)
         for index in b.tensors:
             self._present[index] += index not in absent
 
     def apply(self, close: wire.Close) -> None:
-        """The update is complete: gradients in, one optimizer step, statistics in."""
-        missing = set(range(len(self.plan.buckets))).difference(close.buckets)
-        for index in missing:
-            b = self.plan.buckets[index]
-            self._flat[b.start : b.stop].zero_()
+        """The update is complete: gradients in, one optimizer step, buffers in."""
+        for index in self._outs.keys() - set(close.buckets):
+            self._outs[index].zero_()
         for index, (_, p) in enumerate(self.params):
             view = self._views[index]
+            assert view is not None
             if not self._present[index]:
                 p.grad = None
-            elif p.dtype == torch.float32 and p.device.type == "cpu":
+            elif p.dtype == view.dtype and p.device.type == "cpu":
                 p.grad = view
             else:
                 p.grad = view.to(device=p.device, dtype=p.dtype)
-        first = len(self.params)
-        for offset, held in enumerate(self._held):  # no parameters, so nothing records this
-            if self._present[first + offset]:
-                held.copy_(self._views[first + offset])
+        for index, buffer in enumerate(self.buffers.all, len(self.params)):
+            values = self._came.get(index) if buffer.kind == "whole" else self._views[index]
+            if values is not None and (self._present[index] or buffer.kind == "whole"):
+                self.buffers.update(buffer, values)
         self.reset_statistics()
         if self.clip_norm is not None:
             nn.utils.clip_grad_norm_([p for _, p in self.params], self.clip_norm)
@@ -207,6 +225,7 @@ class Replica:
     def forget_averages(self) -> None:
         """What was taken belongs to a void round."""
         self._present = [0] * len(self._present)
+        self._came = {}
 
     def bucket(self, index: int) -> Bucket:
         if not 0 <= index < len(self.plan.buckets):
@@ -218,10 +237,9 @@ class Replica:
     def state(self) -> dict[str, Any]:
         """Everything another process needs to be this replica. The tensors are not copies."""
         model = dict(_plain(self.model).state_dict())
-        held = dict(zip([n for n, _ in (*self.stats, *self.counts)], self._held, strict=True))
-        for name in model:
-            if name in held:
-                model[name] = held[name]
+        for name, buffer in self.buffers.by_name.items():
+            if name in model:
+                model[name] = buffer.held
         return {
             "model": model,
             "optimizer": self.optimizer.state_dict(),
@@ -231,6 +249,7 @@ class Replica:
 
     def load(self, state: dict[str, Any], step: int, lineage: str) -> None:
         """Become the replica that `state` was taken from. Raises ValueError if it does not fit."""
+        self.buffers.give_back()
         try:
             self._refuse_misfit(state)
             _plain(self.model).load_state_dict(state["model"])
@@ -238,11 +257,12 @@ class Replica:
             if self.scheduler is not None and state["scheduler"] is not None:
                 self.scheduler.load_state_dict(state["scheduler"])
             self.ledger = state["ledger"]
+        except ValueError:
+            raise
         except Exception as e:  # the user's own load_state_dict may raise anything
             raise ValueError(f"{type(e).__name__}: {e}") from None
         with torch.no_grad():
-            for buffer, held in zip(self._exchanged, self._held, strict=True):
-                held.copy_(buffer)
+            self.buffers.hold()
         self.step, self.lineage = step, lineage
         self.forget_averages()
 
@@ -294,15 +314,14 @@ class Replica:
         return f"{kind} of {sizes} parameters, {schedule}, {clip}, {before}"
 
     def reset_statistics(self) -> None:
-        """Put running statistics back to those of this step: a forward may have changed them
-        whose round came to nothing."""
-        for buffer, held in zip(self._exchanged, self._held, strict=True):
-            buffer.copy_(held)
+        """Put buffers back to those of this step: a forward may have changed them whose round came
+        to nothing."""
+        self.buffers.reset()
 
     def digest(self) -> str:
         """SHA-256 over the bytes of what is exchanged, in the layout's order."""
         h = hashlib.sha256()
-        for tensor in (*[p for _, p in self.params], *self._held):
+        for tensor in (*[p for _, p in self.params], *[b.held for b in self.buffers.all]):
             h.update(as_bytes(tensor).numpy().data)
         return h.hexdigest()
 
@@ -317,14 +336,3 @@ def _epochs(ledger: dict[str, Any]) -> int:
     """Epochs of samples that are counted for good."""
     counted: int = ledger["done"] + ledger["partly"] + ledger["skipped"]
     return counted // ledger["samples"] if ledger["samples"] else 0
-
-
-def _norm_buffers(model: nn.Module, *, counters: bool) -> list[tuple[str, Tensor]]:
-    """Running statistics (or counters) of the model's normalisation layers, in model order."""
-    found: dict[int, tuple[str, Tensor]] = {}
-    for prefix, module in model.named_modules():
-        if isinstance(module, NORM_LAYERS):
-            for name, buffer in module.named_buffers(prefix=prefix, recurse=False):
-                if buffer.is_floating_point() != counters:
-                    found.setdefault(id(buffer), (name, buffer))
-    return list(found.values())

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from paramserver import wire
-from paramserver.bucket import FLOAT32_BYTES
 from paramserver.errors import PeerError, UserError
 from workers.replica import Replica
 from workers.state import as_bytes, dtype_name, empty, flatten, pieces
@@ -24,8 +23,7 @@ class Giving:
         self.tree, tensors = flatten(replica.state())
         self.shapes = tuple((dtype_name(t.dtype), tuple(t.shape)) for t in tensors)
         self.buffers = [as_bytes(t) for t in tensors]
-        largest = max((b.size for b in replica.plan.buckets), default=1)
-        self.piece_bytes = FLOAT32_BYTES * largest
+        self.piece_bytes = replica.plan.largest_bytes
         self.pieces = pieces([b.numel() for b in self.buffers], self.piece_bytes)
 
     def manifest(self, replica: Replica) -> wire.Manifest:

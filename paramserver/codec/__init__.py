@@ -17,22 +17,26 @@ topk      4 * its share     all but the largest; of these as float16            
 
 What is not finite stays visible: where a NaN or an infinity goes in, a number that is not finite
 comes out. Above 2^127 rounding may lead to infinity.
+
+Gradients of parameters in float64 are in buckets of their own, which travel as they are whatever
+the codec (`codec_of`): who trains in float64 does so for its precision.
 """
 
 from __future__ import annotations
 
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from paramserver.codec.bfloat16 import BFloat16
 from paramserver.codec.float16 import Float16
-from paramserver.codec.float32 import Float32
+from paramserver.codec.float32 import AsItIs
 from paramserver.codec.int8 import Int8
 from paramserver.codec.lengths import Room, Wire, fresh
 from paramserver.codec.topk import TopK
 
-__all__ = ["CODECS", "Codec", "Room", "Wire", "fresh"]
+__all__ = ["CODECS", "Codec", "Room", "Wire", "codec_of", "fresh"]
 
 
 class Codec(Protocol):
@@ -67,9 +71,21 @@ class Codec(Protocol):
 
 
 CODECS: dict[str, Codec] = {
-    "float32": Float32(),
+    "float32": AsItIs(torch.float32),
     "float16": Float16(),
     "bfloat16": BFloat16(),
     "int8": Int8(),
     "topk": TopK(),
 }
+
+AS_THEY_ARE: dict[str, Codec] = {
+    "float32": CODECS["float32"],
+    "float64": AsItIs(torch.float64),
+    "int64": AsItIs(torch.int64),
+}
+
+
+def codec_of(kind: str, sent: str, codec: str) -> Codec:
+    """That of a bucket, in a run with this codec: it is for gradients in float32, all else travels
+    as it is."""
+    return CODECS[codec] if kind == "grad" and sent == "float32" else AS_THEY_ARE[sent]
