@@ -42,6 +42,7 @@ from paramserver.effects import (
     Void,
 )
 from paramserver.ledger import DONE, DROPPED, KILLED, PARTLY, RETURNED, UNREAD, Ledger, OwnLedger
+from paramserver.looks import Looks, part, shown
 from paramserver.members import (
     ADOPTING,
     GREETED,
@@ -192,6 +193,7 @@ class Rounds:
         self._count_buckets = count_buckets
         self._name_samples = name_samples
         self._unread_by: set[int] = set()  # workers that could not read samples
+        self._looks = Looks()
         self._held: dict[Lease, tuple[str, float]] = {}  # left by a session; until when
         self._silent: dict[str, Lease] = {}  # by process: what it computed when it fell silent
         self._buckets = 0
@@ -292,6 +294,7 @@ class Rounds:
             return self._out()
         others = [p for p in self.workers_ready() if p is not peer]
         if self.ledger is None or (self.ledger.untouched and not others):
+            self._looks.first(peer.name, message.looks)
             self.ledger = OwnLedger() if message.own else Ledger(samples, self.rules.epochs)
         if message.own != isinstance(self.ledger, OwnLedger):
             brings, has = "samples of its own", "one set that all share"
@@ -316,6 +319,8 @@ class Rounds:
             )
             return self._out()
         peer.ready = message
+        if not self._looks_alike(peer, message):
+            return self._out()
         peer.left_with = None
         self._release(now, session)
         if self._ready_since is None:
@@ -323,6 +328,33 @@ class Rounds:
         self._busy_at = now
         self._progress(now)
         return self._out()
+
+    def _looks_alike(self, peer: Peer, message: Ready) -> bool:
+        """The same length is not the same data. Other labels are refused, other numbers are told:
+        libraries round another way, transforms draw."""
+        if not self._looks.whose:  # the ledger is older than this server
+            self._looks.first(peer.name, message.looks)
+        found = self._looks.difference(message.looks)
+        if found is None:
+            return True
+        theirs, ours, exact = found
+        whose = self._looks.whose if self._looks.whose != peer.name else "it told before"
+        what = (
+            f"sample {theirs.index} of {peer.name} is {shown(theirs)}{part(theirs)}, "
+            f"that of {whose} is {shown(ours)}"
+        )
+        hint = (
+            "every worker needs the same training set in the same order: sort lists of files, give "
+            "random_split a generator with a seed"
+        )
+        if not exact:
+            if peer.id not in self._looks.told:
+                self._looks.told.add(peer.id)
+                self._warn(f"{what}: {hint}, unless a transform draws", peer)
+            return True
+        self._send(peer, Reject(what, hint))
+        self._warn(f"refused: {what}", peer)
+        return False
 
     def unready(self, session: str, now: float, unfinished: bool = False) -> list[Effect]:
         """A worker left its loop: it takes part no more until it is ready again. What it left

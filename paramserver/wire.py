@@ -99,6 +99,10 @@ NUMBER_MAX = 2**53  # any JSON reader has it exactly, and a thousand of them fit
 STEP_MAX = 2**48  # at which a run may begin: there are steps after it
 SAMPLES_MAX = 2**31 - 1  # of one batch
 REASON_MAX, LATE_MAX = 4000, 200
+LOOKS_MAX, LOOK_CHARS = (
+    64,
+    64,
+)  # parts of samples that are compared, and what each of them is told by
 
 Int = Annotated[int, msgspec.Meta(ge=-NUMBER_MAX, le=NUMBER_MAX)]
 """Python has larger ones, which cost more than they are worth to a peer that means well."""
@@ -314,6 +318,18 @@ class Admit(Message, frozen=True):
     """False where the server cannot map the peer's outbox: push through the link."""
 
 
+class Look(msgspec.Struct, frozen=True, array_like=True):
+    """What a part of one sample looks like: `exact` for labels and words, else `rough`."""
+
+    index: Int
+    """Of the sample in the data set."""
+    leaf: Annotated[str, msgspec.Meta(max_length=LOOK_CHARS)]
+    """Where in the sample."""
+    exact: Annotated[str, msgspec.Meta(max_length=LOOK_CHARS)]
+    rough: Annotated[tuple[float, ...], msgspec.Meta(max_length=8)] = ()
+    """Mean, root of the mean square, and some of its numbers."""
+
+
 class Ready(Message, frozen=True):
     samples: Annotated[int, msgspec.Meta(ge=-NUMBER_MAX, le=STEP_MAX)]
     batch_size: Int
@@ -324,6 +340,8 @@ class Ready(Message, frozen=True):
     """Samples that a lease must have: 2 where the model has statistics over a batch."""
     drop_last: bool = False
     """The last range of an epoch is not wanted where it is shorter than a batch."""
+    looks: Annotated[tuple[Look, ...], msgspec.Meta(max_length=LOOKS_MAX)] = ()
+    """Of a few samples: the set must be everywhere the same, in the same order."""
 
 
 class Unready(Message, frozen=True):

@@ -31,7 +31,7 @@ FLOORS = {
     "paramserver.discover paramserver.drafts paramserver.folders paramserver.gate "
     "paramserver.memory "
     "paramserver.stored paramserver.tether paramserver.sockets workers.data workers.models "
-    "workers.named workers.own_code workers.own_data workers.samples",
+    "workers.looks workers.named workers.own_code workers.own_data workers.samples",
     1: "paramserver.bucket paramserver.codec paramserver.feedback paramserver.mean "
     "paramserver.order paramserver.whole workers.state workers.weight",
     0: "paramserver.fleet paramserver.fleet.carry paramserver.fleet.hosts "
@@ -39,7 +39,8 @@ FLOORS = {
     "paramserver.fleet.topology "
     "paramserver paramserver.comeback paramserver.departures paramserver.digests "
     "paramserver.effects "
-    "paramserver.errors paramserver.jointoken paramserver.ledger paramserver.members "
+    "paramserver.errors paramserver.jointoken paramserver.ledger paramserver.looks "
+    "paramserver.members "
     "paramserver.norms paramserver.paths paramserver.problems paramserver.rounds "
     "paramserver.sentences "
     "paramserver.schema paramserver.settings paramserver.trace paramserver.wire workers.follow "

@@ -38,6 +38,7 @@ class Alone:
     """
 
     host, port = address.LOOPBACK, 0
+    compares = False  # there is no other data set
 
     def __init__(self, settings: Mapping[str, Any], say: Say) -> None:
         check_names(settings, lambda name: "alone=")
@@ -88,6 +89,7 @@ class Alone:
         *,
         least: int = 1,
         drop_last: bool = False,
+        looks: tuple[wire.Look, ...] = (),
     ) -> None:
         """Begin, or go on, with rounds of `batch_size` samples, or of `own` ones."""
         assert self.follow is not None

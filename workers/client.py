@@ -56,6 +56,7 @@ class Client(Connection):
         """If set, this replica may go adrift: when it has fallen behind what the server keeps, it
         only hears of closes until `catch_up` is called, and disturbs nobody with a snapshot."""
         self.adrift = False
+        self.compares = True  # there are others, whose data set must be the same
         self.rest_s = 0.0
         """How long `wait` leaves messages lying where nobody waits for this replica: a batch of
         updates costs less than as many single ones, here and to whoever shares the processor."""
@@ -194,12 +195,19 @@ class Client(Connection):
         *,
         least: int = 1,
         drop_last: bool = False,
+        looks: tuple[wire.Look, ...] = (),
     ) -> None:
         """Ask for leases of `batch_size` from a set of `samples`, now and after every greeting; or,
         with `own`, take part with samples of this worker's own. No lease shall have fewer than
-        `least`; with `drop_last` the short rest of an epoch is not wanted."""
+        `least`; with `drop_last` the short rest of an epoch is not wanted. `looks` is what some
+        samples look like: others must have the same."""
         self._ready = wire.Ready(
-            samples=samples, batch_size=batch_size, own=own, least=least, drop_last=drop_last
+            samples=samples,
+            batch_size=batch_size,
+            own=own,
+            least=least,
+            drop_last=drop_last,
+            looks=looks,
         )
         self._send(self._ready)
 

@@ -38,6 +38,7 @@ from workers.alone import Alone
 from workers.client import Client
 from workers.connection import Say
 from workers.gradients import Gradients
+from workers.looks import look
 from workers.placed import listens, placed
 from workers.replica import Replica
 from workers.samples import Loaded, Samples, Unusable
@@ -270,8 +271,9 @@ class Cluster:
         assert self._replica is not None
         least = min(size, self._replica.least)
         self._load_ahead = load_ahead if samples.in_loop else None
+        looks = look(samples) if self.client.compares else ()
         with self._losing():
-            self.client.ready(samples.length, size, least=least, drop_last=drop_last)
+            self.client.ready(samples.length, size, least=least, drop_last=drop_last, looks=looks)
         try:
             while (lease := self._next_lease()) is not None:
                 self._seed()
@@ -285,7 +287,8 @@ class Cluster:
                 count = lease[2] - lease[1] - len(loaded.unread)
                 if loaded.unread and count < least:
                     self._phase = ""
-                    self.client.unreadable(self._round)
+                    with self._losing():
+                        self.client.unreadable(self._round)
                     self._wait_for_the_end_of_the_round()
                     continue
                 self._begin(count, loaded.unread)

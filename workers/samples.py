@@ -131,6 +131,10 @@ class Samples:
     def _one(self, index: int, epoch: int) -> Any:
         if self._deterministic:
             seed_generators(f"{self._seed}, epoch {epoch}, sample {index}")
+        return self.one(index)
+
+    def one(self, index: int) -> Any:
+        """One sample as it is, on the CPU; a batch of one where the set makes batches."""
         if self.has_batch:
             return self._dataset.batch(torch.tensor([index]), "cpu")
         return self._dataset[index]
