@@ -86,7 +86,7 @@ class Show:
             self.problem(problem)
 
     def closing(self, close: wire.Close) -> None:
-        self.folder.note(close.step, close.lineage)
+        self.tell(self.folder.note(close.step, close.lineage))
 
     def closed(self, server: Server, close: wire.Close) -> None:
         if self.past.last is not None and self.steps == self.past.steps:
@@ -559,6 +559,7 @@ def _serve(
     try:
         if not comeback:
             _save_config(settings, folder)
+        folder.remember(folder.config)
         show.tell(folder.write_record(record))
         show.tell(folder.open_note())
         where = ", ".join(f"{h}:{settings.port}" for h in (*hosts, *guarded))

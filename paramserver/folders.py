@@ -28,9 +28,16 @@ class PrivateFolder:
             _sweep(old)
         self.path = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=parent))
         new = self.path / "new"
-        self._lock: int | None = os.open(new, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        fcntl.flock(self._lock, fcntl.LOCK_EX)
-        new.rename(self.path / "lock")  # from now on its lock tells whose it is
+        self._lock: int | None = None
+        try:
+            self._lock = os.open(new, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            new.rename(self.path / "lock")  # from now on its lock tells whose it is
+        except OSError:  # a full disk, one without locks
+            shutil.rmtree(self.path, ignore_errors=True)
+            if self._lock is not None:
+                os.close(self._lock)
+            raise
 
     def close(self) -> None:
         """Safe to call twice."""

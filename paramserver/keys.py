@@ -60,6 +60,11 @@ class Keys:
 def path() -> Path:
     """Where the keys are: in `$XDG_CONFIG_HOME/paramserver`, or `~/.config/paramserver`."""
     folder = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
+    if folder.startswith("~"):  # there is no HOME, and the system does not know this user
+        raise UserError(
+            "this user has no home folder, where the keys of a server are kept",
+            "XDG_CONFIG_HOME=FOLDER tells another one; security=none does without keys",
+        )
     return Path(folder) / "paramserver" / "keys.json"
 
 

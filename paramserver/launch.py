@@ -86,11 +86,12 @@ def _on_this_machine(
 ) -> Iterator[Started]:
     """A server with these arguments and `num_workers` workers: `worker(number)` is what follows
     `python`, and the environment. Nothing is left running."""
+    logs = _log_folder(Path(settings.run_dir))
     server = subprocess.Popen(
         [sys.executable, "-m", "paramserver", *arguments],
         stdin=subprocess.DEVNULL,  # it asks nobody anything: its workers are being started
     )
-    started = Started(server, [], Path(tempfile.mkdtemp(prefix="paramserver-workers-")))
+    started = Started(server, [], logs)
     try:
         for number in range(1, settings.num_workers + 1):
             words, environment = worker(number)
@@ -110,6 +111,23 @@ def _on_this_machine(
         _end([server], PATIENCE_S)
         _end(started.workers, WORKERS_PATIENCE_S)
         _keep(started.logs, Path(settings.run_dir))
+
+
+def _log_folder(run_dir: Path) -> Path:
+    """For what the workers say, until there is a run folder. Raises `UserError`."""
+    prefix = "paramserver-workers-"
+    try:
+        return Path(tempfile.mkdtemp(prefix=prefix))
+    except OSError:  # no folder for temporary files can be written
+        pass
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix=f".{prefix}", dir=run_dir))
+    except OSError as error:
+        raise UserError(
+            f"there is no folder for the workers' logs: {error.strerror or error}: {run_dir}",
+            "TMPDIR=FOLDER, or run_dir=FOLDER, tell one that can be written",
+        ) from None
 
 
 def _end(processes: list[subprocess.Popen[bytes]], patience_s: float) -> None:
@@ -257,8 +275,12 @@ def _keep(logs: Path, run_dir: Path) -> None:
     """What the workers said goes into the run's folder."""
     folder = latest(run_dir)
     if folder is not None:
-        for words in logs.iterdir():
-            shutil.move(words, folder.path / words.name)
+        try:
+            for words in logs.iterdir():
+                shutil.move(words, folder.path / words.name)
+        except (OSError, shutil.Error) as error:
+            terminal.say(f"what the workers said is in {logs} only: {error}", error=True)
+            return
     shutil.rmtree(logs, ignore_errors=True)
 
 

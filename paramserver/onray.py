@@ -118,12 +118,12 @@ def place(nodes: Sequence[Node], count: int) -> list[Node]:
 def _absolute(settings: Settings) -> Settings:
     """Actors work in a folder of Ray's, so what is meant from here is told from the root; from the
     home folder, where it lies in that: other nodes may have it elsewhere."""
-    root = Path(str(settings.dataset.get("root", "data"))).expanduser().absolute()
+    root = Path(os.path.expanduser(str(settings.dataset.get("root", "data")))).absolute()
     with suppress(ValueError, RuntimeError):
         root = Path("~") / root.relative_to(Path.home())
     return replace(
         settings,
-        run_dir=str(Path(settings.run_dir).expanduser().absolute()),
+        run_dir=str(Path(os.path.expanduser(settings.run_dir)).absolute()),
         resume=_resumed(settings.resume),
         dataset={**settings.dataset, "root": str(root)},
     )

@@ -17,9 +17,9 @@ Nothing here ends a training: where the disk is full or gone, a sentence says so
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import math
-import mmap
 import os
 import re
 import select
@@ -144,11 +144,14 @@ class RunFolder:
         self._flush_at = 0.0
         self._file: int | None = None  # descriptor: no second buffer that fails again at exit
         self._failed = False  # said so already
+        self._look_at = -math.inf  # when to see next whether the folder is there
+        self._gone = False  # said so already
+        self._first: dict[Path, bytes] = {}  # what was written at the start, to write it anew
         self._claim: int | None = None  # descriptor of the folder, locked
         self.locked = False
         """No other server can have claimed this folder too."""
         self._cut_at: int | None = None  # bytes of whole lines, where another server tore the last
-        self._noted: mmap.mmap | None = None
+        self._noted: int | None = None  # descriptor of newest_step
 
     @classmethod
     def create(cls, parent: Path, now: datetime) -> RunFolder:
@@ -202,30 +205,50 @@ class RunFolder:
 
     def write_record(self, record: Record) -> str | None:
         """Write run.json, whole or not at all; returns a sentence where that failed."""
-        return _try_to_write(self.record, _encode(record) + b"\n")
+        self._first[self.record] = _encode(record) + b"\n"
+        return _try_to_write(self.record, self._first[self.record])
 
-    def note(self, step: int, lineage: str) -> None:
-        """A step is about to be told: after a kill -9 its name is still there. Costs no call into
-        the kernel; does nothing where `open_note` failed."""
+    def remember(self, path: Path) -> None:
+        """Write this file of the folder anew where that vanishes."""
+        with suppress(OSError):
+            self._first[path] = path.read_bytes()
+
+    def note(self, step: int, lineage: str) -> str | None:
+        """A step is about to be told: after a kill -9 its name is still there. Does nothing where
+        `open_note` failed; returns a sentence when writing fails for the first time.
+
+        Not in memory that is the file's: that is a SIGBUS where the disk goes away, or is full and
+        writes nothing in place.
+        """
         if self._noted is not None:
-            self._noted[:] = _note(step, lineage)
+            try:
+                if os.pwrite(self._noted, _note(step, lineage), 0) < NOTE_BYTES:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError as error:
+                return self._no_note(error)
+        return None
 
     def open_note(self) -> str | None:
-        """Make `note` work, in memory that is a file's; returns a sentence where that failed."""
+        """Make `note` work; returns a sentence where that failed."""
         try:
-            fd = os.open(self.newest_step, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-            try:
-                if os.fstat(fd).st_size != NOTE_BYTES:
-                    os.ftruncate(fd, 0)
-                    os.write(fd, _note(0, NOTHING))  # so that the disk has room for it
-                self._noted = mmap.mmap(fd, NOTE_BYTES)
-            finally:
-                os.close(fd)
-        except (OSError, ValueError) as error:
-            with suppress(OSError):
-                self.newest_step.unlink(missing_ok=True)
-            return f"{self.newest_step} cannot be written, the run goes on: {error}"
+            self._noted = os.open(self.newest_step, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            if os.fstat(self._noted).st_size != NOTE_BYTES:
+                os.ftruncate(self._noted, 0)
+                os.pwrite(self._noted, _note(0, NOTHING), 0)
+        except OSError as error:
+            return self._no_note(error)
         return None
+
+    def _no_note(self, error: OSError) -> str:
+        """An older step than the newest must not pass for it: then none is noted."""
+        if self._noted is not None:
+            with suppress(OSError):
+                os.ftruncate(self._noted, 0)
+            os.close(self._noted)
+            self._noted = None
+        with suppress(OSError):
+            self.newest_step.unlink(missing_ok=True)
+        return f"{self.newest_step} cannot be written, the run goes on: {_reason(error)}"
 
     def noted(self) -> str:
         """The lineage of the newest step that was noted, or what `Comeback` takes instead."""
@@ -272,12 +295,51 @@ class RunFolder:
         Returns a sentence when writing fails for the first time. It is tried again, silently, about
         once a second.
         """
+        vanished = None
+        if now >= self._look_at:
+            self._look_at = now + RETRY_S
+            vanished = self._vanished()
         if now < self._flush_at:
-            return None
+            return vanished
         problem = self._flush()
         if self._rest:
             self._flush_at = now + RETRY_S
-        return problem
+        return vanished or problem
+
+    def _vanished(self) -> str | None:
+        """Where the folder is not there any more (removed, its disk unmounted), make it anew: what
+        comes is kept. Returns a sentence when it is found to be gone, once until it is made."""
+        if self._claim is None:
+            return None
+        try:
+            if os.path.samestat(os.stat(self.path), os.fstat(self._claim)):
+                return None
+        except OSError:
+            pass
+        told = None
+        if not self._gone:
+            self._gone = True
+            told = f"{self.path} has vanished with what was in it: only what comes is kept, there"
+        with suppress(OSError):
+            self.path.mkdir(parents=True, exist_ok=True)
+            before, self._claim = self._claim, None
+            try:
+                if not self.claim():
+                    self._claim = before  # another server has made one there: it is that one's
+                    return told
+            except OSError:
+                self._claim = before
+                raise
+            os.close(before)
+            self._gone = False
+            for descriptor in filter(None, (self._file, self._noted)):
+                os.close(descriptor)
+            self._file = self._noted = None
+            self._cut_at = None
+            self.open_note()
+            for path, content in self._first.items():
+                _try_to_write(path, content)
+        return told
 
     def close(self) -> str | None:
         """Write what is waiting and close the file; returns what `flush` returns."""
@@ -289,7 +351,7 @@ class RunFolder:
             os.close(self._claim)
             self._claim = None
         if self._noted is not None:
-            self._noted.close()
+            os.close(self._noted)
             self._noted = None
         return problem
 

@@ -206,6 +206,11 @@ class Server:
         self._ctx = sockets.context()
         self._gate: Gate | None = None
         self._ipc = sockets.ipc_folder()
+        if self._ipc is None:
+            watcher.say(
+                "peers on this host use TCP and no shared memory, which is slower: no folder for "
+                "temporary files (/tmp, TMPDIR) can be written"
+            )
         try:
             self._gate = Gate(self._ctx, keys) if keys is not None else None
             self._bind(hosts, guarded, keys)

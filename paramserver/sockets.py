@@ -14,7 +14,7 @@ import os
 import resource
 import socket
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -332,7 +332,28 @@ def listener(port: int) -> str:
 
 
 def ipc_folder() -> PrivateFolder | None:
-    """A folder for ipc sockets (their paths must be short); None where there are none."""
+    """A folder for ipc sockets (their paths must be short); None where there is none to be had:
+    no folder for temporary files can be written, or none takes sockets."""
     if not zmq.has("ipc") or os.name != "posix":
         return None
-    return PrivateFolder(Path("/tmp" if os.path.isdir("/tmp") else tempfile.gettempdir()))
+    for parent in _temporary():
+        with suppress(OSError):
+            folder = PrivateFolder(parent)
+            try:
+                with socket.socket(socket.AF_UNIX) as s:
+                    s.bind(str(folder.path / "router"))  # a path that is too long is told too
+                (folder.path / "router").unlink()
+                return folder
+            except OSError:
+                folder.close()
+    return None
+
+
+def _temporary() -> Iterator[Path]:
+    """Folders for temporary files, the shortest name first."""
+    yield Path("/tmp")
+    if given := os.environ.get("XDG_RUNTIME_DIR"):
+        yield Path(given)
+    with suppress(OSError):  # there is none
+        yield Path(tempfile.gettempdir())
+    yield Path("/dev/shm")

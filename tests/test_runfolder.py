@@ -336,6 +336,46 @@ def test_a_failing_disk_is_told_once_and_tried_again(tmp_path: Path) -> None:
     folder.close()
 
 
+def test_a_folder_that_vanishes_is_told_and_made_anew(tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path / "runs", NOON)
+    folder.config.write_text("a: 1")
+    folder.remember(folder.config)
+    folder.write_record(record(folder.number))
+    folder.open_note()
+    folder.log(step_line(1))
+    assert folder.flush(0.0) is None
+    shutil.rmtree(tmp_path / "runs")
+    folder.log(step_line(2))
+    folder.flush(0.5)  # nobody has looked yet
+    folder.log(step_line(3))
+    problem = folder.flush(2.0)
+    assert problem is not None and "has vanished" in problem
+    assert folder.flush(4.0) is None
+    assert folder.note(3, "lineage3") is None and folder.noted() == "lineage3"
+    assert [line["step"] for line in strict_lines(folder.metrics)] == [3]
+    assert folder.config.read_text() == "a: 1"
+    assert folder.read_record() == record(1)
+    assert unended(tmp_path / "runs", 1, {}) is None  # it is still this server's
+    folder.close()
+    again = unended(tmp_path / "runs", 1, {})
+    assert again is not None
+    again.folder.close()
+
+
+def test_a_note_that_the_disk_does_not_take_is_none(tmp_path: Path) -> None:
+    run_script(
+        FULL_DISK
+        + """
+    assert folder.open_note() is None and folder.note(1, "lineage1") is None
+    assert folder.noted() == "lineage1"
+    disk_has_room_for(10)
+    assert "newest_step cannot be written" in folder.note(2, "lineage2")
+    assert folder.noted() == "?" and folder.note(3, "lineage3") is None
+    """,
+        tmp_path,
+    )
+
+
 def test_what_waits_for_a_failing_disk_is_bounded_and_whole_lines(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -139,7 +139,7 @@ def _checked(dataset: dict[str, Any]) -> tuple[str, Path]:
         )
     if not isinstance(root, str | os.PathLike):
         raise UserError(f"dataset.root must be a folder, not {root!r}")
-    return name, Path(root).expanduser()
+    return name, Path(os.path.expanduser(root))
 
 
 def _nearest(word: str, known: tuple[str, ...]) -> str:

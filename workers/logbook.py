@@ -378,8 +378,8 @@ def wandb_login_exists() -> bool:
         server = urlsplit(os.environ.get("WANDB_BASE_URL") or default).netloc
         entry = netrc.netrc(Path(os.environ.get("NETRC") or "~/.netrc").expanduser())
         login = entry.authenticators(server)
-    except (OSError, netrc.NetrcParseError, configparser.Error):
-        return False
+    except (OSError, RuntimeError, ValueError, netrc.NetrcParseError, configparser.Error):
+        return False  # RuntimeError: there is no home folder
     return bool(login and login[2])
 
 
