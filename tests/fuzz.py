@@ -33,19 +33,22 @@ with (
     if BECOME in sys.argv
     else nullcontext()
 ):
+    import msgspec
     import torch
     import zmq
     from whole import LOOPBACK, free_port
 
     from paramserver import jointoken, runfolder, wire
     from paramserver.codec import CODECS
-    from paramserver.config import load, to_wire
-    from paramserver.errors import UserError
+    from paramserver.config import from_wire, load, to_wire
+    from paramserver.errors import PeerError, UserError
     from paramserver.keys import Keys
     from paramserver.runfolder import RunFolder
     from paramserver.server import Server
     from paramserver.settings import Settings
-    from workers import checkpoint
+    from workers import checkpoint, models, named
+    from workers.connection import Connection
+    from workers.own_code import NOTHING
     from workers.replica import Replica
     from workers.state import flatten, unflatten
 
@@ -55,6 +58,7 @@ LONGEST = 4096
 CRASHES = "runs/fuzz"
 LAYOUT = wire.Layout((wire.Tensor("w", (3, 5), "float32"), wire.Tensor("b", (3,), "float32")))
 HELLO = wire.Hello(protocol=wire.PROTOCOL, role="worker", id=None, nonce="n", host="h", pid=1)
+TOLD = to_wire(Settings())
 CUT = b"\0\0"
 """Between the frames of an input."""
 
@@ -134,6 +138,35 @@ def tree(content: bytes) -> None:
         unflatten(content.decode(errors="replace"), [torch.zeros(1)] * 3)
 
 
+def told(content: bytes) -> None:
+    """The settings that a server tells."""
+    with suppress(UserError, ValueError):
+        from_wire(Settings(), TOLD | dict(msgspec.json.decode(content)))
+
+
+class Welcomed:
+    """What a server says first: refused, or settings that a worker can use."""
+
+    def __init__(self) -> None:
+        self.peer = Connection(LOOPBACK, 1, say=lambda line: None)
+
+    def __call__(self, content: bytes) -> None:
+        with suppress(UserError, PeerError):
+            message = wire.from_frames([content])[0]
+            if isinstance(message, wire.Welcome):
+                found = self.peer._checked(message)
+                assert "/" not in found.session and found.settings["bucket_mb"] > 0
+
+
+def name(content: bytes) -> None:
+    """A name that a server tells: a row of ours, or refused. Nothing is imported."""
+    before = set(sys.modules)
+    with suppress(UserError):
+        text = content.decode(errors="replace")
+        named.find("model.type", text, models.MODELS, torch.nn.Module, "a module", NOTHING)
+    assert set(sys.modules) == before
+
+
 def token(content: bytes) -> None:
     with suppress(UserError):
         jointoken.decode(content.decode(errors="replace"))
@@ -195,6 +228,24 @@ def seeds(target: str, folder: Path) -> list[bytes]:
         checkpoint.save(path, replica, "run", {"learning_rate": 0.001})
         return [path.read_bytes()]
     return {
+        "told": [msgspec.json.encode(TOLD), b'{"bucket_mb":0.5,"model":{"type":"CNN","width":4}}'],
+        "welcome": wire.to_frames(
+            wire.Welcome(
+                protocol=wire.PROTOCOL,
+                run="r",
+                nonce="n",
+                session="s",
+                id=1,
+                settings=TOLD,
+                pub_port=1,
+            )
+        ),
+        "names": [
+            b"CNN",
+            b"torch.fx.graph_module:reduce_graph_module",
+            b"os:system",
+            b"fuzz:Quiet",
+        ],
         "token": [Keys.new().token(LOOPBACK, 65432).encode()],
         "payload": [CUT.join((b"x" * n, bytes(60), bytes(4))) for n in range(len(CODECS))],
         "run.json": [b'{"run":"r","host":"h","port":65432,"settings":{}}'],
@@ -211,6 +262,9 @@ def targets() -> dict[str, Callable[[], Callable[[bytes], None]]]:
         "payload": lambda: payload,
         "token": lambda: token,
         "tree": lambda: tree,
+        "told": lambda: told,
+        "welcome": Welcomed,
+        "names": lambda: name,
         "checkpoint": lambda: from_file("step-00000001.safetensors", checkpoint.load),
         "run.json": lambda: from_file(f"{run}/run.json", record),
         "metrics": lambda: from_file(

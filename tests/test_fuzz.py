@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 import tempfile
 from contextlib import suppress
 from pathlib import Path
@@ -21,10 +22,12 @@ from paramserver.codec import CODECS
 from paramserver.config import load
 from paramserver.errors import UserError
 from paramserver.runfolder import Past, Record, RunFolder
-from workers import checkpoint
+from workers import checkpoint, models, named
+from workers.own_code import OwnCode
 from workers.replica import Replica
 from workers.state import flatten, unflatten
 
+HERE = OwnCode((Path(tempfile.gettempdir()) / "no such folder",))
 MARKS = st.sampled_from(["$tensor", "$tuple", "$pairs", "$float", "step", "samples", "run"])
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
@@ -159,3 +162,18 @@ def test_a_payload_fits_its_bucket_or_is_refused(
     if CODECS[codec].fits(size, views) is None:
         out = torch.zeros(size)
         assert CODECS[codec].decode(views, scale, out).numel() == size
+
+
+NAMES = st.text(max_size=30) | st.from_regex(r"[a-z_.]{0,20}:[A-Za-z_.]{0,10}", fullmatch=True)
+
+
+@given(name=NAMES)
+@example(name="os:system")
+@example(name="torch.fx.graph_module:reduce_graph_module")
+@example(name="antigravity:fly")
+@example(name="this:s")
+def test_a_name_from_a_server_imports_nothing(name: str) -> None:
+    before = set(sys.modules)
+    with suppress(UserError):
+        named.find("model.type", name, models.MODELS, nn.Module, "torch.nn.Module", HERE)
+    assert set(sys.modules) == before

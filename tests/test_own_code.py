@@ -17,7 +17,9 @@ from liar import FakeServer
 from torch import nn
 from whole import Run
 
+from paramserver.config import load
 from paramserver.errors import UserError
+from paramserver.schema import allowed
 from paramserver.settings import Settings
 from workers import models, own_code, recipe
 from workers.own_code import OwnCode
@@ -316,6 +318,27 @@ def test_a_script_that_defines_no_such_name_is_not_run(desk: Desk) -> None:
     refused("danger:Net", "has no 'Net'")
     refused("broken:Net", "importing 'broken' failed: SyntaxError")
     assert desk.imported == []
+
+
+def test_how_it_is_written(tmp_path: Path) -> None:
+    file = tmp_path / "here.yaml"
+    file.write_text("allow: [mine, mine.nets, 'mine.nets:Net']\n")
+    assert load([f"cluster={file}"], "worker").settings.allow == [
+        "mine",
+        "mine.nets",
+        "mine.nets:Net",
+    ]
+    assert load(["allow=mine, other:Net"], "worker").settings.allow == ["mine", "other:Net"]
+    for wrong in ("allow=../mine", "allow=[1]", "allow=mine:", "allow=mine.nets:Net.inner"):
+        with pytest.raises(UserError, match="allow must be"):
+            load([wrong], "worker")
+    settings = replace(
+        Settings(),
+        allow=["x"],
+        model={"type": "a:B"},
+        scheduler={"name": "SequentialLR", "schedulers": [{"name": "c.d:E"}, {"name": "StepLR"}]},
+    )
+    assert allowed(settings) == ("x", "a:B", "c.d:E")
 
 
 # ------------------------------------------------------------------------------ whole programs

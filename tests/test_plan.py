@@ -110,6 +110,8 @@ def test_what_is_started() -> None:
         "join_timeout=60", "device=cpu", "threads=2",
     ]  # fmt: skip
     assert "host_ip=null" in plan.worker_argv(HERE, settings, None)
+    named = Settings(model={"type": "mine.nets:Net"}, allow=["other"])  # by who types make up
+    assert "allow=other,mine.nets:Net" in plan.worker_argv(HERE, named, None)
 
 
 def test_the_check_of_this_machine(tmp_path: Path) -> None:
