@@ -69,6 +69,27 @@ def test_a_returned_range_may_be_leased_in_parts() -> None:
     assert all_of(ledger, 1) == [(0, i, i + 1) for i in range(6)]
 
 
+@given(
+    samples=st.integers(1, 200),
+    size=st.integers(1, 20),
+    fates=st.lists(st.sampled_from(["done", "returned", "the server dies"]), max_size=60),
+)
+def test_what_comes_back_is_no_more_leases_than_before(
+    samples: int, size: int, fates: list[str]
+) -> None:
+    """So a killed server costs no step by that; a round that closes with fewer members does."""
+    ledger, out, counted = Ledger(samples, 2), list[Lease](), 0
+    for fate in [*fates, *["done"] * 800]:
+        while len(out) < 4 and (lease := ledger.lease(size)) is not None:
+            out.append(lease)
+        if fate == "the server dies":
+            ledger, out = Ledger.from_state(ledger.state()), []
+        elif out:
+            ledger.settle(out.pop(0), fate)
+            counted += fate == "done"
+    assert ledger.finished and counted == 2 * -(-samples // size)
+
+
 def test_each_way_to_settle_is_counted_on_its_own() -> None:
     ledger = Ledger(10, 1)
     for how in (DONE, PARTLY, SKIPPED, RETURNED):

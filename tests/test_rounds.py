@@ -1683,6 +1683,21 @@ def test_an_observer_that_has_no_state_is_not_waited_for_where_nobody_has() -> N
     assert run.stop(error=True)[-1] == "end at step 1: Ctrl-C (error)"
 
 
+def test_a_worker_that_is_back_before_the_other_costs_a_step_and_no_sample() -> None:
+    """60 samples in batches of 10 for two workers are three steps; here they are four."""
+    run = Run(comeback="name of 4", observer=False)
+    back(run, 1, 4, ledger=LEDGER)
+    run.ready(1)
+    run.push(1)  # alone
+    back(run, 2, 4), run.snapshot(2)
+    run.ready(2)
+    while run.rounds.round is not None:
+        for who in list(run.rounds.round.members):
+            run.push(who)
+    assert run.rounds.step - 4 == 4 and run.ledger.done == 100
+    assert [sorted(close.contributors) for close in run.closes] == [[1], [1], [1, 2], [1, 2]]
+
+
 def test_who_comes_to_work_keeps_a_run_from_being_idle() -> None:
     run = Run(idle_timeout=100.0).observer()
     run.now = 90.0

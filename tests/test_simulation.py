@@ -299,7 +299,9 @@ def test_a_ledger_that_returns_what_was_partly_used_is_found(
     monkeypatch.setattr(
         Ledger,
         "settle",
-        lambda self, lease, how: settle(self, lease, RETURNED if how == PARTLY else how),
+        lambda self, lease, how, *more: settle(
+            self, lease, RETURNED if how == PARTLY else how, *more
+        ),
     )
     failures = (simulate(seed).failure for seed in range(SEARCHED))
     failure = next(filter(None, failures), None)
