@@ -310,7 +310,8 @@ class ObserverProcess:
                 server.rounds.observer_comes = True
             return
         now, ended = time.monotonic(), server.rounds.ended is not None
-        if server.rounds.observer is not None:
+        here = server.rounds.observer
+        if here is not None and here.pid == self._process.pid:  # not of one that is dead
             self._here_at = now
         elif server.rounds.ending and not ended and self._hangs(now, server):
             server.watcher.say("the observer does not answer: it is ended", True)
@@ -326,15 +327,21 @@ class ObserverProcess:
             self._cannot(server, "the observer could not start", _last_error(self._log))
         elif self._deaths > OBSERVER_RESTARTS:
             why = f"the observer ended {self._deaths} times in a row, the last time {_how(code)}"
+            last_chance = server.rounds.log_begun and server.rounds.ending is None
             self._cannot(
                 server, "the observer cannot be kept running", (why, _last_lines(self._log))
             )
+            if last_chance:  # workers hold the last step until the end: one more, to keep that
+                self._start_again(server)
         else:
             server.watcher.say(f"the observer ended ({_how(code)}): starting it again", True)
-            if server.rounds.log_begun:
-                self._orders["resume"] = None  # others hold what follows: it takes a snapshot
-            self._process = self._start()
-            server.rounds.observer_comes = True
+            self._start_again(server)
+
+    def _start_again(self, server: Server) -> None:
+        if server.rounds.log_begun:
+            self._orders["resume"] = None  # others hold what follows: it takes a snapshot
+        self._process = self._start()
+        server.rounds.observer_comes = True
 
     def _hangs(self, now: float, server: Server) -> bool:
         """Was it there, and is silent for so long that the last step is not left to it?"""

@@ -18,8 +18,8 @@ import torch
 from safetensors.torch import load_file
 from whole import LOOPBACK, Monitor, Program, Run, free_port
 
-from paramserver import wire
-from paramserver.__main__ import Show, missing_results, summarize
+from paramserver import stored, wire
+from paramserver.__main__ import OBSERVER_RESTARTS, Show, missing_results, summarize
 from paramserver.config import to_wire
 from paramserver.runfolder import RunFolder
 from paramserver.server import Server
@@ -146,6 +146,34 @@ def test_an_observer_that_is_stopped_does_not_keep_the_last_step_from_being_kept
         assert run.summary()["last_evaluation"]["step"] == run.summary()["steps"] == STEPS
 
 
+def test_a_run_whose_observer_cannot_be_kept_running_ends_with_its_last_step_kept(
+    tmp_path: Path,
+) -> None:
+    with Run(tmp_path) as run, Monitor(run.port) as monitor:
+        server = run.server(*SETTINGS[1:], "num_epochs=9999")
+        crew = [run.worker(1), run.worker(2)]
+        monitor.until(lambda close: close.step >= 3)
+        observer, killed = observer_of(server), set()
+        for _ in range(OBSERVER_RESTARTS + 1):
+            observer.kill()
+            killed.add(observer.pid)
+            monitor.until(lambda close: alive(server, but=killed))
+            (observer,) = alive(server, but=killed)
+        assert [program.end() for program in (server, *crew)] == [1, 2, 2], server.output
+        summary = run.summary()
+        assert summary["end"] == "the observer cannot be kept running"
+        assert "ended 4 times in a row, the last time exit code -9" in summary["problems"][0]
+        model = stored.step(run.runs[-1] / "model.safetensors", stored.MODEL_FORMAT)
+        assert model == summary["steps"]
+        assert stored.step(run.runs[-1] / "checkpoints" / stored.name(model)) == model
+
+
+def alive(server: Program, but: set[int]) -> list[psutil.Process]:
+    """Observers that run, but those that were killed."""
+    children = psutil.Process(server.process.pid).children()
+    return [child for child in children if child.pid not in but]
+
+
 def test_an_evaluation_that_is_missing_is_told(tmp_path: Path) -> None:
     held = Held(tmp_path)
     with Run(tmp_path) as run, Monitor(run.port) as monitor:
@@ -214,7 +242,7 @@ def test_a_run_folder_that_cannot_be_written_is_an_error_for_people(tmp_path: Pa
 import resource, signal, sys
 from paramserver.__main__ import main
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+resource.setrlimit(resource.RLIMIT_FSIZE, (64, 64))
 sys.argv[0] = "server"
 main()
 """
