@@ -438,6 +438,7 @@ def summarize(server: Server, show: Show, end: wire.End) -> dict[str, Any]:
         "samples_done": ledger.done if ledger else 0,
         "samples_partly": ledger.partly if ledger else 0,
         "samples_skipped": ledger.skipped if ledger else 0,
+        "samples_lost": server.rounds.lost_by_name(),
         "per_worker": [
             {"id": i, "host": t.host, "samples": t.samples, "rounds": t.rounds, "late": t.late}
             for i, t in sorted(tallies.items())

@@ -1093,12 +1093,7 @@ class Rounds:
         if self.ledger is None:
             return
         for lost in self.ledger.take_news():
-            epoch, start, stop = lost.lease
-            where = f"place {start}" if stop - start == 1 else f"places {start} to {stop - 1}"
-            what = f"{where} of epoch {epoch}'s order"
-            if self._name_samples is not None:
-                what = f"{self._name_samples(self.ledger.samples, lost.lease)} ({what})"
-            self._warn(f"skipped: {what}: {LOST[lost.why]}")
+            self._warn(f"skipped: {self._name_of(lost.lease)}: {LOST[lost.why]}")
 
     def _hopeless(self) -> str | None:
         """Why it makes no sense to go on, as most workers see it: one alone may be wrong."""
@@ -1109,6 +1104,21 @@ class Rounds:
         if why is not None and self.ledger.too_many_unread and 2 * len(agree) <= len(ready):
             return None
         return why
+
+    def lost_by_name(self) -> list[str]:
+        """The first ranges that were skipped since they killed, could not be read or were dropped:
+        which samples, and why."""
+        if self.ledger is None:
+            return []
+        return [f"{self._name_of(r.lease)}: {LOST[r.why]}" for r in self.ledger.lost]
+
+    def _name_of(self, lease: Lease) -> str:
+        epoch, start, stop = lease
+        where = f"place {start}" if stop - start == 1 else f"places {start} to {stop - 1}"
+        what = f"{where} of epoch {epoch}'s order"
+        if self._name_samples is None or self.ledger is None:
+            return what
+        return f"{self._name_samples(self.ledger.samples, lease)} ({what})"
 
     def _first_lost(self) -> str:
         assert self.ledger is not None

@@ -1965,6 +1965,10 @@ def test_what_is_skipped_is_named_by_its_samples_too() -> None:
         "# skipped: the samples (1, 3, 4) of 40 (place 3 of epoch 1's order): it cannot be read"
         in run.push(2)
     )
+    ledger.lost.append(Lost((1, 3, 4), UNREAD))
+    assert run.rounds.lost_by_name() == [
+        "the samples (1, 3, 4) of 40 (place 3 of epoch 1's order): it cannot be read"
+    ]
 
 
 @pytest.mark.parametrize("how", ["in order", "another lease", "a phase that there is not"])
