@@ -87,6 +87,7 @@ MAX_WAIT_TIMEOUTS = 3  # heartbeat timeouts that a derived wait is at most
 EMPTY_ROUNDS = 3  # that a worker may bring nothing to, though they waited as long as they do
 REST_ROUNDS = 10  # that go on without it then, doubled each time
 REST_DOUBLINGS = 6
+FAILED_GIVES = 3  # of one that has proven nothing: then it is taken for one that holds no state
 WASTED_SNAPSHOTS = 3  # in a row that brought nobody who contributes: the next one waits
 WAIT_DOUBLINGS = 5
 SNAPSHOTS_FOR_WRONG = 3  # that a replica takes because its weights are not those of the others
@@ -189,6 +190,7 @@ class Rounds:
         self._snapshot_rests = False  # one round goes first after a snapshot
         self._wasted = 0  # snapshots in a row that brought nobody who then contributed
         self._wasted_by: dict[int, int] = {}  # worker id -> the same, of this one
+        self._disbelieved: set[int] = set()  # worker ids, see `_gave_nothing`
         self._next_snapshot_at = now  # not before, as long as rounds can go on
         self._count_buckets = count_buckets
         self._name_samples = name_samples
@@ -528,9 +530,9 @@ class Rounds:
         if isinstance(message, Abort):
             if session in (snap.giver, snap.joiner):
                 gives = session == snap.giver
-                if not gives:  # the next one comes from another
-                    self.peers[snap.giver].failed_gives += 1
                 self._abort_snapshot(message.reason, now, but=self.peers[session], by_giver=gives)
+                if not gives:  # the next one comes from another
+                    self._gave_nothing(self.peers[snap.giver], now)
                 self._progress(now)
             return None, self._out()
         source, goal = snap.giver, snap.joiner
@@ -563,6 +565,7 @@ class Rounds:
                 return self._out()
             self._becomes_replica(peer)
             peer.wrong, peer.owes = False, peer.role == "worker"
+            self._disbelieved.discard(peer.id)
             peer.given_by = snap.giver
             self.peers[snap.giver].failed_gives = 0
             self.snapshot = None
@@ -1017,7 +1020,8 @@ class Rounds:
             )
             peer.state = GREETED
             return
-        if self.knows(peer.join.step, peer.join.lineage) and not peer.wrong:
+        believed = not peer.wrong and peer.id not in self._disbelieved
+        if self.knows(peer.join.step, peer.join.lineage) and believed:
             self._becomes_replica(peer)
             action = "follow"
         else:
@@ -1295,6 +1299,9 @@ class Rounds:
             return None
         if not self.started and len(ready) < self.rules.num_workers:
             self._warn(f"starting with {len(ready)} of {self.rules.num_workers} workers")
+        for peer in self.workers_ready():
+            if peer not in ready:  # it may have got some while it was needed
+                self._return_leases(peer)
         self._hand_out()
         members = {p.id: Member(p, p.leases[0]) for p in ready if p.leases}
         if not members:
@@ -1450,6 +1457,18 @@ class Rounds:
                 joiner,
             )
 
+    def _gave_nothing(self, giver: Peer, now: float) -> None:
+        """A snapshot came to nothing. The name of a state is no secret: a worker that knows it, but
+        has neither contributed nor given it to anybody, may hold nothing while others wait."""
+        giver.failed_gives += 1
+        proven = giver.role == "observer" or giver.proven
+        if not proven and giver.state == REPLICA and giver.failed_gives >= FAILED_GIVES:
+            why = f"gave its state to nobody in {FAILED_GIVES} attempts"
+            self._warn(f"{giver.name} {why}: it is taken for one that has none", giver)
+            self._disbelieved.add(giver.id)
+            self._take_out(giver, why, now)
+            self._send(giver, Greet(join=True))
+
     def _abort_snapshot(
         self, why: str, now: float, but: Peer | None = None, by_giver: bool = False
     ) -> None:
@@ -1461,7 +1480,7 @@ class Rounds:
         joiner = self.peers[snap.joiner]
         self._warn(f"snapshot {snap.number} is off: {why}", joiner)
         if by_giver:
-            self.peers[snap.giver].failed_gives += 1
+            self._gave_nothing(self.peers[snap.giver], now)
         else:
             self._snapshot_was_wasted(joiner, now)
         for session in (snap.giver, snap.joiner):

@@ -47,9 +47,12 @@ from paramserver.settings import Settings
 from paramserver.whole import BUFFER_BYTES
 
 TICK_S = 0.1
+PROBES_APART_S = 0.05  # at least, on PUB: all who follow hear them
 PULSES_PER_TIMEOUT = 10
 MESSAGES_PER_TURN = 64
 FETCH_BYTES = 4 * 2**20
+UNREAD_BYTES = 32 * 2**20  # of a snapshot that wait for its joiner, or these pieces
+PIECES_UNREAD = 6
 FAREWELLS = 3  # heartbeat timeouts that a worker has to say goodbye after the run's end
 
 
@@ -197,6 +200,9 @@ class Server:
         self._doors: dict[str, bytes] = {}
         self._secrets: dict[str, str] = {}  # by session; never sent to anybody
         self._told: set[bytes] = set()  # who was told that it sends rubbish
+        self._unread = sockets.Unread()
+        self._deaf_ears: set[str] = set()  # sessions of those who do not read what they ask for
+        self._probed: dict[str, float] = {}  # session -> when its probe was last published
         self._stop: tuple[str, bool] | None = None  # why, and whether that is an error
         self._ended_at: float | None = None
         # Sums are bound by memory, and threads that wait for each other on shared cores cost
@@ -224,6 +230,7 @@ class Server:
         port = self.settings.port
         bucket_bytes = int(self._bucket_mb * 2**20) + max(SENT_BYTES.values())
         largest = max(bucket_bytes, wire.HEADER_BYTES_MAX, BUFFER_BYTES) + sockets.FRAME_OVERHEAD
+        self._most_unread = max(UNREAD_BYTES, PIECES_UNREAD * largest)
         routers = [sockets.tcp(h, port) for h in hosts]
         pubs = [sockets.tcp(h, port + 1) for h in hosts]
         if self._ipc is not None:
@@ -271,6 +278,10 @@ class Server:
                 if not sockets.readable(self._router):
                     break
                 self._receive(sockets.receive(self._router))
+            while self._deaf_ears:
+                session = self._deaf_ears.pop()
+                why = "it does not read what it asks for"
+                self._carry_out(self.rounds.leave(session, why, time.monotonic()))
             now = time.monotonic()
             if now >= next_tick or (due is not None and now >= due):
                 next_tick = now + TICK_S
@@ -330,8 +341,10 @@ class Server:
             if sender not in self._told:
                 if len(self._told) < 1000:
                     self._told.add(sender)
-                who = self.rounds.peers[session].name if session else "somebody unknown"
-                self.watcher.say(f"{who} sent what this protocol does not allow: {e}", True)
+                peer = self.rounds.peers[session] if session else None
+                who = peer.name if peer else "somebody unknown"
+                if peer is None or self.rounds.may_say(peer.id, who):
+                    self.watcher.say(f"{who} sent what this protocol does not allow: {e}", True)
             self._send_raw(sender, wire.Reject(f"your message was not understood: {e}"))
             if session is not None:
                 self._carry_out(self.rounds.leave(session, str(e), now, error=True))
@@ -383,6 +396,8 @@ class Server:
             case wire.Unready():
                 self._carry_out(r.unready(session, now, message.unfinished))
             case wire.Manifest() | wire.Want() | wire.Piece() | wire.Abort():
+                if isinstance(message, wire.Want) and self._waits_for(sender) > self._most_unread:
+                    return  # it may ask again when it has read what it asked for
                 goal, effects = r.route(session, message, now)
                 if goal is not None:
                     content = buffers[:1] if isinstance(message, wire.Piece) else ()
@@ -473,7 +488,9 @@ class Server:
             self._links.pop(old, None)
             self._carry_out(self.rounds.relinked(probe.session, now))
         self.rounds.seen(probe.session, now)
-        self._publish(wire.Probe(session=probe.session))  # its secret is nothing to the others
+        if now - self._probed.get(probe.session, -math.inf) >= PROBES_APART_S:
+            self._probed[probe.session] = now
+            self._publish(wire.Probe(session=probe.session))  # its secret is nothing to the others
         self._send(probe.session, self.rounds.pulse(now))
         if self.rounds.ended is not None:
             self._send(probe.session, self.rounds.ended)
@@ -560,9 +577,11 @@ class Server:
             return
         self.rounds.fetches(session)
         route = self._routes[session]
+        if self._waits_for(route) > FETCH_BYTES:
+            return  # an answer is on its way, or lies there unread
         for update in self._history.after(fetch.step):
             for frames in update.messages:
-                if not self._send_frames(route, frames, copy=self._ring is not None):
+                if not self._send_frames(route, frames, own=self._ring is None):
                     return
         self._send(session, wire.Fetched(step=self.rounds.step, open=self.rounds.open_message()))
 
@@ -716,8 +735,10 @@ class Server:
             )
         )
         for session in self.rounds.deaf:
-            for message in (*self._averages, frames):
-                self._send_frames(self._routes.get(session, b""), message, copy=bool(self._ring))
+            route = self._routes.get(session)
+            if route is not None and self._waits_for(route) <= FETCH_BYTES:
+                for message in (*self._averages, frames):
+                    self._send_frames(route, message, own=self._ring is None)
         self._prompt(self.rounds.prompted)
         self._forget_overwritten()
         self.closed_at = time.monotonic()
@@ -739,8 +760,10 @@ class Server:
         self._outboxes.pop(session, None)
         self._sharing.discard(session)
         self._unmapped.discard(session)
+        self._probed.pop(session, None)
         route = self._routes.pop(session, None)
         if route is not None:
+            self._unread.forget(route)
             self._links.pop(route, None)
 
     def _pulse(self, now: float) -> None:
@@ -775,11 +798,21 @@ class Server:
     def _send_raw(self, route: bytes, message: wire.Message) -> bool:
         return self._send_frames(route, wire.to_frames(message))
 
-    def _send_frames(self, route: bytes, frames: list[Any], copy: bool = False) -> bool:
-        """False when that peer is gone; what becomes of it is decided by its silence."""
+    def _waits_for(self, route: bytes) -> int:
+        """Bytes of large frames that wait here for the peer at the other end of this route."""
+        return self._unread.waiting(route)
+
+    def _send_frames(self, route: bytes, frames: list[Any], own: bool = True) -> bool:
+        """False when that peer is gone; what becomes of it is decided by its silence. One that has
+        asked for thousands of messages and reads none is let go. `own`: see `sockets.Unread`."""
         try:
-            sockets.send(self._router, [route, *frames], copy=copy or len(frames) == 1, wait=False)
+            if len(frames) == 1:
+                sockets.send(self._router, [route, *frames], wait=False)
+            else:
+                self._unread.send(self._router, route, frames, own=own)
         except zmq.ZMQError as e:
+            if e.errno == errno.EAGAIN and route in self._links:
+                self._deaf_ears.add(self._links[route])
             if e.errno in (errno.EHOSTUNREACH, errno.EAGAIN):
                 return False
             raise

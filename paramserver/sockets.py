@@ -14,6 +14,7 @@ import os
 import resource
 import socket
 import tempfile
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -31,6 +32,8 @@ SMALL_MESSAGES = 64  # room for what is not a bucket
 HISTORY_MIN_MB = 64.0
 MARK_MAX = 2**31 - 1  # ZeroMQ's own
 FRAME_OVERHEAD = 4096
+MESSAGES_UNREAD = 16_384  # small ones that wait for a peer which does not read
+LARGE_BYTES = 2**16  # of a frame whose way out of this process is followed
 CONNECTIONS = 10_000  # macOS allows 10,240 by default
 ZAP_DOMAIN, ZAP_PLAIN = "paramserver", "paramserver-plain"
 _POLLIN, _NOBLOCK, _SNDMORE = int(zmq.POLLIN), int(zmq.NOBLOCK), int(zmq.SNDMORE)
@@ -92,7 +95,7 @@ def router(ctx: zmq.Context[zmq.Socket[bytes]], frame_bytes_max: int) -> zmq.Soc
     s = _make(ctx, zmq.ROUTER, frame_bytes_max)
     s.setsockopt(zmq.ROUTER_MANDATORY, 1)
     s.setsockopt(zmq.RCVHWM, BUCKETS_WAITING)
-    s.setsockopt(zmq.SNDHWM, 0)  # what is sent here was asked for piece by piece
+    s.setsockopt(zmq.SNDHWM, MESSAGES_UNREAD)  # what is large is bounded by `Unread`
     return s
 
 
@@ -215,6 +218,43 @@ def send(
     for frame in frames[:-1]:
         s.send(frame, flags | _SNDMORE, copy=copy)
     s.send(frames[-1], flags, copy=copy)
+
+
+class Unread:
+    """How many bytes wait in this process for each peer that they were sent to, by its route.
+
+    ZeroMQ counts messages; an answer may be large. Large frames are followed until they are handed
+    to the kernel, small ones are bounded by the socket's mark.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: dict[bytes, deque[tuple[zmq.MessageTracker, int]]] = {}
+
+    def send(self, s: zmq.Socket[bytes], route: bytes, frames: Sequence[Any], *, own: bool) -> None:
+        """Send to this peer without waiting; raises as `send`. Where the frames are not the
+        message's `own`, since somebody will write over them, large ones are copied."""
+        s.send(route, _NOBLOCK | _SNDMORE)
+        for i, frame in enumerate(frames):
+            flags = _NOBLOCK if i == len(frames) - 1 else _NOBLOCK | _SNDMORE
+            if len(frame) < LARGE_BYTES:
+                s.send(frame, flags)
+                continue
+            tracker = s.send(frame if own else bytes(frame), flags, copy=False, track=True)
+            assert tracker is not None
+            self._waiting.setdefault(route, deque()).append((tracker, len(frame)))
+
+    def waiting(self, route: bytes) -> int:
+        waiting = self._waiting.get(route)
+        if waiting is None:
+            return 0
+        while waiting and waiting[0][0].done:
+            waiting.popleft()
+        if not waiting:
+            del self._waiting[route]
+        return sum(size for _, size in waiting)
+
+    def forget(self, route: bytes) -> None:
+        self._waiting.pop(route, None)
 
 
 def receive(s: zmq.Socket[bytes]) -> list[zmq.Frame]:

@@ -1187,6 +1187,23 @@ def test_a_giver_whose_snapshots_fail_is_asked_last() -> None:
     assert run.rounds.peers["w3"].state == REPLICA
 
 
+def test_who_only_knows_the_name_of_a_state_is_not_waited_for_for_ever() -> None:
+    run = Run(epochs=100).observer()
+    run.hello(2), run.follows(2)
+    run.leave(0)
+    run.hello(1), run.join(1)
+    for number in (1, 2, 3):
+        effects = run.tick(run.now + 11.0, 1, 2)
+        assert effects[0] == f"# snapshot {number} is off: worker 2 (pi) was silent for 10 s"
+        if number < 3:
+            run.join(1)
+    assert "# worker 2 (pi) gave its state to nobody in 3 attempts" in " ".join(effects)
+    run.join(1)
+    assert but_words(run.follows(2)) == ["w2 <- adopt at step 0"]
+    run.hello(0, "b")
+    assert "obsb <- origin at step 0" in run.join(0, "b")
+
+
 def test_between_two_snapshots_a_round_goes_on() -> None:
     run = Run(epochs=100, max_workers=8).observer().workers(1, 2)
     for who in (3, 4):

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from paramserver import wire
 from paramserver.comeback import NOTHING
 from paramserver.effects import Effect
 from paramserver.ledger import PARTLY, RETURNED, Ledger, Suspect
-from paramserver.members import Peer
+from paramserver.members import Member, Peer
 from paramserver.rounds import Rounds
 from workers import follow
 from workers.follow import Follow
@@ -40,7 +41,15 @@ def test_the_promises_hold_under_faults(first: int) -> None:
 def test_schedules_have_what_they_are_made_for() -> None:
     seen = sum((simulate(seed).seen for seed in range(200)), start=simulate(200).seen)
     faults = ("kill", "kill the server", "stop", "cut", "hold", "twin", "pause")
-    for what in (*faults, "snapshots", "void rounds", "steps", "steps lost", "run given up"):
+    for what in (
+        *faults,
+        "liar",
+        "snapshots",
+        "void rounds",
+        "steps",
+        "steps lost",
+        "run given up",
+    ):
         assert seen[what] > 5, f"{what} hardly ever happens: {seen}"
     assert seen["steps"] > 500
     assert seen["ranges killed"] > 5 and seen["ranges unread"] > 5
@@ -184,6 +193,42 @@ class WaitsForALostState(Rounds):
         pass
 
 
+class WaitsForTheEmpty(Rounds):
+    """Who holds a lease and never pushes is waited for in every round."""
+
+    def _judge(self, peer: Peer, member: Member, how: str) -> None:
+        member.timed_out = False
+        super()._judge(peer, member, how)
+
+
+class GivesWithoutEnd(Rounds):
+    """Who joins again and again gets a snapshot each time, before the rounds of others."""
+
+    def _may_take_snapshot(self, now: float) -> Collection[str]:
+        return ("observer", "worker")
+
+
+class BelievesAdopted(Rounds):
+    """Who says that it holds a snapshot holds it."""
+
+    def adopted(self, session: str, number: int, now: float) -> list[Effect]:
+        snap = self.snapshot
+        if snap is not None and snap.number == number and session == snap.joiner:
+            snap.pieces = len(snap.delivered)
+        return super().adopted(session, number, now)
+
+
+class PassesEverythingOn(Rounds):
+    """Any part of a snapshot goes on, and counts as progress."""
+
+    def route(self, session: str, message: Any, now: float) -> tuple[str | None, list[Effect]]:
+        snap = self.snapshot
+        if snap is not None and session == snap.joiner and isinstance(message, wire.Want):
+            snap.progress_at = now
+            return snap.giver, []
+        return super().route(session, message, now)
+
+
 class AppliesTwice(Follow):
     """After a fetch, an update that also came over SUB is applied again."""
 
@@ -261,6 +306,10 @@ class ListeningObserver(Listens, Observer):
         (Parts(rounds=AwaitsNoOtherObserver), "is on no disk", 0),
         (Parts(rounds=WaitsForNobody), "every worker had left, and the run waited on", 112),
         (Parts(rounds=WaitsForALostState), "nobody could help", 131),
+        (Parts(rounds=WaitsForTheEmpty), "in a row waited for", 3),
+        (Parts(rounds=GivesWithoutEnd), "two snapshots in a row", 3),
+        (Parts(rounds=BelievesAdopted), "without all its pieces", 3),
+        (Parts(rounds=PassesEverythingOn), "passed on twice|could have gone on", 3),
         (Parts(follow=AppliesTwice), "another model than the log", 0),
         (Parts(follow=KeepsVoidAverages), "another model than the log", 297),
         (Parts(follow=JumpsGaps), "another model than the log", 0),

@@ -22,9 +22,10 @@ import torch
 import zmq
 from crew import Crew, Noise, perceptron
 from whole import DEADLINE_S, LOOPBACK, Run, Served
+from zmq.utils import garbage
 
 import workers
-from paramserver import wire
+from paramserver import sockets, wire
 from paramserver.errors import UserError
 
 HELD_AT = 3
@@ -413,3 +414,94 @@ def test_a_peer_without_a_secret_is_known_by_its_session() -> None:
         answer(second, wire.Pulse)
         first.send_multipart(wire.to_frames(wire.Unready()))
         assert answer(first, wire.Greet).session_known  # it is not its link any more
+
+
+# ------------------------------------------------------------------------------ who tells lies
+
+
+def test_a_host_name_without_end_is_refused() -> None:
+    with a_run_in_its_middle() as served, dealer(served.port) as s:
+        for length in (256, 60_000, 4 * 2**20 - 300):
+            s.send_multipart(wire.to_frames(msgspec.structs.replace(HELLO, host="A" * length)))
+            assert "not understood" in answer(s, wire.Reject).reason
+
+
+def test_numbers_that_would_overflow_cost_only_who_tells_them() -> None:
+    with Served(num_workers=1, num_epochs=1) as served:
+        with greeted(served) as link:
+            for message in (
+                wire.Join(layout=LAYOUT, step=2**63 - 1, lineage="x", device="cpu"),
+                wire.Push(round=1, bucket=0, samples=2**63 - 1),
+                wire.Ready(samples=2**62, batch_size=2**62),
+            ):
+                link.send_multipart(wire.to_frames(message))
+                assert answer(link, wire.Reject | wire.Greet)
+        crew = Crew(served, perceptron, Noise(32))
+        served.wait(crew.start(1, 8))
+    assert crew.applied() == dict.fromkeys(range(32), 1)
+
+
+def test_a_digest_of_somebody_who_never_took_part_is_not_believed() -> None:
+    with a_run_in_its_middle() as served:
+        for nonce in range(30):
+            with dealer(served.port) as s:
+                hello = msgspec.structs.replace(HELLO, nonce=str(nonce))
+                s.send_multipart(wire.to_frames(hello))
+                session = answer(s, wire.Welcome).session
+                s.send_multipart(wire.to_frames(wire.Probe(session=session)))
+                answer(s, wire.Pulse)
+                if nonce % 2:
+                    at = {"step": served.server.rounds.step, "lineage": served.closes[-1].lineage}
+                    s.send_multipart(
+                        wire.to_frames(wire.Join(layout=LAYOUT, device="cpu", recipe="", **at))
+                    )
+                end = wire.Goodbye(reason="", step=HELD_AT, digest="d" * 64)
+                s.send_multipart(wire.to_frames(end))
+        served.until(lambda: len(served.server.rounds.peers) == 2)
+        assert served.server.digests == {}
+    lines = [line for line in served.said if "worker 3" in line]
+    assert 2 < len(lines) <= 21, "what is said about one worker is limited"
+
+
+def test_who_reads_none_of_its_answers_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sockets, "MESSAGES_UNREAD", 100)
+    with a_run_in_its_middle() as served, dealer(served.port) as door:
+        door.send_multipart(wire.to_frames(HELLO))
+        session = answer(door, wire.Welcome).session
+        with zmq.Context() as context, context.socket(zmq.DEALER) as link:
+            link.linger = 0
+            link.setsockopt(zmq.RCVHWM, 1)
+            link.setsockopt(zmq.RCVBUF, 4096)
+            link.connect(f"tcp://{LOOPBACK}:{served.port}")
+            link.send_multipart(wire.to_frames(wire.Probe(session=session)))
+            for _ in range(200_000):
+                with suppress(zmq.Again):
+                    abort = wire.Abort(snapshot=1, reason="x" * 100)
+                    link.send_multipart(wire.to_frames(abort), zmq.NOBLOCK)
+                if any("does not read" in line for line in served.said):
+                    break
+            served.until_said(r"worker 3 .* left: it does not read what it asks for")
+
+
+def test_what_waits_for_a_peer_is_counted_until_it_has_left() -> None:
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as s:
+        s.linger = 0
+        s.setsockopt(zmq.SNDHWM, 0)
+        port = s.bind_to_random_port(f"tcp://{LOOPBACK}")
+        with dealer(port) as peer:
+            peer.setsockopt(zmq.RCVHWM, 1)
+            peer.send(b"here")
+            route = s.recv_multipart()[0]
+            unread = sockets.Unread()
+            numbers = bytearray(2**20)
+            for _ in range(100):
+                unread.send(s, route, [b"header", numbers], own=False)
+            waiting = unread.waiting(route)
+            assert waiting > 50 * 2**20
+            numbers[:] = b"x" * len(numbers)  # written over: the messages have their own
+            for _ in range(100):
+                assert peer.recv_multipart() == [b"header", bytes(2**20)]
+            while unread.waiting(route):
+                pass
+            assert not unread._waiting
+    garbage.gc.stop()  # pyzmq's thread that lets go what was sent without a copy

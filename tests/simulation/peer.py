@@ -19,7 +19,7 @@ from workers.follow import Follow
 from .book import Broken, Sample, after_update, samples_of
 from .network import Carried, Network, World
 from .process import AT_BOTH, AT_DOOR, AT_LINK, DEAF, Leaves, Process, Waiting
-from .server import Server, brief
+from .server import LIE, Server, brief, pieces_of
 
 BEATS_PER_TIMEOUT = 5
 SILENT_TIMEOUTS = 3
@@ -400,6 +400,9 @@ class Client(Process):
                 self.replica.apply(effect.close)
                 self._compare()
                 f.applied(effect.close)
+                if self.server.compares and self.replica.step % 2 == 0:
+                    digest = str(self.replica.model)
+                    self._send(wire.Digest(step=self.replica.step, digest=digest))
                 if self._give_later is not None:
                     self._give(self._give_later)
             case follow.Diverged():
@@ -563,7 +566,8 @@ class Client(Process):
     def _want_more(self) -> None:
         taking = self._taking
         assert taking is not None
-        while len(taking.wanted) < WANTS_IN_FLIGHT and taking.next < PIECES:
+        pieces = pieces_of(taking.manifest)
+        while len(taking.wanted) < WANTS_IN_FLIGHT and taking.next < pieces:
             taking.wanted.add(taking.next)
             self._send(wire.Want(snapshot=taking.manifest.snapshot, piece=taking.next))
             taking.next += 1
@@ -573,6 +577,11 @@ class Client(Process):
     def _take_piece(self, message: wire.Piece, state: State) -> None:
         taking = self._taking
         if taking is None or taking.manifest.snapshot != message.snapshot:
+            return
+        if state == LIE:
+            self._send(wire.Abort(message.snapshot, "a piece of another length"))
+            self._taking = None
+            self._send_join()
             return
         if message.piece in taking.wanted:
             taking.wanted.discard(message.piece)
@@ -585,6 +594,10 @@ class Client(Process):
         assert f is not None
         self._taking = None
         states = list(taking.pieces.values())
+        if not states:  # a tree without what belongs there
+            self._send(wire.Abort(m.snapshot, "it is not my model"))
+            self._send_join()
+            return
         if any(state != states[0] for state in states):
             raise Broken(f"{self.name} took a snapshot of several models")
         self.replica.load(states[0], m.step, m.lineage)

@@ -23,12 +23,15 @@ from __future__ import annotations
 
 import argparse
 import math
+import random
 import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
+
+import msgspec
 
 from paramserver import wire
 from paramserver.departures import LEFT
@@ -37,12 +40,14 @@ from paramserver.rounds import Rounds, Rules
 from workers.follow import Follow
 
 from .book import Broken, samples_of
+from .liar import Liar
 from .network import DOWN, UP, Network, World
 from .peer import Client, Habits, Observer, Worker
 from .server import Server
 
 SILENCE_S = 4.0  # heartbeat_timeout
 IDLE_S = 50.0
+LIARS_EVERY = 4  # seeds, a schedule has a liar
 PATIENCE_S, PATIENCE_FOR_A_SAMPLE_S = 400.0, 2.0
 """After the last fault; more than any chain of deadlines, so that only what hangs exceeds it."""
 
@@ -77,6 +82,7 @@ class Parts:
     follow: type[Follow] = Follow
     worker: type[Worker] = Worker
     observer: type[Observer] = Observer
+    liar: type[Liar] = Liar
 
 
 class Outcome:
@@ -115,6 +121,14 @@ class Schedule:
             epochs=rng.choice((1, 2, 2, 3)),
             observer=rng.random() < 0.7,
         )
+        self.lies = seed % LIARS_EVERY == LIARS_EVERY - 1
+        if self.lies:
+            self.rules = msgspec.structs.replace(
+                self.rules,
+                observer=True,
+                deterministic=False,
+                quorum=min(self.rules.quorum, 0.5),
+            )
         self.server = Server(
             world,
             self.net,
@@ -144,9 +158,13 @@ class Schedule:
         for slot in self.slots:
             world.at(rng.choice((0.0, 0.0, rng.uniform(0.0, 5.0))), self._start, slot)
         self.calm_at = self._plan_faults()
+        if self.lies:
+            self.server.compares = True
+            world.at(2.0 * random.Random(seed).random(), self._start_liar, seed, workers + 1)
         world.at(self.calm_at, self._calm)
         own = Random(-1 - seed)  # so that all else is as it would be without
-        self.home_at = own.uniform(0.5, 8.0) if own.random() < HOMEWARD else math.inf
+        goes = own.random() < HOMEWARD and not self.lies  # a liar would stay
+        self.home_at = own.uniform(0.5, 8.0) if goes else math.inf
         if self.home_at < math.inf:
             world.at(self.home_at, self._go_home)
 
@@ -206,6 +224,12 @@ class Schedule:
         self.server.publish.append(peer.publish)
         self.alive.append(peer)
         return peer
+
+    def _start_liar(self, seed: int, id: int) -> None:
+        kind = self.parts.liar
+        liar = kind(self.world, self.net, self.server, id, self.habits.samples, seed)
+        self.server.publish.append(liar.publish)
+        self.outcome.seen["liar"] += 1
 
     def _exited(self, slot: int, peer: Client) -> None:
         why = peer.exit

@@ -5,6 +5,7 @@ Kept as close to that file as it can be, so that a schedule that fails here name
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -23,13 +24,17 @@ from paramserver.effects import (
     Send,
     Void,
 )
-from paramserver.members import REPLICA
+from paramserver.errors import PeerError
+from paramserver.members import REPLICA, Snapshot
 from paramserver.rounds import Rounds, Rules
 
-from .book import Book, Broken, Gradient, Sample
+from .book import Book, Broken, Gradient, Sample, samples_of
 from .network import Carried, Network, World
 
 PULSES_PER_TIMEOUT = 10
+LIAR, LIE = "liar", "a lie"  # host and payloads of one; see `liar`
+PIECES_MOST = 1000
+AWAITED_MOST = 5
 TICK_S = 0.25
 FETCH_UPDATES = 3  # that make an answer
 FAREWELLS = 3
@@ -78,6 +83,7 @@ class Server:
         self.limit = history
         self.boots = self._runs = 0
         self.dies_at: str | None = None
+        self.compares = False  # replicas tell digests of their models
         self._make_rounds = make_rounds
         self._begin_run()
 
@@ -111,6 +117,10 @@ class Server:
         self._models: dict[str, int] = {}  # what each peer's model was when it joined
         self._backlog: deque[tuple[int, Carried]] = deque()
         self._sessions = 0
+        self._gave_at = -1  # so many rounds had been opened when the last snapshot began
+        self._awaited: dict[int, int] = {}  # by id: rounds in a row that it brought nothing to
+        self._passed_on: set[tuple[int, str, int | None]] = set()
+        self._told_pieces = (0, 0)  # snapshot, and how many its manifest tells of
         self.world.after(TICK_S, self._tick, self.boots)
         self.world.after(0.0, self._pulse, self.boots)
 
@@ -157,6 +167,11 @@ class Server:
             self.world.say(f"    {who} -> server: {brief(message)}")
         try:
             self._handle(route, message, payload, self.world.now)
+        except PeerError as e:
+            session = self._links.get(route)
+            self._send_raw(route, wire.Reject(f"your message was not understood: {e}"))
+            if session is not None:
+                self._carry_out(self.rounds.leave(session, str(e), self.world.now))
         except Killed:
             self.kill()
             return
@@ -207,17 +222,30 @@ class Server:
             case wire.Manifest() | wire.Want() | wire.Piece() | wire.Abort():
                 goal, effects = r.route(session, message, now)
                 if goal is not None:
+                    self._check_passed_on(message)
                     self._send(goal, message, payload)
                 self._carry_out(effects)
             case wire.Stand():
                 self._carry_out(r.stands(session, message.step, now, kept=message.kept))
             case wire.Adopted():
+                before = r.peers[session].state
                 self._carry_out(r.adopted(session, message.snapshot, now))
+                after = r.peers[session].state
+                if before != after == REPLICA and not self._all_passed_on(message.snapshot):
+                    raise Broken(f"{r.peers[session].name} holds a snapshot without all its pieces")
             case wire.Goodbye():
+                said = (message.reason, now, message.step, message.digest)
                 died = {"failed": message.failed, "lease": message.lease, "error": message.error}
-                self._carry_out(r.leave(session, message.reason, now, **died))
+                self._carry_out(r.leave(session, *said, **died))
+            case wire.Digest():
+                self._carry_out(r.digest(session, message.step, message.digest, now))
+                self._check_found_wrong()
+            case wire.Report():
+                pass  # only the observer's is looked at
             case _:
-                raise Broken(f"a {type(message).__name__} is not for the server")
+                if r.peers[session].host != LIAR:
+                    raise Broken(f"a {type(message).__name__} is not for the server")
+                raise PeerError(f"a {type(message).__name__} is not for the server")
 
     def _greet(self, route: int, hello: wire.Hello, now: float) -> None:
         if self.rounds.coming_back and hello.role == "worker" and hello.run is None:
@@ -226,6 +254,8 @@ class Server:
         refuse = ""
         if self.rounds.ended is not None:
             refuse = f"the run has ended: {self.rounds.ended.reason}"
+        elif hello.role not in ("worker", "observer"):
+            refuse = f"there is no role {hello.role!r}"
         elif hello.role == "observer" and hello.key != self.nonce:
             refuse = "only the observer that this server started may observe"
         elif hello.run is not None and hello.run != self.run:
@@ -297,6 +327,12 @@ class Server:
         if why is not None:
             self._send(session, wire.Refused(round=push.round, reason=why))
             return
+        if gradient == LIE:  # it counts for what its header says
+            assert self.rounds.round is not None
+            member = self.rounds.round.members[self.rounds.peers[session].id]
+            gradient = (self.book.model, samples_of(member.lease), True)
+            if not 0.0 < push.scale < math.inf or push.places:
+                raise PeerError("a payload that does not fit")
         bad = None if gradient[2] else f"not all of its numbers are finite (bucket {push.bucket})"
         if bad is None:
             self._payloads[self.rounds.peers[session].id, push.bucket] = gradient
@@ -383,6 +419,8 @@ class Server:
                     if isinstance(effect.message, wire.Open):
                         self._prompt(self.rounds.deaf | self.rounds.prompted)
                 case Send():
+                    if isinstance(effect.message, wire.Give):
+                        self._check_rounds_go_on()
                     message = effect.message
                     if isinstance(message, wire.Admit) and message.action == "origin":
                         self._has_origin(message, self._models[effect.session])
@@ -446,6 +484,7 @@ class Server:
     def _close_round(self, close: wire.Close) -> None:
         if self._sums or self._payloads:
             raise Broken("something was pushed and taken, but is not in the update")
+        self._check_nobody_is_awaited_for_ever(close)
         self.book.close(close, {a.bucket: (a, samples) for a, samples in self._averages})
         self._die_if_due("before a close is noted")
         self.noted = close.lineage
@@ -497,6 +536,46 @@ class Server:
 
     # ------------------------------------------------------------------ what is kept
 
+    def _check_rounds_go_on(self) -> None:
+        """Between two snapshots, where they can."""
+        r = self.rounds
+        could = r.ending is None and r._enough(r._takers(), self.world.now)
+        if could and r._rounds == self._gave_at:
+            raise Broken("two snapshots in a row, and a round could go on")
+        self._gave_at = r._rounds
+
+    def _check_nobody_is_awaited_for_ever(self, close: wire.Close) -> None:
+        """Who brings nothing to rounds that wait for it is left out, where others are enough."""
+        enough = len(close.contributors) >= max(1, self.rules.min_workers)
+        for id in set(self._awaited) | set(close.late):
+            why = close.late.get(id, "")
+            empty = why.startswith("late") and id not in close.contributors
+            if self.rules.timeout is not None and enough and empty:
+                self._awaited[id] = self._awaited.get(id, 0) + 1
+                if self._awaited[id] > AWAITED_MOST:
+                    raise Broken(f"{AWAITED_MOST} rounds in a row waited for worker {id}")
+            else:
+                self._awaited.pop(id, None)
+
+    def _check_passed_on(self, message: Any) -> None:
+        """Each part of a snapshot goes on once."""
+        key = (message.snapshot, type(message).__name__, getattr(message, "piece", None))
+        if key in self._passed_on:
+            raise Broken(f"{brief(message)} is passed on twice")
+        self._passed_on = {k for k in self._passed_on if k[0] == message.snapshot} | {key}
+        if isinstance(message, wire.Manifest):
+            self._told_pieces = message.snapshot, pieces_of(message)
+
+    def _all_passed_on(self, snapshot: int) -> bool:
+        passed = sum(n == snapshot and kind == "Piece" for n, kind, _ in self._passed_on)
+        return self._told_pieces == (snapshot, passed)
+
+    def _check_found_wrong(self) -> None:
+        """Whose weights are right is not told that they are wrong, whatever a liar says."""
+        for peer in self.rounds.peers.values():
+            if peer.found_wrong and peer.host != LIAR:
+                raise Broken(f"{peer.name} was found wrong, and is right")
+
     def _check_bounds(self) -> None:
         """What is kept is bounded by members, buckets and history."""
         r = self.rounds
@@ -507,6 +586,13 @@ class Server:
             ("payloads", len(self._payloads), members * self.buckets),
             ("sums", len(self._sums), self.buckets),
             ("peers", len(r.peers), self.rules.max_workers + 1),
+            ("digests of goodbyes", len(r.digests), self.rules.max_workers + 1),
+            ("disbelieved", len(r._disbelieved), self.rules.max_workers),
+            ("wasted snapshots", len(r._wasted_by), self.rules.max_workers),
+            ("tallies", len(r.tallies), self.rules.max_workers),
+            ("sentences", len(r._sentences._told), self.rules.max_workers),
+            ("deaf", len(r.deaf | r.prompted), len(r.peers)),
+            ("pieces", 0 if r.snapshot is None else len(r.snapshot._wanted), PIECES_MOST),
             ("links", len(self._links), len(r.peers)),
             ("routes", len(self._routes), len(r.peers)),
             ("doors", len(self._doors), len(r.peers)),
@@ -517,8 +603,15 @@ class Server:
         if r.ledger is not None:
             leases = len(r.ledger._leased) + len(r.ledger._waiting)
             halves = len(r.ledger._suspects)
-            if leases > rounds.LEASES_HELD * self.rules.max_workers + halves:
+            most = rounds.LEASES_HELD * self.rules.max_workers + halves
+            if leases > (8 * most if self.compares else most):  # a liar asks for small ones
                 raise Broken(f"the ledger keeps {leases} ranges")
+
+
+def pieces_of(manifest: wire.Manifest) -> int:
+    snapshot = Snapshot(0, "", "", 0.0)
+    snapshot.tells(manifest)
+    return snapshot.pieces or 0
 
 
 def brief(message: Any) -> str:
