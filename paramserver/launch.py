@@ -72,6 +72,14 @@ class Started:
     workers: list[subprocess.Popen[bytes]]
     logs: Path
 
+    def words(self, number: int) -> str:
+        """What this worker said."""
+        path = self.logs / f"worker-{number}.log"
+        try:
+            return path.read_text(errors="replace").strip()
+        except OSError as error:  # somebody cleans up /tmp
+            return f"{path} cannot be read: {error.strerror or error}"
+
     def interrupt(self) -> int:
         """Let the server end the run in order, and the workers with it; its exit code."""
         self.server.terminate()
@@ -159,7 +167,7 @@ def _watch(started: Started) -> int:
         for number, worker in enumerate(started.workers, 1):
             if worker.poll() not in (None, 0) and number not in told:
                 told.add(number)
-                words = (started.logs / f"worker-{number}.log").read_text(errors="replace").strip()
+                words = started.words(number)
                 terminal.say(f"worker {number} failed:\n{words[-2000:]}", error=True)
                 if len(told) == len(started.workers):
                     started.server.terminate()
@@ -258,7 +266,7 @@ def script(arguments: list[str]) -> int:
             failed = not _all_well(started.workers) or failed
         except KeyboardInterrupt:
             return started.interrupt()
-        terminal.say((started.logs / "worker-1.log").read_text(errors="replace").strip())
+        terminal.say(started.words(1))
         return int(failed)
 
 

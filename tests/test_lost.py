@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from whole import CLONE, Monitor, Run
 
-from paramserver.launch import _log_folder
+from paramserver.launch import Started, _log_folder
 
 
 def test_a_run_whose_folder_vanishes_goes_on_and_keeps_what_comes(tmp_path: Path) -> None:
@@ -68,3 +68,10 @@ def test_logs_of_a_demo_have_a_place_without_temporary_folders(
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
     folder = _log_folder(tmp_path / "runs")
     assert folder.parent == tmp_path / "runs" and folder.is_dir()
+
+
+def test_a_log_that_is_gone_is_told(tmp_path: Path) -> None:
+    started = Started(None, [], tmp_path)  # type: ignore[arg-type]
+    (tmp_path / "worker-1.log").write_text("hello\n")
+    assert started.words(1) == "hello"
+    assert "worker-2.log cannot be read: No such file" in started.words(2)

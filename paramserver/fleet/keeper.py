@@ -215,7 +215,12 @@ class Keeper:
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
             if self._stopping.is_set():
                 break
-            self._start()
+            try:
+                self._start()
+            except OSError as e:  # memory or processes are short
+                self._say(f"error: the {self._place.name} cannot be started again: {e}")
+                self._state.code = code
+                break
         signal.alarm(0)
         if self._stopping.is_set():
             self._note("stopped")
