@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
@@ -55,6 +56,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def quiet_environment(tmp_path_factory: pytest.TempPathFactory) -> None:
     """One torch thread; no W&B login and no make variables from outside, here and in children."""
     torch.set_num_threads(1)
+    with suppress(ValueError):  # not in the main thread
+        # A shell that starts tests in the background has SIGINT ignored in all that they start.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     for name in list(os.environ):
         if name.startswith("WANDB_") or name in {
             "MAKEFLAGS",

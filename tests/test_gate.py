@@ -201,10 +201,13 @@ def test_nobody_gets_in_where_the_authenticator_is_gone() -> None:
         gate._authenticator.stop()
         client = Client(LOOPBACK, served.port, id=1, keys=as_peer(KEYS))
         try:
-            with pytest.raises(UserError, match="no server answered"):
+            # Which of the two depends on how often it is hung up on in this time.
+            with pytest.raises(UserError, match=r"no server answered|has other keys"):
                 client.connect(0.5)
+            assert client._knock is not None and not client._knock.proven
         finally:
             client.close()
+        assert not served.server.rounds.peers
 
 
 @pytest.mark.parametrize(
@@ -259,7 +262,8 @@ def test_two_machines_a_killed_server_and_new_keys(tmp_path: Path) -> None:
         where = f"{hosts.address('mini1')}:{run.port}"
 
         def server() -> tuple[Program, str]:
-            settings = ("observer=false", "num_epochs=99", "heartbeat_timeout=2")
+            # The run neither ends by itself, nor without workers that a busy machine makes wait.
+            settings = ("observer=false", "num_epochs=100000", "heartbeat_timeout=6")
             program = run.server(address, *settings, host=here, **home)
             line = program.wait_for("other machines join with: ")
             return program, line.split("join=")[1]
