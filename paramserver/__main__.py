@@ -43,6 +43,7 @@ from paramserver.sockets import allow_connections, is_loopback
 OBSERVER_RESTARTS = 3
 OBSERVER_PROVEN_S = 60.0  # one that ran for so long is started again as if it was the first
 OBSERVER_PATIENCE_S = 90.0
+OBSERVER_PAUSE_S = 5.0  # until it is tried again to make its process
 LOG_LINES, LOG_BYTES = 5, 4096  # of the observer's log, to say why it ended
 MISSING = 3  # exit code
 LOSSES_KEPT = 100
@@ -274,6 +275,7 @@ class ObserverProcess:
         }
         self._deaths = 0  # in a row, but for what ran well in between
         self._started_at = 0.0
+        self._again_at = 0.0  # not before: there was no room for a process
         self._here_at: float | None = None  # when this process was last known to the server
         self.problem: UserError | None = None
         self._process: subprocess.Popen[bytes] | None = None
@@ -304,12 +306,12 @@ class ObserverProcess:
 
     def look(self, server: Server) -> None:
         """Has it ended? Then start it again, or end the run where that cannot help."""
-        if self._process is None:
-            if not server.rounds.coming_back:  # those who hold the run come first
-                self._process = self._start()
-                server.rounds.observer_comes = True
-            return
         now, ended = time.monotonic(), server.rounds.ended is not None
+        if self._process is None:
+            awaited = server.rounds.coming_back  # those who hold the run come first
+            if not awaited and not ended and self.problem is None and now >= self._again_at:
+                self._begin(server, now)
+            return
         here = server.rounds.observer
         if here is not None and here.pid == self._process.pid:  # not of one that is dead
             self._here_at = now
@@ -332,16 +334,28 @@ class ObserverProcess:
                 server, "the observer cannot be kept running", (why, _last_lines(self._log))
             )
             if last_chance:  # workers hold the last step until the end: one more, to keep that
-                self._start_again(server)
+                self._begin(server, now)
         else:
             server.watcher.say(f"the observer ended ({_how(code)}): starting it again", True)
-            self._start_again(server)
+            self._begin(server, now)
 
-    def _start_again(self, server: Server) -> None:
+    def _begin(self, server: Server, now: float) -> None:
+        """Start a process; where the system has no room for one, try again in a while."""
         if server.rounds.log_begun:
             self._orders["resume"] = None  # others hold what follows: it takes a snapshot
-        self._process = self._start()
         server.rounds.observer_comes = True
+        try:
+            self._process = self._start()
+        except OSError as error:  # no memory, or too many processes
+            self._process, self._again_at = None, now + OBSERVER_PAUSE_S
+            self._deaths += 1
+            why = f"the observer cannot be started: {error.strerror or error}"
+            if self.problem is None and self._deaths <= OBSERVER_RESTARTS:
+                server.watcher.say(f"{why}: trying again", True)
+                return
+            server.rounds.observer_comes = False
+            if self.problem is None:
+                self._cannot(server, why, (why, "end other programs, or use observer=false"))
 
     def _hangs(self, now: float, server: Server) -> bool:
         """Was it there, and is silent for so long that the last step is not left to it?"""

@@ -75,3 +75,21 @@ def test_a_log_that_is_gone_is_told(tmp_path: Path) -> None:
     (tmp_path / "worker-1.log").write_text("hello\n")
     assert started.words(1) == "hello"
     assert "worker-2.log cannot be read: No such file" in started.words(2)
+
+
+NO_PYTHON = """
+import sys
+from paramserver import __main__ as program
+
+sys.executable, program.OBSERVER_PAUSE_S = "/nowhere/python", 0.2
+program.main(sys.argv[1:])
+"""
+
+
+def test_an_observer_whose_process_cannot_be_made_is_told(tmp_path: Path) -> None:
+    with Run(tmp_path) as run:
+        server = run.start("the server", "-c", NO_PYTHON, f"port={run.port}", "plain=true")
+        assert server.end() == 2, server.output
+    assert server.output.count("trying again") == 3, server.output
+    assert "error: the observer cannot be started: No such file or directory" in server.output
+    assert "Traceback" not in server.output
