@@ -94,7 +94,7 @@ class Forks:
         with self._lock, self._answer:
             socket.send_fds(self._socket, [LENGTH.pack(len(told)) + told], [theirs])
             os.close(theirs)
-            if not self._answer.wait_for(lambda: self._started, 60):
+            if not self._answer.wait_for(lambda: self._started, 300):
                 raise RuntimeError("no program was forked")
             pid = self._started.pop()
             output = open(ours, encoding="utf-8", errors="replace")  # noqa: SIM115 (the process's)
