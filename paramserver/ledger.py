@@ -10,7 +10,8 @@ nothing is applied twice. At any time, in samples:
 A range that workers die of would kill them all, one after the other: deaths are counted by range
 (`died`). Two that tell of an error, or three of any kind, and the range is halved; of a half one
 more is enough, and what cannot be halved any further, or not without the last workers, is skipped.
-What is skipped so, what nobody could read and what was dropped is named in `lost`.
+What is skipped so, what nobody could read and what was dropped is named in `lost`. In the epochs
+that follow, the samples that killed are skipped wherever they lie (`places`).
 
 Where workers bring samples of their own there is nothing to lease out: `OwnLedger` counts what they
 tell.
@@ -21,7 +22,7 @@ No clock, no socket; the state goes as a small dict into every close (`state`, `
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any
 
 import msgspec
@@ -30,9 +31,12 @@ from paramserver.wire import OWN, Lease
 
 DONE, PARTLY, SKIPPED, RETURNED = "done", "partly", "skipped", "returned"
 
-KILLED, UNREAD, DROPPED = "killed", "unread", "dropped"
-"""Why samples are lost: workers died of them, they could not be read, or they were the short rest
-of an epoch that was not wanted."""
+KILLED, AGAIN, UNREAD, DROPPED = "killed", "again", "unread", "dropped"
+"""Why samples are lost: workers died of them, or did in an earlier epoch; they could not be read;
+or they were the short rest of an epoch that was not wanted."""
+
+Places = Callable[[int, Lease, int], Sequence[int]]
+"""Where, of a set of so many, the samples of a range lie in the order of another epoch."""
 
 ERRORS_MAX, DEATHS_MAX = 2, 3  # of a range, with an error and in all
 STRANGERS_MAX = 9  # where nobody of them had contributed before
@@ -104,6 +108,8 @@ class Ledger:
         """The first ranges that are lost, by name."""
         self.news: list[Lost] = []
         """What was lost since somebody took this list."""
+        self.places: Places | None = None
+        self._deadly: tuple[tuple[int, int], list[int]] = (-1, 0), []  # of an epoch, see `_avoided`
         self._least = 1
         self._spare = False
 
@@ -121,10 +127,13 @@ class Ledger:
             taken = self._from_waiting(size) if returned else self._from_head(size)
             if taken is None or returned or not drop_last or taken[2] - taken[1] >= size:
                 break
+            if taken[2] < self.samples:
+                break
             self.skipped += taken[2] - taken[1]
             self._lose(taken, DROPPED)
         if taken is not None:
             self._leased.add(taken)
+            self._pass_deadly()  # nothing else may be left
         return taken
 
     def _from_waiting(self, size: int) -> Lease:
@@ -132,29 +141,71 @@ class Ledger:
         while stop - start < self._least:  # of a worker to whom that was enough
             if self._waiting and self._waiting[0][:2] == (epoch, stop):
                 stop = self._waiting.pop(0)[2]
-            elif (self._epoch, self._start) == (epoch, stop) and stop < self.samples:
-                ahead = self._from_head(size)
-                assert ahead is not None
-                stop = ahead[2]
+            elif (self._epoch, self._start) == (epoch, stop) and self._end_of(epoch, stop) > stop:
+                stop = self._advance(size)
             else:
                 break
         if stop - start - size >= self._least:
             self._waiting.insert(0, (epoch, start + size, stop))
             return epoch, start, start + size
-        if (self._epoch, self._start) == (epoch, stop) and self.samples - stop < self._least:
-            stop = self.samples  # the rest of the epoch is too short
-            self._epoch, self._start = epoch + 1, 0
+        rest = self._end_of(epoch, stop) - stop
+        if (self._epoch, self._start) == (epoch, stop) and 0 < rest < self._least:
+            stop = self._advance(rest)  # too short to be a range of its own
         return epoch, start, stop
 
     def _from_head(self, size: int) -> Lease | None:
+        self._pass_deadly()
         if self._epoch >= self.epochs or self.samples == 0:
             return None
         epoch, start = self._epoch, self._start
-        stop = min(start + size, self.samples)
-        if self.samples - stop < self._least:
-            stop = self.samples
-        self._epoch, self._start = (epoch, stop) if stop < self.samples else (epoch + 1, 0)
-        return epoch, start, stop
+        return epoch, start, self._advance(size)
+
+    def _advance(self, size: int) -> int:
+        """Take so many samples from the head, and what would be too short to follow them; returns
+        the place where they end."""
+        end = self._end_of(self._epoch, self._start)
+        stop = min(self._start + size, end)
+        if end - stop < self._least:
+            stop = end
+        self._move_head(stop)
+        return stop
+
+    def _move_head(self, stop: int) -> None:
+        self._epoch, self._start = (
+            (self._epoch, stop) if stop < self.samples else (self._epoch + 1, 0)
+        )
+
+    def _pass_deadly(self) -> None:
+        """Skip samples at the head that killed in an earlier epoch, and what is too short between
+        two of them."""
+        while self._epoch < self.epochs and (avoided := self._avoided(self._epoch)):
+            start = self._start
+            end = self._end_of(self._epoch, start)
+            if end - start >= max(1, self._least):
+                return
+            while end in avoided:
+                end += 1
+            self.skipped += end - start
+            self.killed += end - start
+            self._lose((self._epoch, start, end), AGAIN)
+            self._move_head(end)
+
+    def _end_of(self, epoch: int, start: int) -> int:
+        """The next place from `start` on that no range may hold, or the epoch's end."""
+        avoided = self._avoided(epoch)
+        found = bisect.bisect_left(avoided, start)
+        return avoided[found] if found < len(avoided) else self.samples
+
+    def _avoided(self, epoch: int) -> list[int]:
+        """Where the samples that killed in earlier epochs lie in this one, in order."""
+        killers = [x.lease for x in self.lost if x.why == KILLED and x.lease[0] < epoch]
+        if not killers or self.places is None:
+            return []
+        key = (epoch, len(killers))
+        if self._deadly[0] != key:
+            found = {p for lease in killers for p in self.places(self.samples, lease, epoch)}
+            self._deadly = key, sorted(found)
+        return self._deadly[1]
 
     def settle(self, lease: Lease, how: str, unread: Sequence[int] = ()) -> None:
         """End a lease: done, partly, skipped (all counted) or returned to the queue's head.
@@ -366,7 +417,7 @@ class Ledger:
         for lease in (*(suspect.lease for suspect in s.suspects), *(lost.lease for lost in s.lost)):
             if not (0 <= lease[0] <= epoch and 0 <= lease[1] < lease[2] <= s.samples):
                 raise msgspec.ValidationError(f"the ledger has no range {lease}")
-        if any(lost.why not in (KILLED, UNREAD, DROPPED) for lost in s.lost):
+        if any(lost.why not in (KILLED, AGAIN, UNREAD, DROPPED) for lost in s.lost):
             raise msgspec.ValidationError("samples are lost for no reason that there is")
         ledger = cls(s.samples, s.epochs if epochs is None else epochs)
         ledger.done, ledger.partly, ledger.skipped = s.done, s.partly, s.skipped

@@ -42,3 +42,10 @@ def name_samples(n: int, lease: Lease, *, seed: int) -> str:
         return f"sample {found[0]}"
     more = f" and {len(found) - NAMED} more" if len(found) > NAMED else ""
     return f"samples {', '.join(map(str, found[:NAMED]))}{more}"
+
+
+def places(n: int, lease: Lease, epoch: int, *, seed: int) -> list[int]:
+    """Where the samples of a range, of a set of `n`, lie in the order of another epoch."""
+    of, start, stop = lease
+    here = torch.argsort(order(n, seed, epoch))
+    return sorted(here[order(n, seed, of)[start:stop]].tolist())

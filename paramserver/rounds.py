@@ -41,7 +41,18 @@ from paramserver.effects import (
     Start,
     Void,
 )
-from paramserver.ledger import DONE, DROPPED, KILLED, PARTLY, RETURNED, UNREAD, Ledger, OwnLedger
+from paramserver.ledger import (
+    AGAIN,
+    DONE,
+    DROPPED,
+    KILLED,
+    PARTLY,
+    RETURNED,
+    UNREAD,
+    Ledger,
+    OwnLedger,
+    Places,
+)
 from paramserver.looks import Looks, part, shown
 from paramserver.members import (
     ADOPTING,
@@ -101,6 +112,7 @@ HOLD_S = 1.0  # between leaving a loop and a goodbye that says why; more than a 
 WORKERS_TO_SPARE = 2  # others that are left, to look for the sample that kills
 LOST = {
     KILLED: "workers died of it",
+    AGAIN: "workers died of it in an earlier epoch",
     UNREAD: "it cannot be read",
     DROPPED: "the short rest of an epoch (drop_last)",
 }
@@ -129,10 +141,11 @@ class Rounds:
     """The state of a run as its server sees it; see the module's head.
 
     `count_buckets` tells how many buckets a layout has (`bucket.plan`), `name_samples` which
-    samples, of a set of so many, a range of an epoch's order is. With `comeback` the server
-    was started again in the middle of a run, and this names the newest step that anybody may hold
-    (`Comeback`): the most advanced replica that comes back has its state. Should nobody come back,
-    the run is `deserted`; stopped before that, it is `put_off`.
+    samples, of a set of so many, a range of an epoch's order is, `places` where they lie in the
+    order of another epoch. With `comeback` the server was started again in the middle of a run, and
+    this names the newest step that anybody may hold (`Comeback`): the most advanced replica that
+    comes back has its state. Should nobody come back, the run is `deserted`; stopped before that,
+    it is `put_off`.
     """
 
     def __init__(
@@ -144,6 +157,7 @@ class Rounds:
         *,
         comeback: str | None = None,
         name_samples: Callable[[int, Lease], str] | None = None,
+        places: Places | None = None,
     ) -> None:
         self.rules = rules
         self.nonce = nonce
@@ -194,6 +208,7 @@ class Rounds:
         self._next_snapshot_at = now  # not before, as long as rounds can go on
         self._count_buckets = count_buckets
         self._name_samples = name_samples
+        self._places = places
         self._unread_by: set[int] = set()  # workers that could not read samples
         self._looks = Looks()
         self._held: dict[Lease, tuple[str, float]] = {}  # left by a session; until when
@@ -298,6 +313,7 @@ class Rounds:
         if self.ledger is None or (self.ledger.untouched and not others):
             self._looks.first(peer.name, message.looks)
             self.ledger = OwnLedger() if message.own else Ledger(samples, self.rules.epochs)
+            self.ledger.places = self._places
         if message.own != isinstance(self.ledger, OwnLedger):
             brings, has = "samples of its own", "one set that all share"
             if not message.own:
@@ -971,6 +987,7 @@ class Rounds:
         if message.ledger is not None:
             try:
                 self.ledger = Ledger.from_state(message.ledger, self.rules.epochs)
+                self.ledger.places = self._places
             except ValueError as e:
                 self._send(peer, Reject(f"the checkpoint's ledger cannot be right: {e}"))
                 return False

@@ -40,7 +40,7 @@ from paramserver.effects import (
 from paramserver.errors import PeerError
 from paramserver.gate import Gate
 from paramserver.mean import Mean, Release
-from paramserver.order import name_samples
+from paramserver.order import name_samples, places
 from paramserver.paths import Paths
 from paramserver.rounds import Rounds, Rules
 from paramserver.settings import Settings
@@ -180,6 +180,7 @@ class Server:
             lambda layout: len(plan(layout, self._bucket_mb).buckets),
             comeback=comeback,
             name_samples=partial(name_samples, seed=settings.seed),
+            places=partial(places, seed=settings.seed),
         )
         self._to_send = to_send
         self._observer_key = observer_key

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from paramserver.errors import UserError
+from paramserver.order import places
 from workers import data
 from workers.data import CLASSES, FILES, Samples, load, order
 
@@ -180,6 +181,14 @@ def test_the_order_is_the_same_on_every_machine():
     """Written down once: another version, or another machine, must find the same."""
     assert order(10, seed=42, epoch=0).tolist() == ORDER_42_0
     assert order(10, seed=42, epoch=1).tolist() == ORDER_42_1
+
+
+def test_samples_of_one_epoch_are_found_in_another():
+    n, lease = 50, (0, 3, 9)
+    found = places(n, lease, 2, seed=7)
+    assert found == sorted(found)
+    here, there = order(n, 7, 0)[3:9].tolist(), order(n, 7, 2)[found].tolist()
+    assert sorted(here) == sorted(there)
 
 
 def test_the_order_is_fair():

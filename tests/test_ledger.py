@@ -464,6 +464,62 @@ def test_whatever_a_state_holds_it_is_refused_or_agrees(change: dict[str, Any]) 
     assert len(ledger._waiting) == len(set(ledger._waiting))
 
 
+# ------------------------------------------------------------------- what killed in earlier epochs
+
+
+def backwards(n: int, lease: Lease, epoch: int) -> list[int]:
+    """Every other epoch goes through the set from its end."""
+    of, start, stop = lease
+    turned = (of - epoch) % 2 == 1
+    return (
+        [n - 1 - p for p in range(stop - 1, start - 1, -1)] if turned else list(range(start, stop))
+    )
+
+
+def sample(n: int, epoch: int, place: int) -> int:
+    return n - 1 - place if epoch % 2 else place
+
+
+@given(
+    samples=st.integers(1, 40),
+    epochs=st.integers(1, 4),
+    size=st.integers(1, 9),
+    least=st.integers(1, 2),
+    deadly=st.sets(st.integers(0, 39), max_size=3),
+)
+def test_what_killed_once_kills_nobody_in_a_later_epoch(
+    samples: int, epochs: int, size: int, least: int, deadly: set[int]
+) -> None:
+    ledger = Ledger(samples, epochs)
+    ledger.places = backwards
+    trained: list[tuple[int, int]] = []
+    killed_in: dict[int, set[int]] = {}
+    while (lease := ledger.lease(size, least)) is not None:
+        epoch, start, stop = lease
+        held = {sample(samples, epoch, place) for place in range(start, stop)}
+        if held & deadly:
+            for index in held & deadly:  # as it was never found to kill by itself, or with others
+                killed_in.setdefault(index, set()).add(epoch)
+            ledger.died(lease, error=True, spare=True)
+            ledger.settle(lease, RETURNED)
+        else:
+            trained += [(epoch, index) for index in held]
+            ledger.settle(lease, DONE)
+        ledger = continued(ledger)
+    assert ledger.finished and ledger.counted == ledger.total
+    assert len(trained) == len(set(trained)) == ledger.done
+    assert all(len(epochs_of) == 1 for epochs_of in killed_in.values())
+    # A neighbour is lost with each of them at most, where a range must hold two.
+    assert ledger.skipped <= len(killed_in) * epochs * (1 if least == 1 else 3)
+
+
+def continued(ledger: Ledger) -> Ledger:
+    """What a restarted server makes of its state."""
+    again = Ledger.from_state(msgspec.json.decode(msgspec.json.encode(ledger.state())))
+    again.places = ledger.places
+    return again
+
+
 # ---------------------------------------------------------------------------------- at random
 
 
