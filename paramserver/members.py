@@ -284,6 +284,11 @@ class Round:
         return [m for m in self.members.values() if m.out is None and not self.whole(m)]
 
     @property
+    def inside(self) -> list[Member]:
+        """Those who are not out."""
+        return [m for m in self.members.values() if m.out is None]
+
+    @property
     def deserted(self) -> bool:
         """Is nobody left who pushed everything, still may, or was refused for bad numbers?"""
         return all(m.out is not None and m.bad is None for m in self.members.values())
@@ -294,9 +299,8 @@ class Round:
 
     def look_for_quorum(self, now: float) -> None:
         """Have enough of those who are not out pushed everything?"""
-        inside = [m for m in self.members.values() if m.out is None]
-        needed = math.ceil(self._quorum * len(inside))
-        if self.quorum_at is None and sum(map(self.whole, inside)) >= max(1, needed):
+        needed = math.ceil(self._quorum * len(self.inside))
+        if self.quorum_at is None and sum(map(self.whole, self.inside)) >= max(1, needed):
             self.quorum_at = now
 
     def advance(self, bucket: int) -> list[Effect]:

@@ -98,6 +98,7 @@ MAX_WAIT_TIMEOUTS = 3  # heartbeat timeouts that a derived wait is at most
 EMPTY_ROUNDS = 3  # that a worker may bring nothing to, though they waited as long as they do
 REST_ROUNDS = 10  # that go on without it then, doubled each time
 REST_DOUBLINGS = 6
+OVERDUE_DOUBLINGS = 5  # of the wait before a round is void, as long as nothing is closed
 FAILED_GIVES = 3  # of one that has proven nothing: then it is taken for one that holds no state
 WASTED_SNAPSHOTS = 3  # in a row that brought nobody who contributes: the next one waits
 WAIT_DOUBLINGS = 5
@@ -197,6 +198,8 @@ class Rounds:
         """Sessions of those for whom rounds wait: they are told on their link that one is open."""
         self._sentences = Sentences()
         self._bad_rounds = 0  # in a row
+        self._overdue_rounds = 0  # that were void since they waited in vain, since the last close
+        self._said_overdue = 0  # the round of which it was said for whom it waits
         self._log_begun = False  # an update follows the first state
         self._lineages: dict[int, str] = {}  # of the steps whose successors can be fetched
         self._rounds = 0
@@ -617,6 +620,7 @@ class Rounds:
             ):
                 self._abort_snapshot(f"it is not over after {now - snap.began_at:.0f} s", now)
             self._close_if_due(now)
+            self._look_for_the_overdue(now)
             self._release(now)
             self._give_up_if_due(now)
             self._progress(now)
@@ -795,8 +799,9 @@ class Rounds:
         if now - self._ending_at > self.rules.idle_timeout:
             return False
         held = any(
-            p.state == REPLICA or (p.state == GREETED and p.join is not None)  # to join again
-            for p in self.peers.values()
+            p.state == REPLICA
+            or (p.state == GREETED and p.join is not None and p.id not in self._disbelieved)
+            for p in self.peers.values()  # one that greeted and had joined does so again
         )
         observer = self.observer
         if observer is None or observer.join is None:
@@ -818,10 +823,12 @@ class Rounds:
         if due is not None and now >= due:
             own = isinstance(self.ledger, OwnLedger)
             self._begin_end(*self._departures.verdict(own=own), now)
-        elif self._lost_since is not None and now >= self._lost_until():
-            self._begin_end(self._lost_state(), True, now)
+        elif self._lost_since is not None:  # who comes back has this time, however long it took
+            if now >= self._lost_until():
+                self._begin_end(self._lost_state(), True, now)
         elif now - self._busy_at > idle:
-            self._begin_end(f"nothing happened for {idle:g} s: {self.phase(now)}", True, now)
+            what = self._awaited(now) or self.phase(now)
+            self._begin_end(f"nothing happened for {idle:g} s: {what}", True, now)
 
     def _nobody_left_until(self, now: float) -> float | None:
         """When the run ends because no worker is left; None where one is, or is awaited."""
@@ -1177,6 +1184,71 @@ class Rounds:
             member.timed_out = patient
             self._out_of_round(member, self._lateness(member, self.round, now), now)
 
+    def _look_for_the_overdue(self, now: float) -> None:
+        """A round has no deadline before its quorum is there, and with `deterministic` none after
+        it. While nobody could go on without those it waits for, they have their time: a first batch
+        may compile for minutes. Where others could take part, it waits no longer than any round,
+        and longer each time that it was in vain; where that would change the bits, or only those
+        could go on who have pushed everything, half as long as until the run is given up."""
+        current = self.round
+        if current is None or (self.next_deadline() or math.inf) < math.inf:
+            return
+        waited, longest = now - current.opened_at, self._longest_wait_s
+        if waited < longest or not (awaited := current.expected()):
+            return
+        others, whole = self._could_take_part(current, now), any(map(current.whole, current.inside))
+        limit = math.inf
+        if others and not self.rules.deterministic:
+            limit = longest * 2 ** min(max(0, self._overdue_rounds - 1), OVERDUE_DOUBLINGS)
+        elif others or whole:
+            limit = max(longest, self.rules.idle_timeout / 2)
+        if waited < min(limit, self.rules.idle_timeout):
+            if self._said_overdue != current.number:
+                self._said_overdue = current.number
+                self._warn(self._awaited(now))
+            return
+        for member in awaited:
+            member.timed_out = True
+        if whole:
+            for member in awaited:
+                self._out_of_round(member, self._lateness(member, current, now), now)
+        elif others:
+            why = f"{self._awaited(now)}, while {', '.join(p.name for p in others)} could take part"
+            self._overdue_rounds += 1
+            self._void(why.removeprefix(f"round {current.number} "))
+            for member in awaited:
+                self._judge(self.peers[member.session], member, RETURNED)
+
+    @property
+    def _longest_wait_s(self) -> float:
+        """How long any round may wait for somebody, where others could go on."""
+        longest = MAX_WAIT_TIMEOUTS * self.rules.heartbeat_timeout
+        return max(longest, self.rules.timeout or 0.0)
+
+    def _could_take_part(self, current: Round, now: float) -> list[Peer]:
+        """Workers that are here and have no part in this round: they wait for a lease, or for a
+        snapshot that could be given now."""
+        held = any(p.state == REPLICA for p in self.peers.values())
+        snapshot = held and "worker" in self._may_take_snapshot(now)
+        return [
+            p
+            for p in self.peers.values()
+            if p.role == "worker"
+            and ((member := current.member_of(p)) is None or member.out is not None)
+            and (p.ready is not None or (p.state == WAITING and snapshot))
+        ]
+
+    def _awaited(self, now: float) -> str:
+        """For whom the open round waits, as a sentence; empty where there is none."""
+        if self.round is None:
+            return ""
+        names = [
+            f"{m.name} (last seen {now - self.peers[m.session].last_seen:.1f} s ago)"
+            for m in self.round.expected()
+        ]
+        waited = now - self.round.opened_at
+        return f"round {self.round.number} has waited {waited:.0f} s for {', '.join(names)}"
+
     def _lateness(self, member: Member, current: Round, now: float) -> str:
         peer = self.peers[member.session]
         p95 = peer.push_time_p95
@@ -1271,7 +1343,7 @@ class Rounds:
         self.step += 1
         self._log_begun = True
         self.round = None
-        self._busy_at = now
+        self._busy_at, self._overdue_rounds = now, 0
         close = Close(
             nonce=self.nonce,
             round=current.number,
@@ -1353,10 +1425,15 @@ class Rounds:
 
     def _takers(self) -> list[Peer]:
         """The workers that get leases: those that are ready, without those that brought nothing to
-        the last rounds, unless too few would be left."""
+        the last rounds. Where too few are left, as many of these as are needed: first whose rest is
+        over first."""
         ready = self.workers_ready()
         takers = [p for p in ready if p.rests_until <= self._rounds]
-        return takers if len(takers) >= max(1, self.rules.min_workers) else ready
+        missing = max(1, self.rules.min_workers) - len(takers)
+        if missing > 0:
+            resting = [p for p in ready if p.rests_until > self._rounds]
+            takers += sorted(resting, key=lambda p: p.rests_until)[:missing]
+        return sorted(takers, key=lambda p: p.id)
 
     def _judge(self, peer: Peer, member: Member, how: str) -> None:
         """What a member's part in a closed round says about it."""
@@ -1367,10 +1444,10 @@ class Rounds:
                 self._wasted_by.pop(peer.id, None)
                 self._wasted = 0
         if member.got:
-            peer.empty_rounds = peer.rests = 0
+            peer.empty_rounds = peer.rests = peer.rests_until = 0
         elif member.timed_out:
             peer.empty_rounds += 1
-            if peer.empty_rounds >= EMPTY_ROUNDS and len(self._takers()) > 1:
+            if peer.empty_rounds >= EMPTY_ROUNDS and len(self.workers_ready()) > 1:
                 rounds = REST_ROUNDS * 2 ** min(peer.rests, REST_DOUBLINGS)
                 peer.rests += 1
                 peer.rests_until = self._rounds + rounds
@@ -1422,8 +1499,9 @@ class Rounds:
 
     def _may_take_snapshot(self, now: float) -> Collection[str]:
         """The roles that need not wait for a snapshot while rounds can go on: nobody right after
-        another one, and no workers as long as those before made nothing of theirs."""
-        if self._snapshot_rests:
+        another one, unless the last round was in vain, and no workers as long as those before made
+        nothing of theirs."""
+        if self._snapshot_rests and not self._overdue_rounds:
             return ()
         return ("observer", "worker") if now >= self._next_snapshot_at else ("observer",)
 

@@ -612,6 +612,109 @@ def test_nobody_is_left_out_where_too_few_would_be_left() -> None:
     assert all(2 in close.late for close in run.closes)
 
 
+def test_where_too_few_would_be_left_the_one_is_asked_that_rests_the_least() -> None:
+    """Not all of them: one that never brings anything would hold up every round."""
+    run = Run(epochs=1000, min_workers=2).observer().workers(1, 2, 3)
+    one, three = run.rounds.peers["w1"], run.rounds.peers["w3"]
+    three.empty_rounds, three.rests, three.rests_until = 6, 4, 81
+    one.empty_rounds, one.rests, one.rests_until = 3, 1, 11
+    run.push(1), run.push(2), run.tick(1.0, 0, 1, 2, 3)
+    one.rests_until = 11
+    run.push(1), run.push(2)
+    assert sorted(run.rounds.round.members) == [1, 2]  # type: ignore[union-attr]
+
+
+# ------------------------------------------------------------------- rounds that wait in vain
+
+
+def alive(run: Run, seconds: float, *who: int, every: float = 5.0) -> list[str]:
+    """Time passes, and these beat."""
+    effects: list[str] = []
+    until = run.now + seconds
+    while run.now < until:
+        effects += run.tick(min(until, run.now + every), *who)
+    return effects
+
+
+def test_a_round_whose_members_bring_nothing_is_void_where_another_waits_for_a_snapshot() -> None:
+    run = Run(num_workers=1, epochs=10).observer().workers(2)
+    run.hello(1), run.join(1)
+    assert but_words(alive(run, 29.9, 0, 1, 2)) == []
+    awaited = "has waited 30 s for worker 2 (pi) (last seen 0.0 s ago)"
+    assert run.tick(30.0, 0, 1, 2) == [
+        "void 1",
+        f"# round 1 is void: {awaited}, while worker 1 (pi) could take part",
+        "obs <- give 2 of step 0",
+    ]
+    assert run.adopted(1, 2)[1].startswith("all <- open 2 at step 0 for 2")
+    run.ready(1)
+    void, _, opened = alive(run, 30.0, 0, 1, 2)
+    assert void == "void 2" and "for 1: 0/10-20 0/20-30, 2: 0/0-10" in opened
+    run.push(1)
+    assert "the next 10 go on without it" in " ".join(alive(run, 2.0, 0, 1, 2))
+    assert run.closes[-1].contributors == {1: 10}
+
+
+def test_one_that_computes_for_minutes_is_awaited_where_nobody_else_could_go_on() -> None:
+    """Its first batch compiles. That it is awaited is said once."""
+    run = Run(epochs=10, timeout=None).observer().workers(1, 2)
+    said = alive(run, 900.0, 0, 1, 2)
+    assert said == [
+        "# round 1 has waited 30 s for worker 1 (pi) (last seen 0.0 s ago), "
+        "worker 2 (pi) (last seen 0.0 s ago)"
+    ]
+    run.push(1), run.push(2)
+    assert run.closes[-1].contributors == {1: 10, 2: 10}
+    run.leave(0)
+    said = alive(run, 1800.1, 1, 2)
+    awaited = [f"worker {n} (pi) (last seen 0.0 s ago)" for n in (1, 2)]
+    assert f"s: round 2 has waited 1800 s for {', '.join(awaited)} (error)" in said[-1]
+
+
+def test_who_comes_again_and_again_does_not_take_a_slow_workers_time() -> None:
+    """Each round that was in vain makes the next one more patient, until something is closed."""
+    run = Run(num_workers=1, epochs=10, observer=False).workers(1)
+    run.hello(2)
+    waits = []
+    for number in range(1, 6):
+        run.relinked(2), run.follows(2), run.ready(2)  # it takes its part in no round
+        began = run.now
+        while run.rounds.round is not None and run.rounds.round.number == number:
+            run.tick(run.now + 5.0, 1, 2)
+        waits.append(run.now - began)
+    run.relinked(2), run.follows(2), run.ready(2)
+    assert [w for w in waits if w] == [30.0, 30.0, 60.0, 120.0]  # once it had its turn alone
+    run.push(1)
+    assert run.closes[-1].contributors == {1: 10}
+
+
+@pytest.mark.parametrize("rules", [{"quorum": 1.0, "timeout": None}, {"deterministic": True}])
+def test_where_all_are_to_be_in_it_one_that_never_pushes_costs_half_of_idle_timeout(
+    rules: dict[str, Any],
+) -> None:
+    run = Run(epochs=10, idle_timeout=600.0, **{"timeout": None, **rules}).observer()
+    run.workers(1, 2)
+    run.push(1)
+    assert len(alive(run, 299.0, 0, 1, 2)) == 1, "who is awaited is said, no more"
+    assert not run.closes
+    alive(run, 1.0, 0, 1, 2)
+    assert run.closes[-1].contributors == {1: 10} and 2 in run.closes[-1].late
+    for _ in range(2):
+        run.push(1)
+        alive(run, 300.0, 0, 1, 2)
+    run.push(1)
+    assert len(run.closes) == 4, "it rests: nobody waits for it"
+
+
+def test_a_deterministic_run_lets_a_newcomer_wait_longer() -> None:
+    run = Run(num_workers=1, epochs=10, deterministic=True, timeout=None, idle_timeout=600.0)
+    run.observer().workers(2)
+    run.hello(1), run.join(1)
+    alive(run, 299.0, 0, 1, 2)
+    assert run.rounds.round is not None and run.rounds.round.number == 1
+    assert "void 1" in alive(run, 1.0, 0, 1, 2)
+
+
 def test_a_round_that_waits_for_one_most_of_the_time_has_a_sentence() -> None:
     run = Run(epochs=1000).observer().workers(1, 2)
     said: list[str] = []
@@ -1261,7 +1364,7 @@ def test_the_lines_about_one_worker_are_limited() -> None:
     said = [line for line in lines if line.startswith("#")]
     assert len(said) == 20
     run.tick(1.0, 0, 1, 2)
-    assert run.tick(31.5, 0, 1, 2) == ["# worker 3 (pi): 1980 more lines about it are left out"]
+    assert run.tick(31.5, 0, 1, 2)[-1] == "# worker 3 (pi): 1980 more lines about it are left out"
     assert run.hello(4) == ["# worker 4 (pi) is here"], "others are told of"
 
 

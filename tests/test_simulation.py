@@ -193,6 +193,13 @@ class WaitsForALostState(Rounds):
         pass
 
 
+class WaitsForTheOverdue(Rounds):
+    """A round waits for its members as long as they beat, whoever else is there."""
+
+    def _look_for_the_overdue(self, now: float) -> None:
+        pass
+
+
 class WaitsForTheEmpty(Rounds):
     """Who holds a lease and never pushes is waited for in every round."""
 
@@ -307,6 +314,7 @@ class ListeningObserver(Listens, Observer):
         (Parts(rounds=WaitsForNobody), "every worker had left, and the run waited on", 112),
         (Parts(rounds=WaitsForALostState), "nobody could help", 131),
         (Parts(rounds=WaitsForTheEmpty), "in a row waited for", 3),
+        (Parts(rounds=WaitsForTheOverdue), "could have gone on", 6467),
         (Parts(rounds=GivesWithoutEnd), "two snapshots in a row", 3),
         (Parts(rounds=BelievesAdopted), "without all its pieces", 3),
         (Parts(rounds=PassesEverythingOn), "passed on twice|could have gone on", 3),

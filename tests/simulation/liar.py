@@ -124,7 +124,8 @@ class Liar(Process):
             if field:
                 hints = typing.get_type_hints(type(message), include_extras=True)
                 message = msgspec.structs.replace(message, **{field: self._value(hints[field])})
-        if isinstance(message, wire.Ready) and not self.server.rounds.started:
+        ledger = self.server.rounds.ledger
+        if isinstance(message, wire.Ready) and (ledger is None or ledger.untouched):
             message = wire.Ready(samples=self.samples, batch_size=max(1, message.batch_size))
         if isinstance(message, wire.Probe):
             message = wire.Probe(session=self.session if self.rng.random() < 0.8 else "made up")

@@ -537,10 +537,10 @@ class Server:
     # ------------------------------------------------------------------ what is kept
 
     def _check_rounds_go_on(self) -> None:
-        """Between two snapshots, where they can."""
+        """Between two snapshots, where they can: after one that was in vain it is not clear."""
         r = self.rounds
         could = r.ending is None and r._enough(r._takers(), self.world.now)
-        if could and r._rounds == self._gave_at:
+        if could and r._rounds == self._gave_at and not r._overdue_rounds:
             raise Broken("two snapshots in a row, and a round could go on")
         self._gave_at = r._rounds
 
