@@ -605,7 +605,7 @@ class Rounds:
             for peer in list(self.peers.values()):
                 if now - peer.last_seen > timeout:
                     silent = f"silent for {now - peer.last_seen:.1f} s"
-                    self._warn(f"{peer.name} is gone: {silent}", peer)
+                    self._warn(f"{peer.name} is gone: {silent}")  # so seldom that each is told
                     self._dies(peer, "")
                     self._remove(peer, f"gone, {silent}", now)
             snap = self.snapshot
@@ -889,14 +889,15 @@ class Rounds:
         self._said_phase = text
 
     def _say_late(self, close: Close) -> None:
-        """Who is late is told when it changes, not every step."""
+        """Who is late is told when it changes, not every step; who is left out is late still."""
         late = frozenset(close.late)
+        late |= {p.id for p in self.workers_ready() if p.empty_rounds >= EMPTY_ROUNDS}
         if late != self._said_late:
             changed = min(late ^ self._said_late)  # its sentences are limited
             if self.may_say(changed, f"worker {changed}"):
                 if close.reason:
                     self._warn(close.reason)
-                else:
+                elif not late:
                     self._say(f"round {close.round} closed with everybody again")
         self._said_late = late
 

@@ -42,6 +42,7 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return min(6, 1 + (os.cpu_count() or 1))
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks at the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Slow tests first; tests that share a fixture of their file stay in one process."""
     first = {f"test_{name}.py": place for place, name in enumerate(SLOW_FIRST)}

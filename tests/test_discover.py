@@ -162,7 +162,7 @@ def join_by_a_cable(hosts: Hosts, network: str, one: str, other: str) -> None:
 
 
 @pytest.mark.root
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(400)
 def test_the_server_of_the_token_is_found_and_nobody_else(tmp_path: Path) -> None:
     """The worker is there first, then an impostor, then the server, at another address than the
     token tells; then an impostor under the server's own name, and another worker. Then there is

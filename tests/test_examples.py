@@ -92,7 +92,7 @@ def test_a_script_with_settings_beside_it(tmp_path: Path) -> None:
     script.with_suffix(".yaml").write_text("num_epochs: 3\nbatch_size: 16\n")
     code, said = launched(tmp_path, script, "num_workers=1")
     assert code == 0 and said.endswith("worker 1 stands at step 12"), said
-    [folder] = (tmp_path / "runs").glob("*")
+    [folder] = (tmp_path / "runs").glob("2*")
     assert "stands at step 12" in (folder / "worker-1.log").read_text()
 
 
