@@ -18,7 +18,12 @@ class Comeback:
     """`noted` names the newest step that the killed server had noted: `NOTHING` where it had closed
     none, `UNKNOWN` where that is not known. `timeout_s`: how long the first sign of a process may
     take, and silence until it is given up. Nobody is waited for longer than `limit_s`; no more than
-    `most` processes are remembered."""
+    `most` processes are remembered.
+
+    That limit is long on purpose. A process computes its batch before it greets again, and a first
+    batch compiles for minutes; it cannot show that it is not lying before it has greeted. Whoever
+    beats with the run's name and never greets uses that limit up only where the noted step is not
+    here: as soon as somebody stands there, nobody is waited for."""
 
     def __init__(
         self, noted: str, now: float, *, timeout_s: float, limit_s: float, most: int
@@ -31,7 +36,11 @@ class Comeback:
         self._beating: dict[str, float] = {}  # process nonce -> last heard
 
     def beats(self, nonce: str, now: float) -> None:
-        """A process of this run is alive, and has not greeted this server yet."""
+        """A process of this run is alive, and has not greeted this server yet. Each beat of it is
+        answered with Greet. Where too many are remembered, those that fell silent are forgotten."""
+        if nonce not in self._beating and len(self._beating) >= self._most:
+            heard = self._beating.items()
+            self._beating = {n: at for n, at in heard if now - at <= self._timeout_s}
         if nonce in self._beating or len(self._beating) < self._most:
             self._beating[nonce] = now
 

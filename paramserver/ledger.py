@@ -27,6 +27,7 @@ from typing import Annotated, Any
 
 import msgspec
 
+from paramserver.errors import PeerError
 from paramserver.wire import OWN, Lease
 
 DONE, PARTLY, SKIPPED, RETURNED = "done", "partly", "skipped", "returned"
@@ -43,6 +44,7 @@ STRANGERS_MAX = 9  # where nobody of them had contributed before
 SUSPECTS_KEPT = 64
 LOST_NAMED = 32
 KILLED_RANGES_MAX = 8
+COUNTS = ("samples", "done", "partly", "skipped")
 SHARE_MAX = 100  # at most one sample in so many may be unreadable, or kill
 
 
@@ -87,6 +89,14 @@ class LedgerState(msgspec.Struct, frozen=True):
     killed_ranges: int = 0
     suspects: Annotated[tuple[Suspect, ...], msgspec.Meta(max_length=SUSPECTS_KEPT)] = ()
     lost: Annotated[tuple[Lost, ...], msgspec.Meta(max_length=LOST_NAMED)] = ()
+
+
+def check_counts(state: dict[str, Any]) -> None:
+    """What a replica computes with in what a close tells of the ledger is there, and numbers; the
+    rest is looked at by `Ledger.from_state`, where something is made of it. Raises `PeerError`."""
+    for name in COUNTS:
+        if type(state.get(name)) is not int:
+            raise PeerError(f"`{name}` of the ledger is no number")
 
 
 class Ledger:

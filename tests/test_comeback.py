@@ -59,6 +59,15 @@ def test_who_has_not_told_where_it_stands_is_awaited() -> None:
     assert c.over({"of step 7"}, True, 160.0)
 
 
+def test_beats_of_many_who_fell_silent_do_not_hide_those_that_beat() -> None:
+    c = comeback()
+    for number in range(3):
+        c.beats(f"gone {number}", 101.0)
+    c.beats("alive", 112.0)
+    assert not c.over({"of step 7"}, False, 121.9)
+    assert c.over({"of step 7"}, False, 122.1)
+
+
 def test_what_is_remembered_is_bounded() -> None:
     c = comeback()
     for number in range(100):

@@ -10,7 +10,7 @@ import re
 import socket
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,9 @@ from zmq.utils import garbage
 import workers
 from paramserver import sockets, wire
 from paramserver.errors import UserError
+from paramserver.ledger import Ledger
+from workers.replica import Replica
+from workers.snapshot import Giving
 
 HELD_AT = 3
 EPOCHS = 2
@@ -414,6 +417,79 @@ def test_a_peer_without_a_secret_is_known_by_its_session() -> None:
         answer(second, wire.Pulse)
         first.send_multipart(wire.to_frames(wire.Unready()))
         assert answer(first, wire.Greet).session_known  # it is not its link any more
+
+
+# ---------------------------------------------------------------- a snapshot, or a close, that lies
+
+
+def too_large(giving: Giving) -> None:
+    giving.shapes = (("float32", (2**38,)),)
+    giving.piece_bytes = 2**42
+
+
+def other_names(giving: Giving) -> None:
+    giving.tree = giving.tree.replace("weight", "wait")
+
+
+def other_shapes(giving: Giving) -> None:
+    giving.shapes = tuple((dtype, shape[::-1]) for dtype, shape in giving.shapes)
+
+
+def no_ledger(giving: Giving) -> None:
+    giving.tree = giving.tree.replace('"ledger": null', '"ledger": {"samples": "many"}')
+
+
+LIES = [too_large, other_names, other_shapes, no_ledger]
+
+
+def giving_lies(monkeypatch: pytest.MonkeyPatch, lie: Callable[[Giving], None], times: int) -> None:
+    """Whoever gives a snapshot lies so often in this way."""
+    give, left = Giving.__init__, [None] * times
+
+    def lies(self: Giving, number: int, replica: Replica) -> None:
+        give(self, number, replica)
+        if left:
+            left.pop()
+            lie(self)
+
+    monkeypatch.setattr(Giving, "__init__", lies)
+
+
+@pytest.mark.parametrize("lie", LIES, ids=lambda lie: lie.__name__)
+def test_a_snapshot_that_cannot_be_is_asked_for_again(
+    lie: Callable[[Giving], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    giving_lies(monkeypatch, lie, 2)
+    with Served(num_workers=2, num_epochs=1) as served:
+        crew = Crew(served, perceptron, Noise(32))
+        served.wait(crew.start(1, 8), crew.start(2, 8))
+    crew.check()
+    assert crew.applied() == dict.fromkeys(range(32), 1)
+
+
+@pytest.mark.parametrize("lie", LIES, ids=lambda lie: lie.__name__)
+def test_who_gets_nothing_but_snapshots_that_cannot_be_gives_up_with_the_reason(
+    lie: Callable[[Giving], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    giving_lies(monkeypatch, lie, 1000)
+    with Served(num_workers=2, num_epochs=1, join_timeout=5.0) as served:
+        crew = Crew(served, perceptron, Noise(32))
+        first = crew.start(1, 8)
+        served.until(lambda: served.server.rounds.layout is not None)
+        why = "tried 5 times: .* MiB, more than" if lie is too_large else "does not fit this worker"
+        with pytest.raises(UserError, match=why):
+            served.wait(crew.start(2, 8))
+        served.wait(first)
+
+
+def test_a_close_with_another_ledger_ends_a_worker_with_a_sentence(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Ledger, "state", lambda self: {"samples": "many"})
+    with Served(num_workers=1, num_epochs=1) as served:
+        crew = Crew(served, perceptron, Noise(32))
+        with pytest.raises(UserError, match="does not speak this protocol: step 1: `samples` of"):
+            served.wait(crew.start(1, 8))
 
 
 # ------------------------------------------------------------------------------ who tells lies

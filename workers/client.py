@@ -20,16 +20,18 @@ import torch
 from paramserver import arena, memory, sockets, trace, wire
 from paramserver.codec import fresh
 from paramserver.errors import PeerError, RunLost, UserError
+from paramserver.ledger import check_counts
 from workers import follow
 from workers.connection import Connection, RunOver
 from workers.pace import Pace
 from workers.replica import Replica
-from workers.snapshot import Giving, Taking
+from workers.snapshot import Giving, Taking, most_bytes
 from workers.state import unflatten
 
 WANTS_IN_FLIGHT = 4
 SAY_WAITING_AFTER_S = 3.0
 ABORTED_MAX = 5  # snapshots in a row; then this peer gives up
+MISFITS_MAX = 3  # snapshots in a row that do not fit in the same way
 SILENT_TIMEOUTS = 3  # heartbeat timeouts; then the connections are made anew
 OUTBOX_WAIT_S = 0.05
 OUTBOX_LOOK_S = 0.0001
@@ -72,6 +74,8 @@ class Client(Connection):
         self._joined = False
         self._taking: Taking | None = None
         self._aborted = 0  # snapshots in a row that were called off
+        self._over = 0  # the last of these: what else is heard of it says nothing new
+        self._misfits: list[str] = []  # in what the last ones did not fit
         self._giving: Giving | None = None
         self._give_later: wire.Give | None = None
         self._ready: wire.Ready | None = None
@@ -501,6 +505,7 @@ class Client(Connection):
                 buffers = [self._ring.buffer(place) for place in message.places]
             effect = f.average(message)
         elif isinstance(message, wire.Close):
+            _check_ledger(message)
             effect = f.close(message)
         elif isinstance(message, wire.Open):
             effect = f.opened(message)
@@ -613,8 +618,7 @@ class Client(Connection):
             case wire.Want():
                 self._piece(message)
             case wire.Manifest():
-                self._taking = Taking(message, now)
-                self._want_more()
+                self._take(message, now)
             case wire.Piece():
                 self._take_piece(message, buffers, now)
             case wire.Abort():
@@ -687,6 +691,7 @@ class Client(Connection):
         self._hello = msgspec.structs.replace(self._hello, run=self.run, id=own)
         self._held.clear()
         self._giving = self._give_later = self._taking = None
+        self._over = 0
         try:
             welcome = self.connect(self.give_up_s, self.replica.step)
         except RunOver as e:
@@ -737,6 +742,38 @@ class Client(Connection):
 
     # ------------------------------------------------------------------ snapshots: taking
 
+    def _take(self, manifest: wire.Manifest, now: float) -> None:
+        assert self.replica is not None
+        try:
+            self._taking = Taking(manifest, now, most_bytes(self.replica))
+        except PeerError as e:
+            self._refuse_snapshot(manifest.snapshot, str(e))
+            return
+        self._want_more()
+
+    def _refuse_snapshot(self, number: int, why: str, misfit: str = "") -> None:
+        """It cannot be right, which is the giver's fault as long as others may give another: layout
+        and recipe are those of the run. Where they agree, it is ours."""
+        self._send(wire.Abort(number, why[: wire.REASON_MAX]))
+        self._over, self._taking = number, None
+        self._aborted += 1
+        self._misfits = [*self._misfits, misfit] if misfit else []
+        if len(self._misfits) >= MISFITS_MAX and len(set(self._misfits)) == 1:
+            raise UserError(
+                f"the run's state does not fit this worker's model or optimizer: {misfit}",
+                "start it with the same model, optimizer and settings as the others",
+            )
+        self._give_up_after_aborts(why)
+        self.say(f"{why}: asking for it again")
+        self._send_join()
+
+    def _give_up_after_aborts(self, why: str) -> None:
+        if self._aborted >= ABORTED_MAX:
+            raise UserError(
+                f"the run's state is not to be had, tried {self._aborted} times: {why}",
+                "what the others say about it stands in their own output",
+            )
+
     def _want_more(self) -> None:
         taking = self._taking
         assert taking is not None
@@ -754,9 +791,7 @@ class Client(Connection):
         try:
             taking.take(message.piece, buffers)
         except PeerError as e:
-            self._send(wire.Abort(message.snapshot, str(e)))
-            self._taking = None
-            self._send_join()
+            self._refuse_snapshot(message.snapshot, str(e))
             return
         taking.heard_at = now
         self._want_more()
@@ -770,11 +805,9 @@ class Client(Connection):
             state = unflatten(m.tree, taking.tensors)
             replica.load(state, m.step, m.lineage)
         except ValueError as e:
-            raise UserError(
-                f"the run's state does not fit this worker's model or optimizer: {e}",
-                "start it with the same model, optimizer and settings as the others",
-            ) from None
-        self._aborted = 0
+            self._refuse_snapshot(m.snapshot, f"it does not fit: {e}", misfit=str(e))
+            return
+        self._aborted, self._misfits = 0, []
         f.adopted(m.step, m.lineage)
         self._send(wire.Adopted(snapshot=m.snapshot, step=m.step, lineage=m.lineage))
         self._joined_now()
@@ -782,16 +815,21 @@ class Client(Connection):
     def _on_abort(self, message: wire.Abort) -> None:
         if self._giving is not None and self._giving.number == message.snapshot:
             self._giving = None
-        elif not self._joined:
-            self._taking = None
+        elif not self._joined and message.snapshot != self._over:
+            self._over, self._taking = message.snapshot, None
             self._aborted += 1
-            if self._aborted >= ABORTED_MAX:
-                raise UserError(
-                    f"the run's state is not to be had, tried {self._aborted} times: "
-                    f"{message.reason}",
-                    "what the others say about it stands in their own output",
-                )
+            self._give_up_after_aborts(message.reason)
             self._send_join()
+
+
+def _check_ledger(close: wire.Close) -> None:
+    try:
+        check_counts(close.ledger)
+    except PeerError as e:
+        raise UserError(
+            f"the server does not speak this protocol: step {close.step}: {e}",
+            "is it this program, in the same version?",
+        ) from None
 
 
 def _give_way() -> None:

@@ -25,6 +25,7 @@ from paramserver import wire
 from paramserver.bucket import Bucket, plan
 from paramserver.codec import codec_of
 from paramserver.errors import PeerError, UserError
+from paramserver.ledger import check_counts
 from paramserver.whole import unpacked
 from workers.buffers import Buffers, sent
 from workers.checks import allow_step, check, misfit, refuse_step, schedule_state
@@ -247,11 +248,21 @@ class Replica:
             "ledger": self.ledger,
         }
 
+    def tensors(self) -> list[Tensor]:
+        """Those of the model's state, and what the optimizer keeps by now."""
+        state: list[Any] = [*_plain(self.model).state_dict().values()]
+        for values in self.optimizer.state.values():
+            state += values.values()
+        return [t for t in state if isinstance(t, Tensor)]
+
     def load(self, state: dict[str, Any], step: int, lineage: str) -> None:
         """Become the replica that `state` was taken from. Raises ValueError if it does not fit."""
         self.buffers.give_back()
         try:
             self._refuse_misfit(state)
+            if state["ledger"] is not None:
+                check_counts(state["ledger"])
+            self.lineage = uuid.uuid4().hex  # half of it loaded is no state of the log
             _plain(self.model).load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             if self.scheduler is not None and state["scheduler"] is not None:
@@ -272,7 +283,12 @@ class Replica:
             allow_step(self.scheduler)
 
     def _refuse_misfit(self, state: dict[str, Any]) -> None:
-        """Raise ValueError where optimizer and schedule would take over what is not theirs."""
+        """Raise ValueError where a tensor has another shape than here, or optimizer and schedule
+        would take over what is not theirs."""
+        for told in self.layout.tensors:
+            given = state["model"].get(told.name)
+            if isinstance(given, Tensor) and tuple(given.shape) != told.shape:
+                raise ValueError(f"{told.name} has shape {tuple(given.shape)}, here {told.shape}")
         groups = state["optimizer"]["param_groups"]
         why = misfit(self.optimizer.state_dict()["param_groups"], groups, "optimizer")
         if why is None and self.scheduler is not None:

@@ -5,14 +5,32 @@ The server passes the messages on and keeps nothing of them; see "Snapshots" in 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import psutil
 import torch
 
 from paramserver import wire
-from paramserver.errors import PeerError, UserError
+from paramserver.errors import PeerError
 from workers.replica import Replica
-from workers.state import as_bytes, dtype_name, empty, flatten, pieces
+from workers.state import DTYPES, as_bytes, dtype_name, empty, flatten, pieces
+
+FLOOR_BYTES = 64 * 2**20
+MOMENTS = 8  # numbers that an optimizer keeps for each of a tensor, at most
+SQUARES = 4  # matrices that it keeps for each dimension (Shampoo, SOAP)
+NUMBER_BYTES = 8
+
+
+def most_bytes(replica: Replica) -> int:
+    """What a state like this replica's can have at most, whatever its optimizer keeps; never more
+    than the memory of this machine."""
+    numbers = 0
+    for tensor in replica.tensors():
+        squares = sum(d * d for d in tensor.shape)
+        numbers += (1 + MOMENTS) * tensor.numel() + SQUARES * squares
+    # A complex number has two.
+    return min(FLOOR_BYTES + 2 * NUMBER_BYTES * numbers, psutil.virtual_memory().total)
 
 
 class Giving:
@@ -44,15 +62,26 @@ class Giving:
 
 
 class Taking:
-    """A snapshot that is coming in."""
+    """A snapshot that is coming in, for a replica whose state is not larger than `most_bytes`.
 
-    def __init__(self, manifest: wire.Manifest, now: float) -> None:
+    Raises `PeerError`, before anything is allocated, for a manifest that cannot be right.
+    """
+
+    def __init__(self, manifest: wire.Manifest, now: float, most_bytes: int) -> None:
         self.manifest = manifest
         self.heard_at = now
+        for dtype, shape in manifest.tensors:
+            if dtype not in DTYPES or len(shape) > wire.DIMENSIONS_MAX or min(shape, default=0) < 0:
+                raise PeerError(f"the snapshot has a tensor of {dtype[:20]!r} and {shape[:8]}")
+        size = sum(DTYPES[d].itemsize * math.prod(shape) for d, shape in manifest.tensors)
+        if size > most_bytes:
+            raise PeerError(
+                f"the snapshot has {size / 2**20:,.0f} MiB, more than this replica's state can have"
+            )
         try:
             self.tensors = [empty(dtype, shape) for dtype, shape in manifest.tensors]
         except (ValueError, RuntimeError) as e:
-            raise UserError(f"the snapshot cannot be held here: {e}") from None
+            raise PeerError(f"the snapshot cannot be held here: {e}") from None
         self.buffers = [as_bytes(t) for t in self.tensors]  # views: these are new, on the CPU
         self.pieces = pieces([b.numel() for b in self.buffers], max(1, manifest.piece_bytes))
         self.next = 0
@@ -68,4 +97,4 @@ class Taking:
         self.buffers[tensor][start:stop].copy_(torch.frombuffer(buffers[0], dtype=torch.uint8))
 
 
-__all__ = ["Giving", "Taking"]
+__all__ = ["Giving", "Taking", "most_bytes"]

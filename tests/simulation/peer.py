@@ -26,6 +26,7 @@ SILENT_TIMEOUTS = 3
 HELLO_EVERY_S = 1.0
 PROBE_EVERY_S = 0.25
 WANTS_IN_FLIGHT = 2
+ABORTED_MAX = 5
 PIECES = 3
 DEADLINE_S = 90.0
 """For greeting, and for a silent server: longer than any fault."""
@@ -142,6 +143,7 @@ class Client(Process):
         self._taking: Taking | None = None
         self._giving: int | None = None
         self._give_later: wire.Give | None = None
+        self._aborted = self._over = 0
         self._ready: wire.Ready | None = None
         self._must_greet = False
         self.left_behind = False
@@ -533,6 +535,7 @@ class Client(Process):
         self.world.say(f"{self.name} greets again")
         self._held.clear()
         self._giving = self._give_later = self._taking = None
+        self._over = 0
         yield from self.connect()
         self._new_follow()
         self._send_join()
@@ -579,9 +582,7 @@ class Client(Process):
         if taking is None or taking.manifest.snapshot != message.snapshot:
             return
         if state == LIE:
-            self._send(wire.Abort(message.snapshot, "a piece of another length"))
-            self._taking = None
-            self._send_join()
+            self._refuse_snapshot(message.snapshot, "a piece of another length")
             return
         if message.piece in taking.wanted:
             taking.wanted.discard(message.piece)
@@ -595,13 +596,13 @@ class Client(Process):
         self._taking = None
         states = list(taking.pieces.values())
         if not states:  # a tree without what belongs there
-            self._send(wire.Abort(m.snapshot, "it is not my model"))
-            self._send_join()
+            self._refuse_snapshot(m.snapshot, "it is not my model")
             return
         if any(state != states[0] for state in states):
             raise Broken(f"{self.name} took a snapshot of several models")
         self.replica.load(states[0], m.step, m.lineage)
         self._compare()
+        self._aborted = 0
         f.adopted(m.step, m.lineage)
         self._send(wire.Adopted(snapshot=m.snapshot, step=m.step, lineage=m.lineage))
         self._joined_now()
@@ -609,9 +610,21 @@ class Client(Process):
     def _on_abort(self, message: wire.Abort) -> None:
         if self._giving == message.snapshot:
             self._giving = None
-        elif not self._joined:
-            self._taking = None
+        elif not self._joined and message.snapshot != self._over:
+            self._over, self._taking = message.snapshot, None
+            self._give_up_after_aborts(message.reason)
             self._send_join()
+
+    def _refuse_snapshot(self, number: int, why: str) -> None:
+        self._send(wire.Abort(number, why))
+        self._over, self._taking = number, None
+        self._give_up_after_aborts(why)
+        self._send_join()
+
+    def _give_up_after_aborts(self, why: str) -> None:
+        self._aborted += 1
+        if self._aborted >= ABORTED_MAX:
+            raise Leaves(f"the run's state is not to be had: {why}")
 
     # ------------------------------------------------------------------ inside
 

@@ -68,6 +68,8 @@ FAIR = (
     "finished", "killed", "left", "rejected: worker id", "rejected: the run has ended",
     "the server is gone", "rejected: only the observer",
 )  # fmt: skip
+NOT_TO_BE_HAD = "the run's state is not to be had"
+"""Five givers in a row were killed or left. No liar may bring that about."""
 OF_ANOTHER_RUN = "rejected: this server runs"
 TOO_LATE = ("the run has ended", "the run ended before it could join")
 """How processes may end: by themselves, by a fault, because another one has their id, or because
@@ -237,6 +239,7 @@ class Schedule:
         self.alive.remove(peer)
         self.outcome.seen[why.split(":")[0]] += 1
         fair = why.startswith(FAIR) or (why.startswith(OF_ANOTHER_RUN) and self._given_up)
+        fair |= why.startswith(NOT_TO_BE_HAD) and not self.lies
         if not fair and (self.server.ended_at is None or why not in TOO_LATE):
             raise Broken(f"{peer.name} was sent away although it did nothing wrong: {why}")
         if why == "finished":
