@@ -317,7 +317,7 @@ class ListeningObserver(Listens, Observer):
         (Parts(rounds=WaitsForTheOverdue), "could have gone on", 6467),
         (Parts(rounds=GivesWithoutEnd), "two snapshots in a row", 3),
         (Parts(rounds=BelievesAdopted), "without all its pieces", 3),
-        (Parts(rounds=PassesEverythingOn), "passed on twice|could have gone on", 3),
+        (Parts(rounds=PassesEverythingOn), "passed on twice|could have gone on|not to be had", 3),
         (Parts(follow=AppliesTwice), "another model than the log", 0),
         (Parts(follow=KeepsVoidAverages), "another model than the log", 297),
         (Parts(follow=JumpsGaps), "another model than the log", 0),
