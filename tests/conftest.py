@@ -42,15 +42,10 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return min(6, 1 + (os.cpu_count() or 1))
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist looks at the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Slow tests first; tests that share a fixture of their file stay in one process."""
+    """Slow tests first."""
     first = {f"test_{name}.py": place for place, name in enumerate(SLOW_FIRST)}
     items.sort(key=lambda item: first.get(item.path.name, len(first)))
-    for item in items:
-        fixtures = getattr(item, "_fixtureinfo").name2fixturedefs.values()  # noqa: B009
-        if any(fixture[-1].scope == "module" for fixture in fixtures):
-            item.add_marker(pytest.mark.xdist_group(item.path.name))
 
 
 @pytest.fixture(scope="session", autouse=True)
