@@ -52,7 +52,7 @@ down: $(READY) ## end the run, in order, on every machine
 	@$(RUN) paramserver.launch down $(ARGS)
 
 test: $(READY) ## run all tests (ARGS='-k wire -x' goes on to pytest)
-	@exec $(VENV_PYTHON) -m pytest --numprocesses=auto --dist=loadfile $(ARGS)
+	@exec $(VENV_PYTHON) -m pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder $(ARGS)
 
 check: $(READY) ## formatting, lint and types
 	.venv/bin/ruff format --check .

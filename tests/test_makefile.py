@@ -61,7 +61,7 @@ def make(clone: Path, *words: str) -> list[str]:
         ("keys host_ip=10.10.0.1 ROTATE=1", "rotate host_ip=10.10.0.1"),
         ("demo num_epochs=5", "demo num_epochs=5"),
         ("server seed=1 PYTHON=python9 ARGS=--help", "--help seed=1"),
-        ("test ARGS=-x", "--numprocesses=auto --dist=loadfile -x"),
+        ("test ARGS=-x", "--numprocesses=auto --dist=loadfile --no-loadscope-reorder -x"),
         ("up model.hidden=64 seed=1", "up model.hidden=64 seed=1"),
         ("up DRY=1", "up --dry"),
         ("status", "status"),
