@@ -551,7 +551,7 @@ class Rounds:
                 gives = session == snap.giver
                 self._abort_snapshot(message.reason, now, but=self.peers[session], by_giver=gives)
                 if not gives:  # the next one comes from another
-                    self._gave_nothing(self.peers[snap.giver], now)
+                    self._gave_nothing(self.peers[snap.giver], self.peers[session], now)
                 self._progress(now)
             return None, self._out()
         source, goal = snap.giver, snap.joiner
@@ -586,6 +586,7 @@ class Rounds:
             peer.wrong, peer.owes = False, peer.role == "worker"
             self._disbelieved.discard(peer.id)
             peer.given_by = snap.giver
+            peer.failed_by.clear()
             self.peers[snap.giver].failed_gives = 0
             self.snapshot = None
             self._snapshot_rests = True
@@ -1526,9 +1527,17 @@ class Rounds:
         givers = [p for p in self.peers.values() if p.state == REPLICA]
         if joiner is None or not givers:
             return False
-        # The observer's id is 0. Who has proven nothing yet is the last to be asked.
+        # First whoever has failed this joiner least: a joiner gives up after a few snapshots, and
+        # what others say of a giver may be a lie. Who has proven nothing yet is the last to be
+        # asked. The observer's id is 0.
         giver = min(
-            givers, key=lambda p: (p.failed_gives, p.role == "worker" and not p.proven, p.id)
+            givers,
+            key=lambda p: (
+                joiner.failed_by.get(p.id, 0),
+                p.failed_gives,
+                p.role == "worker" and not p.proven,
+                p.id,
+            ),
         )
         self._snapshots += 1
         self.snapshot = Snapshot(self._snapshots, giver.session, joiner.session, now)
@@ -1553,17 +1562,20 @@ class Rounds:
                 joiner,
             )
 
-    def _gave_nothing(self, giver: Peer, now: float) -> None:
+    def _gave_nothing(self, giver: Peer, joiner: Peer, now: float) -> None:
         """A snapshot came to nothing. The name of a state is no secret: a worker that knows it, but
         has neither contributed nor given it to anybody, may hold nothing while others wait."""
         giver.failed_gives += 1
-        proven = giver.role == "observer" or giver.proven
-        if not proven and giver.state == REPLICA and giver.failed_gives >= FAILED_GIVES:
+        failed = joiner.failed_by[giver.id] = joiner.failed_by.get(giver.id, 0) + 1
+        if giver.role == "observer" or giver.proven:
+            return
+        if max(giver.failed_gives, failed) >= FAILED_GIVES:  # by whatever greeting
             why = f"gave its state to nobody in {FAILED_GIVES} attempts"
             self._warn(f"{giver.name} {why}: it is taken for one that has none", giver)
             self._disbelieved.add(giver.id)
-            self._take_out(giver, why, now)
-            self._send(giver, Greet(join=True))
+            if giver.state == REPLICA:
+                self._take_out(giver, why, now)
+                self._send(giver, Greet(join=True))
 
     def _abort_snapshot(
         self, why: str, now: float, but: Peer | None = None, by_giver: bool = False
@@ -1576,7 +1588,7 @@ class Rounds:
         joiner = self.peers[snap.joiner]
         self._warn(f"snapshot {snap.number} is off: {why}", joiner)
         if by_giver:
-            self._gave_nothing(self.peers[snap.giver], now)
+            self._gave_nothing(self.peers[snap.giver], joiner, now)
         else:
             self._snapshot_was_wasted(joiner, now)
         for session in (snap.giver, snap.joiner):

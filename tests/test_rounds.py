@@ -1290,6 +1290,36 @@ def test_a_giver_whose_snapshots_fail_is_asked_last() -> None:
     assert run.rounds.peers["w3"].state == REPLICA
 
 
+def test_a_joiner_whom_one_giver_failed_is_given_to_by_another() -> None:
+    """Whatever others have said of that one: joiners that lie make honest givers look bad."""
+    run = Run(observer=False, epochs=1000, max_workers=8).workers(1, 2)
+    run.hello(4), run.join(4)
+    while run.rounds.peers["w1"].failed_gives < 3:
+        run.push(1), run.push(2)
+        if run.rounds.snapshot is not None:
+            run.route(4, wire.Abort(run.rounds.snapshot.number, "a lie"))
+            run.join(4)
+        run.tick(run.now + 5.0, 1, 2, 4)
+    run.leave(4), run.leave(2)
+    run.hello(2, "b"), run.follows(2, "b"), run.ready(2, "b")  # nobody has complained of it yet
+    run.push(1)
+    run.push(1), run.push(2, life="b")
+    run.hello(3), run.join(3)
+    givers = []
+    while len(givers) < 2:
+        run.push(1), run.push(2, life="b")
+        if run.rounds.snapshot is not None:
+            assert run.rounds.snapshot.joiner == "w3"
+            givers.append(run.rounds.snapshot.giver)
+            aborts = wire.Abort(run.rounds.snapshot.number, "it likes to")
+            run.rounds.route(givers[-1], aborts, run.now)
+            run.join(3)
+        run.rounds.seen("w2b", run.now + 5.0)
+        run.tick(run.now + 5.0, 1, 3)
+    assert givers == ["w2b", "w1"]
+    assert run.rounds.peers["w2b"].failed_gives < run.rounds.peers["w1"].failed_gives
+
+
 def test_who_only_knows_the_name_of_a_state_is_not_waited_for_for_ever() -> None:
     run = Run(epochs=100).observer()
     run.hello(2), run.follows(2)
@@ -1305,6 +1335,21 @@ def test_who_only_knows_the_name_of_a_state_is_not_waited_for_for_ever() -> None
     assert but_words(run.follows(2)) == ["w2 <- adopt at step 0"]
     run.hello(0, "b")
     assert "obsb <- origin at step 0" in run.join(0, "b")
+
+
+def test_who_greets_again_has_still_given_nothing() -> None:
+    run = Run(epochs=100).observer()
+    run.hello(2, nonce="liar"), run.follows(2)
+    run.leave(0)
+    run.hello(1), run.join(1)
+    for before, life in (("", "b"), ("b", "c"), ("c", "d")):
+        assert run.rounds.snapshot and run.rounds.snapshot.giver == session(2, before)
+        effects = run.hello(2, life, nonce="liar")
+        run.join(1)
+        answer = run.follows(2, life)
+    assert "gave its state to nobody in 3 attempts" in " ".join(effects)
+    assert but_words(answer) == ["w2d <- adopt at step 0"]
+    assert run.rounds.snapshot is None
 
 
 def test_between_two_snapshots_a_round_goes_on() -> None:

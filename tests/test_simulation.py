@@ -215,6 +215,13 @@ class GivesWithoutEnd(Rounds):
         return ("observer", "worker")
 
 
+class AsksTheSameForEver(Rounds):
+    """Who gave nothing is asked again, although others could give or it has proven nothing."""
+
+    def _gave_nothing(self, giver: Peer, joiner: Peer, now: float) -> None:
+        pass
+
+
 class BelievesAdopted(Rounds):
     """Who says that it holds a snapshot holds it."""
 
@@ -316,6 +323,7 @@ class ListeningObserver(Listens, Observer):
         (Parts(rounds=WaitsForTheEmpty), "in a row waited for", 3),
         (Parts(rounds=WaitsForTheOverdue), "could have gone on", 6467),
         (Parts(rounds=GivesWithoutEnd), "two snapshots in a row", 3),
+        (Parts(rounds=AsksTheSameForEver), "not to be had", 251),
         (Parts(rounds=BelievesAdopted), "without all its pieces", 3),
         (Parts(rounds=PassesEverythingOn), "passed on twice|could have gone on|not to be had", 3),
         (Parts(follow=AppliesTwice), "another model than the log", 0),

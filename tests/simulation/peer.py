@@ -129,7 +129,7 @@ class Client(Process):
         self.greetings = 0
         self.key = server.nonce if self.role == "observer" else ""
         self._boot = server.boots
-        self._process, self._secret = f"process-{serial}", f"secret-{serial}"
+        self.process, self._secret = f"process-{serial}", f"secret-{serial}"
         self.goes_adrift = False
         self.adrift = False
         self._make_follow = make_follow
@@ -174,7 +174,7 @@ class Client(Process):
             self.open_line("link")
             self.open_line("sub")
             beat = wire.Beat(
-                session=self.session, run=welcome.run, nonce=self._process, secret=self._secret
+                session=self.session, run=welcome.run, nonce=self.process, secret=self._secret
             )
             self.beat(beat, 2 * self._quiet_s / BEATS_PER_TIMEOUT)
             if (yield from self._probe()):
@@ -187,7 +187,7 @@ class Client(Process):
             protocol=wire.PROTOCOL,
             role=self.role,
             id=self.id,
-            nonce=self._process,
+            nonce=self.process,
             host="host",
             pid=self.serial,
             run=self.run,

@@ -42,8 +42,8 @@ from workers.follow import Follow
 from .book import Broken, samples_of
 from .liar import Liar
 from .network import DOWN, UP, Network, World
-from .peer import Client, Habits, Observer, Worker
-from .server import Server
+from .peer import ABORTED_MAX, Client, Habits, Observer, Worker
+from .server import LIAR, Server
 
 SILENCE_S = 4.0  # heartbeat_timeout
 IDLE_S = 50.0
@@ -69,7 +69,8 @@ FAIR = (
     "the server is gone", "rejected: only the observer",
 )  # fmt: skip
 NOT_TO_BE_HAD = "the run's state is not to be had"
-"""Five givers in a row were killed or left. No liar may bring that about."""
+"""Five givers in a row were killed or left. No liar may bring that about where anybody else could
+give; where it alone says that it holds the state, and has contributed, that state is lost."""
 OF_ANOTHER_RUN = "rejected: this server runs"
 TOO_LATE = ("the run has ended", "the run ended before it could join")
 """How processes may end: by themselves, by a fault, because another one has their id, or because
@@ -239,13 +240,21 @@ class Schedule:
         self.alive.remove(peer)
         self.outcome.seen[why.split(":")[0]] += 1
         fair = why.startswith(FAIR) or (why.startswith(OF_ANOTHER_RUN) and self._given_up)
-        fair |= why.startswith(NOT_TO_BE_HAD) and not self.lies
+        if why.startswith(NOT_TO_BE_HAD):
+            fair |= not self.lies or self._only_liar_left(peer)
         if not fair and (self.server.ended_at is None or why not in TOO_LATE):
             raise Broken(f"{peer.name} was sent away although it did nothing wrong: {why}")
         if why == "finished":
             self._check_last_step(peer)
         if why != "killed":
             self.world.after(self.world.random.uniform(0.5, 3.0), self._start, slot)
+
+    def _only_liar_left(self, peer: Client) -> bool:
+        """Was the liar asked for this one's last snapshots only where nobody else could give, as at
+        the end? It must have contributed: a giver that has not is only asked a few times."""
+        tried = self.server.givers.get(peer.process, [])[-ABORTED_MAX:]
+        apt = all(only or giver.host != LIAR for giver, only in tried)
+        return apt and bool(tried) and tried[-1][1] and any(g.proven for g, only in tried if only)
 
     def _check_last_step(self, peer: Client) -> None:
         """Who took part to the end stands there, unless what it lacks cannot be had any more."""

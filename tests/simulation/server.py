@@ -25,7 +25,7 @@ from paramserver.effects import (
     Void,
 )
 from paramserver.errors import PeerError
-from paramserver.members import REPLICA, Snapshot
+from paramserver.members import REPLICA, Peer, Snapshot
 from paramserver.rounds import Rounds, Rules
 
 from .book import Book, Broken, Gradient, Sample, samples_of
@@ -84,6 +84,8 @@ class Server:
         self.boots = self._runs = 0
         self.dies_at: str | None = None
         self.compares = False  # replicas tell digests of their models
+        self.givers: dict[str, list[tuple[Peer, bool]]] = {}
+        """By the process of a joiner: who gave; was the liar the only one who could?"""
         self._make_rounds = make_rounds
         self._begin_run()
 
@@ -421,6 +423,7 @@ class Server:
                 case Send():
                     if isinstance(effect.message, wire.Give):
                         self._check_rounds_go_on()
+                        self._note_giver()
                     message = effect.message
                     if isinstance(message, wire.Admit) and message.action == "origin":
                         self._has_origin(message, self._models[effect.session])
@@ -544,6 +547,14 @@ class Server:
             raise Broken("two snapshots in a row, and a round could go on")
         self._gave_at = r._rounds
 
+    def _note_giver(self) -> None:
+        """A snapshot begins."""
+        r = self.rounds
+        if r.snapshot is not None:
+            joiner, giver = r.peers[r.snapshot.joiner], r.peers[r.snapshot.giver]
+            only = all(p.host == LIAR for p in r.peers.values() if p.state == REPLICA)
+            self.givers.setdefault(joiner.nonce, []).append((giver, only))
+
     def _check_nobody_is_awaited_for_ever(self, close: wire.Close) -> None:
         """Who brings nothing to rounds that wait for it is left out, where others are enough."""
         enough = len(close.contributors) >= max(1, self.rules.min_workers)
@@ -589,6 +600,11 @@ class Server:
             ("digests of goodbyes", len(r.digests), self.rules.max_workers + 1),
             ("disbelieved", len(r._disbelieved), self.rules.max_workers),
             ("wasted snapshots", len(r._wasted_by), self.rules.max_workers),
+            (
+                "failed givers",
+                max((len(p.failed_by) for p in r.peers.values()), default=0),
+                self.rules.max_workers + 1,
+            ),
             ("tallies", len(r.tallies), self.rules.max_workers),
             ("sentences", len(r._sentences._told), self.rules.max_workers),
             ("deaf", len(r.deaf | r.prompted), len(r.peers)),
