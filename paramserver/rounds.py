@@ -98,6 +98,7 @@ MAX_WAIT_TIMEOUTS = 3  # heartbeat timeouts that a derived wait is at most
 EMPTY_ROUNDS = 3  # that a worker may bring nothing to, though they waited as long as they do
 REST_ROUNDS = 10  # that go on without it then, doubled each time
 REST_DOUBLINGS = 6
+REST_TIMES = 10  # as long as the last round that waited for it: then it is tried again, too
 OVERDUE_DOUBLINGS = 5  # of the wait before a round is void, as long as nothing is closed
 FAILED_GIVES = 3  # of one that has proven nothing: then it is taken for one that holds no state
 WASTED_SNAPSHOTS = 3  # in a row that brought nobody who contributes: the next one waits
@@ -208,6 +209,7 @@ class Rounds:
         self._wasted = 0  # snapshots in a row that brought nobody who then contributed
         self._wasted_by: dict[int, int] = {}  # worker id -> the same, of this one
         self._disbelieved: set[int] = set()  # worker ids, see `_gave_nothing`
+        self._now = now
         self._next_snapshot_at = now  # not before, as long as rounds can go on
         self._count_buckets = count_buckets
         self._name_samples = name_samples
@@ -1183,7 +1185,7 @@ class Rounds:
         longest = MAX_WAIT_TIMEOUTS * self.rules.heartbeat_timeout
         patient = self.rules.timeout is not None or self.wait_s() >= longest
         for member in self.round.expected():
-            member.timed_out = patient
+            member.timed_out, member.waited_s = patient, now - self.round.opened_at
             self._out_of_round(member, self._lateness(member, self.round, now), now)
 
     def _look_for_the_overdue(self, now: float) -> None:
@@ -1210,7 +1212,7 @@ class Rounds:
                 self._warn(self._awaited(now))
             return
         for member in awaited:
-            member.timed_out = True
+            member.timed_out, member.waited_s = True, waited
         if whole:
             for member in awaited:
                 self._out_of_round(member, self._lateness(member, current, now), now)
@@ -1260,6 +1262,7 @@ class Rounds:
 
     def _progress(self, now: float) -> None:
         """Close what is complete; then start what can start: a snapshot, a round, the end."""
+        self._now = now
         if self.ended is not None:
             return
         if self.ending is not None:
@@ -1430,12 +1433,17 @@ class Rounds:
         the last rounds. Where too few are left, as many of these as are needed: first whose rest is
         over first."""
         ready = self.workers_ready()
-        takers = [p for p in ready if p.rests_until <= self._rounds]
+        takers = [p for p in ready if not self._rests(p)]
         missing = max(1, self.rules.min_workers) - len(takers)
         if missing > 0:
-            resting = [p for p in ready if p.rests_until > self._rounds]
+            resting = [p for p in ready if self._rests(p)]
             takers += sorted(resting, key=lambda p: p.rests_until)[:missing]
         return sorted(takers, key=lambda p: p.id)
+
+    def _rests(self, peer: Peer) -> bool:
+        """Is it left out still? Rounds are counted, since a liar shall not wait them away; but an
+        honest worker that was cut off for a while shall not wait long for many slow ones."""
+        return peer.rests_until > self._rounds and peer.rests_until_s > self._now
 
     def _judge(self, peer: Peer, member: Member, how: str) -> None:
         """What a member's part in a closed round says about it."""
@@ -1453,10 +1461,11 @@ class Rounds:
                 rounds = REST_ROUNDS * 2 ** min(peer.rests, REST_DOUBLINGS)
                 peer.rests += 1
                 peer.rests_until = self._rounds + rounds
+                peer.rests_until_s = self._now + REST_TIMES * member.waited_s
                 self._return_leases(peer)
                 self._warn(
                     f"{peer.name} brought nothing to {peer.empty_rounds} rounds in a row, however "
-                    f"long they waited: the next {rounds} go on without it",
+                    f"long they waited: up to {rounds} go on without it",
                     peer,
                 )
 
