@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-AT_ONCE = 20
+AT_ONCE = 100
 ANOTHER_AFTER_S = 30.0
 
 
