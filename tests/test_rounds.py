@@ -1419,9 +1419,9 @@ def test_the_lines_about_one_worker_are_limited() -> None:
     for _ in range(1000):
         lines += run.hello(3) + run.leave(3)
     said = [line for line in lines if line.startswith("#")]
-    assert len(said) == 20
+    assert len(said) == 100
     run.tick(1.0, 0, 1, 2)
-    assert run.tick(31.5, 0, 1, 2)[-1] == "# worker 3 (pi): 1980 more lines about it are left out"
+    assert run.tick(31.5, 0, 1, 2)[-1] == "# worker 3 (pi): 1900 more lines about it are left out"
     assert run.hello(4) == ["# worker 4 (pi) is here"], "others are told of"
 
 
