@@ -135,9 +135,9 @@ class Ledger:
         while True:
             returned = bool(self._waiting)
             taken = self._from_waiting(size) if returned else self._from_head(size)
-            if taken is None or returned or not drop_last or taken[2] - taken[1] >= size:
+            if taken is None or returned or not drop_last:
                 break
-            if taken[2] < self.samples:
+            if taken[2] < self.samples or taken[2] - taken[1] >= size:  # not a short rest
                 break
             self.skipped += taken[2] - taken[1]
             self._lose(taken, DROPPED)
