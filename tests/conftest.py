@@ -37,6 +37,7 @@ SLOW_FIRST = ("up", "ray", "whole", "chaos", "gate", "discover", "keeper", "cabl
 """Files whose tests take longest: begun last, they would leave the other processes idle."""
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """How many processes run tests at once: most of a test's time is spent waiting."""
     return min(6, 1 + (os.cpu_count() or 1))
