@@ -58,6 +58,7 @@ class Peer:
         self._push_times: deque[float] = deque(maxlen=PUSH_TIMES_KEPT)
         self.failed_gives = 0
         self.failed_by: dict[int, int] = {}  # by id of a giver: snapshots that this one did not get
+        self.missed = 0  # in a row that it did not get, see `wire.Admit`
         self.replica_since = 0  # the step at which it became one
         self.returns = False  # it was part of this run before this server was
         self.wrong = False  # its weights are not the run's: only a snapshot helps

@@ -272,6 +272,8 @@ class Rounds:
         peer = Peer(session, role, number, nonce, host, pid)
         peer.last_seen = now
         peer.returns = returns
+        if holder is not None and holder.nonce == nonce:  # it still has not got what it missed
+            peer.missed, peer.failed_by = holder.missed, holder.failed_by
         self.peers[session] = peer
         if self._comeback is not None:
             self._comeback.greeted(nonce)
@@ -550,10 +552,9 @@ class Rounds:
             return None, [Send(session, Abort(message.snapshot, "this snapshot is over"))]
         if isinstance(message, Abort):
             if session in (snap.giver, snap.joiner):
-                gives = session == snap.giver
-                self._abort_snapshot(message.reason, now, but=self.peers[session], by_giver=gives)
-                if not gives:  # the next one comes from another
-                    self._gave_nothing(self.peers[snap.giver], self.peers[session], now)
+                # A joiner that refuses it may be right or not: the next one comes from another.
+                blamed = {snap.giver, session}
+                self._abort_snapshot(message.reason, now, blamed, but=self.peers[session])
                 self._progress(now)
             return None, self._out()
         source, goal = snap.giver, snap.joiner
@@ -570,7 +571,7 @@ class Rounds:
             if wrong is not None:
                 giver = self.peers[snap.giver]
                 why = f"{giver.name} gives what cannot be: {wrong}"
-                self._abort_snapshot(why, now, by_giver=True)
+                self._abort_snapshot(why, now, {snap.giver})
                 self._progress(now)
                 return None, self._out()
         return (goal if snap.advance(message, now) else None), []
@@ -581,7 +582,8 @@ class Rounds:
         if snap is not None and snap.number == number and session == snap.joiner:
             if not snap.complete:
                 had = f"{len(snap.delivered)} of {snap.pieces or 'unknown'} pieces"
-                self._abort_snapshot(f"{peer.name} says that it holds it, after {had}", now)
+                why = f"{peer.name} says that it holds it, after {had}"
+                self._abort_snapshot(why, now, {session})
                 self._progress(now)
                 return self._out()
             self._becomes_replica(peer)
@@ -589,6 +591,7 @@ class Rounds:
             self._disbelieved.discard(peer.id)
             peer.given_by = snap.giver
             peer.failed_by.clear()
+            peer.missed = 0
             self.peers[snap.giver].failed_gives = 0
             self.snapshot = None
             self._snapshot_rests = True
@@ -615,13 +618,14 @@ class Rounds:
             if snap is not None and now - snap.progress_at > timeout:
                 culprit = self.peers[snap.waits_for]
                 why = f"{culprit.name} was silent for {timeout:g} s"
-                self._abort_snapshot(why, now, by_giver=snap.waits_for == snap.giver)
+                self._abort_snapshot(why, now, {snap.waits_for})
             elif (
                 snap is not None
                 and now - snap.began_at > snap.limit_s(timeout)
                 and self._enough(self.workers_ready(), now)  # who wait for its end
             ):
-                self._abort_snapshot(f"it is not over after {now - snap.began_at:.0f} s", now)
+                why = f"it is not over after {now - snap.began_at:.0f} s"
+                self._abort_snapshot(why, now, {snap.giver, snap.joiner})  # who is slow is not seen
             self._close_if_due(now)
             self._look_for_the_overdue(now)
             self._release(now)
@@ -907,8 +911,7 @@ class Rounds:
     def _take_out(self, peer: Peer, why: str, now: float) -> None:
         """Nothing is expected of this peer any more, until it joins (again)."""
         if self.snapshot and peer.session in (self.snapshot.giver, self.snapshot.joiner):
-            gives = peer.session == self.snapshot.giver
-            self._abort_snapshot(f"{peer.name} {why}", now, but=peer, by_giver=gives)
+            self._abort_snapshot(f"{peer.name} {why}", now, {peer.session}, but=peer)
         if peer.owes:
             peer.owes = False
             self._snapshot_was_wasted(peer, now)
@@ -1054,7 +1057,10 @@ class Rounds:
             action = "follow"
         else:
             action = "adopt"  # stays WAITING until no round is open
-        self._send(peer, Admit(action=action, step=self.step, lineage=self.lineage))
+        self._send(
+            peer,
+            Admit(action=action, step=self.step, lineage=self.lineage, missed=peer.missed),
+        )
 
     # ------------------------------------------------------------------ inside: leases
 
@@ -1544,7 +1550,7 @@ class Rounds:
             key=lambda p: (
                 joiner.failed_by.get(p.id, 0),
                 p.failed_gives,
-                p.role == "worker" and not p.proven,
+                not _has_shown(p),
                 p.id,
             ),
         )
@@ -1576,7 +1582,7 @@ class Rounds:
         has neither contributed nor given it to anybody, may hold nothing while others wait."""
         giver.failed_gives += 1
         failed = joiner.failed_by[giver.id] = joiner.failed_by.get(giver.id, 0) + 1
-        if giver.role == "observer" or giver.proven:
+        if _has_shown(giver):
             return
         if max(giver.failed_gives, failed) >= FAILED_GIVES:  # by whatever greeting
             why = f"gave its state to nobody in {FAILED_GIVES} attempts"
@@ -1587,18 +1593,28 @@ class Rounds:
                 self._send(giver, Greet(join=True))
 
     def _abort_snapshot(
-        self, why: str, now: float, but: Peer | None = None, by_giver: bool = False
+        self, why: str, now: float, blamed: Collection[str], *, but: Peer | None = None
     ) -> None:
-        """Both sides are told, `but` not the one who knows: it would join again once more."""
+        """Both sides are told, `but` not the one who knows: it would join again once more. The
+        sessions that are `blamed` may have failed: giver, joiner or both.
+
+        A joiner gives up after some that it missed. A giver that has shown nothing is asked a few
+        times only, so what it does not give is not among them: else one that only says that it
+        holds the state, at a moment when nobody else does, would end honest joiners. Neither is
+        what ends by the joiner itself, which joins anew then.
+        """
         snap = self.snapshot
         assert snap is not None
         self.snapshot = None
         self._snapshot_rests = True
-        joiner = self.peers[snap.joiner]
+        joiner, giver = self.peers[snap.joiner], self.peers[snap.giver]
         self._warn(f"snapshot {snap.number} is off: {why}", joiner)
-        if by_giver:
-            self._gave_nothing(self.peers[snap.giver], joiner, now)
-        else:
+        left = but is joiner and giver.session not in blamed
+        if _has_shown(giver) and not left:
+            joiner.missed += 1
+        if giver.session in blamed:
+            self._gave_nothing(giver, joiner, now)
+        if joiner.session in blamed:
             self._snapshot_was_wasted(joiner, now)
         for session in (snap.giver, snap.joiner):
             peer = self.peers.get(session)
@@ -1609,7 +1625,12 @@ class Rounds:
                     peer.state = GREETED  # it joins again when it has understood
 
 
+def _has_shown(peer: Peer) -> bool:
+    """Is it more than its word? The log holds something of it, or it is the observer, which has
+    shown its key: a greeting proves nothing."""
+    return peer.role == "observer" or peer.proven
+
+
 def _believed(peer: Peer) -> bool:
-    """Does what it says about its weights count? Only that of a replica of which the log holds
-    something, and the observer's, which has shown its key: a greeting proves nothing."""
-    return peer.state == REPLICA and (peer.role == "observer" or peer.proven)
+    """Does what it says about its weights count?"""
+    return peer.state == REPLICA and _has_shown(peer)

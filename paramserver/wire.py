@@ -316,6 +316,9 @@ class Admit(Message, frozen=True):
     lineage: Id
     outbox: bool = True
     """False where the server cannot map the peer's outbox: push through the link."""
+    missed: Int = 0
+    """Snapshots in a row that this peer did not get, without those of givers that have shown
+    nothing yet, which may hold nothing."""
 
 
 class Look(msgspec.Struct, frozen=True, array_like=True):

@@ -1249,6 +1249,7 @@ def test_a_snapshot_has_a_limit_in_all() -> None:
         run.route(0, wire.Piece(snapshot=2, piece=n))
         said += run.tick(float(n), 0, 1, 2)
     assert said[0] == "# snapshot 2 is off: it is not over after 31 s"
+    assert run.rounds.peers["w2"].failed_by == {0: 1}, "who is slow is not seen: another is next"
 
 
 @pytest.mark.parametrize(
@@ -1347,6 +1348,82 @@ def test_who_only_knows_the_name_of_a_state_is_not_waited_for_for_ever() -> None
     assert but_words(run.follows(2)) == ["w2 <- adopt at step 0"]
     run.hello(0, "b")
     assert "obsb <- origin at step 0" in run.join(0, "b")
+
+
+def missed(run: Run, who: int) -> int:
+    """What a joiner is told when it joins: snapshots that it did not get."""
+    join = wire.Join(layout=LAYOUT, step=0, lineage="its own", device="cpu")
+    effects = run.rounds.join(session(who), join, run.now)
+    said = [e.message for e in effects if isinstance(e, Send) and e.session == session(who)]
+    admit = next(m for m in said if isinstance(m, wire.Admit))
+    assert admit.action == "adopt"
+    return admit.missed
+
+
+@pytest.mark.parametrize(
+    "way", ["silent", "joined again", "cut off", "behind", "declined", "no manifest", "refused"]
+)
+def test_what_one_that_has_shown_nothing_does_not_give_is_not_held_against_the_joiner(
+    way: str,
+) -> None:
+    """It may hold nothing, and joiners end after five: so it is asked three times at most."""
+    run = Run(epochs=100).observer()
+    run.hello(1)
+    assert missed(run, 1) == 0
+    for number in (1, 2):
+        run.route(0, wire.Abort(number, "it cannot be sent"))
+        assert missed(run, 1) == number
+    run.hello(2), run.follows(2), run.leave(0)
+    for number in (4, 5, 6):
+        assert missed(run, 1) == 3, "what the observer did not give is"
+        assert run.rounds.snapshot and run.rounds.snapshot.giver == session(2)
+        match way:
+            case "silent":
+                run.tick(run.now + 11.0, 1, 2)
+            case "joined again":
+                run.follows(2)
+            case "cut off":
+                run.relinked(2), run.follows(2)
+            case "behind":
+                run.behind(2), run.follows(2)
+            case "declined":
+                run.route(2, wire.Abort(number, "I stand at step 0"))
+            case "no manifest":
+                run.route(2, run.manifest(piece_bytes=0))
+            case "refused":
+                run.route(1, wire.Abort(number, "it does not fit"))
+    assert missed(run, 1) == 3
+    assert run.rounds.snapshot is None and run.rounds.peers["w2"].state != REPLICA
+    run.hello(0, "b"), run.join(0, "b")
+    assert run.rounds.snapshot is not None
+    run.snapshot(1)
+    assert run.rounds.peers["w1"].state == REPLICA and run.rounds.peers["w1"].missed == 0
+
+
+def test_what_a_joiner_did_not_get_is_remembered_where_its_process_greets_again() -> None:
+    run = Run(observer=False, epochs=100).workers(1, 2)
+    run.push(1), run.push(2)
+    run.hello(3), run.join(3)
+    run.push(1), run.push(2)
+    run.route(3, wire.Abort(2, "a state of another model"))
+    run.hello(3, "b", nonce="process of w3"), run.join(3, "b")
+    again = run.rounds.peers["w3b"]
+    assert again.missed == 1
+    run.push(1)
+    assert "w2 <- give 3 of step 3" in run.push(2), "by another giver"
+    run.hello(3, "c", reachable=False), run.join(3, "c")
+    assert run.rounds.peers["w3c"].missed == 0, "another process has tried nothing"
+
+
+def test_who_is_cut_off_while_it_takes_a_snapshot_has_not_missed_it() -> None:
+    """It joins anew, as often as its network breaks."""
+    run = Run(epochs=100).observer()
+    run.hello(1), run.join(1)
+    run.relinked(1)
+    assert missed(run, 1) == 0
+    assert run.rounds.snapshot is not None
+    run.tick(11.0, 0, 1)
+    assert missed(run, 1) == 1, "but the observer was silent"
 
 
 def test_who_greets_again_has_still_given_nothing() -> None:

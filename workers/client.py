@@ -30,7 +30,7 @@ from workers.state import unflatten
 
 WANTS_IN_FLIGHT = 4
 SAY_WAITING_AFTER_S = 3.0
-ABORTED_MAX = 5  # snapshots in a row; then this peer gives up
+MISSED_MAX = 5  # snapshots in a row; then this peer gives up
 MISFITS_MAX = 3  # snapshots in a row that do not fit in the same way
 SILENT_TIMEOUTS = 3  # heartbeat timeouts; then the connections are made anew
 OUTBOX_WAIT_S = 0.05
@@ -73,8 +73,8 @@ class Client(Connection):
         self._admitted: wire.Admit | None = None
         self._joined = False
         self._taking: Taking | None = None
-        self._aborted = 0  # snapshots in a row that were called off
-        self._over = 0  # the last of these: what else is heard of it says nothing new
+        self._over = 0  # the last snapshot that was called off: nothing else of it is news
+        self._why_missed = ""  # what was wrong with it
         self._misfits: list[str] = []  # in what the last ones did not fit
         self._giving: Giving | None = None
         self._give_later: wire.Give | None = None
@@ -646,6 +646,7 @@ class Client(Connection):
             self._joined = False
             self._held.clear()
             if message.action == "adopt":
+                self._give_up_if_in_vain(message.missed)
                 return  # Manifest and pieces follow
             if f.end is not None:
                 self._stay_behind()
@@ -756,21 +757,24 @@ class Client(Connection):
         and recipe are those of the run. Where they agree, it is ours."""
         self._send(wire.Abort(number, why[: wire.REASON_MAX]))
         self._over, self._taking = number, None
-        self._aborted += 1
-        self._misfits = [*self._misfits, misfit] if misfit else []
-        if len(self._misfits) >= MISFITS_MAX and len(set(self._misfits)) == 1:
-            raise UserError(
-                f"the run's state does not fit this worker's model or optimizer: {misfit}",
-                "start it with the same model, optimizer and settings as the others",
-            )
-        self._give_up_after_aborts(why)
+        self._why_missed = why
+        self._misfits = [*self._misfits[1 - MISFITS_MAX :], misfit] if misfit else []
         self.say(f"{why}: asking for it again")
         self._send_join()
 
-    def _give_up_after_aborts(self, why: str) -> None:
-        if self._aborted >= ABORTED_MAX:
+    def _give_up_if_in_vain(self, missed: int) -> None:
+        """So many snapshots in a row did not come to this replica: the server counts them, since it
+        knows of which givers that says something."""
+        alike = len(self._misfits) == MISFITS_MAX and len(set(self._misfits)) == 1
+        if alike and missed >= MISFITS_MAX:
             raise UserError(
-                f"the run's state is not to be had, tried {self._aborted} times: {why}",
+                f"the run's state does not fit this worker's model or optimizer: "
+                f"{self._misfits[-1]}",
+                "start it with the same model, optimizer and settings as the others",
+            )
+        if missed >= MISSED_MAX:
+            raise UserError(
+                f"the run's state is not to be had, tried {missed} times: {self._why_missed}",
                 "what the others say about it stands in their own output",
             )
 
@@ -805,9 +809,10 @@ class Client(Connection):
             state = unflatten(m.tree, taking.tensors)
             replica.load(state, m.step, m.lineage)
         except ValueError as e:
+            f.adopted(replica.step, replica.lineage)  # another state, if half of it was loaded
             self._refuse_snapshot(m.snapshot, f"it does not fit: {e}", misfit=str(e))
             return
-        self._aborted, self._misfits = 0, []
+        self._misfits = []
         f.adopted(m.step, m.lineage)
         self._send(wire.Adopted(snapshot=m.snapshot, step=m.step, lineage=m.lineage))
         self._joined_now()
@@ -817,8 +822,7 @@ class Client(Connection):
             self._giving = None
         elif not self._joined and message.snapshot != self._over:
             self._over, self._taking = message.snapshot, None
-            self._aborted += 1
-            self._give_up_after_aborts(message.reason)
+            self._why_missed = message.reason
             self._send_join()
 
 

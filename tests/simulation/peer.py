@@ -26,7 +26,7 @@ SILENT_TIMEOUTS = 3
 HELLO_EVERY_S = 1.0
 PROBE_EVERY_S = 0.25
 WANTS_IN_FLIGHT = 2
-ABORTED_MAX = 5
+MISSED_MAX = 5
 PIECES = 3
 DEADLINE_S = 90.0
 """For greeting, and for a silent server: longer than any fault."""
@@ -143,7 +143,7 @@ class Client(Process):
         self._taking: Taking | None = None
         self._giving: int | None = None
         self._give_later: wire.Give | None = None
-        self._aborted = self._over = 0
+        self._over, self._why_missed = 0, ""
         self._ready: wire.Ready | None = None
         self._must_greet = False
         self.left_behind = False
@@ -512,6 +512,8 @@ class Client(Process):
             self._joined = False
             self._held.clear()
             if message.action == "adopt":
+                if message.missed >= MISSED_MAX:
+                    raise Leaves(f"the run's state is not to be had: {self._why_missed}")
                 return
             if f.end is not None:
                 self.left_behind = True
@@ -602,7 +604,6 @@ class Client(Process):
             raise Broken(f"{self.name} took a snapshot of several models")
         self.replica.load(states[0], m.step, m.lineage)
         self._compare()
-        self._aborted = 0
         f.adopted(m.step, m.lineage)
         self._send(wire.Adopted(snapshot=m.snapshot, step=m.step, lineage=m.lineage))
         self._joined_now()
@@ -612,19 +613,14 @@ class Client(Process):
             self._giving = None
         elif not self._joined and message.snapshot != self._over:
             self._over, self._taking = message.snapshot, None
-            self._give_up_after_aborts(message.reason)
+            self._why_missed = message.reason
             self._send_join()
 
     def _refuse_snapshot(self, number: int, why: str) -> None:
         self._send(wire.Abort(number, why))
         self._over, self._taking = number, None
-        self._give_up_after_aborts(why)
+        self._why_missed = why
         self._send_join()
-
-    def _give_up_after_aborts(self, why: str) -> None:
-        self._aborted += 1
-        if self._aborted >= ABORTED_MAX:
-            raise Leaves(f"the run's state is not to be had: {why}")
 
     # ------------------------------------------------------------------ inside
 

@@ -42,7 +42,7 @@ from workers.follow import Follow
 from .book import Broken, samples_of
 from .liar import Liar
 from .network import DOWN, UP, Network, World
-from .peer import ABORTED_MAX, Client, Habits, Observer, Worker
+from .peer import MISSED_MAX, Client, Habits, Observer, Worker
 from .server import LIAR, Server
 
 SILENCE_S = 4.0  # heartbeat_timeout
@@ -251,10 +251,11 @@ class Schedule:
 
     def _only_liar_left(self, peer: Client) -> bool:
         """Was the liar asked for this one's last snapshots only where nobody else could give, as at
-        the end? It must have contributed: a giver that has not is only asked a few times."""
-        tried = self.server.givers.get(peer.process, [])[-ABORTED_MAX:]
+        the end? It must have contributed: what others do not give does not count."""
+        tried = self.server.givers.get(peer.process, [])
+        tried = [(g, only) for g, only in tried if g.role == "observer" or g.proven][-MISSED_MAX:]
         apt = all(only or giver.host != LIAR for giver, only in tried)
-        return apt and bool(tried) and tried[-1][1] and any(g.proven for g, only in tried if only)
+        return apt and len(tried) == MISSED_MAX and tried[-1][1]
 
     def _check_last_step(self, peer: Client) -> None:
         """Who took part to the end stands there, unless what it lacks cannot be had any more."""

@@ -168,16 +168,20 @@ class Server:
             who = self.rounds.peers[session].name if session else f"route {route}"
             self.world.say(f"    {who} -> server: {brief(message)}")
         try:
-            self._handle(route, message, payload, self.world.now)
-        except PeerError as e:
-            session = self._links.get(route)
-            self._send_raw(route, wire.Reject(f"your message was not understood: {e}"))
-            if session is not None:
-                self._carry_out(self.rounds.leave(session, str(e), self.world.now))
+            self._heed(route, message, payload)
         except Killed:
             self.kill()
             return
         self._check_bounds()
+
+    def _heed(self, route: int, message: Any, payload: Any) -> None:
+        try:
+            self._handle(route, message, payload, self.world.now)
+        except PeerError as e:
+            session = self._links.get(route)
+            self._send_raw(route, wire.Reject(f"your message was not understood: {e}"))
+            if session is not None:  # its leaving may close the open round
+                self._carry_out(self.rounds.leave(session, str(e), self.world.now))
 
     def go_on(self) -> None:
         """After a stop, sockets are read before time is looked at."""
