@@ -67,9 +67,7 @@ class Peer:
         self.owes = False  # it took a snapshot, and has contributed nothing since
         self.given_by = ""  # session of whoever gave its last snapshot
         self.empty_rounds = 0  # in a row that it brought nothing to, as long as they waited
-        self.rests_until = 0  # the round in which it gets a lease again
-        self.rests_until_s = math.inf  # or from this time on
-        self.rests = 0  # how often in a row it was left out
+        self.rests_until = -math.inf  # the time from which on it gets a lease again
         self.fetches = 0  # since it was last looked at, one for each step of the log
         self.fetched_at = -1  # the log's step
         self.slow_rounds = 0  # in a row that had nothing to wait for but its push
@@ -175,7 +173,7 @@ class Member:
         self.loss: float | None = None
         self.whole_at: float | None = None
         self.timed_out = False  # the round waited as long as any round does
-        self.waited_s = 0.0  # so long
+        self.waited_s = 0.0  # so long in vain: since its quorum, where it had one
         self.unread: tuple[int, ...] = ()  # places in the lease of what could not be read
 
     def tells(self, push: Push) -> None:

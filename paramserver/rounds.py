@@ -96,9 +96,7 @@ from paramserver.wire import (
 HOLDER_TIMEOUTS = 4  # that the last one who held the state has to come back to those who wait
 MAX_WAIT_TIMEOUTS = 3  # heartbeat timeouts that a derived wait is at most
 EMPTY_ROUNDS = 3  # that a worker may bring nothing to, though they waited as long as they do
-REST_ROUNDS = 10  # that go on without it then, doubled each time
-REST_DOUBLINGS = 3
-REST_TIMES = 10  # as long as the last round that waited for it: then it is tried again, too
+REST_TIMES = 10  # as long as the last of them waited it is left out then, at most
 OVERDUE_DOUBLINGS = 5  # of the wait before a round is void, as long as nothing is closed
 FAILED_GIVES = 3  # of one that has proven nothing: then it is taken for one that holds no state
 WASTED_SNAPSHOTS = 3  # in a row that brought nobody who contributes: the next one waits
@@ -209,7 +207,6 @@ class Rounds:
         self._wasted = 0  # snapshots in a row that brought nobody who then contributed
         self._wasted_by: dict[int, int] = {}  # worker id -> the same, of this one
         self._disbelieved: set[int] = set()  # worker ids, see `_gave_nothing`
-        self._now = now
         self._next_snapshot_at = now  # not before, as long as rounds can go on
         self._count_buckets = count_buckets
         self._name_samples = name_samples
@@ -1077,13 +1074,12 @@ class Rounds:
                 self.ledger.settle(lease, RETURNED)
         peer.leases = []
 
-    def _hand_out(self) -> None:
-        """Fill everybody up to two leases: first what is due now for all, then what comes after."""
+    def _hand_out(self, takers: list[Peer]) -> None:
+        """Fill all these up to two leases: first what is due now for all, then what comes after."""
         if self.ledger is None:
             return
-        ready = self._takers()
         for count in range(1, LEASES_HELD + 1):
-            for peer in ready:
+            for peer in takers:
                 if len(peer.leases) < count and peer.ready is not None:
                     lease = self.ledger.lease(
                         peer.ready.batch_size, peer.ready.least, peer.ready.drop_last
@@ -1189,9 +1185,10 @@ class Rounds:
         if deadline is None or now < deadline or self.round is None:
             return
         longest = MAX_WAIT_TIMEOUTS * self.rules.heartbeat_timeout
-        patient = self.rules.timeout is not None or self.wait_s() >= longest
+        wait_s = self.wait_s()
+        patient = self.rules.timeout is not None or wait_s >= longest
         for member in self.round.expected():
-            member.timed_out, member.waited_s = patient, now - self.round.opened_at
+            member.timed_out, member.waited_s = patient, wait_s
             self._out_of_round(member, self._lateness(member, self.round, now), now)
 
     def _look_for_the_overdue(self, now: float) -> None:
@@ -1227,7 +1224,7 @@ class Rounds:
             self._overdue_rounds += 1
             self._void(why.removeprefix(f"round {current.number} "))
             for member in awaited:
-                self._judge(self.peers[member.session], member, RETURNED)
+                self._judge(self.peers[member.session], member, RETURNED, now)
 
     @property
     def _longest_wait_s(self) -> float:
@@ -1268,7 +1265,6 @@ class Rounds:
 
     def _progress(self, now: float) -> None:
         """Close what is complete; then start what can start: a snapshot, a round, the end."""
-        self._now = now
         if self.ended is not None:
             return
         if self.ending is not None:
@@ -1345,7 +1341,7 @@ class Rounds:
             if peer is not None and m.lease in peer.leases:
                 peer.leases.remove(m.lease)
             if peer is not None:
-                self._judge(peer, m, how)
+                self._judge(peer, m, how, now)
         self._look_for_the_slow(current, now)
         self._look_for_the_deaf()
         refused = any(m.bad is not None for m in current.members.values())
@@ -1391,7 +1387,7 @@ class Rounds:
         """Open the next round, or start a snapshot, if something stands in the way of neither."""
         if self.snapshot is not None or self.round is not None or self._everything_done():
             return None
-        ready = self._takers()
+        ready = self._takers(now)
         may_open = self._enough(ready, now)
         if self._start_snapshot(now, only=self._may_take_snapshot(now) if may_open else None):
             return None
@@ -1402,7 +1398,7 @@ class Rounds:
         for peer in self.workers_ready():
             if peer not in ready:  # it may have got some while it was needed
                 self._return_leases(peer)
-        self._hand_out()
+        self._hand_out(ready)
         members = {p.id: Member(p, p.leases[0]) for p in ready if p.leases}
         if not members:
             return None
@@ -1434,25 +1430,26 @@ class Rounds:
 
     # ------------------------------------------------------------------ inside: who holds up others
 
-    def _takers(self) -> list[Peer]:
+    def _takers(self, now: float) -> list[Peer]:
         """The workers that get leases: those that are ready, without those that brought nothing to
         the last rounds. Where too few are left, as many of these as are needed: first whose rest is
         over first."""
         ready = self.workers_ready()
-        takers = [p for p in ready if not self._rests(p)]
+        takers = [p for p in ready if now >= p.rests_until]
         missing = max(1, self.rules.min_workers) - len(takers)
         if missing > 0:
-            resting = [p for p in ready if self._rests(p)]
+            resting = [p for p in ready if now < p.rests_until]
             takers += sorted(resting, key=lambda p: p.rests_until)[:missing]
         return sorted(takers, key=lambda p: p.id)
 
-    def _rests(self, peer: Peer) -> bool:
-        """Is it left out still? Rounds are counted, since a liar shall not wait them away; but an
-        honest worker that was cut off for a while shall not wait long for many slow ones."""
-        return peer.rests_until > self._rounds and peer.rests_until_s > self._now
+    def _judge(self, peer: Peer, member: Member, how: str, now: float) -> None:
+        """What a member's part in a closed round says about it.
 
-    def _judge(self, peer: Peer, member: Member, how: str) -> None:
-        """What a member's part in a closed round says about it."""
+        Who brings nothing again and again is left out as long as the last round waited for it,
+        then twice as long and so on. It is time that counts: one that never pushes costs a tenth of
+        it in the end, however short the rounds of others are, and an honest one does not wait for
+        many long ones.
+        """
         if how == DONE:
             peer.proven = True
             if peer.owes:
@@ -1460,18 +1457,17 @@ class Rounds:
                 self._wasted_by.pop(peer.id, None)
                 self._wasted = 0
         if member.got:
-            peer.empty_rounds = peer.rests = peer.rests_until = 0
+            peer.empty_rounds, peer.rests_until = 0, -math.inf
         elif member.timed_out:
             peer.empty_rounds += 1
             if peer.empty_rounds >= EMPTY_ROUNDS and len(self.workers_ready()) > 1:
-                rounds = REST_ROUNDS * 2 ** min(peer.rests, REST_DOUBLINGS)
-                peer.rests += 1
-                peer.rests_until = self._rounds + rounds
-                peer.rests_until_s = self._now + REST_TIMES * member.waited_s
+                again = min(peer.empty_rounds - EMPTY_ROUNDS, REST_TIMES)
+                rest_s = member.waited_s * min(2**again, REST_TIMES)
+                peer.rests_until = now + rest_s
                 self._return_leases(peer)
                 self._warn(
                     f"{peer.name} brought nothing to {peer.empty_rounds} rounds in a row, however "
-                    f"long they waited: up to {rounds} go on without it",
+                    f"long they waited: rounds go on without it for {rest_s:.1f} s",
                     peer,
                 )
 

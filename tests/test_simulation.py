@@ -203,9 +203,9 @@ class WaitsForTheOverdue(Rounds):
 class WaitsForTheEmpty(Rounds):
     """Who holds a lease and never pushes is waited for in every round."""
 
-    def _judge(self, peer: Peer, member: Member, how: str) -> None:
+    def _judge(self, peer: Peer, member: Member, how: str, now: float) -> None:
         member.timed_out = False
-        super()._judge(peer, member, how)
+        super()._judge(peer, member, how, now)
 
 
 class GivesWithoutEnd(Rounds):

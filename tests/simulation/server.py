@@ -546,7 +546,7 @@ class Server:
     def _check_rounds_go_on(self) -> None:
         """Between two snapshots, where they can: after one that was in vain it is not clear."""
         r = self.rounds
-        could = r.ending is None and r._enough(r._takers(), self.world.now)
+        could = r.ending is None and r._enough(r._takers(self.world.now), self.world.now)
         if could and r._rounds == self._gave_at and not r._overdue_rounds:
             raise Broken("two snapshots in a row, and a round could go on")
         self._gave_at = r._rounds
