@@ -52,6 +52,7 @@ class Peer:
         self.ready: Ready | None = None
         self.leases: list[Lease] = []
         self.left_with: Lease | None = None  # the lease that it computed when it left its loop
+        self.late_with: Lease | None = None  # of a round that is over, and it may still compute it
         self.last_seen = 0.0
         self.push_time_p95: float | None = None
         """Seconds from a round's opening to the end of this worker's push, in most of the last."""

@@ -499,9 +499,11 @@ class Rounds:
 
     def refusal(self, session: str, push: Push) -> str | None:
         """Why this push must not be used; None when its payload may be looked at."""
+        peer = self.peers[session]
+        peer.late_with = None  # it is done with that
         if self.round is None:
             return f"round {push.round} is not open; no round is"
-        return self.round.refusal(self.peers[session], push)
+        return self.round.refusal(peer, push)
 
     def pushed(self, session: str, push: Push, now: float, bad: str | None = None) -> list[Effect]:
         """A push that `refusal` let pass; `bad` tells what is wrong with its numbers."""
@@ -930,7 +932,7 @@ class Rounds:
 
     def _not_ready(self, peer: Peer) -> None:
         """It takes no more samples. Before the first round the wait for others begins anew."""
-        peer.ready = None
+        peer.ready = peer.late_with = None
         if not self.started and not any(p.ready for p in self.peers.values()):
             self._ready_since = None
 
@@ -1099,10 +1101,15 @@ class Rounds:
 
     def _dies(self, peer: Peer, failed: str | None) -> None:
         """This worker dies of what it computes: with an error in a phase, without a word (""), or
-        not at all (None), since the same process is back."""
+        not at all (None), since the same process is back.
+
+        Rounds may close, and give it leases, before its silence is noticed: it was the first of
+        these that it never was done with."""
         lease = self._computes(peer)
         if failed:
             lease = lease or peer.left_with
+        elif peer.late_with is not None:
+            lease = peer.late_with
         if lease is None or failed is None or self.ledger is None:
             return
         if not failed:
@@ -1112,6 +1119,14 @@ class Rounds:
         others = [p for p in self.workers_ready() if p is not peer]
         spare = len(others) >= WORKERS_TO_SPARE
         self.ledger.died(lease, error=bool(failed), spare=spare, believed=peer.proven)
+
+    def _may_compute_still(self, member: Member) -> None:
+        """This member's round is over, and not all of its lease has come."""
+        peer, current = self.peers.get(member.session), self.round
+        if peer is None or current is None or current.whole(member) or member.lease == OWN:
+            return
+        if peer.ready is not None and peer.late_with is None:
+            peer.late_with = member.lease
 
     def _release(self, now: float, session: str | None = None) -> None:
         """What was held back returns: that of this peer, or all whose time is over."""
@@ -1340,6 +1355,7 @@ class Rounds:
             peer = self.peers.get(m.session)
             if peer is not None and m.lease in peer.leases:
                 peer.leases.remove(m.lease)
+            self._may_compute_still(m)
             if peer is not None:
                 self._judge(peer, m, how, now)
         self._look_for_the_slow(current, now)
@@ -1376,6 +1392,7 @@ class Rounds:
             for member in current.members.values():
                 if member.lease not in self._held:
                     self.ledger.settle(member.lease, RETURNED)
+                self._may_compute_still(member)
                 peer = self.peers.get(member.session)
                 if peer is not None and member.lease in peer.leases:
                     peer.leases.remove(member.lease)

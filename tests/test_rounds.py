@@ -17,6 +17,7 @@ from paramserver.effects import Add, Finish, Say, Send
 from paramserver.ledger import UNREAD, Ledger, Lost
 from paramserver.members import REPLICA
 from paramserver.rounds import Rounds, Rules
+from paramserver.wire import Lease
 
 # ------------------------------------------------------------------------ samples of one's own
 
@@ -381,6 +382,45 @@ def test_silence_is_the_end_of_a_peer_and_any_sign_of_life_keeps_it() -> None:
         "# worker 2 (pi) is gone: silent for 10.5 s",
     ]
     assert [p.id for p in run.rounds.peers.values()] == [1]
+
+
+@pytest.mark.parametrize(
+    ("then", "blamed"),
+    [
+        ("nothing", (0, 10, 20)),
+        ("another late round", (0, 10, 20)),
+        ("a late push", (0, 30, 40)),
+        ("it left its loop and is back", None),
+        ("it greets again", None),
+    ],
+)
+def test_who_falls_silent_died_of_the_lease_that_it_was_not_done_with(
+    then: str, blamed: Lease | None
+) -> None:
+    """Before it is noticed rounds close without it, and the next leases it has never seen."""
+    run = Run(epochs=10).observer().workers(1, 2)
+    assert run.lease(2) == (0, 10, 20)
+    run.push(1), run.tick(1.0, 0, 1, 2)
+    assert run.lease(2) == (0, 30, 40)
+    match then:
+        case "another late round":
+            run.push(1), run.tick(2.0, 0, 1, 2)
+        case "a late push":
+            assert run.push(2, round=1) == ["refused: round 1 is not open; round 2 is"] * 2
+        case "it left its loop and is back":
+            run.unready(2), run.ready(2)
+        case "it greets again":
+            run.hello(2, "b", nonce="process of w2")
+    run.tick(12.1, 0, 1)
+    assert [s.lease for s in run.ledger._suspects.values()] == ([blamed] if blamed else [])
+
+
+def test_after_a_void_round_its_members_may_compute_their_leases_still() -> None:
+    run = Run(num_workers=1, epochs=10).observer().workers(2)
+    run.hello(1), run.join(1)
+    alive(run, 30.0, 0, 1, 2)  # void: worker 1 waits for a snapshot
+    run.snapshot(1), run.ready(1)
+    assert run.rounds.peers["w2"].late_with == (0, 0, 10)
 
 
 # ----------------------------------------------------------------------------- rounds

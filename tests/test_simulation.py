@@ -208,6 +208,13 @@ class WaitsForTheEmpty(Rounds):
         super()._judge(peer, member, how, now)
 
 
+class BlamesTheNextLease(Rounds):
+    """Who fell silent while it was late is taken to have died of a lease that it never saw."""
+
+    def _may_compute_still(self, member: Member) -> None:
+        pass
+
+
 class GivesWithoutEnd(Rounds):
     """Who joins again and again gets a snapshot each time, before the rounds of others."""
 
@@ -330,6 +337,7 @@ class ListeningObserver(Listens, Observer):
         (Parts(rounds=WaitsForALostState), "nobody could help", 131),
         (Parts(rounds=WaitsForTheEmpty), "in a row waited for", 3),
         (Parts(rounds=WaitsForTheOverdue), "could have gone on", 6467),
+        (Parts(rounds=BlamesTheNextLease), "nothing is wrong with it", 43202),
         (Parts(rounds=GivesWithoutEnd), "two snapshots in a row", 3),
         (Parts(rounds=AsksTheSameForEver), "not to be had|could have gone on", 2563),
         (Parts(rounds=CountsWhatLiarsDoNotGive), "not to be had", 19847),
