@@ -68,7 +68,9 @@ class Peer:
         self.owes = False  # it took a snapshot, and has contributed nothing since
         self.given_by = ""  # session of whoever gave its last snapshot
         self.empty_rounds = 0  # in a row that it brought nothing to, as long as they waited
+        self.vain_s = 0.0  # so long they waited, since it was left out the last time
         self.rests_until = -math.inf  # the time from which on it gets a lease again
+        self.rests = 0  # how often in a row it was left out
         self.fetches = 0  # since it was last looked at, one for each step of the log
         self.fetched_at = -1  # the log's step
         self.slow_rounds = 0  # in a row that had nothing to wait for but its push

@@ -96,7 +96,7 @@ from paramserver.wire import (
 HOLDER_TIMEOUTS = 4  # that the last one who held the state has to come back to those who wait
 MAX_WAIT_TIMEOUTS = 3  # heartbeat timeouts that a derived wait is at most
 EMPTY_ROUNDS = 3  # that a worker may bring nothing to, though they waited as long as they do
-REST_TIMES = 10  # as long as the last of them waited it is left out then, at most
+REST_TIMES_MAX = 10  # as long as they waited in all it is left out then, at most
 OVERDUE_DOUBLINGS = 5  # of the wait before a round is void, as long as nothing is closed
 FAILED_GIVES = 3  # of one that has proven nothing: then it is taken for one that holds no state
 WASTED_SNAPSHOTS = 3  # in a row that brought nobody who contributes: the next one waits
@@ -171,6 +171,7 @@ class Rounds:
         self.snapshot: Snapshot | None = None
         self.ending: tuple[str, bool] | None = None  # reason, error: no more rounds
         self.ended: End | None = None
+        self._stopped = False  # somebody stopped it, in order
         self.started = False  # the first round has opened
         self.tallies: dict[int, Tally] = {}
         self.observer_comes = False  # its process runs, whether it has greeted or not
@@ -782,6 +783,8 @@ class Rounds:
         if self.coming_back:
             self.put_off = True
             return self._out()
+        if self.ending is None:
+            self._stopped = not error
         self._begin_end(reason, error, now)
         self._progress(now)
         return self._out()
@@ -861,7 +864,12 @@ class Rounds:
         assert self.ending is not None
         reason, error = self.ending
         self.ended = End(
-            nonce=self.nonce, step=self.step, lineage=self.lineage, reason=reason, error=error
+            nonce=self.nonce,
+            step=self.step,
+            lineage=self.lineage,
+            reason=reason,
+            error=error,
+            stopped=self._stopped,
         )
         self._effects.append(Ended(self.ended))
 
@@ -1199,9 +1207,8 @@ class Rounds:
         deadline = self.next_deadline()
         if deadline is None or now < deadline or self.round is None:
             return
-        longest = MAX_WAIT_TIMEOUTS * self.rules.heartbeat_timeout
         wait_s = self.wait_s()
-        patient = self.rules.timeout is not None or wait_s >= longest
+        patient = self.rules.timeout is not None or wait_s >= self._longest_wait_s
         for member in self.round.expected():
             member.timed_out, member.waited_s = patient, wait_s
             self._out_of_round(member, self._lateness(member, self.round, now), now)
@@ -1460,13 +1467,7 @@ class Rounds:
         return sorted(takers, key=lambda p: p.id)
 
     def _judge(self, peer: Peer, member: Member, how: str, now: float) -> None:
-        """What a member's part in a closed round says about it.
-
-        Who brings nothing again and again is left out as long as the last round waited for it,
-        then twice as long and so on. It is time that counts: one that never pushes costs a tenth of
-        it in the end, however short the rounds of others are, and an honest one does not wait for
-        many long ones.
-        """
+        """What a member's part in a closed round says about it."""
         if how == DONE:
             peer.proven = True
             if peer.owes:
@@ -1474,19 +1475,31 @@ class Rounds:
                 self._wasted_by.pop(peer.id, None)
                 self._wasted = 0
         if member.got:
-            peer.empty_rounds, peer.rests_until = 0, -math.inf
+            peer.empty_rounds, peer.vain_s, peer.rests = 0, 0.0, 0
+            peer.rests_until = -math.inf
         elif member.timed_out:
             peer.empty_rounds += 1
-            if peer.empty_rounds >= EMPTY_ROUNDS and len(self.workers_ready()) > 1:
-                again = min(peer.empty_rounds - EMPTY_ROUNDS, REST_TIMES)
-                rest_s = member.waited_s * min(2**again, REST_TIMES)
-                peer.rests_until = now + rest_s
-                self._return_leases(peer)
-                self._warn(
-                    f"{peer.name} brought nothing to {peer.empty_rounds} rounds in a row, however "
-                    f"long they waited: rounds go on without it for {rest_s:.1f} s",
-                    peer,
-                )
+            peer.vain_s += member.waited_s
+            self._leave_out_if_due(peer, now)
+
+    def _leave_out_if_due(self, peer: Peer, now: float) -> None:
+        """Whoever brings nothing, though rounds waited for it as long as they do, is left out for
+        as long as they waited, twice as long the next time and so on. It is time that counts: one
+        that never pushes costs a tenth of it in the end, however short the rounds of others are.
+        Before that it has the time to catch up with what it missed, as one whose cable was out has
+        to: while rounds wait for it the log grows slowly."""
+        if peer.empty_rounds < EMPTY_ROUNDS or peer.vain_s < self._longest_wait_s:
+            return
+        if len(self.workers_ready()) < 2:
+            return
+        rest_s = peer.vain_s * min(2**peer.rests, REST_TIMES_MAX)
+        self._warn(
+            f"{peer.name} brought nothing to {peer.empty_rounds} rounds in a row, which waited "
+            f"{peer.vain_s:.0f} s for it: rounds go on without it for {rest_s:.0f} s",
+            peer,
+        )
+        peer.rests, peer.vain_s, peer.rests_until = peer.rests + 1, 0.0, now + rest_s
+        self._return_leases(peer)
 
     def _look_for_the_slow(self, current: Round, now: float) -> None:
         """A round that waits for one member most of its time has a sentence, once."""

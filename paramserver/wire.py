@@ -610,6 +610,8 @@ class End(Message, frozen=True):
     reason: Words
     error: bool = False
     """The run did not end as it should: peers exit with an error too."""
+    stopped: bool = False
+    """Somebody ended it, in order, before its samples were done."""
 
     def __post_init__(self) -> None:
         self._clip("reason")

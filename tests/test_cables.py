@@ -36,6 +36,9 @@ def test_a_cable_that_is_out_costs_nothing_but_time(tmp_path: Path) -> None:
             server.wait_for(r"worker 2 .*(is here|took a snapshot)")
             for _ in range(2):  # the first may have been said before it asked to join
                 server.wait_for(r"training, step (?!.*joining)")
+        before = len(run.steps())  # only who has contributed is believed about its weights
+        while not any(2 in line["workers"] for line in run.steps()[before:]):
+            server.wait_for("training, step")
 
         server.send(signal.SIGINT)
         assert [p.end() for p in (server, beside, far)] == [0, 0, 0]

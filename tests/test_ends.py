@@ -27,6 +27,7 @@ class Loop:
         self.hold = hold
         self.cluster: Cluster | None = None
         self.raised: workers.RunLost | None = None
+        self.at = -1  # the step that it stood at when it held
         self.in_step: int | None = None  # step() was called there, and has not returned
         self.done = served.start(self._run, served, number)
 
@@ -36,6 +37,7 @@ class Loop:
         model, optimizer = cluster.attach(setup.model, setup.optimizer)
         try:
             for x, y, _ in cluster.batches(Noise(4000), batch_size=4):
+                self.at = cluster.step
                 self.hold(cluster.step)
                 optimizer.zero_grad()
                 loss(model, x, y).backward()
@@ -93,8 +95,10 @@ def test_an_end_that_comes_while_step_waits(error: bool) -> None:
         assert (keeps.raised is not None) == error
 
 
-def test_a_worker_that_was_left_behind_has_not_finished() -> None:
-    """It computes for so long that the server is gone, and it has not heard of the last updates."""
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_worker_that_was_left_behind(stopped: bool) -> None:
+    """It computes for so long that the server is gone, and it has not heard of the last updates:
+    it has not finished. Where somebody stopped the run nobody has, and that is no error."""
     go_on = threading.Event()
 
     def hold(step: int) -> None:
@@ -108,12 +112,18 @@ def test_a_worker_that_was_left_behind_has_not_finished() -> None:
 
     with Served(num_workers=2, num_epochs=1, timeout=0.05, heartbeat_timeout=0.5) as served:
         other, behind = Loop(served, 1), Loop(served, 2, hold)
+        if stopped:
+            served.until(lambda: len(served.closes) > 10 and behind.at == 3)
+            served.server.stop("stopped by SIGINT")
         served.wait(other.done, served.end)
-        assert other.raised is None and other.end.reason == ON_TIME
+        assert other.raised is None
+        assert other.end.reason == ("stopped by SIGINT" if stopped else ON_TIME)
         go_on.set()
         served.wait(behind.done)
-        assert "this worker was left behind at step 3" in str(behind.raised)
-        assert behind.end.error and behind.end.step == other.end.step > 3
+        assert "this worker was left behind at step 3" in behind.end.reason
+        assert behind.end.step == other.end.step > 3
+        assert behind.end.error == (behind.raised is not None) == (not stopped)
+        assert stopped or behind.end.reason in str(behind.raised)
 
 
 def test_a_server_that_falls_silent_for_good() -> None:

@@ -28,6 +28,7 @@ import workers
 from paramserver import sockets, wire
 from paramserver.errors import UserError
 from paramserver.ledger import Ledger
+from paramserver.sentences import AT_ONCE
 from workers.replica import Replica
 from workers.snapshot import Giving
 
@@ -536,7 +537,7 @@ def test_numbers_that_would_overflow_cost_only_who_tells_them() -> None:
 
 def test_a_digest_of_somebody_who_never_took_part_is_not_believed() -> None:
     with a_run_in_its_middle() as served:
-        for nonce in range(60):
+        for nonce in range(AT_ONCE):
             with dealer(served.port) as s:
                 hello = msgspec.structs.replace(HELLO, nonce=str(nonce))
                 s.send_multipart(wire.to_frames(hello))
@@ -553,7 +554,7 @@ def test_a_digest_of_somebody_who_never_took_part_is_not_believed() -> None:
         served.until(lambda: len(served.server.rounds.peers) == 2)
         assert served.server.digests == {}
     lines = [line for line in served.said if "worker 3" in line]
-    assert 2 < len(lines) <= 101, "what is said about one worker is limited"
+    assert 2 < len(lines) <= AT_ONCE + 1, "what is said about one worker is limited"
 
 
 def test_who_reads_none_of_its_answers_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -477,11 +477,11 @@ class Cluster:
         if end is None or not self.client.left_behind:
             return end
         behind = f"{end.reason}; this worker was left behind at step {self.step}"
-        return msgspec.structs.replace(end, reason=behind, error=True)
+        return msgspec.structs.replace(end, reason=behind, error=end.error or not end.stopped)
 
     def _is_over(self) -> bool:
-        """Has the run ended in order? Raises `RunLost` where it ended by an error, or with a state
-        that this worker does not hold: what comes after the loop is not for such an end."""
+        """Has the run ended in order? Raises `RunLost` where it ended by an error, or finished
+        with a state that this worker does not hold: what comes after the loop is not for that."""
         end = self.end if self.client.ended is not None else None
         if end is not None and end.error:
             raise RunLost(f"the run ended early, at step {end.step}: {end.reason}")
