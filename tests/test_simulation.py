@@ -335,7 +335,7 @@ class ListeningObserver(Listens, Observer):
         (Parts(rounds=AwaitsNoOtherObserver), "is on no disk", 0),
         (Parts(rounds=WaitsForNobody), "every worker had left, and the run waited on", 112),
         (Parts(rounds=WaitsForALostState), "nobody could help", 131),
-        (Parts(rounds=WaitsForTheEmpty), "in a row waited for", 3),
+        (Parts(rounds=WaitsForTheEmpty), "in a row waited for", 5743),
         (Parts(rounds=WaitsForTheOverdue), "could have gone on", 6467),
         (Parts(rounds=BlamesTheNextLease), "nothing is wrong with it", 43202),
         (Parts(rounds=GivesWithoutEnd), "two snapshots in a row", 3),

@@ -115,7 +115,7 @@ class Schedule:
             num_workers=rng.randint(1, workers),
             min_workers=rng.choice((1, 1, min(2, workers))),
             max_workers=workers + 1,
-            timeout=rng.choice((None, 0.05, 0.5, 2.0)),
+            timeout=rng.choice((None, 0.05, 0.5, 5.0)),
             quorum=rng.choice((0.0, 0.5, 0.5, 1.0)),
             heartbeat_timeout=SILENCE_S,
             join_timeout=rng.choice((1.0, 20.0)),

@@ -34,7 +34,6 @@ from .network import Carried, Network, World
 PULSES_PER_TIMEOUT = 10
 LIAR, LIE = "liar", "a lie"  # host and payloads of one; see `liar`
 PIECES_MOST = 1000
-AWAITED_MOST = 5
 TICK_S = 0.25
 FETCH_UPDATES = 3  # that make an answer
 FAREWELLS = 3
@@ -560,15 +559,18 @@ class Server:
             self.givers.setdefault(joiner.nonce, []).append((giver, only))
 
     def _check_nobody_is_awaited_for_ever(self, close: wire.Close) -> None:
-        """Who brings nothing to rounds that wait for it is left out, where others are enough."""
+        """Who brings nothing to rounds that wait for it is left out, where others are enough; those
+        two that nobody counts come with a greeting in between."""
+        rules, timeout = self.rules, self.rules.timeout or math.inf
+        most_s = max(3 * rules.heartbeat_timeout, rounds.EMPTY_ROUNDS * timeout) + 2 * timeout
         enough = len(close.contributors) >= max(1, self.rules.min_workers)
         for id in set(self._awaited) | set(close.late):
             why = close.late.get(id, "")
             empty = why.startswith("late") and id not in close.contributors
             if self.rules.timeout is not None and enough and empty:
                 self._awaited[id] = self._awaited.get(id, 0) + 1
-                if self._awaited[id] > AWAITED_MOST:
-                    raise Broken(f"{AWAITED_MOST} rounds in a row waited for worker {id}")
+                if self._awaited[id] * timeout > most_s:
+                    raise Broken(f"{self._awaited[id]} rounds in a row waited for worker {id}")
             else:
                 self._awaited.pop(id, None)
 
