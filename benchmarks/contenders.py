@@ -22,17 +22,22 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compr
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from paramserver import __main__ as server_program
-from paramserver import address, curves, keys, sockets, wire
-from paramserver.bucket import BUCKET_MB
-from paramserver.codec import CODECS
-from paramserver.feedback import Feedback
-from paramserver.mean import Mean
+from paramserver import keys
+from paramserver.__main__ import main as server_main
+from paramserver.net import address
+from paramserver.output import curves
+from paramserver.protocol import messages as wire
+from paramserver.server import program
 from paramserver.settings import Settings
-from workers import data, models, recipe
-from workers.client import Client
+from paramserver.tensors.bucket import BUCKET_MB
+from paramserver.tensors.codec import CODECS
+from paramserver.tensors.error_feedback import Feedback
+from paramserver.tensors.reducer import Mean
+from paramserver.transport import sockets
+from workers.builtin import builders, data, models
 from workers.cluster import join
-from workers.replica import Replica
+from workers.link.client import Client
+from workers.replica.replica import Replica
 
 LOOPBACK = "127.0.0.1"
 PATIENCE_S = 60.0
@@ -128,9 +133,9 @@ def server(*settings: str, keys_in: str = "", guarded: bool = False) -> None:
     curves.draw = lambda *_, **__: None
     os.environ["XDG_CONFIG_HOME"] = keys_in
     if guarded:
-        server_program.listen = lambda *_: ([], [LOOPBACK])
+        program.listen = lambda *_: ([], [LOOPBACK])
     try:
-        server_program.main([*settings, "plain=true"])
+        server_main([*settings, "plain=true"])
     except SystemExit as end:
         if end.code:
             raise
@@ -297,7 +302,7 @@ def accuracy(dataset: dict[str, Any], codec: str, seed: int, epochs: int, worker
     settings = Settings(dataset=dataset, seed=seed, codec=codec)
     samples = data.load(dataset, seed)
     model = models.build(settings.model, seed)
-    optimizer = recipe.build_optimizer(model, settings)
+    optimizer = builders.build_optimizer(model, settings)
     replica = Replica(model, optimizer, bucket_mb=settings.bucket_mb or BUCKET_MB, codec=codec)
     buckets, params = replica.plan.buckets, [p for _, p in replica.params]
     senders = [Feedback(replica.plan, codec, settings.topk_ratio) for _ in range(workers)]
@@ -305,7 +310,7 @@ def accuracy(dataset: dict[str, Any], codec: str, seed: int, epochs: int, worker
     indices, size = tuple(b.index for b in buckets), settings.batch_size
     criterion, step = nn.CrossEntropyLoss(), 0
     cpu = torch.device("cpu")
-    judged_by = recipe.build_criterion(settings, model, samples.val, cpu)
+    judged_by = builders.build_criterion(settings, model, samples.val, cpu)
     share, times = JUDGED
     steps = epochs * (len(samples.train) // (workers * size))
     judged_at = {steps - round(k * share * steps / times) for k in range(times)}
@@ -338,7 +343,7 @@ def accuracy(dataset: dict[str, Any], codec: str, seed: int, epochs: int, worker
                 )
             )  # fmt: skip
             if step in judged_at:
-                _, found = recipe.evaluate(model, samples.val, cpu, judged_by)
+                _, found = builders.evaluate(model, samples.val, cpu, judged_by)
                 assert found is not None
                 right.append(found)
                 model.train()
@@ -434,7 +439,7 @@ def ddp_training(
     settings = Settings(dataset={"name": "digits"})
     samples = data.load(settings.dataset, settings.seed).train
     model = models.build(settings.model, settings.seed)
-    optimizer = recipe.build_optimizer(model, settings)
+    optimizer = builders.build_optimizer(model, settings)
     criterion = nn.CrossEntropyLoss()
     parallel: Any = model if way == "no exchange" else DistributedDataParallel(model)
     if way == "float16":

@@ -18,7 +18,7 @@ from benchmarks.machine import Machine, link_rate
 from benchmarks.network import Hosts, why_no_hosts
 from benchmarks.report import ALONE, DDP, GLOO, Row
 from benchmarks.runs import DEFAULT, HERE, Limits, Place, ring_bytes, size_bytes
-from paramserver.codec import CODECS
+from paramserver.tensors.codec import CODECS
 
 COMPUTE_TO_EXCHANGE = 2.0
 MEGA = 1e6

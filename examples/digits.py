@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import workers
-from workers.data import load
+from workers.builtin.data import load
 
 EPOCHS = 12
 

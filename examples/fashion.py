@@ -15,7 +15,7 @@ from torch.utils.data import Subset
 from torchvision.models import resnet18
 
 import workers
-from workers.data import FILES, load
+from workers.builtin.data import FILES, load
 
 EPOCHS, TRAIN, TEST = 3, 3072, 1000
 FOLDERS = (Path("/usr/share/datasets/fashion-mnist"), Path("data/FashionMNIST/raw"))

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 
 import workers
-from workers.data import load
+from workers.builtin.data import load
 
 HOLDS = {1: (0, 1, 2, 3, 4), 2: (5, 6, 7), 3: (8, 9)}  # worker -> the digits that it has
 EPOCHS, ROUNDS = 5, 50  # of an epoch

@@ -10,7 +10,7 @@ this project and may show its traceback.
 class UserError(Exception):
     """A person's mistake: what was wrong and where, and what to do about it.
 
-    Raised anywhere, printed by `paramserver.config.exit_on_user_error` with exit code 2.
+    Raised anywhere, printed by `paramserver.config.loading.exit_on_user_error` with exit code 2.
     """
 
     def __init__(self, problem: str, hint: str = "") -> None:

@@ -21,12 +21,12 @@ import zmq
 from zmq.utils import z85
 
 from paramserver import terminal
-from paramserver.address import listen
-from paramserver.config import exit_on_user_error, load
+from paramserver.config.loading import exit_on_user_error, load
 from paramserver.errors import UserError
-from paramserver.fleet import machine
-from paramserver.jointoken import JoinToken, encode
-from paramserver.sockets import ServerKeys
+from paramserver.net import machine
+from paramserver.net.address import listen
+from paramserver.net.jointoken import JoinToken, encode
+from paramserver.transport.sockets import ServerKeys
 
 
 @dataclass(frozen=True)

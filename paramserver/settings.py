@@ -1,7 +1,7 @@
 """What there is to set: plain frozen objects, one place, one sentence each.
 
-`paramserver.config` fills them from the YAML files and the command line and is the only file that
-sees OmegaConf. Everyone else gets a finished, checked `Settings`.
+`paramserver.config.loading` fills them from the YAML files and the command line and is the only
+file that sees OmegaConf. Everyone else gets a finished, checked `Settings`.
 
 Each field carries `help` (what it does), `unit` (of a number) and `scope`:
 

@@ -35,8 +35,8 @@ from strangers import bother
 from whole import LOOPBACK, Program, Run, private_folders
 
 from benchmarks.network import Hosts, move_to
-from paramserver import wire
-from paramserver.ledger import Ledger
+from paramserver.protocol import messages as wire
+from paramserver.rounds.ledger import Ledger
 
 STANDSTILL_S = 120.0
 UNDISTURBED_S = 1800.0
@@ -249,7 +249,7 @@ class Chaos:
                 self._observers_killed += 1
                 for child in psutil.Process(self.server.process.pid).children():
                     with suppress(psutil.Error):
-                        if "workers.observe" in child.cmdline():
+                        if "workers.observer.observer" in child.cmdline():
                             child.kill()
             case "second worker of one id":
                 twin = self._start_worker(number)

@@ -33,7 +33,17 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("needs root on Linux")
 
 
-SLOW_FIRST = ("up", "ray", "whole", "chaos", "gate", "discover", "keeper", "cables", "examples")
+SLOW_FIRST = (
+    "up",
+    "ray",
+    "whole",
+    "chaos",
+    "handshake",
+    "mdns",
+    "supervisor",
+    "cables",
+    "examples",
+)
 """Files whose tests take longest: begun last, they would leave the other processes idle."""
 
 

@@ -38,19 +38,22 @@ with (
     import zmq
     from whole import LOOPBACK, free_port
 
-    from paramserver import jointoken, runfolder, wire
-    from paramserver.codec import CODECS
-    from paramserver.config import from_wire, load, to_wire
+    from paramserver.config.loading import from_wire, load, to_wire
     from paramserver.errors import PeerError, UserError
     from paramserver.keys import Keys
-    from paramserver.runfolder import RunFolder
-    from paramserver.server import Server
+    from paramserver.net import jointoken
+    from paramserver.output import runfolder
+    from paramserver.output.runfolder import RunFolder
+    from paramserver.protocol import messages as wire
+    from paramserver.server.server import Server
     from paramserver.settings import Settings
-    from workers import checkpoint, models, named
-    from workers.connection import Connection
-    from workers.own_code import NOTHING
-    from workers.replica import Replica
-    from workers.state import flatten, unflatten
+    from paramserver.tensors.codec import CODECS
+    from workers.builtin import models, registry
+    from workers.builtin.own_code import NOTHING
+    from workers.link.connection import Connection
+    from workers.replica import checkpoint
+    from workers.replica.replica import Replica
+    from workers.replica.state import flatten, unflatten
 
 MEMORY_MB = 1500
 STANDSTILL_S = 20
@@ -163,7 +166,7 @@ def name(content: bytes) -> None:
     before = set(sys.modules)
     with suppress(UserError):
         text = content.decode(errors="replace")
-        named.find("model.type", text, models.MODELS, torch.nn.Module, "a module", NOTHING)
+        registry.find("model.type", text, models.MODELS, torch.nn.Module, "a module", NOTHING)
     assert set(sys.modules) == before
 
 

@@ -11,8 +11,8 @@ from typing import Any, Self
 import zmq
 from whole import LOOPBACK, free_port
 
-from paramserver import wire
-from paramserver.config import to_wire
+from paramserver.config.loading import to_wire
+from paramserver.protocol import messages as wire
 from paramserver.settings import Settings
 
 

@@ -14,8 +14,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from paramserver import wire
-from paramserver.effects import (
+from paramserver.protocol import messages as wire
+from paramserver.protocol.messages import Lease
+from paramserver.rounds.coordinator import Rounds, Rules
+from paramserver.rounds.effects import (
     Add,
     Closed,
     Effect,
@@ -28,9 +30,7 @@ from paramserver.effects import (
     Start,
     Void,
 )
-from paramserver.ledger import Ledger
-from paramserver.rounds import Rounds, Rules
-from paramserver.wire import Lease
+from paramserver.rounds.ledger import Ledger
 
 LAYOUT = wire.Layout(
     (wire.Tensor("weight", (3, 2), "float32"), wire.Tensor("bias", (3,), "float32"))

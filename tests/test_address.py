@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from paramserver import address
-from paramserver.address import LOOPBACK, Address, find, listen
-from paramserver.config import load
+from paramserver.config.loading import load
 from paramserver.errors import UserError
 from paramserver.keys import Keys
+from paramserver.net import address
+from paramserver.net.address import LOOPBACK, Address, find, listen
 
 ELSEWHERE = "192.0.2.7"  # for documentation: no host has it
 KEYS = Keys.new()

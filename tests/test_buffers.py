@@ -20,12 +20,13 @@ from torch.optim import SGD
 from whole import Served, free_port
 
 import workers
-from paramserver import whole, wire
-from paramserver.bucket import plan
 from paramserver.errors import PeerError, UserError
-from paramserver.mean import Mean
-from workers.buffers import LOOKED_AT, Buffers
-from workers.replica import Replica
+from paramserver.protocol import messages as wire
+from paramserver.tensors import whole
+from paramserver.tensors.bucket import plan
+from paramserver.tensors.reducer import Mean
+from workers.replica.buffers import LOOKED_AT, Buffers
+from workers.replica.replica import Replica
 
 
 class Layer(nn.Module):
@@ -222,13 +223,13 @@ class Mask(Layer):
 def test_what_nobody_writes_costs_no_message(monkeypatch: pytest.MonkeyPatch) -> None:
     """The last bucket of numbers tells it; what is not in the state stays where it is."""
     pushed: list[wire.Push] = []
-    original = workers.client.Client.push
+    original = workers.link.client.Client.push
 
     def push(self: Any, message: wire.Push, buffers: list[Any]) -> None:
         pushed.append(message)
         original(self, message, buffers)
 
-    monkeypatch.setattr("workers.client.Client.push", push)
+    monkeypatch.setattr("workers.link.client.Client.push", push)
 
     def made(seed: int) -> Setup:
         own = drawn(Mask(), seed)

@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from paramserver import drafts, stored
-from paramserver.runfolder import find_checkpoint
-from workers import checkpoint
-from workers.replica import Replica
+from paramserver.output import drafts, stored
+from paramserver.output.runfolder import find_checkpoint
+from workers.replica import checkpoint
+from workers.replica.replica import Replica
 
 resource = pytest.importorskip("resource")
 
@@ -25,8 +25,8 @@ DIES_WHILE_WRITING = """
 import os, signal, sys
 from pathlib import Path
 from test_checkpoint import replica
-from paramserver import drafts
-from workers import checkpoint
+from paramserver.output import drafts
+from workers.replica import checkpoint
 drafts.os.fsync = lambda fd: os.kill(os.getpid(), signal.SIGKILL)
 checkpoint.save(Path(sys.argv[1]) / checkpoint.name(2), replica(), "run", {})
 """
@@ -35,7 +35,7 @@ DISK_IS_FULL = """
 import resource, signal, sys
 from pathlib import Path
 from test_checkpoint import replica
-from workers import checkpoint
+from workers.replica import checkpoint
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 try:

@@ -11,11 +11,11 @@ import pytest
 import zmq
 from whole import LOOPBACK, free_port
 
-from paramserver import wire
-from paramserver.config import to_wire
+from paramserver.config.loading import to_wire
 from paramserver.errors import UserError
+from paramserver.protocol import messages as wire
 from paramserver.settings import Settings
-from workers.client import Client
+from workers.link.client import Client
 
 Answer = Callable[[bytes, Any], None]
 """Answers a message of a peer."""

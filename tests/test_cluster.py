@@ -32,7 +32,7 @@ from whole import DEADLINE_S, Served
 
 import workers
 from paramserver.errors import UserError
-from workers.data import order
+from workers.builtin.data import order
 
 # --------------------------------------------------------------------------------- whose samples
 

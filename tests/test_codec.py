@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from paramserver.codec import CODECS, Codec
-from paramserver.schema import RULES
+from paramserver.config.schema import RULES
+from paramserver.tensors.codec import CODECS, Codec
 
 RATIO = 0.01
 SECTION = 2**16  # of topk: positions count from its start, and of each one some are sent

@@ -14,8 +14,8 @@ from hypothesis import HealthCheck, example, given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
-from paramserver import config, schema
-from paramserver.config import check_worker_overrides, from_wire, load, save, to_wire
+from paramserver.config import loading, schema
+from paramserver.config.loading import check_worker_overrides, from_wire, load, save, to_wire
 from paramserver.errors import UserError
 from paramserver.settings import Settings
 
@@ -81,7 +81,7 @@ def test_an_installed_package_has_its_own_files(
     here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put("site/paramserver/conf/cluster.yaml", "num_workers: 5")
-    monkeypatch.setattr(config, "__file__", str(here / "site/paramserver/config.py"))
+    monkeypatch.setattr(loading, "__file__", str(here / "site/paramserver/config/loading.py"))
     loaded = load([], "server")
     assert loaded.settings.num_workers == 5
     assert [path.name for path in loaded.sources] == ["cluster.yaml"]
@@ -561,7 +561,7 @@ def test_help(program: schema.Program, flag: str, capsys: pytest.CaptureFixture[
         load(["nonsense", flag], program)
     assert caught.value.code == 0
     text = capsys.readouterr().out
-    assert text == config.help_text(program) + "\n"
+    assert text == loading.help_text(program) + "\n"
     assert text.startswith("usage: python -m ")
     assert max(map(len, text.splitlines())) <= 100
     squeezed = " ".join(text.split())
@@ -584,7 +584,7 @@ def test_every_rule_is_of_a_setting_and_every_default_keeps_it() -> None:
 
 
 def test_user_errors_exit_with_two(capsys: pytest.CaptureFixture[str]) -> None:
-    @config.exit_on_user_error()
+    @loading.exit_on_user_error()
     def main() -> None:
         raise UserError("port 1 is taken", "choose another:\nport=2")
 
@@ -595,14 +595,14 @@ def test_user_errors_exit_with_two(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_an_interrupt_exits_quietly(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as caught, config.exit_on_user_error():
+    with pytest.raises(SystemExit) as caught, loading.exit_on_user_error():
         raise KeyboardInterrupt
     assert caught.value.code == 130
     assert capsys.readouterr() == ("", "")
 
 
 def test_defects_keep_their_traceback() -> None:
-    with pytest.raises(ZeroDivisionError), config.exit_on_user_error():
+    with pytest.raises(ZeroDivisionError), loading.exit_on_user_error():
         raise ZeroDivisionError
 
 

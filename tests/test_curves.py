@@ -15,7 +15,7 @@ import pytest
 from matplotlib.image import imread
 from numpy.typing import NDArray
 
-from paramserver.curves import Metrics, _rates, _smoothed, draw
+from paramserver.output.curves import Metrics, _rates, _smoothed, draw
 
 # Training and validation loss, validation accuracy, late workers.
 BLUE = (47, 111, 222)
@@ -136,7 +136,7 @@ def test_matplotlib_is_loaded_only_to_draw_and_without_pyplot(tmp_path: Path) ->
     script = """
 import sys
 from pathlib import Path
-from paramserver.curves import draw
+from paramserver.output.curves import draw
 assert "matplotlib" not in sys.modules
 draw(Path(sys.argv[1]), Path(sys.argv[2]), "Run")
 assert "matplotlib" in sys.modules

@@ -24,9 +24,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from paramserver.errors import UserError
-from paramserver.order import places
-from workers import data
-from workers.data import CLASSES, FILES, Samples, load, order
+from paramserver.tensors.order import places
+from workers.builtin import data
+from workers.builtin.data import CLASSES, FILES, Samples, load, order
 
 REPOSITORY = Path(data.__file__).resolve().parents[1]
 DIGITS_SHA256 = "f1864be470111ed639726bc0dbc2416fcd002c793718733e7ae49adceba327ac"
@@ -455,7 +455,7 @@ def test_two_processes_download_once(tmp_path, mirror):
     program = textwrap.dedent(f"""
         import logging, sys
         from torchvision import datasets
-        from workers.data import load
+        from workers.builtin.data import load
         logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(message)s")
         datasets.MNIST.mirrors = [{mirror.url!r}]
         datasets.MNIST.resources = {mirror.resources!r}

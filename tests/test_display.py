@@ -19,8 +19,8 @@ from typing import TextIO
 
 import pytest
 
-from paramserver.display import TRAINING, Display, Status, WorkerStatus
-from paramserver.fleet.keeper import WARNED
+from paramserver.fleet.supervisor import WARNED
+from paramserver.output.display import TRAINING, Display, Status, WorkerStatus
 
 WORKERS = (
     WorkerStatus(1, "mini1", 9540.0),
@@ -517,7 +517,11 @@ def test_a_line_longer_than_the_room_in_a_pipe(pipe: Pipe) -> None:
 def run_display(script: str, **variables: str) -> subprocess.CompletedProcess[bytes]:
     """A program that prints to its stdout through a Display, here a pipe."""
     return subprocess.run(
-        [sys.executable, "-c", "from paramserver.display import *\n" + textwrap.dedent(script)],
+        [
+            sys.executable,
+            "-c",
+            "from paramserver.output.display import *\n" + textwrap.dedent(script),
+        ],
         capture_output=True,
         env={**os.environ, **variables},
         timeout=60,

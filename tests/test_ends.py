@@ -14,7 +14,7 @@ from crew import Noise, loss, perceptron
 from whole import DEADLINE_S, Program, Run, Served, free_port
 
 import workers
-from paramserver import wire
+from paramserver.protocol import messages as wire
 from workers.cluster import Cluster
 
 ON_TIME = "all epochs are done"

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_alone import SCRIPT
+from test_solo import SCRIPT
 from whole import CLONE, Run
 
-from workers.data import FILES, load
+from workers.builtin.data import FILES, load
 
 EXAMPLES = sorted(path.stem for path in (CLONE / "examples").glob("*.py"))
 

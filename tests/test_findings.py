@@ -11,8 +11,8 @@ import pytest
 
 from paramserver.fleet import topology
 from paramserver.fleet.findings import Measured, Report, chosen, findings
-from paramserver.fleet.hosts import Host
-from paramserver.fleet.interfaces import Interface, Path
+from paramserver.net.hosts import Host
+from paramserver.net.interfaces import Interface, Path
 
 HOSTS = (Host("mini1", "mini1", role="server"), Host("mini2", "mini2", id=1))
 TB1 = Interface("bridge0", "thunderbolt", "10.10.0.1", 24, 9000)

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paramserver import wire
-from paramserver.wire import Average, Close, End, Fetch, Open, Pulse, next_lineage
-from workers.follow import NOTHING, Apply, Diverged, Drop, Follow, Gap, Silent, Take
+from paramserver.protocol import messages as wire
+from paramserver.protocol.messages import Average, Close, End, Fetch, Open, Pulse, next_lineage
+from workers.link.follow import NOTHING, Apply, Diverged, Drop, Follow, Gap, Silent, Take
 
 NONCE = "server-1"
 OLD = Drop("older than what I hold")

@@ -18,9 +18,9 @@ from torch.optim import lr_scheduler as schedules
 from whole import CLONE, DEADLINE_S, LOOPBACK, Served, free_port
 
 import workers
-from workers.data import order
-from workers.replica import Replica
-from workers.state import flatten, unflatten
+from workers.builtin.data import order
+from workers.replica.replica import Replica
+from workers.replica.state import flatten, unflatten
 
 # ------------------------------------------------------------------ any optimizer, any schedule
 
@@ -135,7 +135,7 @@ def test_gradients_that_came_without_backward_are_taken(
 ) -> None:
     """Set by hand: all of them, or those of the parameters that backward did not reach."""
     if threaded:
-        monkeypatch.setattr("workers.gradients.THREAD_FROM_BYTES", 0)
+        monkeypatch.setattr("workers.replica.gradients.THREAD_FROM_BYTES", 0)
     data, setup, plain = Noise(96), *(_of_two() for _ in range(2))
 
     def by_hand(s: Setup, x: Tensor, y: Tensor, step: int) -> None:

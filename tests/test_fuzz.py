@@ -17,15 +17,17 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from paramserver import arena, runfolder
-from paramserver.codec import CODECS
-from paramserver.config import load
+from paramserver.config.loading import load
 from paramserver.errors import UserError
-from paramserver.runfolder import Past, Record, RunFolder
-from workers import checkpoint, models, named
-from workers.own_code import OwnCode
-from workers.replica import Replica
-from workers.state import flatten, unflatten
+from paramserver.output import runfolder
+from paramserver.output.runfolder import Past, Record, RunFolder
+from paramserver.tensors.codec import CODECS
+from paramserver.transport import shm
+from workers.builtin import models, registry
+from workers.builtin.own_code import OwnCode
+from workers.replica import checkpoint
+from workers.replica.replica import Replica
+from workers.replica.state import flatten, unflatten
 
 HERE = OwnCode((Path(tempfile.gettempdir()) / "no such folder",))
 MARKS = st.sampled_from(["$tensor", "$tuple", "$pairs", "$float", "step", "samples", "run"])
@@ -143,7 +145,7 @@ def test_a_settings_file_is_read_or_told(content: bytes) -> None:
 @given(place=st.tuples(*[st.integers(-(2**63), 2**63 - 1)] * 3))
 def test_a_place_in_an_outbox_is_one_of_its_slots(place: tuple[int, int, int]) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        outbox = arena.Outbox(Path(folder) / "outbox", 100)
+        outbox = shm.Outbox(Path(folder) / "outbox", 100)
         with pytest.raises(ValueError, match="no such place"):
             outbox.buffer(place)
 
@@ -175,5 +177,5 @@ NAMES = st.text(max_size=30) | st.from_regex(r"[a-z_.]{0,20}:[A-Za-z_.]{0,10}", 
 def test_a_name_from_a_server_imports_nothing(name: str) -> None:
     before = set(sys.modules)
     with suppress(UserError):
-        named.find("model.type", name, models.MODELS, nn.Module, "torch.nn.Module", HERE)
+        registry.find("model.type", name, models.MODELS, nn.Module, "torch.nn.Module", HERE)
     assert set(sys.modules) == before

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from paramserver.config import load
+from paramserver.config.loading import load
 from paramserver.errors import UserError
-from paramserver.fleet import hosts
-from paramserver.fleet.hosts import Host
+from paramserver.net import hosts
+from paramserver.net.hosts import Host
 
 THREE = """
 hosts:

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from recorded import FIREWALL_OFF, FIREWALL_ON, HARDWARE_PORTS, IFCONFIG, PMSET
 
-from paramserver.address import listen
-from paramserver.config import load
+from paramserver.config.loading import load
 from paramserver.errors import UserError
-from paramserver.fleet import machine
-from paramserver.fleet.interfaces import (
+from paramserver.net import machine
+from paramserver.net.address import listen
+from paramserver.net.interfaces import (
     Interface,
     Path,
     choose,
@@ -178,7 +178,9 @@ def test_a_taken_port_is_seen_also_where_it_may_not_be_known_whose(
     with socket.create_server(("127.0.0.1", 0)) as listening:
         port = listening.getsockname()[1]
         assert str(os.getpid()) in str(machine.port_holder(port))
-        monkeypatch.setattr("paramserver.sockets.listener", lambda port: "")  # a Mac, without root
+        monkeypatch.setattr(
+            "paramserver.transport.sockets.listener", lambda port: ""
+        )  # a Mac, without root
         assert f"lsof -nP -iTCP:{port}" in str(machine.port_holder(port))
     assert machine.port_holder(port) is None
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from paramserver.errors import UserError
-from paramserver.jointoken import JoinToken, decode, encode, looks_like_one
+from paramserver.net.jointoken import JoinToken, decode, encode, looks_like_one
 
 KEYS = st.binary(min_size=32, max_size=32)
 HOSTS = st.from_regex(r"[a-z0-9][a-z0-9.:-]{0,60}", fullmatch=True)

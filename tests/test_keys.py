@@ -15,8 +15,8 @@ from zmq.utils import z85
 
 from paramserver import keys
 from paramserver.errors import UserError
-from paramserver.jointoken import decode
 from paramserver.keys import Keys
+from paramserver.net.jointoken import decode
 
 
 @pytest.fixture(autouse=True)

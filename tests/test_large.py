@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import SGD
 from whole import Run
 
-from workers.data import order
+from workers.builtin.data import order
 
 WIDTH, BATCH, STEPS = 8000, 2, 1  # a step is some 10 s of processor time
 MODEL_BYTES = 2 * WIDTH * WIDTH * 4

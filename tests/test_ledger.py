@@ -10,7 +10,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from paramserver.ledger import (
+from paramserver.protocol.messages import OWN, Lease
+from paramserver.rounds.ledger import (
     DONE,
     DROPPED,
     KILLED,
@@ -24,7 +25,6 @@ from paramserver.ledger import (
     Lost,
     OwnLedger,
 )
-from paramserver.wire import OWN, Lease
 
 # ---------------------------------------------------------------------------------- scripts
 

@@ -13,8 +13,8 @@ from scripts import Run
 from torch import Tensor
 from torch.utils.data import TensorDataset, random_split
 
-from paramserver import wire
-from paramserver.looks import Looks, shown
+from paramserver.protocol import messages as wire
+from paramserver.rounds.looks import Looks, shown
 from workers.looks import SAMPLES, look
 from workers.samples import Samples
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from whole import CLONE, Monitor, Run
 
-from paramserver.launch import Started, _log_folder
+from paramserver.launch.local import Started, _log_folder
 
 
 def test_a_run_whose_folder_vanishes_goes_on_and_keeps_what_comes(tmp_path: Path) -> None:
@@ -38,9 +38,9 @@ def test_a_user_without_name_and_home_is_told_where_keys_could_be() -> None:
     """As in a container that was started with `--user 12345`."""
     program = """
 import os, sys
-from paramserver.fleet import machine  # an interpreter may lie where that user cannot read
+from paramserver.net import machine  # an interpreter may lie where that user cannot read
 from paramserver.keys import main
-from workers.logbook import wandb_login_exists
+from workers.observer.loggers import wandb_login_exists
 os.setgroups([]), os.setgid(12345), os.setuid(12345)
 for name in ("HOME", "XDG_CONFIG_HOME"):
     os.environ.pop(name, None)
@@ -79,10 +79,11 @@ def test_a_log_that_is_gone_is_told(tmp_path: Path) -> None:
 
 NO_PYTHON = """
 import sys
-from paramserver import __main__ as program
+from paramserver.__main__ import main
+from paramserver.server import observer_process
 
-sys.executable, program.OBSERVER_PAUSE_S = "/nowhere/python", 0.2
-program.main(sys.argv[1:])
+sys.executable, observer_process.OBSERVER_PAUSE_S = "/nowhere/python", 0.2
+main(sys.argv[1:])
 """
 
 

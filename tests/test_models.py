@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from paramserver.errors import UserError
-from workers.models import ACTIVATIONS, MODELS, build
+from workers.builtin.models import ACTIVATIONS, MODELS, build
 
 SIMPLE = {"type": "SimpleNN", "input_dim": 784, "hidden": 128, "out": 10, "activation": "relu"}
 WEIGHTS_42 = [0.02730495, 0.02964314, -0.00836687, 0.03280755]
@@ -141,7 +141,7 @@ def test_another_default_device_changes_nothing():
 
 def test_torchvision_is_imported_for_resnet18_only():
     program = (
-        "import sys; from workers.models import build; build({'type': 'CNN'}, seed=0);"
+        "import sys; from workers.builtin.models import build; build({'type': 'CNN'}, seed=0);"
         "sys.exit('torchvision' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)

@@ -17,12 +17,12 @@ from liar import FakeServer
 from torch import nn
 from whole import Run
 
-from paramserver.config import load
+from paramserver.config.loading import load
+from paramserver.config.schema import allowed
 from paramserver.errors import UserError
-from paramserver.schema import allowed
 from paramserver.settings import Settings
-from workers import models, own_code, recipe
-from workers.own_code import OwnCode
+from workers.builtin import builders, models, own_code
+from workers.builtin.own_code import OwnCode
 
 MODULE = """
 from __future__ import annotations
@@ -131,27 +131,29 @@ def test_a_module_in_the_folder_where_the_worker_was_started(desk: Desk) -> None
 def test_data_loss_metric_optimizer_and_schedule_go_the_same_way(desk: Desk) -> None:
     desk.write("mine.py")
     settings = replace(Settings(), dataset={"name": "mine:Words", "root": "data"})
-    assert len(recipe.load_data(settings, code()).train) == 3
+    assert len(builders.load_data(settings, code()).train) == 3
     model = nn.Linear(2, 1)
     samples = torch.utils.data.TensorDataset(torch.zeros(4, 2), torch.zeros(4, 1))
     settings = replace(settings, loss={"name": "mine:off"}, metric={"name": "mine:off"})
-    made = recipe.build_criterion(settings, model, samples, torch.device("cpu"), code())
+    made = builders.build_criterion(settings, model, samples, torch.device("cpu"), code())
     assert made.name == "off"
     theirs = "torch.fx.graph_module:reduce_graph_module"
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     many = {"name": "SequentialLR", "schedulers": [{"name": theirs}], "milestones": []}
     for group, make in {
-        "dataset": lambda s: recipe.load_data(s, code()),
-        "optimizer": lambda s: recipe.build_optimizer(model, s, code()),
-        "scheduler": lambda s: recipe.build_scheduler(optimizer, s, code()),
-        "loss": lambda s: recipe.build_criterion(s, model, samples, torch.device("cpu"), code()),
-        "metric": lambda s: recipe.build_criterion(s, model, samples, torch.device("cpu"), code()),
+        "dataset": lambda s: builders.load_data(s, code()),
+        "optimizer": lambda s: builders.build_optimizer(model, s, code()),
+        "scheduler": lambda s: builders.build_scheduler(optimizer, s, code()),
+        "loss": lambda s: builders.build_criterion(s, model, samples, torch.device("cpu"), code()),
+        "metric": lambda s: builders.build_criterion(
+            s, model, samples, torch.device("cpu"), code()
+        ),
     }.items():
         ok = replace(settings, dataset={"name": "digits"}, loss={"name": "MSELoss"}, metric=None)
         with pytest.raises(UserError, match="comes from the server and is not imported"):
             make(replace(ok, **{group: {"name": theirs}}))
     with pytest.raises(UserError, match="comes from the server and is not imported"):
-        recipe.build_scheduler(optimizer, replace(settings, scheduler=many), code())
+        builders.build_scheduler(optimizer, replace(settings, scheduler=many), code())
 
 
 def test_a_folder_of_the_environments_pythonpath(
@@ -223,8 +225,8 @@ def test_one_that_was_imported_already(desk: Desk, monkeypatch: pytest.MonkeyPat
         ("posix:system", "posix is a part of Python"),
         ("subprocess:Popen", "subprocess is installed"),
         ("antigravity:fly", "antigravity is installed"),
-        ("workers.named:make", "workers is a part of this program"),
-        ("paramserver.fleet.keeper:main", "paramserver is a part of this program"),
+        ("workers.builtin.registry:make", "workers is a part of this program"),
+        ("paramserver.fleet.supervisor:main", "paramserver is a part of this program"),
         ("no_such.module:Net", "there is no module 'no_such.module'"),
         ("../x:Net", "not of the form package.module:Name"),
         ("mine:Net.__init__", "not of the form"),

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from paramserver.errors import UserError
-from workers.own_data import OwnData
+from workers.builtin.own_data import OwnData
 
 SETS = """
 from torch.utils.data import Dataset, IterableDataset

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from paramserver.problems import CHARS, KEPT, Problems
+from paramserver.output.problems import CHARS, KEPT, Problems
 
 
 def test_each_sentence_once_and_in_order() -> None:

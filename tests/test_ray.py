@@ -16,7 +16,7 @@ import pytest
 from whole import LOOPBACK, Program, Run
 
 from paramserver.errors import UserError
-from paramserver.onray import Node, _engine, pack, place
+from paramserver.launch.ray import Node, _engine, pack, place
 from paramserver.settings import Settings
 
 SMALL = ("dataset.name=digits", "model.hidden=16", "track_gradients=false", "digest_steps=0")
@@ -78,7 +78,7 @@ def programs(words: str) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter(["cmdline"]):
         line = " ".join(process.info["cmdline"] or [])
-        if "paramserver.tether" in line and words in line:
+        if "paramserver.launch.die_with_parent" in line and words in line:
             found.append(process)
     return found
 
@@ -107,7 +107,7 @@ def test_a_run_whose_actors_are_killed(address: str, tmp_path: Path) -> None:
         ray.wait_for("worker 2 died: Ray has started it again")
         ray.wait_for(r"worker 2 \(.*\) took a snapshot of step [1-9]")
 
-        [server] = programs("paramserver.tether paramserver cluster=")
+        [server] = programs("paramserver.launch.die_with_parent paramserver cluster=")
         server.kill()
         ray.wait_for("the server died: Ray has started it again")
         ray.wait_for("this run has not ended: waiting for its replicas to come back")

@@ -18,13 +18,16 @@ import torch
 from safetensors.torch import load_file
 from whole import LOOPBACK, Monitor, Program, Run, free_port
 
-from paramserver import stored, wire
-from paramserver.__main__ import OBSERVER_RESTARTS, Show, missing_results, summarize
-from paramserver.config import to_wire
-from paramserver.runfolder import RunFolder
-from paramserver.server import Server
+from paramserver.config.loading import to_wire
+from paramserver.output import stored
+from paramserver.output.runfolder import RunFolder
+from paramserver.protocol import messages as wire
+from paramserver.server.observer_process import OBSERVER_RESTARTS
+from paramserver.server.program import missing_results, summarize
+from paramserver.server.server import Server
+from paramserver.server.watcher import Show
 from paramserver.settings import Settings
-from workers import checkpoint
+from workers.replica import checkpoint
 
 HELD = '''
 """A model and a metric that hold the observer, once, where the test asks for it."""

@@ -18,12 +18,12 @@ from torch import nn
 from whole import Run
 
 from paramserver.errors import UserError
-from paramserver.ledger import Ledger
+from paramserver.rounds.ledger import Ledger
 from paramserver.settings import Settings
-from workers import checkpoint
-from workers.recipe import build_scheduler
-from workers.replica import Replica
-from workers.resume import resume
+from workers.builtin.builders import build_scheduler
+from workers.replica import checkpoint
+from workers.replica.replica import Replica
+from workers.replica.resume import resume
 
 SETTINGS = Settings(
     optimizer={"name": "Adam"}, scheduler={"name": "StepLR", "step_size": 5, "gamma": 0.5}

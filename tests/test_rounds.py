@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from scripts import LAYOUT, NONCE, Run, but_words, session
 
-from paramserver import wire
-from paramserver.effects import Add, Finish, Say, Send
-from paramserver.ledger import UNREAD, Ledger, Lost
-from paramserver.members import REPLICA
-from paramserver.rounds import Rounds, Rules
-from paramserver.wire import Lease
+from paramserver.protocol import messages as wire
+from paramserver.protocol.messages import Lease
+from paramserver.rounds.coordinator import Rounds, Rules
+from paramserver.rounds.effects import Add, Finish, Say, Send
+from paramserver.rounds.ledger import UNREAD, Ledger, Lost
+from paramserver.rounds.round import REPLICA
 
 # ------------------------------------------------------------------------ samples of one's own
 

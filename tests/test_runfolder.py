@@ -17,12 +17,11 @@ from typing import Any
 
 import pytest
 
-import paramserver.runfolder as runfolder
-from paramserver import stored
-from paramserver.comeback import NOTHING, UNKNOWN
+import paramserver.output.runfolder as runfolder
 from paramserver.errors import UserError
-from paramserver.fleet import machine
-from paramserver.runfolder import (
+from paramserver.net import machine
+from paramserver.output import stored
+from paramserver.output.runfolder import (
     EvalLine,
     Past,
     Record,
@@ -33,6 +32,7 @@ from paramserver.runfolder import (
     unended,
     write_whole,
 )
+from paramserver.rounds.recovery import NOTHING, UNKNOWN
 
 NOON = datetime(2026, 11, 22, 12, 0, 9)
 
@@ -301,7 +301,7 @@ def test_what_is_nearly_the_run_is_named_once(
 
 def test_a_folder_belongs_to_one_server_while_that_lives(tmp_path: Path) -> None:
     script = (
-        "import sys; from pathlib import Path; from paramserver.runfolder import RunFolder\n"
+        "import sys; from pathlib import Path; from paramserver.output.runfolder import RunFolder\n"
         "print(RunFolder(Path(sys.argv[1])).claim(), flush=True); sys.stdin.read()"
     )
     folder = RunFolder.create(tmp_path, datetime.now())
@@ -401,7 +401,7 @@ def run_script(script: str, *args: object) -> None:
 FULL_DISK = """
     import resource, sys
     from pathlib import Path
-    from paramserver.runfolder import *
+    from paramserver.output.runfolder import *
 
     def disk_has_room_for(size):
         hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
@@ -550,7 +550,7 @@ def test_what_resume_names(tmp_path: Path) -> None:
 NOTES_AND_DIES = """
 import os, signal, sys
 from pathlib import Path
-from paramserver.runfolder import RunFolder
+from paramserver.output.runfolder import RunFolder
 folder = RunFolder(Path(sys.argv[1]))
 assert folder.open_note() is None
 for step in range(1, 813):

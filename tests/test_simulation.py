@@ -15,14 +15,14 @@ import pytest
 from simulation import Parts, Schedule, simulate
 from simulation.peer import Observer, Worker
 
-from paramserver import wire
-from paramserver.comeback import NOTHING
-from paramserver.effects import Effect
-from paramserver.ledger import PARTLY, RETURNED, Ledger, Suspect
-from paramserver.members import Member, Peer
-from paramserver.rounds import Rounds
-from workers import follow
-from workers.follow import Follow
+from paramserver.protocol import messages as wire
+from paramserver.rounds.coordinator import Rounds
+from paramserver.rounds.effects import Effect
+from paramserver.rounds.ledger import PARTLY, RETURNED, Ledger, Suspect
+from paramserver.rounds.recovery import NOTHING
+from paramserver.rounds.round import Member, Peer
+from workers.link import follow
+from workers.link.follow import Follow
 
 CLONE = Path(__file__).resolve().parent.parent
 SCHEDULES = 2000

@@ -25,12 +25,13 @@ from whole import DEADLINE_S, LOOPBACK, Run, Served
 from zmq.utils import garbage
 
 import workers
-from paramserver import sockets, wire
 from paramserver.errors import UserError
-from paramserver.ledger import Ledger
-from paramserver.sentences import AT_ONCE
-from workers.replica import Replica
-from workers.snapshot import Giving
+from paramserver.protocol import messages as wire
+from paramserver.rounds.ledger import Ledger
+from paramserver.rounds.sentences import AT_ONCE
+from paramserver.transport import sockets
+from workers.link.snapshot import Giving
+from workers.replica.replica import Replica
 
 HELD_AT = 3
 EPOCHS = 2

@@ -17,14 +17,14 @@ from torch.optim.lr_scheduler import StepLR
 from whole import LOOPBACK
 
 import workers
-from paramserver import folders, sockets
-from paramserver.config import from_wire, to_wire
+from paramserver.config.loading import from_wire, to_wire
 from paramserver.errors import UserError
-from paramserver.folders import PrivateFolder
 from paramserver.settings import Settings
-from workers import models
-from workers.client import Client
-from workers.replica import Replica
+from paramserver.transport import private_dir, sockets
+from paramserver.transport.private_dir import PrivateFolder
+from workers.builtin import models
+from workers.link.client import Client
+from workers.replica.replica import Replica
 
 HONEST = json.loads(json.dumps(to_wire(Settings())))
 
@@ -142,7 +142,7 @@ def test_a_loop_of_ones_own_is_told_in_the_same_way() -> None:
 def test_folders_that_are_none_of_ours(tmp_path: Path) -> None:
     """A server of another user on this machine names folders of ours."""
     real = PrivateFolder(tmp_path)
-    assert folders.is_private(str(real.path)) and sockets.ipc_usable(str(real.path))
+    assert private_dir.is_private(str(real.path)) and sockets.ipc_usable(str(real.path))
     secret = tmp_path / "secret"
     secret.mkdir(mode=0o700)
     link = tmp_path / "paramserver-link"
@@ -150,9 +150,9 @@ def test_folders_that_are_none_of_ours(tmp_path: Path) -> None:
     named = tmp_path / "paramserver-named"
     named.mkdir(mode=0o700)  # without a lock
     for path in (secret, link, named, tmp_path / "paramserver-none", "paramserver-x", "\0"):
-        assert not folders.is_private(str(path))
+        assert not private_dir.is_private(str(path))
     os.chmod(real.path, 0o755)
-    assert not folders.is_private(str(real.path))
+    assert not private_dir.is_private(str(real.path))
     real.close()
 
 

@@ -18,10 +18,10 @@ from whole import Served, free_port
 
 import workers
 from paramserver.errors import UserError
-from workers import checkpoint
-from workers.replica import Replica
-from workers.state import DTYPES, as_bytes, flatten, unflatten
-from workers.travel import TEXT_BYTES_MAX
+from workers.replica import checkpoint
+from workers.replica.replica import Replica
+from workers.replica.state import DTYPES, as_bytes, flatten, unflatten
+from workers.replica.travel import TEXT_BYTES_MAX
 
 
 def replica(model: nn.Module, optimizer: Optimizer | None = None, **more: Any) -> Replica:

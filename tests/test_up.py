@@ -14,8 +14,8 @@ import pytest
 from machines import FAST, SLOW, Machines, find_uv, uv_cache, why_no_machines
 from whole import CLONE, Program
 
-from paramserver.fleet import figures
-from paramserver.fleet.figures import Figure
+from paramserver.fleet import measurements
+from paramserver.fleet.measurements import Figure
 
 pytestmark = [
     pytest.mark.timeout(600),  # many processes import torch, on two cores
@@ -160,7 +160,9 @@ def test_a_run_from_start_to_end(cluster: Cluster, tmp_path: Path) -> None:
     )
     config = (cluster.runs()[-1] / "config.yaml").read_text()
     assert "batch_size: 16" in config and "outside:Net" in config
-    assert len([line for line in cluster.left() if "paramserver.fleet.keeper start" in line]) == 3
+    assert (
+        len([line for line in cluster.left() if "paramserver.fleet.supervisor start" in line]) == 3
+    )
 
     status = cluster.says("status")
     assert re.search(r"mini1 +server +running for", status)
@@ -201,7 +203,7 @@ def test_what_fails_is_told_and_the_next_start_works(cluster: Cluster) -> None:
     cluster.file.write_text(PAIR.replace("mini2%s", f"{new}, ip: {here}"))  # one path to measure
     small, before = (*SMALL, *LONG, "observer=false", "bucket_mb=0.25"), len(cluster.runs())
     doctor = Figure(new, here, "10.10.0.1", 70e6, 1.7e9)
-    figures.write(machines.home("mini1") / "paramserver", [doctor])
+    measurements.write(machines.home("mini1") / "paramserver", [doctor])
 
     machines.slow_down(new, "eth0", SLOWER)
     taken = machines.enter("mini1", sys.executable, "-c", LISTENS, "43210")
@@ -268,7 +270,7 @@ def test_the_doctor_takes_the_fast_link_and_measures_both_as_iperf3_does(cluster
     assert chosen["path"]["far"]["address"] == cluster.machines.address("mini1")
     paths = [p for p in found["paths"] if (p["near"], p["far"]) == ("mini2", "mini1")]
     rates = {p["path"]["near"]["device"]: p["up_bytes_per_s"] for p in paths}
-    kept = figures.read(cluster.machines.home("mini1") / "paramserver")
+    kept = measurements.read(cluster.machines.home("mini1") / "paramserver")
     assert {(f.machine, f.near, f.far): f.bytes_per_s for f in kept} == {
         ("mini2", f"{network}.2", f"{network}.1"): rates[device]
         for network, device in ((FAST, "eth0"), (SLOW, "eth1"))

@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pack_sequence
 from torch.utils.data import DataLoader, TensorDataset, default_collate
 
 from paramserver.errors import UserError
-from paramserver.wire import SAMPLES_MAX
+from paramserver.protocol.messages import SAMPLES_MAX
 from workers.weight import checked, collates_by_default, samples_in
 
 Pair = namedtuple("Pair", "x y")

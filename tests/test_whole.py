@@ -28,9 +28,10 @@ from whole import LOOPBACK, Monitor, Program, Run, Served, free_port, private_fo
 
 import workers
 from paramserver.__main__ import main as server_main
-from paramserver.runfolder import Record, RunFolder
-from workers import checkpoint, data, models
+from paramserver.output.runfolder import Record, RunFolder
 from workers.__main__ import main as worker_main
+from workers.builtin import data, models
+from workers.replica import checkpoint
 
 SAMPLES = 4000  # digits to train on
 BATCH = 16

@@ -15,7 +15,7 @@ from liar import FakeServer
 from test_strangers import HELLO, answer, dealer
 from whole import Run
 
-from paramserver import wire
+from paramserver.protocol import messages as wire
 from paramserver.words import MARK, printable, printable_lines
 
 EVIL = "\x1b[2J\x1b]0;title\x07red\r\nline\x00\x9b1m\u202eback\u200b\u2066 \ud7ff\u2028end"

@@ -28,15 +28,15 @@ import forked
 import psutil
 import zmq
 
-from paramserver import wire
-from paramserver.address import keys_of
-from paramserver.config import to_wire
-from paramserver.jointoken import decode
+from paramserver.config.loading import to_wire
 from paramserver.keys import Keys
-from paramserver.server import Server
+from paramserver.net.address import keys_of
+from paramserver.net.jointoken import decode
+from paramserver.protocol import messages as wire
+from paramserver.server.server import Server
 from paramserver.settings import Settings
-from workers.client import Client
 from workers.cluster import Cluster
+from workers.link.client import Client
 
 CLONE = Path(__file__).resolve().parent.parent
 LOOPBACK = "127.0.0.1"

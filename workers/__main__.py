@@ -9,9 +9,9 @@ from dataclasses import replace
 from typing import Any
 
 from paramserver import terminal
-from paramserver.config import exit_on_user_error, load
+from paramserver.config.loading import exit_on_user_error, load
 from paramserver.errors import UserError
-from workers.placed import placed
+from workers.link.environment import placed
 
 
 class Leave(BaseException):
@@ -39,7 +39,9 @@ def main() -> None:
             terminal.say(f"[worker {settings.id}] {line}")
 
         try:
-            from workers.train import train  # torch takes seconds: signals are handled before
+            from workers.builtin.train import (
+                train,  # torch takes seconds: signals are handled before
+            )
 
             cluster = train(settings, loaded.given, say)
             cluster.leave()

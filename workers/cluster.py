@@ -7,7 +7,7 @@
         criterion(model(images), labels).backward()   # buckets leave as they become ready
         optimizer.step()                              # waits for the averages, then steps
 
-The built-in loop (`workers.train`) uses this same door.
+The built-in loop (`workers.builtin.train`) uses this same door.
 """
 
 from __future__ import annotations
@@ -28,19 +28,21 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from paramserver import address, discover, terminal, trace, wire
-from paramserver.bucket import Bucket
+from paramserver import terminal, trace
 from paramserver.errors import RunLost, UserError
-from paramserver.feedback import Feedback
+from paramserver.net import address, mdns
+from paramserver.protocol import messages as wire
+from paramserver.protocol.messages import Lease
 from paramserver.settings import Settings
-from paramserver.wire import Lease
-from workers.alone import Alone
-from workers.client import Client
-from workers.connection import Say
-from workers.gradients import Gradients
+from paramserver.tensors.bucket import Bucket
+from paramserver.tensors.error_feedback import Feedback
+from workers.link.client import Client
+from workers.link.connection import Say
+from workers.link.environment import listens, placed
+from workers.link.solo import Alone
 from workers.looks import look
-from workers.placed import listens, placed
-from workers.replica import Replica
+from workers.replica.gradients import Gradients
+from workers.replica.replica import Replica
 from workers.samples import Loaded, Samples, Unusable
 from workers.weight import checked, collates_by_default, samples_in
 
@@ -62,10 +64,10 @@ def join(
 ) -> Cluster:
     """Greet the server at `host` and take part as worker `worker_id` (None: any free id).
 
-    What is not given is read off the environment (`workers.placed`). A server on another machine
-    takes its join `token`, or the path of a file that holds one; host and port come with it, where
-    they are not given. As host, "auto" looks for the server in the local network, by mDNS.
-    `security="none"` is for a server that runs so. If there is neither host nor token, and no
+    What is not given is read off the environment (`workers.link.environment`). A server on another
+    machine takes its join `token`, or the path of a file that holds one; host and port come with
+    it, where they are not given. As host, "auto" looks for the server in the local network, by
+    mDNS. `security="none"` is for a server that runs so. If there is neither host nor token, and no
     server listens on this machine, this is a cluster of one: the same loop trains alone, with the
     settings in `alone` (`num_epochs`, `batch_size`, `seed`) over the usual ones.
 
@@ -86,8 +88,8 @@ def join(
             say(f"no server on this machine (port {port}): training alone, {epochs} epochs")
             return Cluster(only)
     if host == address.AUTO:
-        there = discover.find(token, security=security, timeout_s=timeout_s, say=say)
-        search = partial(discover.Search, token, security=security, say=say)
+        there = mdns.find(token, security=security, timeout_s=timeout_s, say=say)
+        search = partial(mdns.Search, token, security=security, say=say)
     else:
         there = address.find(host, port, token, security=security)
     id = here.id if worker_id is None else worker_id

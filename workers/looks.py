@@ -2,7 +2,7 @@
 
 Each of a few samples, chosen by the length alone, is read twice, with generators that are seeded
 the same everywhere and left as they were. What was equal both times is told to the server, which
-compares it with what the first worker told (`paramserver.looks`).
+compares it with what the first worker told (`paramserver.rounds.looks`).
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from paramserver.order import permutation
-from paramserver.wire import LOOK_CHARS, LOOKS_MAX, Look
+from paramserver.protocol.messages import LOOK_CHARS, LOOKS_MAX, Look
+from paramserver.tensors.order import permutation
 from workers.samples import Samples, forked, seed_generators
 
 SAMPLES = 8

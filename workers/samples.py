@@ -20,9 +20,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from paramserver.errors import UserError
-from paramserver.ledger import SHARE_MAX
-from paramserver.order import order
-from paramserver.wire import Lease
+from paramserver.protocol.messages import Lease
+from paramserver.rounds.ledger import SHARE_MAX
+from paramserver.tensors.order import order
 
 NAMED = 10  # unreadable samples that are told one by one
 

@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import DataLoader, default_collate
 
 from paramserver.errors import UserError
-from paramserver.wire import SAMPLES_MAX
+from paramserver.protocol.messages import SAMPLES_MAX
 
 HINT = "say it: own_batches(..., samples=lambda batch: ...)"
 

@@ -17,9 +17,10 @@ from typing import Any
 
 from paramserver import keys
 from paramserver.errors import UserError
-from paramserver.fleet import figures, keeper, machine
-from paramserver.fleet.interfaces import to_json
+from paramserver.fleet import measurements, supervisor
 from paramserver.fleet.speed import Broken, Listener, measure
+from paramserver.net import machine
+from paramserver.net.interfaces import to_json
 
 
 class Agent:
@@ -31,7 +32,7 @@ class Agent:
 
     def answer(self, do: str, words: dict[str, Any]) -> dict[str, Any]:
         if do == "look":
-            states = [asdict(state) for state in keeper.status(self._folder)]
+            states = [asdict(state) for state in supervisor.status(self._folder)]
             return {"interfaces": to_json(machine.interfaces()), "states": states}
         if do == "time":
             return {"time": time.time()}
@@ -47,10 +48,10 @@ class Agent:
         if do == "ping":
             return {"pings": machine.pings(words["address"])}
         if do == "keep":
-            figures.write(self._folder, figures.from_json(words["figures"]))
+            measurements.write(self._folder, measurements.from_json(words["figures"]))
             return {}
         if do == "kept":
-            return {"figures": figures.to_json(figures.read(self._folder))}
+            return {"figures": measurements.to_json(measurements.read(self._folder))}
         if do == "token":
             return {"token": keys.load_or_make()[0].token(words["host"], words["port"])}
         return {"problem": f"{do} is no question"}

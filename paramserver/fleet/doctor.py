@@ -18,16 +18,16 @@ from typing import Any
 from rich.table import Table
 
 from paramserver import terminal
-from paramserver.fleet import figures, plan, remote, topology
-from paramserver.fleet.figures import Figure
+from paramserver.fleet import commands, measurements, remote, topology
+from paramserver.fleet.commands import Trouble
 from paramserver.fleet.findings import Measured, Report, chosen, findings
-from paramserver.fleet.hosts import Host
-from paramserver.fleet.interfaces import SPOKEN, Interface, from_json, paths
-from paramserver.fleet.interfaces import Path as Way
-from paramserver.fleet.plan import Trouble
+from paramserver.fleet.measurements import Figure
 from paramserver.fleet.remote import Agent, Failed
 from paramserver.fleet.up import clone, job, measure, prepare
 from paramserver.fleet.watch import Lines, states
+from paramserver.net.hosts import Host
+from paramserver.net.interfaces import SPOKEN, Interface, from_json, paths
+from paramserver.net.interfaces import Path as Way
 
 SECONDS = 1.0
 PICTURE = Path("runs/topology.svg")
@@ -65,8 +65,8 @@ def _prepared(
     there none anywhere? And what is wrong with the others."""
 
     def one(host: Host) -> bool:
-        found = plan.read_check(remote.must(host, plan.check(host), "the check"))
-        wrong = plan.troubles(host, found)
+        found = commands.read_check(remote.must(host, commands.check(host), "the check"))
+        wrong = commands.troubles(host, found)
         if wrong:
             raise Failed(wrong[0])
         return "environment" in found.has
@@ -139,7 +139,7 @@ def _keep(agent: Agent, measured: list[Measured]) -> list[Trouble]:
         if m.far == agent.host.name and m.path.near is not None and not m.problem
     ]
     try:
-        agent.ask("keep", figures=figures.to_json(found))
+        agent.ask("keep", figures=measurements.to_json(found))
     except Failed as e:
         return [e.trouble]
     return []

@@ -10,9 +10,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from paramserver.fleet.hosts import Host
-from paramserver.fleet.interfaces import KINDS, SPOKEN, Interface, Path
-from paramserver.fleet.plan import Trouble
+from paramserver.fleet.commands import Trouble
+from paramserver.net.hosts import Host
+from paramserver.net.interfaces import KINDS, SPOKEN, Interface, Path
 
 NO_ROUTE = (65, 113)  # EHOSTUNREACH of macOS and of Linux
 SKEW_S = 2.0

@@ -13,9 +13,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import IO, Any, Self, TypeVar
 
-from paramserver.fleet import plan
-from paramserver.fleet.hosts import HERE, Host
-from paramserver.fleet.plan import Command, Trouble
+from paramserver.fleet import commands
+from paramserver.fleet.commands import Command, Trouble
+from paramserver.net.hosts import HERE, Host
 
 SSH_FAILED = 255
 ENDING_S = 5.0
@@ -82,7 +82,7 @@ def run(host: Host, command: Command, tell: Callable[[str], None] | None = None)
         _end(process, readers)
     done = Done(code, "".join(lines), "".join(errors))
     if code == SSH_FAILED and host.ssh != HERE:
-        raise Failed(plan.ssh_trouble(host, done.err))
+        raise Failed(commands.ssh_trouble(host, done.err))
     return done
 
 
@@ -152,7 +152,7 @@ class Agent:
 
     def __init__(self, host: Host) -> None:
         self.host = host
-        self._process = _start(plan.agent(host))
+        self._process = _start(commands.agent(host))
         self._errors: list[str] = []
         self._reader = threading.Thread(
             target=_read, args=(self._process.stderr, self._errors, None)
@@ -173,7 +173,7 @@ class Agent:
             self._process.wait(ENDING_S)
         _end(self._process, [self._reader])
 
-    def ask(self, do: str, limit_s: float = plan.ANSWER_S, **words: Any) -> dict[str, Any]:
+    def ask(self, do: str, limit_s: float = commands.ANSWER_S, **words: Any) -> dict[str, Any]:
         """Its answer. Raises `Failed` where there is none in time."""
         assert self._process.stdin is not None and self._process.stdout is not None
         late = threading.Timer(limit_s, self._process.kill)
@@ -193,7 +193,7 @@ class Agent:
         self._reader.join(ENDING_S)
         said = "".join(self._errors)
         if code == SSH_FAILED and self.host.ssh != HERE:
-            raise Failed(plan.ssh_trouble(self.host, said))
+            raise Failed(commands.ssh_trouble(self.host, said))
         last = "\n  ".join(said.strip().splitlines()[-3:])
         raise Failed(Trouble(self.host.name, f"its agent gave no answer ({do})", last))
 
@@ -208,7 +208,7 @@ class Follower:
         self.host, self.name = host, name
         self._tell = tell
         words = [] if offset is None else [str(offset)]
-        self._process = _start(plan.keeper(host, "follow", name, *words))
+        self._process = _start(commands.keeper(host, "follow", name, *words))
         self._errors: list[str] = []
         self._threads = [
             threading.Thread(target=self._read),
@@ -233,7 +233,7 @@ class Follower:
         """Why the connection is gone, where it is."""
         if self.code in (None, 0, 1) or (self.host.ssh == HERE and self.code != SSH_FAILED):
             return None
-        return plan.ssh_trouble(self.host, "".join(self._errors))
+        return commands.ssh_trouble(self.host, "".join(self._errors))
 
     def close(self) -> None:
         assert self._process.stdin is not None

@@ -22,7 +22,7 @@ from typing import Any
 
 import zmq
 
-from paramserver import sockets
+from paramserver.transport import sockets
 
 FRAME_MAX = 2**20
 FRAME_MIN = 2**14

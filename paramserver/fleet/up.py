@@ -19,21 +19,21 @@ from pathlib import Path
 from typing import Any
 
 from paramserver import terminal
-from paramserver.config import dump
+from paramserver.config.loading import dump
 from paramserver.errors import UserError
-from paramserver.fleet import figures, plan, remote
-from paramserver.fleet.carry import Carried, carried
-from paramserver.fleet.figures import Figure
-from paramserver.fleet.hosts import Host
-from paramserver.fleet.interfaces import SPOKEN, Interface, from_json, paths
-from paramserver.fleet.interfaces import Path as Way
-from paramserver.fleet.keeper import State
-from paramserver.fleet.plan import Checked, Trouble
+from paramserver.fleet import commands, measurements, remote
+from paramserver.fleet.commands import Checked, Trouble
+from paramserver.fleet.measurements import Figure
 from paramserver.fleet.remote import Agent, Failed
+from paramserver.fleet.supervisor import State
+from paramserver.fleet.user_code import Carried, carried
 from paramserver.fleet.watch import Lines, Watch, machines, refuse, show, states, stop
-from paramserver.jointoken import VARIABLE
-from paramserver.paths import FAR_BELOW, Chosen, write
-from paramserver.paths import VARIABLE as CHOSEN
+from paramserver.net.hosts import Host
+from paramserver.net.interfaces import SPOKEN, Interface, from_json, paths
+from paramserver.net.interfaces import Path as Way
+from paramserver.net.jointoken import VARIABLE
+from paramserver.net.link_watch import FAR_BELOW, Chosen, write
+from paramserver.net.link_watch import VARIABLE as CHOSEN
 from paramserver.settings import Settings
 
 READY = "server at "
@@ -94,7 +94,7 @@ def up(arguments: list[str], *, dry: bool = False) -> int:
     wanted, root = job(arguments), clone()
     wanted = replace(wanted, carried=carried(wanted.settings, root))
     if dry:
-        for command in commands(wanted, root):
+        for command in all_commands(wanted, root):
             terminal.result(str(command))
         return 0
     lines = Lines(wanted.hosts)
@@ -129,12 +129,12 @@ def check(hosts: Sequence[Host]) -> dict[str, Checked]:
     """Look at all of them. Raises `UserError` with everything that is wrong anywhere."""
 
     def one(host: Host) -> Checked:
-        return plan.read_check(remote.must(host, plan.check(host), "the check"))
+        return commands.read_check(remote.must(host, commands.check(host), "the check"))
 
     found, troubles = remote.on_all(one, hosts)
     for host in hosts:
         if host.name in found:
-            troubles += plan.troubles(host, found[host.name])
+            troubles += commands.troubles(host, found[host.name])
     refuse(troubles, _cannot(troubles))
     return found
 
@@ -190,10 +190,10 @@ def prepare(
 
     def one(host: Host) -> None:
         began = time.monotonic()
-        for command in (plan.copy(host, str(root)), *plan.copy_own(host, carried)):
+        for command in (commands.copy(host, str(root)), *commands.copy_own(host, carried)):
             remote.must(host, command, "copying the code")
         remote.must(
-            host, plan.environment(host), "making the environment",
+            host, commands.environment(host), "making the environment",
             lambda line: say(host, line) if _worth_saying(line) else None,
         )  # fmt: skip
         say(host, f"the code is there ({time.monotonic() - began:.1f} s)")
@@ -232,7 +232,7 @@ def choose_ways(lines: Lines, wanted: Job, agents: Mapping[str, Agent]) -> dict[
         have = ", ".join(str(i) for i in own[server.name] if i.kind != "loopback")
         raise UserError(f"{server.name} has no address {given}", f"it has {have or 'none'}")
     ways, troubles = {}, []
-    kept = figures.from_json(agents[server.name].ask("kept").get("figures", []))
+    kept = measurements.from_json(agents[server.name].ask("kept").get("figures", []))
     for host in wanted.workers:
         if host == server:
             continue
@@ -336,7 +336,7 @@ def start(
         if (server.name, "server") not in running:
             begun = True
             first = _starts(wanted, ways, token)[0]
-            remote.must(server, plan.settings_file(server, wanted.text), "writing the settings")
+            remote.must(server, commands.settings_file(server, wanted.text), "writing the settings")
             state = State(**remote.ask(server, first, "starting the server"))
             watch.add(server, "server", state.log_from)
             _wait_until_ready(lines, watch, server)
@@ -364,7 +364,7 @@ def start(
 
 
 def _kept(host: Host, name: str) -> State:
-    told = {each["name"]: each for each in remote.ask(host, plan.status(host), "status")}
+    told = {each["name"]: each for each in remote.ask(host, commands.status(host), "status")}
     return State(**told[name])
 
 
@@ -379,13 +379,13 @@ def _wait_until_ready(lines: Lines, watch: Watch, server: Host) -> None:
     raise UserError(f"the server on {server.name} did not listen within {READY_S:g} s")
 
 
-def _starts(wanted: Job, ways: Mapping[str, Way], token: str) -> list[plan.Command]:
+def _starts(wanted: Job, ways: Mapping[str, Way], token: str) -> list[commands.Command]:
     """The commands that start the server and each worker, in this order."""
     server, settings = wanted.server, wanted.settings
     addresses = list(dict.fromkeys(way.far.address for way in ways.values()))
     secrets = remote.environment(SECRETS, os.environ)
-    argv = plan.server_argv(settings, addresses)
-    own = {"PYTHONPATH": plan.own_path(wanted.carried)} if wanted.carried else {}
+    argv = commands.server_argv(settings, addresses)
+    own = {"PYTHONPATH": commands.own_path(wanted.carried)} if wanted.carried else {}
     chosen = [
         Chosen(
             host.id,
@@ -398,28 +398,28 @@ def _starts(wanted: Job, ways: Mapping[str, Way], token: str) -> list[plan.Comma
         if host.id and (way := ways.get(host.name)) and way.bytes_per_s
     ]
     told = {CHOSEN: write(chosen)} if chosen else {}
-    begun = [plan.start(server, "server", argv, wanted.stamp, secrets, {**own, **told})]
+    begun = [commands.start(server, "server", argv, wanted.stamp, secrets, {**own, **told})]
     for host in wanted.workers:
         to = ways[host.name].far.address if host != server else None
-        argv = plan.worker_argv(host, settings, to)
+        argv = commands.worker_argv(host, settings, to)
         secret = {VARIABLE: token} if to is not None and token else {}
-        begun.append(plan.start(host, "worker", argv, wanted.stamp, secret, own))
+        begun.append(commands.start(host, "worker", argv, wanted.stamp, secret, own))
     return begun
 
 
-def commands(wanted: Job, root: Path) -> list[plan.Command]:
+def all_commands(wanted: Job, root: Path) -> list[commands.Command]:
     """Every command of a start, in order: what DRY=1 prints. An address that is not given is found
     by measuring, and stands here as its machine's name."""
     address = wanted.server.ip or wanted.settings.host_ip or f"<{wanted.server.name}>"
     far = Interface("", "other", address, 0, 0)
     others = [host for host in wanted.workers if host != wanted.server]
     ways = {host.name: Way(far, None) for host in others}
-    told = [plan.check(host) for host in wanted.hosts]
-    told += [plan.status(host) for host in wanted.hosts]
+    told = [commands.check(host) for host in wanted.hosts]
+    told += [commands.status(host) for host in wanted.hosts]
     for host in wanted.hosts:
-        own = plan.copy_own(host, wanted.carried)
-        told += [plan.copy(host, str(root)), *own, plan.environment(host)]
-    told += [plan.agent(host) for host in wanted.hosts]
+        own = commands.copy_own(host, wanted.carried)
+        told += [commands.copy(host, str(root)), *own, commands.environment(host)]
+    told += [commands.agent(host) for host in wanted.hosts]
     token = "" if wanted.settings.security == "none" else "***"
     server, *workers = _starts(wanted, ways, token)
-    return [*told, plan.settings_file(wanted.server, wanted.text), server, *workers]
+    return [*told, commands.settings_file(wanted.server, wanted.text), server, *workers]

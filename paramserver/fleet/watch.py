@@ -18,15 +18,15 @@ from rich.table import Table
 from rich.text import Text
 
 from paramserver import terminal
-from paramserver.config import load
-from paramserver.display import Paper
+from paramserver.config.loading import load
 from paramserver.errors import UserError
-from paramserver.fleet import hosts as fleet
-from paramserver.fleet import plan, remote
-from paramserver.fleet.hosts import Host
-from paramserver.fleet.keeper import State, died
-from paramserver.fleet.plan import Trouble
+from paramserver.fleet import commands, remote
+from paramserver.fleet.commands import Trouble
 from paramserver.fleet.remote import Follower
+from paramserver.fleet.supervisor import State, died
+from paramserver.net import hosts as fleet
+from paramserver.net.hosts import Host
+from paramserver.output.display import Paper
 from paramserver.settings import Settings
 from paramserver.words import printable
 
@@ -175,7 +175,7 @@ def states(hosts: Sequence[Host]) -> tuple[dict[str, dict[str, State]], list[Tro
     """What is kept on each machine, by name; and the machines that do not answer."""
 
     def look(host: Host) -> dict[str, State]:
-        told = remote.ask(host, plan.status(host), "status")
+        told = remote.ask(host, commands.status(host), "status")
         return {each["name"]: State(**each) for each in told}
 
     return remote.on_all(look, hosts)
@@ -242,7 +242,9 @@ def logs(arguments: list[str], name: str | None = None) -> int:
     def read(host: Host) -> list[str]:
         told: list[str] = []
         for kept in found.get(host.name, {}):
-            text = remote.must(host, plan.keeper(host, "log", kept, str(LOG_LINES)), "reading logs")
+            text = remote.must(
+                host, commands.keeper(host, "log", kept, str(LOG_LINES)), "reading logs"
+            )
             told += text.splitlines()
         return told
 
@@ -332,7 +334,7 @@ def stop(lines: Lines, hosts: Sequence[Host], name: str) -> list[Trouble]:
     """End the processes of that name; what went wrong."""
 
     def end(host: Host) -> list[Trouble]:
-        answer = remote.ask(host, plan.stop(host, name), f"stopping the {name}")
+        answer = remote.ask(host, commands.stop(host, name), f"stopping the {name}")
         for line in answer["killed"]:
             lines.say(host.name, f"had to be killed: {line}")
         if answer["ran"] and answer["state"] is not None:

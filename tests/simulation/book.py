@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from paramserver import wire
-from paramserver.ledger import Ledger
+from paramserver.protocol import messages as wire
+from paramserver.rounds.ledger import Ledger
 
 Sample = tuple[int, int]
 """(epoch, place in its shuffled order)."""

@@ -19,7 +19,7 @@ from typing import Any
 
 import msgspec
 
-from paramserver import wire
+from paramserver.protocol import messages as wire
 
 from .network import Network, World
 from .process import DEAF, Process, Waiting

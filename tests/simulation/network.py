@@ -23,7 +23,7 @@ from typing import Any
 Carried = tuple[Any, Any]
 """A message and its payload."""
 
-RECONNECTS_S = 1.0  # RECONNECT_IVL_MAX of `paramserver.sockets`
+RECONNECTS_S = 1.0  # RECONNECT_IVL_MAX of `paramserver.transport.sockets`
 
 UP, DOWN = 0, 1
 """Directions: to the server, to the peer."""

@@ -12,9 +12,9 @@ from typing import Any
 
 import msgspec
 
-from paramserver import wire
-from workers import follow
-from workers.follow import Follow
+from paramserver.protocol import messages as wire
+from workers.link import follow
+from workers.link.follow import Follow
 
 from .book import Broken, Sample, after_update, samples_of
 from .network import Carried, Network, World
@@ -59,7 +59,7 @@ State = tuple[int, dict[str, Any] | None]
 
 
 class Replica:
-    """A model, and how an update is applied to it, as in `workers.replica`."""
+    """A model, and how an update is applied to it, as in `workers.replica.replica`."""
 
     def __init__(self, serial: int, buckets: int) -> None:
         self.model = hash((7, serial))  # its own first weights
@@ -106,7 +106,7 @@ class Taking:
 
 
 class Client(Process):
-    """A replica's connection to its server; see `workers.client`."""
+    """A replica's connection to its server; see `workers.link.client`."""
 
     role = "worker"
 
@@ -632,7 +632,7 @@ class Client(Process):
 
 
 class Worker(Client):
-    """The loop of `workers.train` over `workers.cluster`."""
+    """The loop of `workers.builtin.train` over `workers.cluster`."""
 
     def main(self) -> Waiting:
         yield from self.connect()
@@ -719,7 +719,7 @@ class Worker(Client):
 
 
 class Observer(Client):
-    """The loop of `workers.observe`: busy with an evaluation now and then, it may go adrift."""
+    """The loop of `workers.observer`: busy with an evaluation now and then, it may go adrift."""
 
     role = "observer"
 

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Generator
 from typing import Any
 
-from paramserver import wire
+from paramserver.protocol import messages as wire
 
 from .network import DOWN, Carried, Line, Network, World
 

@@ -33,11 +33,11 @@ from random import Random
 
 import msgspec
 
-from paramserver import wire
-from paramserver.departures import LEFT
-from paramserver.ledger import UNREAD, Ledger
-from paramserver.rounds import Rounds, Rules
-from workers.follow import Follow
+from paramserver.protocol import messages as wire
+from paramserver.rounds.coordinator import Rounds, Rules
+from paramserver.rounds.departures import LEFT
+from paramserver.rounds.ledger import UNREAD, Ledger
+from workers.link.follow import Follow
 
 from .book import Broken, samples_of
 from .liar import Liar

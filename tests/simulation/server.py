@@ -1,4 +1,4 @@
-"""`Rounds` with what `paramserver.server` puts around it, without sockets and tensors.
+"""`Rounds` with what `paramserver.server.server` puts around it, without sockets and tensors.
 
 Kept as close to that file as it can be, so that a schedule that fails here names a line there.
 """
@@ -10,9 +10,11 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from paramserver import rounds, wire
-from paramserver.comeback import NOTHING
-from paramserver.effects import (
+from paramserver.errors import PeerError
+from paramserver.protocol import messages as wire
+from paramserver.rounds import coordinator
+from paramserver.rounds.coordinator import Rounds, Rules
+from paramserver.rounds.effects import (
     Add,
     Closed,
     Effect,
@@ -24,9 +26,8 @@ from paramserver.effects import (
     Send,
     Void,
 )
-from paramserver.errors import PeerError
-from paramserver.members import REPLICA, Peer, Snapshot
-from paramserver.rounds import Rounds, Rules
+from paramserver.rounds.recovery import NOTHING
+from paramserver.rounds.round import REPLICA, Peer, Snapshot
 
 from .book import Book, Broken, Gradient, Sample, samples_of
 from .network import Carried, Network, World
@@ -562,7 +563,7 @@ class Server:
         """Who brings nothing to rounds that wait for it is left out, where others are enough; those
         two that nobody counts come with a greeting in between."""
         rules, timeout = self.rules, self.rules.timeout or math.inf
-        most_s = max(3 * rules.heartbeat_timeout, rounds.EMPTY_ROUNDS * timeout) + 2 * timeout
+        most_s = max(3 * rules.heartbeat_timeout, coordinator.EMPTY_ROUNDS * timeout) + 2 * timeout
         enough = len(close.contributors) >= max(1, self.rules.min_workers)
         for id in set(self._awaited) | set(close.late):
             why = close.late.get(id, "")
@@ -625,7 +626,7 @@ class Server:
         if r.ledger is not None:
             leases = len(r.ledger._leased) + len(r.ledger._waiting)
             halves = len(r.ledger._suspects)
-            most = rounds.LEASES_HELD * self.rules.max_workers + halves
+            most = coordinator.LEASES_HELD * self.rules.max_workers + halves
             if leases > (8 * most if self.compares else most):  # a liar asks for small ones
                 raise Broken(f"the ledger keeps {leases} ranges")
 

@@ -1,0 +1,484 @@
+"""What each setting may be: its type, its range, whose it is; and the page that `--help` prints.
+
+Pure: no file, no OmegaConf. `KEYS` is read off the dataclasses in `settings`, so a new setting is
+one field there (and one row in `RULES` if it has a range). Names are flat and dotted, as on the
+command line: ``batch_size``, ``wandb.mode``, ``model.hidden``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+import textwrap
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
+from types import NoneType, UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from paramserver.errors import UserError
+from paramserver.net import hosts
+from paramserver.settings import Settings, Wandb
+from paramserver.words import printable
+
+Program = Literal["server", "worker", "launch"]
+Where = Callable[[str], str]  # a setting's name -> where its value was written, or ""
+
+NAMED = {"model": "type", "dataset": "name"}  # what is called by a name, and its arguments
+SHORT = ("optimizer", "scheduler", "loss", "metric")  # the same; the name may stand alone
+NAMED |= dict.fromkeys(SHORT, "name")
+GROUPS = (*NAMED, "wandb")  # settings that hold settings
+
+
+@dataclass(frozen=True)
+class Key:
+    """One setting, as `settings` declares it."""
+
+    name: str
+    kind: type  # int, float, bool, str, list, or dict for the free mappings
+    optional: bool  # may be null
+    default: Any
+    help: str
+    unit: str
+    scope: str  # run | server | local
+
+
+def _keys(owner: type, prefix: str = "") -> Iterator[Key]:
+    hints = get_type_hints(owner)
+    for field in fields(owner):
+        hint = hints[field.name]
+        if is_dataclass(hint):
+            assert isinstance(hint, type)
+            yield from _keys(hint, f"{field.name}.")
+            continue
+        kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+        default = field.default if field.default_factory is MISSING else field.default_factory()
+        kind = get_origin(kinds[0]) or kinds[0]
+        yield Key(prefix + field.name, kind, NoneType in kinds, default, **field.metadata)
+
+
+# What the free mappings must hold; the rest of them belongs to the model and the data set.
+_PARTS = (
+    Key("model.type", str, False, "SimpleNN", "the model; the rest are its arguments", "", "run"),
+    Key(
+        "dataset.name",
+        str,
+        False,
+        "MNIST",
+        "MNIST | FashionMNIST | digits (5,000 real MNIST digits that come with the installation), "
+        "or your own as package.module:Name; the rest are its arguments",
+        "",
+        "run",
+    ),
+    Key("dataset.root", str, False, "data", "folder of data files on this machine", "", "local"),
+    *(Key(f"{name}.name", str, False, None, "its name", "", "run") for name in SHORT),
+)
+
+KEYS: dict[str, Key] = {key.name: key for key in (*_keys(Settings), *_PARTS)}
+
+
+def _between(low: float, high: float) -> tuple[Callable[[Any], object], str]:
+    return lambda value: low <= value <= high, f"must be between {low} and {high}"
+
+
+def _at_least(low: int) -> tuple[Callable[[Any], object], str]:
+    return lambda value: value >= low, f"must be {low} or more"
+
+
+def _one_of(*names: str) -> tuple[Callable[[Any], object], str]:
+    return lambda value: value in names, f"must be one of {', '.join(names)}"
+
+
+WORD_MAX = 200  # characters of a name within a group
+WHOLE_MAX = 2**63  # beyond it are no samples, steps and sizes, only mistakes and lies
+
+_POSITIVE: tuple[Callable[[Any], object], str] = (lambda value: value > 0, "must be more than 0")
+_FILLED: tuple[Callable[[Any], object], str] = (lambda value: value.strip(), "must not be empty")
+
+# name -> what must hold of a value that is not null, and the sentence when it does not
+RULES: dict[str, tuple[Callable[[Any], object], str]] = {
+    "host_ip": (
+        # one colon is host:port, several are an IPv6 address
+        lambda value: re.fullmatch(r"[^\s/]+", value) and value.count(":") != 1,
+        "must be an address alone, like 10.10.0.1 (the port is a setting of its own)",
+    ),
+    "port": _between(1, 65534),
+    "join": _FILLED,
+    "security": _one_of("curve", "none"),
+    "id": _between(1, 65535),
+    "device": (
+        lambda value: re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", value),
+        "must be auto, cpu, cuda, cuda:N or mps",
+    ),
+    "threads": _at_least(1),
+    "allow": (
+        lambda value: all(map(_is_allowed, value)),
+        "must be names like mypackage, mypackage.nets or mypackage.nets:Net",
+    ),
+    "run_dir": _FILLED,
+    "num_workers": _between(1, 65535),
+    "min_workers": _at_least(1),
+    "max_workers": _between(1, 1024),  # `wire.WORKERS_MAX`
+    "timeout": _POSITIVE,
+    "quorum": (lambda value: 0 < value <= 1, "must be more than 0 and at most 1"),
+    "heartbeat_timeout": _POSITIVE,
+    "join_timeout": _POSITIVE,
+    "idle_timeout": _POSITIVE,
+    "codec": _one_of("float32", "float16", "bfloat16", "int8", "topk"),
+    "codec_down": _one_of("float32", "float16", "bfloat16", "int8", "topk"),
+    "topk_ratio": (lambda value: 0 < value <= 1, "must be more than 0 and at most 1"),
+    "bucket_mb": (lambda value: 0 < value <= 256, "must be more than 0 and at most 256"),
+    "history_mb": _at_least(0),
+    "max_norm_ratio": (lambda value: value > 1, "must be more than 1"),
+    "max_bad_rounds": _at_least(1),
+    "digest_steps": _at_least(0),
+    "seed": (lambda value: 0 <= value < 2**63, "must be 0 or more, and below 2**63"),
+    "batch_size": _at_least(1),
+    "learning_rate": _POSITIVE,
+    "num_epochs": _at_least(1),
+    "schedule_by": _one_of("step", "epoch"),
+    "clip_norm": _POSITIVE,
+    "eval_steps": _at_least(0),
+    "checkpoint_steps": _at_least(0),
+    "keep_checkpoints": _at_least(1),
+    "wandb.mode": _one_of("online", "offline", "disabled"),
+    "wandb.project": _FILLED,
+    "model.type": _FILLED,
+    "dataset.name": _FILLED,
+    "dataset.root": _FILLED,
+    **{f"{name}.name": _FILLED for name in SHORT},
+}
+
+BOUNDS: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(("timeout", "join_timeout", "idle_timeout"), (0.0, 1e9)),
+    "heartbeat_timeout": (0.01, 1e9),
+    "bucket_mb": (0.0001, 256.0),
+    "history_mb": (0.0, 1e9),
+}
+"""What Python and ZeroMQ can wait for and count, far beyond what anybody means."""
+
+_KINDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    dict: "a mapping",
+    list: "a list",
+}
+
+
+def scope(name: str) -> str:
+    """Whose a setting is: ``run``, ``server`` or ``local``; a model's arguments are the run's."""
+    return KEYS[name if name in KEYS else name.partition(".")[0]].scope
+
+
+def shown(value: object, most: int = 60) -> str:
+    """A value as a person writes it in YAML, not longer than half a line."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    text = printable(str(value))
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def spelled_out(name: str, value: Any) -> Any:
+    """``optimizer: SGD`` as ``optimizer: {name: SGD}``, ``allow: a, b`` as a list; anything else as
+    it is."""
+    if name == "allow" and isinstance(value, str):
+        return [part.strip() for part in value.split(",") if part.strip()]
+    return {NAMED[name]: value} if name in SHORT and isinstance(value, str) else value
+
+
+def is_import_path(text: object) -> bool:
+    """Whether it is `package.module:Name`."""
+    module, colon, name = str(text).partition(":")
+    return bool(colon) and all(part.isidentifier() for part in (*module.split("."), name))
+
+
+def import_paths(settings: Settings) -> dict[str, str]:
+    """What settings name by its import path: each name, and the setting that it is the value of."""
+    found: dict[str, str] = {}
+
+    def look(setting: str, part: str, group: Any) -> None:
+        if not isinstance(group, Mapping):
+            return
+        name = group.get(part)
+        if is_import_path(name):
+            found.setdefault(str(name), f"{setting}.{part}")
+        inner = group.get("schedulers")
+        for each in inner if isinstance(inner, list) else ():  # one after another
+            look(f"{setting}.schedulers", part, each)
+
+    for group, part in NAMED.items():
+        look(group, part, getattr(settings, group))
+    return found
+
+
+def allowed(settings: Settings) -> tuple[str, ...]:
+    """What the owner of these settings lets workers import, wherever it lies: what stands in
+    `allow`, and what the settings themselves name."""
+    return tuple(dict.fromkeys((*(settings.allow or ()), *import_paths(settings))))
+
+
+def _is_allowed(entry: object) -> bool:
+    """A package, a module, or one name of it."""
+    return isinstance(entry, str) and is_import_path(entry if ":" in entry else f"{entry}:name")
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as flat dotted names; only the groups are opened, an empty one is kept."""
+    flat: dict[str, Any] = {}
+    for part, value in tree.items():
+        name = f"{prefix}{part}"
+        if isinstance(value, Mapping) and value and (prefix or name in GROUPS):
+            flat |= flatten(value, f"{name}.")
+        else:
+            flat[name] = value
+    return flat
+
+
+def check_names(flat: Mapping[str, Any], where: Where) -> None:
+    """Raise a `UserError` for the first name that is no setting, with the nearest one that is, and
+    for a group that is no mapping."""
+    for name, value in flat.items():
+        group, *parts = name.split(".")
+        may_be_null = name in KEYS and KEYS[name].optional and value is None
+        if name in GROUPS and not (isinstance(value, Mapping) or may_be_null):
+            raise _wrong(name, _must_be(KEYS.get(name)), value, where)
+        if name in (*KEYS, "wandb") or (group in NAMED and all(parts)):
+            continue
+        wanted = name.lower().replace("-", "_")
+        near = difflib.get_close_matches(wanted, KEYS, n=1)
+        if not near:  # `project` means wandb.project
+            near = [key for key in KEYS if key.endswith(f".{wanted}")]
+        guess = f"; did you mean `{near[0]}`?" if near else ""
+        raise UserError(
+            f"unknown setting `{name}`{guess}{_at(where, name)}", "--help lists every setting"
+        )
+
+
+def from_wire(base: Settings, wire: Mapping[str, Any]) -> Settings:
+    """The run's settings as a server tells them, with those of `base` that are this process's own.
+
+    Raises `UserError` if `wire` is not exactly the run-wide settings that this version knows, each
+    of its type and within its range.
+    """
+    tree = asdict(base)
+    run_wide = {name for name in tree if name in KEYS and scope(name) == "run"}
+    differing = sorted(run_wide ^ set(wire))
+    if differing:
+        raise UserError(
+            "the server and this worker know different settings: "
+            + shown(", ".join(differing), 400),
+            "install the same version on both machines",
+        )
+    tree |= wire
+    own = [key.name.split(".") for key in _PARTS if key.scope == "local"]
+    for group, part in own:
+        if isinstance(tree[group], Mapping):
+            rest = {k: v for k, v in tree[group].items() if k != part}
+            here = getattr(base, group)
+            tree[group] = rest | ({part: here[part]} if part in here else {})
+    try:
+        for word in _words(wire):
+            if not (isinstance(word, str) and word.isprintable() and len(word) <= WORD_MAX):
+                raise UserError(
+                    f"the server's settings have a name that is none: {shown(repr(word))}"
+                )
+        if wire["bucket_mb"] is None:  # a server chooses, where that was left to it
+            raise _wrong("bucket_mb", "must be a number", None, _of_server)
+        return build(tree, _of_server)
+    except RecursionError:
+        raise UserError("the server's settings are nested too deeply") from None
+
+
+def _of_server(name: str) -> str:
+    return "sent by the server" if scope(name) == "run" else ""
+
+
+def _words(value: Any) -> Iterator[Any]:
+    """The names within nested settings, which will stand in sentences."""
+    if isinstance(value, Mapping):
+        yield from value
+        value = list(value.values())
+    for inner in value if isinstance(value, list) else ():
+        yield from _words(inner)
+
+
+def build(tree: Mapping[str, Any], where: Where = lambda name: "") -> Settings:
+    """The finished `Settings` of a complete nested tree; a `UserError` for the first bad value."""
+    names = [field.name for field in fields(Settings) if field.name != "wandb"]
+    values = {name: _checked(name, spelled_out(name, tree[name]), where) for name in names}
+    logging = {
+        field.name: _checked(f"wandb.{field.name}", tree["wandb"][field.name], where)
+        for field in fields(Wandb)
+    }
+    try:
+        hosts.read(values["hosts"])
+    except UserError as e:
+        raise UserError(e.problem + _at(where, "hosts"), e.hint) from None
+    if values["min_workers"] > values["num_workers"]:
+        workers = f"num_workers ({values['num_workers']})"
+        raise _wrong("min_workers", f"must not exceed {workers}", values["min_workers"], where)
+    return Settings(**values, wandb=Wandb(**logging))
+
+
+def _checked(name: str, value: Any, where: Where) -> Any:
+    """`value` as the setting's type and within its range."""
+    key = KEYS[name]
+    if value is None and key.optional:
+        return None
+    if isinstance(value, str) and key.kind is not str:
+        value = _read_scalar(value)  # quoted in YAML, or out of an environment variable
+    if key.kind is float and type(value) is int and abs(value) < 2**1023:
+        value = float(value)
+    if key.kind is int and type(value) is float and value.is_integer():
+        value = int(value)  # 1e3 is a whole number too
+    if key.kind is int and type(value) is int and abs(value) >= WHOLE_MAX:
+        raise _wrong(name, "must be below 2**63", value, where)
+    finite = not isinstance(value, float) or math.isfinite(value)
+    if type(value) is not key.kind or not finite:
+        raise _wrong(name, _must_be(key), value, where)
+    if name in RULES and not RULES[name][0](value):
+        raise _wrong(name, RULES[name][1], value, where)
+    low, high = BOUNDS.get(name, (-math.inf, math.inf))
+    if isinstance(value, float) and not low <= value <= high:
+        raise _wrong(name, f"must be between {low:g} and {high:g}", value, where)
+    if isinstance(value, dict):
+        return _checked_mapping(name, value, where)
+    return value
+
+
+def _checked_mapping(name: str, mapping: dict[Any, Any], where: Where) -> dict[str, Any]:
+    """A free mapping: its own parts are checked, the rest must be plain and finite."""
+    for inner, value in flatten(mapping, f"{name}.").items():
+        for leaf in value if isinstance(value, list) else [value]:
+            plain = leaf is None or isinstance(leaf, (bool, int, float, str, list, dict))
+            if not plain or (isinstance(leaf, float) and not math.isfinite(leaf)):
+                raise _wrong(inner, "must be a plain, finite value", leaf, where)
+    own = [key.name for key in _PARTS if key.name.startswith(f"{name}.")]
+    parts = {key.rpartition(".")[2]: key for key in own}
+    return mapping | {part: _checked(key, mapping.get(part), where) for part, key in parts.items()}
+
+
+def _read_scalar(text: str) -> object:
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text
+
+
+def _must_be(key: Key | None) -> str:
+    kind = "a mapping" if key is None else _KINDS[key.kind]
+    if key is not None and key.name in SHORT:
+        kind = "a name, or a mapping with a name"
+    return f"must be {kind}{' or null' if key is not None and key.optional else ''}"
+
+
+def _wrong(name: str, must: str, value: object, where: Where) -> UserError:
+    key = KEYS.get(name)
+    got = "nothing" if value is None else shown(repr(value) if isinstance(value, str) else value)
+    hint = ""
+    if key and key.kind is dict and isinstance(value, str):
+        hint = f"for its name alone: {key.name}.{NAMED[name]}={shown(value)}\n"
+    if key and key.kind is str and type(value) in (bool, int, float):
+        hint = f"to make text of it in YAML, put it in quotes: {name}: '{shown(value)}'\n"
+    if key:
+        hint += f"{name}: {_meaning(key)}; default {shown(_default(key))}"
+    return UserError(f"{name} {must}, got {got}{_at(where, name)}", hint)
+
+
+def _at(where: Where, name: str) -> str:
+    place = where(name)
+    return f" ({place})" if place else ""
+
+
+def _default(key: Key) -> object:
+    """As a person writes it."""
+    return key.default["name"] if key.name in SHORT and key.default else key.default
+
+
+def _meaning(key: Key) -> str:
+    return f"{key.help} [{key.unit}]" if key.unit else key.help
+
+
+# The page of --help ---------------------------------------------------------------------------
+
+HEADINGS = {  # first setting of a group -> its heading
+    "host_ip": "Where",
+    "num_workers": "Who, and how long to wait",
+    "codec": "The exchange",
+    "seed": "The training",
+    "eval_steps": "What is kept and shown",
+}
+
+_USAGE = {
+    "server": """\
+        usage: python -m paramserver [cluster=FILE] [model=FILE] [key=value ...]
+               make server [key=value ...]
+
+        Starts the parameter server, and beside it the observer that evaluates and logs.
+
+        examples:
+          python -m paramserver
+          python -m paramserver learning_rate=0.01 model.hidden=256 num_workers=3
+          python -m paramserver cluster=home host_ip=10.10.0.1 wandb.mode=offline
+          python -m paramserver cluster=runs/2025-01-31_20-15-00/config.yaml""",
+    "worker": """\
+        usage: python -m workers id=N [join=TOKEN] [key=value ...]
+               make worker ID=N [JOIN=TOKEN] [key=value ...]
+
+        Starts worker N. The run's settings come from the server: a worker on another machine
+        needs its number and the join token that the server prints, nothing else. Where others
+        may see the processes of this machine, give the token in the environment's
+        PARAMSERVER_JOIN, or in a file.
+
+        examples:
+          python -m workers id=1
+          python -m workers id=2 join=TOKEN
+          python -m workers id=3 join=token.txt device=cpu dataset.root=/data""",
+    "launch": """\
+        usage: python -m paramserver.launch [cluster=FILE] [model=FILE] [key=value ...]
+               make demo [key=value ...]
+
+        Starts a server and its workers on this machine and shows their progress.
+
+        examples:
+          python -m paramserver.launch
+          python -m paramserver.launch num_workers=3 num_epochs=5""",
+}
+
+_FILES = """\
+Values come from, later over earlier: the defaults below, conf/cluster.yaml, conf/model.yaml, the
+command line. cluster= and model= choose other files, by path or by name under conf/. A mapping
+like model: or optimizer: is replaced, not merged, when its type or name changes (dataset.root
+stays).
+
+run     the server's value is everybody's; set on a worker to another value, it is an error
+server  read by the server and its observer only
+local   each process has its own"""
+
+
+def help_text(program: Program) -> str:
+    """Usage, examples, then every setting: name, default, whose it is, meaning and unit."""
+    lines = [textwrap.dedent(_USAGE[program]), "", _FILES]
+    for key in KEYS.values():
+        if key.name in HEADINGS:
+            lines += ["", f"{HEADINGS[key.name]}:"]
+        if key.kind is dict and key.name not in SHORT:
+            for part, default in key.default.items():
+                name, meaning = f"{key.name}.{part}", f"argument of {key.default.get('type')}"
+                inner = KEYS.get(name, Key(name, object, False, default, meaning, "", key.scope))
+                lines += _row(inner)
+        elif key not in _PARTS:
+            lines += _row(key)
+    return "\n".join(lines)
+
+
+def _row(key: Key) -> list[str]:
+    left = f"  {key.name:<18} {shown(_default(key)):<12} {key.scope:<7} "
+    space = " " * len(left)
+    return textwrap.wrap(_meaning(key), 96, initial_indent=left, subsequent_indent=space)

@@ -1,0 +1,392 @@
+"""The commands that are run on a cluster's machines, and what their answers mean. Pure.
+
+Everything goes through the user's own `ssh` and `rsync`, so what works at a prompt works here: its
+config, agent, jump hosts and known hosts. On a machine with ``ssh: local`` the same scripts run
+without ssh. A script begins in the home folder and needs nothing but a POSIX shell.
+
+On each machine everything lies in one folder (`Host.folder`):
+
+    code/            a copy of this clone, with its own .venv
+    own/0/ ...       the user's own modules from elsewhere (`carry`), a folder for each of theirs
+    runs/  data/     on the server's machine the run folders; data sets
+    state/  logs/    what `keeper` writes
+    settings.yaml    on the server's machine: the settings of the run
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from paramserver.config.schema import allowed
+from paramserver.fleet.user_code import Carried
+from paramserver.net.hosts import HERE, Host
+from paramserver.settings import Settings
+
+SSH = (
+    "ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10",
+    "-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=3",
+)  # fmt: skip
+CHECK_S = 30.0
+COPY_S = 600.0
+SETUP_S = 1800.0
+ANSWER_S = 60.0
+SERVER_PATIENCE_S = 120  # an orderly end takes the observer's last evaluation and upload
+WORKER_PATIENCE_S = 15
+PATH = '"$PATH:$HOME/.local/bin:/opt/homebrew/bin:/usr/local/bin"'
+PYTHONS = ("python3", "python3.13", "python3.12", "python3.11")
+ROOM_KB = {"Darwin": 4 * 2**20, "Linux": 8 * 2**20}  # for an environment that is yet to be made
+ROOM_LEFT_KB = 2**19  # for a run
+LEFT_OUT = (
+    ".git", ".venv", ".setup.lock", "__pycache__", "*.pyc", ".*_cache", ".hypothesis",
+    "*.egg-info", ".DS_Store", "/runs", "/data", "/wandb", "/build", "/dist", "/benchmarks/results",
+)  # fmt: skip
+AGAIN: dict[str, list[int]] = {"server": [], "worker": [1]}
+"""Exit codes after which a process is started again; after a signal it always is. A server ends
+with 1 when it ended its run early, and starting that anew is for a person to decide."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """A process of this machine, most often an ssh. What goes to its standard input may hold
+    secrets: `masked` is the same without."""
+
+    host: str
+    argv: tuple[str, ...]
+    stdin: str = ""
+    masked: str = ""
+    limit_s: float = ANSWER_S
+
+    def __str__(self) -> str:
+        """As one would type it."""
+        line = shlex.join(self.argv)
+        return f"{line} <<'END'\n{self.masked.rstrip()}\nEND" if self.masked else line
+
+
+def shell(
+    host: Host, script: str, *, stdin: str = "", masked: str = "", limit_s: float = ANSWER_S
+) -> Command:
+    """A script on that machine, beginning in its home folder."""
+    script = f"PATH={PATH}; export PATH; cd || exit 1\n{script}"
+    if host.ssh == HERE:
+        argv: tuple[str, ...] = ("sh", "-c", script)
+    else:
+        argv = (*SSH, host.ssh, f"exec sh -c {shlex.quote(script)}")
+    return Command(host.name, argv, stdin, masked or stdin, limit_s)
+
+
+def place(host: Host, inner: str = "") -> str:
+    """A path in the host's folder, quoted for a shell that stands in the home folder."""
+    folder = host.folder.removeprefix("~/").rstrip("/")
+    return shlex.quote(f"{folder}/{inner}" if inner else folder)
+
+
+# ------------------------------------------------------------------------------------------ checks
+
+
+def check(host: Host) -> Command:
+    """Looks whether a machine can take part; `read_check` reads the answer."""
+    pythons = " ".join(shlex.quote(p) for p in ([host.python] if host.python else PYTHONS))
+    version = "import platform; print(platform.python_version())"
+    return shell(
+        host,
+        f"""
+echo "time $(date +%s)"
+echo "system $(uname -s)"
+for python in {pythons}; do
+    if found=$("$python" -c '{version}' 2> /dev/null); then echo "python $found"; fi
+done
+for tool in make rsync uv; do
+    if "$tool" --version > /dev/null 2>&1; then echo "has $tool"; fi
+done
+if ! told=$(mkdir -p {place(host, "code")} 2>&1); then echo "unwritable $told"; exit; fi
+test -w {place(host, "code")} || echo "unwritable it belongs to somebody else"
+echo "room $(df -Pk {place(host)} | awk 'NR == 2 {{ print $4 }}')"
+if test -e {place(host, "code/.venv/.ready")}; then echo "has environment"; fi
+if test -n "$(ls {place(host, "code")})" && ! test -e {place(host, "code/Makefile")}; then
+    echo "foreign $(ls {place(host, "code")} | head -1)"
+fi
+""",
+        limit_s=CHECK_S,
+    )
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What `check` found on a machine."""
+
+    system: str = ""
+    time: float = 0.0
+    pythons: tuple[str, ...] = ()
+    has: frozenset[str] = frozenset()
+    room_kb: int | None = None
+    unwritable: str = ""
+    foreign: str = ""
+
+
+def read_check(answer: str) -> Checked:
+    """The answer to `check`; lines that a login script adds are passed over."""
+    said: dict[str, list[str]] = {}
+    for line in answer.splitlines():
+        key, _, value = line.partition(" ")
+        said.setdefault(key, []).append(value.strip())
+
+    def first(key: str) -> str:
+        return said.get(key, [""])[0]
+
+    return Checked(
+        system=first("system"),
+        time=float(first("time")) if first("time").isdigit() else 0.0,
+        pythons=tuple(dict.fromkeys(said.get("python", []))),
+        has=frozenset(said.get("has", [])),
+        room_kb=int(first("room")) if first("room").isdigit() else None,
+        unwritable=first("unwritable"),
+        foreign=first("foreign"),
+    )
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """What is wrong with a machine, and what to do about it."""
+
+    host: str
+    problem: str
+    cure: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.host}: {self.problem}" + (f"\n  {self.cure}" if self.cure else "")
+
+
+def troubles(host: Host, found: Checked) -> list[Trouble]:
+    """All that keeps a machine from taking part."""
+    told = []
+
+    def tell(problem: str, cure: str) -> None:
+        told.append(Trouble(host.name, problem, cure))
+
+    mac = found.system == "Darwin"
+    could_fetch = "uv" in found.has and host.python is None
+    if not could_fetch and not any(fits(version) for version in found.pythons):
+        have = f" (found: {', '.join(found.pythons)})" if found.pythons else ""
+        wanted = f"{host.python} is not" if host.python else "there is no"
+        tell(
+            f"{wanted} Python 3.11, 3.12 or 3.13{have}",
+            "install uv (https://docs.astral.sh/uv), which brings one, or: "
+            + ("brew install python@3.12" if mac else "apt install python3 python3-venv"),
+        )
+    for tool in ("make", "rsync"):
+        if tool not in found.has:
+            get = "xcode-select --install" if mac else f"apt install {tool}"
+            tell(f"{tool} is missing", f"on {host.name}: {get}")
+    if found.unwritable:
+        tell(f"cannot write into {host.folder}: {found.unwritable}", "folder: chooses another")
+    elif found.foreign:
+        tell(
+            f"{host.folder}/code holds something else ({found.foreign})",
+            "it would be overwritten: folder: chooses another place",
+        )
+    ready = "environment" in found.has
+    need = ROOM_LEFT_KB if ready else ROOM_KB.get(found.system, ROOM_KB["Linux"])
+    if found.room_kb is not None and found.room_kb < need:
+        tell(
+            f"{found.room_kb / 2**20:.1f} GiB are free, {need / 2**20:.1f} GiB are needed"
+            + ("" if ready else " (PyTorch is large)"),
+            "make room, or choose another place with folder:",
+        )
+    return told
+
+
+def fits(version: str) -> bool:
+    """Is this a Python that the project runs on?"""
+    parts = version.split(".")
+    return parts[0] == "3" and len(parts) > 1 and parts[1] in ("11", "12", "13")
+
+
+_SSH_SAYS = (
+    (
+        r"REMOTE HOST IDENTIFICATION HAS CHANGED",
+        "its host key is not the one that is known here",
+        "if you set it up anew: ssh-keygen -R {address}, then ssh {ssh} once; if not, find out why",
+    ),
+    (
+        r"Host key verification failed",
+        "its host key is not known here yet",
+        "ssh {ssh} once by hand, compare the key, answer yes",
+    ),
+    (
+        r"Permission denied",
+        "ssh is refused",
+        "it must work without a password: ssh-copy-id {ssh}, then try: ssh {ssh} true",
+    ),
+    (r"Could not resolve hostname", "ssh does not know this name", "right name? see: ssh {ssh}"),
+    (
+        r"Connection refused",
+        "it is there, but nobody listens for ssh",
+        "macOS: System Settings, General, Sharing, Remote Login; Linux: apt install openssh-server",
+    ),
+    (
+        r"timed out|Timeout|No route to host|Host is down|Network is unreachable|not responding",
+        "it does not answer: off, asleep, or another network?",
+        "try: ssh {ssh} true",
+    ),
+    (r"Connection (closed|reset)|Broken pipe", "ssh broke off", "try: ssh {ssh} true"),
+)
+
+
+def ssh_trouble(host: Host, stderr: str) -> Trouble:
+    """What ssh's own failure (exit code 255, or no answer in time) means."""
+    for pattern, problem, cure in _SSH_SAYS:
+        if re.search(pattern, stderr):
+            address = host.ssh.rpartition("@")[2]
+            return Trouble(host.name, problem, cure.format(ssh=host.ssh, address=address))
+    lines = [line for line in stderr.splitlines() if line.strip()]
+    said = lines[-1] if lines else "without a word"
+    return Trouble(host.name, f"ssh fails: {said}", f"try: ssh {host.ssh} true")
+
+
+# ------------------------------------------------------------------------------------------ set-up
+
+
+def copy(host: Host, root: str) -> Command:
+    """Brings the clone at `root` over: what changed, and what is gone there goes."""
+    return _rsync(host, root, "code", [f"--exclude={pattern}" for pattern in LEFT_OUT])
+
+
+def copy_own(host: Host, carried: Sequence[Carried]) -> list[Command]:
+    """Brings the user's own modules over, and removes there what is carried no more."""
+    commands = []
+    for number, own in enumerate(carried):
+        chosen = ["--exclude=__pycache__", "--exclude=*.pyc"]
+        chosen += [f"--include=/{name}" for name in own.names]
+        rest = ["--exclude=/*", "--delete-excluded"]
+        inner = f"own/{number}"
+        commands.append(shell(host, f"exec mkdir -p {place(host, inner)}"))
+        commands.append(_rsync(host, str(own.folder), inner, [*chosen, *rest]))
+    return commands
+
+
+def own_path(carried: Sequence[Carried]) -> str:
+    """Where Python finds them, seen from the code."""
+    return ":".join(f"../own/{number}" for number in range(len(carried)))
+
+
+def _rsync(host: Host, source: str, inner: str, options: Sequence[str]) -> Command:
+    argv = ["rsync", "-az", "--delete", *options]
+    folder = host.folder.removeprefix("~/").rstrip("/")
+    if host.ssh == HERE:
+        to = f"{folder}/{inner}/"
+        target = f'"$HOME/{to}"' if not folder.startswith("/") else f"'{to}'"
+        argv = ["sh", "-c", f"exec {shlex.join([*argv, f'{source}/'])} {target}"]
+    else:
+        argv += ["-e", shlex.join(SSH), f"{source}/", f"{host.ssh}:{folder}/{inner}/"]
+    return Command(host.name, tuple(argv), limit_s=COPY_S)
+
+
+def environment(host: Host) -> Command:
+    """Makes .venv there, or brings it up to date; in a moment if there is nothing to do."""
+    python = f" PYTHON={shlex.quote(host.python)}" if host.python else ""
+    return shell(host, f"cd {place(host, 'code')} && exec make setup{python} 2>&1", limit_s=SETUP_S)
+
+
+def python(host: Host, module: str, *words: str, without: str = "", **keywords: Any) -> Command:
+    """A module of the copy, with its environment; `..` is the host's folder. `without` is answered
+    instead where no environment was made yet."""
+    line = shlex.join([".venv/bin/python", "-m", module, *words])
+    here = place(host, "code/.venv/.ready")
+    unless = f"test -e {here} || {{ echo {shlex.quote(without)}; exit; }}\n" if without else ""
+    return shell(host, f"{unless}cd {place(host, 'code')} && exec {line}", **keywords)
+
+
+def agent(host: Host) -> Command:
+    """The process that answers questions (`paramserver.fleet.agent`)."""
+    return python(host, "paramserver.fleet.agent", "..")
+
+
+def settings_file(host: Host, text: str) -> Command:
+    """Puts the run's settings onto the server's machine."""
+    return shell(host, f"umask 077; exec cat > {place(host, 'settings.yaml')}", stdin=text)
+
+
+# -------------------------------------------------------------------------------------------- runs
+
+
+def _below(path: str) -> str:
+    """A relative path of the settings, as seen from the code: beside it."""
+    return path if path.startswith(("/", "~")) else f"../{path}"
+
+
+def server_argv(settings: Settings, addresses: Sequence[str]) -> list[str]:
+    return [
+        ".venv/bin/python", "-m", "paramserver", "cluster=../settings.yaml",
+        f"host_ip={','.join(addresses) or 'null'}", "plain=true",
+        f"run_dir={_below(settings.run_dir)}", f"dataset.root={_below(_root(settings))}",
+    ]  # fmt: skip
+
+
+def worker_argv(host: Host, settings: Settings, address: str | None) -> list[str]:
+    """`address`: where the server is, None: on the same machine."""
+    argv = [
+        ".venv/bin/python", "-m", "workers", f"id={host.id}", f"host_ip={address or 'null'}",
+        f"port={settings.port}", f"dataset.root={_below(_root(settings))}",
+        f"join_timeout={settings.join_timeout:g}",
+    ]  # fmt: skip
+    argv += ["security=none"] if settings.security == "none" else []
+    argv += [f"allow={','.join(names)}"] if (names := allowed(settings)) else []
+    argv += [f"device={host.device}"] if host.device else []
+    return argv + ([f"threads={host.threads}"] if host.threads else [])
+
+
+def _root(settings: Settings) -> str:
+    return str(settings.dataset.get("root", "data"))
+
+
+def start(
+    host: Host,
+    name: str,
+    argv: Sequence[str],
+    up: str,
+    secrets: Mapping[str, str],
+    own: Mapping[str, str] = MappingProxyType({}),
+) -> Command:
+    """Starts `server` or `worker` under a keeper. `secrets` are environment variables that are not
+    shown, `own` such that are; all go by standard input."""
+
+    def orders(secrets: Mapping[str, str]) -> str:
+        told = {
+            "argv": argv,
+            "environment": {"PYTHONUNBUFFERED": "1", **own, **secrets},
+            "restart": host.restart,
+            "again": AGAIN[name],
+            "up": up,
+        }
+        return json.dumps(told)
+
+    return keeper(
+        host, "start", name, stdin=orders(secrets), masked=orders(dict.fromkeys(secrets, "***"))
+    )
+
+
+def keeper(host: Host, command: str, *words: str, **keywords: Any) -> Command:
+    """A word for the keeper (`paramserver.fleet.supervisor`)."""
+    return python(
+        host, "paramserver.fleet.supervisor", command, *words[:1], "..", *words[1:], **keywords
+    )
+
+
+def stop(host: Host, name: str) -> Command:
+    """Ends a process in order."""
+    patience_s = SERVER_PATIENCE_S if name == "server" else WORKER_PATIENCE_S
+    none = json.dumps({"ran": False, "killed": [], "left": [], "state": None})
+    return keeper(
+        host, "stop", name, str(patience_s), without=none, limit_s=patience_s + 2 * ANSWER_S
+    )
+
+
+def status(host: Host) -> Command:
+    """Everything that is or was kept there."""
+    return keeper(host, "status", without="[]")

@@ -1,0 +1,488 @@
+"""`python -m paramserver.fleet.supervisor start worker ..`: keeps one process of a run alive here.
+
+A keeper belongs to nobody's terminal and to no ssh connection. It starts its process, writes what
+that says to a log, starts it again when it dies, holds a Mac's sleep off, and ends it when asked.
+It holds a lock as long as it lives, so that there is one for each name, and whoever finds the lock
+free knows that there is none. Its folder (the last argument; `..` as seen from the code) has
+
+    state/<name>.lock    held by the keeper, whose process id is in it
+    state/<name>.json    what is kept, and how that stands: `State`
+    logs/<name>.log      what the process says
+
+    start NAME FOLDER              orders (`Orders`, JSON) by standard input; answers a `State`
+    status FOLDER                  every `State`, as a JSON list
+    follow NAME FOLDER [OFFSET]    the log from there on, until the process has ended for good or
+                                   standard input ends; exits with 0 if all went well
+    log NAME FOLDER LINES          the last so many lines of this start's log
+    stop NAME FOLDER PATIENCE      ends the process in order, after so many seconds by force;
+                                   answers whom it had to kill, and what it ended with
+
+Secrets are in the orders' environment and in nobody's arguments or files. The standard library is
+enough, but for looking whether anything is left.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import re
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import IO, Any, NoReturn
+
+MARK = "PARAMSERVER_KEPT"
+"""Environment variable of everything that a keeper starts, also where that starts others."""
+LOG_BYTES = 16 * 2**20  # a longer log makes room for a new one
+LOOK_S = 0.1  # at a file that grows
+TAIL_BYTES = 4 * 2**20  # of a log, where its newest warning is looked for
+WARNED = re.compile(r"(\d\d:\d\d:\d\d  )?(warning|error): ")
+"""How a line begins that somebody should look at (`display.WARNING`, `config.exit_on_user_error`,
+and a keeper's own)."""
+FORGIVEN_S = 600.0  # a process that lived so long may die again as often as at first
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0  # before it is started again
+LOCK_S = 10.0  # a keeper that was asked to start has its lock by then
+FORCED_S = 10.0
+LEFT_S = 15.0  # an observer whose server is gone writes a checkpoint first
+
+
+@dataclass
+class Orders:
+    """What a keeper is told."""
+
+    argv: list[str]
+    environment: dict[str, str] = field(default_factory=dict)
+    restart: int = 3  # how often
+    again: list[int] = field(default_factory=list)  # after these exit codes; signals are always
+    up: str = ""  # whose start it is
+
+
+@dataclass
+class State:
+    """How a process stands. `phase`: running, pausing (before the next start), ended (exit code 0),
+    failed, stopped (it was asked to)."""
+
+    name: str
+    argv: list[str]
+    up: str
+    phase: str = "running"
+    keeper: int = 0
+    process: int = 0
+    restarts: int = 0
+    code: int | None = None
+    since: float = 0.0  # seconds since the epoch
+    log_from: int = 0  # where in the log this start begins
+    alive: bool = False  # is there a keeper? Told by `status`
+    log_to: int = 0  # likewise, the log's length
+    last: str = ""  # likewise, its last line
+    warning: str = ""  # likewise, its newest line that is a warning
+
+
+class Place:
+    """The files of one name."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.name = name
+        self.folder = folder
+        self.lock = folder / "state" / f"{name}.lock"
+        self.state = folder / "state" / f"{name}.json"
+        self.log = folder / "logs" / f"{name}.log"
+
+    @property
+    def mark(self) -> str:
+        return f"{self.folder.resolve()}:{self.name}"
+
+    def make(self) -> None:
+        for folder in (self.lock.parent, self.log.parent):
+            folder.mkdir(parents=True, exist_ok=True)
+            folder.chmod(0o700)
+
+    def take(self) -> IO[str] | None:
+        """The lock, held while the file is open; None where somebody has it."""
+        file = open(self.lock, "a+")  # noqa: SIM115
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.close()
+            return None
+        return file
+
+    @property
+    def alive(self) -> bool:
+        """Does a keeper hold the lock? Those who ask share it, and so do not see each other."""
+        try:
+            with open(self.lock) as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            return False
+        except OSError:
+            return True
+        return False
+
+    def write(self, state: State) -> None:
+        draft = self.state.with_suffix(".tmp")
+        draft.write_text(json.dumps(asdict(state)))
+        draft.replace(self.state)
+
+    def read(self) -> State | None:
+        """How it stands, or stood last; None where nothing was ever kept under this name."""
+        try:
+            state = State(**json.loads(self.state.read_text()))
+        except (OSError, ValueError, TypeError):
+            return None
+        state.alive = self.alive
+        if not state.alive and state.phase in ("running", "pausing"):
+            state.phase = "failed"  # the keeper itself was killed, or the machine was off
+        with suppress(OSError):
+            state.log_to = self.log.stat().st_size
+            lines = _lines(self.log, max(state.log_from, state.log_to - TAIL_BYTES))
+            state.last = next(lines, "")
+            state.warning = next(filter(WARNED.match, chain([state.last], lines)), "")
+        return state
+
+
+def _lines(log: Path, offset: int) -> Iterator[str]:
+    """What a log says from there on, the last line first, without empty ones."""
+    with log.open("rb") as file:
+        file.seek(offset)
+        lines = file.read().splitlines()
+    return (line.decode(errors="replace") for line in reversed(lines) if line.strip())
+
+
+# ---------------------------------------------------------------------------------------- keeping
+
+
+class Keeper:
+    """The loop of a keeper: start, wait, look whether to start again."""
+
+    def __init__(self, place: Place, orders: Orders, lock: IO[str]) -> None:
+        self._place, self._orders, self._lock = place, orders, lock
+        self._stopping = threading.Event()
+        self._process: subprocess.Popen[bytes] | None = None
+        with suppress(OSError):
+            if place.log.stat().st_size > LOG_BYTES:
+                place.log.replace(place.log.with_suffix(".old.log"))
+        self._log = open(place.log, "ab", buffering=0)  # noqa: SIM115
+        self._state = State(
+            place.name,
+            orders.argv,
+            orders.up,
+            keeper=os.getpid(),
+            log_from=self._log.tell(),
+            since=time.time(),
+        )
+
+    def started(self) -> State:
+        """Start the process for the first time; raises OSError where that cannot be."""
+        self._start()
+        return self._state
+
+    def keep(self) -> None:
+        """Until the process has ended for good."""
+        signal.signal(signal.SIGTERM, self._stop)
+        signal.signal(signal.SIGALRM, self._kill)
+        for number in (signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+        awake = _hold_off_sleep()
+        pause_s = FIRST_PAUSE_S
+        while True:
+            assert self._process is not None
+            began = time.monotonic()
+            self._state.code = code = self._process.wait()
+            if time.monotonic() - began > FORGIVEN_S:
+                self._state.restarts, pause_s = 0, FIRST_PAUSE_S
+            again = code < 0 or code in self._orders.again
+            if self._stopping.is_set() or not again or self._state.restarts >= self._orders.restart:
+                break
+            self._state.restarts += 1
+            self._say(
+                f"warning: the {self._place.name} died ({died(code)}): starting it again "
+                f"({self._state.restarts} of {self._orders.restart})"
+            )
+            self._note("pausing")
+            self._stopping.wait(pause_s)
+            pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+            if self._stopping.is_set():
+                break
+            try:
+                self._start()
+            except OSError as e:  # memory or processes are short
+                self._say(f"error: the {self._place.name} cannot be started again: {e}")
+                self._state.code = code
+                break
+        signal.alarm(0)
+        if self._stopping.is_set():
+            self._note("stopped")
+        else:
+            self._note("failed" if code else "ended")
+        if awake is not None:
+            awake.terminate()
+            awake.wait()
+        sweep(self._place.mark, min(self._patience(LEFT_S), LEFT_S))
+
+    def _start(self) -> None:
+        self._process = subprocess.Popen(
+            self._orders.argv,
+            env={**os.environ, **self._orders.environment, MARK: self._place.mark},
+            stdin=subprocess.DEVNULL,
+            stdout=self._log,
+            stderr=self._log,
+            start_new_session=True,
+        )
+        self._state.process = self._process.pid
+        self._note("running")
+        if self._stopping.is_set():  # asked meanwhile
+            self._process.terminate()
+
+    def _note(self, phase: str) -> None:
+        self._state.phase, self._state.since = phase, time.time()
+        with suppress(OSError):  # a full disk must not end what is kept
+            self._place.write(self._state)
+
+    def _say(self, line: str) -> None:
+        with suppress(OSError):
+            self._log.write(f"{line}\n".encode())
+
+    def _stop(self, *_: Any) -> None:
+        self._stopping.set()
+        if self._process is not None and self._process.poll() is None:
+            self._process.terminate()
+        signal.alarm(max(1, int(self._patience(0))))
+
+    def _patience(self, unasked: float) -> float:
+        """Who asks for the end writes into the lock file how long the process may take."""
+        with suppress(OSError, ValueError, IndexError):
+            self._lock.seek(0)
+            return float(self._lock.read().split()[1])
+        return unasked
+
+    def _kill(self, *_: Any) -> None:
+        if self._process is not None and self._process.poll() is None:
+            self._say(f"warning: the {self._place.name} does not end: killed")
+            os.killpg(self._process.pid, signal.SIGKILL)
+
+
+def died(code: int) -> str:
+    """An exit code in words."""
+    return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+
+
+def _hold_off_sleep() -> subprocess.Popen[bytes] | None:
+    """On a Mac: no sleep as long as this keeper lives."""
+    if platform.system() != "Darwin" or shutil.which("caffeinate") is None:
+        return None
+    return subprocess.Popen(
+        ["caffeinate", "-is", "-w", str(os.getpid())],
+        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+
+
+def kept(mark: str) -> list[Any]:
+    """The processes of this user that were started under this mark."""
+    import psutil
+
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.pid != os.getpid() and process.environ().get(MARK) == mark:
+                found.append(process)
+    return found
+
+
+def sweep(mark: str, patience_s: float, orphan: State | None = None) -> list[str]:
+    """End what is left under this mark, like the observer of a server that was killed: it may end
+    by itself for `patience_s`. The program of a keeper that is gone itself, whose state `orphan`
+    is, is asked to end at once: nobody else will. Returns the command lines of those that had to be
+    killed."""
+    import psutil
+
+    left = kept(mark)
+    for process in left:
+        if orphan is not None and process.pid == orphan.process:
+            with suppress(psutil.Error):
+                process.terminate()
+    _, left = psutil.wait_procs(left, timeout=patience_s)
+    for process in left:
+        with suppress(psutil.Error):
+            process.terminate()
+    _, left = psutil.wait_procs(left, timeout=FORCED_S)
+    told = []
+    for process in left:
+        with suppress(psutil.Error):
+            told.append(" ".join(process.cmdline())[:120])
+            process.kill()
+    psutil.wait_procs(left, timeout=FORCED_S)
+    return told
+
+
+# ---------------------------------------------------------------------------------------- commands
+
+
+def start(place: Place, orders: Orders) -> State:
+    """Start a keeper that outlives this process. Where there is one already: how that stands.
+
+    Raises OSError where the process cannot be started.
+    """
+    place.make()
+    deadline = time.monotonic() + LOCK_S
+    while (lock := place.take()) is None:
+        state = place.read()
+        if state is not None and state.alive:
+            return state
+        if time.monotonic() > deadline:
+            raise OSError(f"the keeper of the {place.name} tells nothing")
+        time.sleep(LOOK_S)  # somebody asks just now, or another start is not done
+    sweep(place.mark, LEFT_S, place.read())  # a keeper that was killed leaves what it kept
+    reader, writer = os.pipe()
+    if os.fork() == 0:
+        os.setsid()
+        if os.fork() == 0:
+            os.close(reader)
+            _become_keeper(place, orders, lock, writer)
+        os._exit(0)
+    os.wait()
+    os.close(writer)
+    lock.close()  # the keeper holds it too
+    with open(reader, encoding="utf-8") as answer:
+        told = json.loads(answer.read() or '{"problem": "the keeper ended at once"}')
+    if "problem" in told:
+        raise OSError(told["problem"])
+    return State(**told)
+
+
+def _become_keeper(place: Place, orders: Orders, lock: IO[str], writer: int) -> NoReturn:
+    code = 1
+    try:
+        null = os.open(os.devnull, os.O_RDWR)
+        for number in range(3):
+            os.dup2(null, number)
+        lock.seek(0)
+        lock.truncate()
+        lock.write(f"{os.getpid()}\n")
+        lock.flush()
+        with open(writer, "w", encoding="utf-8") as answer:
+            try:
+                keeper = Keeper(place, orders, lock)
+                state = keeper.started()
+            except OSError as e:
+                answer.write(json.dumps({"problem": f"{e.strerror}: {e.filename}"}))
+                raise
+            answer.write(json.dumps(asdict(state)))
+        keeper.keep()
+        code = 0
+    finally:
+        os._exit(code)
+
+
+def stop(place: Place, patience_s: int) -> dict[str, Any]:
+    """End a keeper and what it keeps: in order, after `patience_s` by force. Looks afterwards."""
+    was = place.read()
+    ran = was is not None and was.alive
+    deadline = time.monotonic() + patience_s + LEFT_S + 3 * FORCED_S
+    killed = []
+    asked = False
+    while ran and place.alive:
+        with suppress(OSError, ValueError, IndexError):
+            if not asked:
+                pid = int(place.lock.read_text().split()[0])
+                place.lock.write_text(f"{pid}\n{patience_s}\n")
+                os.kill(pid, signal.SIGTERM)
+                asked = True
+        if time.monotonic() > deadline:
+            with suppress(OSError, ValueError, IndexError):
+                os.kill(int(place.lock.read_text().split()[0]), signal.SIGKILL)
+            killed.append(f"the keeper of {place.name}")
+            break
+        time.sleep(LOOK_S)
+    if asked:
+        killed += sweep(place.mark, min(patience_s, LEFT_S))
+    else:
+        killed += sweep(place.mark, patience_s, was)
+    left = [p.pid for p in kept(place.mark)]
+    now = place.read()
+    return {"ran": ran, "killed": killed, "left": left, "state": asdict(now) if now else None}
+
+
+def status(folder: Path) -> list[State]:
+    """Everything that is or was kept here."""
+    names = sorted(path.stem for path in (folder / "state").glob("*.json"))
+    states = [Place(folder, name).read() for name in names]
+    return [state for state in states if state is not None]
+
+
+def follow(place: Place, offset: int | None, until: int = 0) -> Iterator[bytes]:
+    """The log from `offset` on (None: where this start begins) as it grows, until the keeper is
+    gone, or until file `until` (standard input) ends."""
+    state = place.read()
+    if state is None:
+        return
+    at = state.log_from if offset is None else offset
+    while True:
+        alive = place.alive  # asked before reading: what it wrote at last is read too
+        try:
+            with place.log.open("rb") as file:
+                if file.seek(0, os.SEEK_END) < at:
+                    at = 0  # a new log
+                file.seek(at)
+                while data := file.read(2**16):
+                    at += len(data)
+                    yield data
+        except FileNotFoundError:
+            pass
+        if not alive:
+            return
+        if select.select([until], [], [], LOOK_S)[0] and not os.read(until, 4096):
+            return
+
+
+def tail(place: Place, lines: int) -> bytes:
+    """The last lines of this start's log."""
+    state = place.read()
+    if state is None:
+        return b""
+    with suppress(FileNotFoundError), place.log.open("rb") as file:
+        file.seek(state.log_from)
+        return b"".join(file.read().splitlines(keepends=True)[-lines:])
+    return b""
+
+
+def main(words: list[str]) -> int:
+    command, *rest = words
+    if command == "status":
+        print(json.dumps([asdict(state) for state in status(Path(rest[0]))]))
+        return 0
+    place = Place(Path(rest[1]), rest[0])
+    if command == "start":
+        try:
+            state = start(place, Orders(**json.loads(sys.stdin.read())))
+        except OSError as e:
+            print(f"cannot start the {place.name}: {e}", file=sys.stderr)
+            return 1
+        print(json.dumps(asdict(state)))
+    elif command == "stop":
+        print(json.dumps(stop(place, int(rest[2]))))
+    elif command == "log":
+        sys.stdout.buffer.write(tail(place, int(rest[2])))
+    elif command == "follow":
+        with suppress(BrokenPipeError):
+            for data in follow(place, int(rest[2]) if len(rest) > 2 else None):
+                sys.stdout.buffer.write(data)
+                sys.stdout.buffer.flush()
+        now = place.read()
+        return 0 if now is not None and (now.phase == "stopped" or not now.code) else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,104 @@
+"""What of a user's own code the machines need: the modules that settings name by import path, and
+what those import from the folder that they lie in.
+
+Nothing is imported, only read. What is installed is not carried: it has to be on every machine, as
+the packages of the project are.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import os
+import sys
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from paramserver.config.schema import import_paths
+from paramserver.settings import Settings
+
+
+@dataclass(frozen=True)
+class Carried:
+    """Files and packages of one folder, by their names in it."""
+
+    folder: Path
+    names: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{', '.join(self.names)} from {self.folder}"
+
+
+def modules(settings: Settings) -> dict[str, str]:
+    """The top-level modules that settings name: the name of each, and the setting it is from."""
+    found: dict[str, str] = {}
+    for name, setting in import_paths(settings).items():
+        found.setdefault(name.partition(":")[0].partition(".")[0], f"{setting}={name}")
+    return found
+
+
+def carried(settings: Settings, root: Path) -> tuple[Carried, ...]:
+    """What is to be carried beside the clone at `root`, which is copied anyway."""
+    by_folder: dict[Path, set[str]] = {}
+    for module in modules(settings):
+        place = _place(module)
+        if place is not None and place.parent != root and not is_installed(place):
+            by_folder.setdefault(place.parent, set()).update(_with_neighbours(place))
+    return tuple(Carried(folder, tuple(sorted(names))) for folder, names in by_folder.items())
+
+
+def _place(module: str) -> Path | None:
+    """The file or the package's folder; None where there is none on this machine."""
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        spec = importlib.util.find_spec(module)
+    except (ImportError, ValueError):
+        return None
+    if spec is None:
+        return None
+    if spec.submodule_search_locations:
+        return Path(next(iter(spec.submodule_search_locations))).resolve()
+    return Path(spec.origin).resolve() if spec.has_location and spec.origin else None
+
+
+def is_installed(place: Path) -> bool:
+    """Whether it is a part of Python or of what was installed for it."""
+    standard = {Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib")}
+    is_package = {"site-packages", "dist-packages"} & {*place.parts}
+    return bool(is_package) or any(place.is_relative_to(folder) for folder in standard)
+
+
+def _with_neighbours(place: Path) -> set[str]:
+    """Its name, and those of the modules beside it that it imports, one through the other."""
+    found: set[str] = set()
+    waiting = [place]
+    while waiting:
+        here = waiting.pop()
+        if here.name in found:
+            continue
+        found.add(here.name)
+        for source in sorted(here.rglob("*.py")) if here.is_dir() else [here]:
+            for name in _imports(source):
+                beside = (place.parent / f"{name}.py", place.parent / name)
+                waiting += [path for path in beside if path.is_file() or _is_package(path)]
+    return found
+
+
+def _is_package(path: Path) -> bool:
+    return path.is_dir() and any(path.glob("*.py"))
+
+
+def _imports(source: Path) -> Iterator[str]:
+    """Top-level names of everything that a file imports from elsewhere than its own package."""
+    try:
+        tree = ast.parse(source.read_bytes())
+    except (OSError, ValueError, SyntaxError):
+        return  # whoever imports it there is told
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield node.module.partition(".")[0]

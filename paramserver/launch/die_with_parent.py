@@ -1,0 +1,30 @@
+"""`python -m paramserver.launch.die_with_parent MODULE words ...`: does not outlive its starter.
+
+Standard input is a pipe from whoever started it. Where that ends, the starter was killed and
+another one may already do the same work, so this program is killed too, in the middle of whatever
+it does, as if both had been one process.
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+import signal
+import sys
+import threading
+
+
+def _watch() -> None:
+    while os.read(0, 4096):
+        pass
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def main() -> None:
+    threading.Thread(target=_watch, name="tether", daemon=True).start()
+    del sys.argv[0]
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,319 @@
+"""`python -m paramserver.launch demo`: a whole cluster on this machine, for a first look; `script
+train.py`: the same for a training script of one's own; `ray`: on the nodes of a Ray cluster
+(`paramserver.launch.ray`); and the words for a cluster of many machines (`paramserver.fleet`): up,
+status, logs, attach, down."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from paramserver import terminal, trace
+from paramserver.config.loading import exit_on_user_error, load
+from paramserver.config.schema import allowed, scope
+from paramserver.errors import UserError
+from paramserver.output.runfolder import latest
+from paramserver.settings import Settings
+
+LOOPBACK = "127.0.0.1"
+DEMO = {
+    "host_ip": LOOPBACK, "dataset.name": "digits", "num_epochs": "15", "num_workers": "2",
+    "eval_steps": "100",
+}  # fmt: skip
+"""What the demo sets, unless the command line says otherwise."""
+WORKERS_PATIENCE_S = 10.0
+FLEET = ("up", "status", "logs", "attach", "down", "doctor")
+PARTS_OF_A_STEP = ("load", "compute", "encode", "send", "wait", "decode", "optimizer")
+SCRIPT_S = 600.0  # what a script does after its run: an evaluation, a sample
+PATIENCE_S = 120.0  # an orderly end takes the observer's last evaluation and upload
+
+
+def demo(arguments: list[str]) -> int:
+    """Server, observer and workers on loopback; the server's exit code. Nothing is left running."""
+    given = {a.partition("=")[0] for a in arguments}
+    arguments = [f"{k}={v}" for k, v in DEMO.items() if k not in given] + arguments
+    settings = load(arguments, "server").settings  # mistakes are told before anything starts
+    local = [a for a in arguments if _for_workers(a.partition("=")[0])]
+    # whatever other cluster this machine's workers usually join
+    local += ["join=null", "host_ip=null"]
+    local += [f"allow={','.join(names)}"] if (names := allowed(settings)) else []
+    if settings.num_workers > 16:
+        raise UserError(f"{settings.num_workers} workers on one machine", "num_workers=2 is enough")
+
+    def worker(number: int) -> tuple[list[str], dict[str, str]]:
+        return ["-m", "workers", f"id={number}", *local], dict(os.environ)
+
+    with _on_this_machine(settings, arguments, worker) as started:
+        try:
+            return _watch(started)
+        except KeyboardInterrupt:
+            return started.interrupt()
+
+
+@dataclass(frozen=True)
+class Started:
+    """A server, its workers, and the folder with their logs."""
+
+    server: subprocess.Popen[bytes]
+    workers: list[subprocess.Popen[bytes]]
+    logs: Path
+
+    def words(self, number: int) -> str:
+        """What this worker said."""
+        path = self.logs / f"worker-{number}.log"
+        try:
+            return path.read_text(errors="replace").strip()
+        except OSError as error:  # somebody cleans up /tmp
+            return f"{path} cannot be read: {error.strerror or error}"
+
+    def interrupt(self) -> int:
+        """Let the server end the run in order, and the workers with it; its exit code."""
+        self.server.terminate()
+        return self.server.wait()
+
+
+@contextmanager
+def _on_this_machine(
+    settings: Settings,
+    arguments: list[str],
+    worker: Callable[[int], tuple[list[str], dict[str, str]]],
+) -> Iterator[Started]:
+    """A server with these arguments and `num_workers` workers: `worker(number)` is what follows
+    `python`, and the environment. Nothing is left running."""
+    logs = _log_folder(Path(settings.run_dir))
+    server = subprocess.Popen(
+        [sys.executable, "-m", "paramserver", *arguments],
+        stdin=subprocess.DEVNULL,  # it asks nobody anything: its workers are being started
+    )
+    started = Started(server, [], logs)
+    try:
+        for number in range(1, settings.num_workers + 1):
+            words, environment = worker(number)
+            with open(started.logs / f"worker-{number}.log", "wb") as log:
+                started.workers.append(
+                    subprocess.Popen(
+                        [sys.executable, *words],
+                        env=environment,
+                        stdout=log,
+                        stderr=subprocess.STDOUT,
+                        stdin=subprocess.DEVNULL,
+                        start_new_session=True,  # Ctrl-C is for the server, which tells them
+                    )
+                )
+        yield started
+    finally:
+        _end([server], PATIENCE_S)
+        _end(started.workers, WORKERS_PATIENCE_S)
+        _keep(started.logs, Path(settings.run_dir))
+
+
+def _log_folder(run_dir: Path) -> Path:
+    """For what the workers say, until there is a run folder. Raises `UserError`."""
+    prefix = "paramserver-workers-"
+    try:
+        return Path(tempfile.mkdtemp(prefix=prefix))
+    except OSError:  # no folder for temporary files can be written
+        pass
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix=f".{prefix}", dir=run_dir))
+    except OSError as error:
+        raise UserError(
+            f"there is no folder for the workers' logs: {error.strerror or error}: {run_dir}",
+            "TMPDIR=FOLDER, or run_dir=FOLDER, tell one that can be written",
+        ) from None
+
+
+def _end(processes: list[subprocess.Popen[bytes]], patience_s: float) -> None:
+    """See to it that none of them goes on: ask, and after a while do not ask."""
+    deadline = time.monotonic() + patience_s
+    for p in processes:
+        if p.poll() is None:
+            p.terminate()
+    for p in processes:
+        try:
+            p.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            p.kill()
+            p.wait()
+
+
+def _for_workers(name: str) -> bool:
+    """Settings of one process that the workers of a demo share with the server."""
+    if name in ("cluster", "model"):
+        return True  # their files may hold such settings
+    return scope(name) == "local" and name not in ("id", "run_dir", "plain", "host_ip", "join")
+
+
+def _watch(started: Started) -> int:
+    """Wait for the server; a worker that fails is told with its last words. The server's exit code,
+    but not 0 where all workers failed, since the server was only asked to end then."""
+    told: set[int] = set()
+    while started.server.poll() is None:
+        for number, worker in enumerate(started.workers, 1):
+            if worker.poll() not in (None, 0) and number not in told:
+                told.add(number)
+                words = started.words(number)
+                terminal.say(f"worker {number} failed:\n{words[-2000:]}", error=True)
+                if len(told) == len(started.workers):
+                    started.server.terminate()
+        time.sleep(0.1)
+    return started.server.returncode or int(len(told) == len(started.workers))
+
+
+def profile(arguments: list[str]) -> int:
+    """A short demo that is traced: a table of where a worker's step goes, and trace.json."""
+    given = {a.partition("=")[0] for a in arguments}
+    chosen = {"num_epochs": "5", "eval_steps": "0", "wandb.mode": "disabled"}
+    arguments = [f"{k}={v}" for k, v in chosen.items() if k not in given] + arguments
+    with tempfile.TemporaryDirectory(prefix="paramserver-trace-") as traces:
+        os.environ[trace.VARIABLE] = traces
+        code = demo(arguments)
+        parts = [json.loads(p.read_text()) for p in sorted(Path(traces).glob("*.json"))]
+    folder = latest(Path(load(arguments, "server").settings.run_dir))
+    if code == 0 and folder is not None:
+        table = Table(title="milliseconds of a step, by what they went into")
+        table.add_column("process")
+        for name in PARTS_OF_A_STEP:
+            table.add_column(name, justify="right")
+        for events in parts:
+            process = events[0]["args"]["name"]
+            if process.startswith("worker"):
+                times = trace.own_times(events)
+                steps = sum(e["name"] == "wait" for e in events) or 1
+                row = [f"{1000 * times.get(n, 0.0) / steps:.3f}" for n in PARTS_OF_A_STEP]
+                table.add_row(process, *row)
+        console = Console()
+        with console.capture() as drawn:
+            console.print(table)
+        terminal.write(drawn.get())
+        path = folder.path / "trace.json"
+        path.write_text(json.dumps({"traceEvents": [e for events in parts for e in events]}))
+        terminal.say(f"every span of every process: {path} (open it at ui.perfetto.dev)")
+    return code
+
+
+def fleet(words: list[str]) -> int:
+    """The commands for a cluster of machines: a word, options like --dry, and settings."""
+    from paramserver.fleet import doctor, up, watch
+
+    command, *rest = words
+    known = {"up": ["--dry"], "logs": ["--host="], "doctor": ["--json"]}.get(command, [])
+    options = [word for word in rest if word.startswith("--")]
+    for option in options:
+        if option.partition("=")[0] + "=" * ("=" in option) not in known:
+            raise UserError(f"{command} knows no option {option}", ", ".join(known))
+    settings = [word for word in rest if word not in options]
+    if command == "up":
+        return up.up(settings, dry="--dry" in options)
+    if command == "logs":
+        return watch.logs(settings, options[-1].partition("=")[2] if options else None)
+    if command == "doctor":
+        return doctor.doctor(settings, as_json="--json" in options)
+    return {"status": watch.status, "attach": watch.attach, "down": watch.down}[command](settings)
+
+
+def ray(arguments: list[str]) -> int:
+    """A run on a Ray cluster."""
+    from paramserver.launch.ray import ray as on_ray
+
+    return on_ray(arguments)
+
+
+def script(arguments: list[str]) -> int:
+    """A server and `num_workers` processes of one's own training script, all on this machine.
+
+    The settings in a YAML file beside the script, of the same name, are taken first. Each process
+    finds the server in its environment (`workers.join()` without an address). What the first one
+    said is printed at the end, since the progress has the terminal until then.
+    """
+    if not arguments or "=" in arguments[0]:
+        raise UserError("which script?", "python -m paramserver.launch script train.py [key=value]")
+    path, arguments = Path(arguments[0]), arguments[1:]
+    if not path.is_file():
+        there = ", ".join(sorted(p.stem for p in path.parent.glob("*.py")))
+        raise UserError(f"there is no script {path}", f"there is: {there}" if there else "")
+    given = {a.partition("=")[0] for a in arguments}
+    chosen = {"host_ip": LOOPBACK, "observer": "false"}  # which would need the script's model
+    if path.with_suffix(".yaml").is_file():
+        chosen["model"] = str(path.with_suffix(".yaml"))
+    arguments = [f"{k}={v}" for k, v in chosen.items() if k not in given] + arguments
+    settings = load(arguments, "server").settings
+    place = {"PARAMSERVER_HOST": LOOPBACK, "PARAMSERVER_PORT": str(settings.port)}
+    cores = max(1, (os.cpu_count() or 1) // settings.num_workers)
+    usual = {"OMP_NUM_THREADS": str(cores), "PYTHONUNBUFFERED": "1"}
+
+    def worker(number: int) -> tuple[list[str], dict[str, str]]:
+        return [str(path)], {**usual, **os.environ, **place, "PARAMSERVER_ID": str(number)}
+
+    with _on_this_machine(settings, arguments, worker) as started:
+        try:
+            failed = _watch(started) != 0
+            failed = not _all_well(started.workers) or failed
+        except KeyboardInterrupt:
+            return started.interrupt()
+        terminal.say(started.words(1))
+        return int(failed)
+
+
+def _all_well(processes: list[subprocess.Popen[bytes]]) -> bool:
+    """What the scripts still have to do after the run takes its time; did all of them end well?"""
+    deadline = time.monotonic() + SCRIPT_S
+    for process in processes:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(max(0.0, deadline - time.monotonic()))
+    return all(p.returncode == 0 for p in processes)
+
+
+def _keep(logs: Path, run_dir: Path) -> None:
+    """What the workers said goes into the run's folder."""
+    folder = latest(run_dir)
+    if folder is not None:
+        try:
+            for words in logs.iterdir():
+                shutil.move(words, folder.path / words.name)
+        except (OSError, shutil.Error) as error:
+            terminal.say(f"what the workers said is in {logs} only: {error}", error=True)
+            return
+    shutil.rmtree(logs, ignore_errors=True)
+
+
+def main() -> None:
+    with exit_on_user_error():
+        commands: dict[str, Callable[[list[str]], int]] = {
+            "demo": demo,
+            "profile": profile,
+            "script": script,
+            "ray": ray,
+            **dict.fromkeys(FLEET, fleet),
+        }
+        if len(sys.argv) < 2 or sys.argv[1] not in commands:
+            raise UserError(
+                "what shall be launched?", f"python -m paramserver.launch {'|'.join(commands)}"
+            )
+
+        def stop(number: int, frame: object) -> None:
+            if number == signal.SIGHUP:  # which may come twice
+                signal.signal(number, signal.SIG_IGN)
+            raise KeyboardInterrupt
+
+        for ending in terminal.ending_signals():
+            if ending != signal.SIGINT:
+                signal.signal(ending, stop)
+        words = sys.argv[1:] if sys.argv[1] in FLEET else sys.argv[2:]
+        code = commands[sys.argv[1]](words)
+    sys.exit(code)

@@ -1,0 +1,100 @@
+"""What a Ray actor does for a run: it keeps one program, the same that one starts by hand.
+
+Actor and program live and die together. A program that dies takes its actor with it, and one whose
+actor was killed is killed too (`paramserver.launch.die_with_parent`); Ray restarts the actor, which
+starts the program again. So a server goes on with its run, and a worker greets anew.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+KEPT_LINES = 10_000  # of what a program says, while nobody asks
+
+
+class Actor:
+    """One program; its methods are called from another process, `run` beside the others."""
+
+    def __init__(self) -> None:
+        self.born = uuid.uuid4().hex
+        """Another one after each restart."""
+        self._lines: list[str] = []
+        self._first = 0  # the number of the first of them
+        self._process: subprocess.Popen[str] | None = None
+        self._stopping = threading.Event()
+
+    def token(self, host: str, port: int) -> str:
+        """What lets workers of other machines into a server on this one."""
+        from paramserver.keys import load_or_make
+
+        return load_or_make()[0].token(host, port)
+
+    def run(
+        self,
+        words: Sequence[str],
+        settings: str,
+        environment: Mapping[str, str],
+        again: Sequence[int],
+        restarted: Sequence[str],
+    ) -> int:
+        """`python -m WORDS`, to its end; the exit code. Where there are `settings` they are a file,
+        given as ``cluster=``. After a signal, or one of the exit codes in `again`, the actor ends,
+        for Ray to restart it; `restarted` are words that are added then."""
+        words = list(words)
+        if settings:
+            file = Path(tempfile.mkdtemp(prefix="paramserver-ray-")) / "settings.yaml"
+            file.write_text(settings)
+            words.append(f"cluster={file}")
+        if _is_restarted():
+            words += restarted
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "paramserver.launch.die_with_parent", *words],
+            env={**os.environ, "PYTHONUNBUFFERED": "1", **environment},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
+        if self._stopping.is_set():
+            self._process.terminate()
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            self._lines.append(line.rstrip("\n"))
+            if len(self._lines) > KEPT_LINES:
+                del self._lines[0]
+                self._first += 1
+        code = self._process.wait()
+        if settings:
+            file.unlink()
+            file.parent.rmdir()
+        if (code < 0 or code in again) and not self._stopping.is_set():
+            os._exit(1)
+        return code
+
+    def said(self, born: str, seen: int) -> tuple[str, int, list[str]]:
+        """Who tells it, and what the program said after its first `seen` lines, if `born` is the
+        one that was asked before; else everything. Between them, how many that are in all."""
+        start = seen if born == self.born else 0
+        lines = self._lines[max(0, start - self._first) :]
+        return self.born, self._first + len(self._lines), lines
+
+    def stop(self) -> None:
+        """Ask the program to end in order."""
+        self._stopping.set()
+        if self._process is not None and self._process.poll() is None:
+            self._process.terminate()
+
+
+def _is_restarted() -> bool:
+    import ray
+
+    return bool(ray.get_runtime_context().was_current_actor_reconstructed)

@@ -1,0 +1,232 @@
+"""What this machine has: interfaces, versions, room, and what may put it to sleep or in the way.
+
+Runs on every machine of a cluster (`agent`), and in a server that chooses its own address.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import ipaddress
+import os
+import platform
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from contextlib import suppress
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from paramserver import __version__
+from paramserver.errors import UserError
+from paramserver.net import hosts
+from paramserver.net.address import AUTO, LOOPBACK
+from paramserver.net.interfaces import (
+    Interface,
+    choose,
+    from_ifconfig,
+    hardware_ports,
+    kind_on_linux,
+    usable,
+    why,
+)
+from paramserver.settings import Settings
+from paramserver.transport import sockets
+
+SYSFS = Path("/sys/class/net")
+MACHINE_IDS = (Path("/etc/machine-id"), Path("/var/lib/dbus/machine-id"))
+SHARED_DISK = re.compile(
+    r"(nfs|cifs|smb|afp|9p|ceph|lustre|gluster|gpfs|beegfs|ocfs|gfs|webdav|afs|coda|virtiofs"
+    r"|vboxsf|prl_fs|osxfs|macfuse|fuse\b)"
+)
+"""File systems, by the beginnings of their names, that lie on another machine or may."""
+TOOL_S = 10.0
+CONNECT_S = 1.0
+
+
+def interfaces() -> list[Interface]:
+    """The addresses of this machine's interfaces that are up, with their kinds."""
+    if sys.platform == "darwin":
+        ports = hardware_ports(ask("networksetup", "-listallhardwareports"))
+        return from_ifconfig(ask("ifconfig", "-a"), ports)
+    stats = psutil.net_if_stats()
+    found = []
+    for device, addresses in psutil.net_if_addrs().items():
+        if device not in stats or not stats[device].isup:
+            continue
+        kind = kind_on_linux(device, _sysfs(SYSFS / device))
+        for a in addresses:
+            if a.family not in (socket.AF_INET, socket.AF_INET6) or not usable(a.address):
+                continue
+            found.append(Interface(device, kind, a.address, _prefix(a.netmask), stats[device].mtu))
+    return found
+
+
+def _sysfs(folder: Path) -> dict[str, str]:
+    """What `kind_on_linux` wants to know."""
+    found = {}
+    for name in ("type", "uevent", "tun_flags"):
+        with suppress(OSError):
+            found[name] = (folder / name).read_text().strip()
+    for name in ("wireless", "bridge"):
+        if (folder / name).is_dir():
+            found[name] = ""
+    with suppress(OSError):
+        found["driver"] = os.readlink(folder / "device" / "driver").rpartition("/")[2]
+    return found
+
+
+def _prefix(netmask: str | None) -> int:
+    return 0 if netmask is None else int(ipaddress.ip_address(netmask)).bit_count()
+
+
+def settle(settings: Settings) -> tuple[str | None, str]:
+    """Where a server with these settings listens here, as `host_ip` says it, and a sentence where
+    it chose for itself: with `host_ip: auto`, and with none where `hosts` names other machines.
+
+    Raises `UserError` where it was asked to choose and there is nothing to choose from.
+    """
+    machines = hosts.read(settings.hosts)
+    others = any(not host.serves and host.ssh != hosts.HERE for host in machines)
+    if settings.host_ip not in (None, AUTO) or (settings.host_ip is None and not others):
+        return settings.host_ip, ""
+    own = interfaces()
+    given = next((host.ip for host in machines if host.serves), None)
+    if settings.host_ip is None and given in {i.address for i in own}:
+        return given, f"listening at {given}: hosts says so"
+    chosen = choose(own)
+    if chosen is not None:
+        return chosen.address, why(chosen, own)
+    if settings.host_ip is None:
+        return None, (
+            "hosts names other machines, but this one has no Thunderbolt, Ethernet or Wi-Fi "
+            "address for them: listening on loopback only"
+        )
+    raise UserError(
+        "this machine has no Thunderbolt, Ethernet or Wi-Fi address to listen at",
+        f"its addresses: {', '.join(str(i) for i in own) or 'none'}\nchoose one: host_ip=...",
+    )
+
+
+def identity() -> str:
+    """What names this machine under any host name and address; "" where nothing does, as in many
+    containers. A hash: the number itself is nobody's business (machine-id(5))."""
+    found = ""
+    if sys.platform == "darwin":
+        told = ask("ioreg", "-rd1", "-c", "IOPlatformExpertDevice")
+        found = next((line for line in told.splitlines() if "IOPlatformUUID" in line), "")
+    for path in MACHINE_IDS:
+        with suppress(OSError, ValueError):
+            found = found or path.read_text().strip()
+    return hashlib.sha256(f"paramserver {found}".encode()).hexdigest()[:16] if found else ""
+
+
+def is_shared(path: Path) -> bool:
+    """May other machines write to this folder's disk, too? True where nobody can tell."""
+    try:
+        place = path.resolve()
+        mounts = {Path(p.mountpoint): p.fstype.lower() for p in psutil.disk_partitions(all=True)}
+    except (OSError, RuntimeError, psutil.Error):
+        return True
+    kinds = [mounts[folder] for folder in (place, *place.parents) if folder in mounts]
+    return not kinds or bool(SHARED_DISK.match(kinds[0]))
+
+
+def ask(*command: str) -> str:
+    """What a tool of the system prints; nothing where it is missing or fails."""
+    with suppress(OSError, subprocess.SubprocessError):
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            timeout=TOOL_S,
+            check=False,
+            stdin=subprocess.DEVNULL,
+        )
+        return done.stdout
+    return ""
+
+
+# ------------------------------------------------------------------------------------------ facts
+
+
+def facts() -> dict[str, Any]:
+    """What `make doctor` asks every machine; plain values, for JSON."""
+    memory = psutil.virtual_memory()
+    return {
+        "host": socket.gethostname(),
+        "system": platform.system(),
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+        "versions": {"paramserver": __version__, **_versions("torch", "pyzmq")},
+        "device": device(),
+        "cores": os.cpu_count(),
+        "memory_bytes": memory.total,
+        "free_memory_bytes": memory.available,
+        "free_disk_bytes": shutil.disk_usage(Path.cwd()).free,
+        "sleep": _sleep(),
+        "firewall": _firewall(),
+    }
+
+
+def pings(address: str) -> bool | None:
+    """Does one ping come back? None where there is no ping to ask."""
+    if shutil.which("ping") is None:
+        return None
+    wait = ("-t", "3") if platform.system() == "Darwin" else ("-W", "3")
+    return "ttl=" in ask("ping", "-c", "1", *wait, address).lower()
+
+
+def port_holder(port: int) -> str | None:
+    """Who listens at this port on this machine, in words; None if nobody does."""
+    if held := sockets.listener(port):
+        return held
+    with suppress(OSError), socket.create_connection((LOOPBACK, port), CONNECT_S):
+        return f"somebody (sudo lsof -nP -iTCP:{port} tells)"  # macOS tells only root
+    return None
+
+
+def _versions(*packages: str) -> dict[str, str | None]:
+    found: dict[str, str | None] = dict.fromkeys(packages)
+    for package in packages:
+        with suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package).partition("+")[0]
+    return found
+
+
+def device() -> str:
+    """The best device for training, as torch sees it; `none` where torch does not load."""
+    try:
+        import torch
+    except (ImportError, OSError):
+        return "none"
+    if torch.cuda.is_available():
+        return f"cuda ({torch.cuda.get_device_name(0)})"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _sleep() -> str:
+    """Minutes until this machine sleeps when nobody touches it: `never`, `10`, or `unknown`."""
+    if sys.platform == "darwin":
+        for line in ask("pmset", "-g").splitlines():
+            words = line.split()
+            if words[:1] == ["sleep"] and len(words) > 1:
+                return "never" if words[1] == "0" else words[1]
+        return "unknown"
+    target = ask("systemctl", "show", "-p", "LoadState", "--value", "sleep.target").strip()
+    return {"masked": "never", "": "never"}.get(target, "unknown")
+
+
+def _firewall() -> str:
+    """`on`, `off` or `unknown` (it may take root to know)."""
+    if sys.platform == "darwin":
+        told = ask("/usr/libexec/ApplicationFirewall/socketfilterfw", "--getglobalstate").lower()
+        return "on" if "enabled" in told else "off" if "disabled" in told else "unknown"
+    if shutil.which("ufw") is None and shutil.which("firewall-cmd") is None:
+        return "off"
+    told = ask("systemctl", "is-active", "ufw", "firewalld")
+    return "on" if "active" in told.split() else "off" if told else "unknown"

@@ -1,0 +1,427 @@
+"""A server in the local network says where it is, and a worker finds it (`host_ip: auto`), by mDNS.
+
+A server that listens for other machines is announced as a service `_paramserver._tcp.local.` with
+its port, the addresses that it is bound to, and in its TXT record `run`, `protocol` and, where it
+has keys, `key`: the fingerprint of its public one (`jointoken.fingerprint`). mDNS is RFC 6762, such
+services RFC 6763.
+
+Everybody in the network may announce whatever they like, so nothing that was heard is believed: a
+worker with a join token dials what fits the token's fingerprint, and takes an address at which a
+CURVE handshake has proven the token's key: of several the one by the best kind of interface. Mind
+that mDNS is spoken over IPv4 only here. Records are read one by one, not as the newest
+state of a service: whoever announces another one's name must not hide it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import logging
+import queue
+import re
+import socket
+import time
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass
+
+import zeroconf
+import zmq
+
+from paramserver.errors import UserError
+from paramserver.net import address, jointoken, machine
+from paramserver.net.address import Address
+from paramserver.net.interfaces import KINDS, Interface
+from paramserver.protocol import messages as wire
+from paramserver.transport import sockets
+from paramserver.transport.handshake import Knock
+from paramserver.transport.sockets import PeerKeys
+
+SERVICE = "_paramserver._tcp.local."
+ASK_FIRST_S, ASK_LAST_S = 1.0, 8.0  # between two questions; doubled from the one to the other
+OTHERS_S = 1.5  # without a token: how long another server may take to answer, too
+BETTER_S = 2.0  # how long another address of the same server may, where that is a better way
+TURN_S = 0.05
+CANDIDATES = 100  # addresses that are tried in one search
+RECORDS = 1000  # that are kept of what is heard, whoever sends it
+_PTR, _IN, _QUERY = 12, 1, 0  # of DNS
+
+Say = Callable[[str], None]
+
+logging.getLogger("zeroconf").setLevel(logging.CRITICAL)  # what matters of it is said here
+
+
+# ----------------------------------------------------------------------------------- the server's
+
+
+class Announcement:
+    """A server's, while it lives; `problem` tells where there can be none.
+
+    Nothing here is waited for: a thread of zeroconf's looks for a free name and tells.
+    """
+
+    def __init__(self, hosts: Iterable[str], port: int, run: str, key: bytes | None) -> None:
+        """At those of `hosts` that other machines can reach; `key` is the server's public one."""
+        addresses = sorted({a for host in hosts for a in _reachable(host)})
+        self._zeroconf: zeroconf.Zeroconf | None = None
+        self._told: Future[object] | None = None
+        self._problem: str | None = None
+        if not addresses:
+            return
+        host = socket.gethostname().partition(".")[0][:40]
+        text = {"run": run, "protocol": str(wire.PROTOCOL)}
+        if key is not None:
+            text["key"] = jointoken.fingerprint(key)
+        info = zeroconf.ServiceInfo(
+            SERVICE,
+            f"{host} {run[:8]}.{SERVICE}",
+            port=port,
+            properties=text,
+            server=f"paramserver-{run[:8]}.local.",  # the machine's own name is not ours to tell
+            parsed_addresses=addresses,
+        )
+        try:
+            self._zeroconf = zeroconf.Zeroconf(addresses, ip_version=_version(addresses))
+        except (OSError, zeroconf.Error) as e:
+            self._problem = _silent(e)
+            return
+        loop = self._zeroconf.loop
+        assert loop is not None
+        telling = self._zeroconf.async_register_service(info, allow_name_change=True)
+        self._told = asyncio.run_coroutine_threadsafe(_both(telling), loop)
+
+    def problem(self) -> str | None:
+        """What keeps this server from being announced, in a sentence that is told once."""
+        if self._told is not None and self._told.done():
+            error = self._told.exception()
+            if error is None and self._zeroconf is not None and not self._zeroconf.engine.senders:
+                error = OSError("its addresses take no part in multicast")
+            self._problem = None if error is None else _silent(error)
+            self._told = None
+        told, self._problem = self._problem, None
+        return told
+
+    def close(self) -> None:
+        """Say that the server is gone."""
+        if self._told is not None:
+            self._told.cancel()
+        if self._zeroconf is not None:
+            with suppress(OSError, TimeoutError, zeroconf.Error):
+                self._zeroconf.close()
+
+
+async def _both(telling: Awaitable[Awaitable[object]]) -> None:
+    await (await telling)
+
+
+def _reachable(host: str) -> Iterator[str]:
+    """The addresses of this name or number that mean the same on another machine."""
+    with suppress(OSError):
+        for info in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM):
+            found = ipaddress.ip_address(info[4][0])
+            scoped = found.version == 6 and found.is_link_local
+            if not (found.is_loopback or found.is_unspecified or scoped):
+                yield str(found)
+
+
+def _version(addresses: Sequence[str]) -> zeroconf.IPVersion:
+    six = {":" in a for a in addresses}
+    if len(six) == 2:
+        return zeroconf.IPVersion.All
+    return zeroconf.IPVersion.V6Only if True in six else zeroconf.IPVersion.V4Only
+
+
+def _silent(error: BaseException) -> str:
+    return (
+        f"workers cannot find this server by host_ip=auto: no multicast DNS here ({_words(error)})"
+    )
+
+
+def _words(error: BaseException) -> str:
+    return (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
+
+
+# ----------------------------------------------------------------------------------- the worker's
+
+
+@dataclass(frozen=True)
+class Heard:
+    """An address at which a server says that it is; `key` is a fingerprint, or "" without keys."""
+
+    run: str
+    host: str
+    port: int
+    key: str
+
+    def __str__(self) -> str:
+        return f"{self.host}:{self.port} (run {self.run[:8]})"
+
+
+class _Ear(zeroconf.RecordUpdateListener):
+    """Asks, and puts together what is heard, by whomever."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._records: queue.SimpleQueue[zeroconf.DNSRecord] = queue.SimpleQueue()
+        self._kept: set[zeroconf.DNSRecord] = set()
+        self._told: set[Heard] = set()
+        self._ask_at, self._pause_s = 0.0, ASK_FIRST_S
+        self._zeroconf = zeroconf.Zeroconf(ip_version=zeroconf.IPVersion.V4Only)
+        self._zeroconf.add_listener(self, None)
+
+    def async_update_records(
+        self, zc: zeroconf.Zeroconf, now: float, records: list[zeroconf.RecordUpdate]
+    ) -> None:
+        """Called in zeroconf's thread."""
+        for update in records:
+            if self._records.qsize() < RECORDS:
+                self._records.put(update.new)
+
+    def ask(self, now: float) -> None:
+        """Ask who is there, if it is time to; without what is known, so that all is told again."""
+        if now >= self._ask_at:
+            question = zeroconf.DNSOutgoing(_QUERY)
+            question.add_question(zeroconf.DNSQuestion(SERVICE, _PTR, _IN))
+            self._zeroconf.send(question)
+            self._ask_at = now + self._pause_s
+            self._pause_s = min(2 * self._pause_s, ASK_LAST_S)
+
+    def news(self) -> list[Heard]:
+        """What was not heard before this call."""
+        before = len(self._kept)
+        while not self._records.empty():
+            record = self._records.get()
+            if len(self._kept) < RECORDS:
+                self._kept.add(record)
+        if len(self._kept) == before:
+            return []
+        new = [heard for heard in joined(self._kept) if heard not in self._told]
+        self._told.update(new)
+        return new
+
+    def close(self) -> None:
+        self._zeroconf.close()
+
+
+def joined(records: Iterable[zeroconf.DNSRecord]) -> list[Heard]:
+    """Every service that these records can be read as."""
+    records = list(records)
+    texts: dict[str, list[dict[str, str]]] = {}
+    hosts: dict[str, list[str]] = {}
+    for record in records:
+        if isinstance(record, zeroconf.DNSText):
+            texts.setdefault(record.key, []).append(_text(record.text))
+        elif isinstance(record, zeroconf.DNSAddress):
+            with suppress(ValueError):
+                hosts.setdefault(record.key, []).append(str(ipaddress.ip_address(record.address)))
+    return list(
+        dict.fromkeys(
+            Heard(text.get("run", "?"), host, record.port, text.get("key", ""))
+            for record in records
+            if isinstance(record, zeroconf.DNSService) and record.key.endswith(f".{SERVICE}")
+            for host in hosts.get(record.server_key, [])
+            for text in texts.get(record.key, [])
+            if 0 < record.port < 65536
+        )
+    )
+
+
+def _text(content: bytes) -> dict[str, str]:
+    """A TXT record: strings of the form name=value, each behind its length."""
+    found = {}
+    while content:
+        length, content = content[0], content[1:]
+        name, _, value = content[:length].partition(b"=")
+        shown = value.decode("ascii", "replace")[:64]  # on a terminal, sooner or later
+        found[name.decode("ascii", "replace")] = re.sub(r"[^!-~]", "?", shown)
+        content = content[length:]
+    return found
+
+
+@dataclass
+class _Trial:
+    """A connection to an address where the server may be; `rank` is that of the kind of this
+    machine's interface that leads there, the lowest best."""
+
+    door: zmq.Socket[bytes]
+    knock: Knock
+    rank: int
+
+    def close(self) -> None:
+        self.knock.close()
+        self.door.close()
+
+
+class _Trials:
+    """Connections to addresses where the server may be; `won` is the best that is it."""
+
+    def __init__(self, keys: PeerKeys | None) -> None:
+        self._keys = keys
+        self._ctx = sockets.context()
+        self._running: dict[tuple[str, int], _Trial] = {}
+        self._tried: set[tuple[str, int]] = set()
+        self._own = machine.interfaces()
+        self._best = min((KINDS.index(i.kind) for i in self._own), default=0)
+        self._proven_at: float | None = None
+        self.strangers: list[str] = []
+
+    def begin(self, host: str, port: int) -> None:
+        if (host, port) in self._tried or len(self._tried) >= CANDIDATES:
+            return
+        self._tried.add((host, port))
+        door = sockets.dealer(self._ctx)
+        knock = Knock(self._ctx, door, host, port, with_keys=self._keys is not None)
+        self._running[host, port] = _Trial(door, knock, rank(host, self._own))
+        sockets.connect(door, sockets.tcp(host, port), self._keys)
+
+    def won(self, now: float, say: Say) -> tuple[str, int] | None:
+        """An address of the server, once: by the best kind of interface, if several have proven
+        to be its own within `BETTER_S`. Says who turned out to be another one."""
+        for at, trial in list(self._running.items()):
+            try:
+                trial.knock.check()
+            except UserError as e:
+                self._running.pop(at).close()
+                self.strangers.append(e.problem)
+                say(f"{e.problem}: not the one that is looked for, the search goes on")
+        proven = {at: t.rank for at, t in self._running.items() if t.knock.proven}
+        if not proven:
+            return None
+        if self._proven_at is None:
+            self._proven_at = now
+        best = min(proven, key=lambda at: proven[at])
+        if proven[best] > self._best and now < self._proven_at + BETTER_S:
+            return None
+        self._running.pop(best).close()
+        return best
+
+    def close(self) -> None:
+        for trial in self._running.values():
+            trial.close()
+        self._running.clear()
+        self._ctx.term()
+
+
+def rank(host: str, own: Sequence[Interface]) -> int:
+    """Of the interface that leads there, by its kind: the lowest is the best. An address of this
+    machine itself is better than all others."""
+    if sockets.is_local(host):
+        return -1
+    near = sockets.towards(host)
+    return next((KINDS.index(i.kind) for i in own if i.address == near), len(KINDS))
+
+
+class Search:
+    """Looks for a server, in turns: call `look` again and again; as a `with` block.
+
+    With a token it is the one that proves the token's key; the address in it is tried like those
+    that are heard. Without one it is the only one that is heard. Of one `run`, if that is given.
+    """
+
+    def __init__(
+        self,
+        join: str | None,
+        *,
+        security: str = "curve",
+        run: str | None = None,
+        known: tuple[str, int] | None = None,
+        say: Say,
+    ) -> None:
+        """`join` is a token or the path of a file that holds one; `known` an address that is tried
+        in any case, and where the search ends if it is the server's. Raises `UserError`."""
+        self._token = address.read(join) if join and security != "none" else None
+        self._join, self._security, self._run, self._say = join, security, run, say
+        self.whose = "the server of this join token" if self._token else "a server"
+        self._fitting: list[Heard] = []
+        self._others: list[Heard] = []
+        self._choose_at: float | None = None
+        self._ear: _Ear | None = None
+        try:
+            self._ear = _Ear()
+        except (OSError, zeroconf.Error) as e:
+            silent = f"there is no multicast DNS on this machine: {_words(e)}"
+            if self._token is None:
+                raise UserError(silent, "give the server's address: host_ip=10.10.0.1") from None
+            say(f"{silent}; only the address in the join token is tried")
+        self._trials = _Trials(address.keys_of(self._token) if self._token else None)
+        if self._token is not None:
+            self._trials.begin(self._token.host, self._token.port)
+        self._known, self._over = known, False
+        if known is not None and not sockets.is_loopback(known[0]):
+            self._trials.begin(*known)
+
+    def __enter__(self) -> Search:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._trials.close()
+        if self._ear is not None:
+            self._ear.close()
+
+    def look(self, now: float) -> Address | None:
+        """The server's address, once it is known, each one once; does not wait. An address of this
+        host becomes loopback. Raises `UserError` where without a token there are several."""
+        if self._over:
+            return None
+        if self._ear is not None:
+            self._ear.ask(now)
+            for heard in self._ear.news():
+                self._consider(heard)
+        if self._token is None and self._fitting:
+            self._choose_at = self._choose_at or now + OTHERS_S
+            if now >= self._choose_at:
+                for there in only(self._fitting, self._security):
+                    self._trials.begin(there.host, there.port)
+        won = self._trials.won(now, self._say)
+        self._over = won is not None and won == self._known
+        return None if won is None else address.find(*won, self._join, security=self._security)
+
+    def _consider(self, heard: Heard) -> None:
+        if self._token is None:
+            fits = self._security != "none" or not heard.key
+        else:
+            fits = heard.key == jointoken.fingerprint(self._token.server_key)
+        fits &= self._run in (None, heard.run)
+        (self._fitting if fits else self._others).append(heard)
+        if fits and self._token is not None:
+            self._trials.begin(heard.host, heard.port)
+
+    def seen(self) -> str:
+        """Who is there, but is not the one, in lines for a person."""
+        told = [*self._trials.strangers, *(f"{each} is another one" for each in self._others)]
+        return "".join(f"\n  {line}" for line in told)
+
+
+def find(join: str | None, *, security: str = "curve", timeout_s: float, say: Say) -> Address:
+    """Where the server is that `Search` finds. Raises `UserError` where that takes too long."""
+    with Search(join, security=security, say=say) as search:
+        say(f"looking for {search.whose} in the local network (for {timeout_s:g} s)")
+        deadline = time.monotonic() + timeout_s
+        while (now := time.monotonic()) < deadline:
+            found = search.look(now)
+            if found is not None:
+                say(f"found it at {found.host}:{found.port}")
+                return found
+            time.sleep(TURN_S)
+        raise UserError(
+            f"{search.whose} was not found within {timeout_s:g} s{search.seen()}",
+            "is it running with host_ip=..., in this network? mDNS does not pass routers, and some "
+            "Wi-Fi does not pass it at all:\nhost_ip=10.10.0.1 goes straight to an address",
+        )
+
+
+def only(heard: Sequence[Heard], security: str) -> list[Address]:
+    """The addresses of the only server that was heard, as a worker without a token dials them.
+
+    Raises `UserError` where there are several, or where it takes a token.
+    """
+    if len({each.run for each in heard}) > 1:
+        raise UserError(
+            f"there are several servers: {', '.join(map(str, heard))}",
+            "a join token tells which is meant (JOIN=...), or an address: host_ip=... port=...",
+        )
+    return [address.find(each.host, each.port, None, security=security) for each in heard]

@@ -1,0 +1,323 @@
+"""A run as a picture: curves.png from metrics.jsonl.
+
+Above, training and validation loss; below, validation accuracy and throughput with the rounds that
+closed without somebody. matplotlib is imported when a picture is drawn, not before.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from paramserver.output.runfolder import write_whole
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Floats = NDArray[np.float64]
+
+INK, MUTED, GRID = "#1f2933", "#7b8794", "#e9edf2"
+BLUE, ORANGE, GREEN, RED = "#2f6fde", "#f08c2e", "#1f9d72", "#d64545"
+MAX_POINTS = 1500  # about as many as there are pixels; more are drawn as a band
+SMOOTH_POINTS = 400
+RATE_BINS = 150
+
+
+class Metrics:
+    """The columns of a metrics.jsonl; NaN where a line has null. Lines that are broken or torn off
+    are left out, and of several for one step the last counts."""
+
+    def __init__(self, path: Path) -> None:
+        steps: dict[int, dict[str, Any]] = {}
+        evaluations: dict[int, dict[str, Any]] = {}
+        decode = msgspec.json.Decoder(dict[str, Any]).decode
+        with path.open("rb") as file:
+            for line in file:
+                try:
+                    record = decode(line)
+                except msgspec.DecodeError:
+                    continue
+                if isinstance(step := record.get("step"), int):
+                    is_step = "samples" in record
+                    (steps if is_step else evaluations)[step] = record
+        lines = [record for _, record in sorted(steps.items())]
+        self.step = _column(lines, "step")
+        self.seconds = _column(lines, "seconds")
+        self.loss = _column(lines, "loss")
+        self.samples = _column(lines, "samples")
+        self.step_s = _column(lines, "step_s")
+        self.late_step = _column([record for record in lines if record.get("late")], "step")
+        evals = [record for _, record in sorted(evaluations.items())]
+        self.eval_step = _column(evals, "step")
+        self.val_loss = _column(evals, "val_loss")
+        self.val_accuracy = _column(evals, "val_accuracy")
+        told = [record.get("metrics") or {} for record in evals]
+        self.metric = next((name for record in told for name in record), "")
+        self.val_metric = _column(told, self.metric)
+
+
+def draw(metrics_path: Path, out_path: Path, title: str) -> str | None:
+    """Draw the run that is written in `metrics_path`, 1200 x 800 pixels, whole or not at all.
+
+    Returns a sentence where a file could not be read or written.
+    """
+    try:
+        write_whole(out_path, _png(Metrics(metrics_path), title))
+    except OSError as error:
+        return f"{out_path} was not drawn: {error.strerror or error}"
+    return None
+
+
+def _png(metrics: Metrics, title: str) -> bytes:
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it tells of its font cache
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    style: Any = {
+        "text.usetex": False,
+        "text.parse_math": False,
+        "font.family": "DejaVu Sans",
+        "font.size": 10.5,
+        "text.color": INK,
+        "axes.edgecolor": GRID,
+        "axes.facecolor": "white",
+        "xtick.color": MUTED,
+        "ytick.color": MUTED,
+        "legend.frameon": False,
+    }
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(12, 8), dpi=100, facecolor="white")
+        grid = figure.add_gridspec(
+            2,
+            2,
+            height_ratios=(1.45, 1),
+            left=0.065,
+            right=0.975,
+            top=0.85,
+            bottom=0.075,
+            hspace=0.4,
+            wspace=0.16,
+        )
+        figure.text(0.065, 0.945, title, fontsize=17, fontweight="bold")
+        figure.text(0.065, 0.912, _subtitle(metrics), fontsize=11, color=MUTED)
+        _draw_losses(figure.add_subplot(grid[0, :]), metrics)
+        has_accuracy = bool(np.isfinite(metrics.val_accuracy).any())
+        has_metric = bool(np.isfinite(metrics.val_metric).any())
+        if has_accuracy:
+            _draw_accuracy(figure.add_subplot(grid[1, 0]), metrics)
+        elif has_metric:
+            _draw_metric(figure.add_subplot(grid[1, 0]), metrics)
+        beside = has_accuracy or has_metric
+        _draw_rate(figure.add_subplot(grid[1, 1] if beside else grid[1, :]), metrics)
+        png = io.BytesIO()
+        figure.savefig(png, format="png")
+    return png.getvalue()
+
+
+def _subtitle(metrics: Metrics) -> str:
+    if not len(metrics.step):
+        return "no steps"
+    count, seconds = len(metrics.step), metrics.seconds[-1]
+    parts = [f"{count:,} step{'s' if count > 1 else ''}"]
+    if seconds > 0:
+        parts[0] += f" in {seconds:,.1f} s"
+        parts.append(f"{np.nansum(metrics.samples) / seconds:,.0f} samples/s")
+    accuracy = metrics.val_accuracy[np.isfinite(metrics.val_accuracy)]
+    if len(accuracy):
+        parts.append(f"{100 * accuracy[-1]:.2f} % right")
+    elif len(metric := metrics.val_metric[np.isfinite(metrics.val_metric)]):
+        parts.append(f"{metrics.metric} {metric[-1]:.4g}")
+    if len(metrics.late_step):
+        parts.append(f"{len(metrics.late_step):,} rounds with a late worker")
+    return "   ·   ".join(parts)
+
+
+def _draw_losses(axes: Axes, metrics: Metrics) -> None:
+    _prepare(axes, metrics, "Loss")
+    step, loss = _finite(metrics.step, metrics.loss)
+    at, smooth = _smoothed(step, loss)
+    if len(step):
+        if len(step) > MAX_POINTS:
+            starts = _bin_starts(len(step), MAX_POINTS)
+            low, high = np.minimum.reduceat(loss, starts), np.maximum.reduceat(loss, starts)
+            axes.fill_between(step[starts], low, high, color=BLUE, alpha=0.16, linewidth=0)
+        else:
+            axes.plot(step, loss, color=BLUE, alpha=0.22, linewidth=1)
+        axes.plot(at, smooth, color=BLUE, linewidth=2, label="training", marker=_dot(at))
+    eval_step, val_loss = _finite(metrics.eval_step, metrics.val_loss)
+    if len(eval_step):
+        axes.plot(
+            _thinned(eval_step),
+            _thinned(val_loss),
+            color=ORANGE,
+            linewidth=2,
+            marker=_dot(eval_step, 60),
+            markersize=5,
+            label="validation",
+        )
+    shown = np.concatenate((smooth, val_loss))
+    if len(shown):  # outliers of single steps may leave the picture, the curves may not
+        usual = np.quantile(loss, 0.995) if len(loss) else 0.0
+        top = max(float(shown.max()), float(usual))
+        axes.set_ylim(min(0.0, float(shown.min())), 1.06 * top if top > 0 else 1.0)
+        _legend(axes)
+
+
+def _draw_accuracy(axes: Axes, metrics: Metrics) -> None:
+    _prepare(axes, metrics, "Validation accuracy")
+    step, accuracy = _finite(metrics.eval_step, 100 * metrics.val_accuracy)
+    axes.plot(
+        _thinned(step),
+        _thinned(accuracy),
+        color=GREEN,
+        linewidth=2,
+        marker=_dot(step, 60),
+        markersize=5,
+    )
+    low = float(accuracy.min())
+    span = max(100 - low, 1.0)
+    axes.set_ylim(max(low - 0.12 * span, -2), 100 + 0.04 * span)
+    axes.yaxis.set_major_formatter("{x:g} %")
+    axes.annotate(
+        f"{accuracy[-1]:.2f} %",
+        (step[-1], accuracy[-1]),
+        xytext=(0, -17 if accuracy[-1] > (low + 100) / 2 else 9),
+        textcoords="offset points",
+        ha="right" if len(step) > 1 else "center",
+        color=GREEN,
+        fontweight="bold",
+    )
+
+
+def _draw_metric(axes: Axes, metrics: Metrics) -> None:
+    _prepare(axes, metrics, f"Validation {metrics.metric}")
+    step, value = _finite(metrics.eval_step, metrics.val_metric)
+    dot = _dot(step, 60)
+    axes.plot(_thinned(step), _thinned(value), color=GREEN, linewidth=2, marker=dot, markersize=5)
+    axes.margins(y=0.2)
+    falls = value[-1] < value[0]  # then the curve comes from above
+    axes.annotate(
+        f"{value[-1]:.4g}",
+        (step[-1], value[-1]),
+        xytext=(0, -17 if falls else 9),
+        textcoords="offset points",
+        ha="right" if len(step) > 1 else "center",
+        color=GREEN,
+        fontweight="bold",
+    )
+
+
+def _draw_rate(axes: Axes, metrics: Metrics) -> None:
+    _prepare(axes, metrics, "Samples per second")
+    step, rate = _rates(metrics)
+    if len(step):
+        axes.fill_between(step, rate, color=INK, alpha=0.07, linewidth=0)
+        axes.plot(step, rate, color=INK, linewidth=1.4, marker=_dot(step))
+        axes.set_ylim(0, 1.15 * float(rate.max()) or 1.0)
+        axes.yaxis.set_major_formatter("{x:,.0f}")
+    if len(metrics.late_step):
+        first, last = axes.get_xlim()
+        marks = np.unique(np.round((metrics.late_step - first) / (last - first) * 600))
+        axes.plot(
+            first + marks / 600 * (last - first),
+            np.full(len(marks), 0.02),
+            transform=axes.get_xaxis_transform(),
+            linestyle="none",
+            marker="|",
+            markersize=10,
+            color=RED,
+            label="a worker was late",
+        )
+        _legend(axes)
+
+
+def _prepare(axes: Axes, metrics: Metrics, title: str) -> None:
+    """The looks that all panels share, and one x axis: steps."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_title(title, loc="left", fontsize=12, fontweight="bold", pad=10)
+    axes.grid(True, color=GRID, linewidth=1)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(length=0)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
+    axes.set_xlabel("step", color=MUTED)
+    steps = np.concatenate((metrics.step, metrics.eval_step))
+    if len(steps):
+        first, last = float(steps.min()), float(steps.max())
+        if first <= 0.1 * last:
+            first = 0.0
+        margin = 0.012 * (last - first) or 1.0
+        axes.set_xlim(first - margin, last + margin)
+    else:
+        axes.set_xlim(0, 1)
+        axes.text(0.5, 0.5, "no steps", transform=axes.transAxes, ha="center", color=MUTED)
+
+
+def _legend(axes: Axes) -> None:
+    """Beside the title, where no curve can be."""
+    axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, borderaxespad=0.2)
+
+
+def _rates(metrics: Metrics) -> tuple[Floats, Floats]:
+    """Samples per second by the clock, pauses included, in at most RATE_BINS stretches of steps."""
+    if not len(metrics.step):
+        return metrics.step, metrics.step
+    starts = _bin_starts(len(metrics.step), RATE_BINS)
+    ends = np.append(starts[1:], len(metrics.step)) - 1
+    # The clock is read at the end of a step: a stretch begins where the one before it ended.
+    before = np.append(metrics.seconds[0] - metrics.step_s[0], metrics.seconds[ends[:-1]])
+    taken = metrics.seconds[ends] - before
+    with np.errstate(divide="ignore", invalid="ignore"):
+        rate = np.add.reduceat(metrics.samples, starts) / taken
+    return _finite(metrics.step[ends], rate)
+
+
+def _smoothed(x: Floats, y: Floats) -> tuple[Floats, Floats]:
+    """Means of y over about a thirtieth of the run, without each one's lowest and highest tenth.
+
+    They are centred, but for the last ones, which have no later half. At most SMOOTH_POINTS.
+    """
+    count = len(y)
+    widest = max(count // 60, min(count // 8, 8))
+    at = _thinned(np.arange(count), SMOOTH_POINTS)
+    means = np.empty(len(at))
+    for index, centre in enumerate(at):
+        reach = min(int(centre), widest)
+        window = np.sort(y[centre - reach : centre + reach + 1])
+        cut = len(window) // 10
+        means[index] = window[cut : len(window) - cut].mean()
+    return x[at], means
+
+
+def _column(records: list[dict[str, Any]], key: str) -> Floats:
+    found = [record.get(key) for record in records]
+    return np.array([x if isinstance(x, (int, float)) else np.nan for x in found], np.float64)
+
+
+def _finite(x: Floats, y: Floats) -> tuple[Floats, Floats]:
+    keep = np.isfinite(x) & np.isfinite(y)
+    return x[keep], y[keep]
+
+
+def _bin_starts(count: int, bins: int) -> NDArray[np.intp]:
+    return np.unique(np.linspace(0, count, min(bins, count), endpoint=False).astype(np.intp))
+
+
+def _thinned(values: NDArray[Any], most: int = MAX_POINTS) -> NDArray[Any]:
+    """At most `most` of the values, the first and the last among them."""
+    if len(values) <= most:
+        return values
+    return values[np.linspace(0, len(values) - 1, most).astype(np.intp)]
+
+
+def _dot(points: Floats, most: int = 1) -> str:
+    """A marker while the points are few: a line through one point shows nothing."""
+    return "o" if len(points) <= most else ""

@@ -1,0 +1,1 @@
+"""The protocol: its messages, and how far a sender may run ahead."""

@@ -1,0 +1,712 @@
+"""The protocol: every message, and how it becomes ZeroMQ frames and back.
+
+A message is a list of frames. Frame 0 is the **header**: one of the frozen structs below as JSON,
+told apart by its `type`. Every further frame is a raw buffer of numbers; its meaning is fixed by
+the header and its length is checked against the layout before a byte of it is used. There is no
+pickle. What follows from one event is published as one: an empty frame stands between messages that
+travel together (`join`, `split`).
+
+Sockets: a `ROUTER` (port) for everything addressed to one peer, a `PUB` (port + 1) for what all of
+them follow. A peer holds three sockets: the **door** (DEALER, TCP), where it says hello and later
+beats from a thread of its own; the **link** (DEALER) for the rest; and a SUB.
+
+========== ============== ==================================================================
+message    direction      meaning; buffers that follow the header
+========== ============== ==================================================================
+Hello      door -> server who I am. Answer: Welcome, Later or Reject
+Welcome    server -> door the run's settings, my session, where link and SUB connect to
+Later      server -> door not yet, and why: ask again
+Probe      link -> server binds this link to a session. Answer: Probe on PUB and a Pulse on the link
+Greet      server -> any  I do not know this link: probe (or say hello) again; or: join again
+Join       link -> server my layout, step and lineage. Answer: Admit or Reject
+Admit      server -> link origin / follow / adopt: what to do to stand where the log stands
+Ready      link -> server I am waiting for samples of a set of this length
+Unready    link -> server give me no more samples until I am ready again
+Push       link -> server my gradient of one bucket; 1..n encoded buffers
+Unreadable link -> server no sample of my lease in this round can be read: it has none from me
+Refused    server -> link this push was not taken, and why
+Average    PUB or link    the mean of one bucket; 1..n encoded buffers. Not applied before Close
+Shared     PUB            the same for peers that share memory with the server: no buffers
+Close      PUB or link    the round is over: this is the next update of the log
+Open       PUB or link    a round is open, who is in it, with which samples (also inside Close)
+Fetch      link -> server send me the updates after this step, Averages and Closes as on PUB
+Fetched    server -> link that was all; where the log stands now
+Stand      link -> server the observer has applied everything up to this step; it keeps it
+Digest     link -> server the digest of my weights at this step
+Give       server -> link you are the one who gives the snapshot
+Manifest   link -> link   what the snapshot holds (through the server)
+Want       link -> link   send me this piece of it (through the server)
+Piece      link -> link   here it is; 1 raw buffer (through the server)
+Adopted    link -> server I hold the snapshot now
+Abort      both           the snapshot is off, and why
+Beat       door -> server I am alive. A server that does not know me answers Greet
+Pulse      PUB and link   the server is alive; newest step, what it is doing
+Report     link -> server the observer's evaluation
+Problem    link -> server what the observer could not do, as a sentence for people
+Goodbye    link -> server I leave, in order; the digest of my weights
+Reject     server -> any  you cannot take part, and why; final
+End        PUB and link   the run is over, and why
+========== ============== ==================================================================
+
+A peer that breaks these rules is answered with `Reject` and costs only itself.
+
+Every field has a limit of its own (a number its range, a text, list or dict its length), every
+kind of message one for its header, and a message one for its frames. Who makes sentences out of
+what others said need not count: messages cut their own sentences.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Annotated, Any
+
+import msgspec
+
+from paramserver.errors import PeerError
+from paramserver.words import printable
+
+PROTOCOL = 2
+KINDS = {
+    "grad": ("float32", "float64"),
+    "stat": ("float32", "float64"),
+    "count": ("float32", "float64", "int64"),
+    "whole": ("bytes",),
+}
+"""What is exchanged, and as what its numbers may be sent; see `Tensor`."""
+
+ITEM_BYTES = {
+    "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2,
+    "float8_e4m3fn": 1, "float8_e4m3fnuz": 1, "float8_e5m2": 1, "float8_e5m2fnuz": 1,
+    "float8_e8m0fnu": 1, "float4_e2m1fn_x2": 1,
+    "complex128": 16, "complex64": 8, "complex32": 4,
+    "int64": 8, "int32": 4, "int16": 2, "int8": 1,
+    "uint64": 8, "uint32": 4, "uint16": 2, "uint8": 1, "bool": 1,
+}  # fmt: skip
+"""The dtypes of tensors, by torch's names, and the bytes that a number of each takes."""
+
+DIMENSIONS_MAX = 64
+ELEMENTS_MAX = 2**38  # a terabyte of float32
+PROBLEM_CHARS = 1000
+HEADER_BYTES_MAX = 4 * 2**20  # a layout of some ten thousand parameters; see `header_limit`
+MEASURED_BYTES_MAX = 2**18  # of a dict whose values may be anything, as JSON
+BUFFERS_MAX = 16  # that follow one header
+WORKERS_MAX = 1024
+TENSORS_MAX = 2**16
+BUCKETS_MAX = 2**16
+NUMBER_MAX = 2**53  # any JSON reader has it exactly, and a thousand of them fit into 64 bits
+STEP_MAX = 2**48  # at which a run may begin: there are steps after it
+SAMPLES_MAX = 2**31 - 1  # of one batch
+REASON_MAX, LATE_MAX = 4000, 200
+LOOKS_MAX, LOOK_CHARS = (
+    64,
+    64,
+)  # parts of samples that are compared, and what each of them is told by
+
+Int = Annotated[int, msgspec.Meta(ge=-NUMBER_MAX, le=NUMBER_MAX)]
+"""Python has larger ones, which cost more than they are worth to a peer that means well."""
+
+Id = Annotated[str, msgspec.Meta(max_length=128)]
+"""What a program made up to name something: nonce, session, run, lineage, digest, key."""
+
+Name = Annotated[str, msgspec.Meta(max_length=255)]
+"""What a person or a system chose: a host, a device, a word of this protocol."""
+
+Words = Annotated[str, msgspec.Meta(max_length=REASON_MAX)]
+"""Sentences for people; see `clip`."""
+
+Path = Annotated[str, msgspec.Meta(max_length=1024)]
+
+Recipe = Annotated[str, msgspec.Meta(max_length=2**16)]
+
+Indexes = Annotated[tuple[Int, ...], msgspec.Meta(max_length=TENSORS_MAX)]
+
+Worker = Int
+"""A worker's id, as the key of a dict."""
+
+Place = tuple[Int, Int, Int]
+"""Where a buffer lies in shared memory; see `arena.Place`."""
+
+Places = Annotated[tuple[Place, ...], msgspec.Meta(max_length=BUFFERS_MAX)]
+
+Lease = tuple[Int, Int, Int]
+"""(epoch, start, stop): a range of the epoch's shuffled order."""
+
+OWN: Lease = (0, 0, 0)
+"""The lease of a worker that brings samples of its own."""
+
+Leases = Annotated[tuple[Lease, ...], msgspec.Meta(max_length=8)]
+
+Anything = Annotated[dict[Name, Any], msgspec.Meta(max_length=1000)]
+"""A dict of what this module knows nothing of; as JSON at most `MEASURED_BYTES_MAX`."""
+
+Shape = Annotated[tuple[Int, ...], msgspec.Meta(max_length=DIMENSIONS_MAX)]
+
+
+def clip(text: str, most: int = REASON_MAX) -> str:
+    """At most so many characters of a sentence, whoever's words are in it."""
+    return text if len(text) <= most else f"{text[: most - 4]} ..."
+
+
+class Message(msgspec.Struct, frozen=True, tag_field="type", tag=str.lower, kw_only=True):
+    """Base of all headers. `type` comes first on the wire: a SUB can subscribe by prefix."""
+
+    def _clip(self, *fields: str) -> None:
+        """For `__post_init__`: these fields may hold words of others. Whoever makes or receives the
+        message has them printable and not too long: for terminals, logs, files and pages."""
+        for field in fields:
+            text = getattr(self, field)
+            if len(text) > REASON_MAX or not text.isprintable():
+                msgspec.structs.force_setattr(self, field, clip(printable(text)))
+
+
+class Tensor(msgspec.Struct, frozen=True, array_like=True):
+    """One tensor of the layout. `kind`: grad and stat (mean), count (maximum), whole (as it is in
+    the lowest worker that wrote to its module)."""
+
+    name: Annotated[str, msgspec.Meta(max_length=1000)]
+    shape: Shape
+    dtype: Name
+    kind: Name = "grad"
+    sent: Name = "float32"
+    """As what its numbers travel and are averaged; `bytes`: they stay as they are."""
+
+
+class Layout(msgspec.Struct, frozen=True):
+    """Names, shapes and dtypes of what is exchanged, in the order of the flat vector."""
+
+    tensors: Annotated[tuple[Tensor, ...], msgspec.Meta(max_length=TENSORS_MAX)]
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(msgspec.json.encode(self)).hexdigest()[:16]
+
+    def problem(self) -> str | None:
+        """What cannot be right about this layout, whoever sent it; None when nothing is wrong."""
+        names: set[str] = set()
+        elements = 0
+        for t in self.tensors:
+            if not t.name.isprintable():
+                return f"{t.name[:80]!r} is no name that can be told"
+            if t.kind not in KINDS or t.dtype not in ITEM_BYTES:
+                return f"{t.name[:80]} is of kind {t.kind[:20]!r}, dtype {t.dtype[:20]!r}"
+            if t.sent not in KINDS[t.kind]:
+                return f"{t.name[:80]}, of kind {t.kind}, is sent as {t.sent[:20]!r}"
+            if any(d < 0 for d in t.shape) or len(t.shape) > DIMENSIONS_MAX:
+                return f"{t.name[:80]} has a shape that no tensor has"
+            if t.name in names:
+                return f"{t.name[:80]} comes twice"
+            names.add(t.name)
+            size = 1
+            for d in t.shape:
+                size = min(size * d, ELEMENTS_MAX + 1)
+            elements += size
+            if elements > ELEMENTS_MAX:
+                return f"more than {ELEMENTS_MAX} numbers"
+        return None if elements else "there is nothing to train in it"
+
+    def difference(self, other: Layout) -> str | None:
+        """The first difference to `other`, as a sentence about it; None when they are equal."""
+        mine = {t.name: t for t in self.tensors}
+        theirs = {t.name: t for t in other.tensors}
+        for t in self.tensors:
+            o = theirs.get(t.name)
+            if o is None:
+                return f"{t.name} {_shape(t)} is missing"
+            if o != t:
+                return f"{t.name} is {_shape(o)}, the run has {_shape(t)}"
+        for t in other.tensors:
+            if t.name not in mine:
+                return f"{t.name} {_shape(t)} is not in the run's model"
+        if self.tensors != other.tensors:
+            return "the parameters come in another order"
+        return None
+
+
+def _shape(t: Tensor) -> str:
+    notes = [t.kind] if t.kind != "grad" else []
+    if t.sent not in ("float32", "bytes"):
+        notes.append(f"sent as {t.sent}")
+    return f"{'x'.join(map(str, t.shape)) or 'scalar'} {t.dtype}" + (
+        f" ({', '.join(notes)})" if notes else ""
+    )
+
+
+# --------------------------------------------------------------------------- greeting
+
+
+class Hello(Message, frozen=True):
+    protocol: Int
+    role: Name
+    """worker | observer"""
+    id: Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)] | None
+    """A worker's number; None: any free one. Who mistypes it gets a sentence of its own."""
+    nonce: Id
+    """Made once per process: tells a restarted worker from a second one with the same id."""
+    host: Name
+    pid: Int
+    run: Id | None = None
+    """The run this replica belongs to, if it has state already."""
+    key: Id = ""
+    """Proves that the observer is the one this server started."""
+    secret: Id = ""
+    """Made once per process: who greeted with one probes and beats with it. Others may see its
+    session, on PUB. Without one the session is enough."""
+
+    def __post_init__(self) -> None:
+        self._clip("role", "host")
+
+
+class Welcome(Message, frozen=True):
+    protocol: Int
+    run: Id
+    nonce: Id
+    """The server process; every published message carries it."""
+    session: Id
+    id: Int
+    settings: Anything
+    pub_port: Int
+    ipc: Path | None = None
+    """Folder of the ipc sockets, for peers on the server's own host."""
+    shared: Path | None = None
+    """Folder of the memory that such peers may share (`arena`)."""
+
+
+class Probe(Message, frozen=True):
+    session: Id
+    secret: Id = ""
+    """Of the Hello; never on PUB."""
+
+
+class Greet(Message, frozen=True):
+    session_known: bool = True
+    """False: this server knows nothing of the session, say hello; else a probe is enough."""
+    join: bool = False
+    """The link is known, but what was sent before, either way, may be lost: join again."""
+
+
+class Join(Message, frozen=True):
+    layout: Layout
+    step: Annotated[int, msgspec.Meta(ge=-NUMBER_MAX, le=STEP_MAX)]
+    lineage: Id
+    device: Name
+    kind: Words = ""
+    """What rounds as this replica does, in words: equal kinds must have equal digests."""
+    recipe: Recipe = ""
+    """What turns an average into weights there, in words: it must be the same everywhere."""
+    ledger: Anything | None = None
+    """As of this step: for a server that knows nothing of the log, since it is new or resumes."""
+    link: Name = "tcp"
+    sharing: bool = False
+    """This peer reads averages from the server's ring, if there is one when it is admitted."""
+    outbox: Int = 0
+    """Number of the outbox that it has made for its pushes; 0: none."""
+
+    def __post_init__(self) -> None:
+        self._clip("device", "kind", "link")
+        if not self.recipe.isprintable():
+            msgspec.structs.force_setattr(self, "recipe", printable(self.recipe))
+
+
+class Admit(Message, frozen=True):
+    action: Name
+    """origin: your state is the run's; follow: fetch what you lack; adopt: a snapshot follows;
+    behind: what you lack is not kept any more, join again when you want a snapshot."""
+    step: Int
+    lineage: Id
+    outbox: bool = True
+    """False where the server cannot map the peer's outbox: push through the link."""
+    missed: Int = 0
+    """Snapshots in a row that this peer did not get, without those of givers that have shown
+    nothing yet, which may hold nothing."""
+
+
+class Look(msgspec.Struct, frozen=True, array_like=True):
+    """What a part of one sample looks like: `exact` for labels and words, else `rough`."""
+
+    index: Int
+    """Of the sample in the data set."""
+    leaf: Annotated[str, msgspec.Meta(max_length=LOOK_CHARS)]
+    """Where in the sample."""
+    exact: Annotated[str, msgspec.Meta(max_length=LOOK_CHARS)]
+    rough: Annotated[tuple[float, ...], msgspec.Meta(max_length=8)] = ()
+    """Mean, root of the mean square, and some of its numbers."""
+
+
+class Ready(Message, frozen=True):
+    samples: Annotated[int, msgspec.Meta(ge=-NUMBER_MAX, le=STEP_MAX)]
+    batch_size: Int
+    own: bool = False
+    """It brings samples of its own: its lease is `OWN`, and its pushes tell how many they are of.
+    Then `samples` is 0."""
+    least: Annotated[int, msgspec.Meta(ge=1, le=SAMPLES_MAX)] = 1
+    """Samples that a lease must have: 2 where the model has statistics over a batch."""
+    drop_last: bool = False
+    """The last range of an epoch is not wanted where it is shorter than a batch."""
+    looks: Annotated[tuple[Look, ...], msgspec.Meta(max_length=LOOKS_MAX)] = ()
+    """Of a few samples: the set must be everywhere the same, in the same order."""
+
+
+class Unready(Message, frozen=True):
+    unfinished: bool = False
+    """It left in the middle of a lease, perhaps because of it: Goodbye would tell so at once."""
+
+
+class Later(Message, frozen=True):
+    reason: Words
+
+    def __post_init__(self) -> None:
+        self._clip("reason")
+
+
+class Reject(Message, frozen=True):
+    reason: Words
+    hint: Words = ""
+    end: End | None = None
+    """The run that was asked for is over: how it ended."""
+
+    def __post_init__(self) -> None:
+        self._clip("reason", "hint")
+
+
+# --------------------------------------------------------------------------- rounds
+
+
+class Push(Message, frozen=True):
+    round: Int
+    bucket: Int
+    samples: Annotated[int, msgspec.Meta(ge=-NUMBER_MAX, le=SAMPLES_MAX)]
+    absent: Indexes = ()
+    """Indexes into the layout of this bucket's parameters that had no gradient."""
+    scale: float = 1.0
+    places: Places = ()
+    """Where the buffers lie in the outbox; none: they follow as frames."""
+    without: Indexes = ()
+    """Buckets that this worker has nothing for in this round: no push of them follows."""
+    loss: float | None = None
+    """Mean loss over the samples; with the last bucket."""
+    ready_s: float = 0.0
+    """When it was ready, by its worker's clock: two of them tell how long it computed between."""
+    unread: Annotated[tuple[Int, ...], msgspec.Meta(max_length=TENSORS_MAX)] = ()
+    """Places in the lease, in order, of samples that could not be read: `samples` are the others.
+    The same in every push of a round."""
+
+
+class Unreadable(Message, frozen=True):
+    round: Int
+
+
+class Refused(Message, frozen=True):
+    round: Int
+    reason: Words
+
+    def __post_init__(self) -> None:
+        self._clip("reason")
+
+
+class Average(Message, frozen=True):
+    nonce: Id
+    round: Int
+    step: Int
+    """The step that this update leads to."""
+    bucket: Int
+    absent: Indexes = ()
+    scale: float = 1.0
+
+
+class Shared(Average, frozen=True):
+    places: Places = ()
+    """Where the buffers lie in the ring."""
+
+
+class Open(Message, frozen=True):
+    nonce: Id
+    round: Int
+    step: Int
+    """The step everyone stands at."""
+    lineage: Id
+    leases: Annotated[dict[Worker, Leases], msgspec.Meta(max_length=WORKERS_MAX)]
+    """By worker id: the lease of this round and, if there is more to do, the one after it."""
+
+
+class Close(Message, frozen=True):
+    nonce: Id
+    round: Int
+    step: Int
+    """The step this update leads to."""
+    lineage: Id
+    """Names the state after this update; see `next_lineage`."""
+    buckets: Annotated[tuple[Int, ...], msgspec.Meta(max_length=BUCKETS_MAX)]
+    """The buckets that have an average. One that nobody contributed to has none."""
+    contributors: Annotated[dict[Worker, Int], msgspec.Meta(max_length=WORKERS_MAX)]
+    """Samples of each worker that put something into this update."""
+    late: Annotated[
+        dict[Worker, Annotated[str, msgspec.Meta(max_length=LATE_MAX)]],
+        msgspec.Meta(max_length=WORKERS_MAX),
+    ]
+    """Members that are not in it, or not with everything, and why."""
+    loss: float | None
+    seconds: float
+    """From the opening of the round to its close."""
+    ledger: Anything
+    open: Open | None = None
+    """The round that follows at once."""
+    reason: Words = ""
+    partly: Annotated[
+        dict[Worker, Annotated[tuple[Int, ...], msgspec.Meta(max_length=BUCKETS_MAX)]],
+        msgspec.Meta(max_length=WORKERS_MAX),
+    ] = {}
+    """Of contributors that are not in it with everything: the buckets that are."""
+
+    def __post_init__(self) -> None:
+        self._clip("reason")
+        if any(len(why) > LATE_MAX or not why.isprintable() for why in self.late.values()):
+            late = {worker: clip(printable(why), LATE_MAX) for worker, why in self.late.items()}
+            msgspec.structs.force_setattr(self, "late", late)
+
+
+class Fetch(Message, frozen=True):
+    step: Int
+    lineage: Id
+
+
+class Fetched(Message, frozen=True):
+    step: Int
+    open: Open | None = None
+
+
+class Stand(Message, frozen=True):
+    step: Int
+    kept: bool = False
+    """The run is ending, and what is to stay of this step is on disk, or cannot be written."""
+
+
+class Digest(Message, frozen=True):
+    step: Int
+    digest: Id
+
+
+# --------------------------------------------------------------------------- snapshots
+
+
+class Give(Message, frozen=True):
+    snapshot: Int
+    step: Int
+    lineage: Id
+
+
+class Manifest(Message, frozen=True):
+    snapshot: Int
+    step: Int
+    lineage: Id
+    tree: Annotated[str, msgspec.Meta(max_length=HEADER_BYTES_MAX)]
+    """JSON of the state with its tensors replaced by their numbers (`workers.replica.state`)."""
+    tensors: Annotated[tuple[tuple[Name, Shape], ...], msgspec.Meta(max_length=4 * TENSORS_MAX)]
+    """dtype and shape of each."""
+    piece_bytes: Int
+    """Every tensor is cut into pieces of this size; they are numbered in order."""
+
+
+class Want(Message, frozen=True):
+    snapshot: Int
+    piece: Int
+
+
+class Piece(Message, frozen=True):
+    snapshot: Int
+    piece: Int
+
+
+class Adopted(Message, frozen=True):
+    snapshot: Int
+    step: Int
+    lineage: Id
+
+
+class Abort(Message, frozen=True):
+    snapshot: Int
+    reason: Words
+
+    def __post_init__(self) -> None:
+        self._clip("reason")
+
+
+# --------------------------------------------------------------------------- life
+
+
+class Beat(Message, frozen=True):
+    session: Id
+    run: Id = ""
+    nonce: Id = ""
+    """Of the Hello: a server that was started again knows by these who may come back."""
+    secret: Id = ""
+    """Of the Hello."""
+
+
+class Pulse(Message, frozen=True):
+    nonce: Id
+    step: Int
+    lineage: Id
+    phase: Words
+    """What the server is doing or waiting for, as a sentence."""
+    open: Open | None = None
+    closed: Int | None = None
+    """Newest round that is over."""
+    sent_bytes: Int = 0
+    """By the server to all, since it started; and what it received."""
+    received_bytes: Int = 0
+    ending: bool = False
+    """No more rounds; the run ends as soon as the observer has kept the newest step."""
+
+    def __post_init__(self) -> None:
+        self._clip("phase")
+
+
+class Report(Message, frozen=True):
+    step: Int
+    values: Annotated[dict[Name, float | None], msgspec.Meta(max_length=1000)]
+    final: bool = False
+
+    def __post_init__(self) -> None:
+        if not all(map(str.isprintable, self.values)):
+            values = {printable(name): value for name, value in self.values.items()}
+            msgspec.structs.force_setattr(self, "values", values)
+
+
+class Problem(Message, frozen=True):
+    text: Annotated[str, msgspec.Meta(max_length=PROBLEM_CHARS)]
+    """What could not be done and why: a checkpoint that was not written, a logger that stopped."""
+
+    def __post_init__(self) -> None:
+        self._clip("text")
+
+
+LOAD, FORWARD, BACKWARD = FAILURES = "load", "forward", "backward"
+"""Where a worker was with its lease when it died."""
+
+FINISHED = "finished"
+"""The reason of a worker that leaves because it is done."""
+
+
+class Goodbye(Message, frozen=True):
+    reason: Words
+    step: Int = 0
+    digest: Id = ""
+    failed: Name = ""
+    """It died of an error of its own in the middle of a lease: load, forward or backward."""
+    lease: Lease | None = None
+    """And which."""
+    error: bool = False
+    """It does not leave in order: an exception ends it, which is the reason."""
+
+    def __post_init__(self) -> None:
+        self._clip("reason", "digest")
+
+
+class End(Message, frozen=True):
+    nonce: Id
+    step: Int
+    lineage: Id
+    reason: Words
+    error: bool = False
+    """The run did not end as it should: peers exit with an error too."""
+    stopped: bool = False
+    """Somebody ended it, in order, before its samples were done."""
+
+    def __post_init__(self) -> None:
+        self._clip("reason")
+
+
+ANY = (
+    Hello | Welcome | Later | Probe | Greet | Join | Admit | Ready | Unready | Reject | Push
+    | Unreadable | Refused | Average | Shared | Open | Close | Fetch | Fetched | Stand | Digest
+    | Give | Manifest | Want | Piece | Adopted | Abort | Beat | Pulse | Report | Problem
+    | Goodbye | End
+)  # fmt: skip
+
+HEADER_LIMITS: dict[type[Message], int] = {
+    **dict.fromkeys((Join, Manifest, Close), HEADER_BYTES_MAX),
+    **dict.fromkeys((Welcome, Push, Average, Shared), 2**20),
+    **dict.fromkeys((Open, Pulse, Fetched), 2**18),
+}
+"""Bytes of the largest header, by kind of message; of those that are not here:"""
+USUAL_HEADER_BYTES_MAX = 2**16
+
+_encoder = msgspec.json.Encoder()
+_decoder = msgspec.json.Decoder(ANY)
+
+
+def to_frames(message: Message, *buffers: Any) -> list[Any]:
+    """The frames of a message: its header, then its buffers as they are."""
+    return [_encoder.encode(message), *buffers]
+
+
+def from_frames(frames: Sequence[Any]) -> tuple[Any, list[Any]]:
+    """The message and its buffers. Frames are bytes-like or `zmq.Frame`s; nothing is copied.
+
+    Raises `PeerError` where the header is missing, too large, or not one of this protocol's, and
+    where more buffers follow than any message has.
+    """
+    if not frames:
+        raise PeerError("a message without a header")
+    if len(frames) > 1 + BUFFERS_MAX:
+        raise PeerError(f"{len(frames)} frames (at most {1 + BUFFERS_MAX})")
+    header = getattr(frames[0], "buffer", frames[0])
+    if len(header) > USUAL_HEADER_BYTES_MAX and len(header) > (most := header_limit(header)):
+        raise PeerError(f"a header of {len(header)} bytes (at most {most})")
+    try:
+        message = _decoder.decode(header)
+        if len(header) > MEASURED_BYTES_MAX:
+            _measure(message)
+    except (ValueError, RecursionError) as e:  # DecodeError, ValidationError, UnicodeDecodeError
+        raise PeerError(f"not a header of this protocol: {clip(printable(str(e)), 400)}") from None
+    return message, [getattr(f, "buffer", f) for f in frames[1:]]
+
+
+def header_limit(header: Any) -> int:
+    """How many bytes a header may have that begins like this, by its kind. A large one names its
+    kind first, as all do that this module makes."""
+    begin = bytes(header[:40])
+    kind = begin.split(b'"')[3] if begin.startswith(b'{"type":"') else b""
+    return _limits.get(kind, USUAL_HEADER_BYTES_MAX)
+
+
+_limits = {str(kind.__struct_config__.tag).encode(): n for kind, n in HEADER_LIMITS.items()}
+
+
+def _measure(message: Any) -> None:
+    """What may hold anything is not larger than it may be; raises ValueError."""
+    for field in ("settings", "ledger"):
+        size = len(_encoder.encode(getattr(message, field, None)))
+        if size > MEASURED_BYTES_MAX:
+            raise ValueError(f"`{field}` has {size} bytes (at most {MEASURED_BYTES_MAX})")
+
+
+def join(messages: Sequence[Sequence[Any]]) -> list[Any]:
+    """Several messages as one, frames of each in order: it arrives as a whole, at the cost of one.
+
+    An empty frame stands between two messages; no message has one of its own.
+    """
+    joined: list[Any] = []
+    for frames in messages:
+        if joined:
+            joined.append(b"")
+        joined.extend(frames)
+    return joined
+
+
+def split(frames: Sequence[Any]) -> list[Sequence[Any]]:
+    """The messages that `join` has put into one."""
+    cuts = [-1, *(i for i, frame in enumerate(frames) if not len(frame)), len(frames)]
+    return [frames[start + 1 : stop] for start, stop in pairwise(cuts)]
+
+
+def topic(kind: type[Message]) -> bytes:
+    """How every header of this kind begins: what a SUB subscribes to."""
+    return f'{{"type":"{kind.__struct_config__.tag}"'.encode()
+
+
+def next_lineage(previous: str, close: Close) -> str:
+    """The name of the state after `close`, from the name of the state before it."""
+    own = msgspec.structs.replace(close, lineage="", open=None)
+    return hashlib.sha256(previous.encode() + _encoder.encode(own)).hexdigest()[:32]

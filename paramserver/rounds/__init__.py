@@ -1,0 +1,1 @@
+"""Who belongs, which round is open, when it closes and why: pure decisions."""

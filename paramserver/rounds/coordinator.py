@@ -1,0 +1,1662 @@
+"""Who belongs, which round is open, when it closes and why: the server's mind, without a body.
+
+Nothing here touches a socket, a clock, a thread or a log. Every event is a method that takes `now`
+(seconds, any origin) and returns the effects to carry out, frozen values in their order. Two rules:
+
+1. Only this file decides what enters the log of updates. `server.py` carries out, nothing more.
+2. Every wait has a deadline, and when it passes a sentence that names who and why.
+
+What it knows of peers and of the open round is in `members`, what it decides in `effects`. A
+peer goes through these states:
+
+    greeted --Join--> waiting --origin/follow--> replica --Ready--> (ready) replica, holds leases
+                         \\------adopt----------> adopting --Adopted--> replica
+    any state --Goodbye, silence, a new Hello of the same id--> gone
+
+and the run through these:
+
+    no origin yet -> [snapshot] -> round open -> closed (step + 1) or void -> ... -> ending -> ended
+
+While a snapshot is given no round is open; while a round is open no snapshot starts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection
+
+import msgspec
+
+from paramserver.protocol.messages import (
+    FAILURES,
+    FINISHED,
+    OWN,
+    Abort,
+    Admit,
+    Close,
+    End,
+    Give,
+    Greet,
+    Join,
+    Layout,
+    Lease,
+    Manifest,
+    Message,
+    Open,
+    Piece,
+    Pulse,
+    Push,
+    Ready,
+    Refused,
+    Reject,
+    Want,
+    next_lineage,
+)
+from paramserver.rounds.departures import FAILED, LEFT, SILENT, Departures
+from paramserver.rounds.divergence import Digests
+from paramserver.rounds.effects import (
+    Closed,
+    Effect,
+    Ended,
+    Publish,
+    Remove,
+    Say,
+    Send,
+    Start,
+    Void,
+)
+from paramserver.rounds.ledger import (
+    AGAIN,
+    DONE,
+    DROPPED,
+    KILLED,
+    PARTLY,
+    RETURNED,
+    UNREAD,
+    Ledger,
+    OwnLedger,
+    Places,
+)
+from paramserver.rounds.looks import Looks, part, shown
+from paramserver.rounds.outliers import Norms
+from paramserver.rounds.recovery import Comeback
+from paramserver.rounds.round import (
+    ADOPTING,
+    GREETED,
+    REPLICA,
+    WAITING,
+    Member,
+    Peer,
+    Round,
+    Snapshot,
+    Tally,
+)
+from paramserver.rounds.sentences import Sentences
+
+HOLDER_TIMEOUTS = 4  # that the last one who held the state has to come back to those who wait
+MAX_WAIT_TIMEOUTS = 3  # heartbeat timeouts that a derived wait is at most
+EMPTY_ROUNDS = 3  # that a worker may bring nothing to, though they waited as long as they do
+REST_TIMES_MAX = 10  # as long as they waited in all it is left out then, at most
+OVERDUE_DOUBLINGS = 5  # of the wait before a round is void, as long as nothing is closed
+FAILED_GIVES = 3  # of one that has proven nothing: then it is taken for one that holds no state
+WASTED_SNAPSHOTS = 3  # in a row that brought nobody who contributes: the next one waits
+WAIT_DOUBLINGS = 5
+SNAPSHOTS_FOR_WRONG = 3  # that a replica takes because its weights are not those of the others
+SLOW_ROUNDS = 20  # in a row that wait longer for one than for all others, before it is said
+SLOW_S = 0.1
+DEAF_STEPS = 20  # who fetches at more than this share of them gets nothing of what is published
+DEAF_SHARE = 0.7
+LEASES_HELD = 2  # one being computed, one whose data loads meanwhile
+SILENT_KEPT = 64
+HOLD_S = 1.0  # between leaving a loop and a goodbye that says why; more than a worker needs
+WORKERS_TO_SPARE = 2  # others that are left, to look for the sample that kills
+LOST = {
+    KILLED: "workers died of it",
+    AGAIN: "workers died of it in an earlier epoch",
+    UNREAD: "it cannot be read",
+    DROPPED: "the short rest of an epoch (drop_last)",
+}
+DERIVED_TIMEOUT_MIN_S = 1.0
+
+
+class Rules(msgspec.Struct, frozen=True):
+    """The settings that decide about rounds; times in seconds."""
+
+    num_workers: int = 2
+    min_workers: int = 1
+    max_workers: int = 64
+    timeout: float | None = None
+    quorum: float = 0.5
+    heartbeat_timeout: float = 10.0
+    join_timeout: float = 60.0
+    idle_timeout: float = 1800.0
+    deterministic: bool = False
+    max_norm_ratio: float | None = None
+    max_bad_rounds: int = 10
+    epochs: int = 2
+    observer: bool = True
+
+
+class Rounds:
+    """The state of a run as its server sees it; see the module's head.
+
+    `count_buckets` tells how many buckets a layout has (`bucket.plan`), `name_samples` which
+    samples, of a set of so many, a range of an epoch's order is, `places` where they lie in the
+    order of another epoch. With `comeback` the server was started again in the middle of a run, and
+    this names the newest step that anybody may hold (`Comeback`): the most advanced replica that
+    comes back has its state. Should nobody come back, the run is `deserted`; stopped before that,
+    it is `put_off`.
+    """
+
+    def __init__(
+        self,
+        rules: Rules,
+        nonce: str,
+        now: float,
+        count_buckets: Callable[[Layout], int],
+        *,
+        comeback: str | None = None,
+        name_samples: Callable[[int, Lease], str] | None = None,
+        places: Places | None = None,
+    ) -> None:
+        self.rules = rules
+        self.nonce = nonce
+        self.peers: dict[str, Peer] = {}
+        self.layout: Layout | None = None
+        self.recipe = ""  # from average to weights, as the origin has it
+        self.step = 0
+        self.lineage = ""
+        self.ledger: Ledger | None = None
+        self.round: Round | None = None
+        self.snapshot: Snapshot | None = None
+        self.ending: tuple[str, bool] | None = None  # reason, error: no more rounds
+        self.ended: End | None = None
+        self._stopped = False  # somebody stopped it, in order
+        self.started = False  # the first round has opened
+        self.tallies: dict[int, Tally] = {}
+        self.observer_comes = False  # its process runs, whether it has greeted or not
+        self.deserted = self.put_off = False
+        self._comeback: Comeback | None = None
+        if comeback is not None:
+            self._comeback = Comeback(
+                comeback,
+                now,
+                timeout_s=rules.heartbeat_timeout,
+                limit_s=rules.idle_timeout,
+                most=rules.max_workers + 1,
+            )
+        self._departures = Departures(rules.heartbeat_timeout, rules.idle_timeout)
+        self._last_holder = ""  # the last replica that was taken out, and why
+        self._lost_since: float | None = None  # somebody waits for a state that nobody here holds
+        self.norms = Norms(rules.max_norm_ratio)
+        self._digests = Digests()
+        self.digests: dict[int, tuple[str, int, str]] = {}
+        """By id: name, step and digest that a replica told when it left."""
+        self.deaf: set[str] = set()
+        """Sessions of those that seem to get nothing of what is published."""
+        self.prompted: set[str] = set()
+        """Sessions of those for whom rounds wait: they are told on their link that one is open."""
+        self._sentences = Sentences()
+        self._bad_rounds = 0  # in a row
+        self._overdue_rounds = 0  # that were void since they waited in vain, since the last close
+        self._said_overdue = 0  # the round of which it was said for whom it waits
+        self._log_begun = False  # an update follows the first state
+        self._lineages: dict[int, str] = {}  # of the steps whose successors can be fetched
+        self._rounds = 0
+        self._snapshots = 0
+        self._snapshot_rests = False  # one round goes first after a snapshot
+        self._wasted = 0  # snapshots in a row that brought nobody who then contributed
+        self._wasted_by: dict[int, int] = {}  # worker id -> the same, of this one
+        self._disbelieved: set[int] = set()  # worker ids, see `_gave_nothing`
+        self._next_snapshot_at = now  # not before, as long as rounds can go on
+        self._count_buckets = count_buckets
+        self._name_samples = name_samples
+        self._places = places
+        self._unread_by: set[int] = set()  # workers that could not read samples
+        self._looks = Looks()
+        self._held: dict[Lease, tuple[str, float]] = {}  # left by a session; until when
+        self._silent: dict[str, Lease] = {}  # by process: what it computed when it fell silent
+        self._buckets = 0
+        self._ready_since: float | None = None  # the first worker is ready
+        self._busy_at = now  # a step was closed, or somebody came to work
+        self._ending_at = now  # the end was begun, or the observer came closer to keeping it
+        self._said_phase = ""
+        self._said_late: frozenset[int] = frozenset()
+        self._effects: list[Effect] = []
+
+    # ------------------------------------------------------------------ who is here
+
+    def greet(
+        self,
+        session: str,
+        now: float,
+        *,
+        role: str,
+        id: int | None,
+        nonce: str,
+        host: str,
+        pid: int,
+        returns: bool = False,
+        reachable: Callable[[str], bool] = lambda session: True,
+    ) -> tuple[Peer | None, str, list[Effect]]:
+        """A Hello: (the new peer, "", effects) or (None, why not, effects).
+
+        `returns`: it has been part of this run before.
+        `reachable(session)` tells whether that peer's connection still stands; one that does not
+        gives its id up to a new process at once.
+        """
+        if role == "observer":
+            number = 0
+        elif id is None:
+            taken = {p.id for p in self.peers.values()}
+            number = next(i for i in range(1, len(taken) + 2) if i not in taken)
+        else:
+            number = id
+        if role == "worker" and not 1 <= number <= self.rules.max_workers:
+            why = f"worker id {number} is out of range: ids run from 1 to {self.rules.max_workers}"
+            return None, f"{why} (max_workers)", self._out()
+        holder = next((p for p in self.peers.values() if p.id == number), None)
+        if holder is not None:
+            if holder.nonce != nonce and reachable(holder.session):
+                why = (
+                    f"worker id {number} is taken by pid {holder.pid} on {holder.host} "
+                    f"(last seen {now - holder.last_seen:.1f} s ago)"
+                )
+                return None, why, self._out()
+            self._dies(holder, None if holder.nonce == nonce else "")
+            self._remove(holder, "greeted again", now)
+        if (lease := self._silent.pop(nonce, None)) is not None and self.ledger is not None:
+            self.ledger.lived(lease)
+        peer = Peer(session, role, number, nonce, host, pid)
+        peer.last_seen = now
+        peer.returns = returns
+        if holder is not None and holder.nonce == nonce:  # it still has not got what it missed
+            peer.missed, peer.failed_by = holder.missed, holder.failed_by
+        self.peers[session] = peer
+        if self._comeback is not None:
+            self._comeback.greeted(nonce)
+        if role == "worker":
+            self._say(f"{peer.name} is here", peer)
+        self._progress(now)
+        return peer, "", self._out()
+
+    def beats_unknown(self, nonce: str, now: float) -> None:
+        """A process of this run is alive that has not greeted this server."""
+        if self._comeback is not None:
+            self._comeback.beats(nonce, now)
+
+    def seen(self, session: str, now: float) -> None:
+        """Any sign of life."""
+        peer = self.peers.get(session)
+        if peer is not None:
+            peer.last_seen = now
+
+    def join(self, session: str, message: Join, now: float) -> list[Effect]:
+        """A replica tells where it stands; answered with Admit, now or when there is an origin."""
+        peer = self.peers[session]
+        self._take_out(peer, "joined again", now)
+        peer.join, peer.state = message, WAITING
+        if not self.knows(message.step, message.lineage):
+            self._choose_origin()
+        if self.layout is not None and peer.state == WAITING:
+            self._admit(peer)
+        self._progress(now)
+        return self._out()
+
+    def ready(self, session: str, message: Ready, now: float) -> list[Effect]:
+        """A worker waits for samples."""
+        peer = self.peers[session]
+        if peer.role != "worker" or peer.join is None:
+            return [Send(session, Reject("ready before joining"))]
+        if peer.state != REPLICA:
+            return []  # it lost its place meanwhile, and says so again when it has it back
+        samples = 0 if message.own else message.samples
+        if not message.own and (samples < 1 or message.batch_size < 1):
+            self._send(peer, Reject("a data set without samples", "give batches() a longer one"))
+            return self._out()
+        others = [p for p in self.workers_ready() if p is not peer]
+        if self.ledger is None or (self.ledger.untouched and not others):
+            self._looks.first(peer.name, message.looks)
+            self.ledger = OwnLedger() if message.own else Ledger(samples, self.rules.epochs)
+            self.ledger.places = self._places
+        if message.own != isinstance(self.ledger, OwnLedger):
+            brings, has = "samples of its own", "one set that all share"
+            if not message.own:
+                brings, has = has, brings
+            self._send(
+                peer,
+                Reject(
+                    f"{peer.name} brings {brings}, the run has {has}",
+                    "use own_batches() in every worker, or in none",
+                ),
+            )
+            return self._out()
+        if samples != self.ledger.samples:
+            self._send(
+                peer,
+                Reject(
+                    f"{peer.name} has a data set of {samples} samples, "
+                    f"the run has one of {self.ledger.samples}",
+                    "every worker needs the same training set in the same order",
+                ),
+            )
+            return self._out()
+        peer.ready = message
+        if not self._looks_alike(peer, message):
+            return self._out()
+        peer.left_with = None
+        self._release(now, session)
+        if self._ready_since is None:
+            self._ready_since = now
+        self._busy_at = now
+        self._progress(now)
+        return self._out()
+
+    def _looks_alike(self, peer: Peer, message: Ready) -> bool:
+        """The same length is not the same data. Other labels are refused, other numbers are told:
+        libraries round another way, transforms draw."""
+        if not self._looks.whose:  # the ledger is older than this server
+            self._looks.first(peer.name, message.looks)
+        found = self._looks.difference(message.looks)
+        if found is None:
+            return True
+        theirs, ours, exact = found
+        whose = self._looks.whose if self._looks.whose != peer.name else "it told before"
+        what = (
+            f"sample {theirs.index} of {peer.name} is {shown(theirs)}{part(theirs)}, "
+            f"that of {whose} is {shown(ours)}"
+        )
+        hint = (
+            "every worker needs the same training set in the same order: sort lists of files, give "
+            "random_split a generator with a seed"
+        )
+        if not exact:
+            if peer.id not in self._looks.told:
+                self._looks.told.add(peer.id)
+                self._warn(f"{what}: {hint}, unless a transform draws", peer)
+            return True
+        self._send(peer, Reject(what, hint))
+        self._warn(f"refused: {what}", peer)
+        return False
+
+    def unready(self, session: str, now: float, unfinished: bool = False) -> list[Effect]:
+        """A worker left its loop: it takes part no more until it is ready again. What it left
+        `unfinished` may have killed it: nobody else gets that before this is clear."""
+        peer = self.peers[session]
+        peer.left_with = self._computes(peer)
+        if unfinished and peer.left_with is not None:
+            self._held[peer.left_with] = session, now + HOLD_S
+        if self.round and (member := self.round.member_of(peer)):
+            self._out_of_round(member, "left its loop", now)
+        self._return_leases(peer)
+        self._not_ready(peer)
+        self._progress(now)
+        return self._out()
+
+    def relinked(self, session: str, now: float) -> list[Effect]:
+        """A peer's link was cut and is back: what was on its way may be lost, so begin anew."""
+        peer = self.peers[session]
+        self._take_out(peer, "was cut off", now)
+        self._send(peer, Greet(join=True))
+        self._progress(now)
+        return self._out()
+
+    def behind(self, session: str, now: float) -> list[Effect]:
+        """A replica asked for updates that are not kept any more: it may join again."""
+        peer = self.peers[session]
+        if peer.join is None:
+            return self._out()
+        self._take_out(peer, "fell behind the kept updates", now)
+        self._send(peer, Admit(action="behind", step=self.step, lineage=self.lineage))
+        self._progress(now)
+        return self._out()
+
+    def stands(self, session: str, step: int, now: float, *, kept: bool = False) -> list[Effect]:
+        """The observer has applied everything up to `step`; what is to stay of it is `kept`."""
+        peer = self.peers[session]
+        if peer.role == "observer":
+            peer.stands_at = step
+            if kept:
+                peer.kept_at = step
+            self._ending_at = now
+            self._progress(now)
+        return self._out()
+
+    def digest(self, session: str, step: int, digest: str, now: float) -> list[Effect]:
+        """A replica tells the digest of its weights at a step."""
+        peer = self.peers[session]
+        if not _believed(peer) or peer.join is None or not peer.replica_since < step <= self.step:
+            return self._out()
+        kind = peer.join.kind
+        alike = {
+            p.id: p
+            for p in self.peers.values()
+            if _believed(p) and p.join and p.join.kind == kind and p.replica_since < step
+        }
+        for id in self._digests.report(step, kind, peer.id, digest, alike):
+            if (wrong := alike.get(id)) is not None:
+                self._is_wrong(wrong, [p.name for p in alike.values() if p is not wrong], now)
+        self._progress(now)
+        return self._out()
+
+    def _is_wrong(self, peer: Peer, others: list[str], now: float) -> None:
+        """Most others of its kind have other weights. A snapshot helps, but one that is found wrong
+        again and again would take snapshots for ever, perhaps because another one lies."""
+        peer.found_wrong += 1
+        if peer.found_wrong > SNAPSHOTS_FOR_WRONG:
+            if peer.found_wrong == SNAPSHOTS_FOR_WRONG + 1:
+                self._warn(
+                    f"{peer.name} and {', '.join(others)} have other weights again, after "
+                    f"{SNAPSHOTS_FOR_WRONG} snapshots: one of them is broken; stop that one"
+                )
+            return
+        self._warn(f"{peer.name} has other weights than the rest: it takes a snapshot", peer)
+        giver = self.peers.get(peer.given_by)
+        if giver is not None:
+            giver.failed_gives += 1
+        peer.wrong = True
+        self._take_out(peer, "has other weights than the rest", now)
+        self._send(peer, Greet(join=True))
+
+    def fetches(self, session: str) -> None:
+        """A replica fetches updates that were published: see `_look_for_the_deaf`."""
+        peer = self.peers[session]
+        if peer.fetched_at != self.step:  # who is far behind fetches again and again at one step
+            peer.fetched_at = self.step
+            peer.fetches += 1
+
+    def leave(
+        self,
+        session: str,
+        reason: str,
+        now: float,
+        step: int = 0,
+        digest: str = "",
+        *,
+        failed: str = "",
+        lease: Lease | None = None,
+        error: bool = False,
+    ) -> list[Effect]:
+        """A Goodbye; with `error` an exception or a broken rule ends this peer's part. `digest` is
+        of its weights at `step`, which only a member can know. `failed` (one of `FAILURES`) where
+        it died of an error in this lease."""
+        peer = self.peers.get(session)
+        if peer is not None:
+            if failed in FAILURES and lease == (self._computes(peer) or peer.left_with):
+                self._dies(peer, failed)
+            if digest and _believed(peer) and peer.replica_since <= step <= self.step:
+                self.digests[peer.id] = (peer.name, step, digest)
+            if not self.ended:
+                self._say(f"{peer.name} left: {reason}", peer)
+            how, took_part = FAILED if error else LEFT, peer.state == REPLICA
+            self._remove(peer, "left", now, how=how, reason=reason)
+            finished = isinstance(self.ledger, OwnLedger) and how == LEFT and reason == FINISHED
+            if finished and took_part and self.started and not self._workers_here:
+                self._begin_end(*self._departures.verdict(own=True), now)
+            self._progress(now)
+        return self._out()
+
+    # ------------------------------------------------------------------ pushes
+
+    def refusal(self, session: str, push: Push) -> str | None:
+        """Why this push must not be used; None when its payload may be looked at."""
+        peer = self.peers[session]
+        peer.late_with = None  # it is done with that
+        if self.round is None:
+            return f"round {push.round} is not open; no round is"
+        return self.round.refusal(peer, push)
+
+    def pushed(self, session: str, push: Push, now: float, bad: str | None = None) -> list[Effect]:
+        """A push that `refusal` let pass; `bad` tells what is wrong with its numbers."""
+        peer, current = self.peers[session], self.round
+        assert current is not None
+        member = current.members[peer.id]
+        member.tells(push)
+        if bad is not None:
+            member.bad = bad
+            self._warn(f"round {current.number}: {peer.name} refused: {bad}", peer)
+            self._send(peer, Refused(round=push.round, reason=bad))
+            self._out_of_round(member, bad, now)
+        else:
+            current.take(member, push)
+            if current.whole(member):
+                peer.took(now - current.opened_at)
+                member.whole_at = now
+                current.look_for_quorum(now)
+            for bucket in (push.bucket, *push.without):
+                self._effects += current.advance(bucket)
+        self._progress(now)
+        return self._out()
+
+    def unreadable(self, session: str, number: int, now: float) -> list[Effect]:
+        """No sample of a worker's lease in this round can be read."""
+        peer, current = self.peers[session], self.round
+        member = None if current is None else current.member_of(peer)
+        if current is None or member is None or current.number != number:
+            return self._out()
+        if member.out is None and not member.got and member.lease != OWN:
+            member.unread = tuple(range(member.size))
+            member.bad = "no sample of its lease can be read"
+            self._out_of_round(member, member.bad, now)
+        self._progress(now)
+        return self._out()
+
+    # ------------------------------------------------------------------ snapshots
+
+    def route(
+        self, session: str, message: Manifest | Want | Piece | Abort, now: float
+    ) -> tuple[str | None, list[Effect]]:
+        """To whom a part of the running snapshot goes on; None when there is nobody."""
+        snap = self.snapshot
+        if snap is None or snap.number != message.snapshot:
+            return None, [Send(session, Abort(message.snapshot, "this snapshot is over"))]
+        if isinstance(message, Abort):
+            if session in (snap.giver, snap.joiner):
+                # A joiner that refuses it may be right or not: the next one comes from another.
+                blamed = {snap.giver, session}
+                self._abort_snapshot(message.reason, now, blamed, but=self.peers[session])
+                self._progress(now)
+            return None, self._out()
+        source, goal = snap.giver, snap.joiner
+        if isinstance(message, Want):
+            source, goal = goal, source
+        if session != source:
+            return None, [Send(session, Reject("not your part of this snapshot"))]
+        if isinstance(message, Manifest):
+            if snap.pieces is not None:
+                return None, []
+            wrong = snap.tells(message)
+            if (message.step, message.lineage) != (self.step, self.lineage):
+                wrong = f"another state than that of step {self.step}"
+            if wrong is not None:
+                giver = self.peers[snap.giver]
+                why = f"{giver.name} gives what cannot be: {wrong}"
+                self._abort_snapshot(why, now, {snap.giver})
+                self._progress(now)
+                return None, self._out()
+        return (goal if snap.advance(message, now) else None), []
+
+    def adopted(self, session: str, number: int, now: float) -> list[Effect]:
+        """The joiner holds the snapshot, if all of it went through this server."""
+        snap, peer = self.snapshot, self.peers[session]
+        if snap is not None and snap.number == number and session == snap.joiner:
+            if not snap.complete:
+                had = f"{len(snap.delivered)} of {snap.pieces or 'unknown'} pieces"
+                why = f"{peer.name} says that it holds it, after {had}"
+                self._abort_snapshot(why, now, {session})
+                self._progress(now)
+                return self._out()
+            self._becomes_replica(peer)
+            peer.wrong, peer.owes = False, peer.role == "worker"
+            self._disbelieved.discard(peer.id)
+            peer.given_by = snap.giver
+            peer.failed_by.clear()
+            peer.missed = 0
+            self.peers[snap.giver].failed_gives = 0
+            self.snapshot = None
+            self._snapshot_rests = True
+            self._ending_at = now
+            self._say(f"{peer.name} took a snapshot of step {self.step}", peer)
+            self._progress(now)
+        elif peer.state == GREETED:
+            self._send(peer, Greet(join=True))  # it was called off while this was on its way
+        return self._out()
+
+    # ------------------------------------------------------------------ time
+
+    def tick(self, now: float) -> list[Effect]:
+        """Time has passed."""
+        if self.ended is None:
+            timeout = self.rules.heartbeat_timeout
+            for peer in list(self.peers.values()):
+                if now - peer.last_seen > timeout:
+                    silent = f"silent for {now - peer.last_seen:.1f} s"
+                    self._warn(f"{peer.name} is gone: {silent}")  # so seldom that each is told
+                    self._dies(peer, "")
+                    self._remove(peer, f"gone, {silent}", now)
+            snap = self.snapshot
+            if snap is not None and now - snap.progress_at > timeout:
+                culprit = self.peers[snap.waits_for]
+                why = f"{culprit.name} was silent for {timeout:g} s"
+                self._abort_snapshot(why, now, {snap.waits_for})
+            elif (
+                snap is not None
+                and now - snap.began_at > snap.limit_s(timeout)
+                and self._enough(self.workers_ready(), now)  # who wait for its end
+            ):
+                why = f"it is not over after {now - snap.began_at:.0f} s"
+                self._abort_snapshot(why, now, {snap.giver, snap.joiner})  # who is slow is not seen
+            self._close_if_due(now)
+            self._look_for_the_overdue(now)
+            self._release(now)
+            self._give_up_if_due(now)
+            self._progress(now)
+            self._say_phase(now)
+            for sentence in self._sentences.left_out(now):
+                self._warn(sentence)
+        return self._out()
+
+    def next_deadline(self) -> float | None:
+        """When the open round closes without the rest, if its quorum has pushed."""
+        current = self.round
+        if current is None or current.quorum_at is None:
+            return None
+        return current.quorum_at + self.wait_s()
+
+    def wait_s(self) -> float:
+        """How long a round waits after its quorum: the setting, or from measured push times.
+
+        Derived: three times the slowest member's 95th percentile, so that a steady but slow machine
+        takes part and a sudden straggler does not. A late push counts as taking until it was given
+        up, so the wait grows until it covers a machine that became slow, or reaches its limit.
+        """
+        if self.rules.timeout is not None:
+            return self.rules.timeout
+        if self.rules.deterministic:
+            return math.inf
+        assert self.round is not None
+        times = [
+            self.peers[m.session].push_time_p95
+            for m in self.round.members.values()
+            if m.session in self.peers
+        ]
+        known = [t for t in times if t is not None]
+        if len(known) < len(times) or not known:
+            return MAX_WAIT_TIMEOUTS * self.rules.heartbeat_timeout
+        return min(
+            max(DERIVED_TIMEOUT_MIN_S, 3 * max(known)),
+            MAX_WAIT_TIMEOUTS * self.rules.heartbeat_timeout,
+        )
+
+    # ------------------------------------------------------------------ what others may ask
+
+    @property
+    def observer(self) -> Peer | None:
+        """The observer, if it is here."""
+        return next((p for p in self.peers.values() if p.role == "observer"), None)
+
+    @property
+    def log_begun(self) -> bool:
+        """Does an update follow the first state? Before that, the state is where it came from."""
+        return self._log_begun
+
+    def workers_ready(self) -> list[Peer]:
+        return sorted(
+            (p for p in self.peers.values() if p.ready is not None and p.state == REPLICA),
+            key=lambda p: p.id,
+        )
+
+    def knows(self, step: int, lineage: str) -> bool:
+        """Can a replica at (step, lineage) follow from there by fetching updates?"""
+        return self._lineages.get(step) == lineage
+
+    def forget_before(self, step: int) -> None:
+        """Updates up to and including the one that led to `step` are not kept any more."""
+        while self._lineages and (oldest := next(iter(self._lineages))) < step:
+            del self._lineages[oldest]
+
+    def open_message(self) -> Open | None:
+        current = self.round
+        if current is None:
+            return None
+        leases = {m: tuple(self._leases_of(m)) for m in current.members}
+        return Open(
+            nonce=self.nonce,
+            round=current.number,
+            step=self.step,
+            lineage=self.lineage,
+            leases=leases,
+        )
+
+    def pulse(self, now: float) -> Pulse:
+        return Pulse(
+            nonce=self.nonce,
+            step=self.step,
+            lineage=self.lineage,
+            phase=self.phase(now),
+            open=self.open_message(),
+            closed=self._rounds - (1 if self.round else 0),
+            ending=self.ending is not None,
+        )
+
+    def phase(self, now: float) -> str:
+        """What the run is doing or waiting for, as a sentence."""
+        return self._phase(now) + self._otherwise(now)
+
+    def _otherwise(self, now: float) -> str:
+        """What happens, and when, if what is waited for does not come before; empty: nothing."""
+        if self.ended is not None or self.ending is not None or self.coming_back:
+            return ""
+        if (due := self._nobody_left_until(now)) is not None:
+            return f" (the run ends in {max(0.0, due - now):.0f} s unless one comes)"
+        if self._lost_since is not None:
+            left = self._lost_until() - now
+            return f" (the run ends in {max(0.0, left):.0f} s unless one comes who does)"
+        if self.layout is None or self.snapshot is not None or self.started:
+            return ""
+        if self._ready_since is None or len(self.workers_ready()) < self.rules.min_workers:
+            return ""
+        left = self._ready_since + self.rules.join_timeout - now
+        return f" (starts with fewer in {max(0.0, left):.0f} s)"
+
+    def _phase(self, now: float) -> str:
+        if self.ended is not None:
+            return f"ended: {self.ended.reason}"
+        if self.ending is not None:
+            if self.observer is not None or self.observer_comes:
+                return "waiting for the observer to keep the last step"
+            return f"ending: {self.ending[0]}"
+        if self.coming_back:
+            here = ", ".join(p.name for p in self.peers.values() if p.returns) or "nobody"
+            return f"waiting for the replicas of this run to come back: {here} here"
+        if self.layout is None:
+            who = "the observer" if self.rules.observer else "the first worker"
+            return f"waiting for {who}, whose model and first weights are the run's"
+        if self.snapshot is not None:
+            return f"{self.peers[self.snapshot.joiner].name} takes a snapshot"
+        if self.round is not None:
+            return "training"
+        if self._nobody_left_until(now) is not None:
+            return self._departures.verdict(own=isinstance(self.ledger, OwnLedger))[0]
+        if self._lost_since is not None:
+            return self._lost_state()
+        states = [p.state for p in self.peers.values()]
+        if WAITING in states and REPLICA not in states:
+            return f"waiting for a replica that stands at step {self.step}: nobody here does"
+        ready = self.workers_ready()
+        here = ", ".join(p.name for p in ready) or "nobody"
+        if not self.started:
+            return f"waiting for {self.rules.num_workers} workers: {here} ready"
+        if self.ledger is not None and self.ledger.exhausted and ready:
+            return "waiting for the last samples"
+        if len(ready) < self.rules.min_workers:
+            return (
+                f"paused: {len(ready)} of at least {self.rules.min_workers} workers ready ({here})"
+            )
+        return "between rounds"
+
+    # ------------------------------------------------------------------ the run's end
+
+    def stop(self, reason: str, now: float, *, error: bool = False) -> list[Effect]:
+        """End the run at the last closed step; the open round is void. Where that step is not known
+        yet, after a restart, the run stays as it is."""
+        if self.coming_back:
+            self.put_off = True
+            return self._out()
+        if self.ending is None:
+            self._stopped = not error
+        self._begin_end(reason, error, now)
+        self._progress(now)
+        return self._out()
+
+    def _begin_end(self, reason: str, error: bool, now: float) -> None:
+        """No more rounds; workers stay until the observer has kept the last step: should it die
+        before, another one takes it from them."""
+        if self.ending is not None:
+            return
+        if self.round is not None:
+            self._void("the run ends")
+        for peer in self.peers.values():
+            self._return_leases(peer)
+        self._release(math.inf)
+        self.ending, self._ending_at = (reason, error), now
+        self._effects.append(Publish(self.pulse(now)))  # the observer tells where it stands
+
+    def _observer_catches_up(self, now: float) -> bool:
+        """Is the observer on its way to the last step, or about to keep it? While it lives it is
+        waited for: to write a large model to a slow disk takes minutes."""
+        if now - self._ending_at > self.rules.idle_timeout:
+            return False
+        held = any(
+            p.state == REPLICA
+            or (p.state == GREETED and p.join is not None and p.id not in self._disbelieved)
+            for p in self.peers.values()  # one that greeted and had joined does so again
+        )
+        observer = self.observer
+        if observer is None or observer.join is None:
+            comes = self.observer_comes or observer is not None
+            return comes and self._log_begun and held
+        may_have_it = held or observer.state != WAITING  # else nobody could give it a snapshot
+        return may_have_it and observer.kept_at != self.step
+
+    @property
+    def _workers_here(self) -> bool:
+        return any(p.role == "worker" for p in self.peers.values())
+
+    def _give_up_if_due(self, now: float) -> None:
+        """End a run for which nobody is left, or left who holds its state, or nothing happens."""
+        if self.coming_back or self.ending is not None:
+            return
+        self._look_for_holder(now)
+        due, idle = self._nobody_left_until(now), self.rules.idle_timeout
+        if due is not None and now >= due:
+            own = isinstance(self.ledger, OwnLedger)
+            self._begin_end(*self._departures.verdict(own=own), now)
+        elif self._lost_since is not None:  # who comes back has this time, however long it took
+            if now >= self._lost_until():
+                self._begin_end(self._lost_state(), True, now)
+        elif now - self._busy_at > idle:
+            what = self._awaited(now) or self.phase(now)
+            self._begin_end(f"nothing happened for {idle:g} s: {what}", True, now)
+
+    def _nobody_left_until(self, now: float) -> float | None:
+        """When the run ends because no worker is left; None where one is, or is awaited."""
+        return None if self._workers_here or not self.started else self._departures.due(now)
+
+    def _look_for_holder(self, now: float) -> None:
+        """Does somebody wait for a state that nobody here holds any more?"""
+        workers = [p.state for p in self.peers.values() if p.role == "worker"]
+        held = any(p.state == REPLICA for p in self.peers.values())
+        if held or not self._log_begun or WAITING not in workers:
+            self._lost_since = None
+        elif self._lost_since is None:
+            self._lost_since = now
+
+    def _lost_until(self) -> float:
+        assert self._lost_since is not None
+        return self._lost_since + HOLDER_TIMEOUTS * self.rules.heartbeat_timeout
+
+    def _lost_state(self) -> str:
+        last = f"; {self._last_holder} was the last to hold it" if self._last_holder else ""
+        return f"nobody here stands at step {self.step}, which the others wait for{last}"
+
+    def _end(self) -> None:
+        assert self.ending is not None
+        reason, error = self.ending
+        self.ended = End(
+            nonce=self.nonce,
+            step=self.step,
+            lineage=self.lineage,
+            reason=reason,
+            error=error,
+            stopped=self._stopped,
+        )
+        self._effects.append(Ended(self.ended))
+
+    # ------------------------------------------------------------------ inside: peers
+
+    def _out(self) -> list[Effect]:
+        effects, self._effects = self._effects, []
+        return effects
+
+    def _send(self, peer: Peer, message: Message) -> None:
+        self._effects.append(Send(peer.session, message))
+
+    def _say(self, text: str, about: Peer | None = None, *, warning: bool = False) -> None:
+        """A sentence for people; those about one worker are limited (`Sentences`)."""
+        if about is None or about.id == 0 or self.may_say(about.id, about.name):
+            self._effects.append(Say(text, warning=warning))
+
+    def _warn(self, text: str, about: Peer | None = None) -> None:
+        self._say(text, about, warning=True)
+
+    def may_say(self, id: int, name: str) -> bool:
+        """May one more sentence about this worker be told?"""
+        return self._sentences.may(id, name)
+
+    def _say_phase(self, now: float) -> None:
+        """A pause is told when it begins, not every time somebody looks."""
+        paused = self.started and self.round is None and self.snapshot is None and not self.ended
+        text = self._phase(now) if paused else ""  # without seconds, which change all the time
+        if text and text != self._said_phase:
+            self._say(self.phase(now))
+        self._said_phase = text
+
+    def _say_late(self, close: Close) -> None:
+        """Who is late is told when it changes, not every step; who is left out is late still."""
+        late = frozenset(close.late)
+        late |= {p.id for p in self.workers_ready() if p.empty_rounds >= EMPTY_ROUNDS}
+        if late != self._said_late:
+            changed = min(late ^ self._said_late)  # its sentences are limited
+            if self.may_say(changed, f"worker {changed}"):
+                if close.reason:
+                    self._warn(close.reason)
+                elif not late:
+                    self._say(f"round {close.round} closed with everybody again")
+        self._said_late = late
+
+    def _take_out(self, peer: Peer, why: str, now: float) -> None:
+        """Nothing is expected of this peer any more, until it joins (again)."""
+        if self.snapshot and peer.session in (self.snapshot.giver, self.snapshot.joiner):
+            self._abort_snapshot(f"{peer.name} {why}", now, {peer.session}, but=peer)
+        if peer.owes:
+            peer.owes = False
+            self._snapshot_was_wasted(peer, now)
+        self.deaf.discard(peer.session)
+        self.prompted.discard(peer.session)
+        if self.round and (member := self.round.member_of(peer)):
+            self._out_of_round(member, why, now)
+        self._return_leases(peer)
+        self._release(now, peer.session)
+        if peer.state == REPLICA:
+            self._last_holder = f"{peer.name} ({why})"
+        peer.state = GREETED
+        self._not_ready(peer)
+
+    def _becomes_replica(self, peer: Peer) -> None:
+        peer.state, peer.replica_since = REPLICA, self.step
+        if peer.role == "worker":
+            self._departures.joined(peer.id)
+
+    def _not_ready(self, peer: Peer) -> None:
+        """It takes no more samples. Before the first round the wait for others begins anew."""
+        peer.ready = peer.late_with = None
+        if not self.started and not any(p.ready for p in self.peers.values()):
+            self._ready_since = None
+
+    def _remove(
+        self, peer: Peer, why: str, now: float, *, how: str = SILENT, reason: str = ""
+    ) -> None:
+        """The peer is not here any more; `how` it went, in the words of `Departures`."""
+        self._take_out(peer, why, now)
+        del self.peers[peer.session]
+        if peer.role == "worker":
+            self._departures.went(peer.id, peer.name, how, reason, now)
+        self._effects.append(Remove(peer.session))
+
+    @property
+    def coming_back(self) -> bool:
+        """Is this server still waiting for those who hold its run?"""
+        return self._comeback is not None
+
+    def _await_comeback(self, now: float) -> None:
+        """When all who may hold the newest state are back, it is the run's again."""
+        assert self._comeback is not None
+        back = {
+            p.id: p.join for p in self.peers.values() if p.returns and p.join and p.state == WAITING
+        }
+        joining = any(p.returns and p.state == GREETED for p in self.peers.values())
+        if not self._comeback.over({join.lineage for join in back.values()}, joining, now):
+            return
+        noted = self._comeback.noted
+        newest = max(
+            back, key=lambda id: (back[id].lineage == noted, back[id].step, -id), default=None
+        )
+        if newest is None:
+            self.deserted = True
+            return
+        peer = next(p for p in self.peers.values() if p.id == newest)
+        if not self._become_origin(peer, back[newest]):
+            peer.returns = False  # it was told why; the next one
+            return
+        self._comeback, self._busy_at = None, now
+        self._log_begun = self.started = self.step > 0
+
+    def _choose_origin(self) -> None:
+        """The first state is the observer's where there is one, else that of whoever joined first.
+
+        Until an update follows it, it may be lost with all who hold it; then there is another.
+        """
+        states = [p.state for p in self.peers.values()]
+        if self._log_begun or self.round is not None or REPLICA in states or self.coming_back:
+            return
+        for peer in self.peers.values():
+            if peer.state == WAITING and (peer.role == "observer" or not self.rules.observer):
+                assert peer.join is not None
+                if self._become_origin(peer, peer.join):
+                    return
+
+    def _become_origin(self, peer: Peer, message: Join) -> bool:
+        peer.state = GREETED  # should it be rejected
+        problem = message.layout.problem()
+        if problem is not None:
+            self._send(peer, Reject(f"the model cannot be trained: {problem}"))
+            return False
+        buckets = self._count_buckets(message.layout)
+        if self.ledger is None or not self.ledger.remembers or message.step:
+            self.ledger = None
+        if message.ledger is not None:
+            try:
+                self.ledger = Ledger.from_state(message.ledger, self.rules.epochs)
+                self.ledger.places = self._places
+            except ValueError as e:
+                self._send(peer, Reject(f"the checkpoint's ledger cannot be right: {e}"))
+                return False
+        if message.step < 0:
+            self._send(peer, Reject(f"there is no step {message.step} to begin at"))
+            return False
+        peer.proven = True
+        self._held.clear()
+        self.layout, self._buckets = message.layout, buckets
+        self.recipe = message.recipe
+        self.step, self.lineage = message.step, message.lineage
+        self._lineages = {self.step: self.lineage}
+        self._becomes_replica(peer)
+        self._effects.append(Start(message.layout, message.step))
+        self._send(peer, Admit(action="origin", step=self.step, lineage=self.lineage))
+        if self.coming_back:
+            self._say(f"the run goes on after step {self.step}, where {peer.name} stands")
+        else:
+            self._say(f"the first state comes from {peer.name}, at step {self.step}")
+        for other in self.peers.values():
+            if other.state == WAITING:
+                self._admit(other)
+        return True
+
+    def _admit(self, peer: Peer) -> None:
+        assert self.layout is not None and peer.join is not None
+        difference = self.layout.difference(peer.join.layout)
+        if difference is not None:
+            self._send(
+                peer,
+                Reject(
+                    f"{peer.name} has another model: {difference}",
+                    "start it with the same model and code as the server",
+                ),
+            )
+            peer.state = GREETED
+            return
+        if peer.join.recipe != self.recipe:
+            self._send(
+                peer,
+                Reject(
+                    f"{peer.name} goes another way from gradient to weights: {peer.join.recipe}; "
+                    f"the run has {self.recipe}",
+                    "give attach() the same optimizer, schedule, clip_norm and before_step "
+                    "everywhere (and observer=false where the built-in observer has others)",
+                ),
+            )
+            peer.state = GREETED
+            return
+        believed = not peer.wrong and peer.id not in self._disbelieved
+        if self.knows(peer.join.step, peer.join.lineage) and believed:
+            self._becomes_replica(peer)
+            action = "follow"
+        else:
+            action = "adopt"  # stays WAITING until no round is open
+        self._send(
+            peer,
+            Admit(action=action, step=self.step, lineage=self.lineage, missed=peer.missed),
+        )
+
+    # ------------------------------------------------------------------ inside: leases
+
+    def _leases_of(self, worker: int) -> list[Lease]:
+        return next((p.leases for p in self.peers.values() if p.id == worker), [])
+
+    def _return_leases(self, peer: Peer) -> None:
+        """Give back what is not part of the open round (that is settled at its close)."""
+        held = None
+        if self.round and (member := self.round.member_of(peer)):
+            held = member.lease
+        for lease in peer.leases:
+            if lease != held and self.ledger is not None:
+                self.ledger.settle(lease, RETURNED)
+        peer.leases = []
+
+    def _hand_out(self, takers: list[Peer]) -> None:
+        """Fill all these up to two leases: first what is due now for all, then what comes after."""
+        if self.ledger is None:
+            return
+        for count in range(1, LEASES_HELD + 1):
+            for peer in takers:
+                if len(peer.leases) < count and peer.ready is not None:
+                    lease = self.ledger.lease(
+                        peer.ready.batch_size, peer.ready.least, peer.ready.drop_last
+                    )
+                    if lease is None:
+                        return
+                    peer.leases.append(lease)
+
+    # ------------------------------------------------------------------ inside: what kills
+
+    def _computes(self, peer: Peer) -> Lease | None:
+        """The lease that this worker computes in the open round, of which nothing came yet."""
+        member = self.round.member_of(peer) if self.round else None
+        if member is None or member.out is not None or member.got or member.lease == OWN:
+            return None
+        return member.lease
+
+    def _dies(self, peer: Peer, failed: str | None) -> None:
+        """This worker dies of what it computes: with an error in a phase, without a word (""), or
+        not at all (None), since the same process is back.
+
+        Rounds may close, and give it leases, before its silence is noticed: it was the first of
+        these that it never was done with."""
+        lease = self._computes(peer)
+        if failed:
+            lease = lease or peer.left_with
+        elif peer.late_with is not None:
+            lease = peer.late_with
+        if lease is None or failed is None or self.ledger is None:
+            return
+        if not failed:
+            while len(self._silent) >= SILENT_KEPT:
+                del self._silent[next(iter(self._silent))]
+            self._silent[peer.nonce] = lease
+        others = [p for p in self.workers_ready() if p is not peer]
+        spare = len(others) >= WORKERS_TO_SPARE
+        self.ledger.died(lease, error=bool(failed), spare=spare, believed=peer.proven)
+
+    def _may_compute_still(self, member: Member) -> None:
+        """This member's round is over, and not all of its lease has come."""
+        peer, current = self.peers.get(member.session), self.round
+        if peer is None or current is None or current.whole(member) or member.lease == OWN:
+            return
+        if peer.ready is not None and peer.late_with is None:
+            peer.late_with = member.lease
+
+    def _release(self, now: float, session: str | None = None) -> None:
+        """What was held back returns: that of this peer, or all whose time is over."""
+        for lease, (holder, until) in list(self._held.items()):
+            if holder == session or (session is None and now >= until):
+                del self._held[lease]
+                members = self.round.members.values() if self.round else ()
+                if self.ledger is not None and all(m.lease != lease for m in members):
+                    self.ledger.settle(lease, RETURNED)
+
+    def _tell_lost(self) -> None:
+        """Samples that are skipped are named."""
+        if self.ledger is None:
+            return
+        for lost in self.ledger.take_news():
+            self._warn(f"skipped: {self._name_of(lost.lease)}: {LOST[lost.why]}")
+
+    def _hopeless(self) -> str | None:
+        """Why it makes no sense to go on, as most workers see it: one alone may be wrong."""
+        assert self.ledger is not None
+        why = self.ledger.hopeless
+        ready = self.workers_ready()
+        agree = [p for p in ready if p.id in self._unread_by]
+        if why is not None and self.ledger.too_many_unread and 2 * len(agree) <= len(ready):
+            return None
+        return why
+
+    def lost_by_name(self) -> list[str]:
+        """The first ranges that were skipped since they killed, could not be read or were dropped:
+        which samples, and why."""
+        if self.ledger is None:
+            return []
+        return [f"{self._name_of(r.lease)}: {LOST[r.why]}" for r in self.ledger.lost]
+
+    def _name_of(self, lease: Lease) -> str:
+        epoch, start, stop = lease
+        where = f"place {start}" if stop - start == 1 else f"places {start} to {stop - 1}"
+        what = f"{where} of epoch {epoch}'s order"
+        if self._name_samples is None or self.ledger is None:
+            return what
+        return f"{self._name_samples(self.ledger.samples, lease)} ({what})"
+
+    def _first_lost(self) -> str:
+        assert self.ledger is not None
+        names = [
+            self._name_samples(self.ledger.samples, lost.lease)
+            if self._name_samples is not None
+            else f"{lost.lease[1]} to {lost.lease[2] - 1} of epoch {lost.lease[0]}"
+            for lost in self.ledger.lost[:4]
+        ]
+        return f"first {'; '.join(names)}"
+
+    # ------------------------------------------------------------------ inside: rounds
+
+    def _out_of_round(self, member: Member, why: str, now: float) -> None:
+        """Nothing more is expected of this member; what it pushed stays in."""
+        current = self.round
+        if current is None or member.out is not None or current.whole(member):
+            return
+        member.out = why
+        current.look_for_quorum(now)
+        if current.deserted:
+            self._void(f"{member.name} {why}, and no other member is left")
+            return
+        for bucket in range(self._buckets):
+            self._effects += current.advance(bucket)
+
+    def _close_if_due(self, now: float) -> None:
+        """After quorum and timeout, whoever is incomplete is late."""
+        deadline = self.next_deadline()
+        if deadline is None or now < deadline or self.round is None:
+            return
+        wait_s = self.wait_s()
+        patient = self.rules.timeout is not None or wait_s >= self._longest_wait_s
+        for member in self.round.expected():
+            member.timed_out, member.waited_s = patient, wait_s
+            self._out_of_round(member, self._lateness(member, self.round, now), now)
+
+    def _look_for_the_overdue(self, now: float) -> None:
+        """A round has no deadline before its quorum is there, and with `deterministic` none after
+        it. While nobody could go on without those it waits for, they have their time: a first batch
+        may compile for minutes. Where others could take part, it waits no longer than any round,
+        and longer each time that it was in vain; where that would change the bits, or only those
+        could go on who have pushed everything, half as long as until the run is given up."""
+        current = self.round
+        if current is None or (self.next_deadline() or math.inf) < math.inf:
+            return
+        waited, longest = now - current.opened_at, self._longest_wait_s
+        if waited < longest or not (awaited := current.expected()):
+            return
+        others, whole = self._could_take_part(current, now), any(map(current.whole, current.inside))
+        limit = math.inf
+        if others and not self.rules.deterministic:
+            limit = longest * 2 ** min(max(0, self._overdue_rounds - 1), OVERDUE_DOUBLINGS)
+        elif others or whole:
+            limit = max(longest, self.rules.idle_timeout / 2)
+        if waited < min(limit, self.rules.idle_timeout):
+            if self._said_overdue != current.number:
+                self._said_overdue = current.number
+                self._warn(self._awaited(now))
+            return
+        for member in awaited:
+            member.timed_out, member.waited_s = True, waited
+        if whole:
+            for member in awaited:
+                self._out_of_round(member, self._lateness(member, current, now), now)
+        elif others:
+            why = f"{self._awaited(now)}, while {', '.join(p.name for p in others)} could take part"
+            self._overdue_rounds += 1
+            self._void(why.removeprefix(f"round {current.number} "))
+            for member in awaited:
+                self._judge(self.peers[member.session], member, RETURNED, now)
+
+    @property
+    def _longest_wait_s(self) -> float:
+        """How long any round may wait for somebody, where others could go on."""
+        longest = MAX_WAIT_TIMEOUTS * self.rules.heartbeat_timeout
+        return max(longest, self.rules.timeout or 0.0)
+
+    def _could_take_part(self, current: Round, now: float) -> list[Peer]:
+        """Workers that are here and have no part in this round: they wait for a lease, or for a
+        snapshot that could be given now."""
+        held = any(p.state == REPLICA for p in self.peers.values())
+        snapshot = held and "worker" in self._may_take_snapshot(now)
+        return [
+            p
+            for p in self.peers.values()
+            if p.role == "worker"
+            and ((member := current.member_of(p)) is None or member.out is not None)
+            and (p.ready is not None or (p.state == WAITING and snapshot))
+        ]
+
+    def _awaited(self, now: float) -> str:
+        """For whom the open round waits, as a sentence; empty where there is none."""
+        if self.round is None:
+            return ""
+        names = [
+            f"{m.name} (last seen {now - self.peers[m.session].last_seen:.1f} s ago)"
+            for m in self.round.expected()
+        ]
+        waited = now - self.round.opened_at
+        return f"round {self.round.number} has waited {waited:.0f} s for {', '.join(names)}"
+
+    def _lateness(self, member: Member, current: Round, now: float) -> str:
+        peer = self.peers[member.session]
+        p95 = peer.push_time_p95
+        usual = "" if p95 is None else f"p95 {p95:.2f} s, "
+        peer.took(now - current.opened_at)  # at least this long
+        return f"late ({usual}last seen {now - peer.last_seen:.1f} s ago)"
+
+    def _progress(self, now: float) -> None:
+        """Close what is complete; then start what can start: a snapshot, a round, the end."""
+        if self.ended is not None:
+            return
+        if self.ending is not None:
+            if not self._start_snapshot(now) and not self._observer_catches_up(now):
+                self._end()
+            return
+        if self._comeback is not None:
+            self._await_comeback(now)
+        self._choose_origin()
+        if self.layout is None:
+            return
+        if self.round is not None:
+            if not self.round.complete:
+                return
+            close, before = self._settle(now), len(self._effects)
+            hopeless = self._bad_rounds >= self.rules.max_bad_rounds
+            following = None if hopeless else self._try_open(now)
+            # Told before what follows from it: who gives a snapshot of this step must have it.
+            closed = Closed(msgspec.structs.replace(close, open=following))
+            self._effects.insert(before, closed)
+            self._say_late(close)
+            if hopeless:
+                why = "rounds in a row brought nothing but gradients that had to be refused"
+                self._begin_end(f"{self._bad_rounds} {why}: {close.reason}", True, now)
+                self._progress(now)
+                return
+        elif (following := self._try_open(now)) is not None:
+            self._effects.append(Publish(following))
+        self._tell_lost()
+        if self.ledger is not None and (broken := self._hopeless()) is not None:
+            self._begin_end(f"{broken}: {self._first_lost()}", True, now)
+            self._progress(now)
+        elif self.round is None and self.snapshot is None and self._everything_done():
+            assert self.ledger is not None
+            if self.ledger.skipped and not self.ledger.done + self.ledger.partly:
+                self._begin_end(
+                    f"no sample could be trained on, all {self.ledger.skipped} were skipped",
+                    True,
+                    now,
+                )
+            else:
+                self._begin_end("all epochs are done", False, now)
+            self._progress(now)
+
+    def _everything_done(self) -> bool:
+        return self.ledger is not None and self.ledger.finished
+
+    def _settle(self, now: float) -> Close:
+        """The complete round becomes the next update of the log."""
+        current = self.round
+        assert current is not None and self.ledger is not None
+        contributors, late, partly, losses = {}, {}, {}, []
+        for worker, m in sorted(current.members.items()):
+            tally = self.tallies.setdefault(worker, Tally(m.host))
+            how = current.settlement(m)
+            if how == PARTLY:
+                partly[worker] = tuple(sorted(m.got))
+            if how != RETURNED:
+                self.ledger.settle(m.lease, how, m.unread)
+            elif m.lease not in self._held:
+                self.ledger.settle(m.lease, how)
+            if m.unread:
+                self._unread_by.add(worker)
+            if m.got:
+                contributors[worker] = m.samples
+                tally.samples += m.samples
+                tally.rounds += 1
+                if m.loss is not None and math.isfinite(m.loss):
+                    losses.append((m.samples, m.loss))
+            if how != DONE:
+                late[worker] = m.out or ""
+                tally.late += 1
+            peer = self.peers.get(m.session)
+            if peer is not None and m.lease in peer.leases:
+                peer.leases.remove(m.lease)
+            self._may_compute_still(m)
+            if peer is not None:
+                self._judge(peer, m, how, now)
+        self._look_for_the_slow(current, now)
+        self._look_for_the_deaf()
+        refused = any(m.bad is not None for m in current.members.values())
+        self._bad_rounds = self._bad_rounds + 1 if refused and not contributors else 0
+        weight = sum(n for n, _ in losses)
+        self.step += 1
+        self._log_begun = True
+        self.round = None
+        self._busy_at, self._overdue_rounds = now, 0
+        close = Close(
+            nonce=self.nonce,
+            round=current.number,
+            step=self.step,
+            lineage="",
+            buckets=current.averaged(),
+            contributors=contributors,
+            late=late,
+            loss=sum(n * loss for n, loss in losses) / weight if weight else None,
+            seconds=now - current.opened_at,
+            ledger=self.ledger.state(),
+            reason=current.shortfall(late),
+            partly=partly,
+        )
+        self.lineage = next_lineage(self.lineage, close)
+        self._lineages[self.step] = self.lineage
+        return msgspec.structs.replace(close, lineage=self.lineage)
+
+    def _void(self, why: str) -> None:
+        current = self.round
+        assert current is not None
+        if self.ledger is not None:
+            for member in current.members.values():
+                if member.lease not in self._held:
+                    self.ledger.settle(member.lease, RETURNED)
+                self._may_compute_still(member)
+                peer = self.peers.get(member.session)
+                if peer is not None and member.lease in peer.leases:
+                    peer.leases.remove(member.lease)
+        self.round = None
+        self._effects.append(Void(current.number))
+        self._say(f"round {current.number} is void: {why}")
+
+    def _try_open(self, now: float) -> Open | None:
+        """Open the next round, or start a snapshot, if something stands in the way of neither."""
+        if self.snapshot is not None or self.round is not None or self._everything_done():
+            return None
+        ready = self._takers(now)
+        may_open = self._enough(ready, now)
+        if self._start_snapshot(now, only=self._may_take_snapshot(now) if may_open else None):
+            return None
+        if not may_open:
+            return None
+        if not self.started and len(ready) < self.rules.num_workers:
+            self._warn(f"starting with {len(ready)} of {self.rules.num_workers} workers")
+        for peer in self.workers_ready():
+            if peer not in ready:  # it may have got some while it was needed
+                self._return_leases(peer)
+        self._hand_out(ready)
+        members = {p.id: Member(p, p.leases[0]) for p in ready if p.leases}
+        if not members:
+            return None
+        self.started = True
+        self._snapshot_rests = False
+        self._rounds += 1
+        assert self.layout is not None
+        self.round = Round(
+            self._rounds,
+            self.step + 1,
+            now,
+            members,
+            buckets=self._buckets,
+            tensors=len(self.layout.tensors),
+            quorum=self.rules.quorum,
+            in_order=self.rules.deterministic,
+        )
+        return self.open_message()
+
+    def _enough(self, ready: list[Peer], now: float) -> bool:
+        """Are there workers enough for a round: at the start all, or those that came in time?"""
+        if len(ready) < self.rules.min_workers:
+            return False
+        if self.started or len(ready) >= self.rules.num_workers:
+            return True
+        return self._ready_since is not None and (
+            now >= self._ready_since + self.rules.join_timeout
+        )
+
+    # ------------------------------------------------------------------ inside: who holds up others
+
+    def _takers(self, now: float) -> list[Peer]:
+        """The workers that get leases: those that are ready, without those that brought nothing to
+        the last rounds. Where too few are left, as many of these as are needed: first whose rest is
+        over first."""
+        ready = self.workers_ready()
+        takers = [p for p in ready if now >= p.rests_until]
+        missing = max(1, self.rules.min_workers) - len(takers)
+        if missing > 0:
+            resting = [p for p in ready if now < p.rests_until]
+            takers += sorted(resting, key=lambda p: p.rests_until)[:missing]
+        return sorted(takers, key=lambda p: p.id)
+
+    def _judge(self, peer: Peer, member: Member, how: str, now: float) -> None:
+        """What a member's part in a closed round says about it."""
+        if how == DONE:
+            peer.proven = True
+            if peer.owes:
+                peer.owes = False
+                self._wasted_by.pop(peer.id, None)
+                self._wasted = 0
+        if member.got:
+            peer.empty_rounds, peer.vain_s, peer.rests = 0, 0.0, 0
+            peer.rests_until = -math.inf
+        elif member.timed_out:
+            peer.empty_rounds += 1
+            peer.vain_s += member.waited_s
+            self._leave_out_if_due(peer, now)
+
+    def _leave_out_if_due(self, peer: Peer, now: float) -> None:
+        """Whoever brings nothing, though rounds waited for it as long as they do, is left out for
+        as long as they waited, twice as long the next time and so on. It is time that counts: one
+        that never pushes costs a tenth of it in the end, however short the rounds of others are.
+        Before that it has the time to catch up with what it missed, as one whose cable was out has
+        to: while rounds wait for it the log grows slowly."""
+        if peer.empty_rounds < EMPTY_ROUNDS or peer.vain_s < self._longest_wait_s:
+            return
+        if len(self.workers_ready()) < 2:
+            return
+        rest_s = peer.vain_s * min(2**peer.rests, REST_TIMES_MAX)
+        self._warn(
+            f"{peer.name} brought nothing to {peer.empty_rounds} rounds in a row, which waited "
+            f"{peer.vain_s:.0f} s for it: rounds go on without it for {rest_s:.0f} s",
+            peer,
+        )
+        peer.rests, peer.vain_s, peer.rests_until = peer.rests + 1, 0.0, now + rest_s
+        self._return_leases(peer)
+
+    def _look_for_the_slow(self, current: Round, now: float) -> None:
+        """A round that waits for one member most of its time has a sentence, once."""
+        ends = sorted((m.whole_at, w) for w, m in current.members.items() if m.whole_at is not None)
+        if len(ends) < 2 or len(ends) < len(current.members):
+            return
+        (before, _), (last, slowest) = ends[-2:]
+        for worker, member in current.members.items():
+            peer = self.peers.get(member.session)
+            if peer is None:
+                continue
+            held_s = last - before
+            holds_up = worker == slowest and held_s > max(SLOW_S, (now - current.opened_at) / 2)
+            peer.slow_rounds = peer.slow_rounds + 1 if holds_up else 0
+            if peer.slow_rounds == SLOW_ROUNDS:
+                self.prompted.add(peer.session)
+                if not peer.said_slow:
+                    peer.said_slow = True
+                    self._warn(
+                        f"every round waits {held_s:.2f} s for {peer.name}: the others are done "
+                        f"after {before - current.opened_at:.2f} s",
+                        peer,
+                    )
+
+    def _look_for_the_deaf(self) -> None:
+        """Who fetches nearly every update seems to get nothing of what is published."""
+        if self.step % DEAF_STEPS:
+            return
+        for peer in self.peers.values():
+            if peer.fetches > DEAF_SHARE * DEAF_STEPS and peer.session not in self.deaf:
+                self.deaf.add(peer.session)
+                self._warn(
+                    f"{peer.name} fetches nearly every update: it seems to get nothing of what is "
+                    "published (is the port after the server's blocked?); it is sent on its link",
+                    peer,
+                )
+            peer.fetches = 0
+
+    # ------------------------------------------------------------------ inside: snapshots
+
+    def _may_take_snapshot(self, now: float) -> Collection[str]:
+        """The roles that need not wait for a snapshot while rounds can go on: nobody right after
+        another one, unless the last round was in vain, and no workers as long as those before made
+        nothing of theirs."""
+        if self._snapshot_rests and not self._overdue_rounds:
+            return ()
+        return ("observer", "worker") if now >= self._next_snapshot_at else ("observer",)
+
+    def _start_snapshot(self, now: float, only: Collection[str] | None = None) -> bool:
+        """Between rounds, the first one who waits for a snapshot (and has one of these roles) gets
+        it; those who made nothing of theirs come last. Is one under way now?"""
+        if self.snapshot is not None or self.round is not None:
+            return self.snapshot is not None
+        joiner = min(
+            (
+                p
+                for p in self.peers.values()
+                if p.state == WAITING
+                and p.join
+                and (self.ending is None or p.role == "observer")
+                and (only is None or p.role in only)
+            ),
+            key=lambda p: self._wasted_by.get(p.id, 0),
+            default=None,
+        )
+        givers = [p for p in self.peers.values() if p.state == REPLICA]
+        if joiner is None or not givers:
+            return False
+        # First whoever has failed this joiner least: a joiner gives up after a few snapshots, and
+        # what others say of a giver may be a lie. Who has proven nothing yet is the last to be
+        # asked. The observer's id is 0.
+        giver = min(
+            givers,
+            key=lambda p: (
+                joiner.failed_by.get(p.id, 0),
+                p.failed_gives,
+                not _has_shown(p),
+                p.id,
+            ),
+        )
+        self._snapshots += 1
+        self.snapshot = Snapshot(self._snapshots, giver.session, joiner.session, now)
+        joiner.state = ADOPTING
+        self._send(giver, Give(snapshot=self._snapshots, step=self.step, lineage=self.lineage))
+        return True
+
+    def _snapshot_was_wasted(self, joiner: Peer, now: float) -> None:
+        """Nobody who contributes came of a snapshot: after some of these in a row the next ones
+        wait, so that who joins again and again, by whatever name, does not stop the training."""
+        if joiner.role == "observer":
+            return
+        self._wasted += 1
+        self._wasted_by[joiner.id] = self._wasted_by.get(joiner.id, 0) + 1
+        beyond = min(self._wasted - WASTED_SNAPSHOTS, WAIT_DOUBLINGS)
+        if beyond > 0:
+            wait_s = self.rules.heartbeat_timeout * 2 ** (beyond - 1)
+            self._next_snapshot_at = now + wait_s
+            self._warn(
+                f"{self._wasted} snapshots in a row brought nobody who took part then: rounds go "
+                f"on for {wait_s:.0f} s before the next one",
+                joiner,
+            )
+
+    def _gave_nothing(self, giver: Peer, joiner: Peer, now: float) -> None:
+        """A snapshot came to nothing. The name of a state is no secret: a worker that knows it, but
+        has neither contributed nor given it to anybody, may hold nothing while others wait."""
+        giver.failed_gives += 1
+        failed = joiner.failed_by[giver.id] = joiner.failed_by.get(giver.id, 0) + 1
+        if _has_shown(giver):
+            return
+        if max(giver.failed_gives, failed) >= FAILED_GIVES:  # by whatever greeting
+            why = f"gave its state to nobody in {FAILED_GIVES} attempts"
+            self._warn(f"{giver.name} {why}: it is taken for one that has none", giver)
+            self._disbelieved.add(giver.id)
+            if giver.state == REPLICA:
+                self._take_out(giver, why, now)
+                self._send(giver, Greet(join=True))
+
+    def _abort_snapshot(
+        self, why: str, now: float, blamed: Collection[str], *, but: Peer | None = None
+    ) -> None:
+        """Both sides are told, `but` not the one who knows: it would join again once more. The
+        sessions that are `blamed` may have failed: giver, joiner or both.
+
+        A joiner gives up after some that it missed. A giver that has shown nothing is asked a few
+        times only, so what it does not give is not among them: else one that only says that it
+        holds the state, at a moment when nobody else does, would end honest joiners. Neither is
+        what ends by the joiner itself, which joins anew then.
+        """
+        snap = self.snapshot
+        assert snap is not None
+        self.snapshot = None
+        self._snapshot_rests = True
+        joiner, giver = self.peers[snap.joiner], self.peers[snap.giver]
+        self._warn(f"snapshot {snap.number} is off: {why}", joiner)
+        left = but is joiner and giver.session not in blamed
+        if _has_shown(giver) and not left:
+            joiner.missed += 1
+        if giver.session in blamed:
+            self._gave_nothing(giver, joiner, now)
+        if joiner.session in blamed:
+            self._snapshot_was_wasted(joiner, now)
+        for session in (snap.giver, snap.joiner):
+            peer = self.peers.get(session)
+            if peer is not None:
+                if peer is not but:
+                    self._send(peer, Abort(snapshot=snap.number, reason=why))
+                if peer.state == ADOPTING:
+                    peer.state = GREETED  # it joins again when it has understood
+
+
+def _has_shown(peer: Peer) -> bool:
+    """Is it more than its word? The log holds something of it, or it is the observer, which has
+    shown its key: a greeting proves nothing."""
+    return peer.role == "observer" or peer.proven
+
+
+def _believed(peer: Peer) -> bool:
+    """Does what it says about its weights count?"""
+    return peer.state == REPLICA and _has_shown(peer)

@@ -1,0 +1,82 @@
+"""How each worker went that had taken part, and what that means once nobody is left.
+
+Who left in order does not come back by itself; who failed may be started again by a supervisor; who
+fell silent (power, a cable, `kill -9`) may still be there, or come back.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from paramserver.protocol.messages import FINISHED
+
+LEFT, FAILED, SILENT = "left", "failed", "fell silent"
+FAILED_TIMEOUTS = 3  # heartbeat timeouts that a supervisor has to start a failed worker again
+NAMED_MAX, REASON_MAX = 4, 200  # workers, and characters of what each said, in one sentence
+
+
+class Departure(msgspec.Struct, frozen=True):
+    name: str
+    how: str
+    reason: str
+    at: float
+
+
+class Departures:
+    """The newest departure of each worker that had joined. Times are those of `Rounds`; a silent
+    worker is awaited for `silent_s`, others for `timeout_s` or a multiple of it. What is kept is
+    bounded by the number of ids that workers may have."""
+
+    def __init__(self, timeout_s: float, silent_s: float) -> None:
+        self._timeout_s, self._silent_s = timeout_s, silent_s
+        self._went: dict[int, Departure] = {}
+        self._took_part: set[int] = set()
+        self._since = 0.0
+
+    def joined(self, id: int) -> None:
+        """This worker takes part."""
+        self._took_part.add(id)
+
+    def went(self, id: int, name: str, how: str, reason: str, now: float) -> None:
+        """This worker is not here any more."""
+        self._since = now
+        if id in self._took_part:
+            self._went[id] = Departure(name, how, reason, now)
+
+    def due(self, now: float) -> float | None:
+        """When the run ends, if nobody is here any more and nobody comes; None while somebody is
+        awaited who fell silent, or if nobody has taken part."""
+        how = {d.how for d in self._went.values() if not self._is_given_up(d, now)}
+        if SILENT in how or not how:
+            return None
+        return self._since + self._timeout_s * (FAILED_TIMEOUTS if FAILED in how else 1)
+
+    def verdict(self, *, own: bool) -> tuple[str, bool]:
+        """Why the run ends when all have gone, and whether that is an error. `own`: each had
+        samples of its own, so that nothing is left undone by those who left in order."""
+        went = sorted(self._went.items())
+        left = [d for _, d in went if d.how == LEFT]
+        others = [d for _, d in went if d.how != LEFT]
+        if not own:
+            all_failed = not left and all(d.how == FAILED for d in others)
+            what = "failed" if all_failed else "left before all samples were done"
+            return f"every worker has {what}: {_told([*others, *left])}", True
+        what = "finished" if all(d.reason == FINISHED for d in left) else "left"
+        if not left:
+            return f"no worker has finished: {_told(others)}", True
+        if others:
+            return f"every worker has {what}, except: {_told(others)}", False
+        return f"every worker has {what}", False
+
+    def _is_given_up(self, departure: Departure, now: float) -> bool:
+        return departure.how == SILENT and now - departure.at > self._silent_s
+
+
+def _told(departures: list[Departure]) -> str:
+    told = [
+        f"{d.name} {d.how}" + (f": {d.reason[:REASON_MAX]}" if d.reason else "")
+        for d in departures[:NAMED_MAX]
+    ]
+    if len(departures) > NAMED_MAX:
+        told.append(f"and {len(departures) - NAMED_MAX} more")
+    return "; ".join(told)

@@ -1,0 +1,80 @@
+"""What `rounds` decides, as values: the server carries them out, in their order."""
+
+from __future__ import annotations
+
+import msgspec
+
+from paramserver.protocol.messages import Close, End, Layout, Message
+
+
+class Effect(msgspec.Struct, frozen=True):
+    pass
+
+
+class Send(Effect, frozen=True):
+    """To one peer's link."""
+
+    session: str
+    message: Message
+
+
+class Publish(Effect, frozen=True):
+    """To everybody."""
+
+    message: Message
+
+
+class Start(Effect, frozen=True):
+    """The layout is known now: make room for its sums."""
+
+    layout: Layout
+    step: int
+
+
+class Add(Effect, frozen=True):
+    """Add the payload that came with this push to the bucket's sum, `samples` times."""
+
+    worker: int
+    bucket: int
+    samples: int
+
+
+class Finish(Effect, frozen=True):
+    """Divide the bucket's sum by `samples` and publish it."""
+
+    round: int
+    step: int
+    bucket: int
+    samples: int
+    absent: tuple[int, ...]
+
+
+class Closed(Effect, frozen=True):
+    """An update entered the log: keep it with the round's averages, and publish it."""
+
+    close: Close
+
+
+class Void(Effect, frozen=True):
+    """The open round came to nothing: forget its sums."""
+
+    round: int
+
+
+class Say(Effect, frozen=True):
+    """A sentence for the log; `warning` where somebody should look."""
+
+    text: str
+    warning: bool = False
+
+
+class Remove(Effect, frozen=True):
+    """The peer is gone; forget its sockets."""
+
+    session: str
+
+
+class Ended(Effect, frozen=True):
+    """The run is over; tell everybody."""
+
+    end: End

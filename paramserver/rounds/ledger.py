@@ -1,0 +1,485 @@
+"""The ledger: which samples of which epoch are leased, done, or still to do.
+
+The work of a run is one endless queue of ranges, epoch after epoch without a barrier. A lease takes
+a range from its head; the last range of an epoch may be short. What comes back is put in front, in
+its old order, so that nothing is skipped, and what has been counted never comes back, so that
+nothing is applied twice. At any time, in samples:
+
+    done + partly + skipped + leased + returned + ahead = epochs * samples
+
+A range that workers die of would kill them all, one after the other: deaths are counted by range
+(`died`). Two that tell of an error, or three of any kind, and the range is halved; of a half one
+more is enough, and what cannot be halved any further, or not without the last workers, is skipped.
+What is skipped so, what nobody could read and what was dropped is named in `lost`. In the epochs
+that follow, the samples that killed are skipped wherever they lie (`places`).
+
+Where workers bring samples of their own there is nothing to lease out: `OwnLedger` counts what they
+tell.
+
+No clock, no socket; the state goes as a small dict into every close (`state`, `from_state`).
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Callable, Iterator, Sequence
+from typing import Annotated, Any
+
+import msgspec
+
+from paramserver.errors import PeerError
+from paramserver.protocol.messages import OWN, Lease
+
+DONE, PARTLY, SKIPPED, RETURNED = "done", "partly", "skipped", "returned"
+
+KILLED, AGAIN, UNREAD, DROPPED = "killed", "again", "unread", "dropped"
+"""Why samples are lost: workers died of them, or did in an earlier epoch; they could not be read;
+or they were the short rest of an epoch that was not wanted."""
+
+Places = Callable[[int, Lease, int], Sequence[int]]
+"""Where, of a set of so many, the samples of a range lie in the order of another epoch."""
+
+ERRORS_MAX, DEATHS_MAX = 2, 3  # of a range, with an error and in all
+STRANGERS_MAX = 9  # where nobody of them had contributed before
+SUSPECTS_KEPT = 64
+LOST_NAMED = 32
+KILLED_RANGES_MAX = 8
+COUNTS = ("samples", "done", "partly", "skipped")
+SHARE_MAX = 100  # at most one sample in so many may be unreadable, or kill
+
+
+class Suspect(msgspec.Struct, frozen=True, array_like=True):
+    """A range that workers died of, and how often it was halved before."""
+
+    lease: Lease
+    errors: Annotated[int, msgspec.Meta(ge=0, le=2**20)]
+    silent: Annotated[int, msgspec.Meta(ge=0, le=2**20)]
+    halvings: Annotated[int, msgspec.Meta(ge=0, le=2**20)] = 0
+    believed: bool = True
+    """One of them at least had contributed before: anybody can greet, and seem to die."""
+
+    @property
+    def due(self) -> bool:
+        if not self.believed:
+            return self.errors + self.silent >= STRANGERS_MAX
+        return self.errors >= ERRORS_MAX or self.errors + self.silent >= DEATHS_MAX
+
+
+class Lost(msgspec.Struct, frozen=True, array_like=True):
+    """A range that is skipped, and why."""
+
+    lease: Lease
+    why: str
+
+
+class LedgerState(msgspec.Struct, frozen=True):
+    """What a replica keeps of a ledger. Leases that were out count as waiting again."""
+
+    samples: int
+    epochs: int
+    head: tuple[int, int]
+    waiting: tuple[Lease, ...]
+    done: int
+    partly: int
+    skipped: int
+    own: bool = False
+    """It was an `OwnLedger`."""
+    unread: int = 0
+    killed: int = 0
+    killed_ranges: int = 0
+    suspects: Annotated[tuple[Suspect, ...], msgspec.Meta(max_length=SUSPECTS_KEPT)] = ()
+    lost: Annotated[tuple[Lost, ...], msgspec.Meta(max_length=LOST_NAMED)] = ()
+
+
+def check_counts(state: dict[str, Any]) -> None:
+    """What a replica computes with in what a close tells of the ledger is there, and numbers; the
+    rest is looked at by `Ledger.from_state`, where something is made of it. Raises `PeerError`."""
+    for name in COUNTS:
+        if type(state.get(name)) is not int:
+            raise PeerError(f"`{name}` of the ledger is no number")
+
+
+class Ledger:
+    """Samples of `epochs` passes over a set of `samples`; see the module's head."""
+
+    def __init__(self, samples: int, epochs: int) -> None:
+        self.samples = samples
+        self.epochs = epochs
+        self.done = 0
+        self.partly = 0
+        self.skipped = 0
+        self._epoch, self._start = 0, 0  # the head of what was never leased
+        self._waiting: list[Lease] = []  # returned ranges, sorted; they go first
+        self._leased: set[Lease] = set()
+        self._suspects: dict[Lease, Suspect] = {}
+        self.unread = 0  # samples that could not be read, of those skipped
+        self.killed, self.killed_ranges = 0, 0  # samples that workers died of, in so many ranges
+        self.lost: list[Lost] = []
+        """The first ranges that are lost, by name."""
+        self.news: list[Lost] = []
+        """What was lost since somebody took this list."""
+        self.places: Places | None = None
+        self._deadly: tuple[tuple[int, int], list[int]] = (-1, 0), []  # of an epoch, see `_avoided`
+        self._least = 1
+        self._spare = False
+
+    def lease(self, size: int, least: int = 1, drop_last: bool = False) -> Lease | None:
+        """The next range of at most `size` samples; None when nothing is left to lease.
+
+        No rest of fewer than `least` samples stays behind: it is part of the range before it. With
+        `drop_last` the last range of an epoch is dropped where it is short.
+        """
+        if size < 1:
+            raise ValueError("a lease holds at least one sample")
+        self._least = max(1, least)
+        while True:
+            returned = bool(self._waiting)
+            taken = self._from_waiting(size) if returned else self._from_head(size)
+            if taken is None or returned or not drop_last:
+                break
+            if taken[2] < self.samples or taken[2] - taken[1] >= size:  # not a short rest
+                break
+            self.skipped += taken[2] - taken[1]
+            self._lose(taken, DROPPED)
+        if taken is not None:
+            self._leased.add(taken)
+            self._pass_deadly()  # nothing else may be left
+        return taken
+
+    def _from_waiting(self, size: int) -> Lease:
+        epoch, start, stop = self._waiting.pop(0)
+        while stop - start < self._least:  # of a worker to whom that was enough
+            if self._waiting and self._waiting[0][:2] == (epoch, stop):
+                stop = self._waiting.pop(0)[2]
+            elif (self._epoch, self._start) == (epoch, stop) and self._end_of(epoch, stop) > stop:
+                stop = self._advance(size)
+            else:
+                break
+        if stop - start - size >= self._least:
+            self._waiting.insert(0, (epoch, start + size, stop))
+            return epoch, start, start + size
+        rest = self._end_of(epoch, stop) - stop
+        if (self._epoch, self._start) == (epoch, stop) and 0 < rest < self._least:
+            stop = self._advance(rest)  # too short to be a range of its own
+        return epoch, start, stop
+
+    def _from_head(self, size: int) -> Lease | None:
+        self._pass_deadly()
+        if self._epoch >= self.epochs or self.samples == 0:
+            return None
+        epoch, start = self._epoch, self._start
+        return epoch, start, self._advance(size)
+
+    def _advance(self, size: int) -> int:
+        """Take so many samples from the head, and what would be too short to follow them; returns
+        the place where they end."""
+        end = self._end_of(self._epoch, self._start)
+        stop = min(self._start + size, end)
+        if end - stop < self._least:
+            stop = end
+        self._move_head(stop)
+        return stop
+
+    def _move_head(self, stop: int) -> None:
+        self._epoch, self._start = (
+            (self._epoch, stop) if stop < self.samples else (self._epoch + 1, 0)
+        )
+
+    def _pass_deadly(self) -> None:
+        """Skip samples at the head that killed in an earlier epoch, and what is too short between
+        two of them."""
+        while self._epoch < self.epochs and (avoided := self._avoided(self._epoch)):
+            start = self._start
+            end = self._end_of(self._epoch, start)
+            if end - start >= max(1, self._least):
+                return
+            while end in avoided:
+                end += 1
+            self.skipped += end - start
+            self.killed += end - start
+            self._lose((self._epoch, start, end), AGAIN)
+            self._move_head(end)
+
+    def _end_of(self, epoch: int, start: int) -> int:
+        """The next place from `start` on that no range may hold, or the epoch's end."""
+        avoided = self._avoided(epoch)
+        found = bisect.bisect_left(avoided, start)
+        return avoided[found] if found < len(avoided) else self.samples
+
+    def _avoided(self, epoch: int) -> list[int]:
+        """Where the samples that killed in earlier epochs lie in this one, in order."""
+        killers = [x.lease for x in self.lost if x.why == KILLED and x.lease[0] < epoch]
+        if not killers or self.places is None:
+            return []
+        key = (epoch, len(killers))
+        if self._deadly[0] != key:
+            found = {p for lease in killers for p in self.places(self.samples, lease, epoch)}
+            self._deadly = key, sorted(found)
+        return self._deadly[1]
+
+    def settle(self, lease: Lease, how: str, unread: Sequence[int] = ()) -> None:
+        """End a lease: done, partly, skipped (all counted) or returned to the queue's head.
+
+        `unread`: places in it, in order, of the samples that could not be read. They are skipped,
+        whatever becomes of the rest.
+        """
+        if how not in (DONE, PARTLY, SKIPPED, RETURNED):
+            raise ValueError(how)
+        self._leased.remove(lease)
+        if how == RETURNED:
+            self._put_back(lease)
+            return
+        self._acquit(lease)
+        epoch, start, stop = lease
+        for first, last in _runs(unread):
+            self._lose((epoch, start + first, start + last), UNREAD)
+        self.unread += len(unread)
+        if how == SKIPPED:
+            self.skipped += stop - start
+            return
+        self.skipped += len(unread)
+        if how == DONE:
+            self.done += stop - start - len(unread)
+        else:
+            self.partly += stop - start - len(unread)
+
+    def died(self, lease: Lease, *, error: bool, spare: bool, believed: bool = True) -> None:
+        """A worker died while it computed this range, with an error or without a word.
+
+        `spare`: there are workers enough to look for the part of it that kills. `believed`: it had
+        contributed before. A range that was settled, halved or leased in parts meanwhile has its
+        answer.
+        """
+        if lease not in self._leased and lease not in self._waiting:
+            return
+        known = [s for s in self._suspects.values() if _overlap(s.lease, lease)]
+        self._suspect(
+            Suspect(
+                lease,
+                errors=max((s.errors for s in known), default=0) + error,
+                silent=max((s.silent for s in known), default=0) + (not error),
+                halvings=max((s.halvings for s in known), default=0),
+                believed=believed or any(s.believed for s in known),
+            )
+        )
+        self._spare = spare
+        if lease in self._waiting:
+            self._waiting.remove(lease)
+            self._put_back(lease)
+
+    def lived(self, lease: Lease) -> None:
+        """Who seemed to have died of it without a word did not."""
+        suspect = self._suspects.get(lease)
+        if suspect is not None and suspect.silent:
+            self._suspect(msgspec.structs.replace(suspect, silent=suspect.silent - 1))
+
+    def _suspect(self, suspect: Suspect) -> None:
+        self._suspects.pop(suspect.lease, None)
+        if suspect.errors + suspect.silent:
+            self._suspects[suspect.lease] = suspect
+        while len(self._suspects) > SUSPECTS_KEPT:
+            del self._suspects[next(iter(self._suspects))]
+
+    def _put_back(self, lease: Lease) -> None:
+        """What comes back waits; what killed too often is halved, or skipped."""
+        epoch, start, stop = lease
+        suspect = self._suspects.get(lease)
+        if suspect is None or not suspect.due:
+            bisect.insort(self._waiting, lease)
+            return
+        self._acquit(lease, rests=False)
+        if stop - start >= 2 * self._least and (suspect.halvings == 0 or self._spare):
+            middle = (start + stop) // 2
+            for half in ((epoch, start, middle), (epoch, middle, stop)):
+                self._suspect(Suspect(half, ERRORS_MAX - 1, 1, suspect.halvings + 1))
+                bisect.insort(self._waiting, half)
+            return
+        self.skipped += stop - start
+        self.killed += stop - start
+        self.killed_ranges += 1
+        self._lose(lease, KILLED)
+
+    def _acquit(self, lease: Lease, rests: bool = True) -> None:
+        """Nothing is suspected of this range any more; but still of what others with it had."""
+        epoch, start, stop = lease
+        for s in [s for s in self._suspects.values() if _overlap(s.lease, lease)]:
+            del self._suspects[s.lease]
+            for rest in ((epoch, s.lease[1], start), (epoch, stop, s.lease[2])):
+                if rests and rest[1] < rest[2] and rest not in self._suspects:
+                    self._suspect(msgspec.structs.replace(s, lease=rest))
+
+    def _lose(self, lease: Lease, why: str) -> None:
+        self.news.append(Lost(lease, why))
+        if len(self.lost) < LOST_NAMED:
+            self.lost.append(Lost(lease, why))
+
+    def take_news(self) -> list[Lost]:
+        """What was lost since the last call."""
+        news, self.news = self.news, []
+        return news
+
+    @property
+    def _most_lost(self) -> int:
+        epochs = min(self._epoch + 1, max(1, self.epochs))
+        return max(1, self.samples // SHARE_MAX) * epochs
+
+    @property
+    def too_many_unread(self) -> bool:
+        return self.unread > self._most_lost
+
+    @property
+    def hopeless(self) -> str | None:
+        """Why it makes no sense to go on: more is skipped than a data set may have of what is
+        broken. None while it is less."""
+        most = self._most_lost
+        if self.too_many_unread:
+            return f"{self.unread} samples could not be read, more than one in {SHARE_MAX}"
+        if self.killed > most and self.killed_ranges > KILLED_RANGES_MAX:
+            return (
+                f"workers died of {self.killed_ranges} ranges of {self.killed} samples, "
+                f"more than one in {SHARE_MAX}"
+            )
+        return None
+
+    @property
+    def exhausted(self) -> bool:
+        """Nothing left to lease (leases may still be out, and come back)."""
+        return not self._waiting and (self._epoch >= self.epochs or self.samples == 0)
+
+    @property
+    def finished(self) -> bool:
+        return self.exhausted and not self._leased
+
+    @property
+    def untouched(self) -> bool:
+        """Nothing was trained on, and nobody died: the set may as well be another one."""
+        return not (self.counted or self._leased or self._suspects)
+
+    @property
+    def remembers(self) -> bool:
+        """It knows of samples that workers died of."""
+        return bool(self._suspects or self.killed)
+
+    @property
+    def counted(self) -> int:
+        """Samples that are settled for good."""
+        return self.done + self.partly + self.skipped
+
+    @property
+    def total(self) -> int:
+        return self.samples * self.epochs
+
+    def leased(self) -> int:
+        return sum(stop - start for _, start, stop in self._leased)
+
+    def unleased(self) -> int:
+        waiting = sum(stop - start for _, start, stop in self._waiting)
+        return waiting + max(0, (self.epochs - self._epoch) * self.samples - self._start)
+
+    def state(self) -> dict[str, Any]:
+        """JSON-ready; leases that are out are written as waiting, as a restart would see them."""
+        state: dict[str, Any] = {
+            "samples": self.samples,
+            "epochs": self.epochs,
+            "head": (self._epoch, self._start),
+            "waiting": sorted([*self._waiting, *self._leased]),
+            "done": self.done,
+            "partly": self.partly,
+            "skipped": self.skipped,
+        }
+        rare = {
+            "unread": self.unread,
+            "killed": self.killed,
+            "killed_ranges": self.killed_ranges,
+            "suspects": [msgspec.to_builtins(s) for s in self._suspects.values()],
+            "lost": [msgspec.to_builtins(lost) for lost in self.lost],
+        }
+        return {**state, **{name: value for name, value in rare.items() if value}}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any], epochs: int | None = None) -> Ledger:
+        """The ledger that `state` tells of, with `epochs` in place of its own if given.
+
+        Raises `msgspec.ValidationError` (a ValueError) for what no ledger can have told.
+        """
+        s = msgspec.convert(state, LedgerState)
+        epoch, start = s.head
+        waiting = sorted(s.waiting)
+        counts = (s.samples, s.epochs, s.done, s.partly, s.skipped, epoch, start)
+        if min(counts) < 0 or start >= max(1, s.samples):
+            raise msgspec.ValidationError("the ledger's numbers cannot be right")
+        before = (0, 0)  # ranges lie apart, and behind the head
+        for lease in waiting:
+            if not (0 <= lease[1] < lease[2] <= s.samples and before <= lease[:2]):
+                raise msgspec.ValidationError(f"{lease} cannot wait in the ledger")
+            before = (lease[0], lease[2])
+        if before > s.head:
+            raise msgspec.ValidationError("what waits in the ledger was never leased")
+        if s.own and (s.samples, s.head, waiting) == (0, (0, 0), []):
+            own = OwnLedger()
+            own.done, own.partly, own.skipped = s.done, s.partly, s.skipped
+            return own
+        spans = sum(stop - start for _, start, stop in waiting)
+        if s.done + s.partly + s.skipped + spans != epoch * s.samples + start:
+            raise msgspec.ValidationError("the ledger's sums do not agree")
+        if min(s.unread, s.killed, s.killed_ranges) < 0 or s.unread + s.killed > s.skipped:
+            raise msgspec.ValidationError("the ledger's numbers cannot be right")
+        for lease in (*(suspect.lease for suspect in s.suspects), *(lost.lease for lost in s.lost)):
+            if not (0 <= lease[0] <= epoch and 0 <= lease[1] < lease[2] <= s.samples):
+                raise msgspec.ValidationError(f"the ledger has no range {lease}")
+        if any(lost.why not in (KILLED, AGAIN, UNREAD, DROPPED) for lost in s.lost):
+            raise msgspec.ValidationError("samples are lost for no reason that there is")
+        ledger = cls(s.samples, s.epochs if epochs is None else epochs)
+        ledger.done, ledger.partly, ledger.skipped = s.done, s.partly, s.skipped
+        ledger._epoch, ledger._start = s.head
+        ledger._waiting = waiting
+        ledger.unread, ledger.killed = s.unread, s.killed
+        ledger.killed_ranges, ledger.lost = s.killed_ranges, list(s.lost)
+        ledger._suspects = {suspect.lease: suspect for suspect in s.suspects}
+        return ledger
+
+
+class OwnLedger(Ledger):
+    """Of a run whose workers bring samples of their own: what they tell is counted, no more.
+
+    There is always another lease, `OWN`, and what is returned is forgotten: it is the worker's.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(samples=0, epochs=0)
+
+    def lease(self, size: int, least: int = 1, drop_last: bool = False) -> Lease | None:
+        return OWN
+
+    def died(self, lease: Lease, *, error: bool, spare: bool, believed: bool = True) -> None:
+        """Nobody else gets them."""
+
+    def settle(self, lease: Lease, how: str, unread: Sequence[int] = ()) -> None:
+        """`lease` is (0, 0, so many samples as were told)."""
+        if how != RETURNED:
+            self._leased.add(lease)
+            super().settle(lease, how)
+
+    @property
+    def exhausted(self) -> bool:
+        return False
+
+    def state(self) -> dict[str, Any]:
+        return {**super().state(), "own": True}
+
+
+def _overlap(a: Lease, b: Lease) -> bool:
+    return a[0] == b[0] and a[1] < b[2] and b[1] < a[2]
+
+
+def _runs(places: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Places in order, as ranges of neighbours."""
+    start = stop = -1
+    for place in places:
+        if place != stop:
+            if stop > 0:
+                yield start, stop
+            start = place
+        stop = place + 1
+    if stop > 0:
+        yield start, stop

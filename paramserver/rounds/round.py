@@ -1,0 +1,355 @@
+"""Who takes part, and the open round: what is expected of whom, and what of it has come.
+
+A `Peer` is a worker or the observer while it is known to the server, a `Member` a worker's part in
+one `Round`. A round knows which pushes it can use, whether enough have come, and which bucket is
+complete; `rounds` decides what follows from that.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from itertools import pairwise
+
+import msgspec
+
+from paramserver.protocol.messages import OWN, Join, Lease, Manifest, Piece, Push, Ready, Want
+from paramserver.rounds.effects import Add, Effect, Finish
+from paramserver.rounds.ledger import DONE, PARTLY, RETURNED, SKIPPED
+
+PUSH_TIMES_KEPT = 64
+SNAPSHOT_TIMEOUTS = 3  # heartbeat timeouts that a snapshot may take, beside the time for its bytes
+SNAPSHOT_BYTES_PER_S = 2**20  # a link that is slower cannot train either
+PIECES_MAX = 2**20
+WANTS_MAX = 16  # pieces that are on their way at a time
+DTYPE_BYTES = {
+    **dict.fromkeys(("bool", "uint8", "int8"), 1),
+    **dict.fromkeys(("float16", "bfloat16", "int16", "uint16"), 2),
+    **dict.fromkeys(("float32", "int32", "uint32", "complex32"), 4),
+    **dict.fromkeys(("float64", "int64", "uint64", "complex64"), 8),
+    "complex128": 16,
+    **dict.fromkeys(
+        ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu"), 1
+    ),
+}
+"""What a snapshot may hold; see `workers.replica.state`."""
+
+GREETED, WAITING, ADOPTING, REPLICA = "greeted", "waiting", "adopting", "replica"
+
+
+class Peer:
+    """A worker or the observer, from its Hello to its end."""
+
+    def __init__(self, session: str, role: str, id: int, nonce: str, host: str, pid: int) -> None:
+        self.session = session
+        self.role = role
+        self.id = id
+        self.nonce = nonce
+        self.host = host
+        self.pid = pid
+        self.state = GREETED
+        self.join: Join | None = None
+        self.ready: Ready | None = None
+        self.leases: list[Lease] = []
+        self.left_with: Lease | None = None  # the lease that it computed when it left its loop
+        self.late_with: Lease | None = None  # of a round that is over, and it may still compute it
+        self.last_seen = 0.0
+        self.push_time_p95: float | None = None
+        """Seconds from a round's opening to the end of this worker's push, in most of the last."""
+        self._push_times: deque[float] = deque(maxlen=PUSH_TIMES_KEPT)
+        self.failed_gives = 0
+        self.failed_by: dict[int, int] = {}  # by id of a giver: snapshots that this one did not get
+        self.missed = 0  # in a row that it did not get, see `wire.Admit`
+        self.replica_since = 0  # the step at which it became one
+        self.returns = False  # it was part of this run before this server was
+        self.wrong = False  # its weights are not the run's: only a snapshot helps
+        self.found_wrong = 0  # how often
+        self.proven = False  # it was the origin, or a whole gradient of it is in the log
+        self.owes = False  # it took a snapshot, and has contributed nothing since
+        self.given_by = ""  # session of whoever gave its last snapshot
+        self.empty_rounds = 0  # in a row that it brought nothing to, as long as they waited
+        self.vain_s = 0.0  # so long they waited, since it was left out the last time
+        self.rests_until = -math.inf  # the time from which on it gets a lease again
+        self.rests = 0  # how often in a row it was left out
+        self.fetches = 0  # since it was last looked at, one for each step of the log
+        self.fetched_at = -1  # the log's step
+        self.slow_rounds = 0  # in a row that had nothing to wait for but its push
+        self.said_slow = False
+        self.stands_at: int | None = None
+        self.kept_at: int | None = None  # the step of which it has kept what is to stay
+
+    @property
+    def name(self) -> str:
+        return f"worker {self.id} ({self.host})" if self.role == "worker" else "the observer"
+
+    def took(self, seconds: float) -> None:
+        """So long after a round's opening its push was whole, or was given up."""
+        self._push_times.append(seconds)
+        times = sorted(self._push_times)
+        self.push_time_p95 = times[min(len(times) - 1, math.ceil(0.95 * len(times)))]
+
+
+class Tally(msgspec.Struct):
+    """What one worker did in the whole run, for the summary."""
+
+    host: str
+    rounds: int = 0
+    samples: int = 0
+    late: int = 0
+
+
+class Snapshot:
+    """A snapshot on its way from one replica to another: a manifest once, then each piece once.
+
+    Only what brings it nearer to its end is passed on, and counts as progress.
+    """
+
+    def __init__(self, number: int, giver: str, joiner: str, now: float) -> None:
+        self.number = number
+        self.giver = giver
+        self.joiner = joiner
+        self.began_at = self.progress_at = now
+        self.waits_for = giver
+        self.pieces: int | None = None  # that the manifest tells of
+        self.piece_bytes = 0
+        self._wanted: set[int] = set()
+        self.delivered: set[int] = set()
+
+    @property
+    def complete(self) -> bool:
+        return self.pieces is not None and len(self.delivered) == self.pieces
+
+    def limit_s(self, timeout_s: float) -> float:
+        """How long it may have taken by now, from what it has brought."""
+        brought = len(self.delivered) * self.piece_bytes
+        return SNAPSHOT_TIMEOUTS * timeout_s + brought / SNAPSHOT_BYTES_PER_S
+
+    def tells(self, manifest: Manifest) -> str | None:
+        """The manifest: what cannot be right about it, None when nothing is wrong."""
+        pieces, step = 0, manifest.piece_bytes
+        if step < 1:
+            return f"pieces of {step} bytes"
+        for dtype, shape in manifest.tensors:
+            width = DTYPE_BYTES.get(dtype)
+            if width is None or any(d < 0 for d in shape):
+                return f"a tensor of {dtype[:20]!r} and shape {shape[:8]}"
+            pieces += -(-width * math.prod(shape) // step)
+            if pieces > PIECES_MAX:
+                return f"more than {PIECES_MAX} pieces"
+        self.pieces, self.piece_bytes = pieces, step
+        return None
+
+    def advance(self, message: Manifest | Want | Piece, now: float) -> bool:
+        """Does this bring the snapshot nearer to its end? Then it goes on to the other side."""
+        if isinstance(message, Manifest):
+            self.waits_for = self.joiner
+        elif isinstance(message, Want):
+            piece, under_way = message.piece, len(self._wanted) - len(self.delivered)
+            known = self.pieces is not None and 0 <= piece < self.pieces
+            if not known or piece in self._wanted or under_way >= WANTS_MAX:
+                return False
+            self._wanted.add(piece)
+            self.waits_for = self.giver
+        else:
+            if message.piece not in self._wanted or message.piece in self.delivered:
+                return False
+            self.delivered.add(message.piece)
+            if len(self._wanted) == len(self.delivered):
+                self.waits_for = self.joiner
+        self.progress_at = now
+        return True
+
+
+class Member:
+    """A worker's part in the open round."""
+
+    def __init__(self, peer: Peer, lease: Lease) -> None:
+        self.name = peer.name
+        self.host = peer.host
+        self.session = peer.session
+        self.lease = lease
+        self.got: set[int] = set()  # buckets whose push was taken
+        self.without: set[int] = set()  # buckets that it has nothing for
+        self.added: set[int] = set()  # of those, the ones already told to be added
+        self.out: str | None = None  # why no more is expected of it
+        self.bad: str | None = None  # why a bucket was refused as bad
+        self.loss: float | None = None
+        self.whole_at: float | None = None
+        self.timed_out = False  # the round waited as long as any round does
+        self.waited_s = 0.0  # so long in vain: since its quorum, where it had one
+        self.unread: tuple[int, ...] = ()  # places in the lease of what could not be read
+
+    def tells(self, push: Push) -> None:
+        """The first push tells how many samples a worker took that brings its own, and which ones
+        of a lease could not be read."""
+        if self.lease == OWN:
+            self.lease = (0, 0, push.samples)
+        self.unread = push.unread
+
+    @property
+    def size(self) -> int:
+        return self.lease[2] - self.lease[1]
+
+    @property
+    def samples(self) -> int:
+        """Those that were computed."""
+        return self.size - len(self.unread)
+
+
+class Round:
+    """The open round that leads to `step`, of `buckets` buckets and `tensors` parameters.
+
+    After a `quorum` of those still expected its deadline runs. `in_order`: gradients are added in
+    the order of the workers' ids, which is that of `members`.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        step: int,
+        opened_at: float,
+        members: dict[int, Member],
+        *,
+        buckets: int,
+        tensors: int,
+        quorum: float,
+        in_order: bool,
+    ) -> None:
+        self.number = number
+        self.step = step
+        self.opened_at = opened_at
+        self.members = members
+        self.absent: dict[int, set[int]] = {}
+        self.finished: set[int] = set()
+        self.quorum_at: float | None = None
+        self._buckets = buckets
+        self._tensors = tensors
+        self._quorum = quorum
+        self._in_order = in_order
+
+    def member_of(self, peer: Peer) -> Member | None:
+        """The peer's part in this round (of this session, not of an earlier one)."""
+        member = self.members.get(peer.id)
+        return member if member is not None and member.session == peer.session else None
+
+    def refusal(self, peer: Peer, push: Push) -> str | None:
+        """Why this push must not be used; None when its payload may be looked at."""
+        if push.round != self.number:
+            return f"round {push.round} is not open; round {self.number} is"
+        member = self.member_of(peer)
+        if member is None:
+            return f"{peer.name} has no lease in round {push.round}"
+        if member.bad is not None:
+            return f"a bucket of this round was refused: {member.bad}"
+        if member.out is not None:
+            return f"too late for round {push.round}: {member.out}"
+        if push.bucket in member.got or push.bucket in member.without:
+            return f"bucket {push.bucket} of round {push.round} came twice"
+        if not 0 <= push.bucket < self._buckets:
+            return f"there is no bucket {push.bucket}"
+        if member.lease == OWN:
+            if push.samples < 1:
+                return f"{push.samples} samples pushed"
+            if push.unread:
+                return "samples of its own are told to be unreadable"
+        elif member.got and push.unread != member.unread:
+            return "other samples could not be read than in the bucket before"
+        elif push.samples < 1 or push.samples + len(push.unread) != member.size:
+            but = f", {len(push.unread)} not readable" if push.unread else ""
+            return f"{push.samples} samples pushed{but} for a lease of {member.size}"
+        elif not _in_order(push.unread, member.size):
+            return "it names samples that its lease does not have"
+        if any(not 0 <= index < self._tensors for index in push.absent):
+            return "it names parameters that the run does not have"
+        if any(
+            not 0 <= bucket < self._buckets or bucket in member.got or bucket == push.bucket
+            for bucket in push.without
+        ):
+            return "it has nothing for buckets that are not there, or that it pushed"
+        return None
+
+    def take(self, member: Member, push: Push) -> None:
+        """A push that `refusal` let pass and whose numbers are good."""
+        member.got.add(push.bucket)
+        member.without.update(push.without)
+        if push.loss is not None:
+            member.loss = push.loss
+        absent = self.absent.get(push.bucket)
+        if absent is None:
+            self.absent[push.bucket] = set(push.absent)
+        else:
+            absent.intersection_update(push.absent)
+
+    def whole(self, member: Member) -> bool:
+        """Has it pushed everything?"""
+        return len(member.got) + len(member.without) == self._buckets
+
+    def expected(self) -> list[Member]:
+        """Those of whom something is still to come."""
+        return [m for m in self.members.values() if m.out is None and not self.whole(m)]
+
+    @property
+    def inside(self) -> list[Member]:
+        """Those who are not out."""
+        return [m for m in self.members.values() if m.out is None]
+
+    @property
+    def deserted(self) -> bool:
+        """Is nobody left who pushed everything, still may, or was refused for bad numbers?"""
+        return all(m.out is not None and m.bad is None for m in self.members.values())
+
+    @property
+    def complete(self) -> bool:
+        return len(self.finished) == self._buckets
+
+    def look_for_quorum(self, now: float) -> None:
+        """Have enough of those who are not out pushed everything?"""
+        needed = math.ceil(self._quorum * len(self.inside))
+        if self.quorum_at is None and sum(map(self.whole, self.inside)) >= max(1, needed):
+            self.quorum_at = now
+
+    def advance(self, bucket: int) -> list[Effect]:
+        """Add what may be added, in order where that is asked for, and finish a full bucket."""
+        if bucket in self.finished:
+            return []
+        effects: list[Effect] = []
+        complete = True
+        for worker, member in self.members.items():
+            if bucket in member.got:
+                if bucket not in member.added and (complete or not self._in_order):
+                    member.added.add(bucket)
+                    effects.append(Add(worker, bucket, member.samples))
+            elif member.out is None and bucket not in member.without:
+                complete = False
+        if complete:
+            self.finished.add(bucket)
+            samples = sum(m.samples for m in self.members.values() if bucket in m.got)
+            if samples:
+                absent = tuple(sorted(self.absent[bucket]))
+                effects.append(Finish(self.number, self.step, bucket, samples, absent))
+        return effects
+
+    def averaged(self) -> tuple[int, ...]:
+        """The buckets that anybody contributed to."""
+        return tuple(sorted(self.absent))
+
+    def settlement(self, member: Member) -> str:
+        """What becomes of its samples, in the ledger's words."""
+        if self.whole(member):
+            return DONE
+        if member.got:
+            return PARTLY
+        return RETURNED if member.bad is None else SKIPPED
+
+    def shortfall(self, late: dict[int, str]) -> str:
+        """The close's sentence: who is `late` and why; empty where nobody is."""
+        if not late:
+            return ""
+        count, who = len(self.members), [f"{self.members[w].name} {why}" for w, why in late.items()]
+        return f"round {self.number} closed with {count - len(late)} of {count}: {'; '.join(who)}"
+
+
+def _in_order(places: tuple[int, ...], size: int) -> bool:
+    """Are these places in a lease of `size`, each once and in order?"""
+    limits = (-1, *places, size)
+    return all(a < b for a, b in pairwise(limits))

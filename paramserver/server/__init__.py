@@ -1,0 +1,1 @@
+"""The server: it carries out what `paramserver.rounds` decides."""

@@ -1,0 +1,201 @@
+"""The observer's process beside the server: started, looked after, started again."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import BinaryIO
+
+import msgspec
+
+from paramserver.errors import UserError
+from paramserver.net.address import LOOPBACK
+from paramserver.output.runfolder import RunFolder
+from paramserver.server.server import Server
+from paramserver.settings import Settings
+
+OBSERVER_RESTARTS = 3
+OBSERVER_PROVEN_S = 60.0  # one that ran for so long is started again as if it was the first
+OBSERVER_PATIENCE_S = 90.0
+OBSERVER_PAUSE_S = 5.0  # until it is tried again to make its process
+LOG_LINES, LOG_BYTES = 5, 4096  # of the observer's log, to say why it ended
+
+
+class ObserverProcess:
+    """The observer beside the server: started, looked after, started again when it dies."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        folder: RunFolder,
+        run: str,
+        key: str,
+        resume: Path | None,
+        problem: Callable[[str], None],
+    ) -> None:
+        self._folder = folder
+        self._problem = problem
+        self._orders = {
+            "host": LOOPBACK,
+            "port": settings.port,
+            "key": key,
+            "run": run,
+            "folder": str(folder.path),
+            "settings": asdict(settings),
+            "resume": None if resume is None else str(resume),
+        }
+        self._deaths = 0  # in a row, but for what ran well in between
+        self._started_at = 0.0
+        self._again_at = 0.0  # not before: there was no room for a process
+        self._here_at: float | None = None  # when this process was last known to the server
+        self.problem: UserError | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        self._started_at, self._here_at = time.monotonic(), None
+        with self._open_log() as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "workers.observer.observer"],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,  # Ctrl-C is for the server, which tells its observer
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )
+        assert process.stdin is not None
+        with suppress(BrokenPipeError):  # it may die at once; `look` tells
+            process.stdin.write(msgspec.json.encode(self._orders) + b"\n")
+            process.stdin.flush()  # and stays open: its end tells that the server is gone
+        return process
+
+    def _open_log(self) -> BinaryIO:
+        try:
+            return open(self._log, "ab")
+        except OSError as error:
+            self._problem(f"{self._log} cannot be written, the observer runs without: {error}")
+            return open(os.devnull, "ab")
+
+    def look(self, server: Server) -> None:
+        """Has it ended? Then start it again, or end the run where that cannot help."""
+        now, ended = time.monotonic(), server.rounds.ended is not None
+        if self._process is None:
+            awaited = server.rounds.coming_back  # those who hold the run come first
+            if not awaited and not ended and self.problem is None and now >= self._again_at:
+                self._begin(server, now)
+            return
+        here = server.rounds.observer
+        if here is not None and here.pid == self._process.pid:  # not of one that is dead
+            self._here_at = now
+        elif server.rounds.ending and not ended and self._hangs(now, server):
+            server.watcher.say("the observer does not answer: it is ended", True)
+            self._process.kill()
+            self._process.wait()
+        code = self._process.poll()
+        server.rounds.observer_comes = code is None
+        if code is None or ended or self.problem is not None:
+            return
+        well = now - self._started_at > OBSERVER_PROVEN_S
+        self._deaths = 1 if well else self._deaths + 1
+        if code == 2:
+            self._cannot(server, "the observer could not start", _last_error(self._log))
+        elif self._deaths > OBSERVER_RESTARTS:
+            why = f"the observer ended {self._deaths} times in a row, the last time {_how(code)}"
+            last_chance = server.rounds.log_begun and server.rounds.ending is None
+            self._cannot(
+                server, "the observer cannot be kept running", (why, _last_lines(self._log))
+            )
+            if last_chance:  # workers hold the last step until the end: one more, to keep that
+                self._begin(server, now)
+        else:
+            server.watcher.say(f"the observer ended ({_how(code)}): starting it again", True)
+            self._begin(server, now)
+
+    def _begin(self, server: Server, now: float) -> None:
+        """Start a process; where the system has no room for one, try again in a while."""
+        if server.rounds.log_begun:
+            self._orders["resume"] = None  # others hold what follows: it takes a snapshot
+        server.rounds.observer_comes = True
+        try:
+            self._process = self._start()
+        except OSError as error:  # no memory, or too many processes
+            self._process, self._again_at = None, now + OBSERVER_PAUSE_S
+            self._deaths += 1
+            why = f"the observer cannot be started: {error.strerror or error}"
+            if self.problem is None and self._deaths <= OBSERVER_RESTARTS:
+                server.watcher.say(f"{why}: trying again", True)
+                return
+            server.rounds.observer_comes = False
+            if self.problem is None:
+                self._cannot(server, why, (why, "end other programs, or use observer=false"))
+
+    def _hangs(self, now: float, server: Server) -> bool:
+        """Was it there, and is silent for so long that the last step is not left to it?"""
+        silence = server.settings.heartbeat_timeout
+        return self._here_at is not None and now - self._here_at > silence
+
+    def _cannot(self, server: Server, reason: str, problem: tuple[str, str]) -> None:
+        """No observer can be had: the run ends, or goes on ending without it."""
+        self.problem = UserError(*problem)
+        self._problem(f"{reason}: {problem[0]}")
+        server.stop(reason, error=True)
+
+    @property
+    def _log(self) -> Path:
+        return self._folder.observer_log
+
+    def finish(self) -> None:
+        """Wait for its end, which may take its loggers' last upload; kill it after that."""
+        if self._process is None:
+            return
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):
+            self._process.stdin.close()
+        # A thread wakes up when it ends; `wait` with a limit looks again and again instead.
+        waiting = threading.Thread(target=self._process.wait, name="observer's end", daemon=True)
+        waiting.start()
+        waiting.join(OBSERVER_PATIENCE_S)
+        if waiting.is_alive():
+            self._process.kill()
+            waiting.join()
+
+
+def _last_error(log: Path) -> tuple[str, str]:
+    """Problem and hint that an observer printed before it exited with code 2."""
+    try:
+        lines = log.read_text(errors="replace").splitlines()
+    except OSError:
+        lines = []
+    starts = [i for i, line in enumerate(lines) if line.startswith("error: ")]
+    if not starts:
+        return "the observer could not start", f"see {log}"
+    first = lines[starts[-1]].removeprefix("error: ")
+    return first, "\n".join(line.strip() for line in lines[starts[-1] + 1 :])
+
+
+def _how(code: int) -> str:
+    """How a process ended, in words."""
+    if code >= 0:
+        return f"exit code {code}"
+    name = signal.Signals(-code).name
+    memory = ", perhaps since memory was short" if -code == signal.SIGKILL else ""
+    return f"exit code {code}: {name}{memory}"
+
+
+def _last_lines(log: Path) -> str:
+    """The end of an observer's log, as a hint."""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - LOG_BYTES))
+            lines = file.read().decode(errors="replace").splitlines()
+    except OSError:
+        lines = []
+    told = [line.rstrip() for line in lines if line.strip()][-LOG_LINES:]
+    return "\n".join([*told, f"see {log}"])

@@ -1,0 +1,337 @@
+"""A run from its settings to its exit code: the server, and the observer beside it."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import socket
+import sys
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from zmq.utils import z85
+
+from paramserver import terminal, trace
+from paramserver.config.loading import from_wire, save, to_wire
+from paramserver.errors import UserError
+from paramserver.fleet.supervisor import MARK
+from paramserver.keys import load_or_make
+from paramserver.keys import path as keys_path
+from paramserver.net import link_watch, machine
+from paramserver.net.address import listen
+from paramserver.net.mdns import Announcement
+from paramserver.output import runfolder, stored
+from paramserver.output.runfolder import Record, RunFolder, Unended
+from paramserver.protocol import messages as wire
+from paramserver.server.observer_process import ObserverProcess
+from paramserver.server.server import Server
+from paramserver.server.watcher import Show, other_metrics
+from paramserver.settings import Settings
+from paramserver.tensors.bucket import BUCKET_MB, LINKED_BUCKET_MB
+from paramserver.transport.sockets import allow_connections, is_loopback
+
+MISSING = 3  # exit code
+PERSON_S = 30.0  # to a question at the start; the workers wait longer for their server
+
+
+def summarize(server: Server, show: Show, end: wire.End) -> dict[str, Any]:
+    """What summary.json holds. Figures of an evaluation stand there only if it was of the last
+    step; `last_evaluation` has the newest one with its own step."""
+    seconds = show.seconds(server, server.closed_at or server.first_open_at or 0.0)
+    sent_bytes, received_bytes = show.traffic(server)
+    ledger = server.rounds.ledger
+    values = show.val if show.val_step == end.step else {}
+    tallies = show.tallies(server)
+    digests = {name: d for name, (step, d) in server.digests.items() if step == end.step}
+    reference = digests.get("the observer") or next(iter(digests.values()), None)
+    return {
+        "steps": end.step,
+        "samples": show.samples,
+        "seconds": seconds,
+        "steps_per_s": show.steps / seconds if seconds else None,
+        "samples_per_s": show.samples / seconds if seconds else None,
+        "val_accuracy": values.get("val_accuracy"),
+        "val_loss": values.get("val_loss"),
+        "metrics": other_metrics(values),
+        "last_evaluation": None if show.val_step is None else {"step": show.val_step, **show.val},
+        "train_loss": show.train_loss(),
+        "workers": len(tallies),
+        "sent_bytes": sent_bytes,
+        "received_bytes": received_bytes,
+        "digest": reference,
+        "replicas_equal": len(set(digests.values())) == 1 if len(digests) > 1 else None,
+        "digests": digests,
+        "samples_done": ledger.done if ledger else 0,
+        "samples_partly": ledger.partly if ledger else 0,
+        "samples_skipped": ledger.skipped if ledger else 0,
+        "samples_lost": server.rounds.lost_by_name(),
+        "per_worker": [
+            {"id": i, "host": t.host, "samples": t.samples, "rounds": t.rounds, "late": t.late}
+            for i, t in sorted(tallies.items())
+        ],
+        "end": end.reason,
+        "problems": show.problems.all(),
+        "run": server.run_id,
+    }
+
+
+def serve(settings: Settings) -> int:
+    """Run a server with its observer to the end of the run; the exit code.
+
+    Where the newest run of this port has not ended (its server was killed) and has the same
+    settings, it goes on, if anybody comes back to it.
+    """
+    trace.begin("server")
+    allow_connections()
+    host_ip, chosen = machine.settle(settings)
+    hosts, guarded = listen(host_ip, settings.security)
+    linked = not all(map(is_loopback, (*hosts, *guarded)))
+    default = LINKED_BUCKET_MB if linked else BUCKET_MB
+    settings = replace(settings, bucket_mb=settings.bucket_mb or default)
+    at = Listening(hosts, guarded, chosen)
+    parent, told = Path(settings.run_dir), to_wire(settings)
+    here = Record(
+        run=secrets.token_hex(8),
+        host=socket.gethostname(),
+        port=settings.port,
+        settings=told,
+        host_ip=settings.host_ip,
+        machine=machine.identity(),
+    )
+    resume, before, said = None, None, ""
+    if settings.resume is not None:
+        if not settings.observer:
+            raise UserError(
+                f"resume={settings.resume} with observer=false: nobody would load the checkpoint",
+                "the observer does that: leave observer=false out, or load the checkpoint in your "
+                "own script before attach()",
+            )
+        resume = runfolder.find_checkpoint(settings.resume, parent)
+    else:
+        before = runfolder.unended(parent, settings.port, told, settings.host_ip)
+    if before is not None:
+        as_it_is, said = _going_on(before, settings)
+        if as_it_is is not None:
+            record = msgspec.structs.replace(
+                before.record, host=here.host, host_ip=here.host_ip, machine=here.machine
+            )
+            code = _serve(as_it_is, at, before.folder, record, comeback=True)
+            if code is not None:
+                return code
+        before.folder.close()
+    folder = RunFolder.create(parent, datetime.now())
+    record = msgspec.structs.replace(here, number=folder.number)
+    code = _serve(settings, at, folder, record, resume=resume, said=said)
+    assert code is not None
+    return code
+
+
+def _going_on(before: Unended, settings: Settings) -> tuple[Settings | None, str]:
+    """The settings to go on with it, None for a new run; and what is to be said of it then.
+
+    Where it is only nearly the run that was asked for a person decides, if one is there.
+    """
+    if not before.differs:
+        return settings, ""
+    path, port = before.folder.path, before.record.port
+    said = f"{path} has not ended, and is nearly this run: {', '.join(before.differs)}"
+    rest = f"a new run begins; resume={path} would go on from its last checkpoint"
+    try:
+        as_it_is = replace(from_wire(settings, before.record.settings), port=port)
+    except UserError:  # of another version
+        return None, f"{said}; {rest}"
+    if not settings.plain and terminal.somebody_answers():
+        terminal.say(said)
+        question = f"go on with it as it is there, y, or begin a new run, N ({PERSON_S:g} s)? "
+        return (as_it_is, "") if terminal.asked(question, PERSON_S) else (None, rest)
+    return None, f"{said}; started with that it would go on, {rest}"
+
+
+@dataclass(frozen=True)
+class Listening:
+    """Where a server listens: for all, and for holders of its keys only; why, if it chose."""
+
+    hosts: list[str]
+    guarded: list[str]
+    why: str
+
+
+def _serve(
+    settings: Settings,
+    at: Listening,
+    folder: RunFolder,
+    record: Record,
+    *,
+    resume: Path | None = None,
+    comeback: bool = False,
+    said: str = "",
+) -> int | None:
+    """Run the server of one run; None where it was to go on and nobody came back to it. `said`:
+    what is to be told of another run."""
+    hosts, guarded = at.hosts, at.guarded
+    keys, new_keys = None, False
+    show = Show(settings, folder)
+    noted = folder.noted() if comeback else None
+    run, key = record.run, secrets.token_hex(16)
+    try:
+        if guarded:
+            keys, new_keys = load_or_make()
+        server = Server(
+            settings, record.settings, show,
+            hosts=hosts, run=run, observer_key=key, comeback=noted,
+            guarded=guarded, keys=None if keys is None else keys.for_server(),
+            paths=link_watch.read(os.environ),
+        )  # fmt: skip
+    except UserError:
+        folder.close()
+        if not comeback:
+            folder.path.rmdir()  # nothing is in it
+        raise
+    for number in terminal.ending_signals():
+        signal.signal(number, lambda n, _: _stop(server, n))
+    observer = None
+    try:
+        if not comeback:
+            _save_config(settings, folder)
+        folder.remember(folder.config)
+        show.tell(folder.write_record(record))
+        show.tell(folder.open_note())
+        where = ", ".join(f"{h}:{settings.port}" for h in (*hosts, *guarded))
+        if said:
+            show.say(said, warning=True)
+        if at.why:
+            show.say(at.why)
+        show.say(f"server at {where}, run folder {folder.path}")
+        if keys is not None:
+            if new_keys:
+                show.say(f"made the keys of this cluster: {keys_path()}")
+            if MARK in os.environ:  # the workers have it from `make up`, and a log is a file
+                command = f"make keys host_ip={guarded[0]}"
+                show.say(f"the join token, for further machines: {command}, in {Path.cwd()}")
+            else:
+                token = keys.token(guarded[0], settings.port)
+                show.say(f"other machines join with: {_join_command(token)}")
+        elif exposed := [h for h in hosts if not is_loopback(h)]:
+            show.say(
+                f"security=none: whoever reaches {', '.join(exposed)} can read the model and "
+                "spoil the training"
+            )
+        if comeback:
+            show.say(
+                "this run has not ended: waiting for its replicas to come back "
+                f"(a new one begins if nobody does in {settings.heartbeat_timeout:g} s)"
+            )
+        public = None if keys is None else z85.decode(keys.for_server().public)
+        show.announcement = Announcement(guarded or hosts, settings.port, run, public)
+        if settings.observer:
+            observer = show.observer = ObserverProcess(
+                settings, folder, run, key, resume, show.problem
+            )
+            observer.look(server)
+        end = server.run()
+    finally:
+        server.close()
+        if show.announcement is not None:
+            show.announcement.close()
+        if observer is not None:
+            observer.finish()
+        show.tell(folder.close())
+        show.display.close() if sys.exc_info()[0] else None
+    if server.rounds.put_off:
+        show.say("stopped before the run went on: its workers wait, start the server again")
+        show.display.close()
+        return 1
+    show.tell(folder.write_record(msgspec.structs.replace(record, ended=True)))
+    if end is None:
+        show.say(
+            f"nobody came back: a new run begins (resume={folder.path} would go on from the last "
+            "checkpoint of the old one)"
+        )
+        show.display.close()
+        return None
+    if observer is not None and observer.problem is not None and not server.rounds.log_begun:
+        show.display.close()
+        raise observer.problem
+    missing = missing_results(show, end) if settings.observer and server.rounds.log_begun else []
+    whole = _write_results(server, show, end, missing)
+    if end.error:
+        return 1
+    return 0 if whole else MISSING
+
+
+def _save_config(settings: Settings, folder: RunFolder) -> None:
+    """The first file of a run: where it cannot be written, nothing else could be kept either."""
+    try:
+        save(settings, folder.config)
+    except OSError as error:
+        with suppress(OSError):
+            folder.config.unlink(missing_ok=True)
+            folder.path.rmdir()
+        raise UserError(
+            f"{folder.config} cannot be written: {error.strerror or error}",
+            "make room, or choose another disk with run_dir=FOLDER",
+        ) from None
+
+
+def missing_results(show: Show, end: wire.End) -> list[str]:
+    """What this run should have left and did not, as far as its files show; nobody is believed."""
+    folder, missing = show.folder, []
+    try:
+        at = stored.step(folder.model, stored.MODEL_FORMAT)
+        if at != end.step:
+            missing.append(f"{folder.model.name} (there is one of step {at})")
+    except stored.Broken:
+        missing.append(folder.model.name)
+    try:
+        stored.step(folder.checkpoints / stored.name(end.step))
+    except stored.Broken:
+        newest = stored.newest_whole(folder.checkpoints)
+        there = "" if newest is None else f" (the newest whole one is {newest.name})"
+        missing.append(f"the last checkpoint{there}")
+    if show.val_step != end.step:
+        there = "" if show.val_step is None else f" (the newest is of step {show.val_step})"
+        missing.append(f"the last evaluation{there}")
+    return missing
+
+
+def _join_command(token: str) -> str:
+    """How a worker is started in the way that this server was."""
+    if "MAKELEVEL" in os.environ:
+        return f"make worker ID=2 JOIN={token}"
+    installed = Path(sys.argv[0]).name == "paramserver-server"
+    return f"{'paramserver-worker' if installed else 'python -m workers'} id=2 join={token}"
+
+
+def _write_results(server: Server, show: Show, end: wire.End, missing: list[str]) -> bool:
+    """Summary, picture and table; whether nothing is missing."""
+    folder = show.folder
+    if folder.unwritten:
+        missing = [*missing, f"{folder.unwritten} lines of {folder.metrics.name}"]
+    if missing:
+        show.problem(f"the run ended, but a result of it is missing: {', '.join(missing)}")
+    told = len(show.problems.all())
+    problem = folder.write_summary(summarize(server, show, end))
+    show.tell(problem)
+    if show.steps:
+        from paramserver.output import curves
+
+        title = f"run {folder.path.name}"
+        show.tell(curves.draw(folder.metrics, folder.curves, title))
+    summary = summarize(server, show, end)
+    if problem is None and len(show.problems.all()) > told:
+        folder.write_summary(summary)  # with that; where it fails the first one stays
+    show.say(f"the run is over at step {end.step}: {end.reason}")
+    show.display.summary({**summary, "workers": summary["per_worker"]}, str(folder.path))
+    show.display.close()
+    return not missing and problem is None
+
+
+def _stop(server: Server, number: int) -> None:
+    # A second one ends the server at once; but a shell and the system may both send SIGHUP.
+    signal.signal(number, signal.SIG_IGN if number == signal.SIGHUP else signal.SIG_DFL)
+    server.stop(f"stopped by {signal.Signals(number).name}")

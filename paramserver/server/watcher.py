@@ -1,0 +1,221 @@
+"""What the server's program shows and writes of a run while it goes on."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Mapping
+from typing import Any
+
+from paramserver.net.mdns import Announcement
+from paramserver.output.display import Display, Status, WorkerStatus
+from paramserver.output.problems import Problems
+from paramserver.output.runfolder import EvalLine, RunFolder, StepLine
+from paramserver.protocol import messages as wire
+from paramserver.rounds.round import Tally
+from paramserver.server.observer_process import ObserverProcess
+from paramserver.server.server import Server
+from paramserver.settings import Settings
+
+LOSSES_KEPT = 100
+RATE_S = 3.0
+
+
+class Show:
+    """The server's watcher: display and run folder."""
+
+    def __init__(self, settings: Settings, folder: RunFolder) -> None:
+        self.settings = settings
+        self.folder = folder
+        self.display = Display(plain=settings.plain)
+        self.losses: deque[tuple[int, float]] = deque(maxlen=LOSSES_KEPT)  # (samples, loss)
+        self.val: dict[str, float | None] = {}  # of the newest evaluation, which was of this step:
+        self.val_step: int | None = None
+        self.problems = Problems()
+        self._take_up()
+        self._marks: deque[tuple[float, int, int, dict[int, int]]] = deque()  # for the rates
+        self._late = ""
+        self.observer: ObserverProcess | None = None
+        self.announcement: Announcement | None = None
+
+    def _take_up(self, before: float = math.inf) -> None:
+        """Go on with what the run's folder tells of its steps before this one."""
+        self.past = self.folder.take_up(before)
+        self.samples, self.steps = self.past.samples, self.past.steps
+
+    def say(self, text: str, warning: bool = False) -> None:
+        self.display.say(text, warning)
+
+    def problem(self, text: str) -> None:
+        """Something was not done that people count on: say it, and keep it for summary.json."""
+        if self.problems.note(text):
+            self.say(text, warning=True)
+
+    def tell(self, problem: str | None) -> None:
+        """A problem, if there is one."""
+        if problem is not None:
+            self.problem(problem)
+
+    def closing(self, close: wire.Close) -> None:
+        self.tell(self.folder.note(close.step, close.lineage))
+
+    def closed(self, server: Server, close: wire.Close) -> None:
+        if self.past.last is not None and self.steps == self.past.steps:
+            self._compare(self.past.last.step, close.step)
+        samples = sum(close.contributors.values())
+        self.samples += samples
+        self.steps += 1
+        if close.loss is not None:
+            self.losses.append((samples, close.loss))
+        if close.reason:
+            self._late = close.reason
+        elif not close.late:
+            self._late = ""
+        sent_bytes, received_bytes = self.traffic(server)
+        self.folder.log(
+            StepLine(
+                step=close.step,
+                seconds=self._seconds(server),
+                loss=close.loss,
+                samples=samples,
+                step_s=close.seconds,
+                workers=tuple(close.contributors),
+                late=tuple(close.late),
+                sent_bytes=sent_bytes,
+                received_bytes=received_bytes,
+                shares=tuple(close.contributors.values()),
+            )
+        )
+        self.tell(
+            self.folder.flush(time.monotonic())
+        )  # at once: a server may be killed at any time
+
+    def _compare(self, noted: int, first: int) -> None:
+        """The last step in a killed server's metrics, and the first one of this server."""
+        if first <= noted:
+            self.tell(f"lost: steps {first} to {noted}, nobody who had seen them came back")
+            self._take_up(first)
+        elif first > noted + 1:
+            self.tell(
+                f"metrics.jsonl lacks steps {noted + 1} to {first - 1}: the server was killed"
+            )
+
+    def reported(self, server: Server, report: wire.Report) -> None:
+        self.val, self.val_step = report.values, report.step
+        line = EvalLine(
+            step=report.step,
+            seconds=self._seconds(server),
+            val_loss=report.values.get("val_loss"),
+            val_accuracy=report.values.get("val_accuracy"),
+            metrics=other_metrics(report.values),
+        )
+        if not report.final:
+            self.folder.log(line)
+
+    def looked(self, server: Server, now: float) -> None:
+        self.tell(self.folder.flush(now))
+        if self.observer is not None:
+            self.observer.look(server)
+        if self.announcement is not None:
+            self.tell(self.announcement.problem())
+        if self.display.due(now):
+            self.display.update(self._status(server, now), now)
+
+    def train_loss(self) -> float | None:
+        """Sample-weighted mean over the newest steps."""
+        weight = sum(n for n, _ in self.losses)
+        return sum(n * loss for n, loss in self.losses) / weight if weight else None
+
+    def traffic(self, server: Server) -> tuple[int, int]:
+        """Bytes sent and received in the whole run."""
+        last = self.past.last
+        before = (last.sent_bytes, last.received_bytes) if last is not None else (0, 0)
+        return before[0] + server.sent_bytes, before[1] + server.received_bytes
+
+    def seconds(self, server: Server, now: float) -> float:
+        """Of the whole run: since its first round was opened, but for the time without a server."""
+        before = self.past.last.seconds if self.past.last is not None else 0.0
+        return before + (now - server.first_open_at if server.first_open_at is not None else 0.0)
+
+    def tallies(self, server: Server) -> dict[int, Tally]:
+        """What each worker did in the whole run. Of one that did not come back to a server that was
+        started again, the host is not known."""
+        tallies = {i: Tally("", *counts) for i, counts in self.past.workers.items()}
+        for i, own in server.rounds.tallies.items():
+            before = tallies.get(i, Tally(""))
+            tallies[i] = Tally(
+                own.host,
+                before.rounds + own.rounds,
+                before.samples + own.samples,
+                before.late + own.late,
+            )
+        return tallies
+
+    def _seconds(self, server: Server) -> float:
+        return self.seconds(server, time.monotonic())
+
+    def _status(self, server: Server, now: float) -> Status:
+        r = server.rounds
+        per_worker = {i: t.samples for i, t in r.tallies.items()}
+        self._marks.append((now, self.steps, self.samples, per_worker))
+        while len(self._marks) > 2 and now - self._marks[1][0] > RATE_S:
+            self._marks.popleft()
+        since, steps, samples, shares = self._marks[0]
+        seconds = now - since
+        ledger = r.ledger
+        members = max(1, len(r.workers_ready()))
+        left = None
+        if ledger is not None and ledger.samples:  # else nobody knows how many will come
+            undone = ledger.total - ledger.counted
+            left = -(-undone // (self.settings.batch_size * members))
+        rate = (self.steps - steps) / seconds if seconds > 0 else None
+        workers = [
+            WorkerStatus(
+                id=p.id,
+                host=p.host,
+                samples_per_s=(per_worker.get(p.id, 0) - shares.get(p.id, 0)) / seconds
+                if seconds > 0
+                else None,
+                trouble=_trouble(p, r.round, now),
+            )
+            for p in sorted(r.peers.values(), key=lambda p: p.id)
+            if p.role == "worker"
+        ]
+        return Status(
+            phase=r.phase(now),
+            step=r.step,
+            total_steps=r.step + left if left is not None else None,
+            epoch=min(ledger.epochs, ledger.counted // ledger.samples + 1)
+            if left is not None and ledger is not None
+            else None,
+            num_epochs=self.settings.num_epochs,
+            loss=self.train_loss(),
+            val_accuracy=self.val.get("val_accuracy"),
+            metrics=other_metrics(self.val),
+            val_step=self.val_step,
+            steps_per_s=rate,
+            samples_per_s=(self.samples - samples) / seconds if seconds > 0 else None,
+            eta_s=left / rate if left is not None and rate else None,
+            workers=workers,
+            late=self._late,
+        )
+
+
+def other_metrics(values: Mapping[str, float | None]) -> dict[str, float | None]:
+    """What an observer told beside loss and accuracy, by its name."""
+    known = ("val_loss", "val_accuracy")
+    return {name.removeprefix("val_"): v for name, v in values.items() if name not in known}
+
+
+def _trouble(peer: Any, current: Any, now: float) -> str:
+    silent = now - peer.last_seen
+    if silent > 3:
+        return f"silent for {silent:.1f} s"
+    if peer.ready is None:
+        return "joining"
+    if current is not None and current.quorum_at is not None and now - current.quorum_at > 0.5:
+        member = current.members.get(peer.id)
+        if member is not None and member.out is None and len(member.got) == 0:
+            return f"late {now - current.quorum_at:.1f} s"
+    return ""

@@ -1,0 +1,1 @@
+"""The exchanged vector: its buckets, codecs and sums."""

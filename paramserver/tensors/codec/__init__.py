@@ -1,0 +1,91 @@
+"""Codecs: how the float32 numbers of a bucket look on the wire.
+
+A codec is two verbs and a check. `encode` writes the numbers of a bucket into new wire buffers and
+may return a scale that travels in the header; `decode` gives the numbers back; `fits` looks at
+buffers that came from elsewhere before they are decoded. Each codec is one file here and one row in
+`CODECS`. Codecs hold no state: any thread may use them.
+
+========  ================  ===================================================  ==============
+codec     bytes a number    what is lost                                         error feedback
+========  ================  ===================================================  ==============
+float32   4                 nothing                                              -
+float16   2                 2^-11 of each number, 2^-34 of the largest           -
+bfloat16  2                 2^-8 of each number                                  -
+int8      1 (and 4 / 1024)  1/254 of the largest of 1024 neighbours              yes
+topk      4 * its share     all but the largest; of these as float16             yes
+========  ================  ===================================================  ==============
+
+What is not finite stays visible: where a NaN or an infinity goes in, a number that is not finite
+comes out. Above 2^127 rounding may lead to infinity.
+
+Gradients of parameters in float64 are in buckets of their own, which travel as they are whatever
+the codec (`codec_of`): who trains in float64 does so for its precision.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from paramserver.tensors.codec.bfloat16 import BFloat16
+from paramserver.tensors.codec.float16 import Float16
+from paramserver.tensors.codec.float32 import AsItIs
+from paramserver.tensors.codec.int8 import Int8
+from paramserver.tensors.codec.lengths import Room, Wire, fresh
+from paramserver.tensors.codec.topk import TopK
+
+__all__ = ["CODECS", "Codec", "Room", "Wire", "codec_of", "fresh"]
+
+
+class Codec(Protocol):
+    """What a codec must offer; `values` and `out` are flat, contiguous float32 on the CPU, of at
+    least one element."""
+
+    leaves_rest: bool
+    """Is `values`, after `encode`, what the buffers do not carry? See `error_feedback`."""
+
+    in_place: bool
+    """Does `encode` hand out the memory of `values` itself?"""
+
+    def fits(self, elements: int, buffers: Wire) -> str | None:
+        """What is wrong with these buffers for a bucket of that many elements; None when nothing
+        is. `decode` may be called only with buffers that fit. Numbers may still be rubbish: not
+        finite, or huge."""
+        ...
+
+    def encode(
+        self, values: Tensor, ratio: float = 0.01, room: Room = fresh
+    ) -> tuple[list[Any], float]:
+        """New wire buffers, made by `room` (bytes -> uint8 tensor), and the scale for the header.
+
+        The caller gives `values` away: it may live on in the buffers, is written to, or is left
+        as the rest. `ratio` is the share of the numbers that topk sends; the others send all.
+        """
+        ...
+
+    def decode(self, buffers: Wire, scale: float, out: Tensor) -> Tensor:
+        """The numbers, in `out` or as a view of the buffers: read them, do not keep them."""
+        ...
+
+
+CODECS: dict[str, Codec] = {
+    "float32": AsItIs(torch.float32),
+    "float16": Float16(),
+    "bfloat16": BFloat16(),
+    "int8": Int8(),
+    "topk": TopK(),
+}
+
+AS_THEY_ARE: dict[str, Codec] = {
+    "float32": CODECS["float32"],
+    "float64": AsItIs(torch.float64),
+    "int64": AsItIs(torch.int64),
+}
+
+
+def codec_of(kind: str, sent: str, codec: str) -> Codec:
+    """That of a bucket, in a run with this codec: it is for gradients in float32, all else travels
+    as it is."""
+    return CODECS[codec] if kind == "grad" and sent == "float32" else AS_THEY_ARE[sent]

@@ -1,0 +1,1 @@
+"""How frames and memory travel between processes: sockets, handshakes, shared memory."""

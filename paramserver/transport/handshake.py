@@ -1,0 +1,218 @@
+"""Who gets in where strangers can knock, and what becomes of handshakes.
+
+Where a server listens for other machines its sockets speak CURVE (`sockets.bind`). A handshake
+that comes that far has proven that it knows the server's public key; pyzmq's authenticator then
+asks the `Gate` whether the peer's own key is the one of the join token. ZeroMQ refuses in silence
+what fails, on both sides; here the events of its sockets are made into sentences.
+"""
+
+from __future__ import annotations
+
+import errno
+import hmac
+import os
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from typing import Any
+
+import zmq
+from zmq.auth.thread import ThreadAuthenticator
+from zmq.utils.monitor import recv_monitor_message
+
+from paramserver.errors import UserError
+from paramserver.transport import sockets
+
+PEERS_TOLD = 100  # of the refused ones, so that a scanner does not fill the log
+HUNG_UP_TIMES = 3  # in the middle of a handshake; then somebody looks why
+LOOK_S = 2.0
+
+_AUTH, _PROTOCOL, _NO_DETAIL, _SUCCEEDED = (
+    zmq.EVENT_HANDSHAKE_FAILED_AUTH,
+    zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL,
+    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL,
+    zmq.EVENT_HANDSHAKE_SUCCEEDED,
+)
+_ACCEPTED, _DISCONNECTED = zmq.EVENT_ACCEPTED, zmq.EVENT_DISCONNECTED
+_HUNG_UP = (errno.EPIPE, errno.ECONNRESET, errno.ECONNABORTED)
+
+
+class Gate:
+    """The gate of one server; it answers as soon as it is made, so make it before binding.
+
+    `watch` every guarded socket; `refused` then tells who was not let in and why, each peer once.
+    `watches` are to be polled for it.
+    """
+
+    def __init__(self, ctx: zmq.Context[zmq.Socket[bytes]], keys: sockets.ServerKeys) -> None:
+        self._ctx = ctx
+        self._key = keys.workers
+        self._watched: dict[zmq.Socket[bytes], tuple[zmq.Socket[bytes], _Listener]] = {}
+        self._told: set[str] = set()
+        self._authenticator = ThreadAuthenticator(ctx)
+        self._authenticator.start()
+        self._authenticator.configure_curve_callback(sockets.ZAP_DOMAIN, self)
+
+    def callback(self, domain: str, key: bytes) -> bool:
+        """Is this the public key of the join token? Asked by the authenticator, in its thread."""
+        return hmac.compare_digest(key, self._key)
+
+    def watch(self, s: zmq.Socket[bytes], guarded: list[str]) -> None:
+        """Look at handshakes at these endpoints of `s`, which is not bound yet."""
+        events = _ACCEPTED | _AUTH | _PROTOCOL | _NO_DETAIL | _DISCONNECTED
+        watch = sockets.monitor(self._ctx, s, events)
+        self._watched[watch] = s, _Listener(frozenset(guarded))
+
+    @property
+    def watches(self) -> list[zmq.Socket[bytes]]:
+        return list(self._watched)
+
+    def refused(self) -> Iterator[str]:
+        """Sentences about those who were refused since the last call."""
+        for watch, (_, listener) in self._watched.items():
+            while sockets.readable(watch):
+                who, why = listener.event(recv_monitor_message(watch))
+                if why and who not in self._told and len(self._told) < PEERS_TOLD:
+                    self._told.add(who)
+                    yield f"{who} was refused: {why}"
+
+    def close(self) -> None:
+        """Stop answering: from now on nobody gets in. Before the guarded sockets are closed."""
+        for watch, (s, _) in self._watched.items():
+            sockets.end_monitor(s, watch)
+        self._watched.clear()
+        self._authenticator.stop()
+
+
+class _Listener:
+    """Makes sense of the events of one bound socket.
+
+    A failed handshake does not say whose; its connection's end, which is told next, names the
+    file descriptor, and the peer's address was asked when that was new. A peer that hangs up at
+    once may be gone by then.
+    """
+
+    def __init__(self, guarded: frozenset[str]) -> None:
+        self._guarded = guarded
+        self._addresses: dict[int, str] = {}  # by file descriptor
+        self._why = ""
+
+    def event(self, told: Mapping[str, Any]) -> tuple[str, str]:
+        """Who was refused and why, or empty strings."""
+        kind, value = told["event"], told["value"]
+        if told["endpoint"].decode() not in self._guarded:
+            return "", ""
+        if kind == _ACCEPTED:
+            self._addresses[value] = _address(value)
+        elif kind == _DISCONNECTED:
+            who, why, self._why = self._addresses.pop(value, ""), self._why, ""
+            return who or "somebody", why
+        elif kind == _AUTH:
+            self._why = "its key is not the one of the join token"
+        elif kind == _PROTOCOL and value == zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH:
+            self._why = "it has no join token"
+        elif kind == _PROTOCOL and value == zmq.PROTOCOL_ERROR_ZMTP_CRYPTOGRAPHIC:
+            self._why = "its join token is an old one, or another server's"
+        else:
+            self._why = "it did not show a join token"
+        return "", ""
+
+
+def _address(descriptor: int) -> str:
+    """Who is at the other end of a connection that ZeroMQ has just accepted."""
+    with suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as s:
+        return str(s.getpeername()[0]).removeprefix("::ffff:")
+    return ""
+
+
+class Knock:
+    """What becomes of the handshakes of a peer's socket, which is not connected yet."""
+
+    def __init__(
+        self,
+        ctx: zmq.Context[zmq.Socket[bytes]],
+        s: zmq.Socket[bytes],
+        host: str,
+        port: int,
+        *,
+        with_keys: bool,
+    ) -> None:
+        self._socket = s
+        self._watch = sockets.monitor(ctx, s, _AUTH | _PROTOCOL | _NO_DETAIL | _SUCCEEDED)
+        self._host, self._port = host, port
+        self._with_keys = with_keys
+        self._hung_up = 0
+        self.proven = False  # a handshake is done; with keys, with the server whose key it is
+
+    def check(self) -> None:
+        """Raise `UserError` if the server has refused, with the reason. Does not wait, but for a
+        server that hangs up without a word: it is asked once more what it wants."""
+        while sockets.readable(self._watch):
+            told = recv_monitor_message(self._watch)
+            kind, value = told["event"], told["value"]
+            if kind == _SUCCEEDED:
+                self._hung_up = 0
+                self.proven = True
+            elif kind == _AUTH:
+                raise self._refused("refuses the key of this worker's join token")
+            elif kind == _PROTOCOL and value == zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH:
+                raise self._mismatch()
+            elif kind == _PROTOCOL and self._with_keys:
+                raise self._refused(
+                    "does not prove that it has the key in this worker's join token"
+                )
+            elif kind == _NO_DETAIL and value in _HUNG_UP:
+                self._hung_up += 1
+        if self._hung_up >= HUNG_UP_TIMES:
+            self._hung_up = 0
+            wanted = mechanism(self._host, self._port)
+            if wanted == ("NULL" if self._with_keys else "CURVE"):
+                raise self._mismatch()
+            if wanted == "CURVE":
+                raise self._refused(
+                    "has other keys than this worker's join token, an old one or another server's"
+                )
+            # else nobody is there yet: a tunnel, for example, whose other end is still closed
+
+    def _refused(self, why: str) -> UserError:
+        return UserError(
+            f"the server at {self._host}:{self._port} {why}",
+            "take the token that `make server` prints, or `make keys` on its machine",
+        )
+
+    def _mismatch(self) -> UserError:
+        if not self._with_keys:
+            return UserError(
+                f"the server at {self._host}:{self._port} wants a join token",
+                "make worker ID=... JOIN=... as `make server` prints it, without security=none",
+            )
+        return UserError(
+            f"the server at {self._host}:{self._port} takes no join token: it was started with "
+            "security=none",
+            "start it without that; or, if you trust everybody who reaches it, give security=none "
+            "to this worker too",
+        )
+
+    def close(self) -> None:
+        """Before the peer's socket is closed."""
+        sockets.end_monitor(self._socket, self._watch)
+
+
+def mechanism(host: str, port: int) -> str:
+    """The security mechanism in the greeting of whoever listens there: NULL, CURVE, or nothing
+    where that is not ZeroMQ. (The greeting is ZMTP's, https://rfc.zeromq.org/spec/37.)"""
+    greeting, deadline = b"", time.monotonic() + LOOK_S
+    try:
+        with socket.create_connection((host, port), LOOK_S) as s:
+            s.sendall(b"\xff" + bytes(7) + b"\x01\x7f\x03")  # signature, major version
+            while len(greeting) < 64 and (more := s.recv(64 - len(greeting))):
+                greeting += more
+                s.settimeout(max(0.001, deadline - time.monotonic()))
+    except OSError:
+        return ""
+    signed = len(greeting) == 64 and greeting[0] == 0xFF and greeting[9] == 0x7F
+    return greeting[12:32].rstrip(b"\0").decode("ascii", "replace") if signed else ""
+
+
+__all__ = ["Gate", "Knock", "mechanism"]

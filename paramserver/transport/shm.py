@@ -1,0 +1,218 @@
+"""Memory that processes of one host share, so that numbers need not travel through the kernel.
+
+Between peers on the server's own host only headers go through sockets; a header tells where the
+numbers lie. Two kinds, each a file in a private folder of /dev/shm that its maker writes:
+
+* an **outbox** belongs to a worker and holds the buckets on their way up: a few slots, each free or
+  not. The worker takes a free one, the server frees it when the numbers are added (or refused). If
+  none is free the bucket goes through the socket.
+* a **ring** belongs to the server and holds averages, newest over oldest. Each block is stamped; a
+  reader that was too slow sees another stamp and fetches, as if PUB had dropped the message.
+
+Everything works without it (other hosts, other systems, a full /dev/shm, `shared_memory=false`),
+only slower.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+import sys
+from collections import deque
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from paramserver.transport.private_dir import PrivateFolder
+
+SHARED = Path("/dev/shm")
+ALIGN = 64  # bytes: a cache line
+STATES = 4096  # bytes at an outbox's start, one for each slot
+FREE, TAKEN = 0, 1
+OUTBOX_SLOTS = 5
+RING_UPDATES = 4
+"""A ring for fewer updates is none: whoever falls behind by so few needs a snapshot each time."""
+
+Place = tuple[int, int, int]
+"""Offset and length in bytes, and the stamp (of a ring) or the slot (of an outbox)."""
+
+
+def shared_folder() -> PrivateFolder | None:
+    """A new private folder for this server's shared memory; None where there is none to be had."""
+    if not SHARED.is_dir() or not hasattr(os, "posix_fallocate"):
+        return None
+    try:
+        return PrivateFolder(SHARED)
+    except OSError:
+        return None
+
+
+def room(folder: Path) -> int:
+    """Bytes that may still be taken of the shared memory that this folder lies in.
+
+    Half of all that there is stays free for others. Measured with docker's default of 64 MB: two
+    workers, each with a DataLoader of two processes and batches of 3 MB. Beside two outboxes of
+    20 MB one of the workers died ("unable to allocate shared memory"); beside one, all went well.
+    """
+    try:
+        status = os.statvfs(folder)
+    except OSError:
+        return 0
+    if status.f_blocks == 0:  # without a limit
+        return sys.maxsize
+    return max(0, status.f_frsize * (status.f_bavail - status.f_blocks // 2))
+
+
+def check(size: int, folder: Path) -> None:
+    """Raises OSError where there is no `room` for it."""
+    if size > room(folder):
+        raise OSError(errno.ENOSPC, "half of it is left to others")
+
+
+class Memory:
+    """A file of shared memory, mapped. With `size` it is made, else opened.
+
+    Raises OSError where there is no memory for it, it cannot be mapped, or there is none.
+    """
+
+    def __init__(self, path: Path, size: int | None = None) -> None:
+        new = size is not None
+        fd = os.open(path, os.O_RDWR | (os.O_CREAT | os.O_EXCL if new else 0), 0o600)
+        try:
+            if size is not None:
+                os.posix_fallocate(fd, 0, size)  # or else a full memory is a crash, later
+            self.map = mmap.mmap(fd, os.fstat(fd).st_size)
+        except (OSError, ValueError) as e:  # ValueError: an empty file
+            if new:
+                with suppress(OSError):
+                    path.unlink()
+            raise e if isinstance(e, OSError) else OSError(errno.EINVAL, str(e)) from None
+        finally:
+            os.close(fd)
+        self.size = len(self.map)
+        self.tensor = torch.frombuffer(self.map, dtype=torch.uint8)
+        self.view = memoryview(self.map)
+        self._start = self.tensor.data_ptr()
+
+    def offset_of(self, buffer: Any) -> int | None:
+        """Where this buffer lies in here; None when it lies elsewhere."""
+        try:
+            offset = ctypes.addressof(ctypes.c_char.from_buffer(buffer)) - self._start
+        except TypeError:
+            return None  # it cannot be written, so it is not from here
+        return offset if 0 <= offset < self.size else None
+
+
+def outbox_path(folder: Path, session: str, number: int) -> Path:
+    """Where a worker makes its outbox; a new one each time it joins."""
+    return folder / f"{session}-{number}"
+
+
+def outbox_bytes(slot_bytes: int) -> int:
+    """The size of an outbox with room for so much in each slot."""
+    return STATES + OUTBOX_SLOTS * (-(-slot_bytes // ALIGN) * ALIGN)
+
+
+class Outbox:
+    """A worker's slots for buckets on their way to the server; both sides have one of these."""
+
+    def __init__(self, path: Path, slot_bytes: int | None = None) -> None:
+        """With `slot_bytes` it is made, by the worker; else opened, by the server."""
+        size = None if slot_bytes is None else outbox_bytes(slot_bytes)
+        self._memory = Memory(path, size)
+        self._slot_bytes = (self._memory.size - STATES) // OUTBOX_SLOTS
+        self._states = np.frombuffer(self._memory.map, dtype=np.uint8, count=OUTBOX_SLOTS)
+
+    def room(self, nbytes: int) -> Tensor | None:
+        """A free slot, uint8 [nbytes]; None when all are taken."""
+        if nbytes > self._slot_bytes:
+            return None
+        for slot in range(OUTBOX_SLOTS):  # the first free one: it may still be in the cache
+            if self._states[slot] == FREE:
+                self._states[slot] = TAKEN
+                start = STATES + slot * self._slot_bytes
+                return self._memory.tensor[start : start + nbytes]
+        return None
+
+    def place(self, buffer: Any) -> Place | None:
+        """What to tell the server about this buffer; None when it is none of the slots."""
+        offset = self._memory.offset_of(buffer)
+        if offset is None:
+            return None
+        return offset, memoryview(buffer).nbytes, (offset - STATES) // self._slot_bytes
+
+    def buffer(self, place: Place) -> Any:
+        """The bytes at a place that the worker told; raises ValueError where that cannot be."""
+        offset, nbytes, slot = place
+        start = STATES + slot * self._slot_bytes
+        if not (0 <= slot < OUTBOX_SLOTS and offset == start and 0 < nbytes <= self._slot_bytes):
+            raise ValueError(f"no such place in an outbox: {place}")
+        return self._memory.view[offset : offset + nbytes]
+
+    def free(self, slot: int) -> None:
+        self._states[slot] = FREE
+
+
+class Ring:
+    """The server's averages, newest over oldest; its readers open the same file."""
+
+    def __init__(self, path: Path, size: int | None = None) -> None:
+        """With `size` it is made, by the server; else opened, by a reader."""
+        self._memory = Memory(path, None if size is None else -(-size // ALIGN) * ALIGN)
+        self._stamps = np.frombuffer(self._memory.map, dtype=np.int64)
+        self._live: deque[tuple[int, int, int]] = deque()  # start, stop, stamp; oldest first
+        self._head = 0
+        self._stamp = 0
+
+    def room(self, nbytes: int) -> Tensor:
+        """A new block, uint8 [nbytes], over the oldest ones."""
+        whole = ALIGN + -(-nbytes // ALIGN) * ALIGN
+        if self._head + whole > self._memory.size:
+            self._free_up_to(self._memory.size)
+            self._head = 0
+        start = self._head
+        self._free_up_to(start + whole)
+        self._stamp += 1
+        self._stamps[start // 8] = self._stamp
+        self._live.append((start, start + whole, self._stamp))
+        self._head = start + whole
+        return self._memory.tensor[start + ALIGN : start + ALIGN + nbytes]
+
+    def _free_up_to(self, stop: int) -> None:
+        """Unstamp the blocks from the head to `stop`, which will be written over."""
+        while self._live and self._head <= self._live[0][0] < stop:
+            start, _, _ = self._live.popleft()
+            self._stamps[start // 8] = 0
+
+    @property
+    def newest(self) -> int:
+        """The stamp of the newest block."""
+        return self._stamp
+
+    @property
+    def oldest(self) -> int:
+        """The stamp of the oldest block that is still whole."""
+        return self._live[0][2] if self._live else self._stamp + 1
+
+    def place(self, buffer: Any) -> Place:
+        """What to tell readers about this buffer, which is a block of the ring."""
+        offset = self._memory.offset_of(buffer)
+        assert offset is not None
+        return offset, memoryview(buffer).nbytes, int(self._stamps[(offset - ALIGN) // 8])
+
+    @property
+    def nbytes(self) -> int:
+        return self._memory.size
+
+    def buffer(self, place: Place) -> Any:
+        """The bytes at a place; what they are worth tells `whole`, before and after reading."""
+        return self._memory.view[place[0] : place[0] + place[1]]
+
+    def whole(self, place: Place) -> bool:
+        return int(self._stamps[(place[0] - ALIGN) // 8]) == place[2]

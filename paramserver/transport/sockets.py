@@ -1,0 +1,402 @@
+"""The only place that makes ZeroMQ sockets: linger, buffers and high-water marks are set here.
+
+High-water marks count messages, so they are derived from buckets: a worker may have
+`BUCKETS_WAITING` buckets waiting at the server before TCP holds it back, and a subscriber that
+falls far behind loses messages (it notices the gap and fetches); see `mark`.
+"""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import math
+import os
+import resource
+import socket
+import tempfile
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import zmq
+
+from paramserver.errors import UserError
+from paramserver.transport.private_dir import PrivateFolder, is_private
+
+BUCKETS_WAITING = 8
+SMALL_MESSAGES = 64  # room for what is not a bucket
+HISTORY_MIN_MB = 64.0
+MARK_MAX = 2**31 - 1  # ZeroMQ's own
+FRAME_OVERHEAD = 4096
+MESSAGES_UNREAD = 16_384  # small ones that wait for a peer which does not read
+LARGE_BYTES = 2**16  # of a frame whose way out of this process is followed
+CONNECTIONS = 10_000  # macOS allows 10,240 by default
+ZAP_DOMAIN, ZAP_PLAIN = "paramserver", "paramserver-plain"
+_POLLIN, _NOBLOCK, _SNDMORE = int(zmq.POLLIN), int(zmq.NOBLOCK), int(zmq.SNDMORE)
+
+
+@dataclass(frozen=True)
+class ServerKeys:
+    """Curve25519 keys of a server, and the public one of those that it lets in; in Z85."""
+
+    public: bytes
+    secret: bytes = field(repr=False)
+    workers: bytes
+
+
+@dataclass(frozen=True)
+class PeerKeys:
+    """What a peer needs where a server has keys: the server's public one and its own; in Z85."""
+
+    server: bytes
+    secret: bytes = field(repr=False)
+
+
+def context(io_threads: int = 1) -> zmq.Context[zmq.Socket[bytes]]:
+    """A context of one's own; end it with `term()` after closing its sockets."""
+    return zmq.Context(io_threads)
+
+
+def _make(
+    ctx: zmq.Context[zmq.Socket[bytes]], kind: int, frame_bytes_max: int
+) -> zmq.Socket[bytes]:
+    s = ctx.socket(kind)
+    s.linger = 0
+    s.setsockopt(zmq.MAXMSGSIZE, frame_bytes_max)
+    s.setsockopt(zmq.HANDSHAKE_IVL, 5000)
+    s.setsockopt(zmq.TCP_KEEPALIVE, 1)
+    s.setsockopt(zmq.TCP_KEEPALIVE_IDLE, 5)
+    s.setsockopt(zmq.TCP_KEEPALIVE_INTVL, 2)
+    s.setsockopt(zmq.TCP_KEEPALIVE_CNT, 3)
+    s.setsockopt(zmq.RECONNECT_IVL, 50)
+    s.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
+    return s
+
+
+def allow_connections() -> None:
+    """Let this process have as many connections as its user may, within reason.
+
+    Out of file descriptors, ZeroMQ's I/O thread turns in circles until one is free: strangers could
+    slow a run by some hundred connections that say nothing.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = CONNECTIONS if hard == resource.RLIM_INFINITY else min(hard, CONNECTIONS)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with suppress(ValueError, OSError):  # the system has another limit
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def router(ctx: zmq.Context[zmq.Socket[bytes]], frame_bytes_max: int) -> zmq.Socket[bytes]:
+    """The server's ROUTER, to be bound. A message to a peer that is gone raises EHOSTUNREACH."""
+    s = _make(ctx, zmq.ROUTER, frame_bytes_max)
+    s.setsockopt(zmq.ROUTER_MANDATORY, 1)
+    s.setsockopt(zmq.RCVHWM, BUCKETS_WAITING)
+    s.setsockopt(zmq.SNDHWM, MESSAGES_UNREAD)  # what is large is bounded by `Unread`
+    return s
+
+
+def publisher(
+    ctx: zmq.Context[zmq.Socket[bytes]], frame_bytes_max: int, mark: int
+) -> zmq.Socket[bytes]:
+    """The server's PUB, to be bound."""
+    s = _make(ctx, zmq.PUB, frame_bytes_max)
+    s.setsockopt(zmq.SNDHWM, mark)
+    return s
+
+
+def bind(
+    s: zmq.Socket[bytes],
+    plain: Sequence[str],
+    guarded: Sequence[str] = (),
+    keys: ServerKeys | None = None,
+) -> None:
+    """Listen at these endpoints; at the guarded ones, with `keys`, only to those who have theirs.
+
+    An endpoint keeps the options that the socket had when it was bound, so plain ones come first.
+    These have a domain for the authenticator too, though everybody may come in: ZeroMQ then refuses
+    the protocol's old versions, in which any noise is a peer. One that calls itself like another is
+    never read, and its connection never ends.
+    Where no `gate` answers for a guarded one, nobody gets in. Raises `UserError` where an address
+    cannot be had, and closes the socket.
+    """
+    s.setsockopt(zmq.ZAP_DOMAIN, ZAP_PLAIN.encode())
+    _bind(s, plain)
+    if guarded:
+        if keys is None:
+            raise ValueError("a guarded endpoint without keys")
+        s.setsockopt(zmq.CURVE_SERVER, 1)
+        s.setsockopt(zmq.CURVE_PUBLICKEY, keys.public)
+        s.setsockopt(zmq.CURVE_SECRETKEY, keys.secret)
+        s.setsockopt(zmq.ZAP_DOMAIN, ZAP_DOMAIN.encode())
+        s.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
+    _bind(s, guarded)
+
+
+def mark(history_mb: float, bucket_mb: float) -> int:
+    """Messages that a PUB and a SUB each hold for a slow reader: twice what the history keeps.
+
+    For the whole life of a socket: to change the mark of one with connections is not safe. libzmq
+    4.3 tells the other end of a pipe that may be gone already (a crash in its I/O thread), and
+    takes a pipe for full for ever where more was under way than a mark that was lowered.
+    """
+    waiting = 2 * math.ceil(max(history_mb, HISTORY_MIN_MB) / bucket_mb)
+    return min(SMALL_MESSAGES + waiting, MARK_MAX)
+
+
+def dealer(ctx: zmq.Context[zmq.Socket[bytes]]) -> zmq.Socket[bytes]:
+    """A peer's door or link, to be connected."""
+    s = _make(ctx, zmq.DEALER, -1)
+    s.setsockopt(zmq.SNDHWM, 0)  # a push of all buckets must never block the training loop
+    s.setsockopt(zmq.RCVHWM, 0)
+    return s
+
+
+def subscriber(ctx: zmq.Context[zmq.Socket[bytes]], mark: int) -> zmq.Socket[bytes]:
+    """A peer's SUB, to be connected; `subscribe` tells to what."""
+    s = _make(ctx, zmq.SUB, -1)
+    s.setsockopt(zmq.RCVHWM, mark)
+    return s
+
+
+def connect(s: zmq.Socket[bytes], endpoint: str, keys: PeerKeys | None = None) -> None:
+    """Connect to a server's endpoint; to a guarded one, with keys."""
+    if keys is not None:
+        s.setsockopt(zmq.CURVE_SERVERKEY, keys.server)
+        s.setsockopt(zmq.CURVE_PUBLICKEY, zmq.curve_public(keys.secret))
+        s.setsockopt(zmq.CURVE_SECRETKEY, keys.secret)
+    s.connect(endpoint)
+
+
+def monitor(
+    ctx: zmq.Context[zmq.Socket[bytes]], s: zmq.Socket[bytes], events: int
+) -> zmq.Socket[bytes]:
+    """Where ZeroMQ tells these events of `s`, for `zmq.utils.monitor`; before it is connected.
+
+    Without a mark: the I/O thread waits for whoever lets events lie.
+    """
+    endpoint = f"inproc://monitor.{s.FD}.{id(s)}"
+    s.monitor(endpoint, events)
+    watch = ctx.socket(zmq.PAIR)
+    watch.linger = 0
+    watch.setsockopt(zmq.RCVHWM, 0)
+    watch.connect(endpoint)
+    return watch
+
+
+def end_monitor(s: zmq.Socket[bytes], watch: zmq.Socket[bytes]) -> None:
+    """Close what `monitor` returned, before `s` is closed: an I/O thread that has an event to tell
+    and finds nobody there to take it waits for ever, and all of its context with it."""
+    if not s.closed:
+        s.disable_monitor()
+    watch.close()
+
+
+def subscribe(s: zmq.Socket[bytes], prefix: bytes) -> None:
+    """Hear what begins like this too; PUB sends nothing else."""
+    s.setsockopt(zmq.SUBSCRIBE, prefix)
+
+
+def readable(*sockets: zmq.Socket[bytes]) -> bool:
+    """Is there something to receive at one of these? A tenth of the cost of catching an empty
+    receive."""
+    return bool(zmq.zmq_poll([(s, _POLLIN) for s in sockets], 0))
+
+
+def send(
+    s: zmq.Socket[bytes], frames: Sequence[Any], *, copy: bool = True, wait: bool = True
+) -> None:
+    """Send one message; raises `zmq.Again` instead of waiting for room where it shall not `wait`.
+
+    As `send_multipart` and, below, `recv_multipart` do, which take more than twice as long for the
+    few frames that a step is made of: they look at flags and options as members of enumerations.
+    """
+    flags = 0 if wait else _NOBLOCK
+    for frame in frames[:-1]:
+        s.send(frame, flags | _SNDMORE, copy=copy)
+    s.send(frames[-1], flags, copy=copy)
+
+
+class Unread:
+    """How many bytes wait in this process for each peer that they were sent to, by its route.
+
+    ZeroMQ counts messages; an answer may be large. Large frames are followed until they are handed
+    to the kernel, small ones are bounded by the socket's mark.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: dict[bytes, deque[tuple[zmq.MessageTracker, int]]] = {}
+
+    def send(self, s: zmq.Socket[bytes], route: bytes, frames: Sequence[Any], *, own: bool) -> None:
+        """Send to this peer without waiting; raises as `send`. Where the frames are not the
+        message's `own`, since somebody will write over them, large ones are copied."""
+        s.send(route, _NOBLOCK | _SNDMORE)
+        for i, frame in enumerate(frames):
+            flags = _NOBLOCK if i == len(frames) - 1 else _NOBLOCK | _SNDMORE
+            if len(frame) < LARGE_BYTES:
+                s.send(frame, flags)
+                continue
+            tracker = s.send(frame if own else bytes(frame), flags, copy=False, track=True)
+            assert tracker is not None
+            self._waiting.setdefault(route, deque()).append((tracker, len(frame)))
+
+    def waiting(self, route: bytes) -> int:
+        waiting = self._waiting.get(route)
+        if waiting is None:
+            return 0
+        while waiting and waiting[0][0].done:
+            waiting.popleft()
+        if not waiting:
+            del self._waiting[route]
+        return sum(size for _, size in waiting)
+
+    def forget(self, route: bytes) -> None:
+        self._waiting.pop(route, None)
+
+
+def receive(s: zmq.Socket[bytes]) -> list[zmq.Frame]:
+    """Receive one message, as frames whose memory is not copied."""
+    frames = [s.recv(0, copy=False)]
+    while frames[-1].more:
+        frames.append(s.recv(0, copy=False))
+    return frames
+
+
+def sender(frame: zmq.Frame) -> str:
+    """The address that a received message came from; "" where it came over no network."""
+    try:
+        return str(frame.get("Peer-Address")).removeprefix("::ffff:")
+    except (zmq.ZMQError, KeyError):
+        return ""
+
+
+def tcp(host: str, port: int) -> str:
+    return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
+
+
+def ipc_endpoints(folder: str) -> tuple[str, str]:
+    """Endpoints of ROUTER and PUB in a server's ipc folder."""
+    return f"ipc://{folder}/router", f"ipc://{folder}/pub"
+
+
+def ipc_usable(folder: str) -> bool:
+    """May this process use these sockets? They must be ours: the folder private and our own.
+
+    Only asked when the dialled address belongs to this host; a file alone proves nothing, since
+    network namespaces and containers may share /tmp.
+    """
+    return is_private(folder)
+
+
+def is_local(host: str) -> bool:
+    """Does this address belong to this host (to this network namespace)?"""
+    try:
+        addresses = {info[4][0] for info in socket.getaddrinfo(host, None)}
+    except OSError:
+        return False
+    if any(str(a).startswith("127.") or a == "::1" for a in addresses):
+        return True
+    try:
+        own = {a.address.split("%")[0] for nic in psutil.net_if_addrs().values() for a in nic}
+    except OSError:  # a sandbox that does not let it be asked
+        return False
+    return bool(addresses & own)
+
+
+def towards(host: str) -> str:
+    """The address of this host from which what is sent there leaves; "" where no way leads there.
+    Sends nothing."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as s:
+            s.connect((host, 9))
+            return str(s.getsockname()[0])
+    except OSError:
+        return ""
+
+
+def is_loopback(host: str) -> bool:
+    """Is this an address that only processes of one host can reach?"""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
+
+
+def own_addresses() -> list[str]:
+    """IPv4 addresses of this host, but for loopback."""
+    own = [
+        a.address
+        for nic in psutil.net_if_addrs().values()
+        for a in nic
+        if a.family == socket.AF_INET
+    ]
+    return sorted(address for address in own if not is_loopback(address))
+
+
+def _bind(s: zmq.Socket[bytes], endpoints: Sequence[str]) -> None:
+    for endpoint in endpoints:
+        try:
+            s.bind(endpoint)
+        except zmq.ZMQError as e:
+            s.close()
+            raise _bind_error(endpoint, e) from None
+
+
+def _bind_error(endpoint: str, e: zmq.ZMQError) -> UserError:
+    where = endpoint.removeprefix("tcp://")
+    if e.errno == errno.EADDRINUSE:
+        port = int(where.rsplit(":", 1)[1]) if ":" in where else 0
+        owner = listener(port)
+        return UserError(
+            f"port {port} is taken{f' by {owner}' if owner else ''} ({where})",
+            "stop that, or choose another: port=65500",
+        )
+    if e.errno in (errno.EADDRNOTAVAIL, errno.ENODEV):
+        own = ", ".join(("127.0.0.1", *own_addresses()))
+        return UserError(f"{where}: this host has no such address", f"its addresses: {own}")
+    return UserError(f"cannot listen at {where}: {e.strerror or e}")
+
+
+def listener(port: int) -> str:
+    """Who listens at this port, as far as this user may know."""
+    try:
+        for c in psutil.net_connections(kind="tcp"):
+            if c.status == psutil.CONN_LISTEN and c.laddr and c.laddr.port == port and c.pid:
+                process = psutil.Process(c.pid)
+                line = " ".join(process.cmdline())[:80]
+                return f"pid {c.pid} ({line or process.name()})"
+    except (psutil.Error, OSError):
+        pass
+    return ""
+
+
+def ipc_folder() -> PrivateFolder | None:
+    """A folder for ipc sockets (their paths must be short); None where there is none to be had:
+    no folder for temporary files can be written, or none takes sockets."""
+    if not zmq.has("ipc") or os.name != "posix":
+        return None
+    for parent in _temporary():
+        with suppress(OSError):
+            folder = PrivateFolder(parent)
+            try:
+                with socket.socket(socket.AF_UNIX) as s:
+                    s.bind(str(folder.path / "router"))  # a path that is too long is told too
+                (folder.path / "router").unlink()
+                return folder
+            except OSError:
+                folder.close()
+    return None
+
+
+def _temporary() -> Iterator[Path]:
+    """Folders for temporary files, the shortest name first."""
+    yield Path("/tmp")
+    if given := os.environ.get("XDG_RUNTIME_DIR"):
+        yield Path(given)
+    with suppress(OSError):  # there is none
+        yield Path(tempfile.gettempdir())
+    yield Path("/dev/shm")

@@ -1,0 +1,70 @@
+"""Which modules of a user's own go to the machines: those that settings name, and neighbours."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from paramserver.fleet.user_code import Carried, carried, modules
+from paramserver.settings import Settings
+
+CLONE = Path("/clone")
+
+
+@pytest.fixture
+def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with modules, and much else."""
+    for name, text in {
+        "carry_nets.py": "import torch\nfrom carry_layers import Block\nimport json, carry_nets\n",
+        "carry_layers.py": "def late():\n    import carry_parts.deep\nimport carry_pictures\n",
+        "carry_parts/__init__.py": "from . import deep\nfrom .carry_nothing import x\n",
+        "carry_parts/deep.py": "import carry_extra\n",
+        "carry_extra.py": "this is no python (\n",
+        "carry_nothing.py": "",
+        "carry_pictures/one.png": "",
+        "films/film.mov": "",
+    }.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    return tmp_path
+
+
+def named(model: str = "SimpleNN", **others: str) -> Settings:
+    given = {group: {"name": name} for group, name in others.items()}
+    return replace(Settings(), model={"type": model}, **given)
+
+
+def test_which_modules_settings_name() -> None:
+    found = modules(named("a.b:C", dataset="d:E", loss="MSELoss", metric="a:f"))
+    assert found == {"a": "model.type=a.b:C", "d": "dataset.name=d:E"}
+    assert modules(Settings()) == {}
+
+
+def test_a_module_goes_with_the_neighbours_that_it_imports(desk: Path) -> None:
+    [own] = carried(named("carry_nets:Net"), CLONE)
+    names = ("carry_extra.py", "carry_layers.py", "carry_nets.py", "carry_parts")
+    assert own == Carried(desk, names)
+    assert str(own) == f"{', '.join(names)} from {desk}"
+
+
+def test_a_package_goes_whole(desk: Path) -> None:
+    [own] = carried(named("carry_parts.deep:Net"), CLONE)
+    assert own.names == ("carry_extra.py", "carry_parts")
+
+
+def test_modules_of_two_folders(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = desk / "films"
+    (other / "carry_data.py").write_text("import carry_nets\n")  # not beside it
+    monkeypatch.syspath_prepend(other)
+    own = carried(named("carry_extra:Net", dataset="carry_data:Films"), CLONE)
+    assert own == (Carried(desk, ("carry_extra.py",)), Carried(other, ("carry_data.py",)))
+
+
+def test_what_is_there_anyway_stays(desk: Path) -> None:
+    assert carried(named("carry_nets:Net"), desk) == ()  # in the clone itself
+    assert carried(named("torchvision.models:resnet18", loss="torch.nn:MSELoss"), CLONE) == ()
+    assert carried(named("json:JSONDecoder", dataset="carry_no_such:Thing"), CLONE) == ()
+    assert carried(named("sys:Nothing"), CLONE) == ()

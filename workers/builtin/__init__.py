@@ -1,0 +1,1 @@
+"""The built-in training: models, data and loop that the settings name."""

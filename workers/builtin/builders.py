@@ -1,0 +1,293 @@
+"""What the built-in training is made of: device, threads, data, optimizer, loss, evaluation.
+
+Worker and observer build the same things from the same settings. `code` is what names in them may
+be imported from (`workers.builtin.own_code`); None, anything: the observer's settings are its
+owner's.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer, lr_scheduler
+from torch.optim.lr_scheduler import LRScheduler
+
+from paramserver.errors import UserError
+from paramserver.settings import Settings
+from workers.builtin import data, registry
+from workers.builtin.own_code import NOTHING, OwnCode
+from workers.builtin.own_data import OwnData
+from workers.samples import loader
+
+T = TypeVar("T")
+
+EVALUATION_BATCH = 500
+NOT_FUSED = {"fused", "foreach", "differentiable", "capturable"}
+
+
+def choose_device(wanted: str) -> torch.device:
+    """The device of that name; `auto`: CUDA, then MPS, then CPU. Raises `UserError` if missing."""
+    have = ["cpu"]
+    if torch.backends.mps.is_available():
+        have.insert(0, "mps")
+    if torch.cuda.is_available():
+        have = [f"cuda:{i}" for i in range(torch.cuda.device_count())] + have
+    if wanted == "auto":
+        return torch.device(have[0])
+    if wanted not in (*have, "cuda" if have[0].startswith("cuda") else "cpu"):
+        raise UserError(
+            f"device={wanted} is not on this machine", f"there is: {', '.join(have)} (or auto)"
+        )
+    return torch.device(wanted)
+
+
+def set_threads(wanted: int | None, processes_here: int) -> None:
+    """Torch's threads: as wanted, or this machine's cores shared among our processes here."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    torch.set_num_threads(wanted or max(1, (cores or 1) // max(1, processes_here)))
+
+
+def tell_downloads(say: Callable[[str], None]) -> None:
+    """Let a person see what loading the data set waits for."""
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            say(record.getMessage())
+
+    logger = logging.getLogger("workers")
+    logger.setLevel(logging.INFO)
+    logger.handlers = [Handler()]
+    logger.propagate = False
+
+
+def load_data(settings: Settings, code: OwnCode | None = NOTHING) -> data.Data | OwnData:
+    """What the run trains on (`train`) and is judged by (`val`). Raises `UserError`."""
+    if ":" in str(settings.dataset.get("name")):
+        return OwnData(settings.dataset, settings.seed, code)
+    return data.load(settings.dataset, settings.seed)
+
+
+def build_optimizer(
+    model: nn.Module, settings: Settings, code: OwnCode | None = NOTHING
+) -> Optimizer:
+    """The setting `optimizer`; in one kernel for all parameters where torch has that for their
+    device. Raises `UserError`."""
+    arguments = dict(settings.optimizer)
+    name = arguments.pop("name")
+    factory = registry.find("optimizer", name, OPTIMIZERS, Optimizer, "torch.optim.Optimizer", code)
+    if "lr" in arguments:
+        raise UserError("optimizer.lr is a setting of its own", f"learning_rate={arguments['lr']}")
+    if registry.takes(factory, "lr"):
+        arguments["lr"] = settings.learning_rate
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if registry.takes(factory, "fused") and not {*arguments} & NOT_FUSED:
+        arguments["fused"] = all(
+            p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in parameters
+        )
+    optimizer: Optimizer = registry.make("optimizer", name, factory, arguments, parameters)
+    return optimizer
+
+
+def build_scheduler(
+    optimizer: Optimizer, settings: Settings, code: OwnCode | None = NOTHING
+) -> LRScheduler | None:
+    """The setting `scheduler`. Raises `UserError`."""
+    if settings.scheduler is None:
+        return None
+    return _scheduler(optimizer, settings.scheduler, code)
+
+
+def _scheduler(optimizer: Optimizer, setting: dict[str, Any], code: OwnCode | None) -> LRScheduler:
+    arguments = dict(setting)
+    name = arguments.pop("name", None)
+    factory = registry.find("scheduler", name, SCHEDULERS, LRScheduler, "torch's LRScheduler", code)
+    inner = arguments.get("schedulers")
+    if isinstance(inner, list) and all(isinstance(i, dict) for i in inner):  # one after another
+        arguments["schedulers"] = [_scheduler(optimizer, i, code) for i in inner]
+    of_many = not registry.takes(factory, "optimizer") or name == "ChainedScheduler"
+    first = () if of_many else (optimizer,)
+    scheduler: LRScheduler = registry.make("scheduler", name, factory, arguments, *first)
+    return scheduler
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """What a model is trained by, and told by: functions of (outputs, targets), means over a batch.
+
+    `metric` is None where only the loss is told; `name` is what the metric is called.
+    """
+
+    loss: Callable[[Tensor, Tensor], Tensor]
+    metric: Callable[[Tensor, Tensor], Tensor] | None = None
+    name: str = "accuracy"
+
+
+def build_criterion(
+    settings: Settings,
+    model: nn.Module,
+    samples: Any,
+    device: torch.device,
+    code: OwnCode | None = NOTHING,
+) -> Criterion:
+    """The settings `loss` and `metric`, tried on two samples before anybody waits for them.
+
+    Without `metric` it is the accuracy where targets are classes. Raises `UserError` where model,
+    data set, loss and metric do not fit together.
+    """
+    loss = _function("loss", settings.loss, LOSSES, device, code)
+    outputs, targets = _try("model", lambda: _two(model, samples, device))
+    shapes = f"outputs are {_shape(outputs)}, targets {_shape(targets)}"
+    value = _try("loss", lambda: loss(outputs, targets), shapes)
+    if not isinstance(value, Tensor) or value.dim():
+        raise UserError(f"loss={settings.loss['name']} gives no single number", shapes)
+    if settings.metric is None:
+        return Criterion(loss, accuracy if _are_classes(outputs, targets) else None)
+    metric = _function("metric", settings.metric, METRICS, device, code)
+    _try("metric", lambda: float(metric(outputs, targets)), shapes)
+    module, _, name = settings.metric["name"].rpartition(":")
+    is_ours = not module or name not in ("accuracy", "loss")  # whose is shown as a share, or taken
+    return Criterion(loss, metric, name if is_ours else f"{module}.{name}")
+
+
+def accuracy(outputs: Tensor, targets: Tensor) -> Tensor:
+    """The share of right answers: outputs [b, classes, ...], targets [b, ...] of whole numbers."""
+    if not _are_classes(outputs, targets):
+        raise ValueError("accuracy is of classes: targets [b] of whole numbers, outputs [b, n]")
+    return (outputs.argmax(1) == targets).float().mean()
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    samples: Any,
+    device: torch.device,
+    criterion: Criterion,
+    between: Callable[[], None] = lambda: None,
+) -> tuple[float, float | None]:
+    """Mean loss and mean metric over a set; `between()` runs after every batch."""
+    model.eval()
+    load = loader(samples, device)
+    loss, metric = 0.0, 0.0
+    for indices in torch.split(torch.arange(len(samples)), EVALUATION_BATCH):
+        outputs, targets = forward(model, load(indices))
+        loss += float(criterion.loss(outputs, targets)) * len(indices)
+        if criterion.metric is not None:
+            metric += float(criterion.metric(outputs, targets)) * len(indices)
+        between()
+    return loss / len(samples), metric / len(samples) if criterion.metric is not None else None
+
+
+def forward(model: nn.Module, batch: Any) -> tuple[Any, Any]:
+    """The outputs for a batch (input, ..., target), and its targets."""
+    if not isinstance(batch, list | tuple) or len(batch) < 2:
+        raise UserError(
+            f"a sample is (input, target), not one {type(batch).__name__}",
+            "other data take a loop of your own: docs/your-own-model.md",
+        )
+    *inputs, targets = batch
+    return model(*inputs), targets
+
+
+@torch.no_grad()
+def _two(model: nn.Module, samples: Any, device: torch.device) -> tuple[Any, Any]:
+    """Outputs and targets of two samples; the model is left as it was."""
+    was_training = model.training
+    model.eval()
+    load = loader(samples, device)
+    try:
+        return forward(model, load(torch.arange(min(2, len(samples)))))
+    finally:
+        model.train(was_training)
+
+
+def _try(what: str, function: Callable[[], T], shapes: str = "") -> T:
+    try:
+        with warnings.catch_warnings():
+            # It goes on with every target for every output, and nothing is learnt.
+            warnings.filterwarnings("error", "Using a target size")
+            return function()
+    except UserError:
+        raise
+    except Exception as fault:
+        raise UserError(
+            f"this {what} does not take these samples: {registry.told(fault)}", shapes
+        ) from fault
+
+
+def _function(
+    group: str,
+    setting: dict[str, Any],
+    known: dict[str, Any],
+    device: torch.device,
+    code: OwnCode | None,
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """A loss or a metric: a module that is built, or a function, with its arguments."""
+    arguments = dict(setting)
+    name = arguments.pop("name")
+    if arguments.get("reduction", "mean") != "mean":
+        raise UserError(
+            f"{group}.reduction={arguments['reduction']}: it must be a mean",
+            "gradients of workers are averaged by their samples",
+        )
+    wanted = "torch.nn.Module or torch.Tensor"
+    found = registry.find(group, name, known, nn.Module | Tensor, wanted, code)
+    if isinstance(found, type) or registry.returns(found, nn.Module):
+        module: nn.Module = registry.make(group, name, found, arguments)
+        if group == "loss" and any(True for _ in module.parameters()):
+            raise UserError(
+                f"loss={name} has parameters of its own, which nobody would train",
+                "make them a part of the model",
+            )
+        return module.to(device)
+    registry.check(group, name, found, arguments, first=2)
+    return functools.partial(found, **arguments) if arguments else found
+
+
+def _are_classes(outputs: Any, targets: Any) -> bool:
+    """Whether a target is the number of the right one of the outputs."""
+    return (
+        isinstance(outputs, Tensor)
+        and isinstance(targets, Tensor)
+        and not (targets.is_floating_point() or targets.is_complex())
+        and outputs.dim() >= 2
+        and targets.shape == (outputs.shape[0], *outputs.shape[2:])
+    )
+
+
+def _shape(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return f"a {type(value).__name__}"
+    return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+
+
+def _of(module: ModuleType, wanted: type) -> dict[str, Any]:
+    """The public subclasses of `wanted` in a module of torch's."""
+    return {
+        name: found
+        for name, found in vars(module).items()
+        if isinstance(found, type)
+        and issubclass(found, wanted)
+        and found is not wanted
+        and not name.startswith("_")
+    }
+
+
+def _takes_two(loss: type[nn.Module]) -> bool:
+    """Losses of triplets and pairs take other things than outputs and targets."""
+    return len(inspect.signature(loss.forward).parameters) == 3
+
+
+OPTIMIZERS = _of(torch.optim, Optimizer)
+SCHEDULERS = _of(lr_scheduler, LRScheduler)
+LOSSES = {n: kind for n, kind in _of(nn, nn.modules.loss._Loss).items() if _takes_two(kind)}
+METRICS = {"accuracy": accuracy, **LOSSES}

@@ -1,0 +1,94 @@
+"""A data set of your own, named by its import path in the settings.
+
+    dataset:
+      name: mypackage.data:Houses     # a subclass of torch.utils.data.Dataset
+      path: houses.csv                # whatever else it takes
+
+A sample is (input, target), or several inputs and then the target. What is held out to validate is,
+in this order: the same class with the arguments of `dataset.val` over the others (`{split: test}`);
+with `train=False`, where it takes `train` as torchvision's do; a share of the samples
+(`dataset.val_share`, a tenth) drawn by the seed.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+from torch.utils.data import Dataset, Subset
+
+from paramserver.errors import UserError
+from paramserver.tensors.order import permutation
+from workers.builtin import registry
+from workers.builtin.own_code import NOTHING, OwnCode
+
+VAL_SHARE = 0.1
+
+
+class OwnData:
+    """Its samples to train on and to validate by, each made when it is asked for."""
+
+    def __init__(self, dataset: dict[str, Any], seed: int, code: OwnCode | None = NOTHING) -> None:
+        arguments = dict(dataset)
+        self.name: str = arguments.pop("name")
+        self._seed = seed
+        is_a = "torch.utils.data.Dataset"
+        self._class = registry.find("dataset.name", self.name, {}, Dataset, is_a, code)
+        if not registry.takes(self._class, "root"):
+            arguments.pop("root", None)  # the setting has a default
+        self._share = self._taken(arguments, "val_share", VAL_SHARE)
+        if not isinstance(self._share, float) or not 0 < self._share < 1:
+            raise UserError(f"dataset.val_share must be between 0 and 1, not {self._share!r}")
+        val = self._taken(arguments, "val", None)
+        if val is None and registry.takes(self._class, "train") and "train" not in arguments:
+            arguments["train"], val = True, {"train": False}
+        if not isinstance(val, dict | None):
+            raise UserError(f"dataset.val must be a mapping of arguments, not {val!r}")
+        self._arguments, self._val = arguments, val
+
+    @cached_property
+    def train(self) -> Any:
+        """What workers train on, the same in the same order on every machine."""
+        if self._val is not None:
+            return self._make(self._arguments)
+        whole, held_out = self._whole
+        return Subset(whole, self._order[held_out:])
+
+    @cached_property
+    def val(self) -> Any:
+        """What the observer evaluates on."""
+        if self._val is not None:
+            return self._make({**self._arguments, **self._val})
+        whole, held_out = self._whole
+        return Subset(whole, self._order[:held_out])
+
+    @cached_property
+    def _whole(self) -> tuple[Any, int]:
+        """All samples, and how many of them are held out."""
+        whole = self._make(self._arguments)
+        if len(whole) < 2:
+            raise UserError(f"{self.name} has {len(whole)} samples: there is nothing to hold out")
+        return whole, max(1, int(self._share * len(whole)))
+
+    @cached_property
+    def _order(self) -> list[int]:
+        purpose = f"split, seed {self._seed}"
+        order: list[int] = permutation(len(self._whole[0]), purpose).tolist()
+        return order
+
+    def _taken(self, arguments: dict[str, Any], key: str, default: Any) -> Any:
+        """A setting of ours, unless the class itself has an argument of that name."""
+        return default if registry.takes(self._class, key) else arguments.pop(key, default)
+
+    def _make(self, arguments: dict[str, Any]) -> Any:
+        made = registry.make("dataset", self.name, self._class, arguments)
+        try:
+            empty = len(made) < 1
+        except TypeError:
+            raise UserError(
+                f"{self.name} has no length",
+                "a stream of samples takes a loop of your own, with cluster.own_batches()",
+            ) from None
+        if empty:
+            raise UserError(f"{self.name} has no samples, made from {arguments or 'no arguments'}")
+        return made

@@ -1,0 +1,108 @@
+"""The worker's training: join, build what the run's settings say, loop over the leases.
+
+It uses the same door as anybody's own loop (`workers.cluster`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from paramserver import trace
+from paramserver.config.loading import check_worker_overrides, from_wire
+from paramserver.net import address
+from paramserver.settings import Settings
+from paramserver.transport import sockets
+from workers.builtin import builders, models, own_code
+from workers.cluster import Cluster, join, told
+
+PROGRESS_S = 5.0
+
+
+def train(settings: Settings, given: dict[str, object], say: Callable[[str], None]) -> Cluster:
+    """Take part in a run until it ends; the cluster comes back joined, for the caller to leave.
+
+    `settings` are this process's own; the run's come from the server, and `given` (its command
+    line) must not contradict them. Raises `UserError`.
+    """
+    host: str | None = settings.host_ip or address.LOOPBACK
+    port: int | None = settings.port
+    if settings.join is not None:  # what a token tells goes before what stands in files
+        host = host if "host_ip" in given or host == address.AUTO else None
+        port = port if "port" in given else None
+    cluster = join(
+        host,
+        settings.id,
+        port=port,
+        token=settings.join,
+        security=settings.security,
+        timeout_s=settings.join_timeout,
+        shared_memory=settings.shared_memory,
+        say=say,
+    )
+    try:
+        run = from_wire(settings, cluster.settings)
+        check_worker_overrides(given, run)
+        device = builders.choose_device(run.device)
+        builders.set_threads(run.threads, run.num_workers if sockets.is_local(cluster.host) else 1)
+        trace.begin(f"worker {cluster.worker_id}")
+        say(f"worker {cluster.worker_id} of a run at {cluster.host}:{cluster.port}, on {device}")
+
+        builders.tell_downloads(say)
+        code = own_code.of_worker(settings)
+        samples = builders.load_data(run, code).train
+        model = models.build(run.model, run.seed, code).to(device)
+        optimizer = builders.build_optimizer(model, run, code)
+        criterion = builders.build_criterion(run, model, samples, device, code)
+        model.train()
+        model, stepper = cluster.attach(
+            model,
+            optimizer,
+            scheduler=builders.build_scheduler(optimizer, run, code),
+            clip_norm=run.clip_norm,
+            schedule_by=run.schedule_by,
+        )
+        say(f"stands at step {cluster.step}")
+
+        progress = Progress(say)
+        for batch in cluster.batches(samples, device=device):
+            stepper.zero_grad()
+            outputs, targets = builders.forward(model, batch)
+            loss = criterion.loss(outputs, targets)
+            cluster.tell(loss=loss)
+            loss.backward()
+            stepper.step()
+            progress.did(len(targets), cluster)
+        end = cluster.end
+        assert end is not None
+        say(f"the run is over at step {end.step}: {end.reason}")
+    except BaseException as e:
+        cluster.leave(told(e), e)
+        raise
+    return cluster
+
+
+class Progress:
+    """A line every few seconds: where this worker stands and how fast it is."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
+        self._samples = self._steps = 0
+        self._at = time.monotonic()
+        self._waited = 0.0
+
+    def did(self, samples: int, cluster: Cluster) -> None:
+        self._samples += samples
+        self._steps += 1
+        now = time.monotonic()
+        if now - self._at < PROGRESS_S:
+            return
+        seconds = now - self._at
+        waited = cluster.waiting_s - self._waited
+        self._say(
+            f"step {cluster.step}  {self._steps / seconds:.1f} steps/s  "
+            f"{self._samples / seconds:,.0f} samples/s  "
+            f"waiting {100 * waited / seconds:.0f} % of the time"
+        )
+        self._samples = self._steps = 0
+        self._at, self._waited = now, cluster.waiting_s

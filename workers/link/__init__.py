@@ -1,0 +1,1 @@
+"""A replica's connection to its server, and the cluster of one where there is none."""

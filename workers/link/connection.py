@@ -1,0 +1,426 @@
+"""The sockets of a peer: it says hello at the door, gets a link and a SUB, and beats.
+
+`workers.link.client` makes a replica of it that follows the log; what travels: docs/protocol.md.
+One thread uses the link and SUB. A second one beats at the door, so that a long push or forward is
+not taken for death.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import secrets
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import zmq
+
+from paramserver import terminal
+from paramserver.config.schema import from_wire
+from paramserver.errors import PeerError, RunLost, UserError
+from paramserver.net.mdns import Search
+from paramserver.protocol import messages as wire
+from paramserver.settings import Settings
+from paramserver.transport import sockets
+from paramserver.transport.handshake import Knock
+
+BEATS_PER_TIMEOUT = 5
+PROBE_INTERVAL_S = 0.1
+HELLO_INTERVAL_S = 2.0
+NEW_DOOR_S = 10.0
+SEARCH_AFTER_S = 2.0  # without an answer; then the server may be somewhere else
+
+Say = Callable[[str], None]
+
+
+class RunOver(RunLost):
+    """The server says that the run which this peer asks for has ended, as `end` tells."""
+
+    def __init__(self, end: wire.End) -> None:
+        super().__init__(f"the run has ended: {end.reason}")
+        self.end = end
+
+
+class Connection:
+    """The connection of one peer to its server: `connect`, then send and receive, then `close`.
+
+    `say(line)` gets sentences for a person.
+    """
+
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        *,
+        role: str = "worker",
+        id: int | None = None,
+        key: str = "",
+        keys: sockets.PeerKeys | None = None,
+        search: Callable[..., Search] | None = None,
+        shared_memory: bool = True,
+        say: Say = terminal.say,
+    ) -> None:
+        """`keys` are needed where the server lets in only those who have them; `key` is what the
+        server's own observer shows. `search(run=...)` begins to look for the server of a run (None:
+        any) where it does not answer any more. `shared_memory` may be used with a server on this
+        host."""
+        self.host, self.port = host, port
+        self.say = say
+        self.welcome: wire.Welcome | None = None
+        self.run: str | None = None
+        """The run that this peer has state of."""
+        self.heartbeat_timeout = 10.0
+        self.give_up_s = 60.0
+        self.abandoned = threading.Event()
+        """Set by another thread: do not go on connecting and joining."""
+        self.greetings = 0
+        """How often this peer was welcomed: a wait for a round of an earlier time is void."""
+        self._keys = keys
+        self._elsewhere = Elsewhere(self, search)
+        self._hello = wire.Hello(
+            protocol=wire.PROTOCOL,
+            role=role,
+            id=id,
+            nonce=uuid.uuid4().hex,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            key=key,
+            secret=secrets.token_hex(16),
+        )
+        self._ctx = sockets.context()
+        self._door: zmq.Socket[bytes] | None = None
+        self._knock: Knock | None = None  # what becomes of the door's handshakes
+        self._link: zmq.Socket[bytes] | None = None
+        self._sub: zmq.Socket[bytes] | None = None
+        self._link_kind = "tcp"
+        self._share_memory = shared_memory
+        self._shared: Path | None = None  # where this host's server shares memory with us
+        self._beating: threading.Event | None = None
+        self._beat_thread: threading.Thread | None = None
+        self._probed: set[str] = set()  # where our probe was seen: "sub", "link"
+        self._must_greet = False  # the server does not know this session, or is silent
+
+    def connect(self, deadline_s: float, last_step: int | None = None) -> wire.Welcome:
+        """Find the server and be welcomed, within `deadline_s`; says what it waits for. Raises
+        `UserError` where it refuses or does not answer, `RunLost` when `abandoned` is set meanwhile
+        or, with `last_step`, which a peer of its run has reached, when it does not come back."""
+        start, blocked = time.monotonic(), False
+        while True:
+            welcome = self._be_welcomed(start, deadline_s, last_step)
+            welcome = self.welcome = self._checked(welcome)
+            self.heartbeat_timeout = welcome.settings["heartbeat_timeout"]
+            self.give_up_s = welcome.settings["idle_timeout"]
+            missing = self._open_link(welcome)
+            if not missing:
+                self._elsewhere.over()
+                self.greetings += 1
+                return welcome
+            # The server may have died just now; if it is there, something is in between.
+            if blocked and missing in ("SUB", "ROUTER"):
+                port = welcome.pub_port if missing == "SUB" else self.port
+                raise UserError(
+                    f"{self.host} answered at port {self.port}, but nothing comes through "
+                    f"at port {port} ({missing})",
+                    "a firewall between the two machines? both ports must be open",
+                )
+            blocked = missing in ("SUB", "ROUTER")
+
+    def _be_welcomed(self, start: float, deadline_s: float, last_step: int | None) -> wire.Welcome:
+        """Say hello at the door until it is answered, at most until `deadline_s` after `start` or
+        after the last sign of a server that does not let us in yet. One that may have moved is
+        searched for meanwhile."""
+        door, knock = self._open_door()
+        deadline, hello_at, told = start + deadline_s, time.monotonic(), ""
+        new_door_at, search_at = hello_at + NEW_DOOR_S, hello_at + SEARCH_AFTER_S
+        while True:
+            knock.check()
+            now = time.monotonic()
+            if now >= search_at and self._elsewhere.found(now):
+                new_door_at = now  # there
+            if now >= new_door_at:  # ZeroMQ may have given up this one's connection in silence
+                door, knock = self._open_door()
+                hello_at, new_door_at = now, now + NEW_DOOR_S
+            if now >= hello_at:  # one may be lost with a cut connection
+                with contextlib.suppress(zmq.Again):  # refused just now: the next check tells why
+                    sockets.send(door, wire.to_frames(self._hello), wait=False)
+                hello_at = now + HELLO_INTERVAL_S
+            if self.abandoned.is_set():
+                raise RunLost("the run is over")
+            if door.poll(min(500, max(0, int(1000 * (deadline - now))))):
+                message = self._decode(sockets.receive(door))[0]
+                if isinstance(message, wire.Welcome):
+                    return message
+                if isinstance(message, wire.Reject):
+                    if not self._elsewhere.was_wrong(message.reason):
+                        if message.end is not None:
+                            raise RunOver(message.end)
+                        raise UserError(message.reason, message.hint)
+                    new_door_at = now
+                if isinstance(message, wire.Later):  # it lives, and has a deadline of its own
+                    hello_at = time.monotonic() + HELLO_INTERVAL_S
+                    search_at = hello_at + SEARCH_AFTER_S
+                    deadline, new_door_at = hello_at + deadline_s, hello_at + NEW_DOOR_S
+                    if told != message.reason:
+                        told = message.reason
+                        self.say(f"the server is {told}")
+                continue
+            now = time.monotonic()
+            if now > deadline:
+                if last_step is not None:
+                    raise RunLost(
+                        f"no server answered at {self.host}:{self.port} for {deadline_s:g} s; last "
+                        f"step here: {last_step}"
+                    )
+                raise UserError(
+                    f"no server answered at {self.host}:{self.port} within {deadline_s:g} s",
+                    "is it running (make server)? another address: host_ip=..., another port: "
+                    "port=..., a longer wait: join_timeout=...",
+                )
+            if not told and now > start + 1:
+                told = f"waiting for a server at {self.host}:{self.port}"
+                self.say(f"{told} (for {deadline_s:g} s; start one with: make server)")
+
+    def move(
+        self, host: str, port: int, keys: sockets.PeerKeys | None
+    ) -> tuple[str, int, sockets.PeerKeys | None]:
+        """The server is to be reached there; where it was before. For doors to come."""
+        before = self.host, self.port, self._keys
+        self.host, self.port, self._keys = host, port, keys
+        return before
+
+    def _open_door(self) -> tuple[zmq.Socket[bytes], Knock]:
+        """A socket to say hello at, and what becomes of its handshakes, in place of the last."""
+        self._close_sockets()
+        door = self._door = sockets.dealer(self._ctx)
+        with_keys = self._keys is not None
+        knock = self._knock = Knock(self._ctx, door, self.host, self.port, with_keys=with_keys)
+        sockets.connect(door, sockets.tcp(self.host, self.port), self._keys)
+        return door, knock
+
+    def _checked(self, welcome: wire.Welcome) -> wire.Welcome:
+        """With settings of the types that they have here. Raises `UserError` where the server says
+        what cannot be: its words go into names of files, ports and sizes."""
+        if welcome.protocol != wire.PROTOCOL:
+            raise UserError(
+                f"the server speaks protocol {welcome.protocol}, this worker {wire.PROTOCOL}",
+                "install the same version on both machines",
+            )
+        for what, is_right in (
+            ("session", re.fullmatch(r"[A-Za-z0-9_ .:-]{1,128}", welcome.session)),
+            ("worker's number", 0 <= welcome.id <= 65535),
+            ("port of its PUB socket", 0 < welcome.pub_port <= 65535),
+        ):
+            if not is_right:
+                raise UserError(
+                    f"the server at {self.host}:{self.port} sent no {what}",
+                    "is it this program, in the same version?",
+                )
+        run = asdict(from_wire(Settings(), welcome.settings))
+        run["dataset"].pop("root")
+        return msgspec.structs.replace(
+            welcome, settings={name: run[name] for name in welcome.settings}
+        )
+
+    def _open_link(self, welcome: wire.Welcome) -> str:
+        """Link and SUB, over ipc where server and we share a host; then wait until both work.
+
+        Returns what is missing: nothing; the socket, ROUTER or SUB, of which nothing was heard; or
+        the session, which the server has forgotten since.
+        """
+        router = sockets.tcp(self.host, self.port)
+        pub = sockets.tcp(self.host, welcome.pub_port)
+        self._link_kind = "tcp"
+        if welcome.ipc and sockets.is_local(self.host) and sockets.ipc_usable(welcome.ipc):
+            router, pub = sockets.ipc_endpoints(welcome.ipc)
+            self._link_kind = "ipc"
+            if self._share_memory and welcome.shared and sockets.ipc_usable(welcome.shared):
+                self._shared = Path(welcome.shared)
+        of_run = welcome.settings
+        mark = sockets.mark(of_run["history_mb"], of_run["bucket_mb"])
+        keys = None if self._link_kind == "ipc" else self._keys
+        self._sub = sockets.subscriber(self._ctx, mark)
+        for kind in (wire.Close, wire.Open, wire.Pulse, wire.Probe, wire.End):
+            sockets.subscribe(self._sub, wire.topic(kind))
+        self._link = sockets.dealer(self._ctx)
+        sockets.connect(self._sub, pub, keys)
+        sockets.connect(self._link, router, keys)
+        self._poller = zmq.Poller()
+        self._poller.register(self._link, zmq.POLLIN)
+        self._poller.register(self._sub, zmq.POLLIN)
+        self._must_greet = False
+        self._start_beating(welcome.session)
+        self._probed.clear()
+        start = time.monotonic()
+        probed = 0.0
+        while self._probed != {"sub", "link"}:
+            if time.monotonic() - probed >= PROBE_INTERVAL_S:
+                self._send_probe()
+                probed = time.monotonic()
+            self._poll_for_probe(PROBE_INTERVAL_S)
+            if self._must_greet or self.abandoned.is_set():
+                return "session"
+            if time.monotonic() - start > self.heartbeat_timeout:
+                return "SUB" if "link" in self._probed else "ROUTER"
+        return ""
+
+    def _send_probe(self) -> None:
+        assert self.welcome is not None
+        self._send(wire.Probe(session=self.welcome.session, secret=self._hello.secret))
+
+    def _drain(self, timeout_s: float) -> list[tuple[Any, Any]]:
+        """Everything that has come on link and SUB, with its socket; waits for something."""
+        found = []
+        for s, _ in self._poller.poll(int(1000 * timeout_s)):
+            while sockets.readable(s):
+                found.append((s, self._decode(sockets.receive(s))[0]))
+        return found
+
+    def _poll_for_probe(self, timeout_s: float) -> None:
+        assert self._sub is not None and self._link is not None
+        for s, message in self._drain(timeout_s):
+            if isinstance(message, wire.Probe) and self.welcome is not None:
+                if message.session == self.welcome.session:
+                    self._probed.add("sub")
+            elif isinstance(message, wire.Pulse):
+                if s is self._link:
+                    self._probed.add("link")
+            elif isinstance(message, wire.Greet):
+                self._must_greet |= not message.session_known
+            elif isinstance(message, wire.Reject):
+                raise UserError(message.reason, message.hint)
+            elif isinstance(message, wire.End):
+                raise RunOver(message)
+
+    def _start_beating(self, session: str) -> None:
+        assert self._door is not None
+        stop = self._beating = threading.Event()
+        assert self.welcome is not None
+        hello = self._hello
+        own = wire.Beat(
+            session=session, run=self.welcome.run, nonce=hello.nonce, secret=hello.secret
+        )
+        beat = wire.to_frames(own)
+        every_s = self.heartbeat_timeout / BEATS_PER_TIMEOUT
+        door = self._door
+
+        def run() -> None:
+            while not stop.wait(every_s):
+                with contextlib.suppress(zmq.ZMQError, UserError):
+                    sockets.send(door, beat, wait=False)
+                    while sockets.readable(door):
+                        message = self._decode(sockets.receive(door))[0]
+                        if isinstance(message, wire.Greet) and not message.session_known:
+                            self._must_greet = True  # another server, or it gave us up
+
+        self._beat_thread = threading.Thread(target=run, name="beat", daemon=True)
+        self._beat_thread.start()
+
+    def close(self) -> None:
+        """Close every socket; safe to call twice."""
+        self._elsewhere.over()
+        self._close_sockets()
+        self._ctx.term()
+
+    def _close_sockets(self) -> None:
+        if self._beat_thread is not None and self._beating is not None:
+            self._beating.set()
+            self._beat_thread.join()
+            self._beat_thread = None
+        for s in (self._knock, self._door, self._link, self._sub):
+            if s is not None:
+                s.close()
+        self._knock = None
+        self._door = self._link = self._sub = None
+        self._shared = None
+
+    # ------------------------------------------------------------------ for what follows the log
+
+    def _send(self, message: wire.Message, *buffers: Any) -> None:
+        assert self._link is not None
+        try:
+            frames = wire.to_frames(message, *buffers)
+            sockets.send(self._link, frames, copy=not buffers, wait=False)
+        except zmq.Again:  # not its mark, it has none: ZeroMQ has given this connection up
+            if self._knock is not None:
+                self._knock.check()
+            raise RunLost(
+                f"the server at {self.host}:{self.port} does not let this worker in any more",
+                "was it started again with other keys, or another security=?",
+            ) from None
+
+    def _decode(self, frames: Sequence[zmq.Frame]) -> tuple[Any, list[Any]]:
+        try:
+            return wire.from_frames(frames)
+        except PeerError as e:
+            raise UserError(
+                f"{self.host}:{self.port} does not speak this protocol: {e}",
+                "is another program listening there, or another version of this one?",
+            ) from None
+
+
+class Elsewhere:
+    """Looks for a server that is silent at other addresses, while its peer knocks on at the last
+    one."""
+
+    def __init__(self, peer: Connection, search: Callable[..., Search] | None) -> None:
+        self._peer, self._begin = peer, search
+        self._search: Search | None = None
+        self._before: tuple[str, int, sockets.PeerKeys | None] | None = None
+
+    def found(self, now: float) -> bool:
+        """Has it moved? Then the peer has its new address from now on. To be asked again and
+        again while it is silent."""
+        peer = self._peer
+        if self._begin is None:
+            return False
+        try:
+            if self._search is None:
+                peer.say(
+                    f"{peer.host}:{peer.port} is silent: looking for the server elsewhere, too"
+                )
+                self._search = self._begin(run=peer.run, known=(peer.host, peer.port))
+            there = self._search.look(now)
+        except UserError as e:  # no multicast, or without a token several servers
+            peer.say(f"the server can only be waited for where it was: {e.problem}")
+            self._begin = None
+            return False
+        if there is None or (there.host, there.port) == (peer.host, peer.port):
+            return False
+        self._before = peer.move(there.host, there.port, there.keys)
+        peer.say(f"found it at {there.host}:{there.port}")
+        return True
+
+    @property
+    def moved(self) -> bool:
+        """Was the address that the peer has now found, and nobody welcomed it there yet?"""
+        return self._before is not None
+
+    def was_wrong(self, reason: str) -> bool:
+        """The server there does not take this peer; was it one that was found? Then the peer has
+        the address before again."""
+        if self._before is None:
+            return False
+        self._peer.say(
+            f"the server at {self._peer.host}:{self._peer.port} is another one: {reason}"
+        )
+        self._peer.move(*self._before)
+        self._before = None
+        return True
+
+    def over(self) -> None:
+        """The server is heard."""
+        self._before = None
+        if self._search is not None:
+            self._search.close()
+            self._search = None
+
+
+__all__ = ["Connection", "RunOver", "Say"]

@@ -1,0 +1,63 @@
+"""Where this worker was placed, as its environment tells: the server's address and its own number.
+
+`PARAMSERVER_HOST`, `PARAMSERVER_PORT`, `PARAMSERVER_ID` and `PARAMSERVER_JOIN`, the join token (or
+the path of a file that holds it), are whoever's who starts it. Under SLURM, `srun` tells each of
+its tasks from which node it was called, where the server is expected, and the task's number, which
+begins at 0.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from paramserver.errors import UserError
+from paramserver.net import jointoken
+
+LISTENS_S = 5.0  # a refusal comes at once
+HOST, PORT, ID = "PARAMSERVER_HOST", "PARAMSERVER_PORT", "PARAMSERVER_ID"
+TOKEN = jointoken.VARIABLE
+SLURM_HOST, SLURM_TASK = "SLURM_LAUNCH_NODE_IPADDR", "SLURM_PROCID"
+
+
+@dataclass(frozen=True)
+class Placed:
+    """What is known; None is not."""
+
+    host: str | None = None
+    port: int | None = None
+    id: int | None = None
+    token: str | None = None
+
+
+def placed(environment: Mapping[str, str]) -> Placed:
+    """Read it off the environment. Raises `UserError` for what is no number."""
+    host = environment.get(HOST) or None
+    port, id = _number(environment, PORT), _number(environment, ID)
+    # A batch script has a task number too; what srun started knows where srun was called.
+    if environment.get(SLURM_HOST):
+        host = host or environment[SLURM_HOST]
+        task = _number(environment, SLURM_TASK)
+        id = id if id is not None or task is None else task + 1
+    return Placed(host, port, id, environment.get(TOKEN) or None)
+
+
+def listens(host: str, port: int) -> bool:
+    """Does anything listen there? Who is too busy to answer does."""
+    try:
+        socket.create_connection((host, port), LISTENS_S).close()
+    except TimeoutError:
+        return True
+    except OSError:
+        return False
+    return True
+
+
+def _number(environment: Mapping[str, str], name: str) -> int | None:
+    text = environment.get(name, "").strip()
+    if not text:
+        return None
+    if not text.isdecimal():
+        raise UserError(f"the environment variable {name} is {text!r}", "it must be a number")
+    return int(text)

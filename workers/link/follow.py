@@ -1,0 +1,236 @@
+"""Where a replica stands in the log, what it waits for, what it drops, what it fetches again.
+
+The worker's counterpart of `paramserver.rounds`, and as pure: messages and `now` come in, one
+effect comes out of each, and nothing here knows a socket or a tensor. Three rules:
+
+1. An average is taken in as it comes, but nothing is applied before the close of its round.
+2. Only the update that leads from my step to the next one is of use: older ones are dropped, newer
+   ones are a gap, and a gap is closed by fetching.
+3. While fetching, SUB is not read, so that what comes from there continues where the fetch ends.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from paramserver.protocol.messages import (
+    Average,
+    Close,
+    End,
+    Fetch,
+    Lease,
+    Open,
+    Pulse,
+    next_lineage,
+)
+
+
+class Effect(msgspec.Struct, frozen=True):
+    pass
+
+
+class Take(Effect, frozen=True):
+    """Decode this average's numbers into their place.
+
+    `first` of its round: what was taken before belongs to a void round, and must be forgotten.
+    """
+
+    average: Average
+    first: bool = False
+
+
+class Apply(Effect, frozen=True):
+    """Everything of this update is here: apply it, then call `applied`.
+
+    `first`: it has no averages; what was taken before belongs to a void round (see `Take`).
+    """
+
+    close: Close
+    first: bool = False
+
+
+class Drop(Effect, frozen=True):
+    """Of no use: older, twice, or of another server."""
+
+    why: str
+
+
+class Gap(Effect, frozen=True):
+    """Something is missing: fetch, and look at this message again afterwards."""
+
+
+class Nothing(Effect, frozen=True):
+    pass
+
+
+class Diverged(Effect, frozen=True):
+    """The log and this replica do not fit together: a snapshot is needed."""
+
+    why: str
+
+
+class Silent(Effect, frozen=True):
+    """Nothing was heard from the server for this long: knock."""
+
+    seconds: float
+
+
+NOTHING = Nothing()
+
+
+class Follow:
+    """A replica's place in the log of one server (`nonce`)."""
+
+    def __init__(self, nonce: str, step: int, lineage: str, now: float) -> None:
+        self.nonce = nonce
+        self.step = step
+        self.lineage = lineage
+        self.open: Open | None = None
+        """The newest open round known."""
+        self.over = 0
+        """The newest round known to be over."""
+        self.phase = ""
+        """What the server last said it was doing."""
+        self.ending = False
+        """The server opens no more rounds."""
+        self.traffic = (0, 0)
+        """Bytes the server last said it had sent and received."""
+        self.end: End | None = None
+        self.fetching_since: float | None = None
+        self.heard_at = now
+        self._round = 0  # the round whose averages are being collected
+        self._got: set[int] = set()
+        self._pulse_step = -1  # where an earlier pulse already saw us behind
+
+    # ------------------------------------------------------------------ messages
+
+    def average(self, m: Average) -> Effect:
+        if m.nonce != self.nonce:
+            return Drop("of another server")
+        if m.step <= self.step or m.round < self._round:
+            return Drop("older than what I hold")
+        if m.step > self.step + 1:
+            return Gap()
+        first = m.round > self._round  # a new round, perhaps after a void one of the same step
+        if first:
+            self._round = m.round
+            self._got.clear()
+        if m.bucket in self._got:
+            return Drop("came twice")
+        self._got.add(m.bucket)
+        return Take(m, first)
+
+    def lost(self, bucket: int) -> None:
+        """What was taken of this bucket's average was written over meanwhile: it never came."""
+        self._got.discard(bucket)
+
+    def close(self, m: Close) -> Effect:
+        if m.nonce != self.nonce:
+            return Drop("of another server")
+        if m.step <= self.step:
+            return Drop("older than what I hold")
+        if m.step > self.step + 1:
+            return Gap()
+        if m.buckets and (m.round != self._round or not self._got.issuperset(m.buckets)):
+            return Gap()
+        if next_lineage(self.lineage, m) != m.lineage:
+            return Diverged(f"update {m.step} does not continue from my step {self.step}")
+        return Apply(m, first=m.round != self._round)
+
+    def applied(self, m: Close) -> None:
+        """The update is in the model now."""
+        self.step, self.lineage = m.step, m.lineage
+        self.over = max(self.over, m.round)
+        self._got.clear()
+        if m.open is not None:
+            self._opened(m.open)
+
+    def opened(self, m: Open) -> Effect:
+        if m.nonce != self.nonce:
+            return Drop("of another server")
+        if m.step > self.step:
+            return Gap()
+        if m.step < self.step:
+            return Drop("older than what I hold")
+        self._opened(m)
+        return NOTHING
+
+    def pulse(self, m: Pulse, now: float) -> Effect:
+        """The server lives. Its pulse may overtake a close on its way: behind twice is a gap."""
+        if m.nonce != self.nonce:
+            return Drop("of another server")
+        self.phase, self.ending = m.phase, m.ending
+        self.traffic = (m.sent_bytes, m.received_bytes)
+        if m.step > self.step:
+            behind_before, self._pulse_step = self._pulse_step == self.step, self.step
+            return Gap() if behind_before else NOTHING
+        if m.step == self.step:
+            if m.open is not None:
+                self._opened(m.open)
+            if m.closed is not None:
+                self.over = max(self.over, m.closed)
+        return NOTHING
+
+    def ended(self, m: End) -> Effect:
+        """The run is over; the updates up to its last step are still wanted."""
+        if m.nonce != self.nonce:
+            return Drop("of another server")
+        self.end = m
+        return Gap() if m.step > self.step else NOTHING
+
+    def _opened(self, m: Open) -> None:
+        if self.open is None or m.round > self.open.round:
+            self.open = m
+            self.over = max(self.over, m.round - 1)
+
+    # ------------------------------------------------------------------ fetching and snapshots
+
+    def fetch(self, now: float) -> Fetch:
+        """Ask for what comes after my step; until `fetched` nothing is read from SUB."""
+        self.fetching_since = now
+        return Fetch(step=self.step, lineage=self.lineage)
+
+    def fetched(self, step: int, open_: Open | None) -> Effect:
+        """The answer to a fetch is complete; the server's log stands at `step`."""
+        self.fetching_since = None
+        if open_ is not None and open_.step == self.step:
+            self._opened(open_)
+        return Gap() if step > self.step else NOTHING
+
+    def adopted(self, step: int, lineage: str) -> None:
+        """A snapshot put the replica at another state; while it was given no round was open."""
+        self.step, self.lineage = step, lineage
+        self.fetching_since = None
+        self._got.clear()
+        if self.open is not None:
+            self.over, self.open = max(self.over, self.open.round), None
+
+    # ------------------------------------------------------------------ waiting
+
+    def heard(self, now: float) -> None:
+        self.heard_at = now
+
+    def lease(self, worker: int, after: int) -> tuple[int, Lease] | None:
+        """(round, lease) of the open round that follows `after`, if this worker is in it."""
+        current = self.open
+        if current is None or current.round <= max(after, self.over):
+            return None
+        leases = current.leases.get(worker)
+        return (current.round, leases[0]) if leases else None
+
+    def lease_ahead(self, worker: int) -> Lease | None:
+        """What this worker will probably get next, so that its data can be loaded."""
+        leases = self.open.leases.get(worker, ()) if self.open is not None else ()
+        return leases[1] if len(leases) > 1 else None
+
+    def is_over(self, round_: int) -> bool:
+        """Has that round come to its end, one way or the other?"""
+        return self.over >= round_
+
+    def tick(self, now: float, quiet_s: float) -> Effect:
+        """Time has passed: ask again what was not answered, knock where it is silent."""
+        if now - self.heard_at > quiet_s:  # who asks on and on would never find out for how long
+            return Silent(now - self.heard_at)
+        if self.fetching_since is not None and now - self.fetching_since > quiet_s:
+            return Gap()
+        return NOTHING

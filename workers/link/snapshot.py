@@ -1,0 +1,100 @@
+"""The two ends of a snapshot: a replica's whole state, piece by piece from one peer to another.
+
+The server passes the messages on and keeps nothing of them; see "Snapshots" in docs/protocol.md.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import psutil
+import torch
+
+from paramserver.errors import PeerError
+from paramserver.protocol import messages as wire
+from workers.replica.replica import Replica
+from workers.replica.state import DTYPES, as_bytes, dtype_name, empty, flatten, pieces
+
+FLOOR_BYTES = 64 * 2**20
+MOMENTS = 8  # numbers that an optimizer keeps for each of a tensor, at most
+SQUARES = 4  # matrices that it keeps for each dimension (Shampoo, SOAP)
+NUMBER_BYTES = 8
+
+
+def most_bytes(replica: Replica) -> int:
+    """What a state like this replica's can have at most, whatever its optimizer keeps; never more
+    than the memory of this machine."""
+    numbers = 0
+    for tensor in replica.tensors():
+        squares = sum(d * d for d in tensor.shape)
+        numbers += (1 + MOMENTS) * tensor.numel() + SQUARES * squares
+    # A complex number has two.
+    return min(FLOOR_BYTES + 2 * NUMBER_BYTES * numbers, psutil.virtual_memory().total)
+
+
+class Giving:
+    """A snapshot of this replica that somebody is taking piece by piece."""
+
+    def __init__(self, number: int, replica: Replica) -> None:
+        self.number = number
+        self.tree, tensors = flatten(replica.state())
+        self.shapes = tuple((dtype_name(t.dtype), tuple(t.shape)) for t in tensors)
+        self.buffers = [as_bytes(t) for t in tensors]
+        self.piece_bytes = replica.plan.largest_bytes
+        self.pieces = pieces([b.numel() for b in self.buffers], self.piece_bytes)
+
+    def manifest(self, replica: Replica) -> wire.Manifest:
+        return wire.Manifest(
+            snapshot=self.number,
+            step=replica.step,
+            lineage=replica.lineage,
+            tree=self.tree,
+            tensors=self.shapes,
+            piece_bytes=self.piece_bytes,
+        )
+
+    def bytes(self, piece: int) -> Any:
+        if not 0 <= piece < len(self.pieces):
+            raise PeerError(f"there is no piece {piece}")
+        tensor, start, stop = self.pieces[piece]
+        return self.buffers[tensor][start:stop].numpy().data
+
+
+class Taking:
+    """A snapshot that is coming in, for a replica whose state is not larger than `most_bytes`.
+
+    Raises `PeerError`, before anything is allocated, for a manifest that cannot be right.
+    """
+
+    def __init__(self, manifest: wire.Manifest, now: float, most_bytes: int) -> None:
+        self.manifest = manifest
+        self.heard_at = now
+        for dtype, shape in manifest.tensors:
+            if dtype not in DTYPES or len(shape) > wire.DIMENSIONS_MAX or min(shape, default=0) < 0:
+                raise PeerError(f"the snapshot has a tensor of {dtype[:20]!r} and {shape[:8]}")
+        size = sum(DTYPES[d].itemsize * math.prod(shape) for d, shape in manifest.tensors)
+        if size > most_bytes:
+            raise PeerError(
+                f"the snapshot has {size / 2**20:,.0f} MiB, more than this replica's state can have"
+            )
+        try:
+            self.tensors = [empty(dtype, shape) for dtype, shape in manifest.tensors]
+        except (ValueError, RuntimeError) as e:
+            raise PeerError(f"the snapshot cannot be held here: {e}") from None
+        self.buffers = [as_bytes(t) for t in self.tensors]  # views: these are new, on the CPU
+        self.pieces = pieces([b.numel() for b in self.buffers], max(1, manifest.piece_bytes))
+        self.next = 0
+        self.wanted: set[int] = set()
+
+    def take(self, piece: int, buffers: list[Any]) -> None:
+        if piece not in self.wanted:
+            return
+        tensor, start, stop = self.pieces[piece]
+        if len(buffers) != 1 or memoryview(buffers[0]).nbytes != stop - start:
+            raise PeerError(f"piece {piece} of the snapshot has another length")
+        self.wanted.discard(piece)
+        self.buffers[tensor][start:stop].copy_(torch.frombuffer(buffers[0], dtype=torch.uint8))
+
+
+__all__ = ["Giving", "Taking", "most_bytes"]

@@ -1,0 +1,255 @@
+"""A cluster of one: what `workers.link.client` does for a worker, where there is no server.
+
+Gradients make the same journey and the log is the same, so a loop that was written for a cluster
+runs alone as it is. Nothing is sent anywhere, and nothing is written.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from paramserver.config.schema import build, check_names
+from paramserver.errors import UserError
+from paramserver.net import address
+from paramserver.protocol import messages as wire
+from paramserver.rounds.ledger import DONE, RETURNED, SKIPPED, UNREAD, Ledger, OwnLedger
+from paramserver.settings import Settings
+from paramserver.tensors.bucket import BUCKET_MB
+from paramserver.tensors.codec import fresh
+from paramserver.tensors.reducer import Mean
+from workers.link import follow
+from workers.link.connection import Say
+from workers.replica.replica import Replica
+
+ID = 1
+AS_IT_IS = {"codec": "float32", "codec_down": None}  # nothing travels
+
+
+class Alone:
+    """The interface of `Client`, as far as `Cluster` uses it, for the only worker of a run.
+
+    `settings` are some of those that a server would have (`num_epochs`, `batch_size`, `seed`);
+    raises `UserError` for one that there is not.
+    """
+
+    host, port = address.LOOPBACK, 0
+    compares = False  # there is no other data set
+
+    def __init__(self, settings: Mapping[str, Any], say: Say) -> None:
+        check_names(settings, lambda name: "alone=")
+        known = asdict(Settings())
+        run = asdict(build({**known, **settings, **AS_IT_IS}, lambda name: "alone="))
+        run["bucket_mb"] = run["bucket_mb"] or BUCKET_MB
+        self.welcome = wire.Welcome(
+            protocol=wire.PROTOCOL,
+            run="",
+            nonce=uuid.uuid4().hex,
+            session="",
+            id=ID,
+            settings=run,
+            pub_port=0,
+        )
+        self.say = say
+        self.device = "cpu"
+        self.greetings = 1
+        self.on_close: Callable[[wire.Close], None] | None = None
+        self.follow: follow.Follow | None = None
+        self._ledger: Ledger | None = None
+        self._batch_size, self._least, self._drop_last = 0, 1, False
+        self._unread: tuple[int, ...] = ()
+        self._unreadable = False
+        self._leases: list[wire.Lease] = []
+        self._round = 0
+        self._opened_at = 0.0
+        self._got: set[int] = set()
+        self._without: set[int] = set()
+        self._bad: str | None = None
+        self._loss: float | None = None
+        self._samples = 0
+        self._left: tuple[str, bool] | None = None  # how its only worker left, if it has
+
+    # ------------------------------------------------------------------ what a loop asks for
+
+    def join(self, replica: Replica) -> str:
+        self.replica = replica
+        self.follow = follow.Follow(self.welcome.nonce, replica.step, replica.lineage, 0.0)
+        self._mean = Mean(replica.plan, "float32", "float32", 1.0)
+        return "origin"
+
+    def ready(
+        self,
+        samples: int,
+        batch_size: int,
+        own: bool = False,
+        *,
+        least: int = 1,
+        drop_last: bool = False,
+        looks: tuple[wire.Look, ...] = (),
+    ) -> None:
+        """Begin, or go on, with rounds of `batch_size` samples, or of `own` ones."""
+        assert self.follow is not None
+        if self._ledger is None:
+            epochs = self.welcome.settings["num_epochs"]
+            self._ledger = OwnLedger() if own else Ledger(samples, epochs)
+        if self._ledger.samples != samples:
+            raise UserError(
+                f"a data set of {samples} samples, the run has one of {self._ledger.samples}",
+                "every call of batches() needs the same training set",
+            )
+        self._batch_size, self._least, self._drop_last = batch_size, least, drop_last
+        opened = self._open()
+        if opened is not None:
+            self.follow.opened(opened)
+
+    def unready(self, unfinished: bool = False) -> None:
+        """The loop was left: the open round is void, what was leased comes first the next time."""
+        assert self._ledger is not None
+        for lease in self._leases:
+            self._ledger.settle(lease, RETURNED)
+        self._leases.clear()
+        self.replica.forget_averages()
+
+    @property
+    def ended(self) -> wire.End | None:
+        if self._ledger is None:
+            return None
+        if self._ledger.finished:
+            reason, error = "all epochs are done", False
+        elif self._left is None:
+            return None
+        elif not isinstance(self._ledger, OwnLedger):
+            reason, error = f"left before all samples were done: {self._left[0]}", True
+        elif self._left == (wire.FINISHED, False):
+            reason, error = "every worker has finished", False
+        else:
+            reason, error = f"the only worker left: {self._left[0]}", self._left[1]
+        step, lineage = self.replica.step, self.replica.lineage
+        return wire.End(self.welcome.nonce, step, lineage, reason, error)
+
+    @property
+    def left_behind(self) -> bool:
+        return False
+
+    def wait(self, done: Callable[[], Any], what: str, timeout_s: float | None = None) -> bool:
+        """There is nobody to wait for: a round whose gradient is complete is closed."""
+        while not done():
+            told = len(self._got) + len(self._without)
+            whole = told == len(self.replica.plan.buckets)
+            assert whole or self._unreadable, f"nothing comes: {what}"
+            self._close()
+        return True
+
+    # ------------------------------------------------------------------ the exchange
+
+    def room(self, nbytes: int) -> torch.Tensor:
+        return fresh(nbytes)
+
+    def settled(self) -> None:
+        pass
+
+    def poll(self) -> None:
+        pass
+
+    def push(self, push: wire.Push, buffers: list[Any]) -> None:
+        """One bucket is its own average; numbers that are not finite are refused as by a server."""
+        bad, _ = self._mean.check(push.bucket, buffers, push.scale, push.absent)
+        self._bad = self._bad or bad
+        self._loss, self._samples, self._unread = push.loss, push.samples, push.unread
+        average = wire.Average(
+            nonce=self.welcome.nonce,
+            round=push.round,
+            step=self.replica.step + 1,
+            bucket=push.bucket,
+            absent=push.absent,
+            scale=push.scale,
+        )
+        assert self.follow is not None
+        taken = self.follow.average(average)
+        if isinstance(taken, follow.Take):
+            self.replica.take(average, buffers)
+        self._got.add(push.bucket)
+        self._without.update(push.without)
+
+    def unreadable(self, round: int) -> None:
+        """Skip the whole lease."""
+        _, start, stop = self._leases[0]
+        self._unreadable, self._unread = True, tuple(range(stop - start))
+        self._bad = "no sample of its lease can be read"
+
+    def goodbye(
+        self,
+        reason: str,
+        failed: str = "",
+        lease: wire.Lease | None = None,
+        *,
+        error: bool = False,
+    ) -> None:
+        if self._left is None:
+            self._left = reason, error
+
+    def close(self) -> None:
+        pass
+
+    # ------------------------------------------------------------------ the log
+
+    def _open(self) -> wire.Open | None:
+        """The next round, if there are samples left for one."""
+        assert self._ledger is not None
+        while len(self._leases) < 2:  # this round's, and the one that is loaded meanwhile
+            lease = self._ledger.lease(self._batch_size, self._least, self._drop_last)
+            if lease is None:
+                break
+            self._leases.append(lease)
+        if not self._leases:
+            return None
+        self._round += 1
+        self._opened_at = time.monotonic()
+        self._got.clear()
+        self._without.clear()
+        self._bad, self._unread, self._unreadable = None, (), False
+        return wire.Open(
+            nonce=self.welcome.nonce,
+            round=self._round,
+            step=self.replica.step,
+            lineage=self.replica.lineage,
+            leases={ID: tuple(self._leases)},
+        )
+
+    def _close(self) -> None:
+        """The gradient is complete: it is the next update of the log."""
+        assert self._ledger is not None and self.follow is not None
+        lease = self._leases.pop(0)
+        if lease == wire.OWN:
+            lease = (0, 0, self._samples)
+        self._ledger.settle(lease, DONE if self._bad is None else SKIPPED, self._unread)
+        for lost in self._ledger.take_news():
+            if lost.why != UNREAD:  # those were told one by one
+                self.say(f"skipped: samples {lost.lease[1]} to {lost.lease[2] - 1} of its order")
+        if self._bad is not None:
+            self.say(f"round {self._round}: refused: {self._bad}")
+            self.replica.forget_averages()
+        close = wire.Close(
+            nonce=self.welcome.nonce,
+            round=self._round,
+            step=self.replica.step + 1,
+            lineage=self.replica.lineage,  # nobody else needs a name for the state
+            buckets=tuple(sorted(self._got)) if self._bad is None else (),
+            contributors={ID: self._samples} if self._bad is None else {},
+            late={} if self._bad is None else {ID: self._bad},
+            loss=self._loss,
+            seconds=time.monotonic() - self._opened_at,
+            ledger=self._ledger.state(),
+        )
+        self.replica.apply(close)
+        self.follow.applied(close)
+        if self.on_close is not None:
+            self.on_close(close)
+        following = self._open()
+        if following is not None:
+            self.follow.opened(following)

@@ -1,0 +1,1 @@
+"""The replica that pushes nothing: it evaluates, writes checkpoints and logs."""

@@ -1,0 +1,345 @@
+"""The observer: a replica that pushes nothing. It evaluates, writes checkpoints and logs.
+
+The server's command starts it (`python -m workers.observer.observer`) and tells it all it needs in
+one line of JSON on its standard input; where that pipe ends, the server is gone: it writes a
+checkpoint and ends too.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+
+import msgspec
+import torch
+
+from paramserver import terminal, trace
+from paramserver.config.loading import exit_on_user_error
+from paramserver.errors import UserError
+from paramserver.output import drafts
+from paramserver.output.runfolder import RunFolder
+from paramserver.protocol import messages as wire
+from paramserver.settings import Settings
+from paramserver.tensors.bucket import BUCKET_MB
+from workers.builtin import builders, models
+from workers.link.client import Client
+from workers.observer.loggers import open_logbooks, step_values
+from workers.replica import checkpoint
+from workers.replica.replica import Replica
+from workers.replica.resume import resume
+
+NICE = 2
+PROBLEMS_TOLD = 100  # to the server; more are in this program's log
+LOGBOOK_S = 5.0  # that the first round waits for W&B to be ready
+REST_MAX_S = 0.05
+REST_GROWS, REST_BEGINS_S = 1.1, 1e-4  # with each update, up to what rounds take
+NORMS_EVERY_S = 0.05  # where steps are shorter: all of them cost a fast run a tenth of its speed
+KEPT_SHARE = 0.25  # of what the server keeps, the part that may wait to be looked at
+
+
+class Orders(msgspec.Struct, frozen=True):
+    """What the server's command tells its observer."""
+
+    host: str
+    port: int
+    key: str
+    run: str
+    folder: str
+    settings: Settings
+    resume: str | None = None
+
+
+class Observer:
+    """One observer of one run, from its first state to its last evaluation."""
+
+    def __init__(self, orders: Orders) -> None:
+        settings = self.settings = orders.settings
+        self.orders = orders
+        self.folder = RunFolder(Path(orders.folder))
+        for folder in (self.folder.path, self.folder.checkpoints):
+            drafts.sweep(folder)
+        self.device = builders.choose_device(settings.device)
+        builders.set_threads(1, 1)
+        builders.tell_downloads(_say)
+        self.val = builders.load_data(settings, None).val
+        model = models.build(settings.model, settings.seed, None).to(self.device)
+        self.copy = copy.deepcopy(model)  # what is evaluated while updates go on
+        self.criterion = builders.build_criterion(settings, self.copy, self.val, self.device, None)
+        optimizer = builders.build_optimizer(model, settings, None)
+        self.replica = Replica(
+            model,
+            optimizer,
+            bucket_mb=settings.bucket_mb or BUCKET_MB,
+            codec=settings.codec_down or settings.codec,
+            scheduler=builders.build_scheduler(optimizer, settings, None),
+            clip_norm=settings.clip_norm,
+            schedule_by=settings.schedule_by,
+        )
+        if orders.resume is not None:
+            resume(self.replica, Path(orders.resume), settings)
+            _say(f"resumed {orders.resume} at step {self.replica.step}")
+        self.client = Client(orders.host, orders.port, role="observer", key=orders.key, say=_say)
+        self._untold: list[str] = []  # problems, until the server can be told
+        self._told: set[str] = set()
+        self._left = False
+        self.logbook = open_logbooks(
+            settings, self.folder.path, _say, run=orders.run, problem=self._problem
+        )
+        self.client.on_close = self._on_close
+        self.client.on_missed = self._on_missed
+        self.server_gone = self.client.abandoned  # set where the pipe from the server ends
+        self._logs: list[tuple[int, dict[str, float]]] = []  # held back during an evaluation
+        self._evaluated: tuple[int, dict[str, float | None]] | None = None  # step, what came out
+        self._saved_step: int | None = None
+        self._unsaved: list[int] = []  # steps of checkpoints in a row that were not written
+        self._kept = ""  # lineage of the state that was written at the run's end
+        self._due: set[str] = set()
+        self._evaluating = False
+        self._norms_at = 0.0  # when gradients are measured next
+        self._round_s = 0.0  # what a round takes, taken short rather than long
+
+    def run(self) -> None:
+        """Follow the run to its end."""
+        client = self.client
+        client.connect(self.settings.join_timeout)
+        self.logbook.wait_open(LOGBOOK_S)  # later it would take the first rounds' processor time
+        client.join(self.replica)
+        self._tell_problems()
+        while True:
+            client.wait(
+                lambda: (
+                    (self._due and client.follows)
+                    or self._must_keep()
+                    or client.ended
+                    or self.server_gone.is_set()
+                ),
+                "",
+            )
+            if client.ended is not None or self.server_gone.is_set():
+                break
+            if self._must_keep():
+                self._keep()
+            if "checkpoint" in self._due:
+                self._due.discard("checkpoint")
+                self._save()
+            if "evaluation" in self._due:
+                self._due.discard("evaluation")
+                self._evaluate()
+        if self.server_gone.is_set():
+            _say(f"the server is gone; writing a checkpoint of step {self.replica.step}")
+        self._finish()
+
+    def close(self) -> None:
+        """Sockets first: nobody need wait for loggers where the run was not followed to its end."""
+        self._left = True
+        self.client.close()
+        self.logbook.close()
+
+    def _problem(self, text: str) -> None:
+        """What could not be done here: in this program's log, and for people at the server."""
+        _say(text)
+        if text not in self._told and len(self._told) < PROBLEMS_TOLD:
+            self._told.add(text)
+            self._untold.append(text)
+        if self.client.follows and not self._left:
+            self._tell_problems()
+
+    def _tell_problems(self) -> None:
+        while self._untold:
+            self.client.problem(self._untold.pop(0))
+
+    # ------------------------------------------------------------------ step by step
+
+    def _on_missed(self, close: wire.Close) -> None:
+        """A step that this replica did not follow: log it, and catch up where it matters."""
+        self._note(close, None)
+        if self._due:
+            self.client.catch_up()
+
+    def _on_close(self, close: wire.Close) -> None:
+        self.client.rest_s = self._rest_s(close)
+        norms, now = None, time.monotonic()
+        if self.settings.track_gradients and now >= self._norms_at:
+            self._norms_at = now + NORMS_EVERY_S
+            with_gradient = [(n, p.grad) for n, p in self.replica.params if p.grad is not None]
+            lengths = torch._foreach_norm([g for _, g in with_gradient]) if with_gradient else []
+            norms = {n: float(norm) for (n, _), norm in zip(with_gradient, lengths, strict=True)}
+        self._note(close, norms)
+
+    def _rest_s(self, close: wire.Close) -> float:
+        """As long as the server surely keeps the updates of that time, if rounds get no shorter."""
+        self._round_s = min(close.seconds, REST_GROWS * self._round_s + REST_BEGINS_S)
+        kept_mb = min(self.settings.history_mb, self.client.ring_mb)
+        update_mb = self.replica.plan.nbytes / 2**20
+        return min(REST_MAX_S, KEPT_SHARE * kept_mb / update_mb * self._round_s)
+
+    def _note(self, close: wire.Close, norms: dict[str, float] | None) -> None:
+        """Log a step, and see what is due after it."""
+        s, step = self.settings, close.step
+        assert self.client.follow is not None
+        sent, received = self.client.follow.traffic
+        values = step_values(
+            loss=close.loss,
+            learning_rate=self.replica.optimizer.param_groups[0]["lr"],
+            samples=close.contributors,
+            step_s=close.seconds,
+            late=close.late,
+            sent_bytes=sent,
+            received_bytes=received,
+            gradient_norms=norms,
+        )
+        self._logs.append((step, values))
+        if s.eval_steps and step % s.eval_steps == 0:
+            self._due.add("evaluation")
+        elif not self._evaluating:
+            self._write_logs()
+        if s.checkpoint_steps and step % s.checkpoint_steps == 0:
+            self._due.add("checkpoint")
+
+    def _evaluate(self) -> None:
+        """Judge a copy of this step's weights; between batches, updates go on being applied."""
+        step = self.replica.step
+        self.copy.load_state_dict(self.replica.state()["model"])
+        self._evaluating = True
+        loss, metric = builders.evaluate(
+            self.copy, self.val, self.device, self.criterion, lambda: self._keep_up()
+        )
+        self._evaluating = False
+        name, results = self.criterion.name, {"losses/val": loss}
+        report: dict[str, float | None] = {"val_loss": loss}
+        if metric is not None:
+            results[f"{name}/val"] = report[f"val_{name}"] = metric
+        self._evaluated = (step, report)
+        self.client.report(step, report)
+        for logged, values in self._logs:
+            if logged == step:
+                values.update(results)
+        self._write_logs()
+
+    def _keep_up(self) -> None:
+        """Apply what has come in meanwhile, up to where the next evaluation is due."""
+        self.client.wait(lambda: self._due or self._must_keep(), "", timeout_s=0)
+        if self._must_keep():
+            self._keep()
+        if "checkpoint" in self._due:
+            self._due.discard("checkpoint")
+            self._save()
+
+    def _write_logs(self) -> None:
+        """All but the step whose evaluation is due: that goes with its result."""
+        ready = len(self._logs) - ("evaluation" in self._due)
+        for step, values in self._logs[:ready]:
+            self.logbook.log(step, values)
+        del self._logs[:ready]
+
+    def _save(self) -> None:
+        """A checkpoint; a disk that is full costs older ones, then this one, never the run."""
+        step, folder = self.replica.step, self.folder.checkpoints
+        path, settings = folder / checkpoint.name(step), asdict(self.settings)
+        try:
+            self._write(lambda: checkpoint.save(path, self.replica, self.orders.run, settings))
+            checkpoint.prune(folder, self.settings.keep_checkpoints, path)
+            drafts.sweep(self.folder.path)
+        except OSError as e:
+            self._unsaved.append(step)
+            sentence = f"the checkpoint of step {step} was not written: {e.strerror or e}"
+            if len(self._unsaved) == 1:
+                self._problem(sentence)  # of those that follow their number, when it is known
+            else:
+                _say(sentence)
+        else:
+            self._saved_step = step
+            self._tell_unsaved()
+
+    def _write(self, write: Callable[[], None]) -> None:
+        """Write a file, in the place of older checkpoints where the disk is full."""
+        removed = checkpoint.with_room(write, self.folder.checkpoints)
+        if removed:
+            _say(f"removed to make room: {', '.join(removed)}")
+            self._problem("the disk is full: older checkpoints are removed to make room")
+
+    def _tell_unsaved(self) -> None:
+        count = len(self._unsaved)
+        if count > 1:
+            self._problem(f"{count} checkpoints were not written, up to step {self._unsaved[-1]}")
+        self._unsaved.clear()
+
+    def _must_keep(self) -> bool:
+        """Does the run's end wait for this?"""
+        return self.client.at_last_step and self._kept != self.replica.lineage
+
+    def _keep(self) -> None:
+        """The last checkpoint and the weights. Before the end, workers still hold this state:
+        should this process die now, another one takes it from them."""
+        step = self.replica.step
+        if self._saved_step != step and step > 0:
+            self._save()
+        self._tell_unsaved()
+        try:
+            self._write(lambda: checkpoint.save_model(self.folder.model, self.replica))
+        except OSError as e:
+            self._problem(f"{self.folder.model} was not written: {e.strerror or e}")
+        self._kept = self.replica.lineage
+        if self.client.at_last_step:
+            self.client.kept()
+
+    def _finish(self) -> None:
+        """The last evaluation, then goodbye; what is to stay of this step, if that is not done."""
+        step = self.replica.step
+        if self._kept != self.replica.lineage:
+            self._keep()
+        self._due.clear()
+        if self.server_gone.is_set():
+            self._write_logs()
+            return
+        if self._evaluated is None or self._evaluated[0] != step:
+            self._evaluate()
+        assert self._evaluated is not None
+        self.client.report(*self._evaluated, final=True)
+        self.logbook.close()  # what it could not do is told before goodbye is said
+        self._tell_problems()
+        self.client.goodbye("finished")
+
+
+def main() -> None:
+    """The observer program; see the module's head."""
+    with exit_on_user_error():
+        _step_aside()
+        line = sys.stdin.readline()
+        if not line:
+            raise UserError("the observer is started by the server", "make server starts both")
+        trace.begin("observer")
+        observer = Observer(msgspec.json.decode(line, type=Orders))
+
+        def watch_pipe() -> None:
+            sys.stdin.read()
+            observer.server_gone.set()
+
+        threading.Thread(target=watch_pipe, name="pipe", daemon=True).start()
+        try:
+            observer.run()
+        finally:
+            observer.close()
+
+
+def _step_aside() -> None:
+    """Where cores are scarce they are the workers': the observer falls behind and catches up."""
+    with suppress(OSError):  # a container may forbid it
+        os.nice(NICE)
+        if sys.platform == "linux":  # woken up, it does not take a core from somebody at work
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+
+
+def _say(line: str) -> None:
+    terminal.say(line)
+
+
+if __name__ == "__main__":
+    main()

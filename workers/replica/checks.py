@@ -1,0 +1,167 @@
+"""What cannot be trained as a replica is told at the door, before anybody waits for it.
+
+Between the averaged gradient and the parameters everything must be the same in every replica, and
+a function of the log: no closure that computes again, no schedule that follows a local metric, no
+scale of this worker's own.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer, SparseAdam
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from paramserver.errors import UserError
+from workers.replica.state import dtype_name
+
+TRAINED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+STEPPED_BY_CLUSTER = "the schedule that attach() was given is stepped with every update"
+
+
+def check(model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler | None) -> None:
+    """Raise `UserError` for the first thing that a replica cannot do, with what to do instead."""
+    _check_shapes(model)
+    _check_parameters(model)
+    _check_optimizer(model, optimizer)
+    _check_scheduler(optimizer, scheduler)
+
+
+def _check_shapes(model: nn.Module) -> None:
+    """Lazy modules get their shapes with the first batch, the meta device has no numbers."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor):
+            raise UserError(
+                f"{name} has no shape yet: it belongs to a lazy module",
+                "pass one batch through the model before attach(), on every worker: model(images)",
+            )
+        if tensor.is_meta:
+            raise UserError(
+                f"{name} is on the meta device, where tensors have no numbers",
+                "give it memory and numbers before attach(): model.to_empty(device='cpu'), and "
+                "initialise it",
+            )
+
+
+def _check_parameters(model: nn.Module) -> None:
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if not trained:
+        raise UserError("the model has no parameter that requires a gradient", "nothing to train")
+    for name, p in trained:
+        if p.is_complex():
+            raise UserError(
+                f"{name} is complex: averages are of real numbers",
+                "keep it as a real parameter, and use torch.view_as_complex in forward",
+            )
+        if p.dtype not in TRAINED:
+            raise UserError(
+                f"{name} is trained in {dtype_name(p.dtype)}, whose numbers cannot be averaged",
+                "train it in float32, bfloat16, float16 or float64",
+            )
+    for name, module in model.named_modules():
+        is_embedding = isinstance(module, nn.Embedding | nn.EmbeddingBag)
+        if is_embedding and module.sparse and module.weight.requires_grad:
+            raise sparse(f"{name}.weight" if name else "weight")
+
+
+def sparse(name: str) -> UserError:
+    return UserError(f"{name} has a sparse gradient", "make its embedding with sparse=False")
+
+
+def _check_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
+    kind = type(optimizer).__name__
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        raise UserError(
+            f"{kind} computes the loss again and again within a step",
+            "use an optimizer whose step() needs no closure",
+        )
+    if isinstance(optimizer, SparseAdam):
+        raise UserError(f"{kind} is for sparse gradients, averages are dense", "use Adam")
+    # It may own frozen ones too.
+    owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for name, p in model.named_parameters():
+        if p.requires_grad and id(p) not in owned:
+            raise UserError(
+                f"{name} requires a gradient, but the optimizer does not have it",
+                "give it to the optimizer, or set requires_grad = False",
+            )
+
+
+def _check_scheduler(optimizer: Optimizer, scheduler: LRScheduler | None) -> None:
+    if isinstance(scheduler, ReduceLROnPlateau):
+        raise UserError(
+            "ReduceLROnPlateau follows a metric that differs between replicas",
+            "use a schedule that is a function of the step",
+        )
+    if scheduler is not None and scheduler.optimizer is not optimizer:
+        raise UserError(
+            "the scheduler belongs to another optimizer than the one that attach() was given",
+            "make it for this one",
+        )
+    if scheduler is None and hasattr(optimizer.step, "_wrapped_by_lr_sched"):
+        raise UserError(
+            "there is a schedule for this optimizer, but attach() was not given it",
+            "attach(..., scheduler=scheduler): it must be stepped in every replica alike",
+        )
+
+
+def refuse_step(scheduler: LRScheduler) -> Any:
+    """Let a call of `scheduler.step` from outside be told, not counted; returns the real one."""
+    step = scheduler.step
+
+    def refuse(epoch: object = None) -> None:
+        raise UserError(STEPPED_BY_CLUSTER, "leave scheduler.step() out of the loop")
+
+    scheduler.step = refuse  # type: ignore[method-assign]
+    return step
+
+
+def allow_step(scheduler: LRScheduler) -> None:
+    """The schedule is its owner's again: undo `refuse_step`."""
+    scheduler.__dict__.pop("step", None)
+
+
+def schedule_state(scheduler: LRScheduler) -> dict[str, Any]:
+    """Its `state_dict`, without what `refuse_step` has put among its attributes."""
+    return {name: value for name, value in scheduler.state_dict().items() if name != "step"}
+
+
+def misfit(own: Any, theirs: Any, where: str, holder: object = None) -> str | None:
+    """What of a state that came from elsewhere cannot take the place of our own, as a sentence;
+    None where it can: nothing of another kind.
+
+    A schedule, the `holder`, takes whatever it is given for attributes of its own. Those that are
+    no part of its state (its methods, its optimizer) are refused.
+    """
+    if own is None or theirs is None:
+        return None
+    if isinstance(own, dict):
+        if not isinstance(theirs, dict):
+            return f"{where} is no mapping"
+        for name in theirs:
+            if name not in own and holder is not None and hasattr(holder, str(name)):
+                return f"{where}.{str(name)[:80]} is no part of a state"
+        pairs = [(own[name], theirs[name], str(name)) for name in theirs if name in own]
+    elif isinstance(own, list | tuple):
+        if not isinstance(theirs, list | tuple):
+            return f"{where} is no list"
+        pairs = [(a, b, str(i)) for i, (a, b) in enumerate(zip(own, theirs, strict=False))]
+    else:
+        number = isinstance(own, int | float)
+        is_wrong = (number and not isinstance(theirs, int | float | torch.Tensor)) or (
+            isinstance(own, str) and not isinstance(theirs, str)
+        )
+        return f"{where} is a {type(theirs).__name__}" if is_wrong else None
+    for a, b, name in pairs:
+        inner = getattr(holder, name, None) if name == "_schedulers" else None
+        if isinstance(holder, list | tuple):
+            inner = holder[int(name)]
+        why = misfit(a, b, f"{where}.{name}", inner)
+        if why is not None:
+            return why
+    return None

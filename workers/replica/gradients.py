@@ -1,0 +1,242 @@
+"""Gradients leave while backward runs: hooks on the parameters tell which buckets are complete.
+
+A bucket is complete when every parameter in it has its gradient of this step. The others are sent
+by `flush`: with gradients that were set by hand, without backward, and what has none by the end
+(unused branches, frozen for a step) as absent, with zeros in its place.
+
+Copying, encoding and sending are done at once where that is soon done. For large models, and where
+gradients must come from a device first, a thread does them, so that backward goes on meanwhile; it
+is waited for at the end of each backward. Sockets so belong to that thread during a backward, and
+to the caller's otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
+
+import torch
+from torch import Tensor
+from torch.autograd import Variable
+
+from paramserver.errors import UserError
+from paramserver.tensors import whole
+from paramserver.tensors.bucket import Bucket
+from workers.replica.checks import sparse
+from workers.replica.replica import Replica
+from workers.replica.state import as_bytes
+
+THREAD_FROM_BYTES = 8 * 2**20
+"""Of gradients; below, handing them to a thread costs more than it hides."""
+
+Make = Callable[[Bucket], Tensor]
+Send = Callable[[Bucket, Tensor, tuple[int, ...], tuple[int, ...]], None]
+
+
+class Gradients:
+    """Watches a replica's backward and gives every full bucket to `send(bucket, values, absent,
+    without)`.
+
+    `values` is a flat CPU tensor that `make(bucket)` made for it. `absent` are the layout indexes
+    of parameters without a gradient. `without` names a bucket that will not come: that of buffers
+    which no forward wrote to. `accumulate` backward passes make one step.
+    """
+
+    def __init__(self, replica: Replica, make: Make, send: Send, accumulate: int = 1) -> None:
+        self._replica = replica
+        self._make = make
+        self._send = send
+        self._accumulate = accumulate
+        self._plan = plan = replica.plan
+        self._open = False
+        self._passes = [0] * len(replica.params)
+        self._seen: dict[int, tuple[Tensor, int]] = {}  # gradients as they were taken; versions
+        self._missing: list[int] = []
+        self._sent: set[int] = set()
+        self._device = replica.params[0][1].device if replica.params else torch.device("cpu")
+        self._threaded = self._device.type != "cpu" or plan.nbytes >= THREAD_FROM_BYTES
+        self._thread = ThreadPoolExecutor(1, "gradients")
+        self._under_way: list[Future[None]] = []
+        self._parts = [[self._part(index, b) for index in b.tensors] for b in plan.buckets]
+        self._numbers = [b for b in plan.buckets if b.kind != "whole"]
+        self._whole = next((b for b in plan.buckets if b.kind == "whole"), None)
+        self._written_late = False  # forwards of this loop write to buffers behind its backward
+        self._hooks = [
+            p.register_post_accumulate_grad_hook(self._hook(index, name))
+            for index, (name, p) in enumerate(replica.params)
+        ]
+
+    def begin(self) -> None:
+        """A step begins: its buckets are all empty."""
+        with suppress(Exception):  # of a step that was not carried through
+            self.finish()
+        self._replica.reset_statistics()
+        for _, p in self._replica.params:  # the last average, a view of where the next one goes
+            p.grad = None
+        self._open = True
+        self._passes = [0] * len(self._passes)
+        self._missing = [len(b.tensors) for b in self._plan.buckets]
+        self._sent.clear()
+        self._seen.clear()
+
+    def flush(self) -> None:
+        """Backward is over: send what has not been sent, gradient or not, and the statistics."""
+        if not self._open:
+            return
+        self._replica.check_unchanged()
+        self._check_untouched()
+        self._seen.clear()  # they need no memory any more
+        unsent = [bucket for bucket in self._numbers if bucket.index not in self._sent]
+        tensors = {index for bucket in unsent for index in bucket.tensors}
+        # Whoever put it there, after however many passes: what is there is its gradient.
+        absent = {i for i in tensors if i < len(self._passes) and self._gradient(i) is None}
+        for bucket in unsent:
+            self._hand_over(bucket, tuple(i for i in bucket.tensors if i in absent))
+        if self._whole is not None:
+            if self._whole.index not in self._sent:
+                self._hand_over_buffers(self._whole)
+            elif any(b.counted for b in self._replica.buffers.whole):
+                self._written_late = True  # too late for this step; told at its end from now on
+        self.finish()
+        self._open = False
+
+    def finish(self) -> None:
+        """Wait for the thread: all that was complete is with the sockets now, which are the
+        caller's again. Raises what went wrong there."""
+        wait(self._under_way)
+        ended, self._under_way = self._under_way, []
+        for job in ended:
+            job.result()
+
+    def close(self) -> None:
+        """Leave the model to whoever trains it next."""
+        self._open = False
+        for hook in self._hooks:
+            hook.remove()
+        self._thread.shutdown(wait=False)
+
+    def _check_untouched(self) -> None:
+        """Clipped, scaled or replaced now, a gradient that has left would go on as it was."""
+        for index in sorted(self._seen):
+            (name, p), (grad, version) = self._replica.params[index], self._seen[index]
+            if p.grad is not grad or grad._version != version:
+                raise UserError(
+                    f"the gradient of {name} was changed after backward, when it may have left",
+                    "what happens to the averaged gradient is given to attach(): clip_norm=, or "
+                    "before_step=; scale the loss, not the gradient",
+                )
+
+    def _hook(self, index: int, name: str) -> Callable[[Tensor], None]:
+        def on_gradient(p: Tensor) -> None:
+            if not self._open:
+                return
+            grad = self._gradient(index)
+            if grad is None:  # frozen between forward and backward
+                self._replica.check_unchanged()
+                return
+            self._passes[index] = passes = self._passes[index] + 1
+            if passes > self._accumulate:
+                raise UserError(
+                    f"{name} got its gradient {passes} times in one step, "
+                    f"{self._accumulate} were stated",
+                    "state the number of backward passes for each step: attach(accumulate=...)",
+                )
+            self._seen[index] = grad, grad._version
+            if passes == self._accumulate:
+                for number in self._plan.buckets_of[index]:
+                    bucket = self._plan.buckets[number]
+                    self._missing[number] -= 1
+                    if self._missing[number] == 0:
+                        if self._threaded and not self._under_way:  # the first of this backward
+                            Variable._execution_engine.queue_callback(self.finish)
+                        self._hand_over(bucket, ())
+
+        return on_gradient
+
+    def _part(self, index: int, bucket: Bucket) -> tuple[int, slice | None]:
+        """A tensor, and which part of it lies in a bucket, if not all of it does."""
+        begin, end = self._plan.offsets[index], self._plan.offsets[index + 1]
+        start, stop = max(begin, bucket.start), min(end, bucket.stop)
+        whole = (start, stop) == (begin, end)
+        return index, None if whole else slice(start - begin, stop - begin)
+
+    def _gradient(self, index: int) -> Tensor | None:
+        """A parameter's gradient, as it is now; raises `UserError` where it is sparse."""
+        name, p = self._replica.params[index]
+        if p.grad is not None and p.grad.is_sparse:
+            raise sparse(name)
+        return p.grad
+
+    def _source(self, index: int) -> Tensor:
+        """A tensor's gradient (or statistic), flat."""
+        params = self._replica.params
+        if index < len(params):
+            grad = params[index][1].grad
+            assert grad is not None
+            return grad.detach().reshape(-1)
+        return self._replica.buffers.all[index - len(params)].now.detach().reshape(-1)
+
+    def _hand_over(self, bucket: Bucket, absent: tuple[int, ...]) -> None:
+        self._sent.add(bucket.index)
+        without = self._without()
+        if self._threaded:
+            self._under_way.append(self._thread.submit(self._take, bucket, absent, without))
+        else:
+            self._take(bucket, absent, without)
+
+    def _without(self) -> tuple[int, ...]:
+        """With the last bucket of numbers: that of the buffers, where no forward wrote to any."""
+        buffers = self._replica.buffers
+        if not buffers.whole or len(self._sent) < len(self._numbers) or self._written_late:
+            return ()
+        if buffers.written() or self._whole is None:
+            return ()
+        self._sent.add(self._whole.index)
+        return (self._whole.index,)
+
+    def _hand_over_buffers(self, bucket: Bucket) -> None:
+        """Those that were written, as they are; raises `UserError` where they are too much."""
+        buffers = self._replica.buffers
+        written = {id(b) for b in buffers.written()}
+        first = len(self._replica.params)
+        there = [i for i in bucket.tensors if id(buffers.all[i - first]) in written]
+        if not there:
+            values = torch.empty(0, dtype=torch.uint8)
+        else:
+            values = torch.cat([as_bytes(buffers.all[i - first].now) for i in there])
+        if values.numel() > whole.BYTES_MAX:
+            names = ", ".join(buffers.all[i - first].name for i in there)
+            raise UserError(
+                f"forward writes to {values.numel() >> 20} MiB of buffers in a step ({names})",
+                f"at most {whole.BYTES_MAX >> 20} MiB are sent: register what may stay with each "
+                "worker with persistent=False",
+            )
+        absent = tuple(i for i in bucket.tensors if i not in there)
+        self._sent.add(bucket.index)
+        if self._threaded:
+            self._under_way.append(self._thread.submit(self._send, bucket, values, absent, ()))
+        else:
+            self._send(bucket, values, absent, ())
+
+    def _take(self, bucket: Bucket, absent: tuple[int, ...], without: tuple[int, ...]) -> None:
+        """Copy a bucket's gradients (or statistics), all in one call, and send them."""
+        on_cpu = self._device.type == "cpu"
+        if on_cpu:
+            values = self._make(bucket)
+        else:
+            dtype = getattr(torch, bucket.sent)
+            values = torch.empty(bucket.size, dtype=dtype, device=self._device)
+        parts = []
+        for index, part in self._parts[bucket.index]:
+            source = self._nothing(index) if index in absent else self._source(index)
+            parts.append(source if part is None else source[part])
+        torch.cat(parts, out=values)
+        if not on_cpu:
+            values = self._make(bucket).copy_(values)
+        self._send(bucket, values, absent, without)
+
+    def _nothing(self, index: int) -> Tensor:
+        """A tensor's gradient, flat, where it has none."""
+        size = self._plan.offsets[index + 1] - self._plan.offsets[index]
+        return torch.zeros((), device=self._device).expand(size)

@@ -1,0 +1,354 @@
+"""A replica: model, optimizer, schedule and step, and how an update of the log is applied to them.
+
+Every replica runs the same code on the same bytes, so replicas of one kind stay equal bit by bit.
+What is exchanged is told by the layout: parameters that require a gradient, last layer first (the
+order in which backward makes them), then buffers (`workers.replica.buffers`): running statistics of
+normalisation layers, their counters, and those of all other layers. Frozen parameters, and buffers
+that are not in the model's state, are not: those travel in snapshots only, these not at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import platform
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from paramserver.errors import PeerError, UserError
+from paramserver.protocol import messages as wire
+from paramserver.rounds.ledger import check_counts
+from paramserver.tensors.bucket import Bucket, plan
+from paramserver.tensors.codec import codec_of
+from paramserver.tensors.whole import unpacked
+from workers.replica.buffers import Buffers, sent
+from workers.replica.checks import allow_step, check, misfit, refuse_step, schedule_state
+from workers.replica.state import as_bytes, dtype_name
+from workers.replica.travel import HINTS, there_and_back
+
+SCHEDULE_BY = ("step", "epoch")
+
+
+class Replica:
+    """A model and all that turns an averaged gradient into its next step.
+
+    `before_step(model)` runs on the averaged gradients of every update, before the optimizer;
+    `clip_norm` clips their total norm. Both run in every replica alike. The schedule goes on with
+    every update or, with `schedule_by` "epoch", where an update ends an epoch of samples.
+    `buffers` says by name what is done with those that forwards write, where that is not the usual
+    (`workers.replica.buffers`). `codec` is that of the averages. Raises `UserError` for what cannot
+    be the same everywhere.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        *,
+        bucket_mb: float,
+        codec: str,
+        scheduler: LRScheduler | None = None,
+        clip_norm: float | None = None,
+        before_step: Callable[[nn.Module], None] | None = None,
+        schedule_by: str = "step",
+        buffers: Mapping[str, str] | None = None,
+    ) -> None:
+        if schedule_by not in SCHEDULE_BY:
+            raise UserError(f"schedule_by is one of {', '.join(SCHEDULE_BY)}, not {schedule_by!r}")
+        check(model, optimizer, scheduler)
+        # The first optimizer step imports this, for a second or more: not in the middle of a round.
+        importlib.import_module("torch._dynamo")
+        self.model = model
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.schedule_by = schedule_by
+        self._schedule = None if scheduler is None else refuse_step(scheduler)
+        self.clip_norm = clip_norm
+        self.before_step = before_step
+        self.step = 0
+        self.lineage = uuid.uuid4().hex  # a state of its own: only the origin's is the run's
+        self.ledger: dict[str, Any] | None = None
+        """The samples' ledger as of this step, as closes tell it."""
+        named = list(_plain(model).named_parameters())
+        trained = [(name, p) for name, p in reversed(named) if p.requires_grad]
+        self.params = sorted(trained, key=lambda item: sent(item[1], "grad"))
+        self._frozen = [(name, p) for name, p in named if not p.requires_grad]
+        self._groups = len(optimizer.param_groups)
+        there_and_back("model", _plain(model).state_dict())  # before anything is made of it
+        self.buffers = Buffers(_plain(model), buffers or {})
+        self.layout = wire.Layout(
+            tuple(
+                wire.Tensor(name, tuple(t.shape), dtype_name(t.dtype), kind, as_what)
+                for name, t, kind, as_what in (
+                    *((name, p, "grad", sent(p, "grad")) for name, p in self.params),
+                    *((b.name, b.tensor, b.kind, b.sent) for b in self.buffers.all),
+                )
+            )
+        )
+        self.plan = plan(self.layout, bucket_mb)
+        self._codec = codec
+        self._make_room()
+        self._begin_as_others_will()
+        self._has_stepped = False  # what an optimizer keeps is known after its first step
+
+    def _make_room(self) -> None:
+        """For the averages of the next update: a vector for each dtype in a row."""
+        self._outs: dict[int, Tensor] = {}
+        starts: dict[int, Tensor] = {}  # of each tensor, by its place in the plan's whole vector
+        numbers = [b for b in self.plan.buckets if b.kind != "whole"]
+        for as_what in dict.fromkeys((b.kind, b.sent) for b in numbers):
+            buckets = [b for b in numbers if (b.kind, b.sent) == as_what]
+            first, stop = buckets[0].start, buckets[-1].stop
+            flat = torch.zeros(stop - first, dtype=getattr(torch, as_what[1]))
+            self._outs |= {b.index: flat[b.start - first : b.stop - first] for b in buckets}
+            for index in dict.fromkeys(i for b in buckets for i in b.tensors):
+                start, end = self.plan.offsets[index : index + 2]
+                starts[index] = flat[start - first : end - first]
+        self._views = [
+            starts.get(index, torch.zeros(0)).view(t.shape) if t.kind != "whole" else None
+            for index, t in enumerate(self.layout.tensors)
+        ]
+        self._came: dict[int, Tensor] = {}  # bytes of the buffers that stay whole
+        self._present = [0] * len(self.layout.tensors)  # buckets with a gradient for it
+
+    def _begin_as_others_will(self) -> None:
+        """Send the state to ourselves, once: what cannot travel is found out now, by `UserError`,
+        and what becomes of a number on its way (numpy's are Python's then) happens to all."""
+        state = {part: there_and_back(part, self.state()[part]) for part in HINTS}
+        try:
+            self.load({**state, "ledger": None}, self.step, self.lineage)
+        except ValueError as e:
+            raise UserError(
+                f"its own state cannot be loaded again: {e}",
+                "what state_dict() gives must be what load_state_dict() takes",
+            ) from None
+
+    @property
+    def least(self) -> int:
+        """Samples that each batch must have: statistics over a batch of one are none."""
+        found = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.model.modules())
+        return 2 if found else 1
+
+    def check_unchanged(self) -> None:
+        """Raise `UserError` where something else is trained than when this replica was made."""
+        for trained, parameters in ((True, self.params), (False, self._frozen)):
+            for name, p in parameters:
+                if p.requires_grad != trained:
+                    raise UserError(
+                        f"{name} was {'frozen' if trained else 'thawed'} in the middle of the run",
+                        "what is exchanged was fixed by attach(): to hold a parameter for some "
+                        "steps, let before_step set its grad to None; to train others, begin a "
+                        "new run",
+                    )
+        if len(self.optimizer.param_groups) != self._groups:
+            raise UserError(
+                "a parameter group was added to the optimizer after attach()",
+                "add it before, on every worker",
+            )
+
+    # ------------------------------------------------------------------ the log
+
+    def take(self, average: wire.Average, buffers: Sequence[Any]) -> None:
+        """Decode the average of one bucket into its place; nothing is applied yet."""
+        b = self.bucket(average.bucket)
+        absent = set(average.absent)
+        if b.kind == "whole":
+            came = unpacked(self.plan, b, buffers, absent)
+            if isinstance(came, str):
+                raise PeerError(f"bucket {b.index}: {came}")
+            self._came = came
+            return
+        codec = codec_of(b.kind, b.sent, self._codec)
+        wrong = codec.fits(b.size, buffers)
+        if wrong is not None:
+            raise PeerError(f"bucket {b.index}: {wrong}")
+        out = self._outs[b.index]
+        values = codec.decode(buffers, average.scale, out)
+        if values.data_ptr() != out.data_ptr():
+            out.copy_(values)
+        for index in b.tensors:
+            self._present[index] += index not in absent
+
+    def apply(self, close: wire.Close) -> None:
+        """The update is complete: gradients in, one optimizer step, buffers in."""
+        for index in self._outs.keys() - set(close.buckets):
+            self._outs[index].zero_()
+        for index, (_, p) in enumerate(self.params):
+            view = self._views[index]
+            assert view is not None
+            if not self._present[index]:
+                p.grad = None
+            elif p.dtype == view.dtype and p.device.type == "cpu":
+                p.grad = view
+            else:
+                p.grad = view.to(device=p.device, dtype=p.dtype)
+        for index, buffer in enumerate(self.buffers.all, len(self.params)):
+            values = self._came.get(index) if buffer.kind == "whole" else self._views[index]
+            if values is not None and (self._present[index] or buffer.kind == "whole"):
+                self.buffers.update(buffer, values)
+        self.reset_statistics()
+        if self.clip_norm is not None:
+            nn.utils.clip_grad_norm_([p for _, p in self.params], self.clip_norm)
+        if self.before_step is not None:
+            self.before_step(self.model)
+        if self.params:
+            self.optimizer.step()
+        if self._schedule is not None:
+            for _ in range(self._due(close)):
+                self._schedule()
+        self.step, self.lineage, self.ledger = close.step, close.lineage, close.ledger
+        self.forget_averages()
+        if not self._has_stepped:
+            self._has_stepped = True
+            there_and_back("optimizer", self.optimizer.state_dict())
+
+    def _due(self, close: wire.Close) -> int:
+        """How often the schedule is stepped with this update; one that has an end stays there, for
+        nobody knows how many steps a run will have."""
+        due = 1
+        if self.schedule_by == "epoch":
+            due = _epochs(close.ledger) - self.epoch
+        schedule: Any = self.scheduler
+        total = getattr(schedule, "total_steps", None)  # OneCycleLR climbs, then raises beyond it
+        return due if total is None else min(due, total - 1 - schedule.last_epoch)
+
+    @property
+    def epoch(self) -> int:
+        """Epochs of samples that are in this step for good."""
+        return 0 if self.ledger is None else _epochs(self.ledger)
+
+    def forget_averages(self) -> None:
+        """What was taken belongs to a void round."""
+        self._present = [0] * len(self._present)
+        self._came = {}
+
+    def bucket(self, index: int) -> Bucket:
+        if not 0 <= index < len(self.plan.buckets):
+            raise PeerError(f"there is no bucket {index}")
+        return self.plan.buckets[index]
+
+    # ------------------------------------------------------------------ its state
+
+    def state(self) -> dict[str, Any]:
+        """Everything another process needs to be this replica. The tensors are not copies."""
+        model = dict(_plain(self.model).state_dict())
+        for name, buffer in self.buffers.by_name.items():
+            if name in model:
+                model[name] = buffer.held
+        return {
+            "model": model,
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": None if self.scheduler is None else schedule_state(self.scheduler),
+            "ledger": self.ledger,
+        }
+
+    def tensors(self) -> list[Tensor]:
+        """Those of the model's state, and what the optimizer keeps by now."""
+        state: list[Any] = [*_plain(self.model).state_dict().values()]
+        for values in self.optimizer.state.values():
+            state += values.values()
+        return [t for t in state if isinstance(t, Tensor)]
+
+    def load(self, state: dict[str, Any], step: int, lineage: str) -> None:
+        """Become the replica that `state` was taken from. Raises ValueError if it does not fit."""
+        self.buffers.give_back()
+        try:
+            self._refuse_misfit(state)
+            if state["ledger"] is not None:
+                check_counts(state["ledger"])
+            self.lineage = uuid.uuid4().hex  # half of it loaded is no state of the log
+            _plain(self.model).load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            if self.scheduler is not None and state["scheduler"] is not None:
+                self.scheduler.load_state_dict(state["scheduler"])
+            self.ledger = state["ledger"]
+        except ValueError:
+            raise
+        except Exception as e:  # the user's own load_state_dict may raise anything
+            raise ValueError(f"{type(e).__name__}: {e}") from None
+        with torch.no_grad():
+            self.buffers.hold()
+        self.step, self.lineage = step, lineage
+        self.forget_averages()
+
+    def give_back(self) -> None:
+        """The training is over: the schedule is its owner's again."""
+        if self.scheduler is not None:
+            allow_step(self.scheduler)
+
+    def _refuse_misfit(self, state: dict[str, Any]) -> None:
+        """Raise ValueError where a tensor has another shape than here, or optimizer and schedule
+        would take over what is not theirs."""
+        for told in self.layout.tensors:
+            given = state["model"].get(told.name)
+            if isinstance(given, Tensor) and tuple(given.shape) != told.shape:
+                raise ValueError(f"{told.name} has shape {tuple(given.shape)}, here {told.shape}")
+        groups = state["optimizer"]["param_groups"]
+        why = misfit(self.optimizer.state_dict()["param_groups"], groups, "optimizer")
+        if why is None and self.scheduler is not None:
+            own = schedule_state(self.scheduler)
+            why = misfit(own, state["scheduler"], "scheduler", self.scheduler)
+        if why is not None:
+            raise ValueError(why)
+
+    def change_learning_rate(self, before: float, now: float) -> None:
+        """Go on with another one than the state that was loaded; a schedule goes on from it."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = now if self.scheduler is None else group["lr"] * now / before
+            if "initial_lr" in group:
+                group["initial_lr"] *= now / before
+        for scheduler in (self.scheduler, *getattr(self.scheduler, "_schedulers", ())):
+            if rates := getattr(scheduler, "base_lrs", None):
+                scheduler.base_lrs = [rate * now / before for rate in rates]
+
+    def kind(self) -> str:
+        """What rounds as this replica does, in words: equal kinds must have equal digests."""
+        device = next((p.device for _, p in self.params), torch.device("cpu"))
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        processor = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+        return f"{name}, {processor}, torch {torch.__version__}"
+
+    def recipe(self) -> str:
+        """What turns an averaged gradient into weights here, in words. Replicas must agree on it;
+        values that a schedule may change are left out."""
+        groups = self.optimizer.param_groups
+        owned = {id(p) for _, p in self.params}
+        sizes = "+".join(str(sum(id(p) in owned for p in g["params"])) for g in groups)
+        schedule = "no schedule"
+        if self.scheduler is not None:
+            schedule = f"{type(self.scheduler).__name__} by {self.schedule_by}"
+        clip = "no clipping" if self.clip_norm is None else f"clip_norm {self.clip_norm:g}"
+        hook = getattr(self.before_step, "__name__", str(type(self.before_step).__name__))
+        before = "no before_step" if self.before_step is None else f"before_step {hook}"
+        kind = type(self.optimizer).__name__
+        return f"{kind} of {sizes} parameters, {schedule}, {clip}, {before}"
+
+    def reset_statistics(self) -> None:
+        """Put buffers back to those of this step: a forward may have changed them whose round came
+        to nothing."""
+        self.buffers.reset()
+
+    def digest(self) -> str:
+        """SHA-256 over the bytes of what is exchanged, in the layout's order."""
+        h = hashlib.sha256()
+        for tensor in (*[p for _, p in self.params], *[b.held for b in self.buffers.all]):
+            h.update(as_bytes(tensor).numpy().data)
+        return h.hexdigest()
+
+
+def _plain(model: nn.Module) -> nn.Module:
+    """The module that torch.compile wrapped, so that it has the names of one that is not."""
+    plain: nn.Module = getattr(model, "_orig_mod", model)
+    return plain
+
+
+def _epochs(ledger: dict[str, Any]) -> int:
+    """Epochs of samples that are counted for good."""
+    counted: int = ledger["done"] + ledger["partly"] + ledger["skipped"]
+    return counted // ledger["samples"] if ledger["samples"] else 0
