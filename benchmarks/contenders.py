@@ -33,7 +33,7 @@ from paramserver.tensors.bucket import BUCKET_MB
 from paramserver.tensors.codec import CODECS
 from paramserver.tensors.error_feedback import Feedback
 from paramserver.tensors.reducer import Mean
-from paramserver.transport import sockets
+from paramserver.transport import malloc, sockets
 from workers.builtin import builders, data, models
 from workers.cluster import join
 from workers.link.client import Client
@@ -162,6 +162,7 @@ def worker(
     server's.
     """
     torch.set_num_threads(1)
+    malloc.keep_freed()  # as the worker program does
     os.environ["XDG_CONFIG_HOME"] = keys_in
     token = keys.load_or_make()[0].token(host, port) if security == "curve" else None
     if tcp:
@@ -211,6 +212,7 @@ def simulated_workers(
     What they cost is their sockets; so rounds tell what the server can bear.
     """
     torch.set_num_threads(1)
+    malloc.keep_freed()
     model = Layers(shapes)
     clients = [Client(LOOPBACK, port, id=n, say=lambda line: None) for n in numbers]
     try:
@@ -254,7 +256,7 @@ def _enter(client: Client, model: Layers) -> None:
     optimizer = Idle(model.parameters())
     replica = _Shadow(model, optimizer, bucket_mb=settings["bucket_mb"], codec=settings["codec"])
     client.join(replica)
-    client.ready(int(settings["num_workers"]) * 1000, 1)
+    client.ready(wire.Ready(samples=int(settings["num_workers"]) * 1000, batch_size=1))
     _lease(client)
 
 

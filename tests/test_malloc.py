@@ -1,18 +1,27 @@
-"""paramserver/memory.py: what was freed need not be fetched from the system again."""
+"""What was freed need not be fetched from the system again, in the programs."""
 
 import os
 import resource
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
+
+from paramserver.server import program
+from paramserver.settings import Settings
+from paramserver.transport import malloc
+from workers import __main__ as worker
+from workers.observer import observer
+
+KEEPS = "malloc.keep_freed()"
 
 ROUNDS = """
 import resource
 import torch
-from paramserver.transport import malloc as memory
-if KEEP:
-    memory.keep_freed()
+from paramserver.transport import malloc
+from workers.link.client import Client
+BEFORE
 torch.set_num_threads(1)
 base = torch.zeros(2**19)
 
@@ -33,8 +42,9 @@ def test_rounds_of_equal_tensors_take_no_new_pages() -> None:
     faults = {}
     # glibc's defaults, which it does not adapt then: with luck it would do without help.
     defaults = {"MALLOC_TRIM_THRESHOLD_": "131072", "MALLOC_MMAP_THRESHOLD_": "131072"}
-    for keep in (True, False):
-        code = ROUNDS.replace("KEEP", str(keep))
+    a_users = "Client('127.0.0.1', 1, say=print).close()"
+    for before in (KEEPS, "", a_users):
+        code = ROUNDS.replace("BEFORE", before)
         done = subprocess.run(
             [sys.executable, "-c", code],
             env={**os.environ, **defaults},
@@ -42,7 +52,31 @@ def test_rounds_of_equal_tensors_take_no_new_pages() -> None:
             text=True,
         )
         assert done.returncode == 0, done.stderr
-        faults[keep] = int(done.stdout)
+        faults[before] = int(done.stdout)
     pages = 5 * 16 * 4 * 2**19 // resource.getpagesize()
-    assert faults[True] < 0.05 * pages
-    assert faults[False] > 0.5 * pages
+    assert faults[KEEPS] < 0.05 * pages
+    assert faults[""] > 0.5 * pages
+    assert faults[a_users] > 0.5 * pages, "the allocator of a user's own process was set"
+
+
+class Reached(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    "run",
+    [lambda: program.serve(Settings()), worker.main, observer.main],
+    ids=["server", "worker", "observer"],
+)
+def test_the_programs_keep_what_was_freed(
+    monkeypatch: pytest.MonkeyPatch, run: Callable[[], object]
+) -> None:
+    """Nothing but how long a round takes would tell that one of them does not."""
+
+    def reached() -> None:
+        raise Reached
+
+    monkeypatch.setattr(malloc, "keep_freed", reached)
+    monkeypatch.setattr("workers.observer.observer._step_aside", lambda: None)
+    with pytest.raises(Reached):
+        run()

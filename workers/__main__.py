@@ -11,6 +11,7 @@ from typing import Any
 from paramserver import terminal
 from paramserver.config.loading import exit_on_user_error, load
 from paramserver.errors import UserError
+from paramserver.transport import malloc
 from workers.link.environment import placed
 
 
@@ -21,6 +22,7 @@ class Leave(BaseException):
 def main() -> None:
     """The worker program; exits with 0 when the run ended well or the worker was asked to leave."""
     with exit_on_user_error():
+        malloc.keep_freed()
         loaded = load(sys.argv[1:], "worker")
         settings = _placed(loaded.settings)
         if settings.id is None:

@@ -273,9 +273,15 @@ class Cluster:
         assert self._replica is not None
         least = min(size, self._replica.least)
         self._load_ahead = load_ahead if samples.in_loop else None
-        looks = look(samples) if self.client.compares else ()
+        ready = wire.Ready(
+            samples=samples.length,
+            batch_size=size,
+            least=least,
+            drop_last=drop_last,
+            looks=look(samples) if self.client.compares else (),
+        )
         with self._losing():
-            self.client.ready(samples.length, size, least=least, drop_last=drop_last, looks=looks)
+            self.client.ready(ready)
         try:
             while (lease := self._next_lease()) is not None:
                 self._seed()
@@ -324,7 +330,7 @@ class Cluster:
         if not self._own:
             self._own = True
             with self._losing():
-                self.client.ready(0, 1, own=True)
+                self.client.ready(wire.Ready(samples=0, batch_size=1, own=True))
         whole = False  # the pass
         collated = collates_by_default(batches)
         try:

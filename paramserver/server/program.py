@@ -33,6 +33,7 @@ from paramserver.server.server import Server
 from paramserver.server.watcher import Show, other_metrics
 from paramserver.settings import Settings
 from paramserver.tensors.bucket import BUCKET_MB, LINKED_BUCKET_MB
+from paramserver.transport import malloc
 from paramserver.transport.sockets import allow_connections, is_loopback
 
 MISSING = 3  # exit code
@@ -87,6 +88,7 @@ def serve(settings: Settings) -> int:
     settings, it goes on, if anybody comes back to it.
     """
     trace.begin("server")
+    malloc.keep_freed()
     allow_connections()
     host_ip, chosen = machine.settle(settings)
     hosts, guarded = listen(host_ip, settings.security)

@@ -45,7 +45,7 @@ from paramserver.tensors.codec import fresh
 from paramserver.tensors.order import name_samples, places
 from paramserver.tensors.reducer import Mean, Release
 from paramserver.tensors.whole import BUFFER_BYTES
-from paramserver.transport import malloc, shm, sockets
+from paramserver.transport import shm, sockets
 from paramserver.transport.handshake import Gate
 
 TICK_S = 0.1
@@ -211,7 +211,6 @@ class Server:
         # Sums are bound by memory, and threads that wait for each other on shared cores cost
         # milliseconds each time.
         torch.set_num_threads(settings.threads or 1)
-        malloc.keep_freed()
         self._ctx = sockets.context()
         self._gate: Gate | None = None
         self._ipc = sockets.ipc_folder()

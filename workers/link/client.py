@@ -24,7 +24,7 @@ from paramserver.protocol import messages as wire
 from paramserver.protocol.pacing import Pace
 from paramserver.rounds.ledger import check_counts
 from paramserver.tensors.codec import fresh
-from paramserver.transport import malloc, shm, sockets
+from paramserver.transport import shm, sockets
 from workers.link import follow
 from workers.link.connection import Connection, RunOver
 from workers.link.snapshot import Giving, Taking, most_bytes
@@ -51,7 +51,6 @@ class Client(Connection):
     def __init__(self, host: str, port: int, **options: Any) -> None:
         """`options` are those of `Connection`."""
         super().__init__(host, port, **options)
-        malloc.keep_freed()
         self.replica: Replica | None = None
         self.follow: follow.Follow | None = None
         self.device = "cpu"
@@ -194,29 +193,11 @@ class Client(Connection):
 
     # ------------------------------------------------------------------ taking part
 
-    def ready(
-        self,
-        samples: int,
-        batch_size: int,
-        own: bool = False,
-        *,
-        least: int = 1,
-        drop_last: bool = False,
-        looks: tuple[wire.Look, ...] = (),
-    ) -> None:
-        """Ask for leases of `batch_size` from a set of `samples`, now and after every greeting; or,
-        with `own`, take part with samples of this worker's own. No lease shall have fewer than
-        `least`; with `drop_last` the short rest of an epoch is not wanted. `looks` is what some
-        samples look like: others must have the same."""
-        self._ready = wire.Ready(
-            samples=samples,
-            batch_size=batch_size,
-            own=own,
-            least=least,
-            drop_last=drop_last,
-            looks=looks,
-        )
-        self._send(self._ready)
+    def ready(self, ready: wire.Ready) -> None:
+        """Ask for such leases, now and after every greeting; or, with `own`, take part with samples
+        of this worker's own."""
+        self._ready = ready
+        self._send(ready)
 
     def unready(self, unfinished: bool = False) -> None:
         """Ask for no more leases; `unfinished`: in the middle of one."""

@@ -61,7 +61,7 @@ class Alone:
         self.on_close: Callable[[wire.Close], None] | None = None
         self.follow: follow.Follow | None = None
         self._ledger: Ledger | None = None
-        self._batch_size, self._least, self._drop_last = 0, 1, False
+        self._wanted = wire.Ready(samples=0, batch_size=0)
         self._unread: tuple[int, ...] = ()
         self._unreadable = False
         self._leases: list[wire.Lease] = []
@@ -82,27 +82,18 @@ class Alone:
         self._mean = Mean(replica.plan, "float32", "float32", 1.0)
         return "origin"
 
-    def ready(
-        self,
-        samples: int,
-        batch_size: int,
-        own: bool = False,
-        *,
-        least: int = 1,
-        drop_last: bool = False,
-        looks: tuple[wire.Look, ...] = (),
-    ) -> None:
+    def ready(self, ready: wire.Ready) -> None:
         """Begin, or go on, with rounds of `batch_size` samples, or of `own` ones."""
         assert self.follow is not None
         if self._ledger is None:
             epochs = self.welcome.settings["num_epochs"]
-            self._ledger = OwnLedger() if own else Ledger(samples, epochs)
-        if self._ledger.samples != samples:
+            self._ledger = OwnLedger() if ready.own else Ledger(ready.samples, epochs)
+        if self._ledger.samples != ready.samples:
             raise UserError(
-                f"a data set of {samples} samples, the run has one of {self._ledger.samples}",
+                f"a data set of {ready.samples} samples, the run has one of {self._ledger.samples}",
                 "every call of batches() needs the same training set",
             )
-        self._batch_size, self._least, self._drop_last = batch_size, least, drop_last
+        self._wanted = ready
         opened = self._open()
         if opened is not None:
             self.follow.opened(opened)
@@ -202,7 +193,8 @@ class Alone:
         """The next round, if there are samples left for one."""
         assert self._ledger is not None
         while len(self._leases) < 2:  # this round's, and the one that is loaded meanwhile
-            lease = self._ledger.lease(self._batch_size, self._least, self._drop_last)
+            wanted = self._wanted
+            lease = self._ledger.lease(wanted.batch_size, wanted.least, wanted.drop_last)
             if lease is None:
                 break
             self._leases.append(lease)

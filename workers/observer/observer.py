@@ -28,6 +28,7 @@ from paramserver.output.runfolder import RunFolder
 from paramserver.protocol import messages as wire
 from paramserver.settings import Settings
 from paramserver.tensors.bucket import BUCKET_MB
+from paramserver.transport import malloc
 from workers.builtin import builders, models
 from workers.link.client import Client
 from workers.observer.loggers import open_logbooks, step_values
@@ -312,6 +313,7 @@ def main() -> None:
     """The observer program; see the module's head."""
     with exit_on_user_error():
         _step_aside()
+        malloc.keep_freed()
         line = sys.stdin.readline()
         if not line:
             raise UserError("the observer is started by the server", "make server starts both")
