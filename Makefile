@@ -4,7 +4,7 @@
 # upper-case ones (ID, NAME, ARGS, PYTHON) are read here.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo example server worker keys up doctor status logs attach down test check bench profile simulate chaos soak fuzz format constraints clean
+.PHONY: help setup demo example server worker keys up doctor status logs attach down test check bench profile simulate chaos soak fuzz format docs constraints clean
 
 VENV_PYTHON := .venv/bin/python
 READY := .venv/.ready
@@ -80,6 +80,9 @@ fuzz: $(READY) ## made-up bytes for all that reads from sockets and files (MINUT
 format: $(READY) ## bring all files into shape
 	.venv/bin/ruff format .
 	.venv/bin/ruff check --fix .
+
+docs: $(READY) ## write the tables of docs/settings.md from the code
+	@exec $(VENV_PYTHON) -m paramserver.config.page
 
 constraints: $(READY) ## pin the newest version of everything in constraints.txt
 	@echo '# What every installation gets; written by: make constraints' > .venv/constraints.txt

@@ -30,11 +30,13 @@ class Wandb:
 
     mode: str | None = setting(
         None,
-        "online | offline | disabled; null = online where a login exists, else offline",
+        "online | offline | disabled; null = online where there is a login, else offline",
         scope="server",
     )
-    project: str = setting("paramserver", "project name", scope="server")
-    name: str | None = setting(None, "run name; null = the run folder's name", scope="server")
+    project: str = setting("paramserver", "project on W&B", scope="server")
+    name: str | None = setting(
+        None, "name of the run; null = the run folder's name", scope="server"
+    )
     entity: str | None = setting(None, "team or user; null = the login's default", scope="server")
 
 
@@ -45,30 +47,32 @@ class Settings:
     # Where
     host_ip: str | None = setting(
         None,
-        "server: addresses to bind beside loopback, with commas; worker: address to dial; "
-        "auto = the server chooses by kind (Thunderbolt, Ethernet, Wi-Fi), a worker looks for it; "
-        "null = loopback only, but a server whose hosts names other machines chooses, too",
+        "server: addresses to listen at beside loopback, separated by commas; worker: the server's "
+        "address; auto = the server chooses by kind (Thunderbolt, Ethernet, Wi-Fi), a worker finds "
+        "the server by mDNS; null = loopback only, but a server whose hosts names other machines "
+        "chooses, too",
         scope="local",
     )
     hosts: list[Any] | None = setting(
         None, "the machines that make up starts a run on; see docs/cluster.md", scope="local"
     )
-    port: int = setting(65432, "TCP port of the ROUTER socket; PUB is the next one", scope="local")
+    port: int = setting(65432, "TCP port of the server; the next one is used too", scope="local")
     join: str | None = setting(
         None,
-        "worker: the join token that the server on another machine prints, or a file with it",
+        "worker: the join token of a server on another machine, or a file that holds it; it holds "
+        "address and port, too; also in the environment, as PARAMSERVER_JOIN",
         scope="local",
     )
     security: str = setting(
         "curve",
-        "curve | none: none lets in whoever reaches the server, in the clear",
+        "curve | none; none = no keys and no encryption: whoever reaches the server may take part",
         scope="local",
     )
     id: int | None = setting(None, "worker: its number, 1 or more", scope="local")
     device: str = setting("auto", "auto | cpu | cuda | cuda:N | mps", scope="local")
     threads: int | None = setting(
         None,
-        "torch threads; null = the cores, shared among processes of one machine",
+        "torch's threads; null = a worker's share of the machine's cores, one in the server",
         scope="local",
     )
     allow: list[Any] | None = setting(
@@ -79,27 +83,32 @@ class Settings:
     )
     shared_memory: bool = setting(
         True,
-        "between processes of one host gradients and averages go through /dev/shm, half of which "
-        "is left to others; false = through sockets, slower (the server's false is everybody's)",
+        "gradients and averages go through /dev/shm between processes of one host; half of it is "
+        "left to others, such as a DataLoader; false = through sockets, slower; the server's false "
+        "is everybody's",
         scope="local",
     )
-    run_dir: str = setting("runs", "parent folder of run folders", scope="local")
-    plain: bool = setting(False, "progress as plain lines, also on a terminal", scope="local")
+    run_dir: str = setting("runs", "parent folder of the run folders", scope="local")
+    plain: bool = setting(False, "show progress as plain lines, on a terminal too", scope="local")
 
     # Who, and how long to wait
-    num_workers: int = setting(2, "workers the first round waits for")
-    max_workers: int = setting(64, "worker ids run from 1 to this; more may join at any time")
-    min_workers: int = setting(1, "fewer than this pause the run")
+    num_workers: int = setting(2, "workers that the first round waits for")
+    max_workers: int = setting(
+        64, "worker ids run from 1 to this; more than num_workers may join at any time"
+    )
+    min_workers: int = setting(1, "the run pauses while fewer workers than this are here")
     timeout: float | None = setting(
         None,
-        "how long an open round still waits once its quorum has pushed; "
-        "null = derived from measured push times",
+        "how long a round still waits for the rest once its quorum has pushed; "
+        "null = from measured times",
         unit="s",
     )
     quorum: float = setting(
-        0.5, "share of a round's members after whose pushes `timeout` starts to run"
+        0.5, "share of a round's workers after whose gradients timeout starts to run"
     )
-    heartbeat_timeout: float = setting(10.0, "silence after which a peer counts as gone", unit="s")
+    heartbeat_timeout: float = setting(
+        10.0, "silence after which a machine counts as gone", unit="s"
+    )
     join_timeout: float = setting(
         60.0,
         "how long the server waits for num_workers before it starts with fewer, "
@@ -109,51 +118,61 @@ class Settings:
     )
     idle_timeout: float = setting(
         1800.0,
-        "how long the run may stand still, without a step or a newcomer, before it is ended",
+        "the run ends when no step was made for this long; a worker waits this long for a server "
+        "that died",
         unit="s",
     )
 
     # The exchange
     codec: str = setting(
-        "float32", "float32 | float16 | bfloat16 | int8 | topk: how numbers look on the wire"
+        "float32",
+        "numbers on the wire: float32; half the bytes with float16 or bfloat16, a quarter with "
+        "int8; only the largest numbers with topk",
     )
     codec_down: str | None = setting(None, "the same for the averages; null = as codec")
     topk_ratio: float = setting(
         0.01, "share of the numbers that topk pushes; averages carry twice that"
     )
     bucket_mb: float | None = setting(
-        None, "size of a bucket, as float32; null = 4 on one host, 2 over links", unit="MiB"
+        None,
+        "size of a bucket, counted as float32; null = 4 where the server listens on loopback only, "
+        "else 2",
+        unit="MiB",
     )
     history_mb: float = setting(
-        256.0, "updates the server keeps for replicas that fell behind (at least one)", unit="MiB"
+        256.0,
+        "newest updates that the server keeps for replicas that fell behind; at least one",
+        unit="MiB",
     )
     max_norm_ratio: float | None = setting(
         1000.0,
-        "a gradient is refused whose norm is so many times the usual one of its bucket; "
-        "null = only one that is not finite",
+        "the server refuses a gradient whose norm is more than this many times the usual norm of "
+        "its bucket; null = only one that is not finite",
     )
     max_bad_rounds: int = setting(
-        10, "so many rounds in a row of nothing but refused gradients end the run", unit="rounds"
+        10,
+        "the run ends after this many rounds in a row with only refused gradients",
+        unit="rounds",
     )
     digest_steps: int = setting(
-        500, "steps between comparisons of the replicas' weights; 0 = never", unit="steps"
+        500, "between two comparisons of the replicas' weights; 0 = never", unit="steps"
     )
     deterministic: bool = setting(
-        False, "sum gradients in the order of worker ids: the same bits run after run"
+        False, "add gradients in the order of worker ids: the same bits run after run"
     )
 
     # The training
-    seed: int = setting(42, "initial weights, split, shuffling")
+    seed: int = setting(42, "seed of the first weights, the split and the shuffling")
     batch_size: int = setting(32, "samples per worker and step")
     learning_rate: float = setting(0.001, "the optimizer's step size")
     num_epochs: int = setting(2, "passes over the training set")
     optimizer: dict[str, Any] = setting(
         {"name": "Adam"},
-        "of torch.optim by its name, or your own as package.module:Name; with arguments: "
+        "one of torch.optim by its name, or your own as package.module:Name; with arguments: "
         "optimizer.weight_decay=0.01, or {name: AdamW, weight_decay: 0.01}",
     )
     scheduler: dict[str, Any] | None = setting(
-        None, "of torch.optim.lr_scheduler: {name: StepLR, step_size: 3}; null = none"
+        None, "one of torch.optim.lr_scheduler: {name: StepLR, step_size: 3}; null = none"
     )
     schedule_by: str = setting("step", "step | epoch: when the schedule is stepped")
     clip_norm: float | None = setting(
@@ -161,11 +180,11 @@ class Settings:
     )
     loss: dict[str, Any] = setting(
         {"name": "CrossEntropyLoss"},
-        "of torch.nn by its name, or your own as package.module:name, with arguments",
+        "one of torch.nn, or your own as package.module:name, with arguments",
     )
     metric: dict[str, Any] | None = setting(
         None,
-        "what the observer tells beside the loss: accuracy, a loss of torch.nn, or your own; "
+        "what the observer reports beside the loss: accuracy, a loss of torch.nn, or your own; "
         "null = accuracy where targets are classes, else nothing",
     )
     model: dict[str, Any] = setting(
@@ -184,23 +203,23 @@ class Settings:
     )
 
     # What is kept and shown
-    eval_steps: int = setting(200, "steps between evaluations; 0 = only at the end", unit="steps")
-    track_gradients: bool = setting(True, "log the norm of every layer's averaged gradient")
+    eval_steps: int = setting(200, "between two evaluations; 0 = only at the end", unit="steps")
+    track_gradients: bool = setting(True, "log the norm of each parameter's averaged gradient")
     checkpoint_steps: int = setting(
-        500, "steps between checkpoints; 0 = only at the end", unit="steps", scope="server"
+        500, "between two checkpoints; 0 = only at the end", unit="steps", scope="server"
     )
-    keep_checkpoints: int = setting(3, "newest checkpoints kept", scope="server")
+    keep_checkpoints: int = setting(3, "newest checkpoints that are kept", scope="server")
     resume: str | None = setting(
-        None, "latest, a checkpoint, or a run folder to continue from", scope="server"
+        None, "latest, a run folder or a checkpoint to go on from", scope="server"
     )
     observer: bool = setting(
         True,
-        "start the observer (evaluation, checkpoints, logging) beside the server",
+        "start the observer beside the server; without it nobody evaluates, saves or logs",
         scope="server",
     )
     wandb: Wandb = field(
         default_factory=Wandb, metadata={"help": "Weights & Biases", "unit": "", "scope": "server"}
     )
     tensorboard: bool = setting(
-        False, "also write TensorBoard files into the run folder", scope="server"
+        False, "write files for TensorBoard into the run folder, too", scope="server"
     )

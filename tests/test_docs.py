@@ -17,6 +17,7 @@ from typing import get_args
 import msgspec
 import pytest
 
+from paramserver.config import page as settings_page
 from paramserver.config.schema import KEYS, NAMED, SHORT, scope, shown
 from paramserver.protocol import messages as wire
 
@@ -26,6 +27,7 @@ PAGES = {
     for path in (*sorted(CLONE.glob("*.md")), *sorted(CLONE.glob("docs/*.md")))
 }
 README = PAGES["README.md"]
+SETTINGS = PAGES["docs/settings.md"]
 ARCHITECTURE = PAGES["docs/architecture.md"]
 PROTOCOL = PAGES["docs/protocol.md"]
 PACKAGES = ("paramserver", "workers")
@@ -44,7 +46,7 @@ def rows(text: str) -> Iterator[list[str]]:
     """The cells of every table row, heads and rules left out."""
     for table in re.findall(r"(?:^\|.*\|$\n?)+", text, re.MULTILINE):
         for line in table.splitlines()[2:]:
-            yield [cell.strip() for cell in line.strip()[1:-1].split("|")]
+            yield [cell.strip() for cell in re.split(r"(?<!\\)\|", line.strip()[1:-1])]
 
 
 def without_code(page: str) -> str:
@@ -56,8 +58,8 @@ def without_code(page: str) -> str:
 
 def test_the_table_of_settings_is_that_of_the_code() -> None:
     told = {}
-    for name, default, unit, whose, meaning in rows(section(README, "Settings")):
-        assert meaning, f"{name} has no meaning"
+    for name, default, unit, whose, value, meaning in rows(section(SETTINGS, "All settings")):
+        assert value and meaning, f"{name} has no meaning"
         told[name.strip("`")] = (default.strip("`"), unit, whose)
 
     declared = {}
@@ -73,6 +75,16 @@ def test_the_table_of_settings_is_that_of_the_code() -> None:
             name = f"{key.name}.{part}"
             declared[name] = (shown(default), "", scope(name))
     assert told == declared
+
+
+def test_the_page_of_settings_is_fresh() -> None:
+    """`make docs` would change nothing: help, ranges, headings."""
+    assert settings_page.written(SETTINGS) == SETTINGS, "the code has changed: make docs"
+
+
+def test_a_page_without_markers_is_no_page_of_settings() -> None:
+    with pytest.raises(ValueError, match="no <!-- settings -->"):
+        settings_page.written("prose")
 
 
 def test_settings_in_commands_exist() -> None:

@@ -58,6 +58,7 @@ PURE = [
     "paramserver.protocol",
     "paramserver.rounds",
     "paramserver.config.schema",
+    "paramserver.config.page",
     "paramserver.net.hosts",
     "paramserver.net.interfaces",
     "paramserver.net.jointoken",

@@ -59,7 +59,15 @@ def _keys(owner: type, prefix: str = "") -> Iterator[Key]:
 
 # What the free mappings must hold; the rest of them belongs to the model and the data set.
 _PARTS = (
-    Key("model.type", str, False, "SimpleNN", "the model; the rest are its arguments", "", "run"),
+    Key(
+        "model.type",
+        str,
+        False,
+        "SimpleNN",
+        "SimpleNN | CNN | ResNet18, or your own as package.module:Name; the rest are its arguments",
+        "",
+        "run",
+    ),
     Key(
         "dataset.name",
         str,
@@ -243,7 +251,7 @@ def check_names(flat: Mapping[str, Any], where: Where) -> None:
         group, *parts = name.split(".")
         may_be_null = name in KEYS and KEYS[name].optional and value is None
         if name in GROUPS and not (isinstance(value, Mapping) or may_be_null):
-            raise _wrong(name, _must_be(KEYS.get(name)), value, where)
+            raise _wrong(name, must_be(KEYS.get(name)), value, where)
         if name in (*KEYS, "wandb") or (group in NAMED and all(parts)):
             continue
         wanted = name.lower().replace("-", "_")
@@ -337,7 +345,7 @@ def _checked(name: str, value: Any, where: Where) -> Any:
         raise _wrong(name, "must be below 2**63", value, where)
     finite = not isinstance(value, float) or math.isfinite(value)
     if type(value) is not key.kind or not finite:
-        raise _wrong(name, _must_be(key), value, where)
+        raise _wrong(name, must_be(key), value, where)
     if name in RULES and not RULES[name][0](value):
         raise _wrong(name, RULES[name][1], value, where)
     low, high = BOUNDS.get(name, (-math.inf, math.inf))
@@ -371,7 +379,7 @@ def _read_scalar(text: str) -> object:
     return text
 
 
-def _must_be(key: Key | None) -> str:
+def must_be(key: Key | None) -> str:
     kind = "a mapping" if key is None else _KINDS[key.kind]
     if key is not None and key.name in SHORT:
         kind = "a name, or a mapping with a name"
@@ -387,7 +395,7 @@ def _wrong(name: str, must: str, value: object, where: Where) -> UserError:
     if key and key.kind is str and type(value) in (bool, int, float):
         hint = f"to make text of it in YAML, put it in quotes: {name}: '{shown(value)}'\n"
     if key:
-        hint += f"{name}: {_meaning(key)}; default {shown(_default(key))}"
+        hint += f"{name}: {_meaning(key)}; default {shown(default_of(key))}"
     return UserError(f"{name} {must}, got {got}{_at(where, name)}", hint)
 
 
@@ -396,7 +404,7 @@ def _at(where: Where, name: str) -> str:
     return f" ({place})" if place else ""
 
 
-def _default(key: Key) -> object:
+def default_of(key: Key) -> object:
     """As a person writes it."""
     return key.default["name"] if key.name in SHORT and key.default else key.default
 
@@ -479,6 +487,6 @@ def help_text(program: Program) -> str:
 
 
 def _row(key: Key) -> list[str]:
-    left = f"  {key.name:<18} {shown(_default(key)):<12} {key.scope:<7} "
+    left = f"  {key.name:<18} {shown(default_of(key)):<12} {key.scope:<7} "
     space = " " * len(left)
     return textwrap.wrap(_meaning(key), 96, initial_indent=left, subsequent_indent=space)
