@@ -17,7 +17,7 @@ from paramserver.protocol.messages import Lease
 from paramserver.rounds.coordinator import Rounds, Rules
 from paramserver.rounds.effects import Add, Finish, Say, Send
 from paramserver.rounds.ledger import UNREAD, Ledger, Lost
-from paramserver.rounds.round import REPLICA
+from paramserver.rounds.round import REPLICA, Vain
 
 # ------------------------------------------------------------------------ samples of one's own
 
@@ -678,13 +678,28 @@ def test_nobody_is_left_out_where_too_few_would_be_left() -> None:
 def test_where_too_few_would_be_left_the_one_is_asked_that_rests_the_least() -> None:
     """Not all of them: one that never brings anything would hold up every round."""
     run = Run(epochs=1000, min_workers=2).observer().workers(1, 2, 3)
-    one, three = run.rounds.peers["w1"], run.rounds.peers["w3"]
-    three.rests_until, one.rests_until = 81.0, 11.0
+    run.rounds._vain = {3: Vain(until=81.0), 1: Vain(until=11.0)}
     run.push(2), run.push(3), run.tick(1.0, 0, 1, 2, 3)
-    three.rests_until = 81.0
+    run.rounds._vain[3] = Vain(until=81.0)
     assert members(run) == [1, 2]
     run.push(1), run.push(2)
-    assert one.rests_until < run.now, "it brought something, and takes part again"
+    assert 1 not in run.rounds._vain, "it brought something, and takes part again"
+
+
+def test_a_new_greeting_is_no_new_beginning_for_who_brings_nothing() -> None:
+    run = Run(epochs=1000, timeout=10.0).observer().workers(1, 2)
+    rounds_of_one(run, 2)
+    run.hello(2, "b", reachable=False), run.follows(2, "b"), run.ready(2, "b")
+    run.push(1)
+    assert members(run) == [1, 2]
+    run.push(1)
+    run.rounds.seen("w2b", run.now)
+    said = run.tick(run.rounds.next_deadline() or 0.0, 0, 1)
+    assert "without it for 30 s" in " ".join(said)
+    run.hello(2, "c", reachable=False), run.follows(2, "c"), run.ready(2, "c")
+    for _ in range(3):
+        run.push(1)
+        assert members(run) == [1], "it is left out still"
 
 
 # ------------------------------------------------------------------- rounds that wait in vain

@@ -90,6 +90,7 @@ from paramserver.rounds.round import (
     Round,
     Snapshot,
     Tally,
+    Vain,
 )
 from paramserver.rounds.sentences import Sentences
 
@@ -206,6 +207,7 @@ class Rounds:
         self._snapshots = 0
         self._snapshot_rests = False  # one round goes first after a snapshot
         self._wasted = 0  # snapshots in a row that brought nobody who then contributed
+        self._vain: dict[int, Vain] = {}  # by worker id
         self._wasted_by: dict[int, int] = {}  # worker id -> the same, of this one
         self._disbelieved: set[int] = set()  # worker ids, see `_gave_nothing`
         self._next_snapshot_at = now  # not before, as long as rounds can go on
@@ -905,7 +907,7 @@ class Rounds:
     def _say_late(self, close: Close) -> None:
         """Who is late is told when it changes, not every step; who is left out is late still."""
         late = frozenset(close.late)
-        late |= {p.id for p in self.workers_ready() if p.empty_rounds >= EMPTY_ROUNDS}
+        late |= {p.id for p in self.workers_ready() if self._vain_of(p).rounds >= EMPTY_ROUNDS}
         if late != self._said_late:
             changed = min(late ^ self._said_late)  # its sentences are limited
             if self.may_say(changed, f"worker {changed}"):
@@ -1459,11 +1461,11 @@ class Rounds:
         the last rounds. Where too few are left, as many of these as are needed: first whose rest is
         over first."""
         ready = self.workers_ready()
-        takers = [p for p in ready if now >= p.rests_until]
+        takers = [p for p in ready if now >= self._vain_of(p).until]
         missing = max(1, self.rules.min_workers) - len(takers)
         if missing > 0:
-            resting = [p for p in ready if now < p.rests_until]
-            takers += sorted(resting, key=lambda p: p.rests_until)[:missing]
+            resting = [p for p in ready if now < self._vain_of(p).until]
+            takers += sorted(resting, key=lambda p: self._vain_of(p).until)[:missing]
         return sorted(takers, key=lambda p: p.id)
 
     def _judge(self, peer: Peer, member: Member, how: str, now: float) -> None:
@@ -1475,30 +1477,33 @@ class Rounds:
                 self._wasted_by.pop(peer.id, None)
                 self._wasted = 0
         if member.got:
-            peer.empty_rounds, peer.vain_s, peer.rests = 0, 0.0, 0
-            peer.rests_until = -math.inf
+            self._vain.pop(peer.id, None)
         elif member.timed_out:
-            peer.empty_rounds += 1
-            peer.vain_s += member.waited_s
-            self._leave_out_if_due(peer, now)
+            vain = self._vain.setdefault(peer.id, Vain())
+            vain.rounds += 1
+            vain.waited_s += member.waited_s
+            self._leave_out_if_due(peer, vain, now)
 
-    def _leave_out_if_due(self, peer: Peer, now: float) -> None:
+    def _vain_of(self, peer: Peer) -> Vain:
+        return self._vain.get(peer.id) or Vain()
+
+    def _leave_out_if_due(self, peer: Peer, vain: Vain, now: float) -> None:
         """Whoever brings nothing, though rounds waited for it as long as they do, is left out for
         as long as they waited, twice as long the next time and so on. It is time that counts: one
         that never pushes costs a tenth of it in the end, however short the rounds of others are.
         Before that it has the time to catch up with what it missed, as one whose cable was out has
         to: while rounds wait for it the log grows slowly."""
-        if peer.empty_rounds < EMPTY_ROUNDS or peer.vain_s < self._longest_wait_s:
+        if vain.rounds < EMPTY_ROUNDS or vain.waited_s < self._longest_wait_s:
             return
         if len(self.workers_ready()) < 2:
             return
-        rest_s = peer.vain_s * min(2**peer.rests, REST_TIMES_MAX)
+        rest_s = vain.waited_s * min(2**vain.left_out, REST_TIMES_MAX)
         self._warn(
-            f"{peer.name} brought nothing to {peer.empty_rounds} rounds in a row, which waited "
-            f"{peer.vain_s:.0f} s for it: rounds go on without it for {rest_s:.0f} s",
+            f"{peer.name} brought nothing to {vain.rounds} rounds in a row, which waited "
+            f"{vain.waited_s:.0f} s for it: rounds go on without it for {rest_s:.0f} s",
             peer,
         )
-        peer.rests, peer.vain_s, peer.rests_until = peer.rests + 1, 0.0, now + rest_s
+        vain.left_out, vain.waited_s, vain.until = vain.left_out + 1, 0.0, now + rest_s
         self._return_leases(peer)
 
     def _look_for_the_slow(self, current: Round, now: float) -> None:

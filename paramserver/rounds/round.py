@@ -37,6 +37,16 @@ DTYPE_BYTES = {
 GREETED, WAITING, ADOPTING, REPLICA = "greeted", "waiting", "adopting", "replica"
 
 
+class Vain(msgspec.Struct):
+    """What rounds have waited in vain for one worker since it last brought something, whatever
+    process it was: a new greeting is no new beginning."""
+
+    rounds: int = 0  # in a row, each of which waited as long as rounds do
+    waited_s: float = 0.0  # since it was left out the last time
+    left_out: int = 0  # how often
+    until: float = -math.inf  # from then on it gets leases again
+
+
 class Peer:
     """A worker or the observer, from its Hello to its end."""
 
@@ -67,10 +77,6 @@ class Peer:
         self.proven = False  # it was the origin, or a whole gradient of it is in the log
         self.owes = False  # it took a snapshot, and has contributed nothing since
         self.given_by = ""  # session of whoever gave its last snapshot
-        self.empty_rounds = 0  # in a row that it brought nothing to, as long as they waited
-        self.vain_s = 0.0  # so long they waited, since it was left out the last time
-        self.rests_until = -math.inf  # the time from which on it gets a lease again
-        self.rests = 0  # how often in a row it was left out
         self.fetches = 0  # since it was last looked at, one for each step of the log
         self.fetched_at = -1  # the log's step
         self.slow_rounds = 0  # in a row that had nothing to wait for but its push
