@@ -233,7 +233,7 @@ def simulated_workers(
                 _see_the_end(client, number)
             more = laps.lap()
         for client in clients:
-            client.goodbye("finished")
+            client.goodbye("finished", finished=True)
     finally:
         for client in clients:
             client.close()

@@ -207,7 +207,8 @@ class Run:
         return self._out(self.rounds.behind(session(who), self.now))
 
     def leave(self, who: int, reason: str = "it was stopped", **died: Any) -> list[str]:
-        return self._out(self.rounds.leave(session(who), reason, self.now, **died))
+        done = wire.Goodbye(reason).is_done
+        return self._out(self.rounds.leave(session(who), reason, self.now, **died, finished=done))
 
     def lease(self, who: int) -> Lease:
         """That of this worker in the open round."""

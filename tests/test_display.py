@@ -20,7 +20,7 @@ from typing import TextIO
 import pytest
 
 from paramserver.fleet.supervisor import WARNED
-from paramserver.output.display import TRAINING, Display, Status, WorkerStatus
+from paramserver.output.display import Display, Status, WorkerStatus
 
 WORKERS = (
     WorkerStatus(1, "mini1", 9540.0),
@@ -28,7 +28,7 @@ WORKERS = (
     WorkerStatus(3, "pi", 100.0, trouble="late 0.41 s"),
 )
 STATUS = Status(
-    TRAINING,
+    "training",
     step=812,
     total_steps=1120,
     epoch=3,
@@ -40,6 +40,7 @@ STATUS = Status(
     eta_s=63.0,
     workers=WORKERS,
     late="round 811 closed with 2 of 3: pi late",
+    trains=True,
 )
 SUMMARY = {
     "steps": 1120,
@@ -189,7 +190,7 @@ def test_a_drawing_fits_its_window(terminal: Terminal, columns: int, rows: int) 
     terminal.resize(columns, rows)
     display = Display(terminal.stream)
     many = tuple(WorkerStatus(number, f"host{number}", 100.0) for number in range(1, 50))
-    status = replace(STATUS, phase="paused: " + 20 * "waiting ", workers=many)
+    status = replace(STATUS, phase="paused: " + 20 * "waiting ", trains=False, workers=many)
     for now in range(3):
         display.update(status, float(now))
     assert 0 < len(terminal.screen) < rows
@@ -241,7 +242,7 @@ def test_waiting_before_the_first_step(terminal: Terminal) -> None:
 
 
 def test_without_an_estimate_there_is_no_bar(terminal: Terminal) -> None:
-    Display(terminal.stream).update(Status(TRAINING, step=5), 0.0)
+    Display(terminal.stream).update(Status("training", step=5, trains=True), 0.0)
     assert terminal.screen == ["step 5"]
 
 
@@ -373,9 +374,10 @@ def test_plain_lines_every_five_seconds_and_when_the_phase_changes(pipe: Pipe) -
 
     for now in (0.0, 1.0, 10.0, 20.0):
         update(now, waiting)
+    start = Status("training", total_steps=1120, eta_s=3.0, trains=True)
     for step in range(1, 31):
-        update(20 + step / 4, Status(TRAINING, step, 1120, loss=2 / step, eta_s=3.0))
-    update(40.0, replace(STATUS, phase="paused: no worker"))
+        update(20 + step / 4, replace(start, step=step, loss=2 / step))
+    update(40.0, replace(STATUS, phase="paused: no worker", trains=False))
     assert told == [
         (0.0, "12:00:09  waiting for 2 workers: worker 1 is here"),
         (20.25, "12:00:09  training, step 1/1,120, loss 2.0000, 0:03 left"),

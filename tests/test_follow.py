@@ -342,8 +342,10 @@ def test_a_pulse_tells_of_the_round_only_where_it_stands_at_my_step(
 def test_a_pulse_tells_what_the_server_does(follow: Follow, log: Log) -> None:
     follow.pulse(log.pulse(), 0.0)
     assert (follow.phase, follow.traffic, follow.ending) == ("training", (7, 5), False)
-    follow.pulse(msgspec.structs.replace(log.pulse(), ending=True), 0.0)
-    assert follow.ending
+    assert follow.trains
+    paused = msgspec.structs.replace(log.pulse(), doing="paused", ending=True)
+    follow.pulse(paused, 0.0)
+    assert follow.ending and not follow.trains
 
 
 # ------------------------------------------------------------------------------- the end

@@ -237,6 +237,24 @@ def test_sentences_are_cut_where_they_are_made() -> None:
         there_and_back(message)
 
 
+def test_what_older_peers_have_no_fields_for_is_read_off_their_words() -> None:
+    goodbye = b'{"type":"goodbye","reason":"%s"}'
+    assert wire.from_frames([goodbye % b"finished"])[0].is_done
+    assert not wire.from_frames([goodbye % b"it was stopped"])[0].is_done
+    pulse = b'{"type":"pulse","nonce":"n","step":0,"lineage":"l","phase":"%s"}'
+    assert wire.from_frames([pulse % b"training"])[0].trains
+    assert not wire.from_frames([pulse % b"between rounds"])[0].trains
+
+
+def test_what_has_a_field_is_not_read_off_words() -> None:
+    assert there_and_back(wire.Goodbye("that is all", finished=True))[0].is_done
+    assert not there_and_back(wire.Goodbye("finished", finished=False))[0].is_done
+    pulse = wire.Pulse(nonce="n", step=0, lineage="l", phase="step by step", doing="training")
+    assert there_and_back(pulse)[0].trains
+    told = msgspec.structs.replace(pulse, phase="training", doing="what comes after this version")
+    assert not there_and_back(told)[0].trains
+
+
 @pytest.mark.parametrize(
     ("header", "limit"),
     [

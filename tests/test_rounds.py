@@ -59,6 +59,14 @@ def test_the_run_ends_when_all_who_brought_samples_have_finished() -> None:
     assert run.leave(2, "finished")[-1] == "end at step 2: every worker has finished"
 
 
+def test_that_somebody_has_finished_is_not_read_off_its_reason() -> None:
+    run = of_their_own(1, 2)
+    run.rounds.leave("w1", "that is all", run.now, finished=True)
+    run.rounds.leave("w2", "my last batch", run.now, finished=True)
+    assert run.rounds.ended is not None
+    assert run.rounds.ended.reason == "every worker has finished"
+
+
 def test_the_run_does_not_end_with_one_who_was_killed() -> None:
     run = of_their_own(1, 2)
     run.leave(2, "finished")
@@ -1237,6 +1245,7 @@ def test_a_late_joiner_takes_a_snapshot_between_rounds_and_the_run_pauses() -> N
         "obs <- give 3 of step 1",
     ]
     assert run.rounds.phase(0.0) == "worker 3 (pi) takes a snapshot"
+    assert run.rounds.doing(0.0) == "snapshot"
     assert run.push(1, 0) == ["refused: round 0 is not open; no round is"]
     assert run.adopted(3, 3) == [
         "# worker 3 (pi) took a snapshot of step 1",
@@ -2054,9 +2063,28 @@ def test_what_the_pulse_tells() -> None:
     pulse = run.rounds.pulse(0.0)
     assert (pulse.nonce, pulse.step, pulse.lineage) == (NONCE, 0, "fresh obs")
     assert (pulse.phase, pulse.open, pulse.closed) == ("training", run.rounds.open_message(), 0)
+    assert pulse.doing == "training"
     run.leave(1), run.leave(2)
     pulse = run.rounds.pulse(0.0)
     assert (pulse.open, pulse.closed, pulse.ending) == (None, 1, False)
+    assert pulse.doing == "paused" and pulse.phase != "paused"
+
+
+def test_the_phases_of_a_run() -> None:
+    run = Run(min_workers=2)
+    told = [run.rounds.doing(0.0)]
+    run.observer()
+    told.append(run.rounds.doing(0.0))
+    run.workers(1, 2)
+    told.append(run.rounds.doing(0.0))
+    run.leave(1), run.leave(2)
+    told.append(run.rounds.doing(0.0))
+    run.stop()
+    told.append(run.rounds.doing(0.0))
+    run.leave(0)
+    told.append(run.rounds.doing(0.0))
+    assert told == ["starting", "starting", "training", "paused", "ending", "ended"]
+    assert Run(comeback="a lineage").rounds.doing(0.0) == "returning"
 
 
 def test_what_each_worker_did_is_tallied() -> None:

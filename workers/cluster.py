@@ -375,7 +375,8 @@ class Cluster:
 
     def _leave_loop(self) -> None:
         if self.client.ended is not None:
-            self.client.goodbye(wire.FINISHED)  # the server need not wait for what comes next here
+            # The server need not wait for what comes next here.
+            self.client.goodbye(wire.FINISHED, finished=True)
         elif self._lost is None:
             self.client.unready(unfinished=bool(self._phase))
 
@@ -524,7 +525,8 @@ class Cluster:
             self._gradients.close()
         wrong = failed != "" or isinstance(error, Exception)
         wrong = wrong or (isinstance(error, SystemExit) and bool(error.code))
-        self.client.goodbye(reason, failed, self._lease if failed else None, error=wrong)
+        lease, done = self._lease if failed else None, reason == wire.FINISHED
+        self.client.goodbye(reason, failed, lease, error=wrong, finished=done)
         self.client.close()
         if self._replica is not None:
             self._replica.give_back()

@@ -42,7 +42,6 @@ DRAW_S = 0.25
 PLAIN_S = 5.0  # between plain lines
 PHASE_S = 1.0  # the same where the phase has changed
 LAST_WAIT_S = 5.0  # for a stopped terminal to take the final table
-TRAINING = "training"
 WARNING = "warning: "
 """Before a line that somebody should look at; `make status` looks for it (`fleet.keeper`)."""
 
@@ -63,7 +62,7 @@ class Status:
     """All that a drawing shows; None where it is not known yet."""
 
     phase: str
-    """`TRAINING`, or a sentence: "waiting for 2 workers: worker 1 is here", "paused: ..."."""
+    """A sentence: "training", "waiting for 2 workers: worker 1 is here", "paused: ..."."""
     step: int = 0
     total_steps: int | None = None
     """An estimate: it moves when workers come and go."""
@@ -83,6 +82,8 @@ class Status:
     workers: Sequence[WorkerStatus] = ()
     late: str = ""
     """Why the newest round that closed without somebody did so."""
+    trains: bool = False
+    """A round is open: the time that is left can be told, and the sentence tells nothing new."""
 
 
 class Display:
@@ -200,7 +201,7 @@ class Display:
         parts = [printable(status.phase)]
         if status.step:
             parts += [f"step {_step(status)}", *_figures(status)]
-            if status.eta_s is not None and status.phase == TRAINING:
+            if status.eta_s is not None and status.trains:
                 parts.append(f"{_clock_time(status.eta_s)} left")
         parts += [f"worker {w.id} {printable(w.trouble)}" for w in status.workers if w.trouble]
         line = ", ".join(parts)
@@ -315,7 +316,7 @@ def _descriptor(stream: TextIO, live: bool) -> int | None:
 def _drawn_lines(status: Status, width: int, height: int, bar: str) -> list[Text]:
     """The drawing, one Text a line and at most `height` of them; a line may exceed `width`."""
     lines = []
-    if status.phase != TRAINING:
+    if not status.trains:
         lines.append(Text(printable(status.phase), style="bold yellow"))
     if status.step:
         lines.append(_bar_line(status, width, bar))
@@ -331,7 +332,7 @@ def _bar_line(status: Status, width: int, bar: str) -> Text:
     if status.total_steps:
         share = min(status.step / status.total_steps, 1.0)
         words.append(f"{100 * share:3.0f} %")
-        if status.eta_s is not None and status.phase == TRAINING:
+        if status.eta_s is not None and status.trains:
             words.append(f"{_clock_time(status.eta_s)} left")
     while True:  # the bar goes before the last words
         text = "   ".join(words)

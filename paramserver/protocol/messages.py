@@ -59,6 +59,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from enum import StrEnum
 from itertools import pairwise
 from typing import Annotated, Any
 
@@ -543,6 +544,24 @@ class Beat(Message, frozen=True):
     """Of the Hello."""
 
 
+class Phase(StrEnum):
+    """What the server is doing or waiting for, as programs tell it apart."""
+
+    RETURNING = "returning"
+    """It was started again, and waits for the replicas of its run to come back."""
+    STARTING = "starting"
+    """No round was open yet: the first weights or workers are missing."""
+    TRAINING = "training"
+    """A round is open."""
+    SNAPSHOT = "snapshot"
+    """A replica takes a snapshot; no round is open meanwhile."""
+    PAUSED = "paused"
+    """No round is open, for want of workers, of samples, or of one that holds the state."""
+    ENDING = "ending"
+    """No more rounds are opened."""
+    ENDED = "ended"
+
+
 class Pulse(Message, frozen=True):
     nonce: Id
     step: Int
@@ -557,9 +576,16 @@ class Pulse(Message, frozen=True):
     received_bytes: Int = 0
     ending: bool = False
     """No more rounds; the run ends as soon as the observer has kept the newest step."""
+    doing: Name = ""
+    """The `Phase`; empty where the server is older than this field."""
 
     def __post_init__(self) -> None:
         self._clip("phase")
+
+    @property
+    def trains(self) -> bool:
+        """Is a round open? An older server tells it in its sentence only."""
+        return (self.doing or self.phase) == Phase.TRAINING
 
 
 class Report(Message, frozen=True):
@@ -585,7 +611,7 @@ LOAD, FORWARD, BACKWARD = FAILURES = "load", "forward", "backward"
 """Where a worker was with its lease when it died."""
 
 FINISHED = "finished"
-"""The reason of a worker that leaves because it is done."""
+"""The reason of a worker that leaves because it is done (`Goodbye.finished`)."""
 
 
 class Goodbye(Message, frozen=True):
@@ -598,9 +624,17 @@ class Goodbye(Message, frozen=True):
     """And which."""
     error: bool = False
     """It does not leave in order: an exception ends it, which is the reason."""
+    finished: bool | None = None
+    """It is done with all that it had. None where the peer is older than this field: then
+    `FINISHED` as the reason says so."""
 
     def __post_init__(self) -> None:
         self._clip("reason", "digest")
+
+    @property
+    def is_done(self) -> bool:
+        """Did it leave because it is done?"""
+        return self.reason == FINISHED if self.finished is None else self.finished
 
 
 class End(Message, frozen=True):

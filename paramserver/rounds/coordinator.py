@@ -29,7 +29,6 @@ import msgspec
 
 from paramserver.protocol.messages import (
     FAILURES,
-    FINISHED,
     OWN,
     Abort,
     Admit,
@@ -43,6 +42,7 @@ from paramserver.protocol.messages import (
     Manifest,
     Message,
     Open,
+    Phase,
     Piece,
     Pulse,
     Push,
@@ -52,7 +52,7 @@ from paramserver.protocol.messages import (
     Want,
     next_lineage,
 )
-from paramserver.rounds.departures import FAILED, LEFT, SILENT, Departures
+from paramserver.rounds.departures import FAILED, LEFT, SILENT, Departure, Departures
 from paramserver.rounds.divergence import Digests
 from paramserver.rounds.effects import (
     Closed,
@@ -478,10 +478,11 @@ class Rounds:
         failed: str = "",
         lease: Lease | None = None,
         error: bool = False,
+        finished: bool = False,
     ) -> list[Effect]:
         """A Goodbye; with `error` an exception or a broken rule ends this peer's part. `digest` is
         of its weights at `step`, which only a member can know. `failed` (one of `FAILURES`) where
-        it died of an error in this lease."""
+        it died of an error in this lease. `finished`: it leaves because it is done."""
         peer = self.peers.get(session)
         if peer is not None:
             if failed in FAILURES and lease == (self._computes(peer) or peer.left_with):
@@ -491,9 +492,9 @@ class Rounds:
             if not self.ended:
                 self._say(f"{peer.name} left: {reason}", peer)
             how, took_part = FAILED if error else LEFT, peer.state == REPLICA
-            self._remove(peer, "left", now, how=how, reason=reason)
-            finished = isinstance(self.ledger, OwnLedger) and how == LEFT and reason == FINISHED
-            if finished and took_part and self.started and not self._workers_here:
+            self._remove(peer, "left", now, how=how, reason=reason, finished=finished)
+            done = isinstance(self.ledger, OwnLedger) and how == LEFT and finished
+            if done and took_part and self.started and not self._workers_here:
                 self._begin_end(*self._departures.verdict(own=True), now)
             self._progress(now)
         return self._out()
@@ -711,19 +712,25 @@ class Rounds:
         )
 
     def pulse(self, now: float) -> Pulse:
+        doing, sentence = self._phase(now)
         return Pulse(
             nonce=self.nonce,
             step=self.step,
             lineage=self.lineage,
-            phase=self.phase(now),
+            phase=sentence + self._otherwise(now),
             open=self.open_message(),
             closed=self._rounds - (1 if self.round else 0),
             ending=self.ending is not None,
+            doing=doing,
         )
 
     def phase(self, now: float) -> str:
         """What the run is doing or waiting for, as a sentence."""
-        return self._phase(now) + self._otherwise(now)
+        return self._phase(now)[1] + self._otherwise(now)
+
+    def doing(self, now: float) -> Phase:
+        """The same for programs."""
+        return self._phase(now)[0]
 
     def _otherwise(self, now: float) -> str:
         """What happens, and when, if what is waited for does not come before; empty: nothing."""
@@ -741,41 +748,43 @@ class Rounds:
         left = self._ready_since + self.rules.join_timeout - now
         return f" (starts with fewer in {max(0.0, left):.0f} s)"
 
-    def _phase(self, now: float) -> str:
+    def _phase(self, now: float) -> tuple[Phase, str]:
+        """What the run is doing or waiting for, without what changes by the second."""
         if self.ended is not None:
-            return f"ended: {self.ended.reason}"
+            return Phase.ENDED, f"ended: {self.ended.reason}"
         if self.ending is not None:
             if self.observer is not None or self.observer_comes:
-                return "waiting for the observer to keep the last step"
-            return f"ending: {self.ending[0]}"
+                return Phase.ENDING, "waiting for the observer to keep the last step"
+            return Phase.ENDING, f"ending: {self.ending[0]}"
         if self.coming_back:
             here = ", ".join(p.name for p in self.peers.values() if p.returns) or "nobody"
-            return f"waiting for the replicas of this run to come back: {here} here"
+            sentence = f"waiting for the replicas of this run to come back: {here} here"
+            return Phase.RETURNING, sentence
         if self.layout is None:
             who = "the observer" if self.rules.observer else "the first worker"
-            return f"waiting for {who}, whose model and first weights are the run's"
+            return Phase.STARTING, f"waiting for {who}, whose model and first weights are the run's"
         if self.snapshot is not None:
-            return f"{self.peers[self.snapshot.joiner].name} takes a snapshot"
+            return Phase.SNAPSHOT, f"{self.peers[self.snapshot.joiner].name} takes a snapshot"
         if self.round is not None:
-            return "training"
+            return Phase.TRAINING, "training"
         if self._nobody_left_until(now) is not None:
-            return self._departures.verdict(own=isinstance(self.ledger, OwnLedger))[0]
+            return Phase.PAUSED, self._departures.verdict(own=isinstance(self.ledger, OwnLedger))[0]
         if self._lost_since is not None:
-            return self._lost_state()
+            return Phase.PAUSED, self._lost_state()
         states = [p.state for p in self.peers.values()]
         if WAITING in states and REPLICA not in states:
-            return f"waiting for a replica that stands at step {self.step}: nobody here does"
+            sentence = f"waiting for a replica that stands at step {self.step}: nobody here does"
+            return Phase.PAUSED, sentence
         ready = self.workers_ready()
         here = ", ".join(p.name for p in ready) or "nobody"
         if not self.started:
-            return f"waiting for {self.rules.num_workers} workers: {here} ready"
+            return Phase.STARTING, f"waiting for {self.rules.num_workers} workers: {here} ready"
         if self.ledger is not None and self.ledger.exhausted and ready:
-            return "waiting for the last samples"
+            return Phase.PAUSED, "waiting for the last samples"
         if len(ready) < self.rules.min_workers:
-            return (
-                f"paused: {len(ready)} of at least {self.rules.min_workers} workers ready ({here})"
-            )
-        return "between rounds"
+            least = self.rules.min_workers
+            return Phase.PAUSED, f"paused: {len(ready)} of at least {least} workers ready ({here})"
+        return Phase.PAUSED, "between rounds"
 
     # ------------------------------------------------------------------ the run's end
 
@@ -899,7 +908,7 @@ class Rounds:
     def _say_phase(self, now: float) -> None:
         """A pause is told when it begins, not every time somebody looks."""
         paused = self.started and self.round is None and self.snapshot is None and not self.ended
-        text = self._phase(now) if paused else ""  # without seconds, which change all the time
+        text = self._phase(now)[1] if paused else ""  # without seconds, which change all the time
         if text and text != self._said_phase:
             self._say(self.phase(now))
         self._said_phase = text
@@ -947,13 +956,21 @@ class Rounds:
             self._ready_since = None
 
     def _remove(
-        self, peer: Peer, why: str, now: float, *, how: str = SILENT, reason: str = ""
+        self,
+        peer: Peer,
+        why: str,
+        now: float,
+        *,
+        how: str = SILENT,
+        reason: str = "",
+        finished: bool = False,
     ) -> None:
         """The peer is not here any more; `how` it went, in the words of `Departures`."""
         self._take_out(peer, why, now)
         del self.peers[peer.session]
         if peer.role == "worker":
-            self._departures.went(peer.id, peer.name, how, reason, now)
+            went = Departure(peer.name, how, reason, now, finished)
+            self._departures.went(peer.id, went)
         self._effects.append(Remove(peer.session))
 
     @property

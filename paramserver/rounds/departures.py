@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import msgspec
 
-from paramserver.protocol.messages import FINISHED
-
 LEFT, FAILED, SILENT = "left", "failed", "fell silent"
 FAILED_TIMEOUTS = 3  # heartbeat timeouts that a supervisor has to start a failed worker again
 NAMED_MAX, REASON_MAX = 4, 200  # workers, and characters of what each said, in one sentence
@@ -20,6 +18,8 @@ class Departure(msgspec.Struct, frozen=True):
     how: str
     reason: str
     at: float
+    finished: bool = False
+    """It left because it is done."""
 
 
 class Departures:
@@ -37,11 +37,11 @@ class Departures:
         """This worker takes part."""
         self._took_part.add(id)
 
-    def went(self, id: int, name: str, how: str, reason: str, now: float) -> None:
+    def went(self, id: int, departure: Departure) -> None:
         """This worker is not here any more."""
-        self._since = now
+        self._since = departure.at
         if id in self._took_part:
-            self._went[id] = Departure(name, how, reason, now)
+            self._went[id] = departure
 
     def due(self, now: float) -> float | None:
         """When the run ends, if nobody is here any more and nobody comes; None while somebody is
@@ -61,7 +61,7 @@ class Departures:
             all_failed = not left and all(d.how == FAILED for d in others)
             what = "failed" if all_failed else "left before all samples were done"
             return f"every worker has {what}: {_told([*others, *left])}", True
-        what = "finished" if all(d.reason == FINISHED for d in left) else "left"
+        what = "finished" if all(d.finished for d in left) else "left"
         if not left:
             return f"no worker has finished: {_told(others)}", True
         if others:

@@ -420,8 +420,8 @@ class Server:
             case wire.Goodbye():
                 said = (message.reason, now, message.step, message.digest)
                 m = message
-                effects = r.leave(session, *said, failed=m.failed, lease=m.lease, error=m.error)
-                self._carry_out(effects)
+                died = partial(r.leave, failed=m.failed, lease=m.lease, error=m.error)
+                self._carry_out(died(session, *said, finished=m.is_done))
             case _:
                 raise PeerError(f"a {type(message).__name__} is not for the server")
 

@@ -199,6 +199,7 @@ class Show:
             eta_s=left / rate if left is not None and rate else None,
             workers=workers,
             late=self._late,
+            trains=r.doing(now) == wire.Phase.TRAINING,
         )
 
 

@@ -242,7 +242,7 @@ class Server:
             case wire.Goodbye():
                 said = (message.reason, now, message.step, message.digest)
                 died = {"failed": message.failed, "lease": message.lease, "error": message.error}
-                self._carry_out(r.leave(session, *said, **died))
+                self._carry_out(r.leave(session, *said, **died, finished=message.is_done))
             case wire.Digest():
                 self._carry_out(r.digest(session, message.step, message.digest, now))
                 self._check_found_wrong()

@@ -279,10 +279,11 @@ class Client(Connection):
         lease: wire.Lease | None = None,
         *,
         error: bool = False,
+        finished: bool = False,
     ) -> None:
         """Tell the server that this peer leaves, in order or by an `error`, and the digest of the
         weights with it. Once. `failed` is one of `wire.FAILURES` where an error in this lease is
-        the reason."""
+        the reason; `finished`: it leaves because it is done."""
         if self._link is None or self._left:
             return
         self._left = True
@@ -290,9 +291,7 @@ class Client(Connection):
         if self.replica is not None and self._joined:
             digest, step = self.replica.digest(), self.replica.step
         with contextlib.suppress(UserError):  # it lets nobody in any more
-            said = wire.Goodbye(
-                reason=reason, step=step, digest=digest, failed=failed, lease=lease, error=error
-            )
+            said = wire.Goodbye(reason, step, digest, failed, lease, error, finished)
             self._send(said)
         self._link.linger = 2000
 
@@ -379,7 +378,7 @@ class Client(Connection):
         text = f"waiting {what}" if what else ""
         if f is None or now - f.heard_at > self.heartbeat_timeout / 2:
             return f"{text or 'waiting'}: the server is silent"
-        if f.phase in ("", "training"):
+        if f.trains or not f.phase:
             return text
         return f"{text or 'the server is'}: {f.phase}"
 

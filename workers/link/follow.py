@@ -90,7 +90,9 @@ class Follow:
         self.over = 0
         """The newest round known to be over."""
         self.phase = ""
-        """What the server last said it was doing."""
+        """What the server last said it was doing, in a sentence."""
+        self.trains = False
+        """It said that a round is open."""
         self.ending = False
         """The server opens no more rounds."""
         self.traffic = (0, 0)
@@ -159,7 +161,7 @@ class Follow:
         """The server lives. Its pulse may overtake a close on its way: behind twice is a gap."""
         if m.nonce != self.nonce:
             return Drop("of another server")
-        self.phase, self.ending = m.phase, m.ending
+        self.phase, self.trains, self.ending = m.phase, m.trains, m.ending
         self.traffic = (m.sent_bytes, m.received_bytes)
         if m.step > self.step:
             behind_before, self._pulse_step = self._pulse_step == self.step, self.step

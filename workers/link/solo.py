@@ -72,7 +72,7 @@ class Alone:
         self._bad: str | None = None
         self._loss: float | None = None
         self._samples = 0
-        self._left: tuple[str, bool] | None = None  # how its only worker left, if it has
+        self._left: wire.Goodbye | None = None  # how its only worker left, if it has
 
     # ------------------------------------------------------------------ what a loop asks for
 
@@ -115,11 +115,11 @@ class Alone:
         elif self._left is None:
             return None
         elif not isinstance(self._ledger, OwnLedger):
-            reason, error = f"left before all samples were done: {self._left[0]}", True
-        elif self._left == (wire.FINISHED, False):
+            reason, error = f"left before all samples were done: {self._left.reason}", True
+        elif self._left.is_done and not self._left.error:
             reason, error = "every worker has finished", False
         else:
-            reason, error = f"the only worker left: {self._left[0]}", self._left[1]
+            reason, error = f"the only worker left: {self._left.reason}", self._left.error
         step, lineage = self.replica.step, self.replica.lineage
         return wire.End(self.welcome.nonce, step, lineage, reason, error)
 
@@ -180,9 +180,10 @@ class Alone:
         lease: wire.Lease | None = None,
         *,
         error: bool = False,
+        finished: bool = False,
     ) -> None:
         if self._left is None:
-            self._left = reason, error
+            self._left = wire.Goodbye(reason, error=error, finished=finished)
 
     def close(self) -> None:
         pass

@@ -306,7 +306,7 @@ class Observer:
         self.client.report(*self._evaluated, final=True)
         self.logbook.close()  # what it could not do is told before goodbye is said
         self._tell_problems()
-        self.client.goodbye("finished")
+        self.client.goodbye(wire.FINISHED, finished=True)
 
 
 def main() -> None:
