@@ -8,18 +8,23 @@ from __future__ import annotations
 
 import ast
 import importlib
+import math
 import pkgutil
 import re
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import msgspec
 import pytest
+import torch
 
 from paramserver.config import page as settings_page
 from paramserver.config.schema import KEYS, NAMED, SHORT, scope, shown
 from paramserver.protocol import messages as wire
+from paramserver.rounds.round import ADOPTING, GREETED, REPLICA, WAITING
+from paramserver.tensors.codec import CODECS, Codec
 
 CLONE = Path(__file__).resolve().parent.parent
 PAGES = {
@@ -30,6 +35,7 @@ README = PAGES["README.md"]
 SETTINGS = PAGES["docs/settings.md"]
 ARCHITECTURE = PAGES["docs/architecture.md"]
 PROTOCOL = PAGES["docs/protocol.md"]
+GLOSSARY = PAGES["docs/glossary.md"]
 PACKAGES = ("paramserver", "workers")
 
 
@@ -160,14 +166,69 @@ def names() -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("heading", ["The journey of a gradient", "Where to make a change"])
-def test_functions_that_the_architecture_names_exist(heading: str) -> None:
+@pytest.mark.parametrize(
+    ("page", "heading"),
+    [
+        ("docs/architecture.md", "The journey of a gradient"),
+        ("docs/architecture.md", "Where to make a change"),
+        ("CONTRIBUTING.md", "Add a codec"),
+        ("CONTRIBUTING.md", "Add a message"),
+        ("docs/reading.md", "Reading the code"),
+    ],
+)
+def test_functions_that_a_page_names_exist(page: str, heading: str) -> None:
     known = names()
-    for word in re.findall(
-        r"`([A-Z]\w*(?:\.\w+)?|[a-z]+\.[a-z_]+)`", section(ARCHITECTURE, heading)
-    ):
+    told = re.findall(r"`([A-Z]\w*(?:\.\w+)?|[a-z]+\.[a-z_]+)`", section(PAGES[page], heading))
+    for word in told:
         if not word.endswith((".py", ".md")):
             assert word in known, word
+    assert told
+
+
+def diagrams(text: str) -> list[set[str]]:
+    """The states of every Mermaid diagram of states."""
+    found = []
+    for diagram in re.findall(r"^```mermaid\nstateDiagram-v2\n(.*?)^```$", text, re.M | re.S):
+        arrows = re.findall(r"^ +(\w+|\[\*\]) --> (\w+|\[\*\])(?:: .+)?$", diagram, re.MULTILINE)
+        assert len(arrows) == diagram.count("-->") == len(diagram.splitlines())
+        found.append({state for arrow in arrows for state in arrow} - {"[*]"})
+    return found
+
+
+def test_the_diagram_of_peers_has_the_states_of_the_code() -> None:
+    [states] = diagrams(section(ARCHITECTURE, "Peers"))
+    assert states == {GREETED, WAITING, ADOPTING, REPLICA}
+
+
+def test_the_diagrams_of_rounds_and_runs_can_be_read() -> None:
+    [of_round] = diagrams(section(ARCHITECTURE, "How a round lives"))
+    [of_run] = diagrams(section(ARCHITECTURE, "How a run lives"))
+    assert of_round == {"open", "closed", "void"}
+    assert {"snapshot", "round_open", "ending", "ended"} < of_run
+
+
+def test_the_glossary_is_in_order_and_has_each_word_once() -> None:
+    words = [cells[0] for cells in rows(GLOSSARY)]
+    assert words == sorted(set(words))
+    assert len(words) > 40 and "lineage" in words
+
+
+def test_the_codec_that_contributing_adds_is_one() -> None:
+    """The file that "Add a codec" writes, as it stands there."""
+    [code] = re.findall(
+        r"```python\n(.*?)^ *```", section(PAGES["CONTRIBUTING.md"], "Add a codec"), re.S | re.M
+    )
+    scope: dict[str, Any] = {"__name__": "float8"}
+    exec(compile(textwrap.dedent(code), "CONTRIBUTING.md", "exec"), scope)
+    codec: Codec = scope["Float8"]()
+    values = torch.tensor([1.0, -3.0, 0.0, 0.25, math.inf])
+    buffers, scale = codec.encode(values.clone())
+    assert codec.fits(5, buffers) is None and "bytes" in str(codec.fits(4, buffers))
+    assert torch.equal(codec.decode(buffers, scale, torch.zeros(5)), values)
+
+
+def test_every_codec_is_in_the_table_of_numbers() -> None:
+    assert set(CODECS) <= {cells[0].strip("`") for cells in rows(section(PROTOCOL, "Numbers"))}
 
 
 def test_deadlines_are_those_of_the_code() -> None:
