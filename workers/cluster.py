@@ -206,11 +206,10 @@ class Cluster:
         self.client.device = str(next(iter(model.parameters())).device.type)
         with self._losing():
             self.client.join(replica)
-        self._feedback = Feedback(
-            replica.plan, self.settings["codec"], self.settings["topk_ratio"], self.client.room
-        )
+        codec, ratio = self.settings["codec"], self.settings["topk_ratio"]
+        self._feedback = Feedback(replica.plan, codec, ratio)
         self.client.on_close = self._on_close
-        self._gradients = Gradients(replica, self._feedback.values, self._send_bucket, accumulate)
+        self._gradients = Gradients(replica, self._values, self._send_bucket, accumulate)
         return model, ClusterOptimizer(optimizer, self)
 
     def _tell_float64(self, replica: Replica) -> None:
@@ -409,13 +408,19 @@ class Cluster:
         """The mean loss over this batch, for progress and logs; optional, before `step`."""
         self._loss = loss.detach() if isinstance(loss, Tensor) else loss
 
+    def _values(self, bucket: Bucket) -> Tensor:
+        """Memory for a bucket's numbers."""
+        assert self._feedback is not None
+        return self._feedback.values(bucket, partial(self.client.room, bucket.index))
+
     def _send_bucket(
         self, bucket: Bucket, values: Tensor, absent: tuple[int, ...], without: tuple[int, ...]
     ) -> None:
         """A bucket of this step's gradient is complete: encode and send it, look what came in."""
         assert self._replica is not None and self._feedback is not None
         with trace.span("encode", bucket=bucket.index):
-            buffers, scale = self._feedback.encode(bucket, values, absent)
+            room = partial(self.client.room, bucket.index)
+            buffers, scale = self._feedback.encode(bucket, values, absent, room)
         self._sent += 1 + len(without)
         self._phase = wire.BACKWARD
         last = self._sent == len(self._replica.plan.buckets)
@@ -433,6 +438,8 @@ class Cluster:
         with self._losing():
             self.client.push(push, buffers)
             self.client.poll()
+            if not last:
+                self.client.await_room()
 
     def _on_close(self, close: wire.Close) -> None:
         """Which of our buckets are part of this update?"""

@@ -26,7 +26,7 @@ from paramserver.tensors.codec import Codec, Room, codec_of, fresh
 class Feedback:
     """Encodes the buckets of one sender, and keeps their rests: one for each bucket of gradients,
     and while a bucket is under way also the one before. Nothing is kept for a codec that leaves no
-    rest. `ratio` is that of topk; `room` makes the wire buffers.
+    rest. `ratio` is that of topk; `room` makes the wire buffers, where a call names no other.
     """
 
     def __init__(self, plan: Plan, codec: str, ratio: float, room: Room = fresh) -> None:
@@ -40,15 +40,19 @@ class Feedback:
     def codec(self, bucket: Bucket) -> Codec:
         return codec_of(bucket.kind, bucket.sent, self._codec)
 
-    def values(self, bucket: Bucket) -> Tensor:
+    def values(self, bucket: Bucket, room: Room | None = None) -> Tensor:
         """Memory for the numbers of a bucket, to be filled and given to `encode`: where the codec
         sends them as they are, in the room that they are sent from."""
         if self.codec(bucket).in_place:
-            return self._room(bucket.nbytes).view(getattr(torch, bucket.sent))
+            return (room or self._room)(bucket.nbytes).view(getattr(torch, bucket.sent))
         return torch.empty(bucket.size)
 
     def encode(
-        self, bucket: Bucket, values: Tensor, absent: Sequence[int] = ()
+        self,
+        bucket: Bucket,
+        values: Tensor,
+        absent: Sequence[int] = (),
+        room: Room | None = None,
     ) -> tuple[list[Any], float]:
         """The wire buffers of these numbers and of the bucket's rest; `values` are given away.
 
@@ -57,16 +61,16 @@ class Feedback:
         """
         if bucket.kind == "whole":
             return whole.buffers(values), 1.0
-        codec = self.codec(bucket)
+        codec, room = self.codec(bucket), room or self._room
         if not codec.leaves_rest:
-            return codec.encode(values, self._ratio, self._room)
+            return codec.encode(values, self._ratio, room)
         before = self._rests.get(bucket.index)
         waiting = [self._span(bucket, index) for index in absent]
         if before is not None:
             values.add_(before)
             for span in waiting:
                 values[span] = 0.0
-        encoded = codec.encode(values, self._ratio, self._room)
+        encoded = codec.encode(values, self._ratio, room)
         if before is not None:
             for span in waiting:
                 values[span] = before[span]

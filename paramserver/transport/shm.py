@@ -23,7 +23,7 @@ import sys
 from collections import deque
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -109,6 +109,15 @@ class Memory:
         return offset if 0 <= offset < self.size else None
 
 
+class Slot(NamedTuple):
+    """A part of an outbox that was taken for one bucket."""
+
+    tensor: Tensor
+    """Its memory, uint8 [nbytes]."""
+    place: Place
+    """What to tell the server about it."""
+
+
 def outbox_path(folder: Path, session: str, number: int) -> Path:
     """Where a worker makes its outbox; a new one each time it joins."""
     return folder / f"{session}-{number}"
@@ -129,23 +138,21 @@ class Outbox:
         self._slot_bytes = (self._memory.size - STATES) // OUTBOX_SLOTS
         self._states = np.frombuffer(self._memory.map, dtype=np.uint8, count=OUTBOX_SLOTS)
 
-    def room(self, nbytes: int) -> Tensor | None:
-        """A free slot, uint8 [nbytes]; None when all are taken."""
+    def room(self, nbytes: int) -> Slot | None:
+        """A free slot, its tensor uint8 [nbytes]; None when all are taken."""
         if nbytes > self._slot_bytes:
             return None
         for slot in range(OUTBOX_SLOTS):  # the first free one: it may still be in the cache
             if self._states[slot] == FREE:
                 self._states[slot] = TAKEN
                 start = STATES + slot * self._slot_bytes
-                return self._memory.tensor[start : start + nbytes]
+                return Slot(self._memory.tensor[start : start + nbytes], (start, nbytes, slot))
         return None
 
-    def place(self, buffer: Any) -> Place | None:
-        """What to tell the server about this buffer; None when it is none of the slots."""
-        offset = self._memory.offset_of(buffer)
-        if offset is None:
-            return None
-        return offset, memoryview(buffer).nbytes, (offset - STATES) // self._slot_bytes
+    @property
+    def full(self) -> bool:
+        """Are all slots taken?"""
+        return FREE not in self._memory.view[:OUTBOX_SLOTS]
 
     def buffer(self, place: Place) -> Any:
         """The bytes at a place that the worker told; raises ValueError where that cannot be."""

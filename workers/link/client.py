@@ -21,12 +21,11 @@ import torch
 from paramserver import trace
 from paramserver.errors import PeerError, RunLost, UserError
 from paramserver.protocol import messages as wire
-from paramserver.protocol.pacing import Pace
 from paramserver.rounds.ledger import check_counts
-from paramserver.tensors.codec import fresh
 from paramserver.transport import shm, sockets
 from workers.link import follow
 from workers.link.connection import Connection, RunOver
+from workers.link.pushes import WAIT_S, Pushes
 from workers.link.snapshot import Giving, Taking, most_bytes
 from workers.replica.replica import Replica
 from workers.replica.state import unflatten
@@ -36,7 +35,6 @@ SAY_WAITING_AFTER_S = 3.0
 MISSED_MAX = 5  # snapshots in a row; then this peer gives up
 MISFITS_MAX = 3  # snapshots in a row that do not fit in the same way
 SILENT_TIMEOUTS = 3  # heartbeat timeouts; then the connections are made anew
-OUTBOX_WAIT_S = 0.05
 OUTBOX_LOOK_S = 0.0001
 SPIN_S = 0.006
 
@@ -65,12 +63,10 @@ class Client(Connection):
         """How long `wait` leaves messages lying where nobody waits for this replica: a batch of
         updates costs less than as many single ones, here and to whoever shares the processor."""
         self._slept_s = math.inf  # until something came, the last time
-        self._outbox: shm.Outbox | None = None
-        self._outbox_moves = True  # its slots become free soon
+        self._pushes = Pushes()
         self._outboxes = 0
         self._ring: shm.Ring | None = None
         self._slower: set[str] = set()  # what was said to go through sockets
-        self._pace: Pace[tuple[wire.Push, list[Any]]] = Pace()
         self._held: deque[tuple[Any, list[Any]]] = deque()  # from SUB, to be looked at (again)
         self._admitted: wire.Admit | None = None
         self._joined = False
@@ -126,9 +122,9 @@ class Client(Connection):
         assert self.replica is not None
         self._joined, self.adrift, self._stood = False, False, -1
         self.at_last_step = False
-        self._pace.begin()
         self._admitted = None
-        self._outbox = self._make_outbox()
+        outbox = self._make_outbox()
+        self._pushes.begin(outbox)
         self._send(
             wire.Join(
                 layout=self.replica.layout,
@@ -140,7 +136,7 @@ class Client(Connection):
                 ledger=self.replica.ledger,
                 link=self._link_kind,
                 sharing=self._shared is not None,
-                outbox=0 if self._outbox is None else self._outboxes,
+                outbox=0 if outbox is None else self._outboxes,
             )
         )
 
@@ -205,24 +201,9 @@ class Client(Connection):
         if self._link is not None and self.ended is None:
             self._send(wire.Unready(unfinished=unfinished))
 
-    def room(self, nbytes: int) -> torch.Tensor:
-        """Memory for a bucket on its way to the server: a slot of the outbox, if one is free soon.
-
-        Waiting a little costs less than sending through the socket: the server is busy either way.
-        Once in a round, though: where it was in vain, others are what the averages wait for.
-        """
-        if self._outbox is not None and self._outbox_moves:
-            deadline = time.monotonic() + OUTBOX_WAIT_S
-            while True:
-                slot = self._outbox.room(nbytes)
-                if slot is not None:
-                    return slot
-                if time.monotonic() > deadline:
-                    self._outbox_moves = False
-                    break
-                self.poll()
-                self.abandoned.wait(OUTBOX_LOOK_S)
-        return fresh(nbytes)
+    def room(self, bucket: int, nbytes: int) -> torch.Tensor:
+        """Memory for a bucket on its way to the server, uint8 [nbytes]."""
+        return self._pushes.room(bucket, nbytes)
 
     def push(self, push: wire.Push, buffers: list[Any]) -> None:
         """Send one bucket, now or in its turn; the buffers are not the caller's from now on."""
@@ -230,29 +211,30 @@ class Client(Connection):
         self._took_part = True
         if self._link_kind == "tcp":
             push = msgspec.structs.replace(push, ready_s=now)
-        self._pace.add(push.bucket, (push, buffers), now)
+        self._pushes.add(push, buffers, now)
         self._send_due()
+
+    def await_room(self) -> None:
+        """Another bucket of this round is to be pushed: let it find a slot that is free, if one is
+        soon, and take in what comes meanwhile."""
+        if not self._pushes.full:
+            return
+        deadline = time.monotonic() + WAIT_S
+        while self._pushes.full:
+            if time.monotonic() > deadline:
+                self._pushes.waited_in_vain()
+                return
+            self.abandoned.wait(OUTBOX_LOOK_S)
+            self.poll()
 
     def settled(self) -> None:
         """The round of the pushes is over: what has not been sent is forgotten."""
-        self._outbox_moves = True
-        for _, buffers in self._pace.begin():
-            if self._outbox is not None:
-                for place in filter(None, map(self._outbox.place, buffers)):
-                    self._outbox.free(place[2])
+        self._pushes.forget()
 
     def _send_due(self) -> None:
-        for push, buffers in self._pace.due(time.monotonic()):
+        for push, buffers in self._pushes.due(time.monotonic()):
             with trace.span("send", bucket=push.bucket):
-                self._send_push(push, buffers)
-
-    def _send_push(self, push: wire.Push, buffers: list[Any]) -> None:
-        if self._outbox is not None:
-            places = tuple(filter(None, map(self._outbox.place, buffers)))
-            if len(places) == len(buffers):
-                self._send(msgspec.structs.replace(push, places=places))
-                return
-        self._send(push, *buffers)
+                self._send(push, *buffers)
 
     def report(self, step: int, values: dict[str, float | None], final: bool = False) -> None:
         self._send(wire.Report(step=step, values=values, final=final))
@@ -297,7 +279,8 @@ class Client(Connection):
 
     def _close_sockets(self) -> None:
         super()._close_sockets()
-        self._outbox = self._ring = None
+        self._pushes.without_outbox()
+        self._ring = None
 
     @property
     def ended(self) -> wire.End | None:
@@ -502,7 +485,7 @@ class Client(Connection):
                 replica.forget_averages()
             with trace.span("decode", bucket=message.bucket):
                 replica.take(effect.average, buffers)
-            self._pace.averaged(message.bucket, now)
+            self._pushes.averaged(message.bucket, now)
             self._send_due()
             if isinstance(message, wire.Shared) and not self._still_there(message):
                 f.lost(message.bucket)
@@ -620,7 +603,7 @@ class Client(Connection):
         assert f is not None and replica is not None
         self._admitted = message
         if not message.outbox:
-            self._outbox = None
+            self._pushes.without_outbox()
         if not self._hear_averages():
             self._join_again()
             return

@@ -138,8 +138,11 @@ class Alone:
 
     # ------------------------------------------------------------------ the exchange
 
-    def room(self, nbytes: int) -> torch.Tensor:
+    def room(self, bucket: int, nbytes: int) -> torch.Tensor:
         return fresh(nbytes)
+
+    def await_room(self) -> None:
+        pass
 
     def settled(self) -> None:
         pass
