@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 from numpy.typing import NDArray
+from whole import DEADLINE_S
 
 from paramserver.output.curves import Metrics, _rates, _smoothed, draw
 
@@ -146,6 +147,6 @@ assert "matplotlib.pyplot" not in sys.modules
         [sys.executable, "-c", script, str(metrics), str(tmp_path / "curves.png")],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=DEADLINE_S,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

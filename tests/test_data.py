@@ -22,6 +22,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 from torch.utils.data import DataLoader
+from whole import DEADLINE_S
 
 from paramserver.errors import UserError
 from paramserver.tensors.order import places
@@ -487,7 +488,7 @@ def test_two_processes_download_once(tmp_path, mirror):
         assert first_lines == ["downloading", "waiting"]
         mirror.open.set()
         for process in processes:
-            out, err = process.communicate(timeout=60)
+            out, err = process.communicate(timeout=DEADLINE_S)
             assert process.returncode == 0, err
             assert out.splitlines()[-1] == "30"
     finally:

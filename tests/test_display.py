@@ -18,6 +18,7 @@ from datetime import datetime
 from typing import TextIO
 
 import pytest
+from whole import DEADLINE_S
 
 from paramserver.fleet.supervisor import WARNED
 from paramserver.output.display import Display, Status, WorkerStatus
@@ -526,7 +527,7 @@ def run_display(script: str, **variables: str) -> subprocess.CompletedProcess[by
         ],
         capture_output=True,
         env={**os.environ, **variables},
-        timeout=60,
+        timeout=DEADLINE_S,
     )
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from whole import DEADLINE_S
 
 import workers.observer.loggers as logbook
 from paramserver.errors import UserError
@@ -112,7 +113,7 @@ def start(
 
 def output(program: subprocess.Popen[str]) -> str:
     """All that it printed, once it has ended well."""
-    text, _ = program.communicate(timeout=100)
+    text, _ = program.communicate(timeout=DEADLINE_S)
     assert program.returncode == 0, text
     return text
 
@@ -185,8 +186,8 @@ def test_a_killed_observer_leaves_no_process(folder: Path) -> None:
     children = psutil.Process(program.pid).children(recursive=True)
     assert children
     program.kill()
-    program.communicate(timeout=60)
-    _, alive = psutil.wait_procs(children, timeout=60)
+    program.communicate(timeout=DEADLINE_S)
+    _, alive = psutil.wait_procs(children, timeout=DEADLINE_S)
     assert not alive
 
 
@@ -507,6 +508,6 @@ def test_a_run_can_wait_until_its_logbooks_are_open_and_not_for_ever() -> None:
     books.wait_open(0.0)
     assert not slow.opened.is_set()
     may_open.set()
-    books.wait_open(60.0)
+    books.wait_open(DEADLINE_S)
     assert slow.opened.is_set() and failed.opened.is_set()
     books.close()

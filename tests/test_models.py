@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from whole import DEADLINE_S
 
 from paramserver.errors import UserError
 from workers.builtin.models import ACTIVATIONS, MODELS, build
@@ -144,7 +145,7 @@ def test_torchvision_is_imported_for_resnet18_only():
         "import sys; from workers.builtin.models import build; build({'type': 'CNN'}, seed=0);"
         "sys.exit('torchvision' in sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=DEADLINE_S)
 
 
 # ------------------------------------------------------------------------ a model of one's own

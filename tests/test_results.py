@@ -16,7 +16,7 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from whole import LOOPBACK, Monitor, Program, Run, free_port
+from whole import DEADLINE_S, LOOPBACK, Monitor, Program, Run, free_port
 
 from paramserver.config.loading import to_wire
 from paramserver.output import stored
@@ -98,7 +98,7 @@ class Held:
         fd = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
         try:
             os.set_blocking(fd, True)
-            assert select.select([fd], [], [], 60)[0], server.output
+            assert select.select([fd], [], [], DEADLINE_S)[0], server.output
             assert os.read(fd, 10) == b"held"
         finally:
             os.close(fd)

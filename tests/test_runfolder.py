@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from whole import DEADLINE_S
 
 import paramserver.output.runfolder as runfolder
 from paramserver.errors import UserError
@@ -394,7 +395,9 @@ def test_what_waits_for_a_failing_disk_is_bounded_and_whole_lines(
 
 def run_script(script: str, *args: object) -> None:
     subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script), *map(str, args)], check=True, timeout=60
+        [sys.executable, "-c", textwrap.dedent(script), *map(str, args)],
+        check=True,
+        timeout=DEADLINE_S,
     )
 
 

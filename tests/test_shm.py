@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from crew import Crew, Noise, perceptron
-from whole import CLONE, LOOPBACK, Served
+from whole import CLONE, DEADLINE_S, LOOPBACK, Served
 
 from paramserver.transport import shm
 from workers.link.client import Client
@@ -70,7 +70,7 @@ def test_it_can_be_switched_off(where: str) -> None:
     with Served(heartbeat_timeout=1.0, shared_memory=where != "server") as served:
         client = Client(LOOPBACK, served.port, shared_memory=where != "worker", say=print)
         try:
-            welcome = client.connect(60.0)
+            welcome = client.connect(DEADLINE_S)
             assert (welcome.shared is None) == (where == "server")
             assert client._link_kind == "ipc" and client._shared is None
         finally:

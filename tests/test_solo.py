@@ -14,7 +14,7 @@ from crew import Noise, Setup, loss, perceptron
 from test_cluster import NORMED, drawn
 from torch.optim import Adam
 from torch.optim.lr_scheduler import StepLR
-from whole import CLONE, LOOPBACK, Served, free_port
+from whole import CLONE, DEADLINE_S, LOOPBACK, Served, free_port
 
 import workers
 from paramserver.errors import UserError
@@ -165,7 +165,7 @@ def test_a_script_runs_with_and_without_a_server(tmp_path: Path) -> None:
         )
 
     alone = start()
-    assert "training alone, 2 epochs" in (told := alone.communicate(timeout=60)[0])
+    assert "training alone, 2 epochs" in (told := alone.communicate(timeout=DEADLINE_S)[0])
     assert told.endswith("worker 1 stands at step 4\n")
     with Served(num_workers=2, num_epochs=2, batch_size=8) as served:
         environment["PARAMSERVER_PORT"] = str(served.port)
@@ -173,7 +173,7 @@ def test_a_script_runs_with_and_without_a_server(tmp_path: Path) -> None:
             start(PARAMSERVER_HOST=LOOPBACK, PARAMSERVER_ID="7"),
             start(SLURM_LAUNCH_NODE_IPADDR=LOOPBACK, SLURM_PROCID="2"),
         ]
-        told = "".join(script.communicate(timeout=60)[0] for script in both)
+        told = "".join(script.communicate(timeout=DEADLINE_S)[0] for script in both)
         assert "worker 7 stands at step 8\n" in told and "worker 3 stands at step 8\n" in told
         assert len(served.digests()) == 1
 

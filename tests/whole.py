@@ -40,7 +40,7 @@ from workers.link.client import Client
 
 CLONE = Path(__file__).resolve().parent.parent
 LOOPBACK = "127.0.0.1"
-DEADLINE_S = 150.0
+DEADLINE_S = 300.0
 
 T = TypeVar("T")
 
