@@ -28,7 +28,7 @@ PROGRAM = """
     import sys
     from pathlib import Path
     import psutil
-    import workers.logbook as logbook
+    from workers.observer import loggers as logbook
     from paramserver.settings import Settings, Wandb
     from workers.observer.loggers import open_logbooks
 
