@@ -45,6 +45,7 @@ with (
     from paramserver.output import runfolder
     from paramserver.output.runfolder import RunFolder
     from paramserver.protocol import messages as wire
+    from paramserver.server.control import Control
     from paramserver.server.server import Server
     from paramserver.settings import Settings
     from paramserver.tensors.codec import CODECS
@@ -71,10 +72,10 @@ class Quiet:
 
     def say(self, text: str, warning: bool = False) -> None: ...
     def closing(self, close: wire.Close) -> None: ...
-    def closed(self, server: Server, close: wire.Close) -> None: ...
-    def reported(self, server: Server, report: wire.Report) -> None: ...
+    def closed(self, control: Control, close: wire.Close) -> None: ...
+    def reported(self, control: Control, report: wire.Report) -> None: ...
     def problem(self, text: str) -> None: ...
-    def looked(self, server: Server, now: float) -> None: ...
+    def looked(self, control: Control, now: float) -> None: ...
 
 
 class Received:
@@ -113,7 +114,7 @@ class Received:
 
     def join(self, server: Server) -> None:
         self.receive(b"door", *wire.to_frames(HELLO))
-        self.session = next((s for s, d in server._doors.items() if d == b"door"), "")
+        self.session = next((s for s, d in server.control.doors.items() if d == b"door"), "")
         for message in JOINING:
             header = wire.to_frames(message)[0]
             self.receive(b"link", header.replace(b"SESSION", self.session.encode()))

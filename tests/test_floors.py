@@ -68,6 +68,8 @@ PURE = [
     "paramserver.fleet.topology",
     "paramserver.fleet.user_code",
     "paramserver.output.problems",
+    "paramserver.server.control",
+    "paramserver.server.history",
     "workers.link.environment",
     "workers.link.follow",
 ]
@@ -136,6 +138,8 @@ def faults(module: str, source: str, known: set[str]) -> list[str]:
             found.append(f"{module}:{line} imports {target}: paramserver knows nothing of workers")
         if pure(module) and top not in {*sys.stdlib_module_names, "msgspec", *PACKAGES}:
             found.append(f"{module}:{line} imports {target}, and is to be pure")
+        if pure(module) and top in PACKAGES and not pure(target):
+            found.append(f"{module}:{line} imports {target}: that is not pure, {module} is to be")
         if top == "omegaconf" and module != "paramserver.config.loading":
             found.append(
                 f"{module}:{line} imports omegaconf: only paramserver.config.loading sees it"
@@ -208,6 +212,7 @@ SERVER, CLIENT = "paramserver.server.server", "workers.link.client"
         ("paramserver.launch.local", "from workers import join", "knows nothing of workers"),
         ("paramserver.rounds.coordinator", "import torch", "imports torch, and is to be pure"),
         ("workers.link.follow", "import zmq", "imports zmq, and is to be pure"),
+        ("paramserver.server.control", "import paramserver.server.data", "data: that is not pure"),
         ("workers.builtin.train", "import omegaconf", "only paramserver.config.loading"),
         (CLIENT, "import zmq\nzmq.Context()", "client:2 calls zmq.Context"),
         (CLIENT, "zmq.Context.instance()", "only paramserver.transport.sockets"),

@@ -206,10 +206,12 @@ def test_a_figure_is_never_shown_under_another_step_than_its_own(tmp_path: Path)
         settings, to_wire(settings), show, hosts=[LOOPBACK], run="run", observer_key="key"
     )
     try:
-        show.reported(server, wire.Report(step=200, values={"val_accuracy": 0.9, "val_mood": 1.0}))
+        show.reported(
+            server.control, wire.Report(step=200, values={"val_accuracy": 0.9, "val_mood": 1.0})
+        )
         for step, accuracy in ((200, 0.9), (313, None)):
             end = wire.End(nonce="", step=step, lineage="", reason="over")
-            summary = summarize(server, show, end)
+            summary = summarize(server.control, show, end)
             assert summary["val_accuracy"] == accuracy
             assert summary["metrics"] == ({"mood": 1.0} if accuracy else {})
             assert summary["last_evaluation"] == {"step": 200, **show.val}

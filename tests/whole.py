@@ -33,6 +33,7 @@ from paramserver.keys import Keys
 from paramserver.net.address import keys_of
 from paramserver.net.jointoken import decode
 from paramserver.protocol import messages as wire
+from paramserver.server.control import Control
 from paramserver.server.server import Server
 from paramserver.settings import Settings
 from workers.cluster import Cluster
@@ -391,17 +392,17 @@ class Served:
     def closing(self, close: wire.Close) -> None:
         pass
 
-    def closed(self, server: Server, close: wire.Close) -> None:
+    def closed(self, control: Control, close: wire.Close) -> None:
         self.closes.append(close)
         self._look()
 
-    def reported(self, server: Server, report: wire.Report) -> None:
+    def reported(self, control: Control, report: wire.Report) -> None:
         pass
 
     def problem(self, text: str) -> None:
         self.problems.append(text)
 
-    def looked(self, server: Server, now: float) -> None:
+    def looked(self, control: Control, now: float) -> None:
         self._look()
 
     def _look(self) -> None:

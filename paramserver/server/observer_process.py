@@ -19,7 +19,7 @@ import msgspec
 from paramserver.errors import UserError
 from paramserver.net.address import LOOPBACK
 from paramserver.output.runfolder import RunFolder
-from paramserver.server.server import Server
+from paramserver.server.control import Control
 from paramserver.settings import Settings
 
 OBSERVER_RESTARTS = 3
@@ -83,46 +83,46 @@ class ObserverProcess:
             self._problem(f"{self._log} cannot be written, the observer runs without: {error}")
             return open(os.devnull, "ab")
 
-    def look(self, server: Server) -> None:
+    def look(self, control: Control) -> None:
         """Has it ended? Then start it again, or end the run where that cannot help."""
-        now, ended = time.monotonic(), server.rounds.ended is not None
+        now, ended = time.monotonic(), control.rounds.ended is not None
         if self._process is None:
-            awaited = server.rounds.coming_back  # those who hold the run come first
+            awaited = control.rounds.coming_back  # those who hold the run come first
             if not awaited and not ended and self.problem is None and now >= self._again_at:
-                self._begin(server, now)
+                self._begin(control, now)
             return
-        here = server.rounds.observer
+        here = control.rounds.observer
         if here is not None and here.pid == self._process.pid:  # not of one that is dead
             self._here_at = now
-        elif server.rounds.ending and not ended and self._hangs(now, server):
-            server.watcher.say("the observer does not answer: it is ended", True)
+        elif control.rounds.ending and not ended and self._hangs(now, control):
+            control.watcher.say("the observer does not answer: it is ended", True)
             self._process.kill()
             self._process.wait()
         code = self._process.poll()
-        server.rounds.observer_comes = code is None
+        control.rounds.observer_comes = code is None
         if code is None or ended or self.problem is not None:
             return
         well = now - self._started_at > OBSERVER_PROVEN_S
         self._deaths = 1 if well else self._deaths + 1
         if code == 2:
-            self._cannot(server, "the observer could not start", _last_error(self._log))
+            self._cannot(control, "the observer could not start", _last_error(self._log))
         elif self._deaths > OBSERVER_RESTARTS:
             why = f"the observer ended {self._deaths} times in a row, the last time {_how(code)}"
-            last_chance = server.rounds.log_begun and server.rounds.ending is None
+            last_chance = control.rounds.log_begun and control.rounds.ending is None
             self._cannot(
-                server, "the observer cannot be kept running", (why, _last_lines(self._log))
+                control, "the observer cannot be kept running", (why, _last_lines(self._log))
             )
             if last_chance:  # workers hold the last step until the end: one more, to keep that
-                self._begin(server, now)
+                self._begin(control, now)
         else:
-            server.watcher.say(f"the observer ended ({_how(code)}): starting it again", True)
-            self._begin(server, now)
+            control.watcher.say(f"the observer ended ({_how(code)}): starting it again", True)
+            self._begin(control, now)
 
-    def _begin(self, server: Server, now: float) -> None:
+    def _begin(self, control: Control, now: float) -> None:
         """Start a process; where the system has no room for one, try again in a while."""
-        if server.rounds.log_begun:
+        if control.rounds.log_begun:
             self._orders["resume"] = None  # others hold what follows: it takes a snapshot
-        server.rounds.observer_comes = True
+        control.rounds.observer_comes = True
         try:
             self._process = self._start()
         except OSError as error:  # no memory, or too many processes
@@ -130,22 +130,22 @@ class ObserverProcess:
             self._deaths += 1
             why = f"the observer cannot be started: {error.strerror or error}"
             if self.problem is None and self._deaths <= OBSERVER_RESTARTS:
-                server.watcher.say(f"{why}: trying again", True)
+                control.watcher.say(f"{why}: trying again", True)
                 return
-            server.rounds.observer_comes = False
+            control.rounds.observer_comes = False
             if self.problem is None:
-                self._cannot(server, why, (why, "end other programs, or use observer=false"))
+                self._cannot(control, why, (why, "end other programs, or use observer=false"))
 
-    def _hangs(self, now: float, server: Server) -> bool:
+    def _hangs(self, now: float, control: Control) -> bool:
         """Was it there, and is silent for so long that the last step is not left to it?"""
-        silence = server.settings.heartbeat_timeout
+        silence = control.rounds.rules.heartbeat_timeout
         return self._here_at is not None and now - self._here_at > silence
 
-    def _cannot(self, server: Server, reason: str, problem: tuple[str, str]) -> None:
+    def _cannot(self, control: Control, reason: str, problem: tuple[str, str]) -> None:
         """No observer can be had: the run ends, or goes on ending without it."""
         self.problem = UserError(*problem)
         self._problem(f"{reason}: {problem[0]}")
-        server.stop(reason, error=True)
+        control.stop(reason, error=True)
 
     @property
     def _log(self) -> Path:

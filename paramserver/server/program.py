@@ -28,6 +28,7 @@ from paramserver.net.mdns import Announcement
 from paramserver.output import runfolder, stored
 from paramserver.output.runfolder import Record, RunFolder, Unended
 from paramserver.protocol import messages as wire
+from paramserver.server.control import Control
 from paramserver.server.observer_process import ObserverProcess
 from paramserver.server.server import Server
 from paramserver.server.watcher import Show, other_metrics
@@ -40,15 +41,15 @@ MISSING = 3  # exit code
 PERSON_S = 30.0  # to a question at the start; the workers wait longer for their server
 
 
-def summarize(server: Server, show: Show, end: wire.End) -> dict[str, Any]:
+def summarize(control: Control, show: Show, end: wire.End) -> dict[str, Any]:
     """What summary.json holds. Figures of an evaluation stand there only if it was of the last
     step; `last_evaluation` has the newest one with its own step."""
-    seconds = show.seconds(server, server.closed_at or server.first_open_at or 0.0)
-    sent_bytes, received_bytes = show.traffic(server)
-    ledger = server.rounds.ledger
+    seconds = show.seconds(control, control.closed_at or control.first_open_at or 0.0)
+    sent_bytes, received_bytes = show.traffic(control)
+    ledger = control.rounds.ledger
     values = show.val if show.val_step == end.step else {}
-    tallies = show.tallies(server)
-    digests = {name: d for name, (step, d) in server.digests.items() if step == end.step}
+    tallies = show.tallies(control)
+    digests = {name: d for name, (step, d) in control.digests.items() if step == end.step}
     reference = digests.get("the observer") or next(iter(digests.values()), None)
     return {
         "steps": end.step,
@@ -70,14 +71,14 @@ def summarize(server: Server, show: Show, end: wire.End) -> dict[str, Any]:
         "samples_done": ledger.done if ledger else 0,
         "samples_partly": ledger.partly if ledger else 0,
         "samples_skipped": ledger.skipped if ledger else 0,
-        "samples_lost": server.rounds.lost_by_name(),
+        "samples_lost": control.rounds.lost_by_name(),
         "per_worker": [
             {"id": i, "host": t.host, "samples": t.samples, "rounds": t.rounds, "late": t.late}
             for i, t in sorted(tallies.items())
         ],
         "end": end.reason,
         "problems": show.problems.all(),
-        "run": server.run_id,
+        "run": control.run_id,
     }
 
 
@@ -234,7 +235,7 @@ def _serve(
             observer = show.observer = ObserverProcess(
                 settings, folder, run, key, resume, show.problem
             )
-            observer.look(server)
+            observer.look(server.control)
         end = server.run()
     finally:
         server.close()
@@ -260,7 +261,7 @@ def _serve(
         show.display.close()
         raise observer.problem
     missing = missing_results(show, end) if settings.observer and server.rounds.log_begun else []
-    whole = _write_results(server, show, end, missing)
+    whole = _write_results(server.control, show, end, missing)
     if end.error:
         return 1
     return 0 if whole else MISSING
@@ -309,7 +310,7 @@ def _join_command(token: str) -> str:
     return f"{'paramserver-worker' if installed else 'python -m workers'} id=2 join={token}"
 
 
-def _write_results(server: Server, show: Show, end: wire.End, missing: list[str]) -> bool:
+def _write_results(control: Control, show: Show, end: wire.End, missing: list[str]) -> bool:
     """Summary, picture and table; whether nothing is missing."""
     folder = show.folder
     if folder.unwritten:
@@ -317,14 +318,14 @@ def _write_results(server: Server, show: Show, end: wire.End, missing: list[str]
     if missing:
         show.problem(f"the run ended, but a result of it is missing: {', '.join(missing)}")
     told = len(show.problems.all())
-    problem = folder.write_summary(summarize(server, show, end))
+    problem = folder.write_summary(summarize(control, show, end))
     show.tell(problem)
     if show.steps:
         from paramserver.output import curves
 
         title = f"run {folder.path.name}"
         show.tell(curves.draw(folder.metrics, folder.curves, title))
-    summary = summarize(server, show, end)
+    summary = summarize(control, show, end)
     if problem is None and len(show.problems.all()) > told:
         folder.write_summary(summary)  # with that; where it fails the first one stays
     show.say(f"the run is over at step {end.step}: {end.reason}")

@@ -14,8 +14,8 @@ from paramserver.output.problems import Problems
 from paramserver.output.runfolder import EvalLine, RunFolder, StepLine
 from paramserver.protocol import messages as wire
 from paramserver.rounds.round import Tally
+from paramserver.server.control import Control
 from paramserver.server.observer_process import ObserverProcess
-from paramserver.server.server import Server
 from paramserver.settings import Settings
 
 LOSSES_KEPT = 100
@@ -60,7 +60,7 @@ class Show:
     def closing(self, close: wire.Close) -> None:
         self.tell(self.folder.note(close.step, close.lineage))
 
-    def closed(self, server: Server, close: wire.Close) -> None:
+    def closed(self, control: Control, close: wire.Close) -> None:
         if self.past.last is not None and self.steps == self.past.steps:
             self._compare(self.past.last.step, close.step)
         samples = sum(close.contributors.values())
@@ -72,11 +72,11 @@ class Show:
             self._late = close.reason
         elif not close.late:
             self._late = ""
-        sent_bytes, received_bytes = self.traffic(server)
+        sent_bytes, received_bytes = self.traffic(control)
         self.folder.log(
             StepLine(
                 step=close.step,
-                seconds=self._seconds(server),
+                seconds=self._seconds(control),
                 loss=close.loss,
                 samples=samples,
                 step_s=close.seconds,
@@ -101,11 +101,11 @@ class Show:
                 f"metrics.jsonl lacks steps {noted + 1} to {first - 1}: the server was killed"
             )
 
-    def reported(self, server: Server, report: wire.Report) -> None:
+    def reported(self, control: Control, report: wire.Report) -> None:
         self.val, self.val_step = report.values, report.step
         line = EvalLine(
             step=report.step,
-            seconds=self._seconds(server),
+            seconds=self._seconds(control),
             val_loss=report.values.get("val_loss"),
             val_accuracy=report.values.get("val_accuracy"),
             metrics=other_metrics(report.values),
@@ -113,36 +113,36 @@ class Show:
         if not report.final:
             self.folder.log(line)
 
-    def looked(self, server: Server, now: float) -> None:
+    def looked(self, control: Control, now: float) -> None:
         self.tell(self.folder.flush(now))
         if self.observer is not None:
-            self.observer.look(server)
+            self.observer.look(control)
         if self.announcement is not None:
             self.tell(self.announcement.problem())
         if self.display.due(now):
-            self.display.update(self._status(server, now), now)
+            self.display.update(self._status(control, now), now)
 
     def train_loss(self) -> float | None:
         """Sample-weighted mean over the newest steps."""
         weight = sum(n for n, _ in self.losses)
         return sum(n * loss for n, loss in self.losses) / weight if weight else None
 
-    def traffic(self, server: Server) -> tuple[int, int]:
+    def traffic(self, control: Control) -> tuple[int, int]:
         """Bytes sent and received in the whole run."""
         last = self.past.last
         before = (last.sent_bytes, last.received_bytes) if last is not None else (0, 0)
-        return before[0] + server.sent_bytes, before[1] + server.received_bytes
+        return before[0] + control.sent_bytes, before[1] + control.received_bytes
 
-    def seconds(self, server: Server, now: float) -> float:
+    def seconds(self, control: Control, now: float) -> float:
         """Of the whole run: since its first round was opened, but for the time without a server."""
         before = self.past.last.seconds if self.past.last is not None else 0.0
-        return before + (now - server.first_open_at if server.first_open_at is not None else 0.0)
+        return before + (now - control.first_open_at if control.first_open_at is not None else 0.0)
 
-    def tallies(self, server: Server) -> dict[int, Tally]:
+    def tallies(self, control: Control) -> dict[int, Tally]:
         """What each worker did in the whole run. Of one that did not come back to a server that was
         started again, the host is not known."""
         tallies = {i: Tally("", *counts) for i, counts in self.past.workers.items()}
-        for i, own in server.rounds.tallies.items():
+        for i, own in control.rounds.tallies.items():
             before = tallies.get(i, Tally(""))
             tallies[i] = Tally(
                 own.host,
@@ -152,11 +152,11 @@ class Show:
             )
         return tallies
 
-    def _seconds(self, server: Server) -> float:
-        return self.seconds(server, time.monotonic())
+    def _seconds(self, control: Control) -> float:
+        return self.seconds(control, time.monotonic())
 
-    def _status(self, server: Server, now: float) -> Status:
-        r = server.rounds
+    def _status(self, control: Control, now: float) -> Status:
+        r = control.rounds
         per_worker = {i: t.samples for i, t in r.tallies.items()}
         self._marks.append((now, self.steps, self.samples, per_worker))
         while len(self._marks) > 2 and now - self._marks[1][0] > RATE_S:

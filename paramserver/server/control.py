@@ -1,0 +1,498 @@
+"""What the server does with messages: greeting, links, beats, and what `rounds` decides.
+
+Nothing here touches a socket, a clock, a file or a tensor. `now` (seconds, any origin) comes in
+with each message. What goes out is handed to a `Transport`, payloads to `Data`; in the server these
+are `paramserver.server.server` and `paramserver.server.data`.
+"""
+
+from __future__ import annotations
+
+import hmac
+import math
+import uuid
+from collections.abc import Callable, Collection
+from functools import partial
+from typing import Any, Protocol
+
+import msgspec
+
+from paramserver import trace
+from paramserver.errors import PeerError
+from paramserver.protocol import messages as wire
+from paramserver.rounds.coordinator import Rounds
+from paramserver.rounds.effects import (
+    Add,
+    Closed,
+    Effect,
+    Ended,
+    Finish,
+    Publish,
+    Remove,
+    Say,
+    Send,
+    Start,
+    Void,
+)
+from paramserver.server.history import FETCH_BYTES, Frames, Update
+
+PROBES_APART_S = 0.05  # at least, as published: all who follow hear them
+GOODBYE_TIMEOUTS = 3  # heartbeat timeouts that a worker has for its goodbye after the run's end
+REFUSED_SENDERS = 1000  # of which a line of the log tells that they send rubbish
+Finished = tuple[wire.Average, Frames]
+
+
+class Transport(Protocol):
+    """Takes messages away without waiting. A route leads to one connection of one peer."""
+
+    sent_bytes: int
+
+    @property
+    def received_bytes(self) -> int: ...
+
+    def send(self, route: bytes, message: wire.Message, *buffers: Any) -> bool:
+        """To one peer; False when that peer is gone."""
+
+    def send_kept(self, route: bytes, frames: Frames) -> bool:
+        """The same for a message of an update as `Data` keeps it."""
+
+    def publish(self, message: wire.Message) -> None:
+        """To everybody who follows."""
+
+    def publish_update(self, averages: list[Finished], close: Frames | None) -> None:
+        """New averages, and the close of their round if it is over, as one message."""
+
+    def waiting(self, route: bytes) -> int:
+        """Bytes of large frames that wait here for the peer at the other end."""
+
+    def forget(self, route: bytes) -> None:
+        """Nothing is sent there any more."""
+
+
+class Data(Protocol):
+    """Keeps tensors; see `paramserver.server.data.Data`, which tells what each of these does."""
+
+    def start(self, layout: wire.Layout) -> str | None: ...
+    def share(self, session: str, join: wire.Join) -> str | None: ...
+    def located(self, session: str, push: wire.Push, buffers: list[Any]) -> list[Any]: ...
+    def release(self, session: str, push: wire.Push) -> None: ...
+    def push(
+        self, session: str, worker: int, push: wire.Push, buffers: list[Any]
+    ) -> tuple[str | None, float | None]: ...
+    def drop(self, worker: int, bucket: int) -> None: ...
+    def add(self, worker: int, bucket: int, samples: int) -> None: ...
+    def finish(self, finish: Finish) -> None: ...
+    def due(self) -> list[Finished]: ...
+    def close(self, close: wire.Close) -> Update: ...
+    def forget_round(self, averaged: tuple[int, ...]) -> None: ...
+    def reaches_back_to(self) -> int | None: ...
+    def fetch(self, step: int) -> list[Update]: ...
+    def forget(self, session: str) -> None: ...
+
+
+class Watcher(Protocol):
+    """Who looks on: the program's display and run folder. Calls must return at once."""
+
+    def say(self, text: str, warning: bool = False) -> None: ...
+    def closing(self, close: wire.Close) -> None: ...  # nobody has been told of it yet
+    def closed(self, control: Control, close: wire.Close) -> None: ...
+    def reported(self, control: Control, report: wire.Report) -> None: ...
+    def problem(self, text: str) -> None: ...  # something was not done that people count on
+    def looked(self, control: Control, now: float) -> None: ...
+
+
+class Control:
+    """The server between its sockets and its tensors; see the module's head.
+
+    `welcome` is what a peer is answered, but for its session and id; `observer_key` is what the
+    observer that belongs to this server shows. `most_unread` is how many bytes of a snapshot may
+    wait for its joiner; `new_session` makes a name that nobody guesses.
+    """
+
+    def __init__(
+        self,
+        rounds: Rounds,
+        data: Data,
+        transport: Transport,
+        watcher: Watcher,
+        welcome: wire.Welcome,
+        *,
+        observer_key: str,
+        most_unread: int,
+        new_session: Callable[[], str] = lambda: uuid.uuid4().hex,
+    ) -> None:
+        self.rounds = rounds
+        self.watcher = watcher
+        self.run_id = welcome.run
+        self.first_open_at: float | None = None
+        self.closed_at: float | None = None
+        self.links: dict[bytes, str] = {}  # route -> session
+        self.routes: dict[str, bytes] = {}  # session -> route of its link
+        self.doors: dict[str, bytes] = {}  # session -> route on which it greets and beats
+        self._data = data
+        self._transport = transport
+        self._welcome = welcome
+        self._observer_key = observer_key
+        self._most_unread = most_unread
+        self._new_session = new_session
+        self._unmapped: set[str] = set()  # sessions whose outbox cannot be used here
+        self._secrets: dict[str, str] = {}  # by session; never sent to anybody
+        self._told: set[bytes] = set()  # who was told that it sends rubbish
+        self._probed: dict[str, float] = {}  # session -> when its probe was last published
+        self._stop: tuple[str, bool] | None = None  # why, and whether that is an error
+        self._ended_at: float | None = None
+
+    @property
+    def digests(self) -> dict[str, tuple[int, str]]:
+        """By peer: step and digest of its weights when it said goodbye."""
+        return {name: (step, digest) for name, step, digest in self.rounds.digests.values()}
+
+    @property
+    def sent_bytes(self) -> int:
+        return self._transport.sent_bytes
+
+    @property
+    def received_bytes(self) -> int:
+        return self._transport.received_bytes
+
+    # ------------------------------------------------------------------ time
+
+    def stop(self, reason: str, *, error: bool = False) -> None:
+        """Ask for an end, in order or by an `error`, at the next tick; safe in a signal handler."""
+        self._stop = reason, error
+
+    def tick(self, now: float) -> None:
+        """Look at deadlines. Due now and then, and at `rounds.next_deadline()`."""
+        if self._stop is not None:
+            (reason, error), self._stop = self._stop, None
+            self._carry_out(self.rounds.stop(reason, now, error=error), now)
+        self._carry_out(self.rounds.tick(now), now)
+        self.watcher.looked(self, now)
+
+    def pulse(self, now: float) -> None:
+        """The server's sign of life, several times in each heartbeat timeout."""
+        pulse = msgspec.structs.replace(
+            self.rounds.pulse(now), sent_bytes=self.sent_bytes, received_bytes=self.received_bytes
+        )
+        self._transport.publish(pulse)
+        for session in list(self.routes):
+            self._send(session, pulse)
+            if self.rounds.ended is not None:  # it may have been out when that was told
+                self._send(session, self.rounds.ended)
+
+    def finished(self, now: float) -> bool:
+        """Has everybody who is alive said goodbye, or had the time to?"""
+        if self._ended_at is None:
+            return self.rounds.deserted or self.rounds.put_off
+        rules = self.rounds.rules
+        silence = rules.heartbeat_timeout
+        goodbye = {"worker": GOODBYE_TIMEOUTS * silence, "observer": rules.idle_timeout}
+        return all(
+            now - p.last_seen > silence or now - self._ended_at > goodbye[p.role]
+            for p in self.rounds.peers.values()
+        )
+
+    # ------------------------------------------------------------------ what comes in
+
+    def receive(self, route: bytes, message: Any, buffers: list[Any], now: float) -> None:
+        """One message; whatever is wrong with it costs only its sender."""
+        try:
+            self._handle(route, message, buffers, now)
+        except PeerError as e:
+            self.refuse(route, e, now)
+
+    def refuse(self, route: bytes, error: PeerError, now: float) -> None:
+        """A message that this protocol does not allow: its sender is told, and is out."""
+        session = self.links.get(route)
+        if route not in self._told and len(self._told) < REFUSED_SENDERS:
+            self._told.add(route)
+            peer = self.rounds.peers[session] if session else None
+            who = peer.name if peer else "somebody unknown"
+            if peer is None or self.rounds.may_say(peer.id, who):
+                self.watcher.say(f"{who} sent what this protocol does not allow: {error}", True)
+        self._transport.send(route, wire.Reject(f"your message was not understood: {error}"))
+        if session is not None:
+            self._carry_out(self.rounds.leave(session, str(error), now, error=True), now)
+
+    def drop(self, session: str, why: str, now: float) -> None:
+        """Let a peer go that cannot be served any more."""
+        self._carry_out(self.rounds.leave(session, why, now), now)
+
+    def _handle(self, route: bytes, message: Any, buffers: list[Any], now: float) -> None:
+        if isinstance(message, wire.Hello):
+            self._greet(route, message, now)
+            return
+        if isinstance(message, wire.Beat):
+            if self._is_from(message):
+                self.rounds.seen(message.session, now)
+            else:
+                if message.run == self.run_id:
+                    self.rounds.beats_unknown(message.nonce, now)
+                self._transport.send(route, wire.Greet(session_known=False))
+            return
+        if isinstance(message, wire.Probe):
+            self._probe(route, message, now)
+            return
+        session = self.links.get(route)
+        if session is None:
+            self._transport.send(route, wire.Greet())
+            return
+        r = self.rounds
+        r.seen(session, now)
+        match message:
+            case wire.Push():
+                with trace.span(
+                    f"bucket of worker {r.peers[session].id}",
+                    bucket=message.bucket,
+                    round=message.round,
+                ):
+                    self._push(session, message, buffers, now)
+            case wire.Fetch():
+                self._fetch(session, message, now)
+            case wire.Join():
+                self._share(session, message)
+                self._carry_out(r.join(session, message, now), now)
+            case wire.Ready():
+                self._carry_out(r.ready(session, message, now), now)
+            case wire.Unreadable():
+                self._carry_out(r.unreadable(session, message.round, now), now)
+            case wire.Unready():
+                self._carry_out(r.unready(session, now, message.unfinished), now)
+            case wire.Manifest() | wire.Want() | wire.Piece() | wire.Abort():
+                waits = isinstance(message, wire.Want) and self._transport.waiting(route)
+                if waits > self._most_unread:
+                    return  # it may ask again when it has read what it asked for
+                goal, effects = r.route(session, message, now)
+                if goal is not None:
+                    content = buffers[:1] if isinstance(message, wire.Piece) else ()
+                    self._send(goal, message, *content)
+                self._carry_out(effects, now)
+            case wire.Digest():
+                self._carry_out(r.digest(session, message.step, message.digest, now), now)
+            case wire.Stand():
+                self._carry_out(r.stands(session, message.step, now, kept=message.kept), now)
+            case wire.Adopted():
+                self._carry_out(r.adopted(session, message.snapshot, now), now)
+            case wire.Report():
+                if r.peers[session].role == "observer":
+                    self.watcher.reported(self, message)
+            case wire.Problem():
+                if r.peers[session].role == "observer":
+                    self.watcher.problem(message.text)
+            case wire.Goodbye():
+                said = (message.reason, now, message.step, message.digest)
+                m = message
+                died = partial(r.leave, failed=m.failed, lease=m.lease, error=m.error)
+                self._carry_out(died(session, *said, finished=m.is_done), now)
+            case _:
+                raise PeerError(f"a {type(message).__name__} is not for the server")
+
+    def _greet(self, route: bytes, hello: wire.Hello, now: float) -> None:
+        if self.rounds.coming_back and hello.role == "worker" and hello.run is None:
+            self._transport.send(route, wire.Later(self.rounds.phase(now)))
+            return  # first comes who holds the run
+        refuse, end = "", None
+        if hello.protocol != wire.PROTOCOL:
+            refuse = f"this server speaks protocol {wire.PROTOCOL}, you speak {hello.protocol}"
+        elif self.rounds.ended is not None:
+            refuse, end = f"the run has ended: {self.rounds.ended.reason}", self.rounds.ended
+        elif hello.role not in ("worker", "observer"):
+            refuse = f"there is no role {hello.role!r}"
+        elif hello.role == "observer" and not _same(hello.key, self._observer_key):
+            refuse = "only the observer that this server started may observe"
+        elif hello.run is not None and hello.run != self.run_id:
+            refuse = f"this server runs {self.run_id}, you belong to {hello.run}"
+        elif self._is_anothers(hello):
+            refuse = "another process has greeted with this nonce"
+        if refuse:
+            self._transport.send(route, wire.Reject(refuse, end=end))
+            return
+        known = next((s for s, d in self.doors.items() if d == route), None)
+        session = known or self._new_session()
+        if known is None or known not in self.rounds.peers:
+            peer, why, effects = self.rounds.greet(
+                session,
+                now,
+                role=hello.role,
+                id=hello.id,
+                nonce=hello.nonce,
+                host=hello.host,
+                pid=hello.pid,
+                returns=hello.run == self.run_id,
+                reachable=partial(self._reachable, now=now),
+            )
+            self._carry_out(effects, now)
+            if peer is None:
+                reject = wire.Reject(why, "choose another: make worker ID=...")
+                self._transport.send(route, reject)
+                return
+            self.doors[session] = route
+            self._secrets[session] = hello.secret
+        id = self.rounds.peers[session].id
+        welcome = msgspec.structs.replace(self._welcome, session=session, id=id)
+        self._transport.send(route, welcome)
+
+    def _probe(self, route: bytes, probe: wire.Probe, now: float) -> None:
+        """Bind a link to its session, and let the peer see that both ways work."""
+        if not self._is_from(probe):
+            self._transport.send(route, wire.Greet(session_known=False))
+            return
+        session = probe.session
+        old = self.routes.get(session)
+        self.links[route] = session
+        self.routes[session] = route
+        if old is not None and old != route:
+            self.links.pop(old, None)
+            self._carry_out(self.rounds.relinked(session, now), now)
+        self.rounds.seen(session, now)
+        if now - self._probed.get(session, -math.inf) >= PROBES_APART_S:
+            self._probed[session] = now
+            self._transport.publish(wire.Probe(session=session))  # others do not see its secret
+        self._send(session, self.rounds.pulse(now))
+        if self.rounds.ended is not None:
+            self._send(session, self.rounds.ended)
+
+    def _is_from(self, message: wire.Probe | wire.Beat) -> bool:
+        """Does it come from the peer of this session? Others may know the session's id."""
+        return message.session in self.rounds.peers and _same(
+            message.secret, self._secrets.get(message.session, "")
+        )
+
+    def _is_anothers(self, hello: wire.Hello) -> bool:
+        """Is there a peer of this nonce, which came with another secret?"""
+        return any(
+            peer.nonce == hello.nonce and not _same(hello.secret, self._secrets.get(session, ""))
+            for session, peer in self.rounds.peers.items()
+        )
+
+    def _reachable(self, session: str, now: float) -> bool:
+        """Does this peer's connection still stand? The transport knows when it was closed."""
+        return self._send(session, self.rounds.pulse(now))
+
+    def _share(self, session: str, join: wire.Join) -> None:
+        """A peer on this host may use shared memory."""
+        self._unmapped.discard(session)
+        problem = self._data.share(session, join)
+        if problem is not None:
+            self._unmapped.add(session)  # its Admit will tell
+            self.watcher.say(
+                f"{self.rounds.peers[session].name} sends through the socket, which is slower: "
+                f"its shared memory cannot be used: {problem}"
+            )
+
+    def _push(self, session: str, push: wire.Push, buffers: list[Any], now: float) -> None:
+        buffers = self._data.located(session, push, buffers)
+        why = self.rounds.refusal(session, push)
+        if why is not None:
+            self._data.release(session, push)
+            self._send(session, wire.Refused(round=push.round, reason=why))
+            return
+        worker = self.rounds.peers[session].id
+        bad, norm = self._data.push(session, worker, push, buffers)
+        if norm is not None:
+            bad = self.rounds.norms.judge(push.bucket, norm)
+            if bad is not None:
+                self._data.drop(worker, push.bucket)
+        self._carry_out(self.rounds.pushed(session, push, now, bad), now)
+
+    def _fetch(self, session: str, fetch: wire.Fetch, now: float) -> None:
+        self._forget_overwritten()
+        if not self.rounds.knows(fetch.step, fetch.lineage):
+            self._carry_out(self.rounds.behind(session, now), now)
+            return
+        self.rounds.fetches(session)
+        route = self.routes[session]
+        if self._transport.waiting(route) > FETCH_BYTES:
+            return  # an answer is on its way, or lies there unread
+        for update in self._data.fetch(fetch.step):
+            if not self._send_update(route, update):
+                return
+        self._send(session, wire.Fetched(step=self.rounds.step, open=self.rounds.open_message()))
+
+    # ------------------------------------------------------------------ what goes out
+
+    def _carry_out(self, effects: list[Effect], now: float) -> None:
+        for effect in effects:
+            match effect:
+                case Add():
+                    self._data.add(effect.worker, effect.bucket, effect.samples)
+                case Finish():
+                    self._data.finish(effect)
+                case Closed():
+                    self._close_round(effect.close, now)
+                case Publish():
+                    self._transport.publish(effect.message)
+                    if isinstance(effect.message, wire.Open):
+                        if self.first_open_at is None:
+                            self.first_open_at = now
+                        self._prompt(self.rounds.deaf | self.rounds.prompted, now)
+                case Send():
+                    message = effect.message
+                    if isinstance(message, wire.Admit) and effect.session in self._unmapped:
+                        message = msgspec.structs.replace(message, outbox=False)
+                    self._send(effect.session, message)
+                case Say():
+                    self.watcher.say(effect.text, effect.warning)
+                case Start():
+                    problem = self._data.start(effect.layout)
+                    if problem is not None:
+                        self.watcher.say(problem)
+                case Void():
+                    self._data.forget_round(())
+                case Remove():
+                    self._forget_peer(effect.session)
+                case Ended():
+                    self._ended_at = now
+                    self._transport.publish(effect.end)
+                    for session in list(self.rounds.peers):
+                        self._send(session, effect.end)
+        due = self._data.due()
+        if due:
+            self._transport.publish_update(due, None)
+
+    def _close_round(self, close: wire.Close, now: float) -> None:
+        self.watcher.closing(close)
+        update = self._data.close(close)
+        self._transport.publish_update(self._data.due(), update.messages[-1])
+        for session in self.rounds.deaf:
+            route = self.routes.get(session)
+            if route is not None and self._transport.waiting(route) <= FETCH_BYTES:
+                self._send_update(route, update)
+        self._prompt(self.rounds.prompted, now)
+        self._forget_overwritten()
+        self.closed_at = now
+        self._data.forget_round(close.buckets)
+        self.watcher.closed(self, close)
+
+    def _forget_overwritten(self) -> None:
+        """Let rounds know how far back updates are really there."""
+        reach = self._data.reaches_back_to()
+        if reach is not None:
+            self.rounds.forget_before(reach)
+
+    def _forget_peer(self, session: str) -> None:
+        self.doors.pop(session, None)
+        self._secrets.pop(session, None)
+        self._unmapped.discard(session)
+        self._probed.pop(session, None)
+        self._data.forget(session)
+        route = self.routes.pop(session, None)
+        if route is not None:
+            self._transport.forget(route)
+            self.links.pop(route, None)
+
+    def _prompt(self, sessions: Collection[str], now: float) -> None:
+        """Tell these on their links that a round is open, as the next pulse would."""
+        for session in sessions:
+            self._send(session, self.rounds.pulse(now))
+
+    def _send(self, session: str, message: wire.Message, *buffers: Any) -> bool:
+        route = self.routes.get(session) or self.doors.get(session)
+        return route is not None and self._transport.send(route, message, *buffers)
+
+    def _send_update(self, route: bytes, update: Update) -> bool:
+        return all(self._transport.send_kept(route, frames) for frames in update.messages)
+
+
+def _same(told: str, kept: str) -> bool:
+    """Compare secrets in a time that tells nothing of them."""
+    return hmac.compare_digest(told.encode(errors="replace"), kept.encode(errors="replace"))

@@ -1,0 +1,264 @@
+"""What the server keeps of tensors: pushed payloads, running sums, averages, the newest updates.
+
+`Data` decides nothing and sends nothing. `paramserver.server.control` says what to do with a
+payload, and hands on the frames that come out.
+"""
+
+from __future__ import annotations
+
+import errno
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+
+from paramserver import trace
+from paramserver.errors import PeerError
+from paramserver.protocol import messages as wire
+from paramserver.rounds.effects import Finish
+from paramserver.server.history import Frames, History, Update
+from paramserver.settings import Settings
+from paramserver.tensors.bucket import Plan, plan
+from paramserver.tensors.codec import fresh
+from paramserver.tensors.reducer import Mean, Release
+from paramserver.tensors.whole import BUFFER_BYTES
+from paramserver.transport import shm
+
+
+class Payload(msgspec.Struct):
+    """What came with a push and waits to be added."""
+
+    buffers: list[Any]
+    scale: float
+    absent: tuple[int, ...]
+    release: Release
+
+
+class Data:
+    """Payloads, sums and averages of the open round, and the history; see the module's head.
+
+    `folder` is that of shared memory, None where there shall be none; `bucket_mb` is the size of
+    buckets.
+    """
+
+    def __init__(
+        self, settings: Settings, bucket_mb: float, nonce: str, folder: Path | None
+    ) -> None:
+        self.plan: Plan | None = None
+        self.ring: shm.Ring | None = None
+        self.mapped_bytes = 0  # received through shared memory
+        self._settings = settings
+        self._bucket_mb = bucket_mb
+        self._nonce = nonce
+        self._folder = folder
+        self._mean: Mean | None = None
+        self._history = History(int(settings.history_mb * 2**20))
+        self._payloads: dict[tuple[int, int], Payload] = {}  # by worker and bucket
+        self._averages: list[Frames] = []  # of the open round, as sent
+        self._averages_bytes = 0
+        self._due: list[tuple[wire.Average, Frames]] = []  # of those, the newest
+        self._round_stamp: int | None = None  # of the first block of the open round
+        self._outboxes: dict[str, shm.Outbox] = {}  # by session
+        self._sharing: set[str] = set()  # sessions of those who read the ring
+        # Sums are bound by memory, and threads that wait for each other on shared cores cost
+        # milliseconds each time.
+        torch.set_num_threads(settings.threads or 1)
+
+    def start(self, layout: wire.Layout) -> str | None:
+        """Make room for the sums of this layout; returns what there is to say of it."""
+        self.plan = plan(layout, self._bucket_mb)
+        s = self._settings
+        problem = None
+        try:
+            self.ring = self._make_ring(self.plan)
+        except OSError as e:
+            problem = (
+                f"averages go through sockets on this host, which is slower: {shm.SHARED}: "
+                f"{e.strerror or e} (in docker: --shm-size=1g)"
+            )
+        room = fresh if self.ring is None else self._room
+        self._mean = Mean(self.plan, s.codec, s.codec_down or s.codec, s.topk_ratio, room)
+        return problem
+
+    # ------------------------------------------------------------------ shared memory
+
+    def share(self, session: str, join: wire.Join) -> str | None:
+        """A peer on this host joins: its outbox, and whether it reads the ring. Returns why its
+        outbox cannot be used here, if so; raises `PeerError` where that is the peer's fault."""
+        self._outboxes.pop(session, None)
+        self._sharing.discard(session)
+        if self._folder is None:
+            return None
+        if join.sharing:
+            self._sharing.add(session)
+        if join.outbox:
+            path = shm.outbox_path(self._folder, session, join.outbox)
+            try:
+                self._outboxes[session] = shm.Outbox(path)
+                path.unlink()  # both have it mapped; nothing is left when they end
+            except FileNotFoundError:
+                pass  # the worker has joined again meanwhile: that comes next
+            except ValueError as e:
+                raise PeerError(f"your outbox cannot be used: {e}") from None
+            except OSError as e:
+                return str(e.strerror or e)
+        return None
+
+    @property
+    def sharing(self) -> int:
+        """How many peers read averages from the ring."""
+        return len(self._sharing) if self.ring is not None else 0
+
+    def _make_ring(self, plan: Plan) -> shm.Ring | None:
+        """Shared memory for the history, of which the open round takes the oldest, and for two
+        updates at least; raises OSError where there is no room for it."""
+        if self._folder is None:
+            return None
+        update = plan.nbytes + 2 * shm.ALIGN * (len(plan.buckets) + wire.BUFFERS_MAX)
+        kept = max(int(self._settings.history_mb * 2**20), 2 * update)
+        whole = (min(b.nbytes, BUFFER_BYTES) for b in plan.buckets if b.kind == "whole")
+        open_round = 4 * max([plan.largest_bytes, *whole])
+        path = self._folder / "ring"
+        room = shm.room(self._folder) // 2  # the rest is for the workers' outboxes
+        size = min(kept + open_round, room)
+        least = min(kept, shm.RING_UPDATES * update) + open_round
+        path.unlink(missing_ok=True)
+        if size < least:
+            raise OSError(
+                errno.ENOSPC, f"{room >> 20} MiB may be taken, {-(-least >> 20)} are needed"
+            )
+        return shm.Ring(path, size)
+
+    def _room(self, nbytes: int) -> torch.Tensor:
+        assert self.ring is not None
+        block = self.ring.room(nbytes)
+        if self._round_stamp is None:
+            self._round_stamp = self.ring.newest
+        return block
+
+    # ------------------------------------------------------------------ the open round
+
+    def located(self, session: str, push: wire.Push, buffers: list[Any]) -> list[Any]:
+        """The buffers of a push: those that came with it, or where it says that they lie in its
+        peer's outbox. Raises `PeerError` where they cannot lie there."""
+        if not push.places:
+            return buffers
+        outbox = self._outboxes.get(session)
+        if outbox is None:
+            raise PeerError("you have no outbox")
+        try:
+            buffers = [outbox.buffer(place) for place in push.places]
+        except ValueError as e:
+            raise PeerError(str(e)) from None
+        self.mapped_bytes += sum(place[1] for place in push.places)
+        return buffers
+
+    def release(self, session: str, push: wire.Push) -> None:
+        """Nobody wants the located buffers of this push."""
+        _free(self._outboxes.get(session), push.places)
+
+    def push(
+        self, session: str, worker: int, push: wire.Push, buffers: list[Any]
+    ) -> tuple[str | None, float | None]:
+        """Look at the located buffers of a push, and keep them until `add` or `drop`, unless they
+        are bad. Returns what `Mean.check` does: why they are bad, and a gradient's norm.
+
+        Raises `PeerError` where they do not fit the layout.
+        """
+        assert self._mean is not None
+        release = partial(_free, self._outboxes.get(session), push.places)
+        bad, norm = self._mean.check(push.bucket, buffers, push.scale, push.absent)
+        if bad is None:
+            self._payloads[worker, push.bucket] = Payload(buffers, push.scale, push.absent, release)
+        else:
+            release()
+        return bad, norm
+
+    def drop(self, worker: int, bucket: int) -> None:
+        """Forget a payload that is not to be added."""
+        self._payloads.pop((worker, bucket)).release()
+
+    def add(self, worker: int, bucket: int, samples: int) -> None:
+        """Add a payload to the sum of its bucket, `samples` times."""
+        assert self._mean is not None
+        p = self._payloads.pop((worker, bucket))
+        self._mean.add(bucket, p.buffers, p.scale, samples, p.release, worker, p.absent)
+
+    def finish(self, finish: Finish) -> None:
+        """Make the average of a bucket; it is `due` then."""
+        assert self._mean is not None
+        bucket = finish.bucket
+        with trace.span("average", bucket=bucket):
+            buffers, scale, absent = self._mean.finish(bucket, finish.samples, finish.absent)
+        average = wire.Average(
+            nonce=self._nonce,
+            round=finish.round,
+            step=finish.step,
+            bucket=bucket,
+            absent=absent,
+            scale=scale,
+        )
+        frames = wire.to_frames(average, *buffers)
+        self._averages.append(frames)
+        self._averages_bytes += sum(map(len, frames))
+        self._due.append((average, frames))
+
+    def due(self) -> list[tuple[wire.Average, Frames]]:
+        """The averages that were made since the last call."""
+        due, self._due = self._due, []
+        return due
+
+    def as_shared(self, average: wire.Average, frames: Frames) -> Frames:
+        """How an average is told to those who read the ring: where its buffers lie there."""
+        assert self.ring is not None
+        places = tuple(map(self.ring.place, frames[1:]))
+        return wire.to_frames(wire.Shared(places=places, **msgspec.structs.asdict(average)))
+
+    def close(self, close: wire.Close) -> Update:
+        """The round is over: keep its averages and its close as an update."""
+        frames = wire.to_frames(close)
+        update = Update(
+            step=close.step,
+            messages=[*self._averages, frames],
+            bytes=self._averages_bytes + len(frames[0]),
+            stamp=self._round_stamp or 0,
+        )
+        self._history.add(update)
+        return update
+
+    def forget_round(self, averaged: tuple[int, ...]) -> None:
+        """Forget what is left of the open round; the averages of these buckets are in an update."""
+        self._averages, self._averages_bytes = [], 0
+        self._round_stamp = None
+        for p in self._payloads.values():
+            p.release()
+        self._payloads.clear()
+        if self._mean is not None:
+            self._mean.close(averaged)
+
+    # ------------------------------------------------------------------ what is kept
+
+    def reaches_back_to(self) -> int | None:
+        """The step from which a replica can follow now; None while there is no update."""
+        if self.ring is not None:
+            self._history.forget_before(self.ring.oldest)
+        return self._history.reaches_back_to
+
+    def fetch(self, step: int) -> list[Update]:
+        """The updates that follow `step`, as many as make a reasonable answer."""
+        return self._history.after(step)
+
+    def forget(self, session: str) -> None:
+        """This peer is gone."""
+        self._outboxes.pop(session, None)
+        self._sharing.discard(session)
+
+
+def _free(outbox: shm.Outbox | None, places: tuple[wire.Place, ...]) -> None:
+    """Nothing reads these slots any more. The outbox is the one that they lie in: a worker that has
+    joined again meanwhile has another."""
+    if outbox is not None:
+        for _, _, slot in places:
+            outbox.free(slot)

@@ -1,0 +1,259 @@
+"""`Control` with the real `Data`, in a time and with a transport of the test's own."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from paramserver.protocol import messages as wire
+from paramserver.rounds.coordinator import Rounds, Rules
+from paramserver.server import control
+from paramserver.server.control import Control, Finished
+from paramserver.server.data import Data
+from paramserver.server.history import Frames
+from paramserver.settings import Settings
+
+LAYOUT = wire.Layout((wire.Tensor("weight", (3,), "float32"),))
+SILENCE_S = 10.0
+
+
+class Told:
+    """A transport that keeps what is sent, and a watcher that keeps what is said."""
+
+    def __init__(self) -> None:
+        self.sent: list[tuple[bytes, Any]] = []
+        self.published: list[Any] = []
+        self.averages: list[list[float]] = []
+        self.said: list[str] = []
+        self.closes: list[wire.Close] = []
+        self.gone: set[bytes] = set()
+        self.unread: dict[bytes, int] = {}
+        self.sent_bytes, self.received_bytes = 5, 7
+
+    def send(self, route: bytes, message: wire.Message, *buffers: Any) -> bool:
+        self.sent.append((route, message))
+        return route not in self.gone
+
+    def send_kept(self, route: bytes, frames: Frames) -> bool:
+        return self.send(route, wire.from_frames(frames)[0])
+
+    def publish(self, message: wire.Message) -> None:
+        self.published.append(message)
+
+    def publish_update(self, averages: list[Finished], close: Frames | None) -> None:
+        for average, frames in averages:
+            self.published.append(average)
+            mean = torch.frombuffer(frames[1], dtype=torch.float32) / average.scale
+            self.averages.append(mean.tolist())
+        if close is not None:
+            self.published.append(wire.from_frames(close)[0])
+
+    def waiting(self, route: bytes) -> int:
+        return self.unread.get(route, 0)
+
+    def forget(self, route: bytes) -> None:
+        self.unread.pop(route, None)
+
+    def say(self, text: str, warning: bool = False) -> None:
+        self.said.append(text)
+
+    def closing(self, close: wire.Close) -> None:
+        assert not any(isinstance(m, wire.Close) and m.step == close.step for m in self.published)
+
+    def closed(self, control: Control, close: wire.Close) -> None:
+        self.closes.append(close)
+
+    def reported(self, control: Control, report: wire.Report) -> None: ...
+    def problem(self, text: str) -> None: ...
+    def looked(self, control: Control, now: float) -> None: ...
+
+
+class Run:
+    """Two workers who take part; `now` is the time."""
+
+    def __init__(self, workers: int = 2) -> None:
+        self.told, self.now = Told(), 100.0
+        settings = Settings(observer=False, num_workers=workers, num_epochs=2)
+        rules = Rules(
+            num_workers=workers, heartbeat_timeout=SILENCE_S, timeout=1.0, epochs=2, observer=False
+        )
+        self.rounds = Rounds(rules, "nonce", self.now, lambda layout: 1)
+        names = iter(f"session-{n}" for n in range(1, 100))
+        self.data = Data(settings, 1.0, "nonce", None)
+        self.control = Control(
+            self.rounds,
+            self.data,
+            self.told,
+            self.told,
+            wire.Welcome(
+                protocol=wire.PROTOCOL,
+                run="run",
+                nonce="nonce",
+                session="",
+                id=0,
+                settings={},
+                pub_port=1,
+            ),
+            observer_key="key",
+            most_unread=1000,
+            new_session=lambda: next(names),
+        )
+        for number in range(1, workers + 1):
+            self.greet(number)
+            self.hear(number, wire.Join(layout=LAYOUT, step=0, lineage=f"own {number}", device=""))
+            if number > 1:
+                self.adopt(number)
+        for number in range(1, workers + 1):
+            self.hear(number, wire.Ready(samples=100, batch_size=4))
+
+    def greet(self, number: int) -> None:
+        hello = wire.Hello(
+            protocol=wire.PROTOCOL,
+            role="worker",
+            id=number,
+            nonce=f"process {number}",
+            host="here",
+            pid=number,
+        )
+        self.control.receive(b"door %d" % number, hello, [], self.now)
+        self.hear(number, wire.Probe(session=f"session-{number}"))
+
+    def adopt(self, number: int) -> None:
+        """A snapshot from worker 1, of one piece."""
+        [give] = [m for _, m in self.told.sent if isinstance(m, wire.Give)][-1:]
+        n = give.snapshot
+        manifest = wire.Manifest(
+            snapshot=n,
+            step=0,
+            lineage=self.rounds.lineage,
+            tree="{}",
+            tensors=(("uint8", (4,)),),
+            piece_bytes=4,
+        )
+        self.hear(1, manifest)
+        self.hear(number, wire.Want(snapshot=n, piece=0))
+        self.hear(1, wire.Piece(snapshot=n, piece=0))
+        self.hear(number, wire.Adopted(snapshot=n, step=0, lineage=self.rounds.lineage))
+
+    def hear(self, number: int, message: wire.Message, *buffers: Any) -> None:
+        self.control.receive(b"link %d" % number, message, list(buffers), self.now)
+
+    def push(self, number: int, *values: float, **more: Any) -> None:
+        assert self.rounds.round is not None
+        push = wire.Push(round=self.rounds.round.number, bucket=0, samples=4, **more)
+        self.hear(number, push, memoryview(torch.tensor(values).numpy()).cast("B"))
+
+    def to(self, number: int, kind: type[Any]) -> list[Any]:
+        return [m for r, m in self.told.sent if r == b"link %d" % number and isinstance(m, kind)]
+
+
+def test_a_round_from_greeting_to_close() -> None:
+    run = Run()
+    run.push(1, 1.0, 2.0, 3.0)
+    assert run.told.averages == []
+    run.now += 0.25
+    run.push(2, 3.0, 4.0, 5.0)
+    assert run.told.averages == [[2.0, 3.0, 4.0]]
+    [close] = run.told.closes
+    assert close.contributors == {1: 4, 2: 4} and run.control.closed_at == run.now
+    assert run.control.first_open_at == 100.0
+    [at] = [i for i, m in enumerate(run.told.published) if isinstance(m, wire.Close)]
+    assert isinstance(run.told.published[at - 1], wire.Average)
+
+
+def test_a_deadline_passes_when_the_test_says_so() -> None:
+    run = Run()
+    run.push(1, 1.0, 2.0, 3.0)
+    due = run.rounds.next_deadline()
+    assert due is not None
+    run.control.tick(due - 0.001)
+    assert run.told.closes == []
+    run.control.tick(due)
+    [close] = run.told.closes
+    assert close.contributors == {1: 4} and 2 in close.late
+
+
+def test_bad_numbers_are_kept_nowhere() -> None:
+    run = Run()
+    run.push(1, 1.0, float("nan"), 3.0)
+    assert run.data._payloads == {}
+    run.push(2, 3.0, 4.0, 5.0)
+    assert run.told.averages == [[3.0, 4.0, 5.0]]
+    assert "not all of its numbers are finite" in run.to(1, wire.Refused)[0].reason
+
+
+def test_what_is_out_of_proportion_is_kept_nowhere() -> None:
+    run = Run()
+    run.rounds.norms.judge = lambda bucket, norm: "too large" if norm > 100 else None  # type: ignore[method-assign]
+    run.push(1, 1000.0, 0.0, 0.0)
+    assert run.data._payloads == {}
+    run.push(2, 3.0, 4.0, 5.0)
+    assert run.told.averages == [[3.0, 4.0, 5.0]]
+    assert run.to(1, wire.Refused)[0].reason == "too large"
+
+
+def test_who_sends_rubbish_is_told_and_is_out() -> None:
+    run = Run()
+    run.push(1, 1.0, places=((0, 12, 0),))
+    assert "you have no outbox" in run.to(1, wire.Reject)[0].reason
+    assert [p.id for p in run.rounds.peers.values()] == [2]
+    assert set(run.control.links.values()) == set(run.control.routes) == {"session-2"}
+
+
+def test_updates_are_fetched_but_not_twice_at_a_time() -> None:
+    run = Run()
+    before = run.rounds.lineage
+    run.push(1, 1.0, 2.0, 3.0)
+    run.push(2, 3.0, 4.0, 5.0)
+    run.told.unread[b"link 2"] = 10**9  # the answer before lies there
+    run.hear(2, wire.Fetch(step=0, lineage=before))
+    assert run.to(2, wire.Fetched) == []
+    run.told.unread.clear()
+    run.hear(2, wire.Fetch(step=0, lineage=before))
+    kinds = [type(m) for r, m in run.told.sent if r == b"link 2"][-3:]
+    assert kinds == [wire.Average, wire.Close, wire.Fetched]
+
+
+def test_a_server_has_finished_when_all_had_time_for_their_goodbye() -> None:
+    run = Run()
+    run.control.stop("stopped")
+    assert run.rounds.ended is None
+    run.control.tick(run.now)
+    assert run.rounds.ended is not None
+    for number, over in ((1, False), (2, True)):
+        assert run.control.finished(run.now) is False
+        run.hear(number, wire.Goodbye(reason="finished", step=0, digest="d"))
+        assert run.control.finished(run.now) is over
+
+
+def test_who_beats_and_says_no_goodbye_is_not_awaited_for_ever() -> None:
+    run = Run()
+    run.control.stop("stopped")
+    run.control.tick(run.now)
+    for _ in range(5 * control.GOODBYE_TIMEOUTS):
+        assert not run.control.finished(run.now)
+        run.now += SILENCE_S / 5
+        for number in (1, 2):
+            run.hear(number, wire.Beat(session=f"session-{number}"))
+    run.now += 0.001
+    assert run.control.finished(run.now)
+
+
+def test_a_pulse_goes_to_all_and_to_each_link() -> None:
+    run = Run()
+    run.told.sent.clear()
+    run.control.pulse(run.now)
+    [one], [two] = run.to(1, wire.Pulse), run.to(2, wire.Pulse)
+    assert one == two == run.told.published[-1] and (one.sent_bytes, one.received_bytes) == (5, 7)
+
+
+@pytest.mark.parametrize("module", ["time", "socket", "os", "pathlib", "threading"])
+def test_control_has_no_clock_no_file_and_no_thread(module: str) -> None:
+    tree = ast.parse(Path(control.__file__).read_text())
+    imported = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+    imported |= {str(n.module) for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+    assert module not in imported
