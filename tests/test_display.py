@@ -15,12 +15,13 @@ import textwrap
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import datetime
+from pathlib import Path
 from typing import TextIO
 
 import pytest
 from whole import DEADLINE_S
 
-from paramserver.fleet.supervisor import WARNED
+from paramserver import notify
 from paramserver.output.display import Display, Status, WorkerStatus
 
 WORKERS = (
@@ -226,13 +227,20 @@ def test_nothing_is_left_behind_in_a_window_made_narrower(terminal: Terminal) ->
     assert "step 812" in terminal.screen[1]
 
 
-def test_a_warning_is_marked_as_make_status_looks_for_it(
-    terminal: Terminal, capsys: pytest.CaptureFixture[str]
+def test_a_warning_is_marked_and_told_to_make_status(
+    terminal: Terminal,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.setenv(notify.VARIABLE, str(tmp_path / "notify"))
     Display(terminal.stream, clock=at_noon).say("worker 3 is gone", warning=True)
     assert terminal.screen == ["12:00:09  warning: worker 3 is gone"]
-    Display(plain=True, clock=at_noon).say("worker 3 is gone", warning=True)
-    assert WARNED.match(capsys.readouterr().out)
+    Display(plain=True, clock=at_noon).say("all is well")
+    Display(plain=True, clock=at_noon).say("worker 2 is gone", warning=True)
+    line = "12:00:09  warning: worker 2 is gone"
+    assert capsys.readouterr().out.splitlines()[1] == line
+    assert notify.read(tmp_path / "notify").warning == line
 
 
 def test_waiting_before_the_first_step(terminal: Terminal) -> None:

@@ -39,7 +39,7 @@ def test_the_code_goes_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     pack(Settings(model={"type": "ray_nets:Net"}), there)
     assert {"paramserver", "workers", "ray_nets.py", "ray_layers.py"} <= {*os.listdir(there)}
     assert not (there / "film.mov").exists()
-    assert (there / "paramserver/codec/float16.py").exists()
+    assert (there / "paramserver/tensors/codec/float16.py").exists()
     assert not list(there.rglob("__pycache__"))
 
 

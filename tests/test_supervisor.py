@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,32 @@ def test_one_that_is_killed_is_started_again_so_often(here: Kept) -> None:
     assert list(lines) == []
     assert (here.state().phase, here.state().restarts) == ("failed", 1)
     assert (here.state().last, here.state().warning) == ("here", said[0])
+
+
+TELLS = """
+import signal
+from paramserver import notify
+print("warning: only said", flush=True)
+notify.warning("warning: told")
+notify.ready("here")
+print("here", flush=True)
+signal.pause()
+"""
+
+
+def test_what_it_tells_is_known_and_what_it_only_says_is_not_parsed(here: Kept) -> None:
+    started = here.start(TELLS, restart=1)
+    lines = here.lines()
+    assert not started.ready and list(islice(lines, 2)) == ["warning: only said", "here"]
+    told = here.state()
+    assert (told.ready, told.warning, told.last) == (True, "warning: told", "here")
+    os.kill(told.process, signal.SIGKILL)
+    died = next(lines)
+    assert died.startswith("warning: the worker died") and here.state().warning == died
+    assert list(islice(lines, 2)) == ["warning: only said", "here"]
+    assert here.state().warning == "warning: told"  # the new one's, which is newer
+    here.stop()
+    assert not here.state().ready
 
 
 @pytest.mark.parametrize(("code", "starts"), [(0, 1), (2, 1), (1, 2)])

@@ -256,8 +256,8 @@ def test_what_fails_is_told_and_the_next_start_works(cluster: Cluster) -> None:
     assert re.search(slow, cluster.says("logs", "--host=mini1"))
     assert len(cluster.runs()) == before + 1  # the server that ran already was left alone
 
-    cluster.kill("mini1", "fleet.keeper start server")
-    cluster.kill(new, "fleet.keeper")
+    cluster.kill("mini1", "fleet.supervisor start server")
+    cluster.kill(new, "fleet.supervisor")
     said = cluster.says("down")
     assert said.splitlines()[-1] == f"nothing of the run is left on mini1, {new}"
     assert cluster.left() == []

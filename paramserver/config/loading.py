@@ -33,7 +33,7 @@ import yaml  # type: ignore[import-untyped]
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from paramserver import terminal
+from paramserver import notify, terminal
 from paramserver.config.schema import (
     KEYS,
     NAMED,
@@ -184,6 +184,7 @@ def exit_on_user_error() -> Iterator[None]:
     try:
         yield
     except UserError as error:
+        notify.error(error.problem, error.hint)
         terminal.say(printable_lines(f"error: {error.problem}"), error=True)
         if error.hint:
             terminal.say(textwrap.indent(printable_lines(error.hint), "  "), error=True)

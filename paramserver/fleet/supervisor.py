@@ -7,6 +7,7 @@ free knows that there is none. Its folder (the last argument; `..` as seen from 
 
     state/<name>.lock    held by the keeper, whose process id is in it
     state/<name>.json    what is kept, and how that stands: `State`
+    state/<name>.notify  what the process tells its keeper: `paramserver.notify`
     logs/<name>.log      what the process says
 
     start NAME FOLDER              orders (`Orders`, JSON) by standard input; answers a `State`
@@ -27,7 +28,6 @@ import fcntl
 import json
 import os
 import platform
-import re
 import select
 import shutil
 import signal
@@ -38,18 +38,16 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from itertools import chain
 from pathlib import Path
 from typing import IO, Any, NoReturn
+
+from paramserver import notify
 
 MARK = "PARAMSERVER_KEPT"
 """Environment variable of everything that a keeper starts, also where that starts others."""
 LOG_BYTES = 16 * 2**20  # a longer log makes room for a new one
 LOOK_S = 0.1  # at a file that grows
-TAIL_BYTES = 4 * 2**20  # of a log, where its newest warning is looked for
-WARNED = re.compile(r"(\d\d:\d\d:\d\d  )?(warning|error): ")
-"""How a line begins that somebody should look at (`display.WARNING`, `config.exit_on_user_error`,
-and a keeper's own)."""
+TAIL_BYTES = 2**16  # of a log, where its last line is looked for
 FORGIVEN_S = 600.0  # a process that lived so long may die again as often as at first
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0  # before it is started again
 LOCK_S = 10.0  # a keeper that was asked to start has its lock by then
@@ -86,7 +84,9 @@ class State:
     alive: bool = False  # is there a keeper? Told by `status`
     log_to: int = 0  # likewise, the log's length
     last: str = ""  # likewise, its last line
-    warning: str = ""  # likewise, its newest line that is a warning
+    warning: str = ""  # its newest line that somebody should look at, the keeper's own or
+    warned_at: float = 0.0  # the process's; seconds since the epoch
+    ready: bool = False  # does the process do its work? Told by `status`
 
 
 class Place:
@@ -97,6 +97,7 @@ class Place:
         self.folder = folder
         self.lock = folder / "state" / f"{name}.lock"
         self.state = folder / "state" / f"{name}.json"
+        self.notify = folder / "state" / f"{name}.notify"
         self.log = folder / "logs" / f"{name}.log"
 
     @property
@@ -148,7 +149,10 @@ class Place:
             state.log_to = self.log.stat().st_size
             lines = _lines(self.log, max(state.log_from, state.log_to - TAIL_BYTES))
             state.last = next(lines, "")
-            state.warning = next(filter(WARNED.match, chain([state.last], lines)), "")
+        told = notify.read(self.notify)
+        state.ready = state.alive and told.ready != ""
+        if told.warned_at > state.warned_at:
+            state.warning, state.warned_at = told.warning, told.warned_at
         return state
 
 
@@ -206,7 +210,7 @@ class Keeper:
             if self._stopping.is_set() or not again or self._state.restarts >= self._orders.restart:
                 break
             self._state.restarts += 1
-            self._say(
+            self._warn(
                 f"warning: the {self._place.name} died ({died(code)}): starting it again "
                 f"({self._state.restarts} of {self._orders.restart})"
             )
@@ -218,7 +222,7 @@ class Keeper:
             try:
                 self._start()
             except OSError as e:  # memory or processes are short
-                self._say(f"error: the {self._place.name} cannot be started again: {e}")
+                self._warn(f"error: the {self._place.name} cannot be started again: {e}")
                 self._state.code = code
                 break
         signal.alarm(0)
@@ -232,9 +236,11 @@ class Keeper:
         sweep(self._place.mark, min(self._patience(LEFT_S), LEFT_S))
 
     def _start(self) -> None:
+        self._place.notify.unlink(missing_ok=True)  # it was told by another process
+        own = {MARK: self._place.mark, notify.VARIABLE: str(self._place.notify.resolve())}
         self._process = subprocess.Popen(
             self._orders.argv,
-            env={**os.environ, **self._orders.environment, MARK: self._place.mark},
+            env={**os.environ, **self._orders.environment, **own},
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=self._log,
@@ -250,7 +256,9 @@ class Keeper:
         with suppress(OSError):  # a full disk must not end what is kept
             self._place.write(self._state)
 
-    def _say(self, line: str) -> None:
+    def _warn(self, line: str) -> None:
+        """A line of the keeper's own; the next `_note` keeps it."""
+        self._state.warning, self._state.warned_at = line, time.time()
         with suppress(OSError):
             self._log.write(f"{line}\n".encode())
 
@@ -269,7 +277,7 @@ class Keeper:
 
     def _kill(self, *_: Any) -> None:
         if self._process is not None and self._process.poll() is None:
-            self._say(f"warning: the {self._place.name} does not end: killed")
+            self._warn(f"warning: the {self._place.name} does not end: killed")
             os.killpg(self._process.pid, signal.SIGKILL)
 
 

@@ -12,7 +12,7 @@ import hashlib
 import os
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -36,9 +36,8 @@ from paramserver.net.link_watch import FAR_BELOW, Chosen, write
 from paramserver.net.link_watch import VARIABLE as CHOSEN
 from paramserver.settings import Settings
 
-READY = "server at "
-"""What a server says when it listens (`paramserver.__main__`)."""
 READY_S = 120.0
+ASK_S = 0.5  # between two questions whether the server listens
 QUICK_S = 0.3  # for each way of a path that is measured before a start
 SECRETS = ("WANDB_API_KEY", "WANDB_BASE_URL")
 """Environment variables that go on to the server's machine."""
@@ -369,13 +368,16 @@ def _kept(host: Host, name: str) -> State:
 
 
 def _wait_until_ready(lines: Lines, watch: Watch, server: Host) -> None:
-    """Until the server says that it listens. Raises `UserError` where it does not."""
-    for event in watch.events(time.monotonic() + READY_S):
-        if event.line is None:
-            raise UserError(f"the server did not start on {server.name}", "its words are above")
-        lines.say(server.name, event.line)
-        if READY in event.line:
-            return
+    """Until the server listens. Raises `UserError` where it does not."""
+    until = time.monotonic() + READY_S
+    while (now := time.monotonic()) < until:
+        for event in watch.events(min(until, now + ASK_S)):
+            if event.line is None:
+                raise UserError(f"the server did not start on {server.name}", "its words are above")
+            lines.say(server.name, event.line)
+        with suppress(Failed):  # a connection that breaks is made anew by the next question
+            if _kept(server, "server").ready:
+                return
     raise UserError(f"the server on {server.name} did not listen within {READY_S:g} s")
 
 

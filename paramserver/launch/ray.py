@@ -31,7 +31,6 @@ from paramserver.launch.ray_actor import Actor
 from paramserver.net.jointoken import VARIABLE
 from paramserver.settings import Settings
 
-READY = "server at "
 ACTOR_START_S = 120.0  # until Ray has started an actor, and a server listens
 LAST_WORDS_S = 10.0
 SHOW_S = 0.25
@@ -65,6 +64,7 @@ class Member:
     asked: Any = None  # what it said: an answer that is still to come
     asked_at: float = 0.0
     lines: list[str] = field(default_factory=list)  # the last words
+    ready: bool = False
     code: int | None = None
     ended: bool = False
 
@@ -301,7 +301,7 @@ class Crew:
 
     def _until_ready(self) -> None:
         deadline = time.monotonic() + ACTOR_START_S
-        while not any(READY in line for line in self.server.lines):
+        while not self.server.ready:
             self._look()
             if self.server.ended:
                 raise SystemExit(self.server.code or 1)
@@ -352,10 +352,10 @@ class Crew:
         with suppress(self.ray.exceptions.RayError):  # it is being restarted, or dead
             self._tell(member, *self.ray.get(asked))
 
-    def _tell(self, member: Member, born: str, seen: int, lines: list[str]) -> None:
+    def _tell(self, member: Member, born: str, seen: int, lines: list[str], ready: bool) -> None:
         if member.born not in ("", born):
             terminal.say(f"{member.name} died: Ray has started it again")
-        member.born, member.seen = born, seen
+        member.born, member.seen, member.ready = born, seen, ready
         member.lines = [*member.lines, *lines][-LAST_WORDS:]
         if member is self.server:
             for line in lines:

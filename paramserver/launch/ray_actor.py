@@ -8,6 +8,7 @@ starts the program again. So a server goes on with its run, and a worker greets 
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -15,6 +16,8 @@ import threading
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from paramserver import notify
 
 KEPT_LINES = 10_000  # of what a program says, while nobody asks
 
@@ -28,6 +31,7 @@ class Actor:
         self._lines: list[str] = []
         self._first = 0  # the number of the first of them
         self._process: subprocess.Popen[str] | None = None
+        self._notify: Path | None = None  # what the program tells: `paramserver.notify`
         self._stopping = threading.Event()
 
     def token(self, host: str, port: int) -> str:
@@ -48,15 +52,22 @@ class Actor:
         given as ``cluster=``. After a signal, or one of the exit codes in `again`, the actor ends,
         for Ray to restart it; `restarted` are words that are added then."""
         words = list(words)
+        folder = Path(tempfile.mkdtemp(prefix="paramserver-ray-"))
+        self._notify = folder / "notify"
         if settings:
-            file = Path(tempfile.mkdtemp(prefix="paramserver-ray-")) / "settings.yaml"
+            file = folder / "settings.yaml"
             file.write_text(settings)
             words.append(f"cluster={file}")
         if _is_restarted():
             words += restarted
         self._process = subprocess.Popen(
             [sys.executable, "-m", "paramserver.launch.die_with_parent", *words],
-            env={**os.environ, "PYTHONUNBUFFERED": "1", **environment},
+            env={
+                **os.environ,
+                "PYTHONUNBUFFERED": "1",
+                **environment,
+                notify.VARIABLE: str(self._notify),
+            },
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -73,19 +84,18 @@ class Actor:
                 del self._lines[0]
                 self._first += 1
         code = self._process.wait()
-        if settings:
-            file.unlink()
-            file.parent.rmdir()
+        shutil.rmtree(folder, ignore_errors=True)
         if (code < 0 or code in again) and not self._stopping.is_set():
             os._exit(1)
         return code
 
-    def said(self, born: str, seen: int) -> tuple[str, int, list[str]]:
-        """Who tells it, and what the program said after its first `seen` lines, if `born` is the
-        one that was asked before; else everything. Between them, how many that are in all."""
+    def said(self, born: str, seen: int) -> tuple[str, int, list[str], bool]:
+        """Who tells it, how many lines the program has said, those after the first `seen` if `born`
+        is the one that was asked before, else all; and whether it is ready."""
         start = seen if born == self.born else 0
         lines = self._lines[max(0, start - self._first) :]
-        return self.born, self._first + len(self._lines), lines
+        ready = self._notify is not None and notify.read(self._notify).ready != ""
+        return self.born, self._first + len(self._lines), lines, ready
 
     def stop(self) -> None:
         """Ask the program to end in order."""

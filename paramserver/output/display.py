@@ -35,7 +35,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from paramserver import terminal
+from paramserver import notify, terminal
 from paramserver.words import printable
 
 DRAW_S = 0.25
@@ -43,7 +43,7 @@ PLAIN_S = 5.0  # between plain lines
 PHASE_S = 1.0  # the same where the phase has changed
 LAST_WAIT_S = 5.0  # for a stopped terminal to take the final table
 WARNING = "warning: "
-"""Before a line that somebody should look at; `make status` looks for it (`fleet.keeper`)."""
+"""Before a line that somebody should look at; `make status` shows the newest one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +145,8 @@ class Display:
     def say(self, line: str, warning: bool = False) -> None:
         """Print a line with a time stamp, above the drawing."""
         stamp = self._clock().strftime("%H:%M:%S")
+        if warning:
+            notify.warning(f"{stamp}  {WARNING}{printable(line)}")
         mark = (WARNING, "yellow") if warning else ""
         text = Text.assemble((stamp, "dim"), "  ", mark, printable(line))
         self._pending.append(self._rendered(text, soft_wrap=True))

@@ -138,6 +138,7 @@ class RunFolder:
         self.model = path / "model.safetensors"
         self.checkpoints = path / "checkpoints"
         self.observer_log = path / "observer.log"
+        self.observer_exit = path / "observer.exit"  # for as long as a run goes on
         self._waiting: list[bytes] = []  # lines
         self._rest = b""  # what the disk did not take; may begin within a line
         self._dropped = 0  # lines, where the disk took nothing for too long

@@ -16,6 +16,7 @@ from typing import BinaryIO
 
 import msgspec
 
+from paramserver import notify
 from paramserver.errors import UserError
 from paramserver.net.address import LOOPBACK
 from paramserver.output.runfolder import RunFolder
@@ -61,6 +62,8 @@ class ObserverProcess:
 
     def _start(self) -> subprocess.Popen[bytes]:
         self._started_at, self._here_at = time.monotonic(), None
+        with suppress(OSError):
+            self._exit.unlink(missing_ok=True)  # of one before
         with self._open_log() as log:
             process = subprocess.Popen(
                 [sys.executable, "-m", "workers.observer.observer"],
@@ -68,7 +71,7 @@ class ObserverProcess:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,  # Ctrl-C is for the server, which tells its observer
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                env={**os.environ, "OMP_NUM_THREADS": "1", notify.VARIABLE: str(self._exit)},
             )
         assert process.stdin is not None
         with suppress(BrokenPipeError):  # it may die at once; `look` tells
@@ -105,7 +108,7 @@ class ObserverProcess:
         well = now - self._started_at > OBSERVER_PROVEN_S
         self._deaths = 1 if well else self._deaths + 1
         if code == 2:
-            self._cannot(control, "the observer could not start", _last_error(self._log))
+            self._cannot(control, "the observer could not start", self._last_error())
         elif self._deaths > OBSERVER_RESTARTS:
             why = f"the observer ended {self._deaths} times in a row, the last time {_how(code)}"
             last_chance = control.rounds.log_begun and control.rounds.ending is None
@@ -147,6 +150,17 @@ class ObserverProcess:
         self._problem(f"{reason}: {problem[0]}")
         control.stop(reason, error=True)
 
+    def _last_error(self) -> tuple[str, str]:
+        """Problem and hint of the error that ended it with exit code 2."""
+        told = notify.read(self._exit)
+        if told.problem:
+            return told.problem, told.hint
+        return "the observer could not start", _last_lines(self._log)
+
+    @property
+    def _exit(self) -> Path:
+        return self._folder.observer_exit.absolute()
+
     @property
     def _log(self) -> Path:
         return self._folder.observer_log
@@ -165,19 +179,8 @@ class ObserverProcess:
         if waiting.is_alive():
             self._process.kill()
             waiting.join()
-
-
-def _last_error(log: Path) -> tuple[str, str]:
-    """Problem and hint that an observer printed before it exited with code 2."""
-    try:
-        lines = log.read_text(errors="replace").splitlines()
-    except OSError:
-        lines = []
-    starts = [i for i, line in enumerate(lines) if line.startswith("error: ")]
-    if not starts:
-        return "the observer could not start", f"see {log}"
-    first = lines[starts[-1]].removeprefix("error: ")
-    return first, "\n".join(line.strip() for line in lines[starts[-1] + 1 :])
+        with suppress(OSError):
+            self._exit.unlink(missing_ok=True)
 
 
 def _how(code: int) -> str:

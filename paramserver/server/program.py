@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 from zmq.utils import z85
 
-from paramserver import terminal, trace
+from paramserver import notify, terminal, trace
 from paramserver.config.loading import from_wire, save, to_wire
 from paramserver.errors import UserError
 from paramserver.fleet.supervisor import MARK
@@ -231,6 +231,7 @@ def _serve(
             )
         public = None if keys is None else z85.decode(keys.for_server().public)
         show.announcement = Announcement(guarded or hosts, settings.port, run, public)
+        notify.ready(where)
         if settings.observer:
             observer = show.observer = ObserverProcess(
                 settings, folder, run, key, resume, show.problem

@@ -1,0 +1,80 @@
+"""What programs tell those that started them, for programs to read."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from whole import Run
+
+from paramserver import notify
+from paramserver.config.loading import exit_on_user_error
+from paramserver.errors import UserError
+from paramserver.notify import Notice, read
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file to tell things in; what this process has told before is forgotten."""
+    monkeypatch.setattr(notify, "_told", Notice())
+    monkeypatch.setenv(notify.VARIABLE, str(tmp_path / "notify"))
+    return tmp_path / "notify"
+
+
+def test_it_tells_all_that_was_told_and_the_newest_warning(place: Path) -> None:
+    assert read(place) == Notice()
+    notify.ready("10.10.0.1:65432")
+    notify.warning("12:00:09  warning: worker 3 is gone")
+    first = read(place)
+    assert (first.ready, first.warning) == (
+        "10.10.0.1:65432",
+        "12:00:09  warning: worker 3 is gone",
+    )
+    notify.warning("12:00:10  warning: worker 2 is gone")
+    assert read(place).warning == "12:00:10  warning: worker 2 is gone"
+    assert read(place).warned_at >= first.warned_at > 0
+    assert os.listdir(place.parent) == ["notify"]  # no draft is left
+
+
+@pytest.mark.usefixtures("place")
+def test_the_error_that_ends_a_program_is_told_and_is_its_newest_warning(place: Path) -> None:
+    with pytest.raises(SystemExit), exit_on_user_error():
+        raise UserError("port 1 is taken\nby root", "another one: port=...")
+    told = read(place)
+    assert (told.problem, told.hint) == ("port 1 is taken\nby root", "another one: port=...")
+    assert told.warning == "error: port 1 is taken"
+
+
+def test_nothing_is_told_where_nobody_asked(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(notify.VARIABLE)
+    notify.warning("unheard")
+    assert not place.exists()
+
+
+def test_where_it_cannot_be_told_the_program_goes_on(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(notify.VARIABLE, str(place / "no folder"))
+    notify.warning("unheard")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"what comes later": 1}', '"\\ud800"'])
+def test_a_file_that_cannot_be_read_tells_nothing(place: Path, text: str) -> None:
+    place.write_text(text)
+    assert read(place) == Notice()
+
+
+def test_a_server_is_ready_and_tells_the_error_of_its_observer_as_its_own(tmp_path: Path) -> None:
+    with Run(tmp_path) as run:
+        place = tmp_path / "notify"
+        (tmp_path / "broken.py").write_text("from torch import nn\nnn.Sequential(nope)\n")
+        server = run.server("model.type=broken:Net", **{notify.VARIABLE: str(place)})
+        server.wait_for("the observer could not start")
+        assert read(place).ready == f"127.0.0.1:{run.port}"
+        assert server.end() == 2
+        told = read(place)
+        assert "broken" in told.problem and f"error: {told.problem}" in server.output
+        (folder,) = run.runs
+        assert "error: " in (folder / "observer.log").read_text()
+        assert not (folder / "observer.exit").exists()
