@@ -218,10 +218,10 @@ def test_the_codec_that_contributing_adds_is_one() -> None:
     [code] = re.findall(
         r"```python\n(.*?)^ *```", section(PAGES["CONTRIBUTING.md"], "Add a codec"), re.S | re.M
     )
-    scope: dict[str, Any] = {"__name__": "float8"}
+    scope: dict[str, Any] = {"__name__": "float24"}
     exec(compile(textwrap.dedent(code), "CONTRIBUTING.md", "exec"), scope)
-    codec: Codec = scope["Float8"]()
-    values = torch.tensor([1.0, -3.0, 0.0, 0.25, math.inf])
+    codec: Codec = scope["Float24"]()
+    values = torch.tensor([1.0, -3.0, 0.0, 2.0**-100, math.inf])
     buffers, scale = codec.encode(values.clone())
     assert codec.fits(5, buffers) is None and "bytes" in str(codec.fits(4, buffers))
     assert torch.equal(codec.decode(buffers, scale, torch.zeros(5)), values)
