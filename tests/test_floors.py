@@ -19,7 +19,7 @@ PACKAGES = ("paramserver", "workers")
 
 ROOMS = [
     "paramserver.errors paramserver.words paramserver.trace paramserver.settings paramserver",
-    "paramserver.terminal paramserver.notify",
+    "paramserver.terminal paramserver.notify paramserver.logs",
     "paramserver.protocol",
     "paramserver.wire",
     "paramserver.rounds",

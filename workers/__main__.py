@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
 from dataclasses import replace
 from typing import Any
 
-from paramserver import terminal
+from paramserver import logs, terminal
 from paramserver.config.loading import exit_on_user_error, load
 from paramserver.errors import UserError
 from paramserver.transport import malloc
@@ -37,18 +38,16 @@ def main() -> None:
         for ending in terminal.ending_signals():
             signal.signal(ending, leave)
 
-        def say(line: str) -> None:
-            terminal.say(f"[worker {settings.id}] {line}")
-
+        logs.show("workers", logs.Lines(prefix=f"[worker {settings.id}] "))
         try:
             from workers.builtin.train import (
                 train,  # torch takes seconds: signals are handled before
             )
 
-            cluster = train(settings, loaded.given, say)
+            cluster = train(settings, loaded.given)
             cluster.leave()
         except Leave as e:
-            say(f"left the run ({e})")
+            logging.getLogger("workers").info(f"left the run ({e})")
 
 
 def _placed(settings: Any) -> Any:

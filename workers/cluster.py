@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from paramserver import terminal, trace
+from paramserver import logs, trace
 from paramserver.errors import RunLost, UserError
 from paramserver.net import address, mdns
 from paramserver.protocol import messages as wire
@@ -37,7 +37,7 @@ from paramserver.settings import Settings
 from paramserver.tensors.bucket import Bucket
 from paramserver.tensors.error_feedback import Feedback
 from workers.link.client import Client
-from workers.link.connection import Say
+from workers.link.connection import Say, log
 from workers.link.environment import listens, placed
 from workers.link.solo import Alone
 from workers.looks import look
@@ -59,7 +59,7 @@ def join(
     security: str = "curve",
     timeout_s: float = 60.0,
     shared_memory: bool = True,
-    say: Say = terminal.say,
+    say: Say | None = None,
     alone: Mapping[str, Any] | None = None,
 ) -> Cluster:
     """Greet the server at `host` and take part as worker `worker_id` (None: any free id).
@@ -74,9 +74,15 @@ def join(
     With a server on this host gradients go through shared memory, half of which is left to others
     (a DataLoader's processes, say); `shared_memory=False` leaves all.
 
+    What happens is told to `say(line)`; without it to the logger `workers`, whose lines are printed
+    where the script has given it neither a handler nor a level.
+
     Waits up to `timeout_s` for a server that was named, or is there, to answer. Raises `UserError`
     when none does or when it refuses, with the reason.
     """
+    if say is None:
+        logs.show_unless_told("workers")
+        say = log.info
     here = placed(os.environ)
     host, port, token = host or here.host, port or here.port, token or here.token
     search = None

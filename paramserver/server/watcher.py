@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
+from paramserver import logs
 from paramserver.net.mdns import Announcement
 from paramserver.output.display import Display, Status, WorkerStatus
 from paramserver.output.problems import Problems
@@ -18,8 +20,20 @@ from paramserver.server.control import Control
 from paramserver.server.observer_process import ObserverProcess
 from paramserver.settings import Settings
 
+log = logging.getLogger("paramserver")
 LOSSES_KEPT = 100
 RATE_S = 3.0
+
+
+class Above(logging.Handler):
+    """Shows each record as a line above the drawing."""
+
+    def __init__(self, display: Display) -> None:
+        super().__init__()
+        self._display = display
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._display.say(record.getMessage(), record.levelno >= logging.WARNING)
 
 
 class Show:
@@ -29,6 +43,7 @@ class Show:
         self.settings = settings
         self.folder = folder
         self.display = Display(plain=settings.plain)
+        logs.show("paramserver", Above(self.display))
         self.losses: deque[tuple[int, float]] = deque(maxlen=LOSSES_KEPT)  # (samples, loss)
         self.val: dict[str, float | None] = {}  # of the newest evaluation, which was of this step:
         self.val_step: int | None = None
@@ -45,7 +60,7 @@ class Show:
         self.samples, self.steps = self.past.samples, self.past.steps
 
     def say(self, text: str, warning: bool = False) -> None:
-        self.display.say(text, warning)
+        log.log(logging.WARNING if warning else logging.INFO, text)
 
     def problem(self, text: str) -> None:
         """Something was not done that people count on: say it, and keep it for summary.json."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import logging
 import os
 import warnings
 from collections.abc import Callable
@@ -55,19 +54,6 @@ def set_threads(wanted: int | None, processes_here: int) -> None:
     """Torch's threads: as wanted, or this machine's cores shared among our processes here."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     torch.set_num_threads(wanted or max(1, (cores or 1) // max(1, processes_here)))
-
-
-def tell_downloads(say: Callable[[str], None]) -> None:
-    """Let a person see what loading the data set waits for."""
-
-    class Handler(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            say(record.getMessage())
-
-    logger = logging.getLogger("workers")
-    logger.setLevel(logging.INFO)
-    logger.handlers = [Handler()]
-    logger.propagate = False
 
 
 def load_data(settings: Settings, code: OwnCode | None = NOTHING) -> data.Data | OwnData:

@@ -5,8 +5,8 @@ It uses the same door as anybody's own loop (`workers.cluster`).
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable
 
 from paramserver import trace
 from paramserver.config.loading import check_worker_overrides, from_wire
@@ -17,9 +17,10 @@ from workers.builtin import builders, models, own_code
 from workers.cluster import Cluster, join, told
 
 PROGRESS_S = 5.0
+log = logging.getLogger(__name__)
 
 
-def train(settings: Settings, given: dict[str, object], say: Callable[[str], None]) -> Cluster:
+def train(settings: Settings, given: dict[str, object]) -> Cluster:
     """Take part in a run until it ends; the cluster comes back joined, for the caller to leave.
 
     `settings` are this process's own; the run's come from the server, and `given` (its command
@@ -38,7 +39,6 @@ def train(settings: Settings, given: dict[str, object], say: Callable[[str], Non
         security=settings.security,
         timeout_s=settings.join_timeout,
         shared_memory=settings.shared_memory,
-        say=say,
     )
     try:
         run = from_wire(settings, cluster.settings)
@@ -46,9 +46,10 @@ def train(settings: Settings, given: dict[str, object], say: Callable[[str], Non
         device = builders.choose_device(run.device)
         builders.set_threads(run.threads, run.num_workers if sockets.is_local(cluster.host) else 1)
         trace.begin(f"worker {cluster.worker_id}")
-        say(f"worker {cluster.worker_id} of a run at {cluster.host}:{cluster.port}, on {device}")
+        log.info(
+            f"worker {cluster.worker_id} of a run at {cluster.host}:{cluster.port}, on {device}"
+        )
 
-        builders.tell_downloads(say)
         code = own_code.of_worker(settings)
         samples = builders.load_data(run, code).train
         model = models.build(run.model, run.seed, code).to(device)
@@ -62,9 +63,9 @@ def train(settings: Settings, given: dict[str, object], say: Callable[[str], Non
             clip_norm=run.clip_norm,
             schedule_by=run.schedule_by,
         )
-        say(f"stands at step {cluster.step}")
+        log.info(f"stands at step {cluster.step}")
 
-        progress = Progress(say)
+        progress = Progress()
         for batch in cluster.batches(samples, device=device):
             stepper.zero_grad()
             outputs, targets = builders.forward(model, batch)
@@ -75,7 +76,7 @@ def train(settings: Settings, given: dict[str, object], say: Callable[[str], Non
             progress.did(len(targets), cluster)
         end = cluster.end
         assert end is not None
-        say(f"the run is over at step {end.step}: {end.reason}")
+        log.info(f"the run is over at step {end.step}: {end.reason}")
     except BaseException as e:
         cluster.leave(told(e), e)
         raise
@@ -85,8 +86,7 @@ def train(settings: Settings, given: dict[str, object], say: Callable[[str], Non
 class Progress:
     """A line every few seconds: where this worker stands and how fast it is."""
 
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self._say = say
+    def __init__(self) -> None:
         self._samples = self._steps = 0
         self._at = time.monotonic()
         self._waited = 0.0
@@ -99,7 +99,7 @@ class Progress:
             return
         seconds = now - self._at
         waited = cluster.waiting_s - self._waited
-        self._say(
+        log.info(
             f"step {cluster.step}  {self._steps / seconds:.1f} steps/s  "
             f"{self._samples / seconds:,.0f} samples/s  "
             f"waiting {100 * waited / seconds:.0f} % of the time"

@@ -8,6 +8,7 @@ not taken for death.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
 import secrets
@@ -23,7 +24,6 @@ from typing import Any
 import msgspec
 import zmq
 
-from paramserver import terminal
 from paramserver.config.schema import from_wire
 from paramserver.errors import PeerError, RunLost, UserError
 from paramserver.net.mdns import Search
@@ -39,6 +39,7 @@ NEW_DOOR_S = 10.0
 SEARCH_AFTER_S = 2.0  # without an answer; then the server may be somewhere else
 
 Say = Callable[[str], None]
+log = logging.getLogger("workers")
 
 
 class RunOver(RunLost):
@@ -52,7 +53,7 @@ class RunOver(RunLost):
 class Connection:
     """The connection of one peer to its server: `connect`, then send and receive, then `close`.
 
-    `say(line)` gets sentences for a person.
+    `say(line)` gets sentences for a person, by default the logger `workers`.
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class Connection:
         keys: sockets.PeerKeys | None = None,
         search: Callable[..., Search] | None = None,
         shared_memory: bool = True,
-        say: Say = terminal.say,
+        say: Say = log.info,
     ) -> None:
         """`keys` are needed where the server lets in only those who have them; `key` is what the
         server's own observer shows. `search(run=...)` begins to look for the server of a run (None:

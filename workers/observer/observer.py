@@ -8,6 +8,7 @@ checkpoint and ends too.
 from __future__ import annotations
 
 import copy
+import logging
 import os
 import sys
 import threading
@@ -20,7 +21,7 @@ from pathlib import Path
 import msgspec
 import torch
 
-from paramserver import terminal, trace
+from paramserver import logs, trace
 from paramserver.config.loading import exit_on_user_error
 from paramserver.errors import UserError
 from paramserver.output import drafts
@@ -43,6 +44,8 @@ REST_MAX_S = 0.05
 REST_GROWS, REST_BEGINS_S = 1.1, 1e-4  # with each update, up to what rounds take
 NORMS_EVERY_S = 0.05  # where steps are shorter: all of them cost a fast run a tenth of its speed
 KEPT_SHARE = 0.25  # of what the server keeps, the part that may wait to be looked at
+
+log = logging.getLogger("workers.observer")
 
 
 class Orders(msgspec.Struct, frozen=True):
@@ -68,7 +71,6 @@ class Observer:
             drafts.sweep(folder)
         self.device = builders.choose_device(settings.device)
         builders.set_threads(1, 1)
-        builders.tell_downloads(_say)
         self.val = builders.load_data(settings, None).val
         model = models.build(settings.model, settings.seed, None).to(self.device)
         self.copy = copy.deepcopy(model)  # what is evaluated while updates go on
@@ -85,13 +87,13 @@ class Observer:
         )
         if orders.resume is not None:
             resume(self.replica, Path(orders.resume), settings)
-            _say(f"resumed {orders.resume} at step {self.replica.step}")
-        self.client = Client(orders.host, orders.port, role="observer", key=orders.key, say=_say)
+            log.info(f"resumed {orders.resume} at step {self.replica.step}")
+        self.client = Client(orders.host, orders.port, role="observer", key=orders.key)
         self._untold: list[str] = []  # problems, until the server can be told
         self._told: set[str] = set()
         self._left = False
         self.logbook = open_logbooks(
-            settings, self.folder.path, _say, run=orders.run, problem=self._problem
+            settings, self.folder.path, log.info, run=orders.run, problem=self._problem
         )
         self.client.on_close = self._on_close
         self.client.on_missed = self._on_missed
@@ -134,7 +136,7 @@ class Observer:
                 self._due.discard("evaluation")
                 self._evaluate()
         if self.server_gone.is_set():
-            _say(f"the server is gone; writing a checkpoint of step {self.replica.step}")
+            log.info(f"the server is gone; writing a checkpoint of step {self.replica.step}")
         self._finish()
 
     def close(self) -> None:
@@ -145,7 +147,7 @@ class Observer:
 
     def _problem(self, text: str) -> None:
         """What could not be done here: in this program's log, and for people at the server."""
-        _say(text)
+        log.info(text)
         if text not in self._told and len(self._told) < PROBLEMS_TOLD:
             self._told.add(text)
             self._untold.append(text)
@@ -254,7 +256,7 @@ class Observer:
             if len(self._unsaved) == 1:
                 self._problem(sentence)  # of those that follow their number, when it is known
             else:
-                _say(sentence)
+                log.info(sentence)
         else:
             self._saved_step = step
             self._tell_unsaved()
@@ -263,7 +265,7 @@ class Observer:
         """Write a file, in the place of older checkpoints where the disk is full."""
         removed = checkpoint.with_room(write, self.folder.checkpoints)
         if removed:
-            _say(f"removed to make room: {', '.join(removed)}")
+            log.info(f"removed to make room: {', '.join(removed)}")
             self._problem("the disk is full: older checkpoints are removed to make room")
 
     def _tell_unsaved(self) -> None:
@@ -311,6 +313,7 @@ class Observer:
 
 def main() -> None:
     """The observer program; see the module's head."""
+    logs.show("workers", logs.Lines())
     with exit_on_user_error():
         _step_aside()
         malloc.keep_freed()
@@ -337,10 +340,6 @@ def _step_aside() -> None:
         os.nice(NICE)
         if sys.platform == "linux":  # woken up, it does not take a core from somebody at work
             os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
-
-
-def _say(line: str) -> None:
-    terminal.say(line)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,42 @@
+"""The loggers `paramserver` and `workers`: how this project's programs show what they get.
+
+They are those of the standard library: whoever uses `workers` as a library silences or redirects
+them as usual. A program shows each record as one line, printed as `terminal.say` prints.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from paramserver import terminal
+
+
+class Lines(logging.Handler):
+    """Hands on each record as one line."""
+
+    def __init__(self, say: Callable[[str], None] = terminal.say, prefix: str = "") -> None:
+        super().__init__()
+        self._say, self._prefix = say, prefix
+
+    def emit(self, record: logging.LogRecord) -> None:
+        mark = "warning: " if record.levelno >= logging.WARNING else ""
+        self._say(f"{self._prefix}{mark}{record.getMessage()}")
+
+
+def show(name: str, handler: logging.Handler) -> None:
+    """This program shows by `handler`, and in no other way, what the logger of that name gets."""
+    logger = logging.getLogger(name)
+    logger.handlers, logger.propagate = [handler], False
+    logger.setLevel(logging.INFO)
+
+
+def show_unless_told(name: str) -> None:
+    """Print what this logger gets, for a script that has not said what becomes of it. A handler or
+    a level of the script's own goes before."""
+    logger = logging.getLogger(name)
+    if not logger.handlers:
+        logger.addHandler(Lines())
+        logger.propagate = False
+    if logger.level == logging.NOTSET:
+        logger.setLevel(logging.INFO)
