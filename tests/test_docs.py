@@ -237,7 +237,7 @@ def test_deadlines_are_those_of_the_code() -> None:
     told = re.findall(r"`([A-Z][A-Z_]+) = ([\d.]+)`", "\n".join(PAGES.values()))
     assert len(told) > 10
     for name, value in told:
-        defined = re.findall(rf"^{name} = ([\d.]+)", source, re.MULTILINE)
+        defined = re.findall(rf"^ *{name} = ([\d.]+)", source, re.MULTILINE)
         assert float(value) in map(float, defined), f"{name} is {defined or 'nowhere'}"
 
 

@@ -104,7 +104,7 @@ def test_a_worker_that_was_left_behind(stopped: bool) -> None:
     def hold(step: int) -> None:
         if step == 3:
             assert behind.cluster is not None
-            sub = behind.cluster.client._sub
+            sub = behind.cluster.client.connection.sub
             assert sub is not None
             for kind in (wire.Close, wire.Average, wire.Shared):
                 sub.unsubscribe(wire.topic(kind))
@@ -130,7 +130,7 @@ def test_a_server_that_falls_silent_for_good() -> None:
     def impatient(step: int) -> None:
         for one in loops:
             assert one.cluster is not None
-            one.cluster.client.give_up_s = 1.0
+            one.cluster.client.connection.give_up_s = 1.0
 
     with Served(num_workers=2, heartbeat_timeout=0.5) as served:
         loops = [Loop(served, n) for n in (1, 2)]

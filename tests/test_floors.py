@@ -70,8 +70,10 @@ PURE = [
     "paramserver.output.problems",
     "paramserver.server.control",
     "paramserver.server.history",
+    "workers.link.actions",
     "workers.link.environment",
     "workers.link.follow",
+    "workers.link.session",
 ]
 """What knows no torch and no socket: the standard library and msgspec do."""
 

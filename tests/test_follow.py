@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 import pytest
 from hypothesis import given, settings
@@ -17,12 +19,36 @@ TWICE = Drop("came twice")
 FOREIGN = Drop("of another server")
 
 
+class Standing:
+    """Where a replica stands."""
+
+    def __init__(self, step: int, lineage: str) -> None:
+        self.step, self.lineage = step, lineage
+
+
+class Follower(Follow):
+    """A replica and its `Follow`: what was applied or adopted is where it stands."""
+
+    def __init__(self, nonce: str, step: int, lineage: str, now: float) -> None:
+        self.replica = Standing(step, lineage)
+        super().__init__(nonce, self.replica, now)
+
+    def applied(self, m: Close) -> None:
+        self.replica.step, self.replica.lineage = m.step, m.lineage
+        super().applied(m)
+
+    def adopts(self, step: int, lineage: str) -> None:
+        self.replica.step, self.replica.lineage = step, lineage
+        self.adopted()
+
+
 class Log:
     """What a server says: the messages of its rounds, in order."""
 
     def __init__(self, buckets: int = 2) -> None:
         self.buckets = buckets
         self.lineages = ["first"]
+        self.ledger: dict[str, Any] = {}
         self.round = 0
 
     @property
@@ -53,7 +79,7 @@ class Log:
             late={},
             loss=None,
             seconds=0.1,
-            ledger={},
+            ledger=self.ledger,
         )
         self.lineages.append(next_lineage(self.lineages[-1], close))
         following = self.open() if open is None else open
@@ -86,11 +112,11 @@ def log() -> Log:
 
 
 @pytest.fixture
-def follow() -> Follow:
-    return Follow(NONCE, 0, "first", now=0.0)
+def follow() -> Follower:
+    return Follower(NONCE, 0, "first", now=0.0)
 
 
-def apply(follow: Follow, messages: list[Average | Close]) -> None:
+def apply(follow: Follower, messages: list[Average | Close]) -> None:
     """As the client does, where nothing is missing."""
     for m in messages:
         if isinstance(m, Average):
@@ -104,7 +130,7 @@ def apply(follow: Follow, messages: list[Average | Close]) -> None:
 # ------------------------------------------------------------------------------- one step
 
 
-def test_averages_are_taken_and_the_close_applies_them(follow: Follow, log: Log) -> None:
+def test_averages_are_taken_and_the_close_applies_them(follow: Follower, log: Log) -> None:
     assert follow.opened(log.open()) == NOTHING
     first, second, close = log.average(0), log.average(1), log.close(0, 1)
     assert follow.average(second) == Take(second, first=True)
@@ -118,7 +144,7 @@ def test_averages_are_taken_and_the_close_applies_them(follow: Follow, log: Log)
     assert follow.open == close.open and follow.is_over(1) and not follow.is_over(2)
 
 
-def test_a_close_that_opens_nothing_still_ends_its_round(follow: Follow, log: Log) -> None:
+def test_a_close_that_opens_nothing_still_ends_its_round(follow: Follower, log: Log) -> None:
     opened = log.open()
     follow.opened(opened)
     close = msgspec.structs.replace(log.close(), open=None)
@@ -127,19 +153,19 @@ def test_a_close_that_opens_nothing_still_ends_its_round(follow: Follow, log: Lo
     assert follow.lease(1, after=0) is None
 
 
-def test_an_update_without_averages_is_one(follow: Follow, log: Log) -> None:
+def test_an_update_without_averages_is_one(follow: Follower, log: Log) -> None:
     log.open()
     close = log.close()
     assert follow.close(close) == Apply(close, first=True)
 
 
-def test_a_bucket_without_contributors_is_not_waited_for(follow: Follow, log: Log) -> None:
+def test_a_bucket_without_contributors_is_not_waited_for(follow: Follower, log: Log) -> None:
     log.open()
     follow.average(log.average(1))
     assert isinstance(follow.close(log.close(1)), Apply)
 
 
-def test_what_is_older_or_comes_twice_is_dropped(follow: Follow, log: Log) -> None:
+def test_what_is_older_or_comes_twice_is_dropped(follow: Follower, log: Log) -> None:
     opened = log.open()
     average = log.average(0)
     follow.average(average)
@@ -154,7 +180,7 @@ def test_what_is_older_or_comes_twice_is_dropped(follow: Follow, log: Log) -> No
 
 
 def test_what_another_server_says_is_dropped(log: Log) -> None:
-    follow = Follow("server-2", 0, "first", now=0.0)
+    follow = Follower("server-2", 0, "first", now=0.0)
     opened = log.open()
     assert follow.opened(opened) == FOREIGN
     assert follow.average(log.average(0)) == FOREIGN
@@ -165,7 +191,7 @@ def test_what_another_server_says_is_dropped(log: Log) -> None:
 
 
 def test_a_log_that_does_not_continue_from_here_needs_a_snapshot(log: Log) -> None:
-    follow = Follow(NONCE, 0, "another first state", now=0.0)
+    follow = Follower(NONCE, 0, "another first state", now=0.0)
     log.open()
     assert follow.close(log.close()) == Diverged("update 1 does not continue from my step 0")
     assert follow.step == 0
@@ -174,7 +200,7 @@ def test_a_log_that_does_not_continue_from_here_needs_a_snapshot(log: Log) -> No
 # ------------------------------------------------------------------------------- gaps
 
 
-def test_a_lost_average_shows_at_the_close_and_is_fetched(follow: Follow, log: Log) -> None:
+def test_a_lost_average_shows_at_the_close_and_is_fetched(follow: Follower, log: Log) -> None:
     log.open()
     first, second, close = log.update()
     assert isinstance(first, Average) and isinstance(second, Average) and isinstance(close, Close)
@@ -194,7 +220,7 @@ def test_a_lost_close_shows_at_whatever_comes_next(log: Log) -> None:
     lost = log.update()
     later = [log.average(0), log.close(), log.end()]
     for m in (*later, lost[-1].open):  # type: ignore[union-attr]
-        follow = Follow(NONCE, 0, "first", now=0.0)
+        follow = Follower(NONCE, 0, "first", now=0.0)
         seen = {
             Average: follow.average,
             Close: follow.close,
@@ -204,7 +230,9 @@ def test_a_lost_close_shows_at_whatever_comes_next(log: Log) -> None:
         assert seen[type(m)](m) == Gap(), m  # type: ignore[operator]
 
 
-def test_an_average_that_was_written_over_is_one_that_never_came(follow: Follow, log: Log) -> None:
+def test_an_average_that_was_written_over_is_one_that_never_came(
+    follow: Follower, log: Log
+) -> None:
     log.open()
     first, second, close = log.update()
     assert isinstance(first, Average) and isinstance(second, Average) and isinstance(close, Close)
@@ -219,7 +247,7 @@ def test_an_average_that_was_written_over_is_one_that_never_came(follow: Follow,
     follow.lost(7)
 
 
-def test_a_fetch_may_take_several_answers(follow: Follow, log: Log) -> None:
+def test_a_fetch_may_take_several_answers(follow: Follower, log: Log) -> None:
     log.open()
     updates = [log.update() for _ in range(3)]
     follow.fetch(0.0)
@@ -231,7 +259,7 @@ def test_a_fetch_may_take_several_answers(follow: Follow, log: Log) -> None:
     assert follow.fetched(3, None) == NOTHING
 
 
-def test_what_is_fetched_tells_the_open_round(follow: Follow, log: Log) -> None:
+def test_what_is_fetched_tells_the_open_round(follow: Follower, log: Log) -> None:
     opened = log.open()
     follow.fetch(0.0)
     follow.fetched(0, opened)
@@ -242,7 +270,7 @@ def test_what_is_fetched_tells_the_open_round(follow: Follow, log: Log) -> None:
     assert follow.open == opened, "that one is of a step where I do not stand"
 
 
-def test_a_fetch_without_an_answer_is_made_again(follow: Follow) -> None:
+def test_a_fetch_without_an_answer_is_made_again(follow: Follower) -> None:
     follow.fetch(now=1.0)
     follow.heard(2.0)
     assert follow.tick(3.0, quiet_s=2.0) == NOTHING
@@ -251,7 +279,7 @@ def test_a_fetch_without_an_answer_is_made_again(follow: Follow) -> None:
     assert follow.tick(3.9, quiet_s=2.0) == NOTHING
 
 
-def test_silence_is_told(follow: Follow) -> None:
+def test_silence_is_told(follow: Follower) -> None:
     assert follow.tick(2.0, quiet_s=2.0) == NOTHING
     assert follow.tick(2.5, quiet_s=2.0) == Silent(2.5)
     follow.heard(2.5)
@@ -262,7 +290,7 @@ def test_silence_is_told(follow: Follow) -> None:
 
 
 def test_averages_of_a_void_round_are_forgotten_with_the_first_of_the_next(
-    follow: Follow, log: Log
+    follow: Follower, log: Log
 ) -> None:
     log.open()
     void = log.average(0)
@@ -277,7 +305,9 @@ def test_averages_of_a_void_round_are_forgotten_with_the_first_of_the_next(
     assert follow.close(close) == Apply(close)
 
 
-def test_averages_of_a_void_round_are_no_part_of_an_empty_update(follow: Follow, log: Log) -> None:
+def test_averages_of_a_void_round_are_no_part_of_an_empty_update(
+    follow: Follower, log: Log
+) -> None:
     log.open()
     follow.average(log.average(0))
     log.open()
@@ -285,7 +315,7 @@ def test_averages_of_a_void_round_are_no_part_of_an_empty_update(follow: Follow,
     assert follow.close(close) == Apply(close, first=True)
 
 
-def test_a_close_of_another_round_than_the_averages_is_a_gap(follow: Follow, log: Log) -> None:
+def test_a_close_of_another_round_than_the_averages_is_a_gap(follow: Follower, log: Log) -> None:
     log.open()
     follow.average(log.average(0))
     follow.average(log.average(1))
@@ -295,7 +325,7 @@ def test_a_close_of_another_round_than_the_averages_is_a_gap(follow: Follow, log
 
 def test_a_void_round_is_over_when_the_next_opens_or_a_pulse_says_so(log: Log) -> None:
     for tell in ("open", "pulse with the next", "pulse"):
-        follow = Follow(NONCE, 0, "first", now=0.0)
+        follow = Follower(NONCE, 0, "first", now=0.0)
         log = Log()
         follow.opened(log.open())
         assert not follow.is_over(1)
@@ -311,7 +341,7 @@ def test_a_void_round_is_over_when_the_next_opens_or_a_pulse_says_so(log: Log) -
 # ------------------------------------------------------------------------------- pulses
 
 
-def test_a_pulse_may_overtake_a_close_but_not_twice(follow: Follow, log: Log) -> None:
+def test_a_pulse_may_overtake_a_close_but_not_twice(follow: Follower, log: Log) -> None:
     log.open()
     update = log.update()
     assert follow.pulse(log.pulse(), 0.0) == NOTHING
@@ -325,7 +355,7 @@ def test_a_pulse_may_overtake_a_close_but_not_twice(follow: Follow, log: Log) ->
 
 
 def test_a_pulse_tells_of_the_round_only_where_it_stands_at_my_step(
-    follow: Follow, log: Log
+    follow: Follower, log: Log
 ) -> None:
     early = log.pulse(log.open(), closed=0)
     follow.pulse(early, 0.0)
@@ -339,7 +369,7 @@ def test_a_pulse_tells_of_the_round_only_where_it_stands_at_my_step(
     assert follow.open == close.open  # type: ignore[union-attr]
 
 
-def test_a_pulse_tells_what_the_server_does(follow: Follow, log: Log) -> None:
+def test_a_pulse_tells_what_the_server_does(follow: Follower, log: Log) -> None:
     follow.pulse(log.pulse(), 0.0)
     assert (follow.phase, follow.traffic, follow.ending) == ("training", (7, 5), False)
     assert follow.trains
@@ -351,7 +381,7 @@ def test_a_pulse_tells_what_the_server_does(follow: Follow, log: Log) -> None:
 # ------------------------------------------------------------------------------- the end
 
 
-def test_the_end_is_kept_and_the_last_updates_are_still_wanted(follow: Follow, log: Log) -> None:
+def test_the_end_is_kept_and_the_last_updates_are_still_wanted(follow: Follower, log: Log) -> None:
     log.open()
     update = log.update()
     end = log.end()
@@ -366,13 +396,13 @@ def test_the_end_is_kept_and_the_last_updates_are_still_wanted(follow: Follow, l
 # ------------------------------------------------------------------------------- snapshots
 
 
-def test_a_snapshot_moves_and_what_was_before_is_over(follow: Follow, log: Log) -> None:
+def test_a_snapshot_moves_and_what_was_before_is_over(follow: Follower, log: Log) -> None:
     follow.opened(log.open())
     follow.average(log.average(0))
     follow.fetch(0.0)
     for _ in range(3):
         log.update()
-    follow.adopted(3, log.lineages[3])
+    follow.adopts(3, log.lineages[3])
     assert (follow.step, follow.lineage, follow.fetching_since) == (3, log.lineages[3], None)
     assert follow.lease(1, after=0) is None, "no lease of a round that is over"
     assert follow.is_over(1)
@@ -386,7 +416,7 @@ def test_a_snapshot_moves_and_what_was_before_is_over(follow: Follow, log: Log) 
 # ------------------------------------------------------------------------------- leases
 
 
-def test_a_lease_is_that_of_the_open_round_after_the_last_one(follow: Follow, log: Log) -> None:
+def test_a_lease_is_that_of_the_open_round_after_the_last_one(follow: Follower, log: Log) -> None:
     assert follow.lease(1, after=0) is None and follow.lease_ahead(1) is None
     mine, ahead = (0, 0, 10), (0, 20, 30)
     follow.opened(log.open({1: (mine, ahead), 2: ((0, 10, 20),), 3: ()}))
@@ -399,7 +429,7 @@ def test_a_lease_is_that_of_the_open_round_after_the_last_one(follow: Follow, lo
     assert follow.lease(1, after=1) is None, "that one was worked on already"
 
 
-def test_the_lease_of_a_round_that_is_over_is_none(follow: Follow, log: Log) -> None:
+def test_the_lease_of_a_round_that_is_over_is_none(follow: Follower, log: Log) -> None:
     follow.opened(log.open())
     follow.pulse(log.pulse(closed=1), 0.0)
     assert follow.lease(1, after=0) is None
@@ -414,7 +444,7 @@ def test_whatever_is_lost_or_repeated_each_update_is_applied_once_in_order(
     data: st.DataObject, buckets: int
 ) -> None:
     """SUB loses and repeats; the link answers fetches. The glue is the client's."""
-    log, follow = Log(buckets), Follow(NONCE, 0, "first", now=0.0)
+    log, follow = Log(buckets), Follower(NONCE, 0, "first", now=0.0)
     log.open()
     updates: list[list[Average | Close]] = []
     sent: list[Average | Close] = []

@@ -205,7 +205,8 @@ def test_nobody_gets_in_where_the_authenticator_is_gone() -> None:
             # Which of the two depends on how often it is hung up on in this time.
             with pytest.raises(UserError, match=r"no server answered|has other keys"):
                 client.connect(0.5)
-            assert client._knock is not None and not client._knock.proven
+            knock = client.connection.knock
+            assert knock is not None and not knock.proven
         finally:
             client.close()
         assert not served.server.rounds.peers

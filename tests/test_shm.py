@@ -72,7 +72,7 @@ def test_it_can_be_switched_off(where: str) -> None:
         try:
             welcome = client.connect(DEADLINE_S)
             assert (welcome.shared is None) == (where == "server")
-            assert client._link_kind == "ipc" and client._shared is None
+            assert client.connection.kind == "ipc" and client.connection.shared is None
         finally:
             client.close()
 

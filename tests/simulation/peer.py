@@ -255,7 +255,7 @@ class Client(Process):
 
     def _new_follow(self) -> None:
         r = self.replica
-        self.follow = self._make_follow(self._nonce, r.step, r.lineage, self.world.now)
+        self.follow = self._make_follow(self._nonce, r, self.world.now)
 
     def _send_join(self) -> None:
         self._joined = self.adrift = self.at_last_step = False
@@ -604,7 +604,7 @@ class Client(Process):
             raise Broken(f"{self.name} took a snapshot of several models")
         self.replica.load(states[0], m.step, m.lineage)
         self._compare()
-        f.adopted(m.step, m.lineage)
+        f.adopted()
         self._send(wire.Adopted(snapshot=m.snapshot, step=m.step, lineage=m.lineage))
         self._joined_now()
 

@@ -1,6 +1,6 @@
 """The sockets of a peer: it says hello at the door, gets a link and a SUB, and beats.
 
-`workers.link.client` makes a replica of it that follows the log; what travels: docs/protocol.md.
+`workers.link.client` lets a replica follow the log over it; what travels: docs/protocol.md.
 One thread uses the link and SUB. A second one beats at the door, so that a long push or forward is
 not taken for death.
 """
@@ -85,8 +85,8 @@ class Connection:
         self.greetings = 0
         """How often this peer was welcomed: a wait for a round of an earlier time is void."""
         self._keys = keys
-        self._elsewhere = Elsewhere(self, search)
-        self._hello = wire.Hello(
+        self.elsewhere = Elsewhere(self, search)
+        self.hello = wire.Hello(
             protocol=wire.PROTOCOL,
             role=role,
             id=id,
@@ -98,16 +98,16 @@ class Connection:
         )
         self._ctx = sockets.context()
         self._door: zmq.Socket[bytes] | None = None
-        self._knock: Knock | None = None  # what becomes of the door's handshakes
-        self._link: zmq.Socket[bytes] | None = None
-        self._sub: zmq.Socket[bytes] | None = None
-        self._link_kind = "tcp"
+        self.knock: Knock | None = None  # what becomes of the door's handshakes
+        self.link: zmq.Socket[bytes] | None = None
+        self.sub: zmq.Socket[bytes] | None = None
+        self.kind = "tcp"
         self._share_memory = shared_memory
-        self._shared: Path | None = None  # where this host's server shares memory with us
+        self.shared: Path | None = None  # where this host's server shares memory with us
         self._beating: threading.Event | None = None
         self._beat_thread: threading.Thread | None = None
         self._probed: set[str] = set()  # where our probe was seen: "sub", "link"
-        self._must_greet = False  # the server does not know this session, or is silent
+        self.must_greet = False  # the server does not know this session, or is silent
 
     def connect(self, deadline_s: float, last_step: int | None = None) -> wire.Welcome:
         """Find the server and be welcomed, within `deadline_s`; says what it waits for. Raises
@@ -121,7 +121,7 @@ class Connection:
             self.give_up_s = welcome.settings["idle_timeout"]
             missing = self._open_link(welcome)
             if not missing:
-                self._elsewhere.over()
+                self.elsewhere.over()
                 self.greetings += 1
                 return welcome
             # The server may have died just now; if it is there, something is in between.
@@ -144,23 +144,23 @@ class Connection:
         while True:
             knock.check()
             now = time.monotonic()
-            if now >= search_at and self._elsewhere.found(now):
+            if now >= search_at and self.elsewhere.found(now):
                 new_door_at = now  # there
             if now >= new_door_at:  # ZeroMQ may have given up this one's connection in silence
                 door, knock = self._open_door()
                 hello_at, new_door_at = now, now + NEW_DOOR_S
             if now >= hello_at:  # one may be lost with a cut connection
                 with contextlib.suppress(zmq.Again):  # refused just now: the next check tells why
-                    sockets.send(door, wire.to_frames(self._hello), wait=False)
+                    sockets.send(door, wire.to_frames(self.hello), wait=False)
                 hello_at = now + HELLO_INTERVAL_S
             if self.abandoned.is_set():
                 raise RunLost("the run is over")
             if door.poll(min(500, max(0, int(1000 * (deadline - now))))):
-                message = self._decode(sockets.receive(door))[0]
+                message = self.decode(sockets.receive(door))[0]
                 if isinstance(message, wire.Welcome):
                     return message
                 if isinstance(message, wire.Reject):
-                    if not self._elsewhere.was_wrong(message.reason):
+                    if not self.elsewhere.was_wrong(message.reason):
                         if message.end is not None:
                             raise RunOver(message.end)
                         raise UserError(message.reason, message.hint)
@@ -199,10 +199,10 @@ class Connection:
 
     def _open_door(self) -> tuple[zmq.Socket[bytes], Knock]:
         """A socket to say hello at, and what becomes of its handshakes, in place of the last."""
-        self._close_sockets()
+        self.close_sockets()
         door = self._door = sockets.dealer(self._ctx)
         with_keys = self._keys is not None
-        knock = self._knock = Knock(self._ctx, door, self.host, self.port, with_keys=with_keys)
+        knock = self.knock = Knock(self._ctx, door, self.host, self.port, with_keys=with_keys)
         sockets.connect(door, sockets.tcp(self.host, self.port), self._keys)
         return door, knock
 
@@ -238,63 +238,63 @@ class Connection:
         """
         router = sockets.tcp(self.host, self.port)
         pub = sockets.tcp(self.host, welcome.pub_port)
-        self._link_kind = "tcp"
+        self.kind = "tcp"
         if welcome.ipc and sockets.is_local(self.host) and sockets.ipc_usable(welcome.ipc):
             router, pub = sockets.ipc_endpoints(welcome.ipc)
-            self._link_kind = "ipc"
+            self.kind = "ipc"
             if self._share_memory and welcome.shared and sockets.ipc_usable(welcome.shared):
-                self._shared = Path(welcome.shared)
+                self.shared = Path(welcome.shared)
         of_run = welcome.settings
         mark = sockets.mark(of_run["history_mb"], of_run["bucket_mb"])
-        keys = None if self._link_kind == "ipc" else self._keys
-        self._sub = sockets.subscriber(self._ctx, mark)
+        keys = None if self.kind == "ipc" else self._keys
+        self.sub = sockets.subscriber(self._ctx, mark)
         for kind in (wire.Close, wire.Open, wire.Pulse, wire.Probe, wire.End):
-            sockets.subscribe(self._sub, wire.topic(kind))
-        self._link = sockets.dealer(self._ctx)
-        sockets.connect(self._sub, pub, keys)
-        sockets.connect(self._link, router, keys)
-        self._poller = zmq.Poller()
-        self._poller.register(self._link, zmq.POLLIN)
-        self._poller.register(self._sub, zmq.POLLIN)
-        self._must_greet = False
+            sockets.subscribe(self.sub, wire.topic(kind))
+        self.link = sockets.dealer(self._ctx)
+        sockets.connect(self.sub, pub, keys)
+        sockets.connect(self.link, router, keys)
+        self.poller = zmq.Poller()
+        self.poller.register(self.link, zmq.POLLIN)
+        self.poller.register(self.sub, zmq.POLLIN)
+        self.must_greet = False
         self._start_beating(welcome.session)
         self._probed.clear()
         start = time.monotonic()
         probed = 0.0
         while self._probed != {"sub", "link"}:
             if time.monotonic() - probed >= PROBE_INTERVAL_S:
-                self._send_probe()
+                self.probe()
                 probed = time.monotonic()
             self._poll_for_probe(PROBE_INTERVAL_S)
-            if self._must_greet or self.abandoned.is_set():
+            if self.must_greet or self.abandoned.is_set():
                 return "session"
             if time.monotonic() - start > self.heartbeat_timeout:
                 return "SUB" if "link" in self._probed else "ROUTER"
         return ""
 
-    def _send_probe(self) -> None:
+    def probe(self) -> None:
         assert self.welcome is not None
-        self._send(wire.Probe(session=self.welcome.session, secret=self._hello.secret))
+        self.send(wire.Probe(session=self.welcome.session, secret=self.hello.secret))
 
     def _drain(self, timeout_s: float) -> list[tuple[Any, Any]]:
         """Everything that has come on link and SUB, with its socket; waits for something."""
         found = []
-        for s, _ in self._poller.poll(int(1000 * timeout_s)):
+        for s, _ in self.poller.poll(int(1000 * timeout_s)):
             while sockets.readable(s):
-                found.append((s, self._decode(sockets.receive(s))[0]))
+                found.append((s, self.decode(sockets.receive(s))[0]))
         return found
 
     def _poll_for_probe(self, timeout_s: float) -> None:
-        assert self._sub is not None and self._link is not None
+        assert self.sub is not None and self.link is not None
         for s, message in self._drain(timeout_s):
             if isinstance(message, wire.Probe) and self.welcome is not None:
                 if message.session == self.welcome.session:
                     self._probed.add("sub")
             elif isinstance(message, wire.Pulse):
-                if s is self._link:
+                if s is self.link:
                     self._probed.add("link")
             elif isinstance(message, wire.Greet):
-                self._must_greet |= not message.session_known
+                self.must_greet |= not message.session_known
             elif isinstance(message, wire.Reject):
                 raise UserError(message.reason, message.hint)
             elif isinstance(message, wire.End):
@@ -304,7 +304,7 @@ class Connection:
         assert self._door is not None
         stop = self._beating = threading.Event()
         assert self.welcome is not None
-        hello = self._hello
+        hello = self.hello
         own = wire.Beat(
             session=session, run=self.welcome.run, nonce=hello.nonce, secret=hello.secret
         )
@@ -317,47 +317,47 @@ class Connection:
                 with contextlib.suppress(zmq.ZMQError, UserError):
                     sockets.send(door, beat, wait=False)
                     while sockets.readable(door):
-                        message = self._decode(sockets.receive(door))[0]
+                        message = self.decode(sockets.receive(door))[0]
                         if isinstance(message, wire.Greet) and not message.session_known:
-                            self._must_greet = True  # another server, or it gave us up
+                            self.must_greet = True  # another server, or it gave us up
 
         self._beat_thread = threading.Thread(target=run, name="beat", daemon=True)
         self._beat_thread.start()
 
     def close(self) -> None:
         """Close every socket; safe to call twice."""
-        self._elsewhere.over()
-        self._close_sockets()
+        self.elsewhere.over()
+        self.close_sockets()
         self._ctx.term()
 
-    def _close_sockets(self) -> None:
+    def close_sockets(self) -> None:
         if self._beat_thread is not None and self._beating is not None:
             self._beating.set()
             self._beat_thread.join()
             self._beat_thread = None
-        for s in (self._knock, self._door, self._link, self._sub):
+        for s in (self.knock, self._door, self.link, self.sub):
             if s is not None:
                 s.close()
-        self._knock = None
-        self._door = self._link = self._sub = None
-        self._shared = None
+        self.knock = None
+        self._door = self.link = self.sub = None
+        self.shared = None
 
     # ------------------------------------------------------------------ for what follows the log
 
-    def _send(self, message: wire.Message, *buffers: Any) -> None:
-        assert self._link is not None
+    def send(self, message: wire.Message, *buffers: Any) -> None:
+        assert self.link is not None
         try:
             frames = wire.to_frames(message, *buffers)
-            sockets.send(self._link, frames, copy=not buffers, wait=False)
+            sockets.send(self.link, frames, copy=not buffers, wait=False)
         except zmq.Again:  # not its mark, it has none: ZeroMQ has given this connection up
-            if self._knock is not None:
-                self._knock.check()
+            if self.knock is not None:
+                self.knock.check()
             raise RunLost(
                 f"the server at {self.host}:{self.port} does not let this worker in any more",
                 "was it started again with other keys, or another security=?",
             ) from None
 
-    def _decode(self, frames: Sequence[zmq.Frame]) -> tuple[Any, list[Any]]:
+    def decode(self, frames: Sequence[zmq.Frame]) -> tuple[Any, list[Any]]:
         try:
             return wire.from_frames(frames)
         except PeerError as e:

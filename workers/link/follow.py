@@ -11,6 +11,8 @@ effect comes out of each, and nothing here knows a socket or a tensor. Three rul
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import msgspec
 
 from paramserver.protocol.messages import (
@@ -78,13 +80,19 @@ class Silent(Effect, frozen=True):
 NOTHING = Nothing()
 
 
-class Follow:
-    """A replica's place in the log of one server (`nonce`)."""
+class Replica(Protocol):
+    """It alone knows where it stands: applying an update, or loading a state, sets that."""
 
-    def __init__(self, nonce: str, step: int, lineage: str, now: float) -> None:
+    step: int
+    lineage: str
+
+
+class Follow:
+    """The way of one replica along the log of one server (`nonce`)."""
+
+    def __init__(self, nonce: str, replica: Replica, now: float) -> None:
         self.nonce = nonce
-        self.step = step
-        self.lineage = lineage
+        self._replica = replica
         self.open: Open | None = None
         """The newest open round known."""
         self.over = 0
@@ -103,6 +111,15 @@ class Follow:
         self._round = 0  # the round whose averages are being collected
         self._got: set[int] = set()
         self._pulse_step = -1  # where an earlier pulse already saw us behind
+
+    @property
+    def step(self) -> int:
+        """Where the replica stands."""
+        return self._replica.step
+
+    @property
+    def lineage(self) -> str:
+        return self._replica.lineage
 
     # ------------------------------------------------------------------ messages
 
@@ -140,8 +157,7 @@ class Follow:
         return Apply(m, first=m.round != self._round)
 
     def applied(self, m: Close) -> None:
-        """The update is in the model now."""
-        self.step, self.lineage = m.step, m.lineage
+        """The update is in the model now, and the replica stands at its step."""
         self.over = max(self.over, m.round)
         self._got.clear()
         if m.open is not None:
@@ -199,9 +215,8 @@ class Follow:
             self._opened(open_)
         return Gap() if step > self.step else NOTHING
 
-    def adopted(self, step: int, lineage: str) -> None:
+    def adopted(self) -> None:
         """A snapshot put the replica at another state; while it was given no round was open."""
-        self.step, self.lineage = step, lineage
         self.fetching_since = None
         self._got.clear()
         if self.open is not None:

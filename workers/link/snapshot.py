@@ -67,9 +67,7 @@ class Taking:
     Raises `PeerError`, before anything is allocated, for a manifest that cannot be right.
     """
 
-    def __init__(self, manifest: wire.Manifest, now: float, most_bytes: int) -> None:
-        self.manifest = manifest
-        self.heard_at = now
+    def __init__(self, manifest: wire.Manifest, most_bytes: int) -> None:
         for dtype, shape in manifest.tensors:
             if dtype not in DTYPES or len(shape) > wire.DIMENSIONS_MAX or min(shape, default=0) < 0:
                 raise PeerError(f"the snapshot has a tensor of {dtype[:20]!r} and {shape[:8]}")
@@ -84,16 +82,11 @@ class Taking:
             raise PeerError(f"the snapshot cannot be held here: {e}") from None
         self.buffers = [as_bytes(t) for t in self.tensors]  # views: these are new, on the CPU
         self.pieces = pieces([b.numel() for b in self.buffers], max(1, manifest.piece_bytes))
-        self.next = 0
-        self.wanted: set[int] = set()
 
     def take(self, piece: int, buffers: list[Any]) -> None:
-        if piece not in self.wanted:
-            return
         tensor, start, stop = self.pieces[piece]
         if len(buffers) != 1 or memoryview(buffers[0]).nbytes != stop - start:
             raise PeerError(f"piece {piece} of the snapshot has another length")
-        self.wanted.discard(piece)
         self.buffers[tensor][start:stop].copy_(torch.frombuffer(buffers[0], dtype=torch.uint8))
 
 

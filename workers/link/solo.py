@@ -78,7 +78,7 @@ class Alone:
 
     def join(self, replica: Replica) -> str:
         self.replica = replica
-        self.follow = follow.Follow(self.welcome.nonce, replica.step, replica.lineage, 0.0)
+        self.follow = follow.Follow(self.welcome.nonce, replica, 0.0)
         self._mean = Mean(replica.plan, "float32", "float32", 1.0)
         return "origin"
 

@@ -1,0 +1,343 @@
+"""What a replica does about each message, as scripts of messages and the actions that follow."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+from test_follow import NONCE, Log, Standing
+
+from paramserver.errors import RunLost, UserError
+from paramserver.protocol import messages as wire
+from paramserver.rounds.ledger import Ledger
+from workers.link.actions import (
+    Adopt,
+    Apply,
+    Begin,
+    Closed,
+    Compare,
+    Give,
+    Greet,
+    Hear,
+    Join,
+    Joined,
+    Missed,
+    Probe,
+    Say,
+    Send,
+    SendPiece,
+    Silent,
+    Take,
+    TakePiece,
+)
+from workers.link.session import Session
+
+TIMEOUT_S = 10.0
+READY = wire.Ready(samples=100, batch_size=10)
+GREET = wire.Greet(session_known=False)
+AGAIN = wire.Greet(session_known=True, join=True)
+RELINKED = wire.Greet(session_known=True)
+
+
+class Peer:
+    """A replica and its session, and a client that carries out what makes a state."""
+
+    def __init__(self, role: str = "worker", **options: Any) -> None:
+        self.log = Log()
+        self.log.ledger = Ledger(100, 1).state()
+        self.log.open()
+        self.now = 0.0
+        self.replica = Standing(0, "first")
+        self.session = Session(self.replica, role, **options)
+        assert self.greeted() == [Join()]
+
+    def greeted(self, nonce: str = NONCE) -> list[Any]:
+        return self.session.greeted(nonce, self.now, timeout_s=TIMEOUT_S, digest_steps=2)
+
+    def admitted(self, action: str, step: int = 0, missed: int = 0) -> list[Any]:
+        admit = wire.Admit(action=action, step=step, lineage="", missed=missed)
+        assert self.get(admit) == [Hear(admit)]
+        return self.session.admitted(admit, self.now)
+
+    def get(self, message: Any, payload: Any = None) -> list[Any]:
+        """From the link."""
+        return self.session.received(message, payload, self.now)
+
+    def hear(self, message: Any, payload: Any = None) -> list[Any]:
+        """From SUB."""
+        self.session.held.append((message, payload))
+        return self.session.next(self.now)
+
+    def apply(self, close: wire.Close) -> list[Any]:
+        self.replica.step, self.replica.lineage = close.step, close.lineage
+        return self.session.applied(close, self.now)
+
+    def follow(self, *messages: Any, hear: bool = True) -> list[Any]:
+        """Carry out updates; what follows from the last one."""
+        found: list[Any] = []
+        for message in messages:
+            found = self.hear(message) if hear else self.get(message)
+            if isinstance(message, wire.Close):
+                [apply] = found
+                assert isinstance(apply, Apply)
+                found = self.apply(apply.close)
+        return found
+
+    def fetch(self) -> Send:
+        return Send(wire.Fetch(step=self.replica.step, lineage=self.replica.lineage))
+
+
+@pytest.fixture
+def peer() -> Peer:
+    """A worker that follows."""
+    peer = Peer()
+    assert peer.admitted("follow") == [Joined()]
+    return peer
+
+
+def manifest(snapshot: int, step: int = 3) -> wire.Manifest:
+    return wire.Manifest(
+        snapshot=snapshot, step=step, lineage="third", tree="", tensors=(), piece_bytes=1
+    )
+
+
+# ------------------------------------------------------------------------------- following
+
+
+def test_an_update_is_taken_applied_and_told(peer: Peer) -> None:
+    first, second, close = peer.log.update()
+    assert peer.hear(first, b"a") == [Take(first, b"a", first=True)]
+    assert peer.hear(second, b"b") == [Take(second, b"b", first=False)]
+    assert peer.hear(close) == [Apply(close, first=False)]
+    assert peer.session.follow.step == 0, "the replica alone says where it stands"
+    assert peer.apply(close) == [Closed(close)]
+    assert peer.session.follow.step == 1
+
+
+def test_digests_are_compared_now_and_then(peer: Peer) -> None:
+    assert not any(isinstance(a, Compare) for a in peer.follow(*peer.log.update()))
+    assert peer.follow(*peer.log.update())[0] == Compare(2)
+
+
+def test_what_shows_a_gap_is_looked_at_again_after_the_fetch(peer: Peer) -> None:
+    missed, late = peer.log.update(), peer.log.update()
+    assert peer.hear(late[0], b"late") == [peer.fetch()]
+    assert not peer.session.hears
+    peer.follow(*missed, hear=False)
+    assert peer.get(wire.Fetched(step=1)) == []
+    assert peer.session.hears
+    assert peer.session.next(0.0) == [Take(late[0], b"late", first=True)]
+
+
+def test_an_average_that_was_written_over_shows_as_a_gap_at_its_close(peer: Peer) -> None:
+    first, second, close = peer.log.update()
+    peer.hear(first), peer.hear(second)
+    peer.session.lost(first)
+    assert peer.hear(close) == [peer.fetch()]
+
+
+def test_before_it_is_admitted_it_neither_reads_sub_nor_fetches() -> None:
+    peer = Peer()
+    assert not peer.session.hears
+    peer.log.update()
+    for _ in range(2):
+        assert peer.get(peer.log.pulse()) == []
+    assert peer.get(peer.log.average(0)) == []
+
+
+def test_a_log_that_does_not_continue_from_here_is_left_for_a_snapshot(peer: Peer) -> None:
+    peer.replica.lineage = "another"
+    *averages, close = peer.log.update()
+    for average in averages:
+        peer.hear(average)
+    said, join = peer.hear(close)
+    assert isinstance(said, Say) and "does not continue" in said.text and join == Join()
+
+
+# ------------------------------------------------------------------------------- coming
+
+
+def test_leases_are_asked_for_now_and_after_each_greeting(peer: Peer) -> None:
+    assert peer.session.ready(READY) == [Send(READY)]
+    assert peer.get(AGAIN) == [Join()] and not peer.session.joined
+    assert peer.admitted("origin") == [Joined(), Send(READY)]
+    peer.session.unready()
+    peer.get(AGAIN)
+    assert peer.admitted("origin") == [Joined()]
+
+
+def test_who_is_behind_fetches(peer: Peer) -> None:
+    peer.get(AGAIN)
+    assert peer.admitted("follow", step=4) == [Joined(), peer.fetch()]
+
+
+def test_greetings(peer: Peer) -> None:
+    assert peer.get(GREET) == [Greet()]
+    assert peer.get(RELINKED) == [Probe()]
+    peer.log.update(), peer.hear(peer.log.average(1))
+    assert peer.session.held
+    peer.session.unknown()
+    assert not peer.session.held
+    assert peer.greeted("server-2") == [Join()] and peer.session.follow.nonce == "server-2"
+
+
+def test_who_is_refused_in_the_middle_has_lost_the_run(peer: Peer) -> None:
+    no = wire.Reject(reason="no", hint="why")
+    with pytest.raises(UserError, match="no") as refused:
+        peer.get(no)
+    assert not isinstance(refused.value, RunLost)
+    peer.session.took_part = True
+    with pytest.raises(RunLost, match="no"):
+        peer.get(no)
+
+
+# ------------------------------------------------------------------------------- time
+
+
+def test_a_silent_server_is_asked_then_greeted_anew(peer: Peer) -> None:
+    assert peer.session.tick(TIMEOUT_S / 2) == []
+    assert peer.session.tick(TIMEOUT_S) == [Silent(TIMEOUT_S), Probe()]
+    assert peer.session.tick(3 * TIMEOUT_S + 1) == [Silent(3 * TIMEOUT_S + 1), Greet()]
+
+
+def test_what_is_published_is_no_sign_of_life(peer: Peer) -> None:
+    peer.now = TIMEOUT_S
+    peer.hear(peer.log.pulse())
+    assert peer.session.tick(TIMEOUT_S) == [Silent(TIMEOUT_S), Probe()]
+    peer.get(peer.log.pulse())
+    assert peer.session.tick(TIMEOUT_S) == []
+
+
+def test_a_snapshot_of_which_nothing_comes_is_asked_for_anew() -> None:
+    peer = Peer()
+    peer.admitted("adopt")
+    peer.session.takes(manifest(1), "room", 2, 0.0)
+    peer.now = 2 * TIMEOUT_S + 1
+    peer.session.follow.heard(peer.now)
+    assert peer.session.tick(peer.now) == [Join()]
+    assert peer.get(wire.Piece(snapshot=1, piece=0)) == []
+
+
+# ------------------------------------------------------------------------------- snapshots
+
+
+def test_a_snapshot_is_taken_piece_by_piece() -> None:
+    peer, room = Peer(), object()
+    assert peer.admitted("adopt") == []
+    assert peer.get(manifest(7)) == [Begin(manifest(7))]
+    pieces = Session.WANTS_IN_FLIGHT + 1
+    wants = [Send(wire.Want(snapshot=7, piece=n)) for n in range(pieces)]
+    assert peer.session.takes(manifest(7), room, pieces, 0.0) == wants[:-1]
+    for n in range(pieces):
+        assert peer.get(wire.Piece(snapshot=7, piece=n), b"x") == [TakePiece(room, 7, n, b"x")]
+        more = peer.session.took(n, 0.0)
+        assert more == ([wants[-1]] if n == 0 else [] if n < pieces - 1 else more)
+        assert peer.get(wire.Piece(snapshot=7, piece=n)) == [], "it comes twice"
+    assert more == [Adopt(room, manifest(7))]
+    peer.replica.step, peer.replica.lineage = 3, "third"
+    told = Send(wire.Adopted(snapshot=7, step=3, lineage="third"))
+    assert peer.session.adopted(manifest(7)) == [told, Joined()]
+    assert peer.session.joined
+
+
+def test_a_snapshot_that_cannot_be_right_is_asked_for_again() -> None:
+    peer = Peer()
+    peer.admitted("adopt")
+    abort = Send(wire.Abort(1, "too large"))
+    assert peer.session.refuse(1, "too large") == [
+        abort,
+        Say("too large: asking for it again"),
+        Join(),
+    ]
+    assert peer.get(wire.Abort(1, "an echo")) == []
+    assert peer.get(wire.Abort(2, "the giver left")) == [Join()]
+    with pytest.raises(UserError, match="not to be had, tried 5 times: the giver left"):
+        peer.admitted("adopt", missed=Session.MISSED_MAX)
+
+
+def test_a_state_that_never_fits_is_the_fault_of_this_model() -> None:
+    peer = Peer()
+    for n in range(Session.MISFITS_MAX):
+        peer.admitted("adopt", missed=n)
+        peer.session.refuse(n, "it does not fit: w", misfit="w")
+    with pytest.raises(UserError, match="does not fit this worker's model or optimizer: w"):
+        peer.admitted("adopt", missed=Session.MISFITS_MAX)
+
+
+def test_a_snapshot_is_given_where_the_giver_stands_at_its_step(peer: Peer) -> None:
+    give = wire.Give(snapshot=4, step=0, lineage="first")
+    want = wire.Want(snapshot=4, piece=2)
+    refused = Send(wire.Abort(4, "I do not give this snapshot"))
+    assert peer.get(want) == [refused]
+    assert peer.get(give) == [Give(4)]
+    source = object()
+    peer.session.given_from(4, source)
+    assert peer.session.gives and peer.get(want) == [SendPiece(source, 4, 2)]
+    assert peer.get(wire.Abort(4, "the joiner left")) == [] and not peer.session.gives
+    assert peer.get(want) == [refused]
+
+
+def test_who_shall_give_a_later_step_gets_there_first(peer: Peer) -> None:
+    updates = peer.log.update()
+    give = wire.Give(snapshot=4, step=1, lineage=peer.log.lineages[1])
+    assert peer.get(give) == [peer.fetch()]
+    assert peer.follow(*updates, hear=False)[-1] == Give(4)
+    earlier = msgspec.structs.replace(give, snapshot=5, step=0)
+    assert peer.get(earlier) == [Send(wire.Abort(5, "I stand at step 1"))]
+
+
+# ------------------------------------------------------------------------------- the observer
+
+
+def test_adrift_it_hears_of_closes_and_disturbs_nobody() -> None:
+    peer = Peer("observer", drifts=True)
+    assert peer.admitted("behind") == [] and peer.session.adrift
+    *_, close = peer.log.update()
+    assert peer.hear(close) == [Missed(close)]
+    foreign = msgspec.structs.replace(close, nonce="another server")
+    assert peer.hear(foreign) == []
+    assert peer.get(AGAIN) == [], "it asks when it wants to"
+    assert peer.session.catch_up() == [Join()] and peer.session.catch_up() == []
+
+
+def test_adrift_it_catches_up_at_the_end() -> None:
+    peer = Peer("observer", drifts=True)
+    peer.admitted("behind")
+    assert peer.get(msgspec.structs.replace(peer.log.pulse(), ending=True)) == [Join()]
+
+
+def test_who_does_not_drift_asks_for_a_snapshot() -> None:
+    assert Peer("worker").admitted("behind") == [Join()]
+
+
+def test_the_observer_tells_where_it_stands_once() -> None:
+    peer = Peer("observer")
+    peer.admitted("origin")
+    ending = msgspec.structs.replace(peer.log.pulse(), ending=True)
+    assert peer.get(ending) == [Send(wire.Stand(step=0))] and peer.session.at_last_step
+    assert peer.hear(ending) == []
+    kept = Send(wire.Stand(step=0, kept=True))
+    assert peer.session.kept() == [kept]
+    peer.get(AGAIN)
+    peer.admitted("origin")
+    assert peer.get(ending) == [kept], "a server that was started again must hear it"
+
+
+# ------------------------------------------------------------------------------- the end
+
+
+def test_the_end_comes_after_the_last_update(peer: Peer) -> None:
+    updates = peer.log.update()
+    end = peer.log.end()
+    assert peer.get(end) == [peer.fetch()] and peer.session.ended is None
+    peer.follow(*updates, hear=False)
+    assert peer.session.ended == end and not peer.session.left_behind
+
+
+def test_what_cannot_be_had_any_more_is_told_once(peer: Peer) -> None:
+    peer.log.update()
+    peer.get(peer.log.end())
+    said = Say("the run ended at step 1, this replica at 0")
+    assert peer.admitted("behind") == [said]
+    assert peer.session.left_behind and peer.session.stay_behind() == []

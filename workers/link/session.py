@@ -1,0 +1,491 @@
+"""What a replica does about each message of its server, as actions for its client to carry out.
+
+`workers.link.follow` tells where the replica stands in the log; around it, this is the rest of a
+peer's part in the protocol: joining, greeting again, giving and taking snapshots, going adrift,
+what it tells about itself. Messages and `now` come in, actions come out as frozen values, to be
+carried out in their order and at once. Nothing in here knows a socket, a tensor or a clock.
+
+Payloads, and what a snapshot is read from and written to, pass through unseen.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from paramserver.errors import PeerError, RunLost, UserError
+from paramserver.protocol import messages as wire
+from paramserver.rounds.ledger import check_counts
+from workers.link import follow
+from workers.link.actions import (
+    Action,
+    Adopt,
+    Apply,
+    Begin,
+    Closed,
+    Compare,
+    Give,
+    Greet,
+    Hear,
+    Join,
+    Joined,
+    Missed,
+    Probe,
+    Say,
+    Send,
+    SendPiece,
+    Silent,
+    Take,
+    TakePiece,
+)
+from workers.link.follow import Follow, Replica
+
+
+class Taking(msgspec.Struct):
+    """A snapshot that is coming in."""
+
+    manifest: wire.Manifest
+    room: Any
+    pieces: int
+    heard_at: float
+    next: int = 0
+    wanted: set[int] = msgspec.field(default_factory=set)
+
+
+class Session:
+    """The part that `replica` takes in a run, through all its greetings.
+
+    `drifts`: when it has fallen behind what the server keeps, it goes adrift: it only hears of
+    closes until `catch_up` is called, and disturbs nobody with a snapshot.
+
+    Raises `UserError` where the server refuses this peer, `RunLost` where it does so in the middle.
+    """
+
+    WANTS_IN_FLIGHT = 4
+    MISSED_MAX = 5  # snapshots in a row; then this peer gives up
+    MISFITS_MAX = 3  # snapshots in a row that do not fit in the same way
+    SILENT_TIMEOUTS = 3  # heartbeat timeouts; then the connections are made anew
+    TAKING_TIMEOUTS = 2  # without a piece of a snapshot; then it is asked for anew
+
+    def __init__(
+        self,
+        replica: Replica,
+        role: str = "worker",
+        *,
+        drifts: bool = False,
+        make_follow: Callable[..., Follow] = Follow,
+    ) -> None:
+        self.replica = replica
+        self.follow = make_follow("", replica, 0.0)
+        self.joined = False
+        """The replica is in its place, neither adrift nor waiting for a snapshot."""
+        self.adrift = False
+        self.admit: wire.Admit | None = None
+        """How the server admitted it, since it asked last."""
+        self.behind = False
+        """The run has ended, and nothing more of it is to be had."""
+        self.at_last_step = False
+        """The run is ending, and this replica stands at its last step: time to keep it."""
+        self.took_part = False
+        """It has pushed something."""
+        self.held: deque[tuple[Any, Any]] = deque()
+        """From SUB, to be looked at (again); see `next`."""
+        self._role, self._drifts, self._make_follow = role, drifts, make_follow
+        self._timeout_s, self._digest_steps = 0.0, 0
+        self._ready: wire.Ready | None = None
+        self._taking: Taking | None = None
+        self._over = 0  # the last snapshot that was called off: nothing else of it is news
+        self._why_missed = ""  # what was wrong with it
+        self._misfits: list[str] = []  # in what the last ones did not fit
+        self._giving: tuple[int, Any] | None = None  # its number, and what it is read from
+        self._give_later: wire.Give | None = None
+        self._stood = -1  # the step that the server was last told we stand at
+        self._kept_step = -1  # the step of which it was told that it is kept
+
+    @property
+    def ended(self) -> wire.End | None:
+        """The run's end, once every update before it is applied (or cannot be had any more)."""
+        end = self.follow.end
+        if end is None:
+            return None
+        return end if self.replica.step >= end.step or self.behind else None
+
+    @property
+    def left_behind(self) -> bool:
+        """Has the run ended with a state that this replica does not hold, and cannot get?"""
+        end = self.ended
+        if end is None:
+            return False
+        return (self.replica.step, self.replica.lineage) != (end.step, end.lineage)
+
+    @property
+    def gives(self) -> bool:
+        """Is somebody taking a snapshot of this replica?"""
+        return self._giving is not None
+
+    # ------------------------------------------------------------------ coming
+
+    def greeted(
+        self, nonce: str, now: float, *, timeout_s: float, digest_steps: int = 0
+    ) -> list[Action]:
+        """A server with this `nonce` has welcomed this peer, for the first time or again.
+        `timeout_s` is the run's heartbeat timeout."""
+        self._timeout_s, self._digest_steps = timeout_s, digest_steps
+        self.follow = self._make_follow(nonce, self.replica, now)
+        return self._join()
+
+    def unknown(self) -> None:
+        """The server does not know this peer any more: what was on its way is void."""
+        self.held.clear()
+        self._giving = self._give_later = self._taking = None
+        self._over = 0
+
+    def join_again(self) -> list[Action]:
+        """What was on its way may be lost: let the server tell anew where to begin."""
+        self._taking = self._giving = self._give_later = None
+        self.held.clear()
+        self.follow.fetching_since = None
+        return self._join()
+
+    def _join(self) -> list[Action]:
+        self.joined = self.adrift = self.at_last_step = False
+        self._stood, self.admit = -1, None
+        return [Join()]
+
+    def admitted(self, admit: wire.Admit, now: float) -> list[Action]:
+        """Averages are heard (see `Hear`)."""
+        f = self.follow
+        self.admit = admit
+        f.fetching_since = None
+        if admit.action in ("adopt", "behind"):
+            self.joined = False
+            self.held.clear()
+            if admit.action == "adopt":
+                self._give_up_if_in_vain(admit.missed)
+                return []  # Manifest and pieces follow
+            if f.end is not None:
+                return self.stay_behind()
+            if self._drifts and not f.ending:
+                self.adrift = True
+                return []
+            return self._join()
+        actions = self._joined()
+        if admit.action == "follow" and admit.step > f.step:
+            actions += self._fetch(now)
+        return actions
+
+    def _joined(self) -> list[Action]:
+        self.joined = True
+        return [Joined()] if self._ready is None else [Joined(), Send(self._ready)]
+
+    def stay_behind(self) -> list[Action]:
+        """The run has ended, and what this replica lacks is not to be had any more."""
+        if self.behind:
+            return []
+        self.behind = True
+        end = self.follow.end
+        if end is None or not self.left_behind:
+            return []
+        return [Say(f"the run ended at step {end.step}, this replica at {self.replica.step}")]
+
+    def catch_up(self) -> list[Action]:
+        """Take a snapshot after having been adrift."""
+        return self._join() if self.adrift else []
+
+    # ------------------------------------------------------------------ what it tells
+
+    def ready(self, ready: wire.Ready) -> list[Action]:
+        """It asks for leases, now and after every greeting."""
+        self._ready = ready
+        return [Send(ready)]
+
+    def unready(self) -> None:
+        self._ready = None
+
+    def kept(self) -> list[Action]:
+        """What is to stay of this step is on disk, or cannot be written: the run may end."""
+        self._kept_step = self.replica.step
+        return [Send(wire.Stand(step=self._kept_step, kept=True))]
+
+    def _stand(self, pulse: wire.Pulse) -> list[Action]:
+        """The observer tells where it stands, so that the run does not end before it has kept the
+        last step."""
+        f = self.follow
+        if self._role != "observer" or (pulse.nonce, pulse.step) != (f.nonce, f.step):
+            return []
+        self.at_last_step = pulse.ending and self.joined
+        if self._stood == pulse.step:
+            return []
+        self._stood = pulse.step
+        return [Send(wire.Stand(step=pulse.step, kept=self._kept_step == pulse.step))]
+
+    # ------------------------------------------------------------------ time
+
+    def tick(self, now: float) -> list[Action]:
+        """Time has passed: ask again what was not answered, look for a server that is silent."""
+        actions: list[Action] = []
+        effect = self.follow.tick(now, self._timeout_s / 2)
+        if isinstance(effect, follow.Silent):
+            long = effect.seconds > self.SILENT_TIMEOUTS * self._timeout_s
+            actions += Silent(effect.seconds), Greet() if long else Probe()
+        elif isinstance(effect, follow.Gap):
+            actions += self._fetch(now)
+        taking = self._taking
+        if taking is not None and now - taking.heard_at > self.TAKING_TIMEOUTS * self._timeout_s:
+            self._taking = None
+            actions += self._join()
+        return actions
+
+    # ------------------------------------------------------------------ what is published
+
+    @property
+    def hears(self) -> bool:
+        """May SUB be read? It waits while a fetch or a snapshot is on its way: it continues where
+        they end."""
+        return (self.joined or self.adrift) and self.follow.fetching_since is None
+
+    def next(self, now: float) -> list[Action]:
+        """Look at the next message of `held`; one that shows a gap is looked at again later."""
+        message, payload = self.held.popleft()
+        actions = self._published(message, payload, now)
+        if actions is None:
+            self.held.appendleft((message, payload))
+            return self._fetch(now)
+        return actions
+
+    def _published(self, message: Any, payload: Any, now: float) -> list[Action] | None:
+        """A message of the log, from SUB or fetched; None when something is missing before it."""
+        f = self.follow
+        if self.adrift:
+            return self._heard_adrift(message, now)
+        actions: list[Action] = []
+        effect: follow.Effect = follow.NOTHING
+        if isinstance(message, wire.Average):
+            effect = f.average(message)
+        elif isinstance(message, wire.Close):
+            _check_ledger(message)
+            effect = f.close(message)
+        elif isinstance(message, wire.Open):
+            effect = f.opened(message)
+        elif isinstance(message, wire.Pulse):
+            effect = f.pulse(message, now)
+            actions = self._stand(message)
+        elif isinstance(message, wire.End):
+            effect = f.ended(message)
+        if isinstance(effect, follow.Take):
+            return [Take(effect.average, payload, effect.first)]
+        if isinstance(effect, follow.Apply):
+            return [Apply(effect.close, effect.first)]
+        if isinstance(effect, follow.Diverged):
+            return [Say(f"{effect.why}: taking a snapshot"), *self.join_again()]
+        return None if isinstance(effect, follow.Gap) else actions
+
+    def lost(self, average: wire.Average) -> None:
+        """What was to be taken of this average was written over meanwhile: as if PUB had dropped
+        it. The close of its round will show the gap."""
+        self.follow.lost(average.bucket)
+
+    def applied(self, close: wire.Close, now: float) -> list[Action]:
+        """The update is in the model, and the replica's step and lineage are the close's."""
+        self.follow.applied(close)
+        actions: list[Action] = []
+        if self._digest_steps and close.step % self._digest_steps == 0:
+            actions.append(Compare(close.step))
+        actions.append(Closed(close))
+        if self._give_later is not None:
+            actions += self._give(self._give_later, now)
+        return actions
+
+    def _heard_adrift(self, message: Any, now: float) -> list[Action]:
+        f, actions = self.follow, list[Action]()
+        if isinstance(message, wire.Close) and message.nonce == f.nonce:
+            actions.append(Missed(message))
+        elif isinstance(message, wire.Pulse):
+            f.pulse(message, now)
+        elif isinstance(message, wire.End):
+            f.ended(message)
+        if f.ending or f.end is not None:
+            actions += self.catch_up()
+        return actions
+
+    def _fetch(self, now: float) -> list[Action]:
+        if not self.joined:  # Admit or a snapshot tells where to begin
+            return []
+        return [Send(self.follow.fetch(now))]
+
+    # ------------------------------------------------------------------ what comes over the link
+
+    def received(self, message: Any, payload: Any, now: float) -> list[Action]:
+        """A message for this peer alone."""
+        f = self.follow
+        f.heard(now)  # not from SUB: that goes on for a peer which the server has given up
+        match message:
+            case wire.Average() | wire.Close():
+                if not self.joined:
+                    return []
+                if f.fetching_since is not None:
+                    f.fetching_since = now  # the answer is coming: not yet time to ask again
+                return self._published(message, payload, now) or []
+            case wire.Fetched():
+                if isinstance(f.fetched(message.step, message.open), follow.Gap):
+                    return self._fetch(now)
+            case wire.Pulse() if self.adrift:
+                return self._heard_adrift(message, now)
+            case wire.Pulse():
+                actions = self._stand(message)
+                if isinstance(f.pulse(message, now), follow.Gap) and f.fetching_since is None:
+                    actions += self._fetch(now)
+                return actions
+            case wire.Admit():
+                return [Hear(message)]
+            case wire.Reject():
+                kind = RunLost if self.took_part else UserError
+                raise kind(message.reason, message.hint)
+            case wire.Greet():
+                if not message.session_known:
+                    return [Greet()]
+                if not message.join:
+                    return [Probe()]
+                return [] if self.adrift else self.join_again()
+            case wire.Give():
+                return self._give(message, now)
+            case wire.Want():
+                if self._giving is None or self._giving[0] != message.snapshot:
+                    return [Send(wire.Abort(message.snapshot, "I do not give this snapshot"))]
+                return [SendPiece(self._giving[1], message.snapshot, message.piece)]
+            case wire.Manifest():
+                return [Begin(message)]
+            case wire.Piece():
+                return self._piece(message, payload, now)
+            case wire.Abort():
+                return self._aborted(message)
+            case wire.End():
+                f.ended(message)
+                if not self.joined:
+                    self.behind = True
+                elif f.step < message.step and f.fetching_since is None:
+                    return self._fetch(now)
+            case _:
+                pass  # Refused: the round's close tells the rest; Probe, late
+        return []
+
+    # ------------------------------------------------------------------ snapshots: giving
+
+    def _give(self, message: wire.Give, now: float) -> list[Action]:
+        f = self.follow
+        self._giving = self._give_later = None
+        if f.step == message.step and f.lineage == message.lineage:
+            return [Give(message.snapshot)]
+        if f.step < message.step:
+            # Apply what is on its way first, then look at this again.
+            self._give_later = message
+            return self._fetch(now) if f.fetching_since is None else []
+        return [Send(wire.Abort(message.snapshot, f"I stand at step {f.step}"))]
+
+    def given_from(self, snapshot: int, source: Any) -> None:
+        """Pieces of this snapshot are read from `source` (see `Give`)."""
+        self._giving = snapshot, source
+
+    def cannot_give(self, snapshot: int, why: str) -> list[Action]:
+        """It costs the joiner, not this replica."""
+        return [
+            Say(f"this replica's state cannot be sent: {why}"),
+            Send(wire.Abort(snapshot, f"the state cannot be sent: {why}")),
+        ]
+
+    # ------------------------------------------------------------------ snapshots: taking
+
+    def takes(self, manifest: wire.Manifest, room: Any, pieces: int, now: float) -> list[Action]:
+        """There is room for this snapshot, which comes in so many pieces (see `Begin`)."""
+        self._taking = Taking(manifest, room, pieces, now)
+        return self._want_more(self._taking)
+
+    def _want_more(self, taking: Taking) -> list[Action]:
+        actions: list[Action] = []
+        while len(taking.wanted) < self.WANTS_IN_FLIGHT and taking.next < taking.pieces:
+            taking.wanted.add(taking.next)
+            want = wire.Want(snapshot=taking.manifest.snapshot, piece=taking.next)
+            actions.append(Send(want))
+            taking.next += 1
+        if not taking.wanted:
+            self._taking = None
+            actions.append(Adopt(taking.room, taking.manifest))
+        return actions
+
+    def _piece(self, message: wire.Piece, payload: Any, now: float) -> list[Action]:
+        taking = self._taking
+        if taking is None or taking.manifest.snapshot != message.snapshot:
+            return []
+        if message.piece not in taking.wanted:
+            taking.heard_at = now
+            return []
+        return [TakePiece(taking.room, message.snapshot, message.piece, payload)]
+
+    def took(self, piece: int, now: float) -> list[Action]:
+        """A piece of the snapshot is in its place."""
+        taking = self._taking
+        if taking is None:
+            return []
+        taking.wanted.discard(piece)
+        taking.heard_at = now
+        return self._want_more(taking)
+
+    def refuse(self, snapshot: int, why: str, misfit: str | None = None) -> list[Action]:
+        """It cannot be right, which is the giver's fault as long as others may give another: layout
+        and recipe are those of the run. Where they agree, it is ours."""
+        self._over, self._taking = snapshot, None
+        self._why_missed = why
+        if misfit is not None:
+            self.follow.adopted()  # another state, if half of it was loaded
+        self._misfits = [*self._misfits[1 - self.MISFITS_MAX :], misfit] if misfit else []
+        return [
+            Send(wire.Abort(snapshot, why[: wire.REASON_MAX])),
+            Say(f"{why}: asking for it again"),
+            *self._join(),
+        ]
+
+    def adopted(self, manifest: wire.Manifest) -> list[Action]:
+        """The replica is in the state of this snapshot."""
+        self._misfits = []
+        self.follow.adopted()
+        step, lineage = manifest.step, manifest.lineage
+        told = wire.Adopted(snapshot=manifest.snapshot, step=step, lineage=lineage)
+        return [Send(told), *self._joined()]
+
+    def _aborted(self, message: wire.Abort) -> list[Action]:
+        if self._giving is not None and self._giving[0] == message.snapshot:
+            self._giving = None
+        elif not self.joined and message.snapshot != self._over:
+            self._over, self._taking = message.snapshot, None
+            self._why_missed = message.reason
+            return self._join()
+        return []
+
+    def _give_up_if_in_vain(self, missed: int) -> None:
+        """So many snapshots in a row did not come to this replica: the server counts them, since it
+        knows of which givers that says something."""
+        alike = len(self._misfits) == self.MISFITS_MAX and len(set(self._misfits)) == 1
+        if alike and missed >= self.MISFITS_MAX:
+            raise UserError(
+                f"the run's state does not fit this worker's model or optimizer: "
+                f"{self._misfits[-1]}",
+                "start it with the same model, optimizer and settings as the others",
+            )
+        if missed >= self.MISSED_MAX:
+            raise UserError(
+                f"the run's state is not to be had, tried {missed} times: {self._why_missed}",
+                "what the others say about it stands in their own output",
+            )
+
+
+def _check_ledger(close: wire.Close) -> None:
+    try:
+        check_counts(close.ledger)
+    except PeerError as e:
+        raise UserError(
+            f"the server does not speak this protocol: step {close.step}: {e}",
+            "is it this program, in the same version?",
+        ) from None
