@@ -257,3 +257,10 @@ def test_control_has_no_clock_no_file_and_no_thread(module: str) -> None:
     imported = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
     imported |= {str(n.module) for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
     assert module not in imported
+
+
+def test_peers_are_prompted_in_an_order_that_is_always_the_same() -> None:
+    run = Run()
+    run.told.sent.clear()
+    run.control._prompt(["session-2", "session-1"], run.now)
+    assert [route for route, _ in run.told.sent] == [b"link 1", b"link 2"]

@@ -453,7 +453,7 @@ class Control:
         self.watcher.closing(close)
         update = self._data.close(close)
         self._transport.publish_update(self._data.due(), update.messages[-1])
-        for session in self.rounds.deaf:
+        for session in sorted(self.rounds.deaf):
             route = self.routes.get(session)
             if route is not None and self._transport.waiting(route) <= FETCH_BYTES:
                 self._send_update(route, update)
@@ -482,7 +482,7 @@ class Control:
 
     def _prompt(self, sessions: Collection[str], now: float) -> None:
         """Tell these on their links that a round is open, as the next pulse would."""
-        for session in sessions:
+        for session in sorted(sessions):
             self._send(session, self.rounds.pulse(now))
 
     def _send(self, session: str, message: wire.Message, *buffers: Any) -> bool:
