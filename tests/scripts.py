@@ -38,6 +38,17 @@ LAYOUT = wire.Layout(
 NONCE = "server-1"
 
 
+def leased(ledger: Ledger) -> int:
+    """Samples that workers hold."""
+    return sum(stop - start for _, start, stop in ledger._leased)
+
+
+def unleased(ledger: Ledger) -> int:
+    """Samples that are still to be leased, for the first time or again."""
+    waiting = sum(stop - start for _, start, stop in ledger._waiting)
+    return waiting + max(0, (ledger.epochs - ledger._epoch) * ledger.samples - ledger._start)
+
+
 def told(effect: Effect) -> str:
     """One effect in words."""
     match effect:

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from scripts import leased, unleased
 
 from paramserver.protocol.messages import OWN, Lease
 from paramserver.rounds.ledger import (
@@ -46,7 +47,7 @@ def test_ranges_come_in_order_and_the_last_of_an_epoch_may_be_short() -> None:
 def test_no_samples_or_no_epochs_is_nothing_to_do() -> None:
     for ledger in (Ledger(0, 3), Ledger(7, 0)):
         assert ledger.lease(4) is None
-        assert ledger.exhausted and ledger.finished and ledger.total == 0 == ledger.unleased()
+        assert ledger.exhausted and ledger.finished and ledger.total == 0 == unleased(ledger)
 
 
 def test_what_is_returned_goes_first_in_its_old_order() -> None:
@@ -97,7 +98,7 @@ def test_each_way_to_settle_is_counted_on_its_own() -> None:
         assert lease is not None
         ledger.settle(lease, how)
     assert (ledger.done, ledger.partly, ledger.skipped, ledger.counted) == (2, 2, 2, 6)
-    assert (ledger.leased(), ledger.unleased()) == (0, 4)
+    assert (leased(ledger), unleased(ledger)) == (0, 4)
 
 
 def test_exhausted_is_not_finished_while_leases_are_out() -> None:
@@ -327,7 +328,7 @@ def test_in_its_state_leases_that_are_out_wait() -> None:
         "skipped": 0,
     }
     back = Ledger.from_state(msgspec.json.decode(msgspec.json.encode(state)))
-    assert back.state() == state and back.leased() == 0
+    assert back.state() == state and leased(back) == 0
     assert back.lease(2) == (0, 2, 4)
 
 
@@ -337,9 +338,9 @@ def test_a_run_that_is_continued_may_have_more_or_fewer_epochs() -> None:
         lease = ledger.lease(2)
         assert lease is not None
         ledger.settle(lease, DONE)
-    assert Ledger.from_state(ledger.state(), 3).unleased() == 6
+    assert unleased(Ledger.from_state(ledger.state(), 3)) == 6
     fewer = Ledger.from_state(ledger.state(), 1)
-    assert fewer.finished and fewer.unleased() == 0
+    assert fewer.finished and unleased(fewer) == 0
 
 
 GOOD: dict[str, Any] = {
@@ -355,7 +356,7 @@ GOOD: dict[str, Any] = {
 
 def test_the_good_state_that_garbled_ones_are_made_of_is_good() -> None:
     ledger = Ledger.from_state(GOOD)
-    assert ledger.counted + ledger.unleased() == ledger.total
+    assert ledger.counted + unleased(ledger) == ledger.total
     assert all_of(ledger, 5) == [(0, 2, 4), (1, 0, 2), (1, 4, 9), (1, 9, 10)]
 
 
@@ -385,7 +386,7 @@ def test_samples_of_ones_own_are_counted_as_they_are_told() -> None:
     assert (ledger.done, ledger.partly, ledger.skipped) == (10, 3, 4)
     again = Ledger.from_state(ledger.state(), epochs=3)
     assert isinstance(again, OwnLedger) and again.state() == ledger.state()
-    assert not again.exhausted and not again.finished and again.unleased() == 0
+    assert not again.exhausted and not again.finished and unleased(again) == 0
 
 
 def test_the_state_of_an_empty_set_may_be() -> None:
@@ -460,7 +461,7 @@ def test_whatever_a_state_holds_it_is_refused_or_agrees(change: dict[str, Any]) 
         return
     # It may end before what it has leased already: a run goes on with fewer epochs.
     ahead = max(ledger.total, ledger._epoch * ledger.samples + ledger._start)
-    assert ledger.counted + ledger.unleased() in (ahead, ledger.counted)
+    assert ledger.counted + unleased(ledger) in (ahead, ledger.counted)
     assert len(ledger._waiting) == len(set(ledger._waiting))
 
 
@@ -608,9 +609,9 @@ class Random(RuleBasedStateMachine):
         assert ledger.partly == len(self.settled[PARTLY])
         assert ledger.skipped == len(self.settled[SKIPPED])
         assert ledger.unread == self.unread
-        assert ledger.leased() == sum(stop - start for _, start, stop in self.out)
-        assert ledger.unleased() == len(self.to_do)
-        assert ledger.counted + ledger.leased() + ledger.unleased() == ledger.total
+        assert leased(ledger) == sum(stop - start for _, start, stop in self.out)
+        assert unleased(ledger) == len(self.to_do)
+        assert ledger.counted + leased(ledger) + unleased(ledger) == ledger.total
         assert ledger.exhausted == (not self.to_do)
         assert ledger.finished == (not self.to_do and not self.out)
 

@@ -369,13 +369,6 @@ class Ledger:
     def total(self) -> int:
         return self.samples * self.epochs
 
-    def leased(self) -> int:
-        return sum(stop - start for _, start, stop in self._leased)
-
-    def unleased(self) -> int:
-        waiting = sum(stop - start for _, start, stop in self._waiting)
-        return waiting + max(0, (self.epochs - self._epoch) * self.samples - self._start)
-
     def state(self) -> dict[str, Any]:
         """JSON-ready; leases that are out are written as waiting, as a restart would see them."""
         state: dict[str, Any] = {
