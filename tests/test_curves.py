@@ -124,6 +124,17 @@ def test_smoothing_keeps_the_curve_and_drops_single_outliers() -> None:
     assert np.abs(means - (3 - at / 300)).max() <= 6 / 300
 
 
+def test_the_accuracy_is_drawn_where_there_is_one(tmp_path: Path) -> None:
+    """Else the metric that was told first."""
+    lines = [evaluation(1) | {"metrics": {"mood": 2.0}}, evaluation(2, accuracy=None)]
+    drawn = Metrics(write(tmp_path / "metrics.jsonl", lines))
+    assert drawn.metric == "accuracy" and drawn.val_metric[0] == 0.9
+    assert np.isnan(drawn.val_metric[1])
+    lines = [evaluation(1, accuracy=None), evaluation(2, accuracy=None) | {"metrics": {"mood": 2}}]
+    drawn = Metrics(write(tmp_path / "metrics.jsonl", lines))
+    assert drawn.metric == "mood" and drawn.val_metric[1] == 2
+
+
 def test_rates_are_by_the_clock_with_pauses(tmp_path: Path) -> None:
     pause = [step(at) | {"seconds": 0.01 * at + (2.0 if at > 100 else 0.0)} for at in range(1, 201)]
     at, rates = _rates(Metrics(write(tmp_path / "metrics.jsonl", pause)))

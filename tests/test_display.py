@@ -36,7 +36,7 @@ STATUS = Status(
     epoch=3,
     num_epochs=5,
     loss=0.21339,
-    val_accuracy=0.934,
+    metrics={"accuracy": 0.934},
     steps_per_s=298.2,
     samples_per_s=19080.0,
     eta_s=63.0,
@@ -475,7 +475,7 @@ def test_the_summary_in_a_pipe(pipe: Pipe) -> None:
 
 def test_an_evaluation_is_shown_with_its_step(pipe: Pipe) -> None:
     display = Display(pipe.stream, clock=at_noon)
-    display.update(replace(STATUS, val_step=800, metrics={"mood": 2.0}), 0.0)
+    display.update(replace(STATUS, val_step=800, metrics={"accuracy": 0.934, "mood": 2.0}), 0.0)
     display.update(replace(STATUS, val_step=812, step=812, late=""), 100.0)
     first, second = pipe.text.splitlines()
     assert "accuracy 93.4 % (step 800), mood 2 (step 800)," in first

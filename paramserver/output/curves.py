@@ -1,7 +1,7 @@
 """A run as a picture: curves.png from metrics.jsonl.
 
-Above, training and validation loss; below, validation accuracy and throughput with the rounds that
-closed without somebody. matplotlib is imported when a picture is drawn, not before.
+Above, training and validation loss; below, a metric of the validation, and throughput with the
+rounds that closed without somebody. matplotlib is imported when a picture is drawn, not before.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from paramserver.output import metrics
 from paramserver.output.runfolder import write_whole
 
 if TYPE_CHECKING:
@@ -56,10 +57,11 @@ class Metrics:
         evals = [record for _, record in sorted(evaluations.items())]
         self.eval_step = _column(evals, "step")
         self.val_loss = _column(evals, "val_loss")
-        self.val_accuracy = _column(evals, "val_accuracy")
-        told = [record.get("metrics") or {} for record in evals]
-        self.metric = next((name for record in told for name in record), "")
-        self.val_metric = _column(told, self.metric)
+        held = [metrics.held(record) for record in evals]
+        names = dict.fromkeys(name for record in held for name in record)
+        self.metric = metrics.ACCURACY if metrics.ACCURACY in names else next(iter(names), "")
+        """The one that is drawn; empty: there is none."""
+        self.val_metric = _column(held, self.metric)
 
 
 def draw(metrics_path: Path, out_path: Path, title: str) -> str | None:
@@ -74,7 +76,7 @@ def draw(metrics_path: Path, out_path: Path, title: str) -> str | None:
     return None
 
 
-def _png(metrics: Metrics, title: str) -> bytes:
+def _png(run: Metrics, title: str) -> bytes:
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it tells of its font cache
     import matplotlib
     from matplotlib.figure import Figure
@@ -105,42 +107,36 @@ def _png(metrics: Metrics, title: str) -> bytes:
             wspace=0.16,
         )
         figure.text(0.065, 0.945, title, fontsize=17, fontweight="bold")
-        figure.text(0.065, 0.912, _subtitle(metrics), fontsize=11, color=MUTED)
-        _draw_losses(figure.add_subplot(grid[0, :]), metrics)
-        has_accuracy = bool(np.isfinite(metrics.val_accuracy).any())
-        has_metric = bool(np.isfinite(metrics.val_metric).any())
-        if has_accuracy:
-            _draw_accuracy(figure.add_subplot(grid[1, 0]), metrics)
-        elif has_metric:
-            _draw_metric(figure.add_subplot(grid[1, 0]), metrics)
-        beside = has_accuracy or has_metric
-        _draw_rate(figure.add_subplot(grid[1, 1] if beside else grid[1, :]), metrics)
+        figure.text(0.065, 0.912, _subtitle(run), fontsize=11, color=MUTED)
+        _draw_losses(figure.add_subplot(grid[0, :]), run)
+        beside = bool(np.isfinite(run.val_metric).any())
+        if beside:
+            _draw_metric(figure.add_subplot(grid[1, 0]), run)
+        _draw_rate(figure.add_subplot(grid[1, 1] if beside else grid[1, :]), run)
         png = io.BytesIO()
         figure.savefig(png, format="png")
     return png.getvalue()
 
 
-def _subtitle(metrics: Metrics) -> str:
-    if not len(metrics.step):
+def _subtitle(run: Metrics) -> str:
+    if not len(run.step):
         return "no steps"
-    count, seconds = len(metrics.step), metrics.seconds[-1]
+    count, seconds = len(run.step), run.seconds[-1]
     parts = [f"{count:,} step{'s' if count > 1 else ''}"]
     if seconds > 0:
         parts[0] += f" in {seconds:,.1f} s"
-        parts.append(f"{np.nansum(metrics.samples) / seconds:,.0f} samples/s")
-    accuracy = metrics.val_accuracy[np.isfinite(metrics.val_accuracy)]
-    if len(accuracy):
-        parts.append(f"{100 * accuracy[-1]:.2f} % right")
-    elif len(metric := metrics.val_metric[np.isfinite(metrics.val_metric)]):
-        parts.append(f"{metrics.metric} {metric[-1]:.4g}")
-    if len(metrics.late_step):
-        parts.append(f"{len(metrics.late_step):,} rounds with a late worker")
+        parts.append(f"{np.nansum(run.samples) / seconds:,.0f} samples/s")
+    value = run.val_metric[np.isfinite(run.val_metric)]
+    if len(value):
+        parts += metrics.final({run.metric: float(value[-1])})
+    if len(run.late_step):
+        parts.append(f"{len(run.late_step):,} rounds with a late worker")
     return "   ·   ".join(parts)
 
 
-def _draw_losses(axes: Axes, metrics: Metrics) -> None:
-    _prepare(axes, metrics, "Loss")
-    step, loss = _finite(metrics.step, metrics.loss)
+def _draw_losses(axes: Axes, run: Metrics) -> None:
+    _prepare(axes, run, "Loss")
+    step, loss = _finite(run.step, run.loss)
     at, smooth = _smoothed(step, loss)
     if len(step):
         if len(step) > MAX_POINTS:
@@ -150,7 +146,7 @@ def _draw_losses(axes: Axes, metrics: Metrics) -> None:
         else:
             axes.plot(step, loss, color=BLUE, alpha=0.22, linewidth=1)
         axes.plot(at, smooth, color=BLUE, linewidth=2, label="training", marker=_dot(at))
-    eval_step, val_loss = _finite(metrics.eval_step, metrics.val_loss)
+    eval_step, val_loss = _finite(run.eval_step, run.val_loss)
     if len(eval_step):
         axes.plot(
             _thinned(eval_step),
@@ -169,43 +165,25 @@ def _draw_losses(axes: Axes, metrics: Metrics) -> None:
         _legend(axes)
 
 
-def _draw_accuracy(axes: Axes, metrics: Metrics) -> None:
-    _prepare(axes, metrics, "Validation accuracy")
-    step, accuracy = _finite(metrics.eval_step, 100 * metrics.val_accuracy)
-    axes.plot(
-        _thinned(step),
-        _thinned(accuracy),
-        color=GREEN,
-        linewidth=2,
-        marker=_dot(step, 60),
-        markersize=5,
-    )
-    low = float(accuracy.min())
-    span = max(100 - low, 1.0)
-    axes.set_ylim(max(low - 0.12 * span, -2), 100 + 0.04 * span)
-    axes.yaxis.set_major_formatter("{x:g} %")
-    axes.annotate(
-        f"{accuracy[-1]:.2f} %",
-        (step[-1], accuracy[-1]),
-        xytext=(0, -17 if accuracy[-1] > (low + 100) / 2 else 9),
-        textcoords="offset points",
-        ha="right" if len(step) > 1 else "center",
-        color=GREEN,
-        fontweight="bold",
-    )
-
-
-def _draw_metric(axes: Axes, metrics: Metrics) -> None:
-    _prepare(axes, metrics, f"Validation {metrics.metric}")
-    step, value = _finite(metrics.eval_step, metrics.val_metric)
+def _draw_metric(axes: Axes, run: Metrics) -> None:
+    _prepare(axes, run, f"Validation {run.metric}")
+    form = metrics.form(run.metric)
+    step, value = _finite(run.eval_step, form.scale * run.val_metric)
     dot = _dot(step, 60)
     axes.plot(_thinned(step), _thinned(value), color=GREEN, linewidth=2, marker=dot, markersize=5)
-    axes.margins(y=0.2)
-    falls = value[-1] < value[0]  # then the curve comes from above
+    if form.best is None:
+        axes.margins(y=0.2)
+        below = value[-1] < value[0]  # then the curve comes from above
+    else:
+        low = float(value.min())
+        span = max(form.best - low, 1.0)
+        axes.set_ylim(max(low - 0.12 * span, -2), form.best + 0.04 * span)
+        axes.yaxis.set_major_formatter(form.axis)
+        below = value[-1] > (low + form.best) / 2
     axes.annotate(
-        f"{value[-1]:.4g}",
+        form.mark.format(value=value[-1]),
         (step[-1], value[-1]),
-        xytext=(0, -17 if falls else 9),
+        xytext=(0, -17 if below else 9),
         textcoords="offset points",
         ha="right" if len(step) > 1 else "center",
         color=GREEN,
@@ -213,17 +191,17 @@ def _draw_metric(axes: Axes, metrics: Metrics) -> None:
     )
 
 
-def _draw_rate(axes: Axes, metrics: Metrics) -> None:
-    _prepare(axes, metrics, "Samples per second")
-    step, rate = _rates(metrics)
+def _draw_rate(axes: Axes, run: Metrics) -> None:
+    _prepare(axes, run, "Samples per second")
+    step, rate = _rates(run)
     if len(step):
         axes.fill_between(step, rate, color=INK, alpha=0.07, linewidth=0)
         axes.plot(step, rate, color=INK, linewidth=1.4, marker=_dot(step))
         axes.set_ylim(0, 1.15 * float(rate.max()) or 1.0)
         axes.yaxis.set_major_formatter("{x:,.0f}")
-    if len(metrics.late_step):
+    if len(run.late_step):
         first, last = axes.get_xlim()
-        marks = np.unique(np.round((metrics.late_step - first) / (last - first) * 600))
+        marks = np.unique(np.round((run.late_step - first) / (last - first) * 600))
         axes.plot(
             first + marks / 600 * (last - first),
             np.full(len(marks), 0.02),
@@ -237,7 +215,7 @@ def _draw_rate(axes: Axes, metrics: Metrics) -> None:
         _legend(axes)
 
 
-def _prepare(axes: Axes, metrics: Metrics, title: str) -> None:
+def _prepare(axes: Axes, run: Metrics, title: str) -> None:
     """The looks that all panels share, and one x axis: steps."""
     from matplotlib.ticker import MaxNLocator
 
@@ -249,7 +227,7 @@ def _prepare(axes: Axes, metrics: Metrics, title: str) -> None:
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
     axes.set_xlabel("step", color=MUTED)
-    steps = np.concatenate((metrics.step, metrics.eval_step))
+    steps = np.concatenate((run.step, run.eval_step))
     if len(steps):
         first, last = float(steps.min()), float(steps.max())
         if first <= 0.1 * last:
@@ -266,18 +244,18 @@ def _legend(axes: Axes) -> None:
     axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, borderaxespad=0.2)
 
 
-def _rates(metrics: Metrics) -> tuple[Floats, Floats]:
+def _rates(run: Metrics) -> tuple[Floats, Floats]:
     """Samples per second by the clock, pauses included, in at most RATE_BINS stretches of steps."""
-    if not len(metrics.step):
-        return metrics.step, metrics.step
-    starts = _bin_starts(len(metrics.step), RATE_BINS)
-    ends = np.append(starts[1:], len(metrics.step)) - 1
+    if not len(run.step):
+        return run.step, run.step
+    starts = _bin_starts(len(run.step), RATE_BINS)
+    ends = np.append(starts[1:], len(run.step)) - 1
     # The clock is read at the end of a step: a stretch begins where the one before it ended.
-    before = np.append(metrics.seconds[0] - metrics.step_s[0], metrics.seconds[ends[:-1]])
-    taken = metrics.seconds[ends] - before
+    before = np.append(run.seconds[0] - run.step_s[0], run.seconds[ends[:-1]])
+    taken = run.seconds[ends] - before
     with np.errstate(divide="ignore", invalid="ignore"):
-        rate = np.add.reduceat(metrics.samples, starts) / taken
-    return _finite(metrics.step[ends], rate)
+        rate = np.add.reduceat(run.samples, starts) / taken
+    return _finite(run.step[ends], rate)
 
 
 def _smoothed(x: Floats, y: Floats) -> tuple[Floats, Floats]:

@@ -36,6 +36,7 @@ from rich.table import Table
 from rich.text import Text
 
 from paramserver import notify, terminal
+from paramserver.output import metrics
 from paramserver.words import printable
 
 DRAW_S = 0.25
@@ -70,10 +71,8 @@ class Status:
     """1 is the first."""
     num_epochs: int | None = None
     loss: float | None = None
-    val_accuracy: float | None = None
-    """0 to 1."""
     metrics: Mapping[str, float | None] = field(default_factory=dict)
-    """What else the observer tells, by its name."""
+    """Of the newest evaluation, by name; shares from 0 to 1."""
     val_step: int | None = None
     """The step that was evaluated."""
     steps_per_s: float | None = None
@@ -388,9 +387,7 @@ def _figures(status: Status) -> list[str]:
         of = f"/{status.num_epochs}" if status.num_epochs is not None else ""
         figures.append(f"epoch {status.epoch}{of}")
     of = "" if status.val_step in (None, status.step) else f" (step {status.val_step:,})"
-    if status.val_accuracy is not None:
-        figures.append(f"accuracy {100 * status.val_accuracy:.1f} %{of}")
-    figures += [f"{figure}{of}" for figure in _told(status.metrics)]
+    figures += [f"{figure}{of}" for figure in metrics.live(status.metrics)]
     if status.steps_per_s is not None:
         figures.append(f"{_rate(status.steps_per_s)} steps/s")
     return figures
@@ -411,12 +408,6 @@ def _fitting(words: Sequence[str], width: int) -> list[str]:
     return fitting
 
 
-def _told(metrics: Mapping[str, float | None]) -> list[str]:
-    return [
-        f"{printable(name)} {value:.4g}" for name, value in metrics.items() if value is not None
-    ]
-
-
 def _summary_table(summary: Mapping[str, Any]) -> Table:
     def known(*forms: tuple[str, str]) -> str:
         """The values of those keys that have one, each in its form."""
@@ -425,12 +416,8 @@ def _summary_table(summary: Mapping[str, Any]) -> Table:
     table = Table(box=box.ROUNDED, show_header=False)
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
-    seconds, accuracy = summary.get("seconds"), summary.get("val_accuracy")
-    validation = [
-        "" if accuracy is None else f"{100 * accuracy:.2f} % right",
-        *_told(summary.get("metrics") or {}),
-        known(("val_loss", "loss {:.4f}")),
-    ]
+    seconds = summary.get("seconds")
+    validation = [*metrics.final(metrics.held(summary)), known(("val_loss", "loss {:.4f}"))]
     last = summary.get("last_evaluation") or {}
     if not any(validation) and last:
         validation = [f"none of the last step; the newest is of step {last['step']:,}"]

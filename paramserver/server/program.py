@@ -25,13 +25,13 @@ from paramserver.keys import path as keys_path
 from paramserver.net import link_watch, machine
 from paramserver.net.address import listen
 from paramserver.net.mdns import Announcement
-from paramserver.output import runfolder, stored
+from paramserver.output import metrics, runfolder, stored
 from paramserver.output.runfolder import Record, RunFolder, Unended
 from paramserver.protocol import messages as wire
 from paramserver.server.control import Control
 from paramserver.server.observer_process import ObserverProcess
 from paramserver.server.server import Server
-from paramserver.server.watcher import Show, other_metrics
+from paramserver.server.watcher import Show
 from paramserver.settings import Settings
 from paramserver.tensors.bucket import BUCKET_MB, LINKED_BUCKET_MB
 from paramserver.transport import malloc
@@ -57,9 +57,8 @@ def summarize(control: Control, show: Show, end: wire.End) -> dict[str, Any]:
         "seconds": seconds,
         "steps_per_s": show.steps / seconds if seconds else None,
         "samples_per_s": show.samples / seconds if seconds else None,
-        "val_accuracy": values.get("val_accuracy"),
         "val_loss": values.get("val_loss"),
-        "metrics": other_metrics(values),
+        **metrics.fields(metrics.reported(values)),
         "last_evaluation": None if show.val_step is None else {"step": show.val_step, **show.val},
         "train_loss": show.train_loss(),
         "workers": len(tallies),

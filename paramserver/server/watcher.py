@@ -6,11 +6,11 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Mapping
 from typing import Any
 
 from paramserver import logs
 from paramserver.net.mdns import Announcement
+from paramserver.output import metrics
 from paramserver.output.display import Display, Status, WorkerStatus
 from paramserver.output.problems import Problems
 from paramserver.output.runfolder import EvalLine, RunFolder, StepLine
@@ -122,8 +122,7 @@ class Show:
             step=report.step,
             seconds=self._seconds(control),
             val_loss=report.values.get("val_loss"),
-            val_accuracy=report.values.get("val_accuracy"),
-            metrics=other_metrics(report.values),
+            **metrics.fields(metrics.reported(report.values)),
         )
         if not report.final:
             self.folder.log(line)
@@ -206,8 +205,7 @@ class Show:
             else None,
             num_epochs=self.settings.num_epochs,
             loss=self.train_loss(),
-            val_accuracy=self.val.get("val_accuracy"),
-            metrics=other_metrics(self.val),
+            metrics=metrics.reported(self.val),
             val_step=self.val_step,
             steps_per_s=rate,
             samples_per_s=(self.samples - samples) / seconds if seconds > 0 else None,
@@ -216,12 +214,6 @@ class Show:
             late=self._late,
             trains=r.doing(now) == wire.Phase.TRAINING,
         )
-
-
-def other_metrics(values: Mapping[str, float | None]) -> dict[str, float | None]:
-    """What an observer told beside loss and accuracy, by its name."""
-    known = ("val_loss", "val_accuracy")
-    return {name.removeprefix("val_"): v for name, v in values.items() if name not in known}
 
 
 def _trouble(peer: Any, current: Any, now: float) -> str:
