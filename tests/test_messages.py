@@ -126,6 +126,14 @@ def test_a_field_of_a_later_version_is_passed_over() -> None:
     assert message == wire.Probe(session="s")
 
 
+def test_a_join_of_an_older_worker_is_read() -> None:
+    """It tells of its link, too, which nobody used."""
+    join = wire.Join(layout=wire.Layout(()), step=3, lineage="x", device="cpu")
+    [header] = wire.to_frames(join)
+    older = json.loads(header) | {"link": "ipc"}
+    assert wire.from_frames([json.dumps(older).encode()]) == (join, [])
+
+
 def test_defaults_need_not_be_sent() -> None:
     message, _ = wire.from_frames([b'{"type":"push","round":1,"bucket":0,"samples":2}'])
     assert message == wire.Push(round=1, bucket=0, samples=2)

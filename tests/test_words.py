@@ -40,7 +40,7 @@ SAID: dict[str, tuple[wire.Message, list[str]]] = {
     "hello": (msgspec.structs.replace(HELLO), ["host", "role"]),
     "join": (
         wire.Join(layout=wire.Layout(()), step=0, lineage="x", device=""),
-        ["device", "kind", "recipe", "link"],
+        ["device", "kind", "recipe"],
     ),
     "later": (wire.Later(""), ["reason"]),
     "reject": (wire.Reject(""), ["reason", "hint"]),

@@ -291,20 +291,20 @@ class Join(Message, frozen=True):
     step: Annotated[int, msgspec.Meta(ge=-NUMBER_MAX, le=STEP_MAX)]
     lineage: Id
     device: Name
+    """Not used any more: servers of this protocol that are older than that do not do without."""
     kind: Words = ""
     """What rounds as this replica does, in words: equal kinds must have equal digests."""
     recipe: Recipe = ""
     """What turns an average into weights there, in words: it must be the same everywhere."""
     ledger: Anything | None = None
     """As of this step: for a server that knows nothing of the log, since it is new or resumes."""
-    link: Name = "tcp"
     sharing: bool = False
     """This peer reads averages from the server's ring, if there is one when it is admitted."""
     outbox: Int = 0
     """Number of the outbox that it has made for its pushes; 0: none."""
 
     def __post_init__(self) -> None:
-        self._clip("device", "kind", "link")
+        self._clip("device", "kind")
         if not self.recipe.isprintable():
             msgspec.structs.force_setattr(self, "recipe", printable(self.recipe))
 

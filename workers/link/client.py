@@ -194,7 +194,6 @@ class Client:
                 kind=replica.kind(),
                 recipe=replica.recipe(),
                 ledger=replica.ledger,
-                link=connection.kind,
                 sharing=connection.shared is not None,
                 outbox=0 if outbox is None else self._outboxes,
             )
