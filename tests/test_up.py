@@ -59,7 +59,7 @@ class Net(nn.Sequential):
         super().__init__(nn.Flatten(), nn.Linear(pixels, inside.CLASSES))
 """
 """A model that lies in no clone, and needs a neighbour."""
-SLOWER = "40mbit"
+SLOWER = "15mbit"  # so slow that the link is what a round waits for, however busy this machine is
 LONG = ("num_epochs=10000", "heartbeat_timeout=3")
 
 
@@ -220,7 +220,7 @@ def test_what_fails_is_told_and_the_next_start_works(cluster: Cluster) -> None:
         )
         assert (machines.home(new) / "paramserver/code/.venv/.ready").exists()
     assert re.search(
-        rf"{new} +\| warning: 0.0[345] Gbit/s come up now, where make doctor had measured 0.56",
+        rf"{new} +\| warning: 0.0[12] Gbit/s come up now, where make doctor had measured 0.56",
         said,
     )
     assert "mini1 | error: port 43210 is taken" in said
@@ -238,7 +238,7 @@ def test_what_fails_is_told_and_the_next_start_works(cluster: Cluster) -> None:
     again.wait_for(r"mini1 \| .*step [1-9]")
 
     machines.slow_down(new, "eth0", SLOWER)
-    slow = rf"worker 1 \({new}\) brings 0.0[2-6]\d Gbit/s, where make doctor had measured 0.56"
+    slow = rf"worker 1 \({new}\) brings 0.0[012]\d Gbit/s, where make doctor had measured 0.56"
     again.wait_for(rf"mini1 \| .*warning: {slow}")
     assert re.search(rf"the newest warnings:\nmini1 \| .*{slow}", cluster.says("status"))
     machines.slow_down(new, "eth0")
