@@ -229,14 +229,6 @@ class AsksTheSameForEver(Rounds):
         pass
 
 
-class CountsWhatLiarsDoNotGive(Rounds):
-    """A joiner gives up after five snapshots that it did not get, whoever did not give them."""
-
-    def _gave_nothing(self, giver: Peer, joiner: Peer, now: float) -> None:
-        joiner.missed += not (giver.role == "observer" or giver.proven)
-        super()._gave_nothing(giver, joiner, now)
-
-
 class BelievesAdopted(Rounds):
     """Who says that it holds a snapshot holds it."""
 
@@ -340,7 +332,6 @@ class ListeningObserver(Listens, Observer):
         (Parts(rounds=BlamesTheNextLease), "nothing is wrong with it", 43202),
         (Parts(rounds=GivesWithoutEnd), "two snapshots in a row", 3),
         (Parts(rounds=AsksTheSameForEver), "not to be had|could have gone on", 2563),
-        (Parts(rounds=CountsWhatLiarsDoNotGive), "not to be had", 19847),
         (Parts(rounds=BelievesAdopted), "without all its pieces", 3),
         (Parts(rounds=PassesEverythingOn), "passed on twice|could have gone on|not to be had", 3),
         (Parts(follow=AppliesTwice), "another model than the log", 0),
