@@ -406,6 +406,7 @@ def test_a_secret_is_told_to_nobody() -> None:
         assert heard == wire.Probe(session=welcome.session)
         crew = Crew(served, perceptron, Noise(32))
         link.send_multipart(wire.to_frames(wire.Goodbye(reason="as you like")))
+        served.until(lambda: not served.server.rounds.peers)  # its number is free
         served.wait(crew.start(1, 8))
 
 
