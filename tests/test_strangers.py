@@ -263,6 +263,7 @@ def test_a_layout_that_cannot_be_is_refused(name: str) -> None:
             link.send_multipart(wire.to_frames(join))
             assert answer(link, wire.Reject).reason
             link.send_multipart(wire.to_frames(wire.Goodbye(reason="as you like")))
+            served.until(lambda: not served.server.rounds.peers)
         crew = Crew(served, perceptron, Noise(32))
         served.wait(crew.start(1, 8))
 
@@ -289,6 +290,7 @@ def test_a_ledger_that_cannot_be_is_refused(ledger: dict[str, Any]) -> None:
             link.send_multipart(wire.to_frames(join))
             assert "ledger" in answer(link, wire.Reject).reason
             link.send_multipart(wire.to_frames(wire.Goodbye(reason="as you like")))
+            served.until(lambda: not served.server.rounds.peers)
         crew = Crew(served, perceptron, Noise(32))
         served.wait(crew.start(1, 8))
 
