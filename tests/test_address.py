@@ -66,7 +66,11 @@ def test_another_machine_without_a_token_is_an_error_that_helps() -> None:
     assert find(ELSEWHERE, 65432, None, security="none") == Address(ELSEWHERE, 65432)
 
 
-@pytest.mark.parametrize("text", [TOKEN, f"{TOKEN}\n", f"  {TOKEN[:50]}\n{TOKEN[50:]}\n\n"])
+@pytest.mark.parametrize(
+    "text",
+    [TOKEN, f"{TOKEN}\n", f"  {TOKEN[:50]}\n{TOKEN[50:]}\n\n"],
+    ids=["as it is", "with a newline", "on two lines"],  # TOKEN is another one in each process
+)
 def test_a_token_may_lie_in_a_file(tmp_path: Path, text: str) -> None:
     file = tmp_path / "token"
     file.write_text(text)
