@@ -64,8 +64,10 @@ def quiet_environment(tmp_path_factory: pytest.TempPathFactory) -> None:
     """One torch thread; no W&B login and no make variables from outside, here and in children."""
     torch.set_num_threads(1)
     with suppress(ValueError):  # not in the main thread
-        # A shell that starts tests in the background has SIGINT ignored in all that they start.
+        # A shell that starts tests in the background has SIGINT ignored in all that they start,
+        # and nohup has SIGHUP ignored.
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
     for name in list(os.environ):
         if name.startswith("WANDB_") or name in {
             "MAKEFLAGS",

@@ -431,6 +431,14 @@ class Schedule:
         outcome.events = self.world.events
         return outcome
 
+    def _check_refused(self, end: wire.End) -> None:
+        """Each of the last rounds had gradients, and there was really something wrong with all."""
+        if not {"bad", "liar"} & set(self.outcome.seen):
+            raise Broken(f"nobody's numbers were bad: {end.reason}")
+        for close in self.server.book.closes[-self.rules.max_bad_rounds :]:
+            if close.contributors or not close.late:
+                raise Broken(f"round {close.round} was not one of bad gradients: {end.reason}")
+
     def _run(self) -> None:
         outcome, server, world = self.outcome, self.server, self.world
         patience_s = PATIENCE_S + PATIENCE_FOR_A_SAMPLE_S * self.rules.epochs * self.habits.samples
@@ -446,6 +454,9 @@ class Schedule:
             self._check_waits(end)
             if self.home_at < world.now:
                 outcome.seen["all went home"] += 1
+            elif "gradients that had to be refused" in end.reason:
+                outcome.seen["only bad gradients"] += 1
+                self._check_refused(end)
             else:
                 outcome.seen["state lost with all its holders"] += 1
                 self._check_given_up(end)
