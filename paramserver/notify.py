@@ -16,6 +16,8 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from paramserver import drafts
+
 VARIABLE = "PARAMSERVER_NOTIFY"
 
 
@@ -69,7 +71,5 @@ def _tell(**news: str | float) -> None:
     with _lock, suppress(OSError):
         for name, value in news.items():
             setattr(_told, name, value)
-        draft = f"{path}.tmp"
-        with open(draft, "w", encoding="utf-8") as file:
-            json.dump(asdict(_told), file)
-        os.replace(draft, path)
+        # Not synced: a warning may come from between two rounds, which do not wait for a disk.
+        drafts.write(Path(path), json.dumps(asdict(_told)), synced=False)

@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from paramserver.output import drafts, stored
+from paramserver import drafts
+from paramserver.output import stored
 from paramserver.output.runfolder import find_checkpoint
 from workers.replica import checkpoint
 from workers.replica.replica import Replica
@@ -25,7 +26,7 @@ DIES_WHILE_WRITING = """
 import os, signal, sys
 from pathlib import Path
 from test_checkpoint import replica
-from paramserver.output import drafts
+from paramserver import drafts
 from workers.replica import checkpoint
 drafts.os.fsync = lambda fd: os.kill(os.getpid(), signal.SIGKILL)
 checkpoint.save(Path(sys.argv[1]) / checkpoint.name(2), replica(), "run", {})

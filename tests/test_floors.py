@@ -19,6 +19,7 @@ PACKAGES = ("paramserver", "workers")
 
 ROOMS = [
     "paramserver.errors paramserver.words paramserver.trace paramserver.settings paramserver",
+    "paramserver.locks paramserver.drafts",
     "paramserver.terminal paramserver.notify paramserver.logs",
     "paramserver.protocol",
     "paramserver.wire",
@@ -157,6 +158,8 @@ def faults(module: str, source: str, known: set[str]) -> list[str]:
                 found.append(
                     f"{module}:{line} calls {call}: only paramserver.transport.sockets does that"
                 )
+            if re.fullmatch(r"(fcntl\.)?(flock|lockf)", call) and module != "paramserver.locks":
+                found.append(f"{module}:{line} calls {call}: only paramserver.locks does that")
             if call.endswith("torch.load") and given.get("weights_only") != "True":
                 found.append(f"{module}:{line} calls {call} without weights_only=True")
             if given.get("allow_pickle", "False") != "False":
@@ -226,6 +229,7 @@ SERVER, CLIENT = "paramserver.server.server", "workers.link.client"
         ("workers.replica.checkpoint", "torch.load(path)", "without weights_only=True"),
         ("workers.replica.state", "torch.load(p, weights_only=False)", "without weights_only=True"),
         ("workers.builtin.data", "np.load(path, allow_pickle=True)", "with allow_pickle"),
+        ("paramserver.drafts", "fcntl.flock(fd, 2)", "only paramserver.locks does that"),
         ("workers.brand_new", "", "add it to ROOMS"),
         ("paramserver.brand_new", "", "add it to ROOMS"),
         ("paramserver.brand.new", "", "add it to ROOMS"),
@@ -251,6 +255,7 @@ def test_a_break_of_the_rules_is_found(module: str, source: str, complaint: str)
         (SOCKETS, "zmq.Context().socket(zmq.PUB)"),
         ("paramserver.config.loading", "from omegaconf import OmegaConf"),
         ("workers.replica.checkpoint", "torch.load(path, weights_only=True)"),
+        ("paramserver.locks", "fcntl.flock(fd, 2)"),
     ],
 )
 def test_what_keeps_the_rules_is_let_through(module: str, source: str) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from whole import Run
 
-from paramserver import notify
+from paramserver import drafts, notify
 from paramserver.config.loading import exit_on_user_error
 from paramserver.errors import UserError
 from paramserver.notify import Notice, read
@@ -57,6 +57,15 @@ def test_where_it_cannot_be_told_the_program_goes_on(
 ) -> None:
     monkeypatch.setenv(notify.VARIABLE, str(place / "no folder"))
     notify.warning("unheard")
+
+
+def test_telling_does_not_wait_for_a_disk(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fsync(fd: int) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(drafts.os, "fsync", fsync)
+    notify.ready("10.10.0.1:65432")
+    assert read(place).ready == "10.10.0.1:65432"
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"what comes later": 1}', '"\\ud800"'])

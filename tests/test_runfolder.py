@@ -19,6 +19,7 @@ import pytest
 from whole import DEADLINE_S
 
 import paramserver.output.runfolder as runfolder
+from paramserver import drafts
 from paramserver.errors import UserError
 from paramserver.net import machine
 from paramserver.output import stored
@@ -31,7 +32,6 @@ from paramserver.output.runfolder import (
     find_checkpoint,
     latest,
     unended,
-    write_whole,
 )
 from paramserver.rounds.recovery import NOTHING, UNKNOWN
 
@@ -455,11 +455,11 @@ def test_summary_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["summary.json"]
 
 
-def test_write_whole_raises_and_leaves_nothing(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_written_raises_and_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "file").touch()
     with pytest.raises(OSError, match="director"):
-        write_whole(tmp_path / "taken", b"content")
+        drafts.write(tmp_path / "taken", b"content")
     assert [path.name for path in tmp_path.iterdir()] == ["taken"]
 
 

@@ -191,6 +191,15 @@ def test_what_a_killed_keeper_kept_is_found_and_ended(here: Kept) -> None:
     assert kept(here.place.mark) == []
 
 
+def test_what_a_killed_keeper_only_half_wrote_is_removed_by_the_next(here: Kept) -> None:
+    here.place.make()
+    half = [here.place.state.with_name(f"worker.{name}.1.tmp") for name in ("json", "notify")]
+    for path in half:
+        path.touch()
+    here.start(WAITS)
+    assert not any(path.exists() for path in half)
+
+
 def test_children_of_what_is_kept_end_with_it(here: Kept) -> None:
     here.start(WITH_CHILD)
     assert next(here.lines()) == "here"

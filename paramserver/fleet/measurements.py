@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from paramserver import drafts
+
 FILE = "figures.json"
 
 
@@ -34,9 +36,8 @@ def from_json(data: Sequence[dict[str, Any]]) -> list[Figure]:
 
 def write(folder: Path, figures: Sequence[Figure]) -> None:
     """In place of those before. Raises OSError."""
-    draft = folder / f"{FILE}.tmp"
-    draft.write_text(json.dumps(to_json(figures)))
-    draft.replace(folder / FILE)
+    drafts.sweep(folder)
+    drafts.write(folder / FILE, json.dumps(to_json(figures)), synced=False)
 
 
 def read(folder: Path) -> list[Figure]:

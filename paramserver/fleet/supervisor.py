@@ -24,7 +24,6 @@ enough, but for looking whether anything is left.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import platform
@@ -41,7 +40,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
-from paramserver import notify
+from paramserver import drafts, locks, notify
 
 MARK = "PARAMSERVER_KEPT"
 """Environment variable of everything that a keeper starts, also where that starts others."""
@@ -108,33 +107,30 @@ class Place:
         for folder in (self.lock.parent, self.log.parent):
             folder.mkdir(parents=True, exist_ok=True)
             folder.chmod(0o700)
+        drafts.sweep(self.state.parent)
 
     def take(self) -> IO[str] | None:
         """The lock, held while the file is open; None where somebody has it."""
         file = open(self.lock, "a+")  # noqa: SIM115
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.close()
-            return None
-        return file
+        with suppress(OSError):
+            if locks.take(file.fileno()):
+                return file
+        file.close()
+        return None
 
     @property
     def alive(self) -> bool:
-        """Does a keeper hold the lock? Those who ask share it, and so do not see each other."""
+        """Does a keeper hold the lock?"""
         try:
             with open(self.lock) as file:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                return locks.is_held(file.fileno())
         except FileNotFoundError:
             return False
         except OSError:
             return True
-        return False
 
     def write(self, state: State) -> None:
-        draft = self.state.with_suffix(".tmp")
-        draft.write_text(json.dumps(asdict(state)))
-        draft.replace(self.state)
+        drafts.write(self.state, json.dumps(asdict(state)), synced=False)
 
     def read(self) -> State | None:
         """How it stands, or stood last; None where nothing was ever kept under this name."""

@@ -15,8 +15,8 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from paramserver import drafts
 from paramserver.output import metrics
-from paramserver.output.runfolder import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -70,7 +70,7 @@ def draw(metrics_path: Path, out_path: Path, title: str) -> str | None:
     Returns a sentence where a file could not be read or written.
     """
     try:
-        write_whole(out_path, _png(Metrics(metrics_path), title))
+        drafts.write(out_path, _png(Metrics(metrics_path), title))
     except OSError as error:
         return f"{out_path} was not drawn: {error.strerror or error}"
     return None

@@ -18,13 +18,10 @@ Nothing here ends a training: where the disk is full or gone, a sentence says so
 from __future__ import annotations
 
 import errno
-import fcntl
 import math
 import os
 import re
-import select
 import socket
-import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -34,14 +31,15 @@ from typing import Any
 
 import msgspec
 
+from paramserver import drafts, locks
 from paramserver.config.schema import flatten, shown
 from paramserver.errors import UserError
 from paramserver.net import machine
-from paramserver.output import drafts, stored
+from paramserver.output import stored
 from paramserver.rounds.recovery import NOTHING, UNKNOWN
 
 NEWEST_RUN = ".newest_run"  # in the folder of run folders: the highest number of a run
-NUMBER_LOCK_S, NUMBER_LOOK_S = 5.0, 0.005  # for a lock that is held for a moment
+NUMBER_LOCK_S = 5.0  # for a lock that is held for a moment
 RETRY_S = 1.0  # after the disk took nothing
 NOTE_BYTES = 64  # of newest_step: the number of a step and its lineage
 MAX_WAITING_BYTES = 4_000_000  # kept while the disk takes nothing, some 20,000 lines
@@ -186,14 +184,12 @@ class RunFolder:
         where it is another's that lives."""
         descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(descriptor)
-            return False
+            if not locks.take(descriptor):
+                os.close(descriptor)
+                return False
+            self.locked = True
         except OSError:
             self.locked = False  # a file system without locks
-        else:
-            self.locked = True
         self._claim = descriptor
         return True
 
@@ -521,7 +517,8 @@ def _take_number(parent: Path) -> int:
     except PermissionError:  # another user's, in a folder that several share
         return 1 + max([0, *map(_number, _run_folders(parent))])
     try:
-        _lock(fd)
+        with suppress(OSError):  # a file system without locks
+            locks.take(fd, NUMBER_LOCK_S)
         kept = os.pread(fd, 20, 0).strip()
         was = int(kept) if kept.isdigit() else 0
         number = 1 + max([was, *map(_number, _run_folders(parent))])
@@ -531,29 +528,10 @@ def _take_number(parent: Path) -> int:
     return number
 
 
-def _lock(fd: int) -> None:
-    """Lock a file for this process; not where its file system has no locks, or they hang."""
-    until = time.monotonic() + NUMBER_LOCK_S
-    while time.monotonic() < until:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            select.select([], [], [], NUMBER_LOOK_S)
-        except OSError:
-            return
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file such that under its name there is never half of it. Raises OSError."""
-    with drafts.draft(path) as file:
-        file.write(content)
-
-
 def _try_to_write(path: Path, content: bytes) -> str | None:
-    """`write_whole`; a sentence where that failed."""
+    """`drafts.write`; a sentence where that failed."""
     try:
-        write_whole(path, content)
+        drafts.write(path, content)
     except OSError as error:
         return f"{path} was not written: {_reason(error)}"
     return None

@@ -6,13 +6,14 @@ process, however that ended, so a folder whose lock is free belongs to nobody.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import stat
 import tempfile
 from contextlib import suppress
 from pathlib import Path
+
+from paramserver import locks
 
 PREFIX = "paramserver-"
 
@@ -31,7 +32,7 @@ class PrivateFolder:
         self._lock: int | None = None
         try:
             self._lock = os.open(new, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            locks.take(self._lock)
             new.rename(self.path / "lock")  # from now on its lock tells whose it is
         except OSError:  # a full disk, one without locks
             shutil.rmtree(self.path, ignore_errors=True)
@@ -71,7 +72,7 @@ def _sweep(folder: Path) -> None:
             return
         lock = os.open(folder / "lock", os.O_RDWR | os.O_CLOEXEC)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(folder, ignore_errors=True)
+            if locks.take(lock):
+                shutil.rmtree(folder, ignore_errors=True)
         finally:
             os.close(lock)

@@ -21,10 +21,9 @@ from pathlib import Path
 import msgspec
 import torch
 
-from paramserver import logs, trace
+from paramserver import drafts, logs, trace
 from paramserver.config.loading import exit_on_user_error
 from paramserver.errors import UserError
-from paramserver.output import drafts
 from paramserver.output.runfolder import RunFolder
 from paramserver.protocol import messages as wire
 from paramserver.settings import Settings

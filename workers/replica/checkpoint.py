@@ -21,8 +21,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as pack
 from torch import Tensor
 
+from paramserver import drafts
 from paramserver.errors import UserError
-from paramserver.output import drafts, stored
+from paramserver.output import stored
 from paramserver.output.stored import FORMAT, MODEL_FORMAT, STEPS_MAX, name
 from workers.replica.replica import Replica
 from workers.replica.state import DTYPES, as_bytes, dtype_name, flatten, unflatten

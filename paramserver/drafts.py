@@ -7,8 +7,8 @@ will finish are known, whatever their writer was called and whoever has its proc
 from __future__ import annotations
 
 import errno
-import fcntl
 import io
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import psutil
+from paramserver import locks
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 RESERVE_BYTES = 2**20  # that a large file leaves to others: metrics, the summary
@@ -37,19 +37,27 @@ class Draft:
             view = view[self._file.write(view[:CHUNK_BYTES]) :]
 
 
-@contextmanager
-def draft(path: Path, size: int = 0) -> Iterator[Draft]:
-    """Write `path`: what is written in the block takes its place at the end, on the disk for sure.
+def write(path: Path, content: str | bytes, *, synced: bool = True) -> None:
+    """Write a file such that under its name there is never half of it. Raises OSError."""
+    with draft(path, synced=synced) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
 
-    `size`: bytes that will be written. Raises OSError, at once where there is no room for so many;
-    then what was there is as it was, and no draft is left.
+
+@contextmanager
+def draft(path: Path, size: int = 0, *, synced: bool = True) -> Iterator[Draft]:
+    """Write `path`: what is written in the block takes its place at the end.
+
+    `size`: bytes that will be written. `synced`: they are on the disk by then, which may take
+    seconds; without it a machine that loses its power may lose them. Raises OSError, at once where
+    there is no room for so many; then what was there is as it was, and no draft is left.
     """
     _look_for_room(path.parent, size)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     file = _open(temporary)
     try:
         yield Draft(file)
-        os.fsync(file.fileno())
+        if synced:
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         with suppress(OSError):
@@ -75,7 +83,7 @@ def _open(path: Path) -> io.FileIO:
         file = io.FileIO(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), "r+")
         try:
             with suppress(OSError):  # a file system without locks
-                fcntl.flock(file.fileno(), fcntl.LOCK_EX)
+                locks.take(file.fileno(), math.inf)  # somebody may be sweeping
             if os.fstat(file.fileno()).st_nlink:
                 os.ftruncate(file.fileno(), 0)
                 return file
@@ -88,19 +96,17 @@ def _open(path: Path) -> io.FileIO:
 def _remove_if_dead(path: Path) -> None:
     fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return
-    except OSError:  # a file system without locks: its writer may live where its number does
-        writer = path.name.split(".")[-2]
-        if writer.isdigit() and psutil.pid_exists(int(writer)):
-            return
-    else:
-        path.unlink(missing_ok=True)
-        return
+        try:
+            lives = not locks.take(fd)
+        except OSError:  # a file system without locks: its writer may live where its number does
+            import psutil
+
+            writer = path.name.split(".")[-2]
+            lives = writer.isdigit() and psutil.pid_exists(int(writer))
+        if not lives:
+            path.unlink(missing_ok=True)
     finally:
         os.close(fd)
-    path.unlink(missing_ok=True)
 
 
 def _look_for_room(folder: Path, size: int) -> None:
