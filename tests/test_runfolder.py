@@ -268,6 +268,7 @@ def test_on_a_disk_of_several_machines_another_ones_run_is_not_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(machine, "is_shared", lambda path: True)
+    monkeypatch.setattr(machine, "identity", lambda: "this one")  # a container may have none
     made(tmp_path, NOON, machine="another", host="mini2")
     found = unended(tmp_path, 1, {})
     assert found is not None and found.differs == ("its machine is mini2",)

@@ -139,6 +139,8 @@ OWN: Lease = (0, 0, 0)
 
 Leases = Annotated[tuple[Lease, ...], msgspec.Meta(max_length=8)]
 
+LEVELS_MAX = 32
+"""Of lists and dicts in each other, where a message may hold anything."""
 Anything = Annotated[dict[Name, Any], msgspec.Meta(max_length=1000)]
 """A dict of what this module knows nothing of; as JSON at most `MEASURED_BYTES_MAX`."""
 
@@ -690,6 +692,7 @@ def from_frames(frames: Sequence[Any]) -> tuple[Any, list[Any]]:
         raise PeerError(f"a header of {len(header)} bytes (at most {most})")
     try:
         message = _decoder.decode(header)
+        _check_depth(message)
         if len(header) > MEASURED_BYTES_MAX:
             _measure(message)
     except (ValueError, RecursionError) as e:  # DecodeError, ValidationError, UnicodeDecodeError
@@ -706,6 +709,24 @@ def header_limit(header: Any) -> int:
 
 
 _limits = {str(kind.__struct_config__.tag).encode(): n for kind, n in HEADER_LIMITS.items()}
+
+
+def _check_depth(message: Any) -> None:
+    """What may hold anything is not nested deeper than it may be; raises ValueError. How deep the
+    decoder goes depends on the version of Python; whoever handles the values may go less deep."""
+    if not isinstance(message, Welcome | Join | Close):
+        return
+    level: list[Any] = [getattr(message, field, None) for field in ("settings", "ledger")]
+    for _ in range(LEVELS_MAX):
+        level = [
+            inner
+            for value in level
+            if isinstance(value, dict | list)
+            for inner in (value.values() if isinstance(value, dict) else value)
+        ]
+        if not level:
+            return
+    raise ValueError(f"`settings` or `ledger` is nested deeper than {LEVELS_MAX} levels")
 
 
 def _measure(message: Any) -> None:
