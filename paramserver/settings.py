@@ -3,7 +3,8 @@
 `paramserver.config.loading` fills them from the YAML files and the command line and is the only
 file that sees OmegaConf. Everyone else gets a finished, checked `Settings`.
 
-Each field carries `help` (what it does), `unit` (of a number) and `scope`:
+Each field carries `help` (what it does), `unit` (of a number), what its value may be (`ranges`) and
+`scope`:
 
 * ``run``    the same for everybody; the server's value is sent to all in the welcome;
 * ``server`` read only by the server and its observer;
@@ -12,13 +13,34 @@ Each field carries `help` (what it does), `unit` (of a number) and `scope`:
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
+from paramserver.protocol.messages import WORKERS_MAX
+from paramserver.ranges import (
+    ADDRESS,
+    DEVICE,
+    FILLED,
+    IMPORTABLE,
+    SECONDS,
+    SEED,
+    Range,
+    at_least,
+    at_most,
+    between,
+    more_than,
+    one_of,
+    share_of,
+)
 
-def setting(default: Any, help: str, *, unit: str = "", scope: str = "run") -> Any:
-    """A dataclass field with its documentation; a dict default is copied for each instance."""
-    metadata = {"help": help, "unit": unit, "scope": scope}
+CODECS = ("float32", "float16", "bfloat16", "int8", "topk")
+WANDB_MODES = ("online", "offline", "disabled")
+
+
+def setting(default: Any, help: str, *ranges: Range, unit: str = "", scope: str = "run") -> Any:
+    """A dataclass field with its documentation, and the ranges that a value other than null is in;
+    a dict default is copied for each instance."""
+    metadata = {"help": help, "ranges": ranges, "unit": unit, "scope": scope}
     if isinstance(default, dict):
         return field(default_factory=lambda: dict(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -31,9 +53,10 @@ class Wandb:
     mode: str | None = setting(
         None,
         "online | offline | disabled; null = online where there is a login, else offline",
+        one_of(*WANDB_MODES),
         scope="server",
     )
-    project: str = setting("paramserver", "project on W&B", scope="server")
+    project: str = setting("paramserver", "project on W&B", FILLED, scope="server")
     name: str | None = setting(
         None, "name of the run; null = the run folder's name", scope="server"
     )
@@ -51,34 +74,43 @@ class Settings:
         "address; auto = the server chooses by kind (Thunderbolt, Ethernet, Wi-Fi), a worker finds "
         "the server by mDNS; null = loopback only, but a server whose hosts names other machines "
         "chooses, too",
+        ADDRESS,
         scope="local",
     )
     hosts: list[Any] | None = setting(
         None, "the machines that make up starts a run on; see docs/cluster.md", scope="local"
     )
-    port: int = setting(65432, "TCP port of the server; the next one is used too", scope="local")
+    port: int = setting(
+        65432, "TCP port of the server; the next one is used too", between(1, 65534), scope="local"
+    )
     join: str | None = setting(
         None,
         "worker: the join token of a server on another machine, or a file that holds it; it holds "
         "address and port, too; also in the environment, as PARAMSERVER_JOIN",
+        FILLED,
         scope="local",
     )
     security: str = setting(
         "curve",
         "curve | none; none = no keys and no encryption: whoever reaches the server may take part",
+        one_of("curve", "none"),
         scope="local",
     )
-    id: int | None = setting(None, "worker: its number, 1 or more", scope="local")
-    device: str = setting("auto", "auto | cpu | cuda | cuda:N | mps", scope="local")
+    id: int | None = setting(
+        None, "worker: its number, 1 or more", between(1, 65535), scope="local"
+    )
+    device: str = setting("auto", "auto | cpu | cuda | cuda:N | mps", DEVICE, scope="local")
     threads: int | None = setting(
         None,
         "torch's threads; null = a worker's share of the machine's cores, one in the server",
+        at_least(1),
         scope="local",
     )
     allow: list[Any] | None = setting(
         None,
         "worker: packages, modules or module:Name, beside those in the folder where it is started, "
         "that the server's settings may name",
+        IMPORTABLE,
         scope="local",
     )
     shared_memory: bool = setting(
@@ -88,31 +120,37 @@ class Settings:
         "is everybody's",
         scope="local",
     )
-    run_dir: str = setting("runs", "parent folder of the run folders", scope="local")
+    run_dir: str = setting("runs", "parent folder of the run folders", FILLED, scope="local")
     plain: bool = setting(False, "show progress as plain lines, on a terminal too", scope="local")
 
     # Who, and how long to wait
-    num_workers: int = setting(2, "workers that the first round waits for")
+    num_workers: int = setting(2, "workers that the first round waits for", between(1, 65535))
     max_workers: int = setting(
-        64, "worker ids run from 1 to this; more than num_workers may join at any time"
+        64,
+        "worker ids run from 1 to this; more than num_workers may join at any time",
+        between(1, WORKERS_MAX),
     )
-    min_workers: int = setting(1, "the run pauses while fewer workers than this are here")
+    min_workers: int = setting(
+        1, "the run pauses while fewer workers than this are here", at_least(1)
+    )
     timeout: float | None = setting(
         None,
         "how long a round still waits for the rest once its quorum has pushed; "
         "null = from measured times",
+        *SECONDS,
         unit="s",
     )
     quorum: float = setting(
-        0.5, "share of a round's workers after whose gradients timeout starts to run"
+        0.5, "share of a round's workers after whose gradients timeout starts to run", share_of(1)
     )
     heartbeat_timeout: float = setting(
-        10.0, "silence after which a machine counts as gone", unit="s"
+        10.0, "silence after which a machine counts as gone", *SECONDS, at_least(0.01), unit="s"
     )
     join_timeout: float = setting(
         60.0,
         "how long the server waits for num_workers before it starts with fewer, "
         "and a worker for its server",
+        *SECONDS,
         unit="s",
         scope="local",
     )
@@ -120,6 +158,7 @@ class Settings:
         1800.0,
         "the run ends when no step was made for this long; a worker waits this long for a server "
         "that died",
+        *SECONDS,
         unit="s",
     )
 
@@ -128,44 +167,56 @@ class Settings:
         "float32",
         "numbers on the wire: float32; half the bytes with float16 or bfloat16, a quarter with "
         "int8; only the largest numbers with topk",
+        one_of(*CODECS),
     )
-    codec_down: str | None = setting(None, "the same for the averages; null = as codec")
+    codec_down: str | None = setting(
+        None, "the same for the averages; null = as codec", one_of(*CODECS)
+    )
     topk_ratio: float = setting(
-        0.01, "share of the numbers that topk pushes; averages carry twice that"
+        0.01, "share of the numbers that topk pushes; averages carry twice that", share_of(1)
     )
     bucket_mb: float | None = setting(
         None,
         "size of a bucket, counted as float32; null = 4 where the server listens on loopback only, "
         "else 2",
+        share_of(256),
+        at_least(0.0001),
         unit="MiB",
     )
     history_mb: float = setting(
         256.0,
         "newest updates that the server keeps for replicas that fell behind; at least one",
+        at_least(0),
+        at_most(1e9),
         unit="MiB",
     )
     max_norm_ratio: float | None = setting(
         1000.0,
         "the server refuses a gradient whose norm is more than this many times the usual norm of "
         "its bucket; null = only one that is not finite",
+        more_than(1),
     )
     max_bad_rounds: int = setting(
         10,
         "the run ends after this many rounds in a row with only refused gradients",
+        at_least(1),
         unit="rounds",
     )
     digest_steps: int = setting(
-        500, "between two comparisons of the replicas' weights; 0 = never", unit="steps"
+        500,
+        "between two comparisons of the replicas' weights; 0 = never",
+        at_least(0),
+        unit="steps",
     )
     deterministic: bool = setting(
         False, "add gradients in the order of worker ids: the same bits run after run"
     )
 
     # The training
-    seed: int = setting(42, "seed of the first weights, the split and the shuffling")
-    batch_size: int = setting(32, "samples per worker and step")
-    learning_rate: float = setting(0.001, "the optimizer's step size")
-    num_epochs: int = setting(2, "passes over the training set")
+    seed: int = setting(42, "seed of the first weights, the split and the shuffling", SEED)
+    batch_size: int = setting(32, "samples per worker and step", at_least(1))
+    learning_rate: float = setting(0.001, "the optimizer's step size", more_than(0))
+    num_epochs: int = setting(2, "passes over the training set", at_least(1))
     optimizer: dict[str, Any] = setting(
         {"name": "Adam"},
         "one of torch.optim by its name, or your own as package.module:Name; with arguments: "
@@ -174,9 +225,11 @@ class Settings:
     scheduler: dict[str, Any] | None = setting(
         None, "one of torch.optim.lr_scheduler: {name: StepLR, step_size: 3}; null = none"
     )
-    schedule_by: str = setting("step", "step | epoch: when the schedule is stepped")
+    schedule_by: str = setting(
+        "step", "step | epoch: when the schedule is stepped", one_of("step", "epoch")
+    )
     clip_norm: float | None = setting(
-        None, "the averaged gradient's total norm is clipped to this; null = never"
+        None, "the averaged gradient's total norm is clipped to this; null = never", more_than(0)
     )
     loss: dict[str, Any] = setting(
         {"name": "CrossEntropyLoss"},
@@ -203,12 +256,20 @@ class Settings:
     )
 
     # What is kept and shown
-    eval_steps: int = setting(200, "between two evaluations; 0 = only at the end", unit="steps")
+    eval_steps: int = setting(
+        200, "between two evaluations; 0 = only at the end", at_least(0), unit="steps"
+    )
     track_gradients: bool = setting(True, "log the norm of each parameter's averaged gradient")
     checkpoint_steps: int = setting(
-        500, "between two checkpoints; 0 = only at the end", unit="steps", scope="server"
+        500,
+        "between two checkpoints; 0 = only at the end",
+        at_least(0),
+        unit="steps",
+        scope="server",
     )
-    keep_checkpoints: int = setting(3, "newest checkpoints that are kept", scope="server")
+    keep_checkpoints: int = setting(
+        3, "newest checkpoints that are kept", at_least(1), scope="server"
+    )
     resume: str | None = setting(
         None, "latest, a run folder or a checkpoint to go on from", scope="server"
     )
@@ -218,8 +279,18 @@ class Settings:
         scope="server",
     )
     wandb: Wandb = field(
-        default_factory=Wandb, metadata={"help": "Weights & Biases", "unit": "", "scope": "server"}
+        default_factory=Wandb,
+        metadata={"help": "Weights & Biases", "ranges": (), "unit": "", "scope": "server"},
     )
     tensorboard: bool = setting(
         False, "write files for TensorBoard into the run folder, too", scope="server"
     )
+
+
+_RANGES: dict[str, tuple[Range, ...]] = {f.name: f.metadata["ranges"] for f in fields(Settings)}
+
+
+def outside(name: str, value: Any) -> str:
+    """What a value that is not null must be ("must be 1 or more"), if it is out of the range of the
+    setting of this name; else empty."""
+    return next((each.must for each in _RANGES[name] if not each.holds(value)), "")

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from paramserver.config.schema import RULES
+from paramserver.config.schema import KEYS
 from paramserver.tensors.codec import CODECS, Codec
 
 RATIO = 0.01
@@ -202,9 +202,9 @@ def test_topk_of_everything_sends_everything_but_zeros() -> None:
 
 def test_the_setting_knows_every_codec() -> None:
     for setting in ("codec", "codec_down"):
-        allowed, sentence = RULES[setting]
-        assert all(allowed(name) for name in CODECS)
-        assert sentence == f"must be one of {', '.join(CODECS)}"
+        (allowed,) = KEYS[setting].ranges
+        assert all(allowed.holds(name) for name in CODECS)
+        assert allowed.must == f"must be one of {', '.join(CODECS)}"
 
 
 @pytest.mark.parametrize("name", CODECS)

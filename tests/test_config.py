@@ -331,6 +331,11 @@ LEARNING_RATE = "unknown setting `lerning_rate`; did you mean `learning_rate`?"
         (["bucket_mb=0"], ["bucket_mb must be more than 0 and at most 256"]),
         (["bucket_mb=257"], ["bucket_mb must be more than 0 and at most 256"]),
         (["history_mb=-1"], ["history_mb must be 0 or more"]),
+        (["timeout=1e10"], ["timeout must be at most 1e+09, got 10000000000"]),
+        (["heartbeat_timeout=0.001"], ["heartbeat_timeout must be 0.01 or more, got 0.001"]),
+        (["bucket_mb=0.00001"], ["bucket_mb must be 0.0001 or more, got 1e-05"]),
+        (["history_mb=1e10"], ["history_mb must be at most 1e+09"]),
+        (["max_workers=1025"], ["max_workers must be between 1 and 1024"]),
         (["seed=-1"], ["seed must be 0 or more"]),
         (["batch_size=0"], ["batch_size must be 1 or more"]),
         (["learning_rate=0"], ["learning_rate must be more than 0"]),
@@ -576,8 +581,7 @@ def test_help(program: schema.Program, flag: str, capsys: pytest.CaptureFixture[
         assert f"\n{heading}:\n" in text
 
 
-def test_every_rule_is_of_a_setting_and_every_default_keeps_it() -> None:
-    assert set(schema.RULES) <= set(schema.KEYS)
+def test_every_default_is_in_its_range() -> None:
     assert set(schema.HEADINGS) <= set(schema.KEYS)
     assert {key.scope for key in schema.KEYS.values()} == {"run", "server", "local"}
     assert schema.build(asdict(Settings())) == Settings()

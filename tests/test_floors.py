@@ -18,11 +18,12 @@ CLONE = Path(__file__).resolve().parent.parent
 PACKAGES = ("paramserver", "workers")
 
 ROOMS = [
-    "paramserver.errors paramserver.words paramserver.trace paramserver.settings paramserver",
+    "paramserver.errors paramserver.words paramserver.trace paramserver.ranges paramserver",
     "paramserver.locks paramserver.drafts",
     "paramserver.terminal paramserver.notify paramserver.logs",
     "paramserver.protocol",
     "paramserver.wire",
+    "paramserver.settings",
     "paramserver.rounds",
     "paramserver.tensors",
     "paramserver.transport",
@@ -54,6 +55,7 @@ PURE = [
     "paramserver.errors",
     "paramserver.words",
     "paramserver.trace",
+    "paramserver.ranges",
     "paramserver.settings",
     "paramserver",
     "paramserver.protocol",

@@ -14,7 +14,6 @@ from paramserver.config.schema import (
     HEADINGS,
     KEYS,
     NAMED,
-    RULES,
     SHORT,
     Key,
     default_of,
@@ -45,9 +44,7 @@ def _rows() -> Iterator[Key]:
 
 
 def _row(key: Key) -> str:
-    value = must_be(key)
-    if key.name in RULES:
-        value += f"; {RULES[key.name][1]}"
+    value = "; ".join((must_be(key), *(allowed.must for allowed in key.ranges)))
     meaning = re.sub(r"\bdocs/(\S+\.md)", r"[\1](\1)", key.help)
     cells = (
         f"`{key.name}`",

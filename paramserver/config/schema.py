@@ -1,7 +1,7 @@
 """What each setting may be: its type, its range, whose it is; and the page that `--help` prints.
 
 Pure: no file, no OmegaConf. `KEYS` is read off the dataclasses in `settings`, so a new setting is
-one field there (and one row in `RULES` if it has a range). Names are flat and dotted, as on the
+one field there. Names are flat and dotted, as on the
 command line: ``batch_size``, ``wandb.mode``, ``model.hidden``.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import difflib
 import math
-import re
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
@@ -18,6 +17,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from paramserver.errors import UserError
 from paramserver.net import hosts
+from paramserver.ranges import FILLED, Range, is_import_path
 from paramserver.settings import Settings, Wandb
 from paramserver.words import printable
 
@@ -41,6 +41,7 @@ class Key:
     help: str
     unit: str
     scope: str  # run | server | local
+    ranges: tuple[Range, ...] = ()  # that every value but null is in
 
 
 def _keys(owner: type, prefix: str = "") -> Iterator[Key]:
@@ -67,6 +68,7 @@ _PARTS = (
         "SimpleNN | CNN | ResNet18, or your own as package.module:Name; the rest are its arguments",
         "",
         "run",
+        (FILLED,),
     ),
     Key(
         "dataset.name",
@@ -77,93 +79,26 @@ _PARTS = (
         "or your own as package.module:Name; the rest are its arguments",
         "",
         "run",
+        (FILLED,),
     ),
-    Key("dataset.root", str, False, "data", "folder of data files on this machine", "", "local"),
-    *(Key(f"{name}.name", str, False, None, "its name", "", "run") for name in SHORT),
+    Key(
+        "dataset.root",
+        str,
+        False,
+        "data",
+        "folder of data files on this machine",
+        "",
+        "local",
+        (FILLED,),
+    ),
+    *(Key(f"{name}.name", str, False, None, "its name", "", "run", (FILLED,)) for name in SHORT),
 )
 
 KEYS: dict[str, Key] = {key.name: key for key in (*_keys(Settings), *_PARTS)}
 
 
-def _between(low: float, high: float) -> tuple[Callable[[Any], object], str]:
-    return lambda value: low <= value <= high, f"must be between {low} and {high}"
-
-
-def _at_least(low: int) -> tuple[Callable[[Any], object], str]:
-    return lambda value: value >= low, f"must be {low} or more"
-
-
-def _one_of(*names: str) -> tuple[Callable[[Any], object], str]:
-    return lambda value: value in names, f"must be one of {', '.join(names)}"
-
-
 WORD_MAX = 200  # characters of a name within a group
 WHOLE_MAX = 2**63  # beyond it are no samples, steps and sizes, only mistakes and lies
-
-_POSITIVE: tuple[Callable[[Any], object], str] = (lambda value: value > 0, "must be more than 0")
-_FILLED: tuple[Callable[[Any], object], str] = (lambda value: value.strip(), "must not be empty")
-
-# name -> what must hold of a value that is not null, and the sentence when it does not
-RULES: dict[str, tuple[Callable[[Any], object], str]] = {
-    "host_ip": (
-        # one colon is host:port, several are an IPv6 address
-        lambda value: re.fullmatch(r"[^\s/]+", value) and value.count(":") != 1,
-        "must be an address alone, like 10.10.0.1 (the port is a setting of its own)",
-    ),
-    "port": _between(1, 65534),
-    "join": _FILLED,
-    "security": _one_of("curve", "none"),
-    "id": _between(1, 65535),
-    "device": (
-        lambda value: re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", value),
-        "must be auto, cpu, cuda, cuda:N or mps",
-    ),
-    "threads": _at_least(1),
-    "allow": (
-        lambda value: all(map(_is_allowed, value)),
-        "must be names like mypackage, mypackage.nets or mypackage.nets:Net",
-    ),
-    "run_dir": _FILLED,
-    "num_workers": _between(1, 65535),
-    "min_workers": _at_least(1),
-    "max_workers": _between(1, 1024),  # `wire.WORKERS_MAX`
-    "timeout": _POSITIVE,
-    "quorum": (lambda value: 0 < value <= 1, "must be more than 0 and at most 1"),
-    "heartbeat_timeout": _POSITIVE,
-    "join_timeout": _POSITIVE,
-    "idle_timeout": _POSITIVE,
-    "codec": _one_of("float32", "float16", "bfloat16", "int8", "topk"),
-    "codec_down": _one_of("float32", "float16", "bfloat16", "int8", "topk"),
-    "topk_ratio": (lambda value: 0 < value <= 1, "must be more than 0 and at most 1"),
-    "bucket_mb": (lambda value: 0 < value <= 256, "must be more than 0 and at most 256"),
-    "history_mb": _at_least(0),
-    "max_norm_ratio": (lambda value: value > 1, "must be more than 1"),
-    "max_bad_rounds": _at_least(1),
-    "digest_steps": _at_least(0),
-    "seed": (lambda value: 0 <= value < 2**63, "must be 0 or more, and below 2**63"),
-    "batch_size": _at_least(1),
-    "learning_rate": _POSITIVE,
-    "num_epochs": _at_least(1),
-    "schedule_by": _one_of("step", "epoch"),
-    "clip_norm": _POSITIVE,
-    "eval_steps": _at_least(0),
-    "checkpoint_steps": _at_least(0),
-    "keep_checkpoints": _at_least(1),
-    "wandb.mode": _one_of("online", "offline", "disabled"),
-    "wandb.project": _FILLED,
-    "model.type": _FILLED,
-    "dataset.name": _FILLED,
-    "dataset.root": _FILLED,
-    **{f"{name}.name": _FILLED for name in SHORT},
-}
-
-BOUNDS: dict[str, tuple[float, float]] = {
-    **dict.fromkeys(("timeout", "join_timeout", "idle_timeout"), (0.0, 1e9)),
-    "heartbeat_timeout": (0.01, 1e9),
-    "bucket_mb": (0.0001, 256.0),
-    "history_mb": (0.0, 1e9),
-}
-"""What Python and ZeroMQ can wait for and count, far beyond what anybody means."""
 
 _KINDS = {
     int: "a whole number",
@@ -196,12 +131,6 @@ def spelled_out(name: str, value: Any) -> Any:
     return {NAMED[name]: value} if name in SHORT and isinstance(value, str) else value
 
 
-def is_import_path(text: object) -> bool:
-    """Whether it is `package.module:Name`."""
-    module, colon, name = str(text).partition(":")
-    return bool(colon) and all(part.isidentifier() for part in (*module.split("."), name))
-
-
 def import_paths(settings: Settings) -> dict[str, str]:
     """What settings name by its import path: each name, and the setting that it is the value of."""
     found: dict[str, str] = {}
@@ -225,11 +154,6 @@ def allowed(settings: Settings) -> tuple[str, ...]:
     """What the owner of these settings lets workers import, wherever it lies: what stands in
     `allow`, and what the settings themselves name."""
     return tuple(dict.fromkeys((*(settings.allow or ()), *import_paths(settings))))
-
-
-def _is_allowed(entry: object) -> bool:
-    """A package, a module, or one name of it."""
-    return isinstance(entry, str) and is_import_path(entry if ":" in entry else f"{entry}:name")
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -346,11 +270,9 @@ def _checked(name: str, value: Any, where: Where) -> Any:
     finite = not isinstance(value, float) or math.isfinite(value)
     if type(value) is not key.kind or not finite:
         raise _wrong(name, must_be(key), value, where)
-    if name in RULES and not RULES[name][0](value):
-        raise _wrong(name, RULES[name][1], value, where)
-    low, high = BOUNDS.get(name, (-math.inf, math.inf))
-    if isinstance(value, float) and not low <= value <= high:
-        raise _wrong(name, f"must be between {low:g} and {high:g}", value, where)
+    for allowed in key.ranges:
+        if not allowed.holds(value):
+            raise _wrong(name, allowed.must, value, where)
     if isinstance(value, dict):
         return _checked_mapping(name, value, where)
     return value

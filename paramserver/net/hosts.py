@@ -20,10 +20,10 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from paramserver.errors import UserError
+from paramserver.settings import outside
 
 HERE = "local"  # as `ssh`: this machine, without ssh
 ROLES = ("server", "worker", "both")
-DEVICE = r"auto|cpu|cuda(:\d+)?|mps"
 
 
 @dataclass(frozen=True)
@@ -133,12 +133,10 @@ def _problem(host: Host) -> tuple[str, str] | None:
             ipaddress.ip_address(host.ip)
         except ValueError:
             return f"ip must be an address like 10.10.0.1, got {host.ip!r}", ""
-    if host.id is not None and not 1 <= host.id <= 65535:
-        return f"id must be between 1 and 65535, got {host.id}", ""
-    if host.device is not None and not re.fullmatch(DEVICE, host.device):
-        return f"device must be auto, cpu, cuda, cuda:N or mps, got {host.device!r}", ""
-    if host.threads is not None and host.threads < 1:
-        return f"threads must be 1 or more, got {host.threads}", ""
+    for name in ("id", "device", "threads"):  # settings of its worker
+        value = getattr(host, name)
+        if value is not None and (must := outside(name, value)):
+            return f"{name} {must}, got {value!r}", ""
     if host.restart < 0:
         return f"restart must be 0 or more, got {host.restart}", ""
     plain = host.folder.removeprefix("~/")

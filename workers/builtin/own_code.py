@@ -26,9 +26,10 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from paramserver.config.schema import allowed, is_import_path
+from paramserver.config.schema import allowed
 from paramserver.errors import UserError
 from paramserver.fleet.user_code import is_installed
+from paramserver.ranges import is_import_path
 from paramserver.settings import Settings
 
 OURS = tuple(Path(__file__).resolve().parents[2] / name for name in ("paramserver", "workers"))

@@ -37,7 +37,7 @@ import psutil
 
 from paramserver import terminal
 from paramserver.errors import UserError
-from paramserver.settings import Settings
+from paramserver.settings import WANDB_MODES, Settings
 
 BURST_S = 0.5  # between two bursts: fifty steps at once cost wandb a third of fifty single ones
 MAX_WAITING = 20_000  # steps, about 30 MB: a minute's worth while a service is slow to start
@@ -45,8 +45,6 @@ WANDB_INIT_S = 20.0  # then the run is logged offline
 WANDB_FINISH_S = 20.0  # for uploading the rest; what is missing stays on disk for `wandb sync`
 CLOSE_S = 60.0  # for everything, the two above included
 KILLED_S = 5.0  # for what was killed to be gone
-
-WANDB_MODES = ("online", "offline", "disabled")
 
 
 class Logbook(Protocol):

@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from paramserver.config.schema import shown
 from paramserver.errors import UserError
 from paramserver.rounds.ledger import Ledger
-from paramserver.settings import Settings
+from paramserver.settings import Settings, outside
 from workers.replica import checkpoint
 from workers.replica.checks import schedule_state
 from workers.replica.replica import Replica
@@ -74,7 +74,7 @@ def _settings_of(saved: checkpoint.Checkpoint, path: Path) -> Settings:
         rate = before.learning_rate
         if not isinstance(before.optimizer.get("name"), str):
             raise ValueError("its optimizer has no name")
-        if not (math.isfinite(rate) and rate > 0):
+        if not math.isfinite(rate) or outside("learning_rate", rate):
             raise ValueError(f"its learning rate is {rate}")
     except (ValueError, TypeError) as e:
         raise UserError(f"the checkpoint {path} cannot be resumed: its settings: {e}") from None
