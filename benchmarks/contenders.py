@@ -214,7 +214,7 @@ def simulated_workers(
     torch.set_num_threads(1)
     malloc.keep_freed()
     model = Layers(shapes)
-    clients = [Client(LOOPBACK, port, id=n, say=lambda line: None) for n in numbers]
+    clients = [Client(LOOPBACK, port, id=n) for n in numbers]
     try:
         for client in clients:
             client.connect(PATIENCE_S)
@@ -233,7 +233,7 @@ def simulated_workers(
                 _see_the_end(client, number)
             more = laps.lap()
         for client in clients:
-            client.goodbye("finished", finished=True)
+            client.goodbye(wire.Goodbye(wire.FINISHED, finished=True))
     finally:
         for client in clients:
             client.close()

@@ -24,6 +24,14 @@ class Lines(logging.Handler):
         self._say(f"{self._prefix}{mark}{record.getMessage()}")
 
 
+def to(say: Callable[[str], None], name: str) -> logging.Logger:
+    """A logger of that name whose lines go to `say`, and nowhere else: it stands outside the tree
+    of loggers, so that each of several clusters in one process can have its own."""
+    logger = logging.Logger(name, logging.INFO)
+    logger.addHandler(Lines(say))
+    return logger
+
+
 def show(name: str, handler: logging.Handler) -> None:
     """This program shows by `handler`, and in no other way, what the logger of that name gets."""
     logger = logging.getLogger(name)

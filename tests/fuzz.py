@@ -152,7 +152,7 @@ class Welcomed:
     """What a server says first: refused, or settings that a worker can use."""
 
     def __init__(self) -> None:
-        self.peer = Connection(LOOPBACK, 1, say=lambda line: None)
+        self.peer = Connection(LOOPBACK, 1)
 
     def __call__(self, content: bytes) -> None:
         with suppress(UserError, PeerError):

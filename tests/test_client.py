@@ -11,6 +11,7 @@ import pytest
 import zmq
 from whole import LOOPBACK, free_port
 
+from paramserver import logs
 from paramserver.config.loading import to_wire
 from paramserver.errors import UserError
 from paramserver.protocol import messages as wire
@@ -76,7 +77,7 @@ def connect(script: Script, answer: Answer, deadline_s: float = 20.0) -> list[st
     said: list[str] = []
     over = threading.Event()
     with ThreadPoolExecutor(1) as pool:
-        client = Client(LOOPBACK, script.port, say=said.append)
+        client = Client(LOOPBACK, script.port, log=logs.to(said.append, "workers"))
         playing = pool.submit(script.play, answer, over)
         try:
             client.connect(deadline_s)

@@ -240,7 +240,7 @@ def test_who_hangs_up_without_a_word_is_asked_what_it_wants(
 
         thread = threading.Thread(target=hang_up)
         thread.start()
-        client = Client(LOOPBACK, listener.getsockname()[1], id=1, keys=keys, say=lambda line: None)
+        client = Client(LOOPBACK, listener.getsockname()[1], id=1, keys=keys)
         try:
             with pytest.raises(UserError, match=told):
                 client.connect(DEADLINE_S if mechanism else 1.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import socket
@@ -19,7 +20,14 @@ from whole import DEADLINE_S
 import workers.observer.loggers as logbook
 from paramserver.errors import UserError
 from paramserver.settings import Settings, Wandb
-from workers.observer.loggers import Background, Several, open_logbooks, step_values, wandb_mode
+from workers.observer.loggers import (
+    Background,
+    News,
+    Several,
+    open_logbooks,
+    step_values,
+    wandb_mode,
+)
 
 KEY = "0123456789" * 4  # has the form of a login, and opens nothing
 
@@ -30,10 +38,12 @@ PROGRAM = """
     import psutil
     from workers.observer import loggers as logbook
     from paramserver.settings import Settings, Wandb
+    from paramserver import logs
     from workers.observer.loggers import open_logbooks
 
     folder = Path(sys.argv[1])
     told = []
+    logs.show("workers", logs.Lines(told.append))
 
     def end(book):
         book.close()
@@ -132,7 +142,7 @@ def test_wandb_offline_logs_each_step_quietly_and_leaves_nothing(
     folder: Path, internet: Internet
 ) -> None:
     script = """
-    book = open_logbooks(Settings(wandb=Wandb(project="my-project")), folder, told.append)
+    book = open_logbooks(Settings(wandb=Wandb(project="my-project")), folder, problem=told.append)
     for step in range(1, 51):
         book.log(step, {"losses/train": 1 / step, f"only/{step:03}": 1.0})
     end(book)
@@ -156,7 +166,7 @@ def test_wandb_out_of_reach_is_logged_offline_and_told_once(
 ) -> None:
     script = """
     logbook.WANDB_INIT_S = 1.0
-    book = open_logbooks(Settings(), folder, told.append)
+    book = open_logbooks(Settings(), folder, problem=told.append)
     for step in range(1, 101):
         book.log(step, {"losses/train": 1 / step})
     end(book)
@@ -174,7 +184,7 @@ def test_wandb_out_of_reach_is_logged_offline_and_told_once(
 def test_a_killed_observer_leaves_no_process(folder: Path) -> None:
     script = """
     import time
-    open_logbooks(Settings(), folder, told.append)
+    open_logbooks(Settings(), folder, problem=told.append)
     while not list(folder.rglob("*.wandb")):
         time.sleep(0.05)
     print("ready", flush=True)
@@ -194,7 +204,7 @@ def test_a_killed_observer_leaves_no_process(folder: Path) -> None:
 def test_wandb_that_dies_is_told_once_and_the_run_goes_on(folder: Path) -> None:
     script = """
     import time
-    book = open_logbooks(Settings(), folder, told.append)
+    book = open_logbooks(Settings(), folder, problem=told.append)
     step = 0
 
     def log():
@@ -223,7 +233,7 @@ def test_a_missing_wandb_is_told_once_and_the_run_goes_on(
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     told: list[str] = []
-    book = open_logbooks(Settings(), folder, told.append)
+    book = open_logbooks(Settings(), folder, problem=told.append)
     for step in range(1, 101):
         book.log(step, {"losses/train": 1 / step})
     book.close()
@@ -362,29 +372,43 @@ class Opened:
     """A Background around a Book, and what was told."""
 
     def __init__(self, close_s: float = 60.0, kill: Callable[[], None] = lambda: None) -> None:
-        self.told: list[str] = []
+        self.told: list[str] = []  # as problems
         self.books: list[Book] = []
         self._there = threading.Event()
-        self.problems: list[str] = []  # of what was told
-        self.background = Background(
-            "Book", self._open, self._say, kill, close_s, problem=self._problem
-        )
+        self.background = Background("Book", self._open, kill, close_s, problem=self._problem)
         assert self._there.wait(60)
         (self.book,) = self.books
         self._thread = threading.current_thread()
 
-    def _open(self, news: Callable[[str], None]) -> Book:
+    def _open(self, news: News) -> Book:
+        news("Book is open")
         self.books.append(Book())
         self._there.set()
         return self.books[0]
 
-    def _say(self, line: str) -> None:
+    def _problem(self, line: str) -> None:
         assert threading.current_thread() is self._thread
         self.told.append(line)
 
-    def _problem(self, line: str) -> None:
-        self._say(line)
-        self.problems.append(line)
+
+def test_what_is_no_problem_goes_to_the_logger(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "workers"):
+        opened = Opened()
+        opened.background.close()
+    (record,) = caplog.records
+    assert record.getMessage() == "Book is open" and record.levelno == logging.INFO
+    assert record.thread == threading.get_ident()
+    assert opened.told == []
+
+
+def test_a_problem_is_a_warning_where_nobody_takes_it(caplog: pytest.LogCaptureFixture) -> None:
+    def failing(news: News) -> Book:
+        raise OSError("no room")
+
+    Background("Book", failing).close()
+    (record,) = caplog.records
+    assert record.getMessage() == "Book stopped, training goes on: no room"
+    assert record.levelno == logging.WARNING
 
 
 def test_steps_arrive_in_order_and_before_the_end() -> None:
@@ -410,7 +434,7 @@ def test_a_failure_is_told_once_on_the_callers_thread() -> None:
         opened.background.log(step, {})
     opened.background.close()
     assert opened.book.steps == [0, 1, 2]
-    assert opened.told == opened.problems == ["Book stopped, training goes on: disk full"]
+    assert opened.told == ["Book stopped, training goes on: disk full"]
 
 
 def test_what_waits_for_a_slow_service_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -426,7 +450,6 @@ def test_what_waits_for_a_slow_service_is_bounded(monkeypatch: pytest.MonkeyPatc
     opened.background.close()
     assert opened.book.steps == list(range(11))
     assert opened.told[1:] == ["Book: 89 steps are missing"]
-    assert opened.told == opened.problems
 
 
 def test_a_service_that_hangs_at_the_end_is_given_up() -> None:
@@ -502,8 +525,8 @@ def test_a_run_can_wait_until_its_logbooks_are_open_and_not_for_ever() -> None:
     def failing(news: object) -> Book:
         raise OSError("no room")
 
-    slow = Background("slow", opener, lambda line: None)
-    failed = Background("failed", failing, lambda line: None)
+    slow = Background("slow", opener)
+    failed = Background("failed", failing)
     books = Several([failed, slow])
     books.wait_open(0.0)
     assert not slow.opened.is_set()

@@ -42,7 +42,7 @@ def test_rounds_of_equal_tensors_take_no_new_pages() -> None:
     faults = {}
     # glibc's defaults, which it does not adapt then: with luck it would do without help.
     defaults = {"MALLOC_TRIM_THRESHOLD_": "131072", "MALLOC_MMAP_THRESHOLD_": "131072"}
-    a_users = "Client('127.0.0.1', 1, say=print).close()"
+    a_users = "Client('127.0.0.1', 1).close()"
     for before in (KEEPS, "", a_users):
         code = ROUNDS.replace("BEFORE", before)
         done = subprocess.run(

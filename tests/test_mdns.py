@@ -124,11 +124,13 @@ while True:
 """
 FIND = """
 import sys
+from paramserver import logs
 from paramserver.net import mdns as discover
 from paramserver.errors import UserError
 token, security, timeout_s = sys.argv[1:]
 try:
-    there = discover.find(token, security=security, timeout_s=float(timeout_s), say=print)
+    log = logs.to(print, "workers")
+    there = discover.find(token, security=security, timeout_s=float(timeout_s), log=log)
     print(f"it is {there.host}:{there.port}", "with keys" if there.keys else "without keys")
 except UserError as e:
     print(e.problem, e.hint, "the end", sep="\\n")

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from whole import Served, free_port
 
 import workers
+from paramserver import logs
 from paramserver.errors import UserError
 from workers.samples import Loaded, Samples, Unusable
 
@@ -69,7 +70,7 @@ def test_a_method_of_that_name_that_takes_a_size_is_not_called() -> None:
 
 def test_what_cannot_be_read_is_left_out_and_named_once() -> None:
     said: list[str] = []
-    samples = Samples(Broken(200, 3, 5), say=said.append)
+    samples = Samples(Broken(200, 3, 5), log=logs.to(said.append, "workers"))
     loaded = [
         samples.load((epoch, start, start + 50)) for epoch in (0, 1) for start in range(0, 200, 50)
     ]

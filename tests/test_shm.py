@@ -68,7 +68,7 @@ def test_without_shared_memory_a_run_goes_on_and_says_so_once() -> None:
 @pytest.mark.parametrize("where", ["server", "worker"])
 def test_it_can_be_switched_off(where: str) -> None:
     with Served(heartbeat_timeout=1.0, shared_memory=where != "server") as served:
-        client = Client(LOOPBACK, served.port, shared_memory=where != "worker", say=print)
+        client = Client(LOOPBACK, served.port, shared_memory=where != "worker")
         try:
             welcome = client.connect(DEADLINE_S)
             assert (welcome.shared is None) == (where == "server")

@@ -103,7 +103,7 @@ def test_any_value_is_a_setting_or_refused(name: str, value: Any) -> None:
 def connect(**welcome: Any) -> None:
     """Greet a server that says this."""
     with FakeServer(**welcome) as server:
-        client = Client(LOOPBACK, server.port, say=lambda line: None)
+        client = Client(LOOPBACK, server.port)
         try:
             client.connect(20)
             assert client.welcome is not None

@@ -28,6 +28,7 @@ import forked
 import psutil
 import zmq
 
+from paramserver import logs
 from paramserver.config.loading import to_wire
 from paramserver.keys import Keys
 from paramserver.net.address import keys_of
@@ -362,7 +363,9 @@ class Served:
         self, number: int, say: Callable[[str], None], join_timeout: float = DEADLINE_S
     ) -> Cluster:
         """Take part as this worker, with the keys if there are any."""
-        client = Client(LOOPBACK, self.port, id=number, keys=self._keys, say=say)
+        client = Client(
+            LOOPBACK, self.port, id=number, keys=self._keys, log=logs.to(say, "workers")
+        )
         try:
             client.connect(join_timeout)
         except BaseException:

@@ -13,6 +13,7 @@ The built-in loop (`workers.builtin.train`) uses this same door.
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import sys
 import time
@@ -37,7 +38,6 @@ from paramserver.settings import Settings
 from paramserver.tensors.bucket import Bucket
 from paramserver.tensors.error_feedback import Feedback
 from workers.link.client import Client
-from workers.link.connection import Say, log
 from workers.link.environment import listens, placed
 from workers.link.solo import Alone
 from workers.looks import look
@@ -59,7 +59,7 @@ def join(
     security: str = "curve",
     timeout_s: float = 60.0,
     shared_memory: bool = True,
-    say: Say | None = None,
+    say: Callable[[str], None] | None = None,
     alone: Mapping[str, Any] | None = None,
 ) -> Cluster:
     """Greet the server at `host` and take part as worker `worker_id` (None: any free id).
@@ -82,20 +82,22 @@ def join(
     """
     if say is None:
         logs.show_unless_told("workers")
-        say = log.info
+        log = logging.getLogger("workers")
+    else:
+        log = logs.to(say, "workers")
     here = placed(os.environ)
     host, port, token = host or here.host, port or here.port, token or here.token
     search = None
     if host is None and token is None:
         port = port or Settings.port
         if not listens(address.LOOPBACK, port):
-            only = Alone(alone or {}, say)
+            only = Alone(alone or {}, log)
             epochs = only.welcome.settings["num_epochs"]
-            say(f"no server on this machine (port {port}): training alone, {epochs} epochs")
+            log.info(f"no server on this machine (port {port}): training alone, {epochs} epochs")
             return Cluster(only)
     if host == address.AUTO:
-        there = mdns.find(token, security=security, timeout_s=timeout_s, say=say)
-        search = partial(mdns.Search, token, security=security, say=say)
+        there = mdns.find(token, security=security, timeout_s=timeout_s, log=log)
+        search = partial(mdns.Search, token, security=security, log=log)
     else:
         there = address.find(host, port, token, security=security)
     id = here.id if worker_id is None else worker_id
@@ -106,7 +108,7 @@ def join(
         keys=there.keys,
         search=search,
         shared_memory=shared_memory,
-        say=say,
+        log=log,
     )
     try:
         client.connect(timeout_s)
@@ -223,7 +225,7 @@ class Cluster:
         codecs = {self.settings["codec"], self.settings["codec_down"]} - {None, "float32"}
         exact = [t.name for t in replica.layout.tensors if t.kind == "grad" and t.sent == "float64"]
         if codecs and exact:
-            self.client.say(
+            self.client.log.info(
                 f"{len(exact)} parameters in float64 ({exact[0]}) are exchanged as they are, "
                 f"not as {' or '.join(sorted(codecs))}"
             )
@@ -260,7 +262,7 @@ class Cluster:
             device,
             seed=int(self.settings["seed"]),
             deterministic=bool(self.settings["deterministic"]),
-            say=self.client.say,
+            log=self.client.log,
         )
         return self._batches(samples, size, drop_last)
 
@@ -381,7 +383,7 @@ class Cluster:
     def _leave_loop(self) -> None:
         if self.client.ended is not None:
             # The server need not wait for what comes next here.
-            self.client.goodbye(wire.FINISHED, finished=True)
+            self.client.goodbye(wire.Goodbye(wire.FINISHED, finished=True))
         elif self._lost is None:
             self.client.unready(unfinished=bool(self._phase))
 
@@ -538,8 +540,15 @@ class Cluster:
             self._gradients.close()
         wrong = failed != "" or isinstance(error, Exception)
         wrong = wrong or (isinstance(error, SystemExit) and bool(error.code))
-        lease, done = self._lease if failed else None, reason == wire.FINISHED
-        self.client.goodbye(reason, failed, lease, error=wrong, finished=done)
+        self.client.goodbye(
+            wire.Goodbye(
+                reason,
+                failed=failed,
+                lease=self._lease if failed else None,
+                error=wrong,
+                finished=reason == wire.FINISHED,
+            )
+        )
         self.client.close()
         if self._replica is not None:
             self._replica.give_back()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import logging
 import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +24,8 @@ from paramserver.errors import UserError
 from paramserver.protocol.messages import Lease
 from paramserver.rounds.ledger import SHARE_MAX
 from paramserver.tensors.order import order
+
+log = logging.getLogger(__name__)
 
 NAMED = 10  # unreadable samples that are told one by one
 
@@ -54,14 +57,14 @@ class Samples:
         *,
         seed: int = 0,
         deterministic: bool = False,
-        say: Callable[[str], None] = lambda text: None,
+        log: logging.Logger = log,
     ) -> None:
         self.length = _length(dataset)
         self.has_batch = takes_indices(dataset)
         self.in_loop = self.has_batch or deterministic
         """It is read in the thread of the loop: too quick for another one, or it must be."""
         self._dataset, self._device = dataset, device
-        self._seed, self._deterministic, self._say = seed, deterministic, say
+        self._seed, self._deterministic, self._log = seed, deterministic, log
         self._orders: dict[int, Tensor] = {}
         self._read_any = False
         self._broken: dict[int, str] = {}
@@ -144,7 +147,7 @@ class Samples:
             return
         self._broken[index] = f"sample {index}: {type(error).__name__}: {error}"
         if len(self._broken) <= NAMED:
-            self._say(f"warning: cannot be read, and is skipped: {self._broken[index]}")
+            self._log.warning(f"cannot be read, and is skipped: {self._broken[index]}")
         if len(self._broken) > max(1, self.length // SHARE_MAX):
             first = "; ".join(list(self._broken.values())[:3])
             raise Unusable(

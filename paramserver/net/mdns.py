@@ -21,7 +21,7 @@ import queue
 import re
 import socket
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
@@ -46,8 +46,6 @@ TURN_S = 0.05
 CANDIDATES = 100  # addresses that are tried in one search
 RECORDS = 1000  # that are kept of what is heard, whoever sends it
 _PTR, _IN, _QUERY = 12, 1, 0  # of DNS
-
-Say = Callable[[str], None]
 
 logging.getLogger("zeroconf").setLevel(logging.CRITICAL)  # what matters of it is said here
 
@@ -275,7 +273,7 @@ class _Trials:
         self._running[host, port] = _Trial(door, knock, rank(host, self._own))
         sockets.connect(door, sockets.tcp(host, port), self._keys)
 
-    def won(self, now: float, say: Say) -> tuple[str, int] | None:
+    def won(self, now: float, log: logging.Logger) -> tuple[str, int] | None:
         """An address of the server, once: by the best kind of interface, if several have proven
         to be its own within `BETTER_S`. Says who turned out to be another one."""
         for at, trial in list(self._running.items()):
@@ -284,7 +282,7 @@ class _Trials:
             except UserError as e:
                 self._running.pop(at).close()
                 self.strangers.append(e.problem)
-                say(f"{e.problem}: not the one that is looked for, the search goes on")
+                log.info(f"{e.problem}: not the one that is looked for, the search goes on")
         proven = {at: t.rank for at, t in self._running.items() if t.knock.proven}
         if not proven:
             return None
@@ -326,12 +324,13 @@ class Search:
         security: str = "curve",
         run: str | None = None,
         known: tuple[str, int] | None = None,
-        say: Say,
+        log: logging.Logger,
     ) -> None:
         """`join` is a token or the path of a file that holds one; `known` an address that is tried
-        in any case, and where the search ends if it is the server's. Raises `UserError`."""
+        in any case, and where the search ends if it is the server's; `log` gets sentences for a
+        person. Raises `UserError`."""
         self._token = address.read(join) if join and security != "none" else None
-        self._join, self._security, self._run, self._say = join, security, run, say
+        self._join, self._security, self._run, self._log = join, security, run, log
         self.whose = "the server of this join token" if self._token else "a server"
         self._fitting: list[Heard] = []
         self._others: list[Heard] = []
@@ -343,7 +342,7 @@ class Search:
             silent = f"there is no multicast DNS on this machine: {_words(e)}"
             if self._token is None:
                 raise UserError(silent, "give the server's address: host_ip=10.10.0.1") from None
-            say(f"{silent}; only the address in the join token is tried")
+            log.info(f"{silent}; only the address in the join token is tried")
         self._trials = _Trials(address.keys_of(self._token) if self._token else None)
         if self._token is not None:
             self._trials.begin(self._token.host, self._token.port)
@@ -376,7 +375,7 @@ class Search:
             if now >= self._choose_at:
                 for there in only(self._fitting, self._security):
                     self._trials.begin(there.host, there.port)
-        won = self._trials.won(now, self._say)
+        won = self._trials.won(now, self._log)
         self._over = won is not None and won == self._known
         return None if won is None else address.find(*won, self._join, security=self._security)
 
@@ -396,15 +395,17 @@ class Search:
         return "".join(f"\n  {line}" for line in told)
 
 
-def find(join: str | None, *, security: str = "curve", timeout_s: float, say: Say) -> Address:
+def find(
+    join: str | None, *, security: str = "curve", timeout_s: float, log: logging.Logger
+) -> Address:
     """Where the server is that `Search` finds. Raises `UserError` where that takes too long."""
-    with Search(join, security=security, say=say) as search:
-        say(f"looking for {search.whose} in the local network (for {timeout_s:g} s)")
+    with Search(join, security=security, log=log) as search:
+        log.info(f"looking for {search.whose} in the local network (for {timeout_s:g} s)")
         deadline = time.monotonic() + timeout_s
         while (now := time.monotonic()) < deadline:
             found = search.look(now)
             if found is not None:
-                say(f"found it at {found.host}:{found.port}")
+                log.info(f"found it at {found.host}:{found.port}")
                 return found
             time.sleep(TURN_S)
         raise UserError(

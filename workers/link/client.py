@@ -8,6 +8,7 @@ and `wait`.
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import os
 import threading
@@ -23,7 +24,7 @@ from paramserver.errors import PeerError, RunLost, UserError
 from paramserver.protocol import messages as wire
 from paramserver.transport import shm, sockets
 from workers.link import actions
-from workers.link.connection import Connection, RunOver, Say
+from workers.link.connection import Connection, RunOver
 from workers.link.follow import Follow
 from workers.link.pushes import WAIT_S, Pushes
 from workers.link.session import Session
@@ -91,8 +92,9 @@ class Client:
         return self.connection.abandoned
 
     @property
-    def say(self) -> Say:
-        return self.connection.say
+    def log(self) -> logging.Logger:
+        """Gets sentences for a person."""
+        return self.connection.log
 
     def connect(self, deadline_s: float) -> wire.Welcome:
         """See `Connection.connect`."""
@@ -159,9 +161,9 @@ class Client:
         assert connection.welcome is not None and session is not None
         silent_s = time.monotonic() - session.follow.heard_at
         if silent_s > session.SILENT_TIMEOUTS * connection.heartbeat_timeout:
-            self.say(f"the server has been silent for {silent_s:.0f} s: greeting it again")
+            self.log.info(f"the server has been silent for {silent_s:.0f} s: greeting it again")
         elif not connection.elsewhere.moved:
-            self.say("the server does not know this worker any more: greeting it again")
+            self.log.info("the server does not know this worker any more: greeting it again")
         self._let_go()
         connection.close_sockets()
         connection.must_greet = False  # nobody is left who would set it
@@ -252,7 +254,7 @@ class Client:
         if what not in self._slower:
             self._slower.add(what)
             reason = error.strerror or str(error)
-            self.say(f"{what} go through a socket, which is slower: {shm.SHARED}: {reason}")
+            self.log.info(f"{what} go through a socket, which is slower: {shm.SHARED}: {reason}")
 
     @property
     def ring_mb(self) -> float:
@@ -354,18 +356,8 @@ class Client:
         """No sample of the lease in this round can be read."""
         self.connection.send(wire.Unreadable(round=round))
 
-    def goodbye(
-        self,
-        reason: str,
-        failed: str = "",
-        lease: wire.Lease | None = None,
-        *,
-        error: bool = False,
-        finished: bool = False,
-    ) -> None:
-        """Tell the server that this peer leaves, in order or by an `error`, and the digest of the
-        weights with it. Once. `failed` is one of `wire.FAILURES` where an error in this lease is
-        the reason; `finished`: it leaves because it is done."""
+    def goodbye(self, goodbye: wire.Goodbye) -> None:
+        """Send the first `goodbye`, with the step and the digest of the weights added."""
         link = self.connection.link
         if link is None or self._left:
             return
@@ -374,8 +366,7 @@ class Client:
         if self.replica is not None and self.follows:
             digest, step = self.replica.digest(), self.replica.step
         with contextlib.suppress(UserError):  # it lets nobody in any more
-            said = wire.Goodbye(reason, step, digest, failed, lease, error, finished)
-            self.connection.send(said)
+            self.connection.send(msgspec.structs.replace(goodbye, step=step, digest=digest))
         link.linger = 2000
 
     def catch_up(self) -> None:
@@ -431,7 +422,7 @@ class Client:
             if now > say_at:
                 text = self._waiting_for(what, now)
                 if text not in ("", said):
-                    self.say(text)
+                    self.log.info(text)
                 said, say_at = text, now + SAY_WAITING_AFTER_S
         return True
 
@@ -554,7 +545,7 @@ class Client:
                 case actions.Probe():
                     connection.probe()
                 case actions.Say():
-                    self.say(action.text)
+                    self.log.info(action.text)
                 case actions.Give():
                     self._give(action.snapshot)
                 case actions.SendPiece():

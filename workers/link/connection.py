@@ -38,7 +38,6 @@ HELLO_INTERVAL_S = 2.0
 NEW_DOOR_S = 10.0
 SEARCH_AFTER_S = 2.0  # without an answer; then the server may be somewhere else
 
-Say = Callable[[str], None]
 log = logging.getLogger("workers")
 
 
@@ -53,7 +52,7 @@ class RunOver(RunLost):
 class Connection:
     """The connection of one peer to its server: `connect`, then send and receive, then `close`.
 
-    `say(line)` gets sentences for a person, by default the logger `workers`.
+    `log` gets sentences for a person.
     """
 
     def __init__(
@@ -67,14 +66,14 @@ class Connection:
         keys: sockets.PeerKeys | None = None,
         search: Callable[..., Search] | None = None,
         shared_memory: bool = True,
-        say: Say = log.info,
+        log: logging.Logger = log,
     ) -> None:
         """`keys` are needed where the server lets in only those who have them; `key` is what the
         server's own observer shows. `search(run=...)` begins to look for the server of a run (None:
         any) where it does not answer any more. `shared_memory` may be used with a server on this
         host."""
         self.host, self.port = host, port
-        self.say = say
+        self.log = log
         self.welcome: wire.Welcome | None = None
         self.run: str | None = None
         """The run that this peer has state of."""
@@ -171,7 +170,7 @@ class Connection:
                     deadline, new_door_at = hello_at + deadline_s, hello_at + NEW_DOOR_S
                     if told != message.reason:
                         told = message.reason
-                        self.say(f"the server is {told}")
+                        self.log.info(f"the server is {told}")
                 continue
             now = time.monotonic()
             if now > deadline:
@@ -187,7 +186,7 @@ class Connection:
                 )
             if not told and now > start + 1:
                 told = f"waiting for a server at {self.host}:{self.port}"
-                self.say(f"{told} (for {deadline_s:g} s; start one with: make server)")
+                self.log.info(f"{told} (for {deadline_s:g} s; start one with: make server)")
 
     def move(
         self, host: str, port: int, keys: sockets.PeerKeys | None
@@ -384,19 +383,19 @@ class Elsewhere:
             return False
         try:
             if self._search is None:
-                peer.say(
+                peer.log.info(
                     f"{peer.host}:{peer.port} is silent: looking for the server elsewhere, too"
                 )
                 self._search = self._begin(run=peer.run, known=(peer.host, peer.port))
             there = self._search.look(now)
         except UserError as e:  # no multicast, or without a token several servers
-            peer.say(f"the server can only be waited for where it was: {e.problem}")
+            peer.log.info(f"the server can only be waited for where it was: {e.problem}")
             self._begin = None
             return False
         if there is None or (there.host, there.port) == (peer.host, peer.port):
             return False
         self._before = peer.move(there.host, there.port, there.keys)
-        peer.say(f"found it at {there.host}:{there.port}")
+        peer.log.info(f"found it at {there.host}:{there.port}")
         return True
 
     @property
@@ -409,7 +408,7 @@ class Elsewhere:
         the address before again."""
         if self._before is None:
             return False
-        self._peer.say(
+        self._peer.log.info(
             f"the server at {self._peer.host}:{self._peer.port} is another one: {reason}"
         )
         self._peer.move(*self._before)
@@ -424,4 +423,4 @@ class Elsewhere:
             self._search = None
 
 
-__all__ = ["Connection", "RunOver", "Say"]
+__all__ = ["Connection", "RunOver"]

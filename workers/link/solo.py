@@ -6,6 +6,7 @@ runs alone as it is. Nothing is sent anywhere, and nothing is written.
 
 from __future__ import annotations
 
+import logging
 import time
 import uuid
 from collections.abc import Callable, Mapping
@@ -24,7 +25,6 @@ from paramserver.tensors.bucket import BUCKET_MB
 from paramserver.tensors.codec import fresh
 from paramserver.tensors.reducer import Mean
 from workers.link import follow
-from workers.link.connection import Say
 from workers.replica.replica import Replica
 
 ID = 1
@@ -35,13 +35,13 @@ class Alone:
     """The interface of `Client`, as far as `Cluster` uses it, for the only worker of a run.
 
     `settings` are some of those that a server would have (`num_epochs`, `batch_size`, `seed`);
-    raises `UserError` for one that there is not.
+    raises `UserError` for one that there is not. `log` gets sentences for a person.
     """
 
     host, port = address.LOOPBACK, 0
     compares = False  # there is no other data set
 
-    def __init__(self, settings: Mapping[str, Any], say: Say) -> None:
+    def __init__(self, settings: Mapping[str, Any], log: logging.Logger) -> None:
         check_names(settings, lambda name: "alone=")
         known = asdict(Settings())
         run = asdict(build({**known, **settings, **AS_IT_IS}, lambda name: "alone="))
@@ -55,7 +55,7 @@ class Alone:
             settings=run,
             pub_port=0,
         )
-        self.say = say
+        self.log = log
         self.device = "cpu"
         self.greetings = 1
         self.on_close: Callable[[wire.Close], None] | None = None
@@ -176,17 +176,9 @@ class Alone:
         self._unreadable, self._unread = True, tuple(range(stop - start))
         self._bad = "no sample of its lease can be read"
 
-    def goodbye(
-        self,
-        reason: str,
-        failed: str = "",
-        lease: wire.Lease | None = None,
-        *,
-        error: bool = False,
-        finished: bool = False,
-    ) -> None:
+    def goodbye(self, goodbye: wire.Goodbye) -> None:
         if self._left is None:
-            self._left = wire.Goodbye(reason, error=error, finished=finished)
+            self._left = goodbye
 
     def close(self) -> None:
         pass
@@ -226,9 +218,11 @@ class Alone:
         self._ledger.settle(lease, DONE if self._bad is None else SKIPPED, self._unread)
         for lost in self._ledger.take_news():
             if lost.why != UNREAD:  # those were told one by one
-                self.say(f"skipped: samples {lost.lease[1]} to {lost.lease[2] - 1} of its order")
+                self.log.info(
+                    f"skipped: samples {lost.lease[1]} to {lost.lease[2] - 1} of its order"
+                )
         if self._bad is not None:
-            self.say(f"round {self._round}: refused: {self._bad}")
+            self.log.info(f"round {self._round}: refused: {self._bad}")
             self.replica.forget_averages()
         close = wire.Close(
             nonce=self.welcome.nonce,

@@ -22,6 +22,7 @@ from __future__ import annotations
 import configparser
 import dataclasses
 import importlib.util
+import logging
 import netrc
 import os
 import threading
@@ -35,9 +36,10 @@ from urllib.parse import urlsplit
 
 import psutil
 
-from paramserver import terminal
 from paramserver.errors import UserError
 from paramserver.settings import WANDB_MODES, Settings
+
+log = logging.getLogger(__name__)
 
 BURST_S = 0.5  # between two bursts: fifty steps at once cost wandb a third of fifty single ones
 MAX_WAITING = 20_000  # steps, about 30 MB: a minute's worth while a service is slow to start
@@ -60,24 +62,22 @@ class Logbook(Protocol):
 def open_logbooks(
     settings: Settings,
     folder: Path,
-    say: Callable[[str], None] | None = None,
     *,
     run: str | None = None,
     problem: Callable[[str], None] | None = None,
 ) -> Several:
     """Open what the settings ask for, inside the run folder; asks nobody and waits for nothing.
 
-    `say` gets a sentence where there is something to tell (a page to look at), `problem` one where
-    something is not logged as it was asked for (a service that failed); they are called by whoever
-    calls `log` or `close`, on that thread. Default: stderr, and `say` for both.
-    `run` is the run's id: whoever opens it again online, after a crash, goes on in the same W&B
-    run. Offline each gets its own.
+    `problem` gets a sentence where something is not logged as it was asked for (a service that
+    failed), by default as a warning of this module's logger, which gets every other sentence for a
+    person (a page to look at). Both are called on the thread that calls `log` or `close`.
+    `run` is the run's id: an observer that opens it again online, after a crash, goes on in the
+    same W&B run. Offline each gets its own.
 
     Raises UserError where the settings cannot be fulfilled: TensorBoard is not installed, an
     unknown `wandb.mode`, or `online` without a login.
     """
-    tell = say or _to_stderr
-    trouble = problem or tell
+    problem = problem or log.warning
     books: list[Background] = []
     mode = wandb_mode(settings.wandb.mode)
     if mode != "disabled":
@@ -85,9 +85,8 @@ def open_logbooks(
             Background(
                 "W&B",
                 lambda news: _Wandb(settings, folder, mode, run, news),
-                tell,
                 _kill_wandb,
-                problem=trouble,
+                problem=problem,
             )
         )
     if settings.tensorboard:
@@ -96,9 +95,7 @@ def open_logbooks(
                 "tensorboard=true, but TensorBoard is not installed",
                 "install it with: pip install 'paramserver[tensorboard]'",
             )
-        books.append(
-            Background("TensorBoard", lambda news: _TensorBoard(folder), tell, problem=trouble)
-        )
+        books.append(Background("TensorBoard", lambda news: _TensorBoard(folder), problem=problem))
     return Several(books)
 
 
@@ -184,14 +181,12 @@ class Background:
         self,
         name: str,
         opener: Callable[[News], Logbook],
-        say: Callable[[str], None],
         kill: Callable[[], None] = lambda: None,
         close_s: float = CLOSE_S,
-        problem: Callable[[str], None] | None = None,
+        problem: Callable[[str], None] = log.warning,
     ) -> None:
-        self._name, self._opener, self._say, self._kill = name, opener, say, kill
-        self._problem = problem or say
-        self._close_s = close_s
+        self._name, self._opener, self._kill = name, opener, kill
+        self._problem, self._close_s = problem, close_s
         self._waiting: deque[tuple[int, Mapping[str, float]]] = deque()
         self._missed = 0
         self._news = News()  # deques: filled by one thread, emptied by the other
@@ -231,7 +226,7 @@ class Background:
     def _tell(self) -> None:
         while self._news:
             text, problem = self._news.popleft()
-            (self._problem if problem else self._say)(text)
+            (self._problem if problem else log.info)(text)
 
     def _work(self) -> None:
         book: Logbook | None = None
@@ -400,7 +395,3 @@ def _is_wandb(process: psutil.Process) -> bool:
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[0] if lines else repr(error)
-
-
-def _to_stderr(line: str) -> None:
-    terminal.say(line, error=True)

@@ -92,7 +92,7 @@ class Observer:
         self._told: set[str] = set()
         self._left = False
         self.logbook = open_logbooks(
-            settings, self.folder.path, log.info, run=orders.run, problem=self._problem
+            settings, self.folder.path, run=orders.run, problem=self._problem
         )
         self.client.on_close = self._on_close
         self.client.on_missed = self._on_missed
@@ -307,7 +307,7 @@ class Observer:
         self.client.report(*self._evaluated, final=True)
         self.logbook.close()  # what it could not do is told before goodbye is said
         self._tell_problems()
-        self.client.goodbye(wire.FINISHED, finished=True)
+        self.client.goodbye(wire.Goodbye(wire.FINISHED, finished=True))
 
 
 def main() -> None:
