@@ -32,7 +32,7 @@ from paramserver.settings import Settings
 from paramserver.tensors.bucket import BUCKET_MB
 from paramserver.tensors.codec import CODECS
 from paramserver.tensors.error_feedback import Feedback
-from paramserver.tensors.reducer import Mean
+from paramserver.tensors.reducer import Reducer
 from paramserver.transport import malloc, sockets
 from workers.builtin import builders, data, models
 from workers.cluster import join
@@ -308,7 +308,7 @@ def accuracy(dataset: dict[str, Any], codec: str, seed: int, epochs: int, worker
     replica = Replica(model, optimizer, bucket_mb=settings.bucket_mb or BUCKET_MB, codec=codec)
     buckets, params = replica.plan.buckets, [p for _, p in replica.params]
     senders = [Feedback(replica.plan, codec, settings.topk_ratio) for _ in range(workers)]
-    mean = Mean(replica.plan, codec, codec, settings.topk_ratio)
+    reducer = Reducer(replica.plan, codec, codec, settings.topk_ratio)
     indices, size = tuple(b.index for b in buckets), settings.batch_size
     criterion, step = nn.CrossEntropyLoss(), 0
     cpu = torch.device("cpu")
@@ -328,16 +328,16 @@ def accuracy(dataset: dict[str, Any], codec: str, seed: int, epochs: int, worker
                 flat = torch.cat([g.reshape(-1) for g in gradients])
                 for b in buckets:
                     buffers, scale = sender.encode(b, flat[b.start : b.stop].clone())
-                    mean.add(b.index, buffers, scale, size, _nothing)
+                    reducer.add(b.index, buffers, scale, size, _nothing)
                 sender.settled(indices)
             step += 1
             for b in buckets:
-                buffers, scale = mean.finish(b.index, workers * size, ())
+                buffers, scale = reducer.finish(b.index, workers * size, ())
                 average = wire.Average(
                     nonce="", round=step, step=step, bucket=b.index, absent=(), scale=scale
                 )
                 replica.take(average, buffers)
-            mean.close(indices)
+            reducer.close(indices)
             replica.apply(
                 wire.Close(
                     nonce="", round=step, step=step, lineage="", buckets=indices,

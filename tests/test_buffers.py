@@ -24,7 +24,7 @@ from paramserver.errors import PeerError, UserError
 from paramserver.protocol import messages as wire
 from paramserver.tensors import whole
 from paramserver.tensors.bucket import plan
-from paramserver.tensors.reducer import Mean
+from paramserver.tensors.reducer import Reducer
 from workers.replica.buffers import LOOKED_AT, Buffers
 from workers.replica.replica import Replica
 
@@ -375,7 +375,7 @@ def test_of_each_module_the_lowest_worker_that_wrote_there(
 ) -> None:
     """Whoever comes first; what it did not write is absent, whoever else did."""
     assert [(b.kind, b.sent, b.size) for b in WHOLE_PLAN.buckets][1:] == [("whole", "bytes", 51)]
-    mean, released = Mean(WHOLE_PLAN, "int8", "int8", 0.01), []
+    reducer, released = Reducer(WHOLE_PLAN, "int8", "int8", 0.01), []
     for _ in range(2):
         order = list(wrote)
         random.shuffle(order)
@@ -383,10 +383,10 @@ def test_of_each_module_the_lowest_worker_that_wrote_there(
             there = sorted(wrote[worker])
             absent = tuple({1, 2, 3} - wrote[worker])
             buffers = bytes_of(worker, there)
-            assert mean.check(1, buffers, 1.0, absent) == (None, None)
-            mean.add(1, buffers, 1.0, 5, lambda: released.append(0), worker, absent)
-        buffers, scale, absent = mean.finish(1, 5, ())
-        mean.close((1,))
+            assert reducer.check(1, buffers, 1.0, absent) == (None, None)
+            reducer.add(1, buffers, 1.0, 5, lambda: released.append(0), worker, absent)
+        buffers, scale, absent = reducer.finish(1, 5, ())
+        reducer.close((1,))
         expected: dict[int, int] = {}
         for module in ({1, 2}, {3}):
             writers = [w for w in sorted(wrote) if wrote[w] & module]
@@ -403,9 +403,9 @@ def test_of_each_module_the_lowest_worker_that_wrote_there(
 
 @pytest.mark.parametrize(("indexes", "absent"), [([1], ()), ([1, 2, 3], (1,)), ([], (1, 2))])
 def test_buffers_of_another_length_are_refused(indexes: list[int], absent: tuple[int, ...]) -> None:
-    mean = Mean(WHOLE_PLAN, "float32", "float32", 0.01)
+    reducer = Reducer(WHOLE_PLAN, "float32", "float32", 0.01)
     with pytest.raises(PeerError, match="bucket 1: buffers of"):
-        mean.check(1, bytes_of(1, indexes), 1.0, absent)
+        reducer.check(1, bytes_of(1, indexes), 1.0, absent)
 
 
 def test_much_travels_in_several_buffers() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from paramserver.protocol import messages as wire
 from paramserver.tensors.bucket import plan
 from paramserver.tensors.codec import CODECS, codec_of
-from paramserver.tensors.reducer import Mean
+from paramserver.tensors.reducer import Reducer
 
 LAYOUT = wire.Layout(
     (
@@ -48,9 +48,9 @@ class Payloads:
         return buffers, scale, release
 
 
-def average(mean: Mean, bucket: int, samples: int) -> Tensor:
+def average(reducer: Reducer, bucket: int, samples: int) -> Tensor:
     """What a reader makes of it."""
-    buffers, scale, _ = mean.finish(bucket, samples, ())
+    buffers, scale, _ = reducer.finish(bucket, samples, ())
     return CODECS["float32"].decode(buffers, scale, torch.empty(PLAN.buckets[bucket].size))
 
 
@@ -60,45 +60,45 @@ def test_the_mean_is_weighted_by_samples(data: st.DataObject) -> None:
     codec = data.draw(st.sampled_from(sorted(TOLERANCE)))
     samples = data.draw(st.lists(st.integers(1, 64), min_size=1, max_size=5))
     torch.manual_seed(data.draw(st.integers(0, 1000)))
-    payloads, mean = Payloads(), Mean(PLAN, codec, "float32", 0.01)
+    payloads, reducer = Payloads(), Reducer(PLAN, codec, "float32", 0.01)
     for _ in range(2):  # rounds
         pushed = [torch.randn(PLAN.buckets[GRAD].size) for _ in samples]
         for values, n in zip(pushed, samples, strict=True):
             buffers, scale, release = payloads.made(values, codec)
-            why, norm = mean.check(GRAD, buffers, scale)
+            why, norm = reducer.check(GRAD, buffers, scale)
             assert why is None and norm is not None
             assert abs(norm - values.norm()) < TOLERANCE[codec] * norm
-            mean.add(GRAD, buffers, scale, n, release)
-        got = average(mean, GRAD, sum(samples))
+            reducer.add(GRAD, buffers, scale, n, release)
+        got = average(reducer, GRAD, sum(samples))
         wanted = sum(n * v.double() for v, n in zip(pushed, samples, strict=True)) / sum(samples)
         assert (got - wanted).abs().max() < TOLERANCE[codec] * 4
-        mean.close((GRAD,))
+        reducer.close((GRAD,))
     assert set(payloads.released) == {1}
 
 
 def test_in_topk_all_that_two_workers_chose_is_in_the_average() -> None:
     """Whatever each of them chose, and at once."""
     size, ratio = PLAN.buckets[GRAD].size, 0.1
-    mean = Mean(PLAN, "topk", "topk", ratio)
+    reducer = Reducer(PLAN, "topk", "topk", ratio)
     values = torch.zeros(2, size)
     for worker in (0, 1):
         values[worker, worker :: round(1 / ratio)] = torch.arange(1.0, round(ratio * size) + 1)
         buffers, scale = CODECS["topk"].encode(values[worker].clone(), ratio)
-        mean.add(GRAD, buffers, scale, 1, lambda: None)
-    buffers, scale, _ = mean.finish(GRAD, 2, ())
+        reducer.add(GRAD, buffers, scale, 1, lambda: None)
+    buffers, scale, _ = reducer.finish(GRAD, 2, ())
     came = CODECS["topk"].decode(buffers, scale, torch.empty(size))
     assert torch.allclose(came, values.mean(0), rtol=1e-3, atol=0)
 
 
 def test_statistics_are_averaged_and_counters_take_the_maximum() -> None:
-    payloads, mean = Payloads(), Mean(PLAN, "int8", "int8", 0.01)
+    payloads, reducer = Payloads(), Reducer(PLAN, "int8", "int8", 0.01)
     for n, stat, count in ((1, 0.0, 7.0), (3, 4.0, 5.0)):
         for bucket, value in ((STAT, stat), (COUNT, count)):
             full = torch.full((PLAN.buckets[bucket].size,), value)
             buffers, scale, release = payloads.made(full, "float32")
-            mean.add(bucket, buffers, scale, n, release)
+            reducer.add(bucket, buffers, scale, n, release)
     for bucket, wanted in ((STAT, 3.0), (COUNT, 7.0)):
-        assert set(average(mean, bucket, 1 + 3).tolist()) == {wanted}
+        assert set(average(reducer, bucket, 1 + 3).tolist()) == {wanted}
 
 
 EXACT = wire.Layout(
@@ -127,7 +127,7 @@ def test_float64_and_integers_are_exact_whatever_the_codec(
     limit = max(8, int(bucket_mb * 2**20))
     assert all(b.nbytes <= limit for b in own.buckets)
     assert own.nbytes == 4 * 1200 + 8 * 1000 + 8 * 30 + 4 * 3 + 8 * 4
-    mean = Mean(own, codec, codec, 0.01)
+    reducer = Reducer(own, codec, codec, 0.01)
     for b in own.buckets:
         if b.sent == "float32" and b.kind == "grad":
             continue
@@ -137,9 +137,9 @@ def test_float64_and_integers_are_exact_whatever_the_codec(
             pushed[0][0] = -(2**62) if b.sent == "int64" else -torch.inf
         for values, n in zip(pushed, samples, strict=True):
             buffers, scale, release = payloads.made(values, "float32")  # as it lies in memory
-            assert mean.check(b.index, buffers, scale)[0] is None
-            mean.add(b.index, buffers, scale, n, release)
-        buffers, scale, _ = mean.finish(b.index, sum(samples), ())
+            assert reducer.check(b.index, buffers, scale)[0] is None
+            reducer.add(b.index, buffers, scale, n, release)
+        buffers, scale, _ = reducer.finish(b.index, sum(samples), ())
         got = codec_of(b.kind, b.sent, codec).decode(
             buffers, scale, torch.empty(b.size, dtype=dtype)
         )
@@ -153,23 +153,23 @@ def test_float64_and_integers_are_exact_whatever_the_codec(
 
 def test_numbers_in_float64_are_looked_at_too() -> None:
     own = plan(EXACT, 1.0)
-    mean = Mean(own, "topk", "float32", 0.01)
+    reducer = Reducer(own, "topk", "float32", 0.01)
     exact = next(b for b in own.buckets if b.sent == "float64" and b.kind == "grad")
     values = torch.full((exact.size,), 1e200, dtype=torch.float64)
-    why, norm = mean.check(exact.index, CODECS["float32"].encode(values)[0], 1.0)
+    why, norm = reducer.check(exact.index, CODECS["float32"].encode(values)[0], 1.0)
     assert why is None and norm is not None and norm > 1e200
     values[3] = torch.nan
-    why, norm = mean.check(exact.index, CODECS["float32"].encode(values)[0], 1.0)
+    why, norm = reducer.check(exact.index, CODECS["float32"].encode(values)[0], 1.0)
     assert why is not None and "not all of its numbers are finite" in why and norm is None
 
 
 @pytest.mark.parametrize("pushes", [1, 2])
 def test_a_void_round_lets_go_of_its_payloads(pushes: int) -> None:
-    payloads, mean = Payloads(), Mean(PLAN, "float32", "float32", 0.01)
+    payloads, reducer = Payloads(), Reducer(PLAN, "float32", "float32", 0.01)
     for _ in range(pushes):
         buffers, scale, release = payloads.made(torch.ones(PLAN.buckets[GRAD].size), "float32")
-        mean.add(GRAD, buffers, scale, 1, release)
-    mean.close(())
+        reducer.add(GRAD, buffers, scale, 1, release)
+    reducer.close(())
     assert payloads.released == [1] * pushes
 
 
@@ -179,9 +179,9 @@ def test_of_two_workers_it_does_not_matter_who_comes_first(one: int, other: int,
     pushed = [(torch.randn(PLAN.buckets[GRAD].size), n) for n in (one, other)]
     results = []
     for order in (pushed, pushed[::-1]):
-        payloads, mean = Payloads(), Mean(PLAN, "float32", "float32", 0.01)
+        payloads, reducer = Payloads(), Reducer(PLAN, "float32", "float32", 0.01)
         for values, n in order:
             buffers, scale, release = payloads.made(values, "float32")
-            mean.add(GRAD, buffers, scale, n, release)
-        results.append(average(mean, GRAD, one + other))
+            reducer.add(GRAD, buffers, scale, n, release)
+        results.append(average(reducer, GRAD, one + other))
     assert torch.equal(*results)

@@ -22,7 +22,7 @@ from paramserver.server.history import Frames, History, Update
 from paramserver.settings import Settings
 from paramserver.tensors.bucket import Plan, plan
 from paramserver.tensors.codec import fresh
-from paramserver.tensors.reducer import Mean, Release
+from paramserver.tensors.reducer import Reducer, Release
 from paramserver.tensors.whole import BUFFER_BYTES
 from paramserver.transport import shm
 
@@ -53,7 +53,7 @@ class Data:
         self._bucket_mb = bucket_mb
         self._nonce = nonce
         self._folder = folder
-        self._mean: Mean | None = None
+        self._reducer: Reducer | None = None
         self._history = History(int(settings.history_mb * 2**20))
         self._payloads: dict[tuple[int, int], Payload] = {}  # by worker and bucket
         self._averages: list[Frames] = []  # of the open round, as sent
@@ -79,7 +79,7 @@ class Data:
                 f"{e.strerror or e} (in docker: --shm-size=1g)"
             )
         room = fresh if self.ring is None else self._room
-        self._mean = Mean(self.plan, s.codec, s.codec_down or s.codec, s.topk_ratio, room)
+        self._reducer = Reducer(self.plan, s.codec, s.codec_down or s.codec, s.topk_ratio, room)
         return problem
 
     # ------------------------------------------------------------------ shared memory
@@ -163,13 +163,13 @@ class Data:
         self, session: str, worker: int, push: wire.Push, buffers: list[Any]
     ) -> tuple[str | None, float | None]:
         """Look at the located buffers of a push, and keep them until `add` or `drop`, unless they
-        are bad. Returns what `Mean.check` does: why they are bad, and a gradient's norm.
+        are bad. Returns what `Reducer.check` does: why they are bad, and a gradient's norm.
 
         Raises `PeerError` where they do not fit the layout.
         """
-        assert self._mean is not None
+        assert self._reducer is not None
         release = partial(_free, self._outboxes.get(session), push.places)
-        bad, norm = self._mean.check(push.bucket, buffers, push.scale, push.absent)
+        bad, norm = self._reducer.check(push.bucket, buffers, push.scale, push.absent)
         if bad is None:
             self._payloads[worker, push.bucket] = Payload(buffers, push.scale, push.absent, release)
         else:
@@ -182,16 +182,16 @@ class Data:
 
     def add(self, worker: int, bucket: int, samples: int) -> None:
         """Add a payload to the sum of its bucket, `samples` times."""
-        assert self._mean is not None
+        assert self._reducer is not None
         p = self._payloads.pop((worker, bucket))
-        self._mean.add(bucket, p.buffers, p.scale, samples, p.release, worker, p.absent)
+        self._reducer.add(bucket, p.buffers, p.scale, samples, p.release, worker, p.absent)
 
     def finish(self, finish: Finish) -> None:
         """Make the average of a bucket; it is `due` then."""
-        assert self._mean is not None
+        assert self._reducer is not None
         bucket = finish.bucket
         with trace.span("average", bucket=bucket):
-            buffers, scale, absent = self._mean.finish(bucket, finish.samples, finish.absent)
+            buffers, scale, absent = self._reducer.finish(bucket, finish.samples, finish.absent)
         average = wire.Average(
             nonce=self._nonce,
             round=finish.round,
@@ -235,8 +235,8 @@ class Data:
         for p in self._payloads.values():
             p.release()
         self._payloads.clear()
-        if self._mean is not None:
-            self._mean.close(averaged)
+        if self._reducer is not None:
+            self._reducer.close(averaged)
 
     # ------------------------------------------------------------------ what is kept
 

@@ -41,7 +41,7 @@ class Running:
     """Of the payload whose memory `values` are; None where they are the sum's own."""
 
 
-class Mean:
+class Reducer:
     """Running sums and averages of the buckets of one plan.
 
     Pushes come encoded with the codec `up`; averages are encoded with `down`, with error feedback

@@ -23,7 +23,7 @@ from paramserver.rounds.ledger import DONE, RETURNED, SKIPPED, UNREAD, Ledger, O
 from paramserver.settings import Settings
 from paramserver.tensors.bucket import BUCKET_MB
 from paramserver.tensors.codec import fresh
-from paramserver.tensors.reducer import Mean
+from paramserver.tensors.reducer import Reducer
 from workers.link import follow
 from workers.replica.replica import Replica
 
@@ -79,7 +79,7 @@ class Alone:
     def join(self, replica: Replica) -> str:
         self.replica = replica
         self.follow = follow.Follow(self.welcome.nonce, replica, 0.0)
-        self._mean = Mean(replica.plan, "float32", "float32", 1.0)
+        self._reducer = Reducer(replica.plan, "float32", "float32", 1.0)
         return "origin"
 
     def ready(self, ready: wire.Ready) -> None:
@@ -152,7 +152,7 @@ class Alone:
 
     def push(self, push: wire.Push, buffers: list[Any]) -> None:
         """One bucket is its own average; numbers that are not finite are refused as by a server."""
-        bad, _ = self._mean.check(push.bucket, buffers, push.scale, push.absent)
+        bad, _ = self._reducer.check(push.bucket, buffers, push.scale, push.absent)
         self._bad = self._bad or bad
         self._loss, self._samples, self._unread = push.loss, push.samples, push.unread
         average = wire.Average(
