@@ -28,7 +28,7 @@ from paramserver.net.address import keys_of
 from paramserver.net.jointoken import decode
 from paramserver.protocol import messages as wire
 from paramserver.transport import sockets
-from paramserver.transport.handshake import HUNG_UP_TIMES, Knock
+from paramserver.transport.handshake import HUNG_UP_TIMES, HandshakeMonitor
 from paramserver.transport.sockets import PeerKeys
 from workers.link.client import Client
 
@@ -196,17 +196,17 @@ def test_a_token_for_a_server_without_security_is_told() -> None:
 
 
 def test_nobody_gets_in_where_the_authenticator_is_gone() -> None:
-    """Closed is what a gate must be that nobody keeps."""
+    """Without its authenticator the server refuses every peer."""
     with Served(keys=KEYS, num_workers=1) as served:
-        gate: Any = served.server._gate
-        gate._authenticator.stop()
+        authenticator: Any = served.server._authenticator
+        authenticator._zap.stop()
         client = Client(LOOPBACK, served.port, id=1, keys=as_peer(KEYS))
         try:
-            # Which of the two depends on how often it is hung up on in this time.
+            # Which of the two errors: that depends on how often the server hangs up in this time.
             with pytest.raises(UserError, match=r"no server answered|has other keys"):
                 client.connect(0.5)
-            knock = client.connection.knock
-            assert knock is not None and not knock.proven
+            handshake = client.connection.handshake
+            assert handshake is not None and not handshake.proven
         finally:
             client.close()
         assert not served.server.rounds.peers
@@ -321,10 +321,10 @@ def test_a_socket_closed_in_the_middle_of_a_handshake_leaves_its_context_alive()
         port = listener.getsockname()[1]
         for _ in range(500):
             s = sockets.dealer(ctx)
-            knock = Knock(ctx, s, LOOPBACK, port, with_keys=False)
+            handshake = HandshakeMonitor(ctx, s, LOOPBACK, port, with_keys=False)
             sockets.connect(s, sockets.tcp(LOOPBACK, port))
             s.poll(1)
-            knock.close()
+            handshake.close()
             s.close()
         listener.shutdown(socket.SHUT_RDWR)
         thread.join(DEADLINE_S)

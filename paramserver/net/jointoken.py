@@ -92,8 +92,8 @@ def decode(text: str) -> JoinToken:
 
 
 def fingerprint(server_key: bytes) -> str:
-    """Tells a server's public key from others without showing it: who knows the key gets a hearing
-    at the server's gate."""
+    """Identifies a server's public key without showing it: a peer that knows the key passes the
+    first check of the server."""
     return hashlib.sha256(b"paramserver" + server_key).hexdigest()[:16]
 
 

@@ -35,7 +35,7 @@ from paramserver.net.address import Address
 from paramserver.net.interfaces import KINDS, Interface
 from paramserver.protocol import messages as wire
 from paramserver.transport import sockets
-from paramserver.transport.handshake import Knock
+from paramserver.transport.handshake import HandshakeMonitor
 from paramserver.transport.sockets import PeerKeys
 
 SERVICE = "_paramserver._tcp.local."
@@ -243,11 +243,11 @@ class _Trial:
     machine's interface that leads there, the lowest best."""
 
     door: zmq.Socket[bytes]
-    knock: Knock
+    handshake: HandshakeMonitor
     rank: int
 
     def close(self) -> None:
-        self.knock.close()
+        self.handshake.close()
         self.door.close()
 
 
@@ -269,8 +269,8 @@ class _Trials:
             return
         self._tried.add((host, port))
         door = sockets.dealer(self._ctx)
-        knock = Knock(self._ctx, door, host, port, with_keys=self._keys is not None)
-        self._running[host, port] = _Trial(door, knock, rank(host, self._own))
+        handshake = HandshakeMonitor(self._ctx, door, host, port, with_keys=self._keys is not None)
+        self._running[host, port] = _Trial(door, handshake, rank(host, self._own))
         sockets.connect(door, sockets.tcp(host, port), self._keys)
 
     def won(self, now: float, log: logging.Logger) -> tuple[str, int] | None:
@@ -278,12 +278,12 @@ class _Trials:
         to be its own within `BETTER_S`. Says who turned out to be another one."""
         for at, trial in list(self._running.items()):
             try:
-                trial.knock.check()
+                trial.handshake.check()
             except UserError as e:
                 self._running.pop(at).close()
                 self.strangers.append(e.problem)
                 log.info(f"{e.problem}: not the one that is looked for, the search goes on")
-        proven = {at: t.rank for at, t in self._running.items() if t.knock.proven}
+        proven = {at: t.rank for at, t in self._running.items() if t.handshake.proven}
         if not proven:
             return None
         if self._proven_at is None:

@@ -30,7 +30,7 @@ from paramserver.tensors.bucket import BUCKET_MB, SENT_BYTES, plan
 from paramserver.tensors.order import name_samples, places
 from paramserver.tensors.whole import BUFFER_BYTES
 from paramserver.transport import shm, sockets
-from paramserver.transport.handshake import Gate
+from paramserver.transport.handshake import Authenticator
 
 TICK_S = 0.1
 PULSES_PER_TIMEOUT = 10
@@ -99,7 +99,7 @@ class Server:
         self._unread = sockets.Unread()
         self._deaf_ears: set[str] = set()  # sessions of those who do not read what they ask for
         self._ctx = sockets.context()
-        self._gate: Gate | None = None
+        self._authenticator: Authenticator | None = None
         self._ipc = sockets.ipc_folder()
         if self._ipc is None:
             watcher.say(
@@ -131,7 +131,7 @@ class Server:
             most_unread=max(UNREAD_BYTES, PIECES_UNREAD * largest),
         )
         try:
-            self._gate = Gate(self._ctx, keys) if keys is not None else None
+            self._authenticator = Authenticator(self._ctx, keys) if keys is not None else None
             mark = sockets.mark(settings.history_mb, bucket_mb)
             self._router = sockets.router(self._ctx, largest)
             self._pub = sockets.publisher(self._ctx, largest, mark)
@@ -153,8 +153,8 @@ class Server:
                 endpoints.append(kind)
         for socket, plain, at in ((self._router, routers, port), (self._pub, pubs, port + 1)):
             closed = [sockets.tcp(h, at) for h in guarded]
-            if self._gate is not None:
-                self._gate.watch(socket, closed)
+            if self._authenticator is not None:
+                self._authenticator.watch(socket, closed)
             sockets.bind(socket, plain, closed, keys)
 
     @property
@@ -178,7 +178,10 @@ class Server:
         it was to go on and did not (`rounds.deserted`, `rounds.put_off`)."""
         control = self.control
         poller = zmq.Poller()
-        for s in (self._router, *(self._gate.watches if self._gate is not None else ())):
+        for s in (
+            self._router,
+            *(self._authenticator.watches if self._authenticator is not None else ()),
+        ):
             poller.register(s, zmq.POLLIN)
         next_tick = next_pulse = 0.0
         pulse_every = self.settings.heartbeat_timeout / PULSES_PER_TIMEOUT
@@ -186,8 +189,8 @@ class Server:
             due = self.rounds.next_deadline()
             limit = max(0.0, min(next_tick, due if due is not None else next_tick) - now)
             woken = poller.poll(math.ceil(1000 * limit))
-            if self._gate is not None and any(s is not self._router for s, _ in woken):
-                self._report_refused(self._gate)
+            if self._authenticator is not None and any(s is not self._router for s, _ in woken):
+                self._report_refused(self._authenticator)
             for _ in range(MESSAGES_PER_TURN):
                 if not sockets.readable(self._router):
                     break
@@ -204,8 +207,8 @@ class Server:
                 control.pulse(now)
         return self.rounds.ended
 
-    def _report_refused(self, gate: Gate) -> None:
-        for sentence in gate.refused():
+    def _report_refused(self, authenticator: Authenticator) -> None:
+        for sentence in authenticator.refused():
             self.control.watcher.say(sentence, warning=True)
 
     def _receive(self, frames: list[zmq.Frame]) -> None:
@@ -235,8 +238,8 @@ class Server:
 
     def close(self) -> None:
         """Release sockets and files; safe to call twice."""
-        if self._gate is not None:
-            self._gate.close()
+        if self._authenticator is not None:
+            self._authenticator.close()
         for name in ("_router", "_pub"):
             s = getattr(self, name, None)
             if s is not None:

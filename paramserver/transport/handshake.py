@@ -1,9 +1,10 @@
-"""Who gets in where strangers can knock, and what becomes of handshakes.
+"""Which peers a guarded server admits, and sentences about failed handshakes.
 
-Where a server listens for other machines its sockets speak CURVE (`sockets.bind`). A handshake
-that comes that far has proven that it knows the server's public key; pyzmq's authenticator then
-asks the `Gate` whether the peer's own key is the one of the join token. ZeroMQ refuses in silence
-what fails, on both sides; here the events of its sockets are made into sentences.
+A server that listens for other machines binds sockets that speak CURVE (`sockets.bind`). A peer
+whose handshake comes that far has proven that it knows the server's public key; pyzmq's
+authenticator then asks `Authenticator.callback` whether the peer's own key is the one of the join
+token. ZeroMQ refuses a failed handshake in silence, on both sides; the classes here turn the events
+of its sockets into sentences.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from zmq.utils.monitor import recv_monitor_message
 from paramserver.errors import UserError
 from paramserver.transport import sockets
 
-PEERS_TOLD = 100  # of the refused ones, so that a scanner does not fill the log
-HUNG_UP_TIMES = 3  # in the middle of a handshake; then somebody looks why
+PEERS_TOLD = 100  # refused peers that are logged, so that a scanner does not fill the log
+HUNG_UP_TIMES = 3  # in the middle of a handshake; then the peer reads the server's greeting
 LOOK_S = 2.0
 
 _AUTH, _PROTOCOL, _NO_DETAIL, _SUCCEEDED = (
@@ -38,11 +39,12 @@ _ACCEPTED, _DISCONNECTED = zmq.EVENT_ACCEPTED, zmq.EVENT_DISCONNECTED
 _HUNG_UP = (errno.EPIPE, errno.ECONNRESET, errno.ECONNABORTED)
 
 
-class Gate:
-    """The gate of one server; it answers as soon as it is made, so make it before binding.
+class Authenticator:
+    """Admits peers to the guarded sockets of one server; it answers as soon as it is made, so make
+    it before binding.
 
-    `watch` every guarded socket; `refused` then tells who was not let in and why, each peer once.
-    `watches` are to be polled for it.
+    `watch` every guarded socket; `refused` then gives a sentence for each peer that was refused,
+    once, with the reason. Poll `watches` for it.
     """
 
     def __init__(self, ctx: zmq.Context[zmq.Socket[bytes]], keys: sockets.ServerKeys) -> None:
@@ -50,16 +52,17 @@ class Gate:
         self._key = keys.workers
         self._watched: dict[zmq.Socket[bytes], tuple[zmq.Socket[bytes], _Listener]] = {}
         self._told: set[str] = set()
-        self._authenticator = ThreadAuthenticator(ctx)
-        self._authenticator.start()
-        self._authenticator.configure_curve_callback(sockets.ZAP_DOMAIN, self)
+        self._zap = ThreadAuthenticator(ctx)
+        self._zap.start()
+        self._zap.configure_curve_callback(sockets.ZAP_DOMAIN, self)
 
     def callback(self, domain: str, key: bytes) -> bool:
-        """Is this the public key of the join token? Asked by the authenticator, in its thread."""
+        """Is this the public key of the join token? pyzmq's authenticator calls it, in its own
+        thread."""
         return hmac.compare_digest(key, self._key)
 
     def watch(self, s: zmq.Socket[bytes], guarded: list[str]) -> None:
-        """Look at handshakes at these endpoints of `s`, which is not bound yet."""
+        """Watch the handshakes at these endpoints of `s`, which is not bound yet."""
         events = _ACCEPTED | _AUTH | _PROTOCOL | _NO_DETAIL | _DISCONNECTED
         watch = sockets.monitor(self._ctx, s, events)
         self._watched[watch] = s, _Listener(frozenset(guarded))
@@ -69,7 +72,7 @@ class Gate:
         return list(self._watched)
 
     def refused(self) -> Iterator[str]:
-        """Sentences about those who were refused since the last call."""
+        """Sentences about the peers that were refused since the last call."""
         for watch, (_, listener) in self._watched.items():
             while sockets.readable(watch):
                 who, why = listener.event(recv_monitor_message(watch))
@@ -78,19 +81,20 @@ class Gate:
                     yield f"{who} was refused: {why}"
 
     def close(self) -> None:
-        """Stop answering: from now on nobody gets in. Before the guarded sockets are closed."""
+        """Stop answering: from now on no peer is admitted. Call it before the guarded sockets are
+        closed."""
         for watch, (s, _) in self._watched.items():
             sockets.end_monitor(s, watch)
         self._watched.clear()
-        self._authenticator.stop()
+        self._zap.stop()
 
 
 class _Listener:
-    """Makes sense of the events of one bound socket.
+    """Finds in the events of one bound socket which peer was refused, and why.
 
-    A failed handshake does not say whose; its connection's end, which is told next, names the
-    file descriptor, and the peer's address was asked when that was new. A peer that hangs up at
-    once may be gone by then.
+    The event of a failed handshake does not name its peer. The next event, the end of the
+    connection, names the file descriptor, whose peer address was read when the connection was
+    accepted. A peer that hangs up at once may be gone by then.
     """
 
     def __init__(self, guarded: frozenset[str]) -> None:
@@ -99,7 +103,7 @@ class _Listener:
         self._why = ""
 
     def event(self, told: Mapping[str, Any]) -> tuple[str, str]:
-        """Who was refused and why, or empty strings."""
+        """The address of a refused peer and the reason, or empty strings."""
         kind, value = told["event"], told["value"]
         if told["endpoint"].decode() not in self._guarded:
             return "", ""
@@ -120,14 +124,14 @@ class _Listener:
 
 
 def _address(descriptor: int) -> str:
-    """Who is at the other end of a connection that ZeroMQ has just accepted."""
+    """The peer's address in a connection that ZeroMQ has just accepted; empty if it is gone."""
     with suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as s:
         return str(s.getpeername()[0]).removeprefix("::ffff:")
     return ""
 
 
-class Knock:
-    """What becomes of the handshakes of a peer's socket, which is not connected yet."""
+class HandshakeMonitor:
+    """Watches the handshakes of a peer's socket; make it before the socket connects."""
 
     def __init__(
         self,
@@ -143,11 +147,13 @@ class Knock:
         self._host, self._port = host, port
         self._with_keys = with_keys
         self._hung_up = 0
-        self.proven = False  # a handshake is done; with keys, with the server whose key it is
+        self.proven = (
+            False  # a handshake succeeded; with keys: with the server that has the token's key
+        )
 
     def check(self) -> None:
-        """Raise `UserError` if the server has refused, with the reason. Does not wait, but for a
-        server that hangs up without a word: it is asked once more what it wants."""
+        """Raise `UserError` if the server has refused, with the reason. Does not wait, except for a
+        server that hangs up without a reason: this reads its greeting once."""
         while sockets.readable(self._watch):
             told = recv_monitor_message(self._watch)
             kind, value = told["event"], told["value"]
@@ -173,7 +179,7 @@ class Knock:
                 raise self._refused(
                     "has other keys than this worker's join token, an old one or another server's"
                 )
-            # else nobody is there yet: a tunnel, for example, whose other end is still closed
+            # else no server is there yet: a tunnel, for example, whose other end is still closed
 
     def _refused(self, why: str) -> UserError:
         return UserError(
@@ -195,13 +201,13 @@ class Knock:
         )
 
     def close(self) -> None:
-        """Before the peer's socket is closed."""
+        """Call it before the peer's socket is closed."""
         sockets.end_monitor(self._socket, self._watch)
 
 
 def mechanism(host: str, port: int) -> str:
-    """The security mechanism in the greeting of whoever listens there: NULL, CURVE, or nothing
-    where that is not ZeroMQ. (The greeting is ZMTP's, https://rfc.zeromq.org/spec/37.)"""
+    """The security mechanism in the greeting of the program that listens there: NULL, CURVE, or
+    empty where that is not ZeroMQ. (The greeting is ZMTP's, https://rfc.zeromq.org/spec/37.)"""
     greeting, deadline = b"", time.monotonic() + LOOK_S
     try:
         with socket.create_connection((host, port), LOOK_S) as s:
@@ -215,4 +221,4 @@ def mechanism(host: str, port: int) -> str:
     return greeting[12:32].rstrip(b"\0").decode("ascii", "replace") if signed else ""
 
 
-__all__ = ["Gate", "Knock", "mechanism"]
+__all__ = ["Authenticator", "HandshakeMonitor", "mechanism"]

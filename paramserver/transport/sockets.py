@@ -117,11 +117,11 @@ def bind(
     """Listen at these endpoints; at the guarded ones, with `keys`, only to those who have theirs.
 
     An endpoint keeps the options that the socket had when it was bound, so plain ones come first.
-    These have a domain for the authenticator too, though everybody may come in: ZeroMQ then refuses
-    the protocol's old versions, in which any noise is a peer. One that calls itself like another is
-    never read, and its connection never ends.
-    Where no `gate` answers for a guarded one, nobody gets in. Raises `UserError` where an address
-    cannot be had, and closes the socket.
+    Plain ones have a ZAP domain too, although every peer is admitted: ZeroMQ then refuses the
+    protocol's old versions, in which any bytes count as a peer. ZeroMQ never reads a peer that
+    takes another one's identity, and never ends its connection.
+    Without an `Authenticator` a guarded endpoint admits no peer. Raises `UserError` where an
+    address cannot be bound, and closes the socket.
     """
     s.setsockopt(zmq.ZAP_DOMAIN, ZAP_PLAIN.encode())
     _bind(s, plain)

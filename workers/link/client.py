@@ -450,8 +450,8 @@ class Client:
     def _silent(self, seconds: float) -> None:
         connection = self.connection
         assert self.session is not None
-        if connection.knock is not None:
-            connection.knock.check()  # it may have been started again, with other keys
+        if connection.handshake is not None:
+            connection.handshake.check()  # it may have been started again, with other keys
         if seconds > connection.give_up_s:
             raise RunLost(
                 f"the server at {self.host}:{self.port} has been silent for "

@@ -30,7 +30,7 @@ from paramserver.net.mdns import Search
 from paramserver.protocol import messages as wire
 from paramserver.settings import Settings
 from paramserver.transport import sockets
-from paramserver.transport.handshake import Knock
+from paramserver.transport.handshake import HandshakeMonitor
 
 BEATS_PER_TIMEOUT = 5
 PROBE_INTERVAL_S = 0.1
@@ -97,7 +97,7 @@ class Connection:
         )
         self._ctx = sockets.context()
         self._door: zmq.Socket[bytes] | None = None
-        self.knock: Knock | None = None  # what becomes of the door's handshakes
+        self.handshake: HandshakeMonitor | None = None  # of the door
         self.link: zmq.Socket[bytes] | None = None
         self.sub: zmq.Socket[bytes] | None = None
         self.kind = "tcp"
@@ -137,16 +137,16 @@ class Connection:
         """Say hello at the door until it is answered, at most until `deadline_s` after `start` or
         after the last sign of a server that does not let us in yet. One that may have moved is
         searched for meanwhile."""
-        door, knock = self._open_door()
+        door, handshake = self._open_door()
         deadline, hello_at, told = start + deadline_s, time.monotonic(), ""
         new_door_at, search_at = hello_at + NEW_DOOR_S, hello_at + SEARCH_AFTER_S
         while True:
-            knock.check()
+            handshake.check()
             now = time.monotonic()
             if now >= search_at and self.elsewhere.found(now):
                 new_door_at = now  # there
             if now >= new_door_at:  # ZeroMQ may have given up this one's connection in silence
-                door, knock = self._open_door()
+                door, handshake = self._open_door()
                 hello_at, new_door_at = now, now + NEW_DOOR_S
             if now >= hello_at:  # one may be lost with a cut connection
                 with contextlib.suppress(zmq.Again):  # refused just now: the next check tells why
@@ -196,14 +196,16 @@ class Connection:
         self.host, self.port, self._keys = host, port, keys
         return before
 
-    def _open_door(self) -> tuple[zmq.Socket[bytes], Knock]:
+    def _open_door(self) -> tuple[zmq.Socket[bytes], HandshakeMonitor]:
         """A socket to say hello at, and what becomes of its handshakes, in place of the last."""
         self.close_sockets()
         door = self._door = sockets.dealer(self._ctx)
         with_keys = self._keys is not None
-        knock = self.knock = Knock(self._ctx, door, self.host, self.port, with_keys=with_keys)
+        handshake = self.handshake = HandshakeMonitor(
+            self._ctx, door, self.host, self.port, with_keys=with_keys
+        )
         sockets.connect(door, sockets.tcp(self.host, self.port), self._keys)
-        return door, knock
+        return door, handshake
 
     def _checked(self, welcome: wire.Welcome) -> wire.Welcome:
         """With settings of the types that they have here. Raises `UserError` where the server says
@@ -334,10 +336,10 @@ class Connection:
             self._beating.set()
             self._beat_thread.join()
             self._beat_thread = None
-        for s in (self.knock, self._door, self.link, self.sub):
+        for s in (self.handshake, self._door, self.link, self.sub):
             if s is not None:
                 s.close()
-        self.knock = None
+        self.handshake = None
         self._door = self.link = self.sub = None
         self.shared = None
 
@@ -349,8 +351,8 @@ class Connection:
             frames = wire.to_frames(message, *buffers)
             sockets.send(self.link, frames, copy=not buffers, wait=False)
         except zmq.Again:  # not its mark, it has none: ZeroMQ has given this connection up
-            if self.knock is not None:
-                self.knock.check()
+            if self.handshake is not None:
+                self.handshake.check()
             raise RunLost(
                 f"the server at {self.host}:{self.port} does not let this worker in any more",
                 "was it started again with other keys, or another security=?",
@@ -367,8 +369,8 @@ class Connection:
 
 
 class Elsewhere:
-    """Looks for a server that is silent at other addresses, while its peer knocks on at the last
-    one."""
+    """Looks for a server that is silent at other addresses, while its peer goes on trying the
+    last one."""
 
     def __init__(self, peer: Connection, search: Callable[..., Search] | None) -> None:
         self._peer, self._begin = peer, search

@@ -72,7 +72,7 @@ class Diverged(Effect, frozen=True):
 
 
 class Silent(Effect, frozen=True):
-    """Nothing was heard from the server for this long: knock."""
+    """Nothing was heard from the server for this long: send a probe."""
 
     seconds: float
 
@@ -245,8 +245,8 @@ class Follow:
         return self.over >= round_
 
     def tick(self, now: float, quiet_s: float) -> Effect:
-        """Time has passed: ask again what was not answered, knock where it is silent."""
-        if now - self.heard_at > quiet_s:  # who asks on and on would never find out for how long
+        """Time has passed: ask again what was not answered, probe where it is silent."""
+        if now - self.heard_at > quiet_s:  # asking again and again would hide for how long it is
             return Silent(now - self.heard_at)
         if self.fetching_since is not None and now - self.fetching_since > quiet_s:
             return Gap()
