@@ -31,7 +31,7 @@ from paramserver.server import program
 from paramserver.settings import Settings
 from paramserver.tensors.bucket import BUCKET_MB
 from paramserver.tensors.codec import CODECS
-from paramserver.tensors.error_feedback import Feedback
+from paramserver.tensors.error_feedback import ErrorFeedback
 from paramserver.tensors.reducer import Reducer
 from paramserver.transport import malloc, sockets
 from workers.builtin import builders, data, models
@@ -307,7 +307,7 @@ def accuracy(dataset: dict[str, Any], codec: str, seed: int, epochs: int, worker
     optimizer = builders.build_optimizer(model, settings)
     replica = Replica(model, optimizer, bucket_mb=settings.bucket_mb or BUCKET_MB, codec=codec)
     buckets, params = replica.plan.buckets, [p for _, p in replica.params]
-    senders = [Feedback(replica.plan, codec, settings.topk_ratio) for _ in range(workers)]
+    senders = [ErrorFeedback(replica.plan, codec, settings.topk_ratio) for _ in range(workers)]
     reducer = Reducer(replica.plan, codec, codec, settings.topk_ratio)
     indices, size = tuple(b.index for b in buckets), settings.batch_size
     criterion, step = nn.CrossEntropyLoss(), 0

@@ -30,12 +30,12 @@ def encoded(codec: Codec, values: Tensor, ratio: float = RATIO) -> tuple[list[by
 
 def through(name: str, values: Tensor, ratio: float = RATIO) -> tuple[Tensor, Tensor]:
     """(what arrives, what stays with the sender); `values` are left alone."""
-    codec, rest = CODECS[name], values.clone()
-    buffers, scale = encoded(codec, rest, ratio)
+    codec, residual = CODECS[name], values.clone()
+    buffers, scale = encoded(codec, residual, ratio)
     assert codec.fits(len(values), buffers) is None
     assert 0 < scale < math.inf
     arrived = codec.decode(buffers, scale, torch.full_like(values, math.nan)).clone()
-    return arrived, rest if codec.leaves_rest else values - arrived
+    return arrived, residual if codec.leaves_residual else values - arrived
 
 
 # ---------------------------------------------------------------------------- what may be lost
@@ -113,15 +113,15 @@ vectors = st.one_of(
 
 
 def check_bound(name: str, values: Tensor) -> None:
-    arrived, rest = through(name, values)
+    arrived, residual = through(name, values)
     off = (arrived.double() - values).abs()
     allowed = BOUNDS[name](values.double(), arrived)
     worst = int((off - allowed).argmax())
     assert (off <= allowed).all(), f"{values[worst]} arrived as {arrived[worst]}"
     # Sent and not sent is all there was, but for the rounding of one subtraction.
-    assert torch.allclose(arrived.double() + rest, values.double(), rtol=2.0**-22, atol=TINY)
+    assert torch.allclose(arrived.double() + residual, values.double(), rtol=2.0**-22, atol=TINY)
     # What makes error feedback converge: what stays is no larger than what there was.
-    assert rest.double().norm() <= values.double().norm() * (1 + 1e-6) + TINY * len(values)
+    assert residual.double().norm() <= values.double().norm() * (1 + 1e-6) + TINY * len(values)
 
 
 @pytest.mark.parametrize("name", CODECS)
@@ -192,9 +192,9 @@ def test_topk_sends_no_zeros(level: float, sent: int) -> None:
 def test_topk_of_everything_sends_everything_but_zeros() -> None:
     values = noise(100_000)
     values[::3] = 0.0
-    arrived, rest = through("topk", values, 1.0)
+    arrived, residual = through("topk", values, 1.0)
     assert torch.equal(arrived != 0, values != 0)
-    assert rest.abs().max() <= 2.0**-11 * values.abs().max()
+    assert residual.abs().max() <= 2.0**-11 * values.abs().max()
 
 
 # ---------------------------------------------------------------------- what comes from elsewhere

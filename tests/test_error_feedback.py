@@ -12,10 +12,10 @@ from torch import Tensor
 from paramserver.protocol import messages as wire
 from paramserver.tensors.bucket import Plan, plan
 from paramserver.tensors.codec import CODECS
-from paramserver.tensors.error_feedback import Feedback
+from paramserver.tensors.error_feedback import ErrorFeedback
 
-LOSSY = [name for name, codec in CODECS.items() if codec.leaves_rest]
-EXACT = [name for name, codec in CODECS.items() if not codec.leaves_rest]
+LOSSY = [name for name, codec in CODECS.items() if codec.leaves_residual]
+EXACT = [name for name, codec in CODECS.items() if not codec.leaves_residual]
 
 LAYOUT = wire.Layout(
     (
@@ -45,7 +45,7 @@ class Sender:
 
     def __init__(self, cut: Plan, codec: str, ratio: float = RATIO) -> None:
         self.cut = cut
-        self.feedback = Feedback(cut, codec, ratio)
+        self.feedback = ErrorFeedback(cut, codec, ratio)
 
     def send(self, bucket: int, values: Tensor, absent: tuple[int, ...] = ()) -> Tensor:
         b = self.cut.buckets[bucket]
@@ -72,7 +72,7 @@ def test_what_is_not_sent_at_once_is_sent_later(cut: Plan, codec: str) -> None:
     arrived = torch.zeros(2000, dtype=torch.float64)
     for seed in range(20):
         arrived += sender.taken(0, noise(2000, seed))
-    # More rounds, with nothing new in them, bring the rest.
+    # More rounds, with nothing new in them, bring the residual.
     for _ in range(300):
         arrived += sender.taken(0, torch.zeros(2000))
     whole = torch.stack([noise(2000, seed) for seed in range(20)]).double().sum(0)
@@ -89,7 +89,7 @@ def test_a_codec_that_leaves_no_rest_sends_each_gradient_as_it_is(cut: Plan, cod
 
 
 @pytest.mark.parametrize("codec", LOSSY)
-def test_buckets_have_rests_of_their_own(cut: Plan, codec: str) -> None:
+def test_buckets_have_residuals_of_their_own(cut: Plan, codec: str) -> None:
     both, alone = Sender(cut, codec), Sender(cut, codec)
     for seed in range(3):
         both.send(1, noise(1100, seed + 10))
@@ -101,7 +101,7 @@ def test_buckets_have_rests_of_their_own(cut: Plan, codec: str) -> None:
 @pytest.mark.parametrize("codec", LOSSY)
 @pytest.mark.parametrize("rounds_before", [0, 1, 4])
 def test_a_refused_push_leaves_no_trace(cut: Plan, codec: str, rounds_before: int) -> None:
-    """Its samples are computed again, by whoever: neither they nor the rest may count twice."""
+    """Some worker computes its samples again: neither they nor the residual may count twice."""
     refused, never = Sender(cut, codec), Sender(cut, codec)
     for sender in (refused, never):
         for seed in range(rounds_before):
@@ -164,7 +164,7 @@ def test_statistics_and_counters_go_as_they_are(cut: Plan, codec: str) -> None:
 def test_one_rest_is_kept_and_another_only_while_under_way(
     cut: Plan, codec: str, is_taken: bool
 ) -> None:
-    feedback, b = Feedback(cut, codec, RATIO), cut.buckets[0]
+    feedback, b = ErrorFeedback(cut, codec, RATIO), cut.buckets[0]
     given: list[weakref.ref[Tensor]] = []
     for seed in range(2):
         values = noise(b.size, seed)
@@ -180,7 +180,7 @@ def test_one_rest_is_kept_and_another_only_while_under_way(
 
 @pytest.mark.parametrize("codec", EXACT)
 def test_nothing_is_kept_where_nothing_is_left(cut: Plan, codec: str) -> None:
-    feedback, b = Feedback(cut, codec, RATIO), cut.buckets[0]
+    feedback, b = ErrorFeedback(cut, codec, RATIO), cut.buckets[0]
     values = noise(b.size)
     given = weakref.ref(values)
     feedback.encode(b, values)
@@ -191,7 +191,8 @@ def test_nothing_is_kept_where_nothing_is_left(cut: Plan, codec: str) -> None:
 @pytest.mark.parametrize("codec", LOSSY)
 def test_with_feedback_both_ways_descent_arrives(cut: Plan, codec: str) -> None:
     """Two workers pull against each other on every fifth number, harder than any pulls to the goal.
-    Without feedback topk sends hardly anything else, and the rest is below the steps of int8."""
+    Without feedback topk sends hardly anything else, and the residual is below the steps of
+    int8."""
     up, down = [Sender(cut, codec, 0.1), Sender(cut, codec, 0.1)], Sender(cut, codec, 0.1)
     goal, apart = 0.01 * noise(2000, 1), torch.zeros(2000)
     apart[::5] = 0.2 * noise(400, 2)

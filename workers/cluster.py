@@ -36,7 +36,7 @@ from paramserver.protocol import messages as wire
 from paramserver.protocol.messages import Lease
 from paramserver.settings import Settings
 from paramserver.tensors.bucket import Bucket
-from paramserver.tensors.error_feedback import Feedback
+from paramserver.tensors.error_feedback import ErrorFeedback
 from workers.link.client import Client
 from workers.link.environment import listens, placed
 from workers.link.solo import Alone
@@ -128,7 +128,7 @@ class Cluster:
         self.worker_id = client.welcome.id
         self._replica: Replica | None = None
         self._gradients: Gradients | None = None
-        self._feedback: Feedback | None = None
+        self._feedback: ErrorFeedback | None = None
         self._taken: tuple[int, ...] = ()  # buckets of this round's gradient that are in the update
         self._greetings = client.greetings
         self._round = 0  # the round whose lease is being worked on
@@ -215,7 +215,7 @@ class Cluster:
         with self._losing():
             self.client.join(replica)
         codec, ratio = self.settings["codec"], self.settings["topk_ratio"]
-        self._feedback = Feedback(replica.plan, codec, ratio)
+        self._feedback = ErrorFeedback(replica.plan, codec, ratio)
         self.client.on_close = self._on_close
         self._gradients = Gradients(replica, self._values, self._send_bucket, accumulate)
         return model, ClusterOptimizer(optimizer, self)

@@ -205,7 +205,7 @@ class Rounds:
         self._lineages: dict[int, str] = {}  # of the steps whose successors can be fetched
         self._rounds = 0
         self._snapshots = 0
-        self._snapshot_rests = False  # one round goes first after a snapshot
+        self._snapshot_residuals = False  # one round goes first after a snapshot
         self._wasted = 0  # snapshots in a row that brought nobody who then contributed
         self._vain: dict[int, Vain] = {}  # by worker id
         self._wasted_by: dict[int, int] = {}  # worker id -> the same, of this one
@@ -597,7 +597,7 @@ class Rounds:
             peer.missed = 0
             self.peers[snap.giver].failed_gives = 0
             self.snapshot = None
-            self._snapshot_rests = True
+            self._snapshot_residuals = True
             self._ending_at = now
             self._say(f"{peer.name} took a snapshot of step {self.step}", peer)
             self._progress(now)
@@ -1446,7 +1446,7 @@ class Rounds:
         if not members:
             return None
         self.started = True
-        self._snapshot_rests = False
+        self._snapshot_residuals = False
         self._rounds += 1
         assert self.layout is not None
         self.round = Round(
@@ -1566,7 +1566,7 @@ class Rounds:
         """The roles that need not wait for a snapshot while rounds can go on: nobody right after
         another one, unless the last round was in vain, and no workers as long as those before made
         nothing of theirs."""
-        if self._snapshot_rests and not self._overdue_rounds:
+        if self._snapshot_residuals and not self._overdue_rounds:
             return ()
         return ("observer", "worker") if now >= self._next_snapshot_at else ("observer",)
 
@@ -1654,7 +1654,7 @@ class Rounds:
         snap = self.snapshot
         assert snap is not None
         self.snapshot = None
-        self._snapshot_rests = True
+        self._snapshot_residuals = True
         joiner, giver = self.peers[snap.joiner], self.peers[snap.giver]
         self._warn(f"snapshot {snap.number} is off: {why}", joiner)
         left = but is joiner and giver.session not in blamed

@@ -21,7 +21,7 @@ from torch import Tensor
 from paramserver.errors import PeerError
 from paramserver.tensors.bucket import Bucket, Plan
 from paramserver.tensors.codec import Codec, Room, Wire, codec_of, fresh
-from paramserver.tensors.error_feedback import Feedback
+from paramserver.tensors.error_feedback import ErrorFeedback
 from paramserver.tensors.whole import Whole, unpacked
 
 AVERAGE_SHARE = 2
@@ -53,7 +53,7 @@ class Reducer:
         self._plan = plan
         self._up = up
         self._room = room
-        self._down = Feedback(plan, down, min(1.0, AVERAGE_SHARE * ratio), room)
+        self._down = ErrorFeedback(plan, down, min(1.0, AVERAGE_SHARE * ratio), room)
         self._running: dict[int, Running] = {}
         sizes: dict[str, int] = {}
         for b in plan.buckets:

@@ -1,8 +1,8 @@
 """Codecs: how the float32 numbers of a bucket look on the wire.
 
 A codec is two verbs and a check. `encode` writes the numbers of a bucket into new wire buffers and
-may return a scale that travels in the header; `decode` gives the numbers back; `fits` looks at
-buffers that came from elsewhere before they are decoded. Each codec is one file here and one row in
+may return a scale that travels in the header; `decode` gives the numbers back; `fits` checks
+buffers from another machine before they are decoded. Each codec is one file here and one row in
 `CODECS`. Codecs hold no state: any thread may use them.
 
 ========  ================  ===================================================  ==============
@@ -15,11 +15,11 @@ int8      1 (and 4 / 1024)  1/254 of the largest of 1024 neighbours             
 topk      4 * its share     all but the largest; of these as float16             yes
 ========  ================  ===================================================  ==============
 
-What is not finite stays visible: where a NaN or an infinity goes in, a number that is not finite
-comes out. Above 2^127 rounding may lead to infinity.
+A codec never hides a number that is not finite: where a NaN or an infinity goes in, a number that
+is not finite comes out. Above 2^127 rounding may lead to infinity.
 
 Gradients of parameters in float64 are in buckets of their own, which travel as they are whatever
-the codec (`codec_of`): who trains in float64 does so for its precision.
+the codec (`codec_of`): float64 was chosen for its precision.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class Codec(Protocol):
     """What a codec must offer; `values` and `out` are flat, contiguous float32 on the CPU, of at
     least one element."""
 
-    leaves_rest: bool
-    """Is `values`, after `encode`, what the buffers do not carry? See `error_feedback`."""
+    leaves_residual: bool
+    """Does `encode` leave in `values` what the buffers do not carry? See `error_feedback`."""
 
     in_place: bool
     """Does `encode` hand out the memory of `values` itself?"""
@@ -60,8 +60,8 @@ class Codec(Protocol):
     ) -> tuple[list[Any], float]:
         """New wire buffers, made by `room` (bytes -> uint8 tensor), and the scale for the header.
 
-        The caller gives `values` away: it may live on in the buffers, is written to, or is left
-        as the rest. `ratio` is the share of the numbers that topk sends; the others send all.
+        The caller gives `values` away: it may live on in the buffers, is written to, or is left as
+        the residual. `ratio` is the share of the numbers that topk sends; the others send all.
         """
         ...
 
@@ -86,6 +86,6 @@ AS_THEY_ARE: dict[str, Codec] = {
 
 
 def codec_of(kind: str, sent: str, codec: str) -> Codec:
-    """That of a bucket, in a run with this codec: it is for gradients in float32, all else travels
-    as it is."""
+    """The codec of a bucket in a run with this `codec`, which encodes gradients in float32: all
+    other tensors travel as they are."""
     return CODECS[codec] if kind == "grad" and sent == "float32" else AS_THEY_ARE[sent]

@@ -11,7 +11,7 @@ from paramserver.tensors.codec.lengths import Room, Wire, fresh, unequal
 
 
 class BFloat16:
-    leaves_rest = False
+    leaves_residual = False
     in_place = False
 
     def fits(self, elements: int, buffers: Wire) -> str | None:

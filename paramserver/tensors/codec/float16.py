@@ -20,7 +20,7 @@ TARGET = 2.0**10
 
 
 class Float16:
-    leaves_rest = False
+    leaves_residual = False
     in_place = False
 
     def fits(self, elements: int, buffers: Wire) -> str | None:

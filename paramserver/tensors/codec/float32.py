@@ -17,7 +17,7 @@ from paramserver.tensors.codec.lengths import Room, Wire, fresh, unequal
 
 
 class AsItIs:
-    leaves_rest = False
+    leaves_residual = False
     in_place = True
 
     def __init__(self, dtype: torch.dtype) -> None:

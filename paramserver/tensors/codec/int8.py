@@ -1,11 +1,11 @@
 """int8: one byte each, in blocks of 1024 numbers, each block with a float32 scale of its own.
 
-A block's largest magnitude becomes 127, the rest is rounded to the nearest of 255 equal steps. So a
-number is off by half a step at most, and what is smaller than that is sent as zero: meant to be
-used with `paramserver.tensors.error_feedback`. Small blocks keep one large number from taking
-the bits of all others; at 1024 the scales are 0.4 % of the bytes. Blocks with scales of their own
-come from Dettmers, "8-Bit Approximations for Parallelism in Deep Learning", 2015, and Alistarh et
-al., "QSGD", 2017.
+A block's largest magnitude becomes 127, the others are rounded to the nearest of 255 equal steps.
+So a number is off by half a step at most, and a smaller one is sent as zero: use it with
+`paramserver.tensors.error_feedback`. Small blocks keep one large number from taking the bits of all
+others; at 1024 the scales are 0.4 % of the bytes. Blocks with scales of their own come from
+Dettmers, "8-Bit Approximations for Parallelism in Deep Learning", 2015, and Alistarh et al.,
+"QSGD", 2017.
 
 A block with a NaN or an infinity in it is not finite in any of its numbers when it is decoded.
 
@@ -29,7 +29,7 @@ PIECE = 256  # blocks at a time: 1 MiB, which stays in the cache
 
 
 class Int8:
-    leaves_rest = True
+    leaves_residual = True
     in_place = False
 
     def fits(self, elements: int, buffers: Wire) -> str | None:
@@ -78,7 +78,7 @@ def _rows(flat: Tensor) -> Iterator[Tensor]:
 
 
 def _columns(scales: Tensor, elements: int) -> Iterator[Tensor]:
-    """The scales [blocks, 1] that belong to `_rows` of so many elements."""
+    """The scales [blocks, 1] that belong to `_rows` of that many elements."""
     whole = elements // BLOCK
     yield from scales[:whole].view(-1, 1).split(PIECE) if whole else ()
     if whole < len(scales):

@@ -1,17 +1,17 @@
 """topk: only the numbers of largest magnitude, as positions and float16 values, 4 bytes each.
 
-What is not sent is kept (`paramserver.tensors.error_feedback`) and sent when it has grown; topk
-without it does not train. Both together come from Aji and Heafield, "Sparse Communication for
+Error feedback keeps what is not sent (`paramserver.tensors.error_feedback`) until it has grown;
+topk without it does not train. Both together come from Aji and Heafield, "Sparse Communication for
 Distributed Gradient Descent", EMNLP 2017, and Lin et al., "Deep Gradient Compression", ICLR 2018.
 
 The largest are chosen in each section of 65,536 numbers, not in the bucket as a whole, so that
-layers with small gradients get their turn, and not in smaller ones, where the same share holds less
-of what matters. A threshold that few others pass is found among the maxima of groups, which are a
-fraction of the section, and only what passes is looked at closely. That takes half the time of
-partitioning all of it. (A threshold that is guessed from a sample lets an unknown number pass.)
+layers with small gradients send some, and not in smaller sections, where the same share holds less
+of what matters. `_of_rows` finds a threshold among the maxima of groups, which are a fraction of
+the section, and partitions only the numbers above it. That takes half the time of partitioning the
+whole section. (A threshold that is guessed from a sample lets an unknown number pass.)
 
-float16 suffices because feedback makes good for its error too, and positions take two bytes: they
-count from the start of their section of 65,536 numbers.
+float16 suffices because error feedback corrects its error too. Positions take two bytes: they count
+from the start of their section of 65,536 numbers.
 
 One buffer: how many numbers each section has (int32), their positions (uint16, rising), their
 values (float16, with the header's scale).
@@ -30,18 +30,18 @@ from paramserver.tensors.codec.lengths import Room, Wire, fresh, lengths
 
 SECTION = 2**16
 SLAB = 2**3 * SECTION
-"""So many numbers are looked at in one go: few calls, and their memory stays in the cache."""
+"""Numbers that one pass looks at: few calls, and their memory stays in the cache."""
 
 MAGNITUDE = 0x7FFFFFFF
 """All bits of a float32 but its sign. As integers they rise with the magnitude, infinity and NaN on
 top, so what is not finite is among the largest."""
 
 GROUPS = 4
-"""For each number that is wanted, at least so many groups: of the largest few then share one."""
+"""Groups for each number that is wanted, at least: then few of the largest share a group."""
 
 
 class TopK:
-    leaves_rest = True
+    leaves_residual = True
     in_place = False
 
     def fits(self, elements: int, buffers: Wire) -> str | None:
@@ -103,7 +103,7 @@ def _of_rows(rows: Any, wanted: int) -> Any:
     groups = columns
     while groups % 2 == 0 and groups >= 2 * GROUPS * wanted:
         groups //= 2
-    # As many maxima are at least this large as are wanted, so that of the numbers no fewer are.
+    # At least `wanted` maxima reach this threshold, and so do at least as many numbers.
     maxima = rows.reshape(count, -1, groups).max(axis=1)
     threshold = np.partition(maxima, groups - wanted, axis=1)[:, groups - wanted, None]
     passed = np.flatnonzero(rows >= np.maximum(threshold, 1))
@@ -126,7 +126,7 @@ def _sections(elements: int) -> int:
 
 
 def _parts(buffer: Any, elements: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Views of the counts, positions and values in the buffer of a bucket of so many elements."""
+    """Views of the counts, positions and values in the buffer of a bucket of that many elements."""
     whole = torch.frombuffer(buffer, dtype=torch.uint8)
     head = 4 * _sections(elements)
     middle = head + (len(whole) - head) // 2
