@@ -39,7 +39,7 @@ from paramserver.tensors.bucket import Bucket
 from paramserver.tensors.error_feedback import ErrorFeedback
 from workers.link.client import Client
 from workers.link.environment import listens, placed
-from workers.link.solo import Alone
+from workers.link.solo import Solo
 from workers.looks import look
 from workers.replica.gradients import Gradients
 from workers.replica.replica import Replica
@@ -91,7 +91,7 @@ def join(
     if host is None and token is None:
         port = port or Settings.port
         if not listens(address.LOOPBACK, port):
-            only = Alone(alone or {}, log)
+            only = Solo(alone or {}, log)
             epochs = only.welcome.settings["num_epochs"]
             log.info(f"no server on this machine (port {port}): training alone, {epochs} epochs")
             return Cluster(only)
@@ -121,7 +121,7 @@ def join(
 class Cluster:
     """This worker's place in a run. `settings` are the run's, as the server told them."""
 
-    def __init__(self, client: Client | Alone) -> None:
+    def __init__(self, client: Client | Solo) -> None:
         assert client.welcome is not None
         self.client = client
         self.settings: dict[str, Any] = client.welcome.settings

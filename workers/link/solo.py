@@ -31,7 +31,7 @@ ID = 1
 AS_IT_IS = {"codec": "float32", "codec_down": None}  # nothing travels
 
 
-class Alone:
+class Solo:
     """The interface of `Client`, as far as `Cluster` uses it, for the only worker of a run.
 
     `settings` are some of those that a server would have (`num_epochs`, `batch_size`, `seed`);
