@@ -1,14 +1,15 @@
 """How far a worker's pushes may run ahead of the averages.
 
-An average needs everybody's push of its bucket. Where workers share a link, TCP gives each what it
-can get: one sends its whole gradient early, and the averages wait for another's, while nothing
-comes down. So a worker has a few buckets under way, and sends the next one when an average has come
-back: those who are behind get the link, and both directions are busy.
+An average needs the push of every worker. Where workers share a link, TCP divides it by chance: one
+worker sends its whole gradient early, the averages wait for another worker's, and meanwhile the
+other direction of the link is idle. So a worker keeps a few buckets under way, and sends the next
+one when an average has come back: the workers that are behind get the link, and both directions are
+busy.
 
-This is manners, not a rule. Where no average comes for a while (somebody else computes, or is gone)
-everything is sent at once, so that the server sees what is late and what is not.
+The server does not enforce this. Where no average comes for a while (another worker still computes,
+or is gone) the pacer lets everything go at once, so that the server sees which push is late.
 
-No socket and no clock in here: `now` comes in, and what may be sent comes out.
+Pure: `now` comes in as an argument, and the pushes that may be sent come out.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ STALLED_S = 0.5  # without an average
 T = TypeVar("T")
 
 
-class Pace(Generic[T]):
+class Pacer(Generic[T]):
     """The pushes of one round that wait to be sent, in their order."""
 
     def __init__(self, window: int = WINDOW, patience_s: float = STALLED_S) -> None:
@@ -34,7 +35,7 @@ class Pace(Generic[T]):
         self._hurry = False
 
     def begin(self) -> list[T]:
-        """A round is over; what still waits is forgotten, and comes back to be freed."""
+        """A round is over: forget the pushes that still wait, and return them to be freed."""
         forgotten = [push for _, push in self._waiting]
         self._waiting.clear()
         self._under_way.clear()

@@ -14,7 +14,7 @@ import msgspec
 from torch import Tensor
 
 from paramserver.protocol import messages as wire
-from paramserver.protocol.pacing import Pace
+from paramserver.protocol.pacing import Pacer
 from paramserver.tensors.codec import fresh
 from paramserver.transport import shm
 
@@ -30,13 +30,13 @@ class Pushes:
         self._moves = True
         """The outbox's slots become free soon: in this round nobody has waited for one in vain."""
         self._filled: dict[int, shm.Slot] = {}  # by bucket: not complete yet
-        self._pace: Pace[tuple[wire.Push, list[Any], shm.Slot | None]] = Pace()
+        self._pacer: Pacer[tuple[wire.Push, list[Any], shm.Slot | None]] = Pacer()
 
     def begin(self, outbox: shm.Outbox | None) -> None:
         """The peer joins (again), with an outbox of its own or with none: all before is void."""
         self._outbox = outbox
         self._filled.clear()
-        self._pace.begin()
+        self._pacer.begin()
 
     def without_outbox(self) -> None:
         """The server does not read it: everything goes through the socket."""
@@ -68,17 +68,17 @@ class Pushes:
     def add(self, push: wire.Push, buffers: list[Any], now: float) -> None:
         """A bucket is complete; its buffers are not the caller's from now on."""
         slot = self._filled.pop(push.bucket, None)
-        self._pace.add(push.bucket, (push, buffers, slot), now)
+        self._pacer.add(push.bucket, (push, buffers, slot), now)
 
     def averaged(self, bucket: int, now: float) -> None:
         """The average of a bucket has come."""
-        self._pace.averaged(bucket, now)
+        self._pacer.averaged(bucket, now)
 
     def due(self, now: float) -> list[tuple[wire.Push, list[Any]]]:
         """What is to be sent now, each push with the buffers that travel with it: none where the
         server reads them in the outbox."""
         found: list[tuple[wire.Push, list[Any]]] = []
-        for push, buffers, slot in self._pace.due(now):
+        for push, buffers, slot in self._pacer.due(now):
             if slot is None or self._outbox is None:
                 found.append((push, buffers))
             else:
@@ -88,7 +88,7 @@ class Pushes:
     def forget(self) -> None:
         """The round is over: what has not been sent is of no use any more."""
         self._moves = True
-        for _, _, slot in self._pace.begin():
+        for _, _, slot in self._pacer.begin():
             self._free(slot)
         for slot in self._filled.values():
             self._free(slot)
