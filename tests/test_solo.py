@@ -19,7 +19,7 @@ from whole import CLONE, DEADLINE_S, LOOPBACK, Served, free_port
 import workers
 from paramserver.errors import UserError
 from workers.builtin.data import order
-from workers.link.environment import Placed, placed
+from workers.link.environment import Environment, read_environment
 
 
 def normed(seed: int) -> Setup:
@@ -182,14 +182,14 @@ def test_a_script_runs_with_and_without_a_server(tmp_path: Path) -> None:
 
 
 def test_where_a_worker_was_placed() -> None:
-    assert placed({}) == Placed()
-    assert placed({"PARAMSERVER_HOST": "", "PARAMSERVER_ID": " "}) == Placed()
+    assert read_environment({}) == Environment()
+    assert read_environment({"PARAMSERVER_HOST": "", "PARAMSERVER_ID": " "}) == Environment()
     ours = {"PARAMSERVER_HOST": "10.10.0.1", "PARAMSERVER_PORT": "70", "PARAMSERVER_ID": "3"}
-    assert placed(ours) == Placed("10.10.0.1", 70, 3)
-    assert placed({"PARAMSERVER_JOIN": "psabc"}) == Placed(token="psabc")
+    assert read_environment(ours) == Environment("10.10.0.1", 70, 3)
+    assert read_environment({"PARAMSERVER_JOIN": "psabc"}) == Environment(token="psabc")
     srun = {"SLURM_LAUNCH_NODE_IPADDR": "10.0.0.5", "SLURM_PROCID": "0"}
-    assert placed(srun) == Placed("10.0.0.5", None, 1)
-    assert placed({**srun, **ours}) == Placed("10.10.0.1", 70, 3)
-    assert placed({"SLURM_PROCID": "0"}) == Placed()  # a batch script, outside srun
+    assert read_environment(srun) == Environment("10.0.0.5", None, 1)
+    assert read_environment({**srun, **ours}) == Environment("10.10.0.1", 70, 3)
+    assert read_environment({"SLURM_PROCID": "0"}) == Environment()  # a batch script, outside srun
     with pytest.raises(UserError, match="PARAMSERVER_ID is 'two'"):
-        placed({"PARAMSERVER_ID": "two"})
+        read_environment({"PARAMSERVER_ID": "two"})

@@ -13,11 +13,11 @@ from paramserver import logs, terminal
 from paramserver.config.loading import exit_on_user_error, load
 from paramserver.errors import UserError
 from paramserver.transport import malloc
-from workers.link.environment import placed
+from workers.link.environment import read_environment
 
 
 class Leave(BaseException):
-    """SIGINT, SIGTERM or SIGHUP: this worker leaves, in order."""
+    """A SIGINT, SIGTERM or SIGHUP has come: this worker leaves, in order."""
 
 
 def main() -> None:
@@ -25,7 +25,7 @@ def main() -> None:
     with exit_on_user_error():
         malloc.keep_freed()
         loaded = load(sys.argv[1:], "worker")
-        settings = _placed(loaded.settings)
+        settings = _with_environment(loaded.settings)
         if settings.id is None:
             settings = _with_id(settings)
 
@@ -50,9 +50,9 @@ def main() -> None:
             logging.getLogger("workers").info(f"left the run ({e})")
 
 
-def _placed(settings: Any) -> Any:
-    """Number and server's address as the environment has them, where the settings do not."""
-    here = placed(os.environ)
+def _with_environment(settings: Any) -> Any:
+    """Take number and server's address from the environment, where the settings have none."""
+    here = read_environment(os.environ)
     return replace(
         settings,
         id=here.id if settings.id is None else settings.id,
@@ -61,7 +61,7 @@ def _placed(settings: Any) -> Any:
 
 
 def _with_id(settings: Any) -> Any:
-    """Ask for the id where somebody can answer."""
+    """Ask for the id, at a terminal."""
     if not sys.stdin.isatty():
         raise UserError("a worker needs its number", "make worker ID=2, or id=2")
     answer = input("This worker's number (1 for the first, 2 for the second ...): ").strip()

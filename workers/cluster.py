@@ -38,7 +38,7 @@ from paramserver.settings import Settings
 from paramserver.tensors.bucket import Bucket
 from paramserver.tensors.error_feedback import ErrorFeedback
 from workers.link.client import Client
-from workers.link.environment import listens, placed
+from workers.link.environment import listens, read_environment
 from workers.link.solo import Solo
 from workers.looks import look
 from workers.replica.gradients import Gradients
@@ -85,7 +85,7 @@ def join(
         log = logging.getLogger("workers")
     else:
         log = logs.to(say, "workers")
-    here = placed(os.environ)
+    here = read_environment(os.environ)
     host, port, token = host or here.host, port or here.port, token or here.token
     search = None
     if host is None and token is None:

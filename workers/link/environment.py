@@ -1,9 +1,9 @@
-"""Where this worker was placed, as its environment tells: the server's address and its own number.
+"""What the environment variables of a worker say: the server's address and its own number.
 
-`PARAMSERVER_HOST`, `PARAMSERVER_PORT`, `PARAMSERVER_ID` and `PARAMSERVER_JOIN`, the join token (or
-the path of a file that holds it), are whoever's who starts it. Under SLURM, `srun` tells each of
-its tasks from which node it was called, where the server is expected, and the task's number, which
-begins at 0.
+The program that starts a worker may set `PARAMSERVER_HOST`, `PARAMSERVER_PORT`, `PARAMSERVER_ID`
+and `PARAMSERVER_JOIN`, the join token (or the path of a file that holds it). Under SLURM, `srun`
+sets for each of its tasks the address of the node where it was called, where the server is
+expected, and the task's number, which begins at 0.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ SLURM_HOST, SLURM_TASK = "SLURM_LAUNCH_NODE_IPADDR", "SLURM_PROCID"
 
 
 @dataclass(frozen=True)
-class Placed:
-    """What is known; None is not."""
+class Environment:
+    """None: the environment does not say."""
 
     host: str | None = None
     port: int | None = None
@@ -31,20 +31,20 @@ class Placed:
     token: str | None = None
 
 
-def placed(environment: Mapping[str, str]) -> Placed:
-    """Read it off the environment. Raises `UserError` for what is no number."""
+def read_environment(environment: Mapping[str, str]) -> Environment:
+    """Raises `UserError` where a port or a number is not one."""
     host = environment.get(HOST) or None
     port, id = _number(environment, PORT), _number(environment, ID)
-    # A batch script has a task number too; what srun started knows where srun was called.
+    # A batch script has a task number too, but only tasks of srun have its address.
     if environment.get(SLURM_HOST):
         host = host or environment[SLURM_HOST]
         task = _number(environment, SLURM_TASK)
         id = id if id is not None or task is None else task + 1
-    return Placed(host, port, id, environment.get(TOKEN) or None)
+    return Environment(host, port, id, environment.get(TOKEN) or None)
 
 
 def listens(host: str, port: int) -> bool:
-    """Does anything listen there? Who is too busy to answer does."""
+    """Does a program listen there? One that is too busy to answer counts."""
     try:
         socket.create_connection((host, port), LISTENS_S).close()
     except TimeoutError:
