@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from paramserver.protocol import messages as wire
-from paramserver.tensors.bucket import Plan, plan
+from paramserver.tensors.bucket import BucketPlan, plan
 from paramserver.tensors.codec import CODECS
 from paramserver.tensors.error_feedback import ErrorFeedback
 
@@ -29,7 +29,7 @@ RATIO = 0.02
 
 
 @pytest.fixture
-def cut() -> Plan:
+def cut() -> BucketPlan:
     """Four buckets: 2000 numbers of the weight, its other 1000 and the bias, 100 and 1."""
     made = plan(LAYOUT, bucket_mb=2000 * 4 / 2**20)
     assert [b.size for b in made.buckets] == [2000, 1100, 100, 1]
@@ -43,7 +43,7 @@ def noise(n: int, seed: int = 0) -> Tensor:
 class Sender:
     """A sender with feedback, and what its receiver decodes."""
 
-    def __init__(self, cut: Plan, codec: str, ratio: float = RATIO) -> None:
+    def __init__(self, cut: BucketPlan, codec: str, ratio: float = RATIO) -> None:
         self.cut = cut
         self.feedback = ErrorFeedback(cut, codec, ratio)
 
@@ -67,7 +67,7 @@ class Sender:
 
 
 @pytest.mark.parametrize("codec", LOSSY)
-def test_what_is_not_sent_at_once_is_sent_later(cut: Plan, codec: str) -> None:
+def test_what_is_not_sent_at_once_is_sent_later(cut: BucketPlan, codec: str) -> None:
     sender = Sender(cut, codec)
     arrived = torch.zeros(2000, dtype=torch.float64)
     for seed in range(20):
@@ -80,7 +80,9 @@ def test_what_is_not_sent_at_once_is_sent_later(cut: Plan, codec: str) -> None:
 
 
 @pytest.mark.parametrize("codec", EXACT)
-def test_a_codec_that_leaves_no_rest_sends_each_gradient_as_it_is(cut: Plan, codec: str) -> None:
+def test_a_codec_that_leaves_no_residual_sends_each_gradient_as_it_is(
+    cut: BucketPlan, codec: str
+) -> None:
     sender = Sender(cut, codec)
     for seed in range(3):
         buffers, scale = CODECS[codec].encode(noise(2000, seed))
@@ -89,7 +91,7 @@ def test_a_codec_that_leaves_no_rest_sends_each_gradient_as_it_is(cut: Plan, cod
 
 
 @pytest.mark.parametrize("codec", LOSSY)
-def test_buckets_have_residuals_of_their_own(cut: Plan, codec: str) -> None:
+def test_buckets_have_residuals_of_their_own(cut: BucketPlan, codec: str) -> None:
     both, alone = Sender(cut, codec), Sender(cut, codec)
     for seed in range(3):
         both.send(1, noise(1100, seed + 10))
@@ -100,7 +102,7 @@ def test_buckets_have_residuals_of_their_own(cut: Plan, codec: str) -> None:
 
 @pytest.mark.parametrize("codec", LOSSY)
 @pytest.mark.parametrize("rounds_before", [0, 1, 4])
-def test_a_refused_push_leaves_no_trace(cut: Plan, codec: str, rounds_before: int) -> None:
+def test_a_refused_push_leaves_no_trace(cut: BucketPlan, codec: str, rounds_before: int) -> None:
     """Some worker computes its samples again: neither they nor the residual may count twice."""
     refused, never = Sender(cut, codec), Sender(cut, codec)
     for sender in (refused, never):
@@ -113,7 +115,7 @@ def test_a_refused_push_leaves_no_trace(cut: Plan, codec: str, rounds_before: in
 
 
 @pytest.mark.parametrize("codec", LOSSY)
-def test_of_a_round_only_the_buckets_that_were_taken_count(cut: Plan, codec: str) -> None:
+def test_of_a_round_only_the_buckets_that_were_taken_count(cut: BucketPlan, codec: str) -> None:
     partly, first, second = Sender(cut, codec), Sender(cut, codec), Sender(cut, codec)
     partly.send(0, noise(2000))
     partly.send(1, noise(1100))
@@ -124,7 +126,9 @@ def test_of_a_round_only_the_buckets_that_were_taken_count(cut: Plan, codec: str
 
 
 @pytest.mark.parametrize("codec", LOSSY)
-def test_a_gradient_that_is_not_finite_is_refused_and_spoils_nothing(cut: Plan, codec: str) -> None:
+def test_a_gradient_that_is_not_finite_is_refused_and_spoils_nothing(
+    cut: BucketPlan, codec: str
+) -> None:
     sender, never = Sender(cut, codec), Sender(cut, codec)
     bad = noise(2000)
     bad[7] = math.nan
@@ -134,7 +138,9 @@ def test_a_gradient_that_is_not_finite_is_refused_and_spoils_nothing(cut: Plan, 
 
 
 @pytest.mark.parametrize("codec", LOSSY)
-def test_the_rest_of_an_absent_tensor_waits_until_somebody_takes_it(cut: Plan, codec: str) -> None:
+def test_the_residual_of_an_absent_tensor_waits_until_somebody_takes_it(
+    cut: BucketPlan, codec: str
+) -> None:
     """The bias ends the second bucket. Without a gradient nobody applies what comes for it."""
     sender, bias = Sender(cut, codec), slice(1000, 1100)
     first = torch.zeros(1100)
@@ -152,7 +158,7 @@ def test_the_rest_of_an_absent_tensor_waits_until_somebody_takes_it(cut: Plan, c
 
 
 @pytest.mark.parametrize("codec", CODECS)
-def test_statistics_and_counters_go_as_they_are(cut: Plan, codec: str) -> None:
+def test_statistics_and_counters_go_as_they_are(cut: BucketPlan, codec: str) -> None:
     sender = Sender(cut, codec)
     for seed in range(3):
         assert torch.equal(sender.taken(2, noise(100, seed)), noise(100, seed))
@@ -162,7 +168,7 @@ def test_statistics_and_counters_go_as_they_are(cut: Plan, codec: str) -> None:
 @pytest.mark.parametrize("codec", LOSSY)
 @pytest.mark.parametrize("is_taken", [True, False])
 def test_one_rest_is_kept_and_another_only_while_under_way(
-    cut: Plan, codec: str, is_taken: bool
+    cut: BucketPlan, codec: str, is_taken: bool
 ) -> None:
     feedback, b = ErrorFeedback(cut, codec, RATIO), cut.buckets[0]
     given: list[weakref.ref[Tensor]] = []
@@ -179,7 +185,7 @@ def test_one_rest_is_kept_and_another_only_while_under_way(
 
 
 @pytest.mark.parametrize("codec", EXACT)
-def test_nothing_is_kept_where_nothing_is_left(cut: Plan, codec: str) -> None:
+def test_nothing_is_kept_where_nothing_is_left(cut: BucketPlan, codec: str) -> None:
     feedback, b = ErrorFeedback(cut, codec, RATIO), cut.buckets[0]
     values = noise(b.size)
     given = weakref.ref(values)
@@ -189,7 +195,7 @@ def test_nothing_is_kept_where_nothing_is_left(cut: Plan, codec: str) -> None:
 
 
 @pytest.mark.parametrize("codec", LOSSY)
-def test_with_feedback_both_ways_descent_arrives(cut: Plan, codec: str) -> None:
+def test_with_feedback_both_ways_descent_arrives(cut: BucketPlan, codec: str) -> None:
     """Two workers pull against each other on every fifth number, harder than any pulls to the goal.
     Without feedback topk sends hardly anything else, and the residual is below the steps of
     int8."""

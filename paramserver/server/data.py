@@ -20,7 +20,7 @@ from paramserver.protocol import messages as wire
 from paramserver.rounds.effects import Finish
 from paramserver.server.history import Frames, History, Update
 from paramserver.settings import Settings
-from paramserver.tensors.bucket import Plan, plan
+from paramserver.tensors.bucket import BucketPlan, plan
 from paramserver.tensors.codec import fresh
 from paramserver.tensors.reducer import Reducer, Release
 from paramserver.tensors.whole import BUFFER_BYTES
@@ -46,7 +46,7 @@ class Data:
     def __init__(
         self, settings: Settings, bucket_mb: float, nonce: str, folder: Path | None
     ) -> None:
-        self.plan: Plan | None = None
+        self.plan: BucketPlan | None = None
         self.ring: shm.Ring | None = None
         self.mapped_bytes = 0  # received through shared memory
         self._settings = settings
@@ -111,7 +111,7 @@ class Data:
         """How many peers read averages from the ring."""
         return len(self._sharing) if self.ring is not None else 0
 
-    def _make_ring(self, plan: Plan) -> shm.Ring | None:
+    def _make_ring(self, plan: BucketPlan) -> shm.Ring | None:
         """Shared memory for the history, of which the open round takes the oldest, and for two
         updates at least; raises OSError where there is no room for it."""
         if self._folder is None:

@@ -48,7 +48,7 @@ class Bucket:
 
 
 @dataclass(frozen=True)
-class Plan:
+class BucketPlan:
     """Where each tensor lies in the flat vector, and how that is cut into buckets."""
 
     layout: Layout
@@ -75,7 +75,7 @@ def elements(tensor: Tensor) -> int:
     return ITEM_BYTES[tensor.dtype] * count if tensor.sent == "bytes" else count
 
 
-def plan(layout: Layout, bucket_mb: float) -> Plan:
+def plan(layout: Layout, bucket_mb: float) -> BucketPlan:
     """Cut a layout into buckets of at most `bucket_mb` MiB, but for the one of kind `whole`.
 
     A bucket ends between two tensors where it is at least a quarter full by then, so that it need
@@ -113,7 +113,7 @@ def plan(layout: Layout, bucket_mb: float) -> Plan:
             close(start + int(limit))
             inside = [index] if start < end else []
     close(offsets[-1])
-    return Plan(layout, tuple(offsets), tuple(buckets), tuple(map(tuple, buckets_of)))
+    return BucketPlan(layout, tuple(offsets), tuple(buckets), tuple(map(tuple, buckets_of)))
 
 
 def _limit(bucket_mb: float, sent: str) -> int:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from paramserver.tensors import whole
-from paramserver.tensors.bucket import Bucket, Plan
+from paramserver.tensors.bucket import Bucket, BucketPlan
 from paramserver.tensors.codec import Codec, Room, codec_of, fresh
 
 
@@ -31,7 +31,7 @@ class ErrorFeedback:
     names no other.
     """
 
-    def __init__(self, plan: Plan, codec: str, ratio: float, room: Room = fresh) -> None:
+    def __init__(self, plan: BucketPlan, codec: str, ratio: float, room: Room = fresh) -> None:
         self._plan = plan
         self._codec = codec
         self._ratio = ratio

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from paramserver.errors import PeerError
-from paramserver.tensors.bucket import Bucket, Plan
+from paramserver.tensors.bucket import Bucket, BucketPlan
 from paramserver.tensors.codec import Codec, Room, Wire, codec_of, fresh
 from paramserver.tensors.error_feedback import ErrorFeedback
 from paramserver.tensors.whole import Whole, unpacked
@@ -49,7 +49,9 @@ class Reducer:
     of the averages.
     """
 
-    def __init__(self, plan: Plan, up: str, down: str, ratio: float, room: Room = fresh) -> None:
+    def __init__(
+        self, plan: BucketPlan, up: str, down: str, ratio: float, room: Room = fresh
+    ) -> None:
         self._plan = plan
         self._up = up
         self._room = room

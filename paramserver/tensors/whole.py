@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from paramserver.protocol.messages import BUFFERS_MAX
-from paramserver.tensors.bucket import Bucket, Plan
+from paramserver.tensors.bucket import Bucket, BucketPlan
 
 BUFFER_BYTES = 4 * 2**20
 BYTES_MAX = BUFFERS_MAX * BUFFER_BYTES
@@ -34,7 +34,7 @@ def present(bucket: Bucket, absent: Container[int]) -> list[int]:
 
 
 def unpacked(
-    plan: Plan, bucket: Bucket, buffers: Sequence[Any], absent: Container[int]
+    plan: BucketPlan, bucket: Bucket, buffers: Sequence[Any], absent: Container[int]
 ) -> dict[int, Tensor] | str:
     """The bytes of each tensor that is there, as a copy, or what is wrong with these buffers."""
     there = present(bucket, absent)
@@ -51,7 +51,7 @@ def unpacked(
 class Whole:
     """What came of the bucket in the open round, and what of it will be in the update."""
 
-    def __init__(self, plan: Plan, bucket: Bucket) -> None:
+    def __init__(self, plan: BucketPlan, bucket: Bucket) -> None:
         self._plan, self._bucket = plan, bucket
         self._chosen: dict[str, tuple[int, dict[int, Tensor]]] = {}  # by module: of whom, what
 
