@@ -1,4 +1,5 @@
-"""Keepers: what they keep outlives whoever started it, is started again, and ends when asked."""
+"""Supervisors: their process outlives the program that started it, is started again, and ends when
+asked."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ import psutil
 import pytest
 from whole import CLONE, DEADLINE_S
 
-from paramserver.fleet.supervisor import MARK, Place, State, _hold_off_sleep, died, follow, kept
+from paramserver.fleet.supervisor import MARK, Files, State, _hold_off_sleep, died, follow, kept
 
 WAITS = """
 import signal, sys
@@ -40,14 +41,14 @@ child.wait()
 
 
 class Kept:
-    """A keeper's folder, and the words for it."""
+    """A supervisor's folder, and its commands."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.place = Place(folder, "worker")
+        self.files = Files(folder, "worker")
         self._end, self._pipe = os.pipe()  # an input that stays open
 
-    def keeper(self, *words: str, stdin: str = "") -> str:
+    def supervisor(self, *words: str, stdin: str = "") -> str:
         command = [sys.executable, "-m", "paramserver.fleet.supervisor", *words]
         done = subprocess.run(
             command, cwd=CLONE, input=stdin, capture_output=True, text=True, timeout=DEADLINE_S
@@ -58,32 +59,32 @@ class Kept:
     def start(self, program: str, **orders: Any) -> State:
         told = {"argv": [sys.executable, "-c", program], **orders}
         words = ("start", "worker", str(self.folder))
-        return State(**json.loads(self.keeper(*words, stdin=json.dumps(told))))
+        return State(**json.loads(self.supervisor(*words, stdin=json.dumps(told))))
 
     def stop(self, patience_s: int = 20) -> dict[str, Any]:
         answer: dict[str, Any] = json.loads(
-            self.keeper("stop", "worker", str(self.folder), str(patience_s))
+            self.supervisor("stop", "worker", str(self.folder), str(patience_s))
         )
         return answer
 
     def lines(self, offset: int | None = None) -> Iterator[str]:
         """The lines of the log, as they come."""
         rest = b""
-        for data in follow(self.place, offset, until=self._end):
+        for data in follow(self.files, offset, until=self._end):
             *whole, rest = (rest + data).split(b"\n")
             yield from (line.decode() for line in whole)
 
     def state(self) -> State:
-        state = self.place.read()
+        state = self.files.read()
         assert state is not None
         return state
 
     def close(self) -> None:
         os.close(self._end)
         os.close(self._pipe)
-        if self.place.alive:
+        if self.files.alive:
             self.stop(1)
-        for process in kept(self.place.mark):
+        for process in kept(self.files.mark):
             process.kill()
 
 
@@ -97,9 +98,9 @@ def here(tmp_path: Path) -> Iterator[Kept]:
 def test_it_runs_on_without_whoever_started_it_and_ends_in_order(here: Kept) -> None:
     state = here.start(WAITS, up="7")
     assert next(here.lines()) == "here"
-    keeper = psutil.Process(state.keeper)
-    assert os.getsid(state.keeper) != os.getsid(0)
-    assert keeper.ppid() != os.getpid()
+    supervisor = psutil.Process(state.supervisor)
+    assert os.getsid(state.supervisor) != os.getsid(0)
+    assert supervisor.ppid() != os.getpid()
     now = here.state()
     assert (now.alive, now.phase, now.up, now.process) == (True, "running", "7", state.process)
     assert now.last == "here"
@@ -166,7 +167,7 @@ def test_there_is_one_for_each_name(here: Kept) -> None:
     first = here.start(WAITS, up="first")
     again = here.start(WAITS, up="second")
     assert (again.up, again.process) == ("first", first.process)
-    told = json.loads(here.keeper("status", str(here.folder)))
+    told = json.loads(here.supervisor("status", str(here.folder)))
     assert [(each["name"], each["alive"]) for each in told] == [("worker", True)]
 
 
@@ -179,21 +180,23 @@ def test_one_that_does_not_end_is_killed(here: Kept) -> None:
     assert here.state().code == -signal.SIGKILL
 
 
-def test_what_a_killed_keeper_kept_is_found_and_ended(here: Kept) -> None:
+def test_what_a_killed_supervisor_kept_is_found_and_ended(here: Kept) -> None:
     state = here.start(WITH_CHILD)
     assert next(here.lines()) == "here"
-    os.kill(state.keeper, signal.SIGKILL)
-    psutil.wait_procs([psutil.Process(state.keeper)] if psutil.pid_exists(state.keeper) else [])
+    os.kill(state.supervisor, signal.SIGKILL)
+    psutil.wait_procs(
+        [psutil.Process(state.supervisor)] if psutil.pid_exists(state.supervisor) else []
+    )
     assert (here.state().alive, here.state().phase) == (False, "failed")
-    assert len(kept(here.place.mark)) == 2
+    assert len(kept(here.files.mark)) == 2
     answer = here.stop(1)
     assert not answer["ran"] and answer["left"] == []
-    assert kept(here.place.mark) == []
+    assert kept(here.files.mark) == []
 
 
-def test_what_a_killed_keeper_only_half_wrote_is_removed_by_the_next(here: Kept) -> None:
-    here.place.make()
-    half = [here.place.state.with_name(f"worker.{name}.1.tmp") for name in ("json", "notify")]
+def test_what_a_killed_supervisor_only_half_wrote_is_removed_by_the_next(here: Kept) -> None:
+    here.files.make()
+    half = [here.files.state.with_name(f"worker.{name}.1.tmp") for name in ("json", "notify")]
     for path in half:
         path.touch()
     here.start(WAITS)
@@ -204,7 +207,7 @@ def test_children_of_what_is_kept_end_with_it(here: Kept) -> None:
     here.start(WITH_CHILD)
     assert next(here.lines()) == "here"
     here.stop(1)
-    assert kept(here.place.mark) == []
+    assert kept(here.files.mark) == []
 
 
 def test_secrets_are_in_no_command_line_and_no_file(here: Kept) -> None:
@@ -212,7 +215,7 @@ def test_secrets_are_in_no_command_line_and_no_file(here: Kept) -> None:
     assert next(here.lines()) == "6"
     for process in psutil.process_iter():
         with suppress(psutil.Error):
-            if process.environ().get(MARK) or process.pid == here.state().keeper:
+            if process.environ().get(MARK) or process.pid == here.state().supervisor:
                 assert "s3cret" not in " ".join(process.cmdline())
     for path in here.folder.rglob("*"):
         assert path.is_dir() or b"s3cret" not in path.read_bytes(), path
@@ -232,7 +235,7 @@ def test_what_cannot_be_started_is_told(here: Kept) -> None:
     done = subprocess.run(command, cwd=CLONE, input=told, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr == "cannot start the worker: No such file or directory: /no/such/program\n"
-    assert not here.place.alive
+    assert not here.files.alive
 
 
 def test_the_log_goes_on_from_where_it_was_read_to(here: Kept) -> None:
@@ -241,7 +244,7 @@ def test_the_log_goes_on_from_where_it_was_read_to(here: Kept) -> None:
     assert list(here.lines(offset=4)) == ["two"]
     here.start("print('three')")  # a new start begins at its own lines
     assert list(here.lines()) == ["three"]
-    assert here.keeper("log", "worker", str(here.folder), "1") == "three\n"
+    assert here.supervisor("log", "worker", str(here.folder), "1") == "three\n"
 
 
 def test_following_ends_with_the_input(here: Kept) -> None:
@@ -261,7 +264,7 @@ def test_following_ends_with_the_input(here: Kept) -> None:
         assert following.stdout.readline() == "here\n"
         following.stdin.close()
         assert following.wait(DEADLINE_S) == 0
-    assert here.place.alive
+    assert here.files.alive
 
 
 def test_on_a_mac_sleep_is_held_off_as_long_as_it_lives(

@@ -196,8 +196,8 @@ def test_a_run_from_start_to_end(cluster: Cluster, tmp_path: Path) -> None:
 
 def test_what_fails_is_told_and_the_next_start_works(cluster: Cluster) -> None:
     """A start at a taken port, on a machine with nothing on it; one that is cut off; a link that
-    becomes slow during the run, and one that is out, beside which another way leads; keepers that
-    are killed."""
+    becomes slow during the run, and one that is out, beside which another way leads; supervisors
+    that are killed."""
     machines, new = cluster.machines, NEW
     here, number = machines.address(new), machines.address(new).rpartition(".")[2]
     cluster.file.write_text(PAIR.replace("mini2%s", f"{new}, ip: {here}"))  # one path to measure

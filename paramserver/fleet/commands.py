@@ -9,7 +9,7 @@ On each machine everything lies in one folder (`Host.folder`):
     code/            a copy of this clone, with its own .venv
     own/0/ ...       the user's own modules from elsewhere (`carry`), a folder for each of theirs
     runs/  data/     on the server's machine the run folders; data sets
-    state/  logs/    what `keeper` writes
+    state/  logs/    files of `supervisor`
     settings.yaml    on the server's machine: the settings of the run
 """
 
@@ -353,8 +353,8 @@ def start(
     secrets: Mapping[str, str],
     own: Mapping[str, str] = MappingProxyType({}),
 ) -> Command:
-    """Starts `server` or `worker` under a keeper. `secrets` are environment variables that are not
-    shown, `own` such that are; all go by standard input."""
+    """Starts `server` or `worker` under a supervisor. `secrets` are environment variables that are
+    not shown, `own` such that are; all go by standard input."""
 
     def orders(secrets: Mapping[str, str]) -> str:
         told = {
@@ -366,13 +366,13 @@ def start(
         }
         return json.dumps(told)
 
-    return keeper(
+    return supervisor(
         host, "start", name, stdin=orders(secrets), masked=orders(dict.fromkeys(secrets, "***"))
     )
 
 
-def keeper(host: Host, command: str, *words: str, **keywords: Any) -> Command:
-    """A word for the keeper (`paramserver.fleet.supervisor`)."""
+def supervisor(host: Host, command: str, *words: str, **keywords: Any) -> Command:
+    """Runs a command of `paramserver.fleet.supervisor`."""
     return python(
         host, "paramserver.fleet.supervisor", command, *words[:1], "..", *words[1:], **keywords
     )
@@ -382,11 +382,11 @@ def stop(host: Host, name: str) -> Command:
     """Ends a process in order."""
     patience_s = SERVER_PATIENCE_S if name == "server" else WORKER_PATIENCE_S
     none = json.dumps({"ran": False, "killed": [], "left": [], "state": None})
-    return keeper(
+    return supervisor(
         host, "stop", name, str(patience_s), without=none, limit_s=patience_s + 2 * ANSWER_S
     )
 
 
 def status(host: Host) -> Command:
-    """Everything that is or was kept there."""
-    return keeper(host, "status", without="[]")
+    """Asks for the state of every process that runs or ran there."""
+    return supervisor(host, "status", without="[]")

@@ -208,7 +208,7 @@ class Follower:
         self.host, self.name = host, name
         self._tell = tell
         words = [] if offset is None else [str(offset)]
-        self._process = _start(commands.keeper(host, "follow", name, *words))
+        self._process = _start(commands.supervisor(host, "follow", name, *words))
         self._errors: list[str] = []
         self._threads = [
             threading.Thread(target=self._read),

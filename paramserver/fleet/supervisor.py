@@ -1,25 +1,25 @@
 """`python -m paramserver.fleet.supervisor start worker ..`: keeps one process of a run alive here.
 
-A keeper belongs to nobody's terminal and to no ssh connection. It starts its process, writes what
-that says to a log, starts it again when it dies, holds a Mac's sleep off, and ends it when asked.
-It holds a lock as long as it lives, so that there is one for each name, and whoever finds the lock
-free knows that there is none. Its folder (the last argument; `..` as seen from the code) has
+A supervisor does not depend on a terminal or an ssh connection. It starts its process, writes the
+process's output to a log, starts it again when it dies, keeps a Mac awake, and ends the process
+when asked. It holds a lock as long as it lives: there is at most one supervisor for each name, and
+a free lock means that there is none. Its folder (the last argument; `..` as seen from the code) has
 
-    state/<name>.lock    held by the keeper, whose process id is in it
-    state/<name>.json    what is kept, and how that stands: `State`
-    state/<name>.notify  what the process tells its keeper: `paramserver.notify`
-    logs/<name>.log      what the process says
+    state/<name>.lock    held by the supervisor, whose process id is in it
+    state/<name>.json    the process and its state: `State`
+    state/<name>.notify  what the process reports to its supervisor: `paramserver.notify`
+    logs/<name>.log      the output of the process
 
     start NAME FOLDER              orders (`Orders`, JSON) by standard input; answers a `State`
     status FOLDER                  every `State`, as a JSON list
     follow NAME FOLDER [OFFSET]    the log from there on, until the process has ended for good or
                                    standard input ends; exits with 0 if all went well
-    log NAME FOLDER LINES          the last so many lines of this start's log
-    stop NAME FOLDER PATIENCE      ends the process in order, after so many seconds by force;
-                                   answers whom it had to kill, and what it ended with
+    log NAME FOLDER LINES          the last LINES lines of this start's log
+    stop NAME FOLDER PATIENCE      ends the process in order, after PATIENCE seconds by force;
+                                   answers which processes it killed, and the last state
 
-Secrets are in the orders' environment and in nobody's arguments or files. The standard library is
-enough, but for looking whether anything is left.
+Secrets are in the environment that the orders give, never in arguments or files. Only the search
+for processes that are left needs more than the standard library.
 """
 
 from __future__ import annotations
@@ -43,53 +43,56 @@ from typing import IO, Any, NoReturn
 from paramserver import drafts, locks, notify
 
 MARK = "PARAMSERVER_KEPT"
-"""Environment variable of everything that a keeper starts, also where that starts others."""
+"""Environment variable of every process under a supervisor, inherited by the processes that those
+start."""
 LOG_BYTES = 16 * 2**20  # a longer log makes room for a new one
 LOOK_S = 0.1  # at a file that grows
 TAIL_BYTES = 2**16  # of a log, where its last line is looked for
-FORGIVEN_S = 600.0  # a process that lived so long may die again as often as at first
+FORGIVEN_S = 600.0  # after this time the restarts are counted from 0 again
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0  # before it is started again
-LOCK_S = 10.0  # a keeper that was asked to start has its lock by then
+LOCK_S = 10.0  # a supervisor that was asked to start has its lock by then
 FORCED_S = 10.0
 LEFT_S = 15.0  # an observer whose server is gone writes a checkpoint first
 
 
 @dataclass
 class Orders:
-    """What a keeper is told."""
+    """What a supervisor shall start, and how often."""
 
     argv: list[str]
     environment: dict[str, str] = field(default_factory=dict)
     restart: int = 3  # how often
-    again: list[int] = field(default_factory=list)  # after these exit codes; signals are always
-    up: str = ""  # whose start it is
+    again: list[int] = field(
+        default_factory=list
+    )  # restart after these exit codes; after signals always
+    up: str = ""  # names the `make up` that started it
 
 
 @dataclass
 class State:
-    """How a process stands. `phase`: running, pausing (before the next start), ended (exit code 0),
-    failed, stopped (it was asked to)."""
+    """The state of a process. `phase`: running, pausing (before the next start), ended (exit code
+    0), failed, stopped (it was asked to)."""
 
     name: str
     argv: list[str]
     up: str
     phase: str = "running"
-    keeper: int = 0
+    supervisor: int = 0
     process: int = 0
     restarts: int = 0
     code: int | None = None
     since: float = 0.0  # seconds since the epoch
     log_from: int = 0  # where in the log this start begins
-    alive: bool = False  # is there a keeper? Told by `status`
+    alive: bool = False  # is there a supervisor? `status` sets it
     log_to: int = 0  # likewise, the log's length
     last: str = ""  # likewise, its last line
-    warning: str = ""  # its newest line that somebody should look at, the keeper's own or
-    warned_at: float = 0.0  # the process's; seconds since the epoch
-    ready: bool = False  # does the process do its work? Told by `status`
+    warning: str = ""  # the newest warning, of the supervisor or
+    warned_at: float = 0.0  # of the process; seconds since the epoch
+    ready: bool = False  # has the process begun its work? `status` sets it
 
 
-class Place:
-    """The files of one name."""
+class Files:
+    """The files of one supervised process."""
 
     def __init__(self, folder: Path, name: str) -> None:
         self.name = name
@@ -110,7 +113,7 @@ class Place:
         drafts.sweep(self.state.parent)
 
     def take(self) -> IO[str] | None:
-        """The lock, held while the file is open; None where somebody has it."""
+        """The lock, held while the file is open; None where another process holds it."""
         file = open(self.lock, "a+")  # noqa: SIM115
         with suppress(OSError):
             if locks.take(file.fileno()):
@@ -120,7 +123,7 @@ class Place:
 
     @property
     def alive(self) -> bool:
-        """Does a keeper hold the lock?"""
+        """Does a supervisor hold the lock?"""
         try:
             with open(self.lock) as file:
                 return locks.is_held(file.fileno())
@@ -133,14 +136,17 @@ class Place:
         drafts.write(self.state, json.dumps(asdict(state)), synced=False)
 
     def read(self) -> State | None:
-        """How it stands, or stood last; None where nothing was ever kept under this name."""
+        """The state now, or the last one; None where no process of this name was ever started."""
         try:
-            state = State(**json.loads(self.state.read_text()))
+            words = json.loads(self.state.read_text())
+            if "keeper" in words:  # written by a version before
+                words["supervisor"] = words.pop("keeper")
+            state = State(**words)
         except (OSError, ValueError, TypeError):
             return None
         state.alive = self.alive
         if not state.alive and state.phase in ("running", "pausing"):
-            state.phase = "failed"  # the keeper itself was killed, or the machine was off
+            state.phase = "failed"  # the supervisor itself was killed, or the machine was off
         with suppress(OSError):
             state.log_to = self.log.stat().st_size
             lines = _lines(self.log, max(state.log_from, state.log_to - TAIL_BYTES))
@@ -153,7 +159,7 @@ class Place:
 
 
 def _lines(log: Path, offset: int) -> Iterator[str]:
-    """What a log says from there on, the last line first, without empty ones."""
+    """The lines of a log from `offset` on, the last one first, without empty ones."""
     with log.open("rb") as file:
         file.seek(offset)
         lines = file.read().splitlines()
@@ -163,33 +169,34 @@ def _lines(log: Path, offset: int) -> Iterator[str]:
 # ---------------------------------------------------------------------------------------- keeping
 
 
-class Keeper:
-    """The loop of a keeper: start, wait, look whether to start again."""
+class Supervisor:
+    """The loop of a supervisor: start the process, wait for its end, decide whether to restart
+    it."""
 
-    def __init__(self, place: Place, orders: Orders, lock: IO[str]) -> None:
-        self._place, self._orders, self._lock = place, orders, lock
+    def __init__(self, files: Files, orders: Orders, lock: IO[str]) -> None:
+        self._files, self._orders, self._lock = files, orders, lock
         self._stopping = threading.Event()
         self._process: subprocess.Popen[bytes] | None = None
         with suppress(OSError):
-            if place.log.stat().st_size > LOG_BYTES:
-                place.log.replace(place.log.with_suffix(".old.log"))
-        self._log = open(place.log, "ab", buffering=0)  # noqa: SIM115
+            if files.log.stat().st_size > LOG_BYTES:
+                files.log.replace(files.log.with_suffix(".old.log"))
+        self._log = open(files.log, "ab", buffering=0)  # noqa: SIM115
         self._state = State(
-            place.name,
+            files.name,
             orders.argv,
             orders.up,
-            keeper=os.getpid(),
+            supervisor=os.getpid(),
             log_from=self._log.tell(),
             since=time.time(),
         )
 
     def started(self) -> State:
-        """Start the process for the first time; raises OSError where that cannot be."""
+        """Start the process for the first time; raises OSError where that fails."""
         self._start()
         return self._state
 
     def keep(self) -> None:
-        """Until the process has ended for good."""
+        """Supervise the process until it has ended for good."""
         signal.signal(signal.SIGTERM, self._stop)
         signal.signal(signal.SIGALRM, self._kill)
         for number in (signal.SIGINT, signal.SIGHUP):
@@ -207,7 +214,7 @@ class Keeper:
                 break
             self._state.restarts += 1
             self._warn(
-                f"warning: the {self._place.name} died ({died(code)}): starting it again "
+                f"warning: the {self._files.name} died ({died(code)}): starting it again "
                 f"({self._state.restarts} of {self._orders.restart})"
             )
             self._note("pausing")
@@ -217,8 +224,8 @@ class Keeper:
                 break
             try:
                 self._start()
-            except OSError as e:  # memory or processes are short
-                self._warn(f"error: the {self._place.name} cannot be started again: {e}")
+            except OSError as e:  # no memory, or too many processes
+                self._warn(f"error: the {self._files.name} cannot be started again: {e}")
                 self._state.code = code
                 break
         signal.alarm(0)
@@ -229,11 +236,11 @@ class Keeper:
         if awake is not None:
             awake.terminate()
             awake.wait()
-        sweep(self._place.mark, min(self._patience(LEFT_S), LEFT_S))
+        sweep(self._files.mark, min(self._patience(LEFT_S), LEFT_S))
 
     def _start(self) -> None:
-        self._place.notify.unlink(missing_ok=True)  # it was told by another process
-        own = {MARK: self._place.mark, notify.VARIABLE: str(self._place.notify.resolve())}
+        self._files.notify.unlink(missing_ok=True)  # the process before wrote it
+        own = {MARK: self._files.mark, notify.VARIABLE: str(self._files.notify.resolve())}
         self._process = subprocess.Popen(
             self._orders.argv,
             env={**os.environ, **self._orders.environment, **own},
@@ -244,16 +251,16 @@ class Keeper:
         )
         self._state.process = self._process.pid
         self._note("running")
-        if self._stopping.is_set():  # asked meanwhile
+        if self._stopping.is_set():  # a stop was asked for meanwhile
             self._process.terminate()
 
     def _note(self, phase: str) -> None:
         self._state.phase, self._state.since = phase, time.time()
-        with suppress(OSError):  # a full disk must not end what is kept
-            self._place.write(self._state)
+        with suppress(OSError):  # a full disk must not end the process
+            self._files.write(self._state)
 
     def _warn(self, line: str) -> None:
-        """A line of the keeper's own; the next `_note` keeps it."""
+        """Log a line of the supervisor itself; the next `_note` writes it to the state."""
         self._state.warning, self._state.warned_at = line, time.time()
         with suppress(OSError):
             self._log.write(f"{line}\n".encode())
@@ -265,7 +272,8 @@ class Keeper:
         signal.alarm(max(1, int(self._patience(0))))
 
     def _patience(self, unasked: float) -> float:
-        """Who asks for the end writes into the lock file how long the process may take."""
+        """Seconds that the process may take to end: `stop` writes them into the lock file.
+        `unasked`: where no `stop` did."""
         with suppress(OSError, ValueError, IndexError):
             self._lock.seek(0)
             return float(self._lock.read().split()[1])
@@ -273,7 +281,7 @@ class Keeper:
 
     def _kill(self, *_: Any) -> None:
         if self._process is not None and self._process.poll() is None:
-            self._warn(f"warning: the {self._place.name} does not end: killed")
+            self._warn(f"warning: the {self._files.name} does not end: killed")
             os.killpg(self._process.pid, signal.SIGKILL)
 
 
@@ -283,7 +291,7 @@ def died(code: int) -> str:
 
 
 def _hold_off_sleep() -> subprocess.Popen[bytes] | None:
-    """On a Mac: no sleep as long as this keeper lives."""
+    """Keep a Mac awake as long as this supervisor lives."""
     if platform.system() != "Darwin" or shutil.which("caffeinate") is None:
         return None
     return subprocess.Popen(
@@ -293,7 +301,7 @@ def _hold_off_sleep() -> subprocess.Popen[bytes] | None:
 
 
 def kept(mark: str) -> list[Any]:
-    """The processes of this user that were started under this mark."""
+    """The processes of this user with this mark in their environment."""
     import psutil
 
     found = []
@@ -305,10 +313,10 @@ def kept(mark: str) -> list[Any]:
 
 
 def sweep(mark: str, patience_s: float, orphan: State | None = None) -> list[str]:
-    """End what is left under this mark, like the observer of a server that was killed: it may end
-    by itself for `patience_s`. The program of a keeper that is gone itself, whose state `orphan`
-    is, is asked to end at once: nobody else will. Returns the command lines of those that had to be
-    killed."""
+    """End the processes that are left under this mark, like the observer of a server that was
+    killed: they have `patience_s` to end by themselves. Where the supervisor itself is gone,
+    `orphan` is its last state, and its process gets a SIGTERM at once. Returns the command lines of
+    the processes that had to be killed."""
     import psutil
 
     left = kept(mark)
@@ -333,39 +341,39 @@ def sweep(mark: str, patience_s: float, orphan: State | None = None) -> list[str
 # ---------------------------------------------------------------------------------------- commands
 
 
-def start(place: Place, orders: Orders) -> State:
-    """Start a keeper that outlives this process. Where there is one already: how that stands.
+def start(files: Files, orders: Orders) -> State:
+    """Start a supervisor that outlives this process. Where there is one already, return its state.
 
     Raises OSError where the process cannot be started.
     """
-    place.make()
+    files.make()
     deadline = time.monotonic() + LOCK_S
-    while (lock := place.take()) is None:
-        state = place.read()
+    while (lock := files.take()) is None:
+        state = files.read()
         if state is not None and state.alive:
             return state
         if time.monotonic() > deadline:
-            raise OSError(f"the keeper of the {place.name} tells nothing")
-        time.sleep(LOOK_S)  # somebody asks just now, or another start is not done
-    sweep(place.mark, LEFT_S, place.read())  # a keeper that was killed leaves what it kept
+            raise OSError(f"the supervisor of the {files.name} tells nothing")
+        time.sleep(LOOK_S)  # another process asks just now, or another start is not done
+    sweep(files.mark, LEFT_S, files.read())  # a supervisor that was killed leaves its processes
     reader, writer = os.pipe()
     if os.fork() == 0:
         os.setsid()
         if os.fork() == 0:
             os.close(reader)
-            _become_keeper(place, orders, lock, writer)
+            _become_supervisor(files, orders, lock, writer)
         os._exit(0)
     os.wait()
     os.close(writer)
-    lock.close()  # the keeper holds it too
+    lock.close()  # the supervisor holds it too
     with open(reader, encoding="utf-8") as answer:
-        told = json.loads(answer.read() or '{"problem": "the keeper ended at once"}')
+        told = json.loads(answer.read() or '{"problem": "the supervisor ended at once"}')
     if "problem" in told:
         raise OSError(told["problem"])
     return State(**told)
 
 
-def _become_keeper(place: Place, orders: Orders, lock: IO[str], writer: int) -> NoReturn:
+def _become_supervisor(files: Files, orders: Orders, lock: IO[str], writer: int) -> NoReturn:
     code = 1
     try:
         null = os.open(os.devnull, os.O_RDWR)
@@ -377,65 +385,66 @@ def _become_keeper(place: Place, orders: Orders, lock: IO[str], writer: int) -> 
         lock.flush()
         with open(writer, "w", encoding="utf-8") as answer:
             try:
-                keeper = Keeper(place, orders, lock)
-                state = keeper.started()
+                supervisor = Supervisor(files, orders, lock)
+                state = supervisor.started()
             except OSError as e:
                 answer.write(json.dumps({"problem": f"{e.strerror}: {e.filename}"}))
                 raise
             answer.write(json.dumps(asdict(state)))
-        keeper.keep()
+        supervisor.keep()
         code = 0
     finally:
         os._exit(code)
 
 
-def stop(place: Place, patience_s: int) -> dict[str, Any]:
-    """End a keeper and what it keeps: in order, after `patience_s` by force. Looks afterwards."""
-    was = place.read()
+def stop(files: Files, patience_s: int) -> dict[str, Any]:
+    """End a supervisor and its process: in order, after `patience_s` by force. Then look for
+    processes that are left."""
+    was = files.read()
     ran = was is not None and was.alive
     deadline = time.monotonic() + patience_s + LEFT_S + 3 * FORCED_S
     killed = []
     asked = False
-    while ran and place.alive:
+    while ran and files.alive:
         with suppress(OSError, ValueError, IndexError):
             if not asked:
-                pid = int(place.lock.read_text().split()[0])
-                place.lock.write_text(f"{pid}\n{patience_s}\n")
+                pid = int(files.lock.read_text().split()[0])
+                files.lock.write_text(f"{pid}\n{patience_s}\n")
                 os.kill(pid, signal.SIGTERM)
                 asked = True
         if time.monotonic() > deadline:
             with suppress(OSError, ValueError, IndexError):
-                os.kill(int(place.lock.read_text().split()[0]), signal.SIGKILL)
-            killed.append(f"the keeper of {place.name}")
+                os.kill(int(files.lock.read_text().split()[0]), signal.SIGKILL)
+            killed.append(f"the supervisor of {files.name}")
             break
         time.sleep(LOOK_S)
     if asked:
-        killed += sweep(place.mark, min(patience_s, LEFT_S))
+        killed += sweep(files.mark, min(patience_s, LEFT_S))
     else:
-        killed += sweep(place.mark, patience_s, was)
-    left = [p.pid for p in kept(place.mark)]
-    now = place.read()
+        killed += sweep(files.mark, patience_s, was)
+    left = [p.pid for p in kept(files.mark)]
+    now = files.read()
     return {"ran": ran, "killed": killed, "left": left, "state": asdict(now) if now else None}
 
 
 def status(folder: Path) -> list[State]:
-    """Everything that is or was kept here."""
+    """The state of every process that runs or ran here."""
     names = sorted(path.stem for path in (folder / "state").glob("*.json"))
-    states = [Place(folder, name).read() for name in names]
+    states = [Files(folder, name).read() for name in names]
     return [state for state in states if state is not None]
 
 
-def follow(place: Place, offset: int | None, until: int = 0) -> Iterator[bytes]:
-    """The log from `offset` on (None: where this start begins) as it grows, until the keeper is
+def follow(files: Files, offset: int | None, until: int = 0) -> Iterator[bytes]:
+    """The log from `offset` on (None: where this start begins) as it grows, until the supervisor is
     gone, or until file `until` (standard input) ends."""
-    state = place.read()
+    state = files.read()
     if state is None:
         return
     at = state.log_from if offset is None else offset
     while True:
-        alive = place.alive  # asked before reading: what it wrote at last is read too
+        alive = files.alive  # asked before reading, so that its last lines are read too
         try:
-            with place.log.open("rb") as file:
+            with files.log.open("rb") as file:
                 if file.seek(0, os.SEEK_END) < at:
                     at = 0  # a new log
                 file.seek(at)
@@ -450,12 +459,12 @@ def follow(place: Place, offset: int | None, until: int = 0) -> Iterator[bytes]:
             return
 
 
-def tail(place: Place, lines: int) -> bytes:
+def tail(files: Files, lines: int) -> bytes:
     """The last lines of this start's log."""
-    state = place.read()
+    state = files.read()
     if state is None:
         return b""
-    with suppress(FileNotFoundError), place.log.open("rb") as file:
+    with suppress(FileNotFoundError), files.log.open("rb") as file:
         file.seek(state.log_from)
         return b"".join(file.read().splitlines(keepends=True)[-lines:])
     return b""
@@ -466,24 +475,24 @@ def main(words: list[str]) -> int:
     if command == "status":
         print(json.dumps([asdict(state) for state in status(Path(rest[0]))]))
         return 0
-    place = Place(Path(rest[1]), rest[0])
+    files = Files(Path(rest[1]), rest[0])
     if command == "start":
         try:
-            state = start(place, Orders(**json.loads(sys.stdin.read())))
+            state = start(files, Orders(**json.loads(sys.stdin.read())))
         except OSError as e:
-            print(f"cannot start the {place.name}: {e}", file=sys.stderr)
+            print(f"cannot start the {files.name}: {e}", file=sys.stderr)
             return 1
         print(json.dumps(asdict(state)))
     elif command == "stop":
-        print(json.dumps(stop(place, int(rest[2]))))
+        print(json.dumps(stop(files, int(rest[2]))))
     elif command == "log":
-        sys.stdout.buffer.write(tail(place, int(rest[2])))
+        sys.stdout.buffer.write(tail(files, int(rest[2])))
     elif command == "follow":
         with suppress(BrokenPipeError):
-            for data in follow(place, int(rest[2]) if len(rest) > 2 else None):
+            for data in follow(files, int(rest[2]) if len(rest) > 2 else None):
                 sys.stdout.buffer.write(data)
                 sys.stdout.buffer.flush()
-        now = place.read()
+        now = files.read()
         return 0 if now is not None and (now.phase == "stopped" or not now.code) else 1
     return 0
 

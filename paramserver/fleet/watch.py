@@ -243,7 +243,7 @@ def logs(arguments: list[str], name: str | None = None) -> int:
         told: list[str] = []
         for kept in found.get(host.name, {}):
             text = remote.must(
-                host, commands.keeper(host, "log", kept, str(LOG_LINES)), "reading logs"
+                host, commands.supervisor(host, "log", kept, str(LOG_LINES)), "reading logs"
             )
             told += text.splitlines()
         return told

@@ -1,8 +1,9 @@
-"""`python -m paramserver.launch.die_with_parent MODULE words ...`: does not outlive its starter.
+"""`python -m paramserver.launch.die_with_parent MODULE words ...`: a program that does not outlive
+the process that started it.
 
-Standard input is a pipe from whoever started it. Where that ends, the starter was killed and
-another one may already do the same work, so this program is killed too, in the middle of whatever
-it does, as if both had been one process.
+Its standard input is a pipe from that process. Where the pipe ends, that process was killed, and
+another one may already do the same work. So this program kills itself at once, without cleaning up,
+as if both had been one process.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ def _watch() -> None:
 
 
 def main() -> None:
-    threading.Thread(target=_watch, name="tether", daemon=True).start()
+    threading.Thread(target=_watch, name="parent", daemon=True).start()
     del sys.argv[0]
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 

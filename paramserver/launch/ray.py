@@ -81,11 +81,11 @@ def ray(arguments: list[str]) -> int:
         nodes = _nodes(engine)
         if "num_workers" not in loaded.given:  # the file's is for runs that are started by hand
             settings = replace(settings, num_workers=len(nodes))
-        crew = Crew(engine, _absolute(settings), nodes)
+        run = RayRun(engine, _absolute(settings), nodes)
         try:
-            return crew.run()
+            return run.run()
         finally:
-            crew.close()
+            run.close()
     finally:
         engine.shutdown()  # a cluster that was started here ends with it
 
@@ -191,8 +191,8 @@ def _nodes(engine: Any) -> list[Node]:
 # -------------------------------------------------------------------------------------- the actors
 
 
-class Crew:
-    """The actors of one run."""
+class RayRun:
+    """One run as actors of Ray: the server and its workers."""
 
     def __init__(self, ray: Any, settings: Settings, nodes: Sequence[Node]) -> None:
         self.ray, self.settings = ray, settings
