@@ -13,7 +13,7 @@ import pytest
 
 from paramserver.fleet import commands
 from paramserver.fleet.commands import Checked, fits, read_check, ssh_trouble, troubles
-from paramserver.fleet.user_code import Carried
+from paramserver.fleet.user_code import UserCode
 from paramserver.net.hosts import Host, read
 from paramserver.settings import Settings
 
@@ -51,7 +51,7 @@ def test_code_is_copied_without_what_belongs_to_each_machine() -> None:
 
 
 def test_own_modules_are_copied_beside_the_code() -> None:
-    own = [Carried(Path("/desk"), ("layers.py", "nets")), Carried(Path("/other"), ("data.py",))]
+    own = [UserCode(Path("/desk"), ("layers.py", "nets")), UserCode(Path("/other"), ("data.py",))]
     _, first, _, second = commands.copy_own(MINI, own)
     assert first.argv[-2:] == ("/desk/", "user@mini2.local:paramserver/own/0/")
     assert second.argv[-2:] == ("/other/", "user@mini2.local:paramserver/own/1/")
@@ -70,7 +70,7 @@ def test_only_what_is_named_arrives_and_what_is_gone_goes(tmp_path: Path) -> Non
         (desk / name).touch()
 
     def arrived(*names: str) -> set[str]:
-        for command in commands.copy_own(HERE, [Carried(desk, names)]):
+        for command in commands.copy_own(HERE, [UserCode(desk, names)]):
             subprocess.run(command.argv, check=True, env={**os.environ, "HOME": str(home)})
         there = home / "paramserver/own/0"
         return {str(p.relative_to(there)) for p in there.rglob("*") if p.is_file()}

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from paramserver.fleet.measurements import FILE, Figure, read, write
+from paramserver.fleet.measurements import FILE, Measurement, read, write
 
 
 def test_the_newest_figures_are_kept(tmp_path: Path) -> None:
     assert read(tmp_path) == []
-    one = Figure("mini2", "10.10.0.2", "10.10.0.1", 2e9, 1.7e9)
-    other = Figure("pi5", "10.20.0.3", "10.20.0.1", 1e8, 1.7e9)
-    for figures in ([one], [one, other], []):
-        write(tmp_path, figures)
-        assert read(tmp_path) == figures
+    one = Measurement("mini2", "10.10.0.2", "10.10.0.1", 2e9, 1.7e9)
+    other = Measurement("pi5", "10.20.0.3", "10.20.0.1", 1e8, 1.7e9)
+    for measured in ([one], [one, other], []):
+        write(tmp_path, measured)
+        assert read(tmp_path) == measured
     assert [path.name for path in tmp_path.iterdir()] == [FILE]
 
 

@@ -15,7 +15,7 @@ from machines import FAST, SLOW, Machines, find_uv, uv_cache, why_no_machines
 from whole import CLONE, Program
 
 from paramserver.fleet import measurements
-from paramserver.fleet.measurements import Figure
+from paramserver.fleet.measurements import Measurement
 
 pytestmark = [
     pytest.mark.timeout(600),  # many processes import torch, on two cores
@@ -202,7 +202,7 @@ def test_what_fails_is_told_and_the_next_start_works(cluster: Cluster) -> None:
     here, number = machines.address(new), machines.address(new).rpartition(".")[2]
     cluster.file.write_text(PAIR.replace("mini2%s", f"{new}, ip: {here}"))  # one path to measure
     small, before = (*SMALL, *LONG, "observer=false", "bucket_mb=0.25"), len(cluster.runs())
-    doctor = Figure(new, here, "10.10.0.1", 70e6, 1.7e9)
+    doctor = Measurement(new, here, "10.10.0.1", 70e6, 1.7e9)
     measurements.write(machines.home("mini1") / "paramserver", [doctor])
 
     machines.slow_down(new, "eth0", SLOWER)

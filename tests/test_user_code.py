@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from paramserver.fleet.user_code import Carried, carried, modules
+from paramserver.fleet.user_code import UserCode, find_user_code, modules
 from paramserver.settings import Settings
 
 CLONE = Path("/clone")
@@ -44,14 +44,14 @@ def test_which_modules_settings_name() -> None:
 
 
 def test_a_module_goes_with_the_neighbours_that_it_imports(desk: Path) -> None:
-    [own] = carried(named("carry_nets:Net"), CLONE)
+    [own] = find_user_code(named("carry_nets:Net"), CLONE)
     names = ("carry_extra.py", "carry_layers.py", "carry_nets.py", "carry_parts")
-    assert own == Carried(desk, names)
+    assert own == UserCode(desk, names)
     assert str(own) == f"{', '.join(names)} from {desk}"
 
 
 def test_a_package_goes_whole(desk: Path) -> None:
-    [own] = carried(named("carry_parts.deep:Net"), CLONE)
+    [own] = find_user_code(named("carry_parts.deep:Net"), CLONE)
     assert own.names == ("carry_extra.py", "carry_parts")
 
 
@@ -59,12 +59,14 @@ def test_modules_of_two_folders(desk: Path, monkeypatch: pytest.MonkeyPatch) -> 
     other = desk / "films"
     (other / "carry_data.py").write_text("import carry_nets\n")  # not beside it
     monkeypatch.syspath_prepend(other)
-    own = carried(named("carry_extra:Net", dataset="carry_data:Films"), CLONE)
-    assert own == (Carried(desk, ("carry_extra.py",)), Carried(other, ("carry_data.py",)))
+    own = find_user_code(named("carry_extra:Net", dataset="carry_data:Films"), CLONE)
+    assert own == (UserCode(desk, ("carry_extra.py",)), UserCode(other, ("carry_data.py",)))
 
 
 def test_what_is_there_anyway_stays(desk: Path) -> None:
-    assert carried(named("carry_nets:Net"), desk) == ()  # in the clone itself
-    assert carried(named("torchvision.models:resnet18", loss="torch.nn:MSELoss"), CLONE) == ()
-    assert carried(named("json:JSONDecoder", dataset="carry_no_such:Thing"), CLONE) == ()
-    assert carried(named("sys:Nothing"), CLONE) == ()
+    assert find_user_code(named("carry_nets:Net"), desk) == ()  # in the clone itself
+    assert (
+        find_user_code(named("torchvision.models:resnet18", loss="torch.nn:MSELoss"), CLONE) == ()
+    )
+    assert find_user_code(named("json:JSONDecoder", dataset="carry_no_such:Thing"), CLONE) == ()
+    assert find_user_code(named("sys:Nothing"), CLONE) == ()

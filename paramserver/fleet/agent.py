@@ -48,10 +48,10 @@ class Agent:
         if do == "ping":
             return {"pings": machine.pings(words["address"])}
         if do == "keep":
-            measurements.write(self._folder, measurements.from_json(words["figures"]))
+            measurements.write(self._folder, measurements.from_json(words["measurements"]))
             return {}
         if do == "kept":
-            return {"figures": measurements.to_json(measurements.read(self._folder))}
+            return {"measurements": measurements.to_json(measurements.read(self._folder))}
         if do == "token":
             return {"token": keys.load_or_make()[0].token(words["host"], words["port"])}
         return {"problem": f"{do} is no question"}

@@ -7,7 +7,7 @@ without ssh. A script begins in the home folder and needs nothing but a POSIX sh
 On each machine everything lies in one folder (`Host.folder`):
 
     code/            a copy of this clone, with its own .venv
-    own/0/ ...       the user's own modules from elsewhere (`carry`), a folder for each of theirs
+    own/0/ ...       the user's own modules from elsewhere (`user_code`), one folder each
     runs/  data/     on the server's machine the run folders; data sets
     state/  logs/    files of `supervisor`
     settings.yaml    on the server's machine: the settings of the run
@@ -24,7 +24,7 @@ from types import MappingProxyType
 from typing import Any
 
 from paramserver.config.schema import allowed
-from paramserver.fleet.user_code import Carried
+from paramserver.fleet.user_code import UserCode
 from paramserver.net.hosts import HERE, Host
 from paramserver.settings import Settings
 
@@ -257,10 +257,10 @@ def copy(host: Host, root: str) -> Command:
     return _rsync(host, root, "code", [f"--exclude={pattern}" for pattern in LEFT_OUT])
 
 
-def copy_own(host: Host, carried: Sequence[Carried]) -> list[Command]:
-    """Brings the user's own modules over, and removes there what is carried no more."""
+def copy_own(host: Host, user_code: Sequence[UserCode]) -> list[Command]:
+    """Brings the user's own modules over, and removes what is not needed there any more."""
     commands = []
-    for number, own in enumerate(carried):
+    for number, own in enumerate(user_code):
         chosen = ["--exclude=__pycache__", "--exclude=*.pyc"]
         chosen += [f"--include=/{name}" for name in own.names]
         rest = ["--exclude=/*", "--delete-excluded"]
@@ -270,9 +270,9 @@ def copy_own(host: Host, carried: Sequence[Carried]) -> list[Command]:
     return commands
 
 
-def own_path(carried: Sequence[Carried]) -> str:
+def own_path(user_code: Sequence[UserCode]) -> str:
     """Where Python finds them, seen from the code."""
-    return ":".join(f"../own/{number}" for number in range(len(carried)))
+    return ":".join(f"../own/{number}" for number in range(len(user_code)))
 
 
 def _rsync(host: Host, source: str, inner: str, options: Sequence[str]) -> Command:

@@ -21,7 +21,7 @@ from paramserver import terminal
 from paramserver.fleet import commands, measurements, remote, topology
 from paramserver.fleet.commands import Trouble
 from paramserver.fleet.findings import Measured, Report, chosen, findings
-from paramserver.fleet.measurements import Figure
+from paramserver.fleet.measurements import Measurement
 from paramserver.fleet.remote import Agent, Failed
 from paramserver.fleet.up import clone, job, measure, prepare
 from paramserver.fleet.watch import Lines, states
@@ -134,12 +134,12 @@ def _keep(agent: Agent, measured: list[Measured]) -> list[Trouble]:
     """Put what comes up to the server's machine down there, for the next `make up`."""
     now = time.time()
     found = [
-        Figure(m.near, m.path.near.address, m.path.far.address, m.up_bytes_per_s, now)
+        Measurement(m.near, m.path.near.address, m.path.far.address, m.up_bytes_per_s, now)
         for m in measured
         if m.far == agent.host.name and m.path.near is not None and not m.problem
     ]
     try:
-        agent.ask("keep", figures=measurements.to_json(found))
+        agent.ask("keep", measurements=measurements.to_json(found))
     except Failed as e:
         return [e.trouble]
     return []

@@ -1,5 +1,5 @@
-"""What the doctor measured last, for the next `make up` to compare with; kept on the server's
-machine, so that every keyboard finds it."""
+"""What the doctor measured last, for the next `make up` to compare with. The file is on the
+server's machine, so that every machine finds it from which `make up` is called."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ FILE = "figures.json"
 
 
 @dataclass(frozen=True)
-class Figure:
-    """How much came up a path from a worker's machine, while no run was going on."""
+class Measurement:
+    """Bytes a second on a path from a worker's machine to the server's, while no run was going
+    on."""
 
     machine: str
     near: str  # its address
@@ -26,22 +27,22 @@ class Figure:
     at: float  # seconds since the epoch
 
 
-def to_json(figures: Sequence[Figure]) -> list[dict[str, Any]]:
-    return [asdict(figure) for figure in figures]
+def to_json(measured: Sequence[Measurement]) -> list[dict[str, Any]]:
+    return [asdict(each) for each in measured]
 
 
-def from_json(data: Sequence[dict[str, Any]]) -> list[Figure]:
-    return [Figure(**each) for each in data]
+def from_json(data: Sequence[dict[str, Any]]) -> list[Measurement]:
+    return [Measurement(**each) for each in data]
 
 
-def write(folder: Path, figures: Sequence[Figure]) -> None:
-    """In place of those before. Raises OSError."""
+def write(folder: Path, measured: Sequence[Measurement]) -> None:
+    """Replace the file. Raises OSError."""
     drafts.sweep(folder)
-    drafts.write(folder / FILE, json.dumps(to_json(figures)), synced=False)
+    drafts.write(folder / FILE, json.dumps(to_json(measured)), synced=False)
 
 
-def read(folder: Path) -> list[Figure]:
-    """The newest; none where nothing was measured, or the file is another version's."""
+def read(folder: Path) -> list[Measurement]:
+    """The newest; none where nothing was measured, or another version wrote the file."""
     with suppress(OSError, ValueError, TypeError):
         return from_json(json.loads((folder / FILE).read_text()))
     return []

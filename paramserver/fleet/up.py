@@ -23,10 +23,10 @@ from paramserver.config.loading import dump
 from paramserver.errors import UserError
 from paramserver.fleet import commands, measurements, remote
 from paramserver.fleet.commands import Checked, Trouble
-from paramserver.fleet.measurements import Figure
+from paramserver.fleet.measurements import Measurement
 from paramserver.fleet.remote import Agent, Failed
 from paramserver.fleet.supervisor import State
-from paramserver.fleet.user_code import Carried, carried
+from paramserver.fleet.user_code import UserCode, find_user_code
 from paramserver.fleet.watch import Lines, Watch, machines, refuse, show, states, stop
 from paramserver.net.hosts import Host
 from paramserver.net.interfaces import SPOKEN, Interface, from_json, paths
@@ -49,7 +49,7 @@ class Job:
 
     settings: Settings
     hosts: tuple[Host, ...]
-    carried: tuple[Carried, ...] = ()
+    user_code: tuple[UserCode, ...] = ()
     """The user's own modules that do not lie in the clone."""
 
     @property
@@ -91,7 +91,7 @@ def job(arguments: Sequence[str]) -> Job:
 def up(arguments: list[str], *, dry: bool = False) -> int:
     """Start a run and show it; the server's exit code. `UserError` tells all that is wrong."""
     wanted, root = job(arguments), clone()
-    wanted = replace(wanted, carried=carried(wanted.settings, root))
+    wanted = replace(wanted, user_code=find_user_code(wanted.settings, root))
     if dry:
         for command in all_commands(wanted, root):
             terminal.result(str(command))
@@ -100,7 +100,7 @@ def up(arguments: list[str], *, dry: bool = False) -> int:
     checked = check(wanted.hosts)
     running = look(wanted, checked)
     if not running:
-        prepare(lines, wanted.hosts, root, wanted.carried)
+        prepare(lines, wanted.hosts, root, wanted.user_code)
     with ExitStack() as stack:
         agents = open_agents(stack, wanted.hosts)
         ways = choose_ways(lines, wanted, agents)
@@ -175,12 +175,12 @@ def prepare(
     lines: Lines,
     hosts: Sequence[Host],
     root: Path,
-    carried: Sequence[Carried] = (),
+    user_code: Sequence[UserCode] = (),
     *,
     quiet: bool = False,
 ) -> None:
     """Bring the code over and make the environments. Raises `UserError`."""
-    for own in carried:
+    for own in user_code:
         lines.tell(f"carrying {own} to each machine")
 
     def say(host: Host, line: str) -> None:
@@ -189,7 +189,7 @@ def prepare(
 
     def one(host: Host) -> None:
         began = time.monotonic()
-        for command in (commands.copy(host, str(root)), *commands.copy_own(host, carried)):
+        for command in (commands.copy(host, str(root)), *commands.copy_own(host, user_code)):
             remote.must(host, command, "copying the code")
         remote.must(
             host, commands.environment(host), "making the environment",
@@ -231,7 +231,7 @@ def choose_ways(lines: Lines, wanted: Job, agents: Mapping[str, Agent]) -> dict[
         have = ", ".join(str(i) for i in own[server.name] if i.kind != "loopback")
         raise UserError(f"{server.name} has no address {given}", f"it has {have or 'none'}")
     ways, troubles = {}, []
-    kept = measurements.from_json(agents[server.name].ask("kept").get("figures", []))
+    kept = measurements.from_json(agents[server.name].ask("kept").get("measurements", []))
     for host in wanted.workers:
         if host == server:
             continue
@@ -262,7 +262,7 @@ def choose_ways(lines: Lines, wanted: Job, agents: Mapping[str, Agent]) -> dict[
     return ways
 
 
-def _as_the_doctor_had_it(lines: Lines, host: Host, way: Way, kept: Sequence[Figure]) -> Way:
+def _as_the_doctor_had_it(lines: Lines, host: Host, way: Way, kept: Sequence[Measurement]) -> Way:
     """With the doctor's figure of the same path, if that is the higher one: what was measured just
     now may be what is wrong. Says so where it is far below."""
     here = (host.name, way.near and way.near.address, way.far.address)
@@ -387,7 +387,7 @@ def _starts(wanted: Job, ways: Mapping[str, Way], token: str) -> list[commands.C
     addresses = list(dict.fromkeys(way.far.address for way in ways.values()))
     secrets = remote.environment(SECRETS, os.environ)
     argv = commands.server_argv(settings, addresses)
-    own = {"PYTHONPATH": commands.own_path(wanted.carried)} if wanted.carried else {}
+    own = {"PYTHONPATH": commands.own_path(wanted.user_code)} if wanted.user_code else {}
     chosen = [
         Chosen(
             host.id,
@@ -419,7 +419,7 @@ def all_commands(wanted: Job, root: Path) -> list[commands.Command]:
     told = [commands.check(host) for host in wanted.hosts]
     told += [commands.status(host) for host in wanted.hosts]
     for host in wanted.hosts:
-        own = commands.copy_own(host, wanted.carried)
+        own = commands.copy_own(host, wanted.user_code)
         told += [commands.copy(host, str(root)), *own, commands.environment(host)]
     told += [commands.agent(host) for host in wanted.hosts]
     token = "" if wanted.settings.security == "none" else "***"

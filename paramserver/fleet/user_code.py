@@ -1,8 +1,8 @@
-"""What of a user's own code the machines need: the modules that settings name by import path, and
-what those import from the folder that they lie in.
+"""The user's own code that the machines need: the modules that settings name by import path, and
+the modules that those import from their own folder.
 
-Nothing is imported, only read. What is installed is not carried: it has to be on every machine, as
-the packages of the project are.
+Files are read, not imported. Installed packages are left out: they have to be on every machine, as
+this project's own packages are.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from paramserver.settings import Settings
 
 
 @dataclass(frozen=True)
-class Carried:
+class UserCode:
     """Files and packages of one folder, by their names in it."""
 
     folder: Path
@@ -39,14 +39,14 @@ def modules(settings: Settings) -> dict[str, str]:
     return found
 
 
-def carried(settings: Settings, root: Path) -> tuple[Carried, ...]:
-    """What is to be carried beside the clone at `root`, which is copied anyway."""
+def find_user_code(settings: Settings, root: Path) -> tuple[UserCode, ...]:
+    """The code to copy beside the clone at `root`, which is copied anyway."""
     by_folder: dict[Path, set[str]] = {}
     for module in modules(settings):
         place = _place(module)
         if place is not None and place.parent != root and not is_installed(place):
             by_folder.setdefault(place.parent, set()).update(_with_neighbours(place))
-    return tuple(Carried(folder, tuple(sorted(names))) for folder, names in by_folder.items())
+    return tuple(UserCode(folder, tuple(sorted(names))) for folder, names in by_folder.items())
 
 
 def _place(module: str) -> Path | None:
@@ -65,14 +65,15 @@ def _place(module: str) -> Path | None:
 
 
 def is_installed(place: Path) -> bool:
-    """Whether it is a part of Python or of what was installed for it."""
+    """Is it a part of Python, or of an installed package?"""
     standard = {Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib")}
     is_package = {"site-packages", "dist-packages"} & {*place.parts}
     return bool(is_package) or any(place.is_relative_to(folder) for folder in standard)
 
 
 def _with_neighbours(place: Path) -> set[str]:
-    """Its name, and those of the modules beside it that it imports, one through the other."""
+    """Its name, and the names of the modules beside it that it imports, directly or through
+    others."""
     found: set[str] = set()
     waiting = [place]
     while waiting:
@@ -96,7 +97,7 @@ def _imports(source: Path) -> Iterator[str]:
     try:
         tree = ast.parse(source.read_bytes())
     except (OSError, ValueError, SyntaxError):
-        return  # whoever imports it there is told
+        return  # the worker that imports it there shows the error
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name.partition(".")[0] for alias in node.names)

@@ -26,7 +26,7 @@ from paramserver.config.loading import dump, load
 from paramserver.config.schema import allowed
 from paramserver.errors import UserError
 from paramserver.fleet import commands
-from paramserver.fleet.user_code import carried
+from paramserver.fleet.user_code import find_user_code
 from paramserver.launch.ray_actor import Actor
 from paramserver.net.jointoken import VARIABLE
 from paramserver.settings import Settings
@@ -98,7 +98,7 @@ def pack(settings: Settings, folder: Path) -> None:
     for package in ("paramserver", "workers", "conf"):
         if (here.parent / package).is_dir():
             shutil.copytree(here.parent / package, folder / package, ignore=leave)
-    for own in carried(settings, folder):
+    for own in find_user_code(settings, folder):
         terminal.say(f"carrying {own} to each node")
         for name in own.names:
             source, target = own.folder / name, folder / name
