@@ -128,12 +128,12 @@ class Run:
     A process of a worker is told by its number; `life` ("b", "c") tells a restarted one.
     """
 
-    def __init__(self, *, buckets: int = 2, comeback: int | None = None, **rules: Any) -> None:
+    def __init__(self, *, buckets: int = 2, recovery: int | None = None, **rules: Any) -> None:
         rules = {"num_workers": 2, "heartbeat_timeout": 10.0, "timeout": 1.0, "epochs": 1, **rules}
         self.now = 0.0
         self.buckets = buckets
         self.rules = Rules(**rules)
-        self.rounds = Rounds(self.rules, NONCE, 0.0, lambda layout: buckets, comeback=comeback)
+        self.rounds = Rounds(self.rules, NONCE, 0.0, lambda layout: buckets, recovery=recovery)
         self.closes: list[wire.Close] = []
 
     # ------------------------------------------------------------------ events

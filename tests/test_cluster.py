@@ -110,7 +110,7 @@ def has_pushed(served: Served, number: int) -> bool:
 def test_a_newcomer_is_told_that_the_server_waits_for_its_run() -> None:
     """It has nothing to wait for but the server, and waits for longer than for one that is not."""
     said: list[str] = []
-    with Served(comeback="7", num_workers=1, heartbeat_timeout=3.0) as served:
+    with Served(recovery="7", num_workers=1, heartbeat_timeout=3.0) as served:
         worker = served.start(served.join, 1, said.append, join_timeout=0.5)
         served.until(lambda: served.server.rounds.deserted)
         with pytest.raises(UserError, match="no server answered"):

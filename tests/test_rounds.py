@@ -986,7 +986,7 @@ LEDGER = Ledger(100, 1).state() | {"head": (0, 40), "done": 40}
 
 
 def test_a_run_goes_on_where_its_most_advanced_replica_stands() -> None:
-    run = Run(comeback="name of 4", num_workers=3)
+    run = Run(recovery="name of 4", num_workers=3)
     run.hello(0)
     run.join(0)  # the new observer is no origin: it knows nothing of the run
     assert back(run, 1, 3) == []
@@ -1007,7 +1007,7 @@ def test_a_run_goes_on_where_its_most_advanced_replica_stands() -> None:
 
 
 def test_who_beats_may_hold_more_and_is_awaited() -> None:
-    run = Run(comeback="name of 6")
+    run = Run(recovery="name of 6")
     back(run, 1, 4)
     for now in (5.0, 10.0, 15.0):
         run.rounds.beats_unknown("process of w2", now)
@@ -1017,14 +1017,14 @@ def test_who_beats_may_hold_more_and_is_awaited() -> None:
 
 
 def test_who_is_silent_is_not_awaited_longer_than_anybody() -> None:
-    run = Run(comeback="name of 6")
+    run = Run(recovery="name of 6")
     back(run, 1, 4)
     assert run.tick(9.9, 1) == [] and run.rounds.coming_back
     assert "# the run goes on after step 4, where worker 1 (pi) stands" in run.tick(10.0, 1)
 
 
 def test_a_newer_step_that_was_noted_is_waited_for() -> None:
-    run = Run(comeback="name of 6")
+    run = Run(recovery="name of 6")
     back(run, 1, 5)
     back(run, 2, 5)
     run.rounds.beats_unknown("process of w3", 5.0)
@@ -1034,7 +1034,7 @@ def test_a_newer_step_that_was_noted_is_waited_for() -> None:
 
 
 def test_it_goes_on_with_those_who_are_here_when_somebody_never_greets() -> None:
-    run = Run(comeback="name of 6", idle_timeout=60.0)
+    run = Run(recovery="name of 6", idle_timeout=60.0)
     back(run, 1, 5)
     for now in range(1, 62):
         run.rounds.beats_unknown("process of w2", float(now))
@@ -1043,7 +1043,7 @@ def test_it_goes_on_with_those_who_are_here_when_somebody_never_greets() -> None
 
 
 def test_who_was_cut_off_meanwhile_has_not_deserted() -> None:
-    run = Run(comeback="name of 6")
+    run = Run(recovery="name of 6")
     back(run, 1, 5)
     run.tick(9.0, 1)
     run.relinked(1)
@@ -1053,14 +1053,14 @@ def test_who_was_cut_off_meanwhile_has_not_deserted() -> None:
 
 
 def test_stopped_before_it_goes_on_the_run_stays_as_it_is() -> None:
-    run = Run(comeback="name of 6")
+    run = Run(recovery="name of 6")
     back(run, 1, 5)
     assert run.stop() == []
     assert run.rounds.put_off and run.rounds.ended is None and not run.rounds.deserted
 
 
 def test_a_run_to_which_nobody_comes_back_is_deserted() -> None:
-    run = Run(comeback="name of 6")
+    run = Run(recovery="name of 6")
     run.tick(9.9)
     assert not run.rounds.deserted
     run.tick(10.0)
@@ -1068,7 +1068,7 @@ def test_a_run_to_which_nobody_comes_back_is_deserted() -> None:
 
 
 def test_the_end_waits_for_an_observer_that_is_still_starting() -> None:
-    run = Run(buckets=1, comeback="name of 4")
+    run = Run(buckets=1, recovery="name of 4")
     back(run, 1, 4, ledger=LEDGER)
     run.rounds.observer_comes = True
     run.ready(1)
@@ -2014,7 +2014,7 @@ def test_an_observer_that_has_no_state_is_not_waited_for_where_nobody_has() -> N
 
 def test_a_worker_that_is_back_before_the_other_costs_a_step_and_no_sample() -> None:
     """60 samples in batches of 10 for two workers are three steps; here they are four."""
-    run = Run(comeback="name of 4", observer=False)
+    run = Run(recovery="name of 4", observer=False)
     back(run, 1, 4, ledger=LEDGER)
     run.ready(1)
     run.push(1)  # alone
@@ -2084,7 +2084,7 @@ def test_the_phases_of_a_run() -> None:
     run.leave(0)
     told.append(run.rounds.doing(0.0))
     assert told == ["starting", "starting", "training", "paused", "ending", "ended"]
-    assert Run(comeback="a lineage").rounds.doing(0.0) == "returning"
+    assert Run(recovery="a lineage").rounds.doing(0.0) == "returning"
 
 
 def test_what_each_worker_did_is_tallied() -> None:

@@ -147,8 +147,8 @@ class SaysNothingAfterACut(Rounds):
 class AwaitsNobody(Rounds):
     """A server that was started again goes on with whoever greets first."""
 
-    def __init__(self, *args: Any, comeback: str | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, comeback=comeback and NOTHING, **kwargs)
+    def __init__(self, *args: Any, recovery: str | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, recovery=recovery and NOTHING, **kwargs)
 
 
 class ForgetsTheLedger(Rounds):

@@ -299,7 +299,7 @@ class Served:
     """
 
     def __init__(
-        self, *, keys: Keys | None = None, comeback: str | None = None, **settings: Any
+        self, *, keys: Keys | None = None, recovery: str | None = None, **settings: Any
     ) -> None:
         """With `keys`, only who has them gets in, on loopback too."""
         self._threads = set(threading.enumerate())
@@ -318,7 +318,7 @@ class Served:
             observer_key="",
             guarded=[LOOPBACK] if keys else [],
             keys=keys.for_server() if keys else None,
-            comeback=comeback,
+            recovery=recovery,
         )
         self._keys = keys_of(decode(keys.token(LOOPBACK, self.port))) if keys else None
         self._pool = ThreadPoolExecutor(16)

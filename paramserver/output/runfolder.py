@@ -248,7 +248,7 @@ class RunFolder:
         return f"{self.newest_step} cannot be written, the run goes on: {_reason(error)}"
 
     def noted(self) -> str:
-        """The lineage of the newest step that was noted, or what `Comeback` takes instead."""
+        """The lineage of the newest step that was noted, or what `Recovery` takes instead."""
         try:
             step, lineage = self.newest_step.read_text("ascii").split()
             return lineage if int(step) >= 0 else UNKNOWN

@@ -79,7 +79,7 @@ from paramserver.rounds.ledger import (
 )
 from paramserver.rounds.looks import Looks, part, shown
 from paramserver.rounds.outliers import Norms
-from paramserver.rounds.recovery import Comeback
+from paramserver.rounds.recovery import Recovery
 from paramserver.rounds.round import (
     ADOPTING,
     GREETED,
@@ -143,8 +143,8 @@ class Rounds:
 
     `count_buckets` tells how many buckets a layout has (`bucket.plan`), `name_samples` which
     samples, of a set of so many, a range of an epoch's order is, `places` where they lie in the
-    order of another epoch. With `comeback` the server was started again in the middle of a run, and
-    this names the newest step that anybody may hold (`Comeback`): the most advanced replica that
+    order of another epoch. With `recovery` the server was started again in the middle of a run, and
+    this names the newest step that anybody may hold (`Recovery`): the most advanced replica that
     comes back has its state. Should nobody come back, the run is `deserted`; stopped before that,
     it is `put_off`.
     """
@@ -156,7 +156,7 @@ class Rounds:
         now: float,
         count_buckets: Callable[[Layout], int],
         *,
-        comeback: str | None = None,
+        recovery: str | None = None,
         name_samples: Callable[[int, Lease], str] | None = None,
         places: Places | None = None,
     ) -> None:
@@ -177,10 +177,10 @@ class Rounds:
         self.tallies: dict[int, Tally] = {}
         self.observer_comes = False  # its process runs, whether it has greeted or not
         self.deserted = self.put_off = False
-        self._comeback: Comeback | None = None
-        if comeback is not None:
-            self._comeback = Comeback(
-                comeback,
+        self._recovery: Recovery | None = None
+        if recovery is not None:
+            self._recovery = Recovery(
+                recovery,
                 now,
                 timeout_s=rules.heartbeat_timeout,
                 limit_s=rules.idle_timeout,
@@ -275,8 +275,8 @@ class Rounds:
         if holder is not None and holder.nonce == nonce:  # it still has not got what it missed
             peer.missed, peer.failed_by = holder.missed, holder.failed_by
         self.peers[session] = peer
-        if self._comeback is not None:
-            self._comeback.greeted(nonce)
+        if self._recovery is not None:
+            self._recovery.greeted(nonce)
         if role == "worker":
             self._say(f"{peer.name} is here", peer)
         self._progress(now)
@@ -284,8 +284,8 @@ class Rounds:
 
     def beats_unknown(self, nonce: str, now: float) -> None:
         """A process of this run is alive that has not greeted this server."""
-        if self._comeback is not None:
-            self._comeback.beats(nonce, now)
+        if self._recovery is not None:
+            self._recovery.beats(nonce, now)
 
     def seen(self, session: str, now: float) -> None:
         """Any sign of life."""
@@ -976,18 +976,18 @@ class Rounds:
     @property
     def coming_back(self) -> bool:
         """Is this server still waiting for those who hold its run?"""
-        return self._comeback is not None
+        return self._recovery is not None
 
     def _await_comeback(self, now: float) -> None:
         """When all who may hold the newest state are back, it is the run's again."""
-        assert self._comeback is not None
+        assert self._recovery is not None
         back = {
             p.id: p.join for p in self.peers.values() if p.returns and p.join and p.state == WAITING
         }
         joining = any(p.returns and p.state == GREETED for p in self.peers.values())
-        if not self._comeback.over({join.lineage for join in back.values()}, joining, now):
+        if not self._recovery.over({join.lineage for join in back.values()}, joining, now):
             return
-        noted = self._comeback.noted
+        noted = self._recovery.noted
         newest = max(
             back, key=lambda id: (back[id].lineage == noted, back[id].step, -id), default=None
         )
@@ -998,7 +998,7 @@ class Rounds:
         if not self._become_origin(peer, back[newest]):
             peer.returns = False  # it was told why; the next one
             return
-        self._comeback, self._busy_at = None, now
+        self._recovery, self._busy_at = None, now
         self._log_begun = self.started = self.step > 0
 
     def _choose_origin(self) -> None:
@@ -1312,7 +1312,7 @@ class Rounds:
             if not self._start_snapshot(now) and not self._observer_catches_up(now):
                 self._end()
             return
-        if self._comeback is not None:
+        if self._recovery is not None:
             self._await_comeback(now)
         self._choose_origin()
         if self.layout is None:

@@ -122,7 +122,7 @@ def serve(settings: Settings) -> int:
             record = msgspec.structs.replace(
                 before.record, host=here.host, host_ip=here.host_ip, machine=here.machine
             )
-            code = _serve(as_it_is, at, before.folder, record, comeback=True)
+            code = _serve(as_it_is, at, before.folder, record, recovering=True)
             if code is not None:
                 return code
         before.folder.close()
@@ -170,7 +170,7 @@ def _serve(
     record: Record,
     *,
     resume: Path | None = None,
-    comeback: bool = False,
+    recovering: bool = False,
     said: str = "",
 ) -> int | None:
     """Run the server of one run; None where it was to go on and nobody came back to it. `said`:
@@ -178,27 +178,27 @@ def _serve(
     hosts, guarded = at.hosts, at.guarded
     keys, new_keys = None, False
     show = Show(settings, folder)
-    noted = folder.noted() if comeback else None
+    noted = folder.noted() if recovering else None
     run, key = record.run, secrets.token_hex(16)
     try:
         if guarded:
             keys, new_keys = load_or_make()
         server = Server(
             settings, record.settings, show,
-            hosts=hosts, run=run, observer_key=key, comeback=noted,
+            hosts=hosts, run=run, observer_key=key, recovery=noted,
             guarded=guarded, keys=None if keys is None else keys.for_server(),
             paths=link_watch.read(os.environ),
         )  # fmt: skip
     except UserError:
         folder.close()
-        if not comeback:
+        if not recovering:
             folder.path.rmdir()  # nothing is in it
         raise
     for number in terminal.ending_signals():
         signal.signal(number, lambda n, _: _stop(server, n))
     observer = None
     try:
-        if not comeback:
+        if not recovering:
             _save_config(settings, folder)
         folder.remember(folder.config)
         show.tell(folder.write_record(record))
@@ -223,7 +223,7 @@ def _serve(
                 f"security=none: whoever reaches {', '.join(exposed)} can read the model and "
                 "spoil the training"
             )
-        if comeback:
+        if recovering:
             show.say(
                 "this run has not ended: waiting for its replicas to come back "
                 f"(a new one begins if nobody does in {settings.heartbeat_timeout:g} s)"

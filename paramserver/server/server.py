@@ -44,9 +44,8 @@ class Server:
 
     `settings` are the run's; `to_send` is what workers get of them in the welcome. `hosts` are the
     addresses to bind, `guarded` those where only holders of `keys` get in. `observer_key` is what
-    the observer that belongs to this server shows.
-    `paths` are those that workers were told to take.
-    `comeback`: the run's server died, having noted this step (its lineage, see `Comeback`).
+    the observer that belongs to this server shows. `paths` are those that workers were told to
+    take. `recovery`: the run's server died, having noted this step (its lineage, see `Recovery`).
     Raises `UserError` where an address cannot be bound.
 
     To `control` it is the `Transport`.
@@ -61,7 +60,7 @@ class Server:
         hosts: list[str],
         run: str,
         observer_key: str,
-        comeback: str | None = None,
+        recovery: str | None = None,
         guarded: Sequence[str] = (),
         keys: sockets.ServerKeys | None = None,
         paths: Paths | None = None,
@@ -91,7 +90,7 @@ class Server:
             nonce,
             time.monotonic(),
             lambda layout: len(plan(layout, bucket_mb).buckets),
-            comeback=comeback,
+            recovery=recovery,
             name_samples=partial(name_samples, seed=settings.seed),
             places=partial(places, seed=settings.seed),
         )

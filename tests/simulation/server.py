@@ -95,7 +95,7 @@ class Server:
         self.book = Book(self.buckets, self.book.models if self._runs > 1 else {})
         self._boot(None)
 
-    def _boot(self, comeback: str | None) -> None:
+    def _boot(self, recovery: str | None) -> None:
         """A new process."""
         self.boots += 1
         self.booted_at = self.world.now
@@ -106,7 +106,7 @@ class Server:
         self.nonce = f"server-{self.boots}"
         count = self.buckets
         self.rounds = self._make_rounds(
-            self.rules, self.nonce, self.world.now, lambda layout: count, comeback=comeback
+            self.rules, self.nonce, self.world.now, lambda layout: count, recovery=recovery
         )
         self._history: deque[Update] = deque()
         self._averages: list[Carried] = []
