@@ -29,7 +29,6 @@ from paramserver.output import curves
 from paramserver.protocol import messages as wire
 from paramserver.server import program
 from paramserver.settings import Settings
-from paramserver.tensors.bucket import BUCKET_MB
 from paramserver.tensors.codec import CODECS
 from paramserver.tensors.error_feedback import ErrorFeedback
 from paramserver.tensors.reducer import Reducer
@@ -178,7 +177,7 @@ def worker(
     ) as cluster:
         model, optimizer = cluster.attach(model, Idle(model.parameters()))
         laps = Laps(rounds, warm_up)
-        for _ in cluster.batches(_Nothing(int(cluster.settings["num_workers"]) * 1000)):
+        for _ in cluster.batches(_Nothing(cluster.settings.num_workers * 1000)):
             optimizer.zero_grad()
             if seconds:
                 model().backward()
@@ -252,11 +251,11 @@ class _Shadow(Replica):
 
 def _enter(client: Client, model: Layers) -> None:
     assert client.welcome is not None
-    settings = client.welcome.settings
+    settings = client.settings
     optimizer = Idle(model.parameters())
-    replica = _Shadow(model, optimizer, bucket_mb=settings["bucket_mb"], codec=settings["codec"])
+    replica = _Shadow(model, optimizer, bucket_mb=settings.bucket_size_mb, codec=settings.codec)
     client.join(replica)
-    client.ready(wire.Ready(samples=int(settings["num_workers"]) * 1000, batch_size=1))
+    client.ready(wire.Ready(samples=settings.num_workers * 1000, batch_size=1))
     _lease(client)
 
 
@@ -281,7 +280,7 @@ def _see_the_end(client: Client, number: int) -> None:
 def _encoded(client: Client) -> list[tuple[list[Any], float]]:
     """Any gradient, bucket by bucket, as it goes onto the wire."""
     assert client.replica is not None and client.welcome is not None
-    codec = CODECS[client.welcome.settings["codec"]]
+    codec = CODECS[client.settings.codec]
     return [codec.encode(torch.randn(bucket.size)) for bucket in client.replica.plan.buckets]
 
 
@@ -305,7 +304,7 @@ def accuracy(dataset: dict[str, Any], codec: str, seed: int, epochs: int, worker
     samples = data.load(dataset, seed)
     model = models.build(settings.model, seed)
     optimizer = builders.build_optimizer(model, settings)
-    replica = Replica(model, optimizer, bucket_mb=settings.bucket_mb or BUCKET_MB, codec=codec)
+    replica = Replica(model, optimizer, bucket_mb=settings.bucket_size_mb, codec=codec)
     buckets, params = replica.plan.buckets, [p for _, p in replica.params]
     senders = [ErrorFeedback(replica.plan, codec, settings.topk_ratio) for _ in range(workers)]
     reducer = Reducer(replica.plan, codec, codec, settings.topk_ratio)

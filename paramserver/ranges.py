@@ -24,10 +24,6 @@ def at_least(low: float) -> Range:
     return Range(lambda value: value >= low, f"must be {low:g} or more")
 
 
-def at_most(high: float) -> Range:
-    return Range(lambda value: value <= high, f"must be at most {high:g}")
-
-
 def more_than(low: float) -> Range:
     return Range(lambda value: value > low, f"must be more than {low:g}")
 
@@ -67,4 +63,4 @@ IMPORTABLE = Range(
     lambda value: all(map(_is_importable, value)),
     "must be names like mypackage, mypackage.nets or mypackage.nets:Net",
 )
-SECONDS = (more_than(0), at_most(1e9))  # what Python and ZeroMQ can wait for
+SECONDS = (more_than(0), between(0, 1e9))  # what Python and ZeroMQ can wait for

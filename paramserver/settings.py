@@ -13,7 +13,8 @@ Each field carries `help` (what it does), `unit` (of a number), what its value m
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from paramserver.protocol.messages import WORKERS_MAX
@@ -26,12 +27,15 @@ from paramserver.ranges import (
     SEED,
     Range,
     at_least,
-    at_most,
     between,
     more_than,
     one_of,
     share_of,
 )
+
+BUCKET_MB, LINKED_BUCKET_MB = 4.0, 2.0
+"""By default, where all processes share a host, and where some are reached over links. On one host
+each message costs more than its bytes; over a link the first average may come sooner."""
 
 CODECS = ("float32", "float16", "bfloat16", "int8", "topk")
 WANDB_MODES = ("online", "offline", "disabled")
@@ -144,7 +148,11 @@ class Settings:
         0.5, "share of a round's workers after whose gradients timeout starts to run", share_of(1)
     )
     heartbeat_timeout: float = setting(
-        10.0, "silence after which a machine counts as gone", *SECONDS, at_least(0.01), unit="s"
+        10.0,
+        "silence after which a machine counts as gone",
+        more_than(0),
+        between(0.01, 1e9),
+        unit="s",
     )
     join_timeout: float = setting(
         60.0,
@@ -177,17 +185,17 @@ class Settings:
     )
     bucket_mb: float | None = setting(
         None,
-        "size of a bucket, counted as float32; null = 4 where the server listens on loopback only, "
-        "else 2",
+        f"size of a bucket, counted as float32; null = {BUCKET_MB:g} where the server listens on "
+        f"loopback only, else {LINKED_BUCKET_MB:g}",
         share_of(256),
-        at_least(0.0001),
+        between(0.0001, 256),
         unit="MiB",
     )
     history_mb: float = setting(
         256.0,
         "newest updates that the server keeps for replicas that fell behind; at least one",
         at_least(0),
-        at_most(1e9),
+        between(0, 1e9),
         unit="MiB",
     )
     max_norm_ratio: float | None = setting(
@@ -286,7 +294,49 @@ class Settings:
         False, "write files for TensorBoard into the run folder, too", scope="server"
     )
 
+    @property
+    def codec_of_averages(self) -> str:
+        """What `codec_down` means."""
+        return self.codec_down or self.codec
 
+    @property
+    def bucket_size_mb(self) -> float:
+        """What `bucket_mb` means; where it is null, that of a server that listens on loopback only
+        (`with_bucket` puts a value in its place for any other)."""
+        return self.bucket_mb or BUCKET_MB
+
+    def with_bucket(self, *, linked: bool) -> Settings:
+        """These settings with the size of a bucket that they mean where peers are `linked` by a
+        network."""
+        default = LINKED_BUCKET_MB if linked else BUCKET_MB
+        return replace(self, bucket_mb=self.bucket_mb or default)
+
+
+@dataclass(frozen=True)
+class RunSettings(Settings, Mapping[str, Any]):
+    """The settings of a run that a worker takes part in, as its server told them.
+
+    As a mapping (`settings["batch_size"]`, `dict(settings)`) it holds those that are the same for
+    everybody. What is this process's own has its default here.
+    """
+
+    @classmethod
+    def of(cls, settings: Settings) -> RunSettings:
+        return cls(**vars(settings))
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in _OF_RUN:
+            raise KeyError(name)
+        return getattr(self, name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_OF_RUN)
+
+    def __len__(self) -> int:
+        return len(_OF_RUN)
+
+
+_OF_RUN = tuple(f.name for f in fields(Settings) if f.metadata["scope"] == "run")
 _RANGES: dict[str, tuple[Range, ...]] = {f.name: f.metadata["ranges"] for f in fields(Settings)}
 
 

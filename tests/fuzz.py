@@ -159,7 +159,7 @@ class Welcomed:
             message = wire.from_frames([content])[0]
             if isinstance(message, wire.Welcome):
                 found = self.peer._checked(message)
-                assert "/" not in found.session and found.settings["bucket_mb"] > 0
+                assert "/" not in message.session and found.bucket_mb is not None
 
 
 def name(content: bytes) -> None:

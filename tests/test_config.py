@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from paramserver.config import loading, schema
 from paramserver.config.loading import check_worker_overrides, from_wire, load, save, to_wire
 from paramserver.errors import UserError
-from paramserver.settings import Settings
+from paramserver.settings import RunSettings, Settings
 
 CLONE = Path(__file__).resolve().parent.parent
 
@@ -331,10 +331,10 @@ LEARNING_RATE = "unknown setting `lerning_rate`; did you mean `learning_rate`?"
         (["bucket_mb=0"], ["bucket_mb must be more than 0 and at most 256"]),
         (["bucket_mb=257"], ["bucket_mb must be more than 0 and at most 256"]),
         (["history_mb=-1"], ["history_mb must be 0 or more"]),
-        (["timeout=1e10"], ["timeout must be at most 1e+09, got 10000000000"]),
-        (["heartbeat_timeout=0.001"], ["heartbeat_timeout must be 0.01 or more, got 0.001"]),
-        (["bucket_mb=0.00001"], ["bucket_mb must be 0.0001 or more, got 1e-05"]),
-        (["history_mb=1e10"], ["history_mb must be at most 1e+09"]),
+        (["timeout=1e10"], ["timeout must be between 0 and 1e+09, got 10000000000"]),
+        (["heartbeat_timeout=0.001"], ["heartbeat_timeout must be between 0.01 and 1e+09"]),
+        (["bucket_mb=0.00001"], ["bucket_mb must be between 0.0001 and 256, got 1e-05"]),
+        (["history_mb=1e10"], ["history_mb must be between 0 and 1e+09"]),
         (["max_workers=1025"], ["max_workers must be between 1 and 1024"]),
         (["seed=-1"], ["seed must be 0 or more"]),
         (["batch_size=0"], ["batch_size must be 1 or more"]),
@@ -522,6 +522,25 @@ def test_a_wrong_wire_is_refused(change: dict[str, object], part: str) -> None:
     wire = {k: v for k, v in (to_wire(Settings()) | change).items() if v is not ...}
     with pytest.raises(UserError, match=re.escape(part)):
         from_wire(Settings(), wire)
+
+
+def test_the_settings_of_a_run_are_a_mapping_of_what_all_share_too() -> None:
+    run = RunSettings.of(replace(Settings(), batch_size=7, port=3))
+    assert run.batch_size == run["batch_size"] == run.get("batch_size") == 7
+    assert set(run) == set(to_wire(Settings())) and len(dict(run)) == len(run)
+    for name in ("port", "no_setting", "codec_of_averages"):
+        assert name not in run and run.get(name, "none") == "none"
+    assert from_wire(Settings(), {**run, "bucket_mb": 1.0}).batch_size == 7
+
+
+def test_null_means_what_the_help_says() -> None:
+    usual = Settings(codec="int8")
+    assert usual.codec_of_averages == "int8"
+    assert replace(usual, codec_down="float16").codec_of_averages == "float16"
+    assert usual.bucket_size_mb == usual.with_bucket(linked=False).bucket_mb == 4.0
+    assert usual.with_bucket(linked=True).bucket_mb == 2.0
+    chosen = replace(usual, bucket_mb=1.0)
+    assert chosen.with_bucket(linked=True) == chosen.with_bucket(linked=False) == chosen
 
 
 def test_what_goes_out_is_a_copy() -> None:

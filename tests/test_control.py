@@ -83,7 +83,7 @@ class Run:
         )
         self.rounds = Rounds(rules, "nonce", self.now, lambda layout: 1)
         names = iter(f"session-{n}" for n in range(1, 100))
-        self.data = Data(settings, 1.0, "nonce", None)
+        self.data = Data(settings, "nonce", None)
         self.control = Control(
             self.rounds,
             self.data,

@@ -120,7 +120,8 @@ def test_attach_leaves_the_generator_alone_and_workers_still_draw_otherwise() ->
         cluster.attach(setup.model, setup.optimizer)
         assert torch.equal(torch.get_rng_state(), before)
         next(cluster.batches(Noise(8)))
-        assert torch.initial_seed() == cluster.settings["seed"] + cluster.worker_id
+        assert cluster.settings["seed"] == cluster.settings.seed
+        assert torch.initial_seed() == cluster.settings.seed + cluster.worker_id
 
 
 def test_a_sample_that_kills_is_skipped_and_the_others_go_on() -> None:

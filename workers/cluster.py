@@ -34,7 +34,7 @@ from paramserver.errors import RunLost, UserError
 from paramserver.net import address, mdns
 from paramserver.protocol import messages as wire
 from paramserver.protocol.messages import Lease
-from paramserver.settings import Settings
+from paramserver.settings import RunSettings, Settings
 from paramserver.tensors.bucket import Bucket
 from paramserver.tensors.error_feedback import ErrorFeedback
 from workers.link.client import Client
@@ -92,7 +92,7 @@ def join(
         port = port or Settings.port
         if not listens(address.LOOPBACK, port):
             only = Solo(alone or {}, log)
-            epochs = only.welcome.settings["num_epochs"]
+            epochs = only.settings.num_epochs
             log.info(f"no server on this machine (port {port}): training alone, {epochs} epochs")
             return Cluster(only)
     if host == address.AUTO:
@@ -119,12 +119,13 @@ def join(
 
 
 class Cluster:
-    """This worker's place in a run. `settings` are the run's, as the server told them."""
+    """This worker's place in a run. `settings` are the run's, as the server told them: attributes
+    (`cluster.settings.batch_size`), or items of a mapping."""
 
     def __init__(self, client: Client | Solo) -> None:
         assert client.welcome is not None
         self.client = client
-        self.settings: dict[str, Any] = client.welcome.settings
+        self.settings: RunSettings = client.settings
         self.worker_id = client.welcome.id
         self._replica: Replica | None = None
         self._gradients: Gradients | None = None
@@ -201,8 +202,8 @@ class Cluster:
         replica = Replica(
             model,
             optimizer,
-            bucket_mb=self.settings["bucket_mb"],
-            codec=self.settings["codec_down"] or self.settings["codec"],
+            bucket_mb=self.settings.bucket_size_mb,
+            codec=self.settings.codec_of_averages,
             scheduler=scheduler,
             clip_norm=clip_norm,
             before_step=before_step,
@@ -214,7 +215,7 @@ class Cluster:
         self.client.device = str(next(iter(model.parameters())).device.type)
         with self._losing():
             self.client.join(replica)
-        codec, ratio = self.settings["codec"], self.settings["topk_ratio"]
+        codec, ratio = self.settings.codec, self.settings.topk_ratio
         self._feedback = ErrorFeedback(replica.plan, codec, ratio)
         self.client.on_close = self._on_close
         self._gradients = Gradients(replica, self._values, self._send_bucket, accumulate)
@@ -222,7 +223,7 @@ class Cluster:
 
     def _tell_float64(self, replica: Replica) -> None:
         """A codec that loses precision is not for those who train in float64."""
-        codecs = {self.settings["codec"], self.settings["codec_down"]} - {None, "float32"}
+        codecs = {self.settings.codec, self.settings.codec_of_averages} - {"float32"}
         exact = [t.name for t in replica.layout.tensors if t.kind == "grad" and t.sent == "float64"]
         if codecs and exact:
             self.client.log.info(
@@ -254,14 +255,14 @@ class Cluster:
         """
         if self._replica is None or self._gradients is None:
             raise UserError("batches() before attach()", "attach the model first")
-        size = int(self.settings["batch_size"]) if batch_size is None else batch_size
+        size = self.settings.batch_size if batch_size is None else batch_size
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             raise UserError(f"batch_size={size!r}", "it is a whole number of samples, at least 1")
         samples = Samples(
             dataset,
             device,
-            seed=int(self.settings["seed"]),
-            deterministic=bool(self.settings["deterministic"]),
+            seed=self.settings.seed,
+            deterministic=self.settings.deterministic,
             log=self.client.log,
         )
         return self._batches(samples, size, drop_last)
@@ -362,7 +363,7 @@ class Cluster:
         script draws before it, a split of the data set say, is the same in every worker."""
         if not self._seeded:
             self._seeded = True
-            torch.manual_seed(self.settings["seed"] + self.worker_id)
+            torch.manual_seed(self.settings.seed + self.worker_id)
 
     def _begin(self, samples: int, unread: tuple[int, ...] = ()) -> None:
         """A batch of this worker's is about to be computed."""

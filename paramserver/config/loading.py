@@ -52,7 +52,6 @@ from paramserver.errors import UserError
 from paramserver.net import hosts
 from paramserver.net.jointoken import VARIABLE
 from paramserver.settings import Settings
-from paramserver.tensors.bucket import BUCKET_MB
 from paramserver.words import printable_lines
 
 __all__ = [
@@ -158,7 +157,7 @@ def save(settings: Settings, path: Path) -> None:
 def to_wire(settings: Settings) -> dict[str, Any]:
     """What all must have equal, for the welcome: run-wide settings, without this machine's own."""
     wire = {name: value for name, value in asdict(settings).items() if _is_run_wide(name)}
-    wire |= {"bucket_mb": settings.bucket_mb or BUCKET_MB}
+    wire |= {"bucket_mb": settings.bucket_size_mb}
     return wire | {"dataset": {k: v for k, v in settings.dataset.items() if k != "root"}}
 
 

@@ -39,18 +39,14 @@ class Payload(msgspec.Struct):
 class Data:
     """Payloads, sums and averages of the open round, and the history; see the module's head.
 
-    `folder` is that of shared memory, None where there shall be none; `bucket_mb` is the size of
-    buckets.
+    `folder` is that of shared memory, None where there shall be none.
     """
 
-    def __init__(
-        self, settings: Settings, bucket_mb: float, nonce: str, folder: Path | None
-    ) -> None:
+    def __init__(self, settings: Settings, nonce: str, folder: Path | None) -> None:
         self.plan: BucketPlan | None = None
         self.ring: shm.Ring | None = None
         self.mapped_bytes = 0  # received through shared memory
         self._settings = settings
-        self._bucket_mb = bucket_mb
         self._nonce = nonce
         self._folder = folder
         self._reducer: Reducer | None = None
@@ -68,7 +64,7 @@ class Data:
 
     def start(self, layout: wire.Layout) -> str | None:
         """Make room for the sums of this layout; returns what there is to say of it."""
-        self.plan = plan(layout, self._bucket_mb)
+        self.plan = plan(layout, self._settings.bucket_size_mb)
         s = self._settings
         problem = None
         try:
@@ -79,7 +75,7 @@ class Data:
                 f"{e.strerror or e} (in docker: --shm-size=1g)"
             )
         room = fresh if self.ring is None else self._room
-        self._reducer = Reducer(self.plan, s.codec, s.codec_down or s.codec, s.topk_ratio, room)
+        self._reducer = Reducer(self.plan, s.codec, s.codec_of_averages, s.topk_ratio, room)
         return problem
 
     # ------------------------------------------------------------------ shared memory

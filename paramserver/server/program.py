@@ -33,7 +33,6 @@ from paramserver.server.observer_process import ObserverProcess
 from paramserver.server.server import Server
 from paramserver.server.watcher import Show
 from paramserver.settings import Settings
-from paramserver.tensors.bucket import BUCKET_MB, LINKED_BUCKET_MB
 from paramserver.transport import malloc
 from paramserver.transport.sockets import allow_connections, is_loopback
 
@@ -93,8 +92,7 @@ def serve(settings: Settings) -> int:
     host_ip, chosen = machine.settle(settings)
     hosts, guarded = listen(host_ip, settings.security)
     linked = not all(map(is_loopback, (*hosts, *guarded)))
-    default = LINKED_BUCKET_MB if linked else BUCKET_MB
-    settings = replace(settings, bucket_mb=settings.bucket_mb or default)
+    settings = settings.with_bucket(linked=linked)
     at = Listening(hosts, guarded, chosen)
     parent, told = Path(settings.run_dir), to_wire(settings)
     here = Record(

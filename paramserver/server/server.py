@@ -26,7 +26,7 @@ from paramserver.server.control import Control, Finished, Watcher
 from paramserver.server.data import Data
 from paramserver.server.history import Frames
 from paramserver.settings import Settings
-from paramserver.tensors.bucket import BUCKET_MB, SENT_BYTES, plan
+from paramserver.tensors.bucket import SENT_BYTES, plan
 from paramserver.tensors.order import name_samples, places
 from paramserver.tensors.whole import BUFFER_BYTES
 from paramserver.transport import shm, sockets
@@ -69,7 +69,7 @@ class Server:
         self.sent_bytes = 0
         self._came_bytes = 0  # through sockets
         self._paths = paths
-        bucket_mb = settings.bucket_mb or BUCKET_MB
+        bucket_mb = settings.bucket_size_mb
         nonce = uuid.uuid4().hex
         self.rounds = Rounds(
             Rules(
@@ -105,9 +105,7 @@ class Server:
                 "peers on this host use TCP and no shared memory, which is slower: no folder for "
                 "temporary files (/tmp, TMPDIR) can be written"
             )
-        self.data = Data(
-            settings, bucket_mb, nonce, None if self._shared is None else self._shared.path
-        )
+        self.data = Data(settings, nonce, None if self._shared is None else self._shared.path)
         bucket_bytes = int(bucket_mb * 2**20) + max(SENT_BYTES.values())
         largest = max(bucket_bytes, wire.HEADER_BYTES_MAX, BUFFER_BYTES) + sockets.FRAME_OVERHEAD
         self.control = Control(

@@ -15,10 +15,6 @@ from dataclasses import dataclass
 
 from paramserver.protocol.messages import ITEM_BYTES, Layout, Tensor
 
-BUCKET_MB, LINKED_BUCKET_MB = 4.0, 2.0
-"""By default, where all processes share a host, and where some are reached over links. On one host
-each message costs more than its bytes; over a link the first average may come sooner."""
-
 SENT_BYTES = {"float32": 4, "float64": 8, "int64": 8, "bytes": 1}
 """Of an element, by what it is sent as."""
 

@@ -22,6 +22,7 @@ import torch
 from paramserver import trace
 from paramserver.errors import PeerError, RunLost, UserError
 from paramserver.protocol import messages as wire
+from paramserver.settings import RunSettings
 from paramserver.transport import shm, sockets
 from workers.link import actions
 from workers.link.connection import Connection, RunOver
@@ -82,6 +83,11 @@ class Client:
         return self.connection.welcome
 
     @property
+    def settings(self) -> RunSettings:
+        """The run's, as that welcome told them."""
+        return self.connection.settings
+
+    @property
     def greetings(self) -> int:
         """How often this peer was welcomed: a wait for a round of an earlier time is void."""
         return self.connection.greetings
@@ -136,8 +142,8 @@ class Client:
             session.greeted(
                 welcome.nonce,
                 time.monotonic(),
-                timeout_s=welcome.settings["heartbeat_timeout"],
-                digest_steps=welcome.settings["digest_steps"],
+                timeout_s=self.settings.heartbeat_timeout,
+                digest_steps=self.settings.digest_steps,
             )
         )
 

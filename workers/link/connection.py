@@ -17,18 +17,17 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import zmq
 
 from paramserver.config.schema import from_wire
 from paramserver.errors import PeerError, RunLost, UserError
 from paramserver.net.mdns import Search
 from paramserver.protocol import messages as wire
-from paramserver.settings import Settings
+from paramserver.settings import RunSettings, Settings
 from paramserver.transport import sockets
 from paramserver.transport.handshake import HandshakeMonitor
 
@@ -75,6 +74,8 @@ class Connection:
         self.host, self.port = host, port
         self.log = log
         self.welcome: wire.Welcome | None = None
+        self.settings = RunSettings()
+        """The run's, once there was a welcome."""
         self.run: str | None = None
         """The run that this peer has state of."""
         self.heartbeat_timeout = 10.0
@@ -115,9 +116,9 @@ class Connection:
         start, blocked = time.monotonic(), False
         while True:
             welcome = self._be_welcomed(start, deadline_s, last_step)
-            welcome = self.welcome = self._checked(welcome)
-            self.heartbeat_timeout = welcome.settings["heartbeat_timeout"]
-            self.give_up_s = welcome.settings["idle_timeout"]
+            self.settings, self.welcome = self._checked(welcome), welcome
+            self.heartbeat_timeout = self.settings.heartbeat_timeout
+            self.give_up_s = self.settings.idle_timeout
             missing = self._open_link(welcome)
             if not missing:
                 self.elsewhere.over()
@@ -207,9 +208,9 @@ class Connection:
         sockets.connect(door, sockets.tcp(self.host, self.port), self._keys)
         return door, handshake
 
-    def _checked(self, welcome: wire.Welcome) -> wire.Welcome:
-        """With settings of the types that they have here. Raises `UserError` where the server says
-        what cannot be: its words go into names of files, ports and sizes."""
+    def _checked(self, welcome: wire.Welcome) -> RunSettings:
+        """The settings in a welcome. Raises `UserError` where the server says what cannot be: its
+        words go into names of files, ports and sizes."""
         if welcome.protocol != wire.PROTOCOL:
             raise UserError(
                 f"the server speaks protocol {welcome.protocol}, this worker {wire.PROTOCOL}",
@@ -225,11 +226,9 @@ class Connection:
                     f"the server at {self.host}:{self.port} sent no {what}",
                     "is it this program, in the same version?",
                 )
-        run = asdict(from_wire(Settings(), welcome.settings))
-        run["dataset"].pop("root")
-        return msgspec.structs.replace(
-            welcome, settings={name: run[name] for name in welcome.settings}
-        )
+        run = RunSettings.of(from_wire(Settings(), welcome.settings))
+        dataset = {part: value for part, value in run.dataset.items() if part != "root"}
+        return replace(run, dataset=dataset)  # which has no place here that the server knows
 
     def _open_link(self, welcome: wire.Welcome) -> str:
         """Link and SUB, over ipc where server and we share a host; then wait until both work.
@@ -245,8 +244,7 @@ class Connection:
             self.kind = "ipc"
             if self._share_memory and welcome.shared and sockets.ipc_usable(welcome.shared):
                 self.shared = Path(welcome.shared)
-        of_run = welcome.settings
-        mark = sockets.mark(of_run["history_mb"], of_run["bucket_mb"])
+        mark = sockets.mark(self.settings.history_mb, self.settings.bucket_size_mb)
         keys = None if self.kind == "ipc" else self._keys
         self.sub = sockets.subscriber(self._ctx, mark)
         for kind in (wire.Close, wire.Open, wire.Pulse, wire.Probe, wire.End):

@@ -20,8 +20,7 @@ from paramserver.errors import UserError
 from paramserver.net import address
 from paramserver.protocol import messages as wire
 from paramserver.rounds.ledger import DONE, RETURNED, SKIPPED, UNREAD, Ledger, OwnLedger
-from paramserver.settings import Settings
-from paramserver.tensors.bucket import BUCKET_MB
+from paramserver.settings import RunSettings, Settings
 from paramserver.tensors.codec import fresh
 from paramserver.tensors.reducer import Reducer
 from workers.link import follow
@@ -44,15 +43,15 @@ class Solo:
     def __init__(self, settings: Mapping[str, Any], log: logging.Logger) -> None:
         check_names(settings, lambda name: "alone=")
         known = asdict(Settings())
-        run = asdict(build({**known, **settings, **AS_IT_IS}, lambda name: "alone="))
-        run["bucket_mb"] = run["bucket_mb"] or BUCKET_MB
+        run = build({**known, **settings, **AS_IT_IS}, lambda name: "alone=")
+        self.settings = RunSettings.of(run.with_bucket(linked=False))
         self.welcome = wire.Welcome(
             protocol=wire.PROTOCOL,
             run="",
             nonce=uuid.uuid4().hex,
             session="",
             id=ID,
-            settings=run,
+            settings={},  # nobody is told any
             pub_port=0,
         )
         self.log = log
@@ -86,7 +85,7 @@ class Solo:
         """Begin, or go on, with rounds of `batch_size` samples, or of `own` ones."""
         assert self.follow is not None
         if self._ledger is None:
-            epochs = self.welcome.settings["num_epochs"]
+            epochs = self.settings.num_epochs
             self._ledger = OwnLedger() if ready.own else Ledger(ready.samples, epochs)
         if self._ledger.samples != ready.samples:
             raise UserError(

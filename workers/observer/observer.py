@@ -27,7 +27,6 @@ from paramserver.errors import UserError
 from paramserver.output.runfolder import RunFolder
 from paramserver.protocol import messages as wire
 from paramserver.settings import Settings
-from paramserver.tensors.bucket import BUCKET_MB
 from paramserver.transport import malloc
 from workers.builtin import builders, models
 from workers.link.client import Client
@@ -78,8 +77,8 @@ class Observer:
         self.replica = Replica(
             model,
             optimizer,
-            bucket_mb=settings.bucket_mb or BUCKET_MB,
-            codec=settings.codec_down or settings.codec,
+            bucket_mb=settings.bucket_size_mb,
+            codec=settings.codec_of_averages,
             scheduler=builders.build_scheduler(optimizer, settings, None),
             clip_norm=settings.clip_norm,
             schedule_by=settings.schedule_by,
