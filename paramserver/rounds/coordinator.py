@@ -978,7 +978,7 @@ class Rounds:
         """Is this server still waiting for those who hold its run?"""
         return self._recovery is not None
 
-    def _await_comeback(self, now: float) -> None:
+    def _await_recovery(self, now: float) -> None:
         """When all who may hold the newest state are back, it is the run's again."""
         assert self._recovery is not None
         back = {
@@ -1313,7 +1313,7 @@ class Rounds:
                 self._end()
             return
         if self._recovery is not None:
-            self._await_comeback(now)
+            self._await_recovery(now)
         self._choose_origin()
         if self.layout is None:
             return

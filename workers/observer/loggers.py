@@ -2,14 +2,14 @@
 
 A `Logbook` takes one call per step and gives it to a thread of its own, in bursts: a step costs the
 caller about a microsecond, and a service that is slow, broken or out of reach costs the training
-nothing but one line that says so. What is kept waiting is bounded.
+one line in the log and nothing else. At most `MAX_WAITING` steps wait.
 
 Keys:
 
     losses/train                        sample-weighted mean over the round's workers
     losses/val, accuracy/val            where the step was evaluated; another metric: <name>/val
-    gradients/layer_<name>              norm of a parameter's averaged gradient; of steps shorter
-                                        than 50 ms not in each
+    gradients/layer_<name>              norm of a parameter's averaged gradient; not of each step
+                                        where steps are shorter than 50 ms
     lr, batch_size                      batch_size: samples that took part in the step
     cluster/step_s                      duration of the round
     cluster/samples_per_s/worker_<id>
@@ -41,12 +41,12 @@ from paramserver.settings import WANDB_MODES, Settings
 
 log = logging.getLogger(__name__)
 
-BURST_S = 0.5  # between two bursts: fifty steps at once cost wandb a third of fifty single ones
+BURST_S = 0.5  # between bursts: 50 steps at once cost wandb a third of 50 single ones
 MAX_WAITING = 20_000  # steps, about 30 MB: a minute's worth while a service is slow to start
 WANDB_INIT_S = 20.0  # then the run is logged offline
-WANDB_FINISH_S = 20.0  # for uploading the rest; what is missing stays on disk for `wandb sync`
+WANDB_FINISH_S = 20.0  # for uploading the last steps; the others stay on disk for `wandb sync`
 CLOSE_S = 60.0  # for everything, the two above included
-KILLED_S = 5.0  # for what was killed to be gone
+KILLED_S = 5.0  # until killed processes are gone
 
 
 class Logbook(Protocol):
@@ -66,7 +66,8 @@ def open_logbooks(
     run: str | None = None,
     problem: Callable[[str], None] | None = None,
 ) -> Several:
-    """Open what the settings ask for, inside the run folder; asks nobody and waits for nothing.
+    """Open the logbooks of the settings inside the run folder; does not wait for them or for the
+    network.
 
     `problem` gets a sentence where something is not logged as it was asked for (a service that
     failed), by default as a warning of this module's logger, which gets every other sentence for a
@@ -114,8 +115,8 @@ def step_values(
 ) -> dict[str, float]:
     """One step's values under their documented keys; what is None is left out.
 
-    `samples` holds, by worker id, how many samples entered the step; `late` the ids of those that
-    did not make it; `gradient_norms` a norm by parameter name.
+    `samples` holds, by worker id, how many samples entered the step; `late` the ids of the workers
+    that missed the round; `gradient_norms` a norm by parameter name.
     """
     values: dict[str, float | None] = {
         "losses/train": loss,
@@ -139,8 +140,8 @@ def step_values(
 
 
 class News(deque[tuple[str, bool]]):
-    """Sentences on their way to another thread, and whether each is a problem; call it with one
-    that is none."""
+    """Sentences for another thread, each with whether it is a problem; calling it adds one that is
+    not."""
 
     def __call__(self, text: str) -> None:
         self.append((text, False))
@@ -150,13 +151,13 @@ class News(deque[tuple[str, bool]]):
 
 
 class Several:
-    """Several logbooks as one; with none of them it is the logbook that writes nothing."""
+    """Several logbooks as one; an empty one writes nothing."""
 
     def __init__(self, books: Iterable[Background] = ()) -> None:
         self._books = tuple(books)
 
     def wait_open(self, limit_s: float) -> None:
-        """Until all are open, or have failed, or the time is over: opening keeps a core busy."""
+        """Wait until all are open or have failed, or until the limit: opening keeps a core busy."""
         until = time.monotonic() + limit_s
         for book in self._books:
             book.opened.wait(max(0.0, until - time.monotonic()))
@@ -173,8 +174,9 @@ class Several:
 class Background:
     """A logbook on a thread of its own, which opens it, writes to it in bursts and closes it.
 
-    Whatever the inner logbook raises ends it, with one sentence, and nothing else. `kill` ends the
-    processes it may have left: after a failure, or where it hangs past the deadline of `close`.
+    Any exception of the inner logbook ends that logbook, with one sentence, and nothing else.
+    `kill` ends the processes it may have left: after a failure, or where it hangs past the deadline
+    of `close`.
     """
 
     def __init__(
@@ -237,7 +239,7 @@ class Background:
                 self._drain(book)
             self._drain(book)
             book.close()
-        except BaseException as error:  # whatever a service does, the training goes on
+        except BaseException as error:  # an exception of a service must not end the training
             self._failed = True
             self.opened.set()
             self._waiting.clear()
@@ -300,7 +302,7 @@ class _Wandb:
             "finish_timeout": WANDB_FINISH_S,
             "stop_fn": lambda: news("W&B asks to stop: end the run at its server"),  # not by SIGINT
             "x_save_requirements": False,
-            "x_disable_stats": True,  # by one more process, of this machine alone
+            "x_disable_stats": True,  # they take one more process, and are of this machine alone
         }
         known = {key: option for key, option in options.items() if hasattr(wandb.Settings(), key)}
 
@@ -360,7 +362,8 @@ def wandb_mode(wanted: str | None) -> str:
 
 
 def wandb_login_exists() -> bool:
-    """Whether wandb will find credentials for its server; looks where it does, asks nobody."""
+    """Whether wandb will find credentials for its server; looks at the same files, without the
+    network."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     found = configparser.ConfigParser()

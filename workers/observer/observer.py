@@ -1,7 +1,7 @@
 """The observer: a replica that pushes nothing. It evaluates, writes checkpoints and logs.
 
-The server's command starts it (`python -m workers.observer.observer`) and tells it all it needs in
-one line of JSON on its standard input; where that pipe ends, the server is gone: it writes a
+The server's command starts it (`python -m workers.observer.observer`) and sends it `Orders` as one
+line of JSON on its standard input. Where that pipe ends, the server is gone: the observer writes a
 checkpoint and ends too.
 """
 
@@ -36,18 +36,18 @@ from workers.replica.replica import Replica
 from workers.replica.resume import resume
 
 NICE = 2
-PROBLEMS_TOLD = 100  # to the server; more are in this program's log
-LOGBOOK_S = 5.0  # that the first round waits for W&B to be ready
+PROBLEMS_TOLD = 100  # reported to the server; further ones are only in this program's log
+LOGBOOK_S = 5.0  # that the first round waits for W&B
 REST_MAX_S = 0.05
-REST_GROWS, REST_BEGINS_S = 1.1, 1e-4  # with each update, up to what rounds take
-NORMS_EVERY_S = 0.05  # where steps are shorter: all of them cost a fast run a tenth of its speed
-KEPT_SHARE = 0.25  # of what the server keeps, the part that may wait to be looked at
+REST_GROWS, REST_BEGINS_S = 1.1, 1e-4  # how fast the estimate of a round may rise
+NORMS_EVERY_S = 0.05  # for shorter steps: norms of every step cost a fast run a tenth of its speed
+KEPT_SHARE = 0.25  # of the server's history: the part that may wait here unread
 
 log = logging.getLogger("workers.observer")
 
 
 class Orders(msgspec.Struct, frozen=True):
-    """What the server's command tells its observer."""
+    """What the server's command sends to its observer."""
 
     host: str
     port: int
@@ -71,7 +71,7 @@ class Observer:
         builders.set_threads(1, 1)
         self.val = builders.load_data(settings, None).val
         model = models.build(settings.model, settings.seed, None).to(self.device)
-        self.copy = copy.deepcopy(model)  # what is evaluated while updates go on
+        self.copy = copy.deepcopy(model)  # it is evaluated while updates go on
         self.criterion = builders.build_criterion(settings, self.copy, self.val, self.device, None)
         optimizer = builders.build_optimizer(model, settings, None)
         self.replica = Replica(
@@ -87,7 +87,7 @@ class Observer:
             resume(self.replica, Path(orders.resume), settings)
             log.info(f"resumed {orders.resume} at step {self.replica.step}")
         self.client = Client(orders.host, orders.port, role="observer", key=orders.key)
-        self._untold: list[str] = []  # problems, until the server can be told
+        self._untold: list[str] = []  # problems that are not reported to the server yet
         self._told: set[str] = set()
         self._left = False
         self.logbook = open_logbooks(
@@ -97,20 +97,20 @@ class Observer:
         self.client.on_missed = self._on_missed
         self.server_gone = self.client.abandoned  # set where the pipe from the server ends
         self._logs: list[tuple[int, dict[str, float]]] = []  # held back during an evaluation
-        self._evaluated: tuple[int, dict[str, float | None]] | None = None  # step, what came out
+        self._evaluated: tuple[int, dict[str, float | None]] | None = None  # step, metrics
         self._saved_step: int | None = None
         self._unsaved: list[int] = []  # steps of checkpoints in a row that were not written
         self._kept = ""  # lineage of the state that was written at the run's end
         self._due: set[str] = set()
         self._evaluating = False
         self._norms_at = 0.0  # when gradients are measured next
-        self._round_s = 0.0  # what a round takes, taken short rather than long
+        self._round_s = 0.0  # seconds of a round, estimated rather too short than too long
 
     def run(self) -> None:
         """Follow the run to its end."""
         client = self.client
         client.connect(self.settings.join_timeout)
-        self.logbook.wait_open(LOGBOOK_S)  # later it would take the first rounds' processor time
+        self.logbook.wait_open(LOGBOOK_S)  # otherwise it takes processor time from the first rounds
         client.join(self.replica)
         self._tell_problems()
         while True:
@@ -138,13 +138,14 @@ class Observer:
         self._finish()
 
     def close(self) -> None:
-        """Sockets first: nobody need wait for loggers where the run was not followed to its end."""
+        """Close the sockets first: the server need not wait for loggers where the run was not
+        followed to its end."""
         self._left = True
         self.client.close()
         self.logbook.close()
 
     def _problem(self, text: str) -> None:
-        """What could not be done here: in this program's log, and for people at the server."""
+        """Log a problem, and report it to the server, which shows it."""
         log.info(text)
         if text not in self._told and len(self._told) < PROBLEMS_TOLD:
             self._told.add(text)
@@ -159,7 +160,7 @@ class Observer:
     # ------------------------------------------------------------------ step by step
 
     def _on_missed(self, close: wire.Close) -> None:
-        """A step that this replica did not follow: log it, and catch up where it matters."""
+        """Log a step that this replica did not apply, and catch up where the state is needed."""
         self._note(close, None)
         if self._due:
             self.client.catch_up()
@@ -175,14 +176,15 @@ class Observer:
         self._note(close, norms)
 
     def _rest_s(self, close: wire.Close) -> float:
-        """As long as the server surely keeps the updates of that time, if rounds get no shorter."""
+        """Seconds for which updates may lie unread: the server keeps those of this time, unless
+        rounds get shorter."""
         self._round_s = min(close.seconds, REST_GROWS * self._round_s + REST_BEGINS_S)
         kept_mb = min(self.settings.history_mb, self.client.ring_mb)
         update_mb = self.replica.plan.nbytes / 2**20
         return min(REST_MAX_S, KEPT_SHARE * kept_mb / update_mb * self._round_s)
 
     def _note(self, close: wire.Close, norms: dict[str, float] | None) -> None:
-        """Log a step, and see what is due after it."""
+        """Log a step, and note what is due after it."""
         s, step = self.settings, close.step
         assert self.client.follow is not None
         sent, received = self.client.follow.traffic
@@ -205,7 +207,7 @@ class Observer:
             self._due.add("checkpoint")
 
     def _evaluate(self) -> None:
-        """Judge a copy of this step's weights; between batches, updates go on being applied."""
+        """Evaluate a copy of this step's weights; apply updates between batches."""
         step = self.replica.step
         self.copy.load_state_dict(self.replica.state()["model"])
         self._evaluating = True
@@ -225,7 +227,7 @@ class Observer:
         self._write_logs()
 
     def _keep_up(self) -> None:
-        """Apply what has come in meanwhile, up to where the next evaluation is due."""
+        """Apply the updates that have come, up to the step of the next evaluation."""
         self.client.wait(lambda: self._due or self._must_keep(), "", timeout_s=0)
         if self._must_keep():
             self._keep()
@@ -234,14 +236,15 @@ class Observer:
             self._save()
 
     def _write_logs(self) -> None:
-        """All but the step whose evaluation is due: that goes with its result."""
+        """Log the held steps, except the one whose evaluation is due: that waits for the result."""
         ready = len(self._logs) - ("evaluation" in self._due)
         for step, values in self._logs[:ready]:
             self.logbook.log(step, values)
         del self._logs[:ready]
 
     def _save(self) -> None:
-        """A checkpoint; a disk that is full costs older ones, then this one, never the run."""
+        """Write a checkpoint. Where the disk is full, older ones are removed; where that does not
+        help, this one is left out, and the run goes on."""
         step, folder = self.replica.step, self.folder.checkpoints
         path, settings = folder / checkpoint.name(step), asdict(self.settings)
         try:
@@ -252,7 +255,7 @@ class Observer:
             self._unsaved.append(step)
             sentence = f"the checkpoint of step {step} was not written: {e.strerror or e}"
             if len(self._unsaved) == 1:
-                self._problem(sentence)  # of those that follow their number, when it is known
+                self._problem(sentence)  # a sentence with their number follows later
             else:
                 log.info(sentence)
         else:
@@ -260,7 +263,7 @@ class Observer:
             self._tell_unsaved()
 
     def _write(self, write: Callable[[], None]) -> None:
-        """Write a file, in the place of older checkpoints where the disk is full."""
+        """Write a file; where the disk is full, remove older checkpoints first."""
         removed = checkpoint.with_room(write, self.folder.checkpoints)
         if removed:
             log.info(f"removed to make room: {', '.join(removed)}")
@@ -273,12 +276,12 @@ class Observer:
         self._unsaved.clear()
 
     def _must_keep(self) -> bool:
-        """Does the run's end wait for this?"""
+        """Does the run's end wait for this observer's files?"""
         return self.client.at_last_step and self._kept != self.replica.lineage
 
     def _keep(self) -> None:
-        """The last checkpoint and the weights. Before the end, workers still hold this state:
-        should this process die now, another one takes it from them."""
+        """The last checkpoint and the weights. Before the run's end workers still hold this state:
+        should this process die now, another observer takes it from them."""
         step = self.replica.step
         if self._saved_step != step and step > 0:
             self._save()
@@ -292,7 +295,7 @@ class Observer:
             self.client.kept()
 
     def _finish(self) -> None:
-        """The last evaluation, then goodbye; what is to stay of this step, if that is not done."""
+        """Write the last files if that is not done, evaluate, and send goodbye."""
         step = self.replica.step
         if self._kept != self.replica.lineage:
             self._keep()
@@ -304,13 +307,13 @@ class Observer:
             self._evaluate()
         assert self._evaluated is not None
         self.client.report(*self._evaluated, final=True)
-        self.logbook.close()  # what it could not do is told before goodbye is said
+        self.logbook.close()  # its problems are reported before goodbye
         self._tell_problems()
         self.client.goodbye(wire.Goodbye(wire.FINISHED, finished=True))
 
 
 def main() -> None:
-    """The observer program; see the module's head."""
+    """The observer program; see the module's docstring."""
     logs.show("workers", logs.Lines())
     with exit_on_user_error():
         _step_aside()
@@ -333,10 +336,11 @@ def main() -> None:
 
 
 def _step_aside() -> None:
-    """Where cores are scarce they are the workers': the observer falls behind and catches up."""
+    """Give the workers precedence where cores are scarce: the observer falls behind and catches
+    up."""
     with suppress(OSError):  # a container may forbid it
         os.nice(NICE)
-        if sys.platform == "linux":  # woken up, it does not take a core from somebody at work
+        if sys.platform == "linux":  # waking up, it does not take a core from a working process
             os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 

@@ -1,4 +1,4 @@
-"""Model, optimizer and step: what is equal on every machine."""
+"""Model, optimizer and step: the state that is equal on every machine."""
 
 from workers.replica.replica import Replica
 

@@ -1,8 +1,8 @@
-"""The buffers of a model that are exchanged: what a forward writes into them belongs to the update.
+"""The buffers of a model that workers exchange: a forward's writes to them are part of the update.
 
-Of each buffer a replica holds the value as of its step, apart from what a forward writes: that is
-pushed, and is in the model for good when it has come back with an update. The running statistics of
-normalisation layers are averaged; of all other layers what was written comes whole from one worker
+A replica holds the value of each buffer as of its step. What a forward writes is pushed, and
+becomes that value only when it comes back with an update. The running statistics of normalisation
+layers are averaged; each buffer of another layer comes whole from one worker
 (`paramserver.tensors.whole`). A buffer may be written in place, through `.data`, or by assignment.
 """
 
@@ -22,15 +22,15 @@ NORM_LAYERS = (nn.modules.batchnorm._NormBase,)
 AVERAGED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 RULES = {"mean": "stat", "max": "count"}
 LOOKED_AT = 2**17
-"""Words of a buffer that are compared with those held, at most: of larger ones a sample. A write
-that torch counts is seen in any case; this is for those through `.data`."""
+"""Words of a buffer that are compared with the held value, at most; of a larger buffer a sample.
+This finds writes through `.data`; torch counts all others."""
 SAMPLE = 2**12
 
 
 @dataclass
 class Buffer:
-    """One buffer: where it belongs, the tensor that the model has there between two steps, and its
-    value as of this step."""
+    """One buffer: its module and name, the tensor that the model has there between two steps, and
+    its value as of this step."""
 
     name: str
     module: nn.Module
@@ -48,14 +48,14 @@ class Buffer:
         self.settled()
 
     def settled(self) -> None:
-        """What the model has is what is held."""
+        """The model's tensor holds the value as of this step."""
         self.version = _version(self.tensor)
         if self._words is None or self._words.data_ptr() != self.tensor.data_ptr():
             self._words = _words(self.tensor)
 
     @property
     def now(self) -> Tensor:
-        """What the model has there, whoever put it there."""
+        """The tensor that the model has there at the moment."""
         there = self.module._buffers.get(self.key)
         if there is None:
             raise UserError(f"{self.name} is gone: it was taken from the model after attach()")
@@ -77,7 +77,7 @@ class Buffer:
         )
 
     def differs(self) -> bool | Tensor:
-        """Is it not what is held? Of a device's, a tensor that tells."""
+        """Does it differ from the held value? On a device: a tensor with the answer."""
         if self.tensor.shape != self.held.shape:
             return True
         if self._words is None or self._held_words is None:
@@ -98,14 +98,14 @@ class Buffer:
 class Buffers:
     """A model's exchanged buffers in the layout's order: averaged ones, counters, whole ones.
 
-    `rules` say by name what is otherwise than usual: "mean" or "max". Raises `UserError` for a rule
-    that cannot be.
+    `rules` gives by name the buffers with another rule than the usual one: "mean" or "max". Raises
+    `UserError` for an impossible rule.
     """
 
     def __init__(self, model: nn.Module, rules: Mapping[str, str]) -> None:
         found: dict[int, Buffer] = {}
         self.by_name: dict[str, Buffer] = {}
-        """A buffer that lies in several modules has several names."""
+        """The buffers by name; one that lies in several modules has several names."""
         for prefix, module in model.named_modules(remove_duplicate=False):
             for key, tensor in module._buffers.items():
                 if tensor is None or key in module._non_persistent_buffers_set:
@@ -129,7 +129,7 @@ class Buffers:
         self._written: list[Buffer] = []
 
     def written(self) -> list[Buffer]:
-        """The whole ones that a forward has written to since the last reset. Raises `UserError` for
+        """The whole buffers that a forward has written since the last reset. Raises `UserError` for
         one that has another shape now."""
         on_device = []
         self._written = []
@@ -139,14 +139,14 @@ class Buffers:
                 on_device.append((buffer, differs))
             elif differs and buffer.now.numel():
                 self._written.append(buffer)
-        if on_device:  # one wait for all
+        if on_device:  # wait for the device once for all of them
             told = torch.stack([differs for _, differs in on_device]).tolist()
             self._written += [b for (b, _), d in zip(on_device, told, strict=True) if d]
         return self._written
 
     def reset(self) -> None:
-        """Let the model have what is held: a forward may have changed it whose round came to
-        nothing."""
+        """Put the held values back into the model: the round of a forward that changed them may
+        have been void."""
         for buffer in self._averaged:
             buffer.reset()
         for buffer in self.whole:
@@ -155,7 +155,7 @@ class Buffers:
         self._written = []
 
     def update(self, buffer: Buffer, values: Tensor) -> None:
-        """This is its value as of the next step; the model has it after the next `reset`."""
+        """Hold these values as of the next step; the model gets them with the next `reset`."""
         if buffer.kind == "whole":
             as_bytes_of(buffer.held, values)
             self._written.append(buffer)
@@ -163,12 +163,12 @@ class Buffers:
             buffer.held.copy_(values)
 
     def give_back(self) -> None:
-        """As an assignment of the whole state needs it: the tensors of the beginning."""
+        """Give the model its first tensors back, which loading a whole state needs."""
         for buffer in self.all:
             buffer.module._buffers[buffer.key] = buffer.tensor
 
     def hold(self) -> None:
-        """What the model has now is the state as of this step."""
+        """Hold what the model has now as the value of this step."""
         for buffer in self.all:
             buffer.held.copy_(buffer.tensor)
             buffer.settled()
@@ -182,7 +182,7 @@ def as_bytes_of(tensor: Tensor, values: Tensor) -> None:
 
 
 def sent(tensor: Tensor, kind: str) -> str:
-    """As what a tensor of this kind travels."""
+    """The dtype in which a tensor of this kind travels, or "bytes"."""
     if kind == "whole":
         return "bytes"
     if kind == "count" and not tensor.is_floating_point():
@@ -210,13 +210,13 @@ def _kind(name: str, module: nn.Module, tensor: Tensor, rules: Mapping[str, str]
 
 
 def _version(tensor: Tensor) -> int:
-    """How often torch has seen it written; never, for tensors made in inference mode."""
+    """How many writes torch has counted; 0 for tensors made in inference mode."""
     return 0 if tensor.is_inference() else tensor._version
 
 
 def _words(tensor: Tensor) -> Tensor | None:
-    """A view of what of it is compared: its bits, or a sample of them; None where its numbers do
-    not lie in their order."""
+    """A view of the words that are compared: all, or a sample; None where the numbers are not
+    contiguous."""
     if not tensor.is_contiguous() or tensor.numel() == 0:
         return None
     bits = tensor.detach().view(-1).view(torch.uint8)

@@ -2,7 +2,7 @@
 
 The tensors are stored under their numbers in `workers.replica.state.flatten`, the rest of the tree,
 step, lineage and settings as text in the file's metadata. No pickle. Tensors of a dtype that
-safetensors does not know are stored as their bytes, in a dimension more:
+safetensors does not know are stored as their bytes, with one more dimension:
 `tensor.view(dtype).squeeze(-1)` gives them back, and the metadata name these dtypes.
 """
 
@@ -33,7 +33,7 @@ __all__ = ["STEPS_MAX", "Checkpoint", "load", "name", "prune", "save", "save_mod
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a file held: the tree for `Replica.load`, and where it belongs."""
+    """The contents of a file: the tree for `Replica.load`, with run, step, lineage and settings."""
 
     state: dict[str, Any]
     step: int
@@ -43,7 +43,8 @@ class Checkpoint:
 
 
 def save(path: Path, replica: Replica, run: str, settings: dict[str, Any]) -> None:
-    """Write a checkpoint. Raises OSError, and leaves what was there before as it was."""
+    """Write a checkpoint. Raises OSError, and then leaves a file that was there before
+    unchanged."""
     tree, tensors = flatten(replica.state())
     metadata = {
         "format": FORMAT,
@@ -57,8 +58,8 @@ def save(path: Path, replica: Replica, run: str, settings: dict[str, Any]) -> No
 
 
 def save_model(path: Path, replica: Replica) -> None:
-    """Write the weights alone, by their names in the model's state_dict. What is no tensor there is
-    left out, and named in the metadata (`left_out`); checkpoints have it."""
+    """Write the weights alone, by their names in the model's state_dict. Entries that are no
+    tensors are left out, and named in the metadata (`left_out`); checkpoints have them."""
     state = replica.state()["model"]
     tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
     metadata = {"format": MODEL_FORMAT, "step": str(replica.step)}
@@ -76,7 +77,7 @@ def load(path: Path) -> Checkpoint:
             dtypes = json.loads(metadata.get("dtypes", "{}"))
             tensors = [f.get_tensor(str(i)) for i in range(len(f.keys()))]
             for key, dtype in dtypes.items():
-                as_bytes = tensors[int(key)].clone()  # which begins where any dtype may begin
+                as_bytes = tensors[int(key)].clone()  # its memory is aligned for every dtype
                 tensors[int(key)] = as_bytes.view(DTYPES[dtype]).squeeze(-1)
         return Checkpoint(
             state=unflatten(metadata["tree"], tensors),
@@ -110,7 +111,7 @@ def _mapping(value: Any) -> dict[str, Any]:
 
 
 def prune(folder: Path, keep: int, newest: Path) -> None:
-    """Remove all but the newest `keep` checkpoints, `newest` among them, and drafts that nobody
+    """Remove all but the newest `keep` checkpoints, `newest` among them, and drafts that no process
     writes any more."""
     drafts.sweep(folder)
     others = sorted(path for path in folder.glob("step-*.safetensors") if path != newest)
@@ -143,7 +144,7 @@ def with_room(write: Callable[[], None], folder: Path) -> list[str]:
 
 def _write(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
     """A safetensors file, whole or not at all. Tensors with larger numbers come first, so that each
-    begins where its numbers may begin."""
+    is aligned."""
     path.parent.mkdir(parents=True, exist_ok=True)
     separate = _separate(tensors)
     dtypes = {k: dtype_name(t.dtype) for k, t in separate.items() if _name_of(t.dtype) is None}
@@ -174,7 +175,7 @@ def _write(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> 
 
 @cache
 def _name_of(dtype: torch.dtype) -> str | None:
-    """What the safetensors that is installed here calls such numbers, if it knows them."""
+    """The installed safetensors' name of this dtype; None where it has none."""
     try:
         packed = pack({"": torch.empty((), dtype=dtype)})
     except (SafetensorError, KeyError):

@@ -1,4 +1,4 @@
-"""What cannot be trained as a replica is told at the door, before anybody waits for it.
+"""Checks at `attach` whether a replica can train this, before other workers wait for it.
 
 Between the averaged gradient and the parameters everything must be the same in every replica, and
 a function of the log: no closure that computes again, no schedule that follows a local metric, no
@@ -111,7 +111,7 @@ def _check_scheduler(optimizer: Optimizer, scheduler: LRScheduler | None) -> Non
 
 
 def refuse_step(scheduler: LRScheduler) -> Any:
-    """Let a call of `scheduler.step` from outside be told, not counted; returns the real one."""
+    """Make a call of `scheduler.step` by the user's loop an error; returns the real method."""
     step = scheduler.step
 
     def refuse(epoch: object = None) -> None:
@@ -122,21 +122,21 @@ def refuse_step(scheduler: LRScheduler) -> Any:
 
 
 def allow_step(scheduler: LRScheduler) -> None:
-    """The schedule is its owner's again: undo `refuse_step`."""
+    """Undo `refuse_step`, for the user of the schedule."""
     scheduler.__dict__.pop("step", None)
 
 
 def schedule_state(scheduler: LRScheduler) -> dict[str, Any]:
-    """Its `state_dict`, without what `refuse_step` has put among its attributes."""
+    """Its `state_dict`, without the attribute that `refuse_step` sets."""
     return {name: value for name, value in scheduler.state_dict().items() if name != "step"}
 
 
 def misfit(own: Any, theirs: Any, where: str, holder: object = None) -> str | None:
-    """What of a state that came from elsewhere cannot take the place of our own, as a sentence;
-    None where it can: nothing of another kind.
+    """Why a state from another process cannot replace our own, as a sentence; None where it can,
+    which takes values of the same kinds.
 
-    A schedule, the `holder`, takes whatever it is given for attributes of its own. Those that are
-    no part of its state (its methods, its optimizer) are refused.
+    A schedule, the `holder`, sets every entry as an attribute. Entries that are not part of its
+    state (its methods, its optimizer) are refused.
     """
     if own is None or theirs is None:
         return None

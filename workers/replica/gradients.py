@@ -1,13 +1,12 @@
-"""Gradients leave while backward runs: hooks on the parameters tell which buckets are complete.
+"""Sends gradients while backward runs: hooks on the parameters find out which buckets are complete.
 
-A bucket is complete when every parameter in it has its gradient of this step. The others are sent
-by `flush`: with gradients that were set by hand, without backward, and what has none by the end
-(unused branches, frozen for a step) as absent, with zeros in its place.
+A bucket is complete when every parameter in it has its gradient of this step. `flush` sends the
+others: with gradients that were set without backward, and with zeros for parameters that have none
+by the end (unused branches, frozen for a step), which it marks as absent.
 
-Copying, encoding and sending are done at once where that is soon done. For large models, and where
-gradients must come from a device first, a thread does them, so that backward goes on meanwhile; it
-is waited for at the end of each backward. Sockets so belong to that thread during a backward, and
-to the caller's otherwise.
+For small models the hook copies, encodes and sends itself. For large ones, and for gradients on a
+device, a thread does so while backward goes on; the end of each backward waits for it. So this
+thread owns the sockets during a backward, and the caller's thread otherwise.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from workers.replica.replica import Replica
 from workers.replica.state import as_bytes
 
 THREAD_FROM_BYTES = 8 * 2**20
-"""Of gradients; below, handing them to a thread costs more than it hides."""
+"""Bytes of gradients; for fewer, a thread costs more time than it saves."""
 
 Make = Callable[[Bucket], Tensor]
 Send = Callable[[Bucket, Tensor, tuple[int, ...], tuple[int, ...]], None]
@@ -39,8 +38,8 @@ class Gradients:
     without)`.
 
     `values` is a flat CPU tensor that `make(bucket)` made for it. `absent` are the layout indexes
-    of parameters without a gradient. `without` names a bucket that will not come: that of buffers
-    which no forward wrote to. `accumulate` backward passes make one step.
+    of parameters without a gradient. `without` names a bucket that is not pushed: that of buffers
+    which no forward wrote. `accumulate` backward passes make one step.
     """
 
     def __init__(self, replica: Replica, make: Make, send: Send, accumulate: int = 1) -> None:
@@ -61,7 +60,7 @@ class Gradients:
         self._parts = [[self._part(index, b) for index in b.tensors] for b in plan.buckets]
         self._numbers = [b for b in plan.buckets if b.kind != "whole"]
         self._whole = next((b for b in plan.buckets if b.kind == "whole"), None)
-        self._written_late = False  # forwards of this loop write to buffers behind its backward
+        self._written_late = False  # forwards of this loop write to buffers after its backward
         self._hooks = [
             p.register_post_accumulate_grad_hook(self._hook(index, name))
             for index, (name, p) in enumerate(replica.params)
@@ -69,10 +68,10 @@ class Gradients:
 
     def begin(self) -> None:
         """A step begins: its buckets are all empty."""
-        with suppress(Exception):  # of a step that was not carried through
+        with suppress(Exception):  # of a step that was not finished
             self.finish()
         self._replica.reset_statistics()
-        for _, p in self._replica.params:  # the last average, a view of where the next one goes
+        for _, p in self._replica.params:  # the last average: its memory takes the next one
             p.grad = None
         self._open = True
         self._passes = [0] * len(self._passes)
@@ -81,7 +80,8 @@ class Gradients:
         self._seen.clear()
 
     def flush(self) -> None:
-        """Backward is over: send what has not been sent, gradient or not, and the statistics."""
+        """Backward is over: send the remaining buckets, with or without gradients, and the
+        statistics."""
         if not self._open:
             return
         self._replica.check_unchanged()
@@ -89,7 +89,7 @@ class Gradients:
         self._seen.clear()  # they need no memory any more
         unsent = [bucket for bucket in self._numbers if bucket.index not in self._sent]
         tensors = {index for bucket in unsent for index in bucket.tensors}
-        # Whoever put it there, after however many passes: what is there is its gradient.
+        # What is in `.grad` now is the gradient, after any number of passes.
         absent = {i for i in tensors if i < len(self._passes) and self._gradient(i) is None}
         for bucket in unsent:
             self._hand_over(bucket, tuple(i for i in bucket.tensors if i in absent))
@@ -97,27 +97,29 @@ class Gradients:
             if self._whole.index not in self._sent:
                 self._hand_over_buffers(self._whole)
             elif any(b.counted for b in self._replica.buffers.whole):
-                self._written_late = True  # too late for this step; told at its end from now on
+                self._written_late = (
+                    True  # too late for this step; from now on buffers are pushed at its end
+                )
         self.finish()
         self._open = False
 
     def finish(self) -> None:
-        """Wait for the thread: all that was complete is with the sockets now, which are the
-        caller's again. Raises what went wrong there."""
+        """Wait until the thread has sent all complete buckets; the caller's thread owns the sockets
+        again. Raises the thread's exception."""
         wait(self._under_way)
         ended, self._under_way = self._under_way, []
         for job in ended:
             job.result()
 
     def close(self) -> None:
-        """Leave the model to whoever trains it next."""
+        """Remove the hooks, for the next training of this model."""
         self._open = False
         for hook in self._hooks:
             hook.remove()
         self._thread.shutdown(wait=False)
 
     def _check_untouched(self) -> None:
-        """Clipped, scaled or replaced now, a gradient that has left would go on as it was."""
+        """Raise `UserError` where a gradient was clipped, scaled or replaced after it was sent."""
         for index in sorted(self._seen):
             (name, p), (grad, version) = self._replica.params[index], self._seen[index]
             if p.grad is not grad or grad._version != version:
@@ -155,7 +157,7 @@ class Gradients:
         return on_gradient
 
     def _part(self, index: int, bucket: Bucket) -> tuple[int, slice | None]:
-        """A tensor, and which part of it lies in a bucket, if not all of it does."""
+        """A tensor's index, and the part of it that lies in a bucket; None for all of it."""
         begin, end = self._plan.offsets[index], self._plan.offsets[index + 1]
         start, stop = max(begin, bucket.start), min(end, bucket.stop)
         whole = (start, stop) == (begin, end)
@@ -186,7 +188,8 @@ class Gradients:
             self._take(bucket, absent, without)
 
     def _without(self) -> tuple[int, ...]:
-        """With the last bucket of numbers: that of the buffers, where no forward wrote to any."""
+        """The bucket of the buffers, where no forward wrote to any; it goes with the last bucket of
+        numbers."""
         buffers = self._replica.buffers
         if not buffers.whole or len(self._sent) < len(self._numbers) or self._written_late:
             return ()
@@ -196,7 +199,8 @@ class Gradients:
         return (self._whole.index,)
 
     def _hand_over_buffers(self, bucket: Bucket) -> None:
-        """Those that were written, as they are; raises `UserError` where they are too much."""
+        """Send the buffers that were written, as they are; raises `UserError` where they are too
+        large."""
         buffers = self._replica.buffers
         written = {id(b) for b in buffers.written()}
         first = len(self._replica.params)
@@ -237,6 +241,6 @@ class Gradients:
         self._send(bucket, values, absent, without)
 
     def _nothing(self, index: int) -> Tensor:
-        """A tensor's gradient, flat, where it has none."""
+        """Zeros, flat, for a tensor without a gradient."""
         size = self._plan.offsets[index + 1] - self._plan.offsets[index]
         return torch.zeros((), device=self._device).expand(size)

@@ -1,10 +1,10 @@
 """A replica: model, optimizer, schedule and step, and how an update of the log is applied to them.
 
 Every replica runs the same code on the same bytes, so replicas of one kind stay equal bit by bit.
-What is exchanged is told by the layout: parameters that require a gradient, last layer first (the
-order in which backward makes them), then buffers (`workers.replica.buffers`): running statistics of
-normalisation layers, their counters, and those of all other layers. Frozen parameters, and buffers
-that are not in the model's state, are not: those travel in snapshots only, these not at all.
+The layout lists what is exchanged: parameters that require a gradient, last layer first (the order
+in which backward makes them), then buffers (`workers.replica.buffers`): running statistics of
+normalisation layers, their counters, and the buffers of all other layers. Frozen parameters travel
+in snapshots only, and buffers that are not in the model's state do not travel.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ SCHEDULE_BY = ("step", "epoch")
 
 
 class Replica:
-    """A model and all that turns an averaged gradient into its next step.
+    """A model with everything that turns an averaged gradient into its next step.
 
     `before_step(model)` runs on the averaged gradients of every update, before the optimizer;
     `clip_norm` clips their total norm. Both run in every replica alike. The schedule goes on with
-    every update or, with `schedule_by` "epoch", where an update ends an epoch of samples.
-    `buffers` says by name what is done with those that forwards write, where that is not the usual
+    every update or, with `schedule_by` "epoch", where an update ends an epoch of samples. `buffers`
+    gives by name the rule for a buffer that forwards write, where it is not the usual one
     (`workers.replica.buffers`). `codec` is that of the averages. Raises `UserError` for what cannot
-    be the same everywhere.
+    be equal on all machines.
     """
 
     def __init__(
@@ -72,15 +72,15 @@ class Replica:
         self.clip_norm = clip_norm
         self.before_step = before_step
         self.step = 0
-        self.lineage = uuid.uuid4().hex  # a state of its own: only the origin's is the run's
+        self.lineage = uuid.uuid4().hex  # not that of a run's state: only the origin's becomes that
         self.ledger: dict[str, Any] | None = None
-        """The samples' ledger as of this step, as closes tell it."""
+        """The ledger as of this step, from the `Close`."""
         named = list(_plain(model).named_parameters())
         trained = [(name, p) for name, p in reversed(named) if p.requires_grad]
         self.params = sorted(trained, key=lambda item: sent(item[1], "grad"))
         self._frozen = [(name, p) for name, p in named if not p.requires_grad]
         self._groups = len(optimizer.param_groups)
-        there_and_back("model", _plain(model).state_dict())  # before anything is made of it
+        there_and_back("model", _plain(model).state_dict())  # before anything else is made from it
         self.buffers = Buffers(_plain(model), buffers or {})
         self.layout = wire.Layout(
             tuple(
@@ -95,12 +95,13 @@ class Replica:
         self._codec = codec
         self._make_room()
         self._begin_as_others_will()
-        self._has_stepped = False  # what an optimizer keeps is known after its first step
+        self._has_stepped = False  # the optimizer's state is complete after its first step
 
     def _make_room(self) -> None:
-        """For the averages of the next update: a vector for each dtype in a row."""
+        """Make the memory for the averages of the next update: one vector for each run of equal
+        dtypes."""
         self._outs: dict[int, Tensor] = {}
-        starts: dict[int, Tensor] = {}  # of each tensor, by its place in the plan's whole vector
+        starts: dict[int, Tensor] = {}  # of each tensor, by its offset in the plan's vector
         numbers = [b for b in self.plan.buckets if b.kind != "whole"]
         for as_what in dict.fromkeys((b.kind, b.sent) for b in numbers):
             buckets = [b for b in numbers if (b.kind, b.sent) == as_what]
@@ -114,12 +115,13 @@ class Replica:
             starts.get(index, torch.zeros(0)).view(t.shape) if t.kind != "whole" else None
             for index, t in enumerate(self.layout.tensors)
         ]
-        self._came: dict[int, Tensor] = {}  # bytes of the buffers that stay whole
-        self._present = [0] * len(self.layout.tensors)  # buckets with a gradient for it
+        self._came: dict[int, Tensor] = {}  # bytes of the whole buffers
+        self._present = [0] * len(self.layout.tensors)  # buckets with a gradient, by tensor
 
     def _begin_as_others_will(self) -> None:
-        """Send the state to ourselves, once: what cannot travel is found out now, by `UserError`,
-        and what becomes of a number on its way (numpy's are Python's then) happens to all."""
+        """Convert the state once as if it had been sent: a state that cannot travel raises
+        `UserError` now, and numbers change as they do in other replicas (numpy's become
+        Python's)."""
         state = {part: there_and_back(part, self.state()[part]) for part in HINTS}
         try:
             self.load({**state, "ledger": None}, self.step, self.lineage)
@@ -131,12 +133,12 @@ class Replica:
 
     @property
     def least(self) -> int:
-        """Samples that each batch must have: statistics over a batch of one are none."""
+        """Samples that each batch must have: batch statistics need two."""
         found = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.model.modules())
         return 2 if found else 1
 
     def check_unchanged(self) -> None:
-        """Raise `UserError` where something else is trained than when this replica was made."""
+        """Raise `UserError` where the trained parameters are not those of this replica any more."""
         for trained, parameters in ((True, self.params), (False, self._frozen)):
             for name, p in parameters:
                 if p.requires_grad != trained:
@@ -155,7 +157,7 @@ class Replica:
     # ------------------------------------------------------------------ the log
 
     def take(self, average: wire.Average, buffers: Sequence[Any]) -> None:
-        """Decode the average of one bucket into its place; nothing is applied yet."""
+        """Decode the average of one bucket into the memory for it; apply nothing yet."""
         b = self.bucket(average.bucket)
         absent = set(average.absent)
         if b.kind == "whole":
@@ -176,7 +178,7 @@ class Replica:
             self._present[index] += index not in absent
 
     def apply(self, close: wire.Close) -> None:
-        """The update is complete: gradients in, one optimizer step, buffers in."""
+        """Apply the complete update: set gradients, step the optimizer, set buffers."""
         for index in self._outs.keys() - set(close.buckets):
             self._outs[index].zero_()
         for index, (_, p) in enumerate(self.params):
@@ -209,8 +211,8 @@ class Replica:
             there_and_back("optimizer", self.optimizer.state_dict())
 
     def _due(self, close: wire.Close) -> int:
-        """How often the schedule is stepped with this update; one that has an end stays there, for
-        nobody knows how many steps a run will have."""
+        """How many steps the schedule makes with this update. A schedule with a last step stays
+        there, because the number of a run's steps is not known in advance."""
         due = 1
         if self.schedule_by == "epoch":
             due = _epochs(close.ledger) - self.epoch
@@ -220,11 +222,11 @@ class Replica:
 
     @property
     def epoch(self) -> int:
-        """Epochs of samples that are in this step for good."""
+        """Number of whole epochs in this step."""
         return 0 if self.ledger is None else _epochs(self.ledger)
 
     def forget_averages(self) -> None:
-        """What was taken belongs to a void round."""
+        """Drop the averages that were taken: their round is void."""
         self._present = [0] * len(self._present)
         self._came = {}
 
@@ -249,7 +251,7 @@ class Replica:
         }
 
     def tensors(self) -> list[Tensor]:
-        """Those of the model's state, and what the optimizer keeps by now."""
+        """The tensors of the model's state and of the optimizer's."""
         state: list[Any] = [*_plain(self.model).state_dict().values()]
         for values in self.optimizer.state.values():
             state += values.values()
@@ -262,7 +264,7 @@ class Replica:
             self._refuse_misfit(state)
             if state["ledger"] is not None:
                 check_counts(state["ledger"])
-            self.lineage = uuid.uuid4().hex  # half of it loaded is no state of the log
+            self.lineage = uuid.uuid4().hex  # a state that is loaded in part is no state of the log
             _plain(self.model).load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             if self.scheduler is not None and state["scheduler"] is not None:
@@ -278,13 +280,13 @@ class Replica:
         self.forget_averages()
 
     def give_back(self) -> None:
-        """The training is over: the schedule is its owner's again."""
+        """End the training: the user may step the schedule again."""
         if self.scheduler is not None:
             allow_step(self.scheduler)
 
     def _refuse_misfit(self, state: dict[str, Any]) -> None:
-        """Raise ValueError where a tensor has another shape than here, or optimizer and schedule
-        would take over what is not theirs."""
+        """Raise ValueError where a tensor has another shape than here, or where optimizer or
+        schedule would load what is not theirs."""
         for told in self.layout.tensors:
             given = state["model"].get(told.name)
             if isinstance(given, Tensor) and tuple(given.shape) != told.shape:
@@ -298,7 +300,7 @@ class Replica:
             raise ValueError(why)
 
     def change_learning_rate(self, before: float, now: float) -> None:
-        """Go on with another one than the state that was loaded; a schedule goes on from it."""
+        """Go on with another learning rate than the loaded state's; a schedule goes on from it."""
         for group in self.optimizer.param_groups:
             group["lr"] = now if self.scheduler is None else group["lr"] * now / before
             if "initial_lr" in group:
@@ -308,15 +310,16 @@ class Replica:
                 scheduler.base_lrs = [rate * now / before for rate in rates]
 
     def kind(self) -> str:
-        """What rounds as this replica does, in words: equal kinds must have equal digests."""
+        """Device, processor and version of torch, in words: replicas of equal kinds round alike, so
+        their digests must be equal."""
         device = next((p.device for _, p in self.params), torch.device("cpu"))
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         processor = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
         return f"{name}, {processor}, torch {torch.__version__}"
 
     def recipe(self) -> str:
-        """What turns an averaged gradient into weights here, in words. Replicas must agree on it;
-        values that a schedule may change are left out."""
+        """Optimizer, schedule, clipping and `before_step` in words, without values that a schedule
+        may change. Replicas must have the same."""
         groups = self.optimizer.param_groups
         owned = {id(p) for _, p in self.params}
         sizes = "+".join(str(sum(id(p) in owned for p in g["params"])) for g in groups)
@@ -330,8 +333,8 @@ class Replica:
         return f"{kind} of {sizes} parameters, {schedule}, {clip}, {before}"
 
     def reset_statistics(self) -> None:
-        """Put buffers back to those of this step: a forward may have changed them whose round came
-        to nothing."""
+        """Put the buffers of this step back: the round of a forward that changed them may have been
+        void."""
         self.buffers.reset()
 
     def digest(self) -> str:
@@ -343,12 +346,12 @@ class Replica:
 
 
 def _plain(model: nn.Module) -> nn.Module:
-    """The module that torch.compile wrapped, so that it has the names of one that is not."""
+    """The module inside one of torch.compile, for its names."""
     plain: nn.Module = getattr(model, "_orig_mod", model)
     return plain
 
 
 def _epochs(ledger: dict[str, Any]) -> int:
-    """Epochs of samples that are counted for good."""
+    """Number of whole epochs in a ledger's state."""
     counted: int = ledger["done"] + ledger["partly"] + ledger["skipped"]
     return counted // ledger["samples"] if ledger["samples"] else 0

@@ -1,7 +1,6 @@
-"""From a checkpoint to a replica that goes on, or an error that says why it cannot.
-
-A file is data that somebody may have changed, or that belongs to another training. All that a first
-step would stumble over is looked at here, before anybody trains from it.
+"""Loads a checkpoint into a replica, or raises an error that says why it does not fit. A file may
+have been changed, or belong to another training. So everything that the first step needs is checked
+here, before any worker trains from it.
 """
 
 from __future__ import annotations
@@ -66,7 +65,7 @@ def resume(replica: Replica, path: Path, settings: Settings) -> None:
 
 
 def _settings_of(saved: checkpoint.Checkpoint, path: Path) -> Settings:
-    """What its state was made with. Raises `UserError`."""
+    """The settings that the state was made with. Raises `UserError`."""
     told = {k: saved.settings[k] for k in {*_Recipe.__struct_fields__} & {*saved.settings}}
     try:
         msgspec.convert(told, _Recipe)
@@ -91,7 +90,7 @@ class _Recipe(msgspec.Struct):
 
 
 def _check(saved: checkpoint.Checkpoint, replica: Replica) -> None:
-    """Raise ValueError for the first thing in its state that this replica cannot take."""
+    """Raise ValueError for the first part of the state that this replica cannot load."""
     state = saved.state
     for part in ("model", "optimizer", "scheduler", "ledger"):
         if not isinstance(state, dict) or part not in state:
@@ -140,7 +139,7 @@ def _check_optimizer(saved: Any, optimizer: Optimizer) -> None:
 
 
 def _alike(where: str, saved: Any, own: Any) -> None:
-    """Raise ValueError where `saved` is not made as `own` is: names, kinds, dtypes, shapes."""
+    """Raise ValueError where `saved` differs from `own` in names, kinds, dtypes or shapes."""
     if isinstance(own, Mapping):
         if not isinstance(saved, Mapping):
             raise ValueError(f"{where} is {_kind(saved)}, not {_kind(own)}")
@@ -168,8 +167,8 @@ def _kind(value: Any) -> str:
 
 
 def _try_optimizer(optimizer: Optimizer, usual: list[dict[str, Any]]) -> None:
-    """One step of a copy of each parameter with its loaded state. Raises ValueError where that
-    fails, though it does not with a fresh state and the `usual` groups."""
+    """Step a copy of each parameter with its loaded state. Raises ValueError where that fails but
+    succeeds with a fresh state and the `usual` groups."""
     for group, own in zip(optimizer.param_groups, usual, strict=True):
         for p in group["params"]:
             if not p.requires_grad:
@@ -180,7 +179,7 @@ def _try_optimizer(optimizer: Optimizer, usual: list[dict[str, Any]]) -> None:
                 try:
                     _step_alone(optimizer, own, p, {})
                 except Exception:
-                    return  # an optimizer that takes no single parameter: nothing is known then
+                    return  # an optimizer that takes no single parameter cannot be tried
                 raise ValueError(f"its optimizer's state cannot be used: {e}") from None
 
 

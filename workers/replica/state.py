@@ -23,7 +23,7 @@ TENSOR, TUPLE, PAIRS, FLOAT = "$tensor", "$tuple", "$dict", "$float"
 DTYPES: dict[str, torch.dtype] = {
     name: getattr(torch, name) for name in ITEM_BYTES if hasattr(torch, name)
 }
-"""By name: all that have bytes of their own. Older versions of torch lack some of them."""
+"""The dtypes whose tensors consist of bytes, by name. Older versions of torch lack some of them."""
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -34,8 +34,8 @@ def flatten(tree: Any) -> tuple[str, list[Tensor]]:
     """(JSON, tensors). The tensors are those of the tree, not copies; numpy's single numbers become
     Python's.
 
-    Raises TypeError, with the way to it, for what has no place in JSON (a function, an object of a
-    class), and for a tensor that has no bytes to send.
+    Raises TypeError, with the path to it, for an entry that JSON cannot hold (a function, an object
+    of a class), and for a tensor without bytes.
     """
     tensors: list[Tensor] = []
 
@@ -86,7 +86,8 @@ def no_bytes(tensor: Tensor) -> str | None:
 
 
 def unflatten(text: str, tensors: list[Tensor]) -> Any:
-    """The tree that `flatten` was given. Raises ValueError for a text that it cannot have made."""
+    """The tree that `flatten` was given. Raises ValueError for a text that `flatten` cannot have
+    made."""
 
     def walk(value: Any) -> Any:
         if isinstance(value, list):
@@ -116,7 +117,7 @@ def as_bytes(tensor: Tensor) -> Tensor:
 
 
 def empty(dtype: str, shape: tuple[int, ...]) -> Tensor:
-    """Room for a tensor told of by name; raises ValueError for an unknown dtype."""
+    """An uninitialised tensor of this dtype, by name; raises ValueError for an unknown one."""
     if dtype not in DTYPES:
         raise ValueError(f"no dtype {dtype!r}")
     return torch.empty(shape, dtype=DTYPES[dtype])

@@ -1,7 +1,6 @@
-"""Can a replica's state travel? `attach` finds out, not the first newcomer.
-
-A state travels as text and bytes (`workers.replica.state`). What cannot be turned into these, or
-cannot be loaded from them, is named with what to do about it.
+"""Finds out at `attach` whether a replica's state can be sent, not when the first newcomer asks for
+it. A state travels as text and bytes (`workers.replica.state`). An error names the part that cannot
+be converted or loaded, and what to do about it.
 """
 
 from __future__ import annotations
@@ -19,14 +18,15 @@ HINTS = {
     "scheduler": f"its state_dict() must be made of {PLAIN}: leave functions out there, as torch's "
     "LambdaLR does",
 }
-"""By part of a state: what to do about what cannot travel."""
+"""The advice by part of a state, where that part cannot travel."""
 
 TEXT_BYTES_MAX = HEADER_BYTES_MAX // 2
-"""Of what is no tensor, in a snapshot: its header needs the rest for dtypes and shapes."""
+"""Bytes of JSON in a snapshot, at most: its header needs the remaining room for dtypes and
+shapes."""
 
 
 def there_and_back(part: str, state: Any) -> Any:
-    """A part of a replica's state as it would arrive; its tensors are no copies.
+    """A part of a replica's state as another replica would receive it; its tensors are not copies.
 
     Raises `UserError` where it cannot be sent.
     """
