@@ -21,7 +21,7 @@ import msgspec
 
 from paramserver.protocol import messages as wire
 
-from .network import Network, World
+from .network import Network, Together, World
 from .process import DEAF, Process, Waiting
 from .server import LIAR, LIE, Server
 
@@ -149,6 +149,8 @@ class Liar(Process):
         for kind in ("link", "sub"):
             while self.inbox[kind]:
                 message = self.inbox[kind].popleft()[0]
+                if isinstance(message, Together):
+                    message = message.messages[-1][0]  # the close, if there is one
                 if isinstance(message, wire.Close | wire.Pulse) and message.open is not None:
                     self.open, self.next_bucket = message.open, 0
                 if isinstance(message, wire.Open):

@@ -18,10 +18,19 @@ import math
 import random
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 Carried = tuple[Any, Any]
 """A message and its payload."""
+
+
+@dataclass(frozen=True)
+class Together:
+    """Messages that are sent as one: all of them arrive, or none."""
+
+    messages: list[Carried]
+
 
 RECONNECTS_S = 1.0  # RECONNECT_IVL_MAX of `paramserver.transport.sockets`
 
@@ -75,7 +84,7 @@ class Network:
     def __init__(self, world: World, delay_s: float, jitter_s: float) -> None:
         self.world = world
         self.delay_s, self.jitter_s = delay_s, jitter_s
-        self.routes: dict[int, Line] = {}
+        self.routes: dict[bytes, Line] = {}
         self.repeats = 0.0  # share of the messages to the server that come twice
         self.lines: set[Line] = set()  # that are open at the peer's end
         self.server_is_up = True
@@ -85,8 +94,8 @@ class Network:
         self._number += 1
         return self._number
 
-    def new_route(self, line: Line) -> int:
-        route = self.count()
+    def new_route(self, line: Line) -> bytes:
+        route = b"%d" % self.count()
         self.routes[route] = line
         return route
 
@@ -95,7 +104,7 @@ class Network:
         jitter = self.jitter_s if rng.random() < 0.2 else self.jitter_s / 20
         return self.delay_s * (0.5 + rng.random()) + jitter * rng.random()
 
-    def send(self, route: int, message: Carried) -> bool:
+    def send(self, route: bytes, message: Carried) -> bool:
         """From the server to a peer; False when it knows of no such connection."""
         line = self.routes.get(route)
         if line is None:
@@ -126,7 +135,7 @@ class Line:
         self,
         net: Network,
         kind: str,
-        to_server: Callable[[int, Carried], None],
+        to_server: Callable[[bytes, Carried], None],
         to_peer: Callable[[Line, Carried], None],
         *,
         ipc: bool = False,
@@ -134,10 +143,10 @@ class Line:
         self.net, self.kind = net, kind
         self.ipc = ipc
         self.number = net.count()
-        self.route: int | None = None
+        self.route: bytes | None = None
         self.closed = False
         self._cut_until = 0.0
-        self._delivered: dict[int, float] = {}  # until when what a dead server sent arrives
+        self._delivered: dict[bytes, float] = {}  # until when what a dead server sent arrives
         self._receive = (to_server, to_peer)
         self._last = [0.0, 0.0]
         self._held_until = [0.0, 0.0]
@@ -169,7 +178,7 @@ class Line:
         self._last[way] = when
         world.at(when, self._arrive, self.route, way, message)
 
-    def _arrive(self, route: int, way: int, message: Carried) -> None:
+    def _arrive(self, route: bytes, way: int, message: Carried) -> None:
         if route != self.route and self.net.world.now > self._delivered.get(route, -1.0):
             return  # lost with its connection
         if way == UP:
@@ -211,7 +220,7 @@ class Line:
         else:
             self._gone(route)
 
-    def _gone(self, route: int) -> None:
+    def _gone(self, route: bytes) -> None:
         self.net.routes.pop(route, None)
         if self.route == route:
             self.route = None

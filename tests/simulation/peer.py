@@ -17,7 +17,7 @@ from workers.link import follow
 from workers.link.follow import Follow
 
 from .book import Broken, Sample, after_update, samples_of
-from .network import Carried, Network, World
+from .network import Carried, Network, Together, World
 from .process import AT_BOTH, AT_DOOR, AT_LINK, DEAF, Leaves, Process, Waiting
 from .server import LIE, Server, brief, pieces_of
 
@@ -357,7 +357,9 @@ class Client(Process):
     def _read_sub(self) -> bool:
         if not self.inbox["sub"]:
             return False
-        self._held.append(self.inbox["sub"].popleft())
+        carried = self.inbox["sub"].popleft()
+        together = isinstance(carried[0], Together)
+        self._held.extend(carried[0].messages if together else [carried])
         return True
 
     def _next_published(self) -> None:
@@ -365,7 +367,7 @@ class Client(Process):
         if not self._published(*carried):
             self._held.appendleft(carried)
             self._fetch()
-        if len(self._held) > 1:
+        if len(self._held) > self.server.buckets + 1:
             raise Broken(f"{self.name} holds {len(self._held)} messages back")
 
     # ------------------------------------------------------------------ messages

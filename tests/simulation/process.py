@@ -32,7 +32,7 @@ class Process:
     name = "a process"
 
     def __init__(
-        self, world: World, net: Network, to_server: Callable[[int, Carried], None]
+        self, world: World, net: Network, to_server: Callable[[bytes, Carried], None]
     ) -> None:
         self.world, self.net = world, net
         self.alive, self.stopped = True, False

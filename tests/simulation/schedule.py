@@ -1,4 +1,5 @@
-"""Whole runs in virtual time: real `Rounds` and `Follow`, joined by a link that a seed controls.
+"""Whole runs in virtual time: real `Rounds`, `Control` and `Follow`, joined by a link that a seed
+controls.
 
     python -m tests.simulation --seeds 100000        many schedules
     python -m tests.simulation --seed 123 --verbose  one of them, message by message
@@ -37,6 +38,7 @@ from paramserver.protocol import messages as wire
 from paramserver.rounds.coordinator import Rounds, Rules
 from paramserver.rounds.departures import LEFT
 from paramserver.rounds.ledger import UNREAD, Ledger
+from paramserver.server.control import Control
 from workers.link.follow import Follow
 
 from .book import Broken, samples_of
@@ -82,6 +84,7 @@ class Parts:
     """What is under test; a planted fault replaces one of them."""
 
     rounds: type[Rounds] = Rounds
+    control: type[Control] = Control
     follow: type[Follow] = Follow
     worker: type[Worker] = Worker
     observer: type[Observer] = Observer
@@ -137,6 +140,7 @@ class Schedule:
             self.net,
             self.rules,
             self.parts.rounds,
+            self.parts.control,
             buckets=rng.choice((1, 2, 3)),
             history=rng.choice((1, 2, 5)),
             through_wire=seed % 8 == 0,
@@ -224,19 +228,19 @@ class Schedule:
         )
         self.world.say(f"START {peer.name} (pid {self._serial})")
         peer.lost, peer.on_exit = self.lost, lambda why: self._exited(slot, peer)
-        self.server.publish.append(peer.publish)
+        self.server.subscribers.append(peer.publish)
         self.alive.append(peer)
         return peer
 
     def _start_liar(self, seed: int, id: int) -> None:
         kind = self.parts.liar
         liar = kind(self.world, self.net, self.server, id, self.habits.samples, seed)
-        self.server.publish.append(liar.publish)
+        self.server.subscribers.append(liar.publish)
         self.outcome.seen["liar"] += 1
 
     def _exited(self, slot: int, peer: Client) -> None:
         why = peer.exit
-        self.server.publish.remove(peer.publish)
+        self.server.subscribers.remove(peer.publish)
         self.alive.remove(peer)
         self.outcome.seen[why.split(":")[0]] += 1
         fair = why.startswith(FAIR) or (why.startswith(OF_ANOTHER_RUN) and self._given_up)

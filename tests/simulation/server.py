@@ -1,59 +1,142 @@
-"""`Rounds` with what `paramserver.server.server` puts around it, without sockets and tensors.
+"""The shipping `Control` in virtual time: `Server` is its transport, its watcher and its process.
 
-Kept as close to that file as it can be, so that a schedule that fails here names a line there.
+What the server keeps of tensors is kept here as samples, so that the book can say of each of them
+where it went: `Samples` stands in for `paramserver.server.data.Data`.
 """
 
 from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from itertools import count as counter
+from typing import Any
 
 from paramserver.errors import PeerError
 from paramserver.protocol import messages as wire
 from paramserver.rounds import coordinator
 from paramserver.rounds.coordinator import Rounds, Rules
-from paramserver.rounds.effects import (
-    Add,
-    Closed,
-    Effect,
-    Ended,
-    Finish,
-    Publish,
-    Remove,
-    Say,
-    Send,
-    Void,
-)
+from paramserver.rounds.effects import Finish
 from paramserver.rounds.recovery import NOTHING
 from paramserver.rounds.round import REPLICA, Peer, Snapshot
+from paramserver.server.control import Control, Finished
+from paramserver.server.history import Frames, History, Update
 
 from .book import Book, Broken, Gradient, Sample, samples_of
-from .network import Carried, Network, World
+from .network import Carried, Network, Together, World
 
 PULSES_PER_TIMEOUT = 10
 LIAR, LIE = "liar", "a lie"  # host and payloads of one; see `liar`
 PIECES_MOST = 1000
 TICK_S = 0.25
 FETCH_UPDATES = 3  # that make an answer
-FAREWELLS = 3
-
-
-class Update(NamedTuple):
-    step: int
-    messages: list[Carried]
 
 
 class Killed(BaseException):
     """The server's process is no more."""
 
 
-class Server:
-    """Carries out what `Rounds` decides, and keeps the book. Killed and started again, it knows no
-    more than the disk does: `run`, and `noted`, the newest step that it has told anybody of.
+class Samples:
+    """`Data` of samples instead of numbers. Its frames are a message and its payload."""
 
-    `publish` hands a message to every SUB; with `through_wire` each message becomes frames and a
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self.history = History(server.limit, answer=FETCH_UPDATES)
+        self.payloads: dict[tuple[int, int], Gradient] = {}
+        self.sums: dict[int, list[Sample]] = {}
+        self.averages: list[Finished] = []
+        self._due: list[Finished] = []
+        self.models: dict[str, int] = {}  # what each peer's model was when it joined
+        self.voids = 0
+        self._closing = False
+
+    def start(self, layout: wire.Layout) -> str | None:
+        return None
+
+    def share(self, session: str, join: wire.Join) -> str | None:
+        return None
+
+    def located(self, session: str, push: wire.Push, buffers: list[Any]) -> list[Any]:
+        return buffers
+
+    def release(self, session: str, push: wire.Push) -> None:
+        pass
+
+    def push(
+        self, session: str, worker: int, push: wire.Push, buffers: list[Any]
+    ) -> tuple[str | None, float | None]:
+        [gradient] = buffers
+        if gradient == LIE:  # it counts for what its header says
+            if not 0.0 < push.scale < math.inf or push.places:
+                raise PeerError("a payload that does not fit")
+            round_ = self._server.rounds.round
+            assert round_ is not None
+            lease = round_.members[worker].lease
+            gradient = (self._server.book.model, samples_of(lease), True)
+        if not gradient[2]:
+            return f"not all of its numbers are finite (bucket {push.bucket})", None
+        self.payloads[worker, push.bucket] = gradient
+        return None, None
+
+    def drop(self, worker: int, bucket: int) -> None:
+        del self.payloads[worker, bucket]
+
+    def add(self, worker: int, bucket: int, samples: int) -> None:
+        model, added, _ = self.payloads.pop((worker, bucket))
+        if len(added) != samples:
+            raise Broken(f"{len(added)} samples of worker {worker} weigh {samples}")
+        book = self._server.book
+        if model != book.model:
+            raise Broken(f"a gradient of another model goes into step {book.step + 1}")
+        self.sums.setdefault(bucket, []).extend(added)
+
+    def finish(self, finish: Finish) -> None:
+        samples = self.sums.pop(finish.bucket)
+        if len(samples) != finish.samples:
+            raise Broken(f"a sum of {len(samples)} samples is divided by {finish.samples}")
+        average = wire.Average(
+            nonce=self._server.nonce,
+            round=finish.round,
+            step=finish.step,
+            bucket=finish.bucket,
+            absent=finish.absent,
+        )
+        self.averages.append((average, [average, tuple(sorted(samples))]))
+        self._due.append(self.averages[-1])
+
+    def due(self) -> list[Finished]:
+        due, self._due = self._due, []
+        return due
+
+    def close(self, close: wire.Close) -> Update:
+        self._closing = True
+        messages = [*(frames for _, frames in self.averages), [close, None]]
+        update = Update(step=close.step, messages=messages, bytes=1, stamp=0)
+        self.history.add(update)
+        return update
+
+    def forget_round(self, averaged: tuple[int, ...]) -> None:
+        self.voids += not self._closing
+        self._closing = False
+        self.averages = []
+        self.payloads.clear()
+        self.sums.clear()
+
+    def reaches_back_to(self) -> int | None:
+        return self.history.reaches_back_to
+
+    def fetch(self, step: int) -> list[Update]:
+        return self.history.after(step)
+
+    def forget(self, session: str) -> None:
+        self.models.pop(session, None)
+
+
+class Server:
+    """One `Control` after the other, and the book. Killed and started again, it knows no more than
+    the disk does: `run`, and `noted`, the newest step that it has told anybody of.
+
+    `subscribers` get what is published; with `through_wire` each message becomes frames and a
     message again on its way. `look` is the program's: it sees to the observer, and tells whether
     one comes. `lost` is told of closed steps that did not survive a restart.
     """
@@ -64,6 +147,7 @@ class Server:
         net: Network,
         rules: Rules,
         make_rounds: Callable[..., Rounds],
+        make_control: Callable[..., Control],
         *,
         buckets: int,
         history: int,
@@ -74,19 +158,20 @@ class Server:
             tuple(wire.Tensor(f"w{b}", (1,), "float32") for b in range(buckets))
         )
         self.through_wire = through_wire
-        self.publish: list[Callable[[Carried], None]] = []
+        self.subscribers: list[Callable[[Carried], None]] = []
         self.look: Callable[[], bool] = lambda: False
         self.kept = 0  # ends that had to wait for it
         self.disk: set[str] = set()  # lineages of what the observer has written at the end
         self.lost: Callable[[set[str]], None] = lambda lineages: None
         self.deserted: Callable[[], None] = lambda: None
         self.limit = history
+        self.sent_bytes = self.received_bytes = 0
         self.boots = self._runs = 0
         self.dies_at: str | None = None
         self.compares = False  # replicas tell digests of their models
         self.givers: dict[str, list[tuple[Peer, bool]]] = {}
         """By the process of a joiner: who gave; was the liar the only one who could?"""
-        self._make_rounds = make_rounds
+        self._make_rounds, self._make_control = make_rounds, make_control
         self._begin_run()
 
     def _begin_run(self) -> None:
@@ -102,29 +187,42 @@ class Server:
         self.alive, self.stalled = True, False
         self.dies_at = None
         self.ended_at: float | None = None
-        self.voids = 0
         self.nonce = f"server-{self.boots}"
-        count = self.buckets
+        buckets = self.buckets
         self.rounds = self._make_rounds(
-            self.rules, self.nonce, self.world.now, lambda layout: count, recovery=recovery
+            self.rules, self.nonce, self.world.now, lambda layout: buckets, recovery=recovery
         )
-        self._history: deque[Update] = deque()
-        self._averages: list[Carried] = []
-        self._sums: dict[int, list[Sample]] = {}
-        self._payloads: dict[tuple[int, int], Gradient] = {}
-        self._links: dict[int, str] = {}
-        self._routes: dict[str, int] = {}
-        self._doors: dict[str, int] = {}
-        self._secrets: dict[str, str] = {}
-        self._models: dict[str, int] = {}  # what each peer's model was when it joined
-        self._backlog: deque[tuple[int, Carried]] = deque()
-        self._sessions = 0
+        self.data = Samples(self)
+        sessions: Iterator[int] = counter(1)
+        self.control = self._make_control(
+            self.rounds,
+            self.data,
+            self,
+            self,
+            wire.Welcome(
+                protocol=wire.PROTOCOL,
+                run=self.run,
+                nonce=self.nonce,
+                session="",
+                id=0,
+                settings={},
+                pub_port=0,
+            ),
+            observer_key=self.nonce,
+            most_unread=0,
+            new_session=lambda: f"session-{self.boots}-{next(sessions)}",
+        )
+        self._backlog: deque[tuple[bytes, Carried]] = deque()
         self._gave_at = -1  # so many rounds had been opened when the last snapshot began
         self._awaited: dict[int, int] = {}  # by id: rounds in a row that it brought nothing to
         self._passed_on: set[tuple[int, str, int | None]] = set()
         self._told_pieces = (0, 0)  # snapshot, and how many its manifest tells of
         self.world.after(TICK_S, self._tick, self.boots)
         self.world.after(0.0, self._pulse, self.boots)
+
+    @property
+    def voids(self) -> int:
+        return self.data.voids
 
     # ------------------------------------------------------------------ dying and coming back
 
@@ -156,204 +254,40 @@ class Server:
 
     # ------------------------------------------------------------------ what comes in
 
-    def receive(self, route: int, carried: Carried) -> None:
+    def receive(self, route: bytes, carried: Carried) -> None:
         if not self.alive:
             return
         if self.stalled:
             self._backlog.append((route, carried))
             return
         message, payload = carried
+        session = self.control.links.get(route)
         if self.world.talks and not isinstance(message, wire.Beat):
-            session = self._links.get(route)
-            who = self.rounds.peers[session].name if session else f"route {route}"
+            who = self.rounds.peers[session].name if session else f"route {route.decode()}"
             self.world.say(f"    {who} -> server: {brief(message)}")
+        peer = self.rounds.peers[session] if session else None
+        before = peer.state if peer else None
+        if session is not None and isinstance(message, wire.Join):
+            self.data.models[session] = payload
         try:
-            self._heed(route, message, payload)
+            buffers = [] if payload is None else [payload]
+            self.control.receive(route, message, buffers, self.world.now)
         except Killed:
             self.kill()
             return
+        if isinstance(message, wire.Adopted) and peer is not None:
+            adopted = before != peer.state == REPLICA
+            if adopted and not self._all_passed_on(message.snapshot):
+                raise Broken(f"{peer.name} holds a snapshot without all its pieces")
+        if isinstance(message, wire.Digest):
+            self._check_found_wrong()
         self._check_bounds()
-
-    def _heed(self, route: int, message: Any, payload: Any) -> None:
-        try:
-            self._handle(route, message, payload, self.world.now)
-        except PeerError as e:
-            session = self._links.get(route)
-            self._send_raw(route, wire.Reject(f"your message was not understood: {e}"))
-            if session is not None:  # its leaving may close the open round
-                self._carry_out(self.rounds.leave(session, str(e), self.world.now))
 
     def go_on(self) -> None:
         """After a stop, sockets are read before time is looked at."""
         self.stalled = False
         while self._backlog and not self.stalled:
             self.receive(*self._backlog.popleft())
-
-    def _handle(self, route: int, message: Any, payload: Any, now: float) -> None:
-        r = self.rounds
-        match message:
-            case wire.Hello():
-                self._greet(route, message, now)
-                return
-            case wire.Beat():
-                if self._is_from(message):
-                    r.seen(message.session, now)
-                else:
-                    if message.run == self.run:
-                        r.beats_unknown(message.nonce, now)
-                    self._send_raw(route, wire.Greet(session_known=False))
-                return
-            case wire.Probe():
-                self._probe(route, message, now)
-                return
-        session = self._links.get(route)
-        if session is None:
-            self._send_raw(route, wire.Greet())
-            return
-        r.seen(session, now)
-        match message:
-            case wire.Push():
-                self._push(session, message, payload, now)
-            case wire.Fetch():
-                self._fetch(session, message, now)
-            case wire.Join():
-                self._models[session] = payload
-                self._carry_out(r.join(session, message, now))
-            case wire.Ready():
-                self._carry_out(r.ready(session, message, now))
-            case wire.Unreadable():
-                self._carry_out(r.unreadable(session, message.round, now))
-            case wire.Unready():
-                self._carry_out(r.unready(session, now, message.unfinished))
-            case wire.Manifest() | wire.Want() | wire.Piece() | wire.Abort():
-                goal, effects = r.route(session, message, now)
-                if goal is not None:
-                    self._check_passed_on(message)
-                    self._send(goal, message, payload)
-                self._carry_out(effects)
-            case wire.Stand():
-                self._carry_out(r.stands(session, message.step, now, kept=message.kept))
-            case wire.Adopted():
-                before = r.peers[session].state
-                self._carry_out(r.adopted(session, message.snapshot, now))
-                after = r.peers[session].state
-                if before != after == REPLICA and not self._all_passed_on(message.snapshot):
-                    raise Broken(f"{r.peers[session].name} holds a snapshot without all its pieces")
-            case wire.Goodbye():
-                said = (message.reason, now, message.step, message.digest)
-                died = {"failed": message.failed, "lease": message.lease, "error": message.error}
-                self._carry_out(r.leave(session, *said, **died, finished=message.is_done))
-            case wire.Digest():
-                self._carry_out(r.digest(session, message.step, message.digest, now))
-                self._check_found_wrong()
-            case wire.Report():
-                pass  # only the observer's is looked at
-            case _:
-                if r.peers[session].host != LIAR:
-                    raise Broken(f"a {type(message).__name__} is not for the server")
-                raise PeerError(f"a {type(message).__name__} is not for the server")
-
-    def _greet(self, route: int, hello: wire.Hello, now: float) -> None:
-        if self.rounds.coming_back and hello.role == "worker" and hello.run is None:
-            self._send_raw(route, wire.Later(self.rounds.phase(now)))
-            return
-        refuse = ""
-        if self.rounds.ended is not None:
-            refuse = f"the run has ended: {self.rounds.ended.reason}"
-        elif hello.role not in ("worker", "observer"):
-            refuse = f"there is no role {hello.role!r}"
-        elif hello.role == "observer" and hello.key != self.nonce:
-            refuse = "only the observer that this server started may observe"
-        elif hello.run is not None and hello.run != self.run:
-            refuse = f"this server runs {self.run}, you belong to {hello.run}"
-        if refuse:
-            self._send_raw(route, wire.Reject(refuse))
-            return
-        known = next((s for s, d in self._doors.items() if d == route), None)
-        if known is None:
-            self._sessions += 1
-        session = known or f"session-{self.boots}-{self._sessions}"
-        if session not in self.rounds.peers:
-            peer, why, effects = self.rounds.greet(
-                session,
-                now,
-                role=hello.role,
-                id=hello.id,
-                nonce=hello.nonce,
-                host=hello.host,
-                pid=hello.pid,
-                returns=hello.run == self.run,
-                reachable=self._reachable,
-            )
-            self._carry_out(effects)
-            if peer is None:
-                self._send_raw(route, wire.Reject(why))
-                return
-            self._doors[session] = route
-            self._secrets[session] = hello.secret
-        self._send_raw(
-            route,
-            wire.Welcome(
-                protocol=wire.PROTOCOL,
-                run=self.run,
-                nonce=self.nonce,
-                session=session,
-                id=self.rounds.peers[session].id,
-                settings={},
-                pub_port=0,
-            ),
-        )
-
-    def _probe(self, route: int, probe: wire.Probe, now: float) -> None:
-        if not self._is_from(probe):
-            self._send_raw(route, wire.Greet(session_known=False))
-            return
-        old = self._routes.get(probe.session)
-        self._links[route] = probe.session
-        self._routes[probe.session] = route
-        if old is not None and old != route:
-            self._links.pop(old, None)
-            self._carry_out(self.rounds.relinked(probe.session, now))
-        self.rounds.seen(probe.session, now)
-        self._publish(wire.Probe(session=probe.session))
-        self._send(probe.session, self.rounds.pulse(now))
-        if self.rounds.ended is not None:
-            self._send(probe.session, self.rounds.ended)
-
-    def _is_from(self, message: wire.Probe | wire.Beat) -> bool:
-        known = message.session in self.rounds.peers
-        return known and message.secret == self._secrets.get(message.session)
-
-    def _reachable(self, session: str) -> bool:
-        route = self._routes.get(session) or self._doors.get(session)
-        return route is not None and self._send_raw(route, self.rounds.pulse(self.world.now))
-
-    def _push(self, session: str, push: wire.Push, gradient: Gradient, now: float) -> None:
-        why = self.rounds.refusal(session, push)
-        if why is not None:
-            self._send(session, wire.Refused(round=push.round, reason=why))
-            return
-        if gradient == LIE:  # it counts for what its header says
-            assert self.rounds.round is not None
-            member = self.rounds.round.members[self.rounds.peers[session].id]
-            gradient = (self.book.model, samples_of(member.lease), True)
-            if not 0.0 < push.scale < math.inf or push.places:
-                raise PeerError("a payload that does not fit")
-        bad = None if gradient[2] else f"not all of its numbers are finite (bucket {push.bucket})"
-        if bad is None:
-            self._payloads[self.rounds.peers[session].id, push.bucket] = gradient
-        self._carry_out(self.rounds.pushed(session, push, now, bad))
-
-    def _fetch(self, session: str, fetch: wire.Fetch, now: float) -> None:
-        if not self.rounds.knows(fetch.step, fetch.lineage):
-            self._carry_out(self.rounds.behind(session, now))
-            return
-        self.rounds.fetches(session)
-        after = [u for u in self._history if u.step > fetch.step]
-        for update in after[:FETCH_UPDATES]:
-            for carried in update.messages:
-                self._send(session, *carried)
-        self._send(session, wire.Fetched(self.rounds.step, open=self.rounds.open_message()))
 
     # ------------------------------------------------------------------ time
 
@@ -370,14 +304,14 @@ class Server:
         if self.stalled or not self.alive or boot != self.boots:
             return
         try:
-            self._carry_out(self.rounds.tick(self.world.now))
+            self.control.tick(self.world.now)
         except Killed:
             self.kill()
             return
         self._check_bounds()
-        if not self.rounds.coming_back:
-            self.rounds.observer_comes = self.look()
-        if self.rounds.deserted:
+        if self.rounds.put_off:
+            self.kill()
+        elif self.rounds.deserted:
             self._desert()
 
     def _pulse(self, boot: int) -> None:
@@ -385,66 +319,92 @@ class Server:
             return
         self.world.after(self.rules.heartbeat_timeout / PULSES_PER_TIMEOUT, self._pulse, boot)
         if not self.stalled:
-            pulse = self.rounds.pulse(self.world.now)
-            self._publish(pulse)
-            for session in list(self._routes):
-                self._send(session, pulse)
-                if self.rounds.ended is not None:
-                    self._send(session, self.rounds.ended)
+            self.control.pulse(self.world.now)
 
     def stop(self, reason: str) -> None:
         if self.alive:
-            self._carry_out(self.rounds.stop(reason, self.world.now))
-            if self.rounds.put_off:
-                self.kill()
+            self.control.stop(reason)
+            self._look_at_time(self.boots)
 
     def finished(self) -> bool:
         """Has everybody who is alive said goodbye, or had the time to?"""
-        if self.ended_at is None or not self.alive:
-            return False
-        now, silence = self.world.now, self.rules.heartbeat_timeout
-        farewell = {"worker": FAREWELLS * silence, "observer": self.rules.idle_timeout}
-        return all(
-            now - p.last_seen > silence or now - self.ended_at > farewell[p.role]
-            for p in self.rounds.peers.values()
-        )
+        ended = self.ended_at is not None and self.alive
+        return ended and self.control.finished(self.world.now)
 
     # ------------------------------------------------------------------ what goes out
 
-    def _carry_out(self, effects: list[Effect]) -> None:
-        for effect in effects:
-            match effect:
-                case Add():
-                    self._add(effect)
-                case Finish():
-                    self._finish(effect)
-                case Closed():
-                    self._close_round(effect.close)
-                case Publish():
-                    self._publish(effect.message)
-                    if isinstance(effect.message, wire.Open):
-                        self._prompt(self.rounds.deaf | self.rounds.prompted)
-                case Send():
-                    if isinstance(effect.message, wire.Give):
-                        self._check_rounds_go_on()
-                        self._note_giver()
-                    message = effect.message
-                    if isinstance(message, wire.Admit) and message.action == "origin":
-                        self._has_origin(message, self._models[effect.session])
-                    self._send(effect.session, message)
-                case Say():
-                    self.world.say(f"        {effect.text}")
-                case Void():
-                    self.voids += 1
-                    self._forget_round()
-                case Remove():
-                    self._forget_peer(effect.session)
-                case Ended():
-                    self.ended_at = self.world.now
-                    self._check_kept(effect.end)
-                    self._publish(effect.end)
-                    for session in list(self.rounds.peers):
-                        self._send(session, effect.end)
+    def send(self, route: bytes, message: wire.Message, *buffers: Any) -> bool:
+        session = self.control.links.get(route, "")
+        match message:
+            case wire.Give():
+                self._check_rounds_go_on()
+                self._note_giver()
+            case wire.Admit(action="origin"):
+                self._has_origin(message, self.data.models[session])
+            case wire.Manifest() | wire.Want() | wire.Piece():
+                self._check_passed_on(message)
+            case wire.Reject() if message.reason.startswith("your message was not understood"):
+                peer = self.rounds.peers.get(session)
+                if peer is None or peer.host != LIAR:
+                    raise Broken(f"{peer.name if peer else 'somebody'}: {message.reason}")
+        return self.send_kept(route, [message, *(buffers or (None,))])
+
+    def send_kept(self, route: bytes, frames: Frames) -> bool:
+        message, payload = frames
+        return self.net.send(route, (self._encoded(message), payload))
+
+    def publish(self, message: wire.Message) -> None:
+        if isinstance(message, wire.End):
+            self.ended_at = self.world.now
+            self._check_kept(message)
+        self._hand_out((self._encoded(message), None))
+
+    def publish_update(self, averages: list[Finished], close: Frames | None) -> None:
+        messages = [frames for _, frames in averages] + ([] if close is None else [close])
+        carried = [(self._encoded(message), payload) for message, payload in messages]
+        self._hand_out(carried[0] if len(carried) == 1 else (Together(carried), None))
+
+    def waiting(self, route: bytes) -> int:
+        return 0
+
+    def forget(self, route: bytes) -> None:
+        pass
+
+    def _hand_out(self, carried: Carried) -> None:
+        for publish in self.subscribers:
+            publish(carried)
+
+    def _encoded(self, message: wire.Message) -> Any:
+        return wire.from_frames(wire.to_frames(message))[0] if self.through_wire else message
+
+    # ------------------------------------------------------------------ who looks on
+
+    def say(self, text: str, warning: bool = False) -> None:
+        self.world.say(f"        {text}")
+
+    def problem(self, text: str) -> None:
+        pass
+
+    def reported(self, control: Control, report: wire.Report) -> None:
+        pass
+
+    def closing(self, close: wire.Close) -> None:
+        if self.data.sums or self.data.payloads:
+            raise Broken("something was pushed and taken, but is not in the update")
+        self._check_nobody_is_awaited_for_ever(close)
+        self.book.close(close, {a.bucket: (a, samples) for a, (_, samples) in self.data.averages})
+        self._die_if_due("before a close is noted")
+        self.noted = close.lineage
+        self._die_if_due("before a close is told")
+
+    def closed(self, control: Control, close: wire.Close) -> None:
+        self._die_if_due("after a close is told")
+
+    def looked(self, control: Control, now: float) -> None:
+        if not self.rounds.coming_back:
+            self.rounds.observer_comes = self.look()
+
+    # ------------------------------------------------------------------ what is checked
 
     def _check_kept(self, end: wire.End) -> None:
         """While an observer lives, and somebody holds the last step, the end waits until it is on
@@ -464,84 +424,6 @@ class Server:
         elif gone := self.book.go_on(admit.step, admit.lineage, model):
             self.world.say(f"{len(gone)} closed steps are lost")
             self.lost(gone)
-
-    def _add(self, effect: Add) -> None:
-        model, samples, _ = self._payloads.pop((effect.worker, effect.bucket))
-        if len(samples) != effect.samples:
-            raise Broken(f"{len(samples)} samples of worker {effect.worker} weigh {effect.samples}")
-        if model != self.book.model:
-            raise Broken(f"a gradient of another model goes into step {self.book.step + 1}")
-        self._sums.setdefault(effect.bucket, []).extend(samples)
-
-    def _finish(self, effect: Finish) -> None:
-        samples = self._sums.pop(effect.bucket)
-        if len(samples) != effect.samples:
-            raise Broken(f"a sum of {len(samples)} samples is divided by {effect.samples}")
-        average = wire.Average(
-            nonce=self.nonce,
-            round=effect.round,
-            step=effect.step,
-            bucket=effect.bucket,
-            absent=effect.absent,
-        )
-        carried = (average, tuple(sorted(samples)))
-        self._averages.append(carried)
-        self._publish(*carried)
-
-    def _close_round(self, close: wire.Close) -> None:
-        if self._sums or self._payloads:
-            raise Broken("something was pushed and taken, but is not in the update")
-        self._check_nobody_is_awaited_for_ever(close)
-        self.book.close(close, {a.bucket: (a, samples) for a, samples in self._averages})
-        self._die_if_due("before a close is noted")
-        self.noted = close.lineage
-        self._die_if_due("before a close is told")
-        self._publish(close)
-        for session in self.rounds.deaf:
-            for carried in (*self._averages, (close, None)):
-                self._send(session, *carried)
-        self._prompt(self.rounds.prompted)
-        self._die_if_due("after a close is told")
-        self._history.append(Update(close.step, [*self._averages, (close, None)]))
-        while len(self._history) > self.limit:
-            self._history.popleft()
-        self.rounds.forget_before(self._history[0].step - 1)
-        self._forget_round()
-
-    def _forget_round(self) -> None:
-        self._averages = []
-        self._payloads.clear()
-        self._sums.clear()
-
-    def _forget_peer(self, session: str) -> None:
-        self._doors.pop(session, None)
-        self._secrets.pop(session, None)
-        self._models.pop(session, None)
-        route = self._routes.pop(session, None)
-        if route is not None:
-            self._links.pop(route, None)
-
-    def _prompt(self, sessions: set[str]) -> None:
-        for session in sorted(sessions):
-            self._send(session, self.rounds.pulse(self.world.now))
-
-    def _publish(self, message: wire.Message, payload: Any = None) -> None:
-        carried = self._encoded(message), payload
-        for publish in self.publish:
-            publish(carried)
-
-    def _send(self, session: str, message: wire.Message, payload: Any = None) -> None:
-        route = self._routes.get(session) or self._doors.get(session)
-        if route is not None:
-            self._send_raw(route, message, payload)
-
-    def _send_raw(self, route: int, message: wire.Message, payload: Any = None) -> bool:
-        return self.net.send(route, (self._encoded(message), payload))
-
-    def _encoded(self, message: wire.Message) -> Any:
-        return wire.from_frames(wire.to_frames(message))[0] if self.through_wire else message
-
-    # ------------------------------------------------------------------ what is kept
 
     def _check_rounds_go_on(self) -> None:
         """Between two snapshots, where they can: after one that was in vain it is not clear."""
@@ -599,10 +481,10 @@ class Server:
         r = self.rounds
         members = len(r.round.members) if r.round else 0
         kept = (
-            ("updates", len(self._history), self.limit),
+            ("updates", len(self.data.history), self.limit),
             ("lineages", len(r._lineages), self.limit + 1),
-            ("payloads", len(self._payloads), members * self.buckets),
-            ("sums", len(self._sums), self.buckets),
+            ("payloads", len(self.data.payloads), members * self.buckets),
+            ("sums", len(self.data.sums), self.buckets),
             ("peers", len(r.peers), self.rules.max_workers + 1),
             ("digests of goodbyes", len(r.digests), self.rules.max_workers + 1),
             ("disbelieved", len(r._disbelieved), self.rules.max_workers),
@@ -616,9 +498,9 @@ class Server:
             ("sentences", len(r._sentences._told), self.rules.max_workers),
             ("deaf", len(r.deaf | r.prompted), len(r.peers)),
             ("pieces", 0 if r.snapshot is None else len(r.snapshot._wanted), PIECES_MOST),
-            ("links", len(self._links), len(r.peers)),
-            ("routes", len(self._routes), len(r.peers)),
-            ("doors", len(self._doors), len(r.peers)),
+            ("links", len(self.control.links), len(r.peers)),
+            ("routes", len(self.control.routes), len(r.peers)),
+            ("doors", len(self.control.doors), len(r.peers)),
         )
         for what, count, most in kept:
             if count > most:
