@@ -159,13 +159,6 @@ class ForgetsTheLedger(Rounds):
         return super()._become_origin(peer, msgspec.structs.replace(message, ledger=None))
 
 
-class HearsNoBeats(Rounds):
-    """A process that is busy, and beats, is not awaited."""
-
-    def beats_unknown(self, nonce: str, now: float) -> None:
-        pass
-
-
 class EndsBeforeItIsKept(Rounds):
     """The run ends when the observer holds the last step; that it is on disk is taken for sure."""
 
@@ -356,7 +349,6 @@ class ListeningObserver(Listens, Observer):
         (Parts(rounds=AwaitsNobody), "holds step .*, which was lost", 22),
         (Parts(rounds=ForgetsTheLedger), "twice in bucket|samples done", 12),
         (Parts(worker=WelcomedWorker), "of another log|another model than the log", 162),
-        (Parts(rounds=HearsNoBeats), "which was lost|could have come back", 14409),
         (Parts(rounds=EndsBeforeItIsKept), "is on no disk", 0),
         (Parts(rounds=AwaitsNoOtherObserver), "is on no disk", 117),
         (Parts(rounds=WaitsForNobody), "every worker had left, and the run waited on", 42),
