@@ -1,8 +1,7 @@
-"""Memory that was freed stays with the process, so that the next bucket need not fetch it anew.
-
-A round's tensors come and go in the same sizes. By default glibc gives what is freed back to the
-system, and gets it again page by page: that costs ten times as much as the pass over memory that it
-is for. Other allocators, macOS's among them, keep large blocks by themselves.
+"""Makes glibc keep freed memory in the process. A round's tensors come and go in the same sizes. By
+default glibc returns freed memory to the system, and gets it back page by page: that costs ten
+times as much as one pass over the memory. Other allocators, macOS's among them, keep large blocks
+by themselves.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ NEVER = 2**31 - 1
 
 
 def keep_freed() -> None:
-    """From now on, in this process. It never holds more than it did at its highest."""
+    """Keep freed memory from now on, in this process. It never holds more than its peak."""
     if sys.platform != "linux":
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

@@ -1,7 +1,6 @@
-"""Private folders of a running process, and the end of those that a killed one left behind.
-
-A process keeps a lock on each of its folders while it lives. The kernel lets go of it with the
-process, however that ended, so a folder whose lock is free belongs to nobody.
+"""Private folders of a running process, and the removal of those that a killed process left. A
+process holds a lock on each of its folders while it lives. The kernel releases the lock when the
+process ends in any way, so a folder whose lock is free has no owner.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ PREFIX = "paramserver-"
 class PrivateFolder:
     """A new folder in `parent` that only this user may enter; `close` removes it.
 
-    Making one removes those of this user that are nobody's any more. Raises OSError.
+    Making one removes folders of this user that have no owner any more. Raises OSError.
     """
 
     def __init__(self, parent: Path) -> None:
@@ -33,7 +32,7 @@ class PrivateFolder:
         try:
             self._lock = os.open(new, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             locks.take(self._lock)
-            new.rename(self.path / "lock")  # from now on its lock tells whose it is
+            new.rename(self.path / "lock")  # from now on its lock shows that it has an owner
         except OSError:  # a full disk, one without locks
             shutil.rmtree(self.path, ignore_errors=True)
             if self._lock is not None:
@@ -67,7 +66,7 @@ def is_private(path: str) -> bool:
 
 
 def _sweep(folder: Path) -> None:
-    with suppress(OSError):  # it is somebody else's, in use, just being made or removed
+    with suppress(OSError):  # it is another user's, in use, or just being made or removed
         if folder.lstat().st_uid != os.getuid():
             return
         lock = os.open(folder / "lock", os.O_RDWR | os.O_CLOEXEC)

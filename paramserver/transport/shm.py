@@ -1,13 +1,12 @@
 """Memory that processes of one host share, so that numbers need not travel through the kernel.
-
-Between peers on the server's own host only headers go through sockets; a header tells where the
+Between peers on the server's own host only headers go through sockets; a header says where the
 numbers lie. Two kinds, each a file in a private folder of /dev/shm that its maker writes:
 
 * an **outbox** belongs to a worker and holds the buckets on their way up: a few slots, each free or
   not. The worker takes a free one, the server frees it when the numbers are added (or refused). If
   none is free the bucket goes through the socket.
-* a **ring** belongs to the server and holds averages, newest over oldest. Each block is stamped; a
-  reader that was too slow sees another stamp and fetches, as if PUB had dropped the message.
+* a **ring** belongs to the server and holds averages, newest over oldest. Each block has a stamp; a
+  reader that was too slow sees another stamp and sends a Fetch, as if PUB had dropped the message.
 
 Everything works without it (other hosts, other systems, a full /dev/shm, `shared_memory=false`),
 only slower.
@@ -44,7 +43,7 @@ Place = tuple[int, int, int]
 
 
 def shared_folder() -> PrivateFolder | None:
-    """A new private folder for this server's shared memory; None where there is none to be had."""
+    """A new private folder for this server's shared memory; None where there cannot be one."""
     if not SHARED.is_dir() or not hasattr(os, "posix_fallocate"):
         return None
     try:
@@ -54,11 +53,10 @@ def shared_folder() -> PrivateFolder | None:
 
 
 def room(folder: Path) -> int:
-    """Bytes that may still be taken of the shared memory that this folder lies in.
-
-    Half of all that there is stays free for others. Measured with docker's default of 64 MB: two
-    workers, each with a DataLoader of two processes and batches of 3 MB. Beside two outboxes of
-    20 MB one of the workers died ("unable to allocate shared memory"); beside one, all went well.
+    """Bytes of shared memory that this project may still use where this folder lies. Half of the
+    total stays free for others. Measured with docker's default of 64 MB: two workers, each with a
+    DataLoader of two processes and batches of 3 MB. Beside two outboxes of 20 MB one of the workers
+    died ("unable to allocate shared memory"); beside one, all went well.
     """
     try:
         status = os.statvfs(folder)
@@ -86,7 +84,7 @@ class Memory:
         fd = os.open(path, os.O_RDWR | (os.O_CREAT | os.O_EXCL if new else 0), 0o600)
         try:
             if size is not None:
-                os.posix_fallocate(fd, 0, size)  # or else a full memory is a crash, later
+                os.posix_fallocate(fd, 0, size)  # otherwise full memory would be a crash, later
             self.map = mmap.mmap(fd, os.fstat(fd).st_size)
         except (OSError, ValueError) as e:  # ValueError: an empty file
             if new:
@@ -101,21 +99,21 @@ class Memory:
         self._start = self.tensor.data_ptr()
 
     def offset_of(self, buffer: Any) -> int | None:
-        """Where this buffer lies in here; None when it lies elsewhere."""
+        """The offset of this buffer in this memory; None where it lies elsewhere."""
         try:
             offset = ctypes.addressof(ctypes.c_char.from_buffer(buffer)) - self._start
         except TypeError:
-            return None  # it cannot be written, so it is not from here
+            return None  # it is read-only, so it is not from here
         return offset if 0 <= offset < self.size else None
 
 
 class Slot(NamedTuple):
-    """A part of an outbox that was taken for one bucket."""
+    """A slot of an outbox, taken for one bucket."""
 
     tensor: Tensor
     """Its memory, uint8 [nbytes]."""
     place: Place
-    """What to tell the server about it."""
+    """Its place, for the header of the push."""
 
 
 def outbox_path(folder: Path, session: str, number: int) -> Path:
@@ -124,7 +122,7 @@ def outbox_path(folder: Path, session: str, number: int) -> Path:
 
 
 def outbox_bytes(slot_bytes: int) -> int:
-    """The size of an outbox with room for so much in each slot."""
+    """The size of an outbox with slots of this size."""
     return STATES + OUTBOX_SLOTS * (-(-slot_bytes // ALIGN) * ALIGN)
 
 
@@ -155,7 +153,7 @@ class Outbox:
         return FREE not in self._memory.view[:OUTBOX_SLOTS]
 
     def buffer(self, place: Place) -> Any:
-        """The bytes at a place that the worker told; raises ValueError where that cannot be."""
+        """The bytes at a place that a worker sent; raises ValueError for an impossible one."""
         offset, nbytes, slot = place
         start = STATES + slot * self._slot_bytes
         if not (0 <= slot < OUTBOX_SLOTS and offset == start and 0 < nbytes <= self._slot_bytes):
@@ -192,7 +190,7 @@ class Ring:
         return self._memory.tensor[start + ALIGN : start + ALIGN + nbytes]
 
     def _free_up_to(self, stop: int) -> None:
-        """Unstamp the blocks from the head to `stop`, which will be written over."""
+        """Remove the stamps of the blocks from the head to `stop`, which will be written over."""
         while self._live and self._head <= self._live[0][0] < stop:
             start, _, _ = self._live.popleft()
             self._stamps[start // 8] = 0
@@ -208,7 +206,7 @@ class Ring:
         return self._live[0][2] if self._live else self._stamp + 1
 
     def place(self, buffer: Any) -> Place:
-        """What to tell readers about this buffer, which is a block of the ring."""
+        """The place of this buffer, a block of the ring, for a header."""
         offset = self._memory.offset_of(buffer)
         assert offset is not None
         return offset, memoryview(buffer).nbytes, int(self._stamps[(offset - ALIGN) // 8])
@@ -218,7 +216,8 @@ class Ring:
         return self._memory.size
 
     def buffer(self, place: Place) -> Any:
-        """The bytes at a place; what they are worth tells `whole`, before and after reading."""
+        """The bytes at a place; check with `whole`, before and after reading, that they are still
+        the block's."""
         return self._memory.view[place[0] : place[0] + place[1]]
 
     def whole(self, place: Place) -> bool:

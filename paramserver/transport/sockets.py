@@ -28,12 +28,12 @@ from paramserver.errors import UserError
 from paramserver.transport.private_dir import PrivateFolder, is_private
 
 BUCKETS_WAITING = 8
-SMALL_MESSAGES = 64  # room for what is not a bucket
+SMALL_MESSAGES = 64  # room for messages that are not buckets
 HISTORY_MIN_MB = 64.0
 MARK_MAX = 2**31 - 1  # ZeroMQ's own
 FRAME_OVERHEAD = 4096
-MESSAGES_UNREAD = 16_384  # small ones that wait for a peer which does not read
-LARGE_BYTES = 2**16  # of a frame whose way out of this process is followed
+MESSAGES_UNREAD = 16_384  # small ones that wait for a peer that does not read
+LARGE_BYTES = 2**16  # from this size on, `Unread` follows a frame until the kernel has it
 CONNECTIONS = 10_000  # macOS allows 10,240 by default
 ZAP_DOMAIN, ZAP_PLAIN = "paramserver", "paramserver-plain"
 _POLLIN, _NOBLOCK, _SNDMORE = int(zmq.POLLIN), int(zmq.NOBLOCK), int(zmq.SNDMORE)
@@ -41,7 +41,7 @@ _POLLIN, _NOBLOCK, _SNDMORE = int(zmq.POLLIN), int(zmq.NOBLOCK), int(zmq.SNDMORE
 
 @dataclass(frozen=True)
 class ServerKeys:
-    """Curve25519 keys of a server, and the public one of those that it lets in; in Z85."""
+    """Curve25519 keys of a server, and the public key of the workers that it admits; in Z85."""
 
     public: bytes
     secret: bytes = field(repr=False)
@@ -50,14 +50,14 @@ class ServerKeys:
 
 @dataclass(frozen=True)
 class PeerKeys:
-    """What a peer needs where a server has keys: the server's public one and its own; in Z85."""
+    """A peer's keys for a server with CURVE: the server's public key and its own pair; in Z85."""
 
     server: bytes
     secret: bytes = field(repr=False)
 
 
 def context(io_threads: int = 1) -> zmq.Context[zmq.Socket[bytes]]:
-    """A context of one's own; end it with `term()` after closing its sockets."""
+    """A new context; end it with `term()` after closing its sockets."""
     return zmq.Context(io_threads)
 
 
@@ -78,10 +78,9 @@ def _make(
 
 
 def allow_connections() -> None:
-    """Let this process have as many connections as its user may, within reason.
-
-    Out of file descriptors, ZeroMQ's I/O thread turns in circles until one is free: strangers could
-    slow a run by some hundred connections that say nothing.
+    """Raise this process's limit of connections to what its user may have, at most `CONNECTIONS`.
+    Without free file descriptors ZeroMQ's I/O thread spins until one is free: strangers could slow
+    a run by some hundred silent connections.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = CONNECTIONS if hard == resource.RLIM_INFINITY else min(hard, CONNECTIONS)
@@ -95,7 +94,7 @@ def router(ctx: zmq.Context[zmq.Socket[bytes]], frame_bytes_max: int) -> zmq.Soc
     s = _make(ctx, zmq.ROUTER, frame_bytes_max)
     s.setsockopt(zmq.ROUTER_MANDATORY, 1)
     s.setsockopt(zmq.RCVHWM, BUCKETS_WAITING)
-    s.setsockopt(zmq.SNDHWM, MESSAGES_UNREAD)  # what is large is bounded by `Unread`
+    s.setsockopt(zmq.SNDHWM, MESSAGES_UNREAD)  # large frames are bounded by `Unread`
     return s
 
 
@@ -114,7 +113,8 @@ def bind(
     guarded: Sequence[str] = (),
     keys: ServerKeys | None = None,
 ) -> None:
-    """Listen at these endpoints; at the guarded ones, with `keys`, only to those who have theirs.
+    """Listen at these endpoints; the guarded ones, with `keys`, admit only peers with a worker's
+    key.
 
     An endpoint keeps the options that the socket had when it was bound, so plain ones come first.
     Plain ones have a ZAP domain too, although every peer is admitted: ZeroMQ then refuses the
@@ -139,9 +139,9 @@ def bind(
 def mark(history_mb: float, bucket_mb: float) -> int:
     """Messages that a PUB and a SUB each hold for a slow reader: twice what the history keeps.
 
-    For the whole life of a socket: to change the mark of one with connections is not safe. libzmq
-    4.3 tells the other end of a pipe that may be gone already (a crash in its I/O thread), and
-    takes a pipe for full for ever where more was under way than a mark that was lowered.
+    It holds for a socket's whole life: changing the mark of a socket with connections is not safe.
+    libzmq 4.3 may then notify the other end of a pipe that is gone already (a crash in its I/O
+    thread), and blocks a pipe for ever where more was under way than a lowered mark.
     """
     waiting = 2 * math.ceil(max(history_mb, HISTORY_MIN_MB) / bucket_mb)
     return min(SMALL_MESSAGES + waiting, MARK_MAX)
@@ -156,7 +156,7 @@ def dealer(ctx: zmq.Context[zmq.Socket[bytes]]) -> zmq.Socket[bytes]:
 
 
 def subscriber(ctx: zmq.Context[zmq.Socket[bytes]], mark: int) -> zmq.Socket[bytes]:
-    """A peer's SUB, to be connected; `subscribe` tells to what."""
+    """A peer's SUB, to be connected; `subscribe` chooses the topics."""
     s = _make(ctx, zmq.SUB, -1)
     s.setsockopt(zmq.RCVHWM, mark)
     return s
@@ -174,9 +174,8 @@ def connect(s: zmq.Socket[bytes], endpoint: str, keys: PeerKeys | None = None) -
 def monitor(
     ctx: zmq.Context[zmq.Socket[bytes]], s: zmq.Socket[bytes], events: int
 ) -> zmq.Socket[bytes]:
-    """Where ZeroMQ tells these events of `s`, for `zmq.utils.monitor`; before it is connected.
-
-    Without a mark: the I/O thread waits for whoever lets events lie.
+    """A socket that gets these events of `s`, for `zmq.utils.monitor`; make it before `s` is
+    connected. It has no mark, because the I/O thread would wait for a reader that is slow.
     """
     endpoint = f"inproc://monitor.{s.FD}.{id(s)}"
     s.monitor(endpoint, events)
@@ -188,15 +187,15 @@ def monitor(
 
 
 def end_monitor(s: zmq.Socket[bytes], watch: zmq.Socket[bytes]) -> None:
-    """Close what `monitor` returned, before `s` is closed: an I/O thread that has an event to tell
-    and finds nobody there to take it waits for ever, and all of its context with it."""
+    """Close the socket that `monitor` returned, before `s` is closed: an I/O thread with an event
+    for a socket that is not read waits for ever, and its whole context with it."""
     if not s.closed:
         s.disable_monitor()
     watch.close()
 
 
 def subscribe(s: zmq.Socket[bytes], prefix: bytes) -> None:
-    """Hear what begins like this too; PUB sends nothing else."""
+    """Receive messages with this prefix too; PUB sends no others."""
     s.setsockopt(zmq.SUBSCRIBE, prefix)
 
 
@@ -209,10 +208,10 @@ def readable(*sockets: zmq.Socket[bytes]) -> bool:
 def send(
     s: zmq.Socket[bytes], frames: Sequence[Any], *, copy: bool = True, wait: bool = True
 ) -> None:
-    """Send one message; raises `zmq.Again` instead of waiting for room where it shall not `wait`.
-
-    As `send_multipart` and, below, `recv_multipart` do, which take more than twice as long for the
-    few frames that a step is made of: they look at flags and options as members of enumerations.
+    """Send one message; raises `zmq.Again` instead of waiting for room where `wait` is false. It
+    does the same as `send_multipart` (and `receive` the same as `recv_multipart`), which take more
+    than twice as long for the few frames of a step, because they handle flags and options as
+    members of enumerations.
     """
     flags = 0 if wait else _NOBLOCK
     for frame in frames[:-1]:
@@ -221,10 +220,9 @@ def send(
 
 
 class Unread:
-    """How many bytes wait in this process for each peer that they were sent to, by its route.
-
-    ZeroMQ counts messages; an answer may be large. Large frames are followed until they are handed
-    to the kernel, small ones are bounded by the socket's mark.
+    """Counts the bytes that wait in this process for each peer, by its route. (ZeroMQ counts
+    messages, and an answer may be large.) It follows large frames until the kernel has them; the
+    socket's mark bounds small ones.
     """
 
     def __init__(self) -> None:
@@ -232,7 +230,7 @@ class Unread:
 
     def send(self, s: zmq.Socket[bytes], route: bytes, frames: Sequence[Any], *, own: bool) -> None:
         """Send to this peer without waiting; raises as `send`. Where the frames are not the
-        message's `own`, since somebody will write over them, large ones are copied."""
+        message's `own`, because they will be written over, large ones are copied."""
         s.send(route, _NOBLOCK | _SNDMORE)
         for i, frame in enumerate(frames):
             flags = _NOBLOCK if i == len(frames) - 1 else _NOBLOCK | _SNDMORE
@@ -285,8 +283,8 @@ def ipc_endpoints(folder: str) -> tuple[str, str]:
 def ipc_usable(folder: str) -> bool:
     """May this process use these sockets? They must be ours: the folder private and our own.
 
-    Only asked when the dialled address belongs to this host; a file alone proves nothing, since
-    network namespaces and containers may share /tmp.
+    Call it only where the dialled address belongs to this host: the files alone prove nothing,
+    because network namespaces and containers may share /tmp.
     """
     return is_private(folder)
 
@@ -301,14 +299,14 @@ def is_local(host: str) -> bool:
         return True
     try:
         own = {a.address.split("%")[0] for nic in psutil.net_if_addrs().values() for a in nic}
-    except OSError:  # a sandbox that does not let it be asked
+    except OSError:  # a sandbox forbids the question
         return False
     return bool(addresses & own)
 
 
 def towards(host: str) -> str:
-    """The address of this host from which what is sent there leaves; "" where no way leads there.
-    Sends nothing."""
+    """The address of this host that it uses to send there; "" where no route leads there. Sends
+    nothing."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         with socket.socket(family, socket.SOCK_DGRAM) as s:
@@ -327,7 +325,7 @@ def is_loopback(host: str) -> bool:
 
 
 def own_addresses() -> list[str]:
-    """IPv4 addresses of this host, but for loopback."""
+    """IPv4 addresses of this host, without loopback."""
     own = [
         a.address
         for nic in psutil.net_if_addrs().values()
@@ -362,7 +360,7 @@ def _bind_error(endpoint: str, e: zmq.ZMQError) -> UserError:
 
 
 def listener(port: int) -> str:
-    """Who listens at this port, as far as this user may know."""
+    """The program that listens at this port, as far as this user may know."""
     try:
         for c in psutil.net_connections(kind="tcp"):
             if c.status == psutil.CONN_LISTEN and c.laddr and c.laddr.port == port and c.pid:
@@ -375,8 +373,8 @@ def listener(port: int) -> str:
 
 
 def ipc_folder() -> PrivateFolder | None:
-    """A folder for ipc sockets (their paths must be short); None where there is none to be had:
-    no folder for temporary files can be written, or none takes sockets."""
+    """A folder for ipc sockets (their paths must be short); None where no folder for temporary
+    files can be written, or none takes sockets."""
     if not zmq.has("ipc") or os.name != "posix":
         return None
     for parent in _temporary():
@@ -384,7 +382,7 @@ def ipc_folder() -> PrivateFolder | None:
             folder = PrivateFolder(parent)
             try:
                 with socket.socket(socket.AF_UNIX) as s:
-                    s.bind(str(folder.path / "router"))  # a path that is too long is told too
+                    s.bind(str(folder.path / "router"))  # a path that is too long fails here too
                 (folder.path / "router").unlink()
                 return folder
             except OSError:

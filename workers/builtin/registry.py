@@ -1,10 +1,10 @@
-"""From a name in the settings, with its arguments, to the object that they mean.
+"""Makes the object that a name in the settings, with its arguments, stands for.
 
-`model.type`, `dataset.name`, `optimizer`, `scheduler`, `loss` and `metric` are each a name out of a
+`model.type`, `dataset.name`, `optimizer`, `scheduler`, `loss` and `metric` are each a name in a
 table (of ours, or of torch's), or `package.module:Name` for one of your own; every other key beside
-the name is an argument. What is imported must be a subclass of what is wanted, or a function that
-is annotated to return one; and where the name came from the server, it must be this worker's own
-(`workers.builtin.own_code`).
+the name is an argument. An imported object must be a subclass of the wanted class, or a function
+that is annotated to return one. Where the name came from the server, the object must be this
+worker's own code (`workers.builtin.own_code`).
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ def find(
     is_a: str,
     code: OwnCode | None = NOTHING,
 ) -> Any:
-    """What `name` stands for: a row of `known`, or imported where it has a colon.
+    """The object that `name` stands for: a row of `known`, or imported where it has a colon.
 
     `setting` is where the name is written, `wanted` the class (or classes, as for `issubclass`)
-    that must be meant, called `is_a`. `code` is what may be imported; None, anything, where the
-    name is that of who started this process. Raises `UserError`, with the nearest name that there
-    is.
+    that must be meant; a sentence calls it `is_a`. `code` limits what may be imported; None allows
+    any, for names from the user of this process. Raises `UserError`, with the nearest name that
+    there is.
     """
     kinds = f"known: {', '.join(known)}, or package.module:Name for your own"
     if not isinstance(name, str):
@@ -69,7 +69,7 @@ def make(
         return factory(*first, **_as_annotated(factory, arguments))
     except UserError:
         raise
-    except Exception as fault:  # whatever a constructor does, it is the settings that led to it
+    except Exception as fault:  # any exception of a constructor is a fault of the settings
         raise UserError(
             f"{name} cannot be built from these arguments: {told(fault)}", _takes(name, factory)
         ) from fault
@@ -118,7 +118,7 @@ def takes(factory: Callable[..., Any], argument: str) -> bool:
 
 
 def told(fault: BaseException) -> str:
-    """A fault in one line; if it came to pass in somebody's own file, with the place."""
+    """An exception in one line; with file and line where it was raised in a file of the user."""
     text = printable(" ".join(str(fault).split()))
     frames = [
         frame
@@ -140,7 +140,7 @@ def did_you_mean(word: str, known: Iterable[str], rest: str = "") -> str:
 
 
 def _imported(setting: str, name: str, wanted: Any, is_a: str, code: OwnCode | None) -> Any:
-    """What `module:attribute` names, provided that it is, or makes, what is wanted."""
+    """The object at `module:attribute`, which must be or make the `wanted` class."""
     module_name, _, attribute = name.partition(":")
     if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # an installed command does not look there, `python -m` does
@@ -148,7 +148,7 @@ def _imported(setting: str, name: str, wanted: Any, is_a: str, code: OwnCode | N
         code.admit(setting, name)
     try:
         module = importlib.import_module(module_name)
-    except Exception as fault:  # whatever a user's module may do
+    except Exception as fault:  # a user's module may raise anything
         is_absent = isinstance(fault, ModuleNotFoundError) and f"{module_name}.".startswith(
             f"{fault.name}."
         )
@@ -193,7 +193,8 @@ def _fits(value: object, kind: object) -> bool:
 
 
 def _as_annotated(factory: Callable[..., Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """YAML has lists where torch wants tensors: the weights of classes."""
+    """Turn lists of YAML into tensors where the parameter is annotated so: the weights of
+    classes."""
     signature = _signature(factory)
     converted = dict(arguments)
     for key, value in arguments.items():

@@ -1,6 +1,6 @@
 """The worker's training: join, build what the run's settings say, loop over the leases.
 
-It uses the same door as anybody's own loop (`workers.cluster`).
+It uses the same interface as a user's own loop (`workers.cluster`).
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ log = logging.getLogger(__name__)
 
 
 def train(settings: Settings, given: dict[str, object]) -> Cluster:
-    """Take part in a run until it ends; the cluster comes back joined, for the caller to leave.
+    """Take part in a run until it ends; returns the cluster, which the caller leaves.
 
     `settings` are this process's own; the run's come from the server, and `given` (its command
     line) must not contradict them. Raises `UserError`.
     """
     host: str | None = settings.host_ip or address.LOOPBACK
     port: int | None = settings.port
-    if settings.join is not None:  # what a token tells goes before what stands in files
+    if settings.join is not None:  # a token's address takes precedence over one in files
         host = host if "host_ip" in given or host == address.AUTO else None
         port = port if "port" in given else None
     cluster = join(
@@ -84,7 +84,7 @@ def train(settings: Settings, given: dict[str, object]) -> Cluster:
 
 
 class Progress:
-    """A line every few seconds: where this worker stands and how fast it is."""
+    """Logs a line every few seconds: this worker's step and speed."""
 
     def __init__(self) -> None:
         self._samples = self._steps = 0
