@@ -11,7 +11,7 @@ from paramserver.net.link_watch import (
     VARIABLE,
     WINDOW,
     Chosen,
-    Paths,
+    LinkWatch,
     read,
     write,
 )
@@ -22,7 +22,7 @@ CHOSEN = Chosen(2, NEAR, FAR, 100.0 * MB)  # bytes a second
 
 
 def rounds(
-    paths: Paths,
+    watch: LinkWatch,
     count: int,
     *,
     come_s: float,
@@ -36,62 +36,62 @@ def rounds(
     for number in range(1, count + 1):
         for push in range(pushes):
             at, ready = 10.0 * number + push * come_s, 10.0 * number + push * ready_s
-            told += paths.pushed(worker, "worker 2 (mini2)", address, number, ready, MB, at)
+            told += watch.pushed(worker, "worker 2 (mini2)", address, number, ready, MB, at)
     return told
 
 
 def test_another_path_is_told_once() -> None:
-    paths = Paths([CHOSEN])
-    assert rounds(paths, 3, come_s=0.01) == []
-    told = rounds(paths, 3, come_s=0.01, address=OTHER)
+    watch = LinkWatch([CHOSEN])
+    assert rounds(watch, 3, come_s=0.01) == []
+    told = rounds(watch, 3, come_s=0.01, address=OTHER)
     assert len(told) == 1
     assert f"worker 2 (mini2) comes by {OTHER}, not by {NEAR} as make up had chosen" in told[0]
-    assert rounds(paths, 3, come_s=0.01, address="") == []  # ipc
-    assert rounds(paths, 3, come_s=0.01, address=OTHER, worker=3) == []  # nobody chose for it
+    assert rounds(watch, 3, come_s=0.01, address="") == []  # ipc
+    assert rounds(watch, 3, come_s=0.01, address=OTHER, worker=3) == []  # nobody chose for it
 
 
 def test_where_the_system_decides_no_address_is_another_one() -> None:
-    assert rounds(Paths([Chosen(2, None, FAR, 1.0)]), 3, come_s=0.01, address=OTHER) == []
+    assert rounds(LinkWatch([Chosen(2, None, FAR, 1.0)]), 3, come_s=0.01, address=OTHER) == []
 
 
 def test_a_path_that_became_slow_is_told_once_with_both_figures() -> None:
-    paths = Paths([CHOSEN])
-    told = rounds(paths, 3 * ROUNDS, come_s=0.1)  # 10 MB a second
+    watch = LinkWatch([CHOSEN])
+    told = rounds(watch, 3 * ROUNDS, come_s=0.1)  # 10 MB a second
     assert len(told) == 1
     assert "worker 2 (mini2) brings 0.080 Gbit/s, where make up had measured 0.800" in told[0]
-    paths = Paths([Chosen(2, NEAR, FAR, 100.0 * MB, "make doctor")])
-    assert "where make doctor had measured" in rounds(paths, 3 * ROUNDS, come_s=0.1)[0]
+    watch = LinkWatch([Chosen(2, NEAR, FAR, 100.0 * MB, "make doctor")])
+    assert "where make doctor had measured" in rounds(watch, 3 * ROUNDS, come_s=0.1)[0]
 
 
 @pytest.mark.parametrize("count", [ROUNDS - 1, 1])
 def test_a_few_slow_rounds_are_nothing(count: int) -> None:
-    paths = Paths([CHOSEN])
+    watch = LinkWatch([CHOSEN])
     for _ in range(3):
-        assert rounds(paths, count, come_s=0.1) == []
-        assert rounds(paths, 2, come_s=0.01) == []
+        assert rounds(watch, count, come_s=0.1) == []
+        assert rounds(watch, 2, come_s=0.01) == []
 
 
 def test_a_slow_computer_is_no_slow_path() -> None:
-    paths = Paths([CHOSEN])
-    assert rounds(paths, 3 * ROUNDS, come_s=0.1, ready_s=0.09) == []
-    assert rounds(paths, 3 * ROUNDS, come_s=0.1, ready_s=0.02) != []
+    watch = LinkWatch([CHOSEN])
+    assert rounds(watch, 3 * ROUNDS, come_s=0.1, ready_s=0.09) == []
+    assert rounds(watch, 3 * ROUNDS, come_s=0.1, ready_s=0.02) != []
 
 
 def test_a_server_s_link_is_shared_by_those_who_come_over_it() -> None:
     come_s = 1.1 * MB / (FAR_BELOW * CHOSEN.bytes_per_s)
-    assert rounds(Paths([CHOSEN]), 3 * ROUNDS, come_s=come_s) != []
-    two = Paths([CHOSEN, Chosen(3, "10.10.0.3", FAR, CHOSEN.bytes_per_s)])
+    assert rounds(LinkWatch([CHOSEN]), 3 * ROUNDS, come_s=come_s) != []
+    two = LinkWatch([CHOSEN, Chosen(3, "10.10.0.3", FAR, CHOSEN.bytes_per_s)])
     assert rounds(two, 3 * ROUNDS, come_s=come_s) == []
-    apart = Paths([CHOSEN, Chosen(3, "10.20.0.3", "10.20.0.1", CHOSEN.bytes_per_s)])
+    apart = LinkWatch([CHOSEN, Chosen(3, "10.20.0.3", "10.20.0.1", CHOSEN.bytes_per_s)])
     assert rounds(apart, 3 * ROUNDS, come_s=come_s) != []
 
 
 def test_a_round_of_one_push_tells_nothing_of_speed() -> None:
-    assert rounds(Paths([CHOSEN]), 3 * ROUNDS, come_s=9.0, pushes=1) == []
+    assert rounds(LinkWatch([CHOSEN]), 3 * ROUNDS, come_s=9.0, pushes=1) == []
 
 
 def test_what_up_writes_is_what_the_server_reads() -> None:
     assert read({}) is None and read({VARIABLE: ""}) is None and read({VARIABLE: "[{]"}) is None
     assert read({VARIABLE: '[{"worker": "x"}]'}) is None
-    paths = read({VARIABLE: write([CHOSEN])})
-    assert paths is not None and rounds(paths, 1, come_s=0.0, address=OTHER) != []
+    watch = read({VARIABLE: write([CHOSEN])})
+    assert watch is not None and rounds(watch, 1, come_s=0.0, address=OTHER) != []

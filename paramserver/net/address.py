@@ -1,4 +1,4 @@
-"""Where a server listens, where a worker dials, and who needs keys for it."""
+"""The addresses that a server binds and a worker dials, and which of them need keys."""
 
 from __future__ import annotations
 
@@ -15,14 +15,16 @@ from paramserver.transport.sockets import PeerKeys, is_local, is_loopback, own_a
 
 LOOPBACK = "127.0.0.1"
 AUTO = "auto"
-"""As `host_ip`: a server chooses its address by kind, a worker looks for its server."""
+"""This value of `host_ip` makes a server choose its address by kind, and a worker look for its
+server."""
 EVERYWHERE = ("0.0.0.0", "::")
 TOKEN_FILE_BYTES = 4096
 
 
 @dataclass(frozen=True)
 class Address:
-    """A server as a worker reaches it; `keys` where it lets in only those who have them."""
+    """A server as a worker reaches it; with `keys` where the server admits only peers that have
+    them."""
 
     host: str
     port: int
@@ -30,9 +32,9 @@ class Address:
 
 
 def listen(host_ip: str | None, security: str = "curve") -> tuple[list[str], list[str]]:
-    """The addresses for a server to bind: those that are open to all, loopback first, and those
-    where only who has the join token gets in. `host_ip` may be several, with commas; "0.0.0.0" are
-    all that this host has now."""
+    """The addresses for a server to bind: those open to every peer, loopback first, and those that
+    admit only peers with the join token. `host_ip` may hold several, with commas; "0.0.0.0" stands
+    for all that this host has now."""
     given = [host for host in (host_ip or "").split(",") if host]
     others = own_addresses() if set(given) & set(EVERYWHERE) else given
     open_to_all = [LOOPBACK]
@@ -48,12 +50,10 @@ def listen(host_ip: str | None, security: str = "curve") -> tuple[list[str], lis
 def find(
     host: str | None, port: int | None, join: str | None, *, security: str = "curve"
 ) -> Address:
-    """Where the server is that is meant by an address, a join token, or both.
-
-    `join` is a token or the path of a file that holds one; it brings host and port, which go before
-    it where they are given. An address of this host is dialled over loopback, where nothing is
-    needed. Raises `UserError` where another machine is meant and there is no token (or, for
-    ``security="none"``, no need of one).
+    """The server that an address, a join token, or both stand for. `join` is a token or the path of
+    a file that holds one; a given host and port take precedence over the token's. An address of
+    this host becomes loopback, where no keys are needed. Raises `UserError` where the server is on
+    another machine and there is no token, unless `security` is "none".
     """
     token = read(join) if join else None
     host = host or (token.host if token is not None else LOOPBACK)
@@ -73,14 +73,14 @@ def find(
 
 
 def read(join: str) -> JoinToken:
-    """The token that is meant: itself, or in a file. Raises `UserError`."""
+    """The token in this text, or in the file that it names. Raises `UserError`."""
     if jointoken.looks_like_one(join):
         return jointoken.decode(join)
     try:
         path = Path(os.path.expanduser(join))
         with path.open("rb") as file:
             text = file.read(TOKEN_FILE_BYTES).decode("ascii", "replace")
-    except (OSError, ValueError) as error:  # ValueError: not even a file's name
+    except (OSError, ValueError) as error:  # ValueError: not a valid file name either
         why = error.strerror if isinstance(error, OSError) else error
         raise UserError(
             f"join is neither a join token nor a file that can be read: {why}",
@@ -93,5 +93,5 @@ def read(join: str) -> JoinToken:
 
 
 def keys_of(token: JoinToken) -> PeerKeys:
-    """A token's keys, as sockets take them."""
+    """A token's keys, in the form that sockets take."""
     return PeerKeys(server=z85.encode(token.server_key), secret=z85.encode(token.client_secret))

@@ -28,7 +28,7 @@ ROLES = ("server", "worker", "both")
 
 @dataclass(frozen=True)
 class Host:
-    """One machine. `ssh` is whatever the user's own ssh understands."""
+    """One machine. `ssh` is a name or address that the user's own ssh understands."""
 
     name: str
     ssh: str
@@ -38,7 +38,7 @@ class Host:
     device: str | None = None
     threads: int | None = None
     folder: str = "paramserver"  # below the home folder, or absolute
-    python: str | None = None  # that its environment is made with
+    python: str | None = None  # makes its environment
     restart: int = 3  # how often a process that died is started again
 
     @property
@@ -118,7 +118,7 @@ def _host(entry: Any) -> Host:
 
 
 def _problem(host: Host) -> tuple[str, str] | None:
-    """What is wrong with one machine's values, and what to do."""
+    """The fault in one machine's values, and what to do; None where there is none."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", host.name):
         return f"name must be a plain word, got {host.name!r}", "letters, digits, . _ and -"
     if not re.fullmatch(r"[^\s-]\S*", host.ssh):

@@ -1,7 +1,6 @@
-"""Network interfaces: what the systems' tools tell of them, and which path machines take. Pure.
-
-Kinds are told by the hardware, never by the address: a Thunderbolt bridge often has 169.254.x.x,
-but so has many an adapter that leads nowhere.
+"""Network interfaces: reads the output of the systems' tools, and chooses the path between two
+machines. Pure. The hardware decides the kind of an interface, never the address: a Thunderbolt
+bridge often has 169.254.x.x, but so have many adapters without a connection.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from typing import Any
 KINDS = ("thunderbolt", "ethernet", "wifi", "virtual", "other", "loopback")
 """Best first."""
 OFFERED = ("thunderbolt", "ethernet", "wifi")
-"""What is chosen without being asked for: a VPN's or a container's interface is not."""
+"""The kinds that are chosen by default; interfaces of VPNs and containers are not."""
 SPOKEN = {"thunderbolt": "Thunderbolt", "ethernet": "Ethernet", "wifi": "Wi-Fi"}
 
 
@@ -91,7 +90,7 @@ def _kind_on_mac(device: str, flags: str, members: list[str], ports: Mapping[str
         return "loopback"
     if device in ports:
         return ports[device]
-    if members:  # a bridge without a name of its own is what it joins
+    if members:  # a bridge without a hardware port has the kind of its members
         kinds = {ports.get(member, "virtual") for member in members}
         return kinds.pop() if len(kinds) == 1 else "virtual"
     if "POINTOPOINT" in flags or re.match(r"utun|vmenet|vmnet|bridge|awdl|llw|ap\d", device):
@@ -124,13 +123,14 @@ def kind_on_linux(device: str, sysfs: Mapping[str, str]) -> str:
 
 
 def usable(address: str) -> bool:
-    """Can this be dialled as it stands? Link-local IPv6 needs a zone, and is left out."""
+    """Can this address be dialled as it is? Link-local IPv6 needs a zone, and is left out."""
     found = ipaddress.ip_address(address.partition("%")[0])
     return not (found.version == 6 and found.is_link_local) and not found.is_unspecified
 
 
 def choose(own: Sequence[Interface]) -> Interface | None:
-    """The address that a server listens at where nobody says which: by kind, Thunderbolt first.
+    """The address that a server listens at where the settings name none: by kind, Thunderbolt
+    first.
 
     Of one kind the larger MTU, then the first. None where there is nothing but loopback, VPNs and
     containers.
@@ -146,7 +146,7 @@ def _rank(interface: Interface) -> tuple[int, bool, bool, int]:
 
 
 def why(chosen: Interface, own: Sequence[Interface]) -> str:
-    """The sentence that tells of a choice."""
+    """A sentence that explains this choice."""
     others = [str(i) for i in own if i.kind in OFFERED and i != chosen]
     beside = f"; also here: {', '.join(others)}" if others else ""
     return f"listening at {chosen}: the best kind there is{beside}"
@@ -154,7 +154,7 @@ def why(chosen: Interface, own: Sequence[Interface]) -> str:
 
 @dataclass(frozen=True)
 class Path:
-    """How a worker's machine reaches its server's: two addresses that are in one network.
+    """How a worker's machine reaches its server's: two addresses in one network.
 
     `near` is None where the worker's machine has no address in that network: its system decides.
     """
@@ -162,12 +162,12 @@ class Path:
     far: Interface  # the server's end
     near: Interface | None  # the worker's
     pinned: bool = False  # the settings say so
-    bytes_per_s: float | None = None  # from the worker up, as measured
+    bytes_per_s: float | None = None  # from the worker to the server, as measured
     measured_by: str = ""
 
     @property
     def kind(self) -> str:
-        """That of the slower end."""
+        """The kind of the slower end."""
         kinds = [self.far.kind, *([self.near.kind] if self.near else [])]
         return max(kinds, key=KINDS.index)
 
@@ -183,11 +183,10 @@ def paths(
     server_ip: str | None = None,
     worker_ip: str | None = None,
 ) -> list[Path]:
-    """The ways from a worker's machine to its server's, best kind first.
-
-    Addresses that the settings give are taken where the other end can reach them by a network of
-    its own: a machine without a Thunderbolt port must not be sent to a Thunderbolt address. With no
-    network in common, the given address or else the server's best is left to the routes.
+    """The paths from a worker's machine to its server's, best kind first. Addresses in the settings
+    are used where the other end has an address in their network: a machine without a Thunderbolt
+    port must not be sent to a Thunderbolt address. Without a common network, the worker dials the
+    given address, or else the server's best, and the system's routes decide.
     """
     shared = [
         Path(far, near)

@@ -1,14 +1,14 @@
-"""The join token: one word that tells a worker where its server is and lets it in.
+"""The join token: one word with a server's address and the keys that admit a worker.
 
     psaearnxmcqxwzi...   "ps", then in base32 (lower case, no padding):
 
     1 byte    version, 1
     1 byte    length of the address
     2 bytes   port, big-endian
-    32 bytes  the server's public key: nobody else can pose as the server
-    32 bytes  the secret key of the cluster's workers: whoever has it may take part
+    32 bytes  the server's public key: no other program can pose as the server
+    32 bytes  the secret key of the cluster's workers: it admits its holder
     n bytes   the address, ASCII
-    4 bytes   the first of SHA-256 over all that is before: a token that was cut off is noticed
+    4 bytes   the first of SHA-256 over everything before: a token that was cut off is noticed
 
 Letters and digits only, so that a double click takes all of it, and upper case, blanks and line
 breaks, as mails and terminals add them, do no harm. It is a secret: `repr` does not show the keys,
@@ -39,7 +39,7 @@ _HINT = "copy the whole line that `make server` or `make keys` prints on the ser
 
 @dataclass(frozen=True)
 class JoinToken:
-    """What a token tells. Keys are raw bytes of Curve25519, `KEY_BYTES` each."""
+    """The contents of a token. Keys are raw bytes of Curve25519, `KEY_BYTES` each."""
 
     host: str
     port: int
@@ -48,7 +48,7 @@ class JoinToken:
 
 
 def encode(token: JoinToken) -> str:
-    """The token as a word; `decode` is the inverse. Raises `ValueError` where it cannot be one."""
+    """The token as a word; `decode` is the inverse. Raises `ValueError` for an invalid address."""
     host = token.host.encode("ascii")
     if not host or len(host) > 255 or not 0 < token.port < 65536:
         raise ValueError(f"no address for a token: {token.host!r}, port {token.port}")
@@ -60,7 +60,7 @@ def encode(token: JoinToken) -> str:
 
 
 def decode(text: str) -> JoinToken:
-    """What a token tells; a `UserError` says what is wrong with it, without repeating it."""
+    """The contents of a token. Raises `UserError`, which does not repeat the text."""
     word = re.sub(r"[\s\"']+", "", text).lower()
     if not looks_like_one(word):
         raise UserError("this is no join token (they begin with `ps`)", _HINT)
@@ -103,7 +103,7 @@ def looks_like_one(text: str) -> bool:
 
 
 def _bytes(word: str) -> bytes:
-    """As much of it as base32 can be read from."""
+    """The bytes of the longest part that is base32."""
     padded = word.upper() + "=" * (-len(word) % 8)
     try:
         return base64.b32decode(padded)
@@ -112,7 +112,7 @@ def _bytes(word: str) -> bytes:
 
 
 def _length(content: bytes) -> int | None:
-    """Characters of a token that begins like this, if that can be told."""
+    """The length in characters of a token that begins like this; None where that is not known."""
     if len(content) < 2 or content[0] != VERSION:
         return None
     size = _HEAD.size + 2 * KEY_BYTES + content[1] + SUM_BYTES

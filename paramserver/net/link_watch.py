@@ -1,7 +1,6 @@
-"""Did the workers come by the path that was chosen for them, and does it carry what it did then?
-
-`make up` tells the server by its environment (`VARIABLE`). The server shows every
-push to `Paths`, which answers with sentences for a person, each once. No socket and no clock here.
+"""Checks that workers use the path that was chosen for them, and that it is as fast as when it was
+measured. `make up` sets the paths in the server's environment (`VARIABLE`). The server passes every
+push to `LinkWatch`, which returns sentences for a person, each once. Pure: no socket, no clock.
 """
 
 from __future__ import annotations
@@ -13,14 +12,16 @@ from dataclasses import dataclass
 import msgspec
 
 VARIABLE = "PARAMSERVER_PATHS"
-WINDOW = 4  # pushes sent without waiting for anybody's average (`paramserver.protocol.pacing`)
-FAR_BELOW = 0.25  # of its share of what was measured
+WINDOW = (
+    4  # pushes that a worker sends without waiting for an average (`paramserver.protocol.pacing`)
+)
+FAR_BELOW = 0.25  # of its share of the measured speed
 ROUNDS = 5  # in a row
 
 
 class Chosen(msgspec.Struct, frozen=True):
-    """A worker's path: its own address (None: its system decides), the server's, and how many bytes
-    a second came up when it was measured, on a link that was otherwise idle, and by what."""
+    """A worker's path: its own address (None: its system decides), the server's, the bytes a second
+    from worker to server as measured on an idle link, and the kind of the interface."""
 
     worker: int
     near: str | None
@@ -33,19 +34,19 @@ def write(chosen: list[Chosen]) -> str:
     return msgspec.json.encode(chosen).decode()
 
 
-def read(environment: Mapping[str, str]) -> Paths | None:
-    """What this environment tells; None where nothing was chosen."""
+def read(environment: Mapping[str, str]) -> LinkWatch | None:
+    """The paths in this environment; None where there are none."""
     text = environment.get(VARIABLE)
     try:
-        return Paths(msgspec.json.decode(text, type=list[Chosen])) if text else None
-    except msgspec.DecodeError:  # nobody's but `up`'s to write: without it the run goes on as well
+        return LinkWatch(msgspec.json.decode(text, type=list[Chosen])) if text else None
+    except msgspec.DecodeError:  # only `up` writes it, and the run goes on without it
         return None
 
 
 @dataclass
 class _Round:
-    """The first pushes of a worker's round: the time of the first one, ready there and come here,
-    and the same of the last with the bytes after the first."""
+    """The first pushes of a worker's round: when the first was ready there and came here, the same
+    for the last, and the bytes after the first."""
 
     number: int
     ready: float
@@ -56,8 +57,8 @@ class _Round:
     bytes: int = 0
 
 
-class Paths:
-    """The chosen paths, and how they do."""
+class LinkWatch:
+    """The chosen paths, and which of them are slow."""
 
     def __init__(self, chosen: list[Chosen]) -> None:
         self._chosen = {each.worker: each for each in chosen}
@@ -101,8 +102,8 @@ class Paths:
         return told
 
     def _judge(self, chosen: Chosen, name: str, done: _Round) -> list[str]:
-        """Whether this round's pushes were long under way. A worker whose backward is slow has them
-        ready no sooner than they come: that says nothing about its link."""
+        """Were this round's pushes under way for too long? Where a worker's backward is slow, its
+        pushes are ready no sooner than they come, which says nothing about its link."""
         took, computed = done.last_came - done.came, done.last_ready - done.ready
         share = chosen.bytes_per_s / self._sharing[chosen.far]
         waited = done.count > 1 and took > 0 and took > 2 * computed

@@ -1,4 +1,4 @@
-"""What this machine has: interfaces, versions, room, and what may put it to sleep or in the way.
+"""Facts about this machine: interfaces, versions, free memory, sleep settings and firewall.
 
 Runs on every machine of a cluster (`agent`), and in a server that chooses its own address.
 """
@@ -43,7 +43,7 @@ SHARED_DISK = re.compile(
     r"(nfs|cifs|smb|afp|9p|ceph|lustre|gluster|gpfs|beegfs|ocfs|gfs|webdav|afs|coda|virtiofs"
     r"|vboxsf|prl_fs|osxfs|macfuse|fuse\b)"
 )
-"""File systems, by the beginnings of their names, that lie on another machine or may."""
+"""File systems that are, or may be, on another machine, by the beginnings of their names."""
 TOOL_S = 10.0
 CONNECT_S = 1.0
 
@@ -67,7 +67,7 @@ def interfaces() -> list[Interface]:
 
 
 def _sysfs(folder: Path) -> dict[str, str]:
-    """What `kind_on_linux` wants to know."""
+    """The files of a device that `kind_on_linux` reads."""
     found = {}
     for name in ("type", "uevent", "tun_flags"):
         with suppress(OSError):
@@ -85,10 +85,9 @@ def _prefix(netmask: str | None) -> int:
 
 
 def settle(settings: Settings) -> tuple[str | None, str]:
-    """Where a server with these settings listens here, as `host_ip` says it, and a sentence where
-    it chose for itself: with `host_ip: auto`, and with none where `hosts` names other machines.
-
-    Raises `UserError` where it was asked to choose and there is nothing to choose from.
+    """The `host_ip` of a server with these settings on this machine, and a sentence where this
+    function chose it: with `host_ip: auto`, and without `host_ip` where `hosts` names other
+    machines. Raises `UserError` where there is no address to choose.
     """
     machines = hosts.read(settings.hosts)
     others = any(not host.serves and host.ssh != hosts.HERE for host in machines)
@@ -113,8 +112,9 @@ def settle(settings: Settings) -> tuple[str | None, str]:
 
 
 def identity() -> str:
-    """What names this machine under any host name and address; "" where nothing does, as in many
-    containers. A hash: the number itself is nobody's business (machine-id(5))."""
+    """An identifier of this machine, independent of host name and address; "" where there is none,
+    as in many containers. It is a hash, because the machine's number itself is confidential
+    (machine-id(5))."""
     found = ""
     if sys.platform == "darwin":
         told = ask("ioreg", "-rd1", "-c", "IOPlatformExpertDevice")
@@ -126,7 +126,7 @@ def identity() -> str:
 
 
 def is_shared(path: Path) -> bool:
-    """May other machines write to this folder's disk, too? True where nobody can tell."""
+    """May other machines write to this folder's disk, too? True where that is not known."""
     try:
         place = path.resolve()
         mounts = {Path(p.mountpoint): p.fstype.lower() for p in psutil.disk_partitions(all=True)}
@@ -137,7 +137,7 @@ def is_shared(path: Path) -> bool:
 
 
 def ask(*command: str) -> str:
-    """What a tool of the system prints; nothing where it is missing or fails."""
+    """The output of a tool of the system; empty where it is missing or fails."""
     with suppress(OSError, subprocess.SubprocessError):
         done = subprocess.run(
             command,
@@ -155,7 +155,7 @@ def ask(*command: str) -> str:
 
 
 def facts() -> dict[str, Any]:
-    """What `make doctor` asks every machine; plain values, for JSON."""
+    """The facts that `make doctor` collects from every machine; plain values, for JSON."""
     memory = psutil.virtual_memory()
     return {
         "host": socket.gethostname(),
@@ -174,7 +174,7 @@ def facts() -> dict[str, Any]:
 
 
 def pings(address: str) -> bool | None:
-    """Does one ping come back? None where there is no ping to ask."""
+    """Does one ping come back? None where there is no `ping`."""
     if shutil.which("ping") is None:
         return None
     wait = ("-t", "3") if platform.system() == "Darwin" else ("-W", "3")
@@ -182,11 +182,11 @@ def pings(address: str) -> bool | None:
 
 
 def port_holder(port: int) -> str | None:
-    """Who listens at this port on this machine, in words; None if nobody does."""
+    """The program that listens at this port on this machine, in words; None if there is none."""
     if held := sockets.listener(port):
         return held
     with suppress(OSError), socket.create_connection((LOOPBACK, port), CONNECT_S):
-        return f"somebody (sudo lsof -nP -iTCP:{port} tells)"  # macOS tells only root
+        return f"somebody (sudo lsof -nP -iTCP:{port} tells)"  # macOS shows it only to root
     return None
 
 
@@ -210,7 +210,7 @@ def device() -> str:
 
 
 def _sleep() -> str:
-    """Minutes until this machine sleeps when nobody touches it: `never`, `10`, or `unknown`."""
+    """Minutes without input until this machine sleeps: `never`, `10`, or `unknown`."""
     if sys.platform == "darwin":
         for line in ask("pmset", "-g").splitlines():
             words = line.split()

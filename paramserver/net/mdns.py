@@ -1,15 +1,15 @@
-"""A server in the local network says where it is, and a worker finds it (`host_ip: auto`), by mDNS.
+"""A server announces itself in the local network by mDNS, and a worker finds it (`host_ip: auto`).
 
 A server that listens for other machines is announced as a service `_paramserver._tcp.local.` with
 its port, the addresses that it is bound to, and in its TXT record `run`, `protocol` and, where it
 has keys, `key`: the fingerprint of its public one (`jointoken.fingerprint`). mDNS is RFC 6762, such
 services RFC 6763.
 
-Everybody in the network may announce whatever they like, so nothing that was heard is believed: a
-worker with a join token dials what fits the token's fingerprint, and takes an address at which a
-CURVE handshake has proven the token's key: of several the one by the best kind of interface. Mind
-that mDNS is spoken over IPv4 only here. Records are read one by one, not as the newest
-state of a service: whoever announces another one's name must not hide it.
+Any machine in the network can announce anything, so a worker trusts no announcement: with a join
+token it dials the addresses that fit the token's fingerprint, and takes one at which a CURVE
+handshake has proven the token's key; of several, the one by the best kind of interface. Mind that
+mDNS is spoken over IPv4 only here. Records are read one by one, not as the newest state of a
+service: a machine that announces another one's name must not hide that one.
 """
 
 from __future__ import annotations
@@ -39,28 +39,27 @@ from paramserver.transport.handshake import HandshakeMonitor
 from paramserver.transport.sockets import PeerKeys
 
 SERVICE = "_paramserver._tcp.local."
-ASK_FIRST_S, ASK_LAST_S = 1.0, 8.0  # between two questions; doubled from the one to the other
-OTHERS_S = 1.5  # without a token: how long another server may take to answer, too
-BETTER_S = 2.0  # how long another address of the same server may, where that is a better way
+ASK_FIRST_S, ASK_LAST_S = 1.0, 8.0  # between questions; doubles each time
+OTHERS_S = 1.5  # without a token: how long to wait for answers of further servers
+BETTER_S = 2.0  # how long to wait for a better address of the same server
 TURN_S = 0.05
 CANDIDATES = 100  # addresses that are tried in one search
-RECORDS = 1000  # that are kept of what is heard, whoever sends it
+RECORDS = 1000  # that are kept, of all senders together
 _PTR, _IN, _QUERY = 12, 1, 0  # of DNS
 
-logging.getLogger("zeroconf").setLevel(logging.CRITICAL)  # what matters of it is said here
+logging.getLogger("zeroconf").setLevel(logging.CRITICAL)  # errors that matter are reported here
 
 
 # ----------------------------------------------------------------------------------- the server's
 
 
 class Announcement:
-    """A server's, while it lives; `problem` tells where there can be none.
-
-    Nothing here is waited for: a thread of zeroconf's looks for a free name and tells.
+    """Announces a server while it lives; `problem` is set where that fails. No call waits: a thread
+    of zeroconf finds a free name and announces it.
     """
 
     def __init__(self, hosts: Iterable[str], port: int, run: str, key: bytes | None) -> None:
-        """At those of `hosts` that other machines can reach; `key` is the server's public one."""
+        """Announce the `hosts` that other machines can reach; `key` is the server's public key."""
         addresses = sorted({a for host in hosts for a in _reachable(host)})
         self._zeroconf: zeroconf.Zeroconf | None = None
         self._told: Future[object] | None = None
@@ -76,7 +75,7 @@ class Announcement:
             f"{host} {run[:8]}.{SERVICE}",
             port=port,
             properties=text,
-            server=f"paramserver-{run[:8]}.local.",  # the machine's own name is not ours to tell
+            server=f"paramserver-{run[:8]}.local.",  # others may announce the machine's own
             parsed_addresses=addresses,
         )
         try:
@@ -90,7 +89,7 @@ class Announcement:
         self._told = asyncio.run_coroutine_threadsafe(_both(telling), loop)
 
     def problem(self) -> str | None:
-        """What keeps this server from being announced, in a sentence that is told once."""
+        """Why this server cannot be announced, as a sentence, once; else None."""
         if self._told is not None and self._told.done():
             error = self._told.exception()
             if error is None and self._zeroconf is not None and not self._zeroconf.engine.senders:
@@ -101,7 +100,7 @@ class Announcement:
         return told
 
     def close(self) -> None:
-        """Say that the server is gone."""
+        """Announce that the server is gone."""
         if self._told is not None:
             self._told.cancel()
         if self._zeroconf is not None:
@@ -114,7 +113,7 @@ async def _both(telling: Awaitable[Awaitable[object]]) -> None:
 
 
 def _reachable(host: str) -> Iterator[str]:
-    """The addresses of this name or number that mean the same on another machine."""
+    """The addresses of this host that are valid on another machine, too."""
     with suppress(OSError):
         for info in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM):
             found = ipaddress.ip_address(info[4][0])
@@ -145,7 +144,7 @@ def _words(error: BaseException) -> str:
 
 @dataclass(frozen=True)
 class Heard:
-    """An address at which a server says that it is; `key` is a fingerprint, or "" without keys."""
+    """An announced address of a server; `key` is a fingerprint, or "" without keys."""
 
     run: str
     host: str
@@ -157,7 +156,7 @@ class Heard:
 
 
 class _Ear(zeroconf.RecordUpdateListener):
-    """Asks, and puts together what is heard, by whomever."""
+    """Sends questions, and collects the announcements of all machines."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -177,7 +176,8 @@ class _Ear(zeroconf.RecordUpdateListener):
                 self._records.put(update.new)
 
     def ask(self, now: float) -> None:
-        """Ask who is there, if it is time to; without what is known, so that all is told again."""
+        """Ask for servers, if it is time; without a list of known answers, so that all answer
+        again."""
         if now >= self._ask_at:
             question = zeroconf.DNSOutgoing(_QUERY)
             question.add_question(zeroconf.DNSQuestion(SERVICE, _PTR, _IN))
@@ -186,7 +186,7 @@ class _Ear(zeroconf.RecordUpdateListener):
             self._pause_s = min(2 * self._pause_s, ASK_LAST_S)
 
     def news(self) -> list[Heard]:
-        """What was not heard before this call."""
+        """Announcements that are new since the last call."""
         before = len(self._kept)
         while not self._records.empty():
             record = self._records.get()
@@ -203,7 +203,7 @@ class _Ear(zeroconf.RecordUpdateListener):
 
 
 def joined(records: Iterable[zeroconf.DNSRecord]) -> list[Heard]:
-    """Every service that these records can be read as."""
+    """Every service that these records describe."""
     records = list(records)
     texts: dict[str, list[dict[str, str]]] = {}
     hosts: dict[str, list[str]] = {}
@@ -231,7 +231,7 @@ def _text(content: bytes) -> dict[str, str]:
     while content:
         length, content = content[0], content[1:]
         name, _, value = content[:length].partition(b"=")
-        shown = value.decode("ascii", "replace")[:64]  # on a terminal, sooner or later
+        shown = value.decode("ascii", "replace")[:64]  # it may be shown on a terminal
         found[name.decode("ascii", "replace")] = re.sub(r"[^!-~]", "?", shown)
         content = content[length:]
     return found
@@ -239,8 +239,8 @@ def _text(content: bytes) -> dict[str, str]:
 
 @dataclass
 class _Trial:
-    """A connection to an address where the server may be; `rank` is that of the kind of this
-    machine's interface that leads there, the lowest best."""
+    """A connection to an address where the server may be; `rank` is that of this machine's
+    interface towards it, the lowest best."""
 
     door: zmq.Socket[bytes]
     handshake: HandshakeMonitor
@@ -252,7 +252,8 @@ class _Trial:
 
 
 class _Trials:
-    """Connections to addresses where the server may be; `won` is the best that is it."""
+    """Connections to addresses where the server may be; `won` is the best one that is the
+    server's."""
 
     def __init__(self, keys: PeerKeys | None) -> None:
         self._keys = keys
@@ -274,8 +275,8 @@ class _Trials:
         sockets.connect(door, sockets.tcp(host, port), self._keys)
 
     def won(self, now: float, log: logging.Logger) -> tuple[str, int] | None:
-        """An address of the server, once: by the best kind of interface, if several have proven
-        to be its own within `BETTER_S`. Says who turned out to be another one."""
+        """An address of the server, once: by the best kind of interface, if several have proven to
+        be its own within `BETTER_S`. Logs which addresses are another server's."""
         for at, trial in list(self._running.items()):
             try:
                 trial.handshake.check()
@@ -302,8 +303,8 @@ class _Trials:
 
 
 def rank(host: str, own: Sequence[Interface]) -> int:
-    """Of the interface that leads there, by its kind: the lowest is the best. An address of this
-    machine itself is better than all others."""
+    """The rank of the interface towards this host, by its kind: the lowest is the best. An address
+    of this machine itself is better than all others."""
     if sockets.is_local(host):
         return -1
     near = sockets.towards(host)
@@ -311,10 +312,11 @@ def rank(host: str, own: Sequence[Interface]) -> int:
 
 
 class Search:
-    """Looks for a server, in turns: call `look` again and again; as a `with` block.
+    """Looks for a server: call `look` again and again; a context manager.
 
-    With a token it is the one that proves the token's key; the address in it is tried like those
-    that are heard. Without one it is the only one that is heard. Of one `run`, if that is given.
+    With a token it finds the server that proves the token's key, and tries the token's address like
+    announced ones. Without a token it finds the only announced server. With `run`, only a server of
+    that run.
     """
 
     def __init__(
@@ -327,8 +329,8 @@ class Search:
         log: logging.Logger,
     ) -> None:
         """`join` is a token or the path of a file that holds one; `known` an address that is tried
-        in any case, and where the search ends if it is the server's; `log` gets sentences for a
-        person. Raises `UserError`."""
+        in any case, and ends the search if it is the server's; `log` gets sentences for a person.
+        Raises `UserError`."""
         self._token = address.read(join) if join and security != "none" else None
         self._join, self._security, self._run, self._log = join, security, run, log
         self.whose = "the server of this join token" if self._token else "a server"
@@ -362,8 +364,9 @@ class Search:
             self._ear.close()
 
     def look(self, now: float) -> Address | None:
-        """The server's address, once it is known, each one once; does not wait. An address of this
-        host becomes loopback. Raises `UserError` where without a token there are several."""
+        """An address of the server as soon as it is known, each one once; does not wait. An address
+        of this host becomes loopback. Raises `UserError` where without a token there are
+        several."""
         if self._over:
             return None
         if self._ear is not None:
@@ -390,7 +393,7 @@ class Search:
             self._trials.begin(heard.host, heard.port)
 
     def seen(self) -> str:
-        """Who is there, but is not the one, in lines for a person."""
+        """The other servers that were found, as lines for a person."""
         told = [*self._trials.strangers, *(f"{each} is another one" for each in self._others)]
         return "".join(f"\n  {line}" for line in told)
 
@@ -398,7 +401,7 @@ class Search:
 def find(
     join: str | None, *, security: str = "curve", timeout_s: float, log: logging.Logger
 ) -> Address:
-    """Where the server is that `Search` finds. Raises `UserError` where that takes too long."""
+    """The address that `Search` finds. Raises `UserError` where that takes too long."""
     with Search(join, security=security, log=log) as search:
         log.info(f"looking for {search.whose} in the local network (for {timeout_s:g} s)")
         deadline = time.monotonic() + timeout_s
@@ -416,9 +419,8 @@ def find(
 
 
 def only(heard: Sequence[Heard], security: str) -> list[Address]:
-    """The addresses of the only server that was heard, as a worker without a token dials them.
-
-    Raises `UserError` where there are several, or where it takes a token.
+    """The addresses of the only announced server, for a worker without a token. Raises `UserError`
+    where there are several, or where the server needs a token.
     """
     if len({each.run for each in heard}) > 1:
         raise UserError(

@@ -48,11 +48,11 @@ Reject     server -> any  you cannot take part, and why; final
 End        PUB and link   the run is over, and why
 ========== ============== ==================================================================
 
-A peer that breaks these rules is answered with `Reject` and costs only itself.
+The server answers a peer that breaks these rules with `Reject`; no other peer is affected.
 
-Every field has a limit of its own (a number its range, a text, list or dict its length), every
-kind of message one for its header, and a message one for its frames. Who makes sentences out of
-what others said need not count: messages cut their own sentences.
+Every field has a limit of its own (a number its range, a text, list or dict its length), every kind
+of message one for its header, and a message one for its frames. Messages cut sentences that are too
+long, so that their senders need not count.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ KINDS = {
     "count": ("float32", "float64", "int64"),
     "whole": ("bytes",),
 }
-"""What is exchanged, and as what its numbers may be sent; see `Tensor`."""
+"""The kinds of tensors, with the dtypes in which each may be sent; see `Tensor`."""
 
 ITEM_BYTES = {
     "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2,
@@ -91,28 +91,25 @@ DIMENSIONS_MAX = 64
 ELEMENTS_MAX = 2**38  # a terabyte of float32
 PROBLEM_CHARS = 1000
 HEADER_BYTES_MAX = 4 * 2**20  # a layout of some ten thousand parameters; see `header_limit`
-MEASURED_BYTES_MAX = 2**18  # of a dict whose values may be anything, as JSON
+MEASURED_BYTES_MAX = 2**18  # of a dict with values of any kind, as JSON
 BUFFERS_MAX = 16  # that follow one header
 WORKERS_MAX = 1024
 TENSORS_MAX = 2**16
 BUCKETS_MAX = 2**16
-NUMBER_MAX = 2**53  # any JSON reader has it exactly, and a thousand of them fit into 64 bits
-STEP_MAX = 2**48  # at which a run may begin: there are steps after it
+NUMBER_MAX = 2**53  # exact in any JSON reader, and the sum of a thousand fits into 64 bits
+STEP_MAX = 2**48  # at which a run may begin, with room for the steps after it
 SAMPLES_MAX = 2**31 - 1  # of one batch
 REASON_MAX, LATE_MAX = 4000, 200
-LOOKS_MAX, LOOK_CHARS = (
-    64,
-    64,
-)  # parts of samples that are compared, and what each of them is told by
+LOOKS_MAX, LOOK_CHARS = 64, 64  # parts of samples that are compared; text that describes each
 
 Int = Annotated[int, msgspec.Meta(ge=-NUMBER_MAX, le=NUMBER_MAX)]
-"""Python has larger ones, which cost more than they are worth to a peer that means well."""
+"""Python's integers may be larger; no peer needs that, and they cost time."""
 
 Id = Annotated[str, msgspec.Meta(max_length=128)]
-"""What a program made up to name something: nonce, session, run, lineage, digest, key."""
+"""A generated name: nonce, session, run, lineage, digest, key."""
 
 Name = Annotated[str, msgspec.Meta(max_length=255)]
-"""What a person or a system chose: a host, a device, a word of this protocol."""
+"""A chosen name: a host, a device, a word of this protocol."""
 
 Words = Annotated[str, msgspec.Meta(max_length=REASON_MAX)]
 """Sentences for people; see `clip`."""
@@ -127,7 +124,7 @@ Worker = Int
 """A worker's id, as the key of a dict."""
 
 Place = tuple[Int, Int, Int]
-"""Where a buffer lies in shared memory; see `arena.Place`."""
+"""Where a buffer lies in shared memory; see `shm.Place`."""
 
 Places = Annotated[tuple[Place, ...], msgspec.Meta(max_length=BUFFERS_MAX)]
 
@@ -140,15 +137,15 @@ OWN: Lease = (0, 0, 0)
 Leases = Annotated[tuple[Lease, ...], msgspec.Meta(max_length=8)]
 
 LEVELS_MAX = 32
-"""Of lists and dicts in each other, where a message may hold anything."""
+"""Depth of nested lists and dicts where a message may hold anything."""
 Anything = Annotated[dict[Name, Any], msgspec.Meta(max_length=1000)]
-"""A dict of what this module knows nothing of; as JSON at most `MEASURED_BYTES_MAX`."""
+"""A dict whose contents this module does not know; as JSON at most `MEASURED_BYTES_MAX`."""
 
 Shape = Annotated[tuple[Int, ...], msgspec.Meta(max_length=DIMENSIONS_MAX)]
 
 
 def clip(text: str, most: int = REASON_MAX) -> str:
-    """At most so many characters of a sentence, whoever's words are in it."""
+    """A sentence, cut to `most` characters; it may hold words of other programs."""
     return text if len(text) <= most else f"{text[: most - 4]} ..."
 
 
@@ -156,8 +153,9 @@ class Message(msgspec.Struct, frozen=True, tag_field="type", tag=str.lower, kw_o
     """Base of all headers. `type` comes first on the wire: a SUB can subscribe by prefix."""
 
     def _clip(self, *fields: str) -> None:
-        """For `__post_init__`: these fields may hold words of others. Whoever makes or receives the
-        message has them printable and not too long: for terminals, logs, files and pages."""
+        """For `__post_init__`: make these fields, which may hold words of other programs, printable
+        and not too long for terminals, logs, files and pages. So they are at the sender and at the
+        receiver."""
         for field in fields:
             text = getattr(self, field)
             if len(text) > REASON_MAX or not text.isprintable():
@@ -173,7 +171,7 @@ class Tensor(msgspec.Struct, frozen=True, array_like=True):
     dtype: Name
     kind: Name = "grad"
     sent: Name = "float32"
-    """As what its numbers travel and are averaged; `bytes`: they stay as they are."""
+    """The dtype in which its numbers travel and are averaged; `bytes`: they stay as they are."""
 
 
 class Layout(msgspec.Struct, frozen=True):
@@ -185,7 +183,7 @@ class Layout(msgspec.Struct, frozen=True):
         return hashlib.sha256(msgspec.json.encode(self)).hexdigest()[:16]
 
     def problem(self) -> str | None:
-        """What cannot be right about this layout, whoever sent it; None when nothing is wrong."""
+        """The first impossible thing in this layout, as a sentence; None where it is valid."""
         names: set[str] = set()
         elements = 0
         for t in self.tensors:
@@ -243,7 +241,8 @@ class Hello(Message, frozen=True):
     role: Name
     """worker | observer"""
     id: Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)] | None
-    """A worker's number; None: any free one. Who mistypes it gets a sentence of its own."""
+    """A worker's number; None: any free one. For a wrong one the server has a sentence of its
+    own."""
     nonce: Id
     """Made once per process: tells a restarted worker from a second one with the same id."""
     host: Name
@@ -253,8 +252,9 @@ class Hello(Message, frozen=True):
     key: Id = ""
     """Proves that the observer is the one this server started."""
     secret: Id = ""
-    """Made once per process: who greeted with one probes and beats with it. Others may see its
-    session, on PUB. Without one the session is enough."""
+    """Made once per process: a peer that said hello with a secret sends it with its probes and
+    beats, because others may see its session on PUB. For a peer without one the session is
+    enough."""
 
     def __post_init__(self) -> None:
         self._clip("role", "host")
@@ -272,7 +272,7 @@ class Welcome(Message, frozen=True):
     ipc: Path | None = None
     """Folder of the ipc sockets, for peers on the server's own host."""
     shared: Path | None = None
-    """Folder of the memory that such peers may share (`arena`)."""
+    """Folder of the memory that such peers may share (`shm`)."""
 
 
 class Probe(Message, frozen=True):
@@ -283,7 +283,7 @@ class Probe(Message, frozen=True):
 
 class Greet(Message, frozen=True):
     session_known: bool = True
-    """False: this server knows nothing of the session, say hello; else a probe is enough."""
+    """False: this server does not know the session, say hello; else a probe is enough."""
     join: bool = False
     """The link is known, but what was sent before, either way, may be lost: join again."""
 
@@ -293,17 +293,18 @@ class Join(Message, frozen=True):
     step: Annotated[int, msgspec.Meta(ge=-NUMBER_MAX, le=STEP_MAX)]
     lineage: Id
     device: Name
-    """Not used any more: servers of this protocol that are older than that do not do without."""
+    """Not used any more, but older servers of this protocol need it."""
     kind: Words = ""
-    """What rounds as this replica does, in words: equal kinds must have equal digests."""
+    """Device, processor and version of torch: replicas of one kind must have equal digests."""
     recipe: Recipe = ""
-    """What turns an average into weights there, in words: it must be the same everywhere."""
+    """Optimizer, schedule and clipping, in words: they must be the same in all replicas."""
     ledger: Anything | None = None
-    """As of this step: for a server that knows nothing of the log, since it is new or resumes."""
+    """The ledger as of this step, for a server that does not know the log because it is new or
+    resumes."""
     sharing: bool = False
     """This peer reads averages from the server's ring, if there is one when it is admitted."""
     outbox: Int = 0
-    """Number of the outbox that it has made for its pushes; 0: none."""
+    """Number of the outbox that this peer has made for its pushes; 0: none."""
 
     def __post_init__(self) -> None:
         self._clip("device", "kind")
@@ -314,23 +315,24 @@ class Join(Message, frozen=True):
 class Admit(Message, frozen=True):
     action: Name
     """origin: your state is the run's; follow: fetch what you lack; adopt: a snapshot follows;
-    behind: what you lack is not kept any more, join again when you want a snapshot."""
+    behind: the history does not hold what you lack any more, join again when you want a
+    snapshot."""
     step: Int
     lineage: Id
     outbox: bool = True
     """False where the server cannot map the peer's outbox: push through the link."""
     missed: Int = 0
-    """Snapshots in a row that this peer did not get, without those of givers that have shown
-    nothing yet, which may hold nothing."""
+    """Snapshots in a row that this peer did not get, not counting those of givers that have proven
+    nothing yet and may hold nothing."""
 
 
 class Look(msgspec.Struct, frozen=True, array_like=True):
-    """What a part of one sample looks like: `exact` for labels and words, else `rough`."""
+    """A summary of a part of one sample: `exact` for labels and words, else `rough`."""
 
     index: Int
-    """Of the sample in the data set."""
+    """The sample's index in the data set."""
     leaf: Annotated[str, msgspec.Meta(max_length=LOOK_CHARS)]
-    """Where in the sample."""
+    """The part of the sample."""
     exact: Annotated[str, msgspec.Meta(max_length=LOOK_CHARS)]
     rough: Annotated[tuple[float, ...], msgspec.Meta(max_length=8)] = ()
     """Mean, root of the mean square, and some of its numbers."""
@@ -340,19 +342,20 @@ class Ready(Message, frozen=True):
     samples: Annotated[int, msgspec.Meta(ge=-NUMBER_MAX, le=STEP_MAX)]
     batch_size: Int
     own: bool = False
-    """It brings samples of its own: its lease is `OWN`, and its pushes tell how many they are of.
-    Then `samples` is 0."""
+    """This worker brings samples of its own: its lease is `OWN`, and its pushes say how many
+    samples they are of. Then `samples` is 0."""
     least: Annotated[int, msgspec.Meta(ge=1, le=SAMPLES_MAX)] = 1
     """Samples that a lease must have: 2 where the model has statistics over a batch."""
     drop_last: bool = False
-    """The last range of an epoch is not wanted where it is shorter than a batch."""
+    """Do not lease the last range of an epoch where it is shorter than a batch."""
     looks: Annotated[tuple[Look, ...], msgspec.Meta(max_length=LOOKS_MAX)] = ()
-    """Of a few samples: the set must be everywhere the same, in the same order."""
+    """Summaries of a few samples: the set must be the same on all machines, in the same order."""
 
 
 class Unready(Message, frozen=True):
     unfinished: bool = False
-    """It left in the middle of a lease, perhaps because of it: Goodbye would tell so at once."""
+    """It left in the middle of a lease, perhaps because of it; if so, a Goodbye that says so
+    follows at once."""
 
 
 class Later(Message, frozen=True):
@@ -366,7 +369,7 @@ class Reject(Message, frozen=True):
     reason: Words
     hint: Words = ""
     end: End | None = None
-    """The run that was asked for is over: how it ended."""
+    """How the run that the peer asked for has ended."""
 
     def __post_init__(self) -> None:
         self._clip("reason", "hint")
@@ -389,7 +392,7 @@ class Push(Message, frozen=True):
     loss: float | None = None
     """Mean loss over the samples; with the last bucket."""
     ready_s: float = 0.0
-    """When it was ready, by its worker's clock: two of them tell how long it computed between."""
+    """When it was ready, by the worker's clock: the difference of two is the time between them."""
     unread: Annotated[tuple[Int, ...], msgspec.Meta(max_length=TENSORS_MAX)] = ()
     """Places in the lease, in order, of samples that could not be read: `samples` are the others.
     The same in every push of a round."""
@@ -429,7 +432,7 @@ class Open(Message, frozen=True):
     """The step everyone stands at."""
     lineage: Id
     leases: Annotated[dict[Worker, Leases], msgspec.Meta(max_length=WORKERS_MAX)]
-    """By worker id: the lease of this round and, if there is more to do, the one after it."""
+    """By worker id: the lease of this round and, if there are more samples, the one after it."""
 
 
 class Close(Message, frozen=True):
@@ -440,14 +443,14 @@ class Close(Message, frozen=True):
     lineage: Id
     """Names the state after this update; see `next_lineage`."""
     buckets: Annotated[tuple[Int, ...], msgspec.Meta(max_length=BUCKETS_MAX)]
-    """The buckets that have an average. One that nobody contributed to has none."""
+    """The buckets that have an average. A bucket that no worker pushed has none."""
     contributors: Annotated[dict[Worker, Int], msgspec.Meta(max_length=WORKERS_MAX)]
-    """Samples of each worker that put something into this update."""
+    """Samples by worker, of those with at least one bucket in this update."""
     late: Annotated[
         dict[Worker, Annotated[str, msgspec.Meta(max_length=LATE_MAX)]],
         msgspec.Meta(max_length=WORKERS_MAX),
     ]
-    """Members that are not in it, or not with everything, and why."""
+    """Members that miss the update, wholly or in part, with the reason."""
     loss: float | None
     seconds: float
     """From the opening of the round to its close."""
@@ -459,7 +462,7 @@ class Close(Message, frozen=True):
         dict[Worker, Annotated[tuple[Int, ...], msgspec.Meta(max_length=BUCKETS_MAX)]],
         msgspec.Meta(max_length=WORKERS_MAX),
     ] = {}
-    """Of contributors that are not in it with everything: the buckets that are."""
+    """For contributors with a part of their buckets in the update: these buckets."""
 
     def __post_init__(self) -> None:
         self._clip("reason")
@@ -481,7 +484,7 @@ class Fetched(Message, frozen=True):
 class Stand(Message, frozen=True):
     step: Int
     kept: bool = False
-    """The run is ending, and what is to stay of this step is on disk, or cannot be written."""
+    """The run is ending, and this step's files are on disk, or cannot be written."""
 
 
 class Digest(Message, frozen=True):
@@ -541,13 +544,14 @@ class Beat(Message, frozen=True):
     session: Id
     run: Id = ""
     nonce: Id = ""
-    """Of the Hello: a server that was started again knows by these who may come back."""
+    """The nonce of the Hello: a server that was started again learns from it which processes may
+    come back."""
     secret: Id = ""
     """Of the Hello."""
 
 
 class Phase(StrEnum):
-    """What the server is doing or waiting for, as programs tell it apart."""
+    """What the server is doing or waiting for, for programs."""
 
     RETURNING = "returning"
     """It was started again, and waits for the replicas of its run to come back."""
@@ -556,9 +560,9 @@ class Phase(StrEnum):
     TRAINING = "training"
     """A round is open."""
     SNAPSHOT = "snapshot"
-    """A replica takes a snapshot; no round is open meanwhile."""
+    """A replica takes a snapshot, and no round is open."""
     PAUSED = "paused"
-    """No round is open, for want of workers, of samples, or of one that holds the state."""
+    """No round is open, because workers, samples, or a replica with the state are missing."""
     ENDING = "ending"
     """No more rounds are opened."""
     ENDED = "ended"
@@ -574,7 +578,7 @@ class Pulse(Message, frozen=True):
     closed: Int | None = None
     """Newest round that is over."""
     sent_bytes: Int = 0
-    """By the server to all, since it started; and what it received."""
+    """Bytes that the server has sent and received since it started."""
     received_bytes: Int = 0
     ending: bool = False
     """No more rounds; the run ends as soon as the observer has kept the newest step."""
@@ -586,7 +590,7 @@ class Pulse(Message, frozen=True):
 
     @property
     def trains(self) -> bool:
-        """Is a round open? An older server tells it in its sentence only."""
+        """Is a round open? An older server says so only in its sentence."""
         return (self.doing or self.phase) == Phase.TRAINING
 
 
@@ -621,21 +625,21 @@ class Goodbye(Message, frozen=True):
     step: Int = 0
     digest: Id = ""
     failed: Name = ""
-    """It died of an error of its own in the middle of a lease: load, forward or backward."""
+    """Where in a lease an error of its own ended it: load, forward or backward."""
     lease: Lease | None = None
-    """And which."""
+    """That lease."""
     error: bool = False
-    """It does not leave in order: an exception ends it, which is the reason."""
+    """An exception ends it, which is the reason; it does not leave in order."""
     finished: bool | None = None
-    """It is done with all that it had. None where the peer is older than this field: then
-    `FINISHED` as the reason says so."""
+    """It has finished all its work. None where the peer is older than this field: then the reason
+    `FINISHED` says so."""
 
     def __post_init__(self) -> None:
         self._clip("reason", "digest")
 
     @property
     def is_done(self) -> bool:
-        """Did it leave because it is done?"""
+        """Did it leave because its work is done?"""
         return self.reason == FINISHED if self.finished is None else self.finished
 
 
@@ -647,7 +651,7 @@ class End(Message, frozen=True):
     error: bool = False
     """The run did not end as it should: peers exit with an error too."""
     stopped: bool = False
-    """Somebody ended it, in order, before its samples were done."""
+    """A person ended it, in order, before its samples were done."""
 
     def __post_init__(self) -> None:
         self._clip("reason")
@@ -701,8 +705,8 @@ def from_frames(frames: Sequence[Any]) -> tuple[Any, list[Any]]:
 
 
 def header_limit(header: Any) -> int:
-    """How many bytes a header may have that begins like this, by its kind. A large one names its
-    kind first, as all do that this module makes."""
+    """The largest size of a header with this beginning, by its kind. Every header that this module
+    makes names its kind first, which a large one must do."""
     begin = bytes(header[:40])
     kind = begin.split(b'"')[3] if begin.startswith(b'{"type":"') else b""
     return _limits.get(kind, USUAL_HEADER_BYTES_MAX)
@@ -712,8 +716,9 @@ _limits = {str(kind.__struct_config__.tag).encode(): n for kind, n in HEADER_LIM
 
 
 def _check_depth(message: Any) -> None:
-    """What may hold anything is not nested deeper than it may be; raises ValueError. How deep the
-    decoder goes depends on the version of Python; whoever handles the values may go less deep."""
+    """Raise ValueError where a field that may hold anything is nested too deeply. The decoder's own
+    limit depends on the version of Python, and code that handles the values may have a lower
+    one."""
     if not isinstance(message, Welcome | Join | Close):
         return
     level: list[Any] = [getattr(message, field, None) for field in ("settings", "ledger")]
@@ -730,7 +735,7 @@ def _check_depth(message: Any) -> None:
 
 
 def _measure(message: Any) -> None:
-    """What may hold anything is not larger than it may be; raises ValueError."""
+    """Raise ValueError where a field that may hold anything is too large."""
     for field in ("settings", "ledger"):
         size = len(_encoder.encode(getattr(message, field, None)))
         if size > MEASURED_BYTES_MAX:
@@ -751,7 +756,7 @@ def join(messages: Sequence[Sequence[Any]]) -> list[Any]:
 
 
 def split(frames: Sequence[Any]) -> list[Sequence[Any]]:
-    """The messages that `join` has put into one."""
+    """The messages that `join` has combined."""
     cuts = [-1, *(i for i, frame in enumerate(frames) if not len(frame)), len(frames)]
     return [frames[start + 1 : stop] for start, stop in pairwise(cuts)]
 

@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 
 class Pacer(Generic[T]):
-    """The pushes of one round that wait to be sent, in their order."""
+    """Holds back the pushes of one round, in their order."""
 
     def __init__(self, window: int = WINDOW, patience_s: float = STALLED_S) -> None:
         self._window = window
@@ -43,18 +43,18 @@ class Pacer(Generic[T]):
         return forgotten
 
     def add(self, bucket: int, push: T, now: float) -> None:
-        """A push that is complete."""
+        """Add a push that is complete."""
         if not self._under_way:
             self._moved_at = now
         self._waiting.append((bucket, push))
 
     def averaged(self, bucket: int, now: float) -> None:
-        """The average of a bucket has come."""
+        """Note that the average of a bucket has come."""
         self._under_way.discard(bucket)
         self._moved_at = now
 
     def due(self, now: float) -> list[T]:
-        """The pushes that may be sent now; they are under way then."""
+        """The pushes that may be sent now; from then on they count as under way."""
         if self._waiting and now - self._moved_at > self._patience_s:
             self._hurry = True
         found = []

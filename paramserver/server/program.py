@@ -185,7 +185,7 @@ def _serve(
             settings, record.settings, show,
             hosts=hosts, run=run, observer_key=key, recovery=noted,
             guarded=guarded, keys=None if keys is None else keys.for_server(),
-            paths=link_watch.read(os.environ),
+            link_watch=link_watch.read(os.environ),
         )  # fmt: skip
     except UserError:
         folder.close()

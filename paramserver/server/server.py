@@ -19,7 +19,7 @@ from typing import Any
 import zmq
 
 from paramserver.errors import PeerError
-from paramserver.net.link_watch import Paths
+from paramserver.net.link_watch import LinkWatch
 from paramserver.protocol import messages as wire
 from paramserver.rounds.coordinator import Rounds, Rules
 from paramserver.server.control import Control, Finished, Watcher
@@ -44,9 +44,9 @@ class Server:
 
     `settings` are the run's; `to_send` is what workers get of them in the welcome. `hosts` are the
     addresses to bind, `guarded` those where only holders of `keys` get in. `observer_key` is what
-    the observer that belongs to this server shows. `paths` are those that workers were told to
-    take. `recovery`: the run's server died, having noted this step (its lineage, see `Recovery`).
-    Raises `UserError` where an address cannot be bound.
+    the observer that belongs to this server shows. `link_watch` checks the paths that workers were
+    told to take. `recovery`: the run's server died, having noted this step (its lineage, see
+    `Recovery`). Raises `UserError` where an address cannot be bound.
 
     To `control` it is the `Transport`.
     """
@@ -63,12 +63,12 @@ class Server:
         recovery: str | None = None,
         guarded: Sequence[str] = (),
         keys: sockets.ServerKeys | None = None,
-        paths: Paths | None = None,
+        link_watch: LinkWatch | None = None,
     ) -> None:
         self.settings = settings
         self.sent_bytes = 0
         self._came_bytes = 0  # through sockets
-        self._paths = paths
+        self._link_watch = link_watch
         bucket_mb = settings.bucket_size_mb
         nonce = uuid.uuid4().hex
         self.rounds = Rounds(
@@ -219,16 +219,21 @@ class Server:
             self.control.refuse(route, e, now)
             return
         self.control.receive(route, message, buffers, now)
-        if self._paths is not None and isinstance(message, wire.Push):
-            self._look_at_path(self._paths, route, message, frames, now)
+        if self._link_watch is not None and isinstance(message, wire.Push):
+            self._look_at_path(self._link_watch, route, message, frames, now)
 
     def _look_at_path(
-        self, paths: Paths, route: bytes, push: wire.Push, frames: list[zmq.Frame], now: float
+        self,
+        link_watch: LinkWatch,
+        route: bytes,
+        push: wire.Push,
+        frames: list[zmq.Frame],
+        now: float,
     ) -> None:
         peer = self.rounds.peers.get(self.control.links.get(route, ""))
         if peer is not None:
             address, size = sockets.sender(frames[-1]), sum(map(len, frames[1:]))
-            for sentence in paths.pushed(
+            for sentence in link_watch.pushed(
                 peer.id, peer.name, address, push.round, push.ready_s, size, now
             ):
                 self.control.watcher.say(sentence, warning=True)
