@@ -1,7 +1,8 @@
 """A language for scripts of events: each event of `Rounds` is a line, and so is each effect.
 
 `Run` drives a real `Rounds`. Its methods are the events, told by worker number (0 is the observer),
-and return the effects in words, so that a test reads as a talk:
+and return the effects in words, so that a test reads as a talk; `Run.handle` takes any event and
+returns the effects themselves:
 
     assert run.push(2, 0) == ["add 2.0 x10", "average 1.0 of 20"]
 
@@ -23,12 +24,25 @@ from paramserver.rounds.effects import (
     Effect,
     Ended,
     Finish,
+    PassOn,
     Publish,
     Remove,
     Say,
     Send,
     Start,
     Void,
+)
+from paramserver.rounds.events import (
+    Dropped,
+    Event,
+    Greeted,
+    Heard,
+    Pushed,
+    PushRefused,
+    Relinked,
+    Stop,
+    Tick,
+    Told,
 )
 from paramserver.rounds.ledger import Ledger
 
@@ -54,6 +68,8 @@ def told(effect: Effect) -> str:
     match effect:
         case Send():
             return f"{effect.session} <- {message(effect.message)}"
+        case PassOn():
+            return f"{effect.session} <- {type(effect.message).__name__} as it came"
         case Publish():
             return f"all <- {message(effect.message)}"
         case Start():
@@ -138,6 +154,19 @@ class Run:
 
     # ------------------------------------------------------------------ events
 
+    def handle(self, event: Event) -> list[Effect]:
+        """Any event, and the effects as they are."""
+        effects = self.rounds.handle(event, self.now)
+        self.closes += [e.close for e in effects if isinstance(e, Closed)]
+        return effects
+
+    def happens(self, event: Event) -> list[str]:
+        return [told(e) for e in self.handle(event)]
+
+    def tells(self, who: int, message: Any, life: str = "") -> list[str]:
+        """A message on its link."""
+        return self.happens(Told(session(who, life), message))
+
     def hello(
         self,
         who: int | None,
@@ -148,24 +177,15 @@ class Run:
         reachable: bool = True,
     ) -> list[str]:
         name = session(1 if who is None else who, life)
-        peer, why, effects = self.rounds.greet(
-            name,
-            self.now,
-            role="worker" if who != 0 else "observer",
-            id=who,
-            nonce=nonce or f"process of {name}",
-            host="pi",
-            pid=100,
-            returns=returns,
-            reachable=lambda session: reachable,
-        )
-        assert (peer is None) == bool(why)
-        return self._out(effects) + ([f"no: {why}"] if why else [])
+        role = "worker" if who != 0 else "observer"
+        greeting = Greeted(name, role, who, nonce or f"process of {name}", "pi", 100, returns)
+        why = self.rounds.declines(greeting, self.now, lambda session: reachable)
+        return self.happens(greeting) if why is None else [f"no: {why}"]
 
     def join(self, who: int, life: str = "", **join: Any) -> list[str]:
         name = session(who, life)
         join = {"layout": LAYOUT, "step": 0, "lineage": f"fresh {name}", "device": "cpu", **join}
-        return self._out(self.rounds.join(name, wire.Join(**join), self.now))
+        return self.tells(who, wire.Join(**join), life)
 
     def follows(self, who: int, life: str = "") -> list[str]:
         """Join with the newest state."""
@@ -180,25 +200,28 @@ class Run:
         own: bool = False,
         **ready: Any,
     ) -> list[str]:
-        message = wire.Ready(samples=samples, batch_size=batch, own=own, **ready)
-        return self._out(self.rounds.ready(session(who, life), message, self.now))
+        return self.tells(
+            who, wire.Ready(samples=samples, batch_size=batch, own=own, **ready), life
+        )
 
     def unready(self, who: int, unfinished: bool = False) -> list[str]:
-        return self._out(self.rounds.unready(session(who), self.now, unfinished))
+        return self.tells(who, wire.Unready(unfinished))
 
     def push(
         self, who: int, *buckets: int, life: str = "", bad: str = "", **push: Any
     ) -> list[str]:
         """Push these buckets of this worker's lease in the open round, or all of them."""
         effects: list[str] = []
+        name = session(who, life)
         for bucket in buckets or range(self.buckets):
             header = self.header(who, bucket, **push)
-            why = self.rounds.refusal(session(who, life), header)
+            why = self.rounds.refusal(name, header)
             if why is not None:
+                answer = Send(name, wire.Refused(round=header.round, reason=why))
+                assert self.handle(PushRefused(name, header, why)) == [answer]
                 effects.append(f"refused: {why}")
             else:
-                name = session(who, life)
-                effects += self._out(self.rounds.pushed(name, header, self.now, bad or None))
+                effects += self.happens(Pushed(name, header, bad or None))
         return effects
 
     def header(self, who: int, bucket: int, **push: Any) -> wire.Push:
@@ -212,14 +235,21 @@ class Run:
         return wire.Push(**{**usual, **push})
 
     def relinked(self, who: int) -> list[str]:
-        return self._out(self.rounds.relinked(session(who), self.now))
+        return self.happens(Relinked(session(who)))
 
     def behind(self, who: int) -> list[str]:
-        return self._out(self.rounds.behind(session(who), self.now))
+        """It asks for what follows a state that is not kept."""
+        return self.tells(who, wire.Fetch(step=-1, lineage="long ago"))
 
     def leave(self, who: int, reason: str = "it was stopped", **died: Any) -> list[str]:
-        done = wire.Goodbye(reason).is_done
-        return self._out(self.rounds.leave(session(who), reason, self.now, **died, finished=done))
+        return self.tells(who, wire.Goodbye(reason, **died))
+
+    def drop(self, who: int, reason: str, *, error: bool = False) -> list[str]:
+        """The server lets it go."""
+        return self.happens(Dropped(session(who), reason, error))
+
+    def heard(self, who: int, life: str = "") -> None:
+        assert self.handle(Heard(session(who, life))) == []
 
     def lease(self, who: int) -> Lease:
         """That of this worker in the open round."""
@@ -236,8 +266,9 @@ class Run:
         """The snapshot has no pieces."""
         snap = self.rounds.snapshot
         if snap is not None and snap.number == number and snap.pieces is None:
-            self.rounds.route(snap.giver, self.manifest(), self.now)
-        return self._out(self.rounds.adopted(session(who, life), number, self.now))
+            self.handle(Told(snap.giver, self.manifest()))
+        at = {"step": self.rounds.step, "lineage": self.rounds.lineage}
+        return self.tells(who, wire.Adopted(number, **at), life)
 
     def manifest(self, *sizes: int, **fields: Any) -> wire.Manifest:
         """Of the snapshot under way: tensors of these sizes, in bytes; a piece has 10."""
@@ -253,24 +284,27 @@ class Run:
         return wire.Manifest(**{**usual, **fields})
 
     def route(self, who: int, m: Any) -> tuple[str | None, list[str]]:
-        goal, effects = self.rounds.route(session(who), m, self.now)
-        return goal, self._out(effects)
+        """Part of a snapshot: to whom it goes on, and the other effects."""
+        effects = self.handle(Told(session(who), m))
+        goals = [e.session for e in effects if isinstance(e, PassOn) and e.message is m]
+        rest = [told(e) for e in effects if not isinstance(e, PassOn)]
+        return (goals[0] if goals else None), rest
 
     def digest(self, who: int, step: int, digest: str) -> list[str]:
-        return self._out(self.rounds.digest(session(who), step, digest, self.now))
+        return self.tells(who, wire.Digest(step, digest))
 
     def stands(self, who: int, step: int, *, kept: bool = False) -> list[str]:
-        return self._out(self.rounds.stands(session(who), step, self.now, kept=kept))
+        return self.tells(who, wire.Stand(step, kept))
 
     def stop(self, reason: str = "Ctrl-C", *, error: bool = False) -> list[str]:
-        return self._out(self.rounds.stop(reason, self.now, error=error))
+        return self.happens(Stop(reason, error))
 
     def tick(self, now: float, *alive: int) -> list[str]:
         """Time passes; `alive` are heard just before."""
         self.now = now
         for who in alive:
-            self.rounds.seen(session(who), now)
-        return self._out(self.rounds.tick(now))
+            self.heard(who)
+        return self.happens(Tick())
 
     # ------------------------------------------------------------------ short cuts
 
@@ -300,7 +334,7 @@ class Run:
 
     def all_seen(self) -> None:
         for name in self.rounds.peers:
-            self.rounds.seen(name, self.now)
+            self.handle(Heard(name))
 
     @property
     def ledger(self) -> Ledger:
@@ -312,7 +346,3 @@ class Run:
         state = self.ledger.state()
         names = ", ".join(f"{state[k]} {k}" for k in ("done", "partly", "skipped"))
         return f"{names}; waiting {spans(self.ledger._waiting)}"
-
-    def _out(self, effects: list[Effect]) -> list[str]:
-        self.closes += [e.close for e in effects if isinstance(e, Closed)]
-        return [told(e) for e in effects]

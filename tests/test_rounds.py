@@ -16,6 +16,18 @@ from paramserver.protocol import messages as wire
 from paramserver.protocol.messages import Lease
 from paramserver.rounds.coordinator import Rounds, Rules
 from paramserver.rounds.effects import Add, Finish, Say, Send
+from paramserver.rounds.events import (
+    Alive,
+    Event,
+    Forgotten,
+    Greeted,
+    Heard,
+    Pushed,
+    PushRefused,
+    Relinked,
+    Tick,
+    Told,
+)
 from paramserver.rounds.ledger import UNREAD, Ledger, Lost
 from paramserver.rounds.round import REPLICA, Vain
 
@@ -61,8 +73,8 @@ def test_the_run_ends_when_all_who_brought_samples_have_finished() -> None:
 
 def test_that_somebody_has_finished_is_not_read_off_its_reason() -> None:
     run = of_their_own(1, 2)
-    run.rounds.leave("w1", "that is all", run.now, finished=True)
-    run.rounds.leave("w2", "my last batch", run.now, finished=True)
+    run.leave(1, "that is all", finished=True)
+    run.leave(2, "my last batch", finished=True)
     assert run.rounds.ended is not None
     assert run.rounds.ended.reason == "every worker has finished"
 
@@ -153,10 +165,28 @@ def test_without_an_observer_the_first_to_join_is_the_origin() -> None:
 def test_effects_are_plain_values() -> None:
     run = Run()
     run.hello(1)
-    assert run.rounds.ready("w1", wire.Ready(samples=1, batch_size=1), 0.0) == [
+    assert run.handle(Told("w1", wire.Ready(samples=1, batch_size=1))) == [
         Send("w1", wire.Reject("ready before joining"))
     ]
-    assert run.rounds.leave("w1", "bye", 0.0)[0] == Say("worker 1 (pi) left: bye")
+    assert run.handle(Told("w1", wire.Goodbye("bye")))[0] == Say("worker 1 (pi) left: bye")
+
+
+def test_an_event_of_one_who_is_not_here_is_ignored() -> None:
+    run = Run().observer().workers(1, 2)
+    run.leave(1)
+    assert run.leave(1) == run.drop(1, "too late") == run.relinked(1) == run.ready(1) == []
+    assert [p.id for p in run.rounds.peers.values()] == [0, 2]
+
+
+def test_whom_the_server_drops_has_left_and_has_not_finished() -> None:
+    run = of_their_own(1)
+    assert run.drop(1, wire.FINISHED) == [
+        "# worker 1 (pi) left: finished",
+        "void 1",
+        "# round 1 is void: worker 1 (pi) left, and no other member is left",
+        "forget w1",
+    ]
+    assert run.rounds.phase(0.0).startswith("every worker has left (the run ends in 10 s")
 
 
 def test_an_origin_that_resumes_brings_step_and_ledger() -> None:
@@ -290,8 +320,9 @@ def test_the_same_process_may_greet_again() -> None:
 def test_ids_are_given_and_have_a_range() -> None:
     run = Run(max_workers=3)
     assert run.hello(2) == ["# worker 2 (pi) is here"]
-    peer, _, _ = run.rounds.greet("any", 0.0, role="worker", id=None, nonce="n", host="mac", pid=1)
-    assert peer is not None and (peer.id, peer.name) == (1, "worker 1 (mac)")
+    run.handle(Greeted("any", "worker", None, "n", "mac", 1))
+    peer = run.rounds.peers["any"]
+    assert (peer.id, peer.name) == (1, "worker 1 (mac)")
     assert run.hello(3) == ["# worker 3 (pi) is here"]
     for wrong in (4, -1):
         [no] = run.hello(wrong)
@@ -472,7 +503,7 @@ def test_the_close_names_all_that_a_replica_must_hold() -> None:
     assert close.lineage == wire.next_lineage("fresh obs", close) == run.rounds.lineage
     assert close.open == run.rounds.open_message()
     assert run.rounds.knows(1, close.lineage) and run.rounds.knows(0, "fresh obs")
-    run.rounds.forget_before(1)
+    assert run.handle(Forgotten(1)) == []
     assert not run.rounds.knows(0, "fresh obs") and run.rounds.knows(1, close.lineage)
 
 
@@ -701,7 +732,7 @@ def test_a_new_greeting_is_no_new_beginning_for_who_brings_nothing() -> None:
     run.push(1)
     assert members(run) == [1, 2]
     run.push(1)
-    run.rounds.seen("w2b", run.now)
+    run.heard(2, "b")
     said = run.tick(run.rounds.next_deadline() or 0.0, 0, 1)
     assert "without it for 30 s" in " ".join(said)
     run.hello(2, "c", reachable=False), run.follows(2, "c"), run.ready(2, "c")
@@ -819,10 +850,10 @@ def test_who_fetches_nearly_every_update_is_named_and_told_on_its_link() -> None
     run = Run(epochs=1000).observer().workers(1, 2)
     said: list[str] = []
     for _ in range(45):
-        run.rounds.fetches("w2")
-        run.rounds.fetches("w2")
+        newest = wire.Fetch(run.rounds.step, run.rounds.lineage)
+        assert run.tells(2, newest) == run.tells(2, newest) == []
         if len(run.closes) % 3 == 0:
-            run.rounds.fetches("w1")
+            assert run.tells(1, newest) == []
         run.push(1)
         said += run.push(2)
     assert [e for e in said if "fetches" in e] == [
@@ -1010,7 +1041,7 @@ def test_who_beats_may_hold_more_and_is_awaited() -> None:
     run = Run(recovery="name of 6")
     back(run, 1, 4)
     for now in (5.0, 10.0, 15.0):
-        run.rounds.beats_unknown("process of w2", now)
+        run.rounds.handle(Alive("process of w2"), now)
         assert run.tick(now, 1) == []
     back(run, 2, 5)
     assert run.rounds.step == 5  # less than was noted, but nobody else is left
@@ -1027,7 +1058,7 @@ def test_a_newer_step_that_was_noted_is_waited_for() -> None:
     run = Run(recovery="name of 6")
     back(run, 1, 5)
     back(run, 2, 5)
-    run.rounds.beats_unknown("process of w3", 5.0)
+    run.rounds.handle(Alive("process of w3"), 5.0)
     assert run.tick(12.0, 1, 2) == [] and run.rounds.coming_back
     back(run, 3, 6)
     assert run.rounds.step == 6
@@ -1037,7 +1068,7 @@ def test_it_goes_on_with_those_who_are_here_when_somebody_never_greets() -> None
     run = Run(recovery="name of 6", idle_timeout=60.0)
     back(run, 1, 5)
     for now in range(1, 62):
-        run.rounds.beats_unknown("process of w2", float(now))
+        run.rounds.handle(Alive("process of w2"), float(now))
         run.tick(float(now), 1)
     assert run.rounds.step == 5 and run.rounds.ending is None
 
@@ -1400,9 +1431,9 @@ def test_a_joiner_whom_one_giver_failed_is_given_to_by_another() -> None:
             assert run.rounds.snapshot.joiner == "w3"
             givers.append(run.rounds.snapshot.giver)
             aborts = wire.Abort(run.rounds.snapshot.number, "it likes to")
-            run.rounds.route(givers[-1], aborts, run.now)
+            run.handle(Told(givers[-1], aborts))
             run.join(3)
-        run.rounds.seen("w2b", run.now + 5.0)
+        run.rounds.handle(Heard("w2b"), run.now + 5.0)
         run.tick(run.now + 5.0, 1, 3)
     assert givers == ["w2b", "w1"]
     assert run.rounds.peers["w2b"].failed_gives < run.rounds.peers["w1"].failed_gives
@@ -1428,7 +1459,7 @@ def test_who_only_knows_the_name_of_a_state_is_not_waited_for_for_ever() -> None
 def missed(run: Run, who: int) -> int:
     """What a joiner is told when it joins: snapshots that it did not get."""
     join = wire.Join(layout=LAYOUT, step=0, lineage="its own", device="cpu")
-    effects = run.rounds.join(session(who), join, run.now)
+    effects = run.handle(Told(session(who), join))
     said = [e.message for e in effects if isinstance(e, Send) and e.session == session(who)]
     admit = next(m for m in said if isinstance(m, wire.Admit))
     assert admit.action == "adopt"
@@ -1583,7 +1614,7 @@ def test_the_digest_of_a_goodbye_counts_from_members_only() -> None:
     run.hello(3)
     run.hello(4), run.follows(4)  # where the log stands is no secret
     for who, step in ((3, 1), (4, 1), (1, 2), (2, 1), (0, 1)):
-        run.rounds.leave(session(who), "bye", 0.0, step, f"digest of {who}")
+        run.leave(who, "bye", step=step, digest=f"digest of {who}")
     assert {id: digest for id, (_, _, digest) in run.rounds.digests.items()} == {
         2: "digest of 2",
         0: "digest of 0",
@@ -1828,7 +1859,7 @@ def test_an_observer_that_dies_before_the_last_step_is_kept_is_followed_by_anoth
     assert but_words(run.join(0, "b")) == ["obsb <- adopt at step 1", "w1 <- give 3 of step 1"]
     assert but_words(run.adopted(0, 3, "b")) == []
     assert run.rounds.ended is None
-    assert run.rounds.stands(session(0, "b"), 1, 20.0, kept=True) != []
+    assert run.tells(0, wire.Stand(1, kept=True), life="b") != []
     assert run.rounds.ended is not None and not run.rounds.ended.error
 
 
@@ -1994,7 +2025,7 @@ def test_who_held_the_state_and_was_only_cut_off_is_in_time() -> None:
     assert "w3 <- give" not in "".join(run.follows(1, "b"))
     assert run.rounds.snapshot is not None
     run.snapshot(3)
-    run.tick(44.0, 3), run.rounds.seen("w1b", 44.0)
+    run.tick(44.0, 3), run.heard(1, "b")
     assert run.rounds.ending is None and len(run.rounds.peers) == 2
 
 
@@ -2124,9 +2155,9 @@ class AnyOrder(RuleBasedStateMachine):
         self.sums: dict[int, list[int]] = {}
         self.taken: set[tuple[int, int]] = set()
 
-    def effects(self, effects: list[Any]) -> None:
-        """Carry out, as the server would, and check what it relies on."""
-        for effect in effects:
+    def happens(self, event: Event) -> None:
+        """Carry out what follows, as the server would, and check what it relies on."""
+        for effect in self.rounds.handle(event, self.now):
             match effect:
                 case Add():
                     assert (effect.worker, effect.bucket) in self.taken
@@ -2146,18 +2177,10 @@ class AnyOrder(RuleBasedStateMachine):
     @rule(who=NUMBERS, reachable=st.booleans())
     def hello(self, who: int, reachable: bool) -> None:
         self.lives += 1
-        self.effects(
-            self.rounds.greet(
-                f"life {self.lives}",
-                self.now,
-                role="worker" if who else "observer",
-                id=who,
-                nonce=str(self.lives),
-                host="",
-                pid=0,
-                reachable=lambda session: reachable,
-            )[2]
-        )
+        role = "worker" if who else "observer"
+        greeting = Greeted(f"life {self.lives}", role, who, str(self.lives), "", 0)
+        if self.rounds.declines(greeting, self.now, lambda session: reachable) is None:
+            self.happens(greeting)
 
     @rule(who=NUMBERS, knows=st.booleans())
     def join(self, who: int, knows: bool) -> None:
@@ -2165,13 +2188,13 @@ class AnyOrder(RuleBasedStateMachine):
         step, lineage = (r.step, r.lineage) if knows else (0, f"fresh {who}")
         for name in self.sessions(who):
             message = wire.Join(layout=LAYOUT, step=step, lineage=lineage, device="cpu")
-            self.effects(r.join(name, message, self.now))
+            self.happens(Told(name, message))
 
     @rule(who=NUMBERS, batch=st.integers(1, 7))
     def ready(self, who: int, batch: int) -> None:
         for name in self.sessions(who):
             message = wire.Ready(samples=20, batch_size=batch)
-            self.effects(self.rounds.ready(name, message, self.now))
+            self.happens(Told(name, message))
 
     @rule(who=NUMBERS, bucket=st.integers(0, BUCKETS), bad=st.booleans())
     def push(self, who: int, bucket: int, bad: bool) -> None:
@@ -2183,44 +2206,52 @@ class AnyOrder(RuleBasedStateMachine):
                 bucket=bucket,
                 samples=member.samples if member else 1,
             )
-            if r.refusal(name, push) is None:
-                if not bad:
-                    self.taken.add((who, bucket))
-                self.effects(r.pushed(name, push, self.now, "bad" if bad else None))
+            why = r.refusal(name, push)
+            if why is not None:
+                self.happens(PushRefused(name, push, why))
+                continue
+            if not bad:
+                self.taken.add((who, bucket))
+            self.happens(Pushed(name, push, "bad" if bad else None))
 
     @rule(who=NUMBERS)
     def push_all(self, who: int) -> None:
         for bucket in range(BUCKETS):
             self.push(who, bucket, False)
 
-    @rule(who=NUMBERS, event=st.sampled_from(["relinked", "behind", "unready"]))
-    def event(self, who: int, event: str) -> None:
+    @rule(who=NUMBERS)
+    def relinked(self, who: int) -> None:
         for name in self.sessions(who):
-            self.effects(getattr(self.rounds, event)(name, self.now))
+            self.happens(Relinked(name))
+
+    @rule(who=NUMBERS, message=st.sampled_from([wire.Fetch(-1, "long ago"), wire.Unready()]))
+    def tells(self, who: int, message: Any) -> None:
+        for name in self.sessions(who):
+            self.happens(Told(name, message))
 
     @rule(who=NUMBERS)
     def leave(self, who: int) -> None:
         for name in self.sessions(who):
-            self.effects(self.rounds.leave(name, "", self.now))
+            self.happens(Told(name, wire.Goodbye("")))
 
     @rule(who=NUMBERS, back=st.integers(0, 1))
     def adopted(self, who: int, back: int) -> None:
         for name in self.sessions(who):
-            self.effects(self.rounds.adopted(name, self.rounds._snapshots - back, self.now))
+            self.happens(Told(name, wire.Adopted(self.rounds._snapshots - back, 0, "")))
 
     @rule(who=NUMBERS, back=st.integers(0, 1))
     def aborts(self, who: int, back: int) -> None:
         for name in self.sessions(who):
             abort = wire.Abort(self.rounds._snapshots - back, "no")
-            self.effects(self.rounds.route(name, abort, self.now)[1])
+            self.happens(Told(name, abort))
 
     @rule(seconds=st.sampled_from([0.05, 1.0, 6.0]), alive=st.sets(NUMBERS))
     def tick(self, seconds: float, alive: set[int]) -> None:
         self.now += seconds
         for who in alive:
             for name in self.sessions(who):
-                self.rounds.seen(name, self.now)
-        self.effects(self.rounds.tick(self.now))
+                self.happens(Heard(name))
+        self.happens(Tick())
 
     @invariant()
     def sums_agree(self) -> None:
@@ -2369,9 +2400,9 @@ def test_a_lease_of_which_nothing_can_be_read_is_skipped() -> None:
     run = trained(1, 2, samples=400)
     ledger = run.rounds.ledger
     assert ledger is not None
-    run._out(run.rounds.unreadable("w1", 9, run.now))  # of another round
+    run.tells(1, wire.Unreadable(9))  # of another round
     assert run.rounds.round is not None and run.rounds.round.members[1].bad is None
-    run._out(run.rounds.unreadable("w1", run.rounds.round.number, run.now))
+    run.tells(1, wire.Unreadable(run.rounds.round.number))
     run.push(2)
     assert (run.rounds.step, ledger.done, ledger.skipped, ledger.unread) == (2, 30, 10, 10)
 
@@ -2396,7 +2427,7 @@ def test_where_nothing_can_be_trained_on_the_run_fails() -> None:
     run = Run(num_workers=1, max_bad_rounds=3, observer=False)
     run.hello(1), run.join(1), run.ready(1, samples=1, batch=5)
     assert run.rounds.round is not None
-    run._out(run.rounds.unreadable("w1", run.rounds.round.number, run.now))
+    run.tells(1, wire.Unreadable(run.rounds.round.number))
     assert run.rounds.ended is not None
     assert run.rounds.ended.error and "no sample could be trained on" in run.rounds.ended.reason
 

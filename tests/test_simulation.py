@@ -17,10 +17,11 @@ from simulation.peer import Observer, Worker
 
 from paramserver.protocol import messages as wire
 from paramserver.rounds.coordinator import Rounds
-from paramserver.rounds.effects import Effect
+from paramserver.rounds.effects import Effect, PassOn
+from paramserver.rounds.events import Event, Pushed, Relinked, Told
 from paramserver.rounds.ledger import PARTLY, RETURNED, Ledger, Suspect
 from paramserver.rounds.recovery import NOTHING
-from paramserver.rounds.round import Member, Peer
+from paramserver.rounds.round import Member, Peer, Snapshot
 from paramserver.server.control import Control
 from workers.link import follow
 from workers.link.follow import Follow
@@ -116,10 +117,11 @@ class CountsTwice(Rounds):
         why = super().refusal(session, push)
         return None if why is not None and "came twice" in why else why
 
-    def pushed(self, session: str, push: wire.Push, now: float, bad: Any = None) -> list[Effect]:
-        assert self.round is not None
-        self.round.members[self.peers[session].id].added.discard(push.bucket)
-        return super().pushed(session, push, now, bad)
+    def handle(self, event: Event, now: float) -> list[Effect]:
+        if isinstance(event, Pushed):
+            assert self.round is not None
+            self.round.members[self.peers[event.session].id].added.discard(event.push.bucket)
+        return super().handle(event, now)
 
 
 class AdmitsEverybody(Rounds):
@@ -141,8 +143,8 @@ class KeepsOldMembers(Rounds):
 class SaysNothingAfterACut(Rounds):
     """What was lost with a connection is not asked for again."""
 
-    def relinked(self, session: str, now: float) -> list[Effect]:
-        return []
+    def handle(self, event: Event, now: float) -> list[Effect]:
+        return [] if isinstance(event, Relinked) else super().handle(event, now)
 
 
 class AwaitsNobody(Rounds):
@@ -162,8 +164,11 @@ class ForgetsTheLedger(Rounds):
 class EndsBeforeItIsKept(Rounds):
     """The run ends when the observer holds the last step; that it is on disk is taken for sure."""
 
-    def stands(self, session: str, step: int, now: float, *, kept: bool = False) -> list[Effect]:
-        return super().stands(session, step, now, kept=True)
+    def handle(self, event: Event, now: float) -> list[Effect]:
+        match event:
+            case Told(message=wire.Stand(step=step)):
+                event = Told(event.session, wire.Stand(step, kept=True))
+        return super().handle(event, now)
 
 
 class AwaitsNoOtherObserver(Rounds):
@@ -226,22 +231,24 @@ class AsksTheSameForEver(Rounds):
 class BelievesAdopted(Rounds):
     """Who says that it holds a snapshot holds it."""
 
-    def adopted(self, session: str, number: int, now: float) -> list[Effect]:
-        snap = self.snapshot
-        if snap is not None and snap.number == number and session == snap.joiner:
-            snap.pieces = len(snap.delivered)
-        return super().adopted(session, number, now)
+    def handle(self, event: Event, now: float) -> list[Effect]:
+        match event, self.snapshot:
+            case Told(message=wire.Adopted() as m), Snapshot() as snap:
+                if (snap.number, snap.joiner) == (m.snapshot, event.session):
+                    snap.pieces = len(snap.delivered)
+        return super().handle(event, now)
 
 
 class PassesEverythingOn(Rounds):
     """Any part of a snapshot goes on, and counts as progress."""
 
-    def route(self, session: str, message: Any, now: float) -> tuple[str | None, list[Effect]]:
-        snap = self.snapshot
-        if snap is not None and session == snap.joiner and isinstance(message, wire.Want):
-            snap.progress_at = now
-            return snap.giver, []
-        return super().route(session, message, now)
+    def handle(self, event: Event, now: float) -> list[Effect]:
+        match event, self.snapshot:
+            case Told(session=told, message=wire.Want() as want), Snapshot(joiner=joiner) as snap:
+                if told == joiner:
+                    snap.progress_at = now
+                    return [PassOn(snap.giver, want)]
+        return super().handle(event, now)
 
 
 class KeepsLinks(Control):

@@ -1,13 +1,13 @@
 """Who belongs, which round is open, when it closes and why: the server's mind, without a body.
 
-Nothing here touches a socket, a clock, a thread or a log. Every event is a method that takes `now`
-(seconds, any origin) and returns the effects to carry out, frozen values in their order. Two rules:
+Nothing here touches a socket, a clock, a thread or a log. `Rounds.handle` takes an event (`events`)
+and `now` (seconds, any origin), and returns the effects to carry out, in their order (`effects`):
+all that follows from the event, until nothing more does. Two rules:
 
 1. Only this file decides what enters the log of updates. `server.py` carries out, nothing more.
 2. Every wait has a deadline, and when it passes a sentence that names who and why.
 
-What it knows of peers and of the open round is in `members`, what it decides in `effects`. A
-peer goes through these states:
+What it knows of peers and of the open round is in `round`. A peer goes through these states:
 
     greeted --Join--> waiting --origin/follow--> replica --Ready--> (ready) replica, holds leases
                          \\------adopt----------> adopting --Adopted--> replica
@@ -32,9 +32,13 @@ from paramserver.protocol.messages import (
     OWN,
     Abort,
     Admit,
+    Adopted,
     Close,
+    Digest,
     End,
+    Fetch,
     Give,
+    Goodbye,
     Greet,
     Join,
     Layout,
@@ -43,12 +47,14 @@ from paramserver.protocol.messages import (
     Message,
     Open,
     Phase,
-    Piece,
     Pulse,
     Push,
     Ready,
     Refused,
     Reject,
+    Stand,
+    Unreadable,
+    Unready,
     Want,
     next_lineage,
 )
@@ -58,6 +64,7 @@ from paramserver.rounds.effects import (
     Closed,
     Effect,
     Ended,
+    PassOn,
     Publish,
     Remove,
     Say,
@@ -65,6 +72,23 @@ from paramserver.rounds.effects import (
     Start,
     Void,
 )
+from paramserver.rounds.events import (
+    Alive,
+    Dropped,
+    Event,
+    Forgotten,
+    Greeted,
+    Heard,
+    Part,
+    PeerEvent,
+    Pushed,
+    PushRefused,
+    Relinked,
+    Stop,
+    Tick,
+    Told,
+)
+from paramserver.rounds.events import Message as Words
 from paramserver.rounds.ledger import (
     AGAIN,
     DONE,
@@ -205,7 +229,7 @@ class Rounds:
         self._lineages: dict[int, str] = {}  # of the steps whose successors can be fetched
         self._rounds = 0
         self._snapshots = 0
-        self._snapshot_residuals = False  # one round goes first after a snapshot
+        self._round_goes_first = False  # after a snapshot
         self._wasted = 0  # snapshots in a row that brought nobody who then contributed
         self._vain: dict[int, Vain] = {}  # by worker id
         self._wasted_by: dict[int, int] = {}  # worker id -> the same, of this one
@@ -226,96 +250,164 @@ class Rounds:
         self._said_late: frozenset[int] = frozenset()
         self._effects: list[Effect] = []
 
+    # ------------------------------------------------------------------ what happens
+
+    def handle(self, event: Event, now: float) -> list[Effect]:
+        """The effects of an event, and of all that follows from it."""
+        if isinstance(event, PeerEvent):
+            peer = self.peers.get(event.session)
+            changed = peer is not None and self._take_of(peer, event, now)
+        else:
+            changed = self._take(event, now)
+        if changed:
+            while self._advance(now):
+                pass
+            if isinstance(event, Tick):
+                self._say_what_is_due(now)
+        effects, self._effects = self._effects, []
+        return effects
+
+    def _take(self, event: Event, now: float) -> bool:
+        """Note what happened. Has anything changed from which more may follow?"""
+        match event:
+            case Tick():
+                return self._tick(now)
+            case Greeted():
+                return self._greet(event, now)
+            case Stop():
+                return self._stop(event, now)
+            case Alive():
+                if self._recovery is not None:
+                    self._recovery.beats(event.nonce, now)
+                return False
+            case Forgotten():
+                while self._lineages and (oldest := next(iter(self._lineages))) < event.step:
+                    del self._lineages[oldest]
+                return False
+        raise TypeError(f"{event!r} is no event")
+
+    def _take_of(self, peer: Peer, event: PeerEvent, now: float) -> bool:
+        """The same for an event of a peer."""
+        match event:
+            case Heard():
+                peer.last_seen = now
+                return False
+            case Pushed():
+                return self._push(peer, event, now)
+            case PushRefused():
+                peer.late_with = None  # it is done with that
+                self._send(peer, Refused(round=event.push.round, reason=event.reason))
+                return False
+            case Told():
+                return self._told(peer, event.message, now)
+            case Relinked():
+                self._take_out(peer, "was cut off", now)
+                self._send(peer, Greet(join=True))
+                return True
+            case Dropped():
+                self._leaves(peer, event.reason, now, error=event.error, finished=False)
+                return True
+        raise TypeError(f"{event!r} is no event")
+
+    def _told(self, peer: Peer, message: Words, now: float) -> bool:
+        match message:
+            case Join():
+                return self._join(peer, message, now)
+            case Ready():
+                return self._ready(peer, message, now)
+            case Unready():
+                return self._unready(peer, message, now)
+            case Unreadable():
+                return self._unreadable(peer, message, now)
+            case Fetch():
+                return self._fetch(peer, message, now)
+            case Digest():
+                return self._digest(peer, message, now)
+            case Stand():
+                return self._stand(peer, message, now)
+            case Adopted():
+                return self._adopted(peer, message, now)
+            case Abort():
+                return self._abort(peer, message, now)
+            case Goodbye():
+                return self._goodbye(peer, message, now)
+            case _:
+                return self._pass_on(peer, message, now)
+
     # ------------------------------------------------------------------ who is here
 
-    def greet(
-        self,
-        session: str,
-        now: float,
-        *,
-        role: str,
-        id: int | None,
-        nonce: str,
-        host: str,
-        pid: int,
-        returns: bool = False,
-        reachable: Callable[[str], bool] = lambda session: True,
-    ) -> tuple[Peer | None, str, list[Effect]]:
-        """A Hello: (the new peer, "", effects) or (None, why not, effects).
+    def declines(
+        self, greeting: Greeted, now: float, reachable: Callable[[str], bool] = lambda session: True
+    ) -> str | None:
+        """Why this greeting is not accepted; None when it is.
 
-        `returns`: it has been part of this run before.
         `reachable(session)` tells whether that peer's connection still stands; one that does not
         gives its id up to a new process at once.
         """
-        if role == "observer":
-            number = 0
-        elif id is None:
-            taken = {p.id for p in self.peers.values()}
-            number = next(i for i in range(1, len(taken) + 2) if i not in taken)
-        else:
-            number = id
-        if role == "worker" and not 1 <= number <= self.rules.max_workers:
+        number = self._number_of(greeting)
+        if greeting.role == "worker" and not 1 <= number <= self.rules.max_workers:
             why = f"worker id {number} is out of range: ids run from 1 to {self.rules.max_workers}"
-            return None, f"{why} (max_workers)", self._out()
-        holder = next((p for p in self.peers.values() if p.id == number), None)
+            return f"{why} (max_workers)"
+        holder = self._holder_of(number)
+        if holder is None or holder.nonce == greeting.nonce or not reachable(holder.session):
+            return None
+        return (
+            f"worker id {number} is taken by pid {holder.pid} on {holder.host} "
+            f"(last seen {now - holder.last_seen:.1f} s ago)"
+        )
+
+    def _number_of(self, greeting: Greeted) -> int:
+        if greeting.role == "observer":
+            return 0
+        if greeting.id is not None:
+            return greeting.id
+        taken = {p.id for p in self.peers.values()}
+        return next(i for i in range(1, len(taken) + 2) if i not in taken)
+
+    def _holder_of(self, number: int) -> Peer | None:
+        return next((p for p in self.peers.values() if p.id == number), None)
+
+    def _greet(self, greeting: Greeted, now: float) -> bool:
+        number, nonce = self._number_of(greeting), greeting.nonce
+        holder = self._holder_of(number)
         if holder is not None:
-            if holder.nonce != nonce and reachable(holder.session):
-                why = (
-                    f"worker id {number} is taken by pid {holder.pid} on {holder.host} "
-                    f"(last seen {now - holder.last_seen:.1f} s ago)"
-                )
-                return None, why, self._out()
             self._dies(holder, None if holder.nonce == nonce else "")
             self._remove(holder, "greeted again", now)
         if (lease := self._silent.pop(nonce, None)) is not None and self.ledger is not None:
             self.ledger.lived(lease)
-        peer = Peer(session, role, number, nonce, host, pid)
+        peer = Peer(greeting.session, greeting.role, number, nonce, greeting.host, greeting.pid)
         peer.last_seen = now
-        peer.returns = returns
+        peer.returns = greeting.returns
         if holder is not None and holder.nonce == nonce:  # it still has not got what it missed
             peer.missed, peer.failed_by = holder.missed, holder.failed_by
-        self.peers[session] = peer
+        self.peers[peer.session] = peer
         if self._recovery is not None:
             self._recovery.greeted(nonce)
-        if role == "worker":
+        if peer.role == "worker":
             self._say(f"{peer.name} is here", peer)
-        self._progress(now)
-        return peer, "", self._out()
+        return True
 
-    def beats_unknown(self, nonce: str, now: float) -> None:
-        """A process of this run is alive that has not greeted this server."""
-        if self._recovery is not None:
-            self._recovery.beats(nonce, now)
-
-    def seen(self, session: str, now: float) -> None:
-        """Any sign of life."""
-        peer = self.peers.get(session)
-        if peer is not None:
-            peer.last_seen = now
-
-    def join(self, session: str, message: Join, now: float) -> list[Effect]:
+    def _join(self, peer: Peer, message: Join, now: float) -> bool:
         """A replica tells where it stands; answered with Admit, now or when there is an origin."""
-        peer = self.peers[session]
         self._take_out(peer, "joined again", now)
         peer.join, peer.state = message, WAITING
         if not self.knows(message.step, message.lineage):
             self._choose_origin()
         if self.layout is not None and peer.state == WAITING:
             self._admit(peer)
-        self._progress(now)
-        return self._out()
+        return True
 
-    def ready(self, session: str, message: Ready, now: float) -> list[Effect]:
+    def _ready(self, peer: Peer, message: Ready, now: float) -> bool:
         """A worker waits for samples."""
-        peer = self.peers[session]
         if peer.role != "worker" or peer.join is None:
-            return [Send(session, Reject("ready before joining"))]
+            self._send(peer, Reject("ready before joining"))
+            return False
         if peer.state != REPLICA:
-            return []  # it lost its place meanwhile, and says so again when it has it back
+            return False  # it lost its place meanwhile, and says so again when it has it back
         samples = 0 if message.own else message.samples
         if not message.own and (samples < 1 or message.batch_size < 1):
             self._send(peer, Reject("a data set without samples", "give batches() a longer one"))
-            return self._out()
+            return False
         others = [p for p in self.workers_ready() if p is not peer]
         if self.ledger is None or (self.ledger.untouched and not others):
             self._looks.first(peer.name, message.looks)
@@ -332,7 +424,7 @@ class Rounds:
                     "use own_batches() in every worker, or in none",
                 ),
             )
-            return self._out()
+            return False
         if samples != self.ledger.samples:
             self._send(
                 peer,
@@ -342,17 +434,16 @@ class Rounds:
                     "every worker needs the same training set in the same order",
                 ),
             )
-            return self._out()
+            return False
         peer.ready = message
         if not self._looks_alike(peer, message):
-            return self._out()
+            return False
         peer.left_with = None
-        self._release(now, session)
+        self._release(now, peer.session)
         if self._ready_since is None:
             self._ready_since = now
         self._busy_at = now
-        self._progress(now)
-        return self._out()
+        return True
 
     def _looks_alike(self, peer: Peer, message: Ready) -> bool:
         """The same length is not the same data. Other labels are refused, other numbers are told:
@@ -381,65 +472,57 @@ class Rounds:
         self._warn(f"refused: {what}", peer)
         return False
 
-    def unready(self, session: str, now: float, unfinished: bool = False) -> list[Effect]:
+    def _unready(self, peer: Peer, message: Unready, now: float) -> bool:
         """A worker left its loop: it takes part no more until it is ready again. What it left
-        `unfinished` may have killed it: nobody else gets that before this is clear."""
-        peer = self.peers[session]
+        unfinished may have killed it: nobody else gets that before this is clear."""
         peer.left_with = self._computes(peer)
-        if unfinished and peer.left_with is not None:
-            self._held[peer.left_with] = session, now + HOLD_S
+        if message.unfinished and peer.left_with is not None:
+            self._held[peer.left_with] = peer.session, now + HOLD_S
         if self.round and (member := self.round.member_of(peer)):
             self._out_of_round(member, "left its loop", now)
         self._return_leases(peer)
         self._not_ready(peer)
-        self._progress(now)
-        return self._out()
+        return True
 
-    def relinked(self, session: str, now: float) -> list[Effect]:
-        """A peer's link was cut and is back: what was on its way may be lost, so begin anew."""
-        peer = self.peers[session]
-        self._take_out(peer, "was cut off", now)
-        self._send(peer, Greet(join=True))
-        self._progress(now)
-        return self._out()
-
-    def behind(self, session: str, now: float) -> list[Effect]:
-        """A replica asked for updates that are not kept any more: it may join again."""
-        peer = self.peers[session]
+    def _fetch(self, peer: Peer, message: Fetch, now: float) -> bool:
+        """A replica asks for updates that were published, see `_look_for_the_deaf`; where they are
+        not kept any more it may join again."""
+        if self.knows(message.step, message.lineage):
+            if peer.fetched_at != self.step:  # who is far behind fetches again at one step
+                peer.fetched_at = self.step
+                peer.fetches += 1
+            return False
         if peer.join is None:
-            return self._out()
+            return False
         self._take_out(peer, "fell behind the kept updates", now)
         self._send(peer, Admit(action="behind", step=self.step, lineage=self.lineage))
-        self._progress(now)
-        return self._out()
+        return True
 
-    def stands(self, session: str, step: int, now: float, *, kept: bool = False) -> list[Effect]:
-        """The observer has applied everything up to `step`; what is to stay of it is `kept`."""
-        peer = self.peers[session]
-        if peer.role == "observer":
-            peer.stands_at = step
-            if kept:
-                peer.kept_at = step
-            self._ending_at = now
-            self._progress(now)
-        return self._out()
+    def _stand(self, peer: Peer, message: Stand, now: float) -> bool:
+        """The observer has applied everything up to a step; what is to stay of it may be kept."""
+        if peer.role != "observer":
+            return False
+        peer.stands_at = message.step
+        if message.kept:
+            peer.kept_at = message.step
+        self._ending_at = now
+        return True
 
-    def digest(self, session: str, step: int, digest: str, now: float) -> list[Effect]:
+    def _digest(self, peer: Peer, message: Digest, now: float) -> bool:
         """A replica tells the digest of its weights at a step."""
-        peer = self.peers[session]
+        step = message.step
         if not _believed(peer) or peer.join is None or not peer.replica_since < step <= self.step:
-            return self._out()
+            return False
         kind = peer.join.kind
         alike = {
             p.id: p
             for p in self.peers.values()
             if _believed(p) and p.join and p.join.kind == kind and p.replica_since < step
         }
-        for id in self._digests.report(step, kind, peer.id, digest, alike):
+        for id in self._digests.report(step, kind, peer.id, message.digest, alike):
             if (wrong := alike.get(id)) is not None:
                 self._is_wrong(wrong, [p.name for p in alike.values() if p is not wrong], now)
-        self._progress(now)
-        return self._out()
+        return True
 
     def _is_wrong(self, peer: Peer, others: list[str], now: float) -> None:
         """Most others of its kind have other weights. A snapshot helps, but one that is found wrong
@@ -460,59 +543,39 @@ class Rounds:
         self._take_out(peer, "has other weights than the rest", now)
         self._send(peer, Greet(join=True))
 
-    def fetches(self, session: str) -> None:
-        """A replica fetches updates that were published: see `_look_for_the_deaf`."""
-        peer = self.peers[session]
-        if peer.fetched_at != self.step:  # who is far behind fetches again and again at one step
-            peer.fetched_at = self.step
-            peer.fetches += 1
+    def _goodbye(self, peer: Peer, message: Goodbye, now: float) -> bool:
+        """It leaves. Its digest is of weights at a step, which only a member can know. With an
+        error an exception or a broken rule ends its part; `failed` where it died in its lease."""
+        m, step = message, message.step
+        if m.failed in FAILURES and m.lease == (self._computes(peer) or peer.left_with):
+            self._dies(peer, m.failed)
+        if m.digest and _believed(peer) and peer.replica_since <= step <= self.step:
+            self.digests[peer.id] = (peer.name, step, m.digest)
+        self._leaves(peer, m.reason, now, error=m.error, finished=m.is_done)
+        return True
 
-    def leave(
-        self,
-        session: str,
-        reason: str,
-        now: float,
-        step: int = 0,
-        digest: str = "",
-        *,
-        failed: str = "",
-        lease: Lease | None = None,
-        error: bool = False,
-        finished: bool = False,
-    ) -> list[Effect]:
-        """A Goodbye; with `error` an exception or a broken rule ends this peer's part. `digest` is
-        of its weights at `step`, which only a member can know. `failed` (one of `FAILURES`) where
-        it died of an error in this lease. `finished`: it leaves because it is done."""
-        peer = self.peers.get(session)
-        if peer is not None:
-            if failed in FAILURES and lease == (self._computes(peer) or peer.left_with):
-                self._dies(peer, failed)
-            if digest and _believed(peer) and peer.replica_since <= step <= self.step:
-                self.digests[peer.id] = (peer.name, step, digest)
-            if not self.ended:
-                self._say(f"{peer.name} left: {reason}", peer)
-            how, took_part = FAILED if error else LEFT, peer.state == REPLICA
-            self._remove(peer, "left", now, how=how, reason=reason, finished=finished)
-            done = isinstance(self.ledger, OwnLedger) and how == LEFT and finished
-            if done and took_part and self.started and not self._workers_here:
-                self._begin_end(*self._departures.verdict(own=True), now)
-            self._progress(now)
-        return self._out()
+    def _leaves(self, peer: Peer, reason: str, now: float, *, error: bool, finished: bool) -> None:
+        """`finished`: it is done. The last of those that bring their own samples ends the run."""
+        if not self.ended:
+            self._say(f"{peer.name} left: {reason}", peer)
+        how, took_part = FAILED if error else LEFT, peer.state == REPLICA
+        self._remove(peer, "left", now, how=how, reason=reason, finished=finished)
+        done = isinstance(self.ledger, OwnLedger) and how == LEFT and finished
+        if done and took_part and self.started and not self._workers_here:
+            self._begin_end(*self._departures.verdict(own=True), now)
 
     # ------------------------------------------------------------------ pushes
 
     def refusal(self, session: str, push: Push) -> str | None:
         """Why this push must not be used; None when its payload may be looked at."""
-        peer = self.peers[session]
-        peer.late_with = None  # it is done with that
         if self.round is None:
             return f"round {push.round} is not open; no round is"
-        return self.round.refusal(peer, push)
+        return self.round.refusal(self.peers[session], push)
 
-    def pushed(self, session: str, push: Push, now: float, bad: str | None = None) -> list[Effect]:
-        """A push that `refusal` let pass; `bad` tells what is wrong with its numbers."""
-        peer, current = self.peers[session], self.round
+    def _push(self, peer: Peer, event: Pushed, now: float) -> bool:
+        push, bad, current = event.push, event.bad, self.round
         assert current is not None
+        peer.late_with = None  # it is done with that
         member = current.members[peer.id]
         member.tells(push)
         if bad is not None:
@@ -528,116 +591,119 @@ class Rounds:
                 current.look_for_quorum(now)
             for bucket in (push.bucket, *push.without):
                 self._effects += current.advance(bucket)
-        self._progress(now)
-        return self._out()
+        return True
 
-    def unreadable(self, session: str, number: int, now: float) -> list[Effect]:
+    def _unreadable(self, peer: Peer, message: Unreadable, now: float) -> bool:
         """No sample of a worker's lease in this round can be read."""
-        peer, current = self.peers[session], self.round
+        current = self.round
         member = None if current is None else current.member_of(peer)
-        if current is None or member is None or current.number != number:
-            return self._out()
+        if current is None or member is None or current.number != message.round:
+            return False
         if member.out is None and not member.got and member.lease != OWN:
             member.unread = tuple(range(member.size))
             member.bad = "no sample of its lease can be read"
             self._out_of_round(member, member.bad, now)
-        self._progress(now)
-        return self._out()
+        return True
 
     # ------------------------------------------------------------------ snapshots
 
-    def route(
-        self, session: str, message: Manifest | Want | Piece | Abort, now: float
-    ) -> tuple[str | None, list[Effect]]:
-        """To whom a part of the running snapshot goes on; None when there is nobody."""
+    def _pass_on(self, peer: Peer, message: Part, now: float) -> bool:
+        """A part of the running snapshot goes on to the other side."""
         snap = self.snapshot
         if snap is None or snap.number != message.snapshot:
-            return None, [Send(session, Abort(message.snapshot, "this snapshot is over"))]
-        if isinstance(message, Abort):
-            if session in (snap.giver, snap.joiner):
-                # A joiner that refuses it may be right or not: the next one comes from another.
-                blamed = {snap.giver, session}
-                self._abort_snapshot(message.reason, now, blamed, but=self.peers[session])
-                self._progress(now)
-            return None, self._out()
+            self._send(peer, Abort(message.snapshot, "this snapshot is over"))
+            return False
         source, goal = snap.giver, snap.joiner
         if isinstance(message, Want):
             source, goal = goal, source
-        if session != source:
-            return None, [Send(session, Reject("not your part of this snapshot"))]
+        if peer.session != source:
+            self._send(peer, Reject("not your part of this snapshot"))
+            return False
         if isinstance(message, Manifest):
             if snap.pieces is not None:
-                return None, []
+                return False
             wrong = snap.tells(message)
             if (message.step, message.lineage) != (self.step, self.lineage):
                 wrong = f"another state than that of step {self.step}"
             if wrong is not None:
-                giver = self.peers[snap.giver]
-                why = f"{giver.name} gives what cannot be: {wrong}"
+                why = f"{peer.name} gives what cannot be: {wrong}"
                 self._abort_snapshot(why, now, {snap.giver})
-                self._progress(now)
-                return None, self._out()
-        return (goal if snap.advance(message, now) else None), []
+                return True
+        if snap.advance(message, now):
+            self._effects.append(PassOn(goal, message))
+        return False
 
-    def adopted(self, session: str, number: int, now: float) -> list[Effect]:
+    def _abort(self, peer: Peer, message: Abort, now: float) -> bool:
+        """One side of the running snapshot refuses it."""
+        snap = self.snapshot
+        if snap is None or snap.number != message.snapshot:
+            self._send(peer, Abort(message.snapshot, "this snapshot is over"))
+            return False
+        if peer.session not in (snap.giver, snap.joiner):
+            return False
+        # A joiner that refuses it may be right or not: the next one comes from another.
+        self._abort_snapshot(message.reason, now, {snap.giver, peer.session}, but=peer)
+        return True
+
+    def _adopted(self, peer: Peer, message: Adopted, now: float) -> bool:
         """The joiner holds the snapshot, if all of it went through this server."""
-        snap, peer = self.snapshot, self.peers[session]
-        if snap is not None and snap.number == number and session == snap.joiner:
-            if not snap.complete:
-                had = f"{len(snap.delivered)} of {snap.pieces or 'unknown'} pieces"
-                why = f"{peer.name} says that it holds it, after {had}"
-                self._abort_snapshot(why, now, {session})
-                self._progress(now)
-                return self._out()
-            self._becomes_replica(peer)
-            peer.wrong, peer.owes = False, peer.role == "worker"
-            self._disbelieved.discard(peer.id)
-            peer.given_by = snap.giver
-            peer.failed_by.clear()
-            peer.missed = 0
-            self.peers[snap.giver].failed_gives = 0
-            self.snapshot = None
-            self._snapshot_residuals = True
-            self._ending_at = now
-            self._say(f"{peer.name} took a snapshot of step {self.step}", peer)
-            self._progress(now)
-        elif peer.state == GREETED:
-            self._send(peer, Greet(join=True))  # it was called off while this was on its way
-        return self._out()
+        snap = self.snapshot
+        if snap is None or snap.number != message.snapshot or peer.session != snap.joiner:
+            if peer.state == GREETED:
+                self._send(peer, Greet(join=True))  # it was called off while this was on its way
+            return False
+        if not snap.complete:
+            had = f"{len(snap.delivered)} of {snap.pieces or 'unknown'} pieces"
+            why = f"{peer.name} says that it holds it, after {had}"
+            self._abort_snapshot(why, now, {peer.session})
+            return True
+        self._becomes_replica(peer)
+        peer.wrong, peer.owes = False, peer.role == "worker"
+        self._disbelieved.discard(peer.id)
+        peer.given_by = snap.giver
+        peer.failed_by.clear()
+        peer.missed = 0
+        self.peers[snap.giver].failed_gives = 0
+        self.snapshot = None
+        self._round_goes_first = True
+        self._ending_at = now
+        self._say(f"{peer.name} took a snapshot of step {self.step}", peer)
+        return True
 
     # ------------------------------------------------------------------ time
 
-    def tick(self, now: float) -> list[Effect]:
-        """Time has passed."""
-        if self.ended is None:
-            timeout = self.rules.heartbeat_timeout
-            for peer in list(self.peers.values()):
-                if now - peer.last_seen > timeout:
-                    silent = f"silent for {now - peer.last_seen:.1f} s"
-                    self._warn(f"{peer.name} is gone: {silent}")  # so seldom that each is told
-                    self._dies(peer, "")
-                    self._remove(peer, f"gone, {silent}", now)
-            snap = self.snapshot
-            if snap is not None and now - snap.progress_at > timeout:
-                culprit = self.peers[snap.waits_for]
-                why = f"{culprit.name} was silent for {timeout:g} s"
-                self._abort_snapshot(why, now, {snap.waits_for})
-            elif (
-                snap is not None
-                and now - snap.began_at > snap.limit_s(timeout)
-                and self._enough(self.workers_ready(), now)  # who wait for its end
-            ):
-                why = f"it is not over after {now - snap.began_at:.0f} s"
-                self._abort_snapshot(why, now, {snap.giver, snap.joiner})  # who is slow is not seen
-            self._close_if_due(now)
-            self._look_for_the_overdue(now)
-            self._release(now)
-            self._give_up_if_due(now)
-            self._progress(now)
-            self._say_phase(now)
-            for sentence in self._sentences.left_out(now):
-                self._warn(sentence)
-        return self._out()
+    def _tick(self, now: float) -> bool:
+        if self.ended is not None:
+            return False
+        timeout = self.rules.heartbeat_timeout
+        for peer in list(self.peers.values()):
+            if now - peer.last_seen > timeout:
+                silent = f"silent for {now - peer.last_seen:.1f} s"
+                self._warn(f"{peer.name} is gone: {silent}")  # so seldom that each is told
+                self._dies(peer, "")
+                self._remove(peer, f"gone, {silent}", now)
+        snap = self.snapshot
+        if snap is not None and now - snap.progress_at > timeout:
+            culprit = self.peers[snap.waits_for]
+            why = f"{culprit.name} was silent for {timeout:g} s"
+            self._abort_snapshot(why, now, {snap.waits_for})
+        elif (
+            snap is not None
+            and now - snap.began_at > snap.limit_s(timeout)
+            and self._enough(self.workers_ready(), now)  # who wait for its end
+        ):
+            why = f"it is not over after {now - snap.began_at:.0f} s"
+            self._abort_snapshot(why, now, {snap.giver, snap.joiner})  # who is slow is not seen
+        self._close_if_due(now)
+        self._look_for_the_overdue(now)
+        self._release(now)
+        self._give_up_if_due(now)
+        return True
+
+    def _say_what_is_due(self, now: float) -> None:
+        self._say_phase(now)
+        for sentence in self._sentences.left_out(now):
+            self._warn(sentence)
 
     def next_deadline(self) -> float | None:
         """When the open round closes without the rest, if its quorum has pushed."""
@@ -692,11 +758,6 @@ class Rounds:
     def knows(self, step: int, lineage: str) -> bool:
         """Can a replica at (step, lineage) follow from there by fetching updates?"""
         return self._lineages.get(step) == lineage
-
-    def forget_before(self, step: int) -> None:
-        """Updates up to and including the one that led to `step` are not kept any more."""
-        while self._lineages and (oldest := next(iter(self._lineages))) < step:
-            del self._lineages[oldest]
 
     def open_message(self) -> Open | None:
         current = self.round
@@ -788,17 +849,16 @@ class Rounds:
 
     # ------------------------------------------------------------------ the run's end
 
-    def stop(self, reason: str, now: float, *, error: bool = False) -> list[Effect]:
+    def _stop(self, event: Stop, now: float) -> bool:
         """End the run at the last closed step; the open round is void. Where that step is not known
         yet, after a restart, the run stays as it is."""
         if self.coming_back:
             self.put_off = True
-            return self._out()
+            return False
         if self.ending is None:
-            self._stopped = not error
-        self._begin_end(reason, error, now)
-        self._progress(now)
-        return self._out()
+            self._stopped = not event.error
+        self._begin_end(event.reason, event.error, now)
+        return True
 
     def _begin_end(self, reason: str, error: bool, now: float) -> None:
         """No more rounds; workers stay until the observer has kept the last step: should it die
@@ -885,10 +945,6 @@ class Rounds:
         self._effects.append(Ended(self.ended))
 
     # ------------------------------------------------------------------ inside: peers
-
-    def _out(self) -> list[Effect]:
-        effects, self._effects = self._effects, []
-        return effects
 
     def _send(self, peer: Peer, message: Message) -> None:
         self._effects.append(Send(peer.session, message))
@@ -1304,22 +1360,23 @@ class Rounds:
         peer.took(now - current.opened_at)  # at least this long
         return f"late ({usual}last seen {now - peer.last_seen:.1f} s ago)"
 
-    def _progress(self, now: float) -> None:
-        """Close what is complete; then start what can start: a snapshot, a round, the end."""
+    def _advance(self, now: float) -> bool:
+        """Close what is complete; then start what can start: a snapshot, a round, the end. May more
+        follow now?"""
         if self.ended is not None:
-            return
+            return False
         if self.ending is not None:
             if not self._start_snapshot(now) and not self._observer_catches_up(now):
                 self._end()
-            return
+            return False
         if self._recovery is not None:
             self._await_recovery(now)
         self._choose_origin()
         if self.layout is None:
-            return
+            return False
         if self.round is not None:
             if not self.round.complete:
-                return
+                return False
             close, before = self._settle(now), len(self._effects)
             hopeless = self._bad_rounds >= self.rules.max_bad_rounds
             following = None if hopeless else self._try_open(now)
@@ -1330,14 +1387,12 @@ class Rounds:
             if hopeless:
                 why = "rounds in a row brought nothing but gradients that had to be refused"
                 self._begin_end(f"{self._bad_rounds} {why}: {close.reason}", True, now)
-                self._progress(now)
-                return
+                return True
         elif (following := self._try_open(now)) is not None:
             self._effects.append(Publish(following))
         self._tell_lost()
         if self.ledger is not None and (broken := self._hopeless()) is not None:
             self._begin_end(f"{broken}: {self._first_lost()}", True, now)
-            self._progress(now)
         elif self.round is None and self.snapshot is None and self._everything_done():
             assert self.ledger is not None
             if self.ledger.skipped and not self.ledger.done + self.ledger.partly:
@@ -1348,7 +1403,7 @@ class Rounds:
                 )
             else:
                 self._begin_end("all epochs are done", False, now)
-            self._progress(now)
+        return self.ending is not None
 
     def _everything_done(self) -> bool:
         return self.ledger is not None and self.ledger.finished
@@ -1446,7 +1501,7 @@ class Rounds:
         if not members:
             return None
         self.started = True
-        self._snapshot_residuals = False
+        self._round_goes_first = False
         self._rounds += 1
         assert self.layout is not None
         self.round = Round(
@@ -1566,7 +1621,7 @@ class Rounds:
         """The roles that need not wait for a snapshot while rounds can go on: nobody right after
         another one, unless the last round was in vain, and no workers as long as those before made
         nothing of theirs."""
-        if self._snapshot_residuals and not self._overdue_rounds:
+        if self._round_goes_first and not self._overdue_rounds:
             return ()
         return ("observer", "worker") if now >= self._next_snapshot_at else ("observer",)
 
@@ -1654,7 +1709,7 @@ class Rounds:
         snap = self.snapshot
         assert snap is not None
         self.snapshot = None
-        self._snapshot_residuals = True
+        self._round_goes_first = True
         joiner, giver = self.peers[snap.joiner], self.peers[snap.giver]
         self._warn(f"snapshot {snap.number} is off: {why}", joiner)
         left = but is joiner and giver.session not in blamed

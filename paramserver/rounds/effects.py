@@ -18,6 +18,13 @@ class Send(Effect, frozen=True):
     message: Message
 
 
+class PassOn(Effect, frozen=True):
+    """A part of a snapshot that came just now, with its payload, to the other side's link."""
+
+    session: str
+    message: Message
+
+
 class Publish(Effect, frozen=True):
     """To everybody."""
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hmac
 import math
 import uuid
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -26,12 +26,27 @@ from paramserver.rounds.effects import (
     Effect,
     Ended,
     Finish,
+    PassOn,
     Publish,
     Remove,
     Say,
     Send,
     Start,
     Void,
+)
+from paramserver.rounds.events import (
+    Alive,
+    Dropped,
+    Event,
+    Forgotten,
+    Greeted,
+    Heard,
+    Pushed,
+    PushRefused,
+    Relinked,
+    Stop,
+    Tick,
+    Told,
 )
 from paramserver.server.history import FETCH_BYTES, Frames, Update
 
@@ -164,8 +179,8 @@ class Control:
         """Look at deadlines. Due now and then, and at `rounds.next_deadline()`."""
         if self._stop is not None:
             (reason, error), self._stop = self._stop, None
-            self._carry_out(self.rounds.stop(reason, now, error=error), now)
-        self._carry_out(self.rounds.tick(now), now)
+            self._happens(Stop(reason, error), now)
+        self._happens(Tick(), now)
         self.watcher.looked(self, now)
 
     def pulse(self, now: float) -> None:
@@ -211,11 +226,11 @@ class Control:
                 self.watcher.say(f"{who} sent what this protocol does not allow: {error}", True)
         self._transport.send(route, wire.Reject(f"your message was not understood: {error}"))
         if session is not None:
-            self._carry_out(self.rounds.leave(session, str(error), now, error=True), now)
+            self._happens(Dropped(session, str(error), error=True), now)
 
     def drop(self, session: str, why: str, now: float) -> None:
         """Let a peer go that cannot be served any more."""
-        self._carry_out(self.rounds.leave(session, why, now), now)
+        self._happens(Dropped(session, why), now)
 
     def _handle(self, route: bytes, message: Any, buffers: list[Any], now: float) -> None:
         if isinstance(message, wire.Hello):
@@ -223,10 +238,10 @@ class Control:
             return
         if isinstance(message, wire.Beat):
             if self._is_from(message):
-                self.rounds.seen(message.session, now)
+                self._happens(Heard(message.session), now)
             else:
                 if message.run == self.run_id:
-                    self.rounds.beats_unknown(message.nonce, now)
+                    self._happens(Alive(message.nonce), now)
                 self._transport.send(route, wire.Greet(session_known=False))
             return
         if isinstance(message, wire.Probe):
@@ -236,12 +251,12 @@ class Control:
         if session is None:
             self._transport.send(route, wire.Greet())
             return
-        r = self.rounds
-        r.seen(session, now)
+        self._happens(Heard(session), now)
+        peer = self.rounds.peers[session]
         match message:
             case wire.Push():
                 with trace.span(
-                    f"bucket of worker {r.peers[session].id}",
+                    f"bucket of worker {peer.id}",
                     bucket=message.bucket,
                     round=message.round,
                 ):
@@ -250,39 +265,30 @@ class Control:
                 self._fetch(session, message, now)
             case wire.Join():
                 self._share(session, message)
-                self._carry_out(r.join(session, message, now), now)
-            case wire.Ready():
-                self._carry_out(r.ready(session, message, now), now)
-            case wire.Unreadable():
-                self._carry_out(r.unreadable(session, message.round, now), now)
-            case wire.Unready():
-                self._carry_out(r.unready(session, now, message.unfinished), now)
-            case wire.Manifest() | wire.Want() | wire.Piece() | wire.Abort():
-                waits = isinstance(message, wire.Want) and self._transport.waiting(route)
-                if waits > self._most_unread:
-                    return  # it may ask again when it has read what it asked for
-                goal, effects = r.route(session, message, now)
-                if goal is not None:
-                    content = buffers[:1] if isinstance(message, wire.Piece) else ()
-                    self._send(goal, message, *content)
-                self._carry_out(effects, now)
-            case wire.Digest():
-                self._carry_out(r.digest(session, message.step, message.digest, now), now)
-            case wire.Stand():
-                self._carry_out(r.stands(session, message.step, now, kept=message.kept), now)
-            case wire.Adopted():
-                self._carry_out(r.adopted(session, message.snapshot, now), now)
+                self._happens(Told(session, message), now)
+            case wire.Want() if self._transport.waiting(route) > self._most_unread:
+                pass  # it may ask again when it has read what it asked for
+            case wire.Piece():
+                self._happens(Told(session, message), now, buffers[:1])
             case wire.Report():
-                if r.peers[session].role == "observer":
+                if peer.role == "observer":
                     self.watcher.reported(self, message)
             case wire.Problem():
-                if r.peers[session].role == "observer":
+                if peer.role == "observer":
                     self.watcher.problem(message.text)
-            case wire.Goodbye():
-                said = (message.reason, now, message.step, message.digest)
-                m = message
-                died = partial(r.leave, failed=m.failed, lease=m.lease, error=m.error)
-                self._carry_out(died(session, *said, finished=m.is_done), now)
+            case (
+                wire.Ready()
+                | wire.Unready()
+                | wire.Unreadable()
+                | wire.Manifest()
+                | wire.Want()
+                | wire.Abort()
+                | wire.Adopted()
+                | wire.Digest()
+                | wire.Stand()
+                | wire.Goodbye()
+            ):
+                self._happens(Told(session, message), now)
             case _:
                 raise PeerError(f"a {type(message).__name__} is not for the server")
 
@@ -309,22 +315,21 @@ class Control:
         known = next((s for s, d in self.doors.items() if d == route), None)
         session = known or self._new_session()
         if known is None or known not in self.rounds.peers:
-            peer, why, effects = self.rounds.greet(
+            greeting = Greeted(
                 session,
-                now,
-                role=hello.role,
-                id=hello.id,
-                nonce=hello.nonce,
-                host=hello.host,
-                pid=hello.pid,
+                hello.role,
+                hello.id,
+                hello.nonce,
+                hello.host,
+                hello.pid,
                 returns=hello.run == self.run_id,
-                reachable=partial(self._reachable, now=now),
             )
-            self._carry_out(effects, now)
-            if peer is None:
+            why = self.rounds.declines(greeting, now, partial(self._reachable, now=now))
+            if why is not None:
                 reject = wire.Reject(why, "choose another: make worker ID=...")
                 self._transport.send(route, reject)
                 return
+            self._happens(greeting, now)
             self.doors[session] = route
             self._secrets[session] = hello.secret
         id = self.rounds.peers[session].id
@@ -342,8 +347,8 @@ class Control:
         self.routes[session] = route
         if old is not None and old != route:
             self.links.pop(old, None)
-            self._carry_out(self.rounds.relinked(session, now), now)
-        self.rounds.seen(session, now)
+            self._happens(Relinked(session), now)
+        self._happens(Heard(session), now)
         if now - self._probed.get(session, -math.inf) >= PROBES_APART_S:
             self._probed[session] = now
             self._transport.publish(wire.Probe(session=session))  # others do not see its secret
@@ -384,7 +389,7 @@ class Control:
         why = self.rounds.refusal(session, push)
         if why is not None:
             self._data.release(session, push)
-            self._send(session, wire.Refused(round=push.round, reason=why))
+            self._happens(PushRefused(session, push, why), now)
             return
         worker = self.rounds.peers[session].id
         bad, norm = self._data.push(session, worker, push, buffers)
@@ -392,14 +397,14 @@ class Control:
             bad = self.rounds.norms.judge(push.bucket, norm)
             if bad is not None:
                 self._data.drop(worker, push.bucket)
-        self._carry_out(self.rounds.pushed(session, push, now, bad), now)
+        self._happens(Pushed(session, push, bad), now)
 
     def _fetch(self, session: str, fetch: wire.Fetch, now: float) -> None:
-        self._forget_overwritten()
-        if not self.rounds.knows(fetch.step, fetch.lineage):
-            self._carry_out(self.rounds.behind(session, now), now)
+        self._forget_overwritten(now)
+        known = self.rounds.knows(fetch.step, fetch.lineage)
+        self._happens(Told(session, fetch), now)
+        if not known:
             return
-        self.rounds.fetches(session)
         route = self.routes[session]
         if self._transport.waiting(route) > FETCH_BYTES:
             return  # an answer is on its way, or lies there unread
@@ -410,7 +415,12 @@ class Control:
 
     # ------------------------------------------------------------------ what goes out
 
-    def _carry_out(self, effects: list[Effect], now: float) -> None:
+    def _happens(self, event: Event, now: float, content: Sequence[Any] = ()) -> None:
+        """Let rounds decide what follows from an event, and do that. `content`: the payload of a
+        message that may have to go on."""
+        self._carry_out(self.rounds.handle(event, now), now, content)
+
+    def _carry_out(self, effects: list[Effect], now: float, content: Sequence[Any] = ()) -> None:
         for effect in effects:
             match effect:
                 case Add():
@@ -430,6 +440,8 @@ class Control:
                     if isinstance(message, wire.Admit) and effect.session in self._unmapped:
                         message = msgspec.structs.replace(message, outbox=False)
                     self._send(effect.session, message)
+                case PassOn():
+                    self._send(effect.session, effect.message, *content)
                 case Say():
                     self.watcher.say(effect.text, effect.warning)
                 case Start():
@@ -458,16 +470,16 @@ class Control:
             if route is not None and self._transport.waiting(route) <= FETCH_BYTES:
                 self._send_update(route, update)
         self._prompt(self.rounds.prompted, now)
-        self._forget_overwritten()
+        self._forget_overwritten(now)
         self.closed_at = now
         self._data.forget_round(close.buckets)
         self.watcher.closed(self, close)
 
-    def _forget_overwritten(self) -> None:
+    def _forget_overwritten(self, now: float) -> None:
         """Let rounds know how far back updates are really there."""
         reach = self._data.reaches_back_to()
         if reach is not None:
-            self.rounds.forget_before(reach)
+            self._happens(Forgotten(reach), now)
 
     def _forget_peer(self, session: str) -> None:
         self.doors.pop(session, None)
