@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import random
 import re
 import shutil
 import socket
@@ -201,11 +202,14 @@ def _connect(address: Address, patience_s: float = 10.0) -> socket.socket:
             return connection
 
 
-def free_port(host: str = "127.0.0.1") -> int:
-    """A port that is free there, and the next one too; below those of outgoing connections."""
-    for port in range(20_000 + os.getpid() % 5_000 * 2, 32_000, 2):
+def free_port() -> int:
+    """A port that is free on loopback, and the next one too (ROUTER and PUB)."""
+    # Below the ranges from which Linux and macOS take the ports of outgoing connections. Each
+    # process of one session of tests has ports of its own: what is free now is bound seconds later.
+    number = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 6
+    for port in random.sample(range(20_000 + 2_000 * number, 22_000 + 2_000 * number, 2), 100):
         with contextlib.suppress(OSError), socket.socket() as first, socket.socket() as second:
-            first.bind((host, port))
-            second.bind((host, port + 1))
+            first.bind(("127.0.0.1", port))
+            second.bind(("127.0.0.1", port + 1))
             return port
-    raise RuntimeError(f"no two free ports in a row at {host}")
+    raise RuntimeError("no two free ports in a row between 20000 and 32000")

@@ -1,6 +1,9 @@
-"""What others call themselves and say, made fit for terminals, logs, files and pages."""
+"""Words of others: made fit for terminals, logs, files and pages, and what a misspelt one means."""
 
 from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
 
 MARK = "\N{REPLACEMENT CHARACTER}"
 
@@ -16,3 +19,11 @@ def printable(text: str) -> str:
 def printable_lines(text: str) -> str:
     """The same for a text of several lines."""
     return "\n".join(map(printable, text.split("\n")))
+
+
+def nearest(word: str, known: Iterable[str], *, alike: float = 0.6) -> str:
+    """The known name that somebody may have meant, in whatever case: the one most like `word`, if
+    it is at least that much `alike` (0 to 1); else empty."""
+    spelled = {name.lower(): name for name in known}
+    found = difflib.get_close_matches(word.lower(), spelled, n=1, cutoff=alike)
+    return spelled[found[0]] if found else ""

@@ -13,7 +13,6 @@ import forked
 import psutil
 import pytest
 import torch
-import whole
 from hypothesis import HealthCheck, settings
 
 MARK = "PARAMSERVER_TESTS"
@@ -131,9 +130,3 @@ def zmq_threads() -> int:
         with suppress(OSError):  # a thread that has ended meanwhile
             count += comm.read_text().startswith("ZMQbg/")
     return count
-
-
-@pytest.fixture
-def free_port() -> int:
-    """A port that is free on loopback, and the next one too (ROUTER and PUB)."""
-    return whole.free_port()

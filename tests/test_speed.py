@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 
 import pytest
+from whole import free_port
 
 from paramserver.fleet.speed import Broken, Listener, measure
 
@@ -29,7 +30,7 @@ def test_loopback_carries_something_both_ways() -> None:
         listener.close()
 
 
-def test_a_path_that_carries_nothing_says_why(free_port: int) -> None:
+def test_a_path_that_carries_nothing_says_why() -> None:
     with pytest.raises(Broken) as raised:
-        measure("127.0.0.1", free_port, None, 0.1)
+        measure("127.0.0.1", free_port(), None, 0.1)
     assert raised.value.number == errno.ECONNREFUSED

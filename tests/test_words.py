@@ -16,11 +16,18 @@ from test_strangers import HELLO, answer, dealer
 from whole import Run
 
 from paramserver.protocol import messages as wire
-from paramserver.words import MARK, printable, printable_lines
+from paramserver.words import MARK, nearest, printable, printable_lines
 
 EVIL = "\x1b[2J\x1b]0;title\x07red\r\nline\x00\x9b1m\u202eback\u200b\u2066 \ud7ff\u2028end"
 SEEN = "red  line"
 HIDDEN = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069]")
+
+
+def test_the_name_that_was_meant() -> None:
+    known = {"SimpleNN": 1, "ResNet18": 2, "CNN": 3}
+    assert nearest("simplenn", known) == nearest("SimpelNN", known) == "SimpleNN"
+    assert nearest("Transformer", known) == nearest("x", []) == ""
+    assert (nearest("net", known), nearest("net", known, alike=0.5)) == ("", "ResNet18")
 
 
 def test_what_is_left_of_a_text() -> None:

@@ -9,10 +9,8 @@ from __future__ import annotations
 import json
 import os
 import queue
-import random
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -28,6 +26,7 @@ import forked
 import psutil
 import zmq
 
+from benchmarks.network import free_port
 from paramserver import logs
 from paramserver.config.loading import to_wire
 from paramserver.keys import Keys
@@ -45,19 +44,6 @@ LOOPBACK = "127.0.0.1"
 DEADLINE_S = 300.0
 
 T = TypeVar("T")
-
-
-def free_port() -> int:
-    """A port that is free on loopback, and the next one too (ROUTER and PUB)."""
-    # Below the ranges from which Linux and macOS take the ports of outgoing connections. Each
-    # process of one session has ports of its own: what is free now is bound seconds later.
-    number = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 6
-    for port in random.sample(range(20_000 + 2_000 * number, 22_000 + 2_000 * number, 2), 100):
-        with suppress(OSError), socket.socket() as first, socket.socket() as second:
-            first.bind((LOOPBACK, port))
-            second.bind((LOOPBACK, port + 1))
-            return port
-    raise RuntimeError("no two free ports in a row between 20000 and 32000")
 
 
 # ----------------------------------------------------------------------------------- programs

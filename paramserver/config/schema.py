@@ -7,7 +7,6 @@ command line: ``batch_size``, ``wandb.mode``, ``model.hidden``.
 
 from __future__ import annotations
 
-import difflib
 import math
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
@@ -19,7 +18,7 @@ from paramserver.errors import UserError
 from paramserver.net import hosts
 from paramserver.ranges import FILLED, Range, is_import_path
 from paramserver.settings import Settings, Wandb
-from paramserver.words import printable
+from paramserver.words import nearest, printable
 
 Program = Literal["server", "worker", "launch"]
 Where = Callable[[str], str]  # a setting's name -> where its value was written, or ""
@@ -179,10 +178,9 @@ def check_names(flat: Mapping[str, Any], where: Where) -> None:
         if name in (*KEYS, "wandb") or (group in NAMED and all(parts)):
             continue
         wanted = name.lower().replace("-", "_")
-        near = difflib.get_close_matches(wanted, KEYS, n=1)
-        if not near:  # `project` means wandb.project
-            near = [key for key in KEYS if key.endswith(f".{wanted}")]
-        guess = f"; did you mean `{near[0]}`?" if near else ""
+        inner = (key for key in KEYS if key.endswith(f".{wanted}"))  # `project` of wandb
+        near = nearest(wanted, KEYS) or next(inner, "")
+        guess = f"; did you mean `{near}`?" if near else ""
         raise UserError(
             f"unknown setting `{name}`{guess}{_at(where, name)}", "--help lists every setting"
         )

@@ -12,7 +12,6 @@ it into the list.
 
 from __future__ import annotations
 
-import difflib
 import ipaddress
 import re
 from collections.abc import Mapping
@@ -21,6 +20,7 @@ from typing import Any
 
 from paramserver.errors import UserError
 from paramserver.settings import outside
+from paramserver.words import nearest
 
 HERE = "local"  # as `ssh`: this machine, without ssh
 ROLES = ("server", "worker", "both")
@@ -103,8 +103,8 @@ def _host(entry: Any) -> Host:
     name = entry["name"]
     for key, value in entry.items():
         if key not in _KINDS:
-            near = difflib.get_close_matches(str(key), _KINDS, n=1)
-            guess = f"; did you mean `{near[0]}`?" if near else ""
+            near = nearest(str(key), _KINDS)
+            guess = f"; did you mean `{near}`?" if near else ""
             known = ", ".join(field.name for field in fields(Host))
             raise _wrong(f"{name} has an unknown `{key}`{guess}", f"a machine has: {known}")
         if value is not None and type(value) is not _KINDS[key]:

@@ -20,7 +20,6 @@ import stat
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from importlib.machinery import BuiltinImporter, FrozenImporter, ModuleSpec, SourceFileLoader
 from itertools import accumulate
 from pathlib import Path
@@ -31,6 +30,7 @@ from paramserver.errors import UserError
 from paramserver.fleet.user_code import is_installed
 from paramserver.ranges import is_import_path
 from paramserver.settings import Settings
+from paramserver.words import nearest
 
 OURS = tuple(Path(__file__).resolve().parents[2] / name for name in ("paramserver", "workers"))
 
@@ -216,10 +216,10 @@ def _check_defined(setting: str, name: str, file: Path, attribute: str) -> None:
         raise _refused(setting, name, f"{module} has it from {elsewhere[attribute]}")
     found = defined.get(attribute)
     if found is None:
-        near = get_close_matches(attribute, defined, n=1)
+        near = nearest(attribute, defined)
         raise UserError(
             f"{setting}={name}: module {module} has no {attribute!r}",
-            f"did you mean {near[0]}?" if near else "",
+            f"did you mean {near}?" if near else "",
         )
     if not isinstance(found, ast.ClassDef) and getattr(found, "returns", None) is None:
         raise UserError(

@@ -15,14 +15,13 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from paramserver.errors import UserError
-from paramserver.words import printable
+from paramserver.words import nearest, printable
 from workers.builtin.own_code import NOTHING, OwnCode
 
 NOT_THEIRS = (Path(torch.__file__).parent, Path(__file__).parents[1])
@@ -131,9 +130,8 @@ def told(fault: BaseException) -> str:
 
 def did_you_mean(word: str, known: Iterable[str], rest: str = "") -> str:
     """A hint with the nearest known name, if one is near, and the rest."""
-    spelled = {name.lower(): name for name in known}
-    nearest = get_close_matches(word.lower(), spelled, n=1, cutoff=0.5)
-    return f"did you mean {spelled[nearest[0]]}? {rest}" if nearest else rest
+    near = nearest(word, known, alike=0.5)
+    return f"did you mean {near}? {rest}" if near else rest
 
 
 # -------------------------------------------------------------------------- from name to callable

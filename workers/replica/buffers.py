@@ -8,7 +8,6 @@ layers are averaged; each buffer of another layer comes whole from one worker
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from paramserver.errors import UserError
+from paramserver.words import nearest
 from workers.replica.state import as_bytes, dtype_name
 
 NORM_LAYERS = (nn.modules.batchnorm._NormBase,)
@@ -117,10 +117,10 @@ class Buffers:
                 self.by_name[name] = found[id(tensor)]
         for name in rules:
             if name not in self.by_name:
-                near = difflib.get_close_matches(name, self.by_name, n=1)
+                near = nearest(name, self.by_name)
                 raise UserError(
                     f"attach(buffers=...) names {name!r}, which is no buffer of the model's state",
-                    f"did you mean {near[0]}?" if near else f"it has {', '.join(self.by_name)}",
+                    f"did you mean {near}?" if near else f"it has {', '.join(self.by_name)}",
                 )
         kinds = ("stat", "count", "whole")
         self.all = sorted(found.values(), key=lambda b: (kinds.index(b.kind), b.sent))
