@@ -1,4 +1,5 @@
-"""The door for a training loop: join a cluster, attach a model, iterate over this worker's leases.
+"""The interface for a training loop: join a cluster, attach a model, iterate over this worker's
+leases.
 
     cluster = workers.join("10.10.0.1", worker_id=2)
     model, optimizer = cluster.attach(model, optimizer)
@@ -7,7 +8,7 @@
         criterion(model(images), labels).backward()   # buckets leave as they become ready
         optimizer.step()                              # waits for the averages, then steps
 
-The built-in loop (`workers.builtin.train`) uses this same door.
+The built-in loop (`workers.builtin.train`) uses the same interface.
 """
 
 from __future__ import annotations
@@ -64,21 +65,22 @@ def join(
 ) -> Cluster:
     """Greet the server at `host` and take part as worker `worker_id` (None: any free id).
 
-    What is not given is read off the environment (`workers.link.environment`). A server on another
-    machine takes its join `token`, or the path of a file that holds one; host and port come with
-    it, where they are not given. As host, "auto" looks for the server in the local network, by
-    mDNS. `security="none"` is for a server that runs so. If there is neither host nor token, and no
-    server listens on this machine, this is a cluster of one: the same loop trains alone, with the
-    settings in `alone` (`num_epochs`, `batch_size`, `seed`) over the usual ones.
+    What is not given is taken from the environment (`workers.link.environment`). A server on
+    another machine needs its join `token`, or the path of a file that holds one; the token brings
+    host and port, where they are not given. As host, "auto" looks for the server in the local
+    network, by mDNS. `security="none"` is for a server with the same setting. If there is neither
+    host nor token, and no server listens on this machine, this is a cluster of one: the same loop
+    trains alone, with the settings in `alone` (`num_epochs`, `batch_size`, `seed`) over the usual
+    ones.
 
     With a server on this host gradients go through shared memory, half of which is left to others
     (a DataLoader's processes, say); `shared_memory=False` leaves all.
 
-    What happens is told to `say(line)`; without it to the logger `workers`, whose lines are printed
-    where the script has given it neither a handler nor a level.
+    Each event is a line for `say(line)`; without it, for the logger `workers`, whose lines are
+    printed where the script has given it neither a handler nor a level.
 
-    Waits up to `timeout_s` for a server that was named, or is there, to answer. Raises `UserError`
-    when none does or when it refuses, with the reason.
+    Waits up to `timeout_s` for the server's answer. Raises `UserError` where there is none or where
+    the server refuses, with the reason.
     """
     if say is None:
         logs.show_unless_told("workers")
@@ -119,7 +121,7 @@ def join(
 
 
 class Cluster:
-    """This worker's place in a run. `settings` are the run's, as the server told them: attributes
+    """This worker's place in a run. `settings` are the run's, as the server sent them: attributes
     (`cluster.settings.batch_size`), or items of a mapping."""
 
     def __init__(self, client: Client | Solo) -> None:
@@ -138,14 +140,14 @@ class Cluster:
         self._stepped = True  # step() was called for it
         self._sent = 0  # buckets of its gradient
         self._computing = 0  # since when; for a trace
-        self._unread: tuple[int, ...] = ()  # places in the lease of what could not be read
-        self._lease: Lease | None = None  # the one of `batches` that is being worked on
-        self._phase = ""  # and how far that is, until the gradient is complete
+        self._unread: tuple[int, ...] = ()  # places in the lease of samples that could not be read
+        self._lease: Lease | None = None  # the lease of `batches` that is being computed
+        self._phase = ""  # load, forward or backward, until the gradient is complete
         self._seeded = False
         self._loss: float | Tensor | None = None
         self._waiting_s = 0.0
         self._load_ahead: Callable[[], None] | None = None
-        self._lost: wire.End | None = None  # the run goes on, or not, but not with this worker
+        self._lost: wire.End | None = None  # this worker's part ended, and perhaps the run
         atexit.register(self._at_exit)
 
     @property
@@ -186,14 +188,14 @@ class Cluster:
     ) -> tuple[M, ClusterOptimizer]:
         """Make this model a replica: it takes the run's state, and its gradients are exchanged.
 
-        What happens between the averaged gradient and the parameters is given here and runs in
-        every replica: `before_step(model)`, clipping of the total norm, the optimizer, the
-        schedule (with every update, or `schedule_by` "epoch"). `accumulate` backward passes make
-        one step. `buffers` says of those that forwards write, by name, which are averaged ("mean")
-        or take the largest ("max"); others come whole from one worker, but for normalisation
-        layers. Torch's generator is left alone here: it is seeded, another way in each worker,
-        when the first batch is begun. Raises `UserError` where the model or the optimizer is not
-        the run's, or cannot be a replica's.
+        These arguments fix what happens between the averaged gradient and the parameters, in every
+        replica: `before_step(model)`, clipping of the total norm, the optimizer, the schedule (with
+        every update, or `schedule_by` "epoch"). `accumulate` backward passes make one step.
+        `buffers` names buffers that forwards write and that are averaged ("mean") or take the
+        largest ("max"); others come whole from one worker, except those of normalisation layers.
+        Torch's generator stays as it is until the first batch begins, when each worker seeds it
+        differently. Raises `UserError` where the model or the optimizer is not the run's, or cannot
+        be a replica's.
         """
         if self._replica is not None:
             raise UserError("attach() was called twice", "a cluster trains one model")
@@ -222,7 +224,7 @@ class Cluster:
         return model, ClusterOptimizer(optimizer, self)
 
     def _tell_float64(self, replica: Replica) -> None:
-        """A codec that loses precision is not for those who train in float64."""
+        """Report that gradients in float64 do not go through a codec that loses precision."""
         codecs = {self.settings.codec, self.settings.codec_of_averages} - {"float32"}
         exact = [t.name for t in replica.layout.tensors if t.kind == "grad" and t.sent == "float64"]
         if codecs and exact:
@@ -242,16 +244,16 @@ class Cluster:
         drop_last: bool = False,
     ) -> Iterator[Any]:
         """This worker's batches, epoch after epoch, until the run has ended in order: all epochs
-        are done, or somebody stopped it. Where it ends by an error, or without this worker, it
+        are done, or a person stopped it. Where it ends by an error, or without this worker, it
         raises `RunLost`; `end` tells how it ended in any case.
 
         `dataset` is the same on every worker: something with a length and `batch(indices, device)`
         or `dataset[i]` (samples are then collated as torch's DataLoader does, and tensors moved to
-        `device`). Which samples come is decided by the server, so that each one of an epoch is used
-        once, whoever takes part, or is skipped and named: what cannot be read, what workers die of,
-        and with `drop_last` the short rest of an epoch. The next lease's data is loaded while this
-        one is computed, or, by `batch`, while the averages are on their way. Raises `UserError`
-        for what is no such data set.
+        `device`). The server decides which samples come, so that each sample of an epoch is used
+        once, with any number of workers. It skips and names samples that cannot be read or that
+        make workers die and, with `drop_last`, the last short batch of an epoch. The next lease's
+        data is loaded while this one is computed, or, by `batch`, while the averages are on their
+        way. Raises `UserError` for an unsuitable data set.
         """
         if self._replica is None or self._gradients is None:
             raise UserError("batches() before attach()", "attach the model first")
@@ -323,9 +325,9 @@ class Cluster:
         Each one is part of a round, whose average weighs it by `samples(batch)`, which is counted
         where it is not given and all parts of the batch agree (`workers.weight`). One call is one
         pass; call it again for the next one, and `leave` after the last. The run ends when all
-        workers have left so. A pass ends early where somebody stopped the run, and raises
-        `RunLost` where it ended by an error, or without this worker. Raises `UserError` for a
-        batch whose samples cannot be counted.
+        workers have left so. A pass ends early where a person stopped the run, and raises `RunLost`
+        where it ended by an error, or without this worker. Raises `UserError` for a batch whose
+        samples cannot be counted.
         """
         if self._replica is None:
             raise UserError("own_batches() before attach()", "attach the model first")
@@ -359,14 +361,15 @@ class Cluster:
                 self._leave_loop()
 
     def _seed(self) -> None:
-        """Dropout and its like differ per worker. Once, as late as the training needs it: what a
-        script draws before it, a split of the data set say, is the same in every worker."""
+        """Seed torch's generator, once, so that dropout differs between workers. It is done late,
+        so that what a script draws before, a split of the data set say, is the same in every
+        worker."""
         if not self._seeded:
             self._seeded = True
             torch.manual_seed(self.settings.seed + self.worker_id)
 
     def _begin(self, samples: int, unread: tuple[int, ...] = ()) -> None:
-        """A batch of this worker's is about to be computed."""
+        """Note that the computation of a batch begins."""
         assert self._gradients is not None
         self._gradients.begin()
         self._stepped, self._sent, self._samples = False, 0, samples
@@ -383,7 +386,7 @@ class Cluster:
 
     def _leave_loop(self) -> None:
         if self.client.ended is not None:
-            # The server need not wait for what comes next here.
+            # The run is over for this worker: the server need not wait for it.
             self.client.goodbye(wire.Goodbye(wire.FINISHED, finished=True))
         elif self._lost is None:
             self.client.unready(unfinished=bool(self._phase))
@@ -398,7 +401,7 @@ class Cluster:
             nonlocal found
             assert client.follow is not None
             if client.greetings != self._greetings:
-                self._greetings, self._round = client.greetings, 0  # rounds of another time
+                self._greetings, self._round = client.greetings, 0  # rounds of another session
             found = client.follow.lease(self.worker_id, self._round)
             return found is not None or client.ended is not None
 
@@ -425,7 +428,7 @@ class Cluster:
     def _send_bucket(
         self, bucket: Bucket, values: Tensor, absent: tuple[int, ...], without: tuple[int, ...]
     ) -> None:
-        """A bucket of this step's gradient is complete: encode and send it, look what came in."""
+        """A bucket of this step's gradient is complete: encode and send it, take in averages."""
         assert self._replica is not None and self._feedback is not None
         with trace.span("encode", bucket=bucket.index):
             room = partial(self.client.room, bucket.index)
@@ -451,7 +454,7 @@ class Cluster:
                 self.client.await_room()
 
     def _on_close(self, close: wire.Close) -> None:
-        """Which of our buckets are part of this update?"""
+        """Note which of our buckets are part of this update."""
         if close.round == self._round and self.worker_id in close.contributors:
             self._taken = close.partly.get(self.worker_id, close.buckets)
 
@@ -505,8 +508,8 @@ class Cluster:
         return msgspec.structs.replace(end, reason=behind, error=end.error or not end.stopped)
 
     def _is_over(self) -> bool:
-        """Has the run ended in order? Raises `RunLost` where it ended by an error, or finished
-        with a state that this worker does not hold: what comes after the loop is not for that."""
+        """Has the run ended in order? Raises `RunLost` where it ended by an error, or finished with
+        a state that this worker does not hold: the code after the loop must not run then."""
         end = self.end if self.client.ended is not None else None
         if end is not None and end.error:
             raise RunLost(f"the run ended early, at step {end.step}: {end.reason}")
@@ -514,7 +517,7 @@ class Cluster:
 
     @contextmanager
     def _losing(self) -> Iterator[None]:
-        """What goes wrong with the connection in here ends the run for this worker."""
+        """A `UserError` in this block ends the run for this worker."""
         try:
             yield
         except UserError as e:
@@ -530,7 +533,7 @@ class Cluster:
         """Say goodbye and close the sockets; safe to call twice, and called at exit.
 
         `error` is what ends this worker, by default the exception that is being handled: in the
-        middle of a batch it tells that others may die of the same samples. One that was given
+        middle of a batch the server learns that others may die of the same samples. A given `error`
         ends this worker's part by an error, unless it only asks the program to end (Ctrl-C).
         """
         atexit.unregister(self._at_exit)
@@ -555,16 +558,16 @@ class Cluster:
             self._replica.give_back()
 
     def _failed(self, error: BaseException | None) -> str:
-        """Where in its batch this worker was when the error came; empty where it is no fault of
-        the batch's."""
+        """Where in its batch this worker was when the error came; empty where the batch is not the
+        cause."""
         ours = isinstance(error, UserError) and self._phase != wire.LOAD
         if not isinstance(error, Exception) or isinstance(error, RunLost | Unusable) or ours:
             return ""
         return self._phase
 
     def _at_exit(self) -> None:
-        """The program ends, perhaps of an error that the interpreter has just shown. At a prompt it
-        has shown errors that ended nothing."""
+        """Leave at the program's end, with the error that the interpreter has just shown, if any.
+        (At a prompt it has shown errors that did not end the program.)"""
         error: BaseException | None = None
         if not hasattr(sys, "ps1"):
             error = getattr(sys, "last_exc", getattr(sys, "last_value", None))
@@ -585,17 +588,18 @@ class ClusterOptimizer:
         self._cluster = cluster
 
     def step(self, closure: None = None) -> None:
-        """Send what is left of the gradient, wait for the round's end, apply what was closed.
+        """Send the remaining gradient, wait for the round's end, apply the update.
 
-        Usually that is one update; none when the round came to nothing, several when this worker
-        was late. Raises `RunLost` when the server is gone, or has ended the run by an error.
+        Usually that is one update; none where the round was void, several where this worker was
+        late. Raises `RunLost` when the server is gone, or has ended the run by an error.
         """
         if closure is not None:
             raise UserError("step(closure) cannot be done over a cluster", "call step()")
         self._cluster._step()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients. They are always set to None: what is there is the run's average."""
+        """Forget the gradients. They are always set to None: after a step `.grad` holds the run's
+        average."""
         for group in self.wrapped.param_groups:
             for p in group["params"]:
                 p.grad = None

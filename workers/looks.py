@@ -1,8 +1,8 @@
-"""What a few samples of a data set look like: two sets of one length need not be the same set.
+"""Compares data sets by a few samples, because two sets of one length may be different.
 
-Each of a few samples, chosen by the length alone, is read twice, with generators that are seeded
-the same everywhere and left as they were. What was equal both times is told to the server, which
-compares it with what the first worker told (`paramserver.rounds.looks`).
+A worker reads each of a few samples, chosen by the length alone, twice, with generators that have
+the same seed on all machines and are restored afterwards. It reports what was equal both times to
+the server, which compares it with the report of the first worker (`paramserver.rounds.looks`).
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from workers.samples import Samples, forked, seed_generators
 SAMPLES = 8
 TIME_S = 1.0
 LEAVES = LOOKS_MAX // SAMPLES  # of a sample; others are not compared
-LARGE = 64  # whole numbers of one byte, more than these, are a picture: decoders differ a little
+LARGE = 64  # more bytes than these are an image: decoders differ a little
 
 
 def look(samples: Samples) -> tuple[Look, ...]:
-    """At most `SAMPLES` of them, in at most `TIME_S` (but one at least); what cannot be read tells
-    nothing."""
+    """Summaries of at most `SAMPLES` samples, in at most `TIME_S` (but at least one sample);
+    samples that cannot be read are left out."""
     until = time.monotonic() + TIME_S
     found: list[Look] = []
-    random: set[str] = set()  # leaves that are not the same each time
+    random: set[str] = set()  # leaves that differ between two reads
     chosen = permutation(samples.length, "samples that are compared")[:SAMPLES].tolist()
     with forked():
         for index in chosen:
@@ -54,7 +54,7 @@ def _read(samples: Samples, index: int, again: int) -> dict[str, Look]:
         sample = samples.one(index)
         leaves = _leaves(sample, "")
         return {f.leaf: f for _, f in zip(range(LEAVES), _looks(index, leaves), strict=False)}
-    except Exception:  # it is told when it is its turn
+    except Exception:  # the error is reported when a lease holds this sample
         return {}
 
 
@@ -115,7 +115,7 @@ def _array(value: Any) -> np.ndarray[Any, Any] | None:
 
 
 def _exact(index: int, path: str, shown: str, content: bytes | None = None) -> Look:
-    """Must be the same to the bit. What is too long is told by its hash."""
+    """A summary that must be equal to the bit: the content, or its hash where that is long."""
     if content is not None or len(shown) > LOOK_CHARS // 2:
         digest = hashlib.sha256(content if content is not None else shown.encode()).hexdigest()
         shown = f"{shown[: LOOK_CHARS // 2]} ({digest[:12]})"

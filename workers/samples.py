@@ -1,8 +1,8 @@
-"""A data set as `batches` takes it: how its samples are read, and what is told of them.
+"""A data set as `batches` takes it: reads its samples, and reports those that cannot be read.
 
-Samples that cannot be read are left out of their batch and named; more than one in a hundred of
-them are an error. With `deterministic` each sample is read with generators that were seeded for it,
-so that what a transform draws is the same whoever reads it, and when.
+Samples that cannot be read are left out of their batch and named; more than one in a hundred are an
+error. With `deterministic` each sample is read with generators that were seeded for it, so that
+what a transform draws does not depend on the worker, nor on the time.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from paramserver.tensors.order import order
 
 log = logging.getLogger(__name__)
 
-NAMED = 10  # unreadable samples that are told one by one
+NAMED = 10  # unreadable samples that are named one by one
 
 
 class Unusable(UserError):
-    """It makes no sense to go on with this data set, whichever samples of it come next."""
+    """Too much of this data set cannot be read: the run must not go on with it."""
 
 
 class Loaded(NamedTuple):
@@ -39,15 +39,15 @@ class Loaded(NamedTuple):
 
     data: Any
     unread: tuple[int, ...]
-    """Places in the lease of those that cannot be read."""
+    """Places in the lease of the samples that cannot be read."""
 
 
 class Samples:
     """The samples of one data set, by leases.
 
     It has a length and `batch(indices, device)` or `dataset[i]`; samples read one by one are
-    collated as torch's DataLoader does, and moved to the device. Raises `UserError` for what is no
-    such data set.
+    collated as torch's DataLoader does, and moved to the device. Raises `UserError` for an
+    unsuitable data set.
     """
 
     def __init__(
@@ -62,7 +62,8 @@ class Samples:
         self.length = _length(dataset)
         self.has_batch = takes_indices(dataset)
         self.in_loop = self.has_batch or deterministic
-        """It is read in the thread of the loop: too quick for another one, or it must be."""
+        """Is it read in the thread of the loop? Its own `batch` is too quick for another thread,
+        and `deterministic` needs it."""
         self._dataset, self._device = dataset, device
         self._seed, self._deterministic, self._log = seed, deterministic, log
         self._orders: dict[int, Tensor] = {}
@@ -70,8 +71,8 @@ class Samples:
         self._broken: dict[int, str] = {}
 
     def load(self, lease: Lease) -> Loaded:
-        """The samples of a lease. Raises what the data set raises where nothing could be read ever,
-        and `Unusable` where too much of it cannot."""
+        """The samples of a lease. Raises the data set's exception where no sample could be read so
+        far, and `Unusable` where too many cannot."""
         indices = self._indices(lease)
         if not self._deterministic:
             return self._load(indices, lease[0])
@@ -158,8 +159,8 @@ class Samples:
 
 
 def takes_indices(dataset: Any) -> bool:
-    """Has it a method `batch(indices, device)`? Others have one of that name that does something
-    else (that of Hugging Face's takes a size)."""
+    """Has it a method `batch(indices, device)`? Other data sets have a different method of that
+    name (Hugging Face's takes a size)."""
     method = getattr(dataset, "batch", None)
     if not callable(method):
         return False
@@ -173,7 +174,8 @@ def takes_indices(dataset: Any) -> bool:
 
 
 def _length(dataset: Any) -> int:
-    """How many samples it has; raises `UserError` for what is no data set with numbered samples."""
+    """The number of its samples; raises `UserError` where it is no data set with numbered
+    samples."""
     kind = type(dataset).__name__
     own = "a loop over what each worker has of its own: cluster.own_batches(...)"
     if isinstance(dataset, DataLoader):
@@ -208,8 +210,8 @@ def _length(dataset: Any) -> int:
 
 
 def loader(dataset: Any, device: torch.device | str | None) -> Callable[[Tensor], Any]:
-    """How the samples at some indices come out of a data set: by its own `batch`, or one by one,
-    collated as torch's DataLoader does, and moved to the device."""
+    """A function that gives the samples at some indices of a data set: by its own `batch`, or one
+    by one, collated as torch's DataLoader does, and moved to the device."""
     if takes_indices(dataset):
         return lambda indices: dataset.batch(indices, device or "cpu")
     return lambda indices: _moved(default_collate([dataset[int(i)] for i in indices]), device)
@@ -232,7 +234,7 @@ def _moved(value: Any, device: torch.device | str | None) -> Any:
 
 @contextmanager
 def forked() -> Iterator[None]:
-    """The global generators of torch (of the CPU), numpy and random are afterwards as before."""
+    """Restore the global generators of torch (of the CPU), numpy and random after the block."""
     states = torch.get_rng_state(), np.random.get_state(), random.getstate()
     try:
         yield
@@ -243,7 +245,7 @@ def forked() -> Iterator[None]:
 
 
 def seed_generators(purpose: str) -> None:
-    """Seed them by nothing but these words."""
+    """Seed these generators from this text alone."""
     number = int.from_bytes(hashlib.sha256(purpose.encode()).digest()[:8], "big")
     torch.default_generator.manual_seed(number >> 1)
     np.random.seed(number & 0xFFFFFFFF)

@@ -79,12 +79,12 @@ class Client:
 
     @property
     def welcome(self) -> wire.Welcome | None:
-        """What the server said last when it let this peer in."""
+        """The server's last welcome."""
         return self.connection.welcome
 
     @property
     def settings(self) -> RunSettings:
-        """The run's, as that welcome told them."""
+        """The run's settings in that welcome."""
         return self.connection.settings
 
     @property
@@ -112,7 +112,7 @@ class Client:
         self.connection.close()
 
     def _let_go(self) -> None:
-        """Of what is shared with the server."""
+        """Let go of the memory that is shared with the server."""
         self._pushes.without_outbox()
         self._ring = None
 
@@ -135,7 +135,7 @@ class Client:
         return "" if session.admit is None else session.admit.action
 
     def _greeted(self) -> None:
-        """The server has welcomed this peer: tell it where the replica stands."""
+        """The server has welcomed this peer: report where the replica stands."""
         session, welcome = self.session, self.welcome
         assert session is not None and welcome is not None
         self._do(
@@ -172,9 +172,9 @@ class Client:
             self.log.info("the server does not know this worker any more: greeting it again")
         self._let_go()
         connection.close_sockets()
-        connection.must_greet = False  # nobody is left who would set it
+        connection.must_greet = False  # the thread that sets it has ended
         hello = connection.hello
-        own = connection.welcome.id if hello.role == "worker" else None  # leases are told by it
+        own = connection.welcome.id if hello.role == "worker" else None  # leases carry it
         connection.hello = msgspec.structs.replace(hello, run=connection.run, id=own)
         session.unknown()
         try:
@@ -208,7 +208,8 @@ class Client:
         )
 
     def _make_outbox(self) -> shm.Outbox | None:
-        """Memory for pushes that a server on this host reads where they lie."""
+        """Shared memory for pushes, for a server on this host; None: pushes go through the
+        socket."""
         shared = self.connection.shared
         if shared is None or self.connection.hello.role != "worker":
             return None
@@ -226,7 +227,7 @@ class Client:
             return None
 
     def _hear(self, admit: wire.Admit) -> None:
-        """The server admits this peer: listen where its averages come."""
+        """The server admits this peer: receive its averages."""
         session = self.session
         assert session is not None
         if not admit.outbox:
@@ -237,8 +238,9 @@ class Client:
             self._do(session.join_again())
 
     def _hear_averages(self) -> bool:
-        """From the server's ring, if it shares one with us, or through SUB. False where the ring
-        cannot be used: the server must know, or it sends nothing through SUB."""
+        """Receive averages from the server's ring, if it shares one with us, or through SUB. False
+        where the ring cannot be used: then this peer must join again without it, because the server
+        sends it nothing through SUB."""
         connection = self.connection
         assert connection.sub is not None
         ring = None if connection.shared is None else connection.shared / "ring"
@@ -256,7 +258,7 @@ class Client:
         return True
 
     def _say_slower(self, what: str, error: OSError) -> None:
-        """Once: shared memory is not to be had."""
+        """Log, once, that shared memory is not available."""
         if what not in self._slower:
             self._slower.add(what)
             reason = error.strerror or str(error)
@@ -264,7 +266,7 @@ class Client:
 
     @property
     def ring_mb(self) -> float:
-        """MiB of updates that the server keeps where this replica reads them; else infinity."""
+        """MiB of updates in the server's ring; infinity where this replica does not read one."""
         return math.inf if self._ring is None else self._ring.nbytes / 2**20
 
     # ------------------------------------------------------------------ where it stands
@@ -349,17 +351,17 @@ class Client:
         self.connection.send(wire.Report(step=step, values=values, final=final))
 
     def problem(self, text: str) -> None:
-        """Let people at the server know what could not be done here."""
+        """Report to the server, which shows it, what this replica could not do."""
         sendable = text.encode(errors="replace").decode()  # the name of a file may be any bytes
         self.connection.send(wire.Problem(sendable[: wire.PROBLEM_CHARS]))
 
     def kept(self) -> None:
-        """What is to stay of this step is on disk, or cannot be written: the run may end."""
+        """This step's files are on disk, or cannot be written: the run may end."""
         assert self.session is not None
         self._do(self.session.kept())
 
     def unreadable(self, round: int) -> None:
-        """No sample of the lease in this round can be read."""
+        """Report that no sample of the lease in this round can be read."""
         self.connection.send(wire.Unreadable(round=round))
 
     def goodbye(self, goodbye: wire.Goodbye) -> None:
@@ -371,7 +373,7 @@ class Client:
         digest, step = "", 0
         if self.replica is not None and self.follows:
             digest, step = self.replica.digest(), self.replica.step
-        with contextlib.suppress(UserError):  # it lets nobody in any more
+        with contextlib.suppress(UserError):  # the server does not admit this peer any more
             self.connection.send(msgspec.structs.replace(goodbye, step=step, digest=digest))
         link.linger = 2000
 
@@ -384,7 +386,7 @@ class Client:
 
     def poll(self) -> None:
         """Take in averages that have come, without waiting: for the hooks, in the middle of
-        backward. Anything else must wait, since nothing may be applied now."""
+        backward. Other messages wait, because no update may be applied now."""
         session = self.session
         assert session is not None
         while session.hears:
@@ -398,9 +400,9 @@ class Client:
     def wait(self, done: Callable[[], Any], what: str, timeout_s: float | None = None) -> bool:
         """Handle messages, applying updates, until `done()`; False if `timeout_s` passed first.
 
-        Says from time to time that it waits for `what` (empty: only what is out of the ordinary),
-        and what the server is doing. Raises `RunLost` when the server is silent for longer than
-        the run's idle timeout, or does not take this peer any more.
+        Logs from time to time that it waits for `what` (empty: only what is unusual), and what the
+        server is doing. Raises `RunLost` when the server is silent for longer than the run's idle
+        timeout, or does not take this peer any more.
         """
         connection, session = self.connection, self.session
         assert session is not None
@@ -409,7 +411,7 @@ class Client:
         said = ""
         while not done():
             if connection.must_greet and not connection.abandoned.is_set():
-                if session.follow.end is not None:  # nobody is left to greet
+                if session.follow.end is not None:  # the run is over: do not greet again
                     connection.must_greet = False
                     self._do(session.stay_behind())
                     continue
@@ -487,7 +489,7 @@ class Client:
         return True
 
     def _sleep(self, limit_s: float) -> None:
-        """Until something comes on a socket that may be read now."""
+        """Wait until a message comes on a socket that may be read now."""
         connection, session = self.connection, self.session
         assert connection.link is not None and session is not None
         if not session.hears:
@@ -502,10 +504,9 @@ class Client:
         self._slept_s = time.perf_counter() - start
 
     def _spin(self, start: float) -> bool:
-        """Look again and again for a few milliseconds whether something has come.
-
-        Waking up with cold caches costs a small model more than its exchange. Others that want this
-        core get it; where the last sleep was longer than this, nobody spins.
+        """Poll for up to `SPIN_S` before sleeping: waking up costs a small model more than the
+        exchange itself. Other processes that want this core get it. Where the last wait was longer
+        than `SPIN_S`, do not spin.
         """
         sub, link = self.connection.sub, self.connection.link
         assert link is not None and sub is not None
@@ -597,7 +598,7 @@ class Client:
         self._do(session.applied(action.close, time.monotonic()))
 
     def _compare(self, step: int) -> None:
-        """Are all replicas still equal?"""
+        """Report the digest, for the comparison of replicas."""
         assert self.replica is not None
         self.connection.send(wire.Digest(step=step, digest=self.replica.digest()))
 
@@ -657,7 +658,7 @@ class Client:
 
 
 def _give_way() -> None:
-    """Let others have this core, if any wants it."""
+    """Let another process have this core, if one wants it."""
     if hasattr(os, "sched_yield"):
         os.sched_yield()
     else:

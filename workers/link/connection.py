@@ -1,8 +1,8 @@
 """The sockets of a peer: it says hello at the door, gets a link and a SUB, and beats.
 
-`workers.link.client` lets a replica follow the log over it; what travels: docs/protocol.md.
-One thread uses the link and SUB. A second one beats at the door, so that a long push or forward is
-not taken for death.
+`workers.link.client` lets a replica follow the log over it; for the messages see docs/protocol.md.
+One thread uses the link and SUB. A second one beats at the door, so that the server does not take a
+long push or forward for the end of this process.
 """
 
 from __future__ import annotations
@@ -67,15 +67,15 @@ class Connection:
         shared_memory: bool = True,
         log: logging.Logger = log,
     ) -> None:
-        """`keys` are needed where the server lets in only those who have them; `key` is what the
-        server's own observer shows. `search(run=...)` begins to look for the server of a run (None:
-        any) where it does not answer any more. `shared_memory` may be used with a server on this
-        host."""
+        """`keys` are needed for a server that admits only peers with keys; `key` proves to the
+        server that this is its own observer. `search(run=...)` begins to look for the server of a
+        run (None: any) where it does not answer any more. `shared_memory`: use it with a server on
+        this host."""
         self.host, self.port = host, port
         self.log = log
         self.welcome: wire.Welcome | None = None
         self.settings = RunSettings()
-        """The run's, once there was a welcome."""
+        """The run's settings, after a welcome."""
         self.run: str | None = None
         """The run that this peer has state of."""
         self.heartbeat_timeout = 10.0
@@ -110,9 +110,9 @@ class Connection:
         self.must_greet = False  # the server does not know this session, or is silent
 
     def connect(self, deadline_s: float, last_step: int | None = None) -> wire.Welcome:
-        """Find the server and be welcomed, within `deadline_s`; says what it waits for. Raises
-        `UserError` where it refuses or does not answer, `RunLost` when `abandoned` is set meanwhile
-        or, with `last_step`, which a peer of its run has reached, when it does not come back."""
+        """Find the server and be welcomed, within `deadline_s`; logs what it waits for. Raises
+        `UserError` where the server refuses or does not answer, and `RunLost` where `abandoned` is
+        set meanwhile or where the server of a peer with a `last_step` does not come back."""
         start, blocked = time.monotonic(), False
         while True:
             welcome = self._be_welcomed(start, deadline_s, last_step)
@@ -124,7 +124,7 @@ class Connection:
                 self.elsewhere.over()
                 self.greetings += 1
                 return welcome
-            # The server may have died just now; if it is there, something is in between.
+            # The server may have died just now; if it lives, a firewall is in between.
             if blocked and missing in ("SUB", "ROUTER"):
                 port = welcome.pub_port if missing == "SUB" else self.port
                 raise UserError(
@@ -145,12 +145,14 @@ class Connection:
             handshake.check()
             now = time.monotonic()
             if now >= search_at and self.elsewhere.found(now):
-                new_door_at = now  # there
-            if now >= new_door_at:  # ZeroMQ may have given up this one's connection in silence
+                new_door_at = now  # dial the new address now
+            if now >= new_door_at:  # ZeroMQ may have given up this socket's connection in silence
                 door, handshake = self._open_door()
                 hello_at, new_door_at = now, now + NEW_DOOR_S
-            if now >= hello_at:  # one may be lost with a cut connection
-                with contextlib.suppress(zmq.Again):  # refused just now: the next check tells why
+            if now >= hello_at:  # a hello may be lost with a cut connection
+                with contextlib.suppress(
+                    zmq.Again
+                ):  # refused just now: the next check raises the reason
                     sockets.send(door, wire.to_frames(self.hello), wait=False)
                 hello_at = now + HELLO_INTERVAL_S
             if self.abandoned.is_set():
@@ -165,7 +167,9 @@ class Connection:
                             raise RunOver(message.end)
                         raise UserError(message.reason, message.hint)
                     new_door_at = now
-                if isinstance(message, wire.Later):  # it lives, and has a deadline of its own
+                if isinstance(
+                    message, wire.Later
+                ):  # the server lives, and has a deadline of its own
                     hello_at = time.monotonic() + HELLO_INTERVAL_S
                     search_at = hello_at + SEARCH_AFTER_S
                     deadline, new_door_at = hello_at + deadline_s, hello_at + NEW_DOOR_S
@@ -192,13 +196,13 @@ class Connection:
     def move(
         self, host: str, port: int, keys: sockets.PeerKeys | None
     ) -> tuple[str, int, sockets.PeerKeys | None]:
-        """The server is to be reached there; where it was before. For doors to come."""
+        """Use this address and these keys for the next doors; returns the former ones."""
         before = self.host, self.port, self._keys
         self.host, self.port, self._keys = host, port, keys
         return before
 
     def _open_door(self) -> tuple[zmq.Socket[bytes], HandshakeMonitor]:
-        """A socket to say hello at, and what becomes of its handshakes, in place of the last."""
+        """A new socket for hello, with the monitor of its handshakes, in place of the last one."""
         self.close_sockets()
         door = self._door = sockets.dealer(self._ctx)
         with_keys = self._keys is not None
@@ -209,8 +213,8 @@ class Connection:
         return door, handshake
 
     def _checked(self, welcome: wire.Welcome) -> RunSettings:
-        """The settings in a welcome. Raises `UserError` where the server says what cannot be: its
-        words go into names of files, ports and sizes."""
+        """The settings in a welcome. Raises `UserError` for impossible values: they go into names
+        of files, ports and sizes."""
         if welcome.protocol != wire.PROTOCOL:
             raise UserError(
                 f"the server speaks protocol {welcome.protocol}, this worker {wire.PROTOCOL}",
@@ -228,10 +232,10 @@ class Connection:
                 )
         run = RunSettings.of(from_wire(Settings(), welcome.settings))
         dataset = {part: value for part, value in run.dataset.items() if part != "root"}
-        return replace(run, dataset=dataset)  # which has no place here that the server knows
+        return replace(run, dataset=dataset)  # the server does not know this machine's folder
 
     def _open_link(self, welcome: wire.Welcome) -> str:
-        """Link and SUB, over ipc where server and we share a host; then wait until both work.
+        """Open link and SUB, over ipc where the server is on this host; then wait until both work.
 
         Returns what is missing: nothing; the socket, ROUTER or SUB, of which nothing was heard; or
         the session, which the server has forgotten since.
@@ -276,7 +280,7 @@ class Connection:
         self.send(wire.Probe(session=self.welcome.session, secret=self.hello.secret))
 
     def _drain(self, timeout_s: float) -> list[tuple[Any, Any]]:
-        """Everything that has come on link and SUB, with its socket; waits for something."""
+        """All messages on link and SUB, each with its socket; waits for one."""
         found = []
         for s, _ in self.poller.poll(int(1000 * timeout_s)):
             while sockets.readable(s):
@@ -318,7 +322,9 @@ class Connection:
                     while sockets.readable(door):
                         message = self.decode(sockets.receive(door))[0]
                         if isinstance(message, wire.Greet) and not message.session_known:
-                            self.must_greet = True  # another server, or it gave us up
+                            self.must_greet = (
+                                True  # another server, or it does not know this session any more
+                            )
 
         self._beat_thread = threading.Thread(target=run, name="beat", daemon=True)
         self._beat_thread.start()
@@ -348,7 +354,7 @@ class Connection:
         try:
             frames = wire.to_frames(message, *buffers)
             sockets.send(self.link, frames, copy=not buffers, wait=False)
-        except zmq.Again:  # not its mark, it has none: ZeroMQ has given this connection up
+        except zmq.Again:  # it has no mark, so ZeroMQ has given this connection up
             if self.handshake is not None:
                 self.handshake.check()
             raise RunLost(
@@ -376,8 +382,8 @@ class Elsewhere:
         self._before: tuple[str, int, sockets.PeerKeys | None] | None = None
 
     def found(self, now: float) -> bool:
-        """Has it moved? Then the peer has its new address from now on. To be asked again and
-        again while it is silent."""
+        """Has the server moved? Then the peer uses its new address from now on. Call it again and
+        again while the server is silent."""
         peer = self._peer
         if self._begin is None:
             return False
@@ -388,7 +394,7 @@ class Elsewhere:
                 )
                 self._search = self._begin(run=peer.run, known=(peer.host, peer.port))
             there = self._search.look(now)
-        except UserError as e:  # no multicast, or without a token several servers
+        except UserError as e:  # no multicast, or several servers and no token
             peer.log.info(f"the server can only be waited for where it was: {e.problem}")
             self._begin = None
             return False
@@ -400,12 +406,12 @@ class Elsewhere:
 
     @property
     def moved(self) -> bool:
-        """Was the address that the peer has now found, and nobody welcomed it there yet?"""
+        """Does the peer use an address that was found, and was not welcomed there yet?"""
         return self._before is not None
 
     def was_wrong(self, reason: str) -> bool:
-        """The server there does not take this peer; was it one that was found? Then the peer has
-        the address before again."""
+        """The server at this address refuses the peer. Where the address was found, the peer gets
+        its former address back, and this returns True."""
         if self._before is None:
             return False
         self._peer.log.info(
@@ -416,7 +422,7 @@ class Elsewhere:
         return True
 
     def over(self) -> None:
-        """The server is heard."""
+        """The server answers: end the search."""
         self._before = None
         if self._search is not None:
             self._search.close()

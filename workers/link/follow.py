@@ -1,4 +1,4 @@
-"""Where a replica stands in the log, what it waits for, what it drops, what it fetches again.
+"""A replica's position in the log: what it applies, waits for, drops and fetches again.
 
 The worker's counterpart of `paramserver.rounds`, and as pure: messages and `now` come in, one
 effect comes out of each, and nothing here knows a socket or a tensor. Three rules:
@@ -32,9 +32,8 @@ class Effect(msgspec.Struct, frozen=True):
 
 
 class Take(Effect, frozen=True):
-    """Decode this average's numbers into their place.
-
-    `first` of its round: what was taken before belongs to a void round, and must be forgotten.
+    """Decode this average's numbers into the memory for them. `first` of its round: averages taken
+    before belong to a void round, and must be dropped.
     """
 
     average: Average
@@ -42,9 +41,8 @@ class Take(Effect, frozen=True):
 
 
 class Apply(Effect, frozen=True):
-    """Everything of this update is here: apply it, then call `applied`.
-
-    `first`: it has no averages; what was taken before belongs to a void round (see `Take`).
+    """This update is complete: apply it, then call `applied`. `first`: it has no averages; those
+    taken before belong to a void round (see `Take`).
     """
 
     close: Close
@@ -52,13 +50,13 @@ class Apply(Effect, frozen=True):
 
 
 class Drop(Effect, frozen=True):
-    """Of no use: older, twice, or of another server."""
+    """Drop this message: it is old, a duplicate, or of another server."""
 
     why: str
 
 
 class Gap(Effect, frozen=True):
-    """Something is missing: fetch, and look at this message again afterwards."""
+    """A message is missing: fetch, and handle this one again afterwards."""
 
 
 class Nothing(Effect, frozen=True):
@@ -66,7 +64,7 @@ class Nothing(Effect, frozen=True):
 
 
 class Diverged(Effect, frozen=True):
-    """The log and this replica do not fit together: a snapshot is needed."""
+    """This replica's state is not one of the log: it needs a snapshot."""
 
     why: str
 
@@ -81,14 +79,14 @@ NOTHING = Nothing()
 
 
 class Replica(Protocol):
-    """It alone knows where it stands: applying an update, or loading a state, sets that."""
+    """Owns step and lineage: applying an update, or loading a state, sets them."""
 
     step: int
     lineage: str
 
 
 class Follow:
-    """The way of one replica along the log of one server (`nonce`)."""
+    """Follows the log of one server (`nonce`) for one replica."""
 
     def __init__(self, nonce: str, replica: Replica, now: float) -> None:
         self.nonce = nonce
@@ -98,19 +96,19 @@ class Follow:
         self.over = 0
         """The newest round known to be over."""
         self.phase = ""
-        """What the server last said it was doing, in a sentence."""
+        """The last phase of the server, as a sentence."""
         self.trains = False
-        """It said that a round is open."""
+        """Is a round open, by the last pulse?"""
         self.ending = False
         """The server opens no more rounds."""
         self.traffic = (0, 0)
-        """Bytes the server last said it had sent and received."""
+        """Bytes sent and received by the server, by its last pulse."""
         self.end: End | None = None
         self.fetching_since: float | None = None
         self.heard_at = now
         self._round = 0  # the round whose averages are being collected
         self._got: set[int] = set()
-        self._pulse_step = -1  # where an earlier pulse already saw us behind
+        self._pulse_step = -1  # the step at which an earlier pulse found us behind
 
     @property
     def step(self) -> int:
@@ -140,7 +138,8 @@ class Follow:
         return Take(m, first)
 
     def lost(self, bucket: int) -> None:
-        """What was taken of this bucket's average was written over meanwhile: it never came."""
+        """The numbers of this bucket's average were written over while they were read: treat it as
+        missing."""
         self._got.discard(bucket)
 
     def close(self, m: Close) -> Effect:
@@ -174,7 +173,8 @@ class Follow:
         return NOTHING
 
     def pulse(self, m: Pulse, now: float) -> Effect:
-        """The server lives. Its pulse may overtake a close on its way: behind twice is a gap."""
+        """The server lives. A pulse may overtake a close: only two pulses that find the replica
+        behind are a gap."""
         if m.nonce != self.nonce:
             return Drop("of another server")
         self.phase, self.trains, self.ending = m.phase, m.trains, m.ending
@@ -204,7 +204,7 @@ class Follow:
     # ------------------------------------------------------------------ fetching and snapshots
 
     def fetch(self, now: float) -> Fetch:
-        """Ask for what comes after my step; until `fetched` nothing is read from SUB."""
+        """Ask for the updates after my step; until `fetched` SUB is not read."""
         self.fetching_since = now
         return Fetch(step=self.step, lineage=self.lineage)
 
@@ -216,7 +216,7 @@ class Follow:
         return Gap() if step > self.step else NOTHING
 
     def adopted(self) -> None:
-        """A snapshot put the replica at another state; while it was given no round was open."""
+        """A snapshot has replaced the replica's state; no round was open meanwhile."""
         self.fetching_since = None
         self._got.clear()
         if self.open is not None:
@@ -236,16 +236,16 @@ class Follow:
         return (current.round, leases[0]) if leases else None
 
     def lease_ahead(self, worker: int) -> Lease | None:
-        """What this worker will probably get next, so that its data can be loaded."""
+        """The lease that this worker will probably get next, so that its data can be loaded."""
         leases = self.open.leases.get(worker, ()) if self.open is not None else ()
         return leases[1] if len(leases) > 1 else None
 
     def is_over(self, round_: int) -> bool:
-        """Has that round come to its end, one way or the other?"""
+        """Is that round over, closed or void?"""
         return self.over >= round_
 
     def tick(self, now: float, quiet_s: float) -> Effect:
-        """Time has passed: ask again what was not answered, probe where it is silent."""
+        """Time has passed: fetch again where there was no answer, probe a silent server."""
         if now - self.heard_at > quiet_s:  # asking again and again would hide for how long it is
             return Silent(now - self.heard_at)
         if self.fetching_since is not None and now - self.fetching_since > quiet_s:

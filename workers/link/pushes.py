@@ -1,9 +1,8 @@
 """The buckets of one round on their way to the server: where their numbers lie, and when each goes.
 
 Where the server is on this host, numbers are written into the slots of an outbox, which the server
-reads where they lie (`paramserver.transport.shm`). `paramserver.protocol.pacing` tells when the
-next push may be sent. No socket and no clock in here: `now` comes in, and what is to be sent comes
-out.
+reads where they lie (`paramserver.transport.shm`). `paramserver.protocol.pacing` decides when the
+next push may be sent. Pure: `now` comes in, and the pushes to send come out.
 """
 
 from __future__ import annotations
@@ -23,30 +22,30 @@ WAIT_S = 0.05
 
 class Pushes:
     """The pushes of a round: `room` for a bucket's numbers, `add` when it is complete, and send
-    what is `due`; `forget` the rest when the round is over."""
+    what is `due`; `forget` the others when the round is over."""
 
     def __init__(self) -> None:
         self._outbox: shm.Outbox | None = None
         self._moves = True
-        """The outbox's slots become free soon: in this round nobody has waited for one in vain."""
+        """Slots become free soon: no wait for one has failed in this round."""
         self._filled: dict[int, shm.Slot] = {}  # by bucket: not complete yet
         self._pacer: Pacer[tuple[wire.Push, list[Any], shm.Slot | None]] = Pacer()
 
     def begin(self, outbox: shm.Outbox | None) -> None:
-        """The peer joins (again), with an outbox of its own or with none: all before is void."""
+        """The peer joins (again), with an outbox or without: pushes before are void."""
         self._outbox = outbox
         self._filled.clear()
         self._pacer.begin()
 
     def without_outbox(self) -> None:
-        """The server does not read it: everything goes through the socket."""
+        """The server does not read the outbox: all pushes go through the socket."""
         self._outbox = None
         self._filled.clear()
 
     def room(self, bucket: int, nbytes: int) -> Tensor:
-        """Memory for what is sent of this bucket, uint8 [nbytes]: a slot of the outbox where one is
+        """Memory for the bytes of this bucket, uint8 [nbytes]: a slot of the outbox where one is
         free. Never waits."""
-        self._free(self._filled.pop(bucket, None))  # of a push that did not come to be
+        self._free(self._filled.pop(bucket, None))  # of a push that was not completed
         slot = None if self._outbox is None else self._outbox.room(nbytes)
         if slot is None:
             return fresh(nbytes)
@@ -55,14 +54,14 @@ class Pushes:
 
     @property
     def full(self) -> bool:
-        """Is it worth while to wait until the next bucket has a slot?
-
-        A little waiting costs less than sending through the socket: the server is busy either way.
+        """Should the worker wait until the next bucket has a slot? A short wait costs less than
+        sending through the socket: the server is busy either way.
         """
         return self._moves and self._outbox is not None and self._outbox.full
 
     def waited_in_vain(self) -> None:
-        """No slot became free: others are what the averages wait for. Once in a round is enough."""
+        """No slot became free, because the averages wait for other workers: do not wait again in
+        this round."""
         self._moves = False
 
     def add(self, push: wire.Push, buffers: list[Any], now: float) -> None:
@@ -75,8 +74,8 @@ class Pushes:
         self._pacer.averaged(bucket, now)
 
     def due(self, now: float) -> list[tuple[wire.Push, list[Any]]]:
-        """What is to be sent now, each push with the buffers that travel with it: none where the
-        server reads them in the outbox."""
+        """The pushes to send now, each with the buffers that travel with it: none where the server
+        reads them from the outbox."""
         found: list[tuple[wire.Push, list[Any]]] = []
         for push, buffers, slot in self._pacer.due(now):
             if slot is None or self._outbox is None:
@@ -86,7 +85,7 @@ class Pushes:
         return found
 
     def forget(self) -> None:
-        """The round is over: what has not been sent is of no use any more."""
+        """The round is over: drop the pushes that were not sent."""
         self._moves = True
         for _, _, slot in self._pacer.begin():
             self._free(slot)

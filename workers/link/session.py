@@ -1,11 +1,11 @@
-"""What a replica does about each message of its server, as actions for its client to carry out.
+"""Decides what a replica does about each message of its server, as actions that its client carries
+out.
 
-`workers.link.follow` tells where the replica stands in the log; around it, this is the rest of a
-peer's part in the protocol: joining, greeting again, giving and taking snapshots, going adrift,
-what it tells about itself. Messages and `now` come in, actions come out as frozen values, to be
-carried out in their order and at once. Nothing in here knows a socket, a tensor or a clock.
-
-Payloads, and what a snapshot is read from and written to, pass through unseen.
+`workers.link.follow` knows where the replica stands in the log. A session adds the rest of a peer's
+part in the protocol: joining, greeting again, giving and taking snapshots, going adrift, and
+reports. Pure: messages and `now` come in, actions come out as frozen values, which the client
+carries out at once and in order. A session has no socket, tensor or clock. It hands payloads, and
+the memory of snapshots, through without using them.
 """
 
 from __future__ import annotations
@@ -58,17 +58,17 @@ class Taking(msgspec.Struct):
 class Session:
     """The part that `replica` takes in a run, through all its greetings.
 
-    `drifts`: when it has fallen behind what the server keeps, it goes adrift: it only hears of
-    closes until `catch_up` is called, and disturbs nobody with a snapshot.
+    `drifts`: when the replica has fallen behind the server's history, it goes adrift: it only
+    receives closes until `catch_up` is called, and takes no snapshot.
 
     Raises `UserError` where the server refuses this peer, `RunLost` where it does so in the middle.
     """
 
     WANTS_IN_FLIGHT = 4
-    MISSED_MAX = 5  # snapshots in a row; then this peer gives up
+    MISSED_MAX = 5  # snapshots in a row that failed; then this peer gives up
     MISFITS_MAX = 3  # snapshots in a row that do not fit in the same way
-    SILENT_TIMEOUTS = 3  # heartbeat timeouts; then the connections are made anew
-    TAKING_TIMEOUTS = 2  # without a piece of a snapshot; then it is asked for anew
+    SILENT_TIMEOUTS = 3  # heartbeat timeouts of silence; then the connections are made anew
+    TAKING_TIMEOUTS = 2  # heartbeat timeouts without a piece; then the snapshot is asked for anew
 
     def __init__(
         self,
@@ -84,9 +84,9 @@ class Session:
         """The replica is in its place, neither adrift nor waiting for a snapshot."""
         self.adrift = False
         self.admit: wire.Admit | None = None
-        """How the server admitted it, since it asked last."""
+        """The server's answer to the last join."""
         self.behind = False
-        """The run has ended, and nothing more of it is to be had."""
+        """The run has ended, and no more updates of it can be fetched."""
         self.at_last_step = False
         """The run is ending, and this replica stands at its last step: time to keep it."""
         self.took_part = False
@@ -97,13 +97,13 @@ class Session:
         self._timeout_s, self._digest_steps = 0.0, 0
         self._ready: wire.Ready | None = None
         self._taking: Taking | None = None
-        self._over = 0  # the last snapshot that was called off: nothing else of it is news
+        self._over = 0  # the last snapshot that was aborted: drop its other messages
         self._why_missed = ""  # what was wrong with it
-        self._misfits: list[str] = []  # in what the last ones did not fit
-        self._giving: tuple[int, Any] | None = None  # its number, and what it is read from
+        self._misfits: list[str] = []  # why the last snapshots did not fit
+        self._giving: tuple[int, Any] | None = None  # its number and its source
         self._give_later: wire.Give | None = None
-        self._stood = -1  # the step that the server was last told we stand at
-        self._kept_step = -1  # the step of which it was told that it is kept
+        self._stood = -1  # the step of the last `Stand`
+        self._kept_step = -1  # the last step that was reported as kept
 
     @property
     def ended(self) -> wire.End | None:
@@ -123,7 +123,7 @@ class Session:
 
     @property
     def gives(self) -> bool:
-        """Is somebody taking a snapshot of this replica?"""
+        """Does another replica take a snapshot of this one?"""
         return self._giving is not None
 
     # ------------------------------------------------------------------ coming
@@ -138,13 +138,13 @@ class Session:
         return self._join()
 
     def unknown(self) -> None:
-        """The server does not know this peer any more: what was on its way is void."""
+        """The server does not know this peer any more: messages on their way are void."""
         self.held.clear()
         self._giving = self._give_later = self._taking = None
         self._over = 0
 
     def join_again(self) -> list[Action]:
-        """What was on its way may be lost: let the server tell anew where to begin."""
+        """Messages on their way may be lost: join again, so that the server says where to begin."""
         self._taking = self._giving = self._give_later = None
         self.held.clear()
         self.follow.fetching_since = None
@@ -182,7 +182,7 @@ class Session:
         return [Joined()] if self._ready is None else [Joined(), Send(self._ready)]
 
     def stay_behind(self) -> list[Action]:
-        """The run has ended, and what this replica lacks is not to be had any more."""
+        """The run has ended, and the updates that this replica lacks cannot be fetched any more."""
         if self.behind:
             return []
         self.behind = True
@@ -198,7 +198,7 @@ class Session:
     # ------------------------------------------------------------------ what it tells
 
     def ready(self, ready: wire.Ready) -> list[Action]:
-        """It asks for leases, now and after every greeting."""
+        """Ask for leases, now and after every greeting."""
         self._ready = ready
         return [Send(ready)]
 
@@ -206,12 +206,12 @@ class Session:
         self._ready = None
 
     def kept(self) -> list[Action]:
-        """What is to stay of this step is on disk, or cannot be written: the run may end."""
+        """This step's files are on disk, or cannot be written: the run may end."""
         self._kept_step = self.replica.step
         return [Send(wire.Stand(step=self._kept_step, kept=True))]
 
     def _stand(self, pulse: wire.Pulse) -> list[Action]:
-        """The observer tells where it stands, so that the run does not end before it has kept the
+        """Report where the observer stands, so that the run does not end before it has kept the
         last step."""
         f = self.follow
         if self._role != "observer" or (pulse.nonce, pulse.step) != (f.nonce, f.step):
@@ -225,7 +225,7 @@ class Session:
     # ------------------------------------------------------------------ time
 
     def tick(self, now: float) -> list[Action]:
-        """Time has passed: ask again what was not answered, look for a server that is silent."""
+        """Time has passed: ask again where there was no answer, probe a silent server."""
         actions: list[Action] = []
         effect = self.follow.tick(now, self._timeout_s / 2)
         if isinstance(effect, follow.Silent):
@@ -284,7 +284,7 @@ class Session:
         return None if isinstance(effect, follow.Gap) else actions
 
     def lost(self, average: wire.Average) -> None:
-        """What was to be taken of this average was written over meanwhile: as if PUB had dropped
+        """The numbers of this average were written over while they were read: as if PUB had dropped
         it. The close of its round will show the gap."""
         self.follow.lost(average.bucket)
 
@@ -312,7 +312,7 @@ class Session:
         return actions
 
     def _fetch(self, now: float) -> list[Action]:
-        if not self.joined:  # Admit or a snapshot tells where to begin
+        if not self.joined:  # Admit or a snapshot says where to begin
             return []
         return [Send(self.follow.fetch(now))]
 
@@ -321,13 +321,13 @@ class Session:
     def received(self, message: Any, payload: Any, now: float) -> list[Action]:
         """A message for this peer alone."""
         f = self.follow
-        f.heard(now)  # not from SUB: that goes on for a peer which the server has given up
+        f.heard(now)  # not for SUB, which reaches peers that the server does not know, too
         match message:
             case wire.Average() | wire.Close():
                 if not self.joined:
                     return []
                 if f.fetching_since is not None:
-                    f.fetching_since = now  # the answer is coming: not yet time to ask again
+                    f.fetching_since = now  # the answer is on its way: do not ask again yet
                 return self._published(message, payload, now) or []
             case wire.Fetched():
                 if isinstance(f.fetched(message.step, message.open), follow.Gap):
@@ -369,7 +369,7 @@ class Session:
                 elif f.step < message.step and f.fetching_since is None:
                     return self._fetch(now)
             case _:
-                pass  # Refused: the round's close tells the rest; Probe, late
+                pass  # Refused: the round's close says the rest; a late Probe
         return []
 
     # ------------------------------------------------------------------ snapshots: giving
@@ -380,7 +380,7 @@ class Session:
         if f.step == message.step and f.lineage == message.lineage:
             return [Give(message.snapshot)]
         if f.step < message.step:
-            # Apply what is on its way first, then look at this again.
+            # Apply the updates on their way first, then handle this message again.
             self._give_later = message
             return self._fetch(now) if f.fetching_since is None else []
         return [Send(wire.Abort(message.snapshot, f"I stand at step {f.step}"))]
@@ -390,7 +390,7 @@ class Session:
         self._giving = snapshot, source
 
     def cannot_give(self, snapshot: int, why: str) -> list[Action]:
-        """It costs the joiner, not this replica."""
+        """Abort the snapshot; the joiner has to do without, this replica goes on."""
         return [
             Say(f"this replica's state cannot be sent: {why}"),
             Send(wire.Abort(snapshot, f"the state cannot be sent: {why}")),
@@ -399,7 +399,7 @@ class Session:
     # ------------------------------------------------------------------ snapshots: taking
 
     def takes(self, manifest: wire.Manifest, room: Any, pieces: int, now: float) -> list[Action]:
-        """There is room for this snapshot, which comes in so many pieces (see `Begin`)."""
+        """There is room for this snapshot, which comes in `pieces` pieces (see `Begin`)."""
         self._taking = Taking(manifest, room, pieces, now)
         return self._want_more(self._taking)
 
@@ -425,7 +425,7 @@ class Session:
         return [TakePiece(taking.room, message.snapshot, message.piece, payload)]
 
     def took(self, piece: int, now: float) -> list[Action]:
-        """A piece of the snapshot is in its place."""
+        """A piece of the snapshot was stored."""
         taking = self._taking
         if taking is None:
             return []
@@ -434,12 +434,13 @@ class Session:
         return self._want_more(taking)
 
     def refuse(self, snapshot: int, why: str, misfit: str | None = None) -> list[Action]:
-        """It cannot be right, which is the giver's fault as long as others may give another: layout
-        and recipe are those of the run. Where they agree, it is ours."""
+        """Refuse a snapshot that does not fit. That is the giver's fault as long as another replica
+        may give one that fits, since layout and recipe are the run's. Where `MISFITS_MAX` snapshots
+        fail in the same way, it is this replica's."""
         self._over, self._taking = snapshot, None
         self._why_missed = why
         if misfit is not None:
-            self.follow.adopted()  # another state, if half of it was loaded
+            self.follow.adopted()  # the state is another one, even if only a part was loaded
         self._misfits = [*self._misfits[1 - self.MISFITS_MAX :], misfit] if misfit else []
         return [
             Send(wire.Abort(snapshot, why[: wire.REASON_MAX])),
@@ -465,8 +466,8 @@ class Session:
         return []
 
     def _give_up_if_in_vain(self, missed: int) -> None:
-        """So many snapshots in a row did not come to this replica: the server counts them, since it
-        knows of which givers that says something."""
+        """Raise `RunLost` after `MISSED_MAX` failed snapshots in a row. The server counts them,
+        because it knows which givers have proven anything."""
         alike = len(self._misfits) == self.MISFITS_MAX and len(set(self._misfits)) == 1
         if alike and missed >= self.MISFITS_MAX:
             raise UserError(

@@ -17,24 +17,24 @@ from workers.replica.replica import Replica
 from workers.replica.state import DTYPES, as_bytes, dtype_name, empty, flatten, pieces
 
 FLOOR_BYTES = 64 * 2**20
-MOMENTS = 8  # numbers that an optimizer keeps for each of a tensor, at most
-SQUARES = 4  # matrices that it keeps for each dimension (Shampoo, SOAP)
+MOMENTS = 8  # numbers of optimizer state per element, at most
+SQUARES = 4  # matrices of optimizer state per dimension (Shampoo, SOAP)
 NUMBER_BYTES = 8
 
 
 def most_bytes(replica: Replica) -> int:
-    """What a state like this replica's can have at most, whatever its optimizer keeps; never more
-    than the memory of this machine."""
+    """The largest size of a state with this replica's layout, with any optimizer; at most the
+    memory of this machine."""
     numbers = 0
     for tensor in replica.tensors():
         squares = sum(d * d for d in tensor.shape)
         numbers += (1 + MOMENTS) * tensor.numel() + SQUARES * squares
-    # A complex number has two.
+    # a complex number counts as two
     return min(FLOOR_BYTES + 2 * NUMBER_BYTES * numbers, psutil.virtual_memory().total)
 
 
 class Giving:
-    """A snapshot of this replica that somebody is taking piece by piece."""
+    """A snapshot of this replica that another one takes piece by piece."""
 
     def __init__(self, number: int, replica: Replica) -> None:
         self.number = number
@@ -64,7 +64,7 @@ class Giving:
 class Taking:
     """A snapshot that is coming in, for a replica whose state is not larger than `most_bytes`.
 
-    Raises `PeerError`, before anything is allocated, for a manifest that cannot be right.
+    Raises `PeerError`, before anything is allocated, for an impossible manifest.
     """
 
     def __init__(self, manifest: wire.Manifest, most_bytes: int) -> None:

@@ -1,7 +1,7 @@
-"""A cluster of one: what `workers.link.client` does for a worker, where there is no server.
+"""A cluster of one: stands in for `workers.link.client` where there is no server.
 
-Gradients make the same journey and the log is the same, so a loop that was written for a cluster
-runs alone as it is. Nothing is sent anywhere, and nothing is written.
+Gradients take the same path through the code, and the log is the same, so a loop for a cluster runs
+alone unchanged. It sends nothing, and writes no file.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Solo:
     """The interface of `Client`, as far as `Cluster` uses it, for the only worker of a run.
 
     `settings` are some of those that a server would have (`num_epochs`, `batch_size`, `seed`);
-    raises `UserError` for one that there is not. `log` gets sentences for a person.
+    raises `UserError` for an unknown one. `log` gets sentences for a person.
     """
 
     host, port = address.LOOPBACK, 0
@@ -51,7 +51,7 @@ class Solo:
             nonce=uuid.uuid4().hex,
             session="",
             id=ID,
-            settings={},  # nobody is told any
+            settings={},  # there is no other peer
             pub_port=0,
         )
         self.log = log
@@ -98,7 +98,7 @@ class Solo:
             self.follow.opened(opened)
 
     def unready(self, unfinished: bool = False) -> None:
-        """The loop was left: the open round is void, what was leased comes first the next time."""
+        """The loop was left: the open round is void, and its samples come first the next time."""
         assert self._ledger is not None
         for lease in self._leases:
             self._ledger.settle(lease, RETURNED)
@@ -127,7 +127,7 @@ class Solo:
         return False
 
     def wait(self, done: Callable[[], Any], what: str, timeout_s: float | None = None) -> bool:
-        """There is nobody to wait for: a round whose gradient is complete is closed."""
+        """Close rounds until `done()`; there is no other worker to wait for."""
         while not done():
             told = len(self._got) + len(self._without)
             whole = told == len(self.replica.plan.buckets)
@@ -216,7 +216,7 @@ class Solo:
             lease = (0, 0, self._samples)
         self._ledger.settle(lease, DONE if self._bad is None else SKIPPED, self._unread)
         for lost in self._ledger.take_news():
-            if lost.why != UNREAD:  # those were told one by one
+            if lost.why != UNREAD:  # those were reported one by one
                 self.log.info(
                     f"skipped: samples {lost.lease[1]} to {lost.lease[2] - 1} of its order"
                 )
@@ -227,7 +227,7 @@ class Solo:
             nonce=self.welcome.nonce,
             round=self._round,
             step=self.replica.step + 1,
-            lineage=self.replica.lineage,  # nobody else needs a name for the state
+            lineage=self.replica.lineage,  # no other replica compares it
             buckets=tuple(sorted(self._got)) if self._bad is None else (),
             contributors={ID: self._samples} if self._bad is None else {},
             late={} if self._bad is None else {ID: self._bad},
