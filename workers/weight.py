@@ -1,9 +1,10 @@
-"""How many samples a batch holds: counted where it is sure, else an error that asks for `samples=`.
+"""The number of samples in a batch: counted where the count is certain, else an error that asks for
+`samples=`.
 
 A batch may be read in more than one way. In a list of tensors each may be a part of one batch
 (inputs, targets), whose first dimension counts the samples, or a sample of its own, as lists of
 pictures and of sequences are. `readings` finds every number that some reading gives; only where all
-of them agree is the weight known.
+of them agree is the number certain.
 """
 
 from __future__ import annotations
@@ -26,16 +27,15 @@ from paramserver.protocol.messages import SAMPLES_MAX
 HINT = "say it: own_batches(..., samples=lambda batch: ...)"
 
 _ALONE = str | bytes | bool | int | float | complex | Enum | torch.dtype | torch.device | None
-"""Things that tell nothing about the number of samples beside them."""
+"""Types that say nothing about the number of samples beside them."""
 
 _TOKENS = (torch.int32, torch.int64)
 
 
 def samples_in(batch: Any, *, collated: bool = False) -> int:
-    """How many samples this batch holds.
-
-    `collated`: it comes from torch's `default_collate`, which makes one batch of all that a sample
-    has: its lists hold parts, never samples. Raises `UserError` where the number is not sure.
+    """The number of samples in this batch. `collated`: it comes from torch's `default_collate`,
+    whose lists hold parts of samples, never samples. Raises `UserError` where the number is not
+    certain.
     """
     found = _readings(batch, collated)
     if found is None and isinstance(batch, Tensor) and not collated:
@@ -46,7 +46,7 @@ def samples_in(batch: Any, *, collated: bool = False) -> int:
 
 
 def checked(count: Any) -> int:
-    """A number of samples, whoever told it. Raises `UserError` for what none can be."""
+    """A number of samples from the user. Raises `UserError` for an impossible one."""
     try:
         number = None if isinstance(count, bool | np.bool_) else operator.index(count)
     except TypeError:
@@ -73,8 +73,8 @@ def collates_by_default(batches: Any) -> bool:
 
 
 Readings = frozenset[int] | None
-"""Every number of samples that this may be of; empty: its parts contradict each other, or it is
-nothing we know; None: it tells nothing."""
+"""Every possible number of samples; empty: the parts contradict each other, or the type is unknown;
+None: the value says nothing about it."""
 
 _UNKNOWN: Readings = frozenset()
 
@@ -105,7 +105,7 @@ def _readings(value: Any, collated: bool) -> Readings:
 
 
 def _readings_of_list(items: list[Any] | tuple[Any, ...], collated: bool) -> Readings:
-    """Its items are the parts of one batch, or samples where they are all of one kind."""
+    """The items may be parts of one batch, or samples where they are all of one kind."""
     if items and all(isinstance(item, _ALONE | np.generic) for item in items):
         return frozenset({len(items)})
     parts = _agreed(items, collated)
@@ -118,8 +118,8 @@ def _readings_of_list(items: list[Any] | tuple[Any, ...], collated: bool) -> Rea
 
 
 def _agreed(parts: list[Any] | tuple[Any, ...], collated: bool) -> Readings:
-    """The numbers that every part that tells any may be of. Where one part is a single number or
-    word, all of it may be one sample."""
+    """The numbers that are possible for every part that has any. Where one part is a single number
+    or word, the whole may be one sample."""
     told = [found for part in parts if (found := _readings(part, collated)) is not None]
     if not told:
         return None
@@ -146,7 +146,7 @@ def _are_tokens(items: list[Any] | tuple[Any, ...]) -> bool:
 
 
 def _kind(value: Any) -> Any:
-    """Equal for what may be samples of one list."""
+    """A key that is equal for values which may be samples of one list."""
     if isinstance(value, Tensor | np.ndarray):
         return type(value).__name__, value.ndim, str(value.dtype)
     if isinstance(value, bool | int | float | complex | np.generic):

@@ -1,7 +1,7 @@
 """`python -m paramserver.launch demo`: a whole cluster on this machine, for a first look; `script
-train.py`: the same for a training script of one's own; `ray`: on the nodes of a Ray cluster
-(`paramserver.launch.ray`); and the words for a cluster of many machines (`paramserver.fleet`): up,
-status, logs, attach, down."""
+train.py`: the same for a user's own training script; `ray`: on the nodes of a Ray cluster
+(`paramserver.launch.ray`); and the commands for a cluster of many machines (`paramserver.fleet`):
+up, status, logs, attach, down."""
 
 from __future__ import annotations
 
@@ -38,17 +38,18 @@ DEMO = {
 WORKERS_PATIENCE_S = 10.0
 FLEET = ("up", "status", "logs", "attach", "down", "doctor")
 PARTS_OF_A_STEP = ("load", "compute", "encode", "send", "wait", "decode", "optimizer")
-SCRIPT_S = 600.0  # what a script does after its run: an evaluation, a sample
+SCRIPT_S = 600.0  # for a script's work after its run: an evaluation, a sample
 PATIENCE_S = 120.0  # an orderly end takes the observer's last evaluation and upload
 
 
 def demo(arguments: list[str]) -> int:
-    """Server, observer and workers on loopback; the server's exit code. Nothing is left running."""
+    """Run server, observer and workers on loopback; returns the server's exit code. Leaves nothing
+    running."""
     given = {a.partition("=")[0] for a in arguments}
     arguments = [f"{k}={v}" for k, v in DEMO.items() if k not in given] + arguments
-    settings = load(arguments, "server").settings  # mistakes are told before anything starts
+    settings = load(arguments, "server").settings  # show mistakes before anything starts
     local = [a for a in arguments if _for_workers(a.partition("=")[0])]
-    # whatever other cluster this machine's workers usually join
+    # not the cluster that workers of this machine usually join
     local += ["join=null", "host_ip=null"]
     local += [f"allow={','.join(names)}"] if (names := allowed(settings)) else []
     if settings.num_workers > 16:
@@ -73,15 +74,15 @@ class Started:
     logs: Path
 
     def words(self, number: int) -> str:
-        """What this worker said."""
+        """The output of this worker."""
         path = self.logs / f"worker-{number}.log"
         try:
             return path.read_text(errors="replace").strip()
-        except OSError as error:  # somebody cleans up /tmp
+        except OSError as error:  # a clean-up of /tmp
             return f"{path} cannot be read: {error.strerror or error}"
 
     def interrupt(self) -> int:
-        """Let the server end the run in order, and the workers with it; its exit code."""
+        """Let the server end the run in order, and the workers with it; returns its exit code."""
         self.server.terminate()
         return self.server.wait()
 
@@ -93,11 +94,11 @@ def _on_this_machine(
     worker: Callable[[int], tuple[list[str], dict[str, str]]],
 ) -> Iterator[Started]:
     """A server with these arguments and `num_workers` workers: `worker(number)` is what follows
-    `python`, and the environment. Nothing is left running."""
+    `python`, and the environment. Leaves nothing running."""
     logs = _log_folder(Path(settings.run_dir))
     server = subprocess.Popen(
         [sys.executable, "-m", "paramserver", *arguments],
-        stdin=subprocess.DEVNULL,  # it asks nobody anything: its workers are being started
+        stdin=subprocess.DEVNULL,  # it must not ask a person: its workers are being started
     )
     started = Started(server, [], logs)
     try:
@@ -111,7 +112,7 @@ def _on_this_machine(
                         stdout=log,
                         stderr=subprocess.STDOUT,
                         stdin=subprocess.DEVNULL,
-                        start_new_session=True,  # Ctrl-C is for the server, which tells them
+                        start_new_session=True,  # Ctrl-C is for the server
                     )
                 )
         yield started
@@ -122,7 +123,7 @@ def _on_this_machine(
 
 
 def _log_folder(run_dir: Path) -> Path:
-    """For what the workers say, until there is a run folder. Raises `UserError`."""
+    """A folder for the workers' output, until there is a run folder. Raises `UserError`."""
     prefix = "paramserver-workers-"
     try:
         return Path(tempfile.mkdtemp(prefix=prefix))
@@ -139,7 +140,7 @@ def _log_folder(run_dir: Path) -> Path:
 
 
 def _end(processes: list[subprocess.Popen[bytes]], patience_s: float) -> None:
-    """See to it that none of them goes on: ask, and after a while do not ask."""
+    """End them all: first in order, then by force."""
     deadline = time.monotonic() + patience_s
     for p in processes:
         if p.poll() is None:
@@ -153,15 +154,15 @@ def _end(processes: list[subprocess.Popen[bytes]], patience_s: float) -> None:
 
 
 def _for_workers(name: str) -> bool:
-    """Settings of one process that the workers of a demo share with the server."""
+    """Is this a setting of one process that the workers of a demo share with the server?"""
     if name in ("cluster", "model"):
         return True  # their files may hold such settings
     return scope(name) == "local" and name not in ("id", "run_dir", "plain", "host_ip", "join")
 
 
 def _watch(started: Started) -> int:
-    """Wait for the server; a worker that fails is told with its last words. The server's exit code,
-    but not 0 where all workers failed, since the server was only asked to end then."""
+    """Wait for the server; show the last lines of a worker that fails. Returns the server's exit
+    code, but not 0 where all workers failed: then the server was asked to end."""
     told: set[int] = set()
     while started.server.poll() is None:
         for number, worker in enumerate(started.workers, 1):
@@ -235,11 +236,10 @@ def ray(arguments: list[str]) -> int:
 
 
 def script(arguments: list[str]) -> int:
-    """A server and `num_workers` processes of one's own training script, all on this machine.
-
-    The settings in a YAML file beside the script, of the same name, are taken first. Each process
-    finds the server in its environment (`workers.join()` without an address). What the first one
-    said is printed at the end, since the progress has the terminal until then.
+    """Run a server and `num_workers` processes of a user's training script, all on this machine.
+    The settings in a YAML file beside the script, of the same name, come first. Each process finds
+    the server in its environment (`workers.join()` without an address). The output of the first one
+    is printed at the end, because the progress has the terminal until then.
     """
     if not arguments or "=" in arguments[0]:
         raise UserError("which script?", "python -m paramserver.launch script train.py [key=value]")
@@ -248,7 +248,7 @@ def script(arguments: list[str]) -> int:
         there = ", ".join(sorted(p.stem for p in path.parent.glob("*.py")))
         raise UserError(f"there is no script {path}", f"there is: {there}" if there else "")
     given = {a.partition("=")[0] for a in arguments}
-    chosen = {"host_ip": LOOPBACK, "observer": "false"}  # which would need the script's model
+    chosen = {"host_ip": LOOPBACK, "observer": "false"}  # an observer would need the script's model
     if path.with_suffix(".yaml").is_file():
         chosen["model"] = str(path.with_suffix(".yaml"))
     arguments = [f"{k}={v}" for k, v in chosen.items() if k not in given] + arguments
@@ -271,7 +271,7 @@ def script(arguments: list[str]) -> int:
 
 
 def _all_well(processes: list[subprocess.Popen[bytes]]) -> bool:
-    """What the scripts still have to do after the run takes its time; did all of them end well?"""
+    """Wait for the scripts, which may have work after the run; did all of them end well?"""
     deadline = time.monotonic() + SCRIPT_S
     for process in processes:
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -280,7 +280,7 @@ def _all_well(processes: list[subprocess.Popen[bytes]]) -> bool:
 
 
 def _keep(logs: Path, run_dir: Path) -> None:
-    """What the workers said goes into the run's folder."""
+    """Move the workers' output into the run's folder."""
     folder = latest(run_dir)
     if folder is not None:
         try:

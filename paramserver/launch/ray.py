@@ -1,9 +1,9 @@
 """`python -m paramserver.launch ray`: server, observer and workers as actors of a Ray cluster.
 
-It is the cluster that RAY_ADDRESS or this machine's `ray start` tells of, else one that is started
-here for this run. The server, with its observer, goes to this machine's node, so that the run
-folder is where the command was typed; workers go one to each node, and round again where there are
-more of them. The code goes along (Ray's `working_dir`): the nodes need only what it imports.
+It uses the cluster of RAY_ADDRESS or of this machine's `ray start`, else it starts one here for
+this run. The server, with its observer, goes to this machine's node, so that the run folder is
+where the command was typed; workers go one to each node, and round again where there are more of
+them. Ray copies the code to the nodes (`working_dir`): they need only the packages that it imports.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Node:
 
 @dataclass
 class Member:
-    """An actor, as seen from here."""
+    """An actor of this run, as seen from the launcher."""
 
     name: str
     node: Node
@@ -61,16 +61,16 @@ class Member:
     ran: Any = None  # Ray's reference to what `run` will return
     born: str = ""
     seen: int = 0
-    asked: Any = None  # what it said: an answer that is still to come
+    asked: Any = None  # Ray's reference to its next output
     asked_at: float = 0.0
-    lines: list[str] = field(default_factory=list)  # the last words
+    lines: list[str] = field(default_factory=list)  # its last lines
     ready: bool = False
     code: int | None = None
     ended: bool = False
 
 
 def ray(arguments: list[str]) -> int:
-    """A run on a Ray cluster, shown until its end; the server's exit code."""
+    """Run on a Ray cluster, and show the run until its end; returns the server's exit code."""
     loaded = load(arguments, "server")
     settings = replace(loaded.settings, plain=True, hosts=None)
     engine = _engine()
@@ -79,7 +79,9 @@ def ray(arguments: list[str]) -> int:
         _connect(engine, folder, settings.num_workers)
     try:
         nodes = _nodes(engine)
-        if "num_workers" not in loaded.given:  # the file's is for runs that are started by hand
+        if (
+            "num_workers" not in loaded.given
+        ):  # the number in the file is for runs that are started by hand
             settings = replace(settings, num_workers=len(nodes))
         run = RayRun(engine, _absolute(settings), nodes)
         try:
@@ -87,12 +89,12 @@ def ray(arguments: list[str]) -> int:
         finally:
             run.close()
     finally:
-        engine.shutdown()  # a cluster that was started here ends with it
+        engine.shutdown()  # this also ends a cluster that was started here
 
 
 def pack(settings: Settings, folder: Path) -> None:
-    """Put the code that goes along into a folder: this project, and the modules of the user's own
-    that settings name."""
+    """Copy the code for the nodes into a folder: this project, and the user's own modules that
+    settings name."""
     here = Path(__file__).resolve().parents[1]
     leave = shutil.ignore_patterns("__pycache__", "*.pyc")
     for package in ("paramserver", "workers", "conf"):
@@ -116,8 +118,8 @@ def place(nodes: Sequence[Node], count: int) -> list[Node]:
 
 
 def _absolute(settings: Settings) -> Settings:
-    """Actors work in a folder of Ray's, so what is meant from here is told from the root; from the
-    home folder, where it lies in that: other nodes may have it elsewhere."""
+    """Make relative paths absolute, because actors work in a folder of Ray's; paths in the home
+    folder begin with `~`, which may be elsewhere on other nodes."""
     root = Path(os.path.expanduser(str(settings.dataset.get("root", "data")))).absolute()
     with suppress(ValueError, RuntimeError):
         root = Path("~") / root.relative_to(Path.home())
@@ -137,7 +139,7 @@ def _resumed(resume: str | None) -> str | None:
 
 
 def _engine() -> Any:
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would tell its makers
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no reports to Ray's makers
     try:
         import ray as engine
     except ImportError as missing:
@@ -148,8 +150,8 @@ def _engine() -> Any:
 
 
 def _connect(engine: Any, folder: str, workers: int) -> None:
-    """To the cluster that is there, else to one of our own, with room for so many workers. Raises
-    `UserError`."""
+    """Connect to the cluster that is there, else to a new one, with room for `workers` workers.
+    Raises `UserError`."""
     wanted: dict[str, Any] = {
         "runtime_env": {"working_dir": folder},
         "logging_level": "ERROR",
@@ -173,7 +175,7 @@ def _connect(engine: Any, folder: str, workers: int) -> None:
 
 
 def _nodes(engine: Any) -> list[Node]:
-    """Those that live, this machine's first."""
+    """The living nodes, this machine's first."""
     own = engine.get_runtime_context().get_node_id()
     found = [
         Node(
@@ -206,7 +208,7 @@ class RayRun:
         ]
 
     def _member(self, name: str, node: Node, cpus: int) -> Member:
-        # A node's own server takes no processor of Ray's books: the smallest node has room for it.
+        # The server reserves no processor in Ray, so that the smallest node has room for it.
         near = self.ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy
         is_worker = cpus > 0
         remote = self.ray.remote(
@@ -221,7 +223,8 @@ class RayRun:
         return Member(name, node, remote.remote())
 
     def run(self) -> int:
-        """Start everything, show it, and end it in order at Ctrl-C; the server's exit code."""
+        """Start everything, show it, and end it in order at Ctrl-C; returns the server's exit
+        code."""
         try:
             self._start()
             return self._watch(math.inf)
@@ -230,14 +233,14 @@ class RayRun:
         if self.server.ran is None:
             return 130
         try:
-            self.server.actor.stop.remote()  # it ends its run, and tells the workers
+            self.server.actor.stop.remote()  # it ends its run, and with it the workers
             return self._watch(time.monotonic() + RUN_END_S)
         except KeyboardInterrupt:
             self.patience_s = 0.0
             return 130
 
     def close(self) -> None:
-        """Nothing is left running: what does not end now is killed, programs with their actors."""
+        """Leave nothing running: kill programs that do not end now, with their actors."""
         left = [m for m in (self.server, *self.workers) if m.ran is not None and not m.ended]
         for member in left:
             member.actor.stop.remote()
@@ -312,8 +315,8 @@ class RayRun:
     # ------------------------------------------------------------------ watching
 
     def _watch(self, deadline: float) -> int:
-        """Show what is said, until the server has ended; its exit code, but not 0 where all workers
-        failed, since the server was only asked to end then."""
+        """Show the output until the server has ended; returns its exit code, but not 0 where all
+        workers failed: then the server was asked to end."""
         failed = False
         while not self.server.ended:
             self._look()
@@ -326,7 +329,7 @@ class RayRun:
         return (1 if self.server.code is None else self.server.code) or int(failed)
 
     def _look(self) -> None:
-        """Show what the members say in the next moment, and what became of them."""
+        """Show the next output of the members, and the end of those that have ended."""
         now = time.monotonic()
         members = [m for m in (self.server, *self.workers) if m.ran is not None and not m.ended]
         for member in members:
@@ -340,14 +343,14 @@ class RayRun:
             if member.asked in done:
                 self._take(member)
             elif now - member.asked_at > ACTOR_START_S:
-                member.asked_at = math.inf  # it is told once
+                member.asked_at = math.inf  # shown once
                 said = f"{member.name} says nothing on {member.node.name} since {ACTOR_START_S:g} s"
                 terminal.say(f"{said}: is there room? See: ray status", error=True)
             if member.ran in done:
                 self._ended(member)
 
     def _take(self, member: Member) -> None:
-        """An answer is there."""
+        """Take the output that a member has sent."""
         asked, member.asked = member.asked, None
         with suppress(self.ray.exceptions.RayError):  # it is being restarted, or dead
             self._tell(member, *self.ray.get(asked))

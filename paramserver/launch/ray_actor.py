@@ -1,8 +1,8 @@
-"""What a Ray actor does for a run: it keeps one program, the same that one starts by hand.
+"""A Ray actor of a run: it keeps one program, the same as when started by hand.
 
-Actor and program live and die together. A program that dies takes its actor with it, and one whose
-actor was killed is killed too (`paramserver.launch.die_with_parent`); Ray restarts the actor, which
-starts the program again. So a server goes on with its run, and a worker greets anew.
+Actor and program end together: where the program dies the actor ends itself, and where the actor is
+killed the program dies too (`paramserver.launch.die_with_parent`). Ray restarts the actor, which
+starts the program again. So a server goes on with its run, and a worker greets again.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from pathlib import Path
 
 from paramserver import notify
 
-KEPT_LINES = 10_000  # of what a program says, while nobody asks
+KEPT_LINES = 10_000  # of the program's output, until the launcher asks for them
 
 
 class Actor:
-    """One program; its methods are called from another process, `run` beside the others."""
+    """One program; another process calls the methods, `run` at the same time as the others."""
 
     def __init__(self) -> None:
         self.born = uuid.uuid4().hex
-        """Another one after each restart."""
+        """An id that changes with each restart."""
         self._lines: list[str] = []
-        self._first = 0  # the number of the first of them
+        self._first = 0  # the number of the first kept line
         self._process: subprocess.Popen[str] | None = None
-        self._notify: Path | None = None  # what the program tells: `paramserver.notify`
+        self._notify: Path | None = None  # the file of `paramserver.notify`
         self._stopping = threading.Event()
 
     def token(self, host: str, port: int) -> str:
-        """What lets workers of other machines into a server on this one."""
+        """The join token for a server on this machine."""
         from paramserver.keys import load_or_make
 
         return load_or_make()[0].token(host, port)
@@ -48,9 +48,9 @@ class Actor:
         again: Sequence[int],
         restarted: Sequence[str],
     ) -> int:
-        """`python -m WORDS`, to its end; the exit code. Where there are `settings` they are a file,
-        given as ``cluster=``. After a signal, or one of the exit codes in `again`, the actor ends,
-        for Ray to restart it; `restarted` are words that are added then."""
+        """Run `python -m WORDS` to its end; returns the exit code. Where there are `settings` they
+        are a file, given as ``cluster=``. After a signal, or one of the exit codes in `again`, the
+        actor ends, for Ray to restart it; `restarted` are words that are added then."""
         words = list(words)
         folder = Path(tempfile.mkdtemp(prefix="paramserver-ray-"))
         self._notify = folder / "notify"
@@ -90,8 +90,8 @@ class Actor:
         return code
 
     def said(self, born: str, seen: int) -> tuple[str, int, list[str], bool]:
-        """Who tells it, how many lines the program has said, those after the first `seen` if `born`
-        is the one that was asked before, else all; and whether it is ready."""
+        """This actor's id, the number of the program's lines, the lines after the first `seen` (all
+        of them if `born` is not this actor's id), and whether the program is ready."""
         start = seen if born == self.born else 0
         lines = self._lines[max(0, start - self._first) :]
         ready = self._notify is not None and notify.read(self._notify).ready != ""

@@ -1,7 +1,7 @@
-"""A run as a picture: curves.png from metrics.jsonl.
+"""Draws a run: curves.png from metrics.jsonl.
 
 Above, training and validation loss; below, a metric of the validation, and throughput with the
-rounds that closed without somebody. matplotlib is imported when a picture is drawn, not before.
+rounds that closed without a member. matplotlib is imported when a picture is drawn, not before.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ Floats = NDArray[np.float64]
 
 INK, MUTED, GRID = "#1f2933", "#7b8794", "#e9edf2"
 BLUE, ORANGE, GREEN, RED = "#2f6fde", "#f08c2e", "#1f9d72", "#d64545"
-MAX_POINTS = 1500  # about as many as there are pixels; more are drawn as a band
+MAX_POINTS = 1500  # about one per pixel; more are drawn as a band
 SMOOTH_POINTS = 400
 RATE_BINS = 150
 
 
 class Metrics:
-    """The columns of a metrics.jsonl; NaN where a line has null. Lines that are broken or torn off
-    are left out, and of several for one step the last counts."""
+    """The columns of a metrics.jsonl; NaN where a line has null. Broken and incomplete lines are
+    left out, and of several lines for one step the last counts."""
 
     def __init__(self, path: Path) -> None:
         steps: dict[int, dict[str, Any]] = {}
@@ -60,7 +60,7 @@ class Metrics:
         held = [metrics.held(record) for record in evals]
         names = dict.fromkeys(name for record in held for name in record)
         self.metric = metrics.ACCURACY if metrics.ACCURACY in names else next(iter(names), "")
-        """The one that is drawn; empty: there is none."""
+        """The name of the metric that is drawn; empty: there is none."""
         self.val_metric = _column(held, self.metric)
 
 
@@ -77,7 +77,7 @@ def draw(metrics_path: Path, out_path: Path, title: str) -> str | None:
 
 
 def _png(run: Metrics, title: str) -> bytes:
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it tells of its font cache
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it logs about its font cache
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -158,7 +158,7 @@ def _draw_losses(axes: Axes, run: Metrics) -> None:
             label="validation",
         )
     shown = np.concatenate((smooth, val_loss))
-    if len(shown):  # outliers of single steps may leave the picture, the curves may not
+    if len(shown):  # outliers of single steps may be cut off, the curves may not
         usual = np.quantile(loss, 0.995) if len(loss) else 0.0
         top = max(float(shown.max()), float(usual))
         axes.set_ylim(min(0.0, float(shown.min())), 1.06 * top if top > 0 else 1.0)
@@ -173,7 +173,7 @@ def _draw_metric(axes: Axes, run: Metrics) -> None:
     axes.plot(_thinned(step), _thinned(value), color=GREEN, linewidth=2, marker=dot, markersize=5)
     if form.best is None:
         axes.margins(y=0.2)
-        below = value[-1] < value[0]  # then the curve comes from above
+        below = value[-1] < value[0]  # the curve falls
     else:
         low = float(value.min())
         span = max(form.best - low, 1.0)
@@ -216,7 +216,7 @@ def _draw_rate(axes: Axes, run: Metrics) -> None:
 
 
 def _prepare(axes: Axes, run: Metrics, title: str) -> None:
-    """The looks that all panels share, and one x axis: steps."""
+    """Set the style of a panel, and the x axis: steps."""
     from matplotlib.ticker import MaxNLocator
 
     axes.set_title(title, loc="left", fontsize=12, fontweight="bold", pad=10)
@@ -240,7 +240,7 @@ def _prepare(axes: Axes, run: Metrics, title: str) -> None:
 
 
 def _legend(axes: Axes) -> None:
-    """Beside the title, where no curve can be."""
+    """Put the legend beside the title, where no curve can be."""
     axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, borderaxespad=0.2)
 
 
@@ -259,9 +259,8 @@ def _rates(run: Metrics) -> tuple[Floats, Floats]:
 
 
 def _smoothed(x: Floats, y: Floats) -> tuple[Floats, Floats]:
-    """Means of y over about a thirtieth of the run, without each one's lowest and highest tenth.
-
-    They are centred, but for the last ones, which have no later half. At most SMOOTH_POINTS.
+    """Means of y over about a thirtieth of the run, without the lowest and highest tenth of each.
+    They are centred, except the last ones, which have no later half. At most SMOOTH_POINTS.
     """
     count = len(y)
     widest = max(count // 60, min(count // 8, 8))

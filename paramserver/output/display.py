@@ -1,4 +1,4 @@
-"""What the server shows while a run goes on, and the table at its end.
+"""The server's display while a run goes on, and the table at its end.
 
 On a terminal a few lines are drawn anew, about four times a second, below the log lines:
 
@@ -10,9 +10,9 @@ On a terminal a few lines are drawn anew, about four times a second, below the l
 Elsewhere (a pipe, CI, `plain=true`) there are plain lines without control codes, about every five
 seconds and where the phase changes.
 
-There is no thread: the server's loop calls `update`, which does nothing until a drawing is due.
-A terminal that takes no output (Ctrl-S) misses drawings, one that is gone ends them, and a log on a
-full disk lacks lines; none of them holds up or ends the run.
+There is no thread: the server's loop calls `update`, which does nothing until a drawing is due. A
+terminal that takes no output (Ctrl-S) misses drawings, a closed one ends them, and a log on a full
+disk lacks lines; none of these stops the run.
 """
 
 from __future__ import annotations
@@ -42,25 +42,25 @@ from paramserver.words import printable
 DRAW_S = 0.25
 PLAIN_S = 5.0  # between plain lines
 PHASE_S = 1.0  # the same where the phase has changed
-LAST_WAIT_S = 5.0  # for a stopped terminal to take the final table
+LAST_WAIT_S = 5.0  # how long the final table waits for a stopped terminal
 WARNING = "warning: "
-"""Before a line that somebody should look at; `make status` shows the newest one."""
+"""The mark before a warning; `make status` shows the newest one."""
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerStatus:
-    """One worker, as its row shows it."""
+    """One worker, for its row."""
 
     id: int
     host: str = ""
     samples_per_s: float | None = None
     trouble: str = ""
-    """Where all is not well: "late 0.41 s", "joining", "silent for 3.2 s"."""
+    """The worker's trouble, if any: "late 0.41 s", "joining", "silent for 3.2 s"."""
 
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """All that a drawing shows; None where it is not known yet."""
+    """The content of a drawing; None for a value that is not known yet."""
 
     phase: str
     """A sentence: "training", "waiting for 2 workers: worker 1 is here", "paused: ..."."""
@@ -72,7 +72,7 @@ class Status:
     num_epochs: int | None = None
     loss: float | None = None
     metrics: Mapping[str, float | None] = field(default_factory=dict)
-    """Of the newest evaluation, by name; shares from 0 to 1."""
+    """Metrics of the newest evaluation, by name; shares from 0 to 1."""
     val_step: int | None = None
     """The step that was evaluated."""
     steps_per_s: float | None = None
@@ -80,13 +80,13 @@ class Status:
     eta_s: float | None = None
     workers: Sequence[WorkerStatus] = ()
     late: str = ""
-    """Why the newest round that closed without somebody did so."""
+    """Why the newest round that closed without a member did so."""
     trains: bool = False
-    """A round is open: the time that is left can be told, and the sentence tells nothing new."""
+    """A round is open: the remaining time can be estimated, and the sentence says nothing new."""
 
 
 class Display:
-    """Progress on `stream` (default: stdout), for as long as somebody is there to see it."""
+    """Progress on `stream` (default: stdout), as long as that takes output."""
 
     def __init__(
         self,
@@ -97,7 +97,7 @@ class Display:
     ) -> None:
         """`clock` tells the time of day, for the stamps of lines."""
         wanted = stream or sys.stdout  # None where it was closed when Python started
-        self._gone = wanted is None or wanted.closed  # nobody is there
+        self._gone = wanted is None or wanted.closed  # there is no stream
         self._stream: TextIO = io.StringIO() if self._gone else wanted
         self._clock = clock
         self._live = not plain and _is_terminal(self._stream)
@@ -106,10 +106,10 @@ class Display:
         # Live
         self._drawing = ""  # ends with a new line, or is empty
         self._widths: tuple[int, ...] = ()  # of its lines
-        self._drawn = ""  # the drawing that is to be seen
+        self._drawn = ""  # the drawing on the screen
         self._on_screen: tuple[int, ...] = ()  # the widths of its lines
         # Plain
-        self._line_at = float("-inf")  # when the last one was printed
+        self._line_at = float("-inf")  # when the last line was printed
         self._line = ""
         self._phase = ""
         self._late = ""
@@ -127,7 +127,7 @@ class Display:
         )
 
     def due(self, now: float) -> bool:
-        """Whether `update` would look at a status; spares the caller making one."""
+        """Would `update` use a status now? Saves the caller making one."""
         return now >= self._due and not self._gone
 
     def update(self, status: Status, now: float) -> None:
@@ -152,14 +152,12 @@ class Display:
         self._emit()
 
     def summary(self, summary: Mapping[str, Any], run_folder: str = "") -> None:
-        """Print the final table in place of the drawing.
-
-        Shows what is there of: steps, samples, samples_done, samples_partly, samples_skipped,
-        seconds, steps_per_s, samples_per_s, train_loss, val_loss, val_accuracy (0 to 1), metrics,
-        last_evaluation (with its step, where the last step was not evaluated),
-        sent_bytes, received_bytes, digest, replicas_equal (None: not compared), problems: a
-        sequence of sentences, and workers: a sequence of mappings with id, host, samples, late
-        (rounds missed).
+        """Print the final table in place of the drawing. Shows those of these keys that are there:
+        steps, samples, samples_done, samples_partly, samples_skipped, seconds, steps_per_s,
+        samples_per_s, train_loss, val_loss, val_accuracy (0 to 1), metrics, last_evaluation (with
+        its step, where the last step was not evaluated), sent_bytes, received_bytes, digest,
+        replicas_equal (None: not compared), problems: a sequence of sentences, and workers: a
+        sequence of mappings with id, host, samples, late (rounds missed).
         """
         self._drawing = ""
         self._pending.append(self._rendered(_summary_table(summary)))
@@ -168,7 +166,7 @@ class Display:
         self._emit(LAST_WAIT_S)
 
     def close(self) -> None:
-        """Take the drawing away and write what is pending; may be called twice."""
+        """Remove the drawing and write pending lines; may be called twice."""
         self._drawing = ""
         self._emit(LAST_WAIT_S)
         self._gone = True
@@ -179,7 +177,7 @@ class Display:
     # Making text
 
     def _rendered(self, thing: RenderableType, soft_wrap: bool = False) -> str:
-        """As text for the stream; `soft_wrap` leaves breaking long lines to the terminal."""
+        """Render for the stream; with `soft_wrap` the terminal breaks long lines."""
         self._console.width = self._size()[0]
         with self._console.capture() as capture:
             self._console.print(thing, soft_wrap=soft_wrap)
@@ -195,7 +193,7 @@ class Display:
         self._widths = tuple(line.cell_len for line in lines)
 
     def _print_plain(self, status: Status, now: float) -> None:
-        phase = re.sub(r"\d+", "", status.phase)  # one that counts down stays the same phase
+        phase = re.sub(r"\d+", "", status.phase)  # a phase that counts down is still the same
         pause_s = PLAIN_S if phase == self._phase else PHASE_S
         if now < self._line_at + pause_s:
             return
@@ -225,7 +223,7 @@ class Display:
             piece = self._erasing() + "".join(self._pending) + self._drawing
             self._pending.clear()
             self._drawn, self._on_screen = self._drawing, self._widths if self._drawing else ()
-            self._unsent = piece.encode(self._encoding, "replace")  # of a host's name, say
+            self._unsent = piece.encode(self._encoding, "replace")  # a host may have any name
             self._sent(wait_s)
         except (OSError, ValueError) as e:
             self._unsent = b""
@@ -233,7 +231,7 @@ class Display:
                 self._give_up()  # a closed pipe, a terminal that hung up, a closed file
 
     def _sent(self, wait_s: float) -> bool:
-        """Go on sending `_unsent` without ever blocking; whether nothing of it is left."""
+        """Go on sending `_unsent` without blocking; returns whether all of it is sent."""
         file = self._file
         if file is None:
             self._stream.write(self._unsent.decode(self._encoding))
@@ -251,7 +249,7 @@ class Display:
         return True
 
     def _erasing(self) -> str:
-        """What takes the last drawing off the screen, though the window may be narrower now."""
+        """Control codes that remove the last drawing, even if the window is narrower now."""
         width = self._size()[0]
         rows = sum(max(1, -(-line // width)) for line in self._on_screen)
         return f"\x1b[{rows}A\r\x1b[J" if rows else ""
@@ -267,14 +265,14 @@ class Display:
         return 100, 24
 
     def _give_up(self) -> None:
-        """Nobody reads: be silent, also when Python flushes the stream at its exit."""
+        """The stream is gone: write nothing more, also when Python flushes it at exit."""
         self._gone = True
         terminal.silence(self._stream)
 
 
 class Paper(io.StringIO):
-    """The file of a rich console that only renders for `stream`. rich writes to its file, though
-    nothing, while it captures, which fails where that is a terminal that is gone."""
+    """The file of a rich console that only renders for `stream`. While it captures, rich writes
+    empty strings to its file, which fails on a terminal that is gone."""
 
     def __init__(self, stream: TextIO) -> None:
         super().__init__()
@@ -289,17 +287,18 @@ class Paper(io.StringIO):
 
 
 def _is_terminal(stream: TextIO) -> bool:
-    """Whether lines can be drawn anew; rich's own answer can be forced by FORCE_COLOR."""
+    """Can lines be drawn again? (FORCE_COLOR changes rich's own answer.)"""
     clever = os.environ.get("TERM", "dumb") not in ("dumb", "unknown")
     return stream.isatty() and clever and not os.environ.get("CI")
 
 
 def _descriptor(stream: TextIO, live: bool) -> int | None:
-    """Where to write; of a terminal one of our own, to be closed; None where it is no file.
+    """The descriptor to write to; for a terminal a new one, which the caller closes; None where the
+    stream is no file.
 
     A terminal may stop taking output at any byte, and a write would wait: behind a cut ssh
-    connection, for ever. Ours does not wait. That mode belongs to an open file, and stdout's is
-    shared with the shell and all its programs, so the terminal is opened once more.
+    connection, for ever. This descriptor does not block. That mode belongs to the open file, and
+    the shell and its programs share stdout's, so this opens the terminal again.
     """
     try:
         stream.flush()
@@ -335,7 +334,7 @@ def _bar_line(status: Status, width: int, bar: str) -> Text:
         words.append(f"{100 * share:3.0f} %")
         if status.eta_s is not None and status.trains:
             words.append(f"{_clock_time(status.eta_s)} left")
-    while True:  # the bar goes before the last words
+    while True:  # drop the last words rather than the bar
         text = "   ".join(words)
         room = min(width - len(text) - 2, 60)
         if room >= 10 or len(words) == 1:
@@ -377,7 +376,7 @@ def _worker_lines(workers: Sequence[WorkerStatus], width: int, room: int) -> lis
 
 
 def _figures(status: Status) -> list[str]:
-    """The run's figures, the more important first where they stand for `_fitting`."""
+    """The run's values as words, the most important first, for `_fitting`."""
     figures = []
     if status.loss is not None:
         figures.append(f"loss {status.loss:.4f}")
@@ -398,7 +397,7 @@ def _step(status: Status) -> str:
 
 
 def _fitting(words: Sequence[str], width: int) -> list[str]:
-    """As many of the words as fit into `width` cells, three apart; always the first."""
+    """The first words that fit into `width` cells, three apart; at least one."""
     fitting, used = list(words[:1]), len(words[0]) if words else 0
     for word in words[1:]:
         used += 3 + len(word)
@@ -410,7 +409,7 @@ def _fitting(words: Sequence[str], width: int) -> list[str]:
 
 def _summary_table(summary: Mapping[str, Any]) -> Table:
     def known(*forms: tuple[str, str]) -> str:
-        """The values of those keys that have one, each in its form."""
+        """The values of the keys that have one, each in its form."""
         return ", ".join(f.format(summary[k]) for k, f in forms if summary.get(k) is not None)
 
     table = Table(box=box.ROUNDED, show_header=False)

@@ -1,6 +1,5 @@
-"""The metrics of an evaluation: one dict by name, how files hold it, and how each is written.
-
-The loss is none of them. Files have had a field of its own for the accuracy from the beginning.
+"""The metrics of an evaluation: one dict by name, its form in files, and how each is shown. The
+loss is not among them. Files have a separate field for the accuracy.
 """
 
 from __future__ import annotations
@@ -19,14 +18,14 @@ class Form(NamedTuple):
 
     scale: float = 1.0
     live: str = "{name} {value:.4g}"
-    """While the run goes on."""
+    """The template while the run goes on."""
     final: str = "{name} {value:.4g}"
-    """In the summary, and above the picture."""
+    """The template in the summary, and above the picture."""
     mark: str = "{value:.4g}"
-    """At the end of its curve."""
+    """The template at the end of its curve."""
     axis: str = "{x:g}"
     best: float | None = None
-    """The value that none can be better than, if it is known."""
+    """The best possible value, if it is known."""
 
 
 FORMS = {
@@ -39,7 +38,7 @@ FORMS = {
         best=100.0,
     )
 }
-"""By name; of those that are not here:"""
+"""Forms by name; the form of other metrics:"""
 USUAL = Form()
 
 
@@ -48,25 +47,25 @@ def form(name: str) -> Form:
 
 
 def reported(values: Mapping[str, float | None]) -> Values:
-    """Those in what the observer reported: `val_` and their name."""
+    """The metrics in a report of the observer, where their names begin with `val_`."""
     return {name.removeprefix("val_"): v for name, v in values.items() if name != "val_loss"}
 
 
 def fields(metrics: Mapping[str, float | None]) -> dict[str, Any]:
-    """As metrics.jsonl and summary.json hold them."""
+    """The fields of metrics.jsonl and summary.json for these metrics."""
     others = {name: value for name, value in metrics.items() if name != ACCURACY}
     return {"val_accuracy": metrics.get(ACCURACY), "metrics": others}
 
 
 def held(fields: Mapping[str, Any]) -> Values:
-    """Those that a line of metrics.jsonl or a summary holds; the accuracy first."""
+    """The metrics in a line of metrics.jsonl or in a summary; the accuracy first."""
     accuracy, others = fields.get("val_accuracy"), fields.get("metrics")
     first = {} if accuracy is None else {ACCURACY: accuracy}
     return first | others if isinstance(others, dict) else first
 
 
 def live(metrics: Mapping[str, float | None]) -> list[str]:
-    """Each that has a value, in words for a run that goes on."""
+    """Each metric that has a value, as words for a run that goes on."""
     return [_filled(form(name).live, name, v) for name, v in metrics.items() if v is not None]
 
 

@@ -1,4 +1,4 @@
-"""What went wrong in a run without ending it, as sentences for people: for summary.json."""
+"""Problems that did not end the run, as sentences for summary.json."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ CHARS = 1000
 
 
 class Problems:
-    """The first sentences of a run, each once; of the rest their number."""
+    """The first sentences of a run, each once, and the number of further ones."""
 
     def __init__(self) -> None:
         self._told: dict[str, None] = {}
@@ -25,6 +25,6 @@ class Problems:
         return True
 
     def all(self) -> list[str]:
-        """In their order."""
+        """The sentences in their order."""
         more = [f"and {self._more} more: the server's output has them"] if self._more else []
         return [*self._told, *more]

@@ -1,18 +1,18 @@
-"""The folder of one run: where everything lies, and the metrics written while it goes on.
+"""The folder of one run: its paths, and the metrics written while it goes on.
 
     <run_dir>/2026-11-22_14-05-09/
-        config.yaml        the settings that were really used
+        config.yaml        the settings as used
         run.json           the run's id and port, and whether it has ended, see `Record`
-        newest_step        the newest step that anybody was told of
+        newest_step        the newest step that the server has published
         metrics.jsonl      one line per step and per evaluation, see `StepLine` and `EvalLine`
-        summary.json       the run in figures, at its end
+        summary.json the run's results, at its end
         curves.png         the same as a picture
         model.safetensors  the final weights
         checkpoints/       step-00000500.safetensors, ...
-        observer.log       what the observer printed
+        observer.log       the observer's output
         wandb/ tensorboard/
 
-Nothing here ends a training: where the disk is full or gone, a sentence says so, once.
+No error here ends a training: where the disk is full or gone, a sentence says so, once.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ from paramserver.rounds.recovery import NOTHING, UNKNOWN
 
 NEWEST_RUN = ".newest_run"  # in the folder of run folders: the highest number of a run
 NUMBER_LOCK_S = 5.0  # for a lock that is held for a moment
-RETRY_S = 1.0  # after the disk took nothing
+RETRY_S = 1.0  # after a write failed
 NOTE_BYTES = 64  # of newest_step: the number of a step and its lineage
-MAX_WAITING_BYTES = 4_000_000  # kept while the disk takes nothing, some 20,000 lines
+MAX_WAITING_BYTES = 4_000_000  # kept while writing fails, some 20,000 lines
 
 _NAME = re.compile(r"(\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d)(?:-(\d+))?")
-UNREADABLE = (ValueError, RecursionError, msgspec.DecodeError)  # what a disk or a person spoilt
+UNREADABLE = (ValueError, RecursionError, msgspec.DecodeError)  # errors of a damaged file
 _encode = msgspec.json.Encoder().encode  # writes NaN and infinity as null
 
 
@@ -55,18 +55,18 @@ class StepLine(msgspec.Struct, frozen=True, gc=False):
     step: int
     """The step that the round led to, 1 or more."""
     seconds: float
-    """Since the first round was opened."""
+    """Seconds since the first round was opened."""
     loss: float | None
     """Sample-weighted mean over the round's workers."""
     samples: int
     step_s: float
-    """From the round's opening to its close."""
+    """Seconds from the round's opening to its close."""
     workers: tuple[int, ...]
-    """Ids of those whose gradients are in it."""
+    """Ids of the workers whose gradients are in it."""
     late: tuple[int, ...]
-    """Ids of those that did not make it, or not with everything."""
+    """Ids of the members that missed it, wholly or in part."""
     sent_bytes: int
-    """By the server to all, since the run began."""
+    """Bytes from the server to all, since the run began."""
     received_bytes: int
     shares: tuple[int, ...] = ()
     """Samples of each of `workers`, in their order."""
@@ -81,11 +81,11 @@ class EvalLine(msgspec.Struct, frozen=True, omit_defaults=True):
     val_accuracy: float | None
     """Share of right answers, 0 to 1."""
     metrics: dict[str, float | None] = {}
-    """By its name, another one that was chosen."""
+    """Metrics other than the accuracy, by name."""
 
 
 class Record(msgspec.Struct, frozen=True):
-    """run.json: by this a server that was killed and is started again knows its run."""
+    """run.json: a server that is started again after it was killed finds its run by this."""
 
     run: str
     host: str
@@ -93,35 +93,36 @@ class Record(msgspec.Struct, frozen=True):
     settings: dict[str, Any]
     """Those that workers are told."""
     host_ip: str | None = None
-    """Where it listened beside loopback: hosts of one name, as namespaces are, differ by it."""
+    """The address beside loopback: it distinguishes hosts with the same name, such as
+    namespaces."""
     ended: bool = False
     machine: str = ""
     """`fleet.machine.identity`: stays where the host name changes."""
     number: int = 0
-    """Of the runs in one folder a later one has a higher number; 0: of an older version."""
+    """The number of the run: higher for later runs in one folder; 0: of an older version."""
 
 
 class _Numbered(msgspec.Struct):
-    """What of a `Record` tells its place among the runs of a folder."""
+    """The field of a `Record` that orders the runs of a folder."""
 
     number: int = 0
 
 
 class Past(msgspec.Struct, frozen=True):
-    """What metrics.jsonl tells of a run that goes on."""
+    """What metrics.jsonl holds of a run that goes on."""
 
     steps: int = 0
     samples: int = 0
     last: StepLine | None = None
     workers: dict[int, tuple[int, int, int]] = {}
-    """By id: rounds, samples, and how often it was late."""
+    """By worker id: rounds, samples, and number of late rounds."""
 
 
 class RunFolder:
     """The paths of a run folder, and its metrics.
 
-    Making one touches nothing on disk: `create` makes a new folder, and metrics.jsonl is opened
-    when the first lines are written.
+    The constructor touches nothing on disk: `create` makes a new folder, and metrics.jsonl is
+    opened when the first lines are written.
     """
 
     def __init__(self, path: Path) -> None:
@@ -138,18 +139,18 @@ class RunFolder:
         self.observer_log = path / "observer.log"
         self.observer_exit = path / "observer.exit"  # for as long as a run goes on
         self._waiting: list[bytes] = []  # lines
-        self._rest = b""  # what the disk did not take; may begin within a line
-        self._dropped = 0  # lines, where the disk took nothing for too long
+        self._rest = b""  # bytes that were not written; may begin within a line
+        self._dropped = 0  # number of lines dropped, because writing failed for too long
         self._flush_at = 0.0
         self._file: int | None = None  # descriptor: no second buffer that fails again at exit
         self._failed = False  # said so already
         self._look_at = -math.inf  # when to see next whether the folder is there
         self._gone = False  # said so already
-        self._first: dict[Path, bytes] = {}  # what was written at the start, to write it anew
+        self._first: dict[Path, bytes] = {}  # files of the start, to write them again
         self._claim: int | None = None  # descriptor of the folder, locked
         self.locked = False
-        """No other server can have claimed this folder too."""
-        self._cut_at: int | None = None  # bytes of whole lines, where another server tore the last
+        """Is the claim a lock, so that no other server can have this folder too?"""
+        self._cut_at: int | None = None  # bytes of the whole lines, before a part of one
         self._noted: int | None = None  # descriptor of newest_step
 
     @classmethod
@@ -180,8 +181,8 @@ class RunFolder:
             ) from None
 
     def claim(self) -> bool:
-        """Make this folder one server's own, until `close` or its process ends in any way; False
-        where it is another's that lives."""
+        """Claim this folder for this server, until `close` or the end of its process; False where
+        another living server has claimed it."""
         descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             if not locks.take(descriptor):
@@ -206,16 +207,15 @@ class RunFolder:
         return _try_to_write(self.record, self._first[self.record])
 
     def remember(self, path: Path) -> None:
-        """Write this file of the folder anew where that vanishes."""
+        """Write this file again where the folder vanishes."""
         with suppress(OSError):
             self._first[path] = path.read_bytes()
 
     def note(self, step: int, lineage: str) -> str | None:
-        """A step is about to be told: after a kill -9 its name is still there. Does nothing where
-        `open_note` failed; returns a sentence when writing fails for the first time.
-
-        Not in memory that is the file's: that is a SIGBUS where the disk goes away, or is full and
-        writes nothing in place.
+        """Note the lineage of a step before the server publishes it, so that it is there after a
+        kill -9. Does nothing where `open_note` failed; returns a sentence when writing fails for
+        the first time. It does not map the file into memory: a write would be a SIGBUS where the
+        disk is gone or full.
         """
         if self._noted is not None:
             try:
@@ -237,7 +237,7 @@ class RunFolder:
         return None
 
     def _no_note(self, error: OSError) -> str:
-        """An older step than the newest must not pass for it: then none is noted."""
+        """Remove the note, because an older step must not pass for the newest."""
         if self._noted is not None:
             with suppress(OSError):
                 os.ftruncate(self._noted, 0)
@@ -256,8 +256,8 @@ class RunFolder:
             return UNKNOWN
 
     def take_up(self, before: float = math.inf) -> Past:
-        """What was noted of the steps before this one. The rest is cut off before the next line is
-        written, and so is a last line that is torn."""
+        """Read the lines of the steps before this one. Later lines, and an incomplete last one, are
+        cut off before the next line is written."""
         steps = samples = whole = 0
         last, workers = None, dict[int, tuple[int, int, int]]()
         self._cut_at = None
@@ -279,7 +279,7 @@ class RunFolder:
                     last, steps, samples = line, steps + 1, samples + line.samples
                     _count(workers, line)
         except OSError:
-            pass  # there is none yet, or it cannot be written either
+            pass  # there is no file yet, or it cannot be written either
         return Past(steps, samples, last, workers)
 
     def log(self, line: StepLine | EvalLine) -> None:
@@ -287,9 +287,9 @@ class RunFolder:
         self._waiting.append(_encode(line) + b"\n")
 
     def flush(self, now: float) -> str | None:
-        """Write what is waiting; `now` in seconds of any steady clock.
+        """Write the waiting lines; `now` in seconds of any steady clock.
 
-        Returns a sentence when writing fails for the first time. It is tried again, silently, about
+        Returns a sentence when writing fails for the first time. It tries again, silently, about
         once a second.
         """
         vanished = None
@@ -304,8 +304,8 @@ class RunFolder:
         return vanished or problem
 
     def _vanished(self) -> str | None:
-        """Where the folder is not there any more (removed, its disk unmounted), make it anew: what
-        comes is kept. Returns a sentence when it is found to be gone, once until it is made."""
+        """Where the folder is gone (removed, its disk unmounted), make it again, for the lines to
+        come. Returns a sentence when it is found to be gone, once until it is there again."""
         if self._claim is None:
             return None
         try:
@@ -322,7 +322,7 @@ class RunFolder:
             before, self._claim = self._claim, None
             try:
                 if not self.claim():
-                    self._claim = before  # another server has made one there: it is that one's
+                    self._claim = before  # another server has made one there, and owns it
                     return told
             except OSError:
                 self._claim = before
@@ -339,7 +339,7 @@ class RunFolder:
         return told
 
     def close(self) -> str | None:
-        """Write what is waiting and close the file; returns what `flush` returns."""
+        """Write the waiting lines and close the file; returns what `flush` returns."""
         problem = self._flush()
         if self._file is not None:
             os.close(self._file)
@@ -354,7 +354,7 @@ class RunFolder:
 
     @property
     def unwritten(self) -> int:
-        """Lines of metrics.jsonl that the disk did not take."""
+        """Number of lines of metrics.jsonl that could not be written."""
         return self._rest.count(b"\n") + len(self._waiting) + self._dropped
 
     def write_summary(self, summary: Mapping[str, Any]) -> str | None:
@@ -392,7 +392,7 @@ def _note(step: int, lineage: str) -> bytes:
 
 
 def _count(workers: dict[int, tuple[int, int, int]], line: StepLine) -> None:
-    """What a step adds to each worker's rounds, samples and times that it was late."""
+    """Add a step to each worker's rounds, samples and late rounds."""
     for id, samples in zip(line.workers, line.shares, strict=False):
         rounds, before, late = workers.get(id, (0, 0, 0))
         workers[id] = (rounds + 1, before + samples, late)
@@ -414,19 +414,18 @@ class Unended:
     folder: RunFolder
     record: Record
     differs: tuple[str, ...] = ()
-    """Empty: it is the run that was asked for. Else what is other there than here, in words."""
+    """Empty: it is the run that was asked for. Else the differences to that, in words."""
 
 
 def unended(
     parent: Path, port: int, settings: Mapping[str, Any], host_ip: str | None = None
 ) -> Unended | None:
-    """The run that a server of this machine, port and address with these settings goes on with:
-    its newest, if that has not ended and no server that lives is at it. Else a newer one that is
-    nearly it, of other settings, or of another port, address or machine.
-
-    No clock and no host name decides, since both may change while a machine is off. The lock on
-    the folder tells whether another server lives; on a disk that several machines may share it may
-    not be one for all of them, so there the machine must be the same, too.
+    """The run that a server of this machine, port and address with these settings goes on with: its
+    newest, if that has not ended and no living server has claimed it. Else a newer one that nearly
+    fits, with other settings, or of another port, address or machine. No clock and no host name
+    decides, because both may change while a machine is off. The lock on the folder shows whether
+    another server lives. On a disk that machines share the lock may not hold between them, so there
+    the machine must be the same, too.
     """
     told, near = msgspec.json.decode(_encode(settings)), None
     for path in reversed(_run_folders(parent)):
@@ -440,7 +439,7 @@ def unended(
         try:
             others = _differences(record.settings, told)
             if not record.ended and not folder.claim():
-                continue  # of a server that lives, so its port is not this one's
+                continue  # a living server has it, so its port is another one
         except (OSError, *UNREADABLE):
             continue
         if not _is_here(folder, record):
@@ -453,7 +452,7 @@ def unended(
         else:
             folder.close()
         if not place:
-            break  # older ones are over for this server
+            break  # older runs are over for this server
     return near
 
 
@@ -469,7 +468,7 @@ def _is_here(folder: RunFolder, record: Record) -> bool:
 
 
 def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    """What is not the same, in words."""
+    """The settings that differ, in words."""
     theirs, ours = flatten(there), flatten(here)
     return [
         f"{name} is {shown(theirs.get(name))} there, {shown(ours.get(name))} here"
@@ -497,7 +496,7 @@ def _run_folders(parent: Path) -> list[Path]:
 
 
 def _number(path: Path) -> int:
-    """Of a run folder; 0 where it has none."""
+    """The number of a run folder; 0 where it has none."""
     try:
         record = RunFolder(path).record.read_bytes()
         return msgspec.json.decode(record, type=_Numbered).number
@@ -507,14 +506,13 @@ def _number(path: Path) -> int:
 
 def _take_number(parent: Path) -> int:
     """A number higher than that of any run that there is, or was, in `parent`. Raises OSError.
-
-    The order of runs: a clock may be set back, or begin anew where a machine has none of its own.
-    The highest is kept in a file, also when its run folder is removed; of servers that start at
-    once one has it at a time.
+    Numbers order the runs, because a clock may be set back, or start anew on a machine without a
+    battery. A file keeps the highest, also when its run folder is removed; servers lock it one
+    after the other.
     """
     try:
         fd = os.open(parent / NEWEST_RUN, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    except PermissionError:  # another user's, in a folder that several share
+    except PermissionError:  # another user's file, in a shared folder
         return 1 + max([0, *map(_number, _run_folders(parent))])
     try:
         with suppress(OSError):  # a file system without locks
@@ -544,8 +542,8 @@ def _reason(error: OSError) -> str:
 def find_checkpoint(resume: str, parent: Path) -> Path:
     """The checkpoint that `resume` names: `latest` in `parent`, a run folder, or a file.
 
-    Raises UserError where there is none, and where it is not whole; an older one that is whole is
-    named then, for a person to decide.
+    Raises UserError where there is none, and where it is incomplete; the error then names an older
+    complete one.
     """
     found = _named_checkpoint(resume, parent)
     try:
@@ -559,7 +557,7 @@ def find_checkpoint(resume: str, parent: Path) -> Path:
 
 
 def _older_whole(resume: str, parent: Path, broken: Path) -> str:
-    """How to go on from the newest checkpoint that is whole, if there is one."""
+    """A hint how to go on from the newest complete checkpoint, if there is one."""
     places = [broken.parent]
     if resume == "latest":
         folders = (

@@ -1,8 +1,8 @@
-"""What a file of weights tells of itself, without torch: is it whole, and of which step?
+"""Reads the metadata of a file of weights, without torch: is the file complete, and of which step?
 
 Checkpoints and model.safetensors are safetensors files: eight bytes with the length of a header,
-the header as JSON, then the numbers. The header says where they end, so a file that was cut off,
-or of which only the name is left, is known by its size.
+the header as JSON, then the numbers. The header says where they end, so the size shows that a file
+was cut off or is empty.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ STEP_DIGITS_MAX = 13
 
 
 def name(step: int) -> str:
-    """Of a checkpoint's file."""
+    """The name of a checkpoint's file."""
     return f"step-{step:08d}.safetensors"
 
 
 class Broken(Exception):
-    """This file cannot be used; the text tells why."""
+    """This file cannot be used; the text says why."""
 
 
 class _Entry(msgspec.Struct):
@@ -32,7 +32,7 @@ class _Entry(msgspec.Struct):
 
 
 def read(path: Path) -> dict[str, str]:
-    """The metadata of a file that is whole, as far as its size tells. Raises `Broken`."""
+    """The metadata of a file that is complete, as far as its size shows. Raises `Broken`."""
     try:
         if path.is_dir():
             raise Broken("it is a folder")
@@ -57,7 +57,7 @@ def read(path: Path) -> dict[str, str]:
 
 
 def step(path: Path, format: str = FORMAT) -> int:
-    """The step of a whole file of that format. Raises `Broken`."""
+    """The step of a complete file of that format. Raises `Broken`."""
     told = read(path)
     if told.get("format") != format:
         raise Broken("it is not a checkpoint of this program")
@@ -65,7 +65,7 @@ def step(path: Path, format: str = FORMAT) -> int:
 
 
 def newest_whole(folder: Path, but: Path | None = None) -> Path | None:
-    """The checkpoint of the highest step in a folder that is whole; `but` is not looked at."""
+    """The complete checkpoint of the highest step in a folder, except `but`."""
     for path in sorted(folder.glob("step-*.safetensors"), reverse=True):
         if path != but:
             try:
@@ -77,7 +77,7 @@ def newest_whole(folder: Path, but: Path | None = None) -> Path | None:
 
 
 def step_of(metadata: dict[str, str]) -> int:
-    """The step that a file's metadata tell. Raises `Broken` where they cannot be right."""
+    """The step in a file's metadata. Raises `Broken` for impossible ones."""
     text = metadata.get("step", "")
     if not (text.isascii() and text.isdigit() and len(text) <= STEP_DIGITS_MAX):
         raise Broken(f"its step is {text[:40]!r}")

@@ -1,10 +1,11 @@
-"""The flat vector and its buckets: how the tensors of a layout become slices that travel alone.
+"""The flat vector and its buckets: how the tensors of a layout become slices that are sent one by
+one.
 
 All tensors of a layout lie one after another in one flat vector. A **bucket** is a contiguous slice
 of it, the unit of encoding, sending, averaging and publishing. Only tensors of one kind that are
 sent as one dtype share a bucket, so that a bucket has one rule: `grad` and `stat` are averaged,
 `count` takes the maximum, and only `grad` in float32 goes through the run's codec. All tensors of
-kind `whole` are in one bucket, of bytes, of which only those are sent that were written
+kind `whole` are in one bucket, of bytes, and only the written ones are sent
 (`paramserver.tensors.whole`).
 """
 
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from paramserver.protocol.messages import ITEM_BYTES, Layout, Tensor
 
 SENT_BYTES = {"float32": 4, "float64": 8, "int64": 8, "bytes": 1}
-"""Of an element, by what it is sent as."""
+"""Bytes of an element, by the dtype in which it is sent."""
 
 
 @dataclass(frozen=True)
@@ -30,53 +31,53 @@ class Bucket:
     tensors: tuple[int, ...]
     """Indexes into the layout of the tensors that lie in it, wholly or in part."""
     sent: str = "float32"
-    """As what its elements travel."""
+    """The dtype in which its elements travel."""
 
     @property
     def size(self) -> int:
-        """Elements."""
+        """Number of elements."""
         return self.stop - self.start
 
     @property
     def nbytes(self) -> int:
-        """Of all its elements as they are, without a codec."""
+        """Bytes of all its elements, without a codec."""
         return SENT_BYTES[self.sent] * self.size
 
 
 @dataclass(frozen=True)
 class BucketPlan:
-    """Where each tensor lies in the flat vector, and how that is cut into buckets."""
+    """The place of each tensor in the flat vector, and the buckets into which it is cut."""
 
     layout: Layout
     offsets: tuple[int, ...]
     """Start of each tensor, and the vector's whole size at the end; in elements."""
     buckets: tuple[Bucket, ...]
     buckets_of: tuple[tuple[int, ...], ...]
-    """For each tensor the buckets it lies in."""
+    """For each tensor, the buckets that it lies in."""
 
     @property
     def nbytes(self) -> int:
-        """Of all buckets as they are, without a codec."""
+        """Bytes of all buckets, without a codec."""
         return sum(b.nbytes for b in self.buckets)
 
     @property
     def largest_bytes(self) -> int:
-        """Of the largest bucket of numbers."""
+        """Bytes of the largest bucket of numbers, without a codec."""
         return max((b.nbytes for b in self.buckets if b.kind != "whole"), default=0)
 
 
 def elements(tensor: Tensor) -> int:
-    """How many elements of the flat vector a tensor takes: of one that is sent as bytes, these."""
+    """Number of elements in the flat vector; for a tensor that is sent as bytes, its bytes."""
     count = math.prod(tensor.shape)
     return ITEM_BYTES[tensor.dtype] * count if tensor.sent == "bytes" else count
 
 
 def plan(layout: Layout, bucket_mb: float) -> BucketPlan:
-    """Cut a layout into buckets of at most `bucket_mb` MiB, but for the one of kind `whole`.
+    """Cut a layout into buckets of at most `bucket_mb` MiB, except the one of kind `whole`.
 
     A bucket ends between two tensors where it is at least a quarter full by then, so that it need
-    not wait for a large neighbour; a tensor larger than a bucket is cut. Same layout, same plan,
-    on every machine.
+    not wait for a large neighbour; a tensor larger than a bucket is cut. The same layout gives the
+    same plan on every machine.
     """
     limit = 1.0
     offsets = [0]
@@ -113,5 +114,5 @@ def plan(layout: Layout, bucket_mb: float) -> BucketPlan:
 
 
 def _limit(bucket_mb: float, sent: str) -> int:
-    """Elements of a bucket."""
+    """Number of elements in a bucket, at most."""
     return max(1, int(bucket_mb * 2**20) // SENT_BYTES[sent])

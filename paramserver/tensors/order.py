@@ -1,6 +1,6 @@
 """The order of samples in an epoch: the same on every machine, and with every version of torch.
 
-Workers take from it which samples a lease is of, and the server which ones it names.
+Workers find the samples of a lease in it, and the server the samples that it names.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from torch import Tensor
 
 from paramserver.protocol.messages import Lease
 
-NAMED = 8  # samples of a range; of the others is told how many they are
+NAMED = 8  # samples of a range that are named; of the others only the number
 
 
 @lru_cache(maxsize=4)
 def order(n: int, seed: int, epoch: int) -> Tensor:
-    """The order of `n` samples in an epoch: a permutation, int64 [n]. Kept: do not write to it."""
+    """The order of `n` samples in an epoch: a permutation, int64 [n]. Callers share it: do not
+    write to it."""
     return permutation(n, f"order of epoch {epoch}, seed {seed}")
 
 
@@ -35,7 +36,7 @@ def permutation(n: int, purpose: str) -> Tensor:
 
 
 def name_samples(n: int, lease: Lease, *, seed: int) -> str:
-    """Which samples of a set of `n` a range is: their indices, of many the first ones."""
+    """The samples of a range in a set of `n`, as text: their indices, of many the first ones."""
     epoch, start, stop = lease
     found = sorted(order(n, seed, epoch)[start:stop].tolist())
     if len(found) == 1:
@@ -45,7 +46,7 @@ def name_samples(n: int, lease: Lease, *, seed: int) -> str:
 
 
 def places(n: int, lease: Lease, epoch: int, *, seed: int) -> list[int]:
-    """Where the samples of a range, of a set of `n`, lie in the order of another epoch."""
+    """The positions of a range's samples in the order of another epoch, in a set of `n`."""
     of, start, stop = lease
     here = torch.argsort(order(n, seed, epoch))
     return sorted(here[order(n, seed, of)[start:stop]].tolist())

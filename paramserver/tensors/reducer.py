@@ -1,11 +1,12 @@
-"""The running sums of the open round: gradients are added as they arrive, whoever sends them.
+"""The running sums of the open round: gradients are added as they arrive, in any order.
 
-Memory does not grow with the number of workers: of each bucket the first payload is kept as it came
-until the second one is there, from then on one sum in its dtype, which is given away as the average
-when the last one has come. While all payloads have as many samples the sum counts in these, so
-that none need be multiplied; one that differs makes it count in single samples. (A mean that is
-kept up to date instead would save one more pass over memory, but it rounds at the size of its
-terms, not of their sum: where gradients cancel, an optimizer like Adam makes whole steps of that.)
+Memory does not grow with the number of workers: the reducer keeps the first payload of each bucket
+until the second one comes, and from then on one sum in the bucket's dtype, whose memory becomes the
+average's after the last payload. While all payloads have the same number of samples, that number is
+the sum's unit, so that no payload need be multiplied; a payload with another number changes the
+unit to one sample. (A running mean would save one more pass over memory, but its rounding error has
+the size of the terms, not of their sum: where gradients cancel, an optimizer like Adam turns that
+error into whole steps.)
 """
 
 from __future__ import annotations
@@ -25,20 +26,21 @@ from paramserver.tensors.error_feedback import ErrorFeedback
 from paramserver.tensors.whole import Whole, unpacked
 
 AVERAGE_SHARE = 2
-"""An average in topk carries so many times the share of a push: all that two workers chose, and of
-what more chose, most. With a single share, what they chose apart waits twice, on both ways."""
+"""An average in topk holds this multiple of a push's share: all numbers that two workers chose, and
+most of those that more workers chose. With a single share, numbers that only one worker chose would
+wait twice, on the way up and on the way down."""
 
 Release = Callable[[], None]
 
 
 @dataclass
 class Running:
-    """What has been added to a bucket: `values` times `unit` samples is the sum."""
+    """The sum of a bucket so far: `values` times `unit` samples."""
 
     values: Tensor
     unit: int
     release: Release | None
-    """Of the payload whose memory `values` are; None where they are the sum's own."""
+    """Releases the payload whose memory `values` use; None where the sum has its own."""
 
 
 class Reducer:
@@ -65,14 +67,16 @@ class Reducer:
             sent: torch.empty(n, dtype=getattr(torch, sent)) for sent, n in sizes.items()
         }
         self._whole = {b.index: Whole(plan, b) for b in plan.buckets if b.kind == "whole"}
-        self._came: tuple[Wire, dict[int, Tensor]] | None = None  # of a whole one, as checked
-        self._decoded: tuple[Wire, Tensor] | None = None  # what lies in the scratch, and of what
+        self._came: tuple[Wire, dict[int, Tensor]] | None = (
+            None  # of a bucket of kind `whole`, as checked
+        )
+        self._decoded: tuple[Wire, Tensor] | None = None  # buffers, their numbers
 
     def check(
         self, bucket: int, buffers: Wire, scale: float, absent: tuple[int, ...] = ()
     ) -> tuple[str | None, float | None]:
-        """What is wrong with the numbers of a push: None, or a reason to refuse it as bad; and the
-        Euclidean norm of a gradient, None for anything else.
+        """The reason to refuse a push as bad, or None; and the Euclidean norm of a gradient, None
+        for other kinds.
 
         Raises `PeerError` for buffers that do not fit the layout.
         """
@@ -85,11 +89,11 @@ class Reducer:
             wrong = f"a scale of {scale}"
         if wrong is not None:
             raise PeerError(f"bucket {bucket}: {wrong}")
-        if b.kind == "count":  # a running extreme begins with an infinity, and is one number
+        if b.kind == "count":  # a running maximum begins with an infinity
             return None, None
         values = self._decode(b, buffers, scale)
-        # It is finite only if all of them are, and takes a tenth of the time of looking at each;
-        # where it is not, the squares of finite numbers may have added up to infinity.
+        # The norm is finite only if all numbers are, and takes a tenth of the time of checking #
+        # each; where it is not, the squares of finite numbers may have overflowed.
         norm = math.sqrt(torch.dot(values, values).item())
         if not math.isfinite(norm):
             if not torch.isfinite(values).all():
@@ -108,10 +112,9 @@ class Reducer:
         worker: int = 0,
         absent: tuple[int, ...] = (),
     ) -> None:
-        """Add the numbers of a push, over so many samples (of counters, take the maximum; of what
-        stays whole, that of the lowest `worker`).
-
-        `release()` is called when its buffers are not read any more.
+        """Add the numbers of a push over `samples` samples (for counters take the maximum; for
+        tensors of kind `whole` those of the lowest `worker`). Calls `release()` when the buffers
+        are not read any more.
         """
         b = self._plan.buckets[bucket]
         if b.kind == "whole":
@@ -130,10 +133,10 @@ class Reducer:
         if b.kind == "count":
             torch.maximum(total, values, out=out)
         else:
-            if samples != running.unit != 1:  # whoever came first, the result shall be the same
+            if samples != running.unit != 1:  # the result must not depend on the order
                 total = torch.mul(total, running.unit, out=out)
                 running.unit = 1
-            if samples != running.unit:  # rounded as the others are: `alpha` would not be
+            if samples != running.unit:  # rounded like the others; `alpha` rounds otherwise
                 values = torch.mul(values, samples, out=self._scratch[b.sent][: b.size])
                 self._decoded = None
             torch.add(total, values, out=out)
@@ -145,10 +148,9 @@ class Reducer:
     def finish(
         self, bucket: int, samples: int, absent: tuple[int, ...]
     ) -> tuple[list[Any], float, tuple[int, ...]]:
-        """The average over all `samples` that were added, encoded, its scale, and what is absent
-        from it; the sum is gone afterwards.
-
-        Where the sum's own memory travels, whoever reads it divides: by the scale.
+        """The average over all `samples` that were added: encoded buffers, scale, and absent
+        tensors; the sum is gone afterwards. Where the sum's own memory travels, the reader divides
+        by the scale.
         """
         b = self._plan.buckets[bucket]
         if b.kind == "whole":
@@ -164,8 +166,8 @@ class Reducer:
         return buffers, scale * divisor, absent
 
     def close(self, buckets: tuple[int, ...]) -> None:
-        """The round is over: the averages of these buckets are part of an update, others are not
-        (all of them, where the round is void)."""
+        """The round is over: the averages of these buckets are part of an update, the others are
+        not (none is, where the round is void)."""
         self._down.settled(buckets)
         for running in self._running.values():
             if running.release is not None:
@@ -176,7 +178,7 @@ class Reducer:
             whole.forget()
 
     def _own(self, b: Bucket, running: Running) -> None:
-        """Let a sum have memory of its own, and its payload go."""
+        """Copy a sum to memory of its own, and release the payload."""
         if running.release is not None:
             running.values = self._down.values(b).copy_(running.values)
             running.release()
@@ -186,14 +188,15 @@ class Reducer:
         return codec_of(b.kind, b.sent, self._up)
 
     def _decode(self, b: Bucket, buffers: Wire, scale: float) -> Tensor:
-        """The numbers of a push; checked first and then added, it is decoded once."""
+        """The numbers of a push; decoded once for `check` and `add`."""
         if self._decoded is None or self._decoded[0] is not buffers:
             values = self._codec(b).decode(buffers, scale, self._scratch[b.sent][: b.size])
             self._decoded = (buffers, values)
         return self._decoded[1]
 
     def _unpacked(self, b: Bucket, buffers: Wire, absent: tuple[int, ...]) -> dict[int, Tensor]:
-        """What came of the buffers that stay whole; raises `PeerError` where they do not fit."""
+        """The tensors of kind `whole` in a push; raises `PeerError` where the buffers do not
+        fit."""
         if self._came is None or self._came[0] is not buffers:
             came = unpacked(self._plan, b, buffers, set(absent))
             if isinstance(came, str):

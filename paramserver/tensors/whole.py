@@ -1,10 +1,9 @@
-"""Buffers that a forward writes, and that nobody may average: each comes whole from one worker.
-
-The mean of two unit vectors is none, and a queue fits the pointer that was moved with it. So of
-each module (the name of a tensor, up to its last dot) all that was written comes from the same
-worker: of those that wrote to it, the one with the lowest id, whoever's push came first. All these
-tensors are in one bucket, whose buffers hold the bytes of those that are not absent, one after
-another in the layout's order.
+"""Buffers that a forward writes and that must not be averaged: each comes whole from one worker.
+The mean of two unit vectors is no unit vector, and a queue fits only the pointer that was moved
+with it. So all written buffers of a module (the name of a tensor, up to its last dot) come from the
+same worker: of those that wrote to it, the one with the lowest id, in any order of the pushes. All
+these tensors are in one bucket, whose buffers hold the bytes of those that are not absent, one
+after another in the layout's order.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from paramserver.tensors.bucket import Bucket, BucketPlan
 
 BUFFER_BYTES = 4 * 2**20
 BYTES_MAX = BUFFERS_MAX * BUFFER_BYTES
-"""Of one buffer of a message, and of what one worker may write in a step."""
+"""Bytes of one buffer of a message, and of all that one worker may write in a step."""
 
 
 def buffers(values: Tensor) -> list[Any]:
@@ -29,14 +28,14 @@ def buffers(values: Tensor) -> list[Any]:
 
 
 def present(bucket: Bucket, absent: Container[int]) -> list[int]:
-    """Indexes into the layout of what these buffers hold."""
+    """Layout indexes of the tensors in these buffers."""
     return [index for index in bucket.tensors if index not in absent]
 
 
 def unpacked(
     plan: BucketPlan, bucket: Bucket, buffers: Sequence[Any], absent: Container[int]
 ) -> dict[int, Tensor] | str:
-    """The bytes of each tensor that is there, as a copy, or what is wrong with these buffers."""
+    """The bytes of each tensor in the buffers, as a copy, or what is wrong with the buffers."""
     there = present(bucket, absent)
     sizes = [plan.offsets[index + 1] - plan.offsets[index] for index in there]
     got = sum(memoryview(b).nbytes for b in buffers)
@@ -49,11 +48,11 @@ def unpacked(
 
 
 class Whole:
-    """What came of the bucket in the open round, and what of it will be in the update."""
+    """Collects the bucket's tensors in the open round, and chooses those for the update."""
 
     def __init__(self, plan: BucketPlan, bucket: Bucket) -> None:
         self._plan, self._bucket = plan, bucket
-        self._chosen: dict[str, tuple[int, dict[int, Tensor]]] = {}  # by module: of whom, what
+        self._chosen: dict[str, tuple[int, dict[int, Tensor]]] = {}  # by module: worker, tensors
 
     def add(self, worker: int, came: dict[int, Tensor]) -> None:
         modules: dict[str, dict[int, Tensor]] = {}

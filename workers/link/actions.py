@@ -1,4 +1,4 @@
-"""What a session lets its client do, as frozen values; see `workers.link.session`."""
+"""What a session asks its client to do, as frozen values; see `workers.link.session`."""
 
 from __future__ import annotations
 
@@ -18,20 +18,21 @@ class Send(Action, frozen=True):
 
 
 class Join(Action, frozen=True):
-    """Tell the server where the replica stands; what was to be pushed is void."""
+    """Send a `Join` with the replica's position; pushes that wait are void."""
 
 
 class Greet(Action, frozen=True):
-    """Say hello again, as soon as nobody is in the middle of something: the server does not know
-    this peer any more, or is silent."""
+    """Say hello again, as soon as no other action is under way: the server does not know this peer
+    any more, or is silent."""
 
 
 class Probe(Action, frozen=True):
-    """Let the server try both ways."""
+    """Send a probe, which the server answers on link and PUB."""
 
 
 class Silent(Action, frozen=True):
-    """Nothing was heard for this long: look whether this peer is still let in, or give up."""
+    """The server has been silent for this long: check whether it still admits this peer, or give
+    up."""
 
     seconds: float
 
@@ -43,8 +44,8 @@ class Say(Action, frozen=True):
 
 
 class Hear(Action, frozen=True):
-    """The server admits this peer. Listen where it says that averages come, then call `admitted`;
-    where that cannot be, `join_again`."""
+    """The server admits this peer. Receive averages where it sends them, then call `admitted`;
+    where that fails, `join_again`."""
 
     admit: wire.Admit
 
@@ -54,9 +55,8 @@ class Joined(Action, frozen=True):
 
 
 class Take(Action, frozen=True):
-    """Decode this average into its place; where that is too late, call `lost`.
-
-    `first` of its round: forget what was taken before.
+    """Decode this average into the memory for it; where that is too late, call `lost`. `first` of
+    its round: drop averages that were taken before.
     """
 
     average: wire.Average
@@ -65,14 +65,14 @@ class Take(Action, frozen=True):
 
 
 class Apply(Action, frozen=True):
-    """Apply this update, then call `applied`. `first`: forget what was taken before."""
+    """Apply this update, then call `applied`. `first`: drop averages that were taken before."""
 
     close: wire.Close
     first: bool
 
 
 class Compare(Action, frozen=True):
-    """Tell the server the digest of this step."""
+    """Report the digest of this step to the server."""
 
     step: int
 
@@ -84,7 +84,7 @@ class Closed(Action, frozen=True):
 
 
 class Missed(Action, frozen=True):
-    """This update is not followed."""
+    """This update is not applied here, because the replica is adrift."""
 
     close: wire.Close
 
@@ -97,7 +97,7 @@ class Give(Action, frozen=True):
 
 
 class SendPiece(Action, frozen=True):
-    """Send a piece of a snapshot; tell the server where there is no such piece."""
+    """Send a piece of a snapshot; abort it where there is no such piece."""
 
     source: Any
     snapshot: int
@@ -105,13 +105,14 @@ class SendPiece(Action, frozen=True):
 
 
 class Begin(Action, frozen=True):
-    """Make room for a snapshot: call `takes`; or `refuse`, where it cannot be right."""
+    """Allocate memory for a snapshot: call `takes`; or `refuse`, where the manifest is
+    impossible."""
 
     manifest: wire.Manifest
 
 
 class TakePiece(Action, frozen=True):
-    """Put a piece into its place: call `took`; or `refuse`."""
+    """Store a piece: call `took`; or `refuse`."""
 
     room: Any
     snapshot: int

@@ -1,9 +1,9 @@
 """float16: 11 bits of precision, two bytes each, with one power-of-two scale for each bucket.
 
-float16 ends at 65504 and gets coarse below 6e-5. Gradients of one bucket span far less than that,
-so the bucket is scaled by a power of two (exact in float32) that puts its largest magnitude near
-1024: no overflow, and small numbers keep their bits. Zeros, infinities and NaN pass through as they
-are.
+float16 ends at 65504 and loses precision below 6e-5. Gradients of one bucket span far less than
+that, so the bucket is scaled by a power of two (exact in float32) that puts its largest magnitude
+near 1024: no overflow, and small numbers keep their bits. Zeros, infinities and NaN pass through as
+they are.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Float16:
 
 
 def shrink(values: Tensor, out: Tensor) -> float:
-    """Write float16 numbers to `out`; their scale, by which `values` are multiplied here."""
+    """Multiply `values` by a scale and write them to `out` as float16; returns the scale."""
     # aminmax takes one pass at the speed of memory; vector_norm(ord=inf) ten times as long.
     low, high = torch.aminmax(values)
     largest = max(-low.item(), high.item())
@@ -52,6 +52,6 @@ def shrink(values: Tensor, out: Tensor) -> float:
 
 
 def grow(half: Tensor, scale: float, out: Tensor) -> Tensor:
-    """What was shrunk, in `out`."""
+    """The inverse of `shrink`, in `out`."""
     out.copy_(half)
     return out if scale == 1.0 else out.mul_(1.0 / scale)

@@ -1,7 +1,7 @@
 """float32: the numbers as they are, four bytes each, no copy on either side.
 
-With a scale they are sums, to be divided by it where they are read: a pass over memory less than
-dividing where they are added, since who reads them copies them anyway.
+With a scale they are sums, which the reader divides by it. That saves a pass over memory on the
+server, because the reader copies the numbers anyway.
 
 float64 and int64, which no codec makes smaller, travel so too, eight bytes each.
 """

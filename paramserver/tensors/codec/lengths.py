@@ -1,4 +1,4 @@
-"""Wire buffers: where new ones come from, and how many and how long those from elsewhere are."""
+"""Wire buffers: makes new ones, and checks the lengths of those from peers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Room = Callable[[int], Tensor]
 
 
 def fresh(nbytes: int) -> Tensor:
-    """Memory of this process."""
+    """New memory of this process, uint8 [nbytes]."""
     return torch.empty(nbytes, dtype=torch.uint8)
 
 
@@ -26,6 +26,6 @@ def lengths(buffers: Wire) -> tuple[int, ...]:
 
 
 def unequal(buffers: Wire, *wanted: int) -> str | None:
-    """What is wrong where the buffers must have these lengths."""
+    """What is wrong, where the buffers must have these lengths; None if nothing."""
     got = lengths(buffers)
     return None if got == wanted else f"buffers of {got} bytes, expected {wanted}"
