@@ -29,7 +29,7 @@ from paramserver.output import curves
 from paramserver.protocol import messages as wire
 from paramserver.server import program
 from paramserver.settings import Settings
-from paramserver.tensors.codec import CODECS
+from paramserver.tensors.codec import CODECS, codec_of_averages, codec_of_pushes
 from paramserver.tensors.error_feedback import ErrorFeedback
 from paramserver.tensors.reducer import Reducer
 from paramserver.transport import malloc, sockets
@@ -306,8 +306,9 @@ def accuracy(dataset: dict[str, Any], codec: str, seed: int, epochs: int, worker
     optimizer = builders.build_optimizer(model, settings)
     replica = Replica(model, optimizer, bucket_mb=settings.bucket_size_mb, codec=codec)
     buckets, params = replica.plan.buckets, [p for _, p in replica.params]
-    senders = [ErrorFeedback(replica.plan, codec, settings.topk_ratio) for _ in range(workers)]
-    reducer = Reducer(replica.plan, codec, codec, settings.topk_ratio)
+    up = codec_of_pushes(codec, settings.topk_ratio)
+    senders = [ErrorFeedback(replica.plan, up) for _ in range(workers)]
+    reducer = Reducer(replica.plan, up, codec_of_averages(codec, settings.topk_ratio))
     indices, size = tuple(b.index for b in buckets), settings.batch_size
     criterion, step = nn.CrossEntropyLoss(), 0
     cpu = torch.device("cpu")

@@ -24,6 +24,7 @@ from paramserver.errors import PeerError, UserError
 from paramserver.protocol import messages as wire
 from paramserver.tensors import whole
 from paramserver.tensors.bucket import plan
+from paramserver.tensors.codec import CODECS
 from paramserver.tensors.reducer import Reducer
 from workers.replica.buffers import LOOKED_AT, Buffers
 from workers.replica.replica import Replica
@@ -375,7 +376,7 @@ def test_of_each_module_the_lowest_worker_that_wrote_there(
 ) -> None:
     """Whoever comes first; what it did not write is absent, whoever else did."""
     assert [(b.kind, b.sent, b.size) for b in WHOLE_PLAN.buckets][1:] == [("whole", "bytes", 51)]
-    reducer, released = Reducer(WHOLE_PLAN, "int8", "int8", 0.01), []
+    reducer, released = Reducer(WHOLE_PLAN, CODECS["int8"], CODECS["int8"]), []
     for _ in range(2):
         order = list(wrote)
         random.shuffle(order)
@@ -403,7 +404,7 @@ def test_of_each_module_the_lowest_worker_that_wrote_there(
 
 @pytest.mark.parametrize(("indexes", "absent"), [([1], ()), ([1, 2, 3], (1,)), ([], (1, 2))])
 def test_buffers_of_another_length_are_refused(indexes: list[int], absent: tuple[int, ...]) -> None:
-    reducer = Reducer(WHOLE_PLAN, "float32", "float32", 0.01)
+    reducer = Reducer(WHOLE_PLAN, CODECS["float32"], CODECS["float32"])
     with pytest.raises(PeerError, match="bucket 1: buffers of"):
         reducer.check(1, bytes_of(1, indexes), 1.0, absent)
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from paramserver.config.schema import KEYS
-from paramserver.tensors.codec import CODECS, Codec
+from paramserver.tensors.codec import CODECS, Codec, codec_of_pushes
+from paramserver.tensors.codec.topk import TopK
 
 RATIO = 0.01
 SECTION = 2**16  # of topk: positions count from its start, and of each one some are sent
@@ -22,16 +23,16 @@ LARGEST = 2.0**127  # above it, rounding may lead to infinity
 TINY = 2.0**-126  # smallest normal float32
 
 
-def encoded(codec: Codec, values: Tensor, ratio: float = RATIO) -> tuple[list[bytearray], float]:
+def encoded(codec: Codec, values: Tensor) -> tuple[list[bytearray], float]:
     """As the other side gets them, in memory of its own. `values` keep what was not sent."""
-    buffers, scale = codec.encode(values, ratio)
+    buffers, scale = codec.encode(values)
     return [bytearray(b) for b in buffers], scale
 
 
 def through(name: str, values: Tensor, ratio: float = RATIO) -> tuple[Tensor, Tensor]:
     """(what arrives, what stays with the sender); `values` are left alone."""
-    codec, residual = CODECS[name], values.clone()
-    buffers, scale = encoded(codec, residual, ratio)
+    codec, residual = codec_of_pushes(name, ratio), values.clone()
+    buffers, scale = encoded(codec, residual)
     assert codec.fits(len(values), buffers) is None
     assert 0 < scale < math.inf
     arrived = codec.decode(buffers, scale, torch.full_like(values, math.nan)).clone()
@@ -174,7 +175,7 @@ def test_topk_sends_of_each_section_its_share_the_largest(name: str, ratio: floa
 @pytest.mark.parametrize("values", SPECIAL.values(), ids=SPECIAL)
 @pytest.mark.parametrize("ratio", [0.0, 1e-9, 0.01, 0.5, 1.0])
 def test_topk_never_sends_more_than_its_share(values: Tensor, ratio: float) -> None:
-    buffers, _ = encoded(CODECS["topk"], values.clone(), ratio)
+    buffers, _ = encoded(TopK(ratio), values.clone())
     sections = -(-len(values) // SECTION)
     sent = (len(buffers[0]) - 4 * sections) // 4
     assert sent <= sum(max(1, round(ratio * len(part))) for part in values.split(SECTION))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from paramserver.protocol import messages as wire
 from paramserver.tensors.bucket import BucketPlan, plan
-from paramserver.tensors.codec import CODECS
+from paramserver.tensors.codec import CODECS, codec_of_pushes
 from paramserver.tensors.error_feedback import ErrorFeedback
 
 LOSSY = [name for name, codec in CODECS.items() if codec.leaves_residual]
@@ -45,7 +45,7 @@ class Sender:
 
     def __init__(self, cut: BucketPlan, codec: str, ratio: float = RATIO) -> None:
         self.cut = cut
-        self.feedback = ErrorFeedback(cut, codec, ratio)
+        self.feedback = ErrorFeedback(cut, codec_of_pushes(codec, ratio))
 
     def send(self, bucket: int, values: Tensor, absent: tuple[int, ...] = ()) -> Tensor:
         b = self.cut.buckets[bucket]
@@ -170,7 +170,7 @@ def test_statistics_and_counters_go_as_they_are(cut: BucketPlan, codec: str) -> 
 def test_one_rest_is_kept_and_another_only_while_under_way(
     cut: BucketPlan, codec: str, is_taken: bool
 ) -> None:
-    feedback, b = ErrorFeedback(cut, codec, RATIO), cut.buckets[0]
+    feedback, b = ErrorFeedback(cut, codec_of_pushes(codec, RATIO)), cut.buckets[0]
     given: list[weakref.ref[Tensor]] = []
     for seed in range(2):
         values = noise(b.size, seed)
@@ -186,7 +186,7 @@ def test_one_rest_is_kept_and_another_only_while_under_way(
 
 @pytest.mark.parametrize("codec", EXACT)
 def test_nothing_is_kept_where_nothing_is_left(cut: BucketPlan, codec: str) -> None:
-    feedback, b = ErrorFeedback(cut, codec, RATIO), cut.buckets[0]
+    feedback, b = ErrorFeedback(cut, codec_of_pushes(codec, RATIO)), cut.buckets[0]
     values = noise(b.size)
     given = weakref.ref(values)
     feedback.encode(b, values)

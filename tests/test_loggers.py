@@ -24,6 +24,7 @@ from workers.observer.loggers import (
     Background,
     News,
     Several,
+    evaluation_values,
     open_logbooks,
     step_values,
     wandb_mode,
@@ -481,6 +482,7 @@ def test_several_are_one_and_none_is_nothing() -> None:
 
 
 def test_values_have_their_documented_keys() -> None:
+    assert evaluation_values(0.4, {"accuracy": 0.9}) == {"losses/val": 0.4, "accuracy/val": 0.9}
     assert step_values(
         loss=0.5,
         learning_rate=0.001,
@@ -490,12 +492,8 @@ def test_values_have_their_documented_keys() -> None:
         sent_bytes=1000,
         received_bytes=2000,
         gradient_norms={"0.weight": 0.25},
-        val_loss=0.4,
-        val_accuracy=0.9,
     ) == {
         "losses/train": 0.5,
-        "losses/val": 0.4,
-        "accuracy/val": 0.9,
         "lr": 0.001,
         "batch_size": 48,
         "gradients/layer_0.weight": 0.25,

@@ -12,8 +12,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from paramserver.protocol import messages as wire
-from paramserver.tensors.bucket import plan
-from paramserver.tensors.codec import CODECS, codec_of
+from paramserver.rounds.effects import Finish
+from paramserver.server.data import Data
+from paramserver.settings import Settings
+from paramserver.tensors.bucket import BucketPlan, plan
+from paramserver.tensors.codec import CODECS, codec_of, codec_of_averages, codec_of_pushes
+from paramserver.tensors.codec.topk import TopK
 from paramserver.tensors.reducer import Reducer
 
 LAYOUT = wire.Layout(
@@ -27,6 +31,10 @@ LAYOUT = wire.Layout(
 PLAN = plan(LAYOUT, 1.0)
 GRAD, STAT, COUNT = range(3)
 TOLERANCE = {"float32": 1e-6, "float16": 2e-3, "bfloat16": 2e-2, "int8": 4e-2}
+
+
+def reducer_of(plan: BucketPlan, up: str, down: str, ratio: float = 0.01) -> Reducer:
+    return Reducer(plan, codec_of_pushes(up, ratio), codec_of_averages(down, ratio))
 
 
 class Payloads:
@@ -60,7 +68,7 @@ def test_the_mean_is_weighted_by_samples(data: st.DataObject) -> None:
     codec = data.draw(st.sampled_from(sorted(TOLERANCE)))
     samples = data.draw(st.lists(st.integers(1, 64), min_size=1, max_size=5))
     torch.manual_seed(data.draw(st.integers(0, 1000)))
-    payloads, reducer = Payloads(), Reducer(PLAN, codec, "float32", 0.01)
+    payloads, reducer = Payloads(), reducer_of(PLAN, codec, "float32")
     for _ in range(2):  # rounds
         pushed = [torch.randn(PLAN.buckets[GRAD].size) for _ in samples]
         for values, n in zip(pushed, samples, strict=True):
@@ -79,19 +87,23 @@ def test_the_mean_is_weighted_by_samples(data: st.DataObject) -> None:
 def test_in_topk_all_that_two_workers_chose_is_in_the_average() -> None:
     """Whatever each of them chose, and at once."""
     size, ratio = PLAN.buckets[GRAD].size, 0.1
-    reducer = Reducer(PLAN, "topk", "topk", ratio)
+    data = Data(Settings(codec="topk", topk_ratio=ratio), "nonce", None)
+    data.start(LAYOUT)
     values = torch.zeros(2, size)
     for worker in (0, 1):
         values[worker, worker :: round(1 / ratio)] = torch.arange(1.0, round(ratio * size) + 1)
-        buffers, scale = CODECS["topk"].encode(values[worker].clone(), ratio)
-        reducer.add(GRAD, buffers, scale, 1, lambda: None)
-    buffers, scale, _ = reducer.finish(GRAD, 2, ())
-    came = CODECS["topk"].decode(buffers, scale, torch.empty(size))
+        buffers, scale = TopK(ratio).encode(values[worker].clone())
+        push = wire.Push(round=1, bucket=GRAD, samples=1, scale=scale)
+        assert data.push("session", worker, push, buffers)[0] is None
+        data.add(worker, GRAD, 1)
+    data.finish(Finish(round=1, step=1, bucket=GRAD, samples=2, absent=()))
+    [(average, frames)] = data.due()
+    came = CODECS["topk"].decode(frames[1:], average.scale, torch.empty(size))
     assert torch.allclose(came, values.mean(0), rtol=1e-3, atol=0)
 
 
 def test_statistics_are_averaged_and_counters_take_the_maximum() -> None:
-    payloads, reducer = Payloads(), Reducer(PLAN, "int8", "int8", 0.01)
+    payloads, reducer = Payloads(), reducer_of(PLAN, "int8", "int8")
     for n, stat, count in ((1, 0.0, 7.0), (3, 4.0, 5.0)):
         for bucket, value in ((STAT, stat), (COUNT, count)):
             full = torch.full((PLAN.buckets[bucket].size,), value)
@@ -127,7 +139,7 @@ def test_float64_and_integers_are_exact_whatever_the_codec(
     limit = max(8, int(bucket_mb * 2**20))
     assert all(b.nbytes <= limit for b in own.buckets)
     assert own.nbytes == 4 * 1200 + 8 * 1000 + 8 * 30 + 4 * 3 + 8 * 4
-    reducer = Reducer(own, codec, codec, 0.01)
+    reducer = reducer_of(own, codec, codec)
     for b in own.buckets:
         if b.sent == "float32" and b.kind == "grad":
             continue
@@ -140,7 +152,7 @@ def test_float64_and_integers_are_exact_whatever_the_codec(
             assert reducer.check(b.index, buffers, scale)[0] is None
             reducer.add(b.index, buffers, scale, n, release)
         buffers, scale, _ = reducer.finish(b.index, sum(samples), ())
-        got = codec_of(b.kind, b.sent, codec).decode(
+        got = codec_of(b.kind, b.sent, CODECS[codec]).decode(
             buffers, scale, torch.empty(b.size, dtype=dtype)
         )
         if b.kind == "count":
@@ -153,7 +165,7 @@ def test_float64_and_integers_are_exact_whatever_the_codec(
 
 def test_numbers_in_float64_are_looked_at_too() -> None:
     own = plan(EXACT, 1.0)
-    reducer = Reducer(own, "topk", "float32", 0.01)
+    reducer = reducer_of(own, "topk", "float32")
     exact = next(b for b in own.buckets if b.sent == "float64" and b.kind == "grad")
     values = torch.full((exact.size,), 1e200, dtype=torch.float64)
     why, norm = reducer.check(exact.index, CODECS["float32"].encode(values)[0], 1.0)
@@ -165,7 +177,7 @@ def test_numbers_in_float64_are_looked_at_too() -> None:
 
 @pytest.mark.parametrize("pushes", [1, 2])
 def test_a_void_round_lets_go_of_its_payloads(pushes: int) -> None:
-    payloads, reducer = Payloads(), Reducer(PLAN, "float32", "float32", 0.01)
+    payloads, reducer = Payloads(), reducer_of(PLAN, "float32", "float32")
     for _ in range(pushes):
         buffers, scale, release = payloads.made(torch.ones(PLAN.buckets[GRAD].size), "float32")
         reducer.add(GRAD, buffers, scale, 1, release)
@@ -179,7 +191,7 @@ def test_of_two_workers_it_does_not_matter_who_comes_first(one: int, other: int,
     pushed = [(torch.randn(PLAN.buckets[GRAD].size), n) for n in (one, other)]
     results = []
     for order in (pushed, pushed[::-1]):
-        payloads, reducer = Payloads(), Reducer(PLAN, "float32", "float32", 0.01)
+        payloads, reducer = Payloads(), reducer_of(PLAN, "float32", "float32")
         for values, n in order:
             buffers, scale, release = payloads.made(values, "float32")
             reducer.add(GRAD, buffers, scale, n, release)

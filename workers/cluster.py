@@ -37,6 +37,7 @@ from paramserver.protocol import messages as wire
 from paramserver.protocol.messages import Lease
 from paramserver.settings import RunSettings, Settings
 from paramserver.tensors.bucket import Bucket
+from paramserver.tensors.codec import codec_of_pushes
 from paramserver.tensors.error_feedback import ErrorFeedback
 from workers.link.client import Client
 from workers.link.environment import listens, read_environment
@@ -217,8 +218,8 @@ class Cluster:
         self.client.device = str(next(iter(model.parameters())).device.type)
         with self._losing():
             self.client.join(replica)
-        codec, ratio = self.settings.codec, self.settings.topk_ratio
-        self._feedback = ErrorFeedback(replica.plan, codec, ratio)
+        codec = codec_of_pushes(self.settings.codec, self.settings.topk_ratio)
+        self._feedback = ErrorFeedback(replica.plan, codec)
         self.client.on_close = self._on_close
         self._gradients = Gradients(replica, self._values, self._send_bucket, accumulate)
         return model, ClusterOptimizer(optimizer, self)

@@ -21,7 +21,7 @@ from paramserver.rounds.effects import Finish
 from paramserver.server.history import Frames, History, Update
 from paramserver.settings import Settings
 from paramserver.tensors.bucket import BucketPlan, plan
-from paramserver.tensors.codec import fresh
+from paramserver.tensors.codec import codec_of_averages, codec_of_pushes, fresh
 from paramserver.tensors.reducer import Reducer, Release
 from paramserver.tensors.whole import BUFFER_BYTES
 from paramserver.transport import shm
@@ -75,7 +75,9 @@ class Data:
                 f"{e.strerror or e} (in docker: --shm-size=1g)"
             )
         room = fresh if self.ring is None else self._room
-        self._reducer = Reducer(self.plan, s.codec, s.codec_of_averages, s.topk_ratio, room)
+        up = codec_of_pushes(s.codec, s.topk_ratio)
+        down = codec_of_averages(s.codec_of_averages, s.topk_ratio)
+        self._reducer = Reducer(self.plan, up, down, room)
         return problem
 
     # ------------------------------------------------------------------ shared memory

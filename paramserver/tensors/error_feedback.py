@@ -27,14 +27,12 @@ from paramserver.tensors.codec import Codec, Room, codec_of, fresh
 class ErrorFeedback:
     """Encodes the buckets of one sender, and keeps their residuals: one for each bucket of
     gradients, and while a bucket is under way also the one before. It keeps nothing for a codec
-    that leaves no residual. `ratio` is that of topk; `room` makes the wire buffers, where a call
-    names no other.
+    that leaves no residual. `room` makes the wire buffers, where a call names no other.
     """
 
-    def __init__(self, plan: BucketPlan, codec: str, ratio: float, room: Room = fresh) -> None:
+    def __init__(self, plan: BucketPlan, codec: Codec, room: Room = fresh) -> None:
         self._plan = plan
         self._codec = codec
-        self._ratio = ratio
         self._room = room
         self._residuals: dict[int, Tensor] = {}
         self._under_way: dict[int, Tensor | None] = {}  # the residual as it was before
@@ -66,14 +64,14 @@ class ErrorFeedback:
             return whole.buffers(values), 1.0
         codec, room = self.codec(bucket), room or self._room
         if not codec.leaves_residual:
-            return codec.encode(values, self._ratio, room)
+            return codec.encode(values, room)
         before = self._residuals.get(bucket.index)
         waiting = [self._span(bucket, index) for index in absent]
         if before is not None:
             values.add_(before)
             for span in waiting:
                 values[span] = 0.0
-        encoded = codec.encode(values, self._ratio, room)
+        encoded = codec.encode(values, room)
         if before is not None:
             for span in waiting:
                 values[span] = before[span]

@@ -25,11 +25,6 @@ from paramserver.tensors.codec import Codec, Room, Wire, codec_of, fresh
 from paramserver.tensors.error_feedback import ErrorFeedback
 from paramserver.tensors.whole import Whole, unpacked
 
-AVERAGE_SHARE = 2
-"""An average in topk holds this multiple of a push's share: all numbers that two workers chose, and
-most of those that more workers chose. With a single share, numbers that only one worker chose would
-wait twice, on the way up and on the way down."""
-
 Release = Callable[[], None]
 
 
@@ -47,17 +42,14 @@ class Reducer:
     """Running sums and averages of the buckets of one plan.
 
     Pushes come encoded with the codec `up`; averages are encoded with `down`, with error feedback
-    where that codec is lossy. `ratio` is the share that topk pushes; `room` makes the wire buffers
-    of the averages.
+    where that codec is lossy. `room` makes the wire buffers of the averages.
     """
 
-    def __init__(
-        self, plan: BucketPlan, up: str, down: str, ratio: float, room: Room = fresh
-    ) -> None:
+    def __init__(self, plan: BucketPlan, up: Codec, down: Codec, room: Room = fresh) -> None:
         self._plan = plan
         self._up = up
         self._room = room
-        self._down = ErrorFeedback(plan, down, min(1.0, AVERAGE_SHARE * ratio), room)
+        self._down = ErrorFeedback(plan, down, room)
         self._running: dict[int, Running] = {}
         sizes: dict[str, int] = {}
         for b in plan.buckets:

@@ -21,7 +21,7 @@ from paramserver.net import address
 from paramserver.protocol import messages as wire
 from paramserver.rounds.ledger import DONE, RETURNED, SKIPPED, UNREAD, Ledger, OwnLedger
 from paramserver.settings import RunSettings, Settings
-from paramserver.tensors.codec import fresh
+from paramserver.tensors.codec import CODECS, fresh
 from paramserver.tensors.reducer import Reducer
 from workers.link import follow
 from workers.replica.replica import Replica
@@ -78,7 +78,7 @@ class Solo:
     def join(self, replica: Replica) -> str:
         self.replica = replica
         self.follow = follow.Follow(self.welcome.nonce, replica, 0.0)
-        self._reducer = Reducer(replica.plan, "float32", "float32", 1.0)
+        self._reducer = Reducer(replica.plan, CODECS["float32"], CODECS["float32"])
         return "origin"
 
     def ready(self, ready: wire.Ready) -> None:

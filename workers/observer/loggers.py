@@ -110,8 +110,6 @@ def step_values(
     sent_bytes: int | None = None,
     received_bytes: int | None = None,
     gradient_norms: Mapping[str, float] | None = None,
-    val_loss: float | None = None,
-    val_accuracy: float | None = None,
 ) -> dict[str, float]:
     """One step's values under their documented keys; what is None is left out.
 
@@ -120,8 +118,6 @@ def step_values(
     """
     values: dict[str, float | None] = {
         "losses/train": loss,
-        "losses/val": val_loss,
-        "accuracy/val": val_accuracy,
         "lr": learning_rate,
         "batch_size": sum(samples.values()),
         "cluster/step_s": step_s,
@@ -137,6 +133,11 @@ def step_values(
     for name, norm in (gradient_norms or {}).items():
         values[f"gradients/layer_{name}"] = norm
     return {key: value for key, value in values.items() if value is not None}
+
+
+def evaluation_values(loss: float, metrics: Mapping[str, float]) -> dict[str, float]:
+    """What an evaluation adds to the values of its step, under the documented keys."""
+    return {"losses/val": loss} | {f"{name}/val": value for name, value in metrics.items()}
 
 
 class News(deque[tuple[str, bool]]):

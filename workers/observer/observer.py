@@ -30,7 +30,7 @@ from paramserver.settings import Settings
 from paramserver.transport import malloc
 from workers.builtin import builders, models
 from workers.link.client import Client
-from workers.observer.loggers import open_logbooks, step_values
+from workers.observer.loggers import evaluation_values, open_logbooks, step_values
 from workers.replica import checkpoint
 from workers.replica.replica import Replica
 from workers.replica.resume import resume
@@ -215,15 +215,14 @@ class Observer:
             self.copy, self.val, self.device, self.criterion, lambda: self._keep_up()
         )
         self._evaluating = False
-        name, results = self.criterion.name, {"losses/val": loss}
+        metrics = {} if metric is None else {self.criterion.name: metric}
         report: dict[str, float | None] = {"val_loss": loss}
-        if metric is not None:
-            results[f"{name}/val"] = report[f"val_{name}"] = metric
+        report |= {f"val_{name}": value for name, value in metrics.items()}
         self._evaluated = (step, report)
         self.client.report(step, report)
         for logged, values in self._logs:
             if logged == step:
-                values.update(results)
+                values.update(evaluation_values(loss, metrics))
         self._write_logs()
 
     def _keep_up(self) -> None:

@@ -25,7 +25,7 @@ from paramserver.errors import PeerError, UserError
 from paramserver.protocol import messages as wire
 from paramserver.rounds.ledger import check_counts
 from paramserver.tensors.bucket import Bucket, plan
-from paramserver.tensors.codec import codec_of
+from paramserver.tensors.codec import CODECS, codec_of
 from paramserver.tensors.whole import unpacked
 from workers.replica.buffers import Buffers, sent
 from workers.replica.checks import allow_step, check, misfit, refuse_step, schedule_state
@@ -92,7 +92,7 @@ class Replica:
             )
         )
         self.plan = plan(self.layout, bucket_mb)
-        self._codec = codec
+        self._codec = CODECS[codec]
         self._make_room()
         self._begin_as_others_will()
         self._has_stepped = False  # the optimizer's state is complete after its first step

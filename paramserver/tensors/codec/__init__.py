@@ -3,7 +3,8 @@
 A codec is two verbs and a check. `encode` writes the numbers of a bucket into new wire buffers and
 may return a scale that travels in the header; `decode` gives the numbers back; `fits` checks
 buffers from another machine before they are decoded. Each codec is one file here and one row in
-`CODECS`. Codecs hold no state: any thread may use them.
+`CODECS`. Codecs hold no state: any thread may use them. What `CODECS` has decodes whatever comes;
+who encodes takes the codec of its direction, `codec_of_pushes` or `codec_of_averages`.
 
 ========  ================  ===================================================  ==============
 codec     bytes a number    what is lost                                         error feedback
@@ -36,7 +37,21 @@ from paramserver.tensors.codec.int8 import Int8
 from paramserver.tensors.codec.lengths import Room, Wire, fresh
 from paramserver.tensors.codec.topk import TopK
 
-__all__ = ["CODECS", "Codec", "Room", "Wire", "codec_of", "fresh"]
+__all__ = [
+    "CODECS",
+    "Codec",
+    "Room",
+    "Wire",
+    "codec_of",
+    "codec_of_averages",
+    "codec_of_pushes",
+    "fresh",
+]
+
+AVERAGE_SHARE = 2
+"""An average in topk holds this multiple of a push's share: all numbers that two workers chose, and
+most of those that more workers chose. With a single share, numbers that only one worker chose would
+wait twice, on the way up and on the way down."""
 
 
 class Codec(Protocol):
@@ -55,13 +70,11 @@ class Codec(Protocol):
         finite, or huge."""
         ...
 
-    def encode(
-        self, values: Tensor, ratio: float = 0.01, room: Room = fresh
-    ) -> tuple[list[Any], float]:
+    def encode(self, values: Tensor, room: Room = fresh) -> tuple[list[Any], float]:
         """New wire buffers, made by `room` (bytes -> uint8 tensor), and the scale for the header.
 
         The caller gives `values` away: it may live on in the buffers, is written to, or is left as
-        the residual. `ratio` is the share of the numbers that topk sends; the others send all.
+        the residual.
         """
         ...
 
@@ -85,7 +98,17 @@ AS_THEY_ARE: dict[str, Codec] = {
 }
 
 
-def codec_of(kind: str, sent: str, codec: str) -> Codec:
+def codec_of_pushes(name: str, topk_ratio: float) -> Codec:
+    """The codec of this name that encodes pushes; topk sends that share of the numbers."""
+    return TopK(topk_ratio) if name == "topk" else CODECS[name]
+
+
+def codec_of_averages(name: str, topk_ratio: float) -> Codec:
+    """The codec of this name that encodes averages, where pushes have that `topk_ratio`."""
+    return codec_of_pushes(name, min(1.0, AVERAGE_SHARE * topk_ratio))
+
+
+def codec_of(kind: str, sent: str, codec: Codec) -> Codec:
     """The codec of a bucket in a run with this `codec`, which encodes gradients in float32: all
     other tensors travel as they are."""
-    return CODECS[codec] if kind == "grad" and sent == "float32" else AS_THEY_ARE[sent]
+    return codec if kind == "grad" and sent == "float32" else AS_THEY_ARE[sent]

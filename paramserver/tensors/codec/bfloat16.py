@@ -17,9 +17,7 @@ class BFloat16:
     def fits(self, elements: int, buffers: Wire) -> str | None:
         return unequal(buffers, 2 * elements)
 
-    def encode(
-        self, values: Tensor, ratio: float = 0.01, room: Room = fresh
-    ) -> tuple[list[Any], float]:
+    def encode(self, values: Tensor, room: Room = fresh) -> tuple[list[Any], float]:
         wire = room(2 * values.numel())
         wire.view(torch.bfloat16).copy_(values)
         return [wire.numpy().data], 1.0

@@ -26,9 +26,7 @@ class Float16:
     def fits(self, elements: int, buffers: Wire) -> str | None:
         return unequal(buffers, 2 * elements)
 
-    def encode(
-        self, values: Tensor, ratio: float = 0.01, room: Room = fresh
-    ) -> tuple[list[Any], float]:
+    def encode(self, values: Tensor, room: Room = fresh) -> tuple[list[Any], float]:
         wire = room(2 * values.numel())
         scale = shrink(values, wire.view(torch.float16))
         return [wire.numpy().data], scale

@@ -26,9 +26,7 @@ class AsItIs:
     def fits(self, elements: int, buffers: Wire) -> str | None:
         return unequal(buffers, self._dtype.itemsize * elements)
 
-    def encode(
-        self, values: Tensor, ratio: float = 0.01, room: Room = fresh
-    ) -> tuple[list[Any], float]:
+    def encode(self, values: Tensor, room: Room = fresh) -> tuple[list[Any], float]:
         return [values.view(torch.uint8).numpy().data], 1.0
 
     def decode(self, buffers: Wire, scale: float, out: Tensor) -> Tensor:

@@ -35,9 +35,7 @@ class Int8:
     def fits(self, elements: int, buffers: Wire) -> str | None:
         return unequal(buffers, 4 * _blocks(elements) + elements)
 
-    def encode(
-        self, values: Tensor, ratio: float = 0.01, room: Room = fresh
-    ) -> tuple[list[Any], float]:
+    def encode(self, values: Tensor, room: Room = fresh) -> tuple[list[Any], float]:
         n, blocks = values.numel(), _blocks(values.numel())
         wire = room(4 * blocks + n)
         scales, numbers = (

@@ -41,8 +41,13 @@ GROUPS = 4
 
 
 class TopK:
+    """`ratio` is the share of the numbers that are sent."""
+
     leaves_residual = True
     in_place = False
+
+    def __init__(self, ratio: float = 0.01) -> None:
+        self._ratio = ratio
 
     def fits(self, elements: int, buffers: Wire) -> str | None:
         head, got = 4 * _sections(elements), lengths(buffers)
@@ -58,11 +63,9 @@ class TopK:
             return f"a number at position {int(where[-1])} of {elements}"
         return None
 
-    def encode(
-        self, values: Tensor, ratio: float = 0.01, room: Room = fresh
-    ) -> tuple[list[Any], float]:
+    def encode(self, values: Tensor, room: Room = fresh) -> tuple[list[Any], float]:
         slabs = values.split(SLAB)
-        where = torch.cat([_largest(slab, ratio) + SLAB * i for i, slab in enumerate(slabs)])
+        where = torch.cat([_largest(slab, self._ratio) + SLAB * i for i, slab in enumerate(slabs)])
         counts = torch.bincount(where // SECTION, minlength=_sections(values.numel()))
         positions = where % SECTION
         chosen = values.index_select(0, where)
