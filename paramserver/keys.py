@@ -1,9 +1,9 @@
 """`python -m paramserver.keys`: the keys of this user's servers, and the join token made of them.
 
-They lie in one file that only this user may read, `keys.json` in the user's configuration folder.
-A server that listens for other machines makes them when there are none; all servers of this user
-have the same. `rotate` makes new ones: every token that was given away is worthless then, as soon
-as the server is started again.
+They lie in one file that only this user may read, `keys.json` in the user's configuration folder. A
+server that listens for other machines makes them when there are none; all servers of this user have
+the same. `rotate` makes new ones: then every token made before is worthless, as soon as the server
+is started again.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from paramserver.transport.sockets import ServerKeys
 
 @dataclass(frozen=True)
 class Keys:
-    """The secret keys of a server and of those who may join it, in Z85."""
+    """The secret keys of a server and of its workers, in Z85."""
 
     server_secret: str = field(repr=False)
     client_secret: str = field(repr=False)
@@ -41,7 +41,7 @@ class Keys:
         return cls(*(zmq.curve_keypair()[1].decode() for _ in range(2)))
 
     def for_server(self) -> ServerKeys:
-        """As the server's sockets take them."""
+        """The keys in the form that the server's sockets take."""
         secret = self.server_secret.encode()
         workers = zmq.curve_public(self.client_secret.encode())
         return ServerKeys(public=zmq.curve_public(secret), secret=secret, workers=workers)
@@ -58,7 +58,7 @@ class Keys:
 
 
 def path() -> Path:
-    """Where the keys are: in `$XDG_CONFIG_HOME/paramserver`, or `~/.config/paramserver`."""
+    """The file of the keys: in `$XDG_CONFIG_HOME/paramserver`, or `~/.config/paramserver`."""
     folder = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
     if folder.startswith("~"):  # there is no HOME, and the system does not know this user
         raise UserError(
@@ -77,7 +77,7 @@ def load_or_make() -> tuple[Keys, bool]:
             return found, False
         draft = _draft(place, Keys.new())
         try:
-            os.link(draft, place)  # fails where another server was quicker: then its keys count
+            os.link(draft, place)  # fails where another server was quicker: then use its keys
         except FileExistsError:
             pass
         finally:
@@ -145,7 +145,7 @@ def _cannot(place: Path, error: OSError) -> UserError:
 
 
 def main() -> None:
-    """Print the join token; with the word `rotate`, make new keys before."""
+    """Print the join token; with the argument `rotate`, make new keys first."""
     with exit_on_user_error():
         words = sys.argv[1:]
         settings = load([word for word in words if word != "rotate"], "server").settings

@@ -1,7 +1,6 @@
-"""The loggers `paramserver` and `workers`: how this project's programs show what they get.
-
-They are those of the standard library: whoever uses `workers` as a library silences or redirects
-them as usual. A program shows each record as one line, printed as `terminal.say` prints.
+"""Handlers for the loggers `paramserver` and `workers` of the standard library. A script that uses
+`workers` as a library silences or redirects them as usual. A program shows each record as one line,
+printed as `terminal.say` prints.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from paramserver import terminal
 
 
 class Lines(logging.Handler):
-    """Hands on each record as one line."""
+    """Passes each record on as one line."""
 
     def __init__(self, say: Callable[[str], None] = terminal.say, prefix: str = "") -> None:
         super().__init__()
@@ -33,15 +32,15 @@ def to(say: Callable[[str], None], name: str) -> logging.Logger:
 
 
 def show(name: str, handler: logging.Handler) -> None:
-    """This program shows by `handler`, and in no other way, what the logger of that name gets."""
+    """Let this program show the records of the logger of that name by `handler` only."""
     logger = logging.getLogger(name)
     logger.handlers, logger.propagate = [handler], False
     logger.setLevel(logging.INFO)
 
 
 def show_unless_told(name: str) -> None:
-    """Print what this logger gets, for a script that has not said what becomes of it. A handler or
-    a level of the script's own goes before."""
+    """Print the records of this logger, for a script that has not configured it. A handler or a
+    level of the script takes precedence."""
     logger = logging.getLogger(name)
     if not logger.handlers:
         logger.addHandler(Lines())

@@ -1,8 +1,7 @@
-"""What programs print for people, and the terminal, pipe or file behind it, which may be lost.
-
-The terminal is closed, the reader of the pipe has ended, the disk with the log is full: that costs
-the line and nothing else. A line goes past Python's buffer, where it would stay, fail again with
-each line that follows, and change the exit code at the end.
+"""Prints for people on a terminal, pipe or file that may be lost. Where the terminal is closed, the
+reader of the pipe has ended, or the disk with the log is full, the line is lost and nothing else
+happens. Lines bypass Python's buffer: there a line would stay, fail again with each following one,
+and change the exit code at the end.
 """
 
 from __future__ import annotations
@@ -19,23 +18,23 @@ from typing import TextIO
 from paramserver.errors import UserError
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
-"""What may be over after a while, unlike a closed pipe or terminal."""
+"""Errors that may go away, unlike a closed pipe or terminal."""
 
 
 def say(line: str, *, error: bool = False) -> None:
-    """Print a line on standard output, or standard error, if somebody takes it. Never raises."""
+    """Print a line on standard output, or standard error, if that takes it. Never raises."""
     write(f"{line}\n", error=error)
 
 
 def write(text: str, *, error: bool = False) -> None:
     """`say` for text that has its line ends already."""
-    with suppress(OSError, ValueError, RuntimeError):  # RuntimeError: in the midst of another one
+    with suppress(OSError, ValueError, RuntimeError):  # RuntimeError: inside another write
         _write(text, sys.stderr if error else sys.stdout)
 
 
 def result(text: str) -> None:
-    """Print what a command was run for. Where it is not taken the program ends: silently with
-    exit code 1 where the reader of a pipe has had enough, else by a `UserError`."""
+    """Print the result of a command. Where that fails the program ends: silently with exit code 1
+    where the reader of a pipe has ended, else by a `UserError`."""
     try:
         _write(f"{text}\n", sys.stdout)
     except BrokenPipeError:
@@ -46,7 +45,7 @@ def result(text: str) -> None:
 
 
 def _write(text: str, stream: TextIO | None) -> None:
-    """Raises OSError or ValueError where it is not taken."""
+    """Raises OSError or ValueError where writing fails."""
     if stream is None:  # it was closed when Python started
         return
     file = _descriptor(stream)
@@ -55,14 +54,15 @@ def _write(text: str, stream: TextIO | None) -> None:
         stream.flush()
         return
     with suppress(OSError, ValueError):
-        stream.flush()  # what somebody else left there came first
+        stream.flush()  # text in its buffer comes first
     content = text.encode(stream.encoding, "replace")
     while content:
         content = content[os.write(file, content) :]
 
 
 def _descriptor(stream: TextIO) -> int | None:
-    """Of Python's own text file; None for what a notebook, a test or a script put in its place."""
+    """The descriptor of Python's own text file; None for an object that a notebook, a test or a
+    script has put in its place."""
     if type(stream) is not io.TextIOWrapper:
         return None
     try:
@@ -72,8 +72,8 @@ def _descriptor(stream: TextIO) -> int | None:
 
 
 def settle() -> None:
-    """At a program's end: drop what standard output and error cannot take any more, or Python
-    fails to write it once more and turns the exit code into 120."""
+    """At a program's end: drop text that standard output and error cannot take any more, or Python
+    fails to write it again and changes the exit code to 120."""
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
             try:
@@ -83,7 +83,7 @@ def settle() -> None:
 
 
 def silence(stream: TextIO) -> None:
-    """From now on nothing that is written there goes anywhere, or fails."""
+    """From now on text that is written there is dropped, without an error."""
     with suppress(OSError, ValueError):
         nowhere = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
         try:
@@ -113,8 +113,8 @@ def asked(question: str, limit_s: float) -> bool:
 
 
 def ending_signals() -> tuple[signal.Signals, ...]:
-    """The signals that ask a program to end in order. A terminal that is closed, or an ssh
-    connection that breaks, sends SIGHUP, but for what `nohup` started."""
+    """The signals that ask a program to end in order. A closed terminal, or a broken ssh
+    connection, sends SIGHUP, which programs started by `nohup` ignore."""
     usual = (signal.SIGINT, signal.SIGTERM)
     ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     return usual if ignored else (*usual, signal.SIGHUP)

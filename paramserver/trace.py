@@ -1,4 +1,4 @@
-"""Where the time goes: spans of named work of one process, for `make profile`.
+"""Measures where time is spent: spans of named work of one process, for `make profile`.
 
 Off unless the environment names a folder in PARAMSERVER_TRACE; then each process writes its spans
 there when it ends, as events of Chrome's trace format (chrome://tracing, ui.perfetto.dev). The
@@ -47,22 +47,22 @@ def begin(process: str) -> None:
 
 
 def _write(path: Path) -> None:
-    with suppress(OSError):  # the folder of a trace is a profile's, and goes with it
+    with suppress(OSError):  # the folder of a profile may be gone
         path.write_text(json.dumps(_events))
 
 
 def span(name: str, **arguments: Any) -> AbstractContextManager[None]:
-    """Around the work of that name; costs nothing to speak of when tracing is off."""
+    """A context manager around work of that name; almost free when tracing is off."""
     return _OFF if _events is None else _Span(name, arguments)
 
 
 def now() -> int:
-    """A start for `done`, where a span does not fit around the work."""
+    """The start time for `done`, where a span does not fit around the work."""
     return 0 if _events is None else time.monotonic_ns()
 
 
 def done(name: str, start: int, **arguments: Any) -> None:
-    """Work of that name began at `start` and ends now."""
+    """Note that work of that name began at `start` and ends now."""
     if _events is not None and len(_events) < EVENTS_MAX:
         end = time.monotonic_ns()
         _events.append(
@@ -79,7 +79,8 @@ def done(name: str, start: int, **arguments: Any) -> None:
 
 
 def own_times(events: list[dict[str, Any]]) -> dict[str, float]:
-    """Seconds by name, each span without those inside it. Of one thread they nest or are apart."""
+    """Seconds by name, each span without those inside it. Spans of one thread are nested or
+    separate."""
     totals: dict[str, float] = {}
     of_thread: dict[int, list[tuple[float, str]]] = {}  # (end, name) of the spans that are open
     for e in sorted((e for e in events if e["ph"] == "X"), key=lambda e: (e["ts"], -e["dur"])):

@@ -1,4 +1,4 @@
-"""Words of others: made fit for terminals, logs, files and pages, and what a misspelt one means."""
+"""Words of other programs and people: makes them printable, and finds what a misspelt one means."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def printable_lines(text: str) -> str:
 
 
 def nearest(word: str, known: Iterable[str], *, alike: float = 0.6) -> str:
-    """The known name that somebody may have meant, in whatever case: the one most like `word`, if
-    it is at least that much `alike` (0 to 1); else empty."""
+    """The known name that a misspelt `word` may mean, in upper or lower case: the one most like it,
+    if it is at least that much `alike` (0 to 1); else empty."""
     spelled = {name.lower(): name for name in known}
     found = difflib.get_close_matches(word.lower(), spelled, n=1, cutoff=alike)
     return spelled[found[0]] if found else ""

@@ -1,6 +1,4 @@
-"""The machines of a cluster, from one keyboard: start, watch and stop a run on them, and find out
-what their cables carry.
-
-`hosts` and `interfaces` say what the machines are, `plan` which commands are run there, `findings`
-what is wrong with them; these decide and do nothing. `remote`, `machine` and `speed` do.
+"""The machines of a cluster, from one terminal: start, watch and stop a run on them, and measure
+the links between them. `commands`, `findings` and `topology` are pure: they make the commands, find
+faults and draw. `remote`, `supervisor`, `agent` and `speed` act.
 """

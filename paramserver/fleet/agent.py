@@ -1,8 +1,8 @@
 """`python -m paramserver.fleet.agent ..`: answers questions about this machine, line by line.
 
 Started on every machine by `up` and `doctor`, through ssh. A question is a JSON object in a line of
-standard input, its answer one in a line of standard output; it ends with its standard input. What
-it was asked to do and could not is told as ``{"problem": ..., "errno": ...}``.
+standard input, its answer one in a line of standard output; it ends with its standard input. Where
+it cannot do what it was asked, the answer is ``{"problem": ..., "errno": ...}``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from paramserver.net.interfaces import to_json
 
 
 class Agent:
-    """What it holds between questions: its listeners."""
+    """Answers questions; holds its listeners between them."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder

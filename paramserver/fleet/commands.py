@@ -1,8 +1,8 @@
-"""The commands that are run on a cluster's machines, and what their answers mean. Pure.
+"""Makes the commands for a cluster's machines, and reads their answers. Pure.
 
-Everything goes through the user's own `ssh` and `rsync`, so what works at a prompt works here: its
-config, agent, jump hosts and known hosts. On a machine with ``ssh: local`` the same scripts run
-without ssh. A script begins in the home folder and needs nothing but a POSIX shell.
+All commands use the user's own `ssh` and `rsync`, with their config, agent, jump hosts and known
+hosts, so they work where these work at a prompt. On a machine with ``ssh: local`` the same scripts
+run without ssh. A script begins in the home folder and needs nothing but a POSIX shell.
 
 On each machine everything lies in one folder (`Host.folder`):
 
@@ -40,21 +40,21 @@ SERVER_PATIENCE_S = 120  # an orderly end takes the observer's last evaluation a
 WORKER_PATIENCE_S = 15
 PATH = '"$PATH:$HOME/.local/bin:/opt/homebrew/bin:/usr/local/bin"'
 PYTHONS = ("python3", "python3.13", "python3.12", "python3.11")
-ROOM_KB = {"Darwin": 4 * 2**20, "Linux": 8 * 2**20}  # for an environment that is yet to be made
+ROOM_KB = {"Darwin": 4 * 2**20, "Linux": 8 * 2**20}  # for an environment that has to be made
 ROOM_LEFT_KB = 2**19  # for a run
 LEFT_OUT = (
     ".git", ".venv", ".setup.lock", "__pycache__", "*.pyc", ".*_cache", ".hypothesis",
     "*.egg-info", ".DS_Store", "/runs", "/data", "/wandb", "/build", "/dist", "/benchmarks/results",
 )  # fmt: skip
 AGAIN: dict[str, list[int]] = {"server": [], "worker": [1]}
-"""Exit codes after which a process is started again; after a signal it always is. A server ends
-with 1 when it ended its run early, and starting that anew is for a person to decide."""
+"""Exit codes after which a process is started again; after a signal it always is. A server exits
+with 1 when it ended its run early: a person decides whether to start it again."""
 
 
 @dataclass(frozen=True)
 class Command:
-    """A process of this machine, most often an ssh. What goes to its standard input may hold
-    secrets: `masked` is the same without."""
+    """A process of this machine, most often an ssh. Its standard input may hold secrets: `masked`
+    is the same without them."""
 
     host: str
     argv: tuple[str, ...]
@@ -63,7 +63,7 @@ class Command:
     limit_s: float = ANSWER_S
 
     def __str__(self) -> str:
-        """As one would type it."""
+        """The command line as a person would type it."""
         line = shlex.join(self.argv)
         return f"{line} <<'END'\n{self.masked.rstrip()}\nEND" if self.masked else line
 
@@ -90,7 +90,7 @@ def place(host: Host, inner: str = "") -> str:
 
 
 def check(host: Host) -> Command:
-    """Looks whether a machine can take part; `read_check` reads the answer."""
+    """Checks whether a machine can take part; `read_check` reads the answer."""
     pythons = " ".join(shlex.quote(p) for p in ([host.python] if host.python else PYTHONS))
     version = "import platform; print(platform.python_version())"
     return shell(
@@ -118,7 +118,7 @@ fi
 
 @dataclass(frozen=True)
 class Checked:
-    """What `check` found on a machine."""
+    """The facts that `check` found on a machine."""
 
     system: str = ""
     time: float = 0.0
@@ -130,7 +130,7 @@ class Checked:
 
 
 def read_check(answer: str) -> Checked:
-    """The answer to `check`; lines that a login script adds are passed over."""
+    """Read the answer to `check`; skip lines of login scripts."""
     said: dict[str, list[str]] = {}
     for line in answer.splitlines():
         key, _, value = line.partition(" ")
@@ -152,7 +152,7 @@ def read_check(answer: str) -> Checked:
 
 @dataclass(frozen=True)
 class Trouble:
-    """What is wrong with a machine, and what to do about it."""
+    """A fault of a machine, and what to do about it."""
 
     host: str
     problem: str
@@ -163,7 +163,7 @@ class Trouble:
 
 
 def troubles(host: Host, found: Checked) -> list[Trouble]:
-    """All that keeps a machine from taking part."""
+    """Everything that keeps a machine from taking part."""
     told = []
 
     def tell(problem: str, cure: str) -> None:
@@ -239,7 +239,7 @@ _SSH_SAYS = (
 
 
 def ssh_trouble(host: Host, stderr: str) -> Trouble:
-    """What ssh's own failure (exit code 255, or no answer in time) means."""
+    """The meaning of a failure of ssh itself (exit code 255, or no answer in time)."""
     for pattern, problem, cure in _SSH_SAYS:
         if re.search(pattern, stderr):
             address = host.ssh.rpartition("@")[2]
@@ -253,12 +253,13 @@ def ssh_trouble(host: Host, stderr: str) -> Trouble:
 
 
 def copy(host: Host, root: str) -> Command:
-    """Brings the clone at `root` over: what changed, and what is gone there goes."""
+    """Copies the changes of the clone at `root`, and removes files that it does not have any
+    more."""
     return _rsync(host, root, "code", [f"--exclude={pattern}" for pattern in LEFT_OUT])
 
 
 def copy_own(host: Host, user_code: Sequence[UserCode]) -> list[Command]:
-    """Brings the user's own modules over, and removes what is not needed there any more."""
+    """Copies the user's own modules, and removes those that are not needed any more."""
     commands = []
     for number, own in enumerate(user_code):
         chosen = ["--exclude=__pycache__", "--exclude=*.pyc"]
@@ -271,7 +272,7 @@ def copy_own(host: Host, user_code: Sequence[UserCode]) -> list[Command]:
 
 
 def own_path(user_code: Sequence[UserCode]) -> str:
-    """Where Python finds them, seen from the code."""
+    """The PYTHONPATH for these modules, relative to the code."""
     return ":".join(f"../own/{number}" for number in range(len(user_code)))
 
 
@@ -288,14 +289,14 @@ def _rsync(host: Host, source: str, inner: str, options: Sequence[str]) -> Comma
 
 
 def environment(host: Host) -> Command:
-    """Makes .venv there, or brings it up to date; in a moment if there is nothing to do."""
+    """Makes or updates .venv there; quick if there is nothing to do."""
     python = f" PYTHON={shlex.quote(host.python)}" if host.python else ""
     return shell(host, f"cd {place(host, 'code')} && exec make setup{python} 2>&1", limit_s=SETUP_S)
 
 
 def python(host: Host, module: str, *words: str, without: str = "", **keywords: Any) -> Command:
-    """A module of the copy, with its environment; `..` is the host's folder. `without` is answered
-    instead where no environment was made yet."""
+    """Runs a module of the copy, in its environment; `..` is the host's folder. Where there is no
+    environment yet the answer is `without`."""
     line = shlex.join([".venv/bin/python", "-m", module, *words])
     here = place(host, "code/.venv/.ready")
     unless = f"test -e {here} || {{ echo {shlex.quote(without)}; exit; }}\n" if without else ""
@@ -303,12 +304,12 @@ def python(host: Host, module: str, *words: str, without: str = "", **keywords: 
 
 
 def agent(host: Host) -> Command:
-    """The process that answers questions (`paramserver.fleet.agent`)."""
+    """Starts `paramserver.fleet.agent`, which answers questions."""
     return python(host, "paramserver.fleet.agent", "..")
 
 
 def settings_file(host: Host, text: str) -> Command:
-    """Puts the run's settings onto the server's machine."""
+    """Writes the run's settings to the server's machine."""
     return shell(host, f"umask 077; exec cat > {place(host, 'settings.yaml')}", stdin=text)
 
 
@@ -316,7 +317,7 @@ def settings_file(host: Host, text: str) -> Command:
 
 
 def _below(path: str) -> str:
-    """A relative path of the settings, as seen from the code: beside it."""
+    """A relative path of the settings, which is beside the code, as seen from the code."""
     return path if path.startswith(("/", "~")) else f"../{path}"
 
 
@@ -329,7 +330,7 @@ def server_argv(settings: Settings, addresses: Sequence[str]) -> list[str]:
 
 
 def worker_argv(host: Host, settings: Settings, address: str | None) -> list[str]:
-    """`address`: where the server is, None: on the same machine."""
+    """`address` is the server's; None: on the same machine."""
     argv = [
         ".venv/bin/python", "-m", "workers", f"id={host.id}", f"host_ip={address or 'null'}",
         f"port={settings.port}", f"dataset.root={_below(_root(settings))}",
@@ -354,7 +355,7 @@ def start(
     own: Mapping[str, str] = MappingProxyType({}),
 ) -> Command:
     """Starts `server` or `worker` under a supervisor. `secrets` are environment variables that are
-    not shown, `own` such that are; all go by standard input."""
+    not shown, `own` others that are; all go through standard input."""
 
     def orders(secrets: Mapping[str, str]) -> str:
         told = {

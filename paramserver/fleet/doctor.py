@@ -1,7 +1,8 @@
-"""`doctor`: what each machine is like, what each path carries, and what is wrong.
+"""`doctor`: examines each machine, measures each path, and reports faults.
 
-Measured one path at a time, a second each way, so that no measurement disturbs another; every pair
-of machines over every network that both are in. During a run the figures are what the run leaves.
+It measures every pair of machines over every network that both are in: one path at a time, a second
+each way, so that no measurement disturbs another. During a run it measures what the run leaves
+free.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ PICTURE = Path("runs/topology.svg")
 
 
 def doctor(arguments: list[str], *, as_json: bool = False) -> int:
-    """Examine all machines; 1 where something is wrong with any of them."""
+    """Examine all machines; returns 1 where one of them has a fault."""
     wanted = job(arguments)
     lines = Lines(wanted.hosts)
     hosts, at_rest, troubles = _prepared(lines, wanted.hosts, quiet=as_json)
@@ -61,8 +62,8 @@ def doctor(arguments: list[str], *, as_json: bool = False) -> int:
 def _prepared(
     lines: Lines, hosts: tuple[Host, ...], *, quiet: bool
 ) -> tuple[list[Host], bool, list[Trouble]]:
-    """The machines that can be asked, with this code on them unless a run is going on there; is
-    there none anywhere? And what is wrong with the others."""
+    """The machines that can be asked, with this code on them unless a run is going on there;
+    whether no machine has a run; and the faults of the other machines."""
 
     def one(host: Host) -> bool:
         found = commands.read_check(remote.must(host, commands.check(host), "the check"))
@@ -84,11 +85,11 @@ def _prepared(
 def examine(
     hosts: tuple[Host, ...], agents: Mapping[str, Agent], port: int
 ) -> tuple[Report, list[Trouble]]:
-    """What each machine tells of itself, with its clock beside ours."""
+    """The facts of each machine, and the difference of its clock to ours."""
 
     def one(host: Host) -> tuple[dict[str, Any], list[Interface]]:
         agent = agents[host.name]
-        look = agent.ask("look")  # and by now it is awake
+        look = agent.ask("look")  # the first answer may wake it up
         serves = any(s["name"] == "server" and s["alive"] for s in look["states"])
         before = time.time()
         there = agent.ask("time")["time"]
@@ -131,7 +132,7 @@ def _measure(
 
 
 def _keep(agent: Agent, measured: list[Measured]) -> list[Trouble]:
-    """Put what comes up to the server's machine down there, for the next `make up`."""
+    """Write the speeds towards the server's machine to a file there, for the next `make up`."""
     now = time.time()
     found = [
         Measurement(m.near, m.path.near.address, m.path.far.address, m.up_bytes_per_s, now)
@@ -146,7 +147,7 @@ def _keep(agent: Agent, measured: list[Measured]) -> list[Trouble]:
 
 
 def to_json(report: Report, found: list[Trouble]) -> dict[str, Any]:
-    """Everything, for machines."""
+    """The report and its findings, for programs."""
     return {
         "machines": {
             host.name: {

@@ -1,6 +1,5 @@
-"""What the doctor says about what it has seen: sentences, each with what to do. Pure.
-
-A `Report` holds what was asked and measured; `findings` judges it.
+"""Finds faults in what the doctor has measured, as sentences, each with what to do. Pure. A
+`Report` holds facts and measurements; `findings` judges it.
 """
 
 from __future__ import annotations
@@ -21,14 +20,14 @@ MEMORY_BYTES = 2**30
 JUMBO = 9000
 UNEVEN = 0.5  # one way carries less than this share of the other
 EXPECTED_GBITS = {"thunderbolt": 5.0, "ethernet": 0.7, "wifi": 0.05}
-"""Less than this, and something is in the way."""
+"""Gbit/s by kind of interface; less than this is a fault."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A path from one machine to another, and what it carries; `problem` where it does not."""
+    """A path from one machine to another, and its speed; `problem` where it carries nothing."""
 
-    near: str  # the machines
+    near: str  # names of the machines
     far: str
     path: Path
     round_trip_s: float = math.nan
@@ -50,7 +49,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Report:
-    """All that the doctor has seen."""
+    """Everything that the doctor has asked and measured."""
 
     hosts: tuple[Host, ...]
     troubles: tuple[Trouble, ...] = ()  # of machines that could not be asked
@@ -60,7 +59,7 @@ class Report:
     port: int = 65432
 
     def best(self, near: str, far: str) -> Measured | None:
-        """The fastest path of a pair that carries anything; where the settings pin it, that one."""
+        """The fastest working path of a pair; where the settings pin one, that one."""
         found = [
             m for m in self.measured if {m.near, m.far} == {near, far} and not m.problem
         ]  # fmt: skip
@@ -73,7 +72,7 @@ class Report:
 
 
 def findings(report: Report) -> list[Trouble]:
-    """Everything that is not as it should be, the gravest first."""
+    """All faults, the gravest first."""
     found = list(report.troubles)
     found += _versions(report)
     for host in report.hosts:
@@ -82,7 +81,7 @@ def findings(report: Report) -> list[Trouble]:
             found += _addresses(host.name, report.interfaces.get(host.name, []))
     for measured in report.measured:
         if measured.problem or measured == report.best(measured.near, measured.far):
-            found += _path(measured)  # how fast the others are does not matter
+            found += _path(measured)  # the speed of the other paths does not matter
     found += _worse_than_it_could_be(report)
     return found
 
@@ -198,7 +197,7 @@ def _path(m: Measured) -> Iterator[Trouble]:
 
 
 def _worse_than_it_could_be(report: Report) -> Iterator[Trouble]:
-    """Pairs that use a slow path though both machines have an address of a better kind."""
+    """Find pairs that use a slow path though both machines have an address of a better kind."""
     server = report.server.name
     for host in report.hosts:
         used = report.best(host.name, server)

@@ -1,4 +1,4 @@
-"""Runs the commands of `plan` on the machines: one at a time, on all at once, or line by line."""
+"""Runs `commands` on the machines: one at a time, on all at once, or line by line."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from paramserver.net.hosts import HERE, Host
 
 SSH_FAILED = 255
 ENDING_S = 5.0
-FOLLOWED_S = 0.5  # to end a connection that may be broken; the other end then ends by itself
+FOLLOWED_S = 0.5  # to end a connection that may be broken; the other end ends by itself
 
 T = TypeVar("T")
 
 
 class Failed(Exception):
-    """A machine could not do what was asked: `trouble` tells a person why."""
+    """A machine could not do what was asked; `trouble` explains it to a person."""
 
     def __init__(self, trouble: Trouble) -> None:
         super().__init__(str(trouble))
@@ -42,7 +42,8 @@ class Done:
 
 
 def on_all(work: Callable[[Host], T], hosts: Iterable[Host]) -> tuple[dict[str, T], list[Trouble]]:
-    """`work` on every machine at once: results by name, and what went wrong with the others."""
+    """Run `work` for every machine at once; returns the results by name, and the faults of the
+    others."""
     hosts = list(hosts)
     results: dict[str, T] = {}
     troubles: list[Trouble] = []
@@ -87,7 +88,7 @@ def run(host: Host, command: Command, tell: Callable[[str], None] | None = None)
 
 
 def _start(command: Command) -> subprocess.Popen[str]:
-    """In a session of its own: Ctrl-C is for us."""
+    """Start it in a session of its own, so that Ctrl-C reaches this program only."""
     try:
         return subprocess.Popen(
             command.argv,
@@ -105,7 +106,7 @@ def _start(command: Command) -> subprocess.Popen[str]:
 
 
 def _read(stream: IO[str], lines: list[str], tell: Callable[[str], None] | None) -> None:
-    with suppress(ValueError):  # closed from outside
+    with suppress(ValueError):  # another thread has closed it
         for line in stream:
             lines.append(line)
             if tell is not None:
@@ -130,7 +131,7 @@ def _end(process: subprocess.Popen[str], readers: list[threading.Thread]) -> Non
 
 
 def must(host: Host, command: Command, what: str, tell: Callable[[str], None] | None = None) -> str:
-    """`run`, and its output; raises `Failed` where it does not exit with 0."""
+    """`run`, returning the output; raises `Failed` where it does not exit with 0."""
     done = run(host, command, tell)
     if done.code:
         said = (done.err or done.out).strip().splitlines()
@@ -139,7 +140,7 @@ def must(host: Host, command: Command, what: str, tell: Callable[[str], None] | 
 
 
 def ask(host: Host, command: Command, what: str) -> Any:
-    """The JSON that a command answers, in its last line: login scripts may talk before."""
+    """The JSON in the last line of a command's output: login scripts may print before it."""
     lines = must(host, command, what).strip().splitlines()
     try:
         return json.loads(lines[-1])
@@ -174,7 +175,7 @@ class Agent:
         _end(self._process, [self._reader])
 
     def ask(self, do: str, limit_s: float = commands.ANSWER_S, **words: Any) -> dict[str, Any]:
-        """Its answer. Raises `Failed` where there is none in time."""
+        """The agent's answer. Raises `Failed` where there is none in time."""
         assert self._process.stdin is not None and self._process.stdout is not None
         late = threading.Timer(limit_s, self._process.kill)
         late.start()
@@ -182,7 +183,7 @@ class Agent:
             self._process.stdin.write(json.dumps({"do": do, **words}) + "\n")
             self._process.stdin.flush()
             for line in self._process.stdout:
-                if line.startswith("{"):  # login scripts may talk before
+                if line.startswith("{"):  # login scripts may print before it
                     answer: dict[str, Any] = json.loads(line)
                     return answer
         except (OSError, ValueError):
@@ -199,12 +200,12 @@ class Agent:
 
 
 class Follower:
-    """The log of one process on a machine, line by line, on a thread of its own."""
+    """Reads the log of one process on a machine, line by line, in a thread of its own."""
 
     def __init__(
         self, host: Host, name: str, offset: int | None, tell: Callable[[str, str, str], None]
     ) -> None:
-        """`tell(host, name, line)` is called from that thread."""
+        """That thread calls `tell(host, name, line)`."""
         self.host, self.name = host, name
         self._tell = tell
         words = [] if offset is None else [str(offset)]
@@ -230,7 +231,7 @@ class Follower:
 
     @property
     def lost(self) -> Trouble | None:
-        """Why the connection is gone, where it is."""
+        """Why the connection is lost; None where it is not."""
         if self.code in (None, 0, 1) or (self.host.ssh == HERE and self.code != SSH_FAILED):
             return None
         return commands.ssh_trouble(self.host, "".join(self._errors))
@@ -245,5 +246,5 @@ class Follower:
 
 
 def environment(names: Iterable[str], own: Mapping[str, str]) -> dict[str, str]:
-    """Those of our environment variables that a process there needs."""
+    """The environment variables of this process that a process there needs."""
     return {name: own[name] for name in names if own.get(name)}

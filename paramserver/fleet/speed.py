@@ -1,13 +1,12 @@
-"""How fast a path between two machines is: round trip, and throughput each way, over ZeroMQ.
-
-The one that dials does the measuring, the one that listens only answers:
+"""Measures a path between two machines: round trip, and throughput each way, over ZeroMQ. The side
+that dials measures, the side that listens only answers:
 
     echo, bytes      -> the same
     take, bytes      -> got                 (the way up: the dialler sends)
     give, length     -> bytes of that length  (the way down)
 
-Sending is bounded by answers that are still to come: a window of about `QUEUE_S` of what the path
-has carried so far, so that a slow path is not filled for seconds and a fast one is never idle.
+The number of unanswered messages is bounded: a window of about `QUEUE_S` at the speed so far, so
+that a slow path is not filled for seconds and a fast one is never idle.
 """
 
 from __future__ import annotations
@@ -26,19 +25,19 @@ from paramserver.transport import sockets
 
 FRAME_MAX = 2**20
 FRAME_MIN = 2**14
-FRAME_S = 0.005  # what a frame should take
+FRAME_S = 0.005  # the time that a frame should take
 QUEUE_S = 0.1
 WINDOW_MIN = 2**16
 WINDOW_MAX = 2**26
 SETTLING = 0.25  # of a measurement's time: for windows to open and bursts to pass
 ECHOES = 40
 CONNECT_S = 5.0
-SILENCE_S = 5.0  # of a path, until it counts as broken
+SILENCE_S = 5.0  # until a path counts as broken
 LISTEN_S = 300.0  # a listener that was forgotten ends
 
 
 class Broken(Exception):
-    """A path that carries nothing; `number` is the system's errno, 0 for silence."""
+    """The path carries nothing; `number` is the system's errno, 0 for silence."""
 
     def __init__(self, number: int, text: str) -> None:
         super().__init__(text)
@@ -47,7 +46,7 @@ class Broken(Exception):
 
 @dataclass(frozen=True)
 class Speed:
-    """What a path carries, as seen from the one that dials."""
+    """The speed of a path, as seen from the side that dials."""
 
     round_trip_s: float  # median
     up_bytes_per_s: float
@@ -89,7 +88,7 @@ class Listener:
                     answer = [peer, b"got"]
                 elif word.bytes == b"give":
                     answer = [peer, b"took", zeros[: min(int(content.bytes), FRAME_MAX)]]
-                with suppress(zmq.ZMQError):  # it has gone
+                with suppress(zmq.ZMQError):  # the peer is gone
                     sockets.send(self._socket, answer, copy=False)
         self._socket.close()
         self._context.term()
@@ -102,7 +101,7 @@ class Listener:
 def measure(address: str, port: int, near: str | None, seconds: float) -> Speed:
     """The path from `near` (None: as the routes have it) to a listener, `seconds` for each way.
 
-    Raises `Broken` where nothing comes through.
+    Raises `Broken` where nothing comes back.
     """
     _try(address, port, near)
     far = sockets.tcp(address, port)
@@ -122,7 +121,7 @@ def measure(address: str, port: int, near: str | None, seconds: float) -> Speed:
 
 
 def _try(address: str, port: int, near: str | None) -> None:
-    """A plain connection first: it tells why, where ZeroMQ would only be silent."""
+    """Try a plain connection first: its error has a reason, while ZeroMQ would only be silent."""
     try:
         source = None if near is None else (near, 0)
         socket.create_connection((address, port), CONNECT_S, source_address=source).close()
@@ -147,10 +146,10 @@ def _receive(dealer: zmq.Socket[bytes]) -> list[zmq.Frame]:
 
 
 def _throughput(dealer: zmq.Socket[bytes], word: bytes, trip_s: float, seconds: float) -> float:
-    """Bytes per second that arrive: those that were given, or whose arrival was told."""
+    """Bytes per second that arrive here, or whose arrival the listener confirms."""
     zeros = memoryview(bytes(FRAME_MAX))
     start = time.perf_counter()
-    waiting: list[int] = []  # lengths of what is under way, oldest first
+    waiting: list[int] = []  # lengths of the messages under way, oldest first
     under_way = arrived = counted = 0
     rate = 0.0
     first = last = math.nan  # between which arrivals were counted
@@ -176,7 +175,7 @@ def _throughput(dealer: zmq.Socket[bytes], word: bytes, trip_s: float, seconds: 
             last = now
         if now - start >= seconds and counted:
             break
-    while waiting:  # the other way begins with nothing under way
+    while waiting:  # the other direction starts with nothing under way
         _receive(dealer)
         waiting.pop()
     return counted / (last - first)

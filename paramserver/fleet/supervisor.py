@@ -62,9 +62,7 @@ class Orders:
     argv: list[str]
     environment: dict[str, str] = field(default_factory=dict)
     restart: int = 3  # how often
-    again: list[int] = field(
-        default_factory=list
-    )  # restart after these exit codes; after signals always
+    again: list[int] = field(default_factory=list)  # exit codes to restart after
     up: str = ""  # names the `make up` that started it
 
 

@@ -1,4 +1,4 @@
-"""The picture of a cluster: machines, and the best path of each pair, as text and as SVG. Pure."""
+"""Draws a cluster: machines, and the best path of each pair, as text and as SVG. Pure."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ GREY = 'font-size="12" fill="#374151"'
 BOX_W, BOX_H, LABEL_H = 150, 54, 36
 NAME_W, LETTER_W = 10, 7  # of a character, in the font sizes of names and labels
 PLACES = sorted((n / 50 for n in range(8, 43)), key=lambda t: abs(t - 0.5))
-"""Of a label, along its line: its middle first."""
+"""Places of a label along its line: its middle first."""
 
 
 def pairs(report: Report) -> Iterator[Measured]:
@@ -57,7 +57,7 @@ def svg(report: Report) -> str:
         f'<rect width="{width:.0f}" height="{height:.0f}" fill="white"/>',
     ]
     taken, labels = list(boxes.values()), []
-    # To make room a label moves far on a flat line and little on a steep one: flat ones first.
+    # A label moves far on a flat line and little on a steep one: place those of flat lines first.
     for m in sorted(pairs(report), key=lambda m: abs(boxes[m.far].y - boxes[m.near].y)):
         far, near = boxes[m.far], boxes[m.near]
         colour = COLOURS.get(m.path.kind, "#6b7280")
@@ -112,8 +112,8 @@ class Box:
 
 
 def _free_place(far: Box, near: Box, width: float, taken: Sequence[Box]) -> Box:
-    """Where on the line between two boxes a label hides nothing, as near to its middle as may
-    be; the middle, if it does everywhere."""
+    """The place on the line between two boxes where a label hides nothing, as near to the middle as
+    possible; the middle, if there is none."""
     places = [
         Box(far.x + t * (near.x - far.x), far.y + t * (near.y - far.y), width, LABEL_H)
         for t in PLACES

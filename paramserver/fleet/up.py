@@ -1,9 +1,7 @@
-"""`up`: from a list of machines to a run on all of them.
-
-Every step is taken on all machines at once and tells all that is wrong before the next one: look
-whether they can take part, copy the code, make the environment, find the path from each worker's
-machine to the server's, start the server, and when it listens the workers. What was started is
-ended again where a step fails.
+"""`up`: starts a run on a list of machines. Each step runs on all machines at once and reports all
+faults before the next one: check whether they can take part, copy the code, make the environment,
+find the path from each worker's machine to the server's, start the server, and when it listens the
+workers. Where a step fails, the processes that were started are ended again.
 """
 
 from __future__ import annotations
@@ -37,7 +35,7 @@ from paramserver.net.link_watch import VARIABLE as CHOSEN
 from paramserver.settings import Settings
 
 READY_S = 120.0
-ASK_S = 0.5  # between two questions whether the server listens
+ASK_S = 0.5  # between questions whether the server listens
 QUICK_S = 0.3  # for each way of a path that is measured before a start
 SECRETS = ("WANDB_API_KEY", "WANDB_BASE_URL")
 """Environment variables that go on to the server's machine."""
@@ -45,12 +43,12 @@ SECRETS = ("WANDB_API_KEY", "WANDB_BASE_URL")
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be started where."""
+    """The machines, settings and code of a start."""
 
     settings: Settings
     hosts: tuple[Host, ...]
     user_code: tuple[UserCode, ...] = ()
-    """The user's own modules that do not lie in the clone."""
+    """The user's own modules outside the clone."""
 
     @property
     def server(self) -> Host:
@@ -62,21 +60,21 @@ class Job:
 
     @property
     def text(self) -> str:
-        """The run's settings as the server gets them: without what belongs to this keyboard."""
+        """The run's settings for the server, without those of this machine alone."""
         return dump(replace(self.settings, hosts=None, host_ip=None))
 
     @property
     def stamp(self) -> str:
-        """What names this start: the same machines and settings have the same one."""
+        """An identifier of this start: the same machines and settings have the same one."""
         told = repr((self.text, self.hosts, self.settings.host_ip))
         return hashlib.sha256(told.encode()).hexdigest()[:16]
 
 
 def job(arguments: Sequence[str]) -> Job:
-    """What these settings ask for. Raises `UserError`."""
+    """The job that these settings describe. Raises `UserError`."""
     settings, given, hosts = machines(arguments)
     count = sum(host.works for host in hosts)
-    if "num_workers" not in given:  # the file's belongs to runs that are started by hand
+    if "num_workers" not in given:  # a file's number is for runs by hand
         if settings.min_workers > count:
             raise UserError(
                 f"min_workers is {settings.min_workers}, and {count} machines train",
@@ -89,7 +87,8 @@ def job(arguments: Sequence[str]) -> Job:
 
 
 def up(arguments: list[str], *, dry: bool = False) -> int:
-    """Start a run and show it; the server's exit code. `UserError` tells all that is wrong."""
+    """Start a run and show it; returns the server's exit code. Raises `UserError` with all
+    faults."""
     wanted, root = job(arguments), clone()
     wanted = replace(wanted, user_code=find_user_code(wanted.settings, root))
     if dry:
@@ -112,7 +111,7 @@ def up(arguments: list[str], *, dry: bool = False) -> int:
 
 
 def clone() -> Path:
-    """The clone that is copied: the one that this is part of."""
+    """The clone that is copied: the one with this file."""
     root = Path(__file__).resolve().parents[2]
     if not (root / "Makefile").is_file() or not (root / "pyproject.toml").is_file():
         raise UserError(
@@ -125,7 +124,7 @@ def clone() -> Path:
 
 
 def check(hosts: Sequence[Host]) -> dict[str, Checked]:
-    """Look at all of them. Raises `UserError` with everything that is wrong anywhere."""
+    """Check all machines. Raises `UserError` with all faults."""
 
     def one(host: Host) -> Checked:
         return commands.read_check(remote.must(host, commands.check(host), "the check"))
@@ -145,9 +144,9 @@ def _cannot(troubles: Sequence[Trouble]) -> str:
 
 
 def look(wanted: Job, checked: Mapping[str, Checked]) -> set[tuple[str, str]]:
-    """What runs already of this very start, as (machine, process): after a start that was cut off
-    only the rest is to be done. What is left of another one, without a server, is ended; while
-    another server runs there is a `UserError`."""
+    """The processes of this same start that run already, as (machine, process): after an
+    interrupted start only the others are started. Processes of another start without a server are
+    ended; while another server runs this raises `UserError`."""
     ready = [host for host in wanted.hosts if "environment" in checked[host.name].has]
     found, troubles = states(ready)
     refuse(troubles, _cannot(troubles))
@@ -179,7 +178,7 @@ def prepare(
     *,
     quiet: bool = False,
 ) -> None:
-    """Bring the code over and make the environments. Raises `UserError`."""
+    """Copy the code and make the environments. Raises `UserError`."""
     for own in user_code:
         lines.tell(f"carrying {own} to each machine")
 
@@ -210,7 +209,7 @@ def open_agents(stack: ExitStack, hosts: Sequence[Host]) -> dict[str, Agent]:
 
 
 def interfaces(agents: Mapping[str, Agent]) -> dict[str, list[Interface]]:
-    """Those of every machine. Raises `UserError`."""
+    """The interfaces of every machine. Raises `UserError`."""
 
     def one(host: Host) -> list[Interface]:
         return from_json(agents[host.name].ask("look")["interfaces"])
@@ -263,8 +262,8 @@ def choose_ways(lines: Lines, wanted: Job, agents: Mapping[str, Agent]) -> dict[
 
 
 def _as_the_doctor_had_it(lines: Lines, host: Host, way: Way, kept: Sequence[Measurement]) -> Way:
-    """With the doctor's figure of the same path, if that is the higher one: what was measured just
-    now may be what is wrong. Says so where it is far below."""
+    """The path with the doctor's speed, if that is higher, because the present one may be the
+    fault. Prints a line where the present speed is far below."""
     here = (host.name, way.near and way.near.address, way.far.address)
     for figure in kept:
         if (figure.machine, figure.near, figure.far) != here or way.bytes_per_s is None:
@@ -282,8 +281,8 @@ def _as_the_doctor_had_it(lines: Lines, host: Host, way: Way, kept: Sequence[Mea
 
 
 def join_token(wanted: Job, agents: Mapping[str, Agent], ways: Mapping[str, Way]) -> str:
-    """What lets workers of other machines in, made of the keys on the server's machine; "" where
-    none is needed. Raises `UserError`."""
+    """The join token for workers of other machines, made from the keys on the server's machine; ""
+    where none is needed. Raises `UserError`."""
     if not ways or wanted.settings.security == "none":
         return ""
     address = next(iter(ways.values())).far.address
@@ -296,7 +295,7 @@ def join_token(wanted: Job, agents: Mapping[str, Agent], ways: Mapping[str, Way]
 def measure(
     agents: Mapping[str, Agent], server: str, worker: str, way: Way, seconds: float
 ) -> dict[str, Any]:
-    """What that path carries (`speed.Speed`), or ``problem`` and ``errno``."""
+    """The speed of that path (`speed.Speed`), or ``problem`` and ``errno``."""
     listening = agents[server].ask("listen", address=way.far.address)
     if "problem" in listening:
         return listening
@@ -312,7 +311,7 @@ def slower(told: Mapping[str, Any]) -> float:
 
 
 def said(way: Way, told: Mapping[str, Any]) -> str:
-    """A path and what it carries, in words."""
+    """A path and its speed, in words."""
     kind = SPOKEN.get(way.kind, way.kind)
     rate, trip = 8e-9 * slower(told), 1000 * told["round_trip_s"]
     return f"{way}, {kind}: {rate:.2f} Gbit/s, {trip:.2f} ms" + (
@@ -328,8 +327,8 @@ def start(
     running: set[tuple[str, str]],
     token: str,
 ) -> None:
-    """Start what does not run yet: the server, and when it listens the workers. Where that fails
-    what was started is ended. Raises `UserError`."""
+    """Start the processes that do not run yet: the server, and when it listens the workers. Where
+    that fails, end those that were started. Raises `UserError`."""
     server, begun = wanted.server, False
     try:
         if (server.name, "server") not in running:
@@ -368,14 +367,14 @@ def _kept(host: Host, name: str) -> State:
 
 
 def _wait_until_ready(lines: Lines, watch: Watch, server: Host) -> None:
-    """Until the server listens. Raises `UserError` where it does not."""
+    """Wait until the server listens. Raises `UserError` where it does not."""
     until = time.monotonic() + READY_S
     while (now := time.monotonic()) < until:
         for event in watch.events(min(until, now + ASK_S)):
             if event.line is None:
                 raise UserError(f"the server did not start on {server.name}", "its words are above")
             lines.say(server.name, event.line)
-        with suppress(Failed):  # a connection that breaks is made anew by the next question
+        with suppress(Failed):  # the next question makes a broken connection again
             if _kept(server, "server").ready:
                 return
     raise UserError(f"the server on {server.name} did not listen within {READY_S:g} s")
@@ -410,8 +409,8 @@ def _starts(wanted: Job, ways: Mapping[str, Way], token: str) -> list[commands.C
 
 
 def all_commands(wanted: Job, root: Path) -> list[commands.Command]:
-    """Every command of a start, in order: what DRY=1 prints. An address that is not given is found
-    by measuring, and stands here as its machine's name."""
+    """Every command of a start, in order: what DRY=1 prints. Here a machine's name stands for an
+    address that is found by measuring."""
     address = wanted.server.ip or wanted.settings.host_ip or f"<{wanted.server.name}>"
     far = Interface("", "other", address, 0, 0)
     others = [host for host in wanted.workers if host != wanted.server]

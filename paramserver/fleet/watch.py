@@ -32,15 +32,16 @@ from paramserver.words import printable
 
 COLOURS = ("cyan", "magenta", "green", "yellow", "blue", "bright_red", "bright_cyan")
 LOG_LINES = 100
-RECONNECT_S = 60.0  # a machine whose connection broke may take so long to answer again
+RECONNECT_S = 60.0  # how long to try a machine again after its connection broke
 RETRY_S = 2.0
-CONNECTED_S = 20.0  # a connection that lived so long had been made: ssh gives up sooner
-FAREWELL_S = 60.0  # after the server's end, the workers' own
+CONNECTED_S = 20.0  # a connection that lived longer was made: ssh gives up sooner
+FAREWELL_S = 60.0  # for the workers' end, after the server's
 LOOK_S = 0.2
 
 
 def machines(arguments: Sequence[str]) -> tuple[Settings, dict[str, object], tuple[Host, ...]]:
-    """Settings, what of them was typed, and the machines. Raises `UserError` without any."""
+    """The settings, those that were typed, and the machines. Raises `UserError` without
+    machines."""
     loaded = load(list(arguments), "server")
     hosts = fleet.read(loaded.settings.hosts)
     if not hosts:
@@ -56,7 +57,7 @@ def machines(arguments: Sequence[str]) -> tuple[Settings, dict[str, object], tup
 
 
 def only(hosts: tuple[Host, ...], name: str | None) -> tuple[Host, ...]:
-    """The machine of that name, or all. Raises `UserError` for a name that is none's."""
+    """The machine of that name, or all. Raises `UserError` for an unknown name."""
     chosen = tuple(host for host in hosts if name in (None, "", host.name))
     if not chosen:
         known = ", ".join(host.name for host in hosts)
@@ -79,11 +80,11 @@ class Lines:
         self.print(head + Text(printable(line)))
 
     def tell(self, line: str) -> None:
-        """A line of our own."""
+        """Print a line of this program."""
         self.print(Text(printable(line)))
 
     def tell_as_it_is(self, text: str) -> None:
-        """Several lines of our own."""
+        """Print several lines of this program, unchanged."""
         self.print(Text("\n".join(printable(line) for line in text.split("\n"))))
 
     def print(self, renderable: Any) -> None:
@@ -97,8 +98,8 @@ Key = tuple[str, str]  # machine, process
 
 @dataclass(frozen=True)
 class Event:
-    """A line that a process said; without one, its log is at its end: the process has ended, well
-    or not, or the connection is lost."""
+    """A line of a process; without a line, its log is at its end: the process has ended, well or
+    not, or the connection is lost."""
 
     host: Host
     name: str
@@ -107,9 +108,8 @@ class Event:
 
 
 class Watch:
-    """The logs of several processes in one stream; as a `with` block.
-
-    A connection that breaks is made anew, from where it broke, for `RECONNECT_S`.
+    """The logs of several processes in one stream; a context manager. It makes a broken connection
+    again, from where it broke, for `RECONNECT_S`.
     """
 
     def __init__(self, lines: Lines) -> None:
@@ -117,7 +117,7 @@ class Watch:
         self._new: queue.Queue[tuple[str, str, str]] = queue.Queue()
         self._followers: dict[Key, Follower] = {}
         self._read_to: dict[Key, int] = {}
-        self._broken: dict[Key, tuple[Host, float]] = {}  # and when to try again
+        self._broken: dict[Key, tuple[Host, float]] = {}  # with the time of the next try
         self._silent_since: dict[Key, float] = {}
         self.troubles: list[Trouble] = []
 
@@ -129,14 +129,14 @@ class Watch:
             follower.close()
 
     def add(self, host: Host, name: str, offset: int) -> None:
-        """Follow this process, too, from there in its log."""
+        """Follow this process, too, from `offset` in its log."""
         self._read_to[host.name, name] = offset
         self._followers[host.name, name] = Follower(
             host, name, offset, lambda *line: self._new.put(line)
         )
 
     def events(self, until: float = math.inf) -> Iterator[Event]:
-        """What happens, until nobody is followed any more or `until` (monotonic) has passed."""
+        """Events, until no process is followed any more or `until` (monotonic) has passed."""
         while (self._followers or self._broken) and time.monotonic() < until:
             with suppress(queue.Empty):
                 host, name, line = self._new.get(timeout=LOOK_S)
@@ -172,7 +172,7 @@ class Watch:
 
 
 def states(hosts: Sequence[Host]) -> tuple[dict[str, dict[str, State]], list[Trouble]]:
-    """What is kept on each machine, by name; and the machines that do not answer."""
+    """The states of the processes of each machine, by name; and the machines that do not answer."""
 
     def look(host: Host) -> dict[str, State]:
         told = remote.ask(host, commands.status(host), "status")
@@ -182,8 +182,8 @@ def states(hosts: Sequence[Host]) -> tuple[dict[str, dict[str, State]], list[Tro
 
 
 def status(arguments: list[str]) -> int:
-    """A table of all machines, and the newest warning of each process; 1 where a machine does not
-    answer or something failed."""
+    """Print a table of all machines, and the newest warning of each process; returns 1 where a
+    machine does not answer or a process failed."""
     _, _, hosts = machines(arguments)
     found, troubles = states(hosts)
     table = Table(box=None, pad_edge=False)
@@ -194,7 +194,7 @@ def status(arguments: list[str]) -> int:
     missing = {trouble.host: trouble for trouble in troubles}
     for host in hosts:
         if host.name in missing:
-            table.add_row(host.name, "", Text("not reached", style="red"))  # why is told below
+            table.add_row(host.name, "", Text("not reached", style="red"))  # reason: below
             continue
         kept = found[host.name]
         if not kept:
@@ -224,7 +224,7 @@ def status(arguments: list[str]) -> int:
 
 
 def in_words(state: State) -> str:
-    """How a process stands, in a few words."""
+    """The state of a process, in a few words."""
     if state.phase == "failed":
         return f"failed ({died(state.code)})" if state.code is not None else "failed: it was killed"
     if state.phase == "running":
@@ -233,7 +233,7 @@ def in_words(state: State) -> str:
 
 
 def logs(arguments: list[str], name: str | None = None) -> int:
-    """The last lines of every log; 1 where a machine does not answer."""
+    """Print the last lines of every log; returns 1 where a machine does not answer."""
     _, _, hosts = machines(arguments)
     lines = Lines(hosts)
     chosen = only(hosts, name)
@@ -258,7 +258,7 @@ def logs(arguments: list[str], name: str | None = None) -> int:
 
 
 def attach(arguments: list[str]) -> int:
-    """Follow a run that is going on; the server's exit code."""
+    """Follow a run that is going on; returns the server's exit code."""
     _, _, hosts = machines(arguments)
     found, troubles = states(hosts)
     lines = Lines(hosts)
@@ -281,8 +281,8 @@ def attach(arguments: list[str]) -> int:
 
 
 def show(watch: Watch, lines: Lines) -> int:
-    """Print what all say until the run is over, or Ctrl-C; the server's exit code (0 after
-    Ctrl-C)."""
+    """Print the output of all until the run is over, or Ctrl-C; returns the server's exit code (0
+    after Ctrl-C)."""
     code, until = 0, math.inf
     try:
         while True:
@@ -313,15 +313,15 @@ def show(watch: Watch, lines: Lines) -> int:
 
 
 def down(arguments: list[str]) -> int:
-    """End the run in order, then everything that is left; 1 where a machine does not answer or
-    something could not be ended."""
+    """End the run in order, then every process that is left; returns 1 where a machine does not
+    answer or a process could not be ended."""
     _, _, hosts = machines(arguments)
     lines = Lines(hosts)
     server = next(host for host in hosts if host.serves)
     others = [host for host in hosts if host != server]
-    troubles = stop(lines, [server], "server")  # which tells the workers, too
+    troubles = stop(lines, [server], "server")  # it ends the run for the workers, too
     troubles += stop(lines, hosts, "worker")
-    troubles += stop(lines, others, "server")  # where the roles were others
+    troubles += stop(lines, others, "server")  # where the roles have changed
     for trouble in {trouble.host: trouble for trouble in troubles}.values():
         lines.tell_as_it_is(str(trouble))
     clean = [host.name for host in hosts if host.name not in {t.host for t in troubles}]
@@ -331,7 +331,7 @@ def down(arguments: list[str]) -> int:
 
 
 def stop(lines: Lines, hosts: Sequence[Host], name: str) -> list[Trouble]:
-    """End the processes of that name; what went wrong."""
+    """End the processes of that name; returns the faults."""
 
     def end(host: Host) -> list[Trouble]:
         answer = remote.ask(host, commands.stop(host, name), f"stopping the {name}")
@@ -351,6 +351,6 @@ def stop(lines: Lines, hosts: Sequence[Host], name: str) -> list[Trouble]:
 
 
 def refuse(troubles: Sequence[Trouble], what: str) -> None:
-    """Raise one `UserError` with all that is wrong, if anything is."""
+    """Raise one `UserError` with all faults, if there are any."""
     if troubles:
         raise UserError(what, "\n".join(str(trouble) for trouble in troubles))

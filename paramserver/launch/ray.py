@@ -79,9 +79,7 @@ def ray(arguments: list[str]) -> int:
         _connect(engine, folder, settings.num_workers)
     try:
         nodes = _nodes(engine)
-        if (
-            "num_workers" not in loaded.given
-        ):  # the number in the file is for runs that are started by hand
+        if "num_workers" not in loaded.given:  # a file's number is for runs by hand
             settings = replace(settings, num_workers=len(nodes))
         run = RayRun(engine, _absolute(settings), nodes)
         try:

@@ -12,9 +12,7 @@ from dataclasses import dataclass
 import msgspec
 
 VARIABLE = "PARAMSERVER_PATHS"
-WINDOW = (
-    4  # pushes that a worker sends without waiting for an average (`paramserver.protocol.pacing`)
-)
+WINDOW = 4  # pushes under way at once, as in `paramserver.protocol.pacing`
 FAR_BELOW = 0.25  # of its share of the measured speed
 ROUNDS = 5  # in a row
 

@@ -1,7 +1,6 @@
-"""What the server keeps of tensors: pushed payloads, running sums, averages, the newest updates.
-
-`Data` decides nothing and sends nothing. `paramserver.server.control` says what to do with a
-payload, and hands on the frames that come out.
+"""The server's tensors: pushed payloads, running sums, averages, the newest updates. `Data` decides
+nothing and sends nothing. `paramserver.server.control` decides what to do with a payload, and
+passes the resulting frames on.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from paramserver.transport import shm
 
 
 class Payload(msgspec.Struct):
-    """What came with a push and waits to be added."""
+    """The buffers of a push that wait to be added."""
 
     buffers: list[Any]
     scale: float
@@ -37,9 +36,8 @@ class Payload(msgspec.Struct):
 
 
 class Data:
-    """Payloads, sums and averages of the open round, and the history; see the module's head.
-
-    `folder` is that of shared memory, None where there shall be none.
+    """Payloads, sums and averages of the open round, and the history; see the module's docstring.
+    `folder` is that of shared memory; None: do not use any.
     """
 
     def __init__(self, settings: Settings, nonce: str, folder: Path | None) -> None:
@@ -54,16 +52,16 @@ class Data:
         self._payloads: dict[tuple[int, int], Payload] = {}  # by worker and bucket
         self._averages: list[Frames] = []  # of the open round, as sent
         self._averages_bytes = 0
-        self._due: list[tuple[wire.Average, Frames]] = []  # of those, the newest
+        self._due: list[tuple[wire.Average, Frames]] = []  # the newest of those
         self._round_stamp: int | None = None  # of the first block of the open round
         self._outboxes: dict[str, shm.Outbox] = {}  # by session
-        self._sharing: set[str] = set()  # sessions of those who read the ring
-        # Sums are bound by memory, and threads that wait for each other on shared cores cost
-        # milliseconds each time.
+        self._sharing: set[str] = set()  # sessions of the peers that read the ring
+        # Sums are limited by the speed of memory, and threads that wait for each other on shared #
+        # cores cost milliseconds each time.
         torch.set_num_threads(settings.threads or 1)
 
     def start(self, layout: wire.Layout) -> str | None:
-        """Make room for the sums of this layout; returns what there is to say of it."""
+        """Allocate the sums of this layout; returns a sentence for people, if there is one."""
         self.plan = plan(layout, self._settings.bucket_size_mb)
         s = self._settings
         problem = None
@@ -83,8 +81,8 @@ class Data:
     # ------------------------------------------------------------------ shared memory
 
     def share(self, session: str, join: wire.Join) -> str | None:
-        """A peer on this host joins: its outbox, and whether it reads the ring. Returns why its
-        outbox cannot be used here, if so; raises `PeerError` where that is the peer's fault."""
+        """A peer on this host joins: open its outbox, and note whether it reads the ring. Returns
+        why its outbox cannot be used, if so; raises `PeerError` where that is the peer's fault."""
         self._outboxes.pop(session, None)
         self._sharing.discard(session)
         if self._folder is None:
@@ -95,9 +93,9 @@ class Data:
             path = shm.outbox_path(self._folder, session, join.outbox)
             try:
                 self._outboxes[session] = shm.Outbox(path)
-                path.unlink()  # both have it mapped; nothing is left when they end
+                path.unlink()  # both have it mapped, so the name is not needed any more
             except FileNotFoundError:
-                pass  # the worker has joined again meanwhile: that comes next
+                pass  # the worker has joined again: its next join is on the way
             except ValueError as e:
                 raise PeerError(f"your outbox cannot be used: {e}") from None
             except OSError as e:
@@ -106,12 +104,12 @@ class Data:
 
     @property
     def sharing(self) -> int:
-        """How many peers read averages from the ring."""
+        """The number of peers that read averages from the ring."""
         return len(self._sharing) if self.ring is not None else 0
 
     def _make_ring(self, plan: BucketPlan) -> shm.Ring | None:
-        """Shared memory for the history, of which the open round takes the oldest, and for two
-        updates at least; raises OSError where there is no room for it."""
+        """Make shared memory for the history, where the open round replaces the oldest blocks, and
+        for at least two updates; raises OSError where there is no room for it."""
         if self._folder is None:
             return None
         update = plan.nbytes + 2 * shm.ALIGN * (len(plan.buckets) + wire.BUFFERS_MAX)
@@ -139,8 +137,8 @@ class Data:
     # ------------------------------------------------------------------ the open round
 
     def located(self, session: str, push: wire.Push, buffers: list[Any]) -> list[Any]:
-        """The buffers of a push: those that came with it, or where it says that they lie in its
-        peer's outbox. Raises `PeerError` where they cannot lie there."""
+        """The buffers of a push: those that came with it, or those at the places in its peer's
+        outbox. Raises `PeerError` for impossible places."""
         if not push.places:
             return buffers
         outbox = self._outboxes.get(session)
@@ -154,14 +152,14 @@ class Data:
         return buffers
 
     def release(self, session: str, push: wire.Push) -> None:
-        """Nobody wants the located buffers of this push."""
+        """Release the located buffers of a push that is not used."""
         _free(self._outboxes.get(session), push.places)
 
     def push(
         self, session: str, worker: int, push: wire.Push, buffers: list[Any]
     ) -> tuple[str | None, float | None]:
-        """Look at the located buffers of a push, and keep them until `add` or `drop`, unless they
-        are bad. Returns what `Reducer.check` does: why they are bad, and a gradient's norm.
+        """Check the located buffers of a push, and keep them until `add` or `drop`, unless they are
+        bad. Returns what `Reducer.check` does: why they are bad, and a gradient's norm.
 
         Raises `PeerError` where they do not fit the layout.
         """
@@ -175,7 +173,7 @@ class Data:
         return bad, norm
 
     def drop(self, worker: int, bucket: int) -> None:
-        """Forget a payload that is not to be added."""
+        """Drop a payload that is not to be added."""
         self._payloads.pop((worker, bucket)).release()
 
     def add(self, worker: int, bucket: int, samples: int) -> None:
@@ -209,7 +207,7 @@ class Data:
         return due
 
     def as_shared(self, average: wire.Average, frames: Frames) -> Frames:
-        """How an average is told to those who read the ring: where its buffers lie there."""
+        """The message of an average for peers that read the ring: the places of its buffers."""
         assert self.ring is not None
         places = tuple(map(self.ring.place, frames[1:]))
         return wire.to_frames(wire.Shared(places=places, **msgspec.structs.asdict(average)))
@@ -227,7 +225,8 @@ class Data:
         return update
 
     def forget_round(self, averaged: tuple[int, ...]) -> None:
-        """Forget what is left of the open round; the averages of these buckets are in an update."""
+        """Drop the payloads and sums of the open round; the averages of these buckets are in an
+        update."""
         self._averages, self._averages_bytes = [], 0
         self._round_stamp = None
         for p in self._payloads.values():
@@ -245,7 +244,7 @@ class Data:
         return self._history.reaches_back_to
 
     def fetch(self, step: int) -> list[Update]:
-        """The updates that follow `step`, as many as make a reasonable answer."""
+        """The updates after `step`, up to the size of one answer."""
         return self._history.after(step)
 
     def forget(self, session: str) -> None:
@@ -255,8 +254,8 @@ class Data:
 
 
 def _free(outbox: shm.Outbox | None, places: tuple[wire.Place, ...]) -> None:
-    """Nothing reads these slots any more. The outbox is the one that they lie in: a worker that has
-    joined again meanwhile has another."""
+    """Free slots that are not read any more. `outbox` is the one that they lie in: a worker that
+    has joined again has another one."""
     if outbox is not None:
         for _, _, slot in places:
             outbox.free(slot)

@@ -11,7 +11,7 @@ Frames = list[Any]
 """A message as it is sent: its header, then its buffers."""
 
 FETCH_BYTES = 4 * 2**20
-"""What the answer to one `Fetch` holds at most, but for one update."""
+"""Bytes in the answer to one `Fetch`, at most; a larger update is sent alone."""
 
 
 class Update(msgspec.Struct):
@@ -21,7 +21,7 @@ class Update(msgspec.Struct):
     messages: list[Frames]
     bytes: int
     stamp: int
-    """Of the first of its blocks in the ring, if there is one."""
+    """The stamp of its first block in the ring, if it has one."""
 
 
 class History:
@@ -43,7 +43,7 @@ class History:
             self._bytes -= self._updates.popleft().bytes
 
     def forget_before(self, stamp: int) -> None:
-        """Blocks of the ring with a lower stamp have been written over."""
+        """Forget updates whose blocks in the ring, with a lower stamp, were written over."""
         while self._updates and self._updates[0].stamp < stamp:
             self._bytes -= self._updates.popleft().bytes
 
@@ -53,7 +53,7 @@ class History:
         return self._updates[0].step - 1 if self._updates else None
 
     def after(self, step: int) -> list[Update]:
-        """The updates that follow `step`, as many as make a reasonable answer."""
+        """The updates after `step`, up to the size of one answer."""
         chosen: list[Update] = []
         size = 0
         for update in self._updates:

@@ -1,4 +1,4 @@
-"""The observer's process beside the server: started, looked after, started again."""
+"""Starts the observer's process beside the server, and starts it again where it dies."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from paramserver.server.control import Control
 from paramserver.settings import Settings
 
 OBSERVER_RESTARTS = 3
-OBSERVER_PROVEN_S = 60.0  # one that ran for so long is started again as if it was the first
+OBSERVER_PROVEN_S = 60.0  # after running for longer, earlier deaths do not count
 OBSERVER_PATIENCE_S = 90.0
-OBSERVER_PAUSE_S = 5.0  # until it is tried again to make its process
+OBSERVER_PAUSE_S = 5.0  # before the next try to make its process
 LOG_LINES, LOG_BYTES = 5, 4096  # of the observer's log, to say why it ended
 
 
 class ObserverProcess:
-    """The observer beside the server: started, looked after, started again when it dies."""
+    """The observer beside the server; it is started again when it dies."""
 
     def __init__(
         self,
@@ -53,9 +53,9 @@ class ObserverProcess:
             "settings": asdict(settings),
             "resume": None if resume is None else str(resume),
         }
-        self._deaths = 0  # in a row, but for what ran well in between
+        self._deaths = 0  # in a row, without a proven run in between
         self._started_at = 0.0
-        self._again_at = 0.0  # not before: there was no room for a process
+        self._again_at = 0.0  # do not start it before: there was no room for a process
         self._here_at: float | None = None  # when this process was last known to the server
         self.problem: UserError | None = None
         self._process: subprocess.Popen[bytes] | None = None
@@ -63,20 +63,20 @@ class ObserverProcess:
     def _start(self) -> subprocess.Popen[bytes]:
         self._started_at, self._here_at = time.monotonic(), None
         with suppress(OSError):
-            self._exit.unlink(missing_ok=True)  # of one before
+            self._exit.unlink(missing_ok=True)  # of an earlier process
         with self._open_log() as log:
             process = subprocess.Popen(
                 [sys.executable, "-m", "workers.observer.observer"],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
-                start_new_session=True,  # Ctrl-C is for the server, which tells its observer
+                start_new_session=True,  # Ctrl-C is for the server, which ends its observer
                 env={**os.environ, "OMP_NUM_THREADS": "1", notify.VARIABLE: str(self._exit)},
             )
         assert process.stdin is not None
-        with suppress(BrokenPipeError):  # it may die at once; `look` tells
+        with suppress(BrokenPipeError):  # it may die at once, which `look` finds
             process.stdin.write(msgspec.json.encode(self._orders) + b"\n")
-            process.stdin.flush()  # and stays open: its end tells that the server is gone
+            process.stdin.flush()  # it stays open: its end means that the server is gone
         return process
 
     def _open_log(self) -> BinaryIO:
@@ -90,12 +90,12 @@ class ObserverProcess:
         """Has it ended? Then start it again, or end the run where that cannot help."""
         now, ended = time.monotonic(), control.rounds.ended is not None
         if self._process is None:
-            awaited = control.rounds.coming_back  # those who hold the run come first
+            awaited = control.rounds.coming_back  # the replicas that hold the run come first
             if not awaited and not ended and self.problem is None and now >= self._again_at:
                 self._begin(control, now)
             return
         here = control.rounds.observer
-        if here is not None and here.pid == self._process.pid:  # not of one that is dead
+        if here is not None and here.pid == self._process.pid:  # not an earlier process
             self._here_at = now
         elif control.rounds.ending and not ended and self._hangs(now, control):
             control.watcher.say("the observer does not answer: it is ended", True)
@@ -115,7 +115,7 @@ class ObserverProcess:
             self._cannot(
                 control, "the observer cannot be kept running", (why, _last_lines(self._log))
             )
-            if last_chance:  # workers hold the last step until the end: one more, to keep that
+            if last_chance:  # one more try: workers hold the last step until the end
                 self._begin(control, now)
         else:
             control.watcher.say(f"the observer ended ({_how(code)}): starting it again", True)
@@ -124,7 +124,7 @@ class ObserverProcess:
     def _begin(self, control: Control, now: float) -> None:
         """Start a process; where the system has no room for one, try again in a while."""
         if control.rounds.log_begun:
-            self._orders["resume"] = None  # others hold what follows: it takes a snapshot
+            self._orders["resume"] = None  # workers hold a newer state: it takes a snapshot
         control.rounds.observer_comes = True
         try:
             self._process = self._start()
@@ -140,12 +140,12 @@ class ObserverProcess:
                 self._cannot(control, why, (why, "end other programs, or use observer=false"))
 
     def _hangs(self, now: float, control: Control) -> bool:
-        """Was it there, and is silent for so long that the last step is not left to it?"""
+        """Has it joined, and been silent for so long that the run's end does not wait for it?"""
         silence = control.rounds.rules.heartbeat_timeout
         return self._here_at is not None and now - self._here_at > silence
 
     def _cannot(self, control: Control, reason: str, problem: tuple[str, str]) -> None:
-        """No observer can be had: the run ends, or goes on ending without it."""
+        """There cannot be an observer: end the run, or let it end without one."""
         self.problem = UserError(*problem)
         self._problem(f"{reason}: {problem[0]}")
         control.stop(reason, error=True)
@@ -166,13 +166,13 @@ class ObserverProcess:
         return self._folder.observer_log
 
     def finish(self) -> None:
-        """Wait for its end, which may take its loggers' last upload; kill it after that."""
+        """Wait for its end, which includes its loggers' last upload; then kill it."""
         if self._process is None:
             return
         assert self._process.stdin is not None
         with suppress(BrokenPipeError):
             self._process.stdin.close()
-        # A thread wakes up when it ends; `wait` with a limit looks again and again instead.
+        # A thread wakes up at once when it ends; `wait` with a limit polls.
         waiting = threading.Thread(target=self._process.wait, name="observer's end", daemon=True)
         waiting.start()
         waiting.join(OBSERVER_PATIENCE_S)

@@ -1,4 +1,4 @@
-"""A run from its settings to its exit code: the server, and the observer beside it."""
+"""Runs a server with its observer, from the settings to the exit code."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ from paramserver.transport import malloc
 from paramserver.transport.sockets import allow_connections, is_loopback
 
 MISSING = 3  # exit code
-PERSON_S = 30.0  # to a question at the start; the workers wait longer for their server
+PERSON_S = 30.0  # for an answer at the start; workers wait longer for their server
 
 
 def summarize(control: Control, show: Show, end: wire.End) -> dict[str, Any]:
-    """What summary.json holds. Figures of an evaluation stand there only if it was of the last
-    step; `last_evaluation` has the newest one with its own step."""
+    """The content of summary.json. It has the results of an evaluation only if that was of the last
+    step; `last_evaluation` has the newest one with its step."""
     seconds = show.seconds(control, control.closed_at or control.first_open_at or 0.0)
     sent_bytes, received_bytes = show.traffic(control)
     ledger = control.rounds.ledger
@@ -81,10 +81,9 @@ def summarize(control: Control, show: Show, end: wire.End) -> dict[str, Any]:
 
 
 def serve(settings: Settings) -> int:
-    """Run a server with its observer to the end of the run; the exit code.
-
-    Where the newest run of this port has not ended (its server was killed) and has the same
-    settings, it goes on, if anybody comes back to it.
+    """Run a server with its observer to the end of the run; returns the exit code. Where the newest
+    run of this port has not ended (its server was killed) and has the same settings, it goes on, if
+    one of its replicas comes back.
     """
     trace.begin("server")
     malloc.keep_freed()
@@ -132,9 +131,8 @@ def serve(settings: Settings) -> int:
 
 
 def _going_on(before: Unended, settings: Settings) -> tuple[Settings | None, str]:
-    """The settings to go on with it, None for a new run; and what is to be said of it then.
-
-    Where it is only nearly the run that was asked for a person decides, if one is there.
+    """The settings to go on with it, or None for a new run, and a sentence for people. Where it
+    only nearly fits, a person at the terminal decides, if there is one.
     """
     if not before.differs:
         return settings, ""
@@ -143,7 +141,7 @@ def _going_on(before: Unended, settings: Settings) -> tuple[Settings | None, str
     rest = f"a new run begins; resume={path} would go on from its last checkpoint"
     try:
         as_it_is = replace(from_wire(settings, before.record.settings), port=port)
-    except UserError:  # of another version
+    except UserError:  # settings of another version
         return None, f"{said}; {rest}"
     if not settings.plain and terminal.somebody_answers():
         terminal.say(said)
@@ -154,7 +152,8 @@ def _going_on(before: Unended, settings: Settings) -> tuple[Settings | None, str
 
 @dataclass(frozen=True)
 class Listening:
-    """Where a server listens: for all, and for holders of its keys only; why, if it chose."""
+    """Where a server listens: addresses for every peer, addresses for peers with keys, and a
+    sentence where it chose the address."""
 
     hosts: list[str]
     guarded: list[str]
@@ -171,8 +170,8 @@ def _serve(
     recovering: bool = False,
     said: str = "",
 ) -> int | None:
-    """Run the server of one run; None where it was to go on and nobody came back to it. `said`:
-    what is to be told of another run."""
+    """Run the server of one run; returns None where it should go on and no replica came back.
+    `said`: a sentence about another run."""
     hosts, guarded = at.hosts, at.guarded
     keys, new_keys = None, False
     show = Show(settings, folder)
@@ -266,7 +265,8 @@ def _serve(
 
 
 def _save_config(settings: Settings, folder: RunFolder) -> None:
-    """The first file of a run: where it cannot be written, nothing else could be kept either."""
+    """Write the first file of a run. Raises `UserError`, because no other file could be written
+    either."""
     try:
         save(settings, folder.config)
     except OSError as error:
@@ -280,7 +280,7 @@ def _save_config(settings: Settings, folder: RunFolder) -> None:
 
 
 def missing_results(show: Show, end: wire.End) -> list[str]:
-    """What this run should have left and did not, as far as its files show; nobody is believed."""
+    """The results that this run should have written and did not, by its files alone."""
     folder, missing = show.folder, []
     try:
         at = stored.step(folder.model, stored.MODEL_FORMAT)
@@ -301,7 +301,7 @@ def missing_results(show: Show, end: wire.End) -> list[str]:
 
 
 def _join_command(token: str) -> str:
-    """How a worker is started in the way that this server was."""
+    """The command that starts a worker in the same way as this server was started."""
     if "MAKELEVEL" in os.environ:
         return f"make worker ID=2 JOIN={token}"
     installed = Path(sys.argv[0]).name == "paramserver-server"
@@ -309,7 +309,7 @@ def _join_command(token: str) -> str:
 
 
 def _write_results(control: Control, show: Show, end: wire.End, missing: list[str]) -> bool:
-    """Summary, picture and table; whether nothing is missing."""
+    """Write summary and picture, and show the table; returns whether no result is missing."""
     folder = show.folder
     if folder.unwritten:
         missing = [*missing, f"{folder.unwritten} lines of {folder.metrics.name}"]
@@ -325,7 +325,7 @@ def _write_results(control: Control, show: Show, end: wire.End, missing: list[st
         show.tell(curves.draw(folder.metrics, folder.curves, title))
     summary = summarize(control, show, end)
     if problem is None and len(show.problems.all()) > told:
-        folder.write_summary(summary)  # with that; where it fails the first one stays
+        folder.write_summary(summary)  # where this fails the first one stays
     show.say(f"the run is over at step {end.step}: {end.reason}")
     show.display.summary({**summary, "workers": summary["per_worker"]}, str(folder.path))
     show.display.close()

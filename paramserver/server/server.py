@@ -1,8 +1,8 @@
 """The server: one thread, one poll loop that joins sockets, control and data.
 
 It holds no model and no optimizer. `control` answers messages and carries out what `rounds`
-decides, `data` keeps the running sums of the open round, and the last few updates for replicas that
-fell behind; this file receives and sends.
+decides, `data` keeps the running sums of the open round, and the newest updates for replicas that
+fell behind. `Server` receives and sends.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from paramserver.transport.handshake import Authenticator
 TICK_S = 0.1
 PULSES_PER_TIMEOUT = 10
 MESSAGES_PER_TURN = 64
-UNREAD_BYTES = 32 * 2**20  # of a snapshot that wait for its joiner, or these pieces
+UNREAD_BYTES = 32 * 2**20  # of a snapshot, waiting for its joiner
 PIECES_UNREAD = 6
 
 

@@ -1,4 +1,4 @@
-"""What the server's program shows and writes of a run while it goes on."""
+"""Shows a run and writes its files while it goes on, for the server's program."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Show:
         self.display = Display(plain=settings.plain)
         logs.show("paramserver", Above(self.display))
         self.losses: deque[tuple[int, float]] = deque(maxlen=LOSSES_KEPT)  # (samples, loss)
-        self.val: dict[str, float | None] = {}  # of the newest evaluation, which was of this step:
+        self.val: dict[str, float | None] = {}  # of the newest evaluation, of the following step
         self.val_step: int | None = None
         self.problems = Problems()
         self._take_up()
@@ -55,7 +55,7 @@ class Show:
         self.announcement: Announcement | None = None
 
     def _take_up(self, before: float = math.inf) -> None:
-        """Go on with what the run's folder tells of its steps before this one."""
+        """Continue from the run's folder, with its steps before `before`."""
         self.past = self.folder.take_up(before)
         self.samples, self.steps = self.past.samples, self.past.steps
 
@@ -63,7 +63,7 @@ class Show:
         log.log(logging.WARNING if warning else logging.INFO, text)
 
     def problem(self, text: str) -> None:
-        """Something was not done that people count on: say it, and keep it for summary.json."""
+        """Show a problem that did not end the run, and keep it for summary.json."""
         if self.problems.note(text):
             self.say(text, warning=True)
 
@@ -102,12 +102,10 @@ class Show:
                 shares=tuple(close.contributors.values()),
             )
         )
-        self.tell(
-            self.folder.flush(time.monotonic())
-        )  # at once: a server may be killed at any time
+        self.tell(self.folder.flush(time.monotonic()))  # a server may be killed at any time
 
     def _compare(self, noted: int, first: int) -> None:
-        """The last step in a killed server's metrics, and the first one of this server."""
+        """Compare the last step in a killed server's metrics with the first one of this server."""
         if first <= noted:
             self.tell(f"lost: steps {first} to {noted}, nobody who had seen them came back")
             self._take_up(first)
@@ -148,13 +146,14 @@ class Show:
         return before[0] + control.sent_bytes, before[1] + control.received_bytes
 
     def seconds(self, control: Control, now: float) -> float:
-        """Of the whole run: since its first round was opened, but for the time without a server."""
+        """Seconds of the whole run: since its first round was opened, without the time without a
+        server."""
         before = self.past.last.seconds if self.past.last is not None else 0.0
         return before + (now - control.first_open_at if control.first_open_at is not None else 0.0)
 
     def tallies(self, control: Control) -> dict[int, Tally]:
-        """What each worker did in the whole run. Of one that did not come back to a server that was
-        started again, the host is not known."""
+        """Each worker's rounds and samples in the whole run. The host is unknown for a worker that
+        did not come back to a server that was started again."""
         tallies = {i: Tally("", *counts) for i, counts in self.past.workers.items()}
         for i, own in control.rounds.tallies.items():
             before = tallies.get(i, Tally(""))
@@ -180,7 +179,7 @@ class Show:
         ledger = r.ledger
         members = max(1, len(r.workers_ready()))
         left = None
-        if ledger is not None and ledger.samples:  # else nobody knows how many will come
+        if ledger is not None and ledger.samples:  # else the number of samples is not known
             undone = ledger.total - ledger.counted
             left = -(-undone // (self.settings.batch_size * members))
         rate = (self.steps - steps) / seconds if seconds > 0 else None

@@ -59,9 +59,7 @@ class Reducer:
             sent: torch.empty(n, dtype=getattr(torch, sent)) for sent, n in sizes.items()
         }
         self._whole = {b.index: Whole(plan, b) for b in plan.buckets if b.kind == "whole"}
-        self._came: tuple[Wire, dict[int, Tensor]] | None = (
-            None  # of a bucket of kind `whole`, as checked
-        )
+        self._came: tuple[Wire, dict[int, Tensor]] | None = None  # of kind `whole`
         self._decoded: tuple[Wire, Tensor] | None = None  # buffers, their numbers
 
     def check(

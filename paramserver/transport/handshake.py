@@ -147,9 +147,7 @@ class HandshakeMonitor:
         self._host, self._port = host, port
         self._with_keys = with_keys
         self._hung_up = 0
-        self.proven = (
-            False  # a handshake succeeded; with keys: with the server that has the token's key
-        )
+        self.proven = False  # a handshake succeeded; with keys, it proved the server's
 
     def check(self) -> None:
         """Raise `UserError` if the server has refused, with the reason. Does not wait, except for a

@@ -150,9 +150,7 @@ class Connection:
                 door, handshake = self._open_door()
                 hello_at, new_door_at = now, now + NEW_DOOR_S
             if now >= hello_at:  # a hello may be lost with a cut connection
-                with contextlib.suppress(
-                    zmq.Again
-                ):  # refused just now: the next check raises the reason
+                with contextlib.suppress(zmq.Again):  # the next check raises
                     sockets.send(door, wire.to_frames(self.hello), wait=False)
                 hello_at = now + HELLO_INTERVAL_S
             if self.abandoned.is_set():
@@ -167,9 +165,7 @@ class Connection:
                             raise RunOver(message.end)
                         raise UserError(message.reason, message.hint)
                     new_door_at = now
-                if isinstance(
-                    message, wire.Later
-                ):  # the server lives, and has a deadline of its own
+                if isinstance(message, wire.Later):  # the server lives
                     hello_at = time.monotonic() + HELLO_INTERVAL_S
                     search_at = hello_at + SEARCH_AFTER_S
                     deadline, new_door_at = hello_at + deadline_s, hello_at + NEW_DOOR_S
@@ -322,9 +318,7 @@ class Connection:
                     while sockets.readable(door):
                         message = self.decode(sockets.receive(door))[0]
                         if isinstance(message, wire.Greet) and not message.session_known:
-                            self.must_greet = (
-                                True  # another server, or it does not know this session any more
-                            )
+                            self.must_greet = True  # session unknown
 
         self._beat_thread = threading.Thread(target=run, name="beat", daemon=True)
         self._beat_thread.start()

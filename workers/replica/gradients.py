@@ -97,9 +97,7 @@ class Gradients:
             if self._whole.index not in self._sent:
                 self._hand_over_buffers(self._whole)
             elif any(b.counted for b in self._replica.buffers.whole):
-                self._written_late = (
-                    True  # too late for this step; from now on buffers are pushed at its end
-                )
+                self._written_late = True  # pushed at the end of later steps
         self.finish()
         self._open = False
 
