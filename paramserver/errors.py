@@ -1,12 +1,15 @@
-"""The kinds of errors. `UserError` is a mistake that a person can correct: programs print it as one
-short paragraph and exit with code 2, without a traceback. `PeerError` is a fault of the other side
-of a socket: that peer loses its message, or its place in the run, and no other peer is affected.
-Any other exception is a defect of this project and may show its traceback.
+"""The kinds of errors.
+
+`UserError` is a mistake that a person can correct: programs print it as one short paragraph and
+exit with code 2, without a traceback. `PeerError` is a fault of the other side of a socket: that
+peer loses its message, or its place in the run, and no other peer is affected. Any other exception
+is a defect of this project and may show its traceback.
 """
 
 
 class UserError(Exception):
     """A person's mistake: what was wrong and where, and what to do about it.
+
     `paramserver.config.loading.exit_on_user_error` prints it and exits with code 2.
     """
 

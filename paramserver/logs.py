@@ -1,6 +1,7 @@
-"""Handlers for the loggers `paramserver` and `workers` of the standard library. A script that uses
-`workers` as a library silences or redirects them as usual. A program shows each record as one line,
-printed as `terminal.say` prints.
+"""Handlers for the loggers `paramserver` and `workers` of the standard library.
+
+A script that uses `workers` as a library silences or redirects them as usual. A program shows each
+record as one line, printed as `terminal.say` prints.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""How a program reports to the program that started it, beside its log, which is for people. As
-with systemd's `sd_notify`, an environment variable names the place: a file that holds, as JSON,
+"""How a program reports to the program that started it, beside its log, which is for people.
+
+As with systemd's `sd_notify`, an environment variable names the place: a file that holds, as JSON,
 that the program is ready, its newest warning, and the error that ended it. The file is replaced as
 a whole, so there is never half of it, and it does not grow. It belongs to one process: a program
 that starts further ones gives each a file of its own, or removes the variable.

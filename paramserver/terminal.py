@@ -1,7 +1,8 @@
-"""Prints for people on a terminal, pipe or file that may be lost. Where the terminal is closed, the
-reader of the pipe has ended, or the disk with the log is full, the line is lost and nothing else
-happens. Lines bypass Python's buffer: there a line would stay, fail again with each following one,
-and change the exit code at the end.
+"""Prints for people on a terminal, pipe or file that may be lost.
+
+Where the terminal is closed, the reader of the pipe has ended, or the disk with the log is full,
+the line is lost and nothing else happens. Lines bypass Python's buffer: there a line would stay,
+fail again with each following one, and change the exit code at the end.
 """
 
 from __future__ import annotations

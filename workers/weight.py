@@ -33,9 +33,10 @@ _TOKENS = (torch.int32, torch.int64)
 
 
 def samples_in(batch: Any, *, collated: bool = False) -> int:
-    """The number of samples in this batch. `collated`: it comes from torch's `default_collate`,
-    whose lists hold parts of samples, never samples. Raises `UserError` where the number is not
-    certain.
+    """The number of samples in this batch.
+
+    `collated`: it comes from torch's `default_collate`, whose lists hold parts of samples, never
+    samples. Raises `UserError` where the number is not certain.
     """
     found = _readings(batch, collated)
     if found is None and isinstance(batch, Tensor) and not collated:

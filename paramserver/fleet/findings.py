@@ -1,5 +1,6 @@
-"""Finds faults in what the doctor has measured, as sentences, each with what to do. Pure. A
-`Report` holds facts and measurements; `findings` judges it.
+"""Finds faults in what the doctor has measured, as sentences, each with what to do. Pure.
+
+A `Report` holds facts and measurements; `findings` judges it.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""Measures a path between two machines: round trip, and throughput each way, over ZeroMQ. The side
-that dials measures, the side that listens only answers:
+"""Measures a path between two machines: round trip, and throughput each way, over ZeroMQ.
+
+The side that dials measures, the side that listens only answers:
 
     echo, bytes      -> the same
     take, bytes      -> got                 (the way up: the dialler sends)

@@ -1,7 +1,9 @@
-"""`up`: starts a run on a list of machines. Each step runs on all machines at once and reports all
-faults before the next one: check whether they can take part, copy the code, make the environment,
-find the path from each worker's machine to the server's, start the server, and when it listens the
-workers. Where a step fails, the processes that were started are ended again.
+"""`up`: starts a run on a list of machines.
+
+Each step runs on all machines at once and reports all faults before the next one: check whether
+they can take part, copy the code, make the environment, find the path from each worker's machine to
+the server's, start the server, and when it listens the workers. Where a step fails, the processes
+that were started are ended again.
 """
 
 from __future__ import annotations

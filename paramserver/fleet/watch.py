@@ -108,8 +108,9 @@ class Event:
 
 
 class Watch:
-    """The logs of several processes in one stream; a context manager. It makes a broken connection
-    again, from where it broke, for `RECONNECT_S`.
+    """The logs of several processes in one stream; a context manager.
+
+    It makes a broken connection again, from where it broke, for `RECONNECT_S`.
     """
 
     def __init__(self, lines: Lines) -> None:

@@ -237,6 +237,7 @@ def ray(arguments: list[str]) -> int:
 
 def script(arguments: list[str]) -> int:
     """Run a server and `num_workers` processes of a user's training script, all on this machine.
+
     The settings in a YAML file beside the script, of the same name, come first. Each process finds
     the server in its environment (`workers.join()` without an address). The output of the first one
     is printed at the end, because the progress has the terminal until then.

@@ -50,10 +50,12 @@ def listen(host_ip: str | None, security: str = "curve") -> tuple[list[str], lis
 def find(
     host: str | None, port: int | None, join: str | None, *, security: str = "curve"
 ) -> Address:
-    """The server that an address, a join token, or both stand for. `join` is a token or the path of
-    a file that holds one; a given host and port take precedence over the token's. An address of
-    this host becomes loopback, where no keys are needed. Raises `UserError` where the server is on
-    another machine and there is no token, unless `security` is "none".
+    """The server that an address, a join token, or both stand for.
+
+    `join` is a token or the path of a file that holds one; a given host and port take precedence
+    over the token's. An address of this host becomes loopback, where no keys are needed. Raises
+    `UserError` where the server is on another machine and there is no token, unless `security` is
+    "none".
     """
     token = read(join) if join else None
     host = host or (token.host if token is not None else LOOPBACK)

@@ -1,6 +1,8 @@
 """Network interfaces: reads the output of the systems' tools, and chooses the path between two
-machines. Pure. The hardware decides the kind of an interface, never the address: a Thunderbolt
-bridge often has 169.254.x.x, but so have many adapters without a connection.
+machines. Pure.
+
+The hardware decides the kind of an interface, never the address: a Thunderbolt bridge often has
+169.254.x.x, but so have many adapters without a connection.
 """
 
 from __future__ import annotations
@@ -183,10 +185,12 @@ def paths(
     server_ip: str | None = None,
     worker_ip: str | None = None,
 ) -> list[Path]:
-    """The paths from a worker's machine to its server's, best kind first. Addresses in the settings
-    are used where the other end has an address in their network: a machine without a Thunderbolt
-    port must not be sent to a Thunderbolt address. Without a common network, the worker dials the
-    given address, or else the server's best, and the system's routes decide.
+    """The paths from a worker's machine to its server's, best kind first.
+
+    Addresses in the settings are used where the other end has an address in their network: a
+    machine without a Thunderbolt port must not be sent to a Thunderbolt address. Without a common
+    network, the worker dials the given address, or else the server's best, and the system's routes
+    decide.
     """
     shared = [
         Path(far, near)

@@ -1,6 +1,8 @@
 """Checks that workers use the path that was chosen for them, and that it is as fast as when it was
-measured. `make up` sets the paths in the server's environment (`VARIABLE`). The server passes every
-push to `LinkWatch`, which returns sentences for a person, each once. Pure: no socket, no clock.
+measured.
+
+`make up` sets the paths in the server's environment (`VARIABLE`). The server passes every push to
+`LinkWatch`, which returns sentences for a person, each once. Pure: no socket, no clock.
 """
 
 from __future__ import annotations

@@ -87,7 +87,9 @@ def _prefix(netmask: str | None) -> int:
 def settle(settings: Settings) -> tuple[str | None, str]:
     """The `host_ip` of a server with these settings on this machine, and a sentence where this
     function chose it: with `host_ip: auto`, and without `host_ip` where `hosts` names other
-    machines. Raises `UserError` where there is no address to choose.
+    machines.
+
+    Raises `UserError` where there is no address to choose.
     """
     machines = hosts.read(settings.hosts)
     others = any(not host.serves and host.ssh != hosts.HERE for host in machines)

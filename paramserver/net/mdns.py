@@ -54,8 +54,9 @@ logging.getLogger("zeroconf").setLevel(logging.CRITICAL)  # errors that matter a
 
 
 class Announcement:
-    """Announces a server while it lives; `problem` is set where that fails. No call waits: a thread
-    of zeroconf finds a free name and announces it.
+    """Announces a server while it lives; `problem` is set where that fails.
+
+    No call waits: a thread of zeroconf finds a free name and announces it.
     """
 
     def __init__(self, hosts: Iterable[str], port: int, run: str, key: bytes | None) -> None:
@@ -419,8 +420,9 @@ def find(
 
 
 def only(heard: Sequence[Heard], security: str) -> list[Address]:
-    """The addresses of the only announced server, for a worker without a token. Raises `UserError`
-    where there are several, or where the server needs a token.
+    """The addresses of the only announced server, for a worker without a token.
+
+    Raises `UserError` where there are several, or where the server needs a token.
     """
     if len({each.run for each in heard}) > 1:
         raise UserError(

@@ -260,6 +260,7 @@ def _rates(run: Metrics) -> tuple[Floats, Floats]:
 
 def _smoothed(x: Floats, y: Floats) -> tuple[Floats, Floats]:
     """Means of y over about a thirtieth of the run, without the lowest and highest tenth of each.
+
     They are centred, except the last ones, which have no later half. At most SMOOTH_POINTS.
     """
     count = len(y)

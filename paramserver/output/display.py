@@ -152,12 +152,14 @@ class Display:
         self._emit()
 
     def summary(self, summary: Mapping[str, Any], run_folder: str = "") -> None:
-        """Print the final table in place of the drawing. Shows those of these keys that are there:
-        steps, samples, samples_done, samples_partly, samples_skipped, seconds, steps_per_s,
-        samples_per_s, train_loss, val_loss, val_accuracy (0 to 1), metrics, last_evaluation (with
-        its step, where the last step was not evaluated), sent_bytes, received_bytes, digest,
-        replicas_equal (None: not compared), problems: a sequence of sentences, and workers: a
-        sequence of mappings with id, host, samples, late (rounds missed).
+        """Print the final table in place of the drawing.
+
+        Shows those of these keys that are there: steps, samples, samples_done, samples_partly,
+        samples_skipped, seconds, steps_per_s, samples_per_s, train_loss, val_loss, val_accuracy (0
+        to 1), metrics, last_evaluation (with its step, where the last step was not evaluated),
+        sent_bytes, received_bytes, digest, replicas_equal (None: not compared), problems: a
+        sequence of sentences, and workers: a sequence of mappings with id, host, samples, late
+        (rounds missed).
         """
         self._drawing = ""
         self._pending.append(self._rendered(_summary_table(summary)))

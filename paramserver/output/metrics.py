@@ -1,5 +1,6 @@
-"""The metrics of an evaluation: one dict by name, its form in files, and how each is shown. The
-loss is not among them. Files have a separate field for the accuracy.
+"""The metrics of an evaluation: one dict by name, its form in files, and how each is shown.
+
+The loss is not among them. Files have a separate field for the accuracy.
 """
 
 from __future__ import annotations

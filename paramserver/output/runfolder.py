@@ -214,8 +214,10 @@ class RunFolder:
     def note(self, step: int, lineage: str) -> str | None:
         """Note the lineage of a step before the server publishes it, so that it is there after a
         kill -9. Does nothing where `open_note` failed; returns a sentence when writing fails for
-        the first time. It does not map the file into memory: a write would be a SIGBUS where the
-        disk is gone or full.
+        the first time.
+
+        It does not map the file into memory: a write would be a SIGBUS where the disk is gone or
+        full.
         """
         if self._noted is not None:
             try:
@@ -422,10 +424,11 @@ def unended(
 ) -> Unended | None:
     """The run that a server of this machine, port and address with these settings goes on with: its
     newest, if that has not ended and no living server has claimed it. Else a newer one that nearly
-    fits, with other settings, or of another port, address or machine. No clock and no host name
-    decides, because both may change while a machine is off. The lock on the folder shows whether
-    another server lives. On a disk that machines share the lock may not hold between them, so there
-    the machine must be the same, too.
+    fits, with other settings, or of another port, address or machine.
+
+    No clock and no host name decides, because both may change while a machine is off. The lock on
+    the folder shows whether another server lives. On a disk that machines share the lock may not
+    hold between them, so there the machine must be the same, too.
     """
     told, near = msgspec.json.decode(_encode(settings)), None
     for path in reversed(_run_folders(parent)):
@@ -506,6 +509,7 @@ def _number(path: Path) -> int:
 
 def _take_number(parent: Path) -> int:
     """A number higher than that of any run that there is, or was, in `parent`. Raises OSError.
+
     Numbers order the runs, because a clock may be set back, or start anew on a machine without a
     battery. A file keeps the highest, also when its run folder is removed; servers lock it one
     after the other.

@@ -1,6 +1,7 @@
-"""The server's tensors: pushed payloads, running sums, averages, the newest updates. `Data` decides
-nothing and sends nothing. `paramserver.server.control` decides what to do with a payload, and
-passes the resulting frames on.
+"""The server's tensors: pushed payloads, running sums, averages, the newest updates.
+
+`Data` decides nothing and sends nothing. `paramserver.server.control` decides what to do with a
+payload, and passes the resulting frames on.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ class Payload(msgspec.Struct):
 
 class Data:
     """Payloads, sums and averages of the open round, and the history; see the module's docstring.
+
     `folder` is that of shared memory; None: do not use any.
     """
 

@@ -81,9 +81,10 @@ def summarize(control: Control, show: Show, end: wire.End) -> dict[str, Any]:
 
 
 def serve(settings: Settings) -> int:
-    """Run a server with its observer to the end of the run; returns the exit code. Where the newest
-    run of this port has not ended (its server was killed) and has the same settings, it goes on, if
-    one of its replicas comes back.
+    """Run a server with its observer to the end of the run; returns the exit code.
+
+    Where the newest run of this port has not ended (its server was killed) and has the same
+    settings, it goes on, if one of its replicas comes back.
     """
     trace.begin("server")
     malloc.keep_freed()
@@ -131,8 +132,9 @@ def serve(settings: Settings) -> int:
 
 
 def _going_on(before: Unended, settings: Settings) -> tuple[Settings | None, str]:
-    """The settings to go on with it, or None for a new run, and a sentence for people. Where it
-    only nearly fits, a person at the terminal decides, if there is one.
+    """The settings to go on with it, or None for a new run, and a sentence for people.
+
+    Where it only nearly fits, a person at the terminal decides, if there is one.
     """
     if not before.differs:
         return settings, ""

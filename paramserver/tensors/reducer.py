@@ -103,8 +103,9 @@ class Reducer:
         absent: tuple[int, ...] = (),
     ) -> None:
         """Add the numbers of a push over `samples` samples (for counters take the maximum; for
-        tensors of kind `whole` those of the lowest `worker`). Calls `release()` when the buffers
-        are not read any more.
+        tensors of kind `whole` those of the lowest `worker`).
+
+        Calls `release()` when the buffers are not read any more.
         """
         b = self._plan.buckets[bucket]
         if b.kind == "whole":
@@ -139,8 +140,9 @@ class Reducer:
         self, bucket: int, samples: int, absent: tuple[int, ...]
     ) -> tuple[list[Any], float, tuple[int, ...]]:
         """The average over all `samples` that were added: encoded buffers, scale, and absent
-        tensors; the sum is gone afterwards. Where the sum's own memory travels, the reader divides
-        by the scale.
+        tensors; the sum is gone afterwards.
+
+        Where the sum's own memory travels, the reader divides by the scale.
         """
         b = self._plan.buckets[bucket]
         if b.kind == "whole":

@@ -1,4 +1,5 @@
 """Buffers that a forward writes and that must not be averaged: each comes whole from one worker.
+
 The mean of two unit vectors is no unit vector, and a queue fits only the pointer that was moved
 with it. So all written buffers of a module (the name of a tensor, up to its last dot) come from the
 same worker: of those that wrote to it, the one with the lowest id, in any order of the pushes. All

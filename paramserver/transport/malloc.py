@@ -1,7 +1,8 @@
-"""Makes glibc keep freed memory in the process. A round's tensors come and go in the same sizes. By
-default glibc returns freed memory to the system, and gets it back page by page: that costs ten
-times as much as one pass over the memory. Other allocators, macOS's among them, keep large blocks
-by themselves.
+"""Makes glibc keep freed memory in the process.
+
+A round's tensors come and go in the same sizes. By default glibc returns freed memory to the
+system, and gets it back page by page: that costs ten times as much as one pass over the memory.
+Other allocators, macOS's among them, keep large blocks by themselves.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""Private folders of a running process, and the removal of those that a killed process left. A
-process holds a lock on each of its folders while it lives. The kernel releases the lock when the
+"""Private folders of a running process, and the removal of those that a killed process left.
+
+A process holds a lock on each of its folders while it lives. The kernel releases the lock when the
 process ends in any way, so a folder whose lock is free has no owner.
 """
 

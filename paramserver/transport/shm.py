@@ -1,4 +1,5 @@
 """Memory that processes of one host share, so that numbers need not travel through the kernel.
+
 Between peers on the server's own host only headers go through sockets; a header says where the
 numbers lie. Two kinds, each a file in a private folder of /dev/shm that its maker writes:
 
@@ -53,10 +54,11 @@ def shared_folder() -> PrivateFolder | None:
 
 
 def room(folder: Path) -> int:
-    """Bytes of shared memory that this project may still use where this folder lies. Half of the
-    total stays free for others. Measured with docker's default of 64 MB: two workers, each with a
-    DataLoader of two processes and batches of 3 MB. Beside two outboxes of 20 MB one of the workers
-    died ("unable to allocate shared memory"); beside one, all went well.
+    """Bytes of shared memory that this project may still use where this folder lies.
+
+    Half of the total stays free for others. Measured with docker's default of 64 MB: two workers,
+    each with a DataLoader of two processes and batches of 3 MB. Beside two outboxes of 20 MB one of
+    the workers died ("unable to allocate shared memory"); beside one, all went well.
     """
     try:
         status = os.statvfs(folder)

@@ -79,6 +79,7 @@ def _make(
 
 def allow_connections() -> None:
     """Raise this process's limit of connections to what its user may have, at most `CONNECTIONS`.
+
     Without free file descriptors ZeroMQ's I/O thread spins until one is free: strangers could slow
     a run by some hundred silent connections.
     """
@@ -175,7 +176,9 @@ def monitor(
     ctx: zmq.Context[zmq.Socket[bytes]], s: zmq.Socket[bytes], events: int
 ) -> zmq.Socket[bytes]:
     """A socket that gets these events of `s`, for `zmq.utils.monitor`; make it before `s` is
-    connected. It has no mark, because the I/O thread would wait for a reader that is slow.
+    connected.
+
+    It has no mark, because the I/O thread would wait for a reader that is slow.
     """
     endpoint = f"inproc://monitor.{s.FD}.{id(s)}"
     s.monitor(endpoint, events)
@@ -208,9 +211,10 @@ def readable(*sockets: zmq.Socket[bytes]) -> bool:
 def send(
     s: zmq.Socket[bytes], frames: Sequence[Any], *, copy: bool = True, wait: bool = True
 ) -> None:
-    """Send one message; raises `zmq.Again` instead of waiting for room where `wait` is false. It
-    does the same as `send_multipart` (and `receive` the same as `recv_multipart`), which take more
-    than twice as long for the few frames of a step, because they handle flags and options as
+    """Send one message; raises `zmq.Again` instead of waiting for room where `wait` is false.
+
+    It does the same as `send_multipart` (and `receive` the same as `recv_multipart`), which take
+    more than twice as long for the few frames of a step, because they handle flags and options as
     members of enumerations.
     """
     flags = 0 if wait else _NOBLOCK
@@ -220,9 +224,10 @@ def send(
 
 
 class Unread:
-    """Counts the bytes that wait in this process for each peer, by its route. (ZeroMQ counts
-    messages, and an answer may be large.) It follows large frames until the kernel has them; the
-    socket's mark bounds small ones.
+    """Counts the bytes that wait in this process for each peer, by its route.
+
+    (ZeroMQ counts messages, and an answer may be large.) It follows large frames until the kernel
+    has them; the socket's mark bounds small ones.
     """
 
     def __init__(self) -> None:

@@ -109,7 +109,9 @@ def _scheduler(optimizer: Optimizer, setting: dict[str, Any], code: OwnCode | No
 @dataclass(frozen=True)
 class Criterion:
     """The loss that trains a model and the metric that judges it: functions of (outputs, targets),
-    means over a batch. `metric` is None where only the loss is reported; `name` is the metric's.
+    means over a batch.
+
+    `metric` is None where only the loss is reported; `name` is the metric's.
     """
 
     loss: Callable[[Tensor, Tensor], Tensor]

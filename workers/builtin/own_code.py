@@ -1,6 +1,7 @@
-"""Decides which code a worker imports for a name in the settings. A worker gets the run's settings
-from its server, and must not let a peer choose what is imported or called here.
-`package.module:Name` therefore means only
+"""Decides which code a worker imports for a name in the settings.
+
+A worker gets the run's settings from its server, and must not let a peer choose what is imported or
+called here. `package.module:Name` therefore means only
 
 * what a source file defines that the worker's owner put into the folder where the worker was
   started, or into one that the environment's PYTHONPATH names (`make up` copies the user's code

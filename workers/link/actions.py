@@ -55,8 +55,9 @@ class Joined(Action, frozen=True):
 
 
 class Take(Action, frozen=True):
-    """Decode this average into the memory for it; where that is too late, call `lost`. `first` of
-    its round: drop averages that were taken before.
+    """Decode this average into the memory for it; where that is too late, call `lost`.
+
+    `first` of its round: drop averages that were taken before.
     """
 
     average: wire.Average

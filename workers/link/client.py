@@ -505,8 +505,10 @@ class Client:
 
     def _spin(self, start: float) -> bool:
         """Poll for up to `SPIN_S` before sleeping: waking up costs a small model more than the
-        exchange itself. Other processes that want this core get it. Where the last wait was longer
-        than `SPIN_S`, do not spin.
+        exchange itself.
+
+        Other processes that want this core get it. Where the last wait was longer than `SPIN_S`, do
+        not spin.
         """
         sub, link = self.connection.sub, self.connection.link
         assert link is not None and sub is not None

@@ -32,8 +32,9 @@ class Effect(msgspec.Struct, frozen=True):
 
 
 class Take(Effect, frozen=True):
-    """Decode this average's numbers into the memory for them. `first` of its round: averages taken
-    before belong to a void round, and must be dropped.
+    """Decode this average's numbers into the memory for them.
+
+    `first` of its round: averages taken before belong to a void round, and must be dropped.
     """
 
     average: Average
@@ -41,8 +42,9 @@ class Take(Effect, frozen=True):
 
 
 class Apply(Effect, frozen=True):
-    """This update is complete: apply it, then call `applied`. `first`: it has no averages; those
-    taken before belong to a void round (see `Take`).
+    """This update is complete: apply it, then call `applied`.
+
+    `first`: it has no averages; those taken before belong to a void round (see `Take`).
     """
 
     close: Close

@@ -54,8 +54,9 @@ class Pushes:
 
     @property
     def full(self) -> bool:
-        """Should the worker wait until the next bucket has a slot? A short wait costs less than
-        sending through the socket: the server is busy either way.
+        """Should the worker wait until the next bucket has a slot?
+
+        A short wait costs less than sending through the socket: the server is busy either way.
         """
         return self._moves and self._outbox is not None and self._outbox.full
 

@@ -1,6 +1,7 @@
-"""Loads a checkpoint into a replica, or raises an error that says why it does not fit. A file may
-have been changed, or belong to another training. So everything that the first step needs is checked
-here, before any worker trains from it.
+"""Loads a checkpoint into a replica, or raises an error that says why it does not fit.
+
+A file may have been changed, or belong to another training. So everything that the first step needs
+is checked here, before any worker trains from it.
 """
 
 from __future__ import annotations

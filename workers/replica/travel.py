@@ -1,6 +1,7 @@
 """Finds out at `attach` whether a replica's state can be sent, not when the first newcomer asks for
-it. A state travels as text and bytes (`workers.replica.state`). An error names the part that cannot
-be converted or loaded, and what to do about it.
+it. A state travels as text and bytes (`workers.replica.state`).
+
+An error names the part that cannot be converted or loaded, and what to do about it.
 """
 
 from __future__ import annotations
