@@ -81,8 +81,9 @@ format: $(READY) ## bring all files into shape
 	.venv/bin/ruff format .
 	.venv/bin/ruff check --fix .
 
-docs: $(READY) ## write the tables of docs/settings.md from the code
-	@exec $(VENV_PYTHON) -m paramserver.config.page
+docs: $(READY) ## write the tables of docs/settings.md and diagrams of docs/architecture.md
+	@$(VENV_PYTHON) -m paramserver.config.page
+	@exec $(VENV_PYTHON) -m paramserver.rounds.diagrams
 
 constraints: $(READY) ## pin the newest version of everything in constraints.txt
 	@echo '# What every installation gets; written by: make constraints' > .venv/constraints.txt

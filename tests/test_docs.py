@@ -23,7 +23,8 @@ import torch
 from paramserver.config import page as settings_page
 from paramserver.config.schema import KEYS, NAMED, SHORT, scope, shown
 from paramserver.protocol import messages as wire
-from paramserver.rounds.round import ADOPTING, GREETED, REPLICA, WAITING
+from paramserver.rounds import diagrams as state_diagrams
+from paramserver.rounds import states
 from paramserver.tensors.codec import CODECS, Codec
 
 CLONE = Path(__file__).resolve().parent.parent
@@ -195,16 +196,22 @@ def diagrams(text: str) -> list[set[str]]:
     return found
 
 
-def test_the_diagram_of_peers_has_the_states_of_the_code() -> None:
-    [states] = diagrams(section(ARCHITECTURE, "Peers"))
-    assert states == {GREETED, WAITING, ADOPTING, REPLICA}
-
-
-def test_the_diagrams_of_rounds_and_runs_can_be_read() -> None:
-    [of_round] = diagrams(section(ARCHITECTURE, "How a round lives"))
+def test_the_diagrams_of_peers_and_runs_are_fresh() -> None:
+    """`make docs` would change nothing."""
+    assert state_diagrams.written(ARCHITECTURE) == ARCHITECTURE, "the code has changed: make docs"
+    [of_peer] = diagrams(section(ARCHITECTURE, "Peers"))
     [of_run] = diagrams(section(ARCHITECTURE, "How a run lives"))
+    assert (of_peer, of_run) == (set(states.PEER), set(states.RUN))
+
+
+def test_a_page_without_markers_has_no_place_for_diagrams() -> None:
+    with pytest.raises(ValueError, match="no <!-- states of a peer -->"):
+        state_diagrams.written("prose")
+
+
+def test_the_diagram_of_rounds_can_be_read() -> None:
+    [of_round] = diagrams(section(ARCHITECTURE, "How a round lives"))
     assert of_round == {"open", "closed", "void"}
-    assert {"snapshot", "round_open", "ending", "ended"} < of_run
 
 
 def test_the_glossary_is_in_order_and_has_each_word_once() -> None:

@@ -29,7 +29,8 @@ from paramserver.rounds.events import (
     Told,
 )
 from paramserver.rounds.ledger import UNREAD, Ledger, Lost
-from paramserver.rounds.round import REPLICA, Vain
+from paramserver.rounds.round import Vain
+from paramserver.rounds.states import REPLICA
 
 # ------------------------------------------------------------------------ samples of one's own
 

@@ -7,17 +7,8 @@ all that follows from the event, until nothing more does. Two rules:
 1. Only this file decides what enters the log of updates. `server.py` carries out, nothing more.
 2. Every wait has a deadline, and when it passes a sentence that names who and why.
 
-What it knows of peers and of the open round is in `round`. A peer goes through these states:
-
-    greeted --Join--> waiting --origin/follow--> replica --Ready--> (ready) replica, holds leases
-                         \\------adopt----------> adopting --Adopted--> replica
-    any state --Goodbye, silence, a new Hello of the same id--> gone
-
-and the run through these:
-
-    no origin yet -> [snapshot] -> round open -> closed (step + 1) or void -> ... -> ending -> ended
-
-While a snapshot is given no round is open; while a round is open no snapshot starts.
+What it knows of peers and of the open round is in `round`; which states both a peer and the run go
+through, and which message counts in which, is in `states`.
 """
 
 from __future__ import annotations
@@ -58,6 +49,7 @@ from paramserver.protocol.messages import (
     Want,
     next_lineage,
 )
+from paramserver.rounds import states
 from paramserver.rounds.departures import FAILED, LEFT, SILENT, Departure, Departures
 from paramserver.rounds.divergence import Digests
 from paramserver.rounds.effects import (
@@ -105,10 +97,6 @@ from paramserver.rounds.looks import Looks, part, shown
 from paramserver.rounds.outliers import Norms
 from paramserver.rounds.recovery import Recovery
 from paramserver.rounds.round import (
-    ADOPTING,
-    GREETED,
-    REPLICA,
-    WAITING,
     Member,
     Peer,
     Round,
@@ -117,6 +105,7 @@ from paramserver.rounds.round import (
     Vain,
 )
 from paramserver.rounds.sentences import Sentences
+from paramserver.rounds.states import GREETED, REPLICA, WAITING
 
 HOLDER_TIMEOUTS = 4  # that the last one who held the state has to come back to those who wait
 MAX_WAIT_TIMEOUTS = 3  # heartbeat timeouts that a derived wait is at most
@@ -201,6 +190,7 @@ class Rounds:
         self.tallies: dict[int, Tally] = {}
         self.observer_comes = False  # its process runs, whether it has greeted or not
         self.deserted = self.put_off = False
+        self.state = states.STARTING if recovery is None else states.RETURNING
         self._recovery: Recovery | None = None
         if recovery is not None:
             self._recovery = Recovery(
@@ -310,6 +300,14 @@ class Rounds:
         raise TypeError(f"{event!r} is no event")
 
     def _told(self, peer: Peer, message: Words, now: float) -> bool:
+        """A message; one that does not count in this state is answered, if at all, here."""
+        heeded = states.HEEDED.get(type(message))
+        if heeded is not None and not (peer.role in heeded[0] and peer.state in heeded[1]):
+            if isinstance(message, Ready) and (peer.role != "worker" or peer.join is None):
+                self._send(peer, Reject("ready before joining"))
+            elif isinstance(message, Adopted) and peer.state == GREETED:
+                self._send(peer, Greet(join=True))  # it was called off while this was on its way
+            return False  # who lost its place says so again when it has it back
         match message:
             case Join():
                 return self._join(peer, message, now)
@@ -333,6 +331,9 @@ class Rounds:
                 return self._goodbye(peer, message, now)
             case _:
                 return self._pass_on(peer, message, now)
+
+    def _turn(self, cause: str) -> None:
+        self.state = states.after(states.RUN, self.state, cause)
 
     # ------------------------------------------------------------------ who is here
 
@@ -390,7 +391,8 @@ class Rounds:
     def _join(self, peer: Peer, message: Join, now: float) -> bool:
         """A replica tells where it stands; answered with Admit, now or when there is an origin."""
         self._take_out(peer, "joined again", now)
-        peer.join, peer.state = message, WAITING
+        peer.join = message
+        peer.turn(states.JOINED)
         if not self.knows(message.step, message.lineage):
             self._choose_origin()
         if self.layout is not None and peer.state == WAITING:
@@ -399,11 +401,6 @@ class Rounds:
 
     def _ready(self, peer: Peer, message: Ready, now: float) -> bool:
         """A worker waits for samples."""
-        if peer.role != "worker" or peer.join is None:
-            self._send(peer, Reject("ready before joining"))
-            return False
-        if peer.state != REPLICA:
-            return False  # it lost its place meanwhile, and says so again when it has it back
         samples = 0 if message.own else message.samples
         if not message.own and (samples < 1 or message.batch_size < 1):
             self._send(peer, Reject("a data set without samples", "give batches() a longer one"))
@@ -500,8 +497,6 @@ class Rounds:
 
     def _stand(self, peer: Peer, message: Stand, now: float) -> bool:
         """The observer has applied everything up to a step; what is to stay of it may be kept."""
-        if peer.role != "observer":
-            return False
         peer.stands_at = message.step
         if message.kept:
             peer.kept_at = message.step
@@ -510,8 +505,9 @@ class Rounds:
 
     def _digest(self, peer: Peer, message: Digest, now: float) -> bool:
         """A replica tells the digest of its weights at a step."""
+        assert peer.join is not None
         step = message.step
-        if not _believed(peer) or peer.join is None or not peer.replica_since < step <= self.step:
+        if not _has_shown(peer) or not peer.replica_since < step <= self.step:
             return False
         kind = peer.join.kind
         alike = {
@@ -648,16 +644,14 @@ class Rounds:
     def _adopted(self, peer: Peer, message: Adopted, now: float) -> bool:
         """The joiner holds the snapshot, if all of it went through this server."""
         snap = self.snapshot
-        if snap is None or snap.number != message.snapshot or peer.session != snap.joiner:
-            if peer.state == GREETED:
-                self._send(peer, Greet(join=True))  # it was called off while this was on its way
+        if snap is None or snap.number != message.snapshot:
             return False
         if not snap.complete:
             had = f"{len(snap.delivered)} of {snap.pieces or 'unknown'} pieces"
             why = f"{peer.name} says that it holds it, after {had}"
             self._abort_snapshot(why, now, {peer.session})
             return True
-        self._becomes_replica(peer)
+        self._becomes_replica(peer, states.ADOPTED)
         peer.wrong, peer.owes = False, peer.role == "worker"
         self._disbelieved.discard(peer.id)
         peer.given_by = snap.giver
@@ -665,6 +659,7 @@ class Rounds:
         peer.missed = 0
         self.peers[snap.giver].failed_gives = 0
         self.snapshot = None
+        self._turn(states.TAKEN)
         self._round_goes_first = True
         self._ending_at = now
         self._say(f"{peer.name} took a snapshot of step {self.step}", peer)
@@ -817,11 +812,11 @@ class Rounds:
             if self.observer is not None or self.observer_comes:
                 return Phase.ENDING, "waiting for the observer to keep the last step"
             return Phase.ENDING, f"ending: {self.ending[0]}"
-        if self.coming_back:
+        if self.state == states.RETURNING:
             here = ", ".join(p.name for p in self.peers.values() if p.returns) or "nobody"
             sentence = f"waiting for the replicas of this run to come back: {here} here"
             return Phase.RETURNING, sentence
-        if self.layout is None:
+        if self.state == states.STARTING:
             who = "the observer" if self.rules.observer else "the first worker"
             return Phase.STARTING, f"waiting for {who}, whose model and first weights are the run's"
         if self.snapshot is not None:
@@ -832,8 +827,8 @@ class Rounds:
             return Phase.PAUSED, self._departures.verdict(own=isinstance(self.ledger, OwnLedger))[0]
         if self._lost_since is not None:
             return Phase.PAUSED, self._lost_state()
-        states = [p.state for p in self.peers.values()]
-        if WAITING in states and REPLICA not in states:
+        among = [p.state for p in self.peers.values()]
+        if WAITING in among and REPLICA not in among:
             sentence = f"waiting for a replica that stands at step {self.step}: nobody here does"
             return Phase.PAUSED, sentence
         ready = self.workers_ready()
@@ -871,6 +866,7 @@ class Rounds:
             self._return_leases(peer)
         self._release(math.inf)
         self.ending, self._ending_at = (reason, error), now
+        self._turn(states.END)
         self._effects.append(Publish(self.pulse(now)))  # the observer tells where it stands
 
     def _observer_catches_up(self, now: float) -> bool:
@@ -934,6 +930,7 @@ class Rounds:
     def _end(self) -> None:
         assert self.ending is not None
         reason, error = self.ending
+        self._turn(states.OVER)
         self.ended = End(
             nonce=self.nonce,
             step=self.step,
@@ -997,11 +994,12 @@ class Rounds:
         self._release(now, peer.session)
         if peer.state == REPLICA:
             self._last_holder = f"{peer.name} ({why})"
-        peer.state = GREETED
+        peer.turn(states.TAKEN_OUT)
         self._not_ready(peer)
 
-    def _becomes_replica(self, peer: Peer) -> None:
-        peer.state, peer.replica_since = REPLICA, self.step
+    def _becomes_replica(self, peer: Peer, cause: str) -> None:
+        peer.turn(cause)
+        peer.replica_since = self.step
         if peer.role == "worker":
             self._departures.joined(peer.id)
 
@@ -1032,7 +1030,7 @@ class Rounds:
     @property
     def coming_back(self) -> bool:
         """Is this server still waiting for those who hold its run?"""
-        return self._recovery is not None
+        return self.state == states.RETURNING
 
     def _await_recovery(self, now: float) -> None:
         """When all who may hold the newest state are back, it is the run's again."""
@@ -1062,8 +1060,8 @@ class Rounds:
 
         Until an update follows it, it may be lost with all who hold it; then there is another.
         """
-        states = [p.state for p in self.peers.values()]
-        if self._log_begun or self.round is not None or REPLICA in states or self.coming_back:
+        held = any(p.state == REPLICA for p in self.peers.values())
+        if self._log_begun or self.round is not None or held or self.coming_back:
             return
         for peer in self.peers.values():
             if peer.state == WAITING and (peer.role == "observer" or not self.rules.observer):
@@ -1072,10 +1070,9 @@ class Rounds:
                     return
 
     def _become_origin(self, peer: Peer, message: Join) -> bool:
-        peer.state = GREETED  # should it be rejected
         problem = message.layout.problem()
         if problem is not None:
-            self._send(peer, Reject(f"the model cannot be trained: {problem}"))
+            self._reject(peer, Reject(f"the model cannot be trained: {problem}"))
             return False
         buckets = self._count_buckets(message.layout)
         if self.ledger is None or not self.ledger.remembers or message.step:
@@ -1085,10 +1082,10 @@ class Rounds:
                 self.ledger = Ledger.from_state(message.ledger, self.rules.epochs)
                 self.ledger.places = self._places
             except ValueError as e:
-                self._send(peer, Reject(f"the checkpoint's ledger cannot be right: {e}"))
+                self._reject(peer, Reject(f"the checkpoint's ledger cannot be right: {e}"))
                 return False
         if message.step < 0:
-            self._send(peer, Reject(f"there is no step {message.step} to begin at"))
+            self._reject(peer, Reject(f"there is no step {message.step} to begin at"))
             return False
         peer.proven = True
         self._held.clear()
@@ -1096,33 +1093,37 @@ class Rounds:
         self.recipe = message.recipe
         self.step, self.lineage = message.step, message.lineage
         self._lineages = {self.step: self.lineage}
-        self._becomes_replica(peer)
+        self._becomes_replica(peer, states.ADMITTED)
         self._effects.append(Start(message.layout, message.step))
         self._send(peer, Admit(action="origin", step=self.step, lineage=self.lineage))
         if self.coming_back:
             self._say(f"the run goes on after step {self.step}, where {peer.name} stands")
         else:
             self._say(f"the first state comes from {peer.name}, at step {self.step}")
+        self._turn(states.ORIGIN)
         for other in self.peers.values():
             if other.state == WAITING:
                 self._admit(other)
         return True
 
+    def _reject(self, peer: Peer, why: Reject) -> None:
+        self._send(peer, why)
+        peer.turn(states.REJECTED)
+
     def _admit(self, peer: Peer) -> None:
         assert self.layout is not None and peer.join is not None
         difference = self.layout.difference(peer.join.layout)
         if difference is not None:
-            self._send(
+            self._reject(
                 peer,
                 Reject(
                     f"{peer.name} has another model: {difference}",
                     "start it with the same model and code as the server",
                 ),
             )
-            peer.state = GREETED
             return
         if peer.join.recipe != self.recipe:
-            self._send(
+            self._reject(
                 peer,
                 Reject(
                     f"{peer.name} goes another way from gradient to weights: {peer.join.recipe}; "
@@ -1131,11 +1132,10 @@ class Rounds:
                     "everywhere (and observer=false where the built-in observer has others)",
                 ),
             )
-            peer.state = GREETED
             return
         believed = not peer.wrong and peer.id not in self._disbelieved
         if self.knows(peer.join.step, peer.join.lineage) and believed:
-            self._becomes_replica(peer)
+            self._becomes_replica(peer, states.ADMITTED)
             action = "follow"
         else:
             action = "adopt"  # stays WAITING until no round is open
@@ -1372,7 +1372,7 @@ class Rounds:
         if self._recovery is not None:
             self._await_recovery(now)
         self._choose_origin()
-        if self.layout is None:
+        if self.state in (states.RETURNING, states.STARTING):
             return False
         if self.round is not None:
             if not self.round.complete:
@@ -1447,6 +1447,7 @@ class Rounds:
         self.step += 1
         self._log_begun = True
         self.round = None
+        self._turn(states.CLOSED)
         self._busy_at, self._overdue_rounds = now, 0
         close = Close(
             nonce=self.nonce,
@@ -1478,6 +1479,7 @@ class Rounds:
                 if peer is not None and member.lease in peer.leases:
                     peer.leases.remove(member.lease)
         self.round = None
+        self._turn(states.VOID)
         self._effects.append(Void(current.number))
         self._say(f"round {current.number} is void: {why}")
 
@@ -1514,6 +1516,7 @@ class Rounds:
             quorum=self.rules.quorum,
             in_order=self.rules.deterministic,
         )
+        self._turn(states.OPENED)
         return self.open_message()
 
     def _enough(self, ready: list[Peer], now: float) -> bool:
@@ -1659,7 +1662,8 @@ class Rounds:
         )
         self._snapshots += 1
         self.snapshot = Snapshot(self._snapshots, giver.session, joiner.session, now)
-        joiner.state = ADOPTING
+        self._turn(states.GIVEN)
+        joiner.turn(states.CHOSEN)
         self._send(giver, Give(snapshot=self._snapshots, step=self.step, lineage=self.lineage))
         return True
 
@@ -1709,6 +1713,7 @@ class Rounds:
         snap = self.snapshot
         assert snap is not None
         self.snapshot = None
+        self._turn(states.OFF)
         self._round_goes_first = True
         joiner, giver = self.peers[snap.joiner], self.peers[snap.giver]
         self._warn(f"snapshot {snap.number} is off: {why}", joiner)
@@ -1724,8 +1729,8 @@ class Rounds:
             if peer is not None:
                 if peer is not but:
                     self._send(peer, Abort(snapshot=snap.number, reason=why))
-                if peer.state == ADOPTING:
-                    peer.state = GREETED  # it joins again when it has understood
+                if peer is joiner:
+                    peer.turn(states.ABORTED)  # it joins again when it has understood
 
 
 def _has_shown(peer: Peer) -> bool:

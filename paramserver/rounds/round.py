@@ -16,6 +16,7 @@ import msgspec
 from paramserver.protocol.messages import OWN, Join, Lease, Manifest, Piece, Push, Ready, Want
 from paramserver.rounds.effects import Add, Effect, Finish
 from paramserver.rounds.ledger import DONE, PARTLY, RETURNED, SKIPPED
+from paramserver.rounds.states import GREETED, PEER, after
 
 PUSH_TIMES_KEPT = 64
 SNAPSHOT_TIMEOUTS = 3  # heartbeat timeouts that a snapshot may take, beside the time for its bytes
@@ -33,8 +34,6 @@ DTYPE_BYTES = {
     ),
 }
 """What a snapshot may hold; see `workers.replica.state`."""
-
-GREETED, WAITING, ADOPTING, REPLICA = "greeted", "waiting", "adopting", "replica"
 
 
 class Vain(msgspec.Struct):
@@ -87,6 +86,10 @@ class Peer:
     @property
     def name(self) -> str:
         return f"worker {self.id} ({self.host})" if self.role == "worker" else "the observer"
+
+    def turn(self, cause: str) -> None:
+        """Go on to the state that follows, see `states`."""
+        self.state = after(PEER, self.state, cause)
 
     def took(self, seconds: float) -> None:
         """So long after a round's opening its push was whole, or was given up."""

@@ -18,7 +18,8 @@ from paramserver.rounds import coordinator
 from paramserver.rounds.coordinator import Rounds, Rules
 from paramserver.rounds.effects import Finish
 from paramserver.rounds.recovery import NOTHING
-from paramserver.rounds.round import REPLICA, Peer, Snapshot
+from paramserver.rounds.round import Peer, Snapshot
+from paramserver.rounds.states import REPLICA
 from paramserver.server.control import Control, Finished
 from paramserver.server.history import Frames, History, Update
 
