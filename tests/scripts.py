@@ -21,6 +21,7 @@ from paramserver.rounds.coordinator import Rounds, Rules
 from paramserver.rounds.effects import (
     Add,
     Closed,
+    Discard,
     Effect,
     Ended,
     Finish,
@@ -76,6 +77,8 @@ def told(effect: Effect) -> str:
             return f"start at step {effect.step}"
         case Add():
             return f"add {effect.worker}.{effect.bucket} x{effect.samples}"
+        case Discard():
+            return f"discard {effect.worker}.{effect.bucket}"
         case Finish():
             absent = f" without {effect.absent}" if effect.absent else ""
             return f"average {effect.round}.{effect.bucket} of {effect.samples}{absent}"
@@ -208,7 +211,13 @@ class Run:
         return self.tells(who, wire.Unready(unfinished))
 
     def push(
-        self, who: int, *buckets: int, life: str = "", bad: str = "", **push: Any
+        self,
+        who: int,
+        *buckets: int,
+        life: str = "",
+        bad: str = "",
+        norm: float | None = None,
+        **push: Any,
     ) -> list[str]:
         """Push these buckets of this worker's lease in the open round, or all of them."""
         effects: list[str] = []
@@ -221,7 +230,7 @@ class Run:
                 assert self.handle(PushRefused(name, header, why)) == [answer]
                 effects.append(f"refused: {why}")
             else:
-                effects += self.happens(Pushed(name, header, bad or None))
+                effects += self.happens(Pushed(name, header, bad or None, norm))
         return effects
 
     def header(self, who: int, bucket: int, **push: Any) -> wire.Push:

@@ -29,6 +29,7 @@ from paramserver.rounds.events import (
     Told,
 )
 from paramserver.rounds.ledger import UNREAD, Ledger, Lost
+from paramserver.rounds.outliers import NEEDED
 from paramserver.rounds.round import Vain
 from paramserver.rounds.states import REPLICA
 
@@ -1183,6 +1184,18 @@ def test_pushes_of_those_who_are_not_in_it_are_refused() -> None:
     assert run.push(1, 0) == ["refused: bucket 0 of round 1 came twice"]
     run.relinked(1)
     assert run.push(1, 1) == ["refused: too late for round 1: was cut off"]
+
+
+def test_a_gradient_out_of_all_proportion_is_discarded() -> None:
+    run = Run(max_norm_ratio=10.0, epochs=100).observer().workers(1, 2)
+    while len(run.closes) < NEEDED:
+        run.push(1, norm=1.0), run.push(2, norm=1.2)
+    assert run.push(1, 0, norm=9.9) == ["add 1.0 x10"]
+    discarded, said, refused = run.push(2, 0, norm=100.0)[:3]
+    assert discarded == "discard 2.0"
+    assert "worker 2 (pi) refused: its norm of 100 is 83.3 times the usual 1.2" in said
+    assert refused.startswith(f"w2 <- refused {NEEDED + 1}: its norm of 100")
+    assert run.push(1, 1, bad="not finite", norm=None)[0].startswith("#")  # kept nowhere
 
 
 # ----------------------------------------------------------------------------- cut off, behind

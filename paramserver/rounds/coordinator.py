@@ -54,6 +54,7 @@ from paramserver.rounds.departures import FAILED, LEFT, SILENT, Departure, Depar
 from paramserver.rounds.divergence import Digests
 from paramserver.rounds.effects import (
     Closed,
+    Discard,
     Effect,
     Ended,
     PassOn,
@@ -571,6 +572,10 @@ class Rounds:
     def _push(self, peer: Peer, event: Pushed, now: float) -> bool:
         push, bad, current = event.push, event.bad, self.round
         assert current is not None
+        if bad is None and event.norm is not None:
+            bad = self.norms.judge(push.bucket, event.norm)
+            if bad is not None:
+                self._effects.append(Discard(peer.id, push.bucket))
         peer.late_with = None  # it is done with that
         member = current.members[peer.id]
         member.tells(push)

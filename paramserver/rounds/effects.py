@@ -46,6 +46,13 @@ class Add(Effect, frozen=True):
     samples: int
 
 
+class Discard(Effect, frozen=True):
+    """The payload that came with this push is out of proportion: forget it."""
+
+    worker: int
+    bucket: int
+
+
 class Finish(Effect, frozen=True):
     """Divide the bucket's sum by `samples` and publish it."""
 

@@ -84,10 +84,12 @@ class Told(PeerEvent, frozen=True):
 
 
 class Pushed(PeerEvent, frozen=True):
-    """A push that `Rounds.refusal` let pass; `bad` tells what is wrong with its numbers."""
+    """A push that `Rounds.refusal` let pass; `bad` tells what is wrong with its numbers. `norm`:
+    that of the gradient, where it is known."""
 
     push: wire.Push
     bad: str | None = None
+    norm: float | None = None
 
 
 class PushRefused(PeerEvent, frozen=True):

@@ -23,6 +23,7 @@ from paramserver.rounds.coordinator import Rounds
 from paramserver.rounds.effects import (
     Add,
     Closed,
+    Discard,
     Effect,
     Ended,
     Finish,
@@ -393,11 +394,7 @@ class Control:
             return
         worker = self.rounds.peers[session].id
         bad, norm = self._data.push(session, worker, push, buffers)
-        if norm is not None:
-            bad = self.rounds.norms.judge(push.bucket, norm)
-            if bad is not None:
-                self._data.drop(worker, push.bucket)
-        self._happens(Pushed(session, push, bad), now)
+        self._happens(Pushed(session, push, bad, norm), now)
 
     def _fetch(self, session: str, fetch: wire.Fetch, now: float) -> None:
         self._forget_overwritten(now)
@@ -425,6 +422,8 @@ class Control:
             match effect:
                 case Add():
                     self._data.add(effect.worker, effect.bucket, effect.samples)
+                case Discard():
+                    self._data.drop(effect.worker, effect.bucket)
                 case Finish():
                     self._data.finish(effect)
                 case Closed():
