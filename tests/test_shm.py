@@ -5,12 +5,20 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from crew import Crew, Noise, perceptron
 from whole import CLONE, DEADLINE_S, LOOPBACK, Served
 
+from paramserver.protocol import messages as wire
+from paramserver.rounds.effects import Finish
+from paramserver.server.data import Data
+from paramserver.settings import Settings
+from paramserver.tensors.codec import CODECS, codec_of_pushes
+from paramserver.tensors.error_feedback import ErrorFeedback
 from paramserver.transport import shm
 from workers.link.client import Client
 
@@ -106,3 +114,53 @@ def test_what_cannot_be_made_leaves_no_file(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="empty"):
         shm.Memory(tmp_path / "empty")
     assert [path.name for path in tmp_path.iterdir()] == ["empty"]
+
+
+LAYOUT = wire.Layout(
+    (
+        wire.Tensor("weight", (3000,), "float32"),
+        wire.Tensor("exact", (10,), "float64", sent="float64"),
+        wire.Tensor("mean", (30,), "float32", "stat"),
+        wire.Tensor("queue", (5,), "uint8", "whole", sent="bytes"),
+        wire.Tensor("pointer", (8,), "uint8", "whole", sent="bytes"),
+    )
+)
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """A server's, in shared memory."""
+    made = shm.shared_folder()
+    if made is None:
+        pytest.skip("needs /dev/shm")
+    yield made.path
+    made.close()
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_average_lies_where_its_header_says(codec: str, workers: int, folder: Path) -> None:
+    """Also in a second round, and after one that came to nothing."""
+    data = Data(Settings(codec=codec, bucket_mb=0.005, history_mb=1), "nonce", folder)
+    assert data.start(LAYOUT) is None and data.plan is not None
+    ring = shm.Ring(folder / "ring")
+    for number in (1, 2, 3):
+        for b in data.plan.buckets:
+            for worker in range(workers):
+                feedback = ErrorFeedback(data.plan, codec_of_pushes(codec, 0.1))
+                dtype = torch.uint8 if b.sent == "bytes" else getattr(torch, b.sent)
+                values = torch.full((b.size,), worker + 1, dtype=dtype)
+                buffers, scale = feedback.encode(b, values)
+                push = wire.Push(round=number, bucket=b.index, samples=1, scale=scale)
+                assert data.push("session", worker, push, buffers)[0] is None
+                data.add(worker, b.index, 1)
+            if number != 2:
+                data.finish(Finish(number, number, b.index, workers, ()))
+        due = data.due()
+        assert len(due) == (0 if number == 2 else len(data.plan.buckets))
+        for average, frames in due:
+            shared = wire.from_frames(data.as_shared(average))[0]
+            assert isinstance(shared, wire.Shared) and len(shared.places) == len(frames) - 1 > 0
+            for place, buffer in zip(shared.places, frames[1:], strict=True):
+                assert ring.whole(place) and bytes(ring.buffer(place)) == bytes(buffer)
+        data.forget_round(tuple(average.bucket for average, _ in due))

@@ -21,7 +21,7 @@ from paramserver.rounds.effects import Finish
 from paramserver.server.history import Frames, History, Update
 from paramserver.settings import Settings
 from paramserver.tensors.bucket import BucketPlan, plan
-from paramserver.tensors.codec import codec_of_averages, codec_of_pushes, fresh
+from paramserver.tensors.codec import codec_of_averages, codec_of_pushes
 from paramserver.tensors.reducer import Reducer, Release
 from paramserver.tensors.whole import BUFFER_BYTES
 from paramserver.transport import shm
@@ -55,6 +55,8 @@ class Data:
         self._averages: list[Frames] = []  # of the open round, as sent
         self._averages_bytes = 0
         self._due: list[tuple[wire.Average, Frames]] = []  # the newest of those
+        self._slots: dict[int, list[shm.Slot]] = {}  # of the ring, by bucket: no average yet
+        self._places: dict[int, tuple[wire.Place, ...]] = {}  # of the newest average, by bucket
         self._round_stamp: int | None = None  # of the first block of the open round
         self._outboxes: dict[str, shm.Outbox] = {}  # by session
         self._sharing: set[str] = set()  # sessions of the peers that read the ring
@@ -74,10 +76,12 @@ class Data:
                 f"averages go through sockets on this host, which is slower: {shm.SHARED}: "
                 f"{e.strerror or e} (in docker: --shm-size=1g)"
             )
-        room = fresh if self.ring is None else self._room
         up = codec_of_pushes(s.codec, s.topk_ratio)
         down = codec_of_averages(s.codec_of_averages, s.topk_ratio)
-        self._reducer = Reducer(self.plan, up, down, room)
+        if self.ring is None:
+            self._reducer = Reducer(self.plan, up, down)
+        else:
+            self._reducer = Reducer(self.plan, up, down, self._room)
         return problem
 
     # ------------------------------------------------------------------ shared memory
@@ -129,12 +133,13 @@ class Data:
             )
         return shm.Ring(path, size)
 
-    def _room(self, nbytes: int) -> torch.Tensor:
+    def _room(self, bucket: int, nbytes: int) -> torch.Tensor:
         assert self.ring is not None
-        block = self.ring.room(nbytes)
+        slot = self.ring.room(nbytes)
+        self._slots.setdefault(bucket, []).append(slot)
         if self._round_stamp is None:
-            self._round_stamp = self.ring.newest
-        return block
+            self._round_stamp = slot.place[2]
+        return slot.tensor
 
     # ------------------------------------------------------------------ the open round
 
@@ -199,6 +204,7 @@ class Data:
             scale=scale,
         )
         frames = wire.to_frames(average, *buffers)
+        self._places[bucket] = tuple(slot.place for slot in self._slots.pop(bucket, ()))
         self._averages.append(frames)
         self._averages_bytes += sum(map(len, frames))
         self._due.append((average, frames))
@@ -208,10 +214,9 @@ class Data:
         due, self._due = self._due, []
         return due
 
-    def as_shared(self, average: wire.Average, frames: Frames) -> Frames:
+    def as_shared(self, average: wire.Average) -> Frames:
         """The message of an average for peers that read the ring: the places of its buffers."""
-        assert self.ring is not None
-        places = tuple(map(self.ring.place, frames[1:]))
+        places = self._places[average.bucket]
         return wire.to_frames(wire.Shared(places=places, **msgspec.structs.asdict(average)))
 
     def close(self, close: wire.Close) -> Update:
@@ -234,6 +239,7 @@ class Data:
         for p in self._payloads.values():
             p.release()
         self._payloads.clear()
+        self._slots.clear()
         if self._reducer is not None:
             self._reducer.close(averaged)
 

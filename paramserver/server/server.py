@@ -277,7 +277,7 @@ class Server:
         sharing = self.data.sharing
         others = len(self.control.routes) - sharing
         if sharing:
-            headers = [self.data.as_shared(average, frames) for average, frames in averages]
+            headers = [self.data.as_shared(average) for average, _ in averages]
             sockets.send(self._pub, wire.join([*headers, *closing]))
         if others > 0 or not sharing:
             copy = self.data.ring is not None  # its blocks are written over

@@ -27,24 +27,23 @@ from paramserver.tensors.codec import Codec, Room, codec_of, fresh
 class ErrorFeedback:
     """Encodes the buckets of one sender, and keeps their residuals: one for each bucket of
     gradients, and while a bucket is under way also the one before. It keeps nothing for a codec
-    that leaves no residual. `room` makes the wire buffers, where a call names no other.
+    that leaves no residual.
     """
 
-    def __init__(self, plan: BucketPlan, codec: Codec, room: Room = fresh) -> None:
+    def __init__(self, plan: BucketPlan, codec: Codec) -> None:
         self._plan = plan
         self._codec = codec
-        self._room = room
         self._residuals: dict[int, Tensor] = {}
         self._under_way: dict[int, Tensor | None] = {}  # the residual as it was before
 
     def codec(self, bucket: Bucket) -> Codec:
         return codec_of(bucket.kind, bucket.sent, self._codec)
 
-    def values(self, bucket: Bucket, room: Room | None = None) -> Tensor:
+    def values(self, bucket: Bucket, room: Room = fresh) -> Tensor:
         """Memory for the numbers of a bucket; the caller fills it and gives it to `encode`. Where
         the codec sends numbers as they are, it is the memory of the wire buffer."""
         if self.codec(bucket).in_place:
-            return (room or self._room)(bucket.nbytes).view(getattr(torch, bucket.sent))
+            return room(bucket.nbytes).view(getattr(torch, bucket.sent))
         return torch.empty(bucket.size)
 
     def encode(
@@ -52,7 +51,7 @@ class ErrorFeedback:
         bucket: Bucket,
         values: Tensor,
         absent: Sequence[int] = (),
-        room: Room | None = None,
+        room: Room = fresh,
     ) -> tuple[list[Any], float]:
         """The wire buffers of these numbers with the bucket's residual added, and their scale;
         `values` belong to this object from now on.
@@ -62,7 +61,7 @@ class ErrorFeedback:
         """
         if bucket.kind == "whole":
             return whole.buffers(values), 1.0
-        codec, room = self.codec(bucket), room or self._room
+        codec = self.codec(bucket)
         if not codec.leaves_residual:
             return codec.encode(values, room)
         before = self._residuals.get(bucket.index)

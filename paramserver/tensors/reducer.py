@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +27,12 @@ from paramserver.tensors.error_feedback import ErrorFeedback
 from paramserver.tensors.whole import Whole, unpacked
 
 Release = Callable[[], None]
+RoomOf = Callable[[int, int], Tensor]
+"""Makes the memory of a wire buffer of this bucket: that many bytes, as a uint8 tensor."""
+
+
+def _fresh(bucket: int, nbytes: int) -> Tensor:
+    return fresh(nbytes)
 
 
 @dataclass
@@ -42,14 +49,15 @@ class Reducer:
     """Running sums and averages of the buckets of one plan.
 
     Pushes come encoded with the codec `up`; averages are encoded with `down`, with error feedback
-    where that codec is lossy. `room` makes the wire buffers of the averages.
+    where that codec is lossy. `room` makes the wire buffers of the averages: it is called with the
+    bucket's index and the bytes of each of them, in their order.
     """
 
-    def __init__(self, plan: BucketPlan, up: Codec, down: Codec, room: Room = fresh) -> None:
+    def __init__(self, plan: BucketPlan, up: Codec, down: Codec, room: RoomOf = _fresh) -> None:
         self._plan = plan
         self._up = up
         self._room = room
-        self._down = ErrorFeedback(plan, down, room)
+        self._down = ErrorFeedback(plan, down)
         self._running: dict[int, Running] = {}
         sizes: dict[str, int] = {}
         for b in plan.buckets:
@@ -120,7 +128,7 @@ class Reducer:
                 self._own(b, running)
             return
         total, held = running.values, running.release
-        out = total if held is None else self._down.values(b)
+        out = total if held is None else self._down.values(b, self._room_of(b))
         if b.kind == "count":
             torch.maximum(total, values, out=out)
         else:
@@ -146,7 +154,7 @@ class Reducer:
         """
         b = self._plan.buckets[bucket]
         if b.kind == "whole":
-            buffers, absent = self._whole[bucket].finish(self._room)
+            buffers, absent = self._whole[bucket].finish(self._room_of(b))
             return buffers, 1.0, absent
         running = self._running.pop(bucket)
         self._own(b, running)
@@ -154,7 +162,7 @@ class Reducer:
         if divisor != 1.0 and not self._down.codec(b).in_place:
             running.values.div_(divisor)
             divisor = 1.0
-        buffers, scale = self._down.encode(b, running.values, absent)
+        buffers, scale = self._down.encode(b, running.values, absent, self._room_of(b))
         return buffers, scale * divisor, absent
 
     def close(self, buckets: tuple[int, ...]) -> None:
@@ -172,9 +180,12 @@ class Reducer:
     def _own(self, b: Bucket, running: Running) -> None:
         """Copy a sum to memory of its own, and release the payload."""
         if running.release is not None:
-            running.values = self._down.values(b).copy_(running.values)
+            running.values = self._down.values(b, self._room_of(b)).copy_(running.values)
             running.release()
             running.release = None
+
+    def _room_of(self, b: Bucket) -> Room:
+        return partial(self._room, b.index)
 
     def _codec(self, b: Bucket) -> Codec:
         return codec_of(b.kind, b.sent, self._up)

@@ -15,7 +15,6 @@ only slower.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import mmap
 import os
@@ -98,24 +97,15 @@ class Memory:
         self.size = len(self.map)
         self.tensor = torch.frombuffer(self.map, dtype=torch.uint8)
         self.view = memoryview(self.map)
-        self._start = self.tensor.data_ptr()
-
-    def offset_of(self, buffer: Any) -> int | None:
-        """The offset of this buffer in this memory; None where it lies elsewhere."""
-        try:
-            offset = ctypes.addressof(ctypes.c_char.from_buffer(buffer)) - self._start
-        except TypeError:
-            return None  # it is read-only, so it is not from here
-        return offset if 0 <= offset < self.size else None
 
 
 class Slot(NamedTuple):
-    """A slot of an outbox, taken for one bucket."""
+    """A part of an outbox or a ring, taken for one buffer."""
 
     tensor: Tensor
     """Its memory, uint8 [nbytes]."""
     place: Place
-    """Its place, for the header of the push."""
+    """Its place, for a header."""
 
 
 def outbox_path(folder: Path, session: str, number: int) -> Path:
@@ -177,8 +167,8 @@ class Ring:
         self._head = 0
         self._stamp = 0
 
-    def room(self, nbytes: int) -> Tensor:
-        """A new block, uint8 [nbytes], over the oldest ones."""
+    def room(self, nbytes: int) -> Slot:
+        """A new block, its tensor uint8 [nbytes], over the oldest ones."""
         whole = ALIGN + -(-nbytes // ALIGN) * ALIGN
         if self._head + whole > self._memory.size:
             self._free_up_to(self._memory.size)
@@ -189,7 +179,8 @@ class Ring:
         self._stamps[start // 8] = self._stamp
         self._live.append((start, start + whole, self._stamp))
         self._head = start + whole
-        return self._memory.tensor[start + ALIGN : start + ALIGN + nbytes]
+        begin = start + ALIGN
+        return Slot(self._memory.tensor[begin : begin + nbytes], (begin, nbytes, self._stamp))
 
     def _free_up_to(self, stop: int) -> None:
         """Remove the stamps of the blocks from the head to `stop`, which will be written over."""
@@ -198,20 +189,9 @@ class Ring:
             self._stamps[start // 8] = 0
 
     @property
-    def newest(self) -> int:
-        """The stamp of the newest block."""
-        return self._stamp
-
-    @property
     def oldest(self) -> int:
         """The stamp of the oldest block that is still whole."""
         return self._live[0][2] if self._live else self._stamp + 1
-
-    def place(self, buffer: Any) -> Place:
-        """The place of this buffer, a block of the ring, for a header."""
-        offset = self._memory.offset_of(buffer)
-        assert offset is not None
-        return offset, memoryview(buffer).nbytes, int(self._stamps[(offset - ALIGN) // 8])
 
     @property
     def nbytes(self) -> int:
