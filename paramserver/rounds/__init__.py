@@ -1,1 +1,1 @@
-"""Who belongs, which round is open, when it closes and why: pure decisions."""
+"""Decides which peers belong to the run, which round is open, and when it closes and why. Pure."""

@@ -1,7 +1,7 @@
-"""How each worker went that had taken part, and what that means once nobody is left.
+"""How each worker left, and what follows when no worker is left.
 
-Who left in order does not come back by itself; who failed may be started again by a supervisor; who
-fell silent (power, a cable, `kill -9`) may still be there, or come back.
+A worker that left in order does not come back by itself; a supervisor may start a failed one again;
+a silent one (power, a cable, `kill -9`) may still be there, or come back.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import msgspec
 
 LEFT, FAILED, SILENT = "left", "failed", "fell silent"
 FAILED_TIMEOUTS = 3  # heartbeat timeouts that a supervisor has to start a failed worker again
-NAMED_MAX, REASON_MAX = 4, 200  # workers, and characters of what each said, in one sentence
+NAMED_MAX, REASON_MAX = 4, 200  # workers, and characters of each reason, in one sentence
 
 
 class Departure(msgspec.Struct, frozen=True):
@@ -19,13 +19,13 @@ class Departure(msgspec.Struct, frozen=True):
     reason: str
     at: float
     finished: bool = False
-    """It left because it is done."""
+    """It left because its work is done."""
 
 
 class Departures:
-    """The newest departure of each worker that had joined. Times are those of `Rounds`; a silent
-    worker is awaited for `silent_s`, others for `timeout_s` or a multiple of it. What is kept is
-    bounded by the number of ids that workers may have."""
+    """The newest departure of each worker that had joined. Times are those of `Rounds`; the server
+    waits `silent_s` for a silent worker, and `timeout_s` or a multiple of it for others. It keeps
+    one departure for each worker id at most."""
 
     def __init__(self, timeout_s: float, silent_s: float) -> None:
         self._timeout_s, self._silent_s = timeout_s, silent_s
@@ -38,22 +38,22 @@ class Departures:
         self._took_part.add(id)
 
     def went(self, id: int, departure: Departure) -> None:
-        """This worker is not here any more."""
+        """This worker has left."""
         self._since = departure.at
         if id in self._took_part:
             self._went[id] = departure
 
     def due(self, now: float) -> float | None:
-        """When the run ends, if nobody is here any more and nobody comes; None while somebody is
-        awaited who fell silent, or if nobody has taken part."""
+        """When the run ends, if no worker is here and none comes; None while the server waits for a
+        silent one, or if none has taken part."""
         how = {d.how for d in self._went.values() if not self._is_given_up(d, now)}
         if SILENT in how or not how:
             return None
         return self._since + self._timeout_s * (FAILED_TIMEOUTS if FAILED in how else 1)
 
     def verdict(self, *, own: bool) -> tuple[str, bool]:
-        """Why the run ends when all have gone, and whether that is an error. `own`: each had
-        samples of its own, so that nothing is left undone by those who left in order."""
+        """Why the run ends when all workers have left, and whether that is an error. `own`: each
+        had samples of its own, so that a worker that left in order leaves no work undone."""
         went = sorted(self._went.items())
         left = [d for _, d in went if d.how == LEFT]
         others = [d for _, d in went if d.how != LEFT]

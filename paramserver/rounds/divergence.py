@@ -1,7 +1,7 @@
 """Are the replicas equal? Digests of their weights, at equal steps, among equal kinds.
 
-A kind is what rounds alike: device, processor's capabilities, version of torch. Replicas of two
-kinds may differ in the last bits, and are not compared.
+Replicas of one kind round alike: same device, capabilities of the processor, and version of torch.
+Replicas of two kinds may differ in the last bits, and are not compared.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ KEPT = 4  # steps whose reports are not complete: a replica that is behind may s
 
 
 class Digests:
-    """What replicas reported, until it is judged."""
+    """The digests that replicas reported, until they are compared."""
 
     def __init__(self) -> None:
         self._reports: dict[tuple[int, str], dict[int, str]] = {}  # by step and kind, then by id
@@ -20,11 +20,11 @@ class Digests:
     def report(
         self, step: int, kind: str, id: int, digest: str, expected: Collection[int]
     ) -> list[int]:
-        """The ids of those that are found wrong now, in order.
+        """Note a report; returns the ids that are now found to differ, in order.
 
-        `expected` are the ids that report this step, or have: it is judged when it has them all, or
-        when reports of later steps need the room. Most are right; of equally many those with the
-        observer (its id is 0), else those with the lowest id.
+        `expected` are the ids that report this step: their digests are compared when all are here,
+        or when reports of later steps need the room. The majority is right; of groups of equal size
+        the one with the observer (its id is 0), else the one with the lowest id.
         """
         reports = self._reports.setdefault((step, kind), {})
         reports[id] = digest

@@ -1,4 +1,4 @@
-"""What `rounds` decides, as values: the server carries them out, in their order."""
+"""The decisions of `rounds`, as values that the server carries out in their order."""
 
 from __future__ import annotations
 
@@ -12,27 +12,28 @@ class Effect(msgspec.Struct, frozen=True):
 
 
 class Send(Effect, frozen=True):
-    """To one peer's link."""
+    """Send a message to one peer's link."""
 
     session: str
     message: Message
 
 
 class PassOn(Effect, frozen=True):
-    """A part of a snapshot that came just now, with its payload, to the other side's link."""
+    """Pass the part of a snapshot that has just come on to the other side's link, with its
+    payload."""
 
     session: str
     message: Message
 
 
 class Publish(Effect, frozen=True):
-    """To everybody."""
+    """Publish a message to all peers."""
 
     message: Message
 
 
 class Start(Effect, frozen=True):
-    """The layout is known now: make room for its sums."""
+    """The layout is known: allocate its sums."""
 
     layout: Layout
     step: int
@@ -70,13 +71,13 @@ class Closed(Effect, frozen=True):
 
 
 class Void(Effect, frozen=True):
-    """The open round came to nothing: forget its sums."""
+    """The open round is void: drop its sums."""
 
     round: int
 
 
 class Say(Effect, frozen=True):
-    """A sentence for the log; `warning` where somebody should look."""
+    """Log a sentence for people, perhaps as a warning."""
 
     text: str
     warning: bool = False
@@ -89,6 +90,6 @@ class Remove(Effect, frozen=True):
 
 
 class Ended(Effect, frozen=True):
-    """The run is over; tell everybody."""
+    """The run is over: publish the End."""
 
     end: End

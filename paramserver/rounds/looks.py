@@ -1,6 +1,5 @@
-"""Is the data set of one worker that of another? What a few of its samples look like tells.
-
-Which one is right nobody can know: the first that was told is the run's.
+"""Compares the workers' data sets by a few samples. The server cannot know which one is right, so
+the first report counts as the run's.
 """
 
 from __future__ import annotations
@@ -14,21 +13,21 @@ TOLERANCE = 0.05  # of the root of the mean square
 
 
 class Looks:
-    """What the first worker told of its samples, to compare what others tell."""
+    """The first worker's report of its samples, for comparison with the others'."""
 
     def __init__(self) -> None:
         self.whose = ""
-        self.told: set[int] = set()  # workers whose other numbers were told
+        self.told: set[int] = set()  # workers whose differing numbers were logged
         self._first: dict[tuple[int, str], Look] = {}
 
     def first(self, whose: str, looks: Iterable[Look]) -> None:
-        """From now on these are the run's, and nothing before."""
+        """Take these as the run's from now on, instead of any before."""
         self.whose = whose
         self._first = {(look.index, look.leaf): look for look in looks}
 
     def difference(self, looks: Iterable[Look]) -> tuple[Look, Look, bool] | None:
-        """A sample that looks another way than the run's: its look, the run's, and whether it must
-        be the same (labels, words), rather than nearly. None where there is none."""
+        """The first difference to the run's samples: this look, the run's, and whether they must be
+        equal (labels, words) rather than similar. None where there is none."""
         rough: tuple[Look, Look, bool] | None = None
         for look in looks:
             ours = self._first.get((look.index, look.leaf))
@@ -49,12 +48,12 @@ def _alike(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
 
 
 def shown(look: Look) -> str:
-    """In short, for people."""
+    """A look in short, for people."""
     if look.exact:
         return printable(look.exact)
     return f"about {look.rough[0]:.4g} on average" if look.rough else "nothing"
 
 
 def part(look: Look) -> str:
-    """Where in the sample, if it has parts."""
+    """The part of the sample, if it has parts."""
     return f" (in {printable(look.leaf)})" if look.leaf else ""

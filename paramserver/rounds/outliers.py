@@ -1,30 +1,31 @@
-"""How large a bucket's gradient usually is, and whether one is out of all proportion."""
+"""Finds gradients whose norm is far above the usual one of their bucket."""
 
 from __future__ import annotations
 
 from collections import deque
 
 KEPT = 64
-NEEDED = 16  # before that nothing is known to be usual
-SMALLEST = 0.01  # a usual norm, where there is one at all
+NEEDED = 16  # norms, before a usual one is known
+SMALLEST = 0.01  # the least usual norm
 
 
 class Norms:
-    """The newest norms of each bucket's accepted gradients, whoever sent them.
+    """The newest norms of each bucket's accepted gradients, of all workers.
 
-    What is usual is the highest that their median has been, and no less than `SMALLEST`: a model
-    that fits its data makes next to nothing of most batches, and something of the one that it does
-    not know, or of all when a stage of its schedule begins. That is no broken gradient.
-    `max_ratio`: how many times the usual a norm may be; None = any size.
+    The usual norm is the highest median so far, and at least `SMALLEST`: a model that fits its data
+    has tiny gradients for most batches, and a larger one for a batch that it does not fit, or for
+    all when a stage of its schedule begins. Such a gradient is not broken. `max_ratio`: how many
+    times the usual a norm may be; None = any size.
     """
 
     def __init__(self, max_ratio: float | None) -> None:
         self._max_ratio = max_ratio
         self._newest: dict[int, deque[float]] = {}
-        self._highest: dict[int, float] = {}  # median of each bucket's
+        self._highest: dict[int, float] = {}  # the highest median, by bucket
 
     def judge(self, bucket: int, norm: float) -> str | None:
-        """Why a gradient of this norm is refused; None when it is not: then it counts, too."""
+        """Why a gradient of this norm is refused; None where it is accepted: then it is added to
+        the norms."""
         if self._max_ratio is None:
             return None
         newest = self._newest.setdefault(bucket, deque(maxlen=KEPT))

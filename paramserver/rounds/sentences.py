@@ -1,4 +1,4 @@
-"""How many sentences about one worker people are told: whoever it is, it does not fill the log."""
+"""Limits the number of sentences about one worker, so that no worker fills the log."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ ANOTHER_AFTER_S = 30.0
 
 
 class Sentences:
-    """Of each worker `AT_ONCE` sentences, and another one every `ANOTHER_AFTER_S`; what is left out
-    is counted, and told when there is room again. Keeps a few numbers for each worker id."""
+    """Allows `AT_ONCE` sentences about each worker, and one more every `ANOTHER_AFTER_S`. It counts
+    the others, and reports their number when a sentence is allowed again. It keeps a few numbers
+    for each worker id."""
 
     def __init__(self) -> None:
         self._told: dict[int, int] = {}
@@ -16,7 +17,7 @@ class Sentences:
         self._since: float | None = None
 
     def may(self, id: int, name: str) -> bool:
-        """May one more be told about this worker? If so, it counts."""
+        """Is one more sentence about this worker allowed? If so, it is counted."""
         if self._told.get(id, 0) >= AT_ONCE:
             self._left_out[id] = (self._left_out.get(id, (0, ""))[0] + 1, name)
             return False
@@ -24,7 +25,7 @@ class Sentences:
         return True
 
     def left_out(self, now: float) -> list[str]:
-        """As time passes: what to say about the sentences that were not told."""
+        """Sentences with the number of those that were left out, when they are due."""
         if self._since is None:
             self._since = now
         if now - self._since < ANOTHER_AFTER_S:

@@ -1,8 +1,8 @@
-"""What the server does with messages: greeting, links, beats, and what `rounds` decides.
+"""Handles the server's messages: greeting, links, beats, and the decisions of `rounds`.
 
-Nothing here touches a socket, a clock, a file or a tensor. `now` (seconds, any origin) comes in
-with each message. What goes out is handed to a `Transport`, payloads to `Data`; in the server these
-are `paramserver.server.server` and `paramserver.server.data`.
+`Control` uses no socket, clock, file or tensor. `now` (seconds, any origin) comes in with each
+message. Messages go out through a `Transport`, payloads go to `Data`; in the server these are
+`paramserver.server.server` and `paramserver.server.data`.
 """
 
 from __future__ import annotations
@@ -51,14 +51,14 @@ from paramserver.rounds.events import (
 )
 from paramserver.server.history import FETCH_BYTES, Frames, Update
 
-PROBES_APART_S = 0.05  # at least, as published: all who follow hear them
-GOODBYE_TIMEOUTS = 3  # heartbeat timeouts that a worker has for its goodbye after the run's end
-REFUSED_SENDERS = 1000  # of which a line of the log tells that they send rubbish
+PROBES_APART_S = 0.05  # between published probes, at least: all peers receive them
+GOODBYE_TIMEOUTS = 3  # heartbeat timeouts for a worker's goodbye after the run's end
+REFUSED_SENDERS = 1000  # whose invalid messages are logged
 Finished = tuple[wire.Average, Frames]
 
 
 class Transport(Protocol):
-    """Takes messages away without waiting. A route leads to one connection of one peer."""
+    """Sends messages without waiting. A route leads to one connection of one peer."""
 
     sent_bytes: int
 
@@ -72,7 +72,7 @@ class Transport(Protocol):
         """The same for a message of an update as `Data` keeps it."""
 
     def publish(self, message: wire.Message) -> None:
-        """To everybody who follows."""
+        """Send to all peers that follow the log."""
 
     def publish_update(self, averages: list[Finished], close: Frames | None) -> None:
         """New averages, and the close of their round if it is over, as one message."""
@@ -81,11 +81,11 @@ class Transport(Protocol):
         """Bytes of large frames that wait here for the peer at the other end."""
 
     def forget(self, route: bytes) -> None:
-        """Nothing is sent there any more."""
+        """No more messages go there: forget the route."""
 
 
 class Data(Protocol):
-    """Keeps tensors; see `paramserver.server.data.Data`, which tells what each of these does."""
+    """Keeps tensors; `paramserver.server.data.Data` documents these methods."""
 
     def start(self, layout: wire.Layout) -> str | None: ...
     def share(self, session: str, join: wire.Join) -> str | None: ...
@@ -106,22 +106,22 @@ class Data(Protocol):
 
 
 class Watcher(Protocol):
-    """Who looks on: the program's display and run folder. Calls must return at once."""
+    """The program's display and run folder. Calls must return at once."""
 
     def say(self, text: str, warning: bool = False) -> None: ...
-    def closing(self, close: wire.Close) -> None: ...  # nobody has been told of it yet
+    def closing(self, close: wire.Close) -> None: ...  # before it is published
     def closed(self, control: Control, close: wire.Close) -> None: ...
     def reported(self, control: Control, report: wire.Report) -> None: ...
-    def problem(self, text: str) -> None: ...  # something was not done that people count on
+    def problem(self, text: str) -> None: ...  # without ending the run
     def looked(self, control: Control, now: float) -> None: ...
 
 
 class Control:
-    """The server between its sockets and its tensors; see the module's head.
+    """The server between its sockets and its tensors; see the module's docstring.
 
-    `welcome` is what a peer is answered, but for its session and id; `observer_key` is what the
-    observer that belongs to this server shows. `most_unread` is how many bytes of a snapshot may
-    wait for its joiner; `new_session` makes a name that nobody guesses.
+    `welcome` is the answer to a peer, without its session and id; `observer_key` identifies the
+    observer of this server. At most `most_unread` bytes of a snapshot wait for its joiner;
+    `new_session` makes a name that cannot be guessed.
     """
 
     def __init__(
@@ -150,11 +150,11 @@ class Control:
         self._observer_key = observer_key
         self._most_unread = most_unread
         self._new_session = new_session
-        self._unmapped: set[str] = set()  # sessions whose outbox cannot be used here
-        self._secrets: dict[str, str] = {}  # by session; never sent to anybody
-        self._told: set[bytes] = set()  # who was told that it sends rubbish
+        self._unmapped: set[str] = set()  # sessions whose outbox cannot be mapped here
+        self._secrets: dict[str, str] = {}  # by session; never sent to another peer
+        self._told: set[bytes] = set()  # routes that got a Reject for an invalid message
         self._probed: dict[str, float] = {}  # session -> when its probe was last published
-        self._stop: tuple[str, bool] | None = None  # why, and whether that is an error
+        self._stop: tuple[str, bool] | None = None  # the reason, and whether it is an error
         self._ended_at: float | None = None
 
     @property
@@ -177,7 +177,7 @@ class Control:
         self._stop = reason, error
 
     def tick(self, now: float) -> None:
-        """Look at deadlines. Due now and then, and at `rounds.next_deadline()`."""
+        """Check deadlines. Call it from time to time, and at `rounds.next_deadline()`."""
         if self._stop is not None:
             (reason, error), self._stop = self._stop, None
             self._happens(Stop(reason, error), now)
@@ -185,18 +185,18 @@ class Control:
         self.watcher.looked(self, now)
 
     def pulse(self, now: float) -> None:
-        """The server's sign of life, several times in each heartbeat timeout."""
+        """Send the server's sign of life; call it several times in each heartbeat timeout."""
         pulse = msgspec.structs.replace(
             self.rounds.pulse(now), sent_bytes=self.sent_bytes, received_bytes=self.received_bytes
         )
         self._transport.publish(pulse)
         for session in list(self.routes):
             self._send(session, pulse)
-            if self.rounds.ended is not None:  # it may have been out when that was told
+            if self.rounds.ended is not None:  # a peer may have missed the End
                 self._send(session, self.rounds.ended)
 
     def finished(self, now: float) -> bool:
-        """Has everybody who is alive said goodbye, or had the time to?"""
+        """Has every living peer said goodbye, or had the time to?"""
         if self._ended_at is None:
             return self.rounds.deserted or self.rounds.put_off
         rules = self.rounds.rules
@@ -210,14 +210,15 @@ class Control:
     # ------------------------------------------------------------------ what comes in
 
     def receive(self, route: bytes, message: Any, buffers: list[Any], now: float) -> None:
-        """One message; whatever is wrong with it costs only its sender."""
+        """Handle one message; a fault in it affects only its sender."""
         try:
             self._handle(route, message, buffers, now)
         except PeerError as e:
             self.refuse(route, e, now)
 
     def refuse(self, route: bytes, error: PeerError, now: float) -> None:
-        """A message that this protocol does not allow: its sender is told, and is out."""
+        """The sender of a message that this protocol does not allow gets a Reject, and leaves the
+        run."""
         session = self.links.get(route)
         if route not in self._told and len(self._told) < REFUSED_SENDERS:
             self._told.add(route)
@@ -268,7 +269,7 @@ class Control:
                 self._share(session, message)
                 self._happens(Told(session, message), now)
             case wire.Want() if self._transport.waiting(route) > self._most_unread:
-                pass  # it may ask again when it has read what it asked for
+                pass  # it may ask again when it has read the answer
             case wire.Piece():
                 self._happens(Told(session, message), now, buffers[:1])
             case wire.Report():
@@ -296,7 +297,7 @@ class Control:
     def _greet(self, route: bytes, hello: wire.Hello, now: float) -> None:
         if self.rounds.coming_back and hello.role == "worker" and hello.run is None:
             self._transport.send(route, wire.Later(self.rounds.phase(now)))
-            return  # first comes who holds the run
+            return  # replicas that hold the run come first
         refuse, end = "", None
         if hello.protocol != wire.PROTOCOL:
             refuse = f"this server speaks protocol {wire.PROTOCOL}, you speak {hello.protocol}"
@@ -338,7 +339,7 @@ class Control:
         self._transport.send(route, welcome)
 
     def _probe(self, route: bytes, probe: wire.Probe, now: float) -> None:
-        """Bind a link to its session, and let the peer see that both ways work."""
+        """Bind a link to its session, and answer the probe on link and PUB."""
         if not self._is_from(probe):
             self._transport.send(route, wire.Greet(session_known=False))
             return
@@ -364,22 +365,22 @@ class Control:
         )
 
     def _is_anothers(self, hello: wire.Hello) -> bool:
-        """Is there a peer of this nonce, which came with another secret?"""
+        """Is there a peer of this nonce that has another secret?"""
         return any(
             peer.nonce == hello.nonce and not _same(hello.secret, self._secrets.get(session, ""))
             for session, peer in self.rounds.peers.items()
         )
 
     def _reachable(self, session: str, now: float) -> bool:
-        """Does this peer's connection still stand? The transport knows when it was closed."""
+        """Is this peer's connection still open? The transport knows when it was closed."""
         return self._send(session, self.rounds.pulse(now))
 
     def _share(self, session: str, join: wire.Join) -> None:
-        """A peer on this host may use shared memory."""
+        """Let a peer on this host use shared memory."""
         self._unmapped.discard(session)
         problem = self._data.share(session, join)
         if problem is not None:
-            self._unmapped.add(session)  # its Admit will tell
+            self._unmapped.add(session)  # its Admit says so
             self.watcher.say(
                 f"{self.rounds.peers[session].name} sends through the socket, which is slower: "
                 f"its shared memory cannot be used: {problem}"
@@ -404,7 +405,7 @@ class Control:
             return
         route = self.routes[session]
         if self._transport.waiting(route) > FETCH_BYTES:
-            return  # an answer is on its way, or lies there unread
+            return  # an answer is on its way, or unread
         for update in self._data.fetch(fetch.step):
             if not self._send_update(route, update):
                 return
@@ -413,8 +414,8 @@ class Control:
     # ------------------------------------------------------------------ what goes out
 
     def _happens(self, event: Event, now: float, content: Sequence[Any] = ()) -> None:
-        """Let rounds decide what follows from an event, and do that. `content`: the payload of a
-        message that may have to go on."""
+        """Pass an event to `rounds`, and carry out the effects. `content`: the payload of a message
+        that may be passed on."""
         self._carry_out(self.rounds.handle(event, now), now, content)
 
     def _carry_out(self, effects: list[Effect], now: float, content: Sequence[Any] = ()) -> None:
@@ -475,7 +476,7 @@ class Control:
         self.watcher.closed(self, close)
 
     def _forget_overwritten(self, now: float) -> None:
-        """Let rounds know how far back updates are really there."""
+        """Report to `rounds` the oldest update that is still there."""
         reach = self._data.reaches_back_to()
         if reach is not None:
             self._happens(Forgotten(reach), now)
@@ -492,7 +493,7 @@ class Control:
             self.links.pop(route, None)
 
     def _prompt(self, sessions: Collection[str], now: float) -> None:
-        """Tell these on their links that a round is open, as the next pulse would."""
+        """Send these sessions the open round on their links, before the next pulse does."""
         for session in sorted(sessions):
             self._send(session, self.rounds.pulse(now))
 
@@ -505,5 +506,5 @@ class Control:
 
 
 def _same(told: str, kept: str) -> bool:
-    """Compare secrets in a time that tells nothing of them."""
+    """Compare secrets in constant time."""
     return hmac.compare_digest(told.encode(errors="replace"), kept.encode(errors="replace"))
