@@ -27,7 +27,7 @@ import os, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from crew import Crew, Noise, perceptron
-from paramserver.transport import shm as arena
+from paramserver.transport import shm
 from whole import Served
 
 least = []
