@@ -1599,12 +1599,12 @@ def test_who_joins_again_and_again_waits_longer_each_time() -> None:
     run.push(1), run.push(2)
     run.push(1), run.push(2), run.push(9)
     assert 9 in run.closes[-1].contributors
-    assert run.rounds._wasted == 0, "and the next one need not wait"
+    assert run.rounds._waste.in_a_row == 0, "and the next one need not wait"
 
 
 def test_the_observer_never_waits_for_what_workers_wasted() -> None:
     run = Run(epochs=1000).observer().workers(1, 2)
-    run.rounds._next_snapshot_at = 1e9
+    run.rounds._waste.next_at = 1e9
     run.leave(0), run.hello(0, "b"), run.join(0, "b")
     run.push(1)
     assert "w1 <- give 3 of step 1" in run.push(2)

@@ -47,7 +47,6 @@ from paramserver.protocol.messages import (
     Unreadable,
     Unready,
     Want,
-    next_lineage,
 )
 from paramserver.rounds import states
 from paramserver.rounds.departures import FAILED, LEFT, SILENT, Departure, Departures
@@ -94,6 +93,7 @@ from paramserver.rounds.ledger import (
     OwnLedger,
     Places,
 )
+from paramserver.rounds.log import Log
 from paramserver.rounds.looks import Looks, part, shown
 from paramserver.rounds.outliers import Norms
 from paramserver.rounds.recovery import Recovery
@@ -107,6 +107,7 @@ from paramserver.rounds.round import (
 )
 from paramserver.rounds.sentences import Sentences
 from paramserver.rounds.states import GREETED, REPLICA, WAITING
+from paramserver.rounds.waste import Waste
 
 HOLDER_TIMEOUTS = 4  # that the last one who held the state has to come back to those who wait
 MAX_WAIT_TIMEOUTS = 3  # heartbeat timeouts that a derived wait is at most
@@ -114,8 +115,6 @@ EMPTY_ROUNDS = 3  # that a worker may bring nothing to, though they waited as lo
 REST_TIMES_MAX = 10  # as long as they waited in all it is left out then, at most
 OVERDUE_DOUBLINGS = 5  # of the wait before a round is void, as long as nothing is closed
 FAILED_GIVES = 3  # of one that has proven nothing: then it is taken for one that holds no state
-WASTED_SNAPSHOTS = 3  # in a row that brought nobody who contributes: the next one waits
-WAIT_DOUBLINGS = 5
 SNAPSHOTS_FOR_WRONG = 3  # that a replica takes because its weights are not those of the others
 SLOW_ROUNDS = 20  # in a row that wait longer for one than for all others, before it is said
 SLOW_S = 0.1
@@ -179,8 +178,7 @@ class Rounds:
         self.peers: dict[str, Peer] = {}
         self.layout: Layout | None = None
         self.recipe = ""  # from average to weights, as the origin has it
-        self.step = 0
-        self.lineage = ""
+        self.log = Log()
         self.ledger: Ledger | None = None
         self.round: Round | None = None
         self.snapshot: Snapshot | None = None
@@ -216,16 +214,12 @@ class Rounds:
         self._bad_rounds = 0  # in a row
         self._overdue_rounds = 0  # that were void since they waited in vain, since the last close
         self._said_overdue = 0  # the round of which it was said for whom it waits
-        self._log_begun = False  # an update follows the first state
-        self._lineages: dict[int, str] = {}  # of the steps whose successors can be fetched
         self._rounds = 0
         self._snapshots = 0
         self._round_goes_first = False  # after a snapshot
-        self._wasted = 0  # snapshots in a row that brought nobody who then contributed
+        self._waste = Waste(rules.heartbeat_timeout, now)
         self._vain: dict[int, Vain] = {}  # by worker id
-        self._wasted_by: dict[int, int] = {}  # worker id -> the same, of this one
         self._disbelieved: set[int] = set()  # worker ids, see `_gave_nothing`
-        self._next_snapshot_at = now  # not before, as long as rounds can go on
         self._count_buckets = count_buckets
         self._name_samples = name_samples
         self._places = places
@@ -272,8 +266,7 @@ class Rounds:
                     self._recovery.beats(event.nonce, now)
                 return False
             case Forgotten():
-                while self._lineages and (oldest := next(iter(self._lineages))) < event.step:
-                    del self._lineages[oldest]
+                self.log.forget_before(event.step)
                 return False
         raise TypeError(f"{event!r} is no event")
 
@@ -747,7 +740,15 @@ class Rounds:
     @property
     def log_begun(self) -> bool:
         """Does an update follow the first state? Before that, the state is where it came from."""
-        return self._log_begun
+        return self.log.begun
+
+    @property
+    def step(self) -> int:
+        return self.log.step
+
+    @property
+    def lineage(self) -> str:
+        return self.log.lineage
 
     def workers_ready(self) -> list[Peer]:
         return sorted(
@@ -757,7 +758,7 @@ class Rounds:
 
     def knows(self, step: int, lineage: str) -> bool:
         """Can a replica at (step, lineage) follow from there by fetching updates?"""
-        return self._lineages.get(step) == lineage
+        return self.log.knows(step, lineage)
 
     def open_message(self) -> Open | None:
         current = self.round
@@ -887,7 +888,7 @@ class Rounds:
         observer = self.observer
         if observer is None or observer.join is None:
             comes = self.observer_comes or observer is not None
-            return comes and self._log_begun and held
+            return comes and self.log.begun and held
         may_have_it = held or observer.state != WAITING  # else nobody could give it a snapshot
         return may_have_it and observer.kept_at != self.step
 
@@ -919,7 +920,7 @@ class Rounds:
         """Does somebody wait for a state that nobody here holds any more?"""
         workers = [p.state for p in self.peers.values() if p.role == "worker"]
         held = any(p.state == REPLICA for p in self.peers.values())
-        if held or not self._log_begun or WAITING not in workers:
+        if held or not self.log.begun or WAITING not in workers:
             self._lost_since = None
         elif self._lost_since is None:
             self._lost_since = now
@@ -1058,7 +1059,7 @@ class Rounds:
             peer.returns = False  # it was told why; the next one
             return
         self._recovery, self._busy_at = None, now
-        self._log_begun = self.started = self.step > 0
+        self.log.begun = self.started = self.step > 0
 
     def _choose_origin(self) -> None:
         """The first state is the observer's where there is one, else that of whoever joined first.
@@ -1066,7 +1067,7 @@ class Rounds:
         Until an update follows it, it may be lost with all who hold it; then there is another.
         """
         held = any(p.state == REPLICA for p in self.peers.values())
-        if self._log_begun or self.round is not None or held or self.coming_back:
+        if self.log.begun or self.round is not None or held or self.coming_back:
             return
         for peer in self.peers.values():
             if peer.state == WAITING and (peer.role == "observer" or not self.rules.observer):
@@ -1096,8 +1097,7 @@ class Rounds:
         self._held.clear()
         self.layout, self._buckets = message.layout, buckets
         self.recipe = message.recipe
-        self.step, self.lineage = message.step, message.lineage
-        self._lineages = {self.step: self.lineage}
+        self.log.begin(message.step, message.lineage)
         self._becomes_replica(peer, states.ADMITTED)
         self._effects.append(Start(message.layout, message.step))
         self._send(peer, Admit(action="origin", step=self.step, lineage=self.lineage))
@@ -1449,15 +1449,13 @@ class Rounds:
         refused = any(m.bad is not None for m in current.members.values())
         self._bad_rounds = self._bad_rounds + 1 if refused and not contributors else 0
         weight = sum(n for n, _ in losses)
-        self.step += 1
-        self._log_begun = True
         self.round = None
         self._turn(states.CLOSED)
         self._busy_at, self._overdue_rounds = now, 0
         close = Close(
             nonce=self.nonce,
             round=current.number,
-            step=self.step,
+            step=self.step + 1,
             lineage="",
             buckets=current.averaged(),
             contributors=contributors,
@@ -1468,9 +1466,7 @@ class Rounds:
             reason=current.shortfall(late),
             partly=partly,
         )
-        self.lineage = next_lineage(self.lineage, close)
-        self._lineages[self.step] = self.lineage
-        return msgspec.structs.replace(close, lineage=self.lineage)
+        return self.log.append(close)
 
     def _void(self, why: str) -> None:
         current = self.round
@@ -1554,8 +1550,7 @@ class Rounds:
             peer.proven = True
             if peer.owes:
                 peer.owes = False
-                self._wasted_by.pop(peer.id, None)
-                self._wasted = 0
+                self._waste.useful(peer.id)
         if member.got:
             self._vain.pop(peer.id, None)
         elif member.timed_out:
@@ -1631,7 +1626,7 @@ class Rounds:
         nothing of theirs."""
         if self._round_goes_first and not self._overdue_rounds:
             return ()
-        return ("observer", "worker") if now >= self._next_snapshot_at else ("observer",)
+        return ("observer", "worker") if now >= self._waste.next_at else ("observer",)
 
     def _start_snapshot(self, now: float, only: Collection[str] | None = None) -> bool:
         """Between rounds, the first one who waits for a snapshot (and has one of these roles) gets
@@ -1647,7 +1642,7 @@ class Rounds:
                 and (self.ending is None or p.role == "observer")
                 and (only is None or p.role in only)
             ),
-            key=lambda p: self._wasted_by.get(p.id, 0),
+            key=lambda p: self._waste.by.get(p.id, 0),
             default=None,
         )
         givers = [p for p in self.peers.values() if p.state == REPLICA]
@@ -1673,19 +1668,14 @@ class Rounds:
         return True
 
     def _snapshot_was_wasted(self, joiner: Peer, now: float) -> None:
-        """Nobody who contributes came of a snapshot: after some of these in a row the next ones
-        wait, so that who joins again and again, by whatever name, does not stop the training."""
+        """Nobody who contributes came of it."""
         if joiner.role == "observer":
             return
-        self._wasted += 1
-        self._wasted_by[joiner.id] = self._wasted_by.get(joiner.id, 0) + 1
-        beyond = min(self._wasted - WASTED_SNAPSHOTS, WAIT_DOUBLINGS)
-        if beyond > 0:
-            wait_s = self.rules.heartbeat_timeout * 2 ** (beyond - 1)
-            self._next_snapshot_at = now + wait_s
+        wait_s = self._waste.wasted(joiner.id, now)
+        if wait_s is not None:
             self._warn(
-                f"{self._wasted} snapshots in a row brought nobody who took part then: rounds go "
-                f"on for {wait_s:.0f} s before the next one",
+                f"{self._waste.in_a_row} snapshots in a row brought nobody who took part then: "
+                f"rounds go on for {wait_s:.0f} s before the next one",
                 joiner,
             )
 

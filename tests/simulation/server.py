@@ -483,13 +483,13 @@ class Server:
         members = len(r.round.members) if r.round else 0
         kept = (
             ("updates", len(self.data.history), self.limit),
-            ("lineages", len(r._lineages), self.limit + 1),
+            ("lineages", len(r.log.lineages), self.limit + 1),
             ("payloads", len(self.data.payloads), members * self.buckets),
             ("sums", len(self.data.sums), self.buckets),
             ("peers", len(r.peers), self.rules.max_workers + 1),
             ("digests of goodbyes", len(r.digests), self.rules.max_workers + 1),
             ("disbelieved", len(r._disbelieved), self.rules.max_workers),
-            ("wasted snapshots", len(r._wasted_by), self.rules.max_workers),
+            ("wasted snapshots", len(r._waste.by), self.rules.max_workers),
             (
                 "failed givers",
                 max((len(p.failed_by) for p in r.peers.values()), default=0),
