@@ -253,7 +253,7 @@ class Rounds:
         return effects
 
     def _take(self, event: Event, now: float) -> bool:
-        """Note what happened. Has anything changed from which more may follow?"""
+        """Note what happened; tell whether more may follow from it."""
         match event:
             case Tick():
                 return self._tick(now)
@@ -294,7 +294,7 @@ class Rounds:
         raise TypeError(f"{event!r} is no event")
 
     def _told(self, peer: Peer, message: Words, now: float) -> bool:
-        """A message; one that does not count in this state is answered, if at all, here."""
+        """Heed a message, or answer the one that does not count in the peer's state."""
         heeded = states.HEEDED.get(type(message))
         if heeded is not None and not (peer.role in heeded[0] and peer.state in heeded[1]):
             if isinstance(message, Ready) and (peer.role != "worker" or peer.join is None):
@@ -334,10 +334,10 @@ class Rounds:
     def declines(
         self, greeting: Greeted, now: float, reachable: Callable[[str], bool] = lambda session: True
     ) -> str | None:
-        """Why this greeting is not accepted; None when it is.
+        """Why the server declines this greeting; None where it accepts it.
 
-        `reachable(session)` tells whether that peer's connection still stands; one that does not
-        gives its id up to a new process at once.
+        `reachable(session)` tells whether that peer's connection still stands; a peer without one
+        loses its id to a new process at once.
         """
         number = self._number_of(greeting)
         if greeting.role == "worker" and not 1 <= number <= self.rules.max_workers:

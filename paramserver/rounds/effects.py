@@ -48,7 +48,7 @@ class Add(Effect, frozen=True):
 
 
 class Discard(Effect, frozen=True):
-    """The payload that came with this push is out of proportion: forget it."""
+    """Drop the payload of this push: its norm is out of proportion."""
 
     worker: int
     bucket: int

@@ -1,6 +1,6 @@
-"""What happens to a run, as values: `Rounds.handle` takes them and returns the effects.
+"""The events of a run, as values: `Rounds.handle` takes one and returns its effects.
 
-Where a peer's message is all that happened, `Told` carries it as it came.
+`Told` carries a peer's message as it came.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import msgspec
 from paramserver.protocol import messages as wire
 
 Part = wire.Manifest | wire.Want | wire.Piece
-"""Of a snapshot; it goes on to the other side."""
+"""A part of a snapshot, which the server passes on to the other side."""
 Message = (
     Part
     | wire.Join
@@ -24,7 +24,7 @@ Message = (
     | wire.Abort
     | wire.Goodbye
 )
-"""What a peer may tell, beside a push."""
+"""A message that a peer sends on its link, but for a push."""
 
 
 class Event(msgspec.Struct, frozen=True):
@@ -32,7 +32,7 @@ class Event(msgspec.Struct, frozen=True):
 
 
 class Tick(Event, frozen=True):
-    """Time has passed. Due now and then, and at `Rounds.next_deadline`."""
+    """Time has passed. The server ticks now and then, and at `Rounds.next_deadline`."""
 
 
 class Stop(Event, frozen=True):
@@ -43,8 +43,8 @@ class Stop(Event, frozen=True):
 
 
 class Greeted(Event, frozen=True):
-    """A Hello that `Rounds.declines` let pass. Without an `id` the peer gets the first that is
-    free; whoever holds its id is gone. `returns`: it has been part of this run before."""
+    """A peer greeted, and `Rounds.declines` let it pass. Without an `id` it gets the first free
+    one; a peer that holds its id is removed. `returns`: the process belonged to this run before."""
 
     session: str
     role: str
@@ -56,36 +56,36 @@ class Greeted(Event, frozen=True):
 
 
 class Alive(Event, frozen=True):
-    """A process of this run beats that has not greeted this server."""
+    """A process of this run beats, but has not greeted this server."""
 
     nonce: str
 
 
 class Forgotten(Event, frozen=True):
-    """Updates up to and including the one that led to `step` are not kept any more."""
+    """The server no longer keeps the updates up to and including the one that led to `step`."""
 
     step: int
 
 
 class PeerEvent(Event, frozen=True):
-    """Something about one peer. It is ignored where that peer is not here."""
+    """An event of one peer. `Rounds` ignores it if it does not know that session."""
 
     session: str
 
 
 class Heard(PeerEvent, frozen=True):
-    """Any sign of life. Nothing follows from it before time is looked at."""
+    """The peer gave a sign of life. Nothing follows from it before the next tick."""
 
 
 class Told(PeerEvent, frozen=True):
-    """A message came on the peer's link."""
+    """The peer sent a message on its link."""
 
     message: Message
 
 
 class Pushed(PeerEvent, frozen=True):
-    """A push that `Rounds.refusal` let pass; `bad` tells what is wrong with its numbers. `norm`:
-    that of the gradient, where it is known."""
+    """The peer sent a push that `Rounds.refusal` let pass. `bad` says what is wrong with its
+    numbers, `norm` is that of its gradient, where the server measured one."""
 
     push: wire.Push
     bad: str | None = None
@@ -93,18 +93,18 @@ class Pushed(PeerEvent, frozen=True):
 
 
 class PushRefused(PeerEvent, frozen=True):
-    """A push that must not be used, and why."""
+    """The server must not use this push; `reason` says why."""
 
     push: wire.Push
     reason: str
 
 
 class Relinked(PeerEvent, frozen=True):
-    """The peer's link was cut and is back: what was on its way may be lost."""
+    """The peer's link was cut and is back: messages on their way may be lost."""
 
 
 class Dropped(PeerEvent, frozen=True):
-    """The server lets the peer go; `error`: since it broke a rule."""
+    """The server drops the peer, with `error` because the peer broke a rule."""
 
     reason: str
     error: bool = False

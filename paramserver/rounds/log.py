@@ -1,4 +1,4 @@
-"""Where the log of updates stands, and from which of its states a replica can follow."""
+"""The newest state of the log of updates, and the states from which a replica can follow."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from paramserver.protocol.messages import Close, next_lineage
 
 
 class Log:
-    """Owns the name of the newest state (`step`, `lineage`) and those of the states whose
-    successors can be fetched. `begun`: an update follows the first state."""
+    """Owns the name of the newest state (`step`, `lineage`) and the names of the states whose next
+    updates the server still keeps. `begun`: an update follows the first state."""
 
     def __init__(self) -> None:
         self.step = 0
@@ -18,12 +18,12 @@ class Log:
         self.lineages: dict[int, str] = {}  # by step
 
     def begin(self, step: int, lineage: str) -> None:
-        """At the origin's state."""
+        """Begin at the origin's state."""
         self.step, self.lineage = step, lineage
         self.lineages = {step: lineage}
 
     def append(self, close: Close) -> Close:
-        """The close of the next step, with the lineage that it leads to."""
+        """Add the close of the next step, and return it with its lineage."""
         self.step, self.begun = close.step, True
         self.lineage = self.lineages[self.step] = next_lineage(self.lineage, close)
         return msgspec.structs.replace(close, lineage=self.lineage)
@@ -33,6 +33,6 @@ class Log:
         return self.lineages.get(step) == lineage
 
     def forget_before(self, step: int) -> None:
-        """Updates up to and including the one that led to `step` are not kept any more."""
+        """Forget the states before `step`: the server no longer keeps their next updates."""
         while self.lineages and (oldest := next(iter(self.lineages))) < step:
             del self.lineages[oldest]

@@ -1,8 +1,8 @@
 """The states of a peer and of the run, and what leads from each to the next.
 
-`Rounds` takes every step by these tables: a row that is not there is a mistake in its code. `make
-docs` draws the diagrams of `docs/architecture.md` from them (`paramserver.rounds.diagrams`). The
-causes are words for people, as they stand in the diagrams.
+`Rounds` looks up each change of state in these tables, and a missing row is a mistake in its code.
+`make docs` draws the diagrams of `docs/architecture.md` from them (`paramserver.rounds.diagrams`),
+with the causes as their labels.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ PEER: Table = {
     ADOPTING: {ADOPTED: REPLICA, ABORTED: GREETED},
     REPLICA: {TAKEN_OUT: GREETED},
 }
-"""From Hello, with which a peer is greeted, to its end, which may come in each state. Who is taken
-out while it adopts has its snapshot aborted before."""
+"""A peer begins as greeted, after its Hello, and may leave from each state. Before `Rounds` takes
+out a peer that adopts, it aborts the snapshot."""
 
 HEEDED: dict[type[wire.Message], tuple[frozenset[str], frozenset[str]]] = {
     wire.Ready: (frozenset({"worker"}), frozenset({REPLICA})),
@@ -39,7 +39,7 @@ HEEDED: dict[type[wire.Message], tuple[frozenset[str], frozenset[str]]] = {
     wire.Digest: (frozenset({"worker", "observer"}), frozenset({REPLICA})),
     wire.Adopted: (frozenset({"worker", "observer"}), frozenset({ADOPTING})),
 }
-"""Messages that count from peers of these roles in these states only."""
+"""Messages that `Rounds` heeds only from peers of these roles in these states."""
 
 # ------------------------------------------------------------------------------------- the run
 
@@ -72,10 +72,10 @@ RUN: Table = {
     ENDING: {ORIGIN: ENDING, GIVEN: ENDING, TAKEN: ENDING, OFF: ENDING, OVER: ENDED},
     ENDED: {ORIGIN: ENDED},
 }
-"""No snapshot starts while a round is open, and no round opens while one is given. The next round
-may open at once with a close. There is another origin where all who held the first state left
-before an update. While the run is ending the observer may take a snapshot; what is under way then
-goes on."""
+"""No snapshot starts while a round is open, and no round opens during a snapshot. The next round
+may open in the same moment as the last one closes. Another replica becomes the origin if all who
+held the first state left before an update. While the run ends, a snapshot under way goes on, and
+the observer may take another one."""
 
 
 def after(table: Table, state: str, cause: str) -> str:

@@ -1,4 +1,4 @@
-"""Snapshots in vain: how long rounds go on before another one stops them."""
+"""How long rounds go on before the next snapshot, after snapshots that brought no contributor."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ WAIT_DOUBLINGS = 5
 
 
 class Waste:
-    """Owns how many snapshots brought nobody who then took part, in all and by worker id, and when
-    the next one may begin. `timeout_s`: how long the first one has to wait."""
+    """Owns the count of snapshots in a row whose joiners contributed nothing, in all and by worker
+    id, and the time at which the next one may begin. `timeout_s`: the shortest wait."""
 
     def __init__(self, timeout_s: float, now: float) -> None:
         self.in_a_row = 0
@@ -17,9 +17,9 @@ class Waste:
         self._timeout_s = timeout_s
 
     def wasted(self, id: int, now: float) -> float | None:
-        """Nobody who contributes came of one: after some of these in a row the next ones wait, so
-        that who joins again and again, by whatever name, does not stop the training. How many
-        seconds?"""
+        """Count a snapshot whose joiner contributed nothing. After some of these in a row the next
+        one waits, so that a worker that joins again and again, under any id, does not stop the
+        training: returns for how many seconds, None where it need not wait."""
         self.in_a_row += 1
         self.by[id] = self.by.get(id, 0) + 1
         beyond = min(self.in_a_row - WASTED_SNAPSHOTS, WAIT_DOUBLINGS)
@@ -30,6 +30,6 @@ class Waste:
         return wait_s
 
     def useful(self, id: int) -> None:
-        """This worker contributes."""
+        """Note that this worker contributes after its snapshot."""
         self.in_a_row = 0
         self.by.pop(id, None)
