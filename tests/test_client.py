@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+import torch
 import zmq
 from whole import LOOPBACK, free_port
 
@@ -17,6 +18,7 @@ from paramserver.errors import UserError
 from paramserver.protocol import messages as wire
 from paramserver.settings import Settings
 from workers.link.client import Client
+from workers.replica.replica import Replica
 
 Answer = Callable[[bytes, Any], None]
 """Answers a message of a peer."""
@@ -142,3 +144,61 @@ def test_a_port_through_which_nothing_comes_is_told(script: Script) -> None:
 
     with pytest.raises(UserError, match=r"nothing comes through at port \d+ \(SUB\)"):
         connect(script, answer)
+
+
+@pytest.mark.parametrize("moves", [False, True])
+def test_who_greets_again_after_the_end_hears_how_the_run_ended(moves: bool) -> None:
+    """Also where the server has been found at another address only: it is no other run's."""
+    end = wire.End(nonce="server", step=0, lineage="the first", reason="all epochs are done")
+    first, second = Script(), Script()
+    lively = threading.Event()
+    lively.set()
+
+    def answer(sender: bytes, message: Any) -> None:
+        if isinstance(message, wire.Hello) and message.run is None:
+            first.welcome(sender, "session")
+        elif isinstance(message, wire.Hello):
+            first.send(sender, wire.Reject(f"the run has ended: {end.reason}", end=end))
+        elif isinstance(message, wire.Probe) and (lively.is_set() or not moves):
+            first.probed(sender, message)
+        elif isinstance(message, wire.Join):
+            first.send(sender, wire.Admit(action="follow", step=0, lineage="the first"))
+        elif isinstance(message, wire.Beat) and not (moves or lively.is_set()):
+            first.send(sender, wire.Greet(session_known=False))
+
+    def answer_there(sender: bytes, message: Any) -> None:
+        if isinstance(message, wire.Hello):
+            second.send(sender, wire.Reject(f"the run has ended: {end.reason}", end=end))
+
+    class Found:
+        host, port, keys = LOOPBACK, second.port, None
+
+        def look(self, now: float) -> Found | None:
+            return self if moves and not lively.is_set() else None
+
+        def close(self) -> None: ...
+
+    model = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    replica = Replica(model, optimizer, bucket_mb=1, codec="float32")
+    over = threading.Event()
+    with ThreadPoolExecutor(2) as pool:
+        client = Client(LOOPBACK, first.port, search=lambda **_: Found())
+        playing = [
+            pool.submit(first.play, answer, over),
+            pool.submit(second.play, answer_there, over),
+        ]
+        try:
+            client.connect(20.0)
+            client.join(replica)
+            lively.clear()
+            assert client.wait(lambda: client.ended, "for the end", timeout_s=20.0)
+            assert client.ended == end and (client.port == second.port) == moves
+            client.ready(wire.Ready(samples=1, batch_size=1))  # another pass: nobody is there
+        finally:
+            over.set()
+            client.close()
+        for played in playing:
+            played.result()
+    first.close()
+    second.close()

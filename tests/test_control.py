@@ -264,3 +264,16 @@ def test_peers_are_prompted_in_an_order_that_is_always_the_same() -> None:
     run.told.sent.clear()
     run.control._prompt(["session-2", "session-1"], run.now)
     assert [route for route, _ in run.told.sent] == [b"link 1", b"link 2"]
+
+
+def test_who_could_follow_only_by_what_was_written_over_takes_a_snapshot() -> None:
+    """Void rounds may take the whole ring."""
+    run = Run()
+    origin = run.rounds.lineage
+    run.push(1, 1.0, 1.0, 1.0)
+    run.push(2, 1.0, 1.0, 1.0)
+    assert run.rounds.step == 1 and run.rounds.knows(0, origin)
+    run.data._history.forget_before(1)
+    run.hear(2, wire.Fetch(step=0, lineage=origin))
+    assert not run.rounds.knows(0, origin) and run.rounds.knows(1, run.rounds.lineage)
+    assert run.to(2, wire.Fetched) == []

@@ -476,10 +476,10 @@ class Control:
         self.watcher.closed(self, close)
 
     def _forget_overwritten(self, now: float) -> None:
-        """Report to `rounds` the oldest update that is still there."""
+        """Report to `rounds` the oldest update that is still there. Void rounds may have written
+        over all of them: then only who stands at the newest step can follow."""
         reach = self._data.reaches_back_to()
-        if reach is not None:
-            self._happens(Forgotten(reach), now)
+        self._happens(Forgotten(self.rounds.step if reach is None else reach), now)
 
     def _forget_peer(self, session: str) -> None:
         self.doors.pop(session, None)

@@ -416,6 +416,7 @@ class Client:
                     self._do(session.stay_behind())
                     continue
                 self._greet_again()
+                continue  # the run may be over, and the connection with it
             if self._handle_one():
                 continue
             now = time.monotonic()

@@ -160,7 +160,7 @@ class Connection:
                 if isinstance(message, wire.Welcome):
                     return message
                 if isinstance(message, wire.Reject):
-                    if not self.elsewhere.was_wrong(message.reason):
+                    if not self.elsewhere.was_wrong(message):
                         if message.end is not None:
                             raise RunOver(message.end)
                         raise UserError(message.reason, message.hint)
@@ -344,7 +344,9 @@ class Connection:
     # ------------------------------------------------------------------ for what follows the log
 
     def send(self, message: wire.Message, *buffers: Any) -> None:
-        assert self.link is not None
+        """Over the link. Nothing is sent where there is none any more: the run is over."""
+        if self.link is None:
+            return
         try:
             frames = wire.to_frames(message, *buffers)
             sockets.send(self.link, frames, copy=not buffers, wait=False)
@@ -403,13 +405,14 @@ class Elsewhere:
         """Does the peer use an address that was found, and was not welcomed there yet?"""
         return self._before is not None
 
-    def was_wrong(self, reason: str) -> bool:
-        """The server at this address refuses the peer. Where the address was found, the peer gets
-        its former address back, and this returns True."""
-        if self._before is None:
+    def was_wrong(self, reject: wire.Reject) -> bool:
+        """The server at this address refuses the peer. Where the address was found, and is not that
+        of the peer's own run, the peer gets its former address back, and this returns True."""
+        ended = self._peer.run is not None and reject.end is not None  # its run was searched for
+        if self._before is None or ended:
             return False
         self._peer.log.info(
-            f"the server at {self._peer.host}:{self._peer.port} is another one: {reason}"
+            f"the server at {self._peer.host}:{self._peer.port} is another one: {reject.reason}"
         )
         self._peer.move(*self._before)
         self._before = None
