@@ -60,7 +60,7 @@ class Data:
         self._round_stamp: int | None = None  # of the first block of the open round
         self._outboxes: dict[str, shm.Outbox] = {}  # by session
         self._sharing: set[str] = set()  # sessions of the peers that read the ring
-        # Sums are limited by the speed of memory, and threads that wait for each other on shared #
+        # Sums are limited by the speed of memory, and threads that wait for each other on shared
         # cores cost milliseconds each time.
         torch.set_num_threads(settings.threads or 1)
 

@@ -90,7 +90,7 @@ class Reducer:
         if b.kind == "count":  # a running maximum begins with an infinity
             return None, None
         values = self._decode(b, buffers, scale)
-        # The norm is finite only if all numbers are, and takes a tenth of the time of checking #
+        # The norm is finite only if all numbers are, and takes a tenth of the time of checking
         # each; where it is not, the squares of finite numbers may have overflowed.
         norm = math.sqrt(torch.dot(values, values).item())
         if not math.isfinite(norm):
