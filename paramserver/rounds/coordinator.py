@@ -247,7 +247,7 @@ class Rounds:
         if changed:
             while self._advance(now):
                 pass
-            if isinstance(event, Tick):
+            if type(event) is Tick:
                 self._say_what_is_due(now)
         effects, self._effects = self._effects, []
         return effects
@@ -273,11 +273,11 @@ class Rounds:
     def _take_of(self, peer: Peer, event: PeerEvent, now: float) -> bool:
         """The same for an event of a peer."""
         match event:
+            case Pushed():
+                return self._push(peer, event, now)
             case Heard():
                 peer.last_seen = now
                 return False
-            case Pushed():
-                return self._push(peer, event, now)
             case PushRefused():
                 peer.late_with = None  # it is done with that
                 self._send(peer, Refused(round=event.push.round, reason=event.reason))
