@@ -223,6 +223,20 @@ class Settings:
     # The training
     seed: int = setting(42, "seed of the first weights, the split and the shuffling", SEED)
     batch_size: int = setting(32, "samples per worker and step", at_least(1))
+    shares: str = setting(
+        "equal",
+        "speed | equal: whether the samples of a round, batch_size for each worker, are divided by "
+        "the workers' speed, so that all are done at once",
+        one_of("speed", "equal"),
+    )
+    batch_limit: int | None = setting(
+        None,
+        "worker: the most samples that it computes at once; a larger share comes in parts, whose "
+        "gradients are added; null = batch_size on a GPU, no limit on a CPU",
+        at_least(1),
+        unit="samples",
+        scope="local",
+    )
     learning_rate: float = setting(0.001, "the optimizer's step size", more_than(0))
     num_epochs: int = setting(2, "passes over the training set", at_least(1))
     optimizer: dict[str, Any] = setting(

@@ -35,6 +35,15 @@ def test_an_example_reaches_what_it_promises(name: str, least: float, tmp_path: 
     assert "the same on all replicas" in said
 
 
+def test_unlike_machines_take_samples_by_their_speed(tmp_path: Path) -> None:
+    code, said = launched(tmp_path, CLONE / "examples" / "speeds.py")
+    assert code == 0 and "the same on all replicas" in said, said
+    took = {
+        int(w): int(n.replace(",", "")) for w, n in re.findall(r"worker (\d) │ +([\d,]+)", said)
+    }
+    assert sum(took.values()) == 16_000 and took[1] > 2 * took[3] and took[1] > 2 * took[4], said
+
+
 def shortened(name: str, folder: Path, *changes: tuple[str, str]) -> Path:
     """A copy of an example with other constants, and its settings."""
     text = (CLONE / "examples" / f"{name}.py").read_text()

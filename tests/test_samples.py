@@ -64,16 +64,15 @@ def test_what_is_no_data_set_is_told_at_the_call() -> None:
 
 
 def test_a_method_of_that_name_that_takes_a_size_is_not_called() -> None:
-    x, _, _ = Samples(HasASizedBatch(8)).load((0, 0, 4)).data
+    x, _, _ = Samples(HasASizedBatch(8)).load((0, 0, 4))[0].data
     assert x.shape == (4, 6)
 
 
 def test_what_cannot_be_read_is_left_out_and_named_once() -> None:
     said: list[str] = []
     samples = Samples(Broken(200, 3, 5), log=logs.to(said.append, "workers"))
-    loaded = [
-        samples.load((epoch, start, start + 50)) for epoch in (0, 1) for start in range(0, 200, 50)
-    ]
+    leases = [(epoch, start, start + 50) for epoch in (0, 1) for start in range(0, 200, 50)]
+    loaded = [samples.load(lease)[0] for lease in leases]
     assert sum(len(part.unread) for part in loaded) == 4
     for part in loaded:
         assert len(part.data[0]) == 50 - len(part.unread)
@@ -90,7 +89,7 @@ def test_a_lease_of_which_nothing_can_be_read_has_no_data() -> None:
     samples = Samples(Broken(300, 3))
     samples.load((0, 0, 300))
     place = samples._indices((1, 0, 300)).index(3)
-    assert samples.load((1, place, place + 1)) == Loaded(None, (0,))
+    assert samples.load((1, place, place + 1)) == [Loaded(None, (0,), 0)]
 
 
 def test_a_mistake_in_the_data_set_is_shown_as_it_is() -> None:
@@ -106,7 +105,7 @@ def test_with_deterministic_a_sample_is_the_same_whoever_reads_it() -> None:
     before = torch.get_rng_state()
     one, other = (Samples(Drawn(20), deterministic=True) for _ in range(2))
     torch.randn(5)
-    whole, half = one.load((1, 0, 20)).data[0], other.load((1, 10, 20)).data[0]
+    whole, half = one.load((1, 0, 20))[0].data[0], other.load((1, 10, 20))[0].data[0]
     assert torch.equal(whole[10:], half) and not torch.equal(whole[0], whole[1])
     torch.set_rng_state(before)
     one.load((2, 0, 20))

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from crew import Noise, Setup, loss, perceptron
+from crew import Noise, Setup, in_float64, loss, perceptron
 from test_cluster import NORMED, drawn
 from torch.optim import Adam
 from torch.optim.lr_scheduler import StepLR
@@ -53,6 +53,33 @@ def test_alone_is_a_plain_loop(make: Any) -> None:
     assert cluster.end is not None and cluster.end.reason == "all epochs are done"
     trained, expected = setup.model.state_dict(), plain.model.state_dict()
     assert all(torch.equal(trained[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("limit", [1, 3, 8, 20])
+def test_a_batch_in_parts_is_the_same_batch(limit: int) -> None:
+    data = Noise(45)
+    data.x = data.x.double()
+    setups, losses, sizes = [in_float64(perceptron)(1) for _ in range(2)], [], []
+    for setup, most in zip(setups, (None, limit), strict=True):
+        alone, told, parts = {"num_epochs": 2, "batch_size": 8}, [], []
+        with workers.join(port=free_port(), say=lambda line: None, alone=alone) as cluster:
+            model, optimizer = cluster.attach(setup.model, setup.optimizer)
+            cluster.client.on_close = lambda close, told=told: told.append(close.loss)
+            for x, y, indices in cluster.batches(data, batch_limit=most):
+                parts.append(len(indices))
+                optimizer.zero_grad()
+                part_loss = loss(model, x, y)
+                cluster.tell(part_loss)
+                part_loss.backward()
+                optimizer.step()
+        assert cluster.step == 12
+        losses.append(told)
+        sizes.append(parts)
+    assert max(sizes[0]) == 8 and max(sizes[1]) <= limit and sum(sizes[1]) == 90
+    assert losses[1] == pytest.approx(losses[0], rel=1e-10) and len(losses[0]) == 12
+    trained, expected = (setup.model.state_dict() for setup in setups)
+    for name, value in expected.items():
+        torch.testing.assert_close(trained[name], value, rtol=1e-10, atol=1e-12)
 
 
 def test_a_schedule_by_epoch_goes_on_where_an_epoch_ends() -> None:

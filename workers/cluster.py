@@ -137,6 +137,9 @@ class Cluster:
         self._greetings = client.greetings
         self._round = 0  # the round whose lease is being worked on
         self._samples = 0  # of the batch that is being worked on
+        self._part, self._parts_left = 0, 0  # samples of its part at hand; parts that follow it
+        self._leased_at = 0.0  # when the lease was there that is being worked on
+        self._held_up_s = 0.0  # of the time since, what was spent waiting for others
         self._own = False  # this worker takes part with samples of its own
         self._stepped = True  # step() was called for it
         self._sent = 0  # buckets of its gradient
@@ -145,7 +148,7 @@ class Cluster:
         self._lease: Lease | None = None  # the lease of `batches` that is being computed
         self._phase = ""  # load, forward or backward, until the gradient is complete
         self._seeded = False
-        self._loss: float | Tensor | None = None
+        self._loss: float | Tensor | None = None  # the mean over the samples so far
         self._waiting_s = 0.0
         self._load_ahead: Callable[[], None] | None = None
         self._lost: wire.End | None = None  # this worker's part ended, and perhaps the run
@@ -243,6 +246,7 @@ class Cluster:
         batch_size: int | None = None,
         device: torch.device | str | None = None,
         drop_last: bool = False,
+        batch_limit: int | None = None,
     ) -> Iterator[Any]:
         """This worker's batches, epoch after epoch, until the run has ended in order: all epochs
         are done, or a person stopped it. Where it ends by an error, or without this worker, it
@@ -254,16 +258,27 @@ class Cluster:
         once, with any number of workers. It skips and names samples that cannot be read or that
         make workers die and, with `drop_last`, the last short batch of an epoch. The next lease's
         data is loaded while this one is computed, or, by `batch`, while the averages are on their
-        way. Raises `UserError` for an unsuitable data set.
+        way.
+
+        With `shares: speed` the worker computes more or fewer samples than `batch_size`, by its
+        speed. More than `batch_limit` samples come in several batches, whose gradients are added:
+        `step` exchanges and applies them with the last one. The default is no limit on a CPU, and
+        `batch_size` on a GPU. Raises `UserError` for an unsuitable data set.
         """
         if self._replica is None or self._gradients is None:
             raise UserError("batches() before attach()", "attach the model first")
         size = self.settings.batch_size if batch_size is None else batch_size
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             raise UserError(f"batch_size={size!r}", "it is a whole number of samples, at least 1")
+        if batch_limit is None and self.client.device != "cpu":
+            batch_limit = size
+        if batch_limit is not None and batch_limit < 1:
+            raise UserError(f"batch_limit={batch_limit!r}", "it is a number of samples, at least 1")
         samples = Samples(
             dataset,
             device,
+            limit=batch_limit,
+            least=min(size, self._replica.least),
             seed=self.settings.seed,
             deterministic=self.settings.deterministic,
             log=self.client.log,
@@ -271,7 +286,7 @@ class Cluster:
         return self._batches(samples, size, drop_last)
 
     def _batches(self, samples: Samples, size: int, drop_last: bool) -> Iterator[Any]:
-        ahead: dict[Lease, Future[Loaded]] = {}
+        ahead: dict[Lease, Future[list[Loaded]]] = {}
         loaders = ThreadPoolExecutor(1, "loader")
 
         def load_ahead() -> None:
@@ -302,17 +317,20 @@ class Cluster:
                     load_ahead()
                 self._lease, self._phase = lease, wire.LOAD
                 with trace.span("load"):
-                    loaded = loading.result() if loading else samples.load(lease)
-                count = lease[2] - lease[1] - len(loaded.unread)
-                if loaded.unread and count < least:
+                    parts = loading.result() if loading else samples.load(lease)
+                unread = tuple(place for part in parts for place in part.unread)
+                parts = [part for part in parts if part.samples]
+                if unread and sum(part.samples for part in parts) < least:
                     self._phase = ""
                     with self._losing():
                         self.client.unreadable(self._round)
                     self._wait_for_the_end_of_the_round()
                     continue
-                self._begin(count, loaded.unread)
-                yield loaded.data
-                self._check_stepped()
+                self._begin(sum(part.samples for part in parts), unread, parts=len(parts))
+                for place, part in enumerate(parts):
+                    self._begin_part(part.samples, len(parts) - 1 - place)
+                    yield part.data
+                    self._check_stepped()
         finally:
             self._load_ahead = None
             loaders.shutdown(wait=False, cancel_futures=True)
@@ -353,6 +371,7 @@ class Cluster:
                 if self._next_lease() is None:
                     break
                 self._begin(count)
+                self._begin_part(count, 0)
                 yield batch
                 self._check_stepped()
             whole = True
@@ -369,13 +388,18 @@ class Cluster:
             self._seeded = True
             torch.manual_seed(self.settings.seed + self.worker_id)
 
-    def _begin(self, samples: int, unread: tuple[int, ...] = ()) -> None:
-        """Note that the computation of a batch begins."""
+    def _begin(self, samples: int, unread: tuple[int, ...] = (), parts: int = 1) -> None:
+        """Note that the computation of a batch begins, which comes in this number of parts."""
         assert self._gradients is not None
-        self._gradients.begin()
-        self._stepped, self._sent, self._samples = False, 0, samples
-        self._unread, self._phase = unread, wire.FORWARD
+        self._gradients.begin(parts=parts > 1)
+        self._sent, self._samples = 0, samples
+        self._unread, self._loss = unread, None
         self._computing = trace.now()
+
+    def _begin_part(self, samples: int, left: int) -> None:
+        """A part of it is next, and `left` more follow."""
+        self._part, self._parts_left = samples, left
+        self._stepped, self._phase = False, wire.FORWARD
 
     def _check_stepped(self) -> None:
         if not self._stepped:
@@ -413,13 +437,19 @@ class Cluster:
         assert found is not None
         self._lost = None
         self._round, lease = found
+        self._leased_at, self._held_up_s = time.perf_counter(), 0.0
         return lease
 
     # ------------------------------------------------------------------ the exchange
 
     def tell(self, loss: float | Tensor) -> None:
         """The mean loss over this batch, for progress and logs; optional, before `step`."""
-        self._loss = loss.detach() if isinstance(loss, Tensor) else loss
+        loss = loss.detach() if isinstance(loss, Tensor) else loss
+        if self._part == self._samples:
+            self._loss = loss
+        else:  # the parts' mean, by samples
+            share = self._part / self._samples
+            self._loss = loss * share if self._loss is None else self._loss + loss * share
 
     def _values(self, bucket: Bucket) -> Tensor:
         """Memory for a bucket's numbers."""
@@ -447,12 +477,20 @@ class Cluster:
             unread=self._unread,
             without=without,
             loss=None if loss is None or not last else float(loss),
+            compute_s=self._computed_s() if last else None,
         )
         with self._losing():
             self.client.push(push, buffers)
             self.client.poll()
             if not last:
+                start = time.perf_counter()
                 self.client.await_room()
+                self._held_up_s += time.perf_counter() - start
+
+    def _computed_s(self) -> float | None:
+        """Seconds from the lease to the last gradient, without those in which others were waited
+        for."""
+        return time.perf_counter() - self._leased_at - self._held_up_s
 
     def _on_close(self, close: wire.Close) -> None:
         """Note which of our buckets are part of this update."""
@@ -466,6 +504,11 @@ class Cluster:
                 "optimizer.step() without a batch of its own",
                 "call it once for every batch that batches() gives",
             )
+        if self._parts_left or self._part < self._samples:
+            self._gradients.add_part(self._part / self._samples)
+        if self._parts_left:
+            self._stepped = True
+            return
         self._gradients.flush()
         trace.done("compute", self._computing, round=self._round)
         self._stepped, self._loss, self._phase = True, None, ""

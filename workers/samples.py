@@ -12,7 +12,8 @@ import inspect
 import logging
 import random
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,15 +36,18 @@ class Unusable(UserError):
 
 
 class Loaded(NamedTuple):
-    """The samples of a lease. `data` is None where none of them can be read."""
+    """Samples of a lease. `data` is None where none of them can be read."""
 
     data: Any
     unread: tuple[int, ...]
     """Places in the lease of the samples that cannot be read."""
+    samples: int
+    """The number of samples in `data`."""
 
 
 class Samples:
-    """The samples of one data set, by leases.
+    """The samples of one data set, by leases, in parts of at most `limit` samples and at least
+    `least`, which goes first.
 
     It has a length and `batch(indices, device)` or `dataset[i]`; samples read one by one are
     collated as torch's DataLoader does, and moved to the device. Raises `UserError` for an
@@ -55,6 +59,8 @@ class Samples:
         dataset: Any,
         device: torch.device | str | None = None,
         *,
+        limit: int | None = None,
+        least: int = 1,
         seed: int = 0,
         deterministic: bool = False,
         log: logging.Logger = log,
@@ -65,19 +71,32 @@ class Samples:
         """Is it read in the thread of the loop? Its own `batch` is too quick for another thread,
         and `deterministic` needs it."""
         self._dataset, self._device = dataset, device
+        self._limit, self._least = limit, least
         self._seed, self._deterministic, self._log = seed, deterministic, log
         self._orders: dict[int, Tensor] = {}
         self._read_any = False
         self._broken: dict[int, str] = {}
 
-    def load(self, lease: Lease) -> Loaded:
-        """The samples of a lease. Raises the data set's exception where no sample could be read so
-        far, and `Unusable` where too many cannot."""
+    def load(self, lease: Lease) -> list[Loaded]:
+        """The samples of a lease, in parts. Raises the data set's exception where no sample could
+        be read so far, and `Unusable` where too many cannot."""
         indices = self._indices(lease)
-        if not self._deterministic:
-            return self._load(indices, lease[0])
-        with forked():
-            return self._load(indices, lease[0])
+        with forked() if self._deterministic else nullcontext():
+            return [self._load_part(indices, part, lease[0]) for part in self._parts(len(indices))]
+
+    def _parts(self, samples: int) -> list[range]:
+        """Places of a lease of so many samples, by parts that are as alike as can be."""
+        count = 1 if self._limit is None else -(-samples // self._limit)
+        count = max(1, min(count, samples // max(1, self._least)))
+        ends = [samples * i // count for i in range(count + 1)]
+        return [range(a, b) for a, b in pairwise(ends)]
+
+    def _load_part(self, indices: list[int], part: range, epoch: int) -> Loaded:
+        loaded = self._load(indices[part.start : part.stop], epoch)
+        count = len(part) - len(loaded.unread)
+        if loaded.unread and count < self._least:  # what is left makes no batch
+            return Loaded(None, tuple(part), 0)
+        return Loaded(loaded.data, tuple(part.start + place for place in loaded.unread), count)
 
     def _indices(self, lease: Lease) -> list[int]:
         epoch, start, stop = lease
@@ -90,7 +109,7 @@ class Samples:
     def _load(self, indices: list[int], epoch: int) -> Loaded:
         if self.has_batch:
             try:
-                return Loaded(self._batch(indices, epoch), ())
+                return Loaded(self._batch(indices, epoch), (), len(indices))
             except (UserError, MemoryError):
                 raise
             except Exception:
@@ -111,10 +130,10 @@ class Samples:
             self._cannot_read(indices[place], error)
         unread = tuple(errors)
         if not values:
-            return Loaded(None, unread)
+            return Loaded(None, unread, 0)
         if self.has_batch:
             kept = [index for place, index in enumerate(indices) if place not in errors]
-            return Loaded(self._batch(kept, epoch), unread)
+            return Loaded(self._batch(kept, epoch), unread, len(kept))
         try:
             batch = default_collate(values)
         except (RuntimeError, TypeError, KeyError, ValueError) as e:
@@ -123,7 +142,7 @@ class Samples:
                 "give them one shape and kind, or the data set a method batch(indices, device) "
                 "that makes a batch of them",
             ) from e
-        return Loaded(_moved(batch, self._device), unread)
+        return Loaded(_moved(batch, self._device), unread, len(values))
 
     def _batch(self, indices: list[int], epoch: int) -> Any:
         if self._deterministic:

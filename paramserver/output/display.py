@@ -56,6 +56,8 @@ class WorkerStatus:
     samples_per_s: float | None = None
     trouble: str = ""
     """The worker's trouble, if any: "late 0.41 s", "joining", "silent for 3.2 s"."""
+    share: int | None = None
+    """Its samples of a step, where they follow its speed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -370,6 +372,7 @@ def _worker_lines(workers: Sequence[WorkerStatus], width: int, room: int) -> lis
                 f"  worker {worker.id:>{ids}}  ",
                 (host + " " * (widest - cell_len(host) + 2), "dim") if widest else "",
                 (f"{printable(worker.trouble):>16}", "yellow") if worker.trouble else f"{rate:>16}",
+                ("" if worker.share is None else f"  {worker.share:>5,} a step", "dim"),
             )
         )
     if hidden and room > 0:

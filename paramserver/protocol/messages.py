@@ -391,6 +391,9 @@ class Push(Message, frozen=True):
     """Buckets that this worker has nothing for in this round: no push of them follows."""
     loss: float | None = None
     """Mean loss over the samples; with the last bucket."""
+    compute_s: float | None = None
+    """Seconds from the lease to the last gradient, by the worker's own clock, without waiting for
+    others; with the last bucket."""
     ready_s: float = 0.0
     """When it was ready, by the worker's clock: the difference of two is the time between them."""
     unread: Annotated[tuple[Int, ...], msgspec.Meta(max_length=TENSORS_MAX)] = ()

@@ -106,6 +106,7 @@ from paramserver.rounds.round import (
     Vain,
 )
 from paramserver.rounds.sentences import Sentences
+from paramserver.rounds.shares import TRY_AGAIN_ROUNDS, Limits, Shares
 from paramserver.rounds.states import GREETED, REPLICA, WAITING
 from paramserver.rounds.waste import Waste
 
@@ -145,6 +146,7 @@ class Rules(msgspec.Struct, frozen=True):
     join_timeout: float = 60.0
     idle_timeout: float = 1800.0
     deterministic: bool = False
+    shares: str = "equal"
     max_norm_ratio: float | None = None
     max_bad_rounds: int = 10
     epochs: int = 2
@@ -204,6 +206,11 @@ class Rounds:
         self._lost_since: float | None = None  # somebody waits for a state that nobody here holds
         self.norms = Norms(rules.max_norm_ratio)
         self._digests = Digests()
+        self._shares: Shares | None = None  # where samples are divided by speed
+        if rules.shares == "speed" and not rules.deterministic:
+            self._shares = Shares()
+        self._shared: dict[int, int] = {}  # samples of a round by worker, as last handed out
+        self._measured: dict[int, str] = {}  # by worker: the process whose speed is known
         self.digests: dict[int, tuple[str, int, str]] = {}
         """By id: name, step and digest that a replica told when it left."""
         self.deaf: set[str] = set()
@@ -582,6 +589,9 @@ class Rounds:
             if current.whole(member):
                 peer.took(now - current.opened_at)
                 member.whole_at = now
+                if self._shares is not None and push.compute_s is not None:
+                    seconds = min(push.compute_s, now - current.opened_at)
+                    self._shares.took(peer.id, member.samples, seconds)
                 current.look_for_quorum(now)
             for bucket in (push.bucket, *push.without):
                 self._effects += current.advance(bucket)
@@ -1168,15 +1178,51 @@ class Rounds:
         """Fill all these up to two leases: first what is due now for all, then what comes after."""
         if self.ledger is None:
             return
+        sizes = self._sizes(takers)
         for count in range(1, LEASES_HELD + 1):
             for peer in takers:
-                if len(peer.leases) < count and peer.ready is not None:
-                    lease = self.ledger.lease(
-                        peer.ready.batch_size, peer.ready.least, peer.ready.drop_last
-                    )
+                size, ready = sizes[peer.id], peer.ready
+                if size and len(peer.leases) < count and ready is not None:
+                    joined = self._shares is not None
+                    lease = self.ledger.lease(size, ready.least, ready.drop_last, joined=joined)
                     if lease is None:
                         return
                     peer.leases.append(lease)
+
+    def _sizes(self, takers: list[Peer]) -> dict[int, int]:
+        """The samples of the next rounds by worker: what it asked for, or its share."""
+        asked = {p.id: p.ready.batch_size for p in takers if p.ready is not None}
+        if self._shares is None or isinstance(self.ledger, OwnLedger):
+            return asked
+        for p in takers:
+            if self._measured.get(p.id) != p.nonce:
+                self._measured[p.id] = p.nonce
+                self._shares.forget(p.id)
+        limits = {p.id: Limits(p.ready.least) for p in takers if p.ready is not None}
+        sizes = self._shares.sizes(asked, limits)
+        if sizes != self._shared:
+            for p in takers:
+                if sizes[p.id] != self._shared.get(p.id):
+                    self._return_leases(p)  # those of a round to come: of another size
+                self._say_share(p, sizes[p.id])
+            self._shared = sizes
+        return sizes
+
+    def share_of(self, worker: int) -> int | None:
+        """A worker's samples of a round, where they follow its speed."""
+        return self._shared.get(worker)
+
+    def _say_share(self, peer: Peer, size: int) -> None:
+        """A worker that gets nothing, or something again, is named."""
+        before = self._shared.get(peer.id)
+        if not size and before != 0:
+            self._say(
+                f"{peer.name} gets no samples: the others are sooner done without it. It follows, "
+                f"and is tried again in {TRY_AGAIN_ROUNDS} rounds",
+                peer,
+            )
+        elif before == 0 and peer.ready is not None and size > peer.ready.least:
+            self._say(f"{peer.name} gets samples again", peer)
 
     # ------------------------------------------------------------------ inside: what kills
 
@@ -1291,6 +1337,8 @@ class Rounds:
         patient = self.rules.timeout is not None or wait_s >= self._longest_wait_s
         for member in self.round.expected():
             member.timed_out, member.waited_s = patient, wait_s
+            if self._shares is not None and (peer := self.peers.get(member.session)) is not None:
+                self._shares.took(peer.id, member.size, now - self.round.opened_at)  # or longer
             self._out_of_round(member, self._lateness(member, self.round, now), now)
 
     def _look_for_the_overdue(self, now: float) -> None:

@@ -123,8 +123,12 @@ class Ledger:
         self._least = 1
         self._spare = False
 
-    def lease(self, size: int, least: int = 1, drop_last: bool = False) -> Lease | None:
-        """The next range of at most `size` samples; None when nothing is left to lease.
+    def lease(
+        self, size: int, least: int = 1, drop_last: bool = False, *, joined: bool = False
+    ) -> Lease | None:
+        """The next range of at most `size` samples; None when nothing is left to lease. With
+        `joined` ranges that came back are put together where they lie side by side: they were
+        leased in other sizes.
 
         No rest of fewer than `least` samples stays behind: it is part of the range before it. With
         `drop_last` the last range of an epoch is dropped where it is short.
@@ -134,7 +138,7 @@ class Ledger:
         self._least = max(1, least)
         while True:
             returned = bool(self._waiting)
-            taken = self._from_waiting(size) if returned else self._from_head(size)
+            taken = self._from_waiting(size, joined) if returned else self._from_head(size)
             if taken is None or returned or not drop_last:
                 break
             if taken[2] < self.samples or taken[2] - taken[1] >= size:  # not a short rest
@@ -146,8 +150,18 @@ class Ledger:
             self._pass_deadly()  # nothing else may be left
         return taken
 
-    def _from_waiting(self, size: int) -> Lease:
-        epoch, start, stop = self._waiting.pop(0)
+    def _from_waiting(self, size: int, joined: bool) -> Lease:
+        epoch, start, stop = lease = self._waiting.pop(0)
+        while joined and stop - start < size and lease not in self._suspects:
+            follower = self._waiting[0] if self._waiting else None
+            if follower is not None and follower[:2] == (epoch, stop):
+                if follower in self._suspects:
+                    break
+                stop = self._waiting.pop(0)[2]
+            elif (self._epoch, self._start) == (epoch, stop) and self._end_of(epoch, stop) > stop:
+                stop = self._advance(size - (stop - start))
+            else:
+                break
         while stop - start < self._least:  # of a worker to whom that was enough
             if self._waiting and self._waiting[0][:2] == (epoch, stop):
                 stop = self._waiting.pop(0)[2]
@@ -441,7 +455,9 @@ class OwnLedger(Ledger):
     def __init__(self) -> None:
         super().__init__(samples=0, epochs=0)
 
-    def lease(self, size: int, least: int = 1, drop_last: bool = False) -> Lease | None:
+    def lease(
+        self, size: int, least: int = 1, drop_last: bool = False, *, joined: bool = False
+    ) -> Lease | None:
         return OWN
 
     def died(self, lease: Lease, *, error: bool, spare: bool, believed: bool = True) -> None:

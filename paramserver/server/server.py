@@ -82,6 +82,7 @@ class Server:
                 join_timeout=settings.join_timeout,
                 idle_timeout=settings.idle_timeout,
                 deterministic=settings.deterministic,
+                shares=settings.shares,
                 max_norm_ratio=settings.max_norm_ratio,
                 max_bad_rounds=settings.max_bad_rounds,
                 epochs=settings.num_epochs,

@@ -191,6 +191,7 @@ class Show:
                 if seconds > 0
                 else None,
                 trouble=_trouble(p, r.round, now),
+                share=r.share_of(p.id),
             )
             for p in sorted(r.peers.values(), key=lambda p: p.id)
             if p.role == "worker"

@@ -188,6 +188,7 @@ class Liar(Process):
                     bucket=self.next_bucket - 1,
                     samples=lease[2] - lease[1],
                     loss=self.rng.choice((0.5, math.inf, None)),
+                    compute_s=(None, 1e-9, 1e9, math.nan, -1.0)[self.next_bucket % 5],
                 )
             case wire.Fetch:
                 return wire.Fetch(step=step, lineage=lineage)

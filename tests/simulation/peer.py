@@ -28,6 +28,9 @@ PROBE_EVERY_S = 0.25
 WANTS_IN_FLIGHT = 2
 MISSED_MAX = 5
 PIECES = 3
+SPEEDS = (1.0, 1.0, 2.0, 30.0)
+"""Seconds for a sample, of each machine in turn: where shares follow speed."""
+LONGEST_S = 2.0  # for a bucket, by a slow machine
 DEADLINE_S = 90.0
 """For greeting, and for a silent server: longer than any fault."""
 
@@ -697,8 +700,12 @@ class Worker(Client):
         model = self.replica.model
         samples = tuple(s for i, s in enumerate(samples_of(lease)) if i not in unread)
         bad = world.random.randrange(buckets) if world.chance(habits.bad) else None
+        began, by_speed = world.now, self.server.rules.shares == "speed"
+        # Where shares follow speed, more samples take longer, and each machine has a speed.
+        part = len(samples) / habits.batch_size * SPEEDS[self.id % len(SPEEDS)] if by_speed else 1.0
         for bucket in range(buckets):
-            yield world.now + habits.compute_s * (0.5 + world.random.random()), DEAF
+            seconds = max(habits.compute_s, min(habits.compute_s * part, LONGEST_S))
+            yield world.now + seconds * (0.5 + world.random.random()), DEAF
             push = wire.Push(
                 round=self._round,
                 bucket=bucket,
@@ -706,6 +713,7 @@ class Worker(Client):
                 unread=unread,
                 absent=(bucket,) if world.chance(habits.absent) else (),
                 loss=1.0 if bucket == buckets - 1 else None,
+                compute_s=world.now - began if by_speed and bucket == buckets - 1 else None,
             )
             self._send(push, (model, samples, bucket != bad))
             self.poll()

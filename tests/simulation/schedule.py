@@ -50,6 +50,7 @@ from .server import LIAR, Server
 SILENCE_S = 4.0  # heartbeat_timeout
 IDLE_S = 50.0
 LIARS_EVERY = 4  # seeds, a schedule has a liar
+SPEED_EVERY = 5  # seeds, shares follow speed
 PATIENCE_S, PATIENCE_FOR_A_SAMPLE_S = 400.0, 2.0
 """After the last fault; more than any chain of deadlines, so that only what hangs exceeds it."""
 
@@ -126,6 +127,9 @@ class Schedule:
             deterministic=rng.random() < 0.25,
             epochs=rng.choice((1, 2, 2, 3)),
             observer=rng.random() < 0.7,
+        )
+        self.rules = msgspec.structs.replace(
+            self.rules, shares="speed" if seed % SPEED_EVERY == SPEED_EVERY - 1 else "equal"
         )
         self.lies = seed % LIARS_EVERY == LIARS_EVERY - 1
         if self.lies:

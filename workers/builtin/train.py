@@ -66,7 +66,7 @@ def train(settings: Settings, given: dict[str, object]) -> Cluster:
         log.info(f"stands at step {cluster.step}")
 
         progress = Progress()
-        for batch in cluster.batches(samples, device=device):
+        for batch in cluster.batches(samples, device=device, batch_limit=settings.batch_limit):
             stepper.zero_grad()
             outputs, targets = builders.forward(model, batch)
             loss = criterion.loss(outputs, targets)

@@ -49,6 +49,8 @@ class Gradients:
         self._accumulate = accumulate
         self._plan = plan = replica.plan
         self._open = False
+        self._parted = False  # the batch of this step comes in parts
+        self._sums: dict[int, Tensor] = {}  # of the parts' gradients, by parameter
         self._passes = [0] * len(replica.params)
         self._seen: dict[int, tuple[Tensor, int]] = {}  # gradients as they were taken; versions
         self._missing: list[int] = []
@@ -66,24 +68,40 @@ class Gradients:
             for index, (name, p) in enumerate(replica.params)
         ]
 
-    def begin(self) -> None:
-        """A step begins: its buckets are all empty."""
+    def begin(self, *, parts: bool = False) -> None:
+        """A step begins: its buckets are all empty. With `parts` its batch comes in several, each
+        of which `add_part` ends: nothing leaves before the last one is done."""
         with suppress(Exception):  # of a step that was not finished
             self.finish()
         self._replica.reset_statistics()
         for _, p in self._replica.params:  # the last average: its memory takes the next one
             p.grad = None
-        self._open = True
+        self._open, self._parted = True, parts
+        self._sums.clear()
         self._passes = [0] * len(self._passes)
         self._missing = [len(b.tensors) for b in self._plan.buckets]
         self._sent.clear()
         self._seen.clear()
+
+    def add_part(self, weight: float) -> None:
+        """A part of the batch is done, which holds `weight` of its samples (all parts: 1)."""
+        for index, (_, p) in enumerate(self._replica.params):
+            if (grad := self._gradient(index)) is None:
+                continue
+            if index in self._sums:
+                self._sums[index].add_(grad, alpha=weight)
+            else:
+                self._sums[index] = grad.detach() * weight
+            p.grad = None
+        self._passes = [0] * len(self._passes)
 
     def flush(self) -> None:
         """Backward is over: send the remaining buckets, with or without gradients, and the
         statistics."""
         if not self._open:
             return
+        for index, total in self._sums.items():
+            self._replica.params[index][1].grad = total
         self._replica.check_unchanged()
         self._check_untouched()
         self._seen.clear()  # they need no memory any more
@@ -142,6 +160,8 @@ class Gradients:
                     f"{self._accumulate} were stated",
                     "state the number of backward passes for each step: attach(accumulate=...)",
                 )
+            if self._parted:
+                return
             self._seen[index] = grad, grad._version
             if passes == self._accumulate:
                 for number in self._plan.buckets_of[index]:
