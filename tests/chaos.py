@@ -69,7 +69,7 @@ class Broken(Exception):
 
 @dataclass
 class Tally:
-    """What is told in the table."""
+    """The rows of the table."""
 
     faults: Counter[str] = field(default_factory=Counter)
     steps_lost: int = 0
@@ -126,7 +126,7 @@ class Watch(threading.Thread):
             self._closed.notify_all()
 
     def next_close(self) -> None:
-        """Wait for one that is told from now on."""
+        """Wait for one that is reported from now on."""
         with self._closed:
             seen = self._count
             if not self._closed.wait_for(lambda: self._count > seen + 1, STANDSTILL_S):
@@ -135,7 +135,7 @@ class Watch(threading.Thread):
             raise Broken(self.problem)
 
     def until_all_take_part(self, count: int) -> None:
-        """Wait for an update of so many workers."""
+        """Wait for an update of this number of workers."""
         with self._closed:
             if not self._closed.wait_for(lambda: self.contributors >= count, STANDSTILL_S):
                 raise Broken(f"not all workers came back within {STANDSTILL_S:g} s")
@@ -223,7 +223,7 @@ class Chaos:
 
     def _do(self, fault: str, number: int, seconds: float) -> None:
         worker = self.workers[number]
-        if "server" in fault and "killed" in fault:  # somebody has to hold the run meanwhile
+        if "server" in fault and "killed" in fault:  # a replica has to hold the run meanwhile
             self.watch.until_all_take_part(len(WORKERS))
         match fault:
             case "worker killed":
@@ -296,7 +296,7 @@ class Chaos:
     def _kill_server(self, seconds: float) -> None:
         self.server.send(signal.SIGKILL)
         self.server.end()
-        # Who pushed for the newest step stood at the one before: that one is held for certain.
+        # Workers that pushed for the newest step stood at the one before: that one is held.
         held = self.watch.step - 1
         self._pause(seconds)
         self.server = self._start_server()
@@ -367,7 +367,7 @@ def judge(
 
 
 def undisturbed(samples: int) -> float:
-    """The accuracy of a run that nobody disturbs, over about as many samples."""
+    """The accuracy of an undisturbed run, over about as many samples."""
     epochs = max(1, min(BASELINE_EPOCHS, round(samples / 4000)))
     with tempfile.TemporaryDirectory(prefix="chaos-") as folder, Run(Path(folder)) as run:
         settings = [f"num_epochs={epochs}", "num_workers=3", "eval_steps=0", "batch_size=16"]
@@ -437,7 +437,8 @@ class Sizes:
 
 
 def soak(rounds: int, seed: int) -> int:
-    """Workers come and go until so many rounds are closed; the exit code. Worker 1 stays."""
+    """Workers come and go until this number of rounds is closed; returns the exit code. Worker 1
+    stays."""
     settings = [
         "num_workers=3", "batch_size=4", "model.hidden=4", "num_epochs=1000000", "timeout=0.5",
         f"heartbeat_timeout={SILENCE_S}", "observer=false", "history_mb=8",

@@ -1,7 +1,7 @@
-"""Workers in threads, each with a user's own loop; what they did, and what it should have come to.
+"""Workers in threads, each with a user's own loop; what they did, and the right result.
 
-`Crew.truth` replays the log of a run in one process: it takes from the run only who was in which
-round, and with which samples.
+`Crew.truth` replays the log of a run in one process: it takes from the run only which workers were
+in which round, and with which samples.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ CLASSES = 4
 
 
 class Noise:
-    """A data set of noise; each sample tells its index too."""
+    """A data set of noise; each sample has its index too."""
 
     def __init__(self, samples: int, shape: tuple[int, ...] = (INPUTS,)) -> None:
         generator = torch.Generator().manual_seed(7)
@@ -174,11 +174,11 @@ class Rounding:
 def rounding_bound(model: Callable[[Rounding | None], nn.Module]) -> float:
     """How far float32 trainings that add in another order may end apart, on this processor.
 
-    Each number of a gradient is a sum, off by some 2^-24 of its terms, and what becomes of that in
-    a training no constant can tell: an optimizer like Adam makes whole steps of it where terms
-    cancel. So it is measured: trainings that differ in the order alone, twice as far as the
-    furthest of four, and at least as far as eight roundings of the largest weight. In float64 all
-    of it is 2^29 times less, and 1e-10 holds anywhere.
+    Each number of a gradient is a sum, off by some 2^-24 of its terms. No constant bounds the
+    effect on a training: an optimizer like Adam makes whole steps of it where terms cancel. So it
+    is measured: trainings that differ in the order alone, twice as far as the furthest of four, and
+    at least as far as eight roundings of the largest weight. In float64 all of it is 2^29 times
+    less, and 1e-10 holds anywhere.
     """
     exact = model(None).state_dict()
     numbers = {name: v for name, v in exact.items() if v.is_floating_point()}

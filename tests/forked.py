@@ -134,7 +134,7 @@ def parent() -> int | None:
 
 
 def serve(control: socket.socket) -> tuple[list[str], str, dict[str, str], int] | None:
-    """Fork for each request. Returns in a forked process what it is to do; None at the end."""
+    """Fork for each request. Returns the request in a forked process; None at the end."""
     for name in IMPORTED:
         __import__(name)
     assert len(os.listdir("/proc/self/task")) == 1, "a thread would not be in the forked process"

@@ -143,7 +143,7 @@ def tree(content: bytes) -> None:
 
 
 def told(content: bytes) -> None:
-    """The settings that a server tells."""
+    """The settings that a server sends."""
     with suppress(UserError, ValueError):
         from_wire(Settings(), TOLD | dict(msgspec.json.decode(content)))
 
@@ -163,7 +163,7 @@ class Welcomed:
 
 
 def name(content: bytes) -> None:
-    """A name that a server tells: a row of ours, or refused. Nothing is imported."""
+    """A name that a server sends: a row of ours, or refused. Nothing is imported."""
     before = set(sys.modules)
     with suppress(UserError):
         text = content.decode(errors="replace")
@@ -288,7 +288,7 @@ def fuzz(target: str, arguments: Sequence[str]) -> None:
 
 
 def work(target: str, seconds: int, corpus: Path) -> tuple[str, bool]:
-    """One target for so long, in a process of its own: what it came to, and whether it is well."""
+    """One target for a time, in a process of its own: its result, and whether it is well."""
     corpus.mkdir()
     Path(CRASHES).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as name:

@@ -1,4 +1,4 @@
-"""A server that speaks the protocol and tells workers what it likes."""
+"""A server that speaks the protocol and lies to its workers."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from paramserver.settings import Settings
 
 
 class FakeServer:
-    """Welcomes whoever says hello on loopback, with these settings over the usual ones and these
-    fields over those of an honest Welcome; answers probes. As a `with` block."""
+    """Welcomes every peer that says hello on loopback, with these settings over the usual ones and
+    these fields over those of an honest Welcome; answers probes. As a `with` block."""
 
     def __init__(self, told: Mapping[str, Any] | None = None, **welcome: Any) -> None:
         self.port = free_port()
@@ -45,7 +45,7 @@ class FakeServer:
         self._thread.join()
 
     def answer(self, message: Any) -> list[wire.Message]:
-        """What goes back to who sent this."""
+        """The answer to this message."""
         if isinstance(message, wire.Hello):
             return [self.welcome]
         if isinstance(message, wire.Probe):

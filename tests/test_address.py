@@ -1,4 +1,4 @@
-"""Where a server listens and a worker dials, and who needs a token for it."""
+"""The addresses that a server binds and a worker dials, and which of them need a token."""
 
 from __future__ import annotations
 

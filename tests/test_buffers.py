@@ -245,7 +245,7 @@ def test_what_nobody_writes_costs_no_message(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_buffer_written_behind_backward_is_sent_from_the_next_step_on() -> None:
-    """It is in nobody's state until it is in an update."""
+    """It is in no replica's state until it is in an update."""
     setup = Setup(model := drawn(Normaliser(), 1), SGD(model.parameters(), lr=0.05))
     before = model.mean.clone()
     seen = []
@@ -374,7 +374,8 @@ def bytes_of(worker: int, indexes: list[int]) -> list[Any]:
 def test_of_each_module_the_lowest_worker_that_wrote_there(
     wrote: dict[int, set[int]], random: Any
 ) -> None:
-    """Whoever comes first; what it did not write is absent, whoever else did."""
+    """In any order of the workers; what it did not write is absent, even if another worker wrote
+    it."""
     assert [(b.kind, b.sent, b.size) for b in WHOLE_PLAN.buckets][1:] == [("whole", "bytes", 51)]
     reducer, released = Reducer(WHOLE_PLAN, CODECS["int8"], CODECS["int8"]), []
     for _ in range(2):

@@ -16,8 +16,8 @@ DIRECTIONS = ((True, True), (True, False), (False, True))
 
 @pytest.mark.root
 def test_a_cable_that_is_out_costs_nothing_but_time(tmp_path: Path) -> None:
-    """Out until the server has given the worker up. Nobody else waits; the worker comes back; every
-    sample is accounted for."""
+    """Out until the server has given the worker up. No other worker waits; this one comes back;
+    every sample is accounted for."""
     with Hosts(["mini1", "mini2"]) as hosts, Run(tmp_path) as run:
         here, there = hosts["mini1"], hosts["mini2"]
         address = f"host_ip={hosts.address('mini1')}"
@@ -41,7 +41,7 @@ def test_a_cable_that_is_out_costs_nothing_but_time(tmp_path: Path) -> None:
             server.wait_for(r"worker 2 .*(is here|took a snapshot)")
             for _ in range(2):  # the first may have been said before it asked to join
                 server.wait_for(r"training, step (?!.*joining)")
-        before = len(run.steps())  # only who has contributed is believed about its weights
+        before = len(run.steps())  # weights are trusted only after a contribution
         while not any(2 in line["workers"] for line in run.steps()[before:]):
             server.wait_for("training, step")
 

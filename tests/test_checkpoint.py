@@ -117,7 +117,7 @@ def test_what_was_just_written_stays_whatever_lies_beside_it(folder: Path) -> No
 
 @pytest.mark.parametrize("room", [0, 1, 2, 3])
 def test_older_checkpoints_make_room_and_the_last_whole_one_stays(folder: Path, room: int) -> None:
-    """The disk is full until so many are gone."""
+    """The disk is full until this number of checkpoints is gone."""
     for step in (2, 3):
         checkpoint.save(folder / checkpoint.name(step), replica(), "run", {})
     (folder / checkpoint.name(4)).write_bytes(b"cut off")

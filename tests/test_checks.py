@@ -1,4 +1,5 @@
-"""What a loop gets wrong is told, at the door or at the step where it goes wrong; nobody hangs."""
+"""Mistakes of a loop raise an error, at `attach` or at the step where they happen; no worker
+hangs."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ from workers.cluster import Cluster
 
 @pytest.fixture
 def cluster() -> Cluster:
-    """A cluster of one: what it refuses is refused before a server would be asked."""
+    """A cluster of one: it refuses what a worker refuses before it asks a server."""
     return workers.join(port=free_port(), say=lambda line: None)
 
 

@@ -73,7 +73,7 @@ class Told:
 
 
 class Run:
-    """Two workers who take part; `now` is the time."""
+    """Two workers that take part; `now` is the time."""
 
     def __init__(self, workers: int = 2) -> None:
         self.told, self.now = Told(), 100.0
@@ -209,7 +209,7 @@ def test_updates_are_fetched_but_not_twice_at_a_time() -> None:
     before = run.rounds.lineage
     run.push(1, 1.0, 2.0, 3.0)
     run.push(2, 3.0, 4.0, 5.0)
-    run.told.unread[b"link 2"] = 10**9  # the answer before lies there
+    run.told.unread[b"link 2"] = 10**9  # the answer before is still unread
     run.hear(2, wire.Fetch(step=0, lineage=before))
     assert run.to(2, wire.Fetched) == []
     run.told.unread.clear()

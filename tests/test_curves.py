@@ -125,7 +125,7 @@ def test_smoothing_keeps_the_curve_and_drops_single_outliers() -> None:
 
 
 def test_the_accuracy_is_drawn_where_there_is_one(tmp_path: Path) -> None:
-    """Else the metric that was told first."""
+    """Else the metric that was reported first."""
     lines = [evaluation(1) | {"metrics": {"mood": 2.0}}, evaluation(2, accuracy=None)]
     drawn = Metrics(write(tmp_path / "metrics.jsonl", lines))
     assert drawn.metric == "accuracy" and drawn.val_metric[0] == 0.9

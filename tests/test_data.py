@@ -303,7 +303,7 @@ class Mirror:
             f"{name}.gz": gzip.compress(content, mtime=0) for name, content in tiny_files().items()
         }
         self.asked: Counter = Counter()
-        self.open = threading.Event()  # until then nobody gets an answer
+        self.open = threading.Event()  # until then it sends no answer
         self.open.set()
         mirror = self
 

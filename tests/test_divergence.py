@@ -1,4 +1,4 @@
-"""Who is right where replicas differ."""
+"""Which replica is right where they differ."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ KIND = "cpu"
 
 
 def told(digests: Digests, step: int, of: dict[int, str], expected: set[int]) -> list[int]:
-    """All who are found wrong after these reports."""
+    """All that are found wrong after these reports."""
     wrong: list[int] = []
     for id, digest in of.items():
         wrong += digests.report(step, KIND, id, digest, expected)

@@ -1,7 +1,7 @@
 """The documents say what the code does: settings, files, messages, deadlines, links.
 
 Read are the Markdown files of the top level and of docs/. Everything that a table repeats from the
-code is held to it here, so that a new setting, file or message is told about when it is made.
+code is compared with it here, so that a new setting, file or message is documented when it is made.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How a run's end reaches those who take part: exceptions, exit codes, and `cluster.end`."""
+"""How a run's end reaches the workers: exceptions, exit codes, and `cluster.end`."""
 
 from __future__ import annotations
 
@@ -97,8 +97,8 @@ def test_an_end_that_comes_while_step_waits(error: bool) -> None:
 
 @pytest.mark.parametrize("stopped", [False, True])
 def test_a_worker_that_was_left_behind(stopped: bool) -> None:
-    """It computes for so long that the server is gone, and it has not heard of the last updates:
-    it has not finished. Where somebody stopped the run nobody has, and that is no error."""
+    """It computes until the server is gone, and has not received the last updates: it has not
+    finished. Where a person stopped the run no worker has finished, and that is no error."""
     go_on = threading.Event()
 
     def hold(step: int) -> None:
@@ -137,7 +137,7 @@ def test_a_server_that_falls_silent_for_good() -> None:
         for one in loops:
             one.hold = impatient
         served.until(lambda: len(served.closes) > 5)
-        served.server.rounds.put_off = True  # it ends, and tells nobody
+        served.server.rounds.put_off = True  # it ends, without an End
         served.wait(*(one.done for one in loops))
         for one in loops:
             assert re.search("silent for|no server answered", str(one.raised))

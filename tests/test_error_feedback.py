@@ -141,7 +141,7 @@ def test_a_gradient_that_is_not_finite_is_refused_and_spoils_nothing(
 def test_the_residual_of_an_absent_tensor_waits_until_somebody_takes_it(
     cut: BucketPlan, codec: str
 ) -> None:
-    """The bias ends the second bucket. Without a gradient nobody applies what comes for it."""
+    """The bias ends the second bucket. Without a gradient no replica applies what comes for it."""
     sender, bias = Sender(cut, codec), slice(1000, 1100)
     first = torch.zeros(1100)
     first[bias] = noise(100)

@@ -1,4 +1,4 @@
-"""What the doctor says of what it has seen, and how it draws it."""
+"""The doctor's findings, and its drawing."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ SCHEDULES: dict[str, Callable[[Optimizer], Any]] = {
 
 
 def alone(setup: Setup, data: Noise, until: int = 12) -> Replica:
-    """Train without a server for so many steps; the replica."""
+    """Train without a server for some steps; returns the replica."""
     with workers.join(port=free_port(), say=lambda line: None, alone={"num_epochs": 99}) as cluster:
         model, optimizer = cluster.attach(setup.model, setup.optimizer, **setup.attach)
         for x, y, _ in cluster.batches(data, batch_size=8):
@@ -72,7 +72,7 @@ def same(setup: Setup, other: Setup) -> None:
 
 
 def check_one(make: Callable[[], Setup]) -> None:
-    """It trains as in a plain loop, and one who joins later, by a snapshot, goes on as it does."""
+    """It trains as in a plain loop, and one that joins later, by a snapshot, goes on as it does."""
     data = Noise(96)
     setup, plain, joiner = make(), make(), make()
     replica = alone(setup, data)

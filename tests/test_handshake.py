@@ -1,5 +1,5 @@
-"""Strangers at a server that lets in only who has its join token: they learn nothing, hold up
-nothing, and are told.
+"""Strangers at a server that admits only peers with its join token: they learn nothing, delay
+nothing, and get an error.
 
 In most of these tests loopback is guarded too, so that no other address is needed.
 """
@@ -86,7 +86,7 @@ def test_a_worker_without_the_right_token_is_told_and_logged_once(name: str) -> 
             finally:
                 client.close()
         served.until_said(logged)
-    # Who hangs up at once may be gone before its address could be asked: then it is somebody.
+    # A peer that hangs up at once may be gone before its address is read: then it is "somebody".
     who = [line.split()[0] for line in refusals(served)]
     assert len(who) == len(set(who)) and set(who) <= {LOOPBACK, "somebody"}
     assert served.server.rounds.peers == {}
@@ -256,7 +256,7 @@ def test_who_hangs_up_without_a_word_is_asked_what_it_wants(
 @pytest.mark.root
 def test_two_machines_a_killed_server_and_new_keys(tmp_path: Path) -> None:
     """The token that the server prints is all that the other machine needs, also after the server
-    was killed; strangers and old tokens are told, by the programs, what is wrong."""
+    was killed; the programs say what is wrong with strangers and old tokens."""
     with Hosts(["mini1", "mini2"]) as hosts, Run(tmp_path) as run:
         here, there = hosts["mini1"], hosts["mini2"]
         home = {"XDG_CONFIG_HOME": str(tmp_path / "mini1")}
@@ -308,7 +308,7 @@ def test_two_machines_a_killed_server_and_new_keys(tmp_path: Path) -> None:
 
 
 def test_a_socket_closed_in_the_middle_of_a_handshake_leaves_its_context_alive() -> None:
-    """ZeroMQ's I/O thread waits for whoever lets its events lie, and must not do so for ever."""
+    """ZeroMQ's I/O thread waits for a reader of its events, and must not do so for ever."""
     with socket.create_server((LOOPBACK, 0)) as listener, zmq.Context() as ctx:
 
         def hang_up() -> None:

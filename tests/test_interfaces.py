@@ -189,7 +189,7 @@ HOME = [{"name": "mini1", "role": "both"}, {"name": "mini2"}]
 
 
 def settled(own: list[Interface], monkeypatch: pytest.MonkeyPatch, **settings: Any) -> Any:
-    """Where a server listens on a machine with these interfaces, and what it says of it."""
+    """Where a server listens on a machine with these interfaces, and its sentence about that."""
     monkeypatch.setattr(machine, "interfaces", lambda: own)
     return machine.settle(Settings(**settings))
 

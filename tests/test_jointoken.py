@@ -1,4 +1,4 @@
-"""Join tokens: what is encoded comes back, and what is damaged is told."""
+"""Join tokens: a token comes back as it was encoded, and a damaged one is an error."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ def rounds(
     pushes: int = WINDOW,
     worker: int = 2,
 ) -> list[str]:
-    """What is said in so many rounds whose pushes, of 1 MB each, come so far apart."""
+    """The sentences of `count` rounds whose pushes, of 1 MB each, come `come_s` apart."""
     told = []
     for number in range(1, count + 1):
         for push in range(pushes):
@@ -47,7 +47,7 @@ def test_another_path_is_told_once() -> None:
     assert len(told) == 1
     assert f"worker 2 (mini2) comes by {OTHER}, not by {NEAR} as make up had chosen" in told[0]
     assert rounds(watch, 3, come_s=0.01, address="") == []  # ipc
-    assert rounds(watch, 3, come_s=0.01, address=OTHER, worker=3) == []  # nobody chose for it
+    assert rounds(watch, 3, come_s=0.01, address=OTHER, worker=3) == []  # without a chosen path
 
 
 def test_where_the_system_decides_no_address_is_another_one() -> None:

@@ -1,4 +1,4 @@
-"""A lock is one process's, goes with it, and is seen by those who only ask."""
+"""A lock belongs to one process, ends with it, and is seen by processes that only ask."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def opened(path: Path) -> Iterator[int]:
 
 
 def taken(path: Path) -> bool:
-    """Whether somebody else can take the lock, who gives it back."""
+    """Can another process take the lock? It gives it back."""
     with opened(path) as fd:
         return locks.take(fd)
 

@@ -32,7 +32,7 @@ from workers.observer.loggers import (
 
 KEY = "0123456789" * 4  # has the form of a login, and opens nothing
 
-# Each program prints what it has left behind at its end, and all that it was told.
+# Each program prints the processes that it has left at its end, and all sentences.
 PROGRAM = """
     import sys
     from pathlib import Path
@@ -72,7 +72,7 @@ def folder(tmp_path: Path, home: Path) -> Path:
 
 
 class Internet:
-    """All of it, as wandb sees it: a server and proxy that notes who calls and hangs up."""
+    """The internet, as wandb sees it: a server and proxy that counts calls and hangs up."""
 
     def __init__(self) -> None:
         self._socket = socket.create_server(("127.0.0.1", 0))
@@ -370,7 +370,7 @@ class Book:
 
 
 class Opened:
-    """A Background around a Book, and what was told."""
+    """A Background around a Book, and its sentences."""
 
     def __init__(self, close_s: float = 60.0, kill: Callable[[], None] = lambda: None) -> None:
         self.told: list[str] = []  # as problems

@@ -1,4 +1,4 @@
-"""Who hears what is said: a script's own logging goes before, programs show all as lines."""
+"""Where log records go: a script's own logging takes precedence, programs show all as lines."""
 
 from __future__ import annotations
 

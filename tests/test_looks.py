@@ -1,4 +1,4 @@
-"""Two data sets of one length that are not the same are told apart, and the same ones are not."""
+"""Two different data sets of one length are found to differ, and equal ones are not."""
 
 from __future__ import annotations
 

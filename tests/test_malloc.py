@@ -71,7 +71,7 @@ class Reached(Exception):
 def test_the_programs_keep_what_was_freed(
     monkeypatch: pytest.MonkeyPatch, run: Callable[[], object]
 ) -> None:
-    """Nothing but how long a round takes would tell that one of them does not."""
+    """Only the time of a round would show that one of them does not."""
 
     def reached() -> None:
         raise Reached

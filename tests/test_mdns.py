@@ -90,7 +90,7 @@ def test_a_server_of_this_host_alone_is_not_announced() -> None:
 # zeroconf leaves a socket to the collector where it fails
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_server_that_cannot_be_announced_says_so_once() -> None:
-    silent = Announcement(["192.0.2.1"], 65432, "12", None)  # which is nobody's
+    silent = Announcement(["192.0.2.1"], 65432, "12", None)  # an address of no machine
     told = silent.problem()
     assert told is not None
     assert told.startswith("workers cannot find this server by host_ip=auto: no multicast DNS here")
@@ -169,7 +169,7 @@ def test_the_server_of_the_token_is_found_and_nobody_else(tmp_path: Path) -> Non
     """The worker is there first, then an impostor, then the server, at another address than the
     token tells; then an impostor under the server's own name, and another worker. Then there is
     another run with the same keys, the server dies with its cable and comes back at its next
-    address; meanwhile somebody claims that the other run's server is the one."""
+    address; meanwhile an impostor claims that the other run's server is the one."""
     names = ["mini1", "mini2", "mini3", "mini4"]
     with Hosts(names) as hosts, Run(tmp_path) as run:
         join_by_a_cable(hosts, CABLE, "mini1", "mini2")

@@ -128,7 +128,7 @@ def test_a_field_of_a_later_version_is_passed_over() -> None:
 
 
 def test_a_join_of_an_older_worker_is_read() -> None:
-    """It tells of its link, too, which nobody used."""
+    """It also has a link, which was never used."""
     join = wire.Join(layout=wire.Layout(()), step=3, lineage="x", device="cpu")
     [header] = wire.to_frames(join)
     older = json.loads(header) | {"link": "ipc"}

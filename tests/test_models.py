@@ -1,4 +1,4 @@
-"""Models by name: the same weights for everyone, and arguments that cannot be are told."""
+"""Models by name: the same weights in every process, and an error for impossible arguments."""
 
 import random
 import subprocess

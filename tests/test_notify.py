@@ -1,4 +1,4 @@
-"""What programs tell those that started them, for programs to read."""
+"""How programs report to the programs that started them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from paramserver.notify import Notice, read
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A file to tell things in; what this process has told before is forgotten."""
+    """A file for reports; earlier reports of this process are forgotten."""
     monkeypatch.setattr(notify, "_told", Notice())
     monkeypatch.setenv(notify.VARIABLE, str(tmp_path / "notify"))
     return tmp_path / "notify"

@@ -1,4 +1,5 @@
-"""Batches of one's own: each worker's data stay with it, and weigh as many samples as it tells."""
+"""Batches of a worker's own: its data stay with it, and weigh the number of samples that it
+reports."""
 
 from __future__ import annotations
 

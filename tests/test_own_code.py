@@ -159,7 +159,7 @@ def test_data_loss_metric_optimizer_and_schedule_go_the_same_way(desk: Desk) -> 
 def test_a_folder_of_the_environments_pythonpath(
     desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Carried code is found so, and what its owner named for this very process."""
+    """Copied code is found in this way, and code that the user named for this process."""
     desk.write("carried.py", desk.elsewhere)
     monkeypatch.setattr(sys, "path", [*sys.path, str(desk.elsewhere)])
     refused("carried:Net", "carried lies in .*other")

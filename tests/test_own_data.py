@@ -1,4 +1,4 @@
-"""A data set by its import path: what it is given, and what is held out to validate."""
+"""A data set by its import path: its arguments, and its validation set."""
 
 from __future__ import annotations
 

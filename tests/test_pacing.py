@@ -47,7 +47,7 @@ def test_a_round_that_is_over_takes_what_waits_with_it() -> None:
     pacer.due(0.0)
     assert pacer.begin() == [1, 2]
     assert pacer.begin() == []
-    pacer.add(0, 10, now=50.0)  # time that passed between rounds is nobody's fault
+    pacer.add(0, 10, now=50.0)  # time between rounds does not count
     pacer.add(1, 11, now=50.0)
     assert pacer.due(50.0) == [10]
 

@@ -63,7 +63,7 @@ def test_buckets_are_told_apart_whatever_order_they_are_pushed_in(worker: Worker
 
 
 def test_where_no_slot_is_free_memory_is_made_at_once(worker: Worker) -> None:
-    """Nobody is waited for here: the next to be pushed may wait, and is told when that is vain."""
+    """`Pushes` never waits: the next push may wait, until that is in vain."""
     for bucket in range(shm.OUTBOX_SLOTS):
         assert not worker.pushes.full
         worker.pushes.room(bucket, NBYTES)

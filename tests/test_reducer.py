@@ -50,7 +50,7 @@ class Payloads:
 
         def release() -> None:
             self.released[number] += 1
-            for buffer in buffers:  # whoever reads it now reads rubbish
+            for buffer in buffers:  # a reader now gets rubbish
                 torch.frombuffer(buffer, dtype=torch.uint8).fill_(0xFF)
 
         return buffers, scale, release

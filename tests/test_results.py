@@ -93,7 +93,7 @@ class Held:
         (self.package / ".pipe").rename(self.package / where)
 
     def wait(self, where: str, server: Program) -> None:
-        """Until the observer is there. The pipe is opened by whoever comes first."""
+        """Wait until the observer is there. The first of the two opens the pipe."""
         pipe = self.package / where
         fd = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
         try:
@@ -223,7 +223,7 @@ def test_a_figure_is_never_shown_under_another_step_than_its_own(tmp_path: Path)
 
 @pytest.mark.parametrize("name", ["checkpoints", "model.safetensors"])
 def test_a_result_that_cannot_be_written_is_told_everywhere(tmp_path: Path, name: str) -> None:
-    """Something else lies in its place, which nobody can write to; as good as a full disk."""
+    """A folder lies in its place, which cannot be written to; as good as a full disk."""
     with Run(tmp_path) as run:
         server = run.server("batch_size=16", "num_epochs=1", "checkpoint_steps=50")
         server.wait_for("server at")

@@ -234,7 +234,8 @@ def test_an_observer_killed_before_it_gave_its_state_is_followed_by_one_that_res
 
 
 def test_a_checkpoint_that_kills_each_observer_ends_the_run_with_the_reason(tmp_path: Path) -> None:
-    """Its loading raises what nobody expects: no observer can be kept, and nothing is trained."""
+    """Its loading raises an unexpected exception: no observer can be kept, and nothing is
+    trained."""
     (tmp_path / "falls").mkdir()
     (tmp_path / "falls" / "__init__.py").touch()
     (tmp_path / "falls" / "net.py").write_text(

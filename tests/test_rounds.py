@@ -382,7 +382,7 @@ def test_another_data_set_is_refused_and_so_is_an_empty_one() -> None:
 def test_ready_from_one_who_lost_its_place_is_left_until_it_says_so_again() -> None:
     run = Run().observer().workers(1, 2)
     run.behind(2)
-    assert run.ready(2) == []  # it was on its way when the worker was told
+    assert run.ready(2) == []  # it was on its way when the worker got the answer
     assert but_words(run.follows(2)) == ["w2 <- follow at step 0"]
     assert run.ready(2) == []
     assert [p.id for p in run.rounds.workers_ready()] == [1, 2]
@@ -657,7 +657,7 @@ def members(run: Run) -> list[int]:
 
 
 def rounds_of_one(run: Run, count: int) -> list[str]:
-    """Worker 1 pushes for so many rounds, each of which waits for the others as long as it does."""
+    """Worker 1 pushes for some rounds, each of which waits for the others as long as rounds do."""
     effects: list[str] = []
     for _ in range(count):
         effects += run.push(1)
@@ -1034,7 +1034,7 @@ def test_a_run_goes_on_where_its_most_advanced_replica_stands() -> None:
         assert run.rounds.snapshot is not None
         run.adopted({"obs": 0, "w1": 1}[run.rounds.snapshot.joiner], run.rounds.snapshot.number)
     run.ready(2)
-    assert run.rounds.round is not None  # whoever is missing may come later
+    assert run.rounds.round is not None  # a missing worker may come later
     run.push(2)
     assert run.closes[0].step == 5 and run.closes[0].contributors == {2: 10}
 
@@ -1046,7 +1046,7 @@ def test_who_beats_may_hold_more_and_is_awaited() -> None:
         run.rounds.handle(Alive("process of w2"), now)
         assert run.tick(now, 1) == []
     back(run, 2, 5)
-    assert run.rounds.step == 5  # less than was noted, but nobody else is left
+    assert run.rounds.step == 5  # less than was noted, but no other replica is left
 
 
 def test_who_is_silent_is_not_awaited_longer_than_anybody() -> None:
@@ -1434,7 +1434,7 @@ def test_a_joiner_whom_one_giver_failed_is_given_to_by_another() -> None:
             run.join(4)
         run.tick(run.now + 5.0, 1, 2, 4)
     run.leave(4), run.leave(2)
-    run.hello(2, "b"), run.follows(2, "b"), run.ready(2, "b")  # nobody has complained of it yet
+    run.hello(2, "b"), run.follows(2, "b"), run.ready(2, "b")  # no joiner has complained of it yet
     run.push(1)
     run.push(1), run.push(2, life="b")
     run.hello(3), run.join(3)
@@ -1471,7 +1471,7 @@ def test_who_only_knows_the_name_of_a_state_is_not_waited_for_for_ever() -> None
 
 
 def missed(run: Run, who: int) -> int:
-    """What a joiner is told when it joins: snapshots that it did not get."""
+    """The answer to a joiner: the number of snapshots that it did not get."""
     join = wire.Join(layout=LAYOUT, step=0, lineage="its own", device="cpu")
     effects = run.handle(Told(session(who), join))
     said = [e.message for e in effects if isinstance(e, Send) and e.session == session(who)]
@@ -1573,7 +1573,7 @@ def test_between_two_snapshots_a_round_goes_on() -> None:
 
 
 def test_who_joins_again_and_again_waits_longer_each_time() -> None:
-    """Under any number: what counts is that nobody contributes."""
+    """With any worker id: what counts is that none contributes."""
     run = Run(epochs=1000, max_workers=64).observer().workers(1, 2)
     given, rounds = [], 0
     run.push(1), run.push(2)
@@ -1723,7 +1723,7 @@ def test_a_silent_joiner_is_named_and_training_goes_on() -> None:
     assert effects[0] == "# snapshot 2 is off: worker 2 (pi) was silent for 10 s"
     assert effects[-1].startswith("all <- open 2")
     run.push(1)
-    assert run.rounds.snapshot is None  # nobody waits for one any more
+    assert run.rounds.snapshot is None  # no joiner waits for one any more
 
 
 def test_a_giver_may_decline_and_a_joiner_too() -> None:
@@ -2170,7 +2170,7 @@ class AnyOrder(RuleBasedStateMachine):
         self.taken: set[tuple[int, int]] = set()
 
     def happens(self, event: Event) -> None:
-        """Carry out what follows, as the server would, and check what it relies on."""
+        """Carry out the effects, as the server would, and check what it relies on."""
         for effect in self.rounds.handle(event, self.now):
             match effect:
                 case Add():

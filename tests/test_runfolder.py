@@ -1,4 +1,4 @@
-"""Run folders are never shared, metrics are whole lines of JSON, a full disk is only told of."""
+"""Run folders are never shared, metrics are whole lines of JSON, a full disk is only reported."""
 
 from __future__ import annotations
 
@@ -348,7 +348,7 @@ def test_a_folder_that_vanishes_is_told_and_made_anew(tmp_path: Path) -> None:
     assert folder.flush(0.0) is None
     shutil.rmtree(tmp_path / "runs")
     folder.log(step_line(2))
-    folder.flush(0.5)  # nobody has looked yet
+    folder.flush(0.5)  # the next look is later
     folder.log(step_line(3))
     problem = folder.flush(2.0)
     assert problem is not None and "has vanished" in problem
@@ -569,7 +569,7 @@ def test_the_newest_step_survives_a_kill(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", NOTES_AND_DIES, str(tmp_path)], check=False)
     assert folder.noted() == "lineage812"
     assert folder.open_note() is None
-    assert folder.noted() == "lineage812"  # whoever goes on has it until there is a newer one
+    assert folder.noted() == "lineage812"  # the next server has it until there is a newer one
     folder.note(813, "lineage813")
     assert folder.noted() == "lineage813"
     folder.close()

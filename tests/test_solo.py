@@ -177,7 +177,7 @@ print("worker", cluster.worker_id, "stands at step", cluster.step, flush=True)
 
 
 def test_a_script_runs_with_and_without_a_server(tmp_path: Path) -> None:
-    """The same file: alone, then two of it whom the environment tells where to go."""
+    """The same file: alone, then two processes of it that find the server in the environment."""
     port = free_port()
     script = tmp_path / "train.py"
     script.write_text(SCRIPT)

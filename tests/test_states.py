@@ -45,7 +45,7 @@ class Checked(Rounds):
 def test_every_row_is_taken_and_the_state_is_what_is_under_way(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A row that nobody takes would be drawn all the same."""
+    """A row that is never used would be drawn all the same."""
     taken: set[tuple[str, str]] = set()
 
     def noted(table: Table, state: str, cause: str) -> str:

@@ -115,7 +115,7 @@ def test_bytes_that_are_not_the_protocol_do_not_disturb(name: str, door: int) ->
 
 
 def test_a_crowd_of_strangers_leaves_nothing_behind(tmp_path: Path) -> None:
-    """Neither memory nor descriptors grow, and no round waits for anybody but its worker."""
+    """Neither memory nor descriptors grow, and a round waits for its worker only."""
     with Run(tmp_path) as run:
         server = run.server("observer=false", "num_epochs=9999", "num_workers=1")
         run.worker(1)
@@ -233,7 +233,7 @@ def test_a_wrong_hello_is_refused(changes: dict[str, Any], reason: str) -> None:
 
 @contextmanager
 def greeted(served: Served) -> Iterator[zmq.Socket[bytes]]:
-    """The link of a stranger who knows how to greet."""
+    """The link of a stranger that knows how to greet."""
     with dealer(served.port) as door, dealer(served.port) as link:
         door.send_multipart(wire.to_frames(HELLO))
         session = answer(door, wire.Welcome).session
@@ -378,7 +378,7 @@ def test_a_session_that_others_can_see_is_not_enough_to_act_as_its_owner() -> No
                 thief.send_multipart(wire.to_frames(wire.Beat(session=session, secret=secret)))
                 assert not answer(thief, wire.Greet).session_known
             thief.send_multipart(wire.to_frames(wire.Goodbye(reason="ended by a thief")))
-            assert answer(thief, wire.Greet).session_known  # this link is nobody's
+            assert answer(thief, wire.Greet).session_known  # this link has no session
             mine = msgspec.structs.replace(HELLO, nonce=peer.nonce, id=peer.id)
             thief.send_multipart(wire.to_frames(mine))
             assert (
@@ -448,7 +448,7 @@ LIES = [too_large, other_names, other_shapes, no_ledger]
 
 
 def giving_lies(monkeypatch: pytest.MonkeyPatch, lie: Callable[[Giving], None], times: int) -> None:
-    """Whoever gives a snapshot lies so often in this way."""
+    """The giver of a snapshot lies in this way, several times."""
     give, left = Giving.__init__, [None] * times
 
     def lies(self: Giving, number: int, replica: Replica) -> None:
@@ -490,7 +490,7 @@ def test_who_gets_nothing_but_snapshots_that_cannot_be_gives_up_with_the_reason(
 def test_who_has_shown_nothing_does_not_make_others_give_up(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """It only says that it holds the state, while nobody else does."""
+    """It only claims to hold the state, while no other peer does."""
     giving_lies(monkeypatch, other_names, 3)
     with Served(num_workers=2, num_epochs=1) as served:
         crew = Crew(served, perceptron, Noise(32))

@@ -1,4 +1,4 @@
-"""What a server tells its workers is data: it is checked before anything is made of it."""
+"""What a server sends to its workers is data: it is checked before it is used."""
 
 from __future__ import annotations
 

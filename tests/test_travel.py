@@ -1,5 +1,5 @@
-"""What cannot travel is told by `attach`, by its name; what can arrives as it was, and a training
-that follows another in one process begins like the first."""
+"""`attach` names state that cannot travel; other state arrives as it was, and a training that
+follows another in one process begins like the first."""
 
 from __future__ import annotations
 

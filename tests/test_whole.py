@@ -1,7 +1,7 @@
 """Whole runs as people start them: server, observer and workers are programs, on loopback.
 
 One run serves several promises where it can: the module's fixtures make it, the tests look at what
-it left. Events come from what the programs print and from the closes that the server publishes.
+it left. Events come from the programs' output and from the closes that the server publishes.
 """
 
 from __future__ import annotations
@@ -319,8 +319,9 @@ def test_a_killed_server_is_started_again_and_no_closed_step_is_lost(tmp_path: P
             left: set[Path] = set()
             for _ in range(2):
                 monitor.until(lambda close: len(close.contributors) == 2)
-                # Who pushed for it stood at the step before, so that one is held for certain: the
-                # monitor may have been told of this one as the only one before the server died.
+                # The workers that pushed for it stood at the step before, so that one is held for
+                # certain: # the monitor may be the only one that got this one before the server
+                # died.
                 held = monitor.until(lambda close: close.step % 50 == 0).step - 1
                 left |= private_folders(servers[-1])
                 servers[-1].send(signal.SIGKILL)

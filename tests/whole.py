@@ -198,7 +198,7 @@ class Run:
         folder: Path | None = None,
         **environment: str,
     ) -> Program:
-        """`python -m paramserver`, on small real data, logging to nobody."""
+        """`python -m paramserver`, on small real data, without a logging service."""
         small = ["dataset.name=digits", "model.hidden=16", "wandb.mode=disabled"]
         ours = [f"port={self.port}", "run_dir=runs", "plain=true", "track_gradients=false"]
         words = ["-m", "paramserver", *small, *ours, *settings]
@@ -287,7 +287,7 @@ class Served:
     def __init__(
         self, *, keys: Keys | None = None, recovery: str | None = None, **settings: Any
     ) -> None:
-        """With `keys`, only who has them gets in, on loopback too."""
+        """With `keys`, only peers that have them are admitted, on loopback too."""
         self._threads = set(threading.enumerate())
         self.port = free_port()
         self.settings = Settings(port=self.port, observer=False, **settings)
