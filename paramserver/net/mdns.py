@@ -156,7 +156,7 @@ class Heard:
         return f"{self.host}:{self.port} (run {self.run[:8]})"
 
 
-class _Ear(zeroconf.RecordUpdateListener):
+class _Browser(zeroconf.RecordUpdateListener):
     """Sends questions, and collects the announcements of all machines."""
 
     def __init__(self) -> None:
@@ -338,9 +338,9 @@ class Search:
         self._fitting: list[Heard] = []
         self._others: list[Heard] = []
         self._choose_at: float | None = None
-        self._ear: _Ear | None = None
+        self._browser: _Browser | None = None
         try:
-            self._ear = _Ear()
+            self._browser = _Browser()
         except (OSError, zeroconf.Error) as e:
             silent = f"there is no multicast DNS on this machine: {_words(e)}"
             if self._token is None:
@@ -361,8 +361,8 @@ class Search:
 
     def close(self) -> None:
         self._trials.close()
-        if self._ear is not None:
-            self._ear.close()
+        if self._browser is not None:
+            self._browser.close()
 
     def look(self, now: float) -> Address | None:
         """An address of the server as soon as it is known, each one once; does not wait. An address
@@ -370,9 +370,9 @@ class Search:
         several."""
         if self._over:
             return None
-        if self._ear is not None:
-            self._ear.ask(now)
-            for heard in self._ear.news():
+        if self._browser is not None:
+            self._browser.ask(now)
+            for heard in self._browser.news():
                 self._consider(heard)
         if self._token is None and self._fitting:
             self._choose_at = self._choose_at or now + OTHERS_S

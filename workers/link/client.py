@@ -168,7 +168,7 @@ class Client:
         silent_s = time.monotonic() - session.follow.heard_at
         if silent_s > session.SILENT_TIMEOUTS * connection.heartbeat_timeout:
             self.log.info(f"the server has been silent for {silent_s:.0f} s: greeting it again")
-        elif not connection.elsewhere.moved:
+        elif not connection.server_search.moved:
             self.log.info("the server does not know this worker any more: greeting it again")
         self._let_go()
         connection.close_sockets()
@@ -450,8 +450,8 @@ class Client:
         session, connection = self.session, self.connection
         assert session is not None
         if now - session.follow.heard_at <= connection.heartbeat_timeout / 2:
-            connection.elsewhere.over()
-        elif connection.elsewhere.found(now):
+            connection.server_search.over()
+        elif connection.server_search.found(now):
             connection.must_greet = True
             return
         self._do(session.tick(now))

@@ -85,7 +85,7 @@ class Connection:
         self.greetings = 0
         """How often this peer was welcomed: a wait for a round of an earlier time is void."""
         self._keys = keys
-        self.elsewhere = Elsewhere(self, search)
+        self.server_search = ServerSearch(self, search)
         self.hello = wire.Hello(
             protocol=wire.PROTOCOL,
             role=role,
@@ -121,7 +121,7 @@ class Connection:
             self.give_up_s = self.settings.idle_timeout
             missing = self._open_link(welcome)
             if not missing:
-                self.elsewhere.over()
+                self.server_search.over()
                 self.greetings += 1
                 return welcome
             # The server may have died just now; if it lives, a firewall is in between.
@@ -144,7 +144,7 @@ class Connection:
         while True:
             handshake.check()
             now = time.monotonic()
-            if now >= search_at and self.elsewhere.found(now):
+            if now >= search_at and self.server_search.found(now):
                 new_door_at = now  # dial the new address now
             if now >= new_door_at:  # ZeroMQ may have given up this socket's connection in silence
                 door, handshake = self._open_door()
@@ -160,7 +160,7 @@ class Connection:
                 if isinstance(message, wire.Welcome):
                     return message
                 if isinstance(message, wire.Reject):
-                    if not self.elsewhere.was_wrong(message):
+                    if not self.server_search.was_wrong(message):
                         if message.end is not None:
                             raise RunOver(message.end)
                         raise UserError(message.reason, message.hint)
@@ -325,7 +325,7 @@ class Connection:
 
     def close(self) -> None:
         """Close every socket; safe to call twice."""
-        self.elsewhere.over()
+        self.server_search.over()
         self.close_sockets()
         self._ctx.term()
 
@@ -368,7 +368,7 @@ class Connection:
             ) from None
 
 
-class Elsewhere:
+class ServerSearch:
     """Looks for a server that is silent at other addresses, while its peer goes on trying the
     last one."""
 
