@@ -13,18 +13,21 @@ from typing import Any
 import msgspec
 import pytest
 from simulation import Parts, Schedule, simulate
-from simulation.peer import Observer, Worker
 
 from paramserver.protocol import messages as wire
 from paramserver.rounds.coordinator import Rounds
 from paramserver.rounds.effects import Effect, PassOn
 from paramserver.rounds.events import Event, Pushed, Relinked, Told
-from paramserver.rounds.ledger import PARTLY, RETURNED, Ledger, Suspect
+from paramserver.rounds.ledger import PARTLY, RETURNED, Ledger, OwnLedger, Suspect
 from paramserver.rounds.recovery import NOTHING
 from paramserver.rounds.round import Member, Peer, Snapshot
 from paramserver.server.control import Control
 from workers.link import follow
+from workers.link.actions import Action, Joined
+from workers.link.connection import ServerSearch
 from workers.link.follow import Follow
+from workers.link.pushes import Pushes
+from workers.link.session import Session
 
 CLONE = Path(__file__).resolve().parent.parent
 SCHEDULES = 2000
@@ -46,6 +49,7 @@ def test_schedules_have_what_they_are_made_for() -> None:
     for what in (
         *faults,
         "liar",
+        "own samples",
         "snapshots",
         "void rounds",
         "steps",
@@ -251,6 +255,15 @@ class PassesEverythingOn(Rounds):
         return super().handle(event, now)
 
 
+class ComparesAnySteps(Rounds):
+    """Digests of different steps are compared with each other."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        report = self._digests.report
+        self._digests.report = lambda step, *more: report(0, *more)  # type: ignore[method-assign]
+
+
 class KeepsLinks(Control):
     """The link of a peer that is gone stays bound to its session."""
 
@@ -275,6 +288,14 @@ class FetchesWithoutLooking(Control):
         for update in self._data.fetch(fetch.step):
             self._send_update(self.routes[session], update)
         self._send(session, wire.Fetched(self.rounds.step, open=self.rounds.open_message()))
+
+
+class KeepsWhatIsOverwritten(Control):
+    """Where void rounds have written over every update in the ring, none counts as gone."""
+
+    def _forget_overwritten(self, now: float) -> None:
+        if self._data.reaches_back_to() is not None:
+            super()._forget_overwritten(now)
 
 
 class AsksNobodyForItsSecret(Control):
@@ -316,28 +337,41 @@ class IgnoresPulses(Follow):
         return follow.NOTHING if isinstance(effect, follow.Gap) else effect
 
 
-class Listens:
+class Listens(Session):
     """SUB counts as a sign of life, although the link may be dead."""
 
-    def _published(self, message: Any, payload: Any) -> bool:
-        self.follow.heard(self.world.now)  # type: ignore[attr-defined]
-        return super()._published(message, payload)  # type: ignore[misc]
+    def _published(self, message: Any, payload: Any, now: float) -> list[Action] | None:
+        self.follow.heard(now)
+        return super()._published(message, payload, now)
 
 
-class ListeningWorker(Listens, Worker):
-    pass
+class CountsTheWelcomed(Session):
+    """Once welcomed, a peer counts as one who holds the run, whatever it began with."""
+
+    def greeted(self, nonce: str, now: float, **more: Any) -> list[Action]:
+        return [Joined(), *super().greeted(nonce, now, **more)]
 
 
-class WelcomedWorker(Worker):
-    """Once welcomed, it counts as one who holds the run, whatever it began with."""
+class KeepsWhatIsLost(Session):
+    """An average that was written over in the ring counts as taken."""
 
-    def connect(self) -> Any:
-        yield from super().connect()
-        self.run = self._welcomed_by
+    def lost(self, average: wire.Average) -> None:
+        pass
 
 
-class ListeningObserver(Listens, Observer):
-    pass
+class WaitsForAverages(Pushes):
+    """A push waits until the average before it has come, however long that takes."""
+
+    def due(self, now: float) -> list[tuple[wire.Push, list[Any]]]:
+        self._pacer._moved_at = now
+        return super().due(now)
+
+
+class LooksNowhere(ServerSearch):
+    """A server that has moved is waited for where it was."""
+
+    def found(self, now: float) -> bool:
+        return False
 
 
 @pytest.mark.parametrize(
@@ -348,38 +382,39 @@ class ListeningObserver(Listens, Observer):
         (
             Parts(rounds=CountsTwice),
             "pushed and taken, but is not in|a sum of .* is divided by",
-            13,
+            40,
         ),
         (Parts(rounds=AdmitsEverybody), "another model", 0),
         (Parts(rounds=KeepsOldMembers), "KeyError|could have gone on", 8),
         (Parts(rounds=SaysNothingAfterACut), "does not end|could have gone on", 132),
-        (Parts(rounds=AwaitsNobody), "holds step .*, which was lost", 22),
+        (Parts(rounds=AwaitsNobody), "holds step .*, which was lost", 102),
         (Parts(rounds=ForgetsTheLedger), "twice in bucket|samples done", 12),
-        (Parts(worker=WelcomedWorker), "of another log|another model than the log", 162),
+        (Parts(session=CountsTheWelcomed), "of another log|another model than the log", 252),
         (Parts(rounds=EndsBeforeItIsKept), "is on no disk", 0),
-        (Parts(rounds=AwaitsNoOtherObserver), "is on no disk", 117),
-        (Parts(rounds=WaitsForNobody), "every worker had left, and the run waited on", 42),
+        (Parts(rounds=AwaitsNoOtherObserver), "is on no disk", 698),
+        (Parts(rounds=WaitsForNobody), "every worker had left, and the run waited on", 112),
         (Parts(rounds=WaitsForALostState), "nobody could help", 124),
         (Parts(rounds=WaitsForTheEmpty), "in a row waited for", 5743),
         (Parts(rounds=WaitsForTheOverdue), "could have gone on", 6467),
         (Parts(rounds=BlamesTheNextLease), "nothing is wrong with it", 43202),
-        (Parts(rounds=GivesWithoutEnd), "two snapshots in a row", 7),
+        (Parts(rounds=GivesWithoutEnd), "two snapshots in a row", 12),
         (Parts(rounds=AsksTheSameForEver), "not to be had|could have gone on", 2563),
-        (Parts(rounds=BelievesAdopted), "without all its pieces", 31),
+        (Parts(rounds=BelievesAdopted), "without all its pieces", 39),
         (Parts(rounds=PassesEverythingOn), "passed on twice|could have gone on|not to be had", 3),
+        (Parts(rounds=ComparesAnySteps), "was found wrong, and is right", 3),
         (Parts(control=KeepsLinks), "links are kept", 0),
-        (Parts(control=BindsTheFirstLinkOnly), "has ended, but not for|does not end", 175),
+        (Parts(control=BindsTheFirstLinkOnly), "has ended, but not for|does not end", 230),
         (Parts(control=FetchesWithoutLooking), "has ended, but not for", 74),
-        (Parts(control=AsksNobodyForItsSecret), "KeyError|are kept", 8),
+        (Parts(control=KeepsWhatIsOverwritten), "lineages are kept", 82),
+        (Parts(control=AsksNobodyForItsSecret), "KeyError|are kept", 12),
         (Parts(follow=AppliesTwice), "another model than the log", 1),
-        (Parts(follow=KeepsVoidAverages), "another model than the log", 12),
+        (Parts(follow=KeepsVoidAverages), "another model than the log", 36),
         (Parts(follow=JumpsGaps), "another model than the log", 7),
-        (Parts(follow=IgnoresPulses), "could have gone on|not for", 39),
-        (
-            Parts(worker=ListeningWorker, observer=ListeningObserver),
-            "could have gone on|lives|but not for",
-            522,
-        ),
+        (Parts(follow=IgnoresPulses), "could have gone on|not for", 40),
+        (Parts(session=Listens), "could have gone on|lives|but not for", 690),
+        (Parts(session=KeepsWhatIsLost), "another model than the log", 138),
+        (Parts(pushes=WaitsForAverages), "could have gone on|does not end", 40),
+        (Parts(search=LooksNowhere), "was lost|could have come back|sent away", 8),
     ],
     ids=lambda value: planted(value) if isinstance(value, Parts) else "",
 )
@@ -432,6 +467,19 @@ def test_a_ledger_that_skips_what_is_only_beside_what_kills_is_found(
     failures = (simulate(seed).failure for seed in range(SEARCHED))
     failure = next(filter(None, failures), None)
     assert failure is not None and "nothing is wrong with it" in failure
+
+
+def test_own_samples_that_are_counted_although_they_are_in_no_update_are_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def settle(self: OwnLedger, lease: wire.Lease, how: str, *more: Any) -> None:
+        self._leased.add(lease)
+        Ledger.settle(self, lease, PARTLY if how == RETURNED else how)
+
+    monkeypatch.setattr(OwnLedger, "settle", settle)
+    failures = (simulate(seed).failure for seed in range(SEARCHED))
+    failure = next(filter(None, failures), None)
+    assert failure is not None and "samples partly" in failure
 
 
 def test_the_schedule_of_a_seed_is_the_same_with_other_parts() -> None:

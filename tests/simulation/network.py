@@ -88,6 +88,7 @@ class Network:
         self.repeats = 0.0  # share of the messages to the server that come twice
         self.lines: set[Line] = set()  # that are open at the peer's end
         self.server_is_up = True
+        self.port = 1  # where the server listens
         self._number = 0
 
     def count(self) -> int:
@@ -139,9 +140,10 @@ class Line:
         to_peer: Callable[[Line, Carried], None],
         *,
         ipc: bool = False,
+        port: int | None = None,
     ) -> None:
         self.net, self.kind = net, kind
-        self.ipc = ipc
+        self.ipc, self._port = ipc, net.port if port is None else port
         self.number = net.count()
         self.route: bytes | None = None
         self.closed = False
@@ -156,7 +158,8 @@ class Line:
 
     def connect(self) -> None:
         cut = self.net.world.now < self._cut_until
-        if self.route is None and not self.closed and self.net.server_is_up and not cut:
+        there = self.net.server_is_up and self._port == self.net.port
+        if self.route is None and not self.closed and there and not cut:
             self.route = self.net.new_route(self)
             while self._waiting:
                 self.carry(UP, self._waiting.popleft())

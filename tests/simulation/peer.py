@@ -1,38 +1,43 @@
-"""`Follow` with what `client.py`, `cluster.py` and `observe.py` put around it.
+"""The shipping `Session`, `Pushes` and `ServerSearch` in virtual time.
 
-Kept as close to those files as it can be, so that a schedule that fails here names a line there.
+`Client` does here what `workers.link.client` and `workers.link.connection` do with sockets: it
+greets, hands messages and time to the session, and carries out what that says. `Worker` and
+`Observer` are the loops of the programs around it.
 """
 
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
+from paramserver.errors import UserError
 from paramserver.protocol import messages as wire
-from workers.link import follow
+from workers.link import actions
+from workers.link.connection import RunOver, ServerSearch
 from workers.link.follow import Follow
+from workers.link.pushes import Pushes
+from workers.link.session import Session
 
 from .book import Broken, Sample, after_update, samples_of
 from .network import Carried, Network, Together, World
 from .process import AT_BOTH, AT_DOOR, AT_LINK, DEAF, Leaves, Process, Waiting
-from .server import LIE, Server, brief, pieces_of
+from .server import LIE, Ring, Server, brief, pieces_of
 
 BEATS_PER_TIMEOUT = 5
-SILENT_TIMEOUTS = 3
 HELLO_EVERY_S = 1.0
+SEARCH_AFTER_S = 2.0
 PROBE_EVERY_S = 0.25
-WANTS_IN_FLIGHT = 2
-MISSED_MAX = 5
-PIECES = 3
+PIECES = 6
 SPEEDS = (1.0, 1.0, 2.0, 30.0)
 """Seconds for a sample, of each machine in turn: where shares follow speed."""
 LONGEST_S = 2.0  # for a bucket, by a slow machine
 DEADLINE_S = 90.0
 """For greeting, and for a silent server: longer than any fault."""
+UNANSWERED = "no server answered"
 
 
 class Habits(msgspec.Struct):
@@ -55,6 +60,8 @@ class Habits(msgspec.Struct):
     in_silence: bool = False
     """without a word."""
     unreadable: frozenset[Sample] = frozenset()
+    own: int = 0
+    """So many batches of its own are a worker's part; 0: all share one set."""
 
 
 State = tuple[int, dict[str, Any] | None]
@@ -98,27 +105,38 @@ class Replica:
         self._present = [0] * self._buckets
 
 
-class Taking:
-    """A snapshot that is coming in."""
+@dataclass(frozen=True)
+class Shipping:
+    """What a peer is made of."""
 
-    def __init__(self, manifest: wire.Manifest, now: float) -> None:
-        self.manifest, self.heard_at = manifest, now
-        self.pieces: dict[int, State] = {}
-        self.wanted: set[int] = set()
-        self.next = 0
+    session: type[Session] = Session
+    follow: type[Follow] = Follow
+    pushes: type[Pushes] = Pushes
+    search: type[ServerSearch] = ServerSearch
+
+
+class Log:
+    """What a peer tells people."""
+
+    def __init__(self, world: World, name: str) -> None:
+        self._world, self._name = world, name
+
+    def info(self, text: str) -> None:
+        self._world.say(f"    {self._name}: {text}")
 
 
 class Client(Process):
-    """A replica's connection to its server; see `workers.link.client`."""
+    """A replica at its connection; see the module's head."""
 
     role = "worker"
+    goes_adrift = False
 
     def __init__(
         self,
         world: World,
         net: Network,
         server: Server,
-        make_follow: Callable[..., Follow],
+        parts: Shipping,
         id: int,
         serial: int,
         habits: Habits,
@@ -128,30 +146,23 @@ class Client(Process):
         super().__init__(world, net, server.receive)
         self.sub_room = 2 * server.buckets + 4
         self.replica = Replica(serial, server.buckets)
-        self.follow: Follow | None = None
+        self.session: Session | None = None
+        self.pushes = parts.pushes(window=1 + serial % 2)
+        self.welcome: wire.Welcome | None = None
+        self.run: str | None = None  # to which its state belongs
         self.greetings = 0
         self.key = server.nonce if self.role == "observer" else ""
-        self._boot = server.boots
+        self.host, self.port = "host", net.port
+        self.log = Log(world, self.name)
+        self.server_search = parts.search(self, server.search)  # type: ignore[arg-type]
         self.process, self._secret = f"process-{serial}", f"secret-{serial}"
-        self.goes_adrift = False
-        self.adrift = False
-        self._make_follow = make_follow
-        self._quiet_s = server.rules.heartbeat_timeout / 2
-        self.session = ""
-        self.run: str | None = None  # to which its state belongs
-        self._nonce = ""  # of the server that welcomed it
-        self._welcomed_by = ""  # the run
-        self._held: deque[Carried] = deque()
-        self._joined = False
-        self._taking: Taking | None = None
-        self._giving: int | None = None
-        self._give_later: wire.Give | None = None
-        self._over, self._why_missed = 0, ""
-        self._ready: wire.Ready | None = None
+        self._boot = server.boots
+        self._parts = parts
+        self._timeout_s = server.rules.heartbeat_timeout
+        self._maps = serial % 5 > 0  # where it may, it can use shared memory
+        self._shares = False  # with the server that welcomed it
+        self._ring: Ring | None = None
         self._must_greet = False
-        self.left_behind = False
-        self._stood = self._kept_step = -1
-        self.at_last_step = False
 
     @property
     def abandoned(self) -> bool:
@@ -159,33 +170,50 @@ class Client(Process):
         gone = not self.server.alive or self.server.boots != self._boot
         return self.role == "observer" and gone
 
+    @property
+    def follow(self) -> Follow | None:
+        return None if self.session is None else self.session.follow
+
+    @property
+    def ended(self) -> wire.End | None:
+        return None if self.session is None else self.session.ended
+
+    def move(self, host: str, port: int, keys: Any) -> tuple[str, int, Any]:
+        before = self.host, self.port, None
+        self.host, self.port = host, port
+        return before
+
     def heard_at_door(self, message: Any) -> None:
         if isinstance(message, wire.Greet) and not message.session_known:
             self._must_greet = True
 
-    # ------------------------------------------------------------------ coming
+    # ------------------------------------------------------------------ its connection
 
     def connect(self) -> Waiting:
         """Say hello until welcomed, then probe until link and SUB work."""
         deadline = self.world.now + DEADLINE_S
         while True:
-            self.close_lines()
-            self.open_line("door")
-            welcome = yield from self._hello(deadline)
-            self.session, self._nonce = welcome.session, welcome.nonce
-            self._welcomed_by = welcome.run
+            welcome = self.welcome = yield from self._hello(deadline)
+            self._shares = self._maps and self.ipc and welcome.shared is not None
+            self._ring = None
             self.open_line("link")
             self.open_line("sub")
+            self.heard = {wire.Close, wire.Open, wire.Pulse, wire.Probe, wire.End}
+            self._must_greet = False
             beat = wire.Beat(
-                session=self.session, run=welcome.run, nonce=self.process, secret=self._secret
+                session=welcome.session,
+                run=welcome.run,
+                nonce=self.process,
+                secret=self._secret,
             )
-            self.beat(beat, 2 * self._quiet_s / BEATS_PER_TIMEOUT)
-            if (yield from self._probe()):
+            self.beat(beat, self._timeout_s / BEATS_PER_TIMEOUT)
+            if (yield from self._probed(welcome.session)):
+                self.server_search.over()
                 self.greetings += 1
                 return
 
     def _hello(self, deadline: float) -> Waiting:
-        """Again and again: a hello may be lost with its connection."""
+        """Again and again: a hello may be lost with its connection, and the server may move."""
         hello = wire.Hello(
             protocol=wire.PROTOCOL,
             role=self.role,
@@ -197,30 +225,44 @@ class Client(Process):
             key=self.key,
             secret=self._secret,
         )
+        self._open_door()
+        search_at = self.world.now + SEARCH_AFTER_S
         while self.world.now < deadline:
             if self.abandoned:
                 raise Leaves("the server is gone")
+            if self.world.now >= search_at and self.server_search.found(self.world.now):
+                self._open_door()
             self.lines["door"].send((hello, None))
             until = self.world.now + HELLO_EVERY_S
             while self.world.now < until:
                 if not self.inbox["door"]:
                     yield until, AT_DOOR
                     continue
-                message, _ = self.inbox["door"].popleft()
-                if isinstance(message, wire.Welcome):
-                    return message
-                if isinstance(message, wire.Reject):
-                    raise Leaves(f"rejected: {message.reason}")
-                if isinstance(message, wire.Later):
-                    deadline = self.world.now + DEADLINE_S
-        raise Leaves("no server answered")
+                match self.inbox["door"].popleft()[0]:
+                    case wire.Welcome() as welcome:
+                        return welcome
+                    case wire.Reject(reason=reason, end=end) as reject:
+                        if self.server_search.was_wrong(reject):
+                            self._open_door()
+                        elif end is not None and self.session is not None:
+                            raise RunOver(end)
+                        else:
+                            raise Leaves(f"rejected: {reason}")
+                    case wire.Later():
+                        deadline = self.world.now + DEADLINE_S
+                        search_at = self.world.now + SEARCH_AFTER_S
+        raise Leaves(UNANSWERED)
 
-    def _probe(self) -> Waiting:
+    def _open_door(self) -> None:
+        self.close_lines()
+        self.open_line("door", port=self.port)
+
+    def _probed(self, session: str) -> Waiting:
         """Do both ways work? No: in time they did not, or the session was forgotten meanwhile."""
-        deadline = self.world.now + 2 * self._quiet_s
+        deadline = self.world.now + self._timeout_s
         seen: set[str] = set()
         while self.world.now < deadline:
-            self._send(wire.Probe(session=self.session, secret=self._secret))
+            self._probe()
             until = self.world.now + PROBE_EVERY_S
             while self.world.now < until and seen != AT_BOTH:
                 kind = "sub" if self.inbox["sub"] else "link"
@@ -228,7 +270,7 @@ class Client(Process):
                     yield until, AT_BOTH
                     continue
                 match self.inbox[kind].popleft()[0]:
-                    case wire.Probe(session=session) if session == self.session:
+                    case wire.Probe(session=whose) if whose == session:
                         seen.add("sub")
                     case wire.Pulse() if kind == "link":
                         seen.add("link")
@@ -236,432 +278,385 @@ class Client(Process):
                         return False
                     case wire.Reject() as message:
                         raise Leaves(f"rejected: {message.reason}")
-                    case wire.End():
+                    case wire.End() if self.session is None:
                         raise Leaves("the run has ended")
+                    case wire.End() as end:
+                        raise RunOver(end)
+            if self._must_greet:
+                return False
             if seen == AT_BOTH:
                 return True
         return False
 
+    def _probe(self) -> None:
+        assert self.welcome is not None
+        self.send(wire.Probe(session=self.welcome.session, secret=self._secret))
+
+    def send(self, message: wire.Message, payload: Any = None) -> None:
+        if "link" in self.lines:  # else the run is over
+            self.lines["link"].send((message, payload))
+
+    # ------------------------------------------------------------------ coming
+
     def join(self) -> Waiting:
-        self._new_follow()
-        self._send_join()
+        session = self.session = self._parts.session(
+            self.replica, self.role, drifts=self.goes_adrift, make_follow=self._parts.follow
+        )
+        self._greeted()
         yield from self._wait_for_admission()
-        if self.abandoned and not self._joined:
+        if self.abandoned and not session.joined:
             raise Leaves("the server is gone")
-        if self.ended is not None and not self._joined:
+        if self.ended is not None and not session.joined:
             raise Leaves("the run ended before it could join")
 
-    def _wait_for_admission(self) -> Waiting:
-        yield from self.wait(
-            lambda: self._joined or self.ended or self._must_greet or self.abandoned
+    def _greeted(self) -> None:
+        session, welcome = self.session, self.welcome
+        assert session is not None and welcome is not None
+        steps = welcome.settings["digest_steps"]
+        self._do(
+            session.greeted(
+                welcome.nonce, self.world.now, timeout_s=self._timeout_s, digest_steps=steps
+            )
         )
 
-    def _new_follow(self) -> None:
-        r = self.replica
-        self.follow = self._make_follow(self._nonce, r, self.world.now)
+    def _wait_for_admission(self) -> Waiting:
+        session = self.session
+        assert session is not None
+        yield from self.wait(
+            lambda: session.joined or session.ended or self._must_greet or self.abandoned
+        )
+
+    def _greet_again(self) -> Waiting:
+        session = self.session
+        assert session is not None
+        self._must_greet = False
+        self.world.say(f"{self.name} greets again")
+        self.pushes.without_outbox()
+        session.unknown()
+        try:
+            yield from self.connect()
+        except RunOver as e:
+            session.follow.end = e.end
+            self._do(session.stay_behind())
+            return
+        self._greeted()
+        yield from self._wait_for_admission()
 
     def _send_join(self) -> None:
-        self._joined = self.adrift = self.at_last_step = False
-        self._stood = -1  # the server may not have heard it
         r = self.replica
+        self.pushes.begin(None)
         join = wire.Join(
             layout=self.server.layout,
             step=r.step,
             lineage=r.lineage,
             device="cpu",
+            kind="a number",
             ledger=r.ledger,
+            sharing=self._shares,
         )
-        self._send(join, r.model)
+        self.send(join, r.model)
 
-    def _join_again(self) -> None:
-        """What was on its way may be lost: let the server tell anew where to begin."""
-        assert self.follow is not None
-        self._taking = self._giving = self._give_later = None
-        self._held.clear()
-        self.follow.fetching_since = None
-        self._send_join()
+    def _hear(self, admit: wire.Admit) -> None:
+        session = self.session
+        assert session is not None
+        if self._hear_averages():
+            self._do(session.admitted(admit, self.world.now))
+        else:
+            self._do(session.join_again())
+
+    def _hear_averages(self) -> bool:
+        """From the server's ring, or through SUB; False where the ring cannot be used."""
+        self._ring = self.server.data.ring if self._shares else None
+        self.heard.add(wire.Average if self._ring is None else wire.Shared)
+        if self._ring is not None and self.serial % 7 == 0:
+            self._shares, self._ring = False, None
+            return False
+        return True
+
+    # ------------------------------------------------------------------ taking part
 
     def ready(self) -> None:
-        self._ready = wire.Ready(samples=self.habits.samples, batch_size=self.habits.batch_size)
-        self._send(self._ready)
+        assert self.session is not None
+        h = self.habits
+        if h.own:
+            told = wire.Ready(samples=0, batch_size=1, own=True)
+        else:
+            told = wire.Ready(samples=h.samples, batch_size=h.batch_size)
+        self._do(self.session.ready(told))
 
-    def unready(self) -> None:
-        self._ready = None
-        self._send(wire.Unready())
+    def unready(self, unfinished: bool = False) -> None:
+        assert self.session is not None
+        self.session.unready()
+        if self.ended is None:
+            self.send(wire.Unready(unfinished=unfinished))
 
-    @property
-    def ended(self) -> wire.End | None:
-        """The run's end, once every update before it is applied (or cannot be had any more)."""
-        end = self.follow.end if self.follow else None
-        if end is None:
-            return None
-        return end if self.replica.step >= end.step or self.left_behind else None
+    def push(self, push: wire.Push, payload: Any) -> None:
+        assert self.session is not None
+        self.session.took_part = True
+        self.pushes.add(push, [payload], self.world.now)
+        self._send_due()
+
+    def _send_due(self) -> None:
+        for push, [payload] in self.pushes.due(self.world.now):
+            self.send(push, payload)
+
+    def goodbye(self, reason: str, **more: Any) -> None:
+        step, digest = 0, ""
+        if self.session is not None and self.session.joined:
+            step, digest = self.replica.step, str(self.replica.model)
+        self.send(wire.Goodbye(reason=reason, step=step, digest=digest, **more))
+
+    def kept(self) -> None:
+        assert self.session is not None
+        self._do(self.session.kept())
 
     def catch_up(self) -> None:
-        if self.adrift:
-            self._send_join()
+        assert self.session is not None
+        self._do(self.session.catch_up())
 
     # ------------------------------------------------------------------ the loop
 
     def poll(self) -> None:
-        while self._may_read_sub():
-            if not self._held and not self._read_sub():
-                return
-            if not isinstance(self._held[0][0], wire.Average):
-                return
+        session = self.session
+        assert session is not None
+        while session.hears:
+            if not session.held and not self._read_sub():
+                break
+            if not isinstance(session.held[0][0], wire.Average | wire.Pulse):
+                break
             self._next_published()
+        self._send_due()
 
     def wait(self, done: Callable[[], Any], timeout_s: float = math.inf) -> Waiting:
+        session = self.session
+        assert session is not None
         until = self.world.now + timeout_s
         while not done():
             if self._must_greet and not self.abandoned:
-                if self.follow is not None and self.follow.end is not None:
-                    self._must_greet, self.left_behind = False, True
+                if session.follow.end is not None:
+                    self._must_greet = False
+                    self._do(session.stay_behind())
                     continue
                 yield from self._greet_again()
+                continue
             if self._handle_one():
                 continue
             if self.world.now >= until:
                 return
-            ears = AT_BOTH if self._may_read_sub() else AT_LINK
-            yield min(until, self.world.now + self._quiet_s / 4), ears
+            ears = AT_BOTH if session.hears else AT_LINK
+            yield min(until, self.world.now + self._timeout_s / 8), ears
             self._tick()
 
     def _tick(self) -> None:
-        f, now = self.follow, self.world.now
-        assert f is not None
-        effect = f.tick(now, self._quiet_s)
-        if isinstance(effect, follow.Silent):
-            if effect.seconds > DEADLINE_S:
-                raise Leaves(f"the server has been silent for {effect.seconds:.0f} s")
-            if effect.seconds > SILENT_TIMEOUTS * 2 * self._quiet_s:
-                self._must_greet = True
-            else:
-                self._send(wire.Probe(session=self.session, secret=self._secret))
-        elif isinstance(effect, follow.Gap):
-            self._fetch()
-        if self._taking is not None and now - self._taking.heard_at > 4 * self._quiet_s:
-            self._taking = None
-            self._send_join()
+        session, now = self.session, self.world.now
+        assert session is not None
+        self._send_due()
+        if now - session.follow.heard_at <= self._timeout_s / 2:
+            self.server_search.over()
+        elif self.server_search.found(now):
+            self._must_greet = True
+            return
+        self._do(session.tick(now))
 
     def _handle_one(self) -> bool:
-        if self._may_read_sub() and (self._held or self._read_sub()):
+        session = self.session
+        assert session is not None
+        if session.hears and (session.held or self._read_sub()):
             self._next_published()
             return True
         if not self.inbox["link"]:
             return False
-        self._from_link(*self.inbox["link"].popleft())
+        message, payload = self.inbox["link"].popleft()
+        if self.world.talks and not isinstance(message, wire.Pulse):
+            self.world.say(f"    server -> {self.name}: {brief(message)}")
+        try:
+            self._do(session.received(message, payload, self.world.now))
+        except UserError as e:
+            rejected = "rejected: " if isinstance(message, wire.Reject) else ""
+            raise Leaves(f"{rejected}{e.problem}") from None
         return True
 
-    def _may_read_sub(self) -> bool:
-        f = self.follow
-        return f is not None and (self._joined or self.adrift) and f.fetching_since is None
-
     def _read_sub(self) -> bool:
+        session = self.session
+        assert session is not None
         if not self.inbox["sub"]:
             return False
-        carried = self.inbox["sub"].popleft()
+        carried: Carried = self.inbox["sub"].popleft()
         together = isinstance(carried[0], Together)
-        self._held.extend(carried[0].messages if together else [carried])
+        session.held.extend(carried[0].messages if together else [carried])
         return True
 
     def _next_published(self) -> None:
-        carried = self._held.popleft()
-        if not self._published(*carried):
-            self._held.appendleft(carried)
-            self._fetch()
-        if len(self._held) > self.server.buckets + 1:
-            raise Broken(f"{self.name} holds {len(self._held)} messages back")
-
-    # ------------------------------------------------------------------ messages
-
-    def _published(self, message: Any, payload: Any) -> bool:
-        f, now = self.follow, self.world.now
-        assert f is not None
+        session = self.session
+        assert session is not None
+        message = session.held[0][0]
         if self.world.talks and not isinstance(message, wire.Pulse | wire.Probe):
             self.world.say(f"    {self.name} reads: {brief(message)}")
-        if self.adrift:
-            self._heard_adrift(message, now)
-            return True
-        effect: follow.Effect = follow.NOTHING
-        match message:
-            case wire.Average():
-                effect = f.average(message)
-            case wire.Close():
-                effect = f.close(message)
-            case wire.Open():
-                effect = f.opened(message)
-            case wire.Pulse():
-                effect = f.pulse(message, now)
-                self._stand(message)
-            case wire.End():
-                effect = f.ended(message)
-        match effect:
-            case follow.Take():
-                if effect.first:
-                    self.replica.forget_averages()
-                self.replica.take(effect.average, payload)
-            case follow.Apply():
-                if effect.first:
-                    self.replica.forget_averages()
-                self.replica.apply(effect.close)
-                self._compare()
-                f.applied(effect.close)
-                if self.server.compares and self.replica.step % 2 == 0:
-                    digest = str(self.replica.model)
-                    self._send(wire.Digest(step=self.replica.step, digest=digest))
-                if self._give_later is not None:
-                    self._give(self._give_later)
-            case follow.Diverged():
-                self.world.say(f"    {self.name}: {effect.why}")
-                self._join_again()
-        return not isinstance(effect, follow.Gap)
+        self._do(session.next(self.world.now))
+        if len(session.held) > self.server.buckets + 1:
+            raise Broken(f"{self.name} holds {len(session.held)} messages back")
 
-    def _heard_adrift(self, message: Any, now: float) -> None:
-        f = self.follow
-        assert f is not None
-        if isinstance(message, wire.Close):
-            self.missed(message)
-        elif isinstance(message, wire.Pulse):
-            f.pulse(message, now)
-        elif isinstance(message, wire.End):
-            f.ended(message)
-        if f.ending or f.end is not None:
-            self.catch_up()
+    # ------------------------------------------------------------------ carrying out
 
-    def missed(self, close: wire.Close) -> None:
-        """A step that this replica does not follow."""
+    def _do(self, found: list[actions.Action]) -> None:
+        session, replica = self.session, self.replica
+        assert session is not None
+        for action in found:
+            match action:
+                case actions.Take():
+                    self._take(action)
+                case actions.Apply():
+                    if action.first:
+                        replica.forget_averages()
+                    replica.apply(action.close)
+                    self._compare()
+                    self._do(session.applied(action.close, self.world.now))
+                case actions.Send():
+                    self.send(action.message)
+                case actions.Compare():
+                    self.send(wire.Digest(step=action.step, digest=str(replica.model)))
+                case actions.Missed():
+                    self.missed(action.close)
+                case actions.Join():
+                    self._send_join()
+                case actions.Hear():
+                    self._hear(action.admit)
+                case actions.Joined():
+                    assert self.welcome is not None
+                    self.run = self.welcome.run
+                case actions.Greet():
+                    self._must_greet = True
+                case actions.Silent():
+                    if action.seconds > DEADLINE_S:
+                        raise Leaves(f"the server has been silent for {action.seconds:.0f} s")
+                case actions.Probe():
+                    self._probe()
+                case actions.Say():
+                    self.log.info(action.text)
+                case actions.Give():
+                    self._give(action.snapshot)
+                case actions.SendPiece():
+                    piece = wire.Piece(snapshot=action.snapshot, piece=action.piece)
+                    self.send(piece, replica.state())
+                case actions.Begin():
+                    m, room = action.manifest, dict[int, State]()
+                    self._do(session.takes(m, room, pieces_of(m), self.world.now))
+                case actions.TakePiece():
+                    self._take_piece(action)
+                case actions.Adopt():
+                    self._adopt(list(action.room.values()), action.manifest)
 
-    def _stand(self, pulse: wire.Pulse) -> None:
-        f = self.follow
-        assert f is not None
-        if self.role != "observer" or (pulse.nonce, pulse.step) != (f.nonce, f.step):
-            return
-        self.at_last_step = pulse.ending and self._joined
-        if self._stood != pulse.step:
-            self._stood = pulse.step
-            self._send(wire.Stand(step=pulse.step, kept=self._kept_step == pulse.step))
-
-    def kept(self) -> None:
-        self._kept_step = self.replica.step
-        self._send(wire.Stand(step=self._kept_step, kept=True))
-
-    def _fetch(self) -> None:
-        assert self.follow is not None
-        if self._joined:
-            self._send(self.follow.fetch(self.world.now))
-
-    def _from_link(self, message: Any, payload: Any) -> None:
-        f, now = self.follow, self.world.now
-        assert f is not None
-        f.heard(now)
-        if self.world.talks and not isinstance(message, wire.Pulse):
-            self.world.say(f"    server -> {self.name}: {brief(message)}")
-        match message:
-            case wire.Average() | wire.Close():
-                if self._joined:
-                    if f.fetching_since is not None:
-                        f.fetching_since = now
-                    self._published(message, payload)
-            case wire.Fetched():
-                if isinstance(f.fetched(message.step, message.open), follow.Gap):
-                    self._fetch()
-            case wire.Pulse() if self.adrift:
-                self._heard_adrift(message, now)
-            case wire.Pulse():
-                self._stand(message)
-                if isinstance(f.pulse(message, now), follow.Gap) and f.fetching_since is None:
-                    self._fetch()
-            case wire.Admit():
-                self._on_admit(message)
-            case wire.Reject():
-                raise Leaves(f"rejected: {message.reason}")
-            case wire.Greet():
-                self._on_greet(message)
-            case wire.Give():
-                self._give(message)
-            case wire.Want():
-                if self._giving == message.snapshot:
-                    piece = wire.Piece(snapshot=message.snapshot, piece=message.piece)
-                    self._send(piece, self.replica.state())
-                else:
-                    self._send(wire.Abort(message.snapshot, "I do not give this snapshot"))
-            case wire.Manifest():
-                self._taking = Taking(message, now)
-                self._want_more()
-            case wire.Piece():
-                self._take_piece(message, payload)
-            case wire.Abort():
-                self._on_abort(message)
-            case wire.End():
-                f.ended(message)
-                if not self._joined:
-                    self.left_behind = True
-                elif f.step < message.step and f.fetching_since is None:
-                    self._fetch()
-
-    def _on_greet(self, message: wire.Greet) -> None:
-        if not message.session_known:
-            self._must_greet = True
-        elif message.join:
-            if not self.adrift:
-                self._join_again()
-        else:
-            self._send(wire.Probe(session=self.session, secret=self._secret))
-
-    def _on_admit(self, message: wire.Admit) -> None:
-        f = self.follow
-        assert f is not None
-        f.fetching_since = None
-        if message.action in ("adopt", "behind"):
-            self._joined = False
-            self._held.clear()
-            if message.action == "adopt":
-                if message.missed >= MISSED_MAX:
-                    raise Leaves(f"the run's state is not to be had: {self._why_missed}")
+    def _take(self, action: actions.Take) -> None:
+        session, average, samples = self.session, action.average, action.payload
+        assert session is not None
+        if action.first:
+            self.replica.forget_averages()
+        if isinstance(average, wire.Shared):
+            if not self._still_there(average):
+                session.lost(average)
                 return
-            if f.end is not None:
-                self.left_behind = True
-            elif self.goes_adrift and not f.ending:
-                self.adrift = True
-            else:
-                self._send_join()
-            return
-        self._joined_now()
-        if message.action == "follow" and message.step > f.step:
-            self._fetch()
+            assert self._ring is not None
+            samples = self._ring.read(average.places[0])
+        self.replica.take(average, samples)
+        self.pushes.averaged(average.bucket, self.world.now)
+        self._send_due()
 
-    def _joined_now(self) -> None:
-        self._joined = True
-        self.run = self._welcomed_by
-        if self._ready is not None:
-            self._send(self._ready)
+    def _still_there(self, average: wire.Shared) -> bool:
+        return self._ring is not None and self._ring.whole(average.places[0])
 
-    def _greet_again(self) -> Waiting:
-        self._must_greet = False
-        self.world.say(f"{self.name} greets again")
-        self._held.clear()
-        self._giving = self._give_later = self._taking = None
-        self._over = 0
-        yield from self.connect()
-        self._new_follow()
-        self._send_join()
-        yield from self._wait_for_admission()
-
-    # ------------------------------------------------------------------ snapshots
-
-    def _give(self, message: wire.Give) -> None:
-        f, r = self.follow, self.replica
-        assert f is not None
-        self._giving = self._give_later = None
-        if f.step == message.step and f.lineage == message.lineage:
-            self._giving = message.snapshot
-            self._send(
-                wire.Manifest(
-                    snapshot=message.snapshot,
-                    step=r.step,
-                    lineage=r.lineage,
-                    tree="",
-                    tensors=(("uint8", (PIECES,)),),
-                    piece_bytes=1,
-                )
+    def _give(self, snapshot: int) -> None:
+        session, r = self.session, self.replica
+        assert session is not None
+        session.given_from(snapshot, None)
+        self.send(
+            wire.Manifest(
+                snapshot=snapshot,
+                step=r.step,
+                lineage=r.lineage,
+                tree="",
+                tensors=(("uint8", (PIECES,)),),
+                piece_bytes=1,
             )
-        elif f.step < message.step:
-            self._give_later = message
-            if f.fetching_since is None:
-                self._fetch()
-        else:
-            self._send(wire.Abort(message.snapshot, f"I stand at step {f.step}"))
+        )
 
-    def _want_more(self) -> None:
-        taking = self._taking
-        assert taking is not None
-        pieces = pieces_of(taking.manifest)
-        while len(taking.wanted) < WANTS_IN_FLIGHT and taking.next < pieces:
-            taking.wanted.add(taking.next)
-            self._send(wire.Want(snapshot=taking.manifest.snapshot, piece=taking.next))
-            taking.next += 1
-        if not taking.wanted:
-            self._adopt(taking)
-
-    def _take_piece(self, message: wire.Piece, state: State) -> None:
-        taking = self._taking
-        if taking is None or taking.manifest.snapshot != message.snapshot:
+    def _take_piece(self, action: actions.TakePiece) -> None:
+        session = self.session
+        assert session is not None
+        if action.payload == LIE:
+            self._do(session.refuse(action.snapshot, "a piece of another length"))
             return
-        if state == LIE:
-            self._refuse_snapshot(message.snapshot, "a piece of another length")
-            return
-        if message.piece in taking.wanted:
-            taking.wanted.discard(message.piece)
-            taking.pieces[message.piece] = state
-        taking.heard_at = self.world.now
-        self._want_more()
+        action.room[action.piece] = action.payload
+        self._do(session.took(action.piece, self.world.now))
 
-    def _adopt(self, taking: Taking) -> None:
-        f, m = self.follow, taking.manifest
-        assert f is not None
-        self._taking = None
-        states = list(taking.pieces.values())
+    def _adopt(self, states: list[State], manifest: wire.Manifest) -> None:
+        session, m = self.session, manifest
+        assert session is not None
         if not states:  # a tree without what belongs there
-            self._refuse_snapshot(m.snapshot, "it is not my model")
+            why = "it is not my model"
+            self._do(session.refuse(m.snapshot, why, misfit=why))
             return
         if any(state != states[0] for state in states):
             raise Broken(f"{self.name} took a snapshot of several models")
         self.replica.load(states[0], m.step, m.lineage)
         self._compare()
-        f.adopted()
-        self._send(wire.Adopted(snapshot=m.snapshot, step=m.step, lineage=m.lineage))
-        self._joined_now()
-
-    def _on_abort(self, message: wire.Abort) -> None:
-        if self._giving == message.snapshot:
-            self._giving = None
-        elif not self._joined and message.snapshot != self._over:
-            self._over, self._taking = message.snapshot, None
-            self._why_missed = message.reason
-            self._send_join()
-
-    def _refuse_snapshot(self, number: int, why: str) -> None:
-        self._send(wire.Abort(number, why))
-        self._over, self._taking = number, None
-        self._why_missed = why
-        self._send_join()
-
-    # ------------------------------------------------------------------ inside
-
-    def _send(self, message: wire.Message, payload: Any = None) -> None:
-        self.lines["link"].send((message, payload))
+        self._do(session.adopted(m))
 
     def _compare(self) -> None:
+        """With the book."""
         self.server.book.compare(self.name, self.replica.lineage, self.replica.model)
+
+    def missed(self, close: wire.Close) -> None:
+        """A step that this replica does not follow."""
 
 
 class Worker(Client):
     """The loop of `workers.builtin.train` over `workers.cluster`."""
+
+    _brought = 0  # samples of its own
 
     def main(self) -> Waiting:
         yield from self.connect()
         yield from self.join()
         self.ready()
         self._round, self._greetings = 0, self.greetings
+        batches = 0
         while (lease := (yield from self._next_lease())) is not None:
+            batches += 1
+            if self.habits.own:
+                if batches > self.habits.own:
+                    break
+                yield from self._backward(self._own(), ())
+                yield from self._step()
+                yield from self._goes_on()
+                continue
             places = self._unread(lease)
             if len(places) == lease[2] - lease[1]:
-                self._send(wire.Unreadable(round=self._round))
+                self.send(wire.Unreadable(round=self._round))
                 yield from self._step()
                 continue
             if self.habits.deadly.intersection(samples_of(lease)):
                 yield from self._die(lease)
-            yield from self._backward(lease, places)
+            samples = tuple(s for i, s in enumerate(samples_of(lease)) if i not in places)
+            yield from self._backward(samples, places)
             yield from self._step()
-            if self.world.chance(self.habits.leaves):
-                self._send(wire.Goodbye(reason="it was stopped"))
-                raise Leaves("left")
-            if self.world.chance(self.habits.pauses):
-                self.unready()
-                yield self.world.now + self.world.random.expovariate(1.0), DEAF
-                self.ready()
-        self._send(wire.Goodbye(reason="finished"))
+            yield from self._goes_on()
+        self.goodbye(wire.FINISHED, finished=True)
+
+    def _goes_on(self) -> Waiting:
+        """Or leaves, or pauses."""
+        if self.world.chance(self.habits.leaves):
+            self.goodbye("it was stopped")
+            raise Leaves("left")
+        if self.world.chance(self.habits.pauses):
+            self.unready()
+            yield self.world.now + self.world.random.expovariate(1.0), DEAF
+            self.ready()
+
+    def _own(self) -> tuple[Sample, ...]:
+        """The next batch of its own."""
+        first = self._brought
+        self._brought += 1 + (self.serial + first) % self.habits.batch_size
+        return tuple((self.serial, n) for n in range(first, self._brought))
 
     def _unread(self, lease: wire.Lease) -> tuple[int, ...]:
         """Places in the lease of what cannot be read."""
@@ -672,8 +667,8 @@ class Worker(Client):
         """Of an error in the middle of a batch; its loop is left before its program ends."""
         yield self.world.now + self.habits.compute_s * self.world.random.random(), DEAF
         if not self.habits.in_silence:
-            self._send(wire.Unready(unfinished=True))
-            self._send(wire.Goodbye(reason="an error", failed=wire.FORWARD, lease=lease))
+            self.unready(unfinished=True)
+            self.goodbye("an error", failed=wire.FORWARD, lease=lease, error=True)
         raise Leaves("left: it died of its samples")
 
     def _next_lease(self) -> Waiting:
@@ -694,11 +689,10 @@ class Worker(Client):
         self._round, lease = found
         return lease
 
-    def _backward(self, lease: wire.Lease, unread: tuple[int, ...]) -> Waiting:
+    def _backward(self, samples: tuple[Sample, ...], unread: tuple[int, ...]) -> Waiting:
         """A gradient of the model as it is now, bucket by bucket; nothing is applied meanwhile."""
         world, habits, buckets = self.world, self.habits, self.server.buckets
         model = self.replica.model
-        samples = tuple(s for i, s in enumerate(samples_of(lease)) if i not in unread)
         bad = world.random.randrange(buckets) if world.chance(habits.bad) else None
         began, by_speed = world.now, self.server.rules.shares == "speed"
         # Where shares follow speed, more samples take longer, and each machine has a speed.
@@ -715,7 +709,7 @@ class Worker(Client):
                 loss=1.0 if bucket == buckets - 1 else None,
                 compute_s=world.now - began if by_speed and bucket == buckets - 1 else None,
             )
-            self._send(push, (model, samples, bucket != bad))
+            self.push(push, (model, samples, bucket != bad))
             self.poll()
 
     def _step(self) -> Waiting:
@@ -726,6 +720,7 @@ class Worker(Client):
                 or (self.follow is not None and self.follow.is_over(self._round))
             )
         )
+        self.pushes.forget()
 
 
 class Observer(Client):
@@ -738,11 +733,13 @@ class Observer(Client):
         self._kept = ""
         yield from self.connect()
         yield from self.join()
+        session = self.session
+        assert session is not None
         while True:
             next_s = self.world.random.expovariate(0.5)
             yield from self.wait(
                 lambda: (
-                    (self._due and self._joined)
+                    (self._due and session.joined)
                     or self._must_keep()
                     or self.ended
                     or self.abandoned
@@ -763,18 +760,20 @@ class Observer(Client):
                     yield from self._keep()
         if self._kept != self.replica.lineage:
             yield from self._keep()
-        self._send(wire.Goodbye(reason="finished"))
+        self.goodbye(wire.FINISHED, finished=True)
 
     def _must_keep(self) -> bool:
-        return self.at_last_step and self._kept != self.replica.lineage
+        assert self.session is not None
+        return self.session.at_last_step and self._kept != self.replica.lineage
 
     def _keep(self) -> Waiting:
         """To write takes a while, in which this process may die."""
+        assert self.session is not None
         lineage = self.replica.lineage
         yield self.world.now + self.habits.compute_s, DEAF
         self.server.disk.add(lineage)
         self._kept = lineage
-        if self.at_last_step:
+        if self.session.at_last_step:
             self.kept()
 
     def missed(self, close: wire.Close) -> None:

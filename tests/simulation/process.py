@@ -13,7 +13,7 @@ from typing import Any
 
 from paramserver.protocol import messages as wire
 
-from .network import DOWN, Carried, Line, Network, World
+from .network import DOWN, Carried, Line, Network, Together, World
 
 Waiting = Generator[tuple[float, frozenset[str]], None, Any]
 """What a program does: it yields until when it sleeps, and which of its sockets may wake it."""
@@ -42,6 +42,7 @@ class Process:
         self.lines: dict[str, Line] = {}
         self.inbox: dict[str, deque[Carried]] = {k: deque() for k in ("door", "link", "sub")}
         self.sub_room = 0  # messages that wait at SUB, at most
+        self.heard: set[type[wire.Message]] | None = None  # kinds that SUB lets through; None: all
         self.lost = 0.0  # share of what is published that does not arrive
         self.ipc = world.chance(0.3)  # on the server's host
         self.reachable_at = world.now  # the last fault that kept it from being heard is over
@@ -99,10 +100,11 @@ class Process:
 
     # ------------------------------------------------------------------ sockets
 
-    def open_line(self, kind: str) -> Line:
+    def open_line(self, kind: str, port: int | None = None) -> Line:
+        """To `port` of the server's host; by default where the server is."""
         self.inbox[kind].clear()
         ipc = self.ipc and kind != "door"
-        line = Line(self.net, kind, self._to_server, self._arrive, ipc=ipc)
+        line = Line(self.net, kind, self._to_server, self._arrive, ipc=ipc, port=port)
         self.lines[kind] = line
         return line
 
@@ -119,6 +121,9 @@ class Process:
 
     def publish(self, carried: Carried) -> None:
         """PUB: dropped where there is no connection, no room, or bad luck."""
+        first = carried[0].messages[0][0] if isinstance(carried[0], Together) else carried[0]
+        if self.heard is not None and type(first) not in self.heard:
+            return
         line = self.lines.get("sub")
         if line is None or line.route is None or self.world.chance(self.lost):
             return

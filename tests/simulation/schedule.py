@@ -1,14 +1,16 @@
-"""Whole runs in virtual time: real `Rounds`, `Control` and `Follow`, joined by a link that a seed
-controls.
+"""Whole runs in virtual time: the server's real `Rounds` and `Control`, the peers' real `Session`,
+`Follow`, `Pushes` and `ServerSearch`, joined by a network that a seed controls.
 
     python -m tests.simulation --seeds 100000        many schedules
     python -m tests.simulation --seed 123 --verbose  one of them, message by message
 
 A seed makes a schedule: settings, how many workers and how slow, what the network is like, and the
 faults: processes (the server, too) that are killed and started again, stopped and continued, or
-there twice; connections that are cut or held; publications that are lost; gradients that are not
-finite. At some time faults stop. From then on the run must reach its end, and
-whatever happened before, the promises of the design hold. At each message is checked that
+there twice; a server that is started again on another port; connections that are cut or held;
+publications that are lost, or written over in shared memory; gradients that are not finite. In
+some schedules workers bring samples of their own. At some time faults stop. From then on the run
+must reach its end, and whatever happened before, the promises of the design hold. At each message
+is checked that
 
 * replicas by one name (lineage) hold one model, and the log has no gap (`book`);
 * a sample is in each bucket at most once, and the ledger says what is really in the sums;
@@ -39,12 +41,12 @@ from paramserver.rounds.coordinator import Rounds, Rules
 from paramserver.rounds.departures import LEFT
 from paramserver.rounds.ledger import UNREAD, Ledger
 from paramserver.server.control import Control
-from workers.link.follow import Follow
+from workers.link.session import Session
 
 from .book import Broken, samples_of
 from .liar import Liar
 from .network import DOWN, UP, Network, World
-from .peer import MISSED_MAX, Client, Habits, Observer, Worker
+from .peer import DEADLINE_S, UNANSWERED, Client, Habits, Observer, Shipping, Worker
 from .server import LIAR, Server
 
 SILENCE_S = 4.0  # heartbeat_timeout
@@ -58,6 +60,12 @@ FAULTS = (
     *("kill",) * 4, *("stop",) * 2, *("cut",) * 4, *("hold",) * 2,
     *("kill the server",) * 3, "stall the server", "slow", "bad", "lossy", "leave", "pause", "twin",
 )  # fmt: skip
+
+MOVES = 0.2
+"""Share of the times that a server is started again on another port."""
+
+OWN = 0.1
+"""Share of the schedules without a liar in which workers bring samples of their own."""
 
 HOMEWARD = 0.06
 """Share of the schedules in which all workers leave in order at some time, and stay away."""
@@ -81,12 +89,11 @@ they came when the run was over."""
 
 
 @dataclass(frozen=True)
-class Parts:
+class Parts(Shipping):
     """What is under test; a planted fault replaces one of them."""
 
     rounds: type[Rounds] = Rounds
     control: type[Control] = Control
-    follow: type[Follow] = Follow
     worker: type[Worker] = Worker
     observer: type[Observer] = Observer
     liar: type[Liar] = Liar
@@ -139,6 +146,11 @@ class Schedule:
                 deterministic=False,
                 quorum=min(self.rules.quorum, 0.5),
             )
+        own = Random(f"own {seed}")
+        brings = own.randint(1, 20) if own.random() < OWN and not self.lies else 0
+        if brings:  # who is done leaves: one must be enough
+            self.rules = msgspec.structs.replace(self.rules, min_workers=1)
+            self.outcome.seen["own samples"] += 1
         self.server = Server(
             world,
             self.net,
@@ -148,14 +160,19 @@ class Schedule:
             buckets=rng.choice((1, 2, 3)),
             history=rng.choice((1, 2, 5)),
             through_wire=seed % 8 == 0,
+            shares=seed % 2 == 0,
+            compares=self.lies or seed % 3 == 0,
         )
+        self._moves = Random(f"moves {seed}")
         self.habits = Habits(
             samples=rng.randint(1, 40) * rng.choice((1,) * 20 + (10,)),
             batch_size=rng.randint(1, 6),
             compute_s=rng.choice((0.01, 0.1, 0.1, 0.4)),
             absent=rng.choice((0.0, 0.3, 0.6)),
+            own=brings,
         )
-        self._plan_broken_samples(seed)
+        if not brings:
+            self._plan_broken_samples(seed)
         self.lost = rng.choice((0.0, 0.02, 0.2))
         self.slots = range(0 if self.rules.observer else 1, workers + 1)
         self._given_up = False  # a run to which nobody came back in time was followed by another
@@ -170,7 +187,6 @@ class Schedule:
             world.at(rng.choice((0.0, 0.0, rng.uniform(0.0, 5.0))), self._start, slot)
         self.calm_at = self._plan_faults()
         if self.lies:
-            self.server.compares = True
             world.at(2.0 * random.Random(seed).random(), self._start_liar, seed, workers + 1)
         world.at(self.calm_at, self._calm)
         own = Random(-1 - seed)  # so that all else is as it would be without
@@ -216,7 +232,7 @@ class Schedule:
         return observer is not None and observer.alive
 
     def _start_server(self) -> None:
-        self.server.restart()
+        self.server.restart(moves=self._moves.random() < MOVES)
 
     def _process(self, slot: int) -> Client:
         self._serial += 1
@@ -225,7 +241,7 @@ class Schedule:
             self.world,
             self.net,
             self.server,
-            self.parts.follow,
+            self.parts,
             slot,
             self._serial,
             Habits(**{f: getattr(self.habits, f) for f in Habits.__struct_fields__}),
@@ -250,25 +266,34 @@ class Schedule:
         fair = why.startswith(FAIR) or (why.startswith(OF_ANOTHER_RUN) and self._given_up)
         if why.startswith(NOT_TO_BE_HAD):
             fair |= not self.lies or self._only_liar_left(peer)
-        if not fair and (self.server.ended_at is None or why not in TOO_LATE):
+        fair |= why == UNANSWERED and self._has_lost_its_run(peer)
+        late = why in TOO_LATE or (why == UNANSWERED and peer.run is None)
+        if not fair and (self.server.ended_at is None or not late):
             raise Broken(f"{peer.name} was sent away although it did nothing wrong: {why}")
-        if why == "finished":
+        done = why == "finished" and peer.role == "worker" and self.habits.own > 0
+        if why == "finished" and not (done and self.server.rounds.ended is None):
             self._check_last_step(peer)
-        if why != "killed":
+        if why != "killed" and not done:
             self.world.after(self.world.random.uniform(0.5, 3.0), self._start, slot)
 
     def _only_liar_left(self, peer: Client) -> bool:
         """Was the liar asked for this one's last snapshots only where nobody else could give, as at
         the end? It must have contributed: what others do not give does not count."""
         tried = self.server.givers.get(peer.process, [])
-        tried = [(g, only) for g, only in tried if g.role == "observer" or g.proven][-MISSED_MAX:]
+        tried = [(g, only) for g, only in tried if g.role == "observer" or g.proven][
+            -Session.MISSED_MAX :
+        ]
         apt = all(only or giver.host != LIAR for giver, only in tried)
-        return apt and len(tried) == MISSED_MAX and tried[-1][1]
+        return apt and len(tried) == Session.MISSED_MAX and tried[-1][1]
+
+    def _has_lost_its_run(self, peer: Client) -> bool:
+        """Is this a peer of a run that was given up? Nobody answers it where its server was."""
+        return peer.run not in (None, self.server.run)
 
     def _check_last_step(self, peer: Client) -> None:
         """Who took part to the end stands there, unless what it lacks cannot be had any more."""
-        end = self.server.rounds.ended
-        if end is None or (peer.replica.step != end.step and not peer.left_behind):
+        end, behind = self.server.rounds.ended, peer.session is not None and peer.session.behind
+        if end is None or (peer.replica.step != end.step and not behind):
             raise Broken(f"{peer.name} finished at step {peer.replica.step}, the run has {end}")
 
     def _within_reach(self) -> list[Client]:
@@ -308,7 +333,8 @@ class Schedule:
         since = self.server.ended_at - 5 * SILENCE_S if self.server.ended_at else 0.0
         if self.calm_at < since:
             for peer in self.alive:
-                if peer.born_at < since and peer.session not in self.server.rounds.peers:
+                known = peer.welcome and peer.welcome.session in self.server.rounds.peers
+                if peer.born_at < since and not known and not self._has_lost_its_run(peer):
                     raise Broken(f"{peer.name} lives, but is not known any more")
 
     def _go_home(self) -> None:
@@ -468,7 +494,7 @@ class Schedule:
             else:
                 outcome.seen["state lost with all its holders"] += 1
                 self._check_given_up(end)
-        elif ledger is not None and ledger.finished:
+        elif ledger is not None and (ledger.finished or self.habits.own):
             server.book.check_end(ledger)
         elif not outcome.seen["stopped in order"]:
             raise Broken(f"the run ended before its samples did: {end.reason}")
@@ -476,7 +502,7 @@ class Schedule:
         self._check_taking_part()
         if server.book.step != end.step:
             raise Broken(f"{server.book.step} updates were closed, the end has {end.step}")
-        limit = max(world.now, self.calm_at) + 10 * SILENCE_S
+        limit = max(world.now, self.calm_at) + DEADLINE_S + 10 * SILENCE_S
         if not world.run(lambda: not self.alive and server.finished(), limit):
             left = ", ".join(p.name for p in self.alive)
             raise Broken(f"the run has ended, but not for {left or 'the server'}")

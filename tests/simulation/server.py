@@ -10,7 +10,9 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator
 from itertools import count as counter
-from typing import Any
+from typing import Any, NamedTuple
+
+import msgspec
 
 from paramserver.errors import PeerError
 from paramserver.protocol import messages as wire
@@ -30,11 +32,59 @@ PULSES_PER_TIMEOUT = 10
 LIAR, LIE = "liar", "a lie"  # host and payloads of one; see `liar`
 PIECES_MOST = 1000
 TICK_S = 0.25
+DIGEST_STEPS = 2
 FETCH_UPDATES = 3  # that make an answer
 
 
 class Killed(BaseException):
     """The server's process is no more."""
+
+
+class Ring:
+    """Shared memory with room for `blocks` averages; the oldest one is written over first."""
+
+    def __init__(self, blocks: int) -> None:
+        self._blocks: list[tuple[Sample, ...]] = [()] * blocks
+        self.newest = 0
+
+    @property
+    def oldest(self) -> int:
+        return max(1, self.newest - len(self._blocks) + 1)
+
+    def write(self, samples: tuple[Sample, ...]) -> wire.Place:
+        self.newest += 1
+        self._blocks[self.newest % len(self._blocks)] = samples
+        return self.newest, 0, 0
+
+    def read(self, place: wire.Place) -> tuple[Sample, ...]:
+        return self._blocks[place[0] % len(self._blocks)]
+
+    def whole(self, place: wire.Place) -> bool:
+        return place[0] >= self.oldest
+
+
+class Search:
+    """Finds the server of a run (None: any) where it is announced, each place once."""
+
+    def __init__(self, server: Server, run: str | None) -> None:
+        self._server, self._run = server, run
+        self._found: set[int] = set()
+
+    def look(self, now: float) -> Found | None:
+        server, port = self._server, self._server.net.port
+        if port in self._found or not server.alive or self._run not in (None, server.run):
+            return None
+        self._found.add(port)
+        return Found("host", port, None)
+
+    def close(self) -> None:
+        pass
+
+
+class Found(NamedTuple):
+    host: str
+    port: int
+    keys: None
 
 
 class Samples:
@@ -47,15 +97,29 @@ class Samples:
         self.sums: dict[int, list[Sample]] = {}
         self.averages: list[Finished] = []
         self._due: list[Finished] = []
+        self.ring: Ring | None = None
+        self._places: dict[int, wire.Place] = {}  # by bucket, of the open round
+        self._round_stamp: int | None = None
+        self._sharing: set[str] = set()
         self.models: dict[str, int] = {}  # what each peer's model was when it joined
         self.voids = 0
         self._closing = False
 
     def start(self, layout: wire.Layout) -> str | None:
+        s = self._server
+        if s.shares:
+            self.ring = Ring((s.limit + 1) * s.buckets)
         return None
 
     def share(self, session: str, join: wire.Join) -> str | None:
+        self._sharing.discard(session)
+        if join.sharing:
+            self._sharing.add(session)
         return None
+
+    @property
+    def sharing(self) -> int:
+        return len(self._sharing) if self.ring is not None else 0
 
     def located(self, session: str, push: wire.Push, buffers: list[Any]) -> list[Any]:
         return buffers
@@ -102,28 +166,40 @@ class Samples:
             bucket=finish.bucket,
             absent=finish.absent,
         )
-        self.averages.append((average, [average, tuple(sorted(samples))]))
+        content = tuple(sorted(samples))
+        if self.ring is not None:
+            self._places[finish.bucket] = self.ring.write(content)
+            if self._round_stamp is None:
+                self._round_stamp = self.ring.newest
+        self.averages.append((average, [average, content]))
         self._due.append(self.averages[-1])
 
     def due(self) -> list[Finished]:
         due, self._due = self._due, []
         return due
 
+    def as_shared(self, average: wire.Average) -> Frames:
+        places = (self._places[average.bucket],)
+        return [wire.Shared(places=places, **msgspec.structs.asdict(average)), None]
+
     def close(self, close: wire.Close) -> Update:
         self._closing = True
         messages = [*(frames for _, frames in self.averages), [close, None]]
-        update = Update(step=close.step, messages=messages, bytes=1, stamp=0)
+        stamp = self._round_stamp or 0
+        update = Update(step=close.step, messages=messages, bytes=1, stamp=stamp)
         self.history.add(update)
         return update
 
     def forget_round(self, averaged: tuple[int, ...]) -> None:
         self.voids += not self._closing
         self._closing = False
-        self.averages = []
+        self.averages, self._round_stamp = [], None
         self.payloads.clear()
         self.sums.clear()
 
     def reaches_back_to(self) -> int | None:
+        if self.ring is not None:
+            self.history.forget_before(self.ring.oldest)
         return self.history.reaches_back_to
 
     def fetch(self, step: int) -> list[Update]:
@@ -131,6 +207,7 @@ class Samples:
 
     def forget(self, session: str) -> None:
         self.models.pop(session, None)
+        self._sharing.discard(session)
 
 
 class Server:
@@ -153,12 +230,16 @@ class Server:
         buckets: int,
         history: int,
         through_wire: bool,
+        shares: bool,
+        compares: bool,
     ) -> None:
         self.world, self.net, self.rules, self.buckets = world, net, rules, buckets
         self.layout = wire.Layout(
             tuple(wire.Tensor(f"w{b}", (1,), "float32") for b in range(buckets))
         )
         self.through_wire = through_wire
+        self.shares = shares  # memory, with peers on its host
+        self.compares = compares  # replicas tell digests of their models
         self.subscribers: list[Callable[[Carried], None]] = []
         self.look: Callable[[], bool] = lambda: False
         self.kept = 0  # ends that had to wait for it
@@ -169,7 +250,6 @@ class Server:
         self.sent_bytes = self.received_bytes = 0
         self.boots = self._runs = 0
         self.dies_at: str | None = None
-        self.compares = False  # replicas tell digests of their models
         self.givers: dict[str, list[tuple[Peer, bool]]] = {}
         """By the process of a joiner: who gave; was the liar the only one who could?"""
         self._make_rounds, self._make_control = make_rounds, make_control
@@ -206,8 +286,9 @@ class Server:
                 nonce=self.nonce,
                 session="",
                 id=0,
-                settings={},
+                settings={"digest_steps": DIGEST_STEPS if self.compares else 0},
                 pub_port=0,
+                shared="memory" if self.shares else None,
             ),
             observer_key=self.nonce,
             most_unread=0,
@@ -234,9 +315,10 @@ class Server:
             self.alive = False
             self.net.server_died()
 
-    def restart(self) -> None:
-        """`make server` again."""
+    def restart(self, moves: bool = False) -> None:
+        """`make server` again; it `moves`: on another port."""
         if not self.alive:
+            self.net.port += moves
             self.world.say(f"START the server again; step {self.noted} was noted")
             self._boot(self.noted)
             self.net.server_is_back()
@@ -322,6 +404,9 @@ class Server:
         if not self.stalled:
             self.control.pulse(self.world.now)
 
+    def search(self, run: str | None, known: tuple[str, int]) -> Search:
+        return Search(self, run)
+
     def stop(self, reason: str) -> None:
         if self.alive:
             self.control.stop(reason)
@@ -361,9 +446,17 @@ class Server:
         self._hand_out((self._encoded(message), None))
 
     def publish_update(self, averages: list[Finished], close: Frames | None) -> None:
-        messages = [frames for _, frames in averages] + ([] if close is None else [close])
+        closing = [] if close is None else [close]
+        sharing = self.data.sharing
+        if averages and sharing:
+            self._hand_out_as_one([*(self.data.as_shared(a) for a, _ in averages), *closing])
+        if not averages or not sharing or len(self.control.routes) > sharing:
+            self._hand_out_as_one([*(frames for _, frames in averages), *closing])
+
+    def _hand_out_as_one(self, messages: list[Frames]) -> None:
         carried = [(self._encoded(message), payload) for message, payload in messages]
-        self._hand_out(carried[0] if len(carried) == 1 else (Together(carried), None))
+        if carried:
+            self._hand_out(carried[0] if len(carried) == 1 else (Together(carried), None))
 
     def waiting(self, route: bytes) -> int:
         return 0

@@ -13,7 +13,7 @@ import msgspec
 from torch import Tensor
 
 from paramserver.protocol import messages as wire
-from paramserver.protocol.pacing import Pacer
+from paramserver.protocol.pacing import WINDOW, Pacer
 from paramserver.tensors.codec import fresh
 from paramserver.transport import shm
 
@@ -22,14 +22,15 @@ WAIT_S = 0.05
 
 class Pushes:
     """The pushes of a round: `room` for a bucket's numbers, `add` when it is complete, and send
-    what is `due`; `forget` the others when the round is over."""
+    what is `due`; `forget` the others when the round is over. At most `window` buckets are under
+    way (see `Pacer`)."""
 
-    def __init__(self) -> None:
+    def __init__(self, window: int = WINDOW) -> None:
         self._outbox: shm.Outbox | None = None
         self._moves = True
         """Slots become free soon: no wait for one has failed in this round."""
         self._filled: dict[int, shm.Slot] = {}  # by bucket: not complete yet
-        self._pacer: Pacer[tuple[wire.Push, list[Any], shm.Slot | None]] = Pacer()
+        self._pacer: Pacer[tuple[wire.Push, list[Any], shm.Slot | None]] = Pacer(window)
 
     def begin(self, outbox: shm.Outbox | None) -> None:
         """The peer joins (again), with an outbox or without: pushes before are void."""
