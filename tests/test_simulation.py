@@ -16,7 +16,7 @@ from simulation import Parts, Schedule, simulate
 
 from paramserver.protocol import messages as wire
 from paramserver.rounds.coordinator import Rounds
-from paramserver.rounds.effects import Effect, PassOn
+from paramserver.rounds.effects import Effect, PassOn, Void
 from paramserver.rounds.events import Event, Pushed, Relinked, Told
 from paramserver.rounds.ledger import PARTLY, RETURNED, Ledger, OwnLedger, Suspect
 from paramserver.rounds.recovery import NOTHING
@@ -298,6 +298,13 @@ class KeepsWhatIsOverwritten(Control):
             super()._forget_overwritten(now)
 
 
+class KeepsVoidSums(Control):
+    """What was summed in a void round stays."""
+
+    def _carry_out(self, effects: list[Effect], *more: Any) -> None:
+        super()._carry_out([e for e in effects if not isinstance(e, Void)], *more)
+
+
 class AsksNobodyForItsSecret(Control):
     """A link is bound to whatever session its probe names."""
 
@@ -405,6 +412,7 @@ class LooksNowhere(ServerSearch):
         (Parts(control=KeepsLinks), "links are kept", 0),
         (Parts(control=BindsTheFirstLinkOnly), "has ended, but not for|does not end", 230),
         (Parts(control=FetchesWithoutLooking), "has ended, but not for", 74),
+        (Parts(control=KeepsVoidSums), "a sum of .* is divided by", 3175),
         (Parts(control=KeepsWhatIsOverwritten), "lineages are kept", 82),
         (Parts(control=AsksNobodyForItsSecret), "KeyError|are kept", 12),
         (Parts(follow=AppliesTwice), "another model than the log", 1),
