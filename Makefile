@@ -4,7 +4,7 @@
 # upper-case ones (ID, NAME, ARGS, PYTHON) are read here.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo example server worker keys up doctor status logs attach down test check bench profile simulate chaos soak fuzz format docs constraints clean
+.PHONY: help setup demo example server worker keys up doctor status logs attach down test test-long check bench profile simulate chaos soak fuzz format docs constraints clean
 
 VENV_PYTHON := .venv/bin/python
 READY := .venv/.ready
@@ -12,7 +12,7 @@ READY := .venv/.ready
 unexport ARGS DRY HOST ID JOIN MINUTES NAME QUICK ROTATE ROUNDS SEED SEEDS # they are for this make, not for one that a test or a program starts
 
 help: ## list these commands
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F '|' '{ printf "%-20s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F '|' '{ printf "%-20s %s\n", $$1, $$2 }'
 	@printf '\nSettings follow as words: make demo num_epochs=5 model.hidden=256\n'
 	@printf 'All of them, with meaning, default and unit: make server ARGS=--help\n'
 
@@ -51,8 +51,11 @@ attach: $(READY) ## watch the run again
 down: $(READY) ## end the run, in order, on every machine
 	@$(RUN) paramserver.launch down $(ARGS)
 
-test: $(READY) ## run all tests (ARGS='-k wire -x' goes on to pytest)
-	@exec $(VENV_PYTHON) -m pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder $(ARGS)
+test: $(READY) ## run the tests (ARGS='-k wire -x' goes on to pytest)
+	@exec $(VENV_PYTHON) -m pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder -m 'not long' $(ARGS)
+
+test-long: $(READY) ## run those of large matrices: thousands of simulated runs, planted mistakes, chaos
+	@exec $(VENV_PYTHON) -m pytest --numprocesses=auto --dist=load -m long $(ARGS)
 
 check: $(READY) ## formatting, lint and types
 	.venv/bin/ruff format --check .

@@ -216,6 +216,7 @@ def test_a_team_tells_who_failed_and_leaves_nobody() -> None:
     ], ran.stderr
 
 
+@pytest.mark.long
 def test_a_tiny_run(tmp_path: Path) -> None:
     ran = python(
         *("-m", "benchmarks.bench", "--tiny", "--results", str(tmp_path)),

@@ -19,6 +19,7 @@ SUMMARY = {
 LINES = [{"step": step, "samples": 32} for step in (1, 2, 3)]
 
 
+@pytest.mark.long
 def test_faults_of_every_kind_break_no_promise() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "chaos", "--minutes", "0.2", "--seed", "5", "--no-compare"],

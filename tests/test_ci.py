@@ -23,7 +23,7 @@ def job() -> dict[str, Any]:
 def test_the_workflow_runs_the_commands_of_ci() -> None:
     here = re.findall(r"^(make (?!setup).+)$", (CLONE / ".ci/run").read_text(), re.MULTILINE)
     assert [step["run"] for step in job()["steps"] if "run" in step] == here
-    assert {"make check", "make test"} <= set(here)
+    assert {"make check", "make test", "make test-long"} <= set(here)
 
 
 def test_the_workflow_runs_on_both_systems_and_the_outer_pythons() -> None:

@@ -56,6 +56,7 @@ def shortened(name: str, folder: Path, *changes: tuple[str, str]) -> Path:
     return script
 
 
+@pytest.mark.long
 def test_the_small_gpt_in_short(tmp_path: Path) -> None:
     script = shortened("gpt", tmp_path, ("WINDOWS = 12_000", "WINDOWS = 640"))
     code, said = launched(tmp_path, script)
@@ -67,6 +68,7 @@ def test_the_small_gpt_in_short(tmp_path: Path) -> None:
     assert "So:\nThe " in said
 
 
+@pytest.mark.long
 def test_resnet18_in_short(tmp_path: Path) -> None:
     """On digits, written as those files are, since they come with the packages."""
     raw = tmp_path / "data/FashionMNIST/raw"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -61,7 +62,10 @@ def make(clone: Path, *words: str) -> list[str]:
         ("keys host_ip=10.10.0.1 ROTATE=1", "rotate host_ip=10.10.0.1"),
         ("demo num_epochs=5", "demo num_epochs=5"),
         ("server seed=1 PYTHON=python9 ARGS=--help", "--help seed=1"),
-        ("test ARGS=-x", "--numprocesses=auto --dist=loadfile --no-loadscope-reorder -x"),
+        (
+            "test ARGS=-x",
+            "--numprocesses=auto --dist=loadfile --no-loadscope-reorder -m 'not long' -x",
+        ),
         ("up model.hidden=64 seed=1", "up model.hidden=64 seed=1"),
         ("up DRY=1", "up --dry"),
         ("status", "status"),
@@ -73,7 +77,7 @@ def make(clone: Path, *words: str) -> list[str]:
     ],
 )
 def test_words_reach_the_program(clone: Path, words: str, arguments: str | None) -> None:
-    expected = words.split()[1:] if arguments is None else arguments.split()
+    expected = words.split()[1:] if arguments is None else shlex.split(arguments)
     assert make(clone, *words.split()) == expected
 
 

@@ -36,7 +36,10 @@ SEARCHED = 3000
 """Seeds in which a planted fault must show."""
 
 
-@pytest.mark.parametrize("first", range(0, SCHEDULES, BLOCK))
+@pytest.mark.parametrize(
+    "first",
+    [0, *(pytest.param(first, marks=pytest.mark.long) for first in range(BLOCK, SCHEDULES, BLOCK))],
+)
 def test_the_promises_hold_under_faults(first: int) -> None:
     failed = [o for seed in range(first, first + BLOCK) if (o := simulate(seed)).failure]
     told = "\n".join(f"python -m tests.simulation --seed {o.seed}: {o.failure}" for o in failed)
@@ -381,6 +384,7 @@ class LooksNowhere(ServerSearch):
         return False
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("parts", "symptom", "first"),
     [
@@ -445,6 +449,7 @@ def planted(parts: Parts) -> str:
     )
 
 
+@pytest.mark.long
 def test_a_ledger_that_returns_what_was_partly_used_is_found(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -461,6 +466,7 @@ def test_a_ledger_that_returns_what_was_partly_used_is_found(
     assert failure is not None and "samples" in failure
 
 
+@pytest.mark.long
 def test_a_lease_that_kills_for_ever_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Ledger, "died", lambda self, lease, **how: None)
     failures = (simulate(seed).failure for seed in (9, *range(SEARCHED)))
@@ -468,6 +474,7 @@ def test_a_lease_that_kills_for_ever_is_found(monkeypatch: pytest.MonkeyPatch) -
     assert failure is not None and "does not end" in failure
 
 
+@pytest.mark.long
 def test_a_ledger_that_skips_what_is_only_beside_what_kills_is_found(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -477,6 +484,7 @@ def test_a_ledger_that_skips_what_is_only_beside_what_kills_is_found(
     assert failure is not None and "nothing is wrong with it" in failure
 
 
+@pytest.mark.long
 def test_own_samples_that_are_counted_although_they_are_in_no_update_are_found(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
