@@ -88,12 +88,14 @@ class Progress:
 
     def __init__(self) -> None:
         self._samples = self._steps = 0
+        self._seen = 0  # the step at the last call
         self._at = time.monotonic()
         self._waited = 0.0
 
     def did(self, samples: int, cluster: Cluster) -> None:
         self._samples += samples
-        self._steps += 1
+        self._steps += cluster.step != self._seen  # a large share comes in several batches
+        self._seen = cluster.step
         now = time.monotonic()
         if now - self._at < PROGRESS_S:
             return
