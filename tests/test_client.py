@@ -14,7 +14,7 @@ from whole import LOOPBACK, free_port
 
 from paramserver import logs
 from paramserver.config.loading import to_wire
-from paramserver.errors import UserError
+from paramserver.errors import RunLost, UserError
 from paramserver.protocol import messages as wire
 from paramserver.settings import Settings
 from workers.link.client import Client
@@ -146,9 +146,10 @@ def test_a_port_through_which_nothing_comes_is_told(script: Script) -> None:
         connect(script, answer)
 
 
-@pytest.mark.parametrize("moves", [False, True])
-def test_who_greets_again_after_the_end_hears_how_the_run_ended(moves: bool) -> None:
-    """Also where the server has been found at another address only: it is no other run's."""
+@pytest.mark.parametrize(("moves", "taken"), [(False, False), (True, False), (True, True)])
+def test_who_greets_again_hears_why_its_server_does_not_let_it_in(moves: bool, taken: bool) -> None:
+    """How the run ended, or that its id is `taken`. Also where the server has been found at another
+    address only: it is no other run's."""
     end = wire.End(nonce="server", step=0, lineage="the first", reason="all epochs are done")
     first, second = Script(), Script()
     lively = threading.Event()
@@ -167,7 +168,9 @@ def test_who_greets_again_after_the_end_hears_how_the_run_ended(moves: bool) -> 
             first.send(sender, wire.Greet(session_known=False))
 
     def answer_there(sender: bytes, message: Any) -> None:
-        if isinstance(message, wire.Hello):
+        if isinstance(message, wire.Hello) and taken:
+            second.send(sender, wire.Reject("worker id 1 is taken", run=message.run or ""))
+        elif isinstance(message, wire.Hello):
             second.send(sender, wire.Reject(f"the run has ended: {end.reason}", end=end))
 
     class Found:
@@ -192,13 +195,17 @@ def test_who_greets_again_after_the_end_hears_how_the_run_ended(moves: bool) -> 
             client.connect(20.0)
             client.join(replica)
             lively.clear()
+            if taken:
+                with pytest.raises(RunLost, match="worker id 1 is taken"):
+                    client.wait(lambda: client.ended, "for the end", timeout_s=20.0)
+                return
             assert client.wait(lambda: client.ended, "for the end", timeout_s=20.0)
             assert client.ended == end and (client.port == second.port) == moves
             client.ready(wire.Ready(samples=1, batch_size=1))  # another pass: nobody is there
         finally:
             over.set()
             client.close()
-        for played in playing:
-            played.result()
-    first.close()
-    second.close()
+            for played in playing:
+                played.result()
+            first.close()
+            second.close()

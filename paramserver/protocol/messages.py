@@ -370,6 +370,8 @@ class Reject(Message, frozen=True):
     hint: Words = ""
     end: End | None = None
     """How the run that the peer asked for has ended."""
+    run: Id = ""
+    """The server's run, where the peer asked for the same."""
 
     def __post_init__(self) -> None:
         self._clip("reason", "hint")

@@ -408,8 +408,9 @@ class ServerSearch:
     def was_wrong(self, reject: wire.Reject) -> bool:
         """The server at this address refuses the peer. Where the address was found, and is not that
         of the peer's own run, the peer gets its former address back, and this returns True."""
-        ended = self._peer.run is not None and reject.end is not None  # its run was searched for
-        if self._before is None or ended:
+        run = self._peer.run
+        own = run is not None and (reject.end is not None or reject.run == run)
+        if self._before is None or own:
             return False
         self._peer.log.info(
             f"the server at {self._peer.host}:{self._peer.port} is another one: {reject.reason}"
