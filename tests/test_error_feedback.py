@@ -79,6 +79,21 @@ def test_what_is_not_sent_at_once_is_sent_later(cut: BucketPlan, codec: str) -> 
     assert (arrived - whole).abs().max() < 1e-3
 
 
+@pytest.mark.parametrize("codec", LOSSY)
+def test_a_residual_weighs_what_it_weighed(cut: BucketPlan, codec: str) -> None:
+    """A mean over 64 samples, of which a part is sent with means over 16: sums come out equal."""
+    feedback = ErrorFeedback(cut, codec_of_pushes(codec, 0.3))
+    b, values = cut.buckets[0], noise(2000)
+    total = torch.zeros(b.size)
+    for samples, now in ((64, values), *((16, torch.zeros(2000)) for _ in range(12))):
+        given = feedback.values(b).copy_(now)
+        buffers, scale = feedback.encode(b, given, samples=samples)
+        received = [bytearray(part) for part in buffers]
+        total += samples * feedback.codec(b).decode(received, scale, torch.empty(b.size))
+        feedback.settled({0})
+    torch.testing.assert_close(total, 64 * values, rtol=1e-2, atol=0.3)
+
+
 @pytest.mark.parametrize("codec", EXACT)
 def test_a_codec_that_leaves_no_residual_sends_each_gradient_as_it_is(
     cut: BucketPlan, codec: str

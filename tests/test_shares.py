@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from itertools import pairwise
 from typing import Any
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scripts import Run
 
+from paramserver.rounds.ledger import Ledger
 from paramserver.rounds.shares import (
     TRY_AGAIN_ROUNDS,
     Cost,
@@ -190,7 +192,7 @@ def test_a_run_follows_speed_and_counts_each_sample_once() -> None:
     sizes = [a_round(run, SPEEDS)]
     while run.rounds.ended is None and run.rounds.round is not None:
         sizes.append(a_round(run, SPEEDS))
-    assert sizes[0] == dict.fromkeys(SPEEDS, 8) and sizes[6] == {1: 16, 2: 8, 3: 4, 4: 4}
+    assert sizes[0] == dict.fromkeys(SPEEDS, 8) and sizes[9] == {1: 16, 2: 8, 3: 4, 4: 4}
     ledger = run.rounds.ledger
     assert ledger is not None and ledger.finished and ledger.done == 3000
     assert sum(sum(s.values()) for s in sizes) == 3000
@@ -207,7 +209,7 @@ def test_equal_shares_are_equal() -> None:
 
 def test_a_worker_that_would_only_cost_follows_without_samples_and_is_named() -> None:
     run = speeds(timeout=1000.0)
-    for _ in range(6):
+    for _ in range(12):
         sizes = a_round(run, {**SPEEDS, 4: 3.0})
     assert set(sizes) == {1, 2, 3} and sum(sizes.values()) == 32
     assert run.rounds.peers["w4"].leases == []
@@ -215,7 +217,7 @@ def test_a_worker_that_would_only_cost_follows_without_samples_and_is_named() ->
 
 def test_what_a_worker_measures_that_is_late_is_at_least_the_rounds_time() -> None:
     run = speeds(timeout=1.0, quorum=0.5)
-    for _ in range(3):
+    for _ in range(9):
         current = run.rounds.round
         assert current is not None
         run.now += 0.1
@@ -228,7 +230,7 @@ def test_what_a_worker_measures_that_is_late_is_at_least_the_rounds_time() -> No
 
 def test_another_process_of_the_same_number_begins_anew() -> None:
     run = speeds()
-    for _ in range(6):
+    for _ in range(9):
         sizes = a_round(run, SPEEDS)
     assert sizes[1] == 16
     run.leave(1)
@@ -238,3 +240,56 @@ def test_another_process_of_the_same_number_begins_anew() -> None:
         if run.snapshot(1, "b"):
             run.ready(1, "b", samples=1000, batch=8)
     assert run.lease(1)[2] - run.lease(1)[1] == 8  # it was measured in none of the rounds before
+
+
+@pytest.mark.parametrize("told", [5e-324, 1e-310, 1e-200, 1e-25, 1e-9, 1e300, -1.0, math.nan])
+def test_whatever_a_worker_says_of_its_speed_costs_itself_only(told: float) -> None:
+    run = speeds()
+    for _ in range(12):
+        current = run.rounds.round
+        assert current is not None
+        run.now += 1.0
+        sizes = {w: m.samples for w, m in current.members.items()}
+        for w in sizes:
+            run.push(w, 0)
+            run.push(w, 1, compute_s=told if w == 1 else SPEEDS[w] * sizes[w])
+    assert sum(sizes.values()) == 32 and all(math.isfinite(n) for n in sizes.values())
+
+
+@given(st.lists(st.tuples(st.integers(1, 1000), st.floats()), max_size=30), st.integers(1, 500))
+def test_no_measurements_make_a_split_fail(told: list[tuple[int, float]], total: int) -> None:
+    shares = Shares()
+    for n, seconds in told:
+        shares.took(1, n, seconds)
+        shares.took(2, n, 0.01 * n)
+    for _ in range(4):
+        sizes = shares.sizes({1: total, 2: total}, {1: FREE, 2: FREE})
+        assert sum(sizes.values()) in (2 * total, 2 * total + 1)
+
+
+def test_a_slow_first_batch_says_nothing() -> None:
+    machines = Machines(dict.fromkeys((1, 2, 3), Cost(0.005, 0.003)), 32)
+    machines.shares.took(1, 32, 10.0)
+    machines.rounds(30)
+    assert all(set(sizes.values()) == {32} for sizes in machines.history)
+
+
+def test_a_worker_without_samples_makes_no_round_void() -> None:
+    run = speeds()
+    for _ in range(12):
+        sizes = a_round(run, {**SPEEDS, 4: 3.0})
+    assert 4 not in sizes and run.rounds.round is not None
+    number, began = run.rounds.round.number, run.now
+    for seconds in range(1, 60):
+        run.tick(began + seconds, 0, 1, 2, 3, 4)
+    assert run.rounds.round is not None and run.rounds.round.number == number
+
+
+def test_the_short_rest_that_is_dropped_is_that_of_a_batch() -> None:
+    ledger = Ledger(100, 1)
+    assert ledger.lease(64, drop_last=True, short=32) == (0, 0, 64)
+    assert ledger.lease(60, drop_last=True, short=32) == (0, 64, 100)
+    assert Ledger(100, 1).lease(128, drop_last=True, short=32) == (0, 0, 100)
+    rest = Ledger(100, 1)
+    assert rest.lease(80, drop_last=True, short=32) == (0, 0, 80)
+    assert rest.lease(80, drop_last=True, short=32) is None and rest.skipped == 20

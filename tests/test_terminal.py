@@ -128,7 +128,7 @@ def test_a_run_whose_lines_nobody_takes_ends_in_order_when_its_terminals_are_clo
             "the server",
             *without_output(
                 silent, "-m", "paramserver", *ours, "run_dir=runs", "dataset.name=digits",
-                "model.hidden=16", "wandb.mode=disabled", "num_epochs=10000",
+                "model.hidden=16", "wandb.mode=disabled", "num_epochs=10000", "checkpoint_steps=0",
             ),
             PYTHONUNBUFFERED="",
         )  # fmt: skip

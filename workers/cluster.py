@@ -270,7 +270,8 @@ class Cluster:
         size = self.settings.batch_size if batch_size is None else batch_size
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             raise UserError(f"batch_size={size!r}", "it is a whole number of samples, at least 1")
-        if batch_limit is None and self.client.device != "cpu":
+        by_speed = self.settings.shares == "speed" and not self.settings.deterministic
+        if batch_limit is None and by_speed and self.client.device != "cpu":
             batch_limit = size
         if batch_limit is not None and batch_limit < 1:
             raise UserError(f"batch_limit={batch_limit!r}", "it is a number of samples, at least 1")
@@ -461,9 +462,10 @@ class Cluster:
     ) -> None:
         """A bucket of this step's gradient is complete: encode and send it, take in averages."""
         assert self._replica is not None and self._feedback is not None
+        assert self._gradients is not None
         with trace.span("encode", bucket=bucket.index):
             room = partial(self.client.room, bucket.index)
-            buffers, scale = self._feedback.encode(bucket, values, absent, room)
+            buffers, scale = self._feedback.encode(bucket, values, absent, room, self._samples)
         self._sent += 1 + len(without)
         self._phase = wire.BACKWARD
         last = self._sent == len(self._replica.plan.buckets)
@@ -485,7 +487,8 @@ class Cluster:
             if not last:
                 start = time.perf_counter()
                 self.client.await_room()
-                self._held_up_s += time.perf_counter() - start
+                if not self._gradients.threaded:  # else backward goes on meanwhile
+                    self._held_up_s += time.perf_counter() - start
 
     def _computed_s(self) -> float | None:
         """Seconds from the lease to the last gradient, without those in which others were waited

@@ -106,7 +106,7 @@ from paramserver.rounds.round import (
     Vain,
 )
 from paramserver.rounds.sentences import Sentences
-from paramserver.rounds.shares import TRY_AGAIN_ROUNDS, Limits, Shares
+from paramserver.rounds.shares import SHARE_TIMES_MAX, TRY_AGAIN_ROUNDS, Limits, Shares
 from paramserver.rounds.states import GREETED, REPLICA, WAITING
 from paramserver.rounds.waste import Waste
 
@@ -121,6 +121,7 @@ SLOW_ROUNDS = 20  # in a row that wait longer for one than for all others, befor
 SLOW_S = 0.1
 DEAF_STEPS = 20  # who fetches at more than this share of them gets nothing of what is published
 DEAF_SHARE = 0.7
+BELIEVED = 1000  # times as fast as its pushes come, a worker may say that it computes
 LEASES_HELD = 2  # one being computed, one whose data loads meanwhile
 SILENT_KEPT = 64
 HOLD_S = 1.0  # between leaving a loop and a goodbye that says why; more than a worker needs
@@ -211,6 +212,7 @@ class Rounds:
             self._shares = Shares()
         self._shared: dict[int, int] = {}  # samples of a round by worker, as last handed out
         self._measured: dict[int, str] = {}  # by worker: the process whose speed is known
+        self._without: set[int] = set()  # workers that get nothing, and were named
         self.digests: dict[int, tuple[str, int, str]] = {}
         """By id: name, step and digest that a replica told when it left."""
         self.deaf: set[str] = set()
@@ -590,7 +592,8 @@ class Rounds:
                 peer.took(now - current.opened_at)
                 member.whole_at = now
                 if self._shares is not None and push.compute_s is not None:
-                    seconds = min(push.compute_s, now - current.opened_at)
+                    waited_s = now - current.opened_at
+                    seconds = min(max(push.compute_s, waited_s / BELIEVED), waited_s)
                     self._shares.took(peer.id, member.samples, seconds)
                 current.look_for_quorum(now)
             for bucket in (push.bucket, *push.without):
@@ -1184,7 +1187,13 @@ class Rounds:
                 size, ready = sizes[peer.id], peer.ready
                 if size and len(peer.leases) < count and ready is not None:
                     joined = self._shares is not None
-                    lease = self.ledger.lease(size, ready.least, ready.drop_last, joined=joined)
+                    lease = self.ledger.lease(
+                        size,
+                        ready.least,
+                        ready.drop_last,
+                        short=ready.batch_size,
+                        joined=joined,
+                    )
                     if lease is None:
                         return
                     peer.leases.append(lease)
@@ -1198,13 +1207,18 @@ class Rounds:
             if self._measured.get(p.id) != p.nonce:
                 self._measured[p.id] = p.nonce
                 self._shares.forget(p.id)
-        limits = {p.id: Limits(p.ready.least) for p in takers if p.ready is not None}
+        limits = {
+            p.id: Limits(p.ready.least, max(p.ready.least, SHARE_TIMES_MAX * p.ready.batch_size))
+            for p in takers
+            if p.ready is not None
+        }
         sizes = self._shares.sizes(asked, limits)
         if sizes != self._shared:
             for p in takers:
                 if sizes[p.id] != self._shared.get(p.id):
                     self._return_leases(p)  # those of a round to come: of another size
                 self._say_share(p, sizes[p.id])
+            self._without &= {p.id for p in takers}
             self._shared = sizes
         return sizes
 
@@ -1214,14 +1228,15 @@ class Rounds:
 
     def _say_share(self, peer: Peer, size: int) -> None:
         """A worker that gets nothing, or something again, is named."""
-        before = self._shared.get(peer.id)
-        if not size and before != 0:
+        if not size and peer.id not in self._without:
+            self._without.add(peer.id)
             self._say(
                 f"{peer.name} gets no samples: the others are sooner done without it. It follows, "
                 f"and is tried again in {TRY_AGAIN_ROUNDS} rounds",
                 peer,
             )
-        elif before == 0 and peer.ready is not None and size > peer.ready.least:
+        elif peer.id in self._without and peer.ready is not None and size > peer.ready.least:
+            self._without.discard(peer.id)
             self._say(f"{peer.name} gets samples again", peer)
 
     # ------------------------------------------------------------------ inside: what kills
@@ -1393,6 +1408,7 @@ class Rounds:
             if p.role == "worker"
             and ((member := current.member_of(p)) is None or member.out is not None)
             and (p.ready is not None or (p.state == WAITING and snapshot))
+            and self._shared.get(p.id) != 0  # it would get nothing again
         ]
 
     def _awaited(self, now: float) -> str:

@@ -124,14 +124,21 @@ class Ledger:
         self._spare = False
 
     def lease(
-        self, size: int, least: int = 1, drop_last: bool = False, *, joined: bool = False
+        self,
+        size: int,
+        least: int = 1,
+        drop_last: bool = False,
+        *,
+        short: int | None = None,
+        joined: bool = False,
     ) -> Lease | None:
         """The next range of at most `size` samples; None when nothing is left to lease. With
         `joined` ranges that came back are put together where they lie side by side: they were
         leased in other sizes.
 
         No rest of fewer than `least` samples stays behind: it is part of the range before it. With
-        `drop_last` the last range of an epoch is dropped where it is short.
+        `drop_last` the last range of an epoch is dropped where it has fewer samples than `size`,
+        and than `short`.
         """
         if size < 1:
             raise ValueError("a lease holds at least one sample")
@@ -141,7 +148,7 @@ class Ledger:
             taken = self._from_waiting(size, joined) if returned else self._from_head(size)
             if taken is None or returned or not drop_last:
                 break
-            if taken[2] < self.samples or taken[2] - taken[1] >= size:  # not a short rest
+            if taken[2] < self.samples or taken[2] - taken[1] >= min(size, short or size):
                 break
             self.skipped += taken[2] - taken[1]
             self._lose(taken, DROPPED)
@@ -456,7 +463,13 @@ class OwnLedger(Ledger):
         super().__init__(samples=0, epochs=0)
 
     def lease(
-        self, size: int, least: int = 1, drop_last: bool = False, *, joined: bool = False
+        self,
+        size: int,
+        least: int = 1,
+        drop_last: bool = False,
+        *,
+        short: int | None = None,
+        joined: bool = False,
     ) -> Lease | None:
         return OWN
 

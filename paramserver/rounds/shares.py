@@ -16,7 +16,7 @@ sample counts come in, sizes go out.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from statistics import median
 from typing import NamedTuple
 
@@ -28,6 +28,11 @@ GAIN_MIN = 0.05  # of a round's time: sizes move only for more
 LOOK_ROUNDS = 3
 GROWTH_MAX = 2.0  # times as many samples at once, at most
 TRY_AGAIN_ROUNDS = 100
+SHARE_TIMES_MAX = 16  # as many samples as a worker asked for, it gets at most
+MEASURED_MIN = 2  # measurements before a worker's share moves
+DROPPED_MIN = 5  # before it gets nothing
+SAMPLE_S_MIN = 1e-9
+"""Whatever a worker says, no sample costs less: what is computed from it stays finite."""
 
 
 class Cost(NamedTuple):
@@ -53,6 +58,7 @@ class Speed:
 
     def __init__(self) -> None:
         self._measured: deque[tuple[int, float]] = deque(maxlen=KEPT)
+        self.measured = 0
         self.afresh = False
         """The next measurement says more than all that are kept: it got nothing for long."""
 
@@ -60,6 +66,9 @@ class Speed:
         """It computed so many samples in so many seconds of its own clock."""
         if samples < 1 or not 0.0 < seconds < float("inf"):
             return
+        self.measured += 1
+        if self.measured == 1:
+            return  # a first batch starts a device, or compiles
         if self.afresh:
             self.afresh = False
             self._measured.clear()
@@ -74,8 +83,8 @@ class Speed:
 
     @property
     def cost(self) -> Cost | None:
-        """The estimate; None before the first measurement."""
-        if not self._measured:
+        """The estimate; None where too little was measured."""
+        if self.measured <= MEASURED_MIN:
             return None
         by_size: dict[int, list[float]] = {}
         for n, seconds in self._measured:
@@ -84,7 +93,7 @@ class Speed:
             fitted = _fitted([(n, median(times), len(times)) for n, times in by_size.items()])
             if fitted is not None:
                 return fitted
-        return Cost(0.0, median(s / n for n, s in self._measured))
+        return Cost(0.0, max(SAMPLE_S_MIN, median(s / n for n, s in self._measured)))
 
 
 def _fitted(points: list[tuple[int, float, int]]) -> Cost | None:
@@ -95,25 +104,32 @@ def _fitted(points: list[tuple[int, float, int]]) -> Cost | None:
     mean_s = sum(w * s for _, s, w in points) / weight
     spread = sum(w * (n - mean_n) ** 2 for n, _, w in points)
     slope = sum(w * (n - mean_n) * (s - mean_s) for n, s, w in points) / spread
-    if slope <= 0.0:
+    if slope <= SAMPLE_S_MIN:
         return None
     fixed = mean_s - slope * mean_n
     return Cost(fixed, slope) if fixed >= 0.0 else None
 
 
-def split(total: int, costs: Mapping[int, Cost], limits: Mapping[int, Limits]) -> dict[int, int]:
+def split(
+    total: int,
+    costs: Mapping[int, Cost],
+    limits: Mapping[int, Limits],
+    kept: Collection[int] = (),
+) -> dict[int, int]:
     """So many samples for each worker that all are done at once, as soon as can be.
 
     The sizes add up to `total`, unless the limits forbid it: everybody then has the least, or the
-    most, that is allowed. A worker gets nothing where the others are sooner done without it. In the
-    best time T worker i computes (T - fixed_i) / sample_i samples, and these add up to the total;
-    T is found by halving, which takes the limits along; what rounding leaves goes where it is done
-    soonest.
+    most, that is allowed. A worker that is not in `kept` gets nothing where the others are sooner
+    done without it. In the best time T worker i computes (T - fixed_i) / sample_i samples, and
+    these add up to the total; T is found by halving, which takes the limits along; what rounding
+    leaves goes where it is done soonest.
     """
     best = dict(costs)
     sizes = _balanced(total, best, limits)
     while len(best) > 1:
         slowest = max(best, key=lambda w: best[w].of(sizes[w]))
+        if slowest in kept:
+            break
         without = {w: c for w, c in best.items() if w != slowest}
         fewer = _balanced(total, without, limits)
         if sum(fewer.values()) < min(total, sum(sizes.values())):
@@ -138,7 +154,7 @@ def _balanced(
         found = {}
         for w, cost in costs.items():
             least, most = limits[w].least, limits[w].most
-            n = (seconds - cost.fixed_s) / cost.sample_s
+            n = min(float(total), (seconds - cost.fixed_s) / cost.sample_s)
             found[w] = max(float(least), n if most is None else min(n, most))
         return found
 
@@ -218,7 +234,8 @@ class Shares:
         seconds = [costs[w].of(n) for w, n in now.items()]
         if sum(now.values()) == total and min(seconds) >= (1.0 - GAIN_MIN) * max(seconds):
             return  # there is nothing to gain
-        wanted = split(total, costs, limits)
+        new = {w for w in costs if self._speeds[w].measured < DROPPED_MIN}
+        wanted = split(total, costs, limits, new)
         if sum(now.values()) == total and _seconds(wanted, costs) > (1.0 - GAIN_MIN) * max(seconds):
             return
         taking = {w: c for w, c in costs.items() if wanted[w]}

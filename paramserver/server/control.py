@@ -302,7 +302,9 @@ class Control:
         if hello.protocol != wire.PROTOCOL:
             refuse = f"this server speaks protocol {wire.PROTOCOL}, you speak {hello.protocol}"
         elif self.rounds.ended is not None:
-            refuse, end = f"the run has ended: {self.rounds.ended.reason}", self.rounds.ended
+            refuse = f"the run has ended: {self.rounds.ended.reason}"
+            # Who belongs to another run must not take this end for its own.
+            end = self.rounds.ended if hello.run in (None, self.run_id) else None
         elif hello.role not in ("worker", "observer"):
             refuse = f"there is no role {hello.role!r}"
         elif hello.role == "observer" and not _same(hello.key, self._observer_key):

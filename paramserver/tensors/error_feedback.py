@@ -34,7 +34,8 @@ class ErrorFeedback:
         self._plan = plan
         self._codec = codec
         self._residuals: dict[int, Tensor] = {}
-        self._under_way: dict[int, Tensor | None] = {}  # the residual as it was before
+        self._samples: dict[int, int] = {}  # of the mean that a residual belongs to
+        self._under_way: dict[int, tuple[Tensor | None, int]] = {}  # both as they were before
 
     def codec(self, bucket: Bucket) -> Codec:
         return codec_of(bucket.kind, bucket.sent, self._codec)
@@ -52,9 +53,11 @@ class ErrorFeedback:
         values: Tensor,
         absent: Sequence[int] = (),
         room: Room = fresh,
+        samples: int = 1,
     ) -> tuple[list[Any], float]:
         """The wire buffers of these numbers with the bucket's residual added, and their scale;
-        `values` belong to this object from now on.
+        `values` belong to this object from now on. They are a mean over `samples`, which weighs so
+        much in the average: a residual of a mean over more, or fewer, is scaled accordingly.
 
         `absent` are the layout indexes of the tensors that this bucket leaves out, where `values`
         must be zero: their part of the residual waits.
@@ -65,17 +68,20 @@ class ErrorFeedback:
         if not codec.leaves_residual:
             return codec.encode(values, room)
         before = self._residuals.get(bucket.index)
+        samples_before = self._samples.get(bucket.index, samples)
+        ratio = samples_before / samples
         waiting = [self._span(bucket, index) for index in absent]
         if before is not None:
-            values.add_(before)
+            values.add_(before, alpha=ratio)
             for span in waiting:
                 values[span] = 0.0
         encoded = codec.encode(values, room)
         if before is not None:
             for span in waiting:
-                values[span] = before[span]
+                values[span] = before[span] * ratio
         self._residuals[bucket.index] = values
-        self._under_way[bucket.index] = before
+        self._samples[bucket.index] = samples
+        self._under_way[bucket.index] = before, samples_before
         return encoded
 
     def settled(self, taken: Container[int]) -> None:
@@ -84,9 +90,10 @@ class ErrorFeedback:
         The others get back the residual that they had before, without the gradient that was sent:
         where the server refuses a push its samples return to the ledger, and would count twice.
         """
-        for bucket, before in self._under_way.items():
+        for bucket, (before, samples) in self._under_way.items():
             if bucket in taken:
                 continue
+            self._samples[bucket] = samples
             if before is None:
                 del self._residuals[bucket]
             else:

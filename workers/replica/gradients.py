@@ -56,7 +56,7 @@ class Gradients:
         self._missing: list[int] = []
         self._sent: set[int] = set()
         self._device = replica.params[0][1].device if replica.params else torch.device("cpu")
-        self._threaded = self._device.type != "cpu" or plan.nbytes >= THREAD_FROM_BYTES
+        self.threaded = self._device.type != "cpu" or plan.nbytes >= THREAD_FROM_BYTES
         self._thread = ThreadPoolExecutor(1, "gradients")
         self._under_way: list[Future[None]] = []
         self._parts = [[self._part(index, b) for index in b.tensors] for b in plan.buckets]
@@ -84,14 +84,17 @@ class Gradients:
         self._seen.clear()
 
     def add_part(self, weight: float) -> None:
-        """A part of the batch is done, which holds `weight` of its samples (all parts: 1)."""
+        """A part of the batch is done, which holds `weight` of its samples (all parts: 1). Parts
+        are added in float32 at least."""
+        self._check_untouched()
+        self._seen.clear()
         for index, (_, p) in enumerate(self._replica.params):
             if (grad := self._gradient(index)) is None:
                 continue
-            if index in self._sums:
-                self._sums[index].add_(grad, alpha=weight)
-            else:
-                self._sums[index] = grad.detach() * weight
+            if index not in self._sums:
+                wide = torch.promote_types(grad.dtype, torch.float32)
+                self._sums[index] = torch.zeros_like(grad, dtype=wide)
+            self._sums[index].add_(grad, alpha=weight)
             p.grad = None
         self._passes = [0] * len(self._passes)
 
@@ -101,7 +104,9 @@ class Gradients:
         if not self._open:
             return
         for index, total in self._sums.items():
-            self._replica.params[index][1].grad = total
+            p = self._replica.params[index][1]
+            p.grad = total.to(p.dtype)
+        self._sums.clear()
         self._replica.check_unchanged()
         self._check_untouched()
         self._seen.clear()  # they need no memory any more
@@ -160,15 +165,15 @@ class Gradients:
                     f"{self._accumulate} were stated",
                     "state the number of backward passes for each step: attach(accumulate=...)",
                 )
+            self._seen[index] = grad, grad._version
             if self._parted:
                 return
-            self._seen[index] = grad, grad._version
             if passes == self._accumulate:
                 for number in self._plan.buckets_of[index]:
                     bucket = self._plan.buckets[number]
                     self._missing[number] -= 1
                     if self._missing[number] == 0:
-                        if self._threaded and not self._under_way:  # the first of this backward
+                        if self.threaded and not self._under_way:  # the first of this backward
                             Variable._execution_engine.queue_callback(self.finish)
                         self._hand_over(bucket, ())
 
@@ -200,7 +205,7 @@ class Gradients:
     def _hand_over(self, bucket: Bucket, absent: tuple[int, ...]) -> None:
         self._sent.add(bucket.index)
         without = self._without()
-        if self._threaded:
+        if self.threaded:
             self._under_way.append(self._thread.submit(self._take, bucket, absent, without))
         else:
             self._take(bucket, absent, without)
@@ -236,7 +241,7 @@ class Gradients:
             )
         absent = tuple(i for i in bucket.tensors if i not in there)
         self._sent.add(bucket.index)
-        if self._threaded:
+        if self.threaded:
             self._under_way.append(self._thread.submit(self._send, bucket, values, absent, ()))
         else:
             self._send(bucket, values, absent, ())
