@@ -301,6 +301,13 @@ def test_adrift_it_hears_of_closes_and_disturbs_nobody() -> None:
     assert peer.session.catch_up() == [Join()] and peer.session.catch_up() == []
 
 
+def test_an_answer_from_before_it_joined_does_not_leave_it_adrift() -> None:
+    """Its fetch and its Join had crossed: first it hears that it is behind, then to adopt."""
+    peer = Peer("observer", drifts=True)
+    peer.admitted("behind")
+    assert peer.admitted("adopt") == [] and not peer.session.adrift
+
+
 def test_adrift_it_catches_up_at_the_end() -> None:
     peer = Peer("observer", drifts=True)
     peer.admitted("behind")

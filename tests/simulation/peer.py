@@ -150,6 +150,7 @@ class Client(Process):
         self.pushes = parts.pushes(window=1 + serial % 2)
         self.welcome: wire.Welcome | None = None
         self.run: str | None = None  # to which its state belongs
+        self.turned_away = False  # by a server that it found, and took for another one
         self.greetings = 0
         self.key = server.nonce if self.role == "observer" else ""
         self.host, self.port = "host", net.port
@@ -243,6 +244,7 @@ class Client(Process):
                         return welcome
                     case wire.Reject(reason=reason, end=end) as reject:
                         if self.server_search.was_wrong(reject):
+                            self.turned_away = True
                             self._open_door()
                         elif end is not None and self.session is not None:
                             raise RunOver(end)

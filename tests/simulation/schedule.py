@@ -287,8 +287,11 @@ class Schedule:
         return apt and len(tried) == Session.MISSED_MAX and tried[-1][1]
 
     def _has_lost_its_run(self, peer: Client) -> bool:
-        """Is this a peer of a run that was given up? Nobody answers it where its server was."""
-        return peer.run not in (None, self.server.run)
+        """Is this a peer of a run that was given up, or of none yet, whose id is taken at the
+        server's new place? Nobody answers it where its server was."""
+        if peer.run is None:
+            return peer.turned_away
+        return peer.run != self.server.run
 
     def _check_last_step(self, peer: Client) -> None:
         """Who took part to the end stands there, unless what it lacks cannot be had any more."""

@@ -158,7 +158,7 @@ class Session:
     def admitted(self, admit: wire.Admit, now: float) -> list[Action]:
         """Averages are heard (see `Hear`)."""
         f = self.follow
-        self.admit = admit
+        self.admit, self.adrift = admit, False  # an older answer may have set it adrift meanwhile
         f.fetching_since = None
         if admit.action in ("adopt", "behind"):
             self.joined = False
