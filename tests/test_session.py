@@ -287,6 +287,15 @@ def test_who_shall_give_a_later_step_gets_there_first(peer: Peer) -> None:
     assert peer.get(earlier) == [Send(wire.Abort(5, "I stand at step 1"))]
 
 
+def test_a_worker_knows_that_a_round_is_open_without_it() -> None:
+    peer = Peer()
+    peer.admitted("origin")
+    peer.hear(peer.log.open(leases={2: ((0, 0, 10),)}))
+    assert not peer.session.without_samples(1), "it has not taken part yet"
+    peer.session.took_part = True
+    assert peer.session.without_samples(1) and not peer.session.without_samples(2)
+
+
 # ------------------------------------------------------------------------------- the observer
 
 

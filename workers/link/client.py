@@ -441,9 +441,16 @@ class Client:
         text = f"waiting {what}" if what else ""
         if now - f.heard_at > self.connection.heartbeat_timeout / 2:
             return f"{text or 'waiting'}: the server is silent"
+        if f.trains and self._gets_no_share():
+            return f"{text}: the others are sooner done without this worker, which is tried again"
         if f.trains or not f.phase:
             return text
         return f"{text or 'the server is'}: {f.phase}"
+
+    def _gets_no_share(self) -> bool:
+        assert self.session is not None and self.welcome is not None
+        by_speed = self.welcome.settings.get("shares") == "speed"
+        return by_speed and self.session.without_samples(self.welcome.id)
 
     def _tick(self, now: float) -> None:
         self._send_due(now)

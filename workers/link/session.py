@@ -222,6 +222,13 @@ class Session:
         self._stood = pulse.step
         return [Send(wire.Stand(step=pulse.step, kept=self._kept_step == pulse.step))]
 
+    def without_samples(self, worker: int) -> bool:
+        """Is a round open in which this worker, which has taken part before, has no lease?"""
+        current = self.follow.open
+        if current is None or current.round <= self.follow.over or not self.took_part:
+            return False
+        return worker not in current.leases
+
     # ------------------------------------------------------------------ time
 
     def tick(self, now: float) -> list[Action]:
