@@ -490,7 +490,7 @@ class Cluster:
                 if not self._gradients.threaded:  # else backward goes on meanwhile
                     self._held_up_s += time.perf_counter() - start
 
-    def _computed_s(self) -> float | None:
+    def _computed_s(self) -> float:
         """Seconds from the lease to the last gradient, without those in which others were waited
         for."""
         return time.perf_counter() - self._leased_at - self._held_up_s

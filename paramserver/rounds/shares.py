@@ -229,7 +229,7 @@ class Shares:
             self._sizes[w] = asked[w]
         if not costs:
             return
-        total = sum(asked.values()) - sum(asked[w] for w in asked.keys() - costs.keys())
+        total = sum(asked[w] for w in costs)
         now = {w: self._sizes[w] for w in costs}
         seconds = [costs[w].of(n) for w, n in now.items()]
         if sum(now.values()) == total and min(seconds) >= (1.0 - GAIN_MIN) * max(seconds):

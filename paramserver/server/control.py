@@ -330,8 +330,8 @@ class Control:
             )
             why = self.rounds.declines(greeting, now, partial(self._reachable, now=now))
             if why is not None:
-                own = hello.run if hello.run == self.run_id else None
-                reject = wire.Reject(why, "choose another: make worker ID=...", run=own or "")
+                own = self.run_id if hello.run == self.run_id else ""
+                reject = wire.Reject(why, "choose another: make worker ID=...", run=own)
                 self._transport.send(route, reject)
                 return
             self._happens(greeting, now)
