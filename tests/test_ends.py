@@ -95,10 +95,11 @@ def test_an_end_that_comes_while_step_waits(error: bool) -> None:
         assert (keeps.raised is not None) == error
 
 
-@pytest.mark.parametrize("stopped", [False, True])
-def test_a_worker_that_was_left_behind(stopped: bool) -> None:
+@pytest.mark.parametrize("stopped, gone", [(False, False), (False, True), (True, False)])
+def test_a_worker_that_was_left_behind(stopped: bool, gone: bool) -> None:
     """It computes until the server is gone, and has not received the last updates: it has not
-    finished. Where a person stopped the run no worker has finished, and that is no error."""
+    finished. Where a person stopped the run no worker has finished, and that is no error. One that
+    the server took for `gone` meanwhile has heard the end as well as any."""
     go_on = threading.Event()
 
     def hold(step: int) -> None:
@@ -109,6 +110,8 @@ def test_a_worker_that_was_left_behind(stopped: bool) -> None:
             for kind in (wire.Close, wire.Average, wire.Shared):
                 sub.unsubscribe(wire.topic(kind))
             go_on.wait(DEADLINE_S)
+            if gone:  # as its thread of heartbeats is told
+                behind.cluster.client.connection.must_greet = True
 
     with Served(num_workers=2, num_epochs=1, timeout=0.05, heartbeat_timeout=0.5) as served:
         other, behind = Loop(served, 1), Loop(served, 2, hold)

@@ -411,6 +411,7 @@ class Client:
         said = ""
         while not done():
             if connection.must_greet and not connection.abandoned.is_set():
+                self._look_for_end()
                 if session.follow.end is not None:  # the run is over: do not greet again
                     connection.must_greet = False
                     self._do(session.stay_behind())
@@ -434,6 +435,16 @@ class Client:
                     self.log.info(text)
                 said, say_at = text, now + SAY_WAITING_AFTER_S
         return True
+
+    def _look_for_end(self) -> None:
+        """Read what has come, before the connections are made anew. Who stood in a long step may
+        have missed the server's last words: a server that has ended answers no greeting."""
+        session = self.session
+        assert session is not None
+        arrived = [message for _, message in self.connection.drain()]
+        for message in [*(message for message, _ in session.held), *arrived]:
+            if isinstance(message, wire.End):
+                session.follow.ended(message)
 
     def _waiting_for(self, what: str, now: float) -> str:
         assert self.session is not None

@@ -275,7 +275,7 @@ class Connection:
         assert self.welcome is not None
         self.send(wire.Probe(session=self.welcome.session, secret=self.hello.secret))
 
-    def _drain(self, timeout_s: float) -> list[tuple[Any, Any]]:
+    def drain(self, timeout_s: float = 0.0) -> list[tuple[Any, Any]]:
         """All messages on link and SUB, each with its socket; waits for one."""
         found = []
         for s, _ in self.poller.poll(int(1000 * timeout_s)):
@@ -285,7 +285,7 @@ class Connection:
 
     def _poll_for_probe(self, timeout_s: float) -> None:
         assert self.sub is not None and self.link is not None
-        for s, message in self._drain(timeout_s):
+        for s, message in self.drain(timeout_s):
             if isinstance(message, wire.Probe) and self.welcome is not None:
                 if message.session == self.welcome.session:
                     self._probed.add("sub")
