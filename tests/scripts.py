@@ -17,7 +17,7 @@ from typing import Any
 
 from paramserver.protocol import messages as wire
 from paramserver.protocol.messages import Lease
-from paramserver.rounds.coordinator import Rounds, Rules
+from paramserver.rounds.coordinator import Rounds
 from paramserver.rounds.effects import (
     Add,
     Closed,
@@ -46,6 +46,7 @@ from paramserver.rounds.events import (
     Told,
 )
 from paramserver.rounds.ledger import Ledger
+from paramserver.rounds.rules import Rules
 
 LAYOUT = wire.Layout(
     (wire.Tensor("weight", (3, 2), "float32"), wire.Tensor("bias", (3,), "float32"))

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from paramserver.protocol import messages as wire
-from paramserver.rounds.coordinator import Rounds, Rules
+from paramserver.rounds.coordinator import Rounds
+from paramserver.rounds.rules import Rules
 from paramserver.server import control
 from paramserver.server.control import Control, Finished
 from paramserver.server.data import Data

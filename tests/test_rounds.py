@@ -14,7 +14,7 @@ from scripts import LAYOUT, NONCE, Run, but_words, leased, session, unleased
 
 from paramserver.protocol import messages as wire
 from paramserver.protocol.messages import Lease
-from paramserver.rounds.coordinator import Rounds, Rules
+from paramserver.rounds.coordinator import Rounds
 from paramserver.rounds.effects import Add, Finish, Say, Send
 from paramserver.rounds.events import (
     Alive,
@@ -31,6 +31,7 @@ from paramserver.rounds.events import (
 from paramserver.rounds.ledger import UNREAD, Ledger, Lost
 from paramserver.rounds.outliers import NEEDED
 from paramserver.rounds.round import Vain
+from paramserver.rounds.rules import Rules
 from paramserver.rounds.states import REPLICA
 
 # ------------------------------------------------------------------------ samples of one's own

@@ -20,7 +20,8 @@ from paramserver.rounds.effects import Effect, PassOn, Void
 from paramserver.rounds.events import Event, Pushed, Relinked, Told
 from paramserver.rounds.ledger import PARTLY, RETURNED, Ledger, OwnLedger, Suspect
 from paramserver.rounds.recovery import NOTHING
-from paramserver.rounds.round import Member, Peer, Snapshot
+from paramserver.rounds.roster import Peer
+from paramserver.rounds.round import Member, Snapshot
 from paramserver.server.control import Control
 from workers.link import follow
 from workers.link.actions import Action, Joined

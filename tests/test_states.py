@@ -8,8 +8,7 @@ from scripts import Run
 from simulation import Parts, simulate
 
 from paramserver.protocol import messages as wire
-from paramserver.rounds import round as round_
-from paramserver.rounds import states
+from paramserver.rounds import roster, states
 from paramserver.rounds.coordinator import Rounds
 from paramserver.rounds.effects import Effect
 from paramserver.rounds.events import Event
@@ -53,7 +52,7 @@ def test_every_row_is_taken_and_the_state_is_what_is_under_way(
         return table[state][cause]
 
     monkeypatch.setattr(states, "after", noted)
-    monkeypatch.setattr(round_, "after", noted)
+    monkeypatch.setattr(roster, "after", noted)
     for seed in range(100):
         assert simulate(seed, Parts(rounds=Checked)).failure is None
     monkeypatch.setattr(scripts, "Rounds", Checked)

@@ -35,7 +35,6 @@ from paramserver.protocol.messages import (
     Layout,
     Lease,
     Manifest,
-    Message,
     Open,
     Phase,
     Pulse,
@@ -59,8 +58,6 @@ from paramserver.rounds.effects import (
     PassOn,
     Publish,
     Remove,
-    Say,
-    Send,
     Start,
     Void,
 )
@@ -95,23 +92,17 @@ from paramserver.rounds.ledger import (
 )
 from paramserver.rounds.log import Log
 from paramserver.rounds.looks import Looks, part, shown
+from paramserver.rounds.outcome import Outcome
 from paramserver.rounds.outliers import Norms
 from paramserver.rounds.recovery import Recovery
-from paramserver.rounds.round import (
-    Member,
-    Peer,
-    Round,
-    Snapshot,
-    Tally,
-    Vain,
-)
-from paramserver.rounds.sentences import Sentences
+from paramserver.rounds.roster import Peer, Roster
+from paramserver.rounds.round import Member, Round, Snapshot, Tally, Vain
+from paramserver.rounds.rules import MAX_WAIT_TIMEOUTS, Rules
 from paramserver.rounds.shares import SHARE_TIMES_MAX, TRY_AGAIN_ROUNDS, Limits, Shares
 from paramserver.rounds.states import GREETED, REPLICA, WAITING
 from paramserver.rounds.waste import Waste
 
 HOLDER_TIMEOUTS = 4  # that the last one who held the state has to come back to those who wait
-MAX_WAIT_TIMEOUTS = 3  # heartbeat timeouts that a derived wait is at most
 EMPTY_ROUNDS = 3  # that a worker may bring nothing to, though they waited as long as they do
 REST_TIMES_MAX = 10  # as long as they waited in all it is left out then, at most
 OVERDUE_DOUBLINGS = 5  # of the wait before a round is void, as long as nothing is closed
@@ -119,8 +110,6 @@ FAILED_GIVES = 3  # of one that has proven nothing: then it is taken for one tha
 SNAPSHOTS_FOR_WRONG = 3  # that a replica takes because its weights are not those of the others
 SLOW_ROUNDS = 20  # in a row that wait longer for one than for all others, before it is said
 SLOW_S = 0.1
-DEAF_STEPS = 20  # who fetches at more than this share of them gets nothing of what is published
-DEAF_SHARE = 0.7
 BELIEVED = 1000  # times as fast as its pushes come, a worker may say that it computes
 LEASES_HELD = 2  # one being computed, one whose data loads meanwhile
 SILENT_KEPT = 64
@@ -133,25 +122,6 @@ LOST = {
     DROPPED: "the short rest of an epoch (drop_last)",
 }
 DERIVED_TIMEOUT_MIN_S = 1.0
-
-
-class Rules(msgspec.Struct, frozen=True):
-    """The settings that decide about rounds; times in seconds."""
-
-    num_workers: int = 2
-    min_workers: int = 1
-    max_workers: int = 64
-    timeout: float | None = None
-    quorum: float = 0.5
-    heartbeat_timeout: float = 10.0
-    join_timeout: float = 60.0
-    idle_timeout: float = 1800.0
-    deterministic: bool = False
-    shares: str = "equal"
-    max_norm_ratio: float | None = None
-    max_bad_rounds: int = 10
-    epochs: int = 2
-    observer: bool = True
 
 
 class Rounds:
@@ -178,7 +148,8 @@ class Rounds:
     ) -> None:
         self.rules = rules
         self.nonce = nonce
-        self.peers: dict[str, Peer] = {}
+        self._roster = Roster(rules.max_workers)
+        self.peers = self._roster.peers
         self.layout: Layout | None = None
         self.recipe = ""  # from average to weights, as the origin has it
         self.log = Log()
@@ -213,13 +184,8 @@ class Rounds:
         self._shared: dict[int, int] = {}  # samples of a round by worker, as last handed out
         self._measured: dict[int, str] = {}  # by worker: the process whose speed is known
         self._without: set[int] = set()  # workers that get nothing, and were named
-        self.digests: dict[int, tuple[str, int, str]] = {}
-        """By id: name, step and digest that a replica told when it left."""
-        self.deaf: set[str] = set()
-        """Sessions of those that seem to get nothing of what is published."""
-        self.prompted: set[str] = set()
-        """Sessions of those for whom rounds wait: they are told on their link that one is open."""
-        self._sentences = Sentences()
+        self.digests, self.deaf = self._roster.digests, self._roster.deaf
+        self.prompted = self._roster.prompted
         self._bad_rounds = 0  # in a row
         self._overdue_rounds = 0  # that were void since they waited in vain, since the last close
         self._said_overdue = 0  # the round of which it was said for whom it waits
@@ -237,12 +203,11 @@ class Rounds:
         self._held: dict[Lease, tuple[str, float]] = {}  # left by a session; until when
         self._silent: dict[str, Lease] = {}  # by process: what it computed when it fell silent
         self._buckets = 0
-        self._ready_since: float | None = None  # the first worker is ready
         self._busy_at = now  # a step was closed, or somebody came to work
         self._ending_at = now  # the end was begun, or the observer came closer to keeping it
         self._said_phase = ""
         self._said_late: frozenset[int] = frozenset()
-        self._effects: list[Effect] = []
+        self._out = Outcome()
 
     # ------------------------------------------------------------------ what happens
 
@@ -258,8 +223,7 @@ class Rounds:
                 pass
             if type(event) is Tick:
                 self._say_what_is_due(now)
-        effects, self._effects = self._effects, []
-        return effects
+        return self._out.take()
 
     def _take(self, event: Event, now: float) -> bool:
         """Note what happened; tell whether more may follow from it."""
@@ -289,13 +253,13 @@ class Rounds:
                 return False
             case PushRefused():
                 peer.late_with = None  # it is done with that
-                self._send(peer, Refused(round=event.push.round, reason=event.reason))
+                self._out.send(peer, Refused(round=event.push.round, reason=event.reason))
                 return False
             case Told():
                 return self._told(peer, event.message, now)
             case Relinked():
                 self._take_out(peer, "was cut off", now)
-                self._send(peer, Greet(join=True))
+                self._out.send(peer, Greet(join=True))
                 return True
             case Dropped():
                 self._leaves(peer, event.reason, now, error=event.error, finished=False)
@@ -307,9 +271,11 @@ class Rounds:
         heeded = states.HEEDED.get(type(message))
         if heeded is not None and not (peer.role in heeded[0] and peer.state in heeded[1]):
             if isinstance(message, Ready) and (peer.role != "worker" or peer.join is None):
-                self._send(peer, Reject("ready before joining"))
+                self._out.send(peer, Reject("ready before joining"))
             elif isinstance(message, Adopted) and peer.state == GREETED:
-                self._send(peer, Greet(join=True))  # it was called off while this was on its way
+                self._out.send(
+                    peer, Greet(join=True)
+                )  # it was called off while this was on its way
             return False  # who lost its place says so again when it has it back
         match message:
             case Join():
@@ -348,47 +314,22 @@ class Rounds:
         `reachable(session)` tells whether that peer's connection still stands; a peer without one
         loses its id to a new process at once.
         """
-        number = self._number_of(greeting)
-        if greeting.role == "worker" and not 1 <= number <= self.rules.max_workers:
-            why = f"worker id {number} is out of range: ids run from 1 to {self.rules.max_workers}"
-            return f"{why} (max_workers)"
-        holder = self._holder_of(number)
-        if holder is None or holder.nonce == greeting.nonce or not reachable(holder.session):
-            return None
-        return (
-            f"worker id {number} is taken by pid {holder.pid} on {holder.host} "
-            f"(last seen {now - holder.last_seen:.1f} s ago)"
-        )
-
-    def _number_of(self, greeting: Greeted) -> int:
-        if greeting.role == "observer":
-            return 0
-        if greeting.id is not None:
-            return greeting.id
-        taken = {p.id for p in self.peers.values()}
-        return next(i for i in range(1, len(taken) + 2) if i not in taken)
-
-    def _holder_of(self, number: int) -> Peer | None:
-        return next((p for p in self.peers.values() if p.id == number), None)
+        return self._roster.declines(greeting, now, reachable)
 
     def _greet(self, greeting: Greeted, now: float) -> bool:
-        number, nonce = self._number_of(greeting), greeting.nonce
-        holder = self._holder_of(number)
+        nonce, holder = greeting.nonce, self._roster.holder(greeting)
         if holder is not None:
             self._dies(holder, None if holder.nonce == nonce else "")
             self._remove(holder, "greeted again", now)
         if (lease := self._silent.pop(nonce, None)) is not None and self.ledger is not None:
             self.ledger.lived(lease)
-        peer = Peer(greeting.session, greeting.role, number, nonce, greeting.host, greeting.pid)
-        peer.last_seen = now
-        peer.returns = greeting.returns
+        peer = self._roster.enter(greeting, now)
         if holder is not None and holder.nonce == nonce:  # it still has not got what it missed
             peer.missed, peer.failed_by = holder.missed, holder.failed_by
-        self.peers[peer.session] = peer
         if self._recovery is not None:
             self._recovery.greeted(nonce)
         if peer.role == "worker":
-            self._say(f"{peer.name} is here", peer)
+            self._out.say(f"{peer.name} is here", peer)
         return True
 
     def _join(self, peer: Peer, message: Join, now: float) -> bool:
@@ -406,7 +347,9 @@ class Rounds:
         """A worker waits for samples."""
         samples = 0 if message.own else message.samples
         if not message.own and (samples < 1 or message.batch_size < 1):
-            self._send(peer, Reject("a data set without samples", "give batches() a longer one"))
+            self._out.send(
+                peer, Reject("a data set without samples", "give batches() a longer one")
+            )
             return False
         others = [p for p in self.workers_ready() if p is not peer]
         if self.ledger is None or (self.ledger.untouched and not others):
@@ -417,7 +360,7 @@ class Rounds:
             brings, has = "samples of its own", "one set that all share"
             if not message.own:
                 brings, has = has, brings
-            self._send(
+            self._out.send(
                 peer,
                 Reject(
                     f"{peer.name} brings {brings}, the run has {has}",
@@ -426,7 +369,7 @@ class Rounds:
             )
             return False
         if samples != self.ledger.samples:
-            self._send(
+            self._out.send(
                 peer,
                 Reject(
                     f"{peer.name} has a data set of {samples} samples, "
@@ -440,8 +383,7 @@ class Rounds:
             return False
         peer.left_with = None
         self._release(now, peer.session)
-        if self._ready_since is None:
-            self._ready_since = now
+        self._roster.is_ready(now)
         self._busy_at = now
         return True
 
@@ -466,10 +408,10 @@ class Rounds:
         if not exact:
             if peer.id not in self._looks.told:
                 self._looks.told.add(peer.id)
-                self._warn(f"{what}: {hint}, unless a transform draws", peer)
+                self._out.warn(f"{what}: {hint}, unless a transform draws", peer)
             return True
-        self._send(peer, Reject(what, hint))
-        self._warn(f"refused: {what}", peer)
+        self._out.send(peer, Reject(what, hint))
+        self._out.warn(f"refused: {what}", peer)
         return False
 
     def _unready(self, peer: Peer, message: Unready, now: float) -> bool:
@@ -481,21 +423,19 @@ class Rounds:
         if self.round and (member := self.round.member_of(peer)):
             self._out_of_round(member, "left its loop", now)
         self._return_leases(peer)
-        self._not_ready(peer)
+        self._roster.not_ready(peer, started=self.started)
         return True
 
     def _fetch(self, peer: Peer, message: Fetch, now: float) -> bool:
         """A replica asks for updates that were published, see `_look_for_the_deaf`; where they are
         not kept any more it may join again."""
         if self.knows(message.step, message.lineage):
-            if peer.fetched_at != self.step:  # who is far behind fetches again at one step
-                peer.fetched_at = self.step
-                peer.fetches += 1
+            self._roster.fetched(peer, self.step)
             return False
         if peer.join is None:
             return False
         self._take_out(peer, "fell behind the kept updates", now)
-        self._send(peer, Admit(action="behind", step=self.step, lineage=self.lineage))
+        self._out.send(peer, Admit(action="behind", step=self.step, lineage=self.lineage))
         return True
 
     def _stand(self, peer: Peer, message: Stand, now: float) -> bool:
@@ -510,13 +450,13 @@ class Rounds:
         """A replica tells the digest of its weights at a step."""
         assert peer.join is not None
         step = message.step
-        if not _has_shown(peer) or not peer.replica_since < step <= self.step:
+        if not peer.has_shown or not peer.replica_since < step <= self.step:
             return False
         kind = peer.join.kind
         alike = {
             p.id: p
             for p in self.peers.values()
-            if _believed(p) and p.join and p.join.kind == kind and p.replica_since < step
+            if p.believed and p.join and p.join.kind == kind and p.replica_since < step
         }
         for id in self._digests.report(step, kind, peer.id, message.digest, alike):
             if (wrong := alike.get(id)) is not None:
@@ -529,18 +469,18 @@ class Rounds:
         peer.found_wrong += 1
         if peer.found_wrong > SNAPSHOTS_FOR_WRONG:
             if peer.found_wrong == SNAPSHOTS_FOR_WRONG + 1:
-                self._warn(
+                self._out.warn(
                     f"{peer.name} and {', '.join(others)} have other weights again, after "
                     f"{SNAPSHOTS_FOR_WRONG} snapshots: one of them is broken; stop that one"
                 )
             return
-        self._warn(f"{peer.name} has other weights than the rest: it takes a snapshot", peer)
+        self._out.warn(f"{peer.name} has other weights than the rest: it takes a snapshot", peer)
         giver = self.peers.get(peer.given_by)
         if giver is not None:
             giver.failed_gives += 1
         peer.wrong = True
         self._take_out(peer, "has other weights than the rest", now)
-        self._send(peer, Greet(join=True))
+        self._out.send(peer, Greet(join=True))
 
     def _goodbye(self, peer: Peer, message: Goodbye, now: float) -> bool:
         """It leaves. Its digest is of weights at a step, which only a member can know. With an
@@ -548,7 +488,7 @@ class Rounds:
         m, step = message, message.step
         if m.failed in FAILURES and m.lease == (self._computes(peer) or peer.left_with):
             self._dies(peer, m.failed)
-        if m.digest and _believed(peer) and peer.replica_since <= step <= self.step:
+        if m.digest and peer.believed and peer.replica_since <= step <= self.step:
             self.digests[peer.id] = (peer.name, step, m.digest)
         self._leaves(peer, m.reason, now, error=m.error, finished=m.is_done)
         return True
@@ -556,11 +496,11 @@ class Rounds:
     def _leaves(self, peer: Peer, reason: str, now: float, *, error: bool, finished: bool) -> None:
         """`finished`: it is done. The last of those that bring their own samples ends the run."""
         if not self.ended:
-            self._say(f"{peer.name} left: {reason}", peer)
+            self._out.say(f"{peer.name} left: {reason}", peer)
         how, took_part = FAILED if error else LEFT, peer.state == REPLICA
         self._remove(peer, "left", now, how=how, reason=reason, finished=finished)
         done = isinstance(self.ledger, OwnLedger) and how == LEFT and finished
-        if done and took_part and self.started and not self._workers_here:
+        if done and took_part and self.started and not self._roster.has_workers:
             self._begin_end(*self._departures.verdict(own=True), now)
 
     # ------------------------------------------------------------------ pushes
@@ -577,14 +517,14 @@ class Rounds:
         if bad is None and event.norm is not None:
             bad = self.norms.judge(push.bucket, event.norm)
             if bad is not None:
-                self._effects.append(Discard(peer.id, push.bucket))
+                self._out.effects.append(Discard(peer.id, push.bucket))
         peer.late_with = None  # it is done with that
         member = current.members[peer.id]
         member.tells(push)
         if bad is not None:
             member.bad = bad
-            self._warn(f"round {current.number}: {peer.name} refused: {bad}", peer)
-            self._send(peer, Refused(round=push.round, reason=bad))
+            self._out.warn(f"round {current.number}: {peer.name} refused: {bad}", peer)
+            self._out.send(peer, Refused(round=push.round, reason=bad))
             self._out_of_round(member, bad, now)
         else:
             current.take(member, push)
@@ -597,7 +537,7 @@ class Rounds:
                     self._shares.took(peer.id, member.samples, seconds)
                 current.look_for_quorum(now)
             for bucket in (push.bucket, *push.without):
-                self._effects += current.advance(bucket)
+                self._out.effects += current.advance(bucket)
         return True
 
     def _unreadable(self, peer: Peer, message: Unreadable, now: float) -> bool:
@@ -618,13 +558,13 @@ class Rounds:
         """A part of the running snapshot goes on to the other side."""
         snap = self.snapshot
         if snap is None or snap.number != message.snapshot:
-            self._send(peer, Abort(message.snapshot, "this snapshot is over"))
+            self._out.send(peer, Abort(message.snapshot, "this snapshot is over"))
             return False
         source, goal = snap.giver, snap.joiner
         if isinstance(message, Want):
             source, goal = goal, source
         if peer.session != source:
-            self._send(peer, Reject("not your part of this snapshot"))
+            self._out.send(peer, Reject("not your part of this snapshot"))
             return False
         if isinstance(message, Manifest):
             if snap.pieces is not None:
@@ -637,14 +577,14 @@ class Rounds:
                 self._abort_snapshot(why, now, {snap.giver})
                 return True
         if snap.advance(message, now):
-            self._effects.append(PassOn(goal, message))
+            self._out.effects.append(PassOn(goal, message))
         return False
 
     def _abort(self, peer: Peer, message: Abort, now: float) -> bool:
         """One side of the running snapshot refuses it."""
         snap = self.snapshot
         if snap is None or snap.number != message.snapshot:
-            self._send(peer, Abort(message.snapshot, "this snapshot is over"))
+            self._out.send(peer, Abort(message.snapshot, "this snapshot is over"))
             return False
         if peer.session not in (snap.giver, snap.joiner):
             return False
@@ -673,7 +613,7 @@ class Rounds:
         self._turn(states.TAKEN)
         self._round_goes_first = True
         self._ending_at = now
-        self._say(f"{peer.name} took a snapshot of step {self.step}", peer)
+        self._out.say(f"{peer.name} took a snapshot of step {self.step}", peer)
         return True
 
     # ------------------------------------------------------------------ time
@@ -682,12 +622,11 @@ class Rounds:
         if self.ended is not None:
             return False
         timeout = self.rules.heartbeat_timeout
-        for peer in list(self.peers.values()):
-            if now - peer.last_seen > timeout:
-                silent = f"silent for {now - peer.last_seen:.1f} s"
-                self._warn(f"{peer.name} is gone: {silent}")  # so seldom that each is told
-                self._dies(peer, "")
-                self._remove(peer, f"gone, {silent}", now)
+        for peer in self._roster.silent(now, timeout):
+            silent = f"silent for {now - peer.last_seen:.1f} s"
+            self._out.warn(f"{peer.name} is gone: {silent}")  # so seldom that each is told
+            self._dies(peer, "")
+            self._remove(peer, f"gone, {silent}", now)
         snap = self.snapshot
         if snap is not None and now - snap.progress_at > timeout:
             culprit = self.peers[snap.waits_for]
@@ -708,8 +647,8 @@ class Rounds:
 
     def _say_what_is_due(self, now: float) -> None:
         self._say_phase(now)
-        for sentence in self._sentences.left_out(now):
-            self._warn(sentence)
+        for sentence in self._out.sentences.left_out(now):
+            self._out.warn(sentence)
 
     def next_deadline(self) -> float | None:
         """When the open round closes without the rest, if its quorum has pushed."""
@@ -748,7 +687,7 @@ class Rounds:
     @property
     def observer(self) -> Peer | None:
         """The observer, if it is here."""
-        return next((p for p in self.peers.values() if p.role == "observer"), None)
+        return self._roster.observer
 
     @property
     def log_begun(self) -> bool:
@@ -764,10 +703,7 @@ class Rounds:
         return self.log.lineage
 
     def workers_ready(self) -> list[Peer]:
-        return sorted(
-            (p for p in self.peers.values() if p.ready is not None and p.state == REPLICA),
-            key=lambda p: p.id,
-        )
+        return self._roster.workers_ready()
 
     def knows(self, step: int, lineage: str) -> bool:
         """Can a replica at (step, lineage) follow from there by fetching updates?"""
@@ -818,9 +754,9 @@ class Rounds:
             return f" (the run ends in {max(0.0, left):.0f} s unless one comes who does)"
         if self.layout is None or self.snapshot is not None or self.started:
             return ""
-        if self._ready_since is None or len(self.workers_ready()) < self.rules.min_workers:
+        if self._roster.ready_since is None or len(self.workers_ready()) < self.rules.min_workers:
             return ""
-        left = self._ready_since + self.rules.join_timeout - now
+        left = self._roster.ready_since + self.rules.join_timeout - now
         return f" (starts with fewer in {max(0.0, left):.0f} s)"
 
     def _phase(self, now: float) -> tuple[Phase, str]:
@@ -886,7 +822,7 @@ class Rounds:
         self._release(math.inf)
         self.ending, self._ending_at = (reason, error), now
         self._turn(states.END)
-        self._effects.append(Publish(self.pulse(now)))  # the observer tells where it stands
+        self._out.effects.append(Publish(self.pulse(now)))  # the observer tells where it stands
 
     def _observer_catches_up(self, now: float) -> bool:
         """Is the observer on its way to the last step, or about to keep it? While it lives it is
@@ -904,10 +840,6 @@ class Rounds:
             return comes and self.log.begun and held
         may_have_it = held or observer.state != WAITING  # else nobody could give it a snapshot
         return may_have_it and observer.kept_at != self.step
-
-    @property
-    def _workers_here(self) -> bool:
-        return any(p.role == "worker" for p in self.peers.values())
 
     def _give_up_if_due(self, now: float) -> None:
         """End a run for which nobody is left, or left who holds its state, or nothing happens."""
@@ -927,12 +859,12 @@ class Rounds:
 
     def _nobody_left_until(self, now: float) -> float | None:
         """When the run ends because no worker is left; None where one is, or is awaited."""
-        return None if self._workers_here or not self.started else self._departures.due(now)
+        return None if self._roster.has_workers or not self.started else self._departures.due(now)
 
     def _look_for_holder(self, now: float) -> None:
         """Does somebody wait for a state that nobody here holds any more?"""
         workers = [p.state for p in self.peers.values() if p.role == "worker"]
-        held = any(p.state == REPLICA for p in self.peers.values())
+        held = self._roster.has_replica
         if held or not self.log.begun or WAITING not in workers:
             self._lost_since = None
         elif self._lost_since is None:
@@ -958,31 +890,20 @@ class Rounds:
             error=error,
             stopped=self._stopped,
         )
-        self._effects.append(Ended(self.ended))
+        self._out.effects.append(Ended(self.ended))
 
     # ------------------------------------------------------------------ inside: peers
 
-    def _send(self, peer: Peer, message: Message) -> None:
-        self._effects.append(Send(peer.session, message))
-
-    def _say(self, text: str, about: Peer | None = None, *, warning: bool = False) -> None:
-        """A sentence for people; those about one worker are limited (`Sentences`)."""
-        if about is None or about.id == 0 or self.may_say(about.id, about.name):
-            self._effects.append(Say(text, warning=warning))
-
-    def _warn(self, text: str, about: Peer | None = None) -> None:
-        self._say(text, about, warning=True)
-
     def may_say(self, id: int, name: str) -> bool:
         """May one more sentence about this worker be told?"""
-        return self._sentences.may(id, name)
+        return self._out.sentences.may(id, name)
 
     def _say_phase(self, now: float) -> None:
         """A pause is told when it begins, not every time somebody looks."""
         paused = self.started and self.round is None and self.snapshot is None and not self.ended
         text = self._phase(now)[1] if paused else ""  # without seconds, which change all the time
         if text and text != self._said_phase:
-            self._say(self.phase(now))
+            self._out.say(self.phase(now))
         self._said_phase = text
 
     def _say_late(self, close: Close) -> None:
@@ -993,9 +914,9 @@ class Rounds:
             changed = min(late ^ self._said_late)  # its sentences are limited
             if self.may_say(changed, f"worker {changed}"):
                 if close.reason:
-                    self._warn(close.reason)
+                    self._out.warn(close.reason)
                 elif not late:
-                    self._say(f"round {close.round} closed with everybody again")
+                    self._out.say(f"round {close.round} closed with everybody again")
         self._said_late = late
 
     def _take_out(self, peer: Peer, why: str, now: float) -> None:
@@ -1005,28 +926,19 @@ class Rounds:
         if peer.owes:
             peer.owes = False
             self._snapshot_was_wasted(peer, now)
-        self.deaf.discard(peer.session)
-        self.prompted.discard(peer.session)
         if self.round and (member := self.round.member_of(peer)):
             self._out_of_round(member, why, now)
         self._return_leases(peer)
         self._release(now, peer.session)
         if peer.state == REPLICA:
             self._last_holder = f"{peer.name} ({why})"
-        peer.turn(states.TAKEN_OUT)
-        self._not_ready(peer)
+        self._roster.take_out(peer)
+        self._roster.not_ready(peer, started=self.started)
 
     def _becomes_replica(self, peer: Peer, cause: str) -> None:
-        peer.turn(cause)
-        peer.replica_since = self.step
+        self._roster.becomes_replica(peer, cause, self.step)
         if peer.role == "worker":
             self._departures.joined(peer.id)
-
-    def _not_ready(self, peer: Peer) -> None:
-        """It takes no more samples. Before the first round the wait for others begins anew."""
-        peer.ready = peer.late_with = None
-        if not self.started and not any(p.ready for p in self.peers.values()):
-            self._ready_since = None
 
     def _remove(
         self,
@@ -1040,11 +952,11 @@ class Rounds:
     ) -> None:
         """The peer is not here any more; `how` it went, in the words of `Departures`."""
         self._take_out(peer, why, now)
-        del self.peers[peer.session]
+        self._roster.remove(peer)
         if peer.role == "worker":
             went = Departure(peer.name, how, reason, now, finished)
             self._departures.went(peer.id, went)
-        self._effects.append(Remove(peer.session))
+        self._out.effects.append(Remove(peer.session))
 
     @property
     def coming_back(self) -> bool:
@@ -1079,7 +991,7 @@ class Rounds:
 
         Until an update follows it, it may be lost with all who hold it; then there is another.
         """
-        held = any(p.state == REPLICA for p in self.peers.values())
+        held = self._roster.has_replica
         if self.log.begun or self.round is not None or held or self.coming_back:
             return
         for peer in self.peers.values():
@@ -1112,12 +1024,12 @@ class Rounds:
         self.recipe = message.recipe
         self.log.begin(message.step, message.lineage)
         self._becomes_replica(peer, states.ADMITTED)
-        self._effects.append(Start(message.layout, message.step))
-        self._send(peer, Admit(action="origin", step=self.step, lineage=self.lineage))
+        self._out.effects.append(Start(message.layout, message.step))
+        self._out.send(peer, Admit(action="origin", step=self.step, lineage=self.lineage))
         if self.coming_back:
-            self._say(f"the run goes on after step {self.step}, where {peer.name} stands")
+            self._out.say(f"the run goes on after step {self.step}, where {peer.name} stands")
         else:
-            self._say(f"the first state comes from {peer.name}, at step {self.step}")
+            self._out.say(f"the first state comes from {peer.name}, at step {self.step}")
         self._turn(states.ORIGIN)
         for other in self.peers.values():
             if other.state == WAITING:
@@ -1125,7 +1037,7 @@ class Rounds:
         return True
 
     def _reject(self, peer: Peer, why: Reject) -> None:
-        self._send(peer, why)
+        self._out.send(peer, why)
         peer.turn(states.REJECTED)
 
     def _admit(self, peer: Peer) -> None:
@@ -1157,7 +1069,7 @@ class Rounds:
             action = "follow"
         else:
             action = "adopt"  # stays WAITING until no round is open
-        self._send(
+        self._out.send(
             peer,
             Admit(action=action, step=self.step, lineage=self.lineage, missed=peer.missed),
         )
@@ -1165,7 +1077,8 @@ class Rounds:
     # ------------------------------------------------------------------ inside: leases
 
     def _leases_of(self, worker: int) -> list[Lease]:
-        return next((p.leases for p in self.peers.values() if p.id == worker), [])
+        peer = self._roster.by_id(worker)
+        return peer.leases if peer is not None else []
 
     def _return_leases(self, peer: Peer) -> None:
         """Give back what is not part of the open round (that is settled at its close)."""
@@ -1230,14 +1143,14 @@ class Rounds:
         """A worker that gets nothing, or something again, is named."""
         if not size and peer.id not in self._without:
             self._without.add(peer.id)
-            self._say(
+            self._out.say(
                 f"{peer.name} gets no samples: the others are sooner done without it. It follows, "
                 f"and is tried again in {TRY_AGAIN_ROUNDS} rounds",
                 peer,
             )
         elif peer.id in self._without and peer.ready is not None and size > peer.ready.least:
             self._without.discard(peer.id)
-            self._say(f"{peer.name} gets samples again", peer)
+            self._out.say(f"{peer.name} gets samples again", peer)
 
     # ------------------------------------------------------------------ inside: what kills
 
@@ -1291,7 +1204,7 @@ class Rounds:
         if self.ledger is None:
             return
         for lost in self.ledger.take_news():
-            self._warn(f"skipped: {self._name_of(lost.lease)}: {LOST[lost.why]}")
+            self._out.warn(f"skipped: {self._name_of(lost.lease)}: {LOST[lost.why]}")
 
     def _hopeless(self) -> str | None:
         """Why it makes no sense to go on, as most workers see it: one alone may be wrong."""
@@ -1341,7 +1254,7 @@ class Rounds:
             self._void(f"{member.name} {why}, and no other member is left")
             return
         for bucket in range(self._buckets):
-            self._effects += current.advance(bucket)
+            self._out.effects += current.advance(bucket)
 
     def _close_if_due(self, now: float) -> None:
         """After quorum and timeout, whoever is incomplete is late."""
@@ -1349,7 +1262,7 @@ class Rounds:
         if deadline is None or now < deadline or self.round is None:
             return
         wait_s = self.wait_s()
-        patient = self.rules.timeout is not None or wait_s >= self._longest_wait_s
+        patient = self.rules.timeout is not None or wait_s >= self.rules.longest_wait_s
         for member in self.round.expected():
             member.timed_out, member.waited_s = patient, wait_s
             if self._shares is not None and (peer := self.peers.get(member.session)) is not None:
@@ -1365,7 +1278,7 @@ class Rounds:
         current = self.round
         if current is None or (self.next_deadline() or math.inf) < math.inf:
             return
-        waited, longest = now - current.opened_at, self._longest_wait_s
+        waited, longest = now - current.opened_at, self.rules.longest_wait_s
         if waited < longest or not (awaited := current.expected()):
             return
         others, whole = self._could_take_part(current, now), any(map(current.whole, current.inside))
@@ -1377,7 +1290,7 @@ class Rounds:
         if waited < min(limit, self.rules.idle_timeout):
             if self._said_overdue != current.number:
                 self._said_overdue = current.number
-                self._warn(self._awaited(now))
+                self._out.warn(self._awaited(now))
             return
         for member in awaited:
             member.timed_out, member.waited_s = True, waited
@@ -1391,16 +1304,10 @@ class Rounds:
             for member in awaited:
                 self._judge(self.peers[member.session], member, RETURNED, now)
 
-    @property
-    def _longest_wait_s(self) -> float:
-        """How long any round may wait for somebody, where others could go on."""
-        longest = MAX_WAIT_TIMEOUTS * self.rules.heartbeat_timeout
-        return max(longest, self.rules.timeout or 0.0)
-
     def _could_take_part(self, current: Round, now: float) -> list[Peer]:
         """Workers that are here and have no part in this round: they wait for a lease, or for a
         snapshot that could be given now."""
-        held = any(p.state == REPLICA for p in self.peers.values())
+        held = self._roster.has_replica
         snapshot = held and "worker" in self._may_take_snapshot(now)
         return [
             p
@@ -1446,19 +1353,19 @@ class Rounds:
         if self.round is not None:
             if not self.round.complete:
                 return False
-            close, before = self._settle(now), len(self._effects)
+            close, before = self._settle(now), len(self._out.effects)
             hopeless = self._bad_rounds >= self.rules.max_bad_rounds
             following = None if hopeless else self._try_open(now)
             # Told before what follows from it: who gives a snapshot of this step must have it.
             closed = Closed(msgspec.structs.replace(close, open=following))
-            self._effects.insert(before, closed)
+            self._out.effects.insert(before, closed)
             self._say_late(close)
             if hopeless:
                 why = "rounds in a row brought nothing but gradients that had to be refused"
                 self._begin_end(f"{self._bad_rounds} {why}: {close.reason}", True, now)
                 return True
         elif (following := self._try_open(now)) is not None:
-            self._effects.append(Publish(following))
+            self._out.effects.append(Publish(following))
         self._tell_lost()
         if self.ledger is not None and (broken := self._hopeless()) is not None:
             self._begin_end(f"{broken}: {self._first_lost()}", True, now)
@@ -1545,8 +1452,8 @@ class Rounds:
                     peer.leases.remove(member.lease)
         self.round = None
         self._turn(states.VOID)
-        self._effects.append(Void(current.number))
-        self._say(f"round {current.number} is void: {why}")
+        self._out.effects.append(Void(current.number))
+        self._out.say(f"round {current.number} is void: {why}")
 
     def _try_open(self, now: float) -> Open | None:
         """Open the next round, or start a snapshot, if something stands in the way of neither."""
@@ -1559,7 +1466,7 @@ class Rounds:
         if not may_open:
             return None
         if not self.started and len(ready) < self.rules.num_workers:
-            self._warn(f"starting with {len(ready)} of {self.rules.num_workers} workers")
+            self._out.warn(f"starting with {len(ready)} of {self.rules.num_workers} workers")
         for peer in self.workers_ready():
             if peer not in ready:  # it may have got some while it was needed
                 self._return_leases(peer)
@@ -1590,8 +1497,8 @@ class Rounds:
             return False
         if self.started or len(ready) >= self.rules.num_workers:
             return True
-        return self._ready_since is not None and (
-            now >= self._ready_since + self.rules.join_timeout
+        return self._roster.ready_since is not None and (
+            now >= self._roster.ready_since + self.rules.join_timeout
         )
 
     # ------------------------------------------------------------------ inside: who holds up others
@@ -1632,12 +1539,12 @@ class Rounds:
         that never pushes costs a tenth of it in the end, however short the rounds of others are.
         Before that it has the time to catch up with what it missed, as one whose cable was out has
         to: while rounds wait for it the log grows slowly."""
-        if vain.rounds < EMPTY_ROUNDS or vain.waited_s < self._longest_wait_s:
+        if vain.rounds < EMPTY_ROUNDS or vain.waited_s < self.rules.longest_wait_s:
             return
         if len(self.workers_ready()) < 2:
             return
         rest_s = vain.waited_s * min(2**vain.left_out, REST_TIMES_MAX)
-        self._warn(
+        self._out.warn(
             f"{peer.name} brought nothing to {vain.rounds} rounds in a row, which waited "
             f"{vain.waited_s:.0f} s for it: rounds go on without it for {rest_s:.0f} s",
             peer,
@@ -1662,25 +1569,19 @@ class Rounds:
                 self.prompted.add(peer.session)
                 if not peer.said_slow:
                     peer.said_slow = True
-                    self._warn(
+                    self._out.warn(
                         f"every round waits {held_s:.2f} s for {peer.name}: the others are done "
                         f"after {before - current.opened_at:.2f} s",
                         peer,
                     )
 
     def _look_for_the_deaf(self) -> None:
-        """Who fetches nearly every update seems to get nothing of what is published."""
-        if self.step % DEAF_STEPS:
-            return
-        for peer in self.peers.values():
-            if peer.fetches > DEAF_SHARE * DEAF_STEPS and peer.session not in self.deaf:
-                self.deaf.add(peer.session)
-                self._warn(
-                    f"{peer.name} fetches nearly every update: it seems to get nothing of what is "
-                    "published (is the port after the server's blocked?); it is sent on its link",
-                    peer,
-                )
-            peer.fetches = 0
+        for peer in self._roster.find_deaf(self.step):
+            self._out.warn(
+                f"{peer.name} fetches nearly every update: it seems to get nothing of what is "
+                "published (is the port after the server's blocked?); it is sent on its link",
+                peer,
+            )
 
     # ------------------------------------------------------------------ inside: snapshots
 
@@ -1720,7 +1621,7 @@ class Rounds:
             key=lambda p: (
                 joiner.failed_by.get(p.id, 0),
                 p.failed_gives,
-                not _has_shown(p),
+                not p.has_shown,
                 p.id,
             ),
         )
@@ -1728,7 +1629,7 @@ class Rounds:
         self.snapshot = Snapshot(self._snapshots, giver.session, joiner.session, now)
         self._turn(states.GIVEN)
         joiner.turn(states.CHOSEN)
-        self._send(giver, Give(snapshot=self._snapshots, step=self.step, lineage=self.lineage))
+        self._out.send(giver, Give(snapshot=self._snapshots, step=self.step, lineage=self.lineage))
         return True
 
     def _snapshot_was_wasted(self, joiner: Peer, now: float) -> None:
@@ -1737,7 +1638,7 @@ class Rounds:
             return
         wait_s = self._waste.wasted(joiner.id, now)
         if wait_s is not None:
-            self._warn(
+            self._out.warn(
                 f"{self._waste.in_a_row} snapshots in a row brought nobody who took part then: "
                 f"rounds go on for {wait_s:.0f} s before the next one",
                 joiner,
@@ -1748,15 +1649,15 @@ class Rounds:
         has neither contributed nor given it to anybody, may hold nothing while others wait."""
         giver.failed_gives += 1
         failed = joiner.failed_by[giver.id] = joiner.failed_by.get(giver.id, 0) + 1
-        if _has_shown(giver):
+        if giver.has_shown:
             return
         if max(giver.failed_gives, failed) >= FAILED_GIVES:  # by whatever greeting
             why = f"gave its state to nobody in {FAILED_GIVES} attempts"
-            self._warn(f"{giver.name} {why}: it is taken for one that has none", giver)
+            self._out.warn(f"{giver.name} {why}: it is taken for one that has none", giver)
             self._disbelieved.add(giver.id)
             if giver.state == REPLICA:
                 self._take_out(giver, why, now)
-                self._send(giver, Greet(join=True))
+                self._out.send(giver, Greet(join=True))
 
     def _abort_snapshot(
         self, why: str, now: float, blamed: Collection[str], *, but: Peer | None = None
@@ -1775,9 +1676,9 @@ class Rounds:
         self._turn(states.OFF)
         self._round_goes_first = True
         joiner, giver = self.peers[snap.joiner], self.peers[snap.giver]
-        self._warn(f"snapshot {snap.number} is off: {why}", joiner)
+        self._out.warn(f"snapshot {snap.number} is off: {why}", joiner)
         left = but is joiner and giver.session not in blamed
-        if _has_shown(giver) and not left:
+        if giver.has_shown and not left:
             joiner.missed += 1
         if giver.session in blamed:
             self._gave_nothing(giver, joiner, now)
@@ -1787,17 +1688,6 @@ class Rounds:
             peer = self.peers.get(session)
             if peer is not None:
                 if peer is not but:
-                    self._send(peer, Abort(snapshot=snap.number, reason=why))
+                    self._out.send(peer, Abort(snapshot=snap.number, reason=why))
                 if peer is joiner:
                     peer.turn(states.ABORTED)  # it joins again when it has understood
-
-
-def _has_shown(peer: Peer) -> bool:
-    """Is it more than its word? The log holds something of it, or it is the observer, which has
-    shown its key: a greeting proves nothing."""
-    return peer.role == "observer" or peer.proven
-
-
-def _believed(peer: Peer) -> bool:
-    """Does what it says about its weights count?"""
-    return peer.state == REPLICA and _has_shown(peer)

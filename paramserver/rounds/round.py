@@ -1,24 +1,21 @@
-"""Who takes part, and the open round: what is expected of whom, and what of it has come.
+"""The open round: what is expected of whom, and what of it has come.
 
-A `Peer` is a worker or the observer while it is known to the server, a `Member` a worker's part in
-one `Round`. A round knows which pushes it can use, whether enough have come, and which bucket is
-complete; `rounds` decides what follows from that.
+A `Member` is a worker's part in one `Round`. A round knows which pushes it can use, whether enough
+have come, and which bucket is complete; `coordinator` decides what follows from that.
 """
 
 from __future__ import annotations
 
 import math
-from collections import deque
 from itertools import pairwise
 
 import msgspec
 
-from paramserver.protocol.messages import OWN, Join, Lease, Manifest, Piece, Push, Ready, Want
+from paramserver.protocol.messages import OWN, Lease, Manifest, Piece, Push, Want
 from paramserver.rounds.effects import Add, Effect, Finish
 from paramserver.rounds.ledger import DONE, PARTLY, RETURNED, SKIPPED
-from paramserver.rounds.states import GREETED, PEER, after
+from paramserver.rounds.roster import Peer
 
-PUSH_TIMES_KEPT = 64
 SNAPSHOT_TIMEOUTS = 3  # heartbeat timeouts that a snapshot may take, beside the time for its bytes
 SNAPSHOT_BYTES_PER_S = 2**20  # a link that is slower cannot train either
 PIECES_MAX = 2**20
@@ -44,58 +41,6 @@ class Vain(msgspec.Struct):
     waited_s: float = 0.0  # since it was left out the last time
     left_out: int = 0  # how often
     until: float = -math.inf  # from then on it gets leases again
-
-
-class Peer:
-    """A worker or the observer, from its Hello to its end."""
-
-    def __init__(self, session: str, role: str, id: int, nonce: str, host: str, pid: int) -> None:
-        self.session = session
-        self.role = role
-        self.id = id
-        self.nonce = nonce
-        self.host = host
-        self.pid = pid
-        self.state = GREETED
-        self.join: Join | None = None
-        self.ready: Ready | None = None
-        self.leases: list[Lease] = []
-        self.left_with: Lease | None = None  # the lease that it computed when it left its loop
-        self.late_with: Lease | None = None  # of a round that is over, and it may still compute it
-        self.last_seen = 0.0
-        self.push_time_p95: float | None = None
-        """Seconds from a round's opening to the end of this worker's push, in most of the last."""
-        self._push_times: deque[float] = deque(maxlen=PUSH_TIMES_KEPT)
-        self.failed_gives = 0
-        self.failed_by: dict[int, int] = {}  # by id of a giver: snapshots that this one did not get
-        self.missed = 0  # in a row that it did not get, see `wire.Admit`
-        self.replica_since = 0  # the step at which it became one
-        self.returns = False  # it was part of this run before this server was
-        self.wrong = False  # its weights are not the run's: only a snapshot helps
-        self.found_wrong = 0  # how often
-        self.proven = False  # it was the origin, or a whole gradient of it is in the log
-        self.owes = False  # it took a snapshot, and has contributed nothing since
-        self.given_by = ""  # session of whoever gave its last snapshot
-        self.fetches = 0  # since it was last looked at, one for each step of the log
-        self.fetched_at = -1  # the log's step
-        self.slow_rounds = 0  # in a row that had nothing to wait for but its push
-        self.said_slow = False
-        self.stands_at: int | None = None
-        self.kept_at: int | None = None  # the step of which it has kept what is to stay
-
-    @property
-    def name(self) -> str:
-        return f"worker {self.id} ({self.host})" if self.role == "worker" else "the observer"
-
-    def turn(self, cause: str) -> None:
-        """Go on to the state that follows, see `states`."""
-        self.state = after(PEER, self.state, cause)
-
-    def took(self, seconds: float) -> None:
-        """So long after a round's opening its push was whole, or was given up."""
-        self._push_times.append(seconds)
-        times = sorted(self._push_times)
-        self.push_time_p95 = times[min(len(times) - 1, math.ceil(0.95 * len(times)))]
 
 
 class Tally(msgspec.Struct):

@@ -21,7 +21,8 @@ import zmq
 from paramserver.errors import PeerError
 from paramserver.net.link_watch import LinkWatch
 from paramserver.protocol import messages as wire
-from paramserver.rounds.coordinator import Rounds, Rules
+from paramserver.rounds.coordinator import Rounds
+from paramserver.rounds.rules import Rules
 from paramserver.server.control import Control, Finished, Watcher
 from paramserver.server.data import Data
 from paramserver.server.history import Frames

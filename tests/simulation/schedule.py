@@ -37,9 +37,10 @@ from random import Random
 import msgspec
 
 from paramserver.protocol import messages as wire
-from paramserver.rounds.coordinator import Rounds, Rules
+from paramserver.rounds.coordinator import Rounds
 from paramserver.rounds.departures import LEFT
 from paramserver.rounds.ledger import UNREAD, Ledger
+from paramserver.rounds.rules import Rules
 from paramserver.server.control import Control
 from workers.link.session import Session
 

@@ -17,10 +17,12 @@ import msgspec
 from paramserver.errors import PeerError
 from paramserver.protocol import messages as wire
 from paramserver.rounds import coordinator
-from paramserver.rounds.coordinator import Rounds, Rules
+from paramserver.rounds.coordinator import Rounds
 from paramserver.rounds.effects import Finish
 from paramserver.rounds.recovery import NOTHING
-from paramserver.rounds.round import Peer, Snapshot
+from paramserver.rounds.roster import Peer
+from paramserver.rounds.round import Snapshot
+from paramserver.rounds.rules import Rules
 from paramserver.rounds.states import REPLICA
 from paramserver.server.control import Control, Finished
 from paramserver.server.history import Frames, History, Update
@@ -589,7 +591,7 @@ class Server:
                 self.rules.max_workers + 1,
             ),
             ("tallies", len(r.tallies), self.rules.max_workers),
-            ("sentences", len(r._sentences._told), self.rules.max_workers),
+            ("sentences", len(r._out.sentences._told), self.rules.max_workers),
             ("deaf", len(r.deaf | r.prompted), len(r.peers)),
             ("pieces", 0 if r.snapshot is None else len(r.snapshot._wanted), PIECES_MOST),
             ("links", len(self.control.links), len(r.peers)),
