@@ -55,9 +55,12 @@ class Script:
             ),
         )
 
+    def publish(self, frames: list[Any]) -> None:
+        self._pub.send_multipart(frames)
+
     def probed(self, to: bytes, probe: wire.Probe) -> None:
         """Both ways work."""
-        self._pub.send_multipart(wire.to_frames(probe))
+        self.publish(wire.to_frames(probe))
         self.send(to, wire.Pulse(nonce="server", step=0, lineage="", phase="waiting"))
 
     def play(self, answer: Answer, over: threading.Event) -> None:
@@ -144,6 +147,52 @@ def test_a_port_through_which_nothing_comes_is_told(script: Script) -> None:
 
     with pytest.raises(UserError, match=r"nothing comes through at port \d+ \(SUB\)"):
         connect(script, answer)
+
+
+def test_the_end_is_found_behind_the_averages_of_many_buckets(script: Script) -> None:
+    """They come as one message, of more frames than a message of its own may have."""
+    buckets = wire.BUFFERS_MAX
+    end = wire.End(nonce="server", step=0, lineage="the first", reason="all epochs are done")
+    peer: list[bytes] = []
+
+    def answer(sender: bytes, message: Any) -> None:
+        if isinstance(message, wire.Hello):
+            script.welcome(sender, "session")
+        elif isinstance(message, wire.Probe):
+            script.probed(sender, message)
+        elif isinstance(message, wire.Join):
+            peer.append(sender)
+            script.send(sender, wire.Admit(action="follow", step=0, lineage="the first"))
+
+    averages = [
+        wire.to_frames(wire.Average(nonce="server", round=1, step=1, bucket=b, absent=()), b"1234")
+        for b in range(buckets)
+    ]
+    model = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    replica = Replica(model, optimizer, bucket_mb=1, codec="float32")
+    over = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        client = Client(LOOPBACK, script.port)
+        playing = pool.submit(script.play, answer, over)
+        try:
+            client.connect(20.0)
+            client.join(replica)
+            over.set()
+            playing.result()
+            sub, link = client.connection.sub, client.connection.link
+            assert sub is not None and link is not None
+            script.publish(wire.join(averages))
+            while not sub.poll(20) or len(sub.recv_multipart()) == 1:  # subscribed to averages yet?
+                script.publish(wire.join(averages))
+            script.publish(wire.join(averages))
+            script.send(peer[0], end)
+            assert sub.poll(20_000) and link.poll(20_000)
+            client.connection.must_greet = True  # as its thread of heartbeats is told
+            assert client.wait(lambda: client.ended, "for the end", timeout_s=20.0)
+        finally:
+            over.set()
+            client.close()
 
 
 @pytest.mark.parametrize(("moves", "taken"), [(False, False), (True, False), (True, True)])

@@ -95,7 +95,7 @@ def test_an_end_that_comes_while_step_waits(error: bool) -> None:
         assert (keeps.raised is not None) == error
 
 
-@pytest.mark.parametrize("stopped, gone", [(False, False), (False, True), (True, False)])
+@pytest.mark.parametrize(("stopped", "gone"), [(False, False), (False, True), (True, False)])
 def test_a_worker_that_was_left_behind(stopped: bool, gone: bool) -> None:
     """It computes until the server is gone, and has not received the last updates: it has not
     finished. Where a person stopped the run no worker has finished, and that is no error. One that

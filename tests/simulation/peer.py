@@ -435,6 +435,7 @@ class Client(Process):
         until = self.world.now + timeout_s
         while not done():
             if self._must_greet and not self.abandoned:
+                self._look_for_end()
                 if session.follow.end is not None:
                     self._must_greet = False
                     self._do(session.stay_behind())
@@ -448,6 +449,16 @@ class Client(Process):
             ears = AT_BOTH if session.hears else AT_LINK
             yield min(until, self.world.now + self._timeout_s / 8), ears
             self._tick()
+
+    def _look_for_end(self) -> None:
+        session = self.session
+        assert session is not None
+        arrived = [*session.held, *self.inbox["link"], *self.inbox["sub"]]
+        self.inbox["link"].clear()
+        self.inbox["sub"].clear()
+        for message, _ in arrived:
+            if isinstance(message, wire.End):
+                session.follow.ended(message)
 
     def _tick(self) -> None:
         session, now = self.session, self.world.now

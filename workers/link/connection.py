@@ -280,7 +280,9 @@ class Connection:
         found = []
         for s, _ in self.poller.poll(int(1000 * timeout_s)):
             while sockets.readable(s):
-                found.append((s, self.decode(sockets.receive(s))[0]))
+                frames = sockets.receive(s)
+                for each in wire.split(frames) if s is self.sub else [frames]:
+                    found.append((s, self.decode(each)[0]))
         return found
 
     def _poll_for_probe(self, timeout_s: float) -> None:
