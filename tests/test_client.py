@@ -149,6 +149,49 @@ def test_a_port_through_which_nothing_comes_is_told(script: Script) -> None:
         connect(script, answer)
 
 
+def test_a_server_that_moves_while_a_session_is_probed_is_found() -> None:
+    """It welcomes, is killed, and is started again on another port: it waits there for one
+    heartbeat timeout, and a worker that only waited for its probe would come too late."""
+    first, second = Script(), Script()
+    first.settings = to_wire(Settings(heartbeat_timeout=20.0))
+
+    def answer(sender: bytes, message: Any) -> None:
+        if isinstance(message, wire.Hello):
+            first.welcome(sender, "session")
+
+    def answer_there(sender: bytes, message: Any) -> None:
+        if isinstance(message, wire.Hello):
+            second.welcome(sender, "session there")
+        elif isinstance(message, wire.Probe):
+            second.probed(sender, message)
+
+    class Found:
+        host, port, keys = LOOPBACK, second.port, None
+
+        def look(self, now: float) -> Found:
+            return self
+
+        def close(self) -> None: ...
+
+    over = threading.Event()
+    with ThreadPoolExecutor(2) as pool:
+        client = Client(LOOPBACK, first.port, search=lambda **_: Found())
+        playing = [
+            pool.submit(first.play, answer, over),
+            pool.submit(second.play, answer_there, over),
+        ]
+        try:
+            client.connect(15.0)
+            assert client.port == second.port
+        finally:
+            over.set()
+            client.close()
+            for played in playing:
+                played.result()
+            first.close()
+            second.close()
+
+
 def test_the_end_is_found_behind_the_averages_of_many_buckets(script: Script) -> None:
     """They come as one message, of more frames than a message of its own may have."""
     buckets = wire.BUFFERS_MAX

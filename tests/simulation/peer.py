@@ -227,7 +227,7 @@ class Client(Process):
             secret=self._secret,
         )
         self._open_door()
-        search_at = self.world.now + SEARCH_AFTER_S
+        search_at = self.world.now + self._search_after_s
         while self.world.now < deadline:
             if self.abandoned:
                 raise Leaves("the server is gone")
@@ -252,7 +252,7 @@ class Client(Process):
                             raise Leaves(f"rejected: {reason}")
                     case wire.Later():
                         deadline = self.world.now + DEADLINE_S
-                        search_at = self.world.now + SEARCH_AFTER_S
+                        search_at = self.world.now + self._search_after_s
         raise Leaves(UNANSWERED)
 
     def _open_door(self) -> None:
@@ -261,7 +261,7 @@ class Client(Process):
 
     def _probed(self, session: str) -> Waiting:
         """Do both ways work? No: in time they did not, or the session was forgotten meanwhile."""
-        deadline = self.world.now + self._timeout_s
+        deadline, heard_at = self.world.now + self._timeout_s, self.world.now
         seen: set[str] = set()
         while self.world.now < deadline:
             self._probe()
@@ -271,6 +271,7 @@ class Client(Process):
                 if not self.inbox[kind]:
                     yield until, AT_BOTH
                     continue
+                heard_at = self.world.now
                 match self.inbox[kind].popleft()[0]:
                     case wire.Probe(session=whose) if whose == session:
                         seen.add("sub")
@@ -288,7 +289,14 @@ class Client(Process):
                 return False
             if seen == AT_BOTH:
                 return True
+            silent_s = self.world.now - heard_at
+            if silent_s >= self._search_after_s and self.server_search.found(self.world.now):
+                return False
         return False
+
+    @property
+    def _search_after_s(self) -> float:
+        return min(SEARCH_AFTER_S, self._timeout_s / 2)
 
     def _probe(self) -> None:
         assert self.welcome is not None

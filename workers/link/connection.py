@@ -35,7 +35,7 @@ BEATS_PER_TIMEOUT = 5
 PROBE_INTERVAL_S = 0.1
 HELLO_INTERVAL_S = 2.0
 NEW_DOOR_S = 10.0
-SEARCH_AFTER_S = 2.0  # without an answer; then the server may be somewhere else
+SEARCH_AFTER_S = 2.0  # of silence, at most; then the server may be somewhere else
 
 log = logging.getLogger("workers")
 
@@ -140,7 +140,7 @@ class Connection:
         searched for meanwhile."""
         door, handshake = self._open_door()
         deadline, hello_at, told = start + deadline_s, time.monotonic(), ""
-        new_door_at, search_at = hello_at + NEW_DOOR_S, hello_at + SEARCH_AFTER_S
+        new_door_at, search_at = hello_at + NEW_DOOR_S, hello_at + self._search_after_s
         while True:
             handshake.check()
             now = time.monotonic()
@@ -167,7 +167,7 @@ class Connection:
                     new_door_at = now
                 if isinstance(message, wire.Later):  # the server lives
                     hello_at = time.monotonic() + HELLO_INTERVAL_S
-                    search_at = hello_at + SEARCH_AFTER_S
+                    search_at = hello_at + self._search_after_s
                     deadline, new_door_at = hello_at + deadline_s, hello_at + NEW_DOOR_S
                     if told != message.reason:
                         told = message.reason
@@ -234,7 +234,7 @@ class Connection:
         """Open link and SUB, over ipc where the server is on this host; then wait until both work.
 
         Returns what is missing: nothing; the socket, ROUTER or SUB, of which nothing was heard; or
-        the session, which the server has forgotten since.
+        the session, where the server has forgotten it since, or was found somewhere else.
         """
         router = sockets.tcp(self.host, self.port)
         pub = sockets.tcp(self.host, welcome.pub_port)
@@ -258,18 +258,29 @@ class Connection:
         self.must_greet = False
         self._start_beating(welcome.session)
         self._probed.clear()
-        start = time.monotonic()
+        start = heard_at = time.monotonic()
         probed = 0.0
         while self._probed != {"sub", "link"}:
             if time.monotonic() - probed >= PROBE_INTERVAL_S:
                 self.probe()
                 probed = time.monotonic()
-            self._poll_for_probe(PROBE_INTERVAL_S)
+            heard = self._poll_for_probe(PROBE_INTERVAL_S)
             if self.must_greet or self.abandoned.is_set():
                 return "session"
-            if time.monotonic() - start > self.heartbeat_timeout:
+            now = time.monotonic()
+            if heard:
+                heard_at = now
+            elif now - heard_at >= self._search_after_s and self.server_search.found(now):
+                return "session"
+            if now - start > self.heartbeat_timeout:
                 return "SUB" if "link" in self._probed else "ROUTER"
         return ""
+
+    @property
+    def _search_after_s(self) -> float:
+        """Seconds of silence after which the server is looked for somewhere else, too. A server
+        that was started again waits for its replicas for one heartbeat timeout."""
+        return min(SEARCH_AFTER_S, self.heartbeat_timeout / 2)
 
     def probe(self) -> None:
         assert self.welcome is not None
@@ -285,9 +296,11 @@ class Connection:
                     found.append((s, self.decode(each)[0]))
         return found
 
-    def _poll_for_probe(self, timeout_s: float) -> None:
+    def _poll_for_probe(self, timeout_s: float) -> bool:
+        """Has anything come?"""
         assert self.sub is not None and self.link is not None
-        for s, message in self.drain(timeout_s):
+        found = self.drain(timeout_s)
+        for s, message in found:
             if isinstance(message, wire.Probe) and self.welcome is not None:
                 if message.session == self.welcome.session:
                     self._probed.add("sub")
@@ -300,6 +313,7 @@ class Connection:
                 raise UserError(message.reason, message.hint)
             elif isinstance(message, wire.End):
                 raise RunOver(message)
+        return bool(found)
 
     def _start_beating(self, session: str) -> None:
         assert self._door is not None
