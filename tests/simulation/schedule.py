@@ -347,6 +347,14 @@ class Schedule:
             if peer.role == "worker":
                 peer.habits.leaves = 1.0
 
+    def _others_wait_elsewhere(self, end: wire.End) -> bool:
+        """Were workers too few for a round, because those that lack wait where a run that was given
+        up had its server?"""
+        ready = len(self.server.rounds.workers_ready())
+        lost = sum(p.role == "worker" and self._has_lost_its_run(p) for p in self.alive)
+        idle = end.reason.startswith("nothing happened")
+        return idle and ready < self.rules.min_workers <= ready + lost
+
     def _check_given_up(self, end: wire.End) -> None:
         """Nobody who was within reach held the state."""
         since = self.world.now - 2 * SILENCE_S
@@ -495,6 +503,8 @@ class Schedule:
             elif "gradients that had to be refused" in end.reason:
                 outcome.seen["only bad gradients"] += 1
                 self._check_refused(end)
+            elif self._others_wait_elsewhere(end):
+                outcome.seen["too few, since others wait where a server was"] += 1
             else:
                 outcome.seen["state lost with all its holders"] += 1
                 self._check_given_up(end)
