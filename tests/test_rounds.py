@@ -1600,12 +1600,12 @@ def test_who_joins_again_and_again_waits_longer_each_time() -> None:
     run.push(1), run.push(2)
     run.push(1), run.push(2), run.push(9)
     assert 9 in run.closes[-1].contributors
-    assert run.rounds._waste.in_a_row == 0, "and the next one need not wait"
+    assert run.rounds._snapshots.waste.in_a_row == 0, "and the next one need not wait"
 
 
 def test_the_observer_never_waits_for_what_workers_wasted() -> None:
     run = Run(epochs=1000).observer().workers(1, 2)
-    run.rounds._waste.next_at = 1e9
+    run.rounds._snapshots.waste.next_at = 1e9
     run.leave(0), run.hello(0, "b"), run.join(0, "b")
     run.push(1)
     assert "w1 <- give 3 of step 1" in run.push(2)
@@ -2252,12 +2252,12 @@ class AnyOrder(RuleBasedStateMachine):
     @rule(who=NUMBERS, back=st.integers(0, 1))
     def adopted(self, who: int, back: int) -> None:
         for name in self.sessions(who):
-            self.happens(Told(name, wire.Adopted(self.rounds._snapshots - back, 0, "")))
+            self.happens(Told(name, wire.Adopted(self.rounds._snapshots.number - back, 0, "")))
 
     @rule(who=NUMBERS, back=st.integers(0, 1))
     def aborts(self, who: int, back: int) -> None:
         for name in self.sessions(who):
-            abort = wire.Abort(self.rounds._snapshots - back, "no")
+            abort = wire.Abort(self.rounds._snapshots.number - back, "no")
             self.happens(Told(name, abort))
 
     @rule(seconds=st.sampled_from([0.05, 1.0, 6.0]), alive=st.sets(NUMBERS))

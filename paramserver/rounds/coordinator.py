@@ -28,13 +28,11 @@ from paramserver.protocol.messages import (
     Digest,
     End,
     Fetch,
-    Give,
     Goodbye,
     Greet,
     Join,
     Layout,
     Lease,
-    Manifest,
     Open,
     Phase,
     Pulse,
@@ -45,7 +43,6 @@ from paramserver.protocol.messages import (
     Stand,
     Unreadable,
     Unready,
-    Want,
 )
 from paramserver.rounds import states
 from paramserver.rounds.departures import FAILED, LEFT, SILENT, Departure, Departures
@@ -55,7 +52,6 @@ from paramserver.rounds.effects import (
     Discard,
     Effect,
     Ended,
-    PassOn,
     Publish,
     Remove,
     Start,
@@ -96,17 +92,16 @@ from paramserver.rounds.outcome import Outcome
 from paramserver.rounds.outliers import Norms
 from paramserver.rounds.recovery import Recovery
 from paramserver.rounds.roster import Peer, Roster
-from paramserver.rounds.round import Member, Round, Snapshot, Tally, Vain
+from paramserver.rounds.round import Member, Round, Tally, Vain
 from paramserver.rounds.rules import MAX_WAIT_TIMEOUTS, Rules
 from paramserver.rounds.shares import SHARE_TIMES_MAX, TRY_AGAIN_ROUNDS, Limits, Shares
+from paramserver.rounds.snapshots import EMPTY, Off, Snapshot, Snapshots, Taken
 from paramserver.rounds.states import GREETED, REPLICA, WAITING
-from paramserver.rounds.waste import Waste
 
 HOLDER_TIMEOUTS = 4  # that the last one who held the state has to come back to those who wait
 EMPTY_ROUNDS = 3  # that a worker may bring nothing to, though they waited as long as they do
 REST_TIMES_MAX = 10  # as long as they waited in all it is left out then, at most
 OVERDUE_DOUBLINGS = 5  # of the wait before a round is void, as long as nothing is closed
-FAILED_GIVES = 3  # of one that has proven nothing: then it is taken for one that holds no state
 SNAPSHOTS_FOR_WRONG = 3  # that a replica takes because its weights are not those of the others
 SLOW_ROUNDS = 20  # in a row that wait longer for one than for all others, before it is said
 SLOW_S = 0.1
@@ -148,6 +143,7 @@ class Rounds:
     ) -> None:
         self.rules = rules
         self.nonce = nonce
+        self._out = Outcome()
         self._roster = Roster(rules.max_workers)
         self.peers = self._roster.peers
         self.layout: Layout | None = None
@@ -155,7 +151,6 @@ class Rounds:
         self.log = Log()
         self.ledger: Ledger | None = None
         self.round: Round | None = None
-        self.snapshot: Snapshot | None = None
         self.ending: tuple[str, bool] | None = None  # reason, error: no more rounds
         self.ended: End | None = None
         self._stopped = False  # somebody stopped it, in order
@@ -190,11 +185,8 @@ class Rounds:
         self._overdue_rounds = 0  # that were void since they waited in vain, since the last close
         self._said_overdue = 0  # the round of which it was said for whom it waits
         self._rounds = 0
-        self._snapshots = 0
-        self._round_goes_first = False  # after a snapshot
-        self._waste = Waste(rules.heartbeat_timeout, now)
+        self._snapshots = Snapshots(self._roster, self._out, rules.heartbeat_timeout, now)
         self._vain: dict[int, Vain] = {}  # by worker id
-        self._disbelieved: set[int] = set()  # worker ids, see `_gave_nothing`
         self._count_buckets = count_buckets
         self._name_samples = name_samples
         self._places = places
@@ -207,7 +199,6 @@ class Rounds:
         self._ending_at = now  # the end was begun, or the observer came closer to keeping it
         self._said_phase = ""
         self._said_late: frozenset[int] = frozenset()
-        self._out = Outcome()
 
     # ------------------------------------------------------------------ what happens
 
@@ -258,8 +249,7 @@ class Rounds:
             case Told():
                 return self._told(peer, event.message, now)
             case Relinked():
-                self._take_out(peer, "was cut off", now)
-                self._out.send(peer, Greet(join=True))
+                self._joins_anew(peer, "was cut off", now)
                 return True
             case Dropped():
                 self._leaves(peer, event.reason, now, error=event.error, finished=False)
@@ -292,14 +282,10 @@ class Rounds:
                 return self._digest(peer, message, now)
             case Stand():
                 return self._stand(peer, message, now)
-            case Adopted():
-                return self._adopted(peer, message, now)
-            case Abort():
-                return self._abort(peer, message, now)
             case Goodbye():
                 return self._goodbye(peer, message, now)
             case _:
-                return self._pass_on(peer, message, now)
+                return self._snapshot_goes_on(peer, message, now)
 
     def _turn(self, cause: str) -> None:
         self.state = states.after(states.RUN, self.state, cause)
@@ -475,12 +461,8 @@ class Rounds:
                 )
             return
         self._out.warn(f"{peer.name} has other weights than the rest: it takes a snapshot", peer)
-        giver = self.peers.get(peer.given_by)
-        if giver is not None:
-            giver.failed_gives += 1
-        peer.wrong = True
-        self._take_out(peer, "has other weights than the rest", now)
-        self._out.send(peer, Greet(join=True))
+        self._snapshots.gave_wrong(peer)
+        self._joins_anew(peer, "has other weights than the rest", now)
 
     def _goodbye(self, peer: Peer, message: Goodbye, now: float) -> bool:
         """It leaves. Its digest is of weights at a step, which only a member can know. With an
@@ -554,67 +536,17 @@ class Rounds:
 
     # ------------------------------------------------------------------ snapshots
 
-    def _pass_on(self, peer: Peer, message: Part, now: float) -> bool:
-        """A part of the running snapshot goes on to the other side."""
-        snap = self.snapshot
-        if snap is None or snap.number != message.snapshot:
-            self._out.send(peer, Abort(message.snapshot, "this snapshot is over"))
-            return False
-        source, goal = snap.giver, snap.joiner
-        if isinstance(message, Want):
-            source, goal = goal, source
-        if peer.session != source:
-            self._out.send(peer, Reject("not your part of this snapshot"))
-            return False
-        if isinstance(message, Manifest):
-            if snap.pieces is not None:
-                return False
-            wrong = snap.tells(message)
-            if (message.step, message.lineage) != (self.step, self.lineage):
-                wrong = f"another state than that of step {self.step}"
-            if wrong is not None:
-                why = f"{peer.name} gives what cannot be: {wrong}"
-                self._abort_snapshot(why, now, {snap.giver})
-                return True
-        if snap.advance(message, now):
-            self._out.effects.append(PassOn(goal, message))
-        return False
-
-    def _abort(self, peer: Peer, message: Abort, now: float) -> bool:
-        """One side of the running snapshot refuses it."""
-        snap = self.snapshot
-        if snap is None or snap.number != message.snapshot:
-            self._out.send(peer, Abort(message.snapshot, "this snapshot is over"))
-            return False
-        if peer.session not in (snap.giver, snap.joiner):
-            return False
-        # A joiner that refuses it may be right or not: the next one comes from another.
-        self._abort_snapshot(message.reason, now, {snap.giver, peer.session}, but=peer)
-        return True
-
-    def _adopted(self, peer: Peer, message: Adopted, now: float) -> bool:
-        """The joiner holds the snapshot, if all of it went through this server."""
-        snap = self.snapshot
-        if snap is None or snap.number != message.snapshot:
-            return False
-        if not snap.complete:
-            had = f"{len(snap.delivered)} of {snap.pieces or 'unknown'} pieces"
-            why = f"{peer.name} says that it holds it, after {had}"
-            self._abort_snapshot(why, now, {peer.session})
-            return True
-        self._becomes_replica(peer, states.ADOPTED)
-        peer.wrong, peer.owes = False, peer.role == "worker"
-        self._disbelieved.discard(peer.id)
-        peer.given_by = snap.giver
-        peer.failed_by.clear()
-        peer.missed = 0
-        self.peers[snap.giver].failed_gives = 0
-        self.snapshot = None
-        self._turn(states.TAKEN)
-        self._round_goes_first = True
-        self._ending_at = now
-        self._out.say(f"{peer.name} took a snapshot of step {self.step}", peer)
-        return True
+    def _snapshot_goes_on(self, peer: Peer, message: Part | Abort | Adopted, now: float) -> bool:
+        """One side of the running snapshot has sent a part of it, refuses it, or holds it."""
+        end = self._snapshots.told(peer, message, self.step, self.lineage, now)
+        if isinstance(end, Off):
+            self._abort_snapshot(end, now)
+        elif isinstance(end, Taken):
+            self._becomes_replica(peer, states.ADOPTED)
+            self._turn(states.TAKEN)
+            self._ending_at = now
+            self._out.say(f"{peer.name} took a snapshot of step {self.step}", peer)
+        return end is not None
 
     # ------------------------------------------------------------------ time
 
@@ -627,18 +559,9 @@ class Rounds:
             self._out.warn(f"{peer.name} is gone: {silent}")  # so seldom that each is told
             self._dies(peer, "")
             self._remove(peer, f"gone, {silent}", now)
-        snap = self.snapshot
-        if snap is not None and now - snap.progress_at > timeout:
-            culprit = self.peers[snap.waits_for]
-            why = f"{culprit.name} was silent for {timeout:g} s"
-            self._abort_snapshot(why, now, {snap.waits_for})
-        elif (
-            snap is not None
-            and now - snap.began_at > snap.limit_s(timeout)
-            and self._enough(self.workers_ready(), now)  # who wait for its end
-        ):
-            why = f"it is not over after {now - snap.began_at:.0f} s"
-            self._abort_snapshot(why, now, {snap.giver, snap.joiner})  # who is slow is not seen
+        awaited = self._enough(self.workers_ready(), now)
+        if (off := self._snapshots.overdue(now, awaited=awaited)) is not None:
+            self._abort_snapshot(off, now)
         self._close_if_due(now)
         self._look_for_the_overdue(now)
         self._release(now)
@@ -688,6 +611,11 @@ class Rounds:
     def observer(self) -> Peer | None:
         """The observer, if it is here."""
         return self._roster.observer
+
+    @property
+    def snapshot(self) -> Snapshot | None:
+        """The one under way."""
+        return self._snapshots.running
 
     @property
     def log_begun(self) -> bool:
@@ -831,7 +759,11 @@ class Rounds:
             return False
         held = any(
             p.state == REPLICA
-            or (p.state == GREETED and p.join is not None and p.id not in self._disbelieved)
+            or (
+                p.state == GREETED
+                and p.join is not None
+                and p.id not in self._snapshots.disbelieved
+            )
             for p in self.peers.values()  # one that greeted and had joined does so again
         )
         observer = self.observer
@@ -921,11 +853,9 @@ class Rounds:
 
     def _take_out(self, peer: Peer, why: str, now: float) -> None:
         """Nothing is expected of this peer any more, until it joins (again)."""
-        if self.snapshot and peer.session in (self.snapshot.giver, self.snapshot.joiner):
-            self._abort_snapshot(f"{peer.name} {why}", now, {peer.session}, but=peer)
-        if peer.owes:
-            peer.owes = False
-            self._snapshot_was_wasted(peer, now)
+        if (off := self._snapshots.without(peer, why)) is not None:
+            self._abort_snapshot(off, now)
+        self._snapshots.taken_out(peer, now)
         if self.round and (member := self.round.member_of(peer)):
             self._out_of_round(member, why, now)
         self._return_leases(peer)
@@ -934,6 +864,10 @@ class Rounds:
             self._last_holder = f"{peer.name} ({why})"
         self._roster.take_out(peer)
         self._roster.not_ready(peer, started=self.started)
+
+    def _joins_anew(self, peer: Peer, why: str, now: float) -> None:
+        self._take_out(peer, why, now)
+        self._out.send(peer, Greet(join=True))
 
     def _becomes_replica(self, peer: Peer, cause: str) -> None:
         self._roster.becomes_replica(peer, cause, self.step)
@@ -1063,7 +997,7 @@ class Rounds:
                 ),
             )
             return
-        believed = not peer.wrong and peer.id not in self._disbelieved
+        believed = not peer.wrong and peer.id not in self._snapshots.disbelieved
         if self.knows(peer.join.step, peer.join.lineage) and believed:
             self._becomes_replica(peer, states.ADMITTED)
             action = "follow"
@@ -1342,7 +1276,7 @@ class Rounds:
         if self.ended is not None:
             return False
         if self.ending is not None:
-            if not self._start_snapshot(now) and not self._observer_catches_up(now):
+            if not self._start_snapshot(("observer",), now) and not self._observer_catches_up(now):
                 self._end()
             return False
         if self._recovery is not None:
@@ -1461,7 +1395,8 @@ class Rounds:
             return None
         ready = self._takers(now)
         may_open = self._enough(ready, now)
-        if self._start_snapshot(now, only=self._may_take_snapshot(now) if may_open else None):
+        roles = self._may_take_snapshot(now) if may_open else ("observer", "worker")
+        if self._start_snapshot(roles, now):
             return None
         if not may_open:
             return None
@@ -1475,7 +1410,7 @@ class Rounds:
         if not members:
             return None
         self.started = True
-        self._round_goes_first = False
+        self._snapshots.round_opened()
         self._rounds += 1
         assert self.layout is not None
         self.round = Round(
@@ -1518,10 +1453,7 @@ class Rounds:
     def _judge(self, peer: Peer, member: Member, how: str, now: float) -> None:
         """What a member's part in a closed round says about it."""
         if how == DONE:
-            peer.proven = True
-            if peer.owes:
-                peer.owes = False
-                self._waste.useful(peer.id)
+            self._snapshots.contributes(peer)
         if member.got:
             self._vain.pop(peer.id, None)
         elif member.timed_out:
@@ -1586,108 +1518,16 @@ class Rounds:
     # ------------------------------------------------------------------ inside: snapshots
 
     def _may_take_snapshot(self, now: float) -> Collection[str]:
-        """The roles that need not wait for a snapshot while rounds can go on: nobody right after
-        another one, unless the last round was in vain, and no workers as long as those before made
-        nothing of theirs."""
-        if self._round_goes_first and not self._overdue_rounds:
-            return ()
-        return ("observer", "worker") if now >= self._waste.next_at else ("observer",)
+        return self._snapshots.may_take(now, in_vain=bool(self._overdue_rounds))
 
-    def _start_snapshot(self, now: float, only: Collection[str] | None = None) -> bool:
-        """Between rounds, the first one who waits for a snapshot (and has one of these roles) gets
-        it; those who made nothing of theirs come last. Is one under way now?"""
-        if self.snapshot is not None or self.round is not None:
-            return self.snapshot is not None
-        joiner = min(
-            (
-                p
-                for p in self.peers.values()
-                if p.state == WAITING
-                and p.join
-                and (self.ending is None or p.role == "observer")
-                and (only is None or p.role in only)
-            ),
-            key=lambda p: self._waste.by.get(p.id, 0),
-            default=None,
-        )
-        givers = [p for p in self.peers.values() if p.state == REPLICA]
-        if joiner is None or not givers:
-            return False
-        # First whoever has failed this joiner least: a joiner gives up after a few snapshots, and
-        # what others say of a giver may be a lie. Who has proven nothing yet is the last to be
-        # asked. The observer's id is 0.
-        giver = min(
-            givers,
-            key=lambda p: (
-                joiner.failed_by.get(p.id, 0),
-                p.failed_gives,
-                not p.has_shown,
-                p.id,
-            ),
-        )
-        self._snapshots += 1
-        self.snapshot = Snapshot(self._snapshots, giver.session, joiner.session, now)
-        self._turn(states.GIVEN)
-        joiner.turn(states.CHOSEN)
-        self._out.send(giver, Give(snapshot=self._snapshots, step=self.step, lineage=self.lineage))
-        return True
+    def _start_snapshot(self, roles: Collection[str], now: float) -> bool:
+        """Begin a snapshot, if none is under way, for a peer of these roles. Is one now?"""
+        if self.snapshot is None and self._snapshots.begin(roles, self.step, self.lineage, now):
+            self._turn(states.GIVEN)
+        return self.snapshot is not None
 
-    def _snapshot_was_wasted(self, joiner: Peer, now: float) -> None:
-        """Nobody who contributes came of it."""
-        if joiner.role == "observer":
-            return
-        wait_s = self._waste.wasted(joiner.id, now)
-        if wait_s is not None:
-            self._out.warn(
-                f"{self._waste.in_a_row} snapshots in a row brought nobody who took part then: "
-                f"rounds go on for {wait_s:.0f} s before the next one",
-                joiner,
-            )
-
-    def _gave_nothing(self, giver: Peer, joiner: Peer, now: float) -> None:
-        """A snapshot came to nothing. The name of a state is no secret: a worker that knows it, but
-        has neither contributed nor given it to anybody, may hold nothing while others wait."""
-        giver.failed_gives += 1
-        failed = joiner.failed_by[giver.id] = joiner.failed_by.get(giver.id, 0) + 1
-        if giver.has_shown:
-            return
-        if max(giver.failed_gives, failed) >= FAILED_GIVES:  # by whatever greeting
-            why = f"gave its state to nobody in {FAILED_GIVES} attempts"
-            self._out.warn(f"{giver.name} {why}: it is taken for one that has none", giver)
-            self._disbelieved.add(giver.id)
-            if giver.state == REPLICA:
-                self._take_out(giver, why, now)
-                self._out.send(giver, Greet(join=True))
-
-    def _abort_snapshot(
-        self, why: str, now: float, blamed: Collection[str], *, but: Peer | None = None
-    ) -> None:
-        """Both sides are told, `but` not the one who knows: it would join again once more. The
-        sessions that are `blamed` may have failed: giver, joiner or both.
-
-        A joiner gives up after some that it missed. A giver that has shown nothing is asked a few
-        times only, so what it does not give is not among them: else one that only says that it
-        holds the state, at a moment when nobody else does, would end honest joiners. Neither is
-        what ends by the joiner itself, which joins anew then.
-        """
-        snap = self.snapshot
-        assert snap is not None
-        self.snapshot = None
+    def _abort_snapshot(self, off: Off, now: float) -> None:
+        empty = self._snapshots.call_off(off, now)
         self._turn(states.OFF)
-        self._round_goes_first = True
-        joiner, giver = self.peers[snap.joiner], self.peers[snap.giver]
-        self._out.warn(f"snapshot {snap.number} is off: {why}", joiner)
-        left = but is joiner and giver.session not in blamed
-        if giver.has_shown and not left:
-            joiner.missed += 1
-        if giver.session in blamed:
-            self._gave_nothing(giver, joiner, now)
-        if joiner.session in blamed:
-            self._snapshot_was_wasted(joiner, now)
-        for session in (snap.giver, snap.joiner):
-            peer = self.peers.get(session)
-            if peer is not None:
-                if peer is not but:
-                    self._out.send(peer, Abort(snapshot=snap.number, reason=why))
-                if peer is joiner:
-                    peer.turn(states.ABORTED)  # it joins again when it has understood
+        if empty is not None:
+            self._joins_anew(empty, EMPTY, now)

@@ -11,26 +11,10 @@ from itertools import pairwise
 
 import msgspec
 
-from paramserver.protocol.messages import OWN, Lease, Manifest, Piece, Push, Want
+from paramserver.protocol.messages import OWN, Lease, Push
 from paramserver.rounds.effects import Add, Effect, Finish
 from paramserver.rounds.ledger import DONE, PARTLY, RETURNED, SKIPPED
 from paramserver.rounds.roster import Peer
-
-SNAPSHOT_TIMEOUTS = 3  # heartbeat timeouts that a snapshot may take, beside the time for its bytes
-SNAPSHOT_BYTES_PER_S = 2**20  # a link that is slower cannot train either
-PIECES_MAX = 2**20
-WANTS_MAX = 16  # pieces that are on their way at a time
-DTYPE_BYTES = {
-    **dict.fromkeys(("bool", "uint8", "int8"), 1),
-    **dict.fromkeys(("float16", "bfloat16", "int16", "uint16"), 2),
-    **dict.fromkeys(("float32", "int32", "uint32", "complex32"), 4),
-    **dict.fromkeys(("float64", "int64", "uint64", "complex64"), 8),
-    "complex128": 16,
-    **dict.fromkeys(
-        ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu"), 1
-    ),
-}
-"""What a snapshot may hold; see `workers.replica.state`."""
 
 
 class Vain(msgspec.Struct):
@@ -50,68 +34,6 @@ class Tally(msgspec.Struct):
     rounds: int = 0
     samples: int = 0
     late: int = 0
-
-
-class Snapshot:
-    """A snapshot on its way from one replica to another: a manifest once, then each piece once.
-
-    Only what brings it nearer to its end is passed on, and counts as progress.
-    """
-
-    def __init__(self, number: int, giver: str, joiner: str, now: float) -> None:
-        self.number = number
-        self.giver = giver
-        self.joiner = joiner
-        self.began_at = self.progress_at = now
-        self.waits_for = giver
-        self.pieces: int | None = None  # that the manifest tells of
-        self.piece_bytes = 0
-        self._wanted: set[int] = set()
-        self.delivered: set[int] = set()
-
-    @property
-    def complete(self) -> bool:
-        return self.pieces is not None and len(self.delivered) == self.pieces
-
-    def limit_s(self, timeout_s: float) -> float:
-        """How long it may have taken by now, from what it has brought."""
-        brought = len(self.delivered) * self.piece_bytes
-        return SNAPSHOT_TIMEOUTS * timeout_s + brought / SNAPSHOT_BYTES_PER_S
-
-    def tells(self, manifest: Manifest) -> str | None:
-        """The manifest: what cannot be right about it, None when nothing is wrong."""
-        pieces, step = 0, manifest.piece_bytes
-        if step < 1:
-            return f"pieces of {step} bytes"
-        for dtype, shape in manifest.tensors:
-            width = DTYPE_BYTES.get(dtype)
-            if width is None or any(d < 0 for d in shape):
-                return f"a tensor of {dtype[:20]!r} and shape {shape[:8]}"
-            pieces += -(-width * math.prod(shape) // step)
-            if pieces > PIECES_MAX:
-                return f"more than {PIECES_MAX} pieces"
-        self.pieces, self.piece_bytes = pieces, step
-        return None
-
-    def advance(self, message: Manifest | Want | Piece, now: float) -> bool:
-        """Does this bring the snapshot nearer to its end? Then it goes on to the other side."""
-        if isinstance(message, Manifest):
-            self.waits_for = self.joiner
-        elif isinstance(message, Want):
-            piece, under_way = message.piece, len(self._wanted) - len(self.delivered)
-            known = self.pieces is not None and 0 <= piece < self.pieces
-            if not known or piece in self._wanted or under_way >= WANTS_MAX:
-                return False
-            self._wanted.add(piece)
-            self.waits_for = self.giver
-        else:
-            if message.piece not in self._wanted or message.piece in self.delivered:
-                return False
-            self.delivered.add(message.piece)
-            if len(self._wanted) == len(self.delivered):
-                self.waits_for = self.joiner
-        self.progress_at = now
-        return True
 
 
 class Member:

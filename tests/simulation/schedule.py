@@ -523,7 +523,7 @@ class Schedule:
         outcome.seen["steps"] += end.step
         outcome.seen["last steps kept"] += server.kept
         outcome.seen["void rounds"] += server.voids
-        outcome.seen["snapshots"] += server.rounds._snapshots
+        outcome.seen["snapshots"] += server.rounds._snapshots.number
 
 
 def simulate(seed: int, parts: Parts | None = None) -> Outcome:

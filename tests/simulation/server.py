@@ -21,8 +21,8 @@ from paramserver.rounds.coordinator import Rounds
 from paramserver.rounds.effects import Finish
 from paramserver.rounds.recovery import NOTHING
 from paramserver.rounds.roster import Peer
-from paramserver.rounds.round import Snapshot
 from paramserver.rounds.rules import Rules
+from paramserver.rounds.snapshots import Snapshot
 from paramserver.rounds.states import REPLICA
 from paramserver.server.control import Control, Finished
 from paramserver.server.history import Frames, History, Update
@@ -583,8 +583,8 @@ class Server:
             ("sums", len(self.data.sums), self.buckets),
             ("peers", len(r.peers), self.rules.max_workers + 1),
             ("digests of goodbyes", len(r.digests), self.rules.max_workers + 1),
-            ("disbelieved", len(r._disbelieved), self.rules.max_workers),
-            ("wasted snapshots", len(r._waste.by), self.rules.max_workers),
+            ("disbelieved", len(r._snapshots.disbelieved), self.rules.max_workers),
+            ("wasted snapshots", len(r._snapshots.waste.by), self.rules.max_workers),
             (
                 "failed givers",
                 max((len(p.failed_by) for p in r.peers.values()), default=0),

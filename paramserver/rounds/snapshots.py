@@ -1,0 +1,337 @@
+"""Snapshots: who gives the run's state, who takes it, and what comes of it.
+
+A replica gives its state to a peer that waits for it, through the server, between two rounds. One
+snapshot runs at a time. `Snapshots` chooses both sides, follows what goes through, ends a snapshot
+that comes to nothing (`Off`), and remembers who gave nothing and who made nothing of what it got.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+
+import msgspec
+
+from paramserver.protocol.messages import (
+    Abort,
+    Adopted,
+    Give,
+    Manifest,
+    Piece,
+    Reject,
+    Want,
+)
+from paramserver.rounds import states
+from paramserver.rounds.effects import PassOn
+from paramserver.rounds.events import Part
+from paramserver.rounds.outcome import Outcome
+from paramserver.rounds.roster import Peer, Roster
+from paramserver.rounds.states import REPLICA, WAITING
+from paramserver.rounds.waste import Waste
+
+FAILED_GIVES = 3  # of one that has proven nothing: then it is taken for one that holds no state
+EMPTY = f"gave its state to nobody in {FAILED_GIVES} attempts"
+SNAPSHOT_TIMEOUTS = 3  # heartbeat timeouts that a snapshot may take, beside the time for its bytes
+SNAPSHOT_BYTES_PER_S = 2**20  # a link that is slower cannot train either
+PIECES_MAX = 2**20
+WANTS_MAX = 16  # pieces that are on their way at a time
+DTYPE_BYTES = {
+    **dict.fromkeys(("bool", "uint8", "int8"), 1),
+    **dict.fromkeys(("float16", "bfloat16", "int16", "uint16"), 2),
+    **dict.fromkeys(("float32", "int32", "uint32", "complex32"), 4),
+    **dict.fromkeys(("float64", "int64", "uint64", "complex64"), 8),
+    "complex128": 16,
+    **dict.fromkeys(
+        ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu"), 1
+    ),
+}
+"""What a snapshot may hold; see `workers.replica.state`."""
+
+
+class Snapshot:
+    """A snapshot on its way from one replica to another: a manifest once, then each piece once.
+
+    Only what brings it nearer to its end is passed on, and counts as progress.
+    """
+
+    def __init__(self, number: int, giver: str, joiner: str, now: float) -> None:
+        self.number = number
+        self.giver = giver
+        self.joiner = joiner
+        self.began_at = self.progress_at = now
+        self.waits_for = giver
+        self.pieces: int | None = None  # that the manifest tells of
+        self.piece_bytes = 0
+        self._wanted: set[int] = set()
+        self.delivered: set[int] = set()
+
+    @property
+    def complete(self) -> bool:
+        return self.pieces is not None and len(self.delivered) == self.pieces
+
+    def limit_s(self, timeout_s: float) -> float:
+        """How long it may have taken by now, from what it has brought."""
+        brought = len(self.delivered) * self.piece_bytes
+        return SNAPSHOT_TIMEOUTS * timeout_s + brought / SNAPSHOT_BYTES_PER_S
+
+    def tells(self, manifest: Manifest) -> str | None:
+        """The manifest: what cannot be right about it, None when nothing is wrong."""
+        pieces, step = 0, manifest.piece_bytes
+        if step < 1:
+            return f"pieces of {step} bytes"
+        for dtype, shape in manifest.tensors:
+            width = DTYPE_BYTES.get(dtype)
+            if width is None or any(d < 0 for d in shape):
+                return f"a tensor of {dtype[:20]!r} and shape {shape[:8]}"
+            pieces += -(-width * math.prod(shape) // step)
+            if pieces > PIECES_MAX:
+                return f"more than {PIECES_MAX} pieces"
+        self.pieces, self.piece_bytes = pieces, step
+        return None
+
+    def advance(self, message: Manifest | Want | Piece, now: float) -> bool:
+        """Does this bring the snapshot nearer to its end? Then it goes on to the other side."""
+        if isinstance(message, Manifest):
+            self.waits_for = self.joiner
+        elif isinstance(message, Want):
+            piece, under_way = message.piece, len(self._wanted) - len(self.delivered)
+            known = self.pieces is not None and 0 <= piece < self.pieces
+            if not known or piece in self._wanted or under_way >= WANTS_MAX:
+                return False
+            self._wanted.add(piece)
+            self.waits_for = self.giver
+        else:
+            if message.piece not in self._wanted or message.piece in self.delivered:
+                return False
+            self.delivered.add(message.piece)
+            if len(self._wanted) == len(self.delivered):
+                self.waits_for = self.joiner
+        self.progress_at = now
+        return True
+
+
+class Off(msgspec.Struct, frozen=True):
+    """The running snapshot must end: why, and the sessions that may have failed, which are those of
+    its giver, its joiner or both. `but` knows it already: it would join again once more."""
+
+    why: str
+    blamed: frozenset[str]
+    but: Peer | None = None
+
+
+class Taken(msgspec.Struct, frozen=True):
+    """The joiner holds the state."""
+
+
+class Snapshots:
+    """Owns the snapshot that runs (`running`), the number of those that began, and what they say
+    about peers: `disbelieved` are the ids of workers that are taken for some that hold no state,
+    `waste` says how long rounds go on before the next one. `timeout_s`: the heartbeat timeout."""
+
+    def __init__(self, roster: Roster, out: Outcome, timeout_s: float, now: float) -> None:
+        self.running: Snapshot | None = None
+        self.number = 0
+        self.disbelieved: set[int] = set()
+        self.waste = Waste(timeout_s, now)
+        self._round_goes_first = False  # after a snapshot
+        self._roster = roster
+        self._out = out
+        self._timeout_s = timeout_s
+
+    # ------------------------------------------------------------------ its beginning
+
+    def may_take(self, now: float, *, in_vain: bool) -> Collection[str]:
+        """The roles that need not wait for a snapshot while rounds can go on: nobody right after
+        another one, unless the last round was `in_vain`, and no workers as long as those before
+        made nothing of theirs."""
+        if self._round_goes_first and not in_vain:
+            return ()
+        return ("observer", "worker") if now >= self.waste.next_at else ("observer",)
+
+    def begin(self, roles: Collection[str], step: int, lineage: str, now: float) -> bool:
+        """The first one who waits for a snapshot (and has one of these roles) gets that of this
+        step; those who made nothing of theirs come last. Did one begin?"""
+        joiner = min(
+            (p for p in self._roster.in_state(WAITING) if p.join and p.role in roles),
+            key=lambda p: self.waste.by.get(p.id, 0),
+            default=None,
+        )
+        givers = self._roster.in_state(REPLICA)
+        if joiner is None or not givers:
+            return False
+        # First whoever has failed this joiner least: a joiner gives up after a few snapshots, and
+        # what others say of a giver may be a lie. Who has proven nothing yet is the last to be
+        # asked. The observer's id is 0.
+        giver = min(
+            givers,
+            key=lambda p: (
+                joiner.failed_by.get(p.id, 0),
+                p.failed_gives,
+                not p.has_shown,
+                p.id,
+            ),
+        )
+        self.number += 1
+        self.running = Snapshot(self.number, giver.session, joiner.session, now)
+        joiner.turn(states.CHOSEN)
+        self._out.send(giver, Give(snapshot=self.number, step=step, lineage=lineage))
+        return True
+
+    def round_opened(self) -> None:
+        """A round went first: the next snapshot may begin after it."""
+        self._round_goes_first = False
+
+    # ------------------------------------------------------------------ its way
+
+    def told(
+        self, peer: Peer, message: Part | Abort | Adopted, step: int, lineage: str, now: float
+    ) -> Off | Taken | None:
+        """What ends the snapshot of this step with this message of a peer; None: nothing."""
+        snap = self.running
+        if snap is None or snap.number != message.snapshot:
+            if not isinstance(message, Adopted):
+                self._out.send(peer, Abort(message.snapshot, "this snapshot is over"))
+            return None
+        if isinstance(message, Adopted):
+            return self._adopted(peer, snap)
+        if not isinstance(message, Abort):
+            return self._pass_on(peer, snap, message, (step, lineage), now)
+        if peer.session not in (snap.giver, snap.joiner):
+            return None
+        # A joiner that refuses it may be right or not: the next one comes from another.
+        return Off(message.reason, frozenset({snap.giver, peer.session}), but=peer)
+
+    def _pass_on(
+        self, peer: Peer, snap: Snapshot, message: Part, state: tuple[int, str], now: float
+    ) -> Off | None:
+        """A part of the snapshot goes on to the other side."""
+        source, goal = snap.giver, snap.joiner
+        if isinstance(message, Want):
+            source, goal = goal, source
+        if peer.session != source:
+            self._out.send(peer, Reject("not your part of this snapshot"))
+            return None
+        if isinstance(message, Manifest):
+            if snap.pieces is not None:
+                return None
+            wrong = snap.tells(message)
+            if (message.step, message.lineage) != state:
+                wrong = f"another state than that of step {state[0]}"
+            if wrong is not None:
+                why = f"{peer.name} gives what cannot be: {wrong}"
+                return Off(why, frozenset({snap.giver}))
+        if snap.advance(message, now):
+            self._out.effects.append(PassOn(goal, message))
+        return None
+
+    def _adopted(self, peer: Peer, snap: Snapshot) -> Off | Taken:
+        """The joiner holds the snapshot, if all of it went through this server."""
+        if not snap.complete:
+            had = f"{len(snap.delivered)} of {snap.pieces or 'unknown'} pieces"
+            why = f"{peer.name} says that it holds it, after {had}"
+            return Off(why, frozenset({peer.session}))
+        peer.wrong, peer.owes = False, peer.role == "worker"
+        self.disbelieved.discard(peer.id)
+        peer.given_by = snap.giver
+        peer.failed_by.clear()
+        peer.missed = 0
+        self._roster.peers[snap.giver].failed_gives = 0
+        self.running = None
+        self._round_goes_first = True
+        return Taken()
+
+    # ------------------------------------------------------------------ its end
+
+    def overdue(self, now: float, *, awaited: bool) -> Off | None:
+        """Does it take too long? `awaited`: workers enough for a round wait for its end."""
+        snap, timeout_s = self.running, self._timeout_s
+        if snap is None:
+            return None
+        if now - snap.progress_at > timeout_s:
+            culprit = self._roster.peers[snap.waits_for]
+            why = f"{culprit.name} was silent for {timeout_s:g} s"
+            return Off(why, frozenset({snap.waits_for}))
+        if now - snap.began_at > snap.limit_s(timeout_s) and awaited:
+            why = f"it is not over after {now - snap.began_at:.0f} s"
+            return Off(why, frozenset({snap.giver, snap.joiner}))  # who is slow is not seen
+        return None
+
+    def without(self, peer: Peer, why: str) -> Off | None:
+        """The end of the snapshot, if this peer that is taken out has a part in it."""
+        snap = self.running
+        if snap is None or peer.session not in (snap.giver, snap.joiner):
+            return None
+        return Off(f"{peer.name} {why}", frozenset({peer.session}), but=peer)
+
+    def call_off(self, off: Off, now: float) -> Peer | None:
+        """End it, and tell both sides. Returns the giver where it is taken for one that holds no
+        state from now on.
+
+        A joiner gives up after some that it missed. A giver that has shown nothing is asked a few
+        times only, so what it does not give is not among them: else one that only says that it
+        holds the state, at a moment when nobody else does, would end honest joiners. Neither is
+        what ends by the joiner itself, which joins anew then.
+        """
+        snap = self.running
+        assert snap is not None
+        self.running = None
+        self._round_goes_first = True
+        joiner, giver = self._roster.peers[snap.joiner], self._roster.peers[snap.giver]
+        self._out.warn(f"snapshot {snap.number} is off: {off.why}", joiner)
+        left = off.but is joiner and giver.session not in off.blamed
+        if giver.has_shown and not left:
+            joiner.missed += 1
+        empty = giver.session in off.blamed and self._gave_nothing(giver, joiner)
+        if joiner.session in off.blamed:
+            self._wasted(joiner, now)
+        for peer in (giver, joiner):
+            if peer is not off.but:
+                self._out.send(peer, Abort(snapshot=snap.number, reason=off.why))
+        joiner.turn(states.ABORTED)  # it joins again when it has understood
+        return giver if empty and giver.state == REPLICA else None
+
+    def _gave_nothing(self, giver: Peer, joiner: Peer) -> bool:
+        """A snapshot came to nothing. The name of a state is no secret: a worker that knows it, but
+        has neither contributed nor given it to anybody, may hold nothing while others wait. Is it
+        taken for such a one?"""
+        giver.failed_gives += 1
+        failed = joiner.failed_by[giver.id] = joiner.failed_by.get(giver.id, 0) + 1
+        if giver.has_shown or max(giver.failed_gives, failed) < FAILED_GIVES:  # of any greeting
+            return False
+        self._out.warn(f"{giver.name} {EMPTY}: it is taken for one that has none", giver)
+        self.disbelieved.add(giver.id)
+        return True
+
+    # ------------------------------------------------------------------ what comes of it
+
+    def gave_wrong(self, joiner: Peer) -> None:
+        """The weights of this joiner are not the run's: whoever gave them is asked less."""
+        joiner.wrong = True
+        giver = self._roster.peers.get(joiner.given_by)
+        if giver is not None:
+            giver.failed_gives += 1
+
+    def contributes(self, peer: Peer) -> None:
+        """A whole gradient of this worker is in the log."""
+        peer.proven = True
+        if peer.owes:
+            peer.owes = False
+            self.waste.useful(peer.id)
+
+    def taken_out(self, peer: Peer, now: float) -> None:
+        """Nothing is expected of this peer any more: did it take a snapshot for nothing?"""
+        if peer.owes:
+            peer.owes = False
+            self._wasted(peer, now)
+
+    def _wasted(self, joiner: Peer, now: float) -> None:
+        """Nobody who contributes came of it."""
+        if joiner.role == "observer":
+            return
+        wait_s = self.waste.wasted(joiner.id, now)
+        if wait_s is not None:
+            self._out.warn(
+                f"{self.waste.in_a_row} snapshots in a row brought nobody who took part then: "
+                f"rounds go on for {wait_s:.0f} s before the next one",
+                joiner,
+            )
