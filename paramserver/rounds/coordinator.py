@@ -88,9 +88,9 @@ from paramserver.rounds.ledger import (
 )
 from paramserver.rounds.log import Log
 from paramserver.rounds.looks import Looks, part, shown
+from paramserver.rounds.origin import Origin
 from paramserver.rounds.outcome import Outcome
 from paramserver.rounds.outliers import Norms
-from paramserver.rounds.recovery import Recovery
 from paramserver.rounds.roster import Peer, Roster
 from paramserver.rounds.round import Member, Round, Tally, Vain
 from paramserver.rounds.rules import MAX_WAIT_TIMEOUTS, Rules
@@ -146,8 +146,6 @@ class Rounds:
         self._out = Outcome()
         self._roster = Roster(rules.max_workers)
         self.peers = self._roster.peers
-        self.layout: Layout | None = None
-        self.recipe = ""  # from average to weights, as the origin has it
         self.log = Log()
         self.ledger: Ledger | None = None
         self.round: Round | None = None
@@ -157,17 +155,9 @@ class Rounds:
         self.started = False  # the first round has opened
         self.tallies: dict[int, Tally] = {}
         self.observer_comes = False  # its process runs, whether it has greeted or not
-        self.deserted = self.put_off = False
+        self.put_off = False
         self.state = states.STARTING if recovery is None else states.RETURNING
-        self._recovery: Recovery | None = None
-        if recovery is not None:
-            self._recovery = Recovery(
-                recovery,
-                now,
-                timeout_s=rules.heartbeat_timeout,
-                limit_s=rules.idle_timeout,
-                most=rules.max_workers + 1,
-            )
+        self._origin = Origin(rules, now, count_buckets, recovery)
         self._departures = Departures(rules.heartbeat_timeout, rules.idle_timeout)
         self._last_holder = ""  # the last replica that was taken out, and why
         self._lost_since: float | None = None  # somebody waits for a state that nobody here holds
@@ -187,14 +177,12 @@ class Rounds:
         self._rounds = 0
         self._snapshots = Snapshots(self._roster, self._out, rules.heartbeat_timeout, now)
         self._vain: dict[int, Vain] = {}  # by worker id
-        self._count_buckets = count_buckets
         self._name_samples = name_samples
         self._places = places
         self._unread_by: set[int] = set()  # workers that could not read samples
         self._looks = Looks()
         self._held: dict[Lease, tuple[str, float]] = {}  # left by a session; until when
         self._silent: dict[str, Lease] = {}  # by process: what it computed when it fell silent
-        self._buckets = 0
         self._busy_at = now  # a step was closed, or somebody came to work
         self._ending_at = now  # the end was begun, or the observer came closer to keeping it
         self._said_phase = ""
@@ -226,8 +214,7 @@ class Rounds:
             case Stop():
                 return self._stop(event, now)
             case Alive():
-                if self._recovery is not None:
-                    self._recovery.beats(event.nonce, now)
+                self._origin.alive(event.nonce, now)
                 return False
             case Forgotten():
                 self.log.forget_before(event.step)
@@ -312,8 +299,7 @@ class Rounds:
         peer = self._roster.enter(greeting, now)
         if holder is not None and holder.nonce == nonce:  # it still has not got what it missed
             peer.missed, peer.failed_by = holder.missed, holder.failed_by
-        if self._recovery is not None:
-            self._recovery.greeted(nonce)
+        self._origin.greeted(nonce)
         if peer.role == "worker":
             self._out.say(f"{peer.name} is here", peer)
         return True
@@ -618,6 +604,16 @@ class Rounds:
         return self._snapshots.running
 
     @property
+    def layout(self) -> Layout | None:
+        """What is exchanged, since the origin is known."""
+        return self._origin.layout
+
+    @property
+    def deserted(self) -> bool:
+        """Nobody came back to a server that was started again in the middle of a run."""
+        return self._origin.deserted
+
+    @property
     def log_begun(self) -> bool:
         """Does an update follow the first state? Before that, the state is where it came from."""
         return self.log.begun
@@ -899,47 +895,31 @@ class Rounds:
 
     def _await_recovery(self, now: float) -> None:
         """When all who may hold the newest state are back, it is the run's again."""
-        assert self._recovery is not None
-        back = {
-            p.id: p.join for p in self.peers.values() if p.returns and p.join and p.state == WAITING
-        }
-        joining = any(p.returns and p.state == GREETED for p in self.peers.values())
-        if not self._recovery.over({join.lineage for join in back.values()}, joining, now):
+        peer = self._origin.returned(self._roster, now)
+        if peer is None:
             return
-        noted = self._recovery.noted
-        newest = max(
-            back, key=lambda id: (back[id].lineage == noted, back[id].step, -id), default=None
-        )
-        if newest is None:
-            self.deserted = True
-            return
-        peer = next(p for p in self.peers.values() if p.id == newest)
-        if not self._become_origin(peer, back[newest]):
+        assert peer.join is not None
+        if not self._become_origin(peer, peer.join):
             peer.returns = False  # it was told why; the next one
             return
-        self._recovery, self._busy_at = None, now
+        self._busy_at = now
         self.log.begun = self.started = self.step > 0
 
     def _choose_origin(self) -> None:
-        """The first state is the observer's where there is one, else that of whoever joined first.
-
-        Until an update follows it, it may be lost with all who hold it; then there is another.
-        """
-        held = self._roster.has_replica
-        if self.log.begun or self.round is not None or held or self.coming_back:
+        if self.log.begun or self.round is not None or self.coming_back:
             return
-        for peer in self.peers.values():
-            if peer.state == WAITING and (peer.role == "observer" or not self.rules.observer):
-                assert peer.join is not None
-                if self._become_origin(peer, peer.join):
-                    return
+        if self._roster.has_replica:
+            return
+        for peer in self._origin.candidates(self._roster):
+            assert peer.join is not None
+            if self._become_origin(peer, peer.join):
+                return
 
     def _become_origin(self, peer: Peer, message: Join) -> bool:
-        problem = message.layout.problem()
-        if problem is not None:
-            self._reject(peer, Reject(f"the model cannot be trained: {problem}"))
+        reject = self._origin.refuses(message)
+        if reject is not None:
+            self._reject(peer, reject)
             return False
-        buckets = self._count_buckets(message.layout)
         if self.ledger is None or not self.ledger.remembers or message.step:
             self.ledger = None
         if message.ledger is not None:
@@ -949,13 +929,9 @@ class Rounds:
             except ValueError as e:
                 self._reject(peer, Reject(f"the checkpoint's ledger cannot be right: {e}"))
                 return False
-        if message.step < 0:
-            self._reject(peer, Reject(f"there is no step {message.step} to begin at"))
-            return False
         peer.proven = True
         self._held.clear()
-        self.layout, self._buckets = message.layout, buckets
-        self.recipe = message.recipe
+        self._origin.becomes(message)
         self.log.begin(message.step, message.lineage)
         self._becomes_replica(peer, states.ADMITTED)
         self._out.effects.append(Start(message.layout, message.step))
@@ -965,9 +941,8 @@ class Rounds:
         else:
             self._out.say(f"the first state comes from {peer.name}, at step {self.step}")
         self._turn(states.ORIGIN)
-        for other in self.peers.values():
-            if other.state == WAITING:
-                self._admit(other)
+        for other in self._roster.in_state(WAITING):
+            self._admit(other)
         return True
 
     def _reject(self, peer: Peer, why: Reject) -> None:
@@ -975,27 +950,10 @@ class Rounds:
         peer.turn(states.REJECTED)
 
     def _admit(self, peer: Peer) -> None:
-        assert self.layout is not None and peer.join is not None
-        difference = self.layout.difference(peer.join.layout)
-        if difference is not None:
-            self._reject(
-                peer,
-                Reject(
-                    f"{peer.name} has another model: {difference}",
-                    "start it with the same model and code as the server",
-                ),
-            )
-            return
-        if peer.join.recipe != self.recipe:
-            self._reject(
-                peer,
-                Reject(
-                    f"{peer.name} goes another way from gradient to weights: {peer.join.recipe}; "
-                    f"the run has {self.recipe}",
-                    "give attach() the same optimizer, schedule, clip_norm and before_step "
-                    "everywhere (and observer=false where the built-in observer has others)",
-                ),
-            )
+        assert peer.join is not None
+        reject = self._origin.differs(peer)
+        if reject is not None:
+            self._reject(peer, reject)
             return
         believed = not peer.wrong and peer.id not in self._snapshots.disbelieved
         if self.knows(peer.join.step, peer.join.lineage) and believed:
@@ -1187,7 +1145,7 @@ class Rounds:
         if current.deserted:
             self._void(f"{member.name} {why}, and no other member is left")
             return
-        for bucket in range(self._buckets):
+        for bucket in range(self._origin.buckets):
             self._out.effects += current.advance(bucket)
 
     def _close_if_due(self, now: float) -> None:
@@ -1279,7 +1237,7 @@ class Rounds:
             if not self._start_snapshot(("observer",), now) and not self._observer_catches_up(now):
                 self._end()
             return False
-        if self._recovery is not None:
+        if self.coming_back:
             self._await_recovery(now)
         self._choose_origin()
         if self.state in (states.RETURNING, states.STARTING):
@@ -1418,7 +1376,7 @@ class Rounds:
             self.step + 1,
             now,
             members,
-            buckets=self._buckets,
+            buckets=self._origin.buckets,
             tensors=len(self.layout.tensors),
             quorum=self.rules.quorum,
             in_order=self.rules.deterministic,
