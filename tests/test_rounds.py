@@ -2349,7 +2349,7 @@ def test_who_left_in_the_middle_and_is_ready_again_gets_it_back() -> None:
 
 def test_what_is_skipped_is_named_by_its_samples_too() -> None:
     run = trained(1, 2)
-    run.rounds._name_samples = lambda n, lease: f"the samples {lease} of {n}"
+    run.rounds._leases.name_samples = lambda n, lease: f"the samples {lease} of {n}"
     run.ready(1, samples=40, drop_last=True)
     ledger = run.rounds.ledger
     assert ledger is not None

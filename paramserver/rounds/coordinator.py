@@ -74,27 +74,15 @@ from paramserver.rounds.events import (
     Told,
 )
 from paramserver.rounds.events import Message as Words
-from paramserver.rounds.ledger import (
-    AGAIN,
-    DONE,
-    DROPPED,
-    KILLED,
-    PARTLY,
-    RETURNED,
-    UNREAD,
-    Ledger,
-    OwnLedger,
-    Places,
-)
+from paramserver.rounds.leases import Leases
+from paramserver.rounds.ledger import DONE, PARTLY, RETURNED, Ledger, Places
 from paramserver.rounds.log import Log
-from paramserver.rounds.looks import Looks, part, shown
 from paramserver.rounds.origin import Origin
 from paramserver.rounds.outcome import Outcome
 from paramserver.rounds.outliers import Norms
 from paramserver.rounds.roster import Peer, Roster
 from paramserver.rounds.round import Member, Round, Tally, Vain
 from paramserver.rounds.rules import MAX_WAIT_TIMEOUTS, Rules
-from paramserver.rounds.shares import SHARE_TIMES_MAX, TRY_AGAIN_ROUNDS, Limits, Shares
 from paramserver.rounds.snapshots import EMPTY, Off, Snapshot, Snapshots, Taken
 from paramserver.rounds.states import GREETED, REPLICA, WAITING
 
@@ -105,17 +93,6 @@ OVERDUE_DOUBLINGS = 5  # of the wait before a round is void, as long as nothing 
 SNAPSHOTS_FOR_WRONG = 3  # that a replica takes because its weights are not those of the others
 SLOW_ROUNDS = 20  # in a row that wait longer for one than for all others, before it is said
 SLOW_S = 0.1
-BELIEVED = 1000  # times as fast as its pushes come, a worker may say that it computes
-LEASES_HELD = 2  # one being computed, one whose data loads meanwhile
-SILENT_KEPT = 64
-HOLD_S = 1.0  # between leaving a loop and a goodbye that says why; more than a worker needs
-WORKERS_TO_SPARE = 2  # others that are left, to look for the sample that kills
-LOST = {
-    KILLED: "workers died of it",
-    AGAIN: "workers died of it in an earlier epoch",
-    UNREAD: "it cannot be read",
-    DROPPED: "the short rest of an epoch (drop_last)",
-}
 DERIVED_TIMEOUT_MIN_S = 1.0
 
 
@@ -147,7 +124,6 @@ class Rounds:
         self._roster = Roster(rules.max_workers)
         self.peers = self._roster.peers
         self.log = Log()
-        self.ledger: Ledger | None = None
         self.round: Round | None = None
         self.ending: tuple[str, bool] | None = None  # reason, error: no more rounds
         self.ended: End | None = None
@@ -163,12 +139,9 @@ class Rounds:
         self._lost_since: float | None = None  # somebody waits for a state that nobody here holds
         self.norms = Norms(rules.max_norm_ratio)
         self._digests = Digests()
-        self._shares: Shares | None = None  # where samples are divided by speed
-        if rules.shares == "speed" and not rules.deterministic:
-            self._shares = Shares()
-        self._shared: dict[int, int] = {}  # samples of a round by worker, as last handed out
-        self._measured: dict[int, str] = {}  # by worker: the process whose speed is known
-        self._without: set[int] = set()  # workers that get nothing, and were named
+        self._leases = Leases(
+            rules, self._roster, self._out, name_samples=name_samples, places=places
+        )
         self.digests, self.deaf = self._roster.digests, self._roster.deaf
         self.prompted = self._roster.prompted
         self._bad_rounds = 0  # in a row
@@ -177,12 +150,6 @@ class Rounds:
         self._rounds = 0
         self._snapshots = Snapshots(self._roster, self._out, rules.heartbeat_timeout, now)
         self._vain: dict[int, Vain] = {}  # by worker id
-        self._name_samples = name_samples
-        self._places = places
-        self._unread_by: set[int] = set()  # workers that could not read samples
-        self._looks = Looks()
-        self._held: dict[Lease, tuple[str, float]] = {}  # left by a session; until when
-        self._silent: dict[str, Lease] = {}  # by process: what it computed when it fell silent
         self._busy_at = now  # a step was closed, or somebody came to work
         self._ending_at = now  # the end was begun, or the observer came closer to keeping it
         self._said_phase = ""
@@ -292,10 +259,9 @@ class Rounds:
     def _greet(self, greeting: Greeted, now: float) -> bool:
         nonce, holder = greeting.nonce, self._roster.holder(greeting)
         if holder is not None:
-            self._dies(holder, None if holder.nonce == nonce else "")
+            self._leases.dies(holder, None if holder.nonce == nonce else "", self.round)
             self._remove(holder, "greeted again", now)
-        if (lease := self._silent.pop(nonce, None)) is not None and self.ledger is not None:
-            self.ledger.lived(lease)
+        self._leases.lives(nonce)
         peer = self._roster.enter(greeting, now)
         if holder is not None and holder.nonce == nonce:  # it still has not got what it missed
             peer.missed, peer.failed_by = holder.missed, holder.failed_by
@@ -317,84 +283,23 @@ class Rounds:
 
     def _ready(self, peer: Peer, message: Ready, now: float) -> bool:
         """A worker waits for samples."""
-        samples = 0 if message.own else message.samples
-        if not message.own and (samples < 1 or message.batch_size < 1):
-            self._out.send(
-                peer, Reject("a data set without samples", "give batches() a longer one")
-            )
-            return False
-        others = [p for p in self.workers_ready() if p is not peer]
-        if self.ledger is None or (self.ledger.untouched and not others):
-            self._looks.first(peer.name, message.looks)
-            self.ledger = OwnLedger() if message.own else Ledger(samples, self.rules.epochs)
-            self.ledger.places = self._places
-        if message.own != isinstance(self.ledger, OwnLedger):
-            brings, has = "samples of its own", "one set that all share"
-            if not message.own:
-                brings, has = has, brings
-            self._out.send(
-                peer,
-                Reject(
-                    f"{peer.name} brings {brings}, the run has {has}",
-                    "use own_batches() in every worker, or in none",
-                ),
-            )
-            return False
-        if samples != self.ledger.samples:
-            self._out.send(
-                peer,
-                Reject(
-                    f"{peer.name} has a data set of {samples} samples, "
-                    f"the run has one of {self.ledger.samples}",
-                    "every worker needs the same training set in the same order",
-                ),
-            )
-            return False
-        peer.ready = message
-        if not self._looks_alike(peer, message):
+        if not self._leases.admits(peer, message):
             return False
         peer.left_with = None
-        self._release(now, peer.session)
-        self._roster.is_ready(now)
+        self._leases.release(self.round, now, peer.session)
+        self._roster.is_ready(peer, message, now)
         self._busy_at = now
         return True
-
-    def _looks_alike(self, peer: Peer, message: Ready) -> bool:
-        """The same length is not the same data. Other labels are refused, other numbers are told:
-        libraries round another way, transforms draw."""
-        if not self._looks.whose:  # the ledger is older than this server
-            self._looks.first(peer.name, message.looks)
-        found = self._looks.difference(message.looks)
-        if found is None:
-            return True
-        theirs, ours, exact = found
-        whose = self._looks.whose if self._looks.whose != peer.name else "it told before"
-        what = (
-            f"sample {theirs.index} of {peer.name} is {shown(theirs)}{part(theirs)}, "
-            f"that of {whose} is {shown(ours)}"
-        )
-        hint = (
-            "every worker needs the same training set in the same order: sort lists of files, give "
-            "random_split a generator with a seed"
-        )
-        if not exact:
-            if peer.id not in self._looks.told:
-                self._looks.told.add(peer.id)
-                self._out.warn(f"{what}: {hint}, unless a transform draws", peer)
-            return True
-        self._out.send(peer, Reject(what, hint))
-        self._out.warn(f"refused: {what}", peer)
-        return False
 
     def _unready(self, peer: Peer, message: Unready, now: float) -> bool:
         """A worker left its loop: it takes part no more until it is ready again. What it left
         unfinished may have killed it: nobody else gets that before this is clear."""
         peer.left_with = self._computes(peer)
-        if message.unfinished and peer.left_with is not None:
-            self._held[peer.left_with] = peer.session, now + HOLD_S
+        if message.unfinished:
+            self._leases.hold(peer, now)
         if self.round and (member := self.round.member_of(peer)):
             self._out_of_round(member, "left its loop", now)
-        self._return_leases(peer)
+        self._leases.take_back(peer, self.round)
         self._roster.not_ready(peer, started=self.started)
         return True
 
@@ -455,7 +360,7 @@ class Rounds:
         error an exception or a broken rule ends its part; `failed` where it died in its lease."""
         m, step = message, message.step
         if m.failed in FAILURES and m.lease == (self._computes(peer) or peer.left_with):
-            self._dies(peer, m.failed)
+            self._leases.dies(peer, m.failed, self.round)
         if m.digest and peer.believed and peer.replica_since <= step <= self.step:
             self.digests[peer.id] = (peer.name, step, m.digest)
         self._leaves(peer, m.reason, now, error=m.error, finished=m.is_done)
@@ -467,7 +372,7 @@ class Rounds:
             self._out.say(f"{peer.name} left: {reason}", peer)
         how, took_part = FAILED if error else LEFT, peer.state == REPLICA
         self._remove(peer, "left", now, how=how, reason=reason, finished=finished)
-        done = isinstance(self.ledger, OwnLedger) and how == LEFT and finished
+        done = self._leases.own and how == LEFT and finished
         if done and took_part and self.started and not self._roster.has_workers:
             self._begin_end(*self._departures.verdict(own=True), now)
 
@@ -499,10 +404,8 @@ class Rounds:
             if current.whole(member):
                 peer.took(now - current.opened_at)
                 member.whole_at = now
-                if self._shares is not None and push.compute_s is not None:
-                    waited_s = now - current.opened_at
-                    seconds = min(max(push.compute_s, waited_s / BELIEVED), waited_s)
-                    self._shares.took(peer.id, member.samples, seconds)
+                waited_s = now - current.opened_at
+                self._leases.computed(peer.id, member.samples, push.compute_s, waited_s)
                 current.look_for_quorum(now)
             for bucket in (push.bucket, *push.without):
                 self._out.effects += current.advance(bucket)
@@ -543,14 +446,14 @@ class Rounds:
         for peer in self._roster.silent(now, timeout):
             silent = f"silent for {now - peer.last_seen:.1f} s"
             self._out.warn(f"{peer.name} is gone: {silent}")  # so seldom that each is told
-            self._dies(peer, "")
+            self._leases.dies(peer, "", self.round)
             self._remove(peer, f"gone, {silent}", now)
         awaited = self._enough(self.workers_ready(), now)
         if (off := self._snapshots.overdue(now, awaited=awaited)) is not None:
             self._abort_snapshot(off, now)
         self._close_if_due(now)
         self._look_for_the_overdue(now)
-        self._release(now)
+        self._leases.release(self.round, now)
         self._give_up_if_due(now)
         return True
 
@@ -604,6 +507,10 @@ class Rounds:
         return self._snapshots.running
 
     @property
+    def ledger(self) -> Ledger | None:
+        return self._leases.ledger
+
+    @property
     def layout(self) -> Layout | None:
         """What is exchanged, since the origin is known."""
         return self._origin.layout
@@ -626,6 +533,14 @@ class Rounds:
     def lineage(self) -> str:
         return self.log.lineage
 
+    def share_of(self, worker: int) -> int | None:
+        """A worker's samples of a round, where they follow its speed."""
+        return self._leases.share_of(worker)
+
+    def lost_by_name(self) -> list[str]:
+        """The first ranges of samples that were skipped, and why."""
+        return self._leases.lost_by_name()
+
     def workers_ready(self) -> list[Peer]:
         return self._roster.workers_ready()
 
@@ -637,7 +552,8 @@ class Rounds:
         current = self.round
         if current is None:
             return None
-        leases = {m: tuple(self._leases_of(m)) for m in current.members}
+        peers = {m: self._roster.by_id(m) for m in current.members}
+        leases = {m: tuple(peer.leases) if peer else () for m, peer in peers.items()}
         return Open(
             nonce=self.nonce,
             round=current.number,
@@ -703,7 +619,7 @@ class Rounds:
         if self.round is not None:
             return Phase.TRAINING, "training"
         if self._nobody_left_until(now) is not None:
-            return Phase.PAUSED, self._departures.verdict(own=isinstance(self.ledger, OwnLedger))[0]
+            return Phase.PAUSED, self._departures.verdict(own=self._leases.own)[0]
         if self._lost_since is not None:
             return Phase.PAUSED, self._lost_state()
         among = [p.state for p in self.peers.values()]
@@ -714,7 +630,7 @@ class Rounds:
         here = ", ".join(p.name for p in ready) or "nobody"
         if not self.started:
             return Phase.STARTING, f"waiting for {self.rules.num_workers} workers: {here} ready"
-        if self.ledger is not None and self.ledger.exhausted and ready:
+        if self._leases.exhausted and ready:
             return Phase.PAUSED, "waiting for the last samples"
         if len(ready) < self.rules.min_workers:
             least = self.rules.min_workers
@@ -742,8 +658,8 @@ class Rounds:
         if self.round is not None:
             self._void("the run ends")
         for peer in self.peers.values():
-            self._return_leases(peer)
-        self._release(math.inf)
+            self._leases.take_back(peer, self.round)
+        self._leases.release(self.round, math.inf)
         self.ending, self._ending_at = (reason, error), now
         self._turn(states.END)
         self._out.effects.append(Publish(self.pulse(now)))  # the observer tells where it stands
@@ -776,7 +692,7 @@ class Rounds:
         self._look_for_holder(now)
         due, idle = self._nobody_left_until(now), self.rules.idle_timeout
         if due is not None and now >= due:
-            own = isinstance(self.ledger, OwnLedger)
+            own = self._leases.own
             self._begin_end(*self._departures.verdict(own=own), now)
         elif self._lost_since is not None:  # who comes back has this time, however long it took
             if now >= self._lost_until():
@@ -854,8 +770,8 @@ class Rounds:
         self._snapshots.taken_out(peer, now)
         if self.round and (member := self.round.member_of(peer)):
             self._out_of_round(member, why, now)
-        self._return_leases(peer)
-        self._release(now, peer.session)
+        self._leases.take_back(peer, self.round)
+        self._leases.release(self.round, now, peer.session)
         if peer.state == REPLICA:
             self._last_holder = f"{peer.name} ({why})"
         self._roster.take_out(peer)
@@ -920,17 +836,11 @@ class Rounds:
         if reject is not None:
             self._reject(peer, reject)
             return False
-        if self.ledger is None or not self.ledger.remembers or message.step:
-            self.ledger = None
-        if message.ledger is not None:
-            try:
-                self.ledger = Ledger.from_state(message.ledger, self.rules.epochs)
-                self.ledger.places = self._places
-            except ValueError as e:
-                self._reject(peer, Reject(f"the checkpoint's ledger cannot be right: {e}"))
-                return False
+        reject = self._leases.begin(message.step, message.ledger)
+        if reject is not None:
+            self._reject(peer, reject)
+            return False
         peer.proven = True
-        self._held.clear()
         self._origin.becomes(message)
         self.log.begin(message.step, message.lineage)
         self._becomes_replica(peer, states.ADMITTED)
@@ -966,172 +876,9 @@ class Rounds:
             Admit(action=action, step=self.step, lineage=self.lineage, missed=peer.missed),
         )
 
-    # ------------------------------------------------------------------ inside: leases
-
-    def _leases_of(self, worker: int) -> list[Lease]:
-        peer = self._roster.by_id(worker)
-        return peer.leases if peer is not None else []
-
-    def _return_leases(self, peer: Peer) -> None:
-        """Give back what is not part of the open round (that is settled at its close)."""
-        held = None
-        if self.round and (member := self.round.member_of(peer)):
-            held = member.lease
-        for lease in peer.leases:
-            if lease != held and self.ledger is not None:
-                self.ledger.settle(lease, RETURNED)
-        peer.leases = []
-
-    def _hand_out(self, takers: list[Peer]) -> None:
-        """Fill all these up to two leases: first what is due now for all, then what comes after."""
-        if self.ledger is None:
-            return
-        sizes = self._sizes(takers)
-        for count in range(1, LEASES_HELD + 1):
-            for peer in takers:
-                size, ready = sizes[peer.id], peer.ready
-                if size and len(peer.leases) < count and ready is not None:
-                    joined = self._shares is not None
-                    lease = self.ledger.lease(
-                        size,
-                        ready.least,
-                        ready.drop_last,
-                        short=ready.batch_size,
-                        joined=joined,
-                    )
-                    if lease is None:
-                        return
-                    peer.leases.append(lease)
-
-    def _sizes(self, takers: list[Peer]) -> dict[int, int]:
-        """The samples of the next rounds by worker: what it asked for, or its share."""
-        asked = {p.id: p.ready.batch_size for p in takers if p.ready is not None}
-        if self._shares is None or isinstance(self.ledger, OwnLedger):
-            return asked
-        for p in takers:
-            if self._measured.get(p.id) != p.nonce:
-                self._measured[p.id] = p.nonce
-                self._shares.forget(p.id)
-        limits = {
-            p.id: Limits(p.ready.least, max(p.ready.least, SHARE_TIMES_MAX * p.ready.batch_size))
-            for p in takers
-            if p.ready is not None
-        }
-        sizes = self._shares.sizes(asked, limits)
-        if sizes != self._shared:
-            for p in takers:
-                if sizes[p.id] != self._shared.get(p.id):
-                    self._return_leases(p)  # those of a round to come: of another size
-                self._say_share(p, sizes[p.id])
-            self._without &= {p.id for p in takers}
-            self._shared = sizes
-        return sizes
-
-    def share_of(self, worker: int) -> int | None:
-        """A worker's samples of a round, where they follow its speed."""
-        return self._shared.get(worker)
-
-    def _say_share(self, peer: Peer, size: int) -> None:
-        """A worker that gets nothing, or something again, is named."""
-        if not size and peer.id not in self._without:
-            self._without.add(peer.id)
-            self._out.say(
-                f"{peer.name} gets no samples: the others are sooner done without it. It follows, "
-                f"and is tried again in {TRY_AGAIN_ROUNDS} rounds",
-                peer,
-            )
-        elif peer.id in self._without and peer.ready is not None and size > peer.ready.least:
-            self._without.discard(peer.id)
-            self._out.say(f"{peer.name} gets samples again", peer)
-
-    # ------------------------------------------------------------------ inside: what kills
-
     def _computes(self, peer: Peer) -> Lease | None:
         """The lease that this worker computes in the open round, of which nothing came yet."""
-        member = self.round.member_of(peer) if self.round else None
-        if member is None or member.out is not None or member.got or member.lease == OWN:
-            return None
-        return member.lease
-
-    def _dies(self, peer: Peer, failed: str | None) -> None:
-        """This worker dies of what it computes: with an error in a phase, without a word (""), or
-        not at all (None), since the same process is back.
-
-        Rounds may close, and give it leases, before its silence is noticed: it was the first of
-        these that it never was done with."""
-        lease = self._computes(peer)
-        if failed:
-            lease = lease or peer.left_with
-        elif peer.late_with is not None:
-            lease = peer.late_with
-        if lease is None or failed is None or self.ledger is None:
-            return
-        if not failed:
-            while len(self._silent) >= SILENT_KEPT:
-                del self._silent[next(iter(self._silent))]
-            self._silent[peer.nonce] = lease
-        others = [p for p in self.workers_ready() if p is not peer]
-        spare = len(others) >= WORKERS_TO_SPARE
-        self.ledger.died(lease, error=bool(failed), spare=spare, believed=peer.proven)
-
-    def _may_compute_still(self, member: Member) -> None:
-        """This member's round is over, and not all of its lease has come."""
-        peer, current = self.peers.get(member.session), self.round
-        if peer is None or current is None or current.whole(member) or member.lease == OWN:
-            return
-        if peer.ready is not None and peer.late_with is None:
-            peer.late_with = member.lease
-
-    def _release(self, now: float, session: str | None = None) -> None:
-        """What was held back returns: that of this peer, or all whose time is over."""
-        for lease, (holder, until) in list(self._held.items()):
-            if holder == session or (session is None and now >= until):
-                del self._held[lease]
-                members = self.round.members.values() if self.round else ()
-                if self.ledger is not None and all(m.lease != lease for m in members):
-                    self.ledger.settle(lease, RETURNED)
-
-    def _tell_lost(self) -> None:
-        """Samples that are skipped are named."""
-        if self.ledger is None:
-            return
-        for lost in self.ledger.take_news():
-            self._out.warn(f"skipped: {self._name_of(lost.lease)}: {LOST[lost.why]}")
-
-    def _hopeless(self) -> str | None:
-        """Why it makes no sense to go on, as most workers see it: one alone may be wrong."""
-        assert self.ledger is not None
-        why = self.ledger.hopeless
-        ready = self.workers_ready()
-        agree = [p for p in ready if p.id in self._unread_by]
-        if why is not None and self.ledger.too_many_unread and 2 * len(agree) <= len(ready):
-            return None
-        return why
-
-    def lost_by_name(self) -> list[str]:
-        """The first ranges that were skipped since they killed, could not be read or were dropped:
-        which samples, and why."""
-        if self.ledger is None:
-            return []
-        return [f"{self._name_of(r.lease)}: {LOST[r.why]}" for r in self.ledger.lost]
-
-    def _name_of(self, lease: Lease) -> str:
-        epoch, start, stop = lease
-        where = f"place {start}" if stop - start == 1 else f"places {start} to {stop - 1}"
-        what = f"{where} of epoch {epoch}'s order"
-        if self._name_samples is None or self.ledger is None:
-            return what
-        return f"{self._name_samples(self.ledger.samples, lease)} ({what})"
-
-    def _first_lost(self) -> str:
-        assert self.ledger is not None
-        names = [
-            self._name_samples(self.ledger.samples, lost.lease)
-            if self._name_samples is not None
-            else f"{lost.lease[1]} to {lost.lease[2] - 1} of epoch {lost.lease[0]}"
-            for lost in self.ledger.lost[:4]
-        ]
-        return f"first {'; '.join(names)}"
+        return None if self.round is None else self.round.computed_by(peer)
 
     # ------------------------------------------------------------------ inside: rounds
 
@@ -1157,8 +904,9 @@ class Rounds:
         patient = self.rules.timeout is not None or wait_s >= self.rules.longest_wait_s
         for member in self.round.expected():
             member.timed_out, member.waited_s = patient, wait_s
-            if self._shares is not None and (peer := self.peers.get(member.session)) is not None:
-                self._shares.took(peer.id, member.size, now - self.round.opened_at)  # or longer
+            if member.session in self.peers:
+                waited_s = now - self.round.opened_at
+                self._leases.computes_still(self.peers[member.session].id, member.size, waited_s)
             self._out_of_round(member, self._lateness(member, self.round, now), now)
 
     def _look_for_the_overdue(self, now: float) -> None:
@@ -1207,7 +955,7 @@ class Rounds:
             if p.role == "worker"
             and ((member := current.member_of(p)) is None or member.out is not None)
             and (p.ready is not None or (p.state == WAITING and snapshot))
-            and self._shared.get(p.id) != 0  # it would get nothing again
+            and self._leases.share_of(p.id) != 0  # it would get nothing again
         ]
 
     def _awaited(self, now: float) -> str:
@@ -1258,23 +1006,12 @@ class Rounds:
                 return True
         elif (following := self._try_open(now)) is not None:
             self._out.effects.append(Publish(following))
-        self._tell_lost()
-        if self.ledger is not None and (broken := self._hopeless()) is not None:
-            self._begin_end(f"{broken}: {self._first_lost()}", True, now)
-        elif self.round is None and self.snapshot is None and self._everything_done():
-            assert self.ledger is not None
-            if self.ledger.skipped and not self.ledger.done + self.ledger.partly:
-                self._begin_end(
-                    f"no sample could be trained on, all {self.ledger.skipped} were skipped",
-                    True,
-                    now,
-                )
-            else:
-                self._begin_end("all epochs are done", False, now)
+        self._leases.say_lost()
+        if (broken := self._leases.hopeless()) is not None:
+            self._begin_end(broken, True, now)
+        elif self.round is None and self.snapshot is None and self._leases.finished:
+            self._begin_end(*self._leases.verdict(), now)
         return self.ending is not None
-
-    def _everything_done(self) -> bool:
-        return self.ledger is not None and self.ledger.finished
 
     def _settle(self, now: float) -> Close:
         """The complete round becomes the next update of the log."""
@@ -1286,12 +1023,7 @@ class Rounds:
             how = current.settlement(m)
             if how == PARTLY:
                 partly[worker] = tuple(sorted(m.got))
-            if how != RETURNED:
-                self.ledger.settle(m.lease, how, m.unread)
-            elif m.lease not in self._held:
-                self.ledger.settle(m.lease, how)
-            if m.unread:
-                self._unread_by.add(worker)
+            self._leases.settle(current, worker, how)
             if m.got:
                 contributors[worker] = m.samples
                 tally.samples += m.samples
@@ -1302,9 +1034,6 @@ class Rounds:
                 late[worker] = m.out or ""
                 tally.late += 1
             peer = self.peers.get(m.session)
-            if peer is not None and m.lease in peer.leases:
-                peer.leases.remove(m.lease)
-            self._may_compute_still(m)
             if peer is not None:
                 self._judge(peer, m, how, now)
         self._look_for_the_slow(current, now)
@@ -1334,14 +1063,8 @@ class Rounds:
     def _void(self, why: str) -> None:
         current = self.round
         assert current is not None
-        if self.ledger is not None:
-            for member in current.members.values():
-                if member.lease not in self._held:
-                    self.ledger.settle(member.lease, RETURNED)
-                self._may_compute_still(member)
-                peer = self.peers.get(member.session)
-                if peer is not None and member.lease in peer.leases:
-                    peer.leases.remove(member.lease)
+        for worker in current.members:
+            self._leases.settle(current, worker, RETURNED)
         self.round = None
         self._turn(states.VOID)
         self._out.effects.append(Void(current.number))
@@ -1349,7 +1072,7 @@ class Rounds:
 
     def _try_open(self, now: float) -> Open | None:
         """Open the next round, or start a snapshot, if something stands in the way of neither."""
-        if self.snapshot is not None or self.round is not None or self._everything_done():
+        if self.snapshot is not None or self.round is not None or self._leases.finished:
             return None
         ready = self._takers(now)
         may_open = self._enough(ready, now)
@@ -1362,8 +1085,8 @@ class Rounds:
             self._out.warn(f"starting with {len(ready)} of {self.rules.num_workers} workers")
         for peer in self.workers_ready():
             if peer not in ready:  # it may have got some while it was needed
-                self._return_leases(peer)
-        self._hand_out(ready)
+                self._leases.take_back(peer, self.round)
+        self._leases.hand_out(ready)
         members = {p.id: Member(p, p.leases[0]) for p in ready if p.leases}
         if not members:
             return None
@@ -1440,7 +1163,7 @@ class Rounds:
             peer,
         )
         vain.left_out, vain.waited_s, vain.until = vain.left_out + 1, 0.0, now + rest_s
-        self._return_leases(peer)
+        self._leases.take_back(peer, self.round)
 
     def _look_for_the_slow(self, current: Round, now: float) -> None:
         """A round that waits for one member most of its time has a sentence, once."""

@@ -181,8 +181,9 @@ class Roster:
         peer.turn(cause)
         peer.replica_since = step
 
-    def is_ready(self, now: float) -> None:
-        """A worker waits for samples."""
+    def is_ready(self, peer: Peer, ready: Ready, now: float) -> None:
+        """This worker waits for samples."""
+        peer.ready = ready
         if self.ready_since is None:
             self.ready_since = now
 

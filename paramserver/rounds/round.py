@@ -108,6 +108,13 @@ class Round:
         member = self.members.get(peer.id)
         return member if member is not None and member.session == peer.session else None
 
+    def computed_by(self, peer: Peer) -> Lease | None:
+        """The lease that this worker computes, of which nothing has come yet."""
+        member = self.member_of(peer)
+        if member is None or member.out is not None or member.got or member.lease == OWN:
+            return None
+        return member.lease
+
     def refusal(self, peer: Peer, push: Push) -> str | None:
         """Why this push must not be used; None when its payload may be looked at."""
         if push.round != self.number:

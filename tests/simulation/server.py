@@ -19,6 +19,7 @@ from paramserver.protocol import messages as wire
 from paramserver.rounds import coordinator
 from paramserver.rounds.coordinator import Rounds
 from paramserver.rounds.effects import Finish
+from paramserver.rounds.leases import LEASES_HELD
 from paramserver.rounds.recovery import NOTHING
 from paramserver.rounds.roster import Peer
 from paramserver.rounds.rules import Rules
@@ -604,7 +605,7 @@ class Server:
         if r.ledger is not None:
             leases = len(r.ledger._leased) + len(r.ledger._waiting)
             halves = len(r.ledger._suspects)
-            most = coordinator.LEASES_HELD * self.rules.max_workers + halves
+            most = LEASES_HELD * self.rules.max_workers + halves
             if leases > (8 * most if self.compares else most):  # a liar asks for small ones
                 raise Broken(f"the ledger keeps {leases} ranges")
 

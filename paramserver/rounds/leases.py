@@ -1,0 +1,378 @@
+"""Leases: which worker gets which samples, and what becomes of those that it does not finish.
+
+`Leases` stands between the workers and the `ledger`. It checks that all workers bring the same data
+set, leases ranges of it in equal sizes or by speed (`shares`), holds back what may have killed the
+worker that left it, and names what is lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from paramserver.protocol.messages import OWN, Lease, Ready, Reject
+from paramserver.rounds.ledger import (
+    AGAIN,
+    DROPPED,
+    KILLED,
+    RETURNED,
+    UNREAD,
+    Ledger,
+    OwnLedger,
+    Places,
+)
+from paramserver.rounds.looks import Looks, part, shown
+from paramserver.rounds.outcome import Outcome
+from paramserver.rounds.roster import Peer, Roster
+from paramserver.rounds.round import Round
+from paramserver.rounds.rules import Rules
+from paramserver.rounds.shares import SHARE_TIMES_MAX, TRY_AGAIN_ROUNDS, Limits, Shares
+
+BELIEVED = 1000  # times as fast as its pushes come, a worker may say that it computes
+LEASES_HELD = 2  # one being computed, one whose data loads meanwhile
+SILENT_KEPT = 64
+HOLD_S = 1.0  # between leaving a loop and a goodbye that says why; more than a worker needs
+WORKERS_TO_SPARE = 2  # others that are left, to look for the sample that kills
+LOST = {
+    KILLED: "workers died of it",
+    AGAIN: "workers died of it in an earlier epoch",
+    UNREAD: "it cannot be read",
+    DROPPED: "the short rest of an epoch (drop_last)",
+}
+
+
+class Leases:
+    """Owns the run's ledger, once a worker or the origin has brought one, and who holds what of it.
+
+    `name_samples` says which samples, of a set of so many, a range of an epoch's order is, `places`
+    where they lie in the order of another epoch.
+    """
+
+    def __init__(
+        self,
+        rules: Rules,
+        roster: Roster,
+        out: Outcome,
+        *,
+        name_samples: Callable[[int, Lease], str] | None,
+        places: Places | None,
+    ) -> None:
+        self.ledger: Ledger | None = None
+        self.name_samples = name_samples
+        self._rules = rules
+        self._roster = roster
+        self._out = out
+        self._places = places
+        self._looks = Looks()
+        self._shares: Shares | None = None  # where samples are divided by speed
+        if rules.shares == "speed" and not rules.deterministic:
+            self._shares = Shares()
+        self._shared: dict[int, int] = {}  # samples of a round by worker, as last handed out
+        self._measured: dict[int, str] = {}  # by worker: the process whose speed is known
+        self._without: set[int] = set()  # workers that get nothing, and were named
+        self._unread_by: set[int] = set()  # workers that could not read samples
+        self._held: dict[Lease, tuple[str, float]] = {}  # left by a session; until when
+        self._silent: dict[str, Lease] = {}  # by process: what it computed when it fell silent
+
+    @property
+    def own(self) -> bool:
+        """Do the workers bring samples of their own?"""
+        return isinstance(self.ledger, OwnLedger)
+
+    @property
+    def finished(self) -> bool:
+        """Are all epochs done?"""
+        return self.ledger is not None and self.ledger.finished
+
+    @property
+    def exhausted(self) -> bool:
+        """Is all leased that there is?"""
+        return self.ledger is not None and self.ledger.exhausted
+
+    # ------------------------------------------------------------------ the data set
+
+    def begin(self, step: int, state: dict[str, Any] | None) -> Reject | None:
+        """A run begins at this step, with the ledger of this state where there is one. What is
+        known of samples that kill stays. Returns why it cannot begin so."""
+        ledger = self.ledger
+        if ledger is None or not ledger.remembers or step:
+            ledger = None
+        if state is not None:
+            try:
+                ledger = Ledger.from_state(state, self._rules.epochs)
+            except ValueError as e:
+                return Reject(f"the checkpoint's ledger cannot be right: {e}")
+            ledger.places = self._places
+        self.ledger = ledger
+        self._held.clear()
+        return None
+
+    def admits(self, peer: Peer, ready: Ready) -> bool:
+        """Does this worker bring the data set that the others have? The first one's is the run's;
+        one with another is told why it cannot take part."""
+        reject = self._other_set(peer, ready)
+        if reject is not None:
+            self._out.send(peer, reject)
+            return False
+        return self._looks_alike(peer, ready)
+
+    def _other_set(self, peer: Peer, ready: Ready) -> Reject | None:
+        samples = 0 if ready.own else ready.samples
+        if not ready.own and (samples < 1 or ready.batch_size < 1):
+            return Reject("a data set without samples", "give batches() a longer one")
+        others = [p for p in self._roster.workers_ready() if p is not peer]
+        if self.ledger is None or (self.ledger.untouched and not others):
+            self._looks.first(peer.name, ready.looks)
+            self.ledger = OwnLedger() if ready.own else Ledger(samples, self._rules.epochs)
+            self.ledger.places = self._places
+        if ready.own != self.own:
+            brings, has = "samples of its own", "one set that all share"
+            if not ready.own:
+                brings, has = has, brings
+            return Reject(
+                f"{peer.name} brings {brings}, the run has {has}",
+                "use own_batches() in every worker, or in none",
+            )
+        if samples != self.ledger.samples:
+            return Reject(
+                f"{peer.name} has a data set of {samples} samples, "
+                f"the run has one of {self.ledger.samples}",
+                "every worker needs the same training set in the same order",
+            )
+        return None
+
+    def _looks_alike(self, peer: Peer, ready: Ready) -> bool:
+        """The same length is not the same data. Other labels are refused, other numbers are told:
+        libraries round another way, transforms draw."""
+        if not self._looks.whose:  # the ledger is older than this server
+            self._looks.first(peer.name, ready.looks)
+        found = self._looks.difference(ready.looks)
+        if found is None:
+            return True
+        theirs, ours, exact = found
+        whose = self._looks.whose if self._looks.whose != peer.name else "it told before"
+        what = (
+            f"sample {theirs.index} of {peer.name} is {shown(theirs)}{part(theirs)}, "
+            f"that of {whose} is {shown(ours)}"
+        )
+        hint = (
+            "every worker needs the same training set in the same order: sort lists of files, give "
+            "random_split a generator with a seed"
+        )
+        if not exact:
+            if peer.id not in self._looks.told:
+                self._looks.told.add(peer.id)
+                self._out.warn(f"{what}: {hint}, unless a transform draws", peer)
+            return True
+        self._out.send(peer, Reject(what, hint))
+        self._out.warn(f"refused: {what}", peer)
+        return False
+
+    # ------------------------------------------------------------------ who gets how much
+
+    def hand_out(self, takers: list[Peer]) -> None:
+        """Fill all these up to two leases: first what is due now for all, then what comes after."""
+        if self.ledger is None:
+            return
+        sizes = self._sizes(takers)
+        for count in range(1, LEASES_HELD + 1):
+            for peer in takers:
+                size, ready = sizes[peer.id], peer.ready
+                if size and len(peer.leases) < count and ready is not None:
+                    joined = self._shares is not None
+                    lease = self.ledger.lease(
+                        size,
+                        ready.least,
+                        ready.drop_last,
+                        short=ready.batch_size,
+                        joined=joined,
+                    )
+                    if lease is None:
+                        return
+                    peer.leases.append(lease)
+
+    def _sizes(self, takers: list[Peer]) -> dict[int, int]:
+        """The samples of the next rounds by worker: what it asked for, or its share."""
+        asked = {p.id: p.ready.batch_size for p in takers if p.ready is not None}
+        if self._shares is None or self.own:
+            return asked
+        for p in takers:
+            if self._measured.get(p.id) != p.nonce:
+                self._measured[p.id] = p.nonce
+                self._shares.forget(p.id)
+        limits = {
+            p.id: Limits(p.ready.least, max(p.ready.least, SHARE_TIMES_MAX * p.ready.batch_size))
+            for p in takers
+            if p.ready is not None
+        }
+        sizes = self._shares.sizes(asked, limits)
+        if sizes != self._shared:
+            for p in takers:
+                if sizes[p.id] != self._shared.get(p.id):
+                    self.take_back(p, None)  # those of a round to come: of another size
+                self._say_share(p, sizes[p.id])
+            self._without &= {p.id for p in takers}
+            self._shared = sizes
+        return sizes
+
+    def share_of(self, worker: int) -> int | None:
+        """A worker's samples of a round, where they follow its speed."""
+        return self._shared.get(worker)
+
+    def _say_share(self, peer: Peer, size: int) -> None:
+        """A worker that gets nothing, or something again, is named."""
+        if not size and peer.id not in self._without:
+            self._without.add(peer.id)
+            self._out.say(
+                f"{peer.name} gets no samples: the others are sooner done without it. It follows, "
+                f"and is tried again in {TRY_AGAIN_ROUNDS} rounds",
+                peer,
+            )
+        elif peer.id in self._without and peer.ready is not None and size > peer.ready.least:
+            self._without.discard(peer.id)
+            self._out.say(f"{peer.name} gets samples again", peer)
+
+    def computed(self, worker: int, samples: int, told_s: float | None, waited_s: float) -> None:
+        """A worker's push is whole, so long after the round's opening; it says how long it computed
+        these samples."""
+        if self._shares is not None and told_s is not None:
+            seconds = min(max(told_s, waited_s / BELIEVED), waited_s)
+            self._shares.took(worker, samples, seconds)
+
+    def computes_still(self, worker: int, samples: int, waited_s: float) -> None:
+        """A worker has not pushed these samples so long after the round's opening."""
+        if self._shares is not None:
+            self._shares.took(worker, samples, waited_s)
+
+    # ------------------------------------------------------------------ what comes back
+
+    def take_back(self, peer: Peer, current: Round | None) -> None:
+        """Take this worker's leases back, but for that of the open round, which is settled at its
+        end."""
+        held = None
+        if current is not None and (member := current.member_of(peer)):
+            held = member.lease
+        for lease in peer.leases:
+            if lease != held and self.ledger is not None:
+                self.ledger.settle(lease, RETURNED)
+        peer.leases = []
+
+    def settle(self, current: Round, worker: int, how: str) -> None:
+        """The round is over: what becomes of this worker's lease, in the ledger's words."""
+        member = current.members[worker]
+        if self.ledger is not None:
+            if how != RETURNED:
+                self.ledger.settle(member.lease, how, member.unread)
+            elif member.lease not in self._held:
+                self.ledger.settle(member.lease, RETURNED)
+        if how != RETURNED and member.unread:
+            self._unread_by.add(worker)
+        peer = self._roster.peers.get(member.session)
+        if peer is not None:
+            if member.lease in peer.leases:
+                peer.leases.remove(member.lease)
+            if not current.whole(member):
+                self._may_compute_still(peer, member.lease)
+
+    def _may_compute_still(self, peer: Peer, lease: Lease) -> None:
+        """This worker's round is over, and not all of its lease has come."""
+        if lease != OWN and peer.ready is not None and peer.late_with is None:
+            peer.late_with = lease
+
+    def hold(self, peer: Peer, now: float) -> None:
+        """This worker left unfinished what it computed, which may have killed it: nobody else gets
+        that before this is clear."""
+        if peer.left_with is not None:
+            self._held[peer.left_with] = peer.session, now + HOLD_S
+
+    def release(self, current: Round | None, now: float, session: str | None = None) -> None:
+        """What was held back returns: that of this session, or all whose time is over."""
+        for lease, (holder, until) in list(self._held.items()):
+            if holder == session or (session is None and now >= until):
+                del self._held[lease]
+                members = current.members.values() if current is not None else ()
+                if self.ledger is not None and all(m.lease != lease for m in members):
+                    self.ledger.settle(lease, RETURNED)
+
+    # ------------------------------------------------------------------ what kills
+
+    def dies(self, peer: Peer, failed: str | None, current: Round | None) -> None:
+        """This worker dies of what it computes: with an error in a phase, without a word (""), or
+        not at all (None), since the same process is back.
+
+        Rounds may close, and give it leases, before its silence is noticed: it was the first of
+        these that it never was done with."""
+        lease = None if current is None else current.computed_by(peer)
+        if failed:
+            lease = lease or peer.left_with
+        elif peer.late_with is not None:
+            lease = peer.late_with
+        if lease is None or failed is None or self.ledger is None:
+            return
+        if not failed:
+            while len(self._silent) >= SILENT_KEPT:
+                del self._silent[next(iter(self._silent))]
+            self._silent[peer.nonce] = lease
+        others = [p for p in self._roster.workers_ready() if p is not peer]
+        spare = len(others) >= WORKERS_TO_SPARE
+        self.ledger.died(lease, error=bool(failed), spare=spare, believed=peer.proven)
+
+    def lives(self, nonce: str) -> None:
+        """This process greets again: it did not die of what it computed."""
+        lease = self._silent.pop(nonce, None)
+        if lease is not None and self.ledger is not None:
+            self.ledger.lived(lease)
+
+    # ------------------------------------------------------------------ what is lost
+
+    def say_lost(self) -> None:
+        """Samples that are skipped are named."""
+        if self.ledger is None:
+            return
+        for lost in self.ledger.take_news():
+            self._out.warn(f"skipped: {self._name_of(lost.lease)}: {LOST[lost.why]}")
+
+    def hopeless(self) -> str | None:
+        """Why it makes no sense to go on, as most workers see it: one alone may be wrong."""
+        if self.ledger is None:
+            return None
+        why = self.ledger.hopeless
+        if why is None:
+            return None
+        ready = self._roster.workers_ready()
+        agree = [p for p in ready if p.id in self._unread_by]
+        if self.ledger.too_many_unread and 2 * len(agree) <= len(ready):
+            return None
+        return f"{why}: {self._first_lost(self.ledger)}"
+
+    def verdict(self) -> tuple[str, bool]:
+        """Why the run ends when all epochs are done, and whether that is an error."""
+        assert self.ledger is not None
+        if self.ledger.skipped and not self.ledger.done + self.ledger.partly:
+            skipped = self.ledger.skipped
+            return f"no sample could be trained on, all {skipped} were skipped", True
+        return "all epochs are done", False
+
+    def lost_by_name(self) -> list[str]:
+        """The first ranges that were skipped since they killed, could not be read or were dropped:
+        which samples, and why."""
+        if self.ledger is None:
+            return []
+        return [f"{self._name_of(r.lease)}: {LOST[r.why]}" for r in self.ledger.lost]
+
+    def _name_of(self, lease: Lease) -> str:
+        epoch, start, stop = lease
+        where = f"place {start}" if stop - start == 1 else f"places {start} to {stop - 1}"
+        what = f"{where} of epoch {epoch}'s order"
+        if self.name_samples is None or self.ledger is None:
+            return what
+        return f"{self.name_samples(self.ledger.samples, lease)} ({what})"
+
+    def _first_lost(self, ledger: Ledger) -> str:
+        names = [
+            self.name_samples(ledger.samples, lost.lease)
+            if self.name_samples is not None
+            else f"{lost.lease[1]} to {lost.lease[2] - 1} of epoch {lost.lease[0]}"
+            for lost in ledger.lost[:4]
+        ]
+        return f"first {'; '.join(names)}"
