@@ -30,9 +30,9 @@ from paramserver.rounds.events import (
 )
 from paramserver.rounds.ledger import UNREAD, Ledger, Lost
 from paramserver.rounds.outliers import NEEDED
-from paramserver.rounds.round import Vain
 from paramserver.rounds.rules import Rules
 from paramserver.rounds.states import REPLICA
+from paramserver.rounds.waits import Vain
 
 # ------------------------------------------------------------------------ samples of one's own
 
@@ -720,12 +720,12 @@ def test_nobody_is_left_out_where_too_few_would_be_left() -> None:
 def test_where_too_few_would_be_left_the_one_is_asked_that_rests_the_least() -> None:
     """Not all of them: one that never brings anything would hold up every round."""
     run = Run(epochs=1000, min_workers=2).observer().workers(1, 2, 3)
-    run.rounds._vain = {3: Vain(until=81.0), 1: Vain(until=11.0)}
+    run.rounds._waits.vain = {3: Vain(until=81.0), 1: Vain(until=11.0)}
     run.push(2), run.push(3), run.tick(1.0, 0, 1, 2, 3)
-    run.rounds._vain[3] = Vain(until=81.0)
+    run.rounds._waits.vain[3] = Vain(until=81.0)
     assert members(run) == [1, 2]
     run.push(1), run.push(2)
-    assert 1 not in run.rounds._vain, "it brought something, and takes part again"
+    assert 1 not in run.rounds._waits.vain, "it brought something, and takes part again"
 
 
 def test_a_new_greeting_is_no_new_beginning_for_who_brings_nothing() -> None:

@@ -211,9 +211,9 @@ class WaitsForTheOverdue(Rounds):
 class WaitsForTheEmpty(Rounds):
     """Who holds a lease and never pushes is waited for in every round."""
 
-    def _judge(self, peer: Peer, member: Member, how: str, now: float) -> None:
+    def _judge(self, peer: Peer, member: Member, now: float) -> None:
         member.timed_out = False
-        super()._judge(peer, member, how, now)
+        super()._judge(peer, member, now)
 
 
 class BlamesTheNextLease(Rounds):

@@ -81,19 +81,14 @@ from paramserver.rounds.origin import Origin
 from paramserver.rounds.outcome import Outcome
 from paramserver.rounds.outliers import Norms
 from paramserver.rounds.roster import Peer, Roster
-from paramserver.rounds.round import Member, Round, Tally, Vain
-from paramserver.rounds.rules import MAX_WAIT_TIMEOUTS, Rules
+from paramserver.rounds.round import Member, Round, Tally
+from paramserver.rounds.rules import Rules
 from paramserver.rounds.snapshots import EMPTY, Off, Snapshot, Snapshots, Taken
 from paramserver.rounds.states import GREETED, REPLICA, WAITING
+from paramserver.rounds.waits import Waits
 
 HOLDER_TIMEOUTS = 4  # that the last one who held the state has to come back to those who wait
-EMPTY_ROUNDS = 3  # that a worker may bring nothing to, though they waited as long as they do
-REST_TIMES_MAX = 10  # as long as they waited in all it is left out then, at most
-OVERDUE_DOUBLINGS = 5  # of the wait before a round is void, as long as nothing is closed
 SNAPSHOTS_FOR_WRONG = 3  # that a replica takes because its weights are not those of the others
-SLOW_ROUNDS = 20  # in a row that wait longer for one than for all others, before it is said
-SLOW_S = 0.1
-DERIVED_TIMEOUT_MIN_S = 1.0
 
 
 class Rounds:
@@ -145,15 +140,12 @@ class Rounds:
         self.digests, self.deaf = self._roster.digests, self._roster.deaf
         self.prompted = self._roster.prompted
         self._bad_rounds = 0  # in a row
-        self._overdue_rounds = 0  # that were void since they waited in vain, since the last close
-        self._said_overdue = 0  # the round of which it was said for whom it waits
         self._rounds = 0
         self._snapshots = Snapshots(self._roster, self._out, rules.heartbeat_timeout, now)
-        self._vain: dict[int, Vain] = {}  # by worker id
+        self._waits = Waits(rules, self._roster, self._out)
         self._busy_at = now  # a step was closed, or somebody came to work
         self._ending_at = now  # the end was begun, or the observer came closer to keeping it
         self._said_phase = ""
-        self._said_late: frozenset[int] = frozenset()
 
     # ------------------------------------------------------------------ what happens
 
@@ -464,35 +456,12 @@ class Rounds:
 
     def next_deadline(self) -> float | None:
         """When the open round closes without the rest, if its quorum has pushed."""
-        current = self.round
-        if current is None or current.quorum_at is None:
-            return None
-        return current.quorum_at + self.wait_s()
+        return self._waits.deadline(self.round)
 
     def wait_s(self) -> float:
-        """How long a round waits after its quorum: the setting, or from measured push times.
-
-        Derived: three times the slowest member's 95th percentile, so that a steady but slow machine
-        takes part and a sudden straggler does not. A late push counts as taking until it was given
-        up, so the wait grows until it covers a machine that became slow, or reaches its limit.
-        """
-        if self.rules.timeout is not None:
-            return self.rules.timeout
-        if self.rules.deterministic:
-            return math.inf
+        """How long the open round waits after its quorum."""
         assert self.round is not None
-        times = [
-            self.peers[m.session].push_time_p95
-            for m in self.round.members.values()
-            if m.session in self.peers
-        ]
-        known = [t for t in times if t is not None]
-        if len(known) < len(times) or not known:
-            return MAX_WAIT_TIMEOUTS * self.rules.heartbeat_timeout
-        return min(
-            max(DERIVED_TIMEOUT_MIN_S, 3 * max(known)),
-            MAX_WAIT_TIMEOUTS * self.rules.heartbeat_timeout,
-        )
+        return self._waits.wait_s(self.round)
 
     # ------------------------------------------------------------------ what others may ask
 
@@ -698,7 +667,7 @@ class Rounds:
             if now >= self._lost_until():
                 self._begin_end(self._lost_state(), True, now)
         elif now - self._busy_at > idle:
-            what = self._awaited(now) or self.phase(now)
+            what = self._waits.awaited(self.round, now) if self.round else self.phase(now)
             self._begin_end(f"nothing happened for {idle:g} s: {what}", True, now)
 
     def _nobody_left_until(self, now: float) -> float | None:
@@ -749,19 +718,6 @@ class Rounds:
         if text and text != self._said_phase:
             self._out.say(self.phase(now))
         self._said_phase = text
-
-    def _say_late(self, close: Close) -> None:
-        """Who is late is told when it changes, not every step; who is left out is late still."""
-        late = frozenset(close.late)
-        late |= {p.id for p in self.workers_ready() if self._vain_of(p).rounds >= EMPTY_ROUNDS}
-        if late != self._said_late:
-            changed = min(late ^ self._said_late)  # its sentences are limited
-            if self.may_say(changed, f"worker {changed}"):
-                if close.reason:
-                    self._out.warn(close.reason)
-                elif not late:
-                    self._out.say(f"round {close.round} closed with everybody again")
-        self._said_late = late
 
     def _take_out(self, peer: Peer, why: str, now: float) -> None:
         """Nothing is expected of this peer any more, until it joins (again)."""
@@ -897,52 +853,33 @@ class Rounds:
 
     def _close_if_due(self, now: float) -> None:
         """After quorum and timeout, whoever is incomplete is late."""
-        deadline = self.next_deadline()
-        if deadline is None or now < deadline or self.round is None:
+        current = self.round
+        if current is None:
             return
-        wait_s = self.wait_s()
-        patient = self.rules.timeout is not None or wait_s >= self.rules.longest_wait_s
-        for member in self.round.expected():
-            member.timed_out, member.waited_s = patient, wait_s
-            if member.session in self.peers:
-                waited_s = now - self.round.opened_at
-                self._leases.computes_still(self.peers[member.session].id, member.size, waited_s)
-            self._out_of_round(member, self._lateness(member, self.round, now), now)
+        waited_s = now - current.opened_at
+        for member in self._waits.late(current, now):
+            if (peer := self.peers.get(member.session)) is not None:
+                self._leases.computes_still(peer.id, member.size, waited_s)
+            self._out_of_round(member, self._waits.lateness(current, member, now), now)
 
     def _look_for_the_overdue(self, now: float) -> None:
-        """A round has no deadline before its quorum is there, and with `deterministic` none after
-        it. While nobody could go on without those it waits for, they have their time: a first batch
-        may compile for minutes. Where others could take part, it waits no longer than any round,
-        and longer each time that it was in vain; where that would change the bits, or only those
-        could go on who have pushed everything, half as long as until the run is given up."""
+        """Without a quorum a round goes on without those it waits for, or is void so that others
+        can take part."""
         current = self.round
-        if current is None or (self.next_deadline() or math.inf) < math.inf:
+        if current is None or not self._waits.is_long(current, now):
             return
-        waited, longest = now - current.opened_at, self.rules.longest_wait_s
-        if waited < longest or not (awaited := current.expected()):
-            return
-        others, whole = self._could_take_part(current, now), any(map(current.whole, current.inside))
-        limit = math.inf
-        if others and not self.rules.deterministic:
-            limit = longest * 2 ** min(max(0, self._overdue_rounds - 1), OVERDUE_DOUBLINGS)
-        elif others or whole:
-            limit = max(longest, self.rules.idle_timeout / 2)
-        if waited < min(limit, self.rules.idle_timeout):
-            if self._said_overdue != current.number:
-                self._said_overdue = current.number
-                self._out.warn(self._awaited(now))
-            return
-        for member in awaited:
-            member.timed_out, member.waited_s = True, waited
-        if whole:
+        others = self._could_take_part(current, now)
+        awaited = self._waits.given_up(current, others, now)
+        if current.someone_is_whole:
             for member in awaited:
-                self._out_of_round(member, self._lateness(member, current, now), now)
-        elif others:
-            why = f"{self._awaited(now)}, while {', '.join(p.name for p in others)} could take part"
-            self._overdue_rounds += 1
+                self._out_of_round(member, self._waits.lateness(current, member, now), now)
+        elif others and awaited:
+            names = ", ".join(p.name for p in others)
+            why = f"{self._waits.awaited(current, now)}, while {names} could take part"
+            self._waits.overdue_rounds += 1
             self._void(why.removeprefix(f"round {current.number} "))
             for member in awaited:
-                self._judge(self.peers[member.session], member, RETURNED, now)
+                self._judge(self.peers[member.session], member, now)
 
     def _could_take_part(self, current: Round, now: float) -> list[Peer]:
         """Workers that are here and have no part in this round: they wait for a lease, or for a
@@ -957,24 +894,6 @@ class Rounds:
             and (p.ready is not None or (p.state == WAITING and snapshot))
             and self._leases.share_of(p.id) != 0  # it would get nothing again
         ]
-
-    def _awaited(self, now: float) -> str:
-        """For whom the open round waits, as a sentence; empty where there is none."""
-        if self.round is None:
-            return ""
-        names = [
-            f"{m.name} (last seen {now - self.peers[m.session].last_seen:.1f} s ago)"
-            for m in self.round.expected()
-        ]
-        waited = now - self.round.opened_at
-        return f"round {self.round.number} has waited {waited:.0f} s for {', '.join(names)}"
-
-    def _lateness(self, member: Member, current: Round, now: float) -> str:
-        peer = self.peers[member.session]
-        p95 = peer.push_time_p95
-        usual = "" if p95 is None else f"p95 {p95:.2f} s, "
-        peer.took(now - current.opened_at)  # at least this long
-        return f"late ({usual}last seen {now - peer.last_seen:.1f} s ago)"
 
     def _advance(self, now: float) -> bool:
         """Close what is complete; then start what can start: a snapshot, a round, the end. May more
@@ -999,7 +918,7 @@ class Rounds:
             # Told before what follows from it: who gives a snapshot of this step must have it.
             closed = Closed(msgspec.structs.replace(close, open=following))
             self._out.effects.insert(before, closed)
-            self._say_late(close)
+            self._waits.say_late(close)
             if hopeless:
                 why = "rounds in a row brought nothing but gradients that had to be refused"
                 self._begin_end(f"{self._bad_rounds} {why}: {close.reason}", True, now)
@@ -1035,15 +954,17 @@ class Rounds:
                 tally.late += 1
             peer = self.peers.get(m.session)
             if peer is not None:
-                self._judge(peer, m, how, now)
-        self._look_for_the_slow(current, now)
+                if how == DONE:
+                    self._snapshots.contributes(peer)
+                self._judge(peer, m, now)
+        self._waits.look_for_the_slow(current, now)
         self._look_for_the_deaf()
         refused = any(m.bad is not None for m in current.members.values())
         self._bad_rounds = self._bad_rounds + 1 if refused and not contributors else 0
         weight = sum(n for n, _ in losses)
         self.round = None
         self._turn(states.CLOSED)
-        self._busy_at, self._overdue_rounds = now, 0
+        self._busy_at, self._waits.overdue_rounds = now, 0
         close = Close(
             nonce=self.nonce,
             round=current.number,
@@ -1074,7 +995,7 @@ class Rounds:
         """Open the next round, or start a snapshot, if something stands in the way of neither."""
         if self.snapshot is not None or self.round is not None or self._leases.finished:
             return None
-        ready = self._takers(now)
+        ready = self._waits.takers(now)
         may_open = self._enough(ready, now)
         roles = self._may_take_snapshot(now) if may_open else ("observer", "worker")
         if self._start_snapshot(roles, now):
@@ -1117,76 +1038,9 @@ class Rounds:
             now >= self._roster.ready_since + self.rules.join_timeout
         )
 
-    # ------------------------------------------------------------------ inside: who holds up others
-
-    def _takers(self, now: float) -> list[Peer]:
-        """The workers that get leases: those that are ready, without those that brought nothing to
-        the last rounds. Where too few are left, as many of these as are needed: first whose rest is
-        over first."""
-        ready = self.workers_ready()
-        takers = [p for p in ready if now >= self._vain_of(p).until]
-        missing = max(1, self.rules.min_workers) - len(takers)
-        if missing > 0:
-            resting = [p for p in ready if now < self._vain_of(p).until]
-            takers += sorted(resting, key=lambda p: self._vain_of(p).until)[:missing]
-        return sorted(takers, key=lambda p: p.id)
-
-    def _judge(self, peer: Peer, member: Member, how: str, now: float) -> None:
-        """What a member's part in a closed round says about it."""
-        if how == DONE:
-            self._snapshots.contributes(peer)
-        if member.got:
-            self._vain.pop(peer.id, None)
-        elif member.timed_out:
-            vain = self._vain.setdefault(peer.id, Vain())
-            vain.rounds += 1
-            vain.waited_s += member.waited_s
-            self._leave_out_if_due(peer, vain, now)
-
-    def _vain_of(self, peer: Peer) -> Vain:
-        return self._vain.get(peer.id) or Vain()
-
-    def _leave_out_if_due(self, peer: Peer, vain: Vain, now: float) -> None:
-        """Whoever brings nothing, though rounds waited for it as long as they do, is left out for
-        as long as they waited, twice as long the next time and so on. It is time that counts: one
-        that never pushes costs a tenth of it in the end, however short the rounds of others are.
-        Before that it has the time to catch up with what it missed, as one whose cable was out has
-        to: while rounds wait for it the log grows slowly."""
-        if vain.rounds < EMPTY_ROUNDS or vain.waited_s < self.rules.longest_wait_s:
-            return
-        if len(self.workers_ready()) < 2:
-            return
-        rest_s = vain.waited_s * min(2**vain.left_out, REST_TIMES_MAX)
-        self._out.warn(
-            f"{peer.name} brought nothing to {vain.rounds} rounds in a row, which waited "
-            f"{vain.waited_s:.0f} s for it: rounds go on without it for {rest_s:.0f} s",
-            peer,
-        )
-        vain.left_out, vain.waited_s, vain.until = vain.left_out + 1, 0.0, now + rest_s
-        self._leases.take_back(peer, self.round)
-
-    def _look_for_the_slow(self, current: Round, now: float) -> None:
-        """A round that waits for one member most of its time has a sentence, once."""
-        ends = sorted((m.whole_at, w) for w, m in current.members.items() if m.whole_at is not None)
-        if len(ends) < 2 or len(ends) < len(current.members):
-            return
-        (before, _), (last, slowest) = ends[-2:]
-        for worker, member in current.members.items():
-            peer = self.peers.get(member.session)
-            if peer is None:
-                continue
-            held_s = last - before
-            holds_up = worker == slowest and held_s > max(SLOW_S, (now - current.opened_at) / 2)
-            peer.slow_rounds = peer.slow_rounds + 1 if holds_up else 0
-            if peer.slow_rounds == SLOW_ROUNDS:
-                self.prompted.add(peer.session)
-                if not peer.said_slow:
-                    peer.said_slow = True
-                    self._out.warn(
-                        f"every round waits {held_s:.2f} s for {peer.name}: the others are done "
-                        f"after {before - current.opened_at:.2f} s",
-                        peer,
-                    )
+    def _judge(self, peer: Peer, member: Member, now: float) -> None:
+        if self._waits.judge(peer, member, now):
+            self._leases.take_back(peer, self.round)
 
     def _look_for_the_deaf(self) -> None:
         for peer in self._roster.find_deaf(self.step):
@@ -1199,7 +1053,7 @@ class Rounds:
     # ------------------------------------------------------------------ inside: snapshots
 
     def _may_take_snapshot(self, now: float) -> Collection[str]:
-        return self._snapshots.may_take(now, in_vain=bool(self._overdue_rounds))
+        return self._snapshots.may_take(now, in_vain=bool(self._waits.overdue_rounds))
 
     def _start_snapshot(self, roles: Collection[str], now: float) -> bool:
         """Begin a snapshot, if none is under way, for a peer of these roles. Is one now?"""

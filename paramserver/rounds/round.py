@@ -17,16 +17,6 @@ from paramserver.rounds.ledger import DONE, PARTLY, RETURNED, SKIPPED
 from paramserver.rounds.roster import Peer
 
 
-class Vain(msgspec.Struct):
-    """What rounds have waited in vain for one worker since it last brought something, whatever
-    process it was: a new greeting is no new beginning."""
-
-    rounds: int = 0  # in a row, each of which waited as long as rounds do
-    waited_s: float = 0.0  # since it was left out the last time
-    left_out: int = 0  # how often
-    until: float = -math.inf  # from then on it gets leases again
-
-
 class Tally(msgspec.Struct):
     """What one worker did in the whole run, for the summary."""
 
@@ -175,6 +165,11 @@ class Round:
     def inside(self) -> list[Member]:
         """Those who are not out."""
         return [m for m in self.members.values() if m.out is None]
+
+    @property
+    def someone_is_whole(self) -> bool:
+        """Has anybody who is not out pushed everything?"""
+        return any(map(self.whole, self.inside))
 
     @property
     def deserted(self) -> bool:

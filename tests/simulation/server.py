@@ -16,7 +16,6 @@ import msgspec
 
 from paramserver.errors import PeerError
 from paramserver.protocol import messages as wire
-from paramserver.rounds import coordinator
 from paramserver.rounds.coordinator import Rounds
 from paramserver.rounds.effects import Finish
 from paramserver.rounds.leases import LEASES_HELD
@@ -25,6 +24,7 @@ from paramserver.rounds.roster import Peer
 from paramserver.rounds.rules import Rules
 from paramserver.rounds.snapshots import Snapshot
 from paramserver.rounds.states import REPLICA
+from paramserver.rounds.waits import EMPTY_ROUNDS
 from paramserver.server.control import Control, Finished
 from paramserver.server.history import Frames, History, Update
 
@@ -525,8 +525,8 @@ class Server:
     def _check_rounds_go_on(self) -> None:
         """Between two snapshots, where they can: after one that was in vain it is not clear."""
         r = self.rounds
-        could = r.ending is None and r._enough(r._takers(self.world.now), self.world.now)
-        if could and r._rounds == self._gave_at and not r._overdue_rounds:
+        could = r.ending is None and r._enough(r._waits.takers(self.world.now), self.world.now)
+        if could and r._rounds == self._gave_at and not r._waits.overdue_rounds:
             raise Broken("two snapshots in a row, and a round could go on")
         self._gave_at = r._rounds
 
@@ -542,7 +542,7 @@ class Server:
         """Who brings nothing to rounds that wait for it is left out, where others are enough; those
         two that nobody counts come with a greeting in between."""
         rules, timeout = self.rules, self.rules.timeout or math.inf
-        most_s = max(3 * rules.heartbeat_timeout, coordinator.EMPTY_ROUNDS * timeout) + 2 * timeout
+        most_s = max(3 * rules.heartbeat_timeout, EMPTY_ROUNDS * timeout) + 2 * timeout
         enough = len(close.contributors) >= max(1, self.rules.min_workers)
         for id in set(self._awaited) | set(close.late):
             why = close.late.get(id, "")

@@ -1,0 +1,229 @@
+"""How long rounds wait for whom, and what it costs a worker that they wait for it in vain.
+
+A round waits after its quorum (`Waits.wait_s`), and before it as long as nobody could go on without
+those it waits for (`Waits.given_up`). A worker that brings nothing to several rounds in a row is
+left out of the next ones. What follows from that for the open round is for `coordinator` to decide.
+"""
+
+from __future__ import annotations
+
+import math
+
+import msgspec
+
+from paramserver.protocol.messages import Close
+from paramserver.rounds.outcome import Outcome
+from paramserver.rounds.roster import Peer, Roster
+from paramserver.rounds.round import Member, Round
+from paramserver.rounds.rules import MAX_WAIT_TIMEOUTS, Rules
+
+EMPTY_ROUNDS = 3  # that a worker may bring nothing to, though they waited as long as they do
+REST_TIMES_MAX = 10  # as long as they waited in all it is left out then, at most
+OVERDUE_DOUBLINGS = 5  # of the wait before a round is void, as long as nothing is closed
+SLOW_ROUNDS = 20  # in a row that wait longer for one than for all others, before it is said
+SLOW_S = 0.1
+DERIVED_TIMEOUT_MIN_S = 1.0
+
+
+class Vain(msgspec.Struct):
+    """What rounds have waited in vain for one worker since it last brought something, whatever
+    process it was: a new greeting is no new beginning."""
+
+    rounds: int = 0  # in a row, each of which waited as long as rounds do
+    waited_s: float = 0.0  # since it was left out the last time
+    left_out: int = 0  # how often
+    until: float = -math.inf  # from then on it gets leases again
+
+
+class Waits:
+    """Owns what rounds have waited in vain, by worker id and in all. `overdue_rounds` is the number
+    of those that were void since they waited in vain, since the last close."""
+
+    def __init__(self, rules: Rules, roster: Roster, out: Outcome) -> None:
+        self.overdue_rounds = 0
+        self.vain: dict[int, Vain] = {}
+        self._rules = rules
+        self._roster = roster
+        self._out = out
+        self._said_overdue = 0  # the round of which it was said for whom it waits
+        self._said_late: frozenset[int] = frozenset()
+
+    # ------------------------------------------------------------------ after the quorum
+
+    def deadline(self, current: Round | None) -> float | None:
+        """When the open round closes without the rest, if its quorum has pushed."""
+        if current is None or current.quorum_at is None:
+            return None
+        return current.quorum_at + self.wait_s(current)
+
+    def wait_s(self, current: Round) -> float:
+        """How long a round waits after its quorum: the setting, or from measured push times.
+
+        Derived: three times the slowest member's 95th percentile, so that a steady but slow machine
+        takes part and a sudden straggler does not. A late push counts as taking until it was given
+        up, so the wait grows until it covers a machine that became slow, or reaches its limit.
+        """
+        if self._rules.timeout is not None:
+            return self._rules.timeout
+        if self._rules.deterministic:
+            return math.inf
+        peers = self._roster.peers
+        times = [
+            peers[m.session].push_time_p95 for m in current.members.values() if m.session in peers
+        ]
+        known = [t for t in times if t is not None]
+        most = MAX_WAIT_TIMEOUTS * self._rules.heartbeat_timeout
+        if len(known) < len(times) or not known:
+            return most
+        return min(max(DERIVED_TIMEOUT_MIN_S, 3 * max(known)), most)
+
+    def late(self, current: Round, now: float) -> list[Member]:
+        """Whoever is incomplete after quorum and timeout."""
+        deadline = self.deadline(current)
+        if deadline is None or now < deadline:
+            return []
+        wait_s = self.wait_s(current)
+        patient = self._rules.timeout is not None or wait_s >= self._rules.longest_wait_s
+        late = current.expected()
+        for member in late:
+            member.timed_out, member.waited_s = patient, wait_s
+        return late
+
+    def lateness(self, current: Round, member: Member, now: float) -> str:
+        """The sentence about one that is late, whose push has taken at least as long as this."""
+        peer = self._roster.peers[member.session]
+        p95 = peer.push_time_p95
+        usual = "" if p95 is None else f"p95 {p95:.2f} s, "
+        peer.took(now - current.opened_at)
+        return f"late ({usual}last seen {now - peer.last_seen:.1f} s ago)"
+
+    # ------------------------------------------------------------------ before the quorum
+
+    def given_up(self, current: Round, others: list[Peer], now: float) -> list[Member]:
+        """Those for whom a round without a quorum waits no longer; empty while it waits.
+
+        A round has no deadline before its quorum is there, and with `deterministic` none after it.
+        While nobody could go on without those it waits for, they have their time: a first batch may
+        compile for minutes. Where `others` could take part, it waits no longer than any round, and
+        longer each time that it was in vain; where that would change the bits, or only those could
+        go on who have pushed everything, half as long as until the run is given up."""
+        if not self.is_long(current, now):
+            return []
+        waited, longest = now - current.opened_at, self._rules.longest_wait_s
+        limit = math.inf
+        if others and not self._rules.deterministic:
+            limit = longest * 2 ** min(max(0, self.overdue_rounds - 1), OVERDUE_DOUBLINGS)
+        elif others or current.someone_is_whole:
+            limit = max(longest, self._rules.idle_timeout / 2)
+        if waited < min(limit, self._rules.idle_timeout):
+            if self._said_overdue != current.number:
+                self._said_overdue = current.number
+                self._out.warn(self.awaited(current, now))
+            return []
+        awaited = current.expected()
+        for member in awaited:
+            member.timed_out, member.waited_s = True, waited
+        return awaited
+
+    def is_long(self, current: Round, now: float) -> bool:
+        """Has a round without a deadline waited as long as any round may, where others could go
+        on?"""
+        if (self.deadline(current) or math.inf) < math.inf:
+            return False
+        return now - current.opened_at >= self._rules.longest_wait_s and bool(current.expected())
+
+    def awaited(self, current: Round, now: float) -> str:
+        """For whom the open round waits, as a sentence."""
+        names = [
+            f"{m.name} (last seen {now - self._roster.peers[m.session].last_seen:.1f} s ago)"
+            for m in current.expected()
+        ]
+        waited = now - current.opened_at
+        return f"round {current.number} has waited {waited:.0f} s for {', '.join(names)}"
+
+    # ------------------------------------------------------------------ who is left out
+
+    def takers(self, now: float) -> list[Peer]:
+        """The workers that get leases: those that are ready, without those that brought nothing to
+        the last rounds. Where too few are left, as many of these as are needed: first whose rest is
+        over first."""
+        ready = self._roster.workers_ready()
+        takers = [p for p in ready if now >= self._vain_of(p).until]
+        missing = max(1, self._rules.min_workers) - len(takers)
+        if missing > 0:
+            resting = [p for p in ready if now < self._vain_of(p).until]
+            takers += sorted(resting, key=lambda p: self._vain_of(p).until)[:missing]
+        return sorted(takers, key=lambda p: p.id)
+
+    def judge(self, peer: Peer, member: Member, now: float) -> bool:
+        """What a member's part in a round that is over says about it. Is it left out now?"""
+        if member.got:
+            self.vain.pop(peer.id, None)
+            return False
+        if not member.timed_out:
+            return False
+        vain = self.vain.setdefault(peer.id, Vain())
+        vain.rounds += 1
+        vain.waited_s += member.waited_s
+        return self._leave_out_if_due(peer, vain, now)
+
+    def _vain_of(self, peer: Peer) -> Vain:
+        return self.vain.get(peer.id) or Vain()
+
+    def _leave_out_if_due(self, peer: Peer, vain: Vain, now: float) -> bool:
+        """Whoever brings nothing, though rounds waited for it as long as they do, is left out for
+        as long as they waited, twice as long the next time and so on. It is time that counts: one
+        that never pushes costs a tenth of it in the end, however short the rounds of others are.
+        Before that it has the time to catch up with what it missed, as one whose cable was out has
+        to: while rounds wait for it the log grows slowly."""
+        if vain.rounds < EMPTY_ROUNDS or vain.waited_s < self._rules.longest_wait_s:
+            return False
+        if len(self._roster.workers_ready()) < 2:
+            return False
+        rest_s = vain.waited_s * min(2**vain.left_out, REST_TIMES_MAX)
+        self._out.warn(
+            f"{peer.name} brought nothing to {vain.rounds} rounds in a row, which waited "
+            f"{vain.waited_s:.0f} s for it: rounds go on without it for {rest_s:.0f} s",
+            peer,
+        )
+        vain.left_out, vain.waited_s, vain.until = vain.left_out + 1, 0.0, now + rest_s
+        return True
+
+    # ------------------------------------------------------------------ what is said of it
+
+    def look_for_the_slow(self, current: Round, now: float) -> None:
+        """A round that waits for one member most of its time has a sentence, once."""
+        ends = sorted((m.whole_at, w) for w, m in current.members.items() if m.whole_at is not None)
+        if len(ends) < 2 or len(ends) < len(current.members):
+            return
+        (before, _), (last, slowest) = ends[-2:]
+        for worker, member in current.members.items():
+            peer = self._roster.peers.get(member.session)
+            if peer is None:
+                continue
+            held_s = last - before
+            holds_up = worker == slowest and held_s > max(SLOW_S, (now - current.opened_at) / 2)
+            peer.slow_rounds = peer.slow_rounds + 1 if holds_up else 0
+            if peer.slow_rounds == SLOW_ROUNDS:
+                self._roster.prompted.add(peer.session)
+                if not peer.said_slow:
+                    peer.said_slow = True
+                    self._out.warn(
+                        f"every round waits {held_s:.2f} s for {peer.name}: the others are done "
+                        f"after {before - current.opened_at:.2f} s",
+                        peer,
+                    )
+
+    def say_late(self, close: Close) -> None:
+        """Who is late is told when it changes, not every step; who is left out is late still."""
+        late = frozenset(close.late)
+        ready = self._roster.workers_ready()
+        late |= {p.id for p in ready if self._vain_of(p).rounds >= EMPTY_ROUNDS}
+        if late != self._said_late:
+            changed = min(late ^ self._said_late)  # its sentences are limited
+            if self._out.sentences.may(changed, f"worker {changed}"):
+                if close.reason:
+                    self._out.warn(close.reason)
+                elif not late:
+                    self._out.say(f"round {close.round} closed with everybody again")
+        self._said_late = late
