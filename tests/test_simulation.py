@@ -183,22 +183,26 @@ class EndsBeforeItIsKept(Rounds):
 class AwaitsNoOtherObserver(Rounds):
     """The end does not wait for an observer that was started again."""
 
-    def _observer_catches_up(self, now: float) -> bool:
-        return self.observer is not None and super()._observer_catches_up(now)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        awaits, end = self._ending.awaits_observer, self._ending
+        end.awaits_observer = lambda *a: self.observer is not None and awaits(*a)  # type: ignore[method-assign]
 
 
 class WaitsForNobody(Rounds):
     """Nobody is left, and the run waits on."""
 
-    def _nobody_left_until(self, now: float) -> float | None:
-        return None
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._ending.nobody_left_until = lambda *_: None  # type: ignore[method-assign]
 
 
 class WaitsForALostState(Rounds):
     """Nobody holds what those who have joined wait for, and they wait on."""
 
-    def _look_for_holder(self, now: float) -> None:
-        pass
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._ending._look_for_holder = lambda *_: None  # type: ignore[method-assign]
 
 
 class WaitsForTheOverdue(Rounds):

@@ -45,7 +45,7 @@ from paramserver.protocol.messages import (
     Unready,
 )
 from paramserver.rounds import states
-from paramserver.rounds.departures import FAILED, LEFT, SILENT, Departure, Departures
+from paramserver.rounds.departures import FAILED, LEFT, SILENT, Departure
 from paramserver.rounds.divergence import Digests
 from paramserver.rounds.effects import (
     Closed,
@@ -57,6 +57,7 @@ from paramserver.rounds.effects import (
     Start,
     Void,
 )
+from paramserver.rounds.ending import Ending
 from paramserver.rounds.events import (
     Alive,
     Dropped,
@@ -80,6 +81,7 @@ from paramserver.rounds.log import Log
 from paramserver.rounds.origin import Origin
 from paramserver.rounds.outcome import Outcome
 from paramserver.rounds.outliers import Norms
+from paramserver.rounds.phases import Phases
 from paramserver.rounds.roster import Peer, Roster
 from paramserver.rounds.round import Member, Round, Tally
 from paramserver.rounds.rules import Rules
@@ -87,7 +89,6 @@ from paramserver.rounds.snapshots import EMPTY, Off, Snapshot, Snapshots, Taken
 from paramserver.rounds.states import GREETED, REPLICA, WAITING
 from paramserver.rounds.waits import Waits
 
-HOLDER_TIMEOUTS = 4  # that the last one who held the state has to come back to those who wait
 SNAPSHOTS_FOR_WRONG = 3  # that a replica takes because its weights are not those of the others
 
 
@@ -120,18 +121,12 @@ class Rounds:
         self.peers = self._roster.peers
         self.log = Log()
         self.round: Round | None = None
-        self.ending: tuple[str, bool] | None = None  # reason, error: no more rounds
-        self.ended: End | None = None
-        self._stopped = False  # somebody stopped it, in order
         self.started = False  # the first round has opened
         self.tallies: dict[int, Tally] = {}
-        self.observer_comes = False  # its process runs, whether it has greeted or not
         self.put_off = False
         self.state = states.STARTING if recovery is None else states.RETURNING
         self._origin = Origin(rules, now, count_buckets, recovery)
-        self._departures = Departures(rules.heartbeat_timeout, rules.idle_timeout)
-        self._last_holder = ""  # the last replica that was taken out, and why
-        self._lost_since: float | None = None  # somebody waits for a state that nobody here holds
+        self._ending = Ending(rules, self._roster, now)
         self.norms = Norms(rules.max_norm_ratio)
         self._digests = Digests()
         self._leases = Leases(
@@ -143,9 +138,7 @@ class Rounds:
         self._rounds = 0
         self._snapshots = Snapshots(self._roster, self._out, rules.heartbeat_timeout, now)
         self._waits = Waits(rules, self._roster, self._out)
-        self._busy_at = now  # a step was closed, or somebody came to work
-        self._ending_at = now  # the end was begun, or the observer came closer to keeping it
-        self._said_phase = ""
+        self._phases = Phases(rules, self._roster, self._leases, self._snapshots, self._ending)
 
     # ------------------------------------------------------------------ what happens
 
@@ -280,7 +273,7 @@ class Rounds:
         peer.left_with = None
         self._leases.release(self.round, now, peer.session)
         self._roster.is_ready(peer, message, now)
-        self._busy_at = now
+        self._ending.works(now)
         return True
 
     def _unready(self, peer: Peer, message: Unready, now: float) -> bool:
@@ -312,7 +305,7 @@ class Rounds:
         peer.stands_at = message.step
         if message.kept:
             peer.kept_at = message.step
-        self._ending_at = now
+        self._ending.observer_moves(now)
         return True
 
     def _digest(self, peer: Peer, message: Digest, now: float) -> bool:
@@ -366,7 +359,7 @@ class Rounds:
         self._remove(peer, "left", now, how=how, reason=reason, finished=finished)
         done = self._leases.own and how == LEFT and finished
         if done and took_part and self.started and not self._roster.has_workers:
-            self._begin_end(*self._departures.verdict(own=True), now)
+            self._begin_end(*self._ending.departures.verdict(own=True), now)
 
     # ------------------------------------------------------------------ pushes
 
@@ -425,7 +418,7 @@ class Rounds:
         elif isinstance(end, Taken):
             self._becomes_replica(peer, states.ADOPTED)
             self._turn(states.TAKEN)
-            self._ending_at = now
+            self._ending.observer_moves(now)
             self._out.say(f"{peer.name} took a snapshot of step {self.step}", peer)
         return end is not None
 
@@ -450,7 +443,7 @@ class Rounds:
         return True
 
     def _say_what_is_due(self, now: float) -> None:
-        self._say_phase(now)
+        self._phases.say_pause(self._out, self.state, self.started, self.step, now)
         for sentence in self._out.sentences.left_out(now):
             self._out.warn(sentence)
 
@@ -469,6 +462,24 @@ class Rounds:
     def observer(self) -> Peer | None:
         """The observer, if it is here."""
         return self._roster.observer
+
+    @property
+    def ending(self) -> tuple[str, bool] | None:
+        """Why the run ends, and whether that is an error; None while it goes on."""
+        return self._ending.begun
+
+    @property
+    def ended(self) -> End | None:
+        return self._ending.ended
+
+    @property
+    def observer_comes(self) -> bool:
+        """The observer's process runs, whether it has greeted or not."""
+        return self._ending.observer_comes
+
+    @observer_comes.setter
+    def observer_comes(self, comes: bool) -> None:
+        self._ending.observer_comes = comes
 
     @property
     def snapshot(self) -> Snapshot | None:
@@ -537,7 +548,7 @@ class Rounds:
             nonce=self.nonce,
             step=self.step,
             lineage=self.lineage,
-            phase=sentence + self._otherwise(now),
+            phase=sentence,
             open=self.open_message(),
             closed=self._rounds - (1 if self.round else 0),
             ending=self.ending is not None,
@@ -546,65 +557,14 @@ class Rounds:
 
     def phase(self, now: float) -> str:
         """What the run is doing or waiting for, as a sentence."""
-        return self._phase(now)[1] + self._otherwise(now)
+        return self._phase(now)[1]
 
     def doing(self, now: float) -> Phase:
         """The same for programs."""
         return self._phase(now)[0]
 
-    def _otherwise(self, now: float) -> str:
-        """What happens, and when, if what is waited for does not come before; empty: nothing."""
-        if self.ended is not None or self.ending is not None or self.coming_back:
-            return ""
-        if (due := self._nobody_left_until(now)) is not None:
-            return f" (the run ends in {max(0.0, due - now):.0f} s unless one comes)"
-        if self._lost_since is not None:
-            left = self._lost_until() - now
-            return f" (the run ends in {max(0.0, left):.0f} s unless one comes who does)"
-        if self.layout is None or self.snapshot is not None or self.started:
-            return ""
-        if self._roster.ready_since is None or len(self.workers_ready()) < self.rules.min_workers:
-            return ""
-        left = self._roster.ready_since + self.rules.join_timeout - now
-        return f" (starts with fewer in {max(0.0, left):.0f} s)"
-
     def _phase(self, now: float) -> tuple[Phase, str]:
-        """What the run is doing or waiting for, without what changes by the second."""
-        if self.ended is not None:
-            return Phase.ENDED, f"ended: {self.ended.reason}"
-        if self.ending is not None:
-            if self.observer is not None or self.observer_comes:
-                return Phase.ENDING, "waiting for the observer to keep the last step"
-            return Phase.ENDING, f"ending: {self.ending[0]}"
-        if self.state == states.RETURNING:
-            here = ", ".join(p.name for p in self.peers.values() if p.returns) or "nobody"
-            sentence = f"waiting for the replicas of this run to come back: {here} here"
-            return Phase.RETURNING, sentence
-        if self.state == states.STARTING:
-            who = "the observer" if self.rules.observer else "the first worker"
-            return Phase.STARTING, f"waiting for {who}, whose model and first weights are the run's"
-        if self.snapshot is not None:
-            return Phase.SNAPSHOT, f"{self.peers[self.snapshot.joiner].name} takes a snapshot"
-        if self.round is not None:
-            return Phase.TRAINING, "training"
-        if self._nobody_left_until(now) is not None:
-            return Phase.PAUSED, self._departures.verdict(own=self._leases.own)[0]
-        if self._lost_since is not None:
-            return Phase.PAUSED, self._lost_state()
-        among = [p.state for p in self.peers.values()]
-        if WAITING in among and REPLICA not in among:
-            sentence = f"waiting for a replica that stands at step {self.step}: nobody here does"
-            return Phase.PAUSED, sentence
-        ready = self.workers_ready()
-        here = ", ".join(p.name for p in ready) or "nobody"
-        if not self.started:
-            return Phase.STARTING, f"waiting for {self.rules.num_workers} workers: {here} ready"
-        if self._leases.exhausted and ready:
-            return Phase.PAUSED, "waiting for the last samples"
-        if len(ready) < self.rules.min_workers:
-            least = self.rules.min_workers
-            return Phase.PAUSED, f"paused: {len(ready)} of at least {least} workers ready ({here})"
-        return Phase.PAUSED, "between rounds"
+        return self._phases.now(self.state, self.started, self.step, now)
 
     # ------------------------------------------------------------------ the run's end
 
@@ -614,12 +574,10 @@ class Rounds:
         if self.coming_back:
             self.put_off = True
             return False
-        if self.ending is None:
-            self._stopped = not event.error
-        self._begin_end(event.reason, event.error, now)
+        self._begin_end(event.reason, event.error, now, stopped=not event.error)
         return True
 
-    def _begin_end(self, reason: str, error: bool, now: float) -> None:
+    def _begin_end(self, reason: str, error: bool, now: float, *, stopped: bool = False) -> None:
         """No more rounds; workers stay until the observer has kept the last step: should it die
         before, another one takes it from them."""
         if self.ending is not None:
@@ -629,95 +587,31 @@ class Rounds:
         for peer in self.peers.values():
             self._leases.take_back(peer, self.round)
         self._leases.release(self.round, math.inf)
-        self.ending, self._ending_at = (reason, error), now
+        self._ending.begin(reason, error, now, stopped=stopped)
         self._turn(states.END)
         self._out.effects.append(Publish(self.pulse(now)))  # the observer tells where it stands
-
-    def _observer_catches_up(self, now: float) -> bool:
-        """Is the observer on its way to the last step, or about to keep it? While it lives it is
-        waited for: to write a large model to a slow disk takes minutes."""
-        if now - self._ending_at > self.rules.idle_timeout:
-            return False
-        held = any(
-            p.state == REPLICA
-            or (
-                p.state == GREETED
-                and p.join is not None
-                and p.id not in self._snapshots.disbelieved
-            )
-            for p in self.peers.values()  # one that greeted and had joined does so again
-        )
-        observer = self.observer
-        if observer is None or observer.join is None:
-            comes = self.observer_comes or observer is not None
-            return comes and self.log.begun and held
-        may_have_it = held or observer.state != WAITING  # else nobody could give it a snapshot
-        return may_have_it and observer.kept_at != self.step
 
     def _give_up_if_due(self, now: float) -> None:
         """End a run for which nobody is left, or left who holds its state, or nothing happens."""
         if self.coming_back or self.ending is not None:
             return
-        self._look_for_holder(now)
-        due, idle = self._nobody_left_until(now), self.rules.idle_timeout
-        if due is not None and now >= due:
-            own = self._leases.own
-            self._begin_end(*self._departures.verdict(own=own), now)
-        elif self._lost_since is not None:  # who comes back has this time, however long it took
-            if now >= self._lost_until():
-                self._begin_end(self._lost_state(), True, now)
-        elif now - self._busy_at > idle:
+        end = self._ending.due(self.started, self.log, self._leases.own, now)
+        if end is not None:
+            self._begin_end(*end, now)
+        elif self._ending.is_idle(now):
             what = self._waits.awaited(self.round, now) if self.round else self.phase(now)
+            idle = self.rules.idle_timeout
             self._begin_end(f"nothing happened for {idle:g} s: {what}", True, now)
 
-    def _nobody_left_until(self, now: float) -> float | None:
-        """When the run ends because no worker is left; None where one is, or is awaited."""
-        return None if self._roster.has_workers or not self.started else self._departures.due(now)
-
-    def _look_for_holder(self, now: float) -> None:
-        """Does somebody wait for a state that nobody here holds any more?"""
-        workers = [p.state for p in self.peers.values() if p.role == "worker"]
-        held = self._roster.has_replica
-        if held or not self.log.begun or WAITING not in workers:
-            self._lost_since = None
-        elif self._lost_since is None:
-            self._lost_since = now
-
-    def _lost_until(self) -> float:
-        assert self._lost_since is not None
-        return self._lost_since + HOLDER_TIMEOUTS * self.rules.heartbeat_timeout
-
-    def _lost_state(self) -> str:
-        last = f"; {self._last_holder} was the last to hold it" if self._last_holder else ""
-        return f"nobody here stands at step {self.step}, which the others wait for{last}"
-
     def _end(self) -> None:
-        assert self.ending is not None
-        reason, error = self.ending
         self._turn(states.OVER)
-        self.ended = End(
-            nonce=self.nonce,
-            step=self.step,
-            lineage=self.lineage,
-            reason=reason,
-            error=error,
-            stopped=self._stopped,
-        )
-        self._out.effects.append(Ended(self.ended))
+        self._out.effects.append(Ended(self._ending.end(self.nonce, self.log)))
 
     # ------------------------------------------------------------------ inside: peers
 
     def may_say(self, id: int, name: str) -> bool:
         """May one more sentence about this worker be told?"""
         return self._out.sentences.may(id, name)
-
-    def _say_phase(self, now: float) -> None:
-        """A pause is told when it begins, not every time somebody looks."""
-        paused = self.started and self.round is None and self.snapshot is None and not self.ended
-        text = self._phase(now)[1] if paused else ""  # without seconds, which change all the time
-        if text and text != self._said_phase:
-            self._out.say(self.phase(now))
-        self._said_phase = text
 
     def _take_out(self, peer: Peer, why: str, now: float) -> None:
         """Nothing is expected of this peer any more, until it joins (again)."""
@@ -728,8 +622,7 @@ class Rounds:
             self._out_of_round(member, why, now)
         self._leases.take_back(peer, self.round)
         self._leases.release(self.round, now, peer.session)
-        if peer.state == REPLICA:
-            self._last_holder = f"{peer.name} ({why})"
+        self._ending.taken_out(peer, why)
         self._roster.take_out(peer)
         self._roster.not_ready(peer, started=self.started)
 
@@ -740,7 +633,7 @@ class Rounds:
     def _becomes_replica(self, peer: Peer, cause: str) -> None:
         self._roster.becomes_replica(peer, cause, self.step)
         if peer.role == "worker":
-            self._departures.joined(peer.id)
+            self._ending.departures.joined(peer.id)
 
     def _remove(
         self,
@@ -757,7 +650,7 @@ class Rounds:
         self._roster.remove(peer)
         if peer.role == "worker":
             went = Departure(peer.name, how, reason, now, finished)
-            self._departures.went(peer.id, went)
+            self._ending.departures.went(peer.id, went)
         self._out.effects.append(Remove(peer.session))
 
     @property
@@ -774,7 +667,7 @@ class Rounds:
         if not self._become_origin(peer, peer.join):
             peer.returns = False  # it was told why; the next one
             return
-        self._busy_at = now
+        self._ending.works(now)
         self.log.begun = self.started = self.step > 0
 
     def _choose_origin(self) -> None:
@@ -901,7 +794,9 @@ class Rounds:
         if self.ended is not None:
             return False
         if self.ending is not None:
-            if not self._start_snapshot(("observer",), now) and not self._observer_catches_up(now):
+            under_way = self._start_snapshot(("observer",), now)
+            empty = self._snapshots.disbelieved
+            if not (under_way or self._ending.awaits_observer(self.log, empty, now)):
                 self._end()
             return False
         if self.coming_back:
@@ -964,7 +859,8 @@ class Rounds:
         weight = sum(n for n, _ in losses)
         self.round = None
         self._turn(states.CLOSED)
-        self._busy_at, self._waits.overdue_rounds = now, 0
+        self._ending.works(now)
+        self._waits.overdue_rounds = 0
         close = Close(
             nonce=self.nonce,
             round=current.number,

@@ -368,7 +368,7 @@ class Schedule:
         if not end.reason.startswith("nothing happened") or not self.server.rounds.started:
             return
         rounds, since = self.server.rounds, (self.server.ended_at or 0.0) - 6 * SILENCE_S
-        went = rounds._departures._went.values()
+        went = rounds._ending.departures._went.values()
         workers = [p for p in rounds.peers.values() if p.role == "worker"]
         if went and not workers and all(d.how == LEFT and d.at < since for d in went):
             raise Broken(f"every worker had left, and the run waited on: {end.reason}")

@@ -509,7 +509,7 @@ class Server:
         r = self.rounds
         held = any(p.state == REPLICA for p in r.peers.values())
         comes = r.observer_comes or r.observer is not None
-        waited_s = self.world.now - r._ending_at
+        waited_s = self.world.now - r._ending.moved_at
         if r.log_begun and held and comes and waited_s <= self.rules.idle_timeout:
             if end.lineage not in self.disk:
                 raise Broken(f"the run ends, but step {end.step} is on no disk")

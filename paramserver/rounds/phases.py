@@ -1,0 +1,103 @@
+"""What a run is doing, or waiting for: the phase for programs, and the sentence for people."""
+
+from __future__ import annotations
+
+from paramserver.protocol.messages import Phase
+from paramserver.rounds import states
+from paramserver.rounds.ending import Ending
+from paramserver.rounds.leases import Leases
+from paramserver.rounds.outcome import Outcome
+from paramserver.rounds.roster import Roster
+from paramserver.rounds.rules import Rules
+from paramserver.rounds.snapshots import Snapshots
+from paramserver.rounds.states import REPLICA, WAITING
+
+
+class Phases:
+    """Reads the parts of `Rounds`, and owns the sentence that was logged last. `state` is the run's
+    (`states.RUN`), `started`: its first round has opened, `step` that of the log."""
+
+    def __init__(
+        self,
+        rules: Rules,
+        roster: Roster,
+        leases: Leases,
+        snapshots: Snapshots,
+        ending: Ending,
+    ) -> None:
+        self._rules = rules
+        self._roster = roster
+        self._leases = leases
+        self._snapshots = snapshots
+        self._ending = ending
+        self._said = ""
+
+    def now(self, state: str, started: bool, step: int, now: float) -> tuple[Phase, str]:
+        """The phase, and its sentence with what happens, and when, if what is waited for does not
+        come before."""
+        phase, sentence = self._now(state, started, step, now)
+        return phase, sentence + self._otherwise(state, started, now)
+
+    def say_pause(self, out: Outcome, state: str, started: bool, step: int, now: float) -> None:
+        """A pause is logged when it begins, not every time somebody looks."""
+        paused = started and state in (states.BETWEEN, states.ENDING)
+        text = ""  # without seconds, which change all the time
+        if paused and self._snapshots.running is None:
+            text = self._now(state, started, step, now)[1]
+        if text and text != self._said:
+            out.say(text + self._otherwise(state, started, now))
+        self._said = text
+
+    def _now(self, state: str, started: bool, step: int, now: float) -> tuple[Phase, str]:
+        """The same without what changes by the second."""
+        ending, peers = self._ending, self._roster.peers
+        if ending.ended is not None:
+            return Phase.ENDED, f"ended: {ending.ended.reason}"
+        if ending.begun is not None:
+            if self._roster.observer is not None or ending.observer_comes:
+                return Phase.ENDING, "waiting for the observer to keep the last step"
+            return Phase.ENDING, f"ending: {ending.begun[0]}"
+        if state == states.RETURNING:
+            here = ", ".join(p.name for p in peers.values() if p.returns) or "nobody"
+            sentence = f"waiting for the replicas of this run to come back: {here} here"
+            return Phase.RETURNING, sentence
+        if state == states.STARTING:
+            who = "the observer" if self._rules.observer else "the first worker"
+            return Phase.STARTING, f"waiting for {who}, whose model and first weights are the run's"
+        if self._snapshots.running is not None:
+            return Phase.SNAPSHOT, f"{peers[self._snapshots.running.joiner].name} takes a snapshot"
+        if state == states.OPEN:
+            return Phase.TRAINING, "training"
+        return self._pause(started, step, now)
+
+    def _pause(self, started: bool, step: int, now: float) -> tuple[Phase, str]:
+        """No round is open, and no snapshot under way."""
+        if self._ending.nobody_left_until(started, now) is not None:
+            return Phase.PAUSED, self._ending.departures.verdict(own=self._leases.own)[0]
+        if self._ending.lost_since is not None:
+            return Phase.PAUSED, self._ending.lost_state(step)
+        if self._roster.in_state(WAITING) and not self._roster.in_state(REPLICA):
+            sentence = f"waiting for a replica that stands at step {step}: nobody here does"
+            return Phase.PAUSED, sentence
+        ready, least = self._roster.workers_ready(), self._rules.min_workers
+        here = ", ".join(p.name for p in ready) or "nobody"
+        if not started:
+            return Phase.STARTING, f"waiting for {self._rules.num_workers} workers: {here} ready"
+        if self._leases.exhausted and ready:
+            return Phase.PAUSED, "waiting for the last samples"
+        if len(ready) < least:
+            return Phase.PAUSED, f"paused: {len(ready)} of at least {least} workers ready ({here})"
+        return Phase.PAUSED, "between rounds"
+
+    def _otherwise(self, state: str, started: bool, now: float) -> str:
+        if self._ending.begun is not None or state == states.RETURNING:
+            return ""
+        if otherwise := self._ending.otherwise(started, now):
+            return otherwise
+        if state in (states.STARTING, states.SNAPSHOT) or started:
+            return ""
+        since = self._roster.ready_since
+        if since is None or len(self._roster.workers_ready()) < self._rules.min_workers:
+            return ""
+        left = since + self._rules.join_timeout - now
+        return f" (starts with fewer in {max(0.0, left):.0f} s)"
