@@ -11,6 +11,7 @@ import torch
 
 from paramserver.protocol import messages as wire
 from paramserver.rounds.coordinator import Rounds
+from paramserver.rounds.recovery import NOTHING
 from paramserver.rounds.rules import Rules
 from paramserver.server import control
 from paramserver.server.control import Control, Finished
@@ -74,15 +75,16 @@ class Told:
 
 
 class Run:
-    """Two workers that take part; `now` is the time."""
+    """Two workers that take part; `now` is the time. With `noted` the server was started again."""
 
-    def __init__(self, workers: int = 2) -> None:
+    def __init__(self, workers: int = 2, noted: str | None = None) -> None:
         self.told, self.now = Told(), 100.0
         settings = Settings(observer=False, num_workers=workers, num_epochs=2)
         rules = Rules(
             num_workers=workers, heartbeat_timeout=SILENCE_S, timeout=1.0, epochs=2, observer=False
         )
-        self.rounds = Rounds(rules, "nonce", self.now, lambda layout: 1)
+        self.rounds = Rounds(rules, "nonce", self.now, lambda layout: 1, recovery=noted)
+        self.holds = None if noted is None else "run"
         names = iter(f"session-{n}" for n in range(1, 100))
         self.data = Data(settings, "nonce", None)
         self.control = Control(
@@ -119,6 +121,7 @@ class Run:
             nonce=f"process {number}",
             host="here",
             pid=number,
+            run=self.holds,
         )
         self.control.receive(b"door %d" % number, hello, [], self.now)
         self.hear(number, wire.Probe(session=f"session-{number}"))
@@ -241,6 +244,25 @@ def test_who_beats_and_says_no_goodbye_is_not_awaited_for_ever() -> None:
         for number in (1, 2):
             run.hear(number, wire.Beat(session=f"session-{number}"))
     run.now += 0.001
+    assert run.control.finished(run.now)
+
+
+def test_after_a_restart_the_end_is_told_to_those_who_have_not_greeted_yet() -> None:
+    """Each has a heartbeat timeout to be heard of, and as long after its last beat; but one that
+    beats and does not greet is not awaited for ever."""
+    run = Run(noted=NOTHING)
+    run.control.stop("stopped")
+    run.control.tick(run.now)
+    for number in (1, 2):
+        run.hear(number, wire.Goodbye(reason="finished", step=0, digest="d"))
+    began = run.now
+    beat = wire.Beat(session="of the server before", run="run", nonce="process 3")
+    for silent_s in (SILENCE_S - 0.1, SILENCE_S, SILENCE_S):
+        run.now += silent_s
+        assert not run.control.finished(run.now)
+        run.control.receive(b"door 3", beat, [], run.now)
+    assert not run.control.finished(run.now)
+    run.now = began + control.GOODBYE_TIMEOUTS * SILENCE_S + 0.1
     assert run.control.finished(run.now)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 import pytest
 from simulation import Parts, Schedule, simulate
+from simulation.peer import Worker
 
 from paramserver.protocol import messages as wire
 from paramserver.rounds.coordinator import Rounds
@@ -393,6 +394,20 @@ class LooksNowhere(ServerSearch):
         return False
 
 
+class LooksForNoEnd(Worker):
+    """It greets again whatever lies in its sockets, the run's end, too."""
+
+    def _look_for_end(self) -> None:
+        pass
+
+
+class EndsWithoutTheRest(Rounds):
+    """A server that was started again ends with those who came back first."""
+
+    def awaits_returning(self, now: float) -> bool:
+        return False
+
+
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("parts", "symptom", "first"),
@@ -435,6 +450,8 @@ class LooksNowhere(ServerSearch):
         (Parts(session=Listens), "could have gone on|lives|but not for", 690),
         (Parts(session=KeepsWhatIsLost), "another model than the log", 138),
         (Parts(pushes=WaitsForAverages), "could have gone on|does not end", 40),
+        (Parts(worker=LooksForNoEnd), "sent away although", 221),
+        (Parts(rounds=EndsWithoutTheRest), "sent away although", 950),
         (Parts(search=LooksNowhere), "was lost|could have come back|sent away", 8),
     ],
     ids=lambda value: planted(value) if isinstance(value, Parts) else "",

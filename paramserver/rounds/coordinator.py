@@ -658,6 +658,10 @@ class Rounds:
         """Is this server still waiting for those who hold its run?"""
         return self.state == states.RETURNING
 
+    def awaits_returning(self, now: float) -> bool:
+        """After a restart: may a process of this run be there that has not greeted yet?"""
+        return self._origin.awaits(now)
+
     def _await_recovery(self, now: float) -> None:
         """When all who may hold the newest state are back, it is the run's again."""
         peer = self._origin.returned(self._roster, now)

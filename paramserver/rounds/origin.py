@@ -60,6 +60,10 @@ class Origin:
         if self._recovery is not None:
             self._recovery.greeted(nonce)
 
+    def awaits(self, now: float) -> bool:
+        """After a restart: may a process of this run be there that has not greeted yet?"""
+        return self._recovery is not None and self._recovery.awaits(now)
+
     def returned(self, roster: Roster, now: float) -> Peer | None:
         """Who has the newest state, when all who may hold it are back; None until then, and where
         nobody is waited for."""
@@ -96,10 +100,9 @@ class Origin:
         return None
 
     def becomes(self, join: Join) -> None:
-        """The run begins, or goes on, with this state: nobody is waited for any more."""
+        """The run begins, or goes on, with this state."""
         self.layout, self.buckets = join.layout, self._count_buckets(join.layout)
         self.recipe = join.recipe
-        self._recovery = None
 
     def differs(self, peer: Peer) -> Reject | None:
         """Why this peer cannot follow the run, since it has another model or another way from an

@@ -55,6 +55,10 @@ class Recovery:
         """
         if self.noted in back or (back and self.noted == NOTHING):
             return True
-        waited = now - self._began
-        alive = joining or any(now - heard <= self._timeout_s for heard in self._beating.values())
-        return waited >= self._limit_s or (waited >= self._timeout_s and not alive)
+        return now - self._began >= self._limit_s or not (joining or self.awaits(now))
+
+    def awaits(self, now: float) -> bool:
+        """May a process of this run be there that has not greeted yet?"""
+        if now - self._began < self._timeout_s:
+            return True
+        return any(now - heard <= self._timeout_s for heard in self._beating.values())

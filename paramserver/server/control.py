@@ -196,14 +196,17 @@ class Control:
                 self._send(session, self.rounds.ended)
 
     def finished(self, now: float) -> bool:
-        """Has every living peer said goodbye, or had the time to?"""
+        """Has every living peer said goodbye, or had the time to? After a restart, those who have
+        not greeted yet have the time to hear how the run ended: else they would wait on."""
         if self._ended_at is None:
             return self.rounds.deserted or self.rounds.put_off
-        rules = self.rounds.rules
+        rules, waited_s = self.rounds.rules, now - self._ended_at
         silence = rules.heartbeat_timeout
         goodbye = {"worker": GOODBYE_TIMEOUTS * silence, "observer": rules.idle_timeout}
+        if waited_s <= goodbye["worker"] and self.rounds.awaits_returning(now):
+            return False
         return all(
-            now - p.last_seen > silence or now - self._ended_at > goodbye[p.role]
+            now - p.last_seen > silence or waited_s > goodbye[p.role]
             for p in self.rounds.peers.values()
         )
 

@@ -114,13 +114,14 @@ class Network:
             line.carry(DOWN, message)
         return True
 
-    def server_died(self) -> None:
-        """Its kernel closes every connection."""
+    def server_died(self, *, lingers: bool = False) -> None:
+        """Its kernel closes every connection; what was sent still arrives where it `lingers`."""
         self.server_is_up = False
         self.routes.clear()
         rng = self.world.random
         for line in sorted(self.lines, key=lambda line: line.number):
-            line.server_died(rng.choice((0.0, rng.uniform(0.0, 2 * self.delay_s), 1e9)))
+            arrives_s = rng.choice((0.0, rng.uniform(0.0, 2 * self.delay_s), 1e9))
+            line.server_died(1e9 if lingers else arrives_s)
 
     def server_is_back(self) -> None:
         """Peers find it again, each in its time."""

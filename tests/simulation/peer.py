@@ -23,7 +23,7 @@ from workers.link.pushes import Pushes
 from workers.link.session import Session
 
 from .book import Broken, Sample, after_update, samples_of
-from .network import Carried, Network, Together, World
+from .network import Carried, Line, Network, Together, World
 from .process import AT_BOTH, AT_DOOR, AT_LINK, DEAF, Leaves, Process, Waiting
 from .server import LIE, Ring, Server, brief, pieces_of
 
@@ -151,6 +151,7 @@ class Client(Process):
         self.welcome: wire.Welcome | None = None
         self.run: str | None = None  # to which its state belongs
         self.turned_away = False  # by a server that it found, and took for another one
+        self.has_end = False  # it has come to one of its sockets
         self.greetings = 0
         self.key = server.nonce if self.role == "observer" else ""
         self.host, self.port = "host", net.port
@@ -187,6 +188,10 @@ class Client(Process):
     def heard_at_door(self, message: Any) -> None:
         if isinstance(message, wire.Greet) and not message.session_known:
             self._must_greet = True
+
+    def _arrive(self, line: Line, carried: Carried) -> None:
+        super()._arrive(line, carried)
+        self.has_end |= isinstance(carried[0], wire.End) and self.lines.get(line.kind) is line
 
     # ------------------------------------------------------------------ its connection
 

@@ -19,7 +19,8 @@ is checked that
 * what is kept is bounded (`server`);
 
 and at the end that all samples are accounted for, that nothing waits without end, that every
-process ended by itself at the log's last step, and that nobody was sent away without a reason.
+process ended by itself at the log's last step, and that nobody was sent away without a reason. The
+server's process ends, too, as soon as it may: then nobody is answered any more.
 """
 
 from __future__ import annotations
@@ -84,6 +85,7 @@ NOT_TO_BE_HAD = "the run's state is not to be had"
 """Five givers in a row were killed or left. No liar may bring that about where anybody else could
 give; where it alone says that it holds the state, and has contributed, that state is lost."""
 OF_ANOTHER_RUN = "rejected: this server runs"
+NOBODY_THERE = (UNANSWERED, "the server has been silent")
 TOO_LATE = ("the run has ended", "the run ended before it could join")
 """How processes may end: by themselves, by a fault, because another one has their id, or because
 they came when the run was over."""
@@ -269,6 +271,7 @@ class Schedule:
             fair |= not self.lies or self._only_liar_left(peer)
         fair |= why == UNANSWERED and self._has_lost_its_run(peer)
         late = why in TOO_LATE or (why == UNANSWERED and peer.run is None)
+        late |= why.startswith(NOBODY_THERE) and self._may_have_missed_the_end(peer)
         if not fair and (self.server.ended_at is None or not late):
             raise Broken(f"{peer.name} was sent away although it did nothing wrong: {why}")
         done = why == "finished" and peer.role == "worker" and self.habits.own > 0
@@ -276,6 +279,14 @@ class Schedule:
             self._check_last_step(peer)
         if why != "killed" and not done:
             self.world.after(self.world.random.uniform(0.5, 3.0), self._start, slot)
+
+    def _may_have_missed_the_end(self, peer: Client) -> bool:
+        """Was this one out of reach shortly before the end, or just started? The server says it for
+        a few heartbeats, and does not wait for those whom it takes for gone. What has come to a
+        peer's sockets it must read."""
+        well_since = max(peer.reachable_at, peer.born_at)
+        ended_at = self.server.ended_at or math.inf
+        return not peer.has_end and well_since > ended_at - 5 * SILENCE_S
 
     def _only_liar_left(self, peer: Client) -> bool:
         """Was the liar asked for this one's last snapshots only where nobody else could give, as at
@@ -517,7 +528,7 @@ class Schedule:
         if server.book.step != end.step:
             raise Broken(f"{server.book.step} updates were closed, the end has {end.step}")
         limit = max(world.now, self.calm_at) + DEADLINE_S + 10 * SILENCE_S
-        if not world.run(lambda: not self.alive and server.finished(), limit):
+        if not world.run(lambda: not self.alive and server.over, limit):
             left = ", ".join(p.name for p in self.alive)
             raise Broken(f"the run has ended, but not for {left or 'the server'}")
         outcome.seen["steps"] += end.step

@@ -252,6 +252,7 @@ class Server:
         self.limit = history
         self.sent_bytes = self.received_bytes = 0
         self.boots = self._runs = 0
+        self.over = False  # the run has ended, and its process too
         self.dies_at: str | None = None
         self.givers: dict[str, list[tuple[Peer, bool]]] = {}
         """By the process of a joiner: who gave; was the liar the only one who could?"""
@@ -320,11 +321,19 @@ class Server:
 
     def restart(self, moves: bool = False) -> None:
         """`make server` again; it `moves`: on another port."""
-        if not self.alive:
+        if not self.alive and not self.over:
             self.net.port += moves
             self.world.say(f"START the server again; step {self.noted} was noted")
             self._boot(self.noted)
             self.net.server_is_back()
+
+    def _exit_if_due(self) -> None:
+        """Everybody who is alive has said goodbye, or had the time to: the program ends, and
+        answers nobody any more."""
+        if self.ended_at is not None and self.control.finished(self.world.now):
+            self.world.say("the server ends")
+            self.alive, self.over = False, True
+            self.net.server_died(lingers=True)
 
     def _desert(self) -> None:
         """Nobody came back: a new run begins, on the same port."""
@@ -368,6 +377,7 @@ class Server:
         if isinstance(message, wire.Digest):
             self._check_found_wrong()
         self._check_bounds()
+        self._exit_if_due()
 
     def go_on(self) -> None:
         """After a stop, sockets are read before time is looked at."""
@@ -399,6 +409,8 @@ class Server:
             self.kill()
         elif self.rounds.deserted:
             self._desert()
+        else:
+            self._exit_if_due()
 
     def _pulse(self, boot: int) -> None:
         if not self.alive or boot != self.boots:
@@ -414,11 +426,6 @@ class Server:
         if self.alive:
             self.control.stop(reason)
             self._look_at_time(self.boots)
-
-    def finished(self) -> bool:
-        """Has everybody who is alive said goodbye, or had the time to?"""
-        ended = self.ended_at is not None and self.alive
-        return ended and self.control.finished(self.world.now)
 
     # ------------------------------------------------------------------ what goes out
 
