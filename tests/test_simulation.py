@@ -273,8 +273,9 @@ class ComparesAnySteps(Rounds):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        report = self._digests.report
-        self._digests.report = lambda step, *more: report(0, *more)  # type: ignore[method-assign]
+        digests = self._divergence.digests
+        report = digests.report
+        digests.report = lambda step, *more: report(0, *more)  # type: ignore[method-assign]
 
 
 class KeepsLinks(Control):

@@ -18,35 +18,10 @@ from collections.abc import Callable, Collection
 
 import msgspec
 
-from paramserver.protocol.messages import (
-    FAILURES,
-    OWN,
-    Abort,
-    Admit,
-    Adopted,
-    Close,
-    Digest,
-    End,
-    Fetch,
-    Goodbye,
-    Greet,
-    Join,
-    Layout,
-    Lease,
-    Open,
-    Phase,
-    Pulse,
-    Push,
-    Ready,
-    Refused,
-    Reject,
-    Stand,
-    Unreadable,
-    Unready,
-)
+from paramserver.protocol import messages as wire
 from paramserver.rounds import states
 from paramserver.rounds.departures import FAILED, LEFT, SILENT, Departure
-from paramserver.rounds.divergence import Digests
+from paramserver.rounds.divergence import Divergence
 from paramserver.rounds.effects import (
     Closed,
     Discard,
@@ -65,7 +40,6 @@ from paramserver.rounds.events import (
     Forgotten,
     Greeted,
     Heard,
-    Part,
     PeerEvent,
     Pushed,
     PushRefused,
@@ -76,7 +50,7 @@ from paramserver.rounds.events import (
 )
 from paramserver.rounds.events import Message as Words
 from paramserver.rounds.leases import Leases
-from paramserver.rounds.ledger import DONE, PARTLY, RETURNED, Ledger, Places
+from paramserver.rounds.ledger import DONE, RETURNED, Ledger, Places
 from paramserver.rounds.log import Log
 from paramserver.rounds.origin import Origin
 from paramserver.rounds.outcome import Outcome
@@ -85,11 +59,9 @@ from paramserver.rounds.phases import Phases
 from paramserver.rounds.roster import Peer, Roster
 from paramserver.rounds.round import Member, Round, Tally
 from paramserver.rounds.rules import Rules
-from paramserver.rounds.snapshots import EMPTY, Off, Snapshot, Snapshots, Taken
+from paramserver.rounds.snapshots import EMPTY, Off, SideMessage, Snapshot, Snapshots, Taken
 from paramserver.rounds.states import GREETED, REPLICA, WAITING
 from paramserver.rounds.waits import Waits
-
-SNAPSHOTS_FOR_WRONG = 3  # that a replica takes because its weights are not those of the others
 
 
 class Rounds:
@@ -108,10 +80,10 @@ class Rounds:
         rules: Rules,
         nonce: str,
         now: float,
-        count_buckets: Callable[[Layout], int],
+        count_buckets: Callable[[wire.Layout], int],
         *,
         recovery: str | None = None,
-        name_samples: Callable[[int, Lease], str] | None = None,
+        name_samples: Callable[[int, wire.Lease], str] | None = None,
         places: Places | None = None,
     ) -> None:
         self.rules = rules
@@ -128,7 +100,7 @@ class Rounds:
         self._origin = Origin(rules, now, count_buckets, recovery)
         self._ending = Ending(rules, self._roster, now)
         self.norms = Norms(rules.max_norm_ratio)
-        self._digests = Digests()
+        self._divergence = Divergence(self._roster, self._out)
         self._leases = Leases(
             rules, self._roster, self._out, name_samples=name_samples, places=places
         )
@@ -183,7 +155,7 @@ class Rounds:
                 return False
             case PushRefused():
                 peer.late_with = None  # it is done with that
-                self._out.send(peer, Refused(round=event.push.round, reason=event.reason))
+                self._out.send(peer, wire.Refused(round=event.push.round, reason=event.reason))
                 return False
             case Told():
                 return self._told(peer, event.message, now)
@@ -199,29 +171,29 @@ class Rounds:
         """Heed a message, or answer the one that does not count in the peer's state."""
         heeded = states.HEEDED.get(type(message))
         if heeded is not None and not (peer.role in heeded[0] and peer.state in heeded[1]):
-            if isinstance(message, Ready) and (peer.role != "worker" or peer.join is None):
-                self._out.send(peer, Reject("ready before joining"))
-            elif isinstance(message, Adopted) and peer.state == GREETED:
+            if isinstance(message, wire.Ready) and (peer.role != "worker" or peer.join is None):
+                self._out.send(peer, wire.Reject("ready before joining"))
+            elif isinstance(message, wire.Adopted) and peer.state == GREETED:
                 self._out.send(
-                    peer, Greet(join=True)
+                    peer, wire.Greet(join=True)
                 )  # it was called off while this was on its way
             return False  # who lost its place says so again when it has it back
         match message:
-            case Join():
+            case wire.Join():
                 return self._join(peer, message, now)
-            case Ready():
+            case wire.Ready():
                 return self._ready(peer, message, now)
-            case Unready():
+            case wire.Unready():
                 return self._unready(peer, message, now)
-            case Unreadable():
+            case wire.Unreadable():
                 return self._unreadable(peer, message, now)
-            case Fetch():
+            case wire.Fetch():
                 return self._fetch(peer, message, now)
-            case Digest():
+            case wire.Digest():
                 return self._digest(peer, message, now)
-            case Stand():
+            case wire.Stand():
                 return self._stand(peer, message, now)
-            case Goodbye():
+            case wire.Goodbye():
                 return self._goodbye(peer, message, now)
             case _:
                 return self._snapshot_goes_on(peer, message, now)
@@ -247,15 +219,13 @@ class Rounds:
             self._leases.dies(holder, None if holder.nonce == nonce else "", self.round)
             self._remove(holder, "greeted again", now)
         self._leases.lives(nonce)
-        peer = self._roster.enter(greeting, now)
-        if holder is not None and holder.nonce == nonce:  # it still has not got what it missed
-            peer.missed, peer.failed_by = holder.missed, holder.failed_by
+        peer = self._roster.enter(greeting, holder, now)
         self._origin.greeted(nonce)
         if peer.role == "worker":
             self._out.say(f"{peer.name} is here", peer)
         return True
 
-    def _join(self, peer: Peer, message: Join, now: float) -> bool:
+    def _join(self, peer: Peer, message: wire.Join, now: float) -> bool:
         """A replica tells where it stands; answered with Admit, now or when there is an origin."""
         self._take_out(peer, "joined again", now)
         peer.join = message
@@ -266,7 +236,7 @@ class Rounds:
             self._admit(peer)
         return True
 
-    def _ready(self, peer: Peer, message: Ready, now: float) -> bool:
+    def _ready(self, peer: Peer, message: wire.Ready, now: float) -> bool:
         """A worker waits for samples."""
         if not self._leases.admits(peer, message):
             return False
@@ -276,7 +246,7 @@ class Rounds:
         self._ending.works(now)
         return True
 
-    def _unready(self, peer: Peer, message: Unready, now: float) -> bool:
+    def _unready(self, peer: Peer, message: wire.Unready, now: float) -> bool:
         """A worker left its loop: it takes part no more until it is ready again. What it left
         unfinished may have killed it: nobody else gets that before this is clear."""
         peer.left_with = self._computes(peer)
@@ -288,7 +258,7 @@ class Rounds:
         self._roster.not_ready(peer, started=self.started)
         return True
 
-    def _fetch(self, peer: Peer, message: Fetch, now: float) -> bool:
+    def _fetch(self, peer: Peer, message: wire.Fetch, now: float) -> bool:
         """A replica asks for updates that were published, see `_look_for_the_deaf`; where they are
         not kept any more it may join again."""
         if self.knows(message.step, message.lineage):
@@ -297,10 +267,10 @@ class Rounds:
         if peer.join is None:
             return False
         self._take_out(peer, "fell behind the kept updates", now)
-        self._out.send(peer, Admit(action="behind", step=self.step, lineage=self.lineage))
+        self._out.send(peer, wire.Admit(action="behind", step=self.step, lineage=self.lineage))
         return True
 
-    def _stand(self, peer: Peer, message: Stand, now: float) -> bool:
+    def _stand(self, peer: Peer, message: wire.Stand, now: float) -> bool:
         """The observer has applied everything up to a step; what is to stay of it may be kept."""
         peer.stands_at = message.step
         if message.kept:
@@ -308,43 +278,20 @@ class Rounds:
         self._ending.observer_moves(now)
         return True
 
-    def _digest(self, peer: Peer, message: Digest, now: float) -> bool:
-        """A replica tells the digest of its weights at a step."""
-        assert peer.join is not None
-        step = message.step
-        if not peer.has_shown or not peer.replica_since < step <= self.step:
-            return False
-        kind = peer.join.kind
-        alike = {
-            p.id: p
-            for p in self.peers.values()
-            if p.believed and p.join and p.join.kind == kind and p.replica_since < step
-        }
-        for id in self._digests.report(step, kind, peer.id, message.digest, alike):
-            if (wrong := alike.get(id)) is not None:
-                self._is_wrong(wrong, [p.name for p in alike.values() if p is not wrong], now)
+    def _digest(self, peer: Peer, message: wire.Digest, now: float) -> bool:
+        """A replica reports the digest of its weights. Those that differ take a snapshot."""
+        for wrong in self._divergence.told(peer, message, self.step):
+            why = "has other weights than the rest"
+            self._out.warn(f"{wrong.name} {why}: it takes a snapshot", wrong)
+            self._snapshots.gave_wrong(wrong)
+            self._joins_anew(wrong, why, now)
         return True
 
-    def _is_wrong(self, peer: Peer, others: list[str], now: float) -> None:
-        """Most others of its kind have other weights. A snapshot helps, but one that is found wrong
-        again and again would take snapshots for ever, perhaps because another one lies."""
-        peer.found_wrong += 1
-        if peer.found_wrong > SNAPSHOTS_FOR_WRONG:
-            if peer.found_wrong == SNAPSHOTS_FOR_WRONG + 1:
-                self._out.warn(
-                    f"{peer.name} and {', '.join(others)} have other weights again, after "
-                    f"{SNAPSHOTS_FOR_WRONG} snapshots: one of them is broken; stop that one"
-                )
-            return
-        self._out.warn(f"{peer.name} has other weights than the rest: it takes a snapshot", peer)
-        self._snapshots.gave_wrong(peer)
-        self._joins_anew(peer, "has other weights than the rest", now)
-
-    def _goodbye(self, peer: Peer, message: Goodbye, now: float) -> bool:
+    def _goodbye(self, peer: Peer, message: wire.Goodbye, now: float) -> bool:
         """It leaves. Its digest is of weights at a step, which only a member can know. With an
         error an exception or a broken rule ends its part; `failed` where it died in its lease."""
         m, step = message, message.step
-        if m.failed in FAILURES and m.lease == (self._computes(peer) or peer.left_with):
+        if m.failed in wire.FAILURES and m.lease == (self._computes(peer) or peer.left_with):
             self._leases.dies(peer, m.failed, self.round)
         if m.digest and peer.believed and peer.replica_since <= step <= self.step:
             self.digests[peer.id] = (peer.name, step, m.digest)
@@ -363,7 +310,7 @@ class Rounds:
 
     # ------------------------------------------------------------------ pushes
 
-    def refusal(self, session: str, push: Push) -> str | None:
+    def refusal(self, session: str, push: wire.Push) -> str | None:
         """Why this push must not be used; None when its payload may be looked at."""
         if self.round is None:
             return f"round {push.round} is not open; no round is"
@@ -382,7 +329,7 @@ class Rounds:
         if bad is not None:
             member.bad = bad
             self._out.warn(f"round {current.number}: {peer.name} refused: {bad}", peer)
-            self._out.send(peer, Refused(round=push.round, reason=bad))
+            self._out.send(peer, wire.Refused(round=push.round, reason=bad))
             self._out_of_round(member, bad, now)
         else:
             current.take(member, push)
@@ -396,13 +343,13 @@ class Rounds:
                 self._out.effects += current.advance(bucket)
         return True
 
-    def _unreadable(self, peer: Peer, message: Unreadable, now: float) -> bool:
+    def _unreadable(self, peer: Peer, message: wire.Unreadable, now: float) -> bool:
         """No sample of a worker's lease in this round can be read."""
         current = self.round
         member = None if current is None else current.member_of(peer)
         if current is None or member is None or current.number != message.round:
             return False
-        if member.out is None and not member.got and member.lease != OWN:
+        if member.out is None and not member.got and member.lease != wire.OWN:
             member.unread = tuple(range(member.size))
             member.bad = "no sample of its lease can be read"
             self._out_of_round(member, member.bad, now)
@@ -410,7 +357,7 @@ class Rounds:
 
     # ------------------------------------------------------------------ snapshots
 
-    def _snapshot_goes_on(self, peer: Peer, message: Part | Abort | Adopted, now: float) -> bool:
+    def _snapshot_goes_on(self, peer: Peer, message: SideMessage, now: float) -> bool:
         """One side of the running snapshot has sent a part of it, refuses it, or holds it."""
         end = self._snapshots.told(peer, message, self.step, self.lineage, now)
         if isinstance(end, Off):
@@ -469,7 +416,7 @@ class Rounds:
         return self._ending.begun
 
     @property
-    def ended(self) -> End | None:
+    def ended(self) -> wire.End | None:
         return self._ending.ended
 
     @property
@@ -491,7 +438,7 @@ class Rounds:
         return self._leases.ledger
 
     @property
-    def layout(self) -> Layout | None:
+    def layout(self) -> wire.Layout | None:
         """What is exchanged, since the origin is known."""
         return self._origin.layout
 
@@ -528,13 +475,13 @@ class Rounds:
         """Can a replica at (step, lineage) follow from there by fetching updates?"""
         return self.log.knows(step, lineage)
 
-    def open_message(self) -> Open | None:
+    def open_message(self) -> wire.Open | None:
         current = self.round
         if current is None:
             return None
         peers = {m: self._roster.by_id(m) for m in current.members}
         leases = {m: tuple(peer.leases) if peer else () for m, peer in peers.items()}
-        return Open(
+        return wire.Open(
             nonce=self.nonce,
             round=current.number,
             step=self.step,
@@ -542,9 +489,9 @@ class Rounds:
             leases=leases,
         )
 
-    def pulse(self, now: float) -> Pulse:
+    def pulse(self, now: float) -> wire.Pulse:
         doing, sentence = self._phase(now)
-        return Pulse(
+        return wire.Pulse(
             nonce=self.nonce,
             step=self.step,
             lineage=self.lineage,
@@ -559,11 +506,11 @@ class Rounds:
         """What the run is doing or waiting for, as a sentence."""
         return self._phase(now)[1]
 
-    def doing(self, now: float) -> Phase:
+    def doing(self, now: float) -> wire.Phase:
         """The same for programs."""
         return self._phase(now)[0]
 
-    def _phase(self, now: float) -> tuple[Phase, str]:
+    def _phase(self, now: float) -> tuple[wire.Phase, str]:
         return self._phases.now(self.state, self.started, self.step, now)
 
     # ------------------------------------------------------------------ the run's end
@@ -628,7 +575,7 @@ class Rounds:
 
     def _joins_anew(self, peer: Peer, why: str, now: float) -> None:
         self._take_out(peer, why, now)
-        self._out.send(peer, Greet(join=True))
+        self._out.send(peer, wire.Greet(join=True))
 
     def _becomes_replica(self, peer: Peer, cause: str) -> None:
         self._roster.becomes_replica(peer, cause, self.step)
@@ -684,7 +631,7 @@ class Rounds:
             if self._become_origin(peer, peer.join):
                 return
 
-    def _become_origin(self, peer: Peer, message: Join) -> bool:
+    def _become_origin(self, peer: Peer, message: wire.Join) -> bool:
         reject = self._origin.refuses(message)
         if reject is not None:
             self._reject(peer, reject)
@@ -698,7 +645,7 @@ class Rounds:
         self.log.begin(message.step, message.lineage)
         self._becomes_replica(peer, states.ADMITTED)
         self._out.effects.append(Start(message.layout, message.step))
-        self._out.send(peer, Admit(action="origin", step=self.step, lineage=self.lineage))
+        self._out.send(peer, wire.Admit(action="origin", step=self.step, lineage=self.lineage))
         if self.coming_back:
             self._out.say(f"the run goes on after step {self.step}, where {peer.name} stands")
         else:
@@ -708,7 +655,7 @@ class Rounds:
             self._admit(other)
         return True
 
-    def _reject(self, peer: Peer, why: Reject) -> None:
+    def _reject(self, peer: Peer, why: wire.Reject) -> None:
         self._out.send(peer, why)
         peer.turn(states.REJECTED)
 
@@ -726,10 +673,10 @@ class Rounds:
             action = "adopt"  # stays WAITING until no round is open
         self._out.send(
             peer,
-            Admit(action=action, step=self.step, lineage=self.lineage, missed=peer.missed),
+            wire.Admit(action=action, step=self.step, lineage=self.lineage, missed=peer.missed),
         )
 
-    def _computes(self, peer: Peer) -> Lease | None:
+    def _computes(self, peer: Peer) -> wire.Lease | None:
         """The lease that this worker computes in the open round, of which nothing came yet."""
         return None if self.round is None else self.round.computed_by(peer)
 
@@ -781,16 +728,9 @@ class Rounds:
     def _could_take_part(self, current: Round, now: float) -> list[Peer]:
         """Workers that are here and have no part in this round: they wait for a lease, or for a
         snapshot that could be given now."""
-        held = self._roster.has_replica
-        snapshot = held and "worker" in self._may_take_snapshot(now)
-        return [
-            p
-            for p in self.peers.values()
-            if p.role == "worker"
-            and ((member := current.member_of(p)) is None or member.out is not None)
-            and (p.ready is not None or (p.state == WAITING and snapshot))
-            and self._leases.share_of(p.id) != 0  # it would get nothing again
-        ]
+        snapshot = self._roster.has_replica and "worker" in self._may_take_snapshot(now)
+        could = self._waits.could_take_part(current, snapshot)
+        return [p for p in could if self._leases.share_of(p.id) != 0]  # it would get nothing again
 
     def _advance(self, now: float) -> bool:
         """Close what is complete; then start what can start: a snapshot, a round, the end. May more
@@ -831,53 +771,41 @@ class Rounds:
             self._begin_end(*self._leases.verdict(), now)
         return self.ending is not None
 
-    def _settle(self, now: float) -> Close:
+    def _settle(self, now: float) -> wire.Close:
         """The complete round becomes the next update of the log."""
         current = self.round
         assert current is not None and self.ledger is not None
-        contributors, late, partly, losses = {}, {}, {}, []
-        for worker, m in sorted(current.members.items()):
-            tally = self.tallies.setdefault(worker, Tally(m.host))
-            how = current.settlement(m)
-            if how == PARTLY:
-                partly[worker] = tuple(sorted(m.got))
+        result = current.result()
+        for worker, member in sorted(current.members.items()):
+            how = current.settlement(member)
             self._leases.settle(current, worker, how)
-            if m.got:
-                contributors[worker] = m.samples
-                tally.samples += m.samples
-                tally.rounds += 1
-                if m.loss is not None and math.isfinite(m.loss):
-                    losses.append((m.samples, m.loss))
-            if how != DONE:
-                late[worker] = m.out or ""
-                tally.late += 1
-            peer = self.peers.get(m.session)
+            self.tallies.setdefault(worker, Tally(member.host)).add(member, how)
+            peer = self.peers.get(member.session)
             if peer is not None:
                 if how == DONE:
                     self._snapshots.contributes(peer)
-                self._judge(peer, m, now)
+                self._judge(peer, member, now)
         self._waits.look_for_the_slow(current, now)
         self._look_for_the_deaf()
-        refused = any(m.bad is not None for m in current.members.values())
-        self._bad_rounds = self._bad_rounds + 1 if refused and not contributors else 0
-        weight = sum(n for n, _ in losses)
+        in_vain = current.refused and not result.contributors
+        self._bad_rounds = self._bad_rounds + 1 if in_vain else 0
         self.round = None
         self._turn(states.CLOSED)
         self._ending.works(now)
         self._waits.overdue_rounds = 0
-        close = Close(
+        close = wire.Close(
             nonce=self.nonce,
             round=current.number,
             step=self.step + 1,
             lineage="",
             buckets=current.averaged(),
-            contributors=contributors,
-            late=late,
-            loss=sum(n * loss for n, loss in losses) / weight if weight else None,
+            contributors=result.contributors,
+            late=result.late,
+            loss=result.loss,
             seconds=now - current.opened_at,
             ledger=self.ledger.state(),
-            reason=current.shortfall(late),
-            partly=partly,
+            reason=current.shortfall(result.late),
+            partly=result.partly,
         )
         return self.log.append(close)
 
@@ -891,7 +819,7 @@ class Rounds:
         self._out.effects.append(Void(current.number))
         self._out.say(f"round {current.number} is void: {why}")
 
-    def _try_open(self, now: float) -> Open | None:
+    def _try_open(self, now: float) -> wire.Open | None:
         """Open the next round, or start a snapshot, if something stands in the way of neither."""
         if self.snapshot is not None or self.round is not None or self._leases.finished:
             return None

@@ -118,8 +118,9 @@ class Roster:
         """Who has the id of this greeting, and loses it."""
         return self.by_id(self._number_of(greeting))
 
-    def enter(self, greeting: Greeted, now: float) -> Peer:
-        """A peer is here, whose id nobody has any more."""
+    def enter(self, greeting: Greeted, before: Peer | None, now: float) -> Peer:
+        """A peer is here, in place of the one that had its id `before`. The same process still has
+        not got the snapshots that it missed."""
         peer = Peer(
             greeting.session,
             greeting.role,
@@ -130,6 +131,8 @@ class Roster:
         )
         peer.last_seen = now
         peer.returns = greeting.returns
+        if before is not None and before.nonce == peer.nonce:
+            peer.missed, peer.failed_by = before.missed, before.failed_by
         self.peers[peer.session] = peer
         return peer
 

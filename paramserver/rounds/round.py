@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from typing import NamedTuple
 
 import msgspec
 
@@ -24,6 +25,24 @@ class Tally(msgspec.Struct):
     rounds: int = 0
     samples: int = 0
     late: int = 0
+
+    def add(self, member: Member, how: str) -> None:
+        """A closed round: what the worker had to do with it, in the ledger's words."""
+        if member.got:
+            self.samples += member.samples
+            self.rounds += 1
+        if how != DONE:
+            self.late += 1
+
+
+class Result(NamedTuple):
+    """What a complete round brought, by worker id: samples, why not all came of it, the buckets of
+    those of whom only some came; and the mean loss of the samples."""
+
+    contributors: dict[int, int]
+    late: dict[int, str]
+    partly: dict[int, tuple[int, ...]]
+    loss: float | None
 
 
 class Member:
@@ -210,6 +229,28 @@ class Round:
     def averaged(self) -> tuple[int, ...]:
         """The buckets that anybody contributed to."""
         return tuple(sorted(self.absent))
+
+    def result(self) -> Result:
+        """What it brought, when it is complete."""
+        members = sorted(self.members.items())
+        how = {worker: self.settlement(m) for worker, m in members}
+        losses = [
+            (m.samples, m.loss)
+            for _, m in members
+            if m.got and m.loss is not None and math.isfinite(m.loss)
+        ]
+        weight = sum(n for n, _ in losses)
+        return Result(
+            contributors={worker: m.samples for worker, m in members if m.got},
+            late={worker: m.out or "" for worker, m in members if how[worker] != DONE},
+            partly={worker: tuple(sorted(m.got)) for worker, m in members if how[worker] == PARTLY},
+            loss=sum(n * loss for n, loss in losses) / weight if weight else None,
+        )
+
+    @property
+    def refused(self) -> bool:
+        """Was anybody's gradient refused?"""
+        return any(m.bad is not None for m in self.members.values())
 
     def settlement(self, member: Member) -> str:
         """What becomes of its samples, in the ledger's words."""

@@ -30,6 +30,8 @@ from paramserver.rounds.states import REPLICA, WAITING
 from paramserver.rounds.waste import Waste
 
 FAILED_GIVES = 3  # of one that has proven nothing: then it is taken for one that holds no state
+SideMessage = Part | Abort | Adopted
+"""What the two sides of a snapshot send."""
 EMPTY = f"gave its state to nobody in {FAILED_GIVES} attempts"
 SNAPSHOT_TIMEOUTS = 3  # heartbeat timeouts that a snapshot may take, beside the time for its bytes
 SNAPSHOT_BYTES_PER_S = 2**20  # a link that is slower cannot train either
@@ -184,7 +186,7 @@ class Snapshots:
     # ------------------------------------------------------------------ its way
 
     def told(
-        self, peer: Peer, message: Part | Abort | Adopted, step: int, lineage: str, now: float
+        self, peer: Peer, message: SideMessage, step: int, lineage: str, now: float
     ) -> Off | Taken | None:
         """What ends the snapshot of this step with this message of a peer; None: nothing."""
         snap = self.running

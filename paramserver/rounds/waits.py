@@ -16,6 +16,7 @@ from paramserver.rounds.outcome import Outcome
 from paramserver.rounds.roster import Peer, Roster
 from paramserver.rounds.round import Member, Round
 from paramserver.rounds.rules import MAX_WAIT_TIMEOUTS, Rules
+from paramserver.rounds.states import WAITING
 
 EMPTY_ROUNDS = 3  # that a worker may bring nothing to, though they waited as long as they do
 REST_TIMES_MAX = 10  # as long as they waited in all it is left out then, at most
@@ -124,6 +125,17 @@ class Waits:
         for member in awaited:
             member.timed_out, member.waited_s = True, waited
         return awaited
+
+    def could_take_part(self, current: Round, snapshot: bool) -> list[Peer]:
+        """Workers that are here and have no part in this round: they wait for a lease, or for a
+        `snapshot` that could be given now."""
+        return [
+            p
+            for p in self._roster.peers.values()
+            if p.role == "worker"
+            and ((member := current.member_of(p)) is None or member.out is not None)
+            and (p.ready is not None or (p.state == WAITING and snapshot))
+        ]
 
     def is_long(self, current: Round, now: float) -> bool:
         """Has a round without a deadline waited as long as any round may, where others could go
