@@ -48,7 +48,16 @@ from workers.link.session import Session
 from .book import Broken, samples_of
 from .liar import Liar
 from .network import DOWN, UP, Network, World
-from .peer import DEADLINE_S, UNANSWERED, Client, Habits, Observer, Shipping, Worker
+from .peer import (
+    DEADLINE_S,
+    HELLO_EVERY_S,
+    UNANSWERED,
+    Client,
+    Habits,
+    Observer,
+    Shipping,
+    Worker,
+)
 from .server import LIAR, Server
 
 SILENCE_S = 4.0  # heartbeat_timeout
@@ -312,9 +321,18 @@ class Schedule:
             raise Broken(f"{peer.name} finished at step {peer.replica.step}, the run has {end}")
 
     def _within_reach(self) -> list[Client]:
-        """Whom a server that was started again can hear since it listens."""
+        """Whom a server that was started again can hear since it listens. Where it has moved, it
+        does not hear the beats of one that computes, which looks for it only when its step is done
+        and half a heartbeat timeout of silence has followed."""
         since = self.server.booted_at
-        return [p for p in self.alive if not p.stopped and p.reachable_at <= since]
+        looks_since = self.world.now - SILENCE_S / 2 - HELLO_EVERY_S
+        return [
+            p
+            for p in self.alive
+            if not p.stopped
+            and p.reachable_at <= since
+            and (p.port == self.net.port or p.busy_until < looks_since)
+        ]
 
     def _check_lost(self, lineages: set[str]) -> None:
         """Closed steps did not survive: then nobody holds them who could have been asked."""
