@@ -193,6 +193,7 @@ class Schedule:
         self._serial = 0
         self.server.look = self._look_for_observer
         self.server.lost, self.server.deserted = self._check_lost, self._check_deserted
+        self.server.put_off = lambda: world.after(1.0, self._start_server)
         world.say(f"seed {seed}: {self.rules}")
         world.say(f"{self.habits}, {self.server.buckets} buckets, history {self.server.limit}")
         for slot in self.slots:
@@ -291,11 +292,11 @@ class Schedule:
 
     def _may_have_missed_the_end(self, peer: Client) -> bool:
         """Was this one out of reach shortly before the end, or just started? The server says it for
-        a few heartbeats, and does not wait for those whom it takes for gone. What has come to a
-        peer's sockets it must read."""
+        a few heartbeats, and does not wait for those whom it takes for gone, or cannot hear. What
+        has come to a peer's sockets it must read."""
         well_since = max(peer.reachable_at, peer.born_at)
-        ended_at = self.server.ended_at or math.inf
-        return not peer.has_end and well_since > ended_at - 5 * SILENCE_S
+        away = well_since > (self.server.ended_at or math.inf) - 5 * SILENCE_S
+        return not peer.has_end and (away or self._computes(peer, self.server.over_at or math.inf))
 
     def _only_liar_left(self, peer: Client) -> bool:
         """Was the liar asked for this one's last snapshots only where nobody else could give, as at
@@ -321,18 +322,20 @@ class Schedule:
             raise Broken(f"{peer.name} finished at step {peer.replica.step}, the run has {end}")
 
     def _within_reach(self) -> list[Client]:
-        """Whom a server that was started again can hear since it listens. Where it has moved, it
-        does not hear the beats of one that computes, which looks for it only when its step is done
-        and half a heartbeat timeout of silence has followed."""
-        since = self.server.booted_at
-        looks_since = self.world.now - SILENCE_S / 2 - HELLO_EVERY_S
+        """Whom a server that was started again can hear since it listens."""
+        since, now = self.server.booted_at, self.world.now
         return [
             p
             for p in self.alive
-            if not p.stopped
-            and p.reachable_at <= since
-            and (p.port == self.net.port or p.busy_until < looks_since)
+            if not p.stopped and p.reachable_at <= since and not self._computes(p, now)
         ]
+
+    def _computes(self, peer: Client, now: float) -> bool:
+        """Has the server moved while this one computed? It does not hear its beats then: it is
+        looked for only when the step is done and half a heartbeat timeout of silence has
+        followed."""
+        moved = peer.port != self.net.port
+        return moved and peer.busy_until >= now - SILENCE_S / 2 - HELLO_EVERY_S
 
     def _check_lost(self, lineages: set[str]) -> None:
         """Closed steps did not survive: then nobody holds them who could have been asked."""
@@ -489,8 +492,6 @@ class Schedule:
         """Ctrl-C at the server."""
         self.outcome.seen["stopped in order"] += 1
         self.server.stop("stopped by Ctrl-C")
-        if self.server.rounds.put_off:
-            self.world.after(1.0, self._start_server)
 
     # ------------------------------------------------------------------ the run
 
@@ -546,7 +547,7 @@ class Schedule:
         if server.book.step != end.step:
             raise Broken(f"{server.book.step} updates were closed, the end has {end.step}")
         limit = max(world.now, self.calm_at) + DEADLINE_S + 10 * SILENCE_S
-        if not world.run(lambda: not self.alive and server.over, limit):
+        if not world.run(lambda: not self.alive and server.over_at is not None, limit):
             left = ", ".join(p.name for p in self.alive)
             raise Broken(f"the run has ended, but not for {left or 'the server'}")
         outcome.seen["steps"] += end.step

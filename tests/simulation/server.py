@@ -219,7 +219,8 @@ class Server:
 
     `subscribers` get what is published; with `through_wire` each message becomes frames and a
     message again on its way. `look` is the program's: it sees to the observer, and tells whether
-    one comes. `lost` is told of closed steps that did not survive a restart.
+    one comes. `lost` is told of closed steps that did not survive a restart; `put_off` is called when
+    somebody has stopped it before its run had come back.
     """
 
     def __init__(
@@ -252,7 +253,8 @@ class Server:
         self.limit = history
         self.sent_bytes = self.received_bytes = 0
         self.boots = self._runs = 0
-        self.over = False  # the run has ended, and its process too
+        self.over_at: float | None = None  # when its process ended, after the run
+        self.put_off: Callable[[], None] = lambda: None
         self.dies_at: str | None = None
         self.givers: dict[str, list[tuple[Peer, bool]]] = {}
         """By the process of a joiner: who gave; was the liar the only one who could?"""
@@ -321,7 +323,7 @@ class Server:
 
     def restart(self, moves: bool = False) -> None:
         """`make server` again; it `moves`: on another port."""
-        if not self.alive and not self.over:
+        if not self.alive and self.over_at is None:
             self.net.port += moves
             self.world.say(f"START the server again; step {self.noted} was noted")
             self._boot(self.noted)
@@ -332,7 +334,7 @@ class Server:
         answers nobody any more."""
         if self.ended_at is not None and self.control.finished(self.world.now):
             self.world.say("the server ends")
-            self.alive, self.over = False, True
+            self.alive, self.over_at = False, self.world.now
             self.net.server_died(lingers=True)
 
     def _desert(self) -> None:
@@ -407,6 +409,7 @@ class Server:
         self._check_bounds()
         if self.rounds.put_off:
             self.kill()
+            self.put_off()
         elif self.rounds.deserted:
             self._desert()
         else:
