@@ -219,8 +219,8 @@ class Server:
 
     `subscribers` get what is published; with `through_wire` each message becomes frames and a
     message again on its way. `look` is the program's: it sees to the observer, and tells whether
-    one comes. `lost` is told of closed steps that did not survive a restart; `put_off` is called when
-    somebody has stopped it before its run had come back.
+    one comes. `lost` is told of closed steps that did not survive a restart; `put_off` is called
+    when somebody has stopped it before its run had come back.
     """
 
     def __init__(
