@@ -45,6 +45,8 @@ class Effort:
     training_steps: int
     training_workers: tuple[int, ...]
     link_rounds: dict[str, int]
+    local_links: dict[str, str]
+    """Rates of links on which local steps are measured, with their names."""
     few_workers: tuple[int, ...]
     """For what need not be measured with each number of them."""
     scale: tuple[int, ...]
@@ -69,6 +71,7 @@ FULL = Effort(
     training_steps=1200,
     training_workers=(1, 2, 3, 4),
     link_rounds={"1.35 MB": 40, "46.8 MB": 5},
+    local_links={"1gbit": "1 Gbit/s", "100mbit": "100 Mbit/s"},
     few_workers=(2, 4),
     scale=(4, 64),
     scale_rounds=1200,
@@ -87,6 +90,7 @@ QUICK = Effort(
     training_steps=1000,
     training_workers=(2,),
     link_rounds={"46.8 MB": 3},
+    local_links={"1gbit": "1 Gbit/s"},
     few_workers=(2,),
     scale=(4, 64),
     scale_rounds=400,
@@ -326,6 +330,55 @@ def training(effort: Effort) -> Groups:
         yield cases
         for row in rows[1:]:
             row.limits = list(rows[0].values)
+
+
+def local(effort: Effort) -> Groups:
+    """Local steps. The limit: computing alone."""
+    for workers in effort.training_workers[-2:]:
+        limits = effort.limits(effort.training_steps)
+        if workers < 2:
+            continue
+        cases = [
+            Case(Row("local", "SimpleNN, one host", workers, how, "steps/s"), measure)
+            for how, measure in {
+                ALONE: partial(_ddp_training, limits, workers, "no exchange"),
+                DDP: partial(_ddp_training, limits, workers, "float32"),
+                "paramserver, local_steps=8": partial(_local_training, limits, workers, 8),
+            }.items()
+        ]
+        rows = [case.row for case in cases]
+        yield cases
+        for row in rows[1:]:
+            row.limits = list(rows[0].values)
+    reason = why_no_hosts()
+    if reason is not None:
+        raise Skipped(reason)
+    size, workers = next(reversed(effort.link_rounds)), max(effort.few_workers)
+    for rate, words in effort.local_links.items():
+        with Hosts([f"host{k}" for k in range(1, workers + 1)], rate=rate) as hosts:
+            place, few = Place(hosts, "host1"), effort.limits(3)
+            what = f"{size}, {1000 * STEP_S:.0f} ms a step, {words}"
+            row = Row("local", what, workers, DDP, "steps/s")
+            ddp = partial(runs.ddp_steps, few, size, workers, STEP_S, place)
+            cases = [Case(row, lambda ddp=ddp: (1 / ddp(), 1 / STEP_S))]  # type: ignore[misc]
+            for codec in ("float16", "int8"):
+                how = f"paramserver {codec}, local_steps={LOCAL_STEPS}"
+                row = Row("local", what, workers, how, "steps/s")
+                ours = partial(runs.local, few, size, workers, codec, place, LOCAL_STEPS, STEP_S)
+                cases.append(Case(row, lambda ours=ours: (1 / ours(), 1 / STEP_S)))  # type: ignore[misc]
+            yield cases
+
+
+STEP_S, LOCAL_STEPS = 0.1, 32
+"""Where local steps go over a link: what a step computes, and how many make a round."""
+
+
+def _ddp_training(limits: Limits, ranks: int, way: str) -> Figure:
+    return runs.ddp_training(limits, ranks, way), None
+
+
+def _local_training(limits: Limits, workers: int, steps: int) -> Figure:
+    return runs.training(limits, workers, f"local_steps={steps}").steps_per_s, None
 
 
 def memory(effort: Effort) -> Groups:

@@ -75,6 +75,7 @@ TITLES = {
     "training": "Whole training: SimpleNN, batch 32, Adam, on digits held as tensors",
     "links": "Exchange over links of 1 Gbit/s, one for each host",
     "exposed": "Communication that compute does not hide, as a share of the exchange alone",
+    "local": "Local steps: optimizer steps of all workers together",
     "memory": "Resident memory of the server above an idle one",
     "accuracy": "Accuracy of SimpleNN on the validation set, averages and gradients encoded",
     "scale": "Rounds with few and with many simulated workers, time per worker and round",
@@ -85,6 +86,7 @@ HEADS = {
     "training": ("model", "compute alone"),
     "links": ("size, server", "limit of the bytes"),
     "exposed": ("size", ""),
+    "local": ("model, link", "compute alone"),
     "memory": ("gradients", "3 G + history"),
     "accuracy": ("data", "points above float32"),
     "scale": ("size", ""),
@@ -99,7 +101,11 @@ def table(results: Results, part: str) -> str:
     what, limit = HEADS[part]
     unit = rows[0].unit if rows else ""
     head = [what, "N", "how", unit, "lowest – highest"]
-    head += ["÷ DDP (more is better)" if part == "training" else "÷ gloo"] if compared else []
+    head += (
+        ["÷ DDP (more is better)" if part in ("training", "local") else "÷ gloo"]
+        if compared
+        else []
+    )
     head += [limit] if limited else []
     lines = [head, ["---" if i in (0, 2) else "---:" for i in range(len(head))]]
     before: list[str] = []

@@ -128,6 +128,38 @@ def exchange(
         )
 
 
+def local(
+    limits: Limits,
+    size: str,
+    workers: int,
+    codec: str,
+    place: Place,
+    steps: int,
+    backward_s: float,
+) -> float:
+    """Seconds of an optimizer step, on average, where so many local steps make a round."""
+    with Team(limits.seconds) as team:
+        port = place.port()
+        settings = server_settings(port, workers, codec, team)
+        settings += [f"local_steps={steps}", "security=none"]
+        if place.hosts is not None:
+            settings.append(f"host_ip={place.address(place.server_on)}")
+        team.start("server", contenders.server, *settings, host=place.host(place.server_on))
+        counted = limits.rounds * steps
+        for k in range(1, workers + 1):
+            team.start(
+                f"worker-{k}",
+                contenders.worker,
+                *(place.dialled_by(k), port, k, SIZES[size], counted, steps),
+                seconds=backward_s,
+                host=place.host(f"host{k}"),
+            )
+        answers = [team.wait(f"worker-{k}") for k in range(1, workers + 1)]
+        team.stop("server")
+        traffic(step_lines(_runs(team)), workers)  # nobody missed a round
+    return float(sum(answers[0]["seconds"])) / counted
+
+
 def _rounds(
     team: Team,
     limits: Limits,
@@ -244,7 +276,7 @@ class Training:
     steps: int
 
 
-def training(limits: Limits, workers: int) -> Training:
+def training(limits: Limits, workers: int, *settings: str) -> Training:
     """The programs as users start them: server, observer and workers."""
     steps, first = limits.both
     full_step = workers * DEFAULT.batch_size
@@ -258,6 +290,7 @@ def training(limits: Limits, workers: int) -> Training:
             port,
             f"num_workers={workers}",
             *digits,
+            *settings,
             f"run_dir={_runs(team)}",
         )
         for k in range(1, workers + 1):
@@ -265,7 +298,7 @@ def training(limits: Limits, workers: int) -> Training:
         team.wait("server")
         for k in range(1, workers + 1):
             team.wait(f"worker-{k}")
-        lines = step_lines(_runs(team))[first:]
+        lines = [line for line in step_lines(_runs(team)) if line["step"] > first]
     seconds = lines[-1]["seconds"] - lines[0]["seconds"]
     samples = sum(line["samples"] for line in lines[1:])
     late = sum(len(line["late"]) for line in lines)
@@ -320,6 +353,13 @@ def ddp_exchange(limits: Limits, size: str, ranks: int, backward_s: float) -> tu
         limits, contenders.ddp_layers, ranks, SIZES[size], *limits.both, seconds=backward_s
     )
     return float(median(seen["seconds"])), float(seen["alone"])
+
+
+def ddp_steps(limits: Limits, size: str, ranks: int, backward_s: float, place: Place) -> float:
+    """Seconds of a step of DDP whose backward takes `backward_s`."""
+    arguments = (SIZES[size], *limits.both)
+    seen = _ranks(limits, contenders.ddp_layers, ranks, *arguments, place=place, seconds=backward_s)
+    return float(median(seen["seconds"]))
 
 
 def ddp_training(limits: Limits, ranks: int, way: str) -> float:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 from paramserver.protocol.messages import WORKERS_MAX
 from paramserver.ranges import (
@@ -228,6 +228,24 @@ class Settings:
         "speed | equal: whether the samples of a round, batch_size for each worker, are divided by "
         "the workers' speed, so that all are done at once",
         one_of("speed", "equal"),
+    )
+    local_steps: int | Literal["auto"] = setting(
+        1,
+        "optimizer steps that each worker makes by itself between two exchanges; 1 = every step's "
+        "gradients are averaged; auto = the server chooses, from measured times",
+        at_least(1),
+        unit="steps",
+    )
+    local_warmup_steps: int = setting(
+        0,
+        "where there are local steps: so many steps first whose gradients are averaged",
+        at_least(0),
+        unit="steps",
+    )
+    outer: dict[str, Any] | None = setting(
+        None,
+        "what is done with the mean of the workers' local steps: {name: SGD, lr: 0.7, momentum: "
+        "0.9, nesterov: true}; null = by local_steps and num_workers; see docs/modes.md",
     )
     batch_limit: int | None = setting(
         None,

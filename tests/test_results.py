@@ -215,7 +215,7 @@ def test_a_figure_is_never_shown_under_another_step_than_its_own(tmp_path: Path)
             assert summary["val_accuracy"] == accuracy
             assert summary["metrics"] == ({"mood": 1.0} if accuracy else {})
             assert summary["last_evaluation"] == {"step": 200, **show.val}
-        assert "the last evaluation (the newest is of step 200)" in missing_results(show, end)
+        assert "the last evaluation (the newest is of step 200)" in missing_results(show, end.step)
     finally:
         server.close()
         folder.close()

@@ -19,7 +19,6 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, TypeVar
@@ -35,6 +34,7 @@ from paramserver.errors import RunLost, UserError
 from paramserver.net import address, mdns
 from paramserver.protocol import messages as wire
 from paramserver.protocol.messages import Lease
+from paramserver.rounds.local_steps import outer_of
 from paramserver.settings import RunSettings, Settings
 from paramserver.tensors.bucket import Bucket
 from paramserver.tensors.codec import codec_of_pushes
@@ -44,8 +44,9 @@ from workers.link.environment import listens, read_environment
 from workers.link.solo import Solo
 from workers.looks import look
 from workers.replica.gradients import Gradients
+from workers.replica.outer import Outer
 from workers.replica.replica import Replica
-from workers.samples import Loaded, Samples, Unusable
+from workers.samples import Loading, Samples, Unusable, cut
 from workers.weight import checked, collates_by_default, samples_in
 
 M = TypeVar("M", bound=nn.Module)
@@ -136,7 +137,8 @@ class Cluster:
         self._taken: tuple[int, ...] = ()  # buckets of this round's gradient that are in the update
         self._greetings = client.greetings
         self._round = 0  # the round whose lease is being worked on
-        self._samples = 0  # of the batch that is being worked on
+        self._samples = 0  # of the round that is being worked on
+        self._batch = 0  # of the optimizer step that is being worked on
         self._part, self._parts_left = 0, 0  # samples of its part at hand; parts that follow it
         self._leased_at = 0.0  # when the lease was there that is being worked on
         self._held_up_s = 0.0  # of the time since, what was spent waiting for others
@@ -148,7 +150,11 @@ class Cluster:
         self._lease: Lease | None = None  # the lease of `batches` that is being computed
         self._phase = ""  # load, forward or backward, until the gradient is complete
         self._seeded = False
-        self._loss: float | Tensor | None = None  # the mean over the samples so far
+        self._losses: list[tuple[int, float | Tensor]] = []  # told so far: samples, their mean
+        self._told = False  # that of the part at hand
+        self._round_steps = 1  # optimizer steps that are made by ourselves in a round, at most
+        self._steps, self._steps_left = 0, 0  # of them, made in this round, and those to follow
+        self._outer: Outer | None = None  # of the local steps
         self._waiting_s = 0.0
         self._load_ahead: Callable[[], None] | None = None
         self._lost: wire.End | None = None  # this worker's part ended, and perhaps the run
@@ -165,8 +171,10 @@ class Cluster:
 
     @property
     def step(self) -> int:
-        """Updates applied so far."""
-        return self._replica.step if self._replica is not None else 0
+        """Optimizer steps made so far; each update is one, or a round of local steps."""
+        if self._replica is None:
+            return 0
+        return self._replica.steps + (self._steps if self._replica.local else 0)
 
     @property
     def epoch(self) -> int:
@@ -194,7 +202,8 @@ class Cluster:
 
         These arguments fix what happens between the averaged gradient and the parameters, in every
         replica: `before_step(model)`, clipping of the total norm, the optimizer, the schedule (with
-        every update, or `schedule_by` "epoch"). `accumulate` backward passes make one step.
+        every update, or `schedule_by` "epoch"). With `local_steps` they are of the steps that each
+        worker makes by itself. `accumulate` backward passes make one step.
         `buffers` names buffers that forwards write and that are averaged ("mean") or take the
         largest ("max"); others come whole from one worker, except those of normalisation layers.
         Torch's generator stays as it is until the first batch begins, when each worker seeds it
@@ -215,6 +224,7 @@ class Cluster:
             before_step=before_step,
             schedule_by=schedule_by,
             buffers=buffers,
+            outer=outer_of(self.settings),
         )
         self._replica = replica
         self._tell_float64(replica)
@@ -287,18 +297,16 @@ class Cluster:
         return self._batches(samples, size, drop_last)
 
     def _batches(self, samples: Samples, size: int, drop_last: bool) -> Iterator[Any]:
-        ahead: dict[Lease, Future[list[Loaded]]] = {}
-        loaders = ThreadPoolExecutor(1, "loader")
+        assert self._replica is not None
+        least = min(size, self._replica.least)
+        loading = Loading(samples)
 
         def load_ahead() -> None:
             assert self.client.follow is not None
             lease = self.client.follow.lease_ahead(self.worker_id)
-            if lease is not None and lease not in ahead:
-                submit = _do_now if samples.in_loop else loaders.submit
-                ahead[lease] = submit(samples.load, lease)
+            if lease is not None:
+                loading.begin(lease if self._round_steps == 1 else cut(lease, size, least)[0])
 
-        assert self._replica is not None
-        least = min(size, self._replica.least)
         self._load_ahead = load_ahead if samples.in_loop else None
         ready = wire.Ready(
             samples=samples.length,
@@ -312,20 +320,19 @@ class Cluster:
         try:
             while (lease := self._next_lease()) is not None:
                 self._seed()
-                loading = ahead.pop(lease, None)
-                ahead.clear()
+                self._lease, self._phase = lease, wire.LOAD
+                if self._round_steps > 1:
+                    pieces = cut(lease, size, least)
+                    yield from self._local_batches(pieces, loading, least, load_ahead)
+                    continue
+                loading.keep(lease)
                 if not samples.in_loop:
                     load_ahead()
-                self._lease, self._phase = lease, wire.LOAD
-                with trace.span("load"):
-                    parts = loading.result() if loading else samples.load(lease)
+                parts = loading.result(lease)
                 unread = tuple(place for part in parts for place in part.unread)
                 parts = [part for part in parts if part.samples]
                 if unread and sum(part.samples for part in parts) < least:
-                    self._phase = ""
-                    with self._losing():
-                        self.client.unreadable(self._round)
-                    self._wait_for_the_end_of_the_round()
+                    self._nothing_readable()
                     continue
                 self._begin(sum(part.samples for part in parts), unread, parts=len(parts))
                 for place, part in enumerate(parts):
@@ -334,8 +341,46 @@ class Cluster:
                     self._check_stepped()
         finally:
             self._load_ahead = None
-            loaders.shutdown(wait=False, cancel_futures=True)
+            loading.close()
             self._leave_loop()
+
+    def _local_batches(
+        self,
+        pieces: list[Lease],
+        loading: Loading,
+        least: int,
+        load_ahead: Callable[[], None],
+    ) -> Iterator[Any]:
+        """The batches of a round of local steps, one for each of these pieces of the lease, until
+        all steps are made or the round is over without them."""
+        self._begin_local(len(pieces))
+        start, unread = pieces[0][1], list[int]()
+        for number, piece in enumerate(pieces):
+            self._phase = wire.LOAD
+            loading.keep(piece)
+            if not loading.in_loop:
+                if number + 1 < len(pieces):
+                    loading.begin(pieces[number + 1])
+                else:
+                    load_ahead()
+            parts = loading.result(piece)
+            unread += (piece[1] - start + place for part in parts for place in part.unread)
+            self._unread = tuple(unread)
+            parts = [part for part in parts if part.samples]
+            self._steps_left = len(pieces) - 1 - number
+            if (count := sum(part.samples for part in parts)) < least:
+                continue
+            self._batch = count
+            for place, part in enumerate(parts):
+                self._begin_part(part.samples, len(parts) - 1 - place)
+                yield part.data
+                self._check_stepped()
+            if not self._in_local_round():
+                return
+        if self._steps:  # the last piece could not be read
+            self._exchange_local()
+        else:
+            self._nothing_readable()
 
     def own_batches(
         self, batches: Iterable[T], *, samples: Callable[[T], int] | None = None
@@ -369,12 +414,20 @@ class Cluster:
                     count = samples_in(batch, collated=collated)
                 else:
                     count = checked(samples(batch))
-                if self._next_lease() is None:
-                    break
-                self._begin(count)
+                if not self._in_local_round():
+                    if self._next_lease() is None:
+                        break
+                    if self._round_steps > 1:
+                        self._begin_local(self._round_steps)
+                    else:
+                        self._begin(count)
+                if self._round_steps > 1:
+                    self._batch, self._steps_left = count, self._steps_left - 1
                 self._begin_part(count, 0)
                 yield batch
                 self._check_stepped()
+            if self._in_local_round() and self._steps:  # the pass ends in the middle of a round
+                self._exchange_local()
             whole = True
         finally:
             if not whole or self.client.ended is not None:
@@ -391,16 +444,43 @@ class Cluster:
 
     def _begin(self, samples: int, unread: tuple[int, ...] = (), parts: int = 1) -> None:
         """Note that the computation of a batch begins, which comes in this number of parts."""
-        assert self._gradients is not None
+        assert self._gradients is not None and self._replica is not None
+        self._replica.come_back()
         self._gradients.begin(parts=parts > 1)
-        self._sent, self._samples = 0, samples
-        self._unread, self._loss = unread, None
+        self._sent, self._samples, self._batch, self._steps = 0, samples, samples, 1
+        self._unread = unread
+        self._losses.clear()
         self._computing = trace.now()
 
+    def _begin_local(self, steps: int) -> None:
+        """A round begins in which this worker makes so many optimizer steps by itself, or fewer."""
+        assert self._gradients is not None and self._replica is not None
+        self._outer = self._replica.begin_local()
+        self._gradients.begin_local()
+        self._sent, self._samples, self._steps, self._steps_left = 0, 0, 0, steps
+        self._unread = ()
+        self._losses.clear()
+        self._computing = trace.now()
+
+    def _in_local_round(self) -> bool:
+        """Is the round still open in which this worker makes steps of its own?"""
+        client, replica = self.client, self._replica
+        assert replica is not None
+        if not replica.local or client.greetings != self._greetings or client.ended is not None:
+            return False
+        return client.follow is not None and not client.follow.is_over(self._round)
+
     def _begin_part(self, samples: int, left: int) -> None:
-        """A part of it is next, and `left` more follow."""
+        """A part of the batch is next, and `left` more follow."""
         self._part, self._parts_left = samples, left
-        self._stepped, self._phase = False, wire.FORWARD
+        self._stepped, self._told, self._phase = False, False, wire.FORWARD
+
+    def _nothing_readable(self) -> None:
+        """No sample of the lease can be read: tell so, and let the round pass."""
+        self._phase = ""
+        with self._losing():
+            self.client.unreadable(self._round)
+        self._wait_for_the_end_of_the_round()
 
     def _check_stepped(self) -> None:
         if not self._stepped:
@@ -438,6 +518,8 @@ class Cluster:
         assert found is not None
         self._lost = None
         self._round, lease = found
+        assert client.follow is not None and client.follow.open is not None
+        self._round_steps = client.follow.open.local_steps
         self._leased_at, self._held_up_s = time.perf_counter(), 0.0
         return lease
 
@@ -445,12 +527,21 @@ class Cluster:
 
     def tell(self, loss: float | Tensor) -> None:
         """The mean loss over this batch, for progress and logs; optional, before `step`."""
-        loss = loss.detach() if isinstance(loss, Tensor) else loss
-        if self._part == self._samples:
-            self._loss = loss
-        else:  # the parts' mean, by samples
-            share = self._part / self._samples
-            self._loss = loss * share if self._loss is None else self._loss + loss * share
+        if self._told:
+            self._losses.pop()
+        self._losses.append((self._part, loss.detach() if isinstance(loss, Tensor) else loss))
+        self._told = True
+
+    def _mean_loss(self) -> float | None:
+        """The mean over the samples whose loss was told. It waits for the device, once."""
+        if not self._losses:
+            return None
+        if len(self._losses) == 1:
+            return float(self._losses[0][1])
+        total: float | Tensor = 0.0
+        for samples, loss in self._losses:
+            total = total + samples * loss
+        return float(total) / sum(samples for samples, _ in self._losses)
 
     def _values(self, bucket: Bucket) -> Tensor:
         """Memory for a bucket's numbers."""
@@ -469,7 +560,6 @@ class Cluster:
         self._sent += 1 + len(without)
         self._phase = wire.BACKWARD
         last = self._sent == len(self._replica.plan.buckets)
-        loss = self._loss  # turned into a number once: that waits for the device
         push = wire.Push(
             round=self._round,
             bucket=bucket.index,
@@ -478,8 +568,9 @@ class Cluster:
             scale=scale,
             unread=self._unread,
             without=without,
-            loss=None if loss is None or not last else float(loss),
+            loss=self._mean_loss() if last else None,
             compute_s=self._computed_s() if last else None,
+            steps=self._steps,
         )
         with self._losing():
             self.client.push(push, buffers)
@@ -507,14 +598,48 @@ class Cluster:
                 "optimizer.step() without a batch of its own",
                 "call it once for every batch that batches() gives",
             )
-        if self._parts_left or self._part < self._samples:
-            self._gradients.add_part(self._part / self._samples)
+        if self._parts_left or self._part < self._batch:
+            self._gradients.add_part(self._part / self._batch)
         if self._parts_left:
             self._stepped = True
             return
+        assert self._replica is not None
+        if self._replica.local:
+            self._step_locally()
+            return
         self._gradients.flush()
+        self._stepped = True
+        self._finish_round()
+
+    def _step_locally(self) -> None:
+        """Step with this worker's own gradient, and exchange after the last step of the round;
+        after the others take in what has come."""
+        assert self._gradients is not None and self._replica is not None
+        self._gradients.gather()
+        with trace.span("local step"):
+            self._replica.step_locally()
+        self._stepped, self._phase = True, ""
+        self._samples += self._batch
+        self._steps += 1
+        if self._steps_left == 0:
+            self._exchange_local()
+            return
+        with self._losing():
+            self.client.look()
+        self._is_over()
+
+    def _exchange_local(self) -> None:
+        """Send what this round's local steps came to, and follow the log until it is over."""
+        assert self._gradients is not None and self._outer is not None
+        self._gradients.send_local(self._outer)
+        self._finish_round()
+
+    def _finish_round(self) -> None:
+        """All of this worker's part has left: follow the log until the round is over."""
+        assert self._feedback is not None
         trace.done("compute", self._computing, round=self._round)
-        self._stepped, self._loss, self._phase = True, None, ""
+        self._phase = ""
+        self._losses.clear()
         if self._load_ahead is not None:
             with trace.span("load"):
                 self._load_ahead()
@@ -549,7 +674,11 @@ class Cluster:
         server is lost, or did not take this worker any more, `step` is the last one here.
         """
         end = self.client.ended or self._lost
-        if end is None or not self.client.left_behind:
+        if end is None:
+            return None
+        if self._replica is not None and self._replica.step == end.step:
+            end = msgspec.structs.replace(end, step=self._replica.steps)
+        if not self.client.left_behind:
             return end
         behind = f"{end.reason}; this worker was left behind at step {self.step}"
         return msgspec.structs.replace(end, reason=behind, error=end.error or not end.stopped)
@@ -666,16 +795,6 @@ class ClusterOptimizer:
 def told(error: BaseException) -> str:
     """An error on one line."""
     return f"{type(error).__name__}: {error}".strip().splitlines()[0]
-
-
-def _do_now(function: Callable[..., Any], *arguments: Any) -> Future[Any]:
-    """As an executor's `submit`, without a thread."""
-    future: Future[Any] = Future()
-    try:
-        future.set_result(function(*arguments))
-    except Exception as e:  # raised where the result is asked for
-        future.set_exception(e)
-    return future
 
 
 __all__ = ["Cluster", "ClusterOptimizer", "RunLost", "UserError", "join"]

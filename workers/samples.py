@@ -12,6 +12,7 @@ import inspect
 import logging
 import random
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, default_collate
 
+from paramserver import trace
 from paramserver.errors import UserError
 from paramserver.protocol.messages import Lease
 from paramserver.rounds.ledger import SHARE_MAX
@@ -85,11 +87,9 @@ class Samples:
             return [self._load_part(indices, part, lease[0]) for part in self._parts(len(indices))]
 
     def _parts(self, samples: int) -> list[range]:
-        """Places of a lease of so many samples, by parts that are as alike as can be."""
-        count = 1 if self._limit is None else -(-samples // self._limit)
-        count = max(1, min(count, samples // max(1, self._least)))
-        ends = [samples * i // count for i in range(count + 1)]
-        return [range(a, b) for a, b in pairwise(ends)]
+        """Places of a lease of so many samples, by parts."""
+        limit = samples if self._limit is None else self._limit
+        return [range(a, b) for _, a, b in cut((0, 0, samples), limit, self._least)]
 
     def _load_part(self, indices: list[int], part: range, epoch: int) -> Loaded:
         loaded = self._load(indices[part.start : part.stop], epoch)
@@ -175,6 +175,54 @@ class Samples:
                 f"{SHARE_MAX}: {first}",
                 "mend them, or leave them out of the data set",
             ) from error
+
+
+class Loading:
+    """Loads leases of a data set ahead: in a thread while the loop computes, or where the set is
+    read in the loop, at once."""
+
+    def __init__(self, samples: Samples) -> None:
+        self.in_loop = samples.in_loop
+        self._samples = samples
+        self._thread = ThreadPoolExecutor(1, "loader")
+        self._ahead: dict[Lease, Future[list[Loaded]]] = {}
+
+    def begin(self, lease: Lease) -> None:
+        """This lease will probably come next. What goes wrong is raised by `result`."""
+        if lease in self._ahead:
+            return
+        if not self.in_loop:
+            self._ahead[lease] = self._thread.submit(self._samples.load, lease)
+            return
+        loaded: Future[list[Loaded]] = Future()
+        try:
+            loaded.set_result(self._samples.load(lease))
+        except Exception as e:
+            loaded.set_exception(e)
+        self._ahead[lease] = loaded
+
+    def keep(self, lease: Lease) -> None:
+        """Forget what was loaded of others: they did not come."""
+        self._ahead = {ahead: loaded for ahead, loaded in self._ahead.items() if ahead == lease}
+
+    def result(self, lease: Lease) -> list[Loaded]:
+        """The samples of this lease, in parts; see `Samples.load`."""
+        with trace.span("load"):
+            loaded = self._ahead.pop(lease, None)
+            return self._samples.load(lease) if loaded is None else loaded.result()
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+
+def cut(lease: Lease, most: int, least: int = 1) -> list[Lease]:
+    """A lease in pieces of at most `most` samples, as alike as can be, and of at least `least`,
+    which goes first."""
+    epoch, start, stop = lease
+    samples = stop - start
+    count = max(1, min(-(-samples // max(1, most)), samples // max(1, least)))
+    ends = [start + samples * i // count for i in range(count + 1)]
+    return [(epoch, a, b) for a, b in pairwise(ends)]
 
 
 def takes_indices(dataset: Any) -> bool:

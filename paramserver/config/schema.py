@@ -12,7 +12,7 @@ import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from types import NoneType, UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from paramserver.errors import UserError
 from paramserver.net import hosts
@@ -24,7 +24,7 @@ Program = Literal["server", "worker", "launch"]
 Where = Callable[[str], str]  # a setting's name -> where its value was written, or ""
 
 NAMED = {"model": "type", "dataset": "name"}  # what is called by a name, and its arguments
-SHORT = ("optimizer", "scheduler", "loss", "metric")  # the same; the name may stand alone
+SHORT = ("optimizer", "scheduler", "loss", "metric", "outer")  # the same; the name may stand alone
 NAMED |= dict.fromkeys(SHORT, "name")
 GROUPS = (*NAMED, "wandb")  # settings that hold settings
 
@@ -40,7 +40,8 @@ class Key:
     help: str
     unit: str
     scope: str  # run | server | local
-    ranges: tuple[Range, ...] = ()  # that every value but null is in
+    ranges: tuple[Range, ...] = ()  # that every number, text, list or mapping is in
+    words: tuple[str, ...] = ()  # that may stand in place of a number
 
 
 def _keys(owner: type, prefix: str = "") -> Iterator[Key]:
@@ -51,10 +52,13 @@ def _keys(owner: type, prefix: str = "") -> Iterator[Key]:
             assert isinstance(hint, type)
             yield from _keys(hint, f"{field.name}.")
             continue
-        kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+        kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
         default = field.default if field.default_factory is MISSING else field.default_factory()
         kind = get_origin(kinds[0]) or kinds[0]
-        yield Key(prefix + field.name, kind, NoneType in kinds, default, **field.metadata)
+        words = tuple(w for k in kinds if get_origin(k) is Literal for w in get_args(k))
+        yield Key(
+            prefix + field.name, kind, NoneType in kinds, default, **field.metadata, words=words
+        )
 
 
 # What the free mappings must hold; the rest of them belongs to the model and the data set.
@@ -237,6 +241,8 @@ def _words(value: Any) -> Iterator[Any]:
 def build(tree: Mapping[str, Any], where: Where = lambda name: "") -> Settings:
     """The finished `Settings` of a complete nested tree; a `UserError` for the first bad value."""
     names = [field.name for field in fields(Settings) if field.name != "wandb"]
+    if isinstance(tree["outer"], Mapping):
+        tree = {**tree, "outer": {"name": "SGD", **tree["outer"]}}
     values = {name: _checked(name, spelled_out(name, tree[name]), where) for name in names}
     logging = {
         field.name: _checked(f"wandb.{field.name}", tree["wandb"][field.name], where)
@@ -249,14 +255,49 @@ def build(tree: Mapping[str, Any], where: Where = lambda name: "") -> Settings:
     if values["min_workers"] > values["num_workers"]:
         workers = f"num_workers ({values['num_workers']})"
         raise _wrong("min_workers", f"must not exceed {workers}", values["min_workers"], where)
-    return Settings(**values, wandb=Wandb(**logging))
+    settings = Settings(**values, wandb=Wandb(**logging))
+    _check_local_steps(settings, where)
+    return settings
+
+
+def _check_local_steps(s: Settings, where: Where) -> None:
+    """Raise a `UserError` for an outer step that cannot be made, or not with these local steps."""
+    if s.local_steps == "auto" and s.deterministic:
+        must = "must be a number with deterministic=true: measured times differ from run to run"
+        raise _wrong("local_steps", must, s.local_steps, where)
+    if s.outer is None:
+        return
+    if s.local_steps == 1:
+        must = "must be null with local_steps=1: the mean of an optimizer's steps is another thing "
+        raise _wrong("outer", must + "than a step with the mean gradient", s.outer, where)
+    for name, value in s.outer.items():
+        if name not in OUTER:
+            raise _wrong(f"outer.{name}", f"must be one of {', '.join(OUTER)}", value, where)
+        is_right, must = OUTER[name]
+        if not is_right(value):
+            raise _wrong(f"outer.{name}", must, value, where)
+    if s.outer.get("nesterov") and not s.outer.get("momentum"):
+        raise _wrong("outer.momentum", "must be more than 0 with nesterov", None, where)
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+OUTER: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "name": (lambda v: v == "SGD", "must be SGD"),
+    "lr": (lambda v: _number(v) and 0 < v <= 10, "must be a number, more than 0 and at most 10"),
+    "momentum": (lambda v: _number(v) and 0 <= v < 1, "must be a number from 0 to below 1"),
+    "nesterov": (lambda v: isinstance(v, bool), "must be true or false"),
+}
+"""The parts of `outer`: what each may be, and the words for what may not."""
 
 
 def _checked(name: str, value: Any, where: Where) -> Any:
     """`value` as the setting's type and within its range."""
     key = KEYS[name]
-    if value is None and key.optional:
-        return None
+    if (value is None and key.optional) or value in key.words:
+        return value
     if isinstance(value, str) and key.kind is not str:
         value = _read_scalar(value)  # quoted in YAML, or out of an environment variable
     if key.kind is float and type(value) is int and abs(value) < 2**1023:
@@ -303,7 +344,8 @@ def must_be(key: Key | None) -> str:
     kind = "a mapping" if key is None else _KINDS[key.kind]
     if key is not None and key.name in SHORT:
         kind = "a name, or a mapping with a name"
-    return f"must be {kind}{' or null' if key is not None and key.optional else ''}"
+    others = () if key is None else (*key.words, *(("null",) if key.optional else ()))
+    return " or ".join((f"must be {kind}", *others))
 
 
 def _wrong(name: str, must: str, value: object, where: Where) -> UserError:

@@ -53,7 +53,7 @@ class StepLine(msgspec.Struct, frozen=True, gc=False):
     """One step of a run, as a line of metrics.jsonl."""
 
     step: int
-    """The step that the round led to, 1 or more."""
+    """The step that the round led to, 1 or more: optimizer steps since the run began."""
     seconds: float
     """Seconds since the first round was opened."""
     loss: float | None
@@ -70,6 +70,12 @@ class StepLine(msgspec.Struct, frozen=True, gc=False):
     received_bytes: int
     shares: tuple[int, ...] = ()
     """Samples of each of `workers`, in their order."""
+    update: int | msgspec.UnsetType = msgspec.UNSET
+    """The number of this update of the log, where `step` does not count updates."""
+
+    @property
+    def log_step(self) -> int:
+        return self.step if isinstance(self.update, msgspec.UnsetType) else self.update
 
 
 class EvalLine(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -274,11 +280,12 @@ class RunFolder:
                     except UNREADABLE:  # an evaluation
                         whole += len(text)
                         continue
-                    if line.step >= before:
+                    if line.log_step >= before:
                         self._cut_at = whole
                         break
                     whole += len(text)
-                    last, steps, samples = line, steps + 1, samples + line.samples
+                    steps += 1 if last is None else line.step - last.step
+                    last, samples = line, samples + line.samples
                     _count(workers, line)
         except OSError:
             pass  # there is no file yet, or it cannot be written either

@@ -76,9 +76,10 @@ def newest_whole(folder: Path, but: Path | None = None) -> Path | None:
     return None
 
 
-def step_of(metadata: dict[str, str]) -> int:
-    """The step in a file's metadata. Raises `Broken` for impossible ones."""
-    text = metadata.get("step", "")
+def step_of(metadata: dict[str, str], key: str = "step") -> int:
+    """The step in a file's metadata: of optimizer steps; with the key "update", where there is one,
+    that of the log. Raises `Broken` for impossible ones."""
+    text = metadata.get(key, metadata.get("step", ""))
     if not (text.isascii() and text.isdigit() and len(text) <= STEP_DIGITS_MAX):
         raise Broken(f"its step is {text[:40]!r}")
     if int(text) > STEPS_MAX:

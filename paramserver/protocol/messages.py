@@ -401,6 +401,8 @@ class Push(Message, frozen=True):
     unread: Annotated[tuple[Int, ...], msgspec.Meta(max_length=TENSORS_MAX)] = ()
     """Places in the lease, in order, of samples that could not be read: `samples` are the others.
     The same in every push of a round."""
+    steps: Annotated[int, msgspec.Meta(ge=1, le=STEP_MAX)] = 1
+    """Optimizer steps that the worker made with its samples, see `Open.local_steps`."""
 
 
 class Unreadable(Message, frozen=True):
@@ -438,6 +440,9 @@ class Open(Message, frozen=True):
     lineage: Id
     leases: Annotated[dict[Worker, Leases], msgspec.Meta(max_length=WORKERS_MAX)]
     """By worker id: the lease of this round and, if there are more samples, the one after it."""
+    local_steps: Annotated[int, msgspec.Meta(ge=1, le=STEP_MAX)] = 1
+    """Optimizer steps that a worker makes with its lease, at most. With one it pushes a gradient;
+    with more, what its steps changed (`paramserver.rounds.local_steps`)."""
 
 
 class Close(Message, frozen=True):
@@ -468,6 +473,8 @@ class Close(Message, frozen=True):
         msgspec.Meta(max_length=WORKERS_MAX),
     ] = {}
     """For contributors with a part of their buckets in the update: these buckets."""
+    local_steps: Annotated[int, msgspec.Meta(ge=1, le=STEP_MAX)] = 1
+    """Of the round, see `Open`: with more than one, the averages are for the outer step."""
 
     def __post_init__(self) -> None:
         self._clip("reason")

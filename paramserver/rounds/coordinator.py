@@ -100,6 +100,7 @@ class Rounds:
         self._origin = Origin(rules, now, count_buckets, recovery)
         self._ending = Ending(rules, self._roster, now)
         self.norms = Norms(rules.max_norm_ratio)
+        self._judges_local = False  # they are those of rounds of local steps
         self._divergence = Divergence(self._roster, self._out)
         self._leases = Leases(
             rules, self._roster, self._out, name_samples=name_samples, places=places
@@ -335,7 +336,7 @@ class Rounds:
             current.take(member, push)
             if current.whole(member):
                 peer.took(now - current.opened_at)
-                member.whole_at = now
+                member.whole_at, member.compute_s = now, push.compute_s
                 waited_s = now - current.opened_at
                 self._leases.computed(peer.id, member.samples, push.compute_s, waited_s)
                 current.look_for_quorum(now)
@@ -366,7 +367,7 @@ class Rounds:
             self._becomes_replica(peer, states.ADOPTED)
             self._turn(states.TAKEN)
             self._ending.observer_moves(now)
-            self._out.say(f"{peer.name} took a snapshot of step {self.step}", peer)
+            self._out.say(f"{peer.name} took a snapshot of step {self.optimizer_steps}", peer)
         return end is not None
 
     # ------------------------------------------------------------------ time
@@ -390,7 +391,7 @@ class Rounds:
         return True
 
     def _say_what_is_due(self, now: float) -> None:
-        self._phases.say_pause(self._out, self.state, self.started, self.step, now)
+        self._phases.say_pause(self._out, self.state, self.started, self.optimizer_steps, now)
         for sentence in self._out.sentences.left_out(now):
             self._out.warn(sentence)
 
@@ -475,6 +476,12 @@ class Rounds:
         """Can a replica at (step, lineage) follow from there by fetching updates?"""
         return self.log.knows(step, lineage)
 
+    @property
+    def optimizer_steps(self) -> int:
+        """Optimizer steps in the newest state, which is what people are shown; `step` counts
+        updates."""
+        return self._leases.optimizer_steps(self.step)
+
     def open_message(self) -> wire.Open | None:
         current = self.round
         if current is None:
@@ -487,6 +494,7 @@ class Rounds:
             step=self.step,
             lineage=self.lineage,
             leases=leases,
+            local_steps=current.local_steps,
         )
 
     def pulse(self, now: float) -> wire.Pulse:
@@ -511,7 +519,7 @@ class Rounds:
         return self._phase(now)[0]
 
     def _phase(self, now: float) -> tuple[wire.Phase, str]:
-        return self._phases.now(self.state, self.started, self.step, now)
+        return self._phases.now(self.state, self.started, self.optimizer_steps, now)
 
     # ------------------------------------------------------------------ the run's end
 
@@ -647,9 +655,11 @@ class Rounds:
         self._out.effects.append(Start(message.layout, message.step))
         self._out.send(peer, wire.Admit(action="origin", step=self.step, lineage=self.lineage))
         if self.coming_back:
-            self._out.say(f"the run goes on after step {self.step}, where {peer.name} stands")
+            self._out.say(
+                f"the run goes on after step {self.optimizer_steps}, where {peer.name} stands"
+            )
         else:
-            self._out.say(f"the first state comes from {peer.name}, at step {self.step}")
+            self._out.say(f"the first state comes from {peer.name}, at step {self.optimizer_steps}")
         self._turn(states.ORIGIN)
         for other in self._roster.in_state(WAITING):
             self._admit(other)
@@ -787,6 +797,7 @@ class Rounds:
                 self._judge(peer, member, now)
         self._waits.look_for_the_slow(current, now)
         self._look_for_the_deaf()
+        self._leases.count_steps(current, now)
         in_vain = current.refused and not result.contributors
         self._bad_rounds = self._bad_rounds + 1 if in_vain else 0
         self.round = None
@@ -805,6 +816,7 @@ class Rounds:
             seconds=now - current.opened_at,
             ledger=self.ledger.state(),
             reason=current.shortfall(result.late),
+            local_steps=current.local_steps,
             partly=result.partly,
         )
         return self.log.append(close)
@@ -835,7 +847,7 @@ class Rounds:
         for peer in self.workers_ready():
             if peer not in ready:  # it may have got some while it was needed
                 self._leases.take_back(peer, self.round)
-        self._leases.hand_out(ready)
+        self._leases.hand_out(ready, self.step)
         members = {p.id: Member(p, p.leases[0]) for p in ready if p.leases}
         if not members:
             return None
@@ -852,7 +864,12 @@ class Rounds:
             tensors=len(self.layout.tensors),
             quorum=self.rules.quorum,
             in_order=self.rules.deterministic,
+            local_steps=self._leases.local_steps,
+            batch=sum(p.ready.batch_size for p in ready if p.leases and p.ready is not None),
         )
+        if (self.round.local_steps > 1) != self._judges_local:  # what is pushed is another thing
+            self._judges_local = self.round.local_steps > 1
+            self.norms = Norms(self.rules.max_norm_ratio)
         self._turn(states.OPENED)
         return self.open_message()
 

@@ -21,6 +21,7 @@ from paramserver.rounds.ledger import (
     OwnLedger,
     Places,
 )
+from paramserver.rounds.local_steps import LocalSteps
 from paramserver.rounds.looks import Looks, part, shown
 from paramserver.rounds.outcome import Outcome
 from paramserver.rounds.roster import Peer, Roster
@@ -67,6 +68,9 @@ class Leases:
         self._shares: Shares | None = None  # where samples are divided by speed
         if rules.shares == "speed" and not rules.deterministic:
             self._shares = Shares()
+        self._local = LocalSteps(rules.local_steps, rules.local_warmup_steps)
+        self.local_steps = 1
+        """Those of the round whose leases were handed out last."""
         self._shared: dict[int, int] = {}  # samples of a round by worker, as last handed out
         self._measured: dict[int, str] = {}  # by worker: the process whose speed is known
         self._without: set[int] = set()  # workers that get nothing, and were named
@@ -170,16 +174,17 @@ class Leases:
 
     # ------------------------------------------------------------------ who gets how much
 
-    def hand_out(self, takers: list[Peer]) -> None:
-        """Fill all these up to two leases: first what is due now for all, then what comes after."""
+    def hand_out(self, takers: list[Peer], step: int) -> None:
+        """Fill all these up to two leases: first what is due now for all, in the round that follows
+        this `step` of the log, then what comes after."""
         if self.ledger is None:
             return
-        sizes = self._sizes(takers)
+        sizes = self._sizes(takers, step)
         for count in range(1, LEASES_HELD + 1):
             for peer in takers:
                 size, ready = sizes[peer.id], peer.ready
                 if size and len(peer.leases) < count and ready is not None:
-                    joined = self._shares is not None
+                    joined = self._shares is not None or self._local.used
                     lease = self.ledger.lease(
                         size,
                         ready.least,
@@ -191,22 +196,16 @@ class Leases:
                         return
                     peer.leases.append(lease)
 
-    def _sizes(self, takers: list[Peer]) -> dict[int, int]:
-        """The samples of the next rounds by worker: what it asked for, or its share."""
+    def _sizes(self, takers: list[Peer], step: int) -> dict[int, int]:
+        """The samples of the next rounds by worker: what it asked for, for each local step, or its
+        share."""
         asked = {p.id: p.ready.batch_size for p in takers if p.ready is not None}
-        if self._shares is None or self.own:
-            return asked
-        for p in takers:
-            if self._measured.get(p.id) != p.nonce:
-                self._measured[p.id] = p.nonce
-                self._shares.forget(p.id)
-        limits = {
-            p.id: Limits(p.ready.least, max(p.ready.least, SHARE_TIMES_MAX * p.ready.batch_size))
-            for p in takers
-            if p.ready is not None
-        }
-        sizes = self._shares.sizes(asked, limits)
-        if sizes != self._shared:
+        self.local_steps = self._next_local_steps(step)
+        if self._shares is not None and not self.own:
+            sizes = self._sizes_by_speed(self._shares, asked, takers)
+        else:
+            sizes = {w: n * self.local_steps for w, n in asked.items()}
+        if sizes != self._shared and (self._shares is not None or self._local.used):
             for p in takers:
                 if sizes[p.id] != self._shared.get(p.id):
                     self.take_back(p, None)  # those of a round to come: of another size
@@ -214,6 +213,40 @@ class Leases:
             self._without &= {p.id for p in takers}
             self._shared = sizes
         return sizes
+
+    def _sizes_by_speed(
+        self, shares: Shares, asked: dict[int, int], takers: list[Peer]
+    ) -> dict[int, int]:
+        for p in takers:
+            if self._measured.get(p.id) != p.nonce:
+                self._measured[p.id] = p.nonce
+                shares.forget(p.id)
+        if self.local_steps > 1:
+            costs = {w: cost for w in asked if (cost := shares.cost(w)) is not None}
+            steps = self._local.by_speed(self.local_steps, asked, costs)
+            sizes = {w: n * asked[w] for w, n in steps.items()}
+            return shares.trying(sizes, {w: Limits(n) for w, n in asked.items()})
+        limits = {
+            p.id: Limits(p.ready.least, max(p.ready.least, SHARE_TIMES_MAX * p.ready.batch_size))
+            for p in takers
+            if p.ready is not None
+        }
+        return shares.sizes(asked, limits)
+
+    def _next_local_steps(self, step: int) -> int:
+        """The local steps of the round that follows this step of the log."""
+        if not self._local.used or self.ledger is None:
+            return 1
+        local = self.ledger.steps is not None
+        steps = self._local.of_next(self.optimizer_steps(step), local=local)
+        if steps > 1:
+            self.ledger.begin_steps(step)
+        return steps
+
+    def optimizer_steps(self, step: int) -> int:
+        """The optimizer steps in the newest state, at this step of the log."""
+        steps = None if self.ledger is None else self.ledger.steps
+        return step if steps is None else steps
 
     def share_of(self, worker: int) -> int | None:
         """A worker's samples of a round, where they follow its speed."""
@@ -238,6 +271,17 @@ class Leases:
         if self._shares is not None and told_s is not None:
             seconds = min(max(told_s, waited_s / BELIEVED), waited_s)
             self._shares.took(worker, samples, seconds)
+
+    def count_steps(self, current: Round, now: float) -> None:
+        """The round closes: count its optimizer steps, and look whether another number of local
+        steps suits the machines better."""
+        assert self.ledger is not None
+        made = max((m.steps for m in current.members.values() if m.got), default=0)
+        self.ledger.count_steps(current.batch, made)
+        times = [m.compute_s for m in current.members.values() if m.compute_s is not None]
+        seconds = now - current.opened_at
+        if times and self._local.took(current.local_steps, seconds, max(times)):
+            self._out.say(f"the number of local steps changes: {self._local.why}")
 
     def computes_still(self, worker: int, samples: int, waited_s: float) -> None:
         """A worker has not pushed these samples so long after the round's opening."""

@@ -22,7 +22,7 @@ No clock, no socket; the state goes as a small dict into every close (`state`, `
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any
 
 import msgspec
@@ -89,6 +89,15 @@ class LedgerState(msgspec.Struct, frozen=True):
     killed_ranges: int = 0
     suspects: Annotated[tuple[Suspect, ...], msgspec.Meta(max_length=SUSPECTS_KEPT)] = ()
     lost: Annotated[tuple[Lost, ...], msgspec.Meta(max_length=LOST_NAMED)] = ()
+    steps: int | None = None
+    rest: int = 0
+
+
+def optimizer_steps(ledger: Mapping[str, Any] | None, step: int) -> int:
+    """The optimizer steps in the state at this `step` of the log, which is what people are shown.
+    An update is one step, but for rounds of local steps, of which the ledger counts more."""
+    steps: int | None = None if ledger is None else ledger.get("steps")
+    return step if steps is None else steps
 
 
 def check_counts(state: dict[str, Any]) -> None:
@@ -97,6 +106,8 @@ def check_counts(state: dict[str, Any]) -> None:
     for name in COUNTS:
         if type(state.get(name)) is not int:
             raise PeerError(f"`{name}` of the ledger is no number")
+    if type(state.get("steps", 0)) is not int:
+        raise PeerError("`steps` of the ledger is no number")
 
 
 class Ledger:
@@ -122,6 +133,9 @@ class Ledger:
         self._deadly: tuple[tuple[int, int], list[int]] = (-1, 0), []  # of an epoch, see `_avoided`
         self._least = 1
         self._spare = False
+        self.steps: int | None = None
+        """Optimizer steps made, once there was a round of local steps (see `optimizer_steps`)."""
+        self._rest, self._counted = 0, 0  # samples that make no step yet; counted by then
 
     def lease(
         self,
@@ -390,6 +404,23 @@ class Ledger:
     def total(self) -> int:
         return self.samples * self.epochs
 
+    def begin_steps(self, before: int) -> None:
+        """The first round of local steps begins: optimizer steps are counted from now on, beside
+        those `before`."""
+        if self.steps is None:
+            self.steps, self._counted = before, self.counted
+
+    def count_steps(self, batch: int, made: int) -> None:
+        """A round is over: count the optimizer steps that its samples make, of `batch` samples
+        each, if steps are counted; what is left over counts with the next ones. A worker `made` so
+        many of them."""
+        if self.steps is None:
+            return
+        self._rest += self.counted - self._counted
+        self._counted = self.counted
+        made, self._rest = divmod(self._rest, batch)
+        self.steps += made
+
     def state(self) -> dict[str, Any]:
         """JSON-ready; leases that are out are written as waiting, as a restart would see them."""
         state: dict[str, Any] = {
@@ -408,6 +439,8 @@ class Ledger:
             "suspects": [msgspec.to_builtins(s) for s in self._suspects.values()],
             "lost": [msgspec.to_builtins(lost) for lost in self.lost],
         }
+        if self.steps is not None:
+            state |= {"steps": self.steps, "rest": self._rest}
         return {**state, **{name: value for name, value in rare.items() if value}}
 
     @classmethod
@@ -419,7 +452,8 @@ class Ledger:
         s = msgspec.convert(state, LedgerState)
         epoch, start = s.head
         waiting = sorted(s.waiting)
-        counts = (s.samples, s.epochs, s.done, s.partly, s.skipped, epoch, start)
+        steps = 0 if s.steps is None else s.steps
+        counts = (s.samples, s.epochs, s.done, s.partly, s.skipped, epoch, start, steps, s.rest)
         if min(counts) < 0 or start >= max(1, s.samples):
             raise msgspec.ValidationError("the ledger's numbers cannot be right")
         before = (0, 0)  # ranges lie apart, and behind the head
@@ -432,6 +466,7 @@ class Ledger:
         if s.own and (s.samples, s.head, waiting) == (0, (0, 0), []):
             own = OwnLedger()
             own.done, own.partly, own.skipped = s.done, s.partly, s.skipped
+            own._count_from(s)
             return own
         spans = sum(stop - start for _, start, stop in waiting)
         if s.done + s.partly + s.skipped + spans != epoch * s.samples + start:
@@ -450,7 +485,11 @@ class Ledger:
         ledger.unread, ledger.killed = s.unread, s.killed
         ledger.killed_ranges, ledger.lost = s.killed_ranges, list(s.lost)
         ledger._suspects = {suspect.lease: suspect for suspect in s.suspects}
+        ledger._count_from(s)
         return ledger
+
+    def _count_from(self, s: LedgerState) -> None:
+        self.steps, self._rest, self._counted = s.steps, s.rest, self.counted
 
 
 class OwnLedger(Ledger):
@@ -481,6 +520,11 @@ class OwnLedger(Ledger):
         if how != RETURNED:
             self._leased.add(lease)
             super().settle(lease, how)
+
+    def count_steps(self, batch: int, made: int) -> None:
+        """Batches have no size that is known before: those `made` count."""
+        if self.steps is not None:
+            self.steps += made
 
     @property
     def exhausted(self) -> bool:

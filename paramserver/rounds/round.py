@@ -60,6 +60,8 @@ class Member:
         self.bad: str | None = None  # why a bucket was refused as bad
         self.loss: float | None = None
         self.whole_at: float | None = None
+        self.compute_s: float | None = None  # by its own clock
+        self.steps = 1  # optimizer steps that it made
         self.timed_out = False  # the round waited as long as any round does
         self.waited_s = 0.0  # so long in vain: since its quorum, where it had one
         self.unread: tuple[int, ...] = ()  # places in the lease of what could not be read
@@ -69,7 +71,7 @@ class Member:
         of a lease could not be read."""
         if self.lease == OWN:
             self.lease = (0, 0, push.samples)
-        self.unread = push.unread
+        self.unread, self.steps = push.unread, push.steps
 
     @property
     def size(self) -> int:
@@ -85,7 +87,8 @@ class Round:
     """The open round that leads to `step`, of `buckets` buckets and `tensors` parameters.
 
     After a `quorum` of those still expected its deadline runs. `in_order`: gradients are added in
-    the order of the workers' ids, which is that of `members`.
+    the order of the workers' ids, which is that of `members`. `local_steps`: see `wire.Open`;
+    `batch`: the samples of one optimizer step of all members together.
     """
 
     def __init__(
@@ -99,6 +102,8 @@ class Round:
         tensors: int,
         quorum: float,
         in_order: bool,
+        local_steps: int = 1,
+        batch: int = 1,
     ) -> None:
         self.number = number
         self.step = step
@@ -111,6 +116,8 @@ class Round:
         self._tensors = tensors
         self._quorum = quorum
         self._in_order = in_order
+        self.local_steps = local_steps
+        self.batch = batch
 
     def member_of(self, peer: Peer) -> Member | None:
         """The peer's part in this round (of this session, not of an earlier one)."""
@@ -128,6 +135,8 @@ class Round:
         """Why this push must not be used; None when its payload may be looked at."""
         if push.round != self.number:
             return f"round {push.round} is not open; round {self.number} is"
+        if push.steps > self.local_steps:
+            return f"{push.steps} steps in a round of {self.local_steps}"
         member = self.member_of(peer)
         if member is None:
             return f"{peer.name} has no lease in round {push.round}"

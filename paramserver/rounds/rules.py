@@ -20,13 +20,17 @@ class Rules(msgspec.Struct, frozen=True):
     idle_timeout: float = 1800.0
     deterministic: bool = False
     shares: str = "equal"
+    local_steps: int | str = 1
+    local_warmup_steps: int = 0
     max_norm_ratio: float | None = None
     max_bad_rounds: int = 10
     epochs: int = 2
     observer: bool = True
 
-    @property
-    def longest_wait_s(self) -> float:
-        """How long any round may wait for somebody, where others could go on."""
+    def longest_wait_s(self, local_steps: int = 1) -> float:
+        """How long any round may wait for somebody, where others could go on. One of several local
+        steps may take minutes."""
         longest = MAX_WAIT_TIMEOUTS * self.heartbeat_timeout
+        if local_steps > 1:
+            longest = max(longest, self.idle_timeout / 2)
         return max(longest, self.timeout or 0.0)

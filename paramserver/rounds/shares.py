@@ -221,7 +221,7 @@ class Shares:
             self._sizes = {w: self._sizes.get(w, n) for w, n in asked.items()}
         if changed or self._rounds % LOOK_ROUNDS == 0:
             self._look(asked, limits)
-        return self._trying(dict(self._sizes), limits)
+        return self.trying(dict(self._sizes), limits)
 
     def _look(self, asked: Mapping[int, int], limits: Mapping[int, Limits]) -> None:
         costs = {w: cost for w in asked if (cost := self.cost(w)) is not None}
@@ -245,7 +245,7 @@ class Shares:
             wanted = {w: bounded.get(w, 0) for w in costs}
         self._sizes.update(wanted)
 
-    def _trying(self, sizes: dict[int, int], limits: Mapping[int, Limits]) -> dict[int, int]:
+    def trying(self, sizes: dict[int, int], limits: Mapping[int, Limits]) -> dict[int, int]:
         """Whoever got nothing for long gets the least once: it may have become faster."""
         for w, n in sizes.items():
             self._rounds_out[w] = 0 if n else self._rounds_out.get(w, 0) + 1

@@ -24,6 +24,7 @@ OVERDUE_DOUBLINGS = 5  # of the wait before a round is void, as long as nothing 
 SLOW_ROUNDS = 20  # in a row that wait longer for one than for all others, before it is said
 SLOW_S = 0.1
 DERIVED_TIMEOUT_MIN_S = 1.0
+LOCAL_WAIT_TIMES = 10  # as long as its quorum took, a round of local steps may wait for the rest
 
 
 class Vain(msgspec.Struct):
@@ -62,7 +63,9 @@ class Waits:
 
         Derived: three times the slowest member's 95th percentile, so that a steady but slow machine
         takes part and a sudden straggler does not. A late push counts as taking until it was given
-        up, so the wait grows until it covers a machine that became slow, or reaches its limit.
+        up, so the wait grows until it covers a machine that became slow, or reaches its limit. That
+        is a few heartbeat timeouts, or for a round of local steps, which may take minutes, a
+        multiple of the time in which its quorum was done.
         """
         if self._rules.timeout is not None:
             return self._rules.timeout
@@ -74,6 +77,10 @@ class Waits:
         ]
         known = [t for t in times if t is not None]
         most = MAX_WAIT_TIMEOUTS * self._rules.heartbeat_timeout
+        if current.local_steps > 1 and current.quorum_at is not None:
+            took_s = current.quorum_at - current.opened_at
+            longest = self._rules.longest_wait_s(current.local_steps)
+            most = max(most, min(LOCAL_WAIT_TIMES * took_s, longest))
         if len(known) < len(times) or not known:
             return most
         return min(max(DERIVED_TIMEOUT_MIN_S, 3 * max(known)), most)
@@ -84,7 +91,8 @@ class Waits:
         if deadline is None or now < deadline:
             return []
         wait_s = self.wait_s(current)
-        patient = self._rules.timeout is not None or wait_s >= self._rules.longest_wait_s
+        longest = self._rules.longest_wait_s(current.local_steps)
+        patient = self._rules.timeout is not None or wait_s >= longest
         late = current.expected()
         for member in late:
             member.timed_out, member.waited_s = patient, wait_s
@@ -110,7 +118,8 @@ class Waits:
         go on who have pushed everything, half as long as until the run is given up."""
         if not self.is_long(current, now):
             return []
-        waited, longest = now - current.opened_at, self._rules.longest_wait_s
+        waited = now - current.opened_at
+        longest = self._rules.longest_wait_s(current.local_steps)
         limit = math.inf
         if others and not self._rules.deterministic:
             limit = longest * 2 ** min(max(0, self.overdue_rounds - 1), OVERDUE_DOUBLINGS)
@@ -142,7 +151,8 @@ class Waits:
         on?"""
         if (self.deadline(current) or math.inf) < math.inf:
             return False
-        return now - current.opened_at >= self._rules.longest_wait_s and bool(current.expected())
+        longest = self._rules.longest_wait_s(current.local_steps)
+        return now - current.opened_at >= longest and bool(current.expected())
 
     def awaited(self, current: Round, now: float) -> str:
         """For whom the open round waits, as a sentence."""
@@ -188,7 +198,7 @@ class Waits:
         that never pushes costs a tenth of it in the end, however short the rounds of others are.
         Before that it has the time to catch up with what it missed, as one whose cable was out has
         to: while rounds wait for it the log grows slowly."""
-        if vain.rounds < EMPTY_ROUNDS or vain.waited_s < self._rules.longest_wait_s:
+        if vain.rounds < EMPTY_ROUNDS or vain.waited_s < self._rules.longest_wait_s():
             return False
         if len(self._roster.workers_ready()) < 2:
             return False

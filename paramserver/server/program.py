@@ -46,12 +46,14 @@ def summarize(control: Control, show: Show, end: wire.End) -> dict[str, Any]:
     seconds = show.seconds(control, control.closed_at or control.first_open_at or 0.0)
     sent_bytes, received_bytes = show.traffic(control)
     ledger = control.rounds.ledger
-    values = show.val if show.val_step == end.step else {}
+    steps = end.step if ledger is None or ledger.steps is None else ledger.steps
+    values = show.val if show.val_step == steps else {}
     tallies = show.tallies(control)
     digests = {name: d for name, (step, d) in control.digests.items() if step == end.step}
     reference = digests.get("the observer") or next(iter(digests.values()), None)
     return {
-        "steps": end.step,
+        "steps": steps,
+        "updates": end.step,
         "samples": show.samples,
         "seconds": seconds,
         "steps_per_s": show.steps / seconds if seconds else None,
@@ -259,7 +261,8 @@ def _serve(
     if observer is not None and observer.problem is not None and not server.rounds.log_begun:
         show.display.close()
         raise observer.problem
-    missing = missing_results(show, end) if settings.observer and server.rounds.log_begun else []
+    last = server.rounds.optimizer_steps
+    missing = missing_results(show, last) if settings.observer and server.rounds.log_begun else []
     whole = _write_results(server.control, show, end, missing)
     if end.error:
         return 1
@@ -281,22 +284,23 @@ def _save_config(settings: Settings, folder: RunFolder) -> None:
         ) from None
 
 
-def missing_results(show: Show, end: wire.End) -> list[str]:
-    """The results that this run should have written and did not, by its files alone."""
+def missing_results(show: Show, last: int) -> list[str]:
+    """The results that this run should have written of its `last` step and did not, by its files
+    alone."""
     folder, missing = show.folder, []
     try:
         at = stored.step(folder.model, stored.MODEL_FORMAT)
-        if at != end.step:
+        if at != last:
             missing.append(f"{folder.model.name} (there is one of step {at})")
     except stored.Broken:
         missing.append(folder.model.name)
     try:
-        stored.step(folder.checkpoints / stored.name(end.step))
+        stored.step(folder.checkpoints / stored.name(last))
     except stored.Broken:
         newest = stored.newest_whole(folder.checkpoints)
         there = "" if newest is None else f" (the newest whole one is {newest.name})"
         missing.append(f"the last checkpoint{there}")
-    if show.val_step != end.step:
+    if show.val_step != last:
         there = "" if show.val_step is None else f" (the newest is of step {show.val_step})"
         missing.append(f"the last evaluation{there}")
     return missing
@@ -328,7 +332,7 @@ def _write_results(control: Control, show: Show, end: wire.End, missing: list[st
     summary = summarize(control, show, end)
     if problem is None and len(show.problems.all()) > told:
         folder.write_summary(summary)  # where this fails the first one stays
-    show.say(f"the run is over at step {end.step}: {end.reason}")
+    show.say(f"the run is over at step {summary['steps']}: {end.reason}")
     show.display.summary({**summary, "workers": summary["per_worker"]}, str(folder.path))
     show.display.close()
     return not missing and problem is None

@@ -84,6 +84,8 @@ class Server:
                 idle_timeout=settings.idle_timeout,
                 deterministic=settings.deterministic,
                 shares=settings.shares,
+                local_steps=settings.local_steps,
+                local_warmup_steps=settings.local_warmup_steps,
                 max_norm_ratio=settings.max_norm_ratio,
                 max_bad_rounds=settings.max_bad_rounds,
                 epochs=settings.num_epochs,

@@ -8,6 +8,8 @@ import time
 from collections import deque
 from typing import Any
 
+import msgspec
+
 from paramserver import logs
 from paramserver.net.mdns import Announcement
 from paramserver.output import metrics
@@ -15,6 +17,7 @@ from paramserver.output.display import Display, Status, WorkerStatus
 from paramserver.output.problems import Problems
 from paramserver.output.runfolder import EvalLine, RunFolder, StepLine
 from paramserver.protocol import messages as wire
+from paramserver.rounds.ledger import optimizer_steps
 from paramserver.rounds.round import Tally
 from paramserver.server.control import Control
 from paramserver.server.observer_process import ObserverProcess
@@ -51,6 +54,7 @@ class Show:
         self._take_up()
         self._marks: deque[tuple[float, int, int, dict[int, int]]] = deque()  # for the rates
         self._late = ""
+        self._step: int | None = None  # of the last close
         self.observer: ObserverProcess | None = None
         self.announcement: Announcement | None = None
 
@@ -76,11 +80,13 @@ class Show:
         self.tell(self.folder.note(close.step, close.lineage))
 
     def closed(self, control: Control, close: wire.Close) -> None:
-        if self.past.last is not None and self.steps == self.past.steps:
-            self._compare(self.past.last.step, close.step)
+        if self.past.last is not None and self._step is None:
+            self._compare(self.past.last.log_step, close.step)
+        step = optimizer_steps(close.ledger, close.step)
         samples = sum(close.contributors.values())
         self.samples += samples
-        self.steps += 1
+        self.steps += close.local_steps if self._step is None else step - self._step
+        self._step = step
         if close.loss is not None:
             self.losses.append((samples, close.loss))
         if close.reason:
@@ -90,7 +96,7 @@ class Show:
         sent_bytes, received_bytes = self.traffic(control)
         self.folder.log(
             StepLine(
-                step=close.step,
+                step=step,
                 seconds=self._seconds(control),
                 loss=close.loss,
                 samples=samples,
@@ -100,6 +106,7 @@ class Show:
                 sent_bytes=sent_bytes,
                 received_bytes=received_bytes,
                 shares=tuple(close.contributors.values()),
+                update=msgspec.UNSET if step == close.step else close.step,
             )
         )
         self.tell(self.folder.flush(time.monotonic()))  # a server may be killed at any time
@@ -198,8 +205,8 @@ class Show:
         ]
         return Status(
             phase=r.phase(now),
-            step=r.step,
-            total_steps=r.step + left if left is not None else None,
+            step=r.optimizer_steps,
+            total_steps=r.optimizer_steps + left if left is not None else None,
             epoch=min(ledger.epochs, ledger.counted // ledger.samples + 1)
             if left is not None and ledger is not None
             else None,

@@ -64,6 +64,7 @@ SILENCE_S = 4.0  # heartbeat_timeout
 IDLE_S = 50.0
 LIARS_EVERY = 4  # seeds, a schedule has a liar
 SPEED_EVERY = 5  # seeds, shares follow speed
+LOCAL_EVERY = 7  # seeds, rounds have local steps
 PATIENCE_S, PATIENCE_FOR_A_SAMPLE_S = 400.0, 2.0
 """After the last fault; more than any chain of deadlines, so that only what hangs exceeds it."""
 
@@ -150,6 +151,14 @@ class Schedule:
         self.rules = msgspec.structs.replace(
             self.rules, shares="speed" if seed % SPEED_EVERY == SPEED_EVERY - 1 else "equal"
         )
+        if seed % LOCAL_EVERY == LOCAL_EVERY - 1:
+            local = Random(f"local {seed}")
+            self.rules = msgspec.structs.replace(
+                self.rules,
+                local_steps=local.choice((2, 3, 8, "auto")),
+                local_warmup_steps=local.choice((0, 0, 5)),
+                deterministic=False,
+            )
         self.lies = seed % LIARS_EVERY == LIARS_EVERY - 1
         if self.lies:
             self.rules = msgspec.structs.replace(

@@ -436,6 +436,11 @@ class Client:
                 said, say_at = text, now + SAY_WAITING_AFTER_S
         return True
 
+    def look(self) -> None:
+        """Handle what has come, without waiting: between the local steps of a round."""
+        self.wait(lambda: False, "", timeout_s=0)
+        self._tick(time.monotonic())
+
     def _look_for_end(self) -> None:
         """Read what has come, before the connections are made anew. Who stood in a long step may
         have missed the server's last words: a server that has ended answers no greeting."""

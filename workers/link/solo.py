@@ -27,7 +27,8 @@ from workers.link import follow
 from workers.replica.replica import Replica
 
 ID = 1
-AS_IT_IS = {"codec": "float32", "codec_down": None}  # nothing travels
+# Nothing travels, and the only worker's own steps are the run's.
+AS_IT_IS = {"codec": "float32", "codec_down": None, "local_steps": 1, "outer": None}
 
 
 class Solo:
@@ -147,6 +148,9 @@ class Solo:
         pass
 
     def poll(self) -> None:
+        pass
+
+    def look(self) -> None:
         pass
 
     def push(self, push: wire.Push, buffers: list[Any]) -> None:

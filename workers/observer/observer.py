@@ -26,6 +26,8 @@ from paramserver.config.loading import exit_on_user_error
 from paramserver.errors import UserError
 from paramserver.output.runfolder import RunFolder
 from paramserver.protocol import messages as wire
+from paramserver.rounds.ledger import optimizer_steps
+from paramserver.rounds.local_steps import outer_of
 from paramserver.settings import Settings
 from paramserver.transport import malloc
 from workers.builtin import builders, models
@@ -82,10 +84,11 @@ class Observer:
             scheduler=builders.build_scheduler(optimizer, settings, None),
             clip_norm=settings.clip_norm,
             schedule_by=settings.schedule_by,
+            outer=outer_of(settings),
         )
         if orders.resume is not None:
             resume(self.replica, Path(orders.resume), settings)
-            log.info(f"resumed {orders.resume} at step {self.replica.step}")
+            log.info(f"resumed {orders.resume} at step {self.replica.steps}")
         self.client = Client(orders.host, orders.port, role="observer", key=orders.key)
         self._untold: list[str] = []  # problems that are not reported to the server yet
         self._told: set[str] = set()
@@ -103,6 +106,7 @@ class Observer:
         self._kept = ""  # lineage of the state that was written at the run's end
         self._due: set[str] = set()
         self._evaluating = False
+        self._noted = (-1, 0)  # the last update, and the optimizer steps by then
         self._norms_at = 0.0  # when gradients are measured next
         self._round_s = 0.0  # seconds of a round, estimated rather too short than too long
 
@@ -134,7 +138,7 @@ class Observer:
                 self._due.discard("evaluation")
                 self._evaluate()
         if self.server_gone.is_set():
-            log.info(f"the server is gone; writing a checkpoint of step {self.replica.step}")
+            log.info(f"the server is gone; writing a checkpoint of step {self.replica.steps}")
         self._finish()
 
     def close(self) -> None:
@@ -185,7 +189,10 @@ class Observer:
 
     def _note(self, close: wire.Close, norms: dict[str, float] | None) -> None:
         """Log a step, and note what is due after it."""
-        s, step = self.settings, close.step
+        s, step = self.settings, optimizer_steps(close.ledger, close.step)
+        update, noted = self._noted
+        before = noted if update == close.step - 1 else step - close.local_steps
+        self._noted = close.step, step
         assert self.client.follow is not None
         sent, received = self.client.follow.traffic
         values = step_values(
@@ -199,16 +206,16 @@ class Observer:
             gradient_norms=norms,
         )
         self._logs.append((step, values))
-        if s.eval_steps and step % s.eval_steps == 0:
+        if _due(s.eval_steps, before, step):
             self._due.add("evaluation")
         elif not self._evaluating:
             self._write_logs()
-        if s.checkpoint_steps and step % s.checkpoint_steps == 0:
+        if _due(s.checkpoint_steps, before, step):
             self._due.add("checkpoint")
 
     def _evaluate(self) -> None:
         """Evaluate a copy of this step's weights; apply updates between batches."""
-        step = self.replica.step
+        step = self.replica.steps
         self.copy.load_state_dict(self.replica.state()["model"])
         self._evaluating = True
         loss, metric = builders.evaluate(
@@ -244,7 +251,7 @@ class Observer:
     def _save(self) -> None:
         """Write a checkpoint. Where the disk is full, older ones are removed; where that does not
         help, this one is left out, and the run goes on."""
-        step, folder = self.replica.step, self.folder.checkpoints
+        step, folder = self.replica.steps, self.folder.checkpoints
         path, settings = folder / checkpoint.name(step), asdict(self.settings)
         try:
             self._write(lambda: checkpoint.save(path, self.replica, self.orders.run, settings))
@@ -281,7 +288,7 @@ class Observer:
     def _keep(self) -> None:
         """The last checkpoint and the weights. Before the run's end workers still hold this state:
         should this process die now, another observer takes it from them."""
-        step = self.replica.step
+        step = self.replica.steps
         if self._saved_step != step and step > 0:
             self._save()
         self._tell_unsaved()
@@ -295,7 +302,7 @@ class Observer:
 
     def _finish(self) -> None:
         """Write the last files if that is not done, evaluate, and send goodbye."""
-        step = self.replica.step
+        step = self.replica.steps
         if self._kept != self.replica.lineage:
             self._keep()
         self._due.clear()
@@ -309,6 +316,12 @@ class Observer:
         self.logbook.close()  # its problems are reported before goodbye
         self._tell_problems()
         self.client.goodbye(wire.Goodbye(wire.FINISHED, finished=True))
+
+
+def _due(every: int, before: int, now: int) -> bool:
+    """Is `now` the first step at or behind a multiple of `every`? (0: never.) A round of local
+    steps makes several at once."""
+    return every > 0 and now // every > before // every
 
 
 def main() -> None:

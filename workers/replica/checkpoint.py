@@ -33,7 +33,8 @@ __all__ = ["STEPS_MAX", "Checkpoint", "load", "name", "prune", "save", "save_mod
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The contents of a file: the tree for `Replica.load`, with run, step, lineage and settings."""
+    """The contents of a file: the tree for `Replica.load`, with run, step (of the log), lineage and
+    settings."""
 
     state: dict[str, Any]
     step: int
@@ -49,7 +50,8 @@ def save(path: Path, replica: Replica, run: str, settings: dict[str, Any]) -> No
     metadata = {
         "format": FORMAT,
         "tree": tree,
-        "step": str(replica.step),
+        "step": str(replica.steps),
+        "update": str(replica.step),
         "lineage": replica.lineage,
         "run": run,
         "settings": json.dumps(settings),
@@ -62,7 +64,7 @@ def save_model(path: Path, replica: Replica) -> None:
     tensors are left out, and named in the metadata (`left_out`); checkpoints have them."""
     state = replica.state()["model"]
     tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
-    metadata = {"format": MODEL_FORMAT, "step": str(replica.step)}
+    metadata = {"format": MODEL_FORMAT, "step": str(replica.steps)}
     if left_out := [key for key in state if key not in tensors]:
         metadata["left_out"] = json.dumps(left_out)
     _write(tensors, path, metadata)
@@ -81,7 +83,7 @@ def load(path: Path) -> Checkpoint:
                 tensors[int(key)] = as_bytes.view(DTYPES[dtype]).squeeze(-1)
         return Checkpoint(
             state=unflatten(metadata["tree"], tensors),
-            step=stored.step_of(metadata),
+            step=stored.step_of(metadata, "update"),
             lineage=_lineage(metadata["lineage"]),
             run=metadata["run"],
             settings=_mapping(json.loads(metadata["settings"])),

@@ -23,6 +23,7 @@ from paramserver.errors import UserError
 from paramserver.tensors import whole
 from paramserver.tensors.bucket import Bucket
 from workers.replica.checks import sparse
+from workers.replica.outer import Outer
 from workers.replica.replica import Replica
 from workers.replica.state import as_bytes
 
@@ -59,6 +60,7 @@ class Gradients:
         self.threaded = self._device.type != "cpu" or plan.nbytes >= THREAD_FROM_BYTES
         self._thread = ThreadPoolExecutor(1, "gradients")
         self._under_way: list[Future[None]] = []
+        self._outer: Outer | None = None  # while what local steps came to is sent
         self._parts = [[self._part(index, b) for index in b.tensors] for b in plan.buckets]
         self._numbers = [b for b in plan.buckets if b.kind != "whole"]
         self._whole = next((b for b in plan.buckets if b.kind == "whole"), None)
@@ -86,7 +88,8 @@ class Gradients:
     def add_part(self, weight: float) -> None:
         """A part of the batch is done, which holds `weight` of its samples (all parts: 1). Parts
         are added in float32 at least."""
-        self._check_untouched()
+        if self._open:
+            self._check_untouched()
         self._seen.clear()
         for index, (_, p) in enumerate(self._replica.params):
             if (grad := self._gradient(index)) is None:
@@ -103,10 +106,7 @@ class Gradients:
         statistics."""
         if not self._open:
             return
-        for index, total in self._sums.items():
-            p = self._replica.params[index][1]
-            p.grad = total.to(p.dtype)
-        self._sums.clear()
+        self.gather()
         self._replica.check_unchanged()
         self._check_untouched()
         self._seen.clear()  # they need no memory any more
@@ -116,13 +116,40 @@ class Gradients:
         absent = {i for i in tensors if i < len(self._passes) and self._gradient(i) is None}
         for bucket in unsent:
             self._hand_over(bucket, tuple(i for i in bucket.tensors if i in absent))
+        self._end_with_buffers()
+        self._open = False
+
+    def gather(self) -> None:
+        """Make the sum of the parts' gradients the parameters' gradient, if there are parts."""
+        for index, total in self._sums.items():
+            p = self._replica.params[index][1]
+            p.grad = total.to(p.dtype)
+        self._sums.clear()
+
+    def send_local(self, outer: Outer) -> None:
+        """Send what this worker's local steps came to, as `outer` takes it, and the statistics.
+        Buckets may not be sent before: `begin_local` begins such a round."""
+        self._replica.check_unchanged()
+        self._outer = outer
+        self._sent.clear()
+        for bucket in self._numbers:
+            self._hand_over(bucket, ())
+        self._end_with_buffers()
+        self._outer = None
+
+    def begin_local(self) -> None:
+        """A round of local steps begins: nothing leaves before `send_local`."""
+        self.begin()
+        self._open = False
+
+    def _end_with_buffers(self) -> None:
+        """Send the buffers that were written, and wait for all that is under way."""
         if self._whole is not None:
             if self._whole.index not in self._sent:
                 self._hand_over_buffers(self._whole)
             elif any(b.counted for b in self._replica.buffers.whole):
                 self._written_late = True  # pushed at the end of later steps
         self.finish()
-        self._open = False
 
     def finish(self) -> None:
         """Wait until the thread has sent all complete buckets; the caller's thread owns the sockets
@@ -194,9 +221,11 @@ class Gradients:
         return p.grad
 
     def _source(self, index: int) -> Tensor:
-        """A tensor's gradient (or statistic), flat."""
+        """A tensor's gradient (its weights, after local steps), or its statistic; flat."""
         params = self._replica.params
         if index < len(params):
+            if self._outer is not None:
+                return params[index][1].detach().reshape(-1)
             grad = params[index][1].grad
             assert grad is not None
             return grad.detach().reshape(-1)
@@ -261,6 +290,8 @@ class Gradients:
         torch.cat(parts, out=values)
         if not on_cpu:
             values = self._make(bucket).copy_(values)
+        if self._outer is not None and bucket.kind == "grad":
+            self._outer.pushed(bucket, values)
         self._send(bucket, values, absent, without)
 
     def _nothing(self, index: int) -> Tensor:

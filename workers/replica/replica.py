@@ -9,6 +9,7 @@ in snapshots only, and buffers that are not in the model's state do not travel.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib
 import platform
@@ -23,12 +24,14 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from paramserver.errors import PeerError, UserError
 from paramserver.protocol import messages as wire
-from paramserver.rounds.ledger import check_counts
+from paramserver.rounds.ledger import check_counts, optimizer_steps
+from paramserver.rounds.local_steps import Outer as OuterStep
 from paramserver.tensors.bucket import Bucket, plan
 from paramserver.tensors.codec import CODECS, codec_of
 from paramserver.tensors.whole import unpacked
 from workers.replica.buffers import Buffers, sent
 from workers.replica.checks import allow_step, check, misfit, refuse_step, schedule_state
+from workers.replica.outer import Outer
 from workers.replica.state import as_bytes, dtype_name
 from workers.replica.travel import HINTS, there_and_back
 
@@ -42,8 +45,9 @@ class Replica:
     `clip_norm` clips their total norm. Both run in every replica alike. The schedule goes on with
     every update or, with `schedule_by` "epoch", where an update ends an epoch of samples. `buffers`
     gives by name the rule for a buffer that forwards write, where it is not the usual one
-    (`workers.replica.buffers`). `codec` is that of the averages. Raises `UserError` for what cannot
-    be equal on all machines.
+    (`workers.replica.buffers`). `codec` is that of the averages. `outer`: how the run's local steps
+    are taken together, if it has any; `before_step` and `clip_norm` act on these steps then. Raises
+    `UserError` for what cannot be equal on all machines.
     """
 
     def __init__(
@@ -58,6 +62,7 @@ class Replica:
         before_step: Callable[[nn.Module], None] | None = None,
         schedule_by: str = "step",
         buffers: Mapping[str, str] | None = None,
+        outer: OuterStep | None = None,
     ) -> None:
         if schedule_by not in SCHEDULE_BY:
             raise UserError(f"schedule_by is one of {', '.join(SCHEDULE_BY)}, not {schedule_by!r}")
@@ -78,8 +83,14 @@ class Replica:
         named = list(_plain(model).named_parameters())
         trained = [(name, p) for name, p in reversed(named) if p.requires_grad]
         self.params = sorted(trained, key=lambda item: sent(item[1], "grad"))
+        self._in_order = [p for _, p in named if p.requires_grad]  # as a script clips them
         self._frozen = [(name, p) for name, p in named if not p.requires_grad]
         self._groups = len(optimizer.param_groups)
+        self._outer_step = outer
+        self._outer: Outer | None = None  # from the first round of local steps on
+        self.local = False
+        """The model is on its way from the anchor, by local steps of the open round."""
+        self._at_anchor: tuple[Any, list[dict[str, Any]]] | None = None  # schedule and groups there
         there_and_back("model", _plain(model).state_dict())  # before anything else is made from it
         self.buffers = Buffers(_plain(model), buffers or {})
         self.layout = wire.Layout(
@@ -101,12 +112,16 @@ class Replica:
         """Make the memory for the averages of the next update: one vector for each run of equal
         dtypes."""
         self._outs: dict[int, Tensor] = {}
+        self._flat: dict[str, Tensor] = {}  # the vectors of the parameters, by dtype
+        self._first: dict[str, int] = {}  # where each begins in the plan's vector
         starts: dict[int, Tensor] = {}  # of each tensor, by its offset in the plan's vector
         numbers = [b for b in self.plan.buckets if b.kind != "whole"]
         for as_what in dict.fromkeys((b.kind, b.sent) for b in numbers):
             buckets = [b for b in numbers if (b.kind, b.sent) == as_what]
             first, stop = buckets[0].start, buckets[-1].stop
             flat = torch.zeros(stop - first, dtype=getattr(torch, as_what[1]))
+            if as_what[0] == "grad":
+                self._flat[as_what[1]], self._first[as_what[1]] = flat, first
             self._outs |= {b.index: flat[b.start - first : b.stop - first] for b in buckets}
             for index in dict.fromkeys(i for b in buckets for i in b.tensors):
                 start, end = self.plan.offsets[index : index + 2]
@@ -178,9 +193,37 @@ class Replica:
             self._present[index] += index not in absent
 
     def apply(self, close: wire.Close) -> None:
-        """Apply the complete update: set gradients, step the optimizer, set buffers."""
+        """Apply the complete update: step the optimizer with the averaged gradients, or the anchor
+        by what the workers' local steps came to; set the buffers; step the schedule."""
         for index in self._outs.keys() - set(close.buckets):
             self._outs[index].zero_()
+        if close.local_steps > 1:
+            self._step_outer(close)
+        else:
+            self._step_together()
+        for index, buffer in enumerate(self.buffers.all, len(self.params)):
+            values = self._came.get(index) if buffer.kind == "whole" else self._views[index]
+            if values is not None and (self._present[index] or buffer.kind == "whole"):
+                self.buffers.update(buffer, values)
+        self.reset_statistics()
+        if close.local_steps == 1:
+            self._step_optimizer()
+        if self._schedule is not None:
+            for _ in range(self._due(close)):
+                self._schedule()
+        self.step, self.lineage, self.ledger = close.step, close.lineage, close.ledger
+        self.forget_averages()
+        if not self._has_stepped and close.local_steps == 1:
+            self._has_stepped = True
+            there_and_back("optimizer", self.optimizer.state_dict())
+
+    def _step_together(self) -> None:
+        """Give each parameter the averaged gradient. Rounds of local steps are over: the workers'
+        optimizers have parted, so all begin with fresh moments."""
+        if self._outer is not None:
+            self.come_back()
+            self._outer = None
+            self.optimizer.state.clear()
         for index, (_, p) in enumerate(self.params):
             view = self._views[index]
             assert view is not None
@@ -190,35 +233,101 @@ class Replica:
                 p.grad = view
             else:
                 p.grad = view.to(device=p.device, dtype=p.dtype)
-        for index, buffer in enumerate(self.buffers.all, len(self.params)):
-            values = self._came.get(index) if buffer.kind == "whole" else self._views[index]
-            if values is not None and (self._present[index] or buffer.kind == "whole"):
-                self.buffers.update(buffer, values)
-        self.reset_statistics()
+
+    def _step_outer(self, close: wire.Close) -> None:
+        outer = self._anchored()
+        self.come_back()
+        buckets = [self.plan.buckets[i] for i in close.buckets]
+        # An absent tensor's zeros are no weights.
+        whole = [
+            b for b in buckets if b.kind == "grad" and all(self._present[i] for i in b.tensors)
+        ]
+        outer.step(whole, self._outs)
+        for _, p in self.params:
+            p.grad = None
+
+    def _step_optimizer(self) -> None:
+        """Clip and step with the gradients that the parameters have."""
         if self.clip_norm is not None:
-            nn.utils.clip_grad_norm_([p for _, p in self.params], self.clip_norm)
+            nn.utils.clip_grad_norm_(self._in_order, self.clip_norm)
         if self.before_step is not None:
             self.before_step(self.model)
         if self.params:
             self.optimizer.step()
-        if self._schedule is not None:
-            for _ in range(self._due(close)):
-                self._schedule()
-        self.step, self.lineage, self.ledger = close.step, close.lineage, close.ledger
-        self.forget_averages()
-        if not self._has_stepped:
-            self._has_stepped = True
-            there_and_back("optimizer", self.optimizer.state_dict())
+
+    # ------------------------------------------------------------------ local steps
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps in this state; `step` counts updates."""
+        return optimizer_steps(self.ledger, self.step)
+
+    def begin_local(self) -> Outer:
+        """A round of local steps begins, at the anchor."""
+        outer = self._anchored()
+        self.come_back()
+        self.local = True
+        return outer
+
+    def step_locally(self) -> None:
+        """One optimizer step with this worker's own gradient, which no other replica makes."""
+        if self._at_anchor is None:
+            groups = [
+                {k: copy.deepcopy(v) for k, v in group.items() if k != "params"}
+                for group in self.optimizer.param_groups
+            ]
+            schedule = None if self.scheduler is None else self.scheduler.state_dict()
+            self._at_anchor = copy.deepcopy(schedule), groups
+        self._step_optimizer()
+        if self._schedule is not None and self.schedule_by == "step" and self._left_of_schedule(1):
+            self._schedule()
+
+    def come_back(self) -> None:
+        """Leave the local steps of a round: the model, and the schedule, stand at the anchor. The
+        optimizer keeps its moments."""
+        if self._at_anchor is not None:
+            schedule, groups = self._at_anchor
+            self._at_anchor = None
+            if self.scheduler is not None:
+                self.scheduler.load_state_dict(schedule)
+            for group, there in zip(self.optimizer.param_groups, groups, strict=True):
+                group.update(there)
+            if self._outer is not None:
+                self._outer.write()
+        self.local = False
+
+    def _anchored(self) -> Outer:
+        if self._outer is None:
+            if self._outer_step is None:
+                raise UserError(
+                    "the server has a round of local steps, in a run without them",
+                    "is it this program, in the same version?",
+                )
+            self._outer = self._new_outer(self._outer_step)
+            self.optimizer._opt_called = True  # type: ignore[attr-defined]  # a schedule asks
+        return self._outer
+
+    def _new_outer(self, step: OuterStep) -> Outer:
+        places = []
+        for index, (_, p) in enumerate(self.params):
+            as_what = self.layout.tensors[index].sent
+            begin, end = (i - self._first[as_what] for i in self.plan.offsets[index : index + 2])
+            places.append((p, as_what, begin, end))
+        return Outer(step, self._flat, places, self._first)
 
     def _due(self, close: wire.Close) -> int:
         """How many steps the schedule makes with this update. A schedule with a last step stays
         there, because the number of a run's steps is not known in advance."""
-        due = 1
+        due = optimizer_steps(close.ledger, close.step) - self.steps
         if self.schedule_by == "epoch":
             due = _epochs(close.ledger) - self.epoch
+        return self._left_of_schedule(due)
+
+    def _left_of_schedule(self, steps: int) -> int:
+        """So many steps, or those that the schedule has left."""
         schedule: Any = self.scheduler
         total = getattr(schedule, "total_steps", None)  # OneCycleLR climbs, then raises beyond it
-        return due if total is None else min(due, total - 1 - schedule.last_epoch)
+        return steps if total is None else min(steps, total - 1 - schedule.last_epoch)
 
     @property
     def epoch(self) -> int:
@@ -238,17 +347,27 @@ class Replica:
     # ------------------------------------------------------------------ its state
 
     def state(self) -> dict[str, Any]:
-        """Everything another process needs to be this replica. The tensors are not copies."""
+        """Everything another process needs to be this replica. The tensors are not copies.
+
+        After local steps these are anchor and outer momentum: whoever loads them begins with fresh
+        moments of its own."""
+        self.come_back()
         model = dict(_plain(self.model).state_dict())
         for name, buffer in self.buffers.by_name.items():
             if name in model:
                 model[name] = buffer.held
-        return {
+        optimizer = self.optimizer.state_dict()
+        if self._outer is not None:
+            optimizer = {**optimizer, "state": {}}
+        state = {
             "model": model,
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": optimizer,
             "scheduler": None if self.scheduler is None else schedule_state(self.scheduler),
             "ledger": self.ledger,
         }
+        if self._outer is not None:
+            state["outer"] = self._outer.state()
+        return state
 
     def tensors(self) -> list[Tensor]:
         """The tensors of the model's state and of the optimizer's."""
@@ -259,6 +378,7 @@ class Replica:
 
     def load(self, state: dict[str, Any], step: int, lineage: str) -> None:
         """Become the replica that `state` was taken from. Raises ValueError if it does not fit."""
+        self.come_back()
         self.buffers.give_back()
         try:
             self._refuse_misfit(state)
@@ -270,6 +390,10 @@ class Replica:
             if self.scheduler is not None and state["scheduler"] is not None:
                 self.scheduler.load_state_dict(state["scheduler"])
             self.ledger = state["ledger"]
+            self._outer = None
+            outer = state.get("outer")
+            if outer is not None and self._outer_step is not None:
+                self._anchored().load(outer)
         except ValueError:
             raise
         except Exception as e:  # the user's own load_state_dict may raise anything
@@ -340,7 +464,10 @@ class Replica:
     def digest(self) -> str:
         """SHA-256 over the bytes of what is exchanged, in the layout's order."""
         h = hashlib.sha256()
-        for tensor in (*[p for _, p in self.params], *[b.held for b in self.buffers.all]):
+        if self._outer is not None:
+            self._outer.digest(h)
+        parameters = [] if self._outer is not None else [p for _, p in self.params]
+        for tensor in (*parameters, *[b.held for b in self.buffers.all]):
             h.update(as_bytes(tensor).numpy().data)
         return h.hexdigest()
 

@@ -1,0 +1,122 @@
+"""The outer step of a run with local steps: the anchor, and how what workers came to moves it.
+
+The **anchor** holds the weights of the log while each worker makes steps of its own with the model.
+It lies in float32 on the CPU (float64 for parameters of that dtype), one vector for all, whatever
+device the model is on: then replicas on unlike machines compute the same bits. The outer step is
+torch's SGD, with the mean of (anchor - local weights) as its gradient (Douillard et al., DiLoCo,
+arXiv 2311.08105); where that is the same, the mean of the weights themselves is the new anchor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from paramserver.rounds.local_steps import Outer as OuterStep
+from paramserver.tensors.bucket import Bucket
+from workers.replica.state import as_bytes
+
+
+class Outer:
+    """Anchor and outer optimizer of one replica.
+
+    `averages` are the flat vectors of the parameters' averages, which each step reads, by the dtype
+    in which they are sent, and `views` each parameter with its place in them: dtype, begin, end.
+    The anchor begins with the parameters as they are.
+    """
+
+    def __init__(
+        self,
+        step: OuterStep,
+        averages: Mapping[str, Tensor],
+        views: list[tuple[nn.Parameter, str, int, int]],
+        starts: Mapping[str, int],
+    ) -> None:
+        """`starts`: where, in the bucket plan's vector, that of each dtype begins."""
+        self.rule = step
+        self._averages, self._starts = averages, starts
+        self._anchors = {d: nn.Parameter(torch.empty_like(a)) for d, a in averages.items()}
+        self._views = [(p, self._anchors[d].data[a:b].view(p.shape)) for p, d, a, b in views]
+        self._optimizer = torch.optim.SGD(
+            self._anchors.values(),
+            lr=step.lr,
+            momentum=step.momentum,
+            nesterov=step.nesterov,
+            foreach=False,
+        )
+        with torch.no_grad():
+            for p, view in self._views:
+                view.copy_(p)
+
+    def of(self, bucket: Bucket) -> Tensor:
+        """The anchor's part in a bucket of parameters, flat."""
+        start = self._starts[bucket.sent]
+        return self._anchors[bucket.sent].data[bucket.start - start : bucket.stop - start]
+
+    def pushed(self, bucket: Bucket, local: Tensor) -> None:
+        """Make of a bucket of local weights what a worker pushes, in place."""
+        if not self.rule.weights:
+            torch.sub(self.of(bucket), local, out=local)
+
+    @torch.no_grad()
+    def step(self, buckets: Collection[Bucket], averaged: Mapping[int, Tensor]) -> None:
+        """Move the anchor by the averages of these buckets, which lie in `averages`; the others'
+        numbers there must be zero. Then the model holds the anchor."""
+        if self.rule.weights:
+            for bucket in buckets:
+                self.of(bucket).copy_(averaged[bucket.index])
+        else:
+            for dtype, anchor in self._anchors.items():
+                anchor.grad = self._averages[dtype]
+            self._optimizer.step()
+        self.write()
+
+    @torch.no_grad()
+    def write(self) -> None:
+        """Give the model the anchor's weights."""
+        for p, view in self._views:
+            p.copy_(view)
+
+    def digest(self, h: Any) -> None:
+        """Add the anchor's bytes to a hash."""
+        for anchor in self._anchors.values():
+            h.update(as_bytes(anchor.data).numpy().data)
+
+    # ------------------------------------------------------------------ its state
+
+    def state(self) -> dict[str, Any]:
+        """The momentum, by dtype, and the anchor where the model holds it rounded. The tensors are
+        not copies."""
+        found = {}
+        for dtype, anchor in self._anchors.items():
+            buffer = self._optimizer.state[anchor].get("momentum_buffer")
+            if buffer is not None:
+                found[dtype] = buffer
+        exact = all(p.dtype == view.dtype for p, view in self._views)
+        return {
+            "momentum": found,
+            "anchor": {} if exact else {d: a.data for d, a in self._anchors.items()},
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Take these. Raises ValueError where they do not fit."""
+        momentum, anchors = state.get("momentum"), state.get("anchor")
+        if not isinstance(momentum, Mapping) or not isinstance(anchors, Mapping):
+            raise ValueError("its outer momentum is none")
+        for dtype, anchor in self._anchors.items():
+            for vector in (momentum.get(dtype), anchors.get(dtype)):
+                if vector is not None and (
+                    not isinstance(vector, Tensor)
+                    or (vector.shape, vector.dtype) != (anchor.shape, anchor.dtype)
+                ):
+                    raise ValueError("its outer momentum is of another model")
+            if dtype in anchors:
+                anchor.data.copy_(anchors[dtype])
+            if dtype in momentum and self.rule.momentum:
+                self._optimizer.state[anchor]["momentum_buffer"] = momentum[dtype].clone()
+
+
+__all__ = ["Outer"]
