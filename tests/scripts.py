@@ -342,6 +342,11 @@ class Run:
             return []
         return self.adopted(who, under_way.number, life)
 
+    def wait_s(self) -> float:
+        """How long the open round waits after its quorum."""
+        assert self.rounds.round is not None
+        return self.rounds._waits.wait_s(self.rounds.round)
+
     def all_seen(self) -> None:
         for name in self.rounds.peers:
             self.handle(Heard(name))

@@ -561,7 +561,7 @@ def test_sums_are_in_the_order_of_ids_where_that_is_asked_for() -> None:
         "open 2 at step 1 for 2: 0/40-50 0/30-40, 3: 0/50-60 0/60-70",
     ]
     run = Run(deterministic=True, timeout=None).observer().workers(1, 2)
-    assert run.rounds.wait_s() == math.inf
+    assert run.wait_s() == math.inf
 
 
 # ----------------------------------------------------------------------------- who is late
@@ -634,21 +634,21 @@ def test_the_derived_timeout_covers_a_steady_slow_machine_and_no_sudden_one() ->
     run = Run(timeout=None, epochs=100).observer().workers(1, 2)
     run.now = 0.5
     run.push(1)
-    assert run.rounds.wait_s() == 30.0  # nothing is known of worker 2 yet
+    assert run.wait_s() == 30.0  # nothing is known of worker 2 yet
     run.now = 2.0
     run.push(2)
-    assert run.rounds.wait_s() == pytest.approx(6.0)  # three times its 2 s
+    assert run.wait_s() == pytest.approx(6.0)  # three times its 2 s
     for _ in range(66):
         run.now += 0.01
         run.push(1), run.push(2)
-    assert run.rounds.wait_s() == 1.0  # never less
+    assert run.wait_s() == 1.0  # never less
     run.push(1)
     run.tick(run.now + 1.5, 0, 1, 2)
-    assert run.rounds.wait_s() == 1.0  # one slow push of many is no habit
+    assert run.wait_s() == 1.0  # one slow push of many is no habit
     for _ in range(5):
         run.push(1)
         run.tick(run.now + 20.0, 0, 1, 2)
-    assert run.rounds.wait_s() == 30.0  # a late push counts as taking until it was given up
+    assert run.wait_s() == 30.0  # a late push counts as taking until it was given up
 
 
 def members(run: Run) -> list[int]:

@@ -1,14 +1,28 @@
-"""Who belongs, which round is open, when it closes and why: the server's mind, without a body.
+"""Decides which peers belong to a run, which round is open, when it closes and why.
 
-Nothing here touches a socket, a clock, a thread or a log. `Rounds.handle` takes an event (`events`)
-and `now` (seconds, any origin), and returns the effects to carry out, in their order (`effects`):
-all that follows from the event, until nothing more does. Two rules:
+`Rounds.handle` takes an event (`events`) and `now` (seconds, any origin). It returns the effects to
+carry out, in their order (`effects`): all that follows from the event, until nothing more does.
+Nothing in this package uses a socket, a clock, a thread or a log. Two rules:
 
-1. Only this file decides what enters the log of updates. `server.py` carries out, nothing more.
-2. Every wait has a deadline, and when it passes a sentence that names who and why.
+1. Only `Rounds` decides what enters the log of updates. The server carries out its effects.
+2. Every wait has a deadline. When it passes, a sentence says for whom the run waited, and why.
 
-What it knows of peers and of the open round is in `round`; which states both a peer and the run go
-through, and which message counts in which, is in `states`.
+`Rounds` keeps the life of the open round, and calls the parts that own the rest. A part does not
+know `Rounds`. It changes its own state and the fields of peers and members, returns what follows
+from that for other parts, and adds messages and sentences to the `Outcome`:
+
+    roster      who is here, under which id; who is ready, silent, or gets nothing
+    origin      whose state the run begins with, or goes on with after a restart
+    leases      who gets which samples, and what becomes of those that are not done
+    round       what is expected of the members of the open round, and what has come
+    waits       how long rounds wait for whom, and whom they leave out
+    snapshots   who gives the run's state, who takes it, and what comes of it
+    divergence  whose weights are not those of the others
+    log         the newest state, and the states from which a replica can follow
+    ending      why and when the run ends
+    phases      what the run does or waits for, in words
+
+`states` holds the states of a peer and of the run, and which message counts in which of them.
 """
 
 from __future__ import annotations
@@ -22,16 +36,7 @@ from paramserver.protocol import messages as wire
 from paramserver.rounds import states
 from paramserver.rounds.departures import FAILED, LEFT, SILENT, Departure
 from paramserver.rounds.divergence import Divergence
-from paramserver.rounds.effects import (
-    Closed,
-    Discard,
-    Effect,
-    Ended,
-    Publish,
-    Remove,
-    Start,
-    Void,
-)
+from paramserver.rounds.effects import Closed, Discard, Effect, Ended, Publish, Remove, Start, Void
 from paramserver.rounds.ending import Ending
 from paramserver.rounds.events import (
     Alive,
@@ -65,14 +70,14 @@ from paramserver.rounds.waits import Waits
 
 
 class Rounds:
-    """The state of a run as its server sees it; see the module's head.
+    """The state of a run as its server sees it; see the module's docstring.
 
-    `count_buckets` tells how many buckets a layout has (`bucket.plan`), `name_samples` which
-    samples, of a set of so many, a range of an epoch's order is, `places` where they lie in the
-    order of another epoch. With `recovery` the server was started again in the middle of a run, and
-    this names the newest step that anybody may hold (`Recovery`): the most advanced replica that
-    comes back has its state. Should nobody come back, the run is `deserted`; stopped before that,
-    it is `put_off`.
+    `count_buckets` returns the number of buckets of a layout (`bucket.plan`). `name_samples` names
+    the samples in a range of an epoch's order, for a set of that many samples; `places` says where
+    they lie in the order of another epoch. `recovery` is given where the server was started again
+    in the middle of a run: it names the newest step that anybody may hold (`Recovery`), and the
+    most advanced replica that comes back has the run's state. If nobody comes back, the run is
+    `deserted`; if it is stopped before that, it is `put_off`.
     """
 
     def __init__(
@@ -88,30 +93,26 @@ class Rounds:
     ) -> None:
         self.rules = rules
         self.nonce = nonce
-        self._out = Outcome()
-        self._roster = Roster(rules.max_workers)
-        self.peers = self._roster.peers
-        self.log = Log()
-        self.round: Round | None = None
-        self.started = False  # the first round has opened
-        self.tallies: dict[int, Tally] = {}
-        self.put_off = False
         self.state = states.STARTING if recovery is None else states.RETURNING
-        self._origin = Origin(rules, now, count_buckets, recovery)
-        self._ending = Ending(rules, self._roster, now)
+        self.started = False  # the first round has opened
+        self.put_off = False
+        self.round: Round | None = None
+        self.tallies: dict[int, Tally] = {}  # by worker
+        self._rounds = 0  # that were opened
+        self._bad_rounds = 0  # in a row that brought only gradients that were refused
+        self.log = Log()
         self.norms = Norms(rules.max_norm_ratio)
-        self._judges_local = False  # they are those of rounds of local steps
-        self._divergence = Divergence(self._roster, self._out)
-        self._leases = Leases(
-            rules, self._roster, self._out, name_samples=name_samples, places=places
-        )
-        self.digests, self.deaf = self._roster.digests, self._roster.deaf
-        self.prompted = self._roster.prompted
-        self._bad_rounds = 0  # in a row
-        self._rounds = 0
-        self._snapshots = Snapshots(self._roster, self._out, rules.heartbeat_timeout, now)
-        self._waits = Waits(rules, self._roster, self._out)
-        self._phases = Phases(rules, self._roster, self._leases, self._snapshots, self._ending)
+        self._out = out = Outcome()
+        self._roster = roster = Roster(rules.max_workers)
+        self._origin = Origin(rules, now, count_buckets, recovery)
+        self._leases = Leases(rules, roster, out, name_samples=name_samples, places=places)
+        self._waits = Waits(rules, roster, out)
+        self._snapshots = Snapshots(roster, out, rules.heartbeat_timeout, now)
+        self._divergence = Divergence(roster, out)
+        self._ending = Ending(rules, roster, now)
+        self._phases = Phases(rules, roster, self._leases, self._snapshots, self._ending)
+        self.peers, self.digests = roster.peers, roster.digests
+        self.deaf, self.prompted = roster.deaf, roster.prompted
 
     # ------------------------------------------------------------------ what happens
 
@@ -130,7 +131,7 @@ class Rounds:
         return self._out.take()
 
     def _take(self, event: Event, now: float) -> bool:
-        """Note what happened; tell whether more may follow from it."""
+        """Note what happened. May more follow from it?"""
         match event:
             case Tick():
                 return self._tick(now)
@@ -169,16 +170,15 @@ class Rounds:
         raise TypeError(f"{event!r} is no event")
 
     def _told(self, peer: Peer, message: Words, now: float) -> bool:
-        """Heed a message, or answer the one that does not count in the peer's state."""
+        """Handle a message that counts in the peer's state; another one is answered or ignored."""
         heeded = states.HEEDED.get(type(message))
         if heeded is not None and not (peer.role in heeded[0] and peer.state in heeded[1]):
             if isinstance(message, wire.Ready) and (peer.role != "worker" or peer.join is None):
                 self._out.send(peer, wire.Reject("ready before joining"))
             elif isinstance(message, wire.Adopted) and peer.state == GREETED:
-                self._out.send(
-                    peer, wire.Greet(join=True)
-                )  # it was called off while this was on its way
-            return False  # who lost its place says so again when it has it back
+                # Its snapshot was called off while this was on its way.
+                self._out.send(peer, wire.Greet(join=True))
+            return False  # a peer that lost its place sends it again when it has it back
         match message:
             case wire.Join():
                 return self._join(peer, message, now)
@@ -199,10 +199,33 @@ class Rounds:
             case _:
                 return self._snapshot_goes_on(peer, message, now)
 
+    def _tick(self, now: float) -> bool:
+        if self.ended is not None:
+            return False
+        timeout = self.rules.heartbeat_timeout
+        for peer in self._roster.silent(now, timeout):
+            silent = f"silent for {now - peer.last_seen:.1f} s"
+            self._out.warn(f"{peer.name} is gone: {silent}")  # so seldom that each is logged
+            self._leases.dies(peer, "", self.round)
+            self._remove(peer, f"gone, {silent}", now)
+        awaited = self._enough(self.workers_ready(), now)
+        if (off := self._snapshots.overdue(now, awaited=awaited)) is not None:
+            self._abort_snapshot(off, now)
+        self._close_if_due(now)
+        self._look_for_the_overdue(now)
+        self._leases.release(self.round, now)
+        self._give_up_if_due(now)
+        return True
+
+    def _say_what_is_due(self, now: float) -> None:
+        self._phases.say_pause(self._out, self.state, self.started, self.optimizer_steps, now)
+        for sentence in self._out.sentences.left_out(now):
+            self._out.warn(sentence)
+
     def _turn(self, cause: str) -> None:
         self.state = states.after(states.RUN, self.state, cause)
 
-    # ------------------------------------------------------------------ who is here
+    # ------------------------------------------------------------------ peers come and go
 
     def declines(
         self, greeting: Greeted, now: float, reachable: Callable[[str], bool] = lambda session: True
@@ -227,7 +250,7 @@ class Rounds:
         return True
 
     def _join(self, peer: Peer, message: wire.Join, now: float) -> bool:
-        """A replica tells where it stands; answered with Admit, now or when there is an origin."""
+        """A replica reports where it stands. Answer Admit, now or when there is an origin."""
         self._take_out(peer, "joined again", now)
         peer.join = message
         peer.turn(states.JOINED)
@@ -237,31 +260,9 @@ class Rounds:
             self._admit(peer)
         return True
 
-    def _ready(self, peer: Peer, message: wire.Ready, now: float) -> bool:
-        """A worker waits for samples."""
-        if not self._leases.admits(peer, message):
-            return False
-        peer.left_with = None
-        self._leases.release(self.round, now, peer.session)
-        self._roster.is_ready(peer, message, now)
-        self._ending.works(now)
-        return True
-
-    def _unready(self, peer: Peer, message: wire.Unready, now: float) -> bool:
-        """A worker left its loop: it takes part no more until it is ready again. What it left
-        unfinished may have killed it: nobody else gets that before this is clear."""
-        peer.left_with = self._computes(peer)
-        if message.unfinished:
-            self._leases.hold(peer, now)
-        if self.round and (member := self.round.member_of(peer)):
-            self._out_of_round(member, "left its loop", now)
-        self._leases.take_back(peer, self.round)
-        self._roster.not_ready(peer, started=self.started)
-        return True
-
     def _fetch(self, peer: Peer, message: wire.Fetch, now: float) -> bool:
-        """A replica asks for updates that were published, see `_look_for_the_deaf`; where they are
-        not kept any more it may join again."""
+        """A replica asks for updates that were published (see `_look_for_the_deaf`). If they are no
+        longer kept, it may join again."""
         if self.knows(message.step, message.lineage):
             self._roster.fetched(peer, self.step)
             return False
@@ -272,7 +273,7 @@ class Rounds:
         return True
 
     def _stand(self, peer: Peer, message: wire.Stand, now: float) -> bool:
-        """The observer has applied everything up to a step; what is to stay of it may be kept."""
+        """The observer has applied everything up to a step, and may have kept what is to stay."""
         peer.stands_at = message.step
         if message.kept:
             peer.kept_at = message.step
@@ -289,8 +290,8 @@ class Rounds:
         return True
 
     def _goodbye(self, peer: Peer, message: wire.Goodbye, now: float) -> bool:
-        """It leaves. Its digest is of weights at a step, which only a member can know. With an
-        error an exception or a broken rule ends its part; `failed` where it died in its lease."""
+        """A peer leaves. Its digest is of weights at a step, which only a replica can know. With an
+        `error` an exception or a broken rule ends its part; `failed`: it died of its lease."""
         m, step = message, message.step
         if m.failed in wire.FAILURES and m.lease == (self._computes(peer) or peer.left_with):
             self._leases.dies(peer, m.failed, self.round)
@@ -300,7 +301,8 @@ class Rounds:
         return True
 
     def _leaves(self, peer: Peer, reason: str, now: float, *, error: bool, finished: bool) -> None:
-        """`finished`: it is done. The last of those that bring their own samples ends the run."""
+        """A peer leaves; `finished`: its work is done. Where workers bring their own samples, the
+        last one ends the run."""
         if not self.ended:
             self._out.say(f"{peer.name} left: {reason}", peer)
         how, took_part = FAILED if error else LEFT, peer.state == REPLICA
@@ -309,7 +311,298 @@ class Rounds:
         if done and took_part and self.started and not self._roster.has_workers:
             self._begin_end(*self._ending.departures.verdict(own=True), now)
 
-    # ------------------------------------------------------------------ pushes
+    def _becomes_replica(self, peer: Peer, cause: str) -> None:
+        self._roster.becomes_replica(peer, cause, self.step)
+        if peer.role == "worker":
+            self._ending.departures.joined(peer.id)
+
+    def _take_out(self, peer: Peer, why: str, now: float) -> None:
+        """Expect nothing of this peer any more, until it joins again."""
+        if (off := self._snapshots.without(peer, why)) is not None:
+            self._abort_snapshot(off, now)
+        self._snapshots.taken_out(peer, now)
+        if self.round and (member := self.round.member_of(peer)):
+            self._out_of_round(member, why, now)
+        self._leases.take_back(peer, self.round)
+        self._leases.release(self.round, now, peer.session)
+        self._ending.taken_out(peer, why)
+        self._roster.take_out(peer)
+        self._roster.not_ready(peer, started=self.started)
+
+    def _joins_anew(self, peer: Peer, why: str, now: float) -> None:
+        """Take a peer out, and ask it to join again."""
+        self._take_out(peer, why, now)
+        self._out.send(peer, wire.Greet(join=True))
+
+    def _remove(
+        self,
+        peer: Peer,
+        why: str,
+        now: float,
+        *,
+        how: str = SILENT,
+        reason: str = "",
+        finished: bool = False,
+    ) -> None:
+        """Forget a peer that is gone. `how` it went is in the words of `Departures`."""
+        self._take_out(peer, why, now)
+        self._roster.remove(peer)
+        if peer.role == "worker":
+            went = Departure(peer.name, how, reason, now, finished)
+            self._ending.departures.went(peer.id, went)
+        self._out.effects.append(Remove(peer.session))
+
+    def _look_for_the_deaf(self) -> None:
+        for peer in self._roster.find_deaf(self.step):
+            self._out.warn(
+                f"{peer.name} fetches nearly every update: it seems to get nothing of what is "
+                "published (is the port after the server's blocked?); it is sent on its link",
+                peer,
+            )
+
+    # ------------------------------------------------------------------ the first state
+
+    @property
+    def coming_back(self) -> bool:
+        """Is this server still waiting for those who hold its run?"""
+        return self.state == states.RETURNING
+
+    def awaits_returning(self, now: float) -> bool:
+        """After a restart: may a process of this run be there that has not greeted yet?"""
+        return self._origin.awaits(now)
+
+    def _await_recovery(self, now: float) -> None:
+        """Go on with the newest state, when all who may hold it are back."""
+        peer = self._origin.returned(self._roster, now)
+        if peer is None:
+            return
+        assert peer.join is not None
+        if not self._become_origin(peer, peer.join):
+            peer.returns = False  # it was refused: the next one may be taken
+            return
+        self._ending.works(now)
+        self.log.begun = self.started = self.step > 0
+
+    def _choose_origin(self) -> None:
+        """Begin with the state of a peer that waits, if nobody here holds one, and no update would
+        be lost."""
+        if self.log.begun or self.round is not None or self.coming_back:
+            return
+        if self._roster.has_replica:
+            return
+        for peer in self._origin.candidates(self._roster):
+            assert peer.join is not None
+            if self._become_origin(peer, peer.join):
+                return
+
+    def _become_origin(self, peer: Peer, message: wire.Join) -> bool:
+        """Begin the run, or go on, with this peer's state. Was that possible?"""
+        reject = self._origin.refuses(message)
+        if reject is not None:
+            self._reject(peer, reject)
+            return False
+        reject = self._leases.begin(message.step, message.ledger)
+        if reject is not None:
+            self._reject(peer, reject)
+            return False
+        peer.proven = True
+        self._origin.becomes(message)
+        self.log.begin(message.step, message.lineage)
+        self._becomes_replica(peer, states.ADMITTED)
+        self._out.effects.append(Start(message.layout, message.step))
+        self._out.send(peer, wire.Admit(action="origin", step=self.step, lineage=self.lineage))
+        if self.coming_back:
+            self._out.say(
+                f"the run goes on after step {self.optimizer_steps}, where {peer.name} stands"
+            )
+        else:
+            self._out.say(f"the first state comes from {peer.name}, at step {self.optimizer_steps}")
+        self._turn(states.ORIGIN)
+        for other in self._roster.in_state(WAITING):
+            self._admit(other)
+        return True
+
+    def _admit(self, peer: Peer) -> None:
+        """Tell a peer that waits how it gets the run's state, or why it cannot take part."""
+        assert peer.join is not None
+        reject = self._origin.differs(peer)
+        if reject is not None:
+            self._reject(peer, reject)
+            return
+        believed = not peer.wrong and peer.id not in self._snapshots.disbelieved
+        if self.knows(peer.join.step, peer.join.lineage) and believed:
+            self._becomes_replica(peer, states.ADMITTED)
+            action = "follow"
+        else:
+            action = "adopt"  # the peer waits until no round is open
+        self._out.send(
+            peer,
+            wire.Admit(action=action, step=self.step, lineage=self.lineage, missed=peer.missed),
+        )
+
+    def _reject(self, peer: Peer, why: wire.Reject) -> None:
+        self._out.send(peer, why)
+        peer.turn(states.REJECTED)
+
+    # ------------------------------------------------------------------ samples
+
+    def _ready(self, peer: Peer, message: wire.Ready, now: float) -> bool:
+        """A worker waits for samples."""
+        if not self._leases.admits(peer, message):
+            return False
+        peer.left_with = None
+        self._leases.release(self.round, now, peer.session)
+        self._roster.is_ready(peer, message, now)
+        self._ending.works(now)
+        return True
+
+    def _unready(self, peer: Peer, message: wire.Unready, now: float) -> bool:
+        """A worker left its loop. It takes no part until it is ready again. What it left unfinished
+        may have killed it: nobody else gets that before this is clear."""
+        peer.left_with = self._computes(peer)
+        if message.unfinished:
+            self._leases.hold(peer, now)
+        if self.round and (member := self.round.member_of(peer)):
+            self._out_of_round(member, "left its loop", now)
+        self._leases.take_back(peer, self.round)
+        self._roster.not_ready(peer, started=self.started)
+        return True
+
+    def _unreadable(self, peer: Peer, message: wire.Unreadable, now: float) -> bool:
+        """A worker cannot read any sample of its lease."""
+        current = self.round
+        member = None if current is None else current.member_of(peer)
+        if current is None or member is None or current.number != message.round:
+            return False
+        if member.out is None and not member.got and member.lease != wire.OWN:
+            member.unread = tuple(range(member.size))
+            member.bad = "no sample of its lease can be read"
+            self._out_of_round(member, member.bad, now)
+        return True
+
+    def _computes(self, peer: Peer) -> wire.Lease | None:
+        """The lease that this worker computes in the open round, if nothing of it has come yet."""
+        return None if self.round is None else self.round.computed_by(peer)
+
+    # ------------------------------------------------------------------ snapshots
+
+    def _snapshot_goes_on(self, peer: Peer, message: SideMessage, now: float) -> bool:
+        """One side of the running snapshot sent a part of it, refuses it, or holds it."""
+        end = self._snapshots.told(peer, message, self.step, self.lineage, now)
+        if isinstance(end, Off):
+            self._abort_snapshot(end, now)
+        elif isinstance(end, Taken):
+            self._becomes_replica(peer, states.ADOPTED)
+            self._turn(states.TAKEN)
+            self._ending.observer_moves(now)
+            self._out.say(f"{peer.name} took a snapshot of step {self.optimizer_steps}", peer)
+        return end is not None
+
+    def _may_take_snapshot(self, now: float) -> Collection[str]:
+        return self._snapshots.may_take(now, in_vain=bool(self._waits.overdue_rounds))
+
+    def _start_snapshot(self, roles: Collection[str], now: float) -> bool:
+        """Begin a snapshot, if none is under way, for a peer of these roles. Is one now?"""
+        if self.snapshot is None and self._snapshots.begin(roles, self.step, self.lineage, now):
+            self._turn(states.GIVEN)
+        return self.snapshot is not None
+
+    def _abort_snapshot(self, off: Off, now: float) -> None:
+        empty = self._snapshots.call_off(off, now)
+        self._turn(states.OFF)
+        if empty is not None:
+            self._joins_anew(empty, EMPTY, now)
+
+    # ------------------------------------------------------------------ the open round
+
+    def _advance(self, now: float) -> bool:
+        """Close a complete round; then start what can start: a snapshot, a round, the end. May more
+        follow?"""
+        if self.ended is not None:
+            return False
+        if self.ending is not None:
+            under_way = self._start_snapshot(("observer",), now)
+            empty = self._snapshots.disbelieved
+            if not (under_way or self._ending.awaits_observer(self.log, empty, now)):
+                self._end()
+            return False
+        if self.coming_back:
+            self._await_recovery(now)
+        self._choose_origin()
+        if self.state in (states.RETURNING, states.STARTING):
+            return False
+        if self.round is not None:
+            if not self.round.complete:
+                return False
+            close, before = self._settle(now), len(self._out.effects)
+            hopeless = self._bad_rounds >= self.rules.max_bad_rounds
+            following = None if hopeless else self._try_open(now)
+            # The close goes out before what follows: the giver of a snapshot of this step needs it.
+            closed = Closed(msgspec.structs.replace(close, open=following))
+            self._out.effects.insert(before, closed)
+            self._waits.say_late(close)
+            if hopeless:
+                why = "rounds in a row brought nothing but gradients that had to be refused"
+                self._begin_end(f"{self._bad_rounds} {why}: {close.reason}", True, now)
+                return True
+        elif (following := self._try_open(now)) is not None:
+            self._out.effects.append(Publish(following))
+        self._leases.say_lost()
+        if (broken := self._leases.hopeless()) is not None:
+            self._begin_end(broken, True, now)
+        elif self.round is None and self.snapshot is None and self._leases.finished:
+            self._begin_end(*self._leases.verdict(), now)
+        return self.ending is not None
+
+    def _try_open(self, now: float) -> wire.Open | None:
+        """Start a snapshot, or open the next round, where one can start."""
+        if self.snapshot is not None or self.round is not None or self._leases.finished:
+            return None
+        ready = self._waits.takers(now)
+        may_open = self._enough(ready, now)
+        roles = self._may_take_snapshot(now) if may_open else ("observer", "worker")
+        if self._start_snapshot(roles, now):
+            return None
+        if not may_open:
+            return None
+        if not self.started and len(ready) < self.rules.num_workers:
+            self._out.warn(f"starting with {len(ready)} of {self.rules.num_workers} workers")
+        for peer in self.workers_ready():
+            if peer not in ready:  # it may have got leases while it was needed
+                self._leases.take_back(peer, None)
+        self._leases.hand_out(ready, self.step)
+        members = {p.id: Member(p, p.leases[0]) for p in ready if p.leases}
+        if not members:
+            return None
+        self.started = True
+        self._snapshots.round_opened()
+        self._rounds += 1
+        assert self.layout is not None
+        self.round = Round(
+            self._rounds,
+            self.step + 1,
+            now,
+            members,
+            buckets=self._origin.buckets,
+            tensors=len(self.layout.tensors),
+            quorum=self.rules.quorum,
+            in_order=self.rules.deterministic,
+            local_steps=self._leases.local_steps,
+            batch=sum(p.ready.batch_size for p in ready if p.leases and p.ready is not None),
+        )
+        self.norms.begin(local=self.round.local_steps > 1)
+        self._turn(states.OPENED)
+        return self.open_message()
+
+    def _enough(self, ready: list[Peer], now: float) -> bool:
+        """Are enough workers ready: at the start all, or those that came in time?"""
+        if len(ready) < self.rules.min_workers:
+            return False
+        if self.started or len(ready) >= self.rules.num_workers:
+            return True
+        return self._roster.ready_since is not None and (
+            now >= self._roster.ready_since + self.rules.join_timeout
+        )
 
     def refusal(self, session: str, push: wire.Push) -> str | None:
         """Why this push must not be used; None when its payload may be looked at."""
@@ -344,65 +637,141 @@ class Rounds:
                 self._out.effects += current.advance(bucket)
         return True
 
-    def _unreadable(self, peer: Peer, message: wire.Unreadable, now: float) -> bool:
-        """No sample of a worker's lease in this round can be read."""
+    def _out_of_round(self, member: Member, why: str, now: float) -> None:
+        """Expect nothing more of this member. What it pushed stays in the round."""
         current = self.round
-        member = None if current is None else current.member_of(peer)
-        if current is None or member is None or current.number != message.round:
-            return False
-        if member.out is None and not member.got and member.lease != wire.OWN:
-            member.unread = tuple(range(member.size))
-            member.bad = "no sample of its lease can be read"
-            self._out_of_round(member, member.bad, now)
-        return True
-
-    # ------------------------------------------------------------------ snapshots
-
-    def _snapshot_goes_on(self, peer: Peer, message: SideMessage, now: float) -> bool:
-        """One side of the running snapshot has sent a part of it, refuses it, or holds it."""
-        end = self._snapshots.told(peer, message, self.step, self.lineage, now)
-        if isinstance(end, Off):
-            self._abort_snapshot(end, now)
-        elif isinstance(end, Taken):
-            self._becomes_replica(peer, states.ADOPTED)
-            self._turn(states.TAKEN)
-            self._ending.observer_moves(now)
-            self._out.say(f"{peer.name} took a snapshot of step {self.optimizer_steps}", peer)
-        return end is not None
-
-    # ------------------------------------------------------------------ time
-
-    def _tick(self, now: float) -> bool:
-        if self.ended is not None:
-            return False
-        timeout = self.rules.heartbeat_timeout
-        for peer in self._roster.silent(now, timeout):
-            silent = f"silent for {now - peer.last_seen:.1f} s"
-            self._out.warn(f"{peer.name} is gone: {silent}")  # so seldom that each is told
-            self._leases.dies(peer, "", self.round)
-            self._remove(peer, f"gone, {silent}", now)
-        awaited = self._enough(self.workers_ready(), now)
-        if (off := self._snapshots.overdue(now, awaited=awaited)) is not None:
-            self._abort_snapshot(off, now)
-        self._close_if_due(now)
-        self._look_for_the_overdue(now)
-        self._leases.release(self.round, now)
-        self._give_up_if_due(now)
-        return True
-
-    def _say_what_is_due(self, now: float) -> None:
-        self._phases.say_pause(self._out, self.state, self.started, self.optimizer_steps, now)
-        for sentence in self._out.sentences.left_out(now):
-            self._out.warn(sentence)
+        if current is None or member.out is not None or current.whole(member):
+            return
+        member.out = why
+        current.look_for_quorum(now)
+        if current.deserted:
+            self._void(f"{member.name} {why}, and no other member is left")
+            return
+        for bucket in range(self._origin.buckets):
+            self._out.effects += current.advance(bucket)
 
     def next_deadline(self) -> float | None:
         """When the open round closes without the rest, if its quorum has pushed."""
         return self._waits.deadline(self.round)
 
-    def wait_s(self) -> float:
-        """How long the open round waits after its quorum."""
-        assert self.round is not None
-        return self._waits.wait_s(self.round)
+    def _close_if_due(self, now: float) -> None:
+        """Close the round without those that are late, after its quorum and its timeout."""
+        current = self.round
+        if current is None:
+            return
+        waited_s = now - current.opened_at
+        for member in self._waits.late(current, now):
+            if (peer := self.peers.get(member.session)) is not None:
+                self._leases.computes_still(peer.id, member.size, waited_s)
+            self._out_of_round(member, self._waits.lateness(current, member, now), now)
+
+    def _look_for_the_overdue(self, now: float) -> None:
+        """Where a round without a quorum has waited long enough: go on without those it waits for,
+        or make it void so that others can take part."""
+        current = self.round
+        if current is None or not self._waits.is_long(current, now):
+            return
+        others = self._could_take_part(current, now)
+        awaited = self._waits.given_up(current, others, now)
+        if current.someone_is_whole:
+            for member in awaited:
+                self._out_of_round(member, self._waits.lateness(current, member, now), now)
+        elif others and awaited:
+            names = ", ".join(p.name for p in others)
+            why = f"{self._waits.awaited(current, now)}, while {names} could take part"
+            self._waits.overdue_rounds += 1
+            self._void(why.removeprefix(f"round {current.number} "))
+            for member in awaited:
+                self._judge(self.peers[member.session], member, now)
+
+    def _could_take_part(self, current: Round, now: float) -> list[Peer]:
+        """Workers that are here and have no part in this round: they wait for a lease, or for a
+        snapshot that could be given now."""
+        snapshot = self._roster.has_replica and "worker" in self._may_take_snapshot(now)
+        could = self._waits.could_take_part(current, snapshot)
+        return [p for p in could if self._leases.share_of(p.id) != 0]  # it would get nothing again
+
+    def _settle(self, now: float) -> wire.Close:
+        """Make the complete round the next update of the log."""
+        current = self.round
+        assert current is not None and self.ledger is not None
+        for worker, member in sorted(current.members.items()):
+            how = current.settlement(member)
+            self._leases.settle(current, worker, how)
+            self.tallies.setdefault(worker, Tally(member.host)).add(member, how)
+            peer = self.peers.get(member.session)
+            if peer is not None:
+                if how == DONE:
+                    self._snapshots.contributes(peer)
+                self._judge(peer, member, now)
+        self._waits.look_for_the_slow(current, now)
+        self._look_for_the_deaf()
+        self._leases.count_steps(current, now)
+        close = current.close(self.nonce, self.ledger.state(), now)
+        in_vain = current.refused and not close.contributors
+        self._bad_rounds = self._bad_rounds + 1 if in_vain else 0
+        self.round = None
+        self._turn(states.CLOSED)
+        self._ending.works(now)
+        self._waits.overdue_rounds = 0
+        return self.log.append(close)
+
+    def _judge(self, peer: Peer, member: Member, now: float) -> None:
+        """Take the leases of a worker that is left out from now on."""
+        if self._waits.judge(peer, member, now):
+            self._leases.take_back(peer, self.round)
+
+    def _void(self, why: str) -> None:
+        """End the open round without an update."""
+        current = self.round
+        assert current is not None
+        for worker in current.members:
+            self._leases.settle(current, worker, RETURNED)
+        self.round = None
+        self._turn(states.VOID)
+        self._out.effects.append(Void(current.number))
+        self._out.say(f"round {current.number} is void: {why}")
+
+    # ------------------------------------------------------------------ the run's end
+
+    def _stop(self, event: Stop, now: float) -> bool:
+        """End the run at the last closed step; the open round is void. Where that step is not known
+        yet, after a restart, the run stays as it is."""
+        if self.coming_back:
+            self.put_off = True
+            return False
+        self._begin_end(event.reason, event.error, now, stopped=not event.error)
+        return True
+
+    def _give_up_if_due(self, now: float) -> None:
+        """End a run for which nobody is left, or left who holds its state, or nothing happens."""
+        if self.coming_back or self.ending is not None:
+            return
+        end = self._ending.due(self.started, self.log, self._leases.own, now)
+        if end is not None:
+            self._begin_end(*end, now)
+        elif self._ending.is_idle(now):
+            what = self._waits.awaited(self.round, now) if self.round else self.phase(now)
+            idle = self.rules.idle_timeout
+            self._begin_end(f"nothing happened for {idle:g} s: {what}", True, now)
+
+    def _begin_end(self, reason: str, error: bool, now: float, *, stopped: bool = False) -> None:
+        """Open no more rounds. Workers stay until the observer has kept the last step: if it dies
+        before that, another observer takes the state from them."""
+        if self.ending is not None:
+            return
+        if self.round is not None:
+            self._void("the run ends")
+        for peer in self.peers.values():
+            self._leases.take_back(peer, self.round)
+        self._leases.release(self.round, math.inf)
+        self._ending.begin(reason, error, now, stopped=stopped)
+        self._turn(states.END)
+        self._out.effects.append(Publish(self.pulse(now)))  # the observer answers with Stand
+
+    def _end(self) -> None:
+        self._turn(states.OVER)
+        self._out.effects.append(Ended(self._ending.end(self.nonce, self.log)))
 
     # ------------------------------------------------------------------ what others may ask
 
@@ -410,15 +779,6 @@ class Rounds:
     def observer(self) -> Peer | None:
         """The observer, if it is here."""
         return self._roster.observer
-
-    @property
-    def ending(self) -> tuple[str, bool] | None:
-        """Why the run ends, and whether that is an error; None while it goes on."""
-        return self._ending.begun
-
-    @property
-    def ended(self) -> wire.End | None:
-        return self._ending.ended
 
     @property
     def observer_comes(self) -> bool:
@@ -430,18 +790,13 @@ class Rounds:
         self._ending.observer_comes = comes
 
     @property
-    def snapshot(self) -> Snapshot | None:
-        """The one under way."""
-        return self._snapshots.running
+    def ending(self) -> tuple[str, bool] | None:
+        """Why the run ends, and whether that is an error; None while it goes on."""
+        return self._ending.begun
 
     @property
-    def ledger(self) -> Ledger | None:
-        return self._leases.ledger
-
-    @property
-    def layout(self) -> wire.Layout | None:
-        """What is exchanged, since the origin is known."""
-        return self._origin.layout
+    def ended(self) -> wire.End | None:
+        return self._ending.ended
 
     @property
     def deserted(self) -> bool:
@@ -449,17 +804,44 @@ class Rounds:
         return self._origin.deserted
 
     @property
-    def log_begun(self) -> bool:
-        """Does an update follow the first state? Before that, the state is where it came from."""
-        return self.log.begun
+    def layout(self) -> wire.Layout | None:
+        """What is exchanged, since the origin is known."""
+        return self._origin.layout
+
+    @property
+    def ledger(self) -> Ledger | None:
+        return self._leases.ledger
+
+    @property
+    def snapshot(self) -> Snapshot | None:
+        """The snapshot under way."""
+        return self._snapshots.running
 
     @property
     def step(self) -> int:
         return self.log.step
 
     @property
+    def optimizer_steps(self) -> int:
+        """Optimizer steps in the newest state, which is what people are shown; `step` counts
+        updates."""
+        return self._leases.optimizer_steps(self.step)
+
+    @property
     def lineage(self) -> str:
         return self.log.lineage
+
+    @property
+    def log_begun(self) -> bool:
+        """Does an update follow the first state? Before that, the state is where it came from."""
+        return self.log.begun
+
+    def knows(self, step: int, lineage: str) -> bool:
+        """Can a replica at (step, lineage) follow from there by fetching updates?"""
+        return self.log.knows(step, lineage)
+
+    def workers_ready(self) -> list[Peer]:
+        return self._roster.workers_ready()
 
     def share_of(self, worker: int) -> int | None:
         """A worker's samples of a round, where they follow its speed."""
@@ -469,18 +851,9 @@ class Rounds:
         """The first ranges of samples that were skipped, and why."""
         return self._leases.lost_by_name()
 
-    def workers_ready(self) -> list[Peer]:
-        return self._roster.workers_ready()
-
-    def knows(self, step: int, lineage: str) -> bool:
-        """Can a replica at (step, lineage) follow from there by fetching updates?"""
-        return self.log.knows(step, lineage)
-
-    @property
-    def optimizer_steps(self) -> int:
-        """Optimizer steps in the newest state, which is what people are shown; `step` counts
-        updates."""
-        return self._leases.optimizer_steps(self.step)
+    def may_say(self, id: int, name: str) -> bool:
+        """May one more sentence about this worker be logged?"""
+        return self._out.sentences.may(id, name)
 
     def open_message(self) -> wire.Open | None:
         current = self.round
@@ -520,394 +893,3 @@ class Rounds:
 
     def _phase(self, now: float) -> tuple[wire.Phase, str]:
         return self._phases.now(self.state, self.started, self.optimizer_steps, now)
-
-    # ------------------------------------------------------------------ the run's end
-
-    def _stop(self, event: Stop, now: float) -> bool:
-        """End the run at the last closed step; the open round is void. Where that step is not known
-        yet, after a restart, the run stays as it is."""
-        if self.coming_back:
-            self.put_off = True
-            return False
-        self._begin_end(event.reason, event.error, now, stopped=not event.error)
-        return True
-
-    def _begin_end(self, reason: str, error: bool, now: float, *, stopped: bool = False) -> None:
-        """No more rounds; workers stay until the observer has kept the last step: should it die
-        before, another one takes it from them."""
-        if self.ending is not None:
-            return
-        if self.round is not None:
-            self._void("the run ends")
-        for peer in self.peers.values():
-            self._leases.take_back(peer, self.round)
-        self._leases.release(self.round, math.inf)
-        self._ending.begin(reason, error, now, stopped=stopped)
-        self._turn(states.END)
-        self._out.effects.append(Publish(self.pulse(now)))  # the observer tells where it stands
-
-    def _give_up_if_due(self, now: float) -> None:
-        """End a run for which nobody is left, or left who holds its state, or nothing happens."""
-        if self.coming_back or self.ending is not None:
-            return
-        end = self._ending.due(self.started, self.log, self._leases.own, now)
-        if end is not None:
-            self._begin_end(*end, now)
-        elif self._ending.is_idle(now):
-            what = self._waits.awaited(self.round, now) if self.round else self.phase(now)
-            idle = self.rules.idle_timeout
-            self._begin_end(f"nothing happened for {idle:g} s: {what}", True, now)
-
-    def _end(self) -> None:
-        self._turn(states.OVER)
-        self._out.effects.append(Ended(self._ending.end(self.nonce, self.log)))
-
-    # ------------------------------------------------------------------ inside: peers
-
-    def may_say(self, id: int, name: str) -> bool:
-        """May one more sentence about this worker be told?"""
-        return self._out.sentences.may(id, name)
-
-    def _take_out(self, peer: Peer, why: str, now: float) -> None:
-        """Nothing is expected of this peer any more, until it joins (again)."""
-        if (off := self._snapshots.without(peer, why)) is not None:
-            self._abort_snapshot(off, now)
-        self._snapshots.taken_out(peer, now)
-        if self.round and (member := self.round.member_of(peer)):
-            self._out_of_round(member, why, now)
-        self._leases.take_back(peer, self.round)
-        self._leases.release(self.round, now, peer.session)
-        self._ending.taken_out(peer, why)
-        self._roster.take_out(peer)
-        self._roster.not_ready(peer, started=self.started)
-
-    def _joins_anew(self, peer: Peer, why: str, now: float) -> None:
-        self._take_out(peer, why, now)
-        self._out.send(peer, wire.Greet(join=True))
-
-    def _becomes_replica(self, peer: Peer, cause: str) -> None:
-        self._roster.becomes_replica(peer, cause, self.step)
-        if peer.role == "worker":
-            self._ending.departures.joined(peer.id)
-
-    def _remove(
-        self,
-        peer: Peer,
-        why: str,
-        now: float,
-        *,
-        how: str = SILENT,
-        reason: str = "",
-        finished: bool = False,
-    ) -> None:
-        """The peer is not here any more; `how` it went, in the words of `Departures`."""
-        self._take_out(peer, why, now)
-        self._roster.remove(peer)
-        if peer.role == "worker":
-            went = Departure(peer.name, how, reason, now, finished)
-            self._ending.departures.went(peer.id, went)
-        self._out.effects.append(Remove(peer.session))
-
-    @property
-    def coming_back(self) -> bool:
-        """Is this server still waiting for those who hold its run?"""
-        return self.state == states.RETURNING
-
-    def awaits_returning(self, now: float) -> bool:
-        """After a restart: may a process of this run be there that has not greeted yet?"""
-        return self._origin.awaits(now)
-
-    def _await_recovery(self, now: float) -> None:
-        """When all who may hold the newest state are back, it is the run's again."""
-        peer = self._origin.returned(self._roster, now)
-        if peer is None:
-            return
-        assert peer.join is not None
-        if not self._become_origin(peer, peer.join):
-            peer.returns = False  # it was told why; the next one
-            return
-        self._ending.works(now)
-        self.log.begun = self.started = self.step > 0
-
-    def _choose_origin(self) -> None:
-        if self.log.begun or self.round is not None or self.coming_back:
-            return
-        if self._roster.has_replica:
-            return
-        for peer in self._origin.candidates(self._roster):
-            assert peer.join is not None
-            if self._become_origin(peer, peer.join):
-                return
-
-    def _become_origin(self, peer: Peer, message: wire.Join) -> bool:
-        reject = self._origin.refuses(message)
-        if reject is not None:
-            self._reject(peer, reject)
-            return False
-        reject = self._leases.begin(message.step, message.ledger)
-        if reject is not None:
-            self._reject(peer, reject)
-            return False
-        peer.proven = True
-        self._origin.becomes(message)
-        self.log.begin(message.step, message.lineage)
-        self._becomes_replica(peer, states.ADMITTED)
-        self._out.effects.append(Start(message.layout, message.step))
-        self._out.send(peer, wire.Admit(action="origin", step=self.step, lineage=self.lineage))
-        if self.coming_back:
-            self._out.say(
-                f"the run goes on after step {self.optimizer_steps}, where {peer.name} stands"
-            )
-        else:
-            self._out.say(f"the first state comes from {peer.name}, at step {self.optimizer_steps}")
-        self._turn(states.ORIGIN)
-        for other in self._roster.in_state(WAITING):
-            self._admit(other)
-        return True
-
-    def _reject(self, peer: Peer, why: wire.Reject) -> None:
-        self._out.send(peer, why)
-        peer.turn(states.REJECTED)
-
-    def _admit(self, peer: Peer) -> None:
-        assert peer.join is not None
-        reject = self._origin.differs(peer)
-        if reject is not None:
-            self._reject(peer, reject)
-            return
-        believed = not peer.wrong and peer.id not in self._snapshots.disbelieved
-        if self.knows(peer.join.step, peer.join.lineage) and believed:
-            self._becomes_replica(peer, states.ADMITTED)
-            action = "follow"
-        else:
-            action = "adopt"  # stays WAITING until no round is open
-        self._out.send(
-            peer,
-            wire.Admit(action=action, step=self.step, lineage=self.lineage, missed=peer.missed),
-        )
-
-    def _computes(self, peer: Peer) -> wire.Lease | None:
-        """The lease that this worker computes in the open round, of which nothing came yet."""
-        return None if self.round is None else self.round.computed_by(peer)
-
-    # ------------------------------------------------------------------ inside: rounds
-
-    def _out_of_round(self, member: Member, why: str, now: float) -> None:
-        """Nothing more is expected of this member; what it pushed stays in."""
-        current = self.round
-        if current is None or member.out is not None or current.whole(member):
-            return
-        member.out = why
-        current.look_for_quorum(now)
-        if current.deserted:
-            self._void(f"{member.name} {why}, and no other member is left")
-            return
-        for bucket in range(self._origin.buckets):
-            self._out.effects += current.advance(bucket)
-
-    def _close_if_due(self, now: float) -> None:
-        """After quorum and timeout, whoever is incomplete is late."""
-        current = self.round
-        if current is None:
-            return
-        waited_s = now - current.opened_at
-        for member in self._waits.late(current, now):
-            if (peer := self.peers.get(member.session)) is not None:
-                self._leases.computes_still(peer.id, member.size, waited_s)
-            self._out_of_round(member, self._waits.lateness(current, member, now), now)
-
-    def _look_for_the_overdue(self, now: float) -> None:
-        """Without a quorum a round goes on without those it waits for, or is void so that others
-        can take part."""
-        current = self.round
-        if current is None or not self._waits.is_long(current, now):
-            return
-        others = self._could_take_part(current, now)
-        awaited = self._waits.given_up(current, others, now)
-        if current.someone_is_whole:
-            for member in awaited:
-                self._out_of_round(member, self._waits.lateness(current, member, now), now)
-        elif others and awaited:
-            names = ", ".join(p.name for p in others)
-            why = f"{self._waits.awaited(current, now)}, while {names} could take part"
-            self._waits.overdue_rounds += 1
-            self._void(why.removeprefix(f"round {current.number} "))
-            for member in awaited:
-                self._judge(self.peers[member.session], member, now)
-
-    def _could_take_part(self, current: Round, now: float) -> list[Peer]:
-        """Workers that are here and have no part in this round: they wait for a lease, or for a
-        snapshot that could be given now."""
-        snapshot = self._roster.has_replica and "worker" in self._may_take_snapshot(now)
-        could = self._waits.could_take_part(current, snapshot)
-        return [p for p in could if self._leases.share_of(p.id) != 0]  # it would get nothing again
-
-    def _advance(self, now: float) -> bool:
-        """Close what is complete; then start what can start: a snapshot, a round, the end. May more
-        follow now?"""
-        if self.ended is not None:
-            return False
-        if self.ending is not None:
-            under_way = self._start_snapshot(("observer",), now)
-            empty = self._snapshots.disbelieved
-            if not (under_way or self._ending.awaits_observer(self.log, empty, now)):
-                self._end()
-            return False
-        if self.coming_back:
-            self._await_recovery(now)
-        self._choose_origin()
-        if self.state in (states.RETURNING, states.STARTING):
-            return False
-        if self.round is not None:
-            if not self.round.complete:
-                return False
-            close, before = self._settle(now), len(self._out.effects)
-            hopeless = self._bad_rounds >= self.rules.max_bad_rounds
-            following = None if hopeless else self._try_open(now)
-            # Told before what follows from it: who gives a snapshot of this step must have it.
-            closed = Closed(msgspec.structs.replace(close, open=following))
-            self._out.effects.insert(before, closed)
-            self._waits.say_late(close)
-            if hopeless:
-                why = "rounds in a row brought nothing but gradients that had to be refused"
-                self._begin_end(f"{self._bad_rounds} {why}: {close.reason}", True, now)
-                return True
-        elif (following := self._try_open(now)) is not None:
-            self._out.effects.append(Publish(following))
-        self._leases.say_lost()
-        if (broken := self._leases.hopeless()) is not None:
-            self._begin_end(broken, True, now)
-        elif self.round is None and self.snapshot is None and self._leases.finished:
-            self._begin_end(*self._leases.verdict(), now)
-        return self.ending is not None
-
-    def _settle(self, now: float) -> wire.Close:
-        """The complete round becomes the next update of the log."""
-        current = self.round
-        assert current is not None and self.ledger is not None
-        result = current.result()
-        for worker, member in sorted(current.members.items()):
-            how = current.settlement(member)
-            self._leases.settle(current, worker, how)
-            self.tallies.setdefault(worker, Tally(member.host)).add(member, how)
-            peer = self.peers.get(member.session)
-            if peer is not None:
-                if how == DONE:
-                    self._snapshots.contributes(peer)
-                self._judge(peer, member, now)
-        self._waits.look_for_the_slow(current, now)
-        self._look_for_the_deaf()
-        self._leases.count_steps(current, now)
-        in_vain = current.refused and not result.contributors
-        self._bad_rounds = self._bad_rounds + 1 if in_vain else 0
-        self.round = None
-        self._turn(states.CLOSED)
-        self._ending.works(now)
-        self._waits.overdue_rounds = 0
-        close = wire.Close(
-            nonce=self.nonce,
-            round=current.number,
-            step=self.step + 1,
-            lineage="",
-            buckets=current.averaged(),
-            contributors=result.contributors,
-            late=result.late,
-            loss=result.loss,
-            seconds=now - current.opened_at,
-            ledger=self.ledger.state(),
-            reason=current.shortfall(result.late),
-            local_steps=current.local_steps,
-            partly=result.partly,
-        )
-        return self.log.append(close)
-
-    def _void(self, why: str) -> None:
-        current = self.round
-        assert current is not None
-        for worker in current.members:
-            self._leases.settle(current, worker, RETURNED)
-        self.round = None
-        self._turn(states.VOID)
-        self._out.effects.append(Void(current.number))
-        self._out.say(f"round {current.number} is void: {why}")
-
-    def _try_open(self, now: float) -> wire.Open | None:
-        """Open the next round, or start a snapshot, if something stands in the way of neither."""
-        if self.snapshot is not None or self.round is not None or self._leases.finished:
-            return None
-        ready = self._waits.takers(now)
-        may_open = self._enough(ready, now)
-        roles = self._may_take_snapshot(now) if may_open else ("observer", "worker")
-        if self._start_snapshot(roles, now):
-            return None
-        if not may_open:
-            return None
-        if not self.started and len(ready) < self.rules.num_workers:
-            self._out.warn(f"starting with {len(ready)} of {self.rules.num_workers} workers")
-        for peer in self.workers_ready():
-            if peer not in ready:  # it may have got some while it was needed
-                self._leases.take_back(peer, self.round)
-        self._leases.hand_out(ready, self.step)
-        members = {p.id: Member(p, p.leases[0]) for p in ready if p.leases}
-        if not members:
-            return None
-        self.started = True
-        self._snapshots.round_opened()
-        self._rounds += 1
-        assert self.layout is not None
-        self.round = Round(
-            self._rounds,
-            self.step + 1,
-            now,
-            members,
-            buckets=self._origin.buckets,
-            tensors=len(self.layout.tensors),
-            quorum=self.rules.quorum,
-            in_order=self.rules.deterministic,
-            local_steps=self._leases.local_steps,
-            batch=sum(p.ready.batch_size for p in ready if p.leases and p.ready is not None),
-        )
-        if (self.round.local_steps > 1) != self._judges_local:  # what is pushed is another thing
-            self._judges_local = self.round.local_steps > 1
-            self.norms = Norms(self.rules.max_norm_ratio)
-        self._turn(states.OPENED)
-        return self.open_message()
-
-    def _enough(self, ready: list[Peer], now: float) -> bool:
-        """Are there workers enough for a round: at the start all, or those that came in time?"""
-        if len(ready) < self.rules.min_workers:
-            return False
-        if self.started or len(ready) >= self.rules.num_workers:
-            return True
-        return self._roster.ready_since is not None and (
-            now >= self._roster.ready_since + self.rules.join_timeout
-        )
-
-    def _judge(self, peer: Peer, member: Member, now: float) -> None:
-        if self._waits.judge(peer, member, now):
-            self._leases.take_back(peer, self.round)
-
-    def _look_for_the_deaf(self) -> None:
-        for peer in self._roster.find_deaf(self.step):
-            self._out.warn(
-                f"{peer.name} fetches nearly every update: it seems to get nothing of what is "
-                "published (is the port after the server's blocked?); it is sent on its link",
-                peer,
-            )
-
-    # ------------------------------------------------------------------ inside: snapshots
-
-    def _may_take_snapshot(self, now: float) -> Collection[str]:
-        return self._snapshots.may_take(now, in_vain=bool(self._waits.overdue_rounds))
-
-    def _start_snapshot(self, roles: Collection[str], now: float) -> bool:
-        """Begin a snapshot, if none is under way, for a peer of these roles. Is one now?"""
-        if self.snapshot is None and self._snapshots.begin(roles, self.step, self.lineage, now):
-            self._turn(states.GIVEN)
-        return self.snapshot is not None
-
-    def _abort_snapshot(self, off: Off, now: float) -> None:
-        empty = self._snapshots.call_off(off, now)
-        self._turn(states.OFF)
-        if empty is not None:
-            self._joins_anew(empty, EMPTY, now)

@@ -22,6 +22,15 @@ class Norms:
         self._max_ratio = max_ratio
         self._newest: dict[int, deque[float]] = {}
         self._highest: dict[int, float] = {}  # the highest median, by bucket
+        self._local = False  # they are those of rounds of several local steps
+
+    def begin(self, *, local: bool) -> None:
+        """A round begins, of several local steps or of one. What is pushed has another norm then:
+        the norms are forgotten where this has changed."""
+        if local != self._local:
+            self._local = local
+            self._newest.clear()
+            self._highest.clear()
 
     def judge(self, bucket: int, norm: float) -> str | None:
         """Why a gradient of this norm is refused; None where it is accepted: then it is added to

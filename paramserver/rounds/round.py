@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any
 
 import msgspec
 
-from paramserver.protocol.messages import OWN, Lease, Push
+from paramserver.protocol.messages import OWN, Close, Lease, Push
 from paramserver.rounds.effects import Add, Effect, Finish
 from paramserver.rounds.ledger import DONE, PARTLY, RETURNED, SKIPPED
 from paramserver.rounds.roster import Peer
@@ -33,16 +33,6 @@ class Tally(msgspec.Struct):
             self.rounds += 1
         if how != DONE:
             self.late += 1
-
-
-class Result(NamedTuple):
-    """What a complete round brought, by worker id: samples, why not all came of it, the buckets of
-    those of whom only some came; and the mean loss of the samples."""
-
-    contributors: dict[int, int]
-    late: dict[int, str]
-    partly: dict[int, tuple[int, ...]]
-    loss: float | None
 
 
 class Member:
@@ -239,21 +229,32 @@ class Round:
         """The buckets that anybody contributed to."""
         return tuple(sorted(self.absent))
 
-    def result(self) -> Result:
-        """What it brought, when it is complete."""
+    def close(self, nonce: str, ledger: dict[str, Any], now: float) -> Close:
+        """The close of a complete round, without its lineage: what came of whom, and with which
+        mean loss. `ledger` is the state of the ledger in which its leases are settled."""
         members = sorted(self.members.items())
         how = {worker: self.settlement(m) for worker, m in members}
+        late = {worker: m.out or "" for worker, m in members if how[worker] != DONE}
         losses = [
             (m.samples, m.loss)
             for _, m in members
             if m.got and m.loss is not None and math.isfinite(m.loss)
         ]
         weight = sum(n for n, _ in losses)
-        return Result(
+        return Close(
+            nonce=nonce,
+            round=self.number,
+            step=self.step,
+            lineage="",
+            buckets=self.averaged(),
             contributors={worker: m.samples for worker, m in members if m.got},
-            late={worker: m.out or "" for worker, m in members if how[worker] != DONE},
-            partly={worker: tuple(sorted(m.got)) for worker, m in members if how[worker] == PARTLY},
+            late=late,
             loss=sum(n * loss for n, loss in losses) / weight if weight else None,
+            seconds=now - self.opened_at,
+            ledger=ledger,
+            reason=self.shortfall(late),
+            local_steps=self.local_steps,
+            partly={worker: tuple(sorted(m.got)) for worker, m in members if how[worker] == PARTLY},
         )
 
     @property
