@@ -32,7 +32,7 @@ from typing import Any
 import psutil
 import zmq
 from strangers import bother
-from whole import LOOPBACK, Program, Run, private_folders
+from whole import LOOPBACK, Program, Run, children, private_folders
 
 from benchmarks.network import Hosts, move_to
 from paramserver.protocol import messages as wire
@@ -247,10 +247,9 @@ class Chaos:
                 self.workers[number] = self._start_worker(number)
             case "observer killed":
                 self._observers_killed += 1
-                for child in psutil.Process(self.server.process.pid).children():
+                for child in children(self.server):
                     with suppress(psutil.Error):
-                        if "workers.observer.observer" in child.cmdline():
-                            child.kill()
+                        child.kill()
             case "second worker of one id":
                 twin = self._start_worker(number)
                 if (code := twin.end()) != 2 or "is taken" not in twin.output:

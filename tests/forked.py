@@ -2,13 +2,18 @@
 
 One process of this session has imported what all programs import, and does nothing else: no
 operation of torch, no ZeroMQ context, no thread. Each program is forked from it and then runs as
-`python -m module`, `python -c code` or `python script.py` would. It is used on Linux only, since
-macOS does not let a process that has loaded its frameworks go on after a fork.
+`python -m module`, `python -c code` or `python script.py` would. A program that starts others (a
+server its observer, the launcher a server and workers) forks as many processes before it begins.
+They wait, and one of them becomes what the program starts: its child, with its own process id.
+
+It is used on Linux only, since macOS does not let a process that has loaded its frameworks go on
+after a fork.
 """
 
 from __future__ import annotations
 
 import atexit
+import ctypes
 import io
 import json
 import os
@@ -23,7 +28,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 USABLE = sys.platform == "linux"
 
@@ -33,7 +38,22 @@ IMPORTED = (
     "torch._dynamo", "torch.optim", "torch.utils.data", "yaml", "zeroconf", "zmq",
 )  # fmt: skip
 
+STARTS = {"paramserver": 2, "paramserver.launch": 5}
+"""How many Python programs a module starts; what it starts beyond that is not forked."""
+
+PYTHON = sys.executable
+SPARE = "spare"
+"""The name of a process that waits to become a program."""
+
 LENGTH = struct.Struct("!I")
+SET_NAME = 15  # of Linux's prctl.h
+NEW_NETWORK, NEW_MOUNTS = 0x40000000, 0x00020000  # of Linux's sched.h
+SLAVE, DETACH = 1 << 19 | 1 << 14, 2  # of its mount.h: MS_SLAVE | MS_REC, MNT_DETACH
+
+
+def waiting(words: Sequence[str]) -> int:
+    """How many processes wait for what the program `python words ...` starts."""
+    return STARTS.get(words[1], 0) if words[0] == "-m" else 0
 
 
 class Process:
@@ -72,12 +92,13 @@ class Forks:
 
     def __init__(self) -> None:
         self._socket, theirs = socket.socketpair()
+        environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
         with theirs:
             self._parent = subprocess.Popen(
                 [sys.executable, str(Path(__file__)), str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
-                env={**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
+                env={**environment, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
             )
         self.pid = self._parent.pid
         self._lock = threading.Lock()  # of two threads that start programs
@@ -87,9 +108,17 @@ class Forks:
         threading.Thread(target=self._listen, name="forks", daemon=True).start()
         atexit.register(self._socket.close)
 
-    def start(self, words: Sequence[str], folder: Path, environment: Mapping[str, str]) -> Process:
-        """Fork a program; `words` are what follows `python`. Its output is the process's."""
-        told = json.dumps([list(words), str(folder), dict(environment)]).encode()
+    def start(
+        self,
+        words: Sequence[str],
+        folder: Path,
+        environment: Mapping[str, str],
+        host: str | None = None,
+    ) -> Process:
+        """Fork a program; `words` are what follows `python`. Its output is the process's. With a
+        `host`, it lives in that network namespace."""
+        own = list(words), str(folder), dict(environment), host, waiting(words)
+        told = json.dumps(own).encode()
         ours, theirs = os.pipe()
         with self._lock, self._answer:
             socket.send_fds(self._socket, [LENGTH.pack(len(told)) + told], [theirs])
@@ -117,12 +146,14 @@ class Forks:
 _forks: Forks | None = None
 
 
-def start(words: Sequence[str], folder: Path, environment: Mapping[str, str]) -> Process:
+def start(
+    words: Sequence[str], folder: Path, environment: Mapping[str, str], host: str | None = None
+) -> Process:
     """A program of this session; see `Forks.start`. The first one waits until all is imported."""
     global _forks
     if _forks is None:
         _forks = Forks()
-    return _forks.start(words, folder, environment)
+    return _forks.start(words, folder, environment, host)
 
 
 def parent() -> int | None:
@@ -133,8 +164,25 @@ def parent() -> int | None:
 # ------------------------------------------------------------------- in the process that is forked
 
 
-def serve(control: socket.socket) -> tuple[list[str], str, dict[str, str], int] | None:
-    """Fork for each request. Returns the request in a forked process; None at the end."""
+class Order(NamedTuple):
+    """What a process shall become."""
+
+    words: list[str]
+    """What follows `python`."""
+    folder: str
+    environment: dict[str, str]
+    host: str | None
+    """The network namespace to live in, if not this one."""
+    waiting: int
+    """How many processes wait for what it starts."""
+    session: bool
+    """Whether it begins a session of its own."""
+    descriptors: list[int]
+    """What become stdin, stdout and stderr."""
+
+
+def serve(control: socket.socket) -> Order | None:
+    """Fork for each request. Returns the order in a forked process; None at the end."""
     for name in IMPORTED:
         __import__(name)
     assert len(os.listdir("/proc/self/task")) == 1, "a thread would not be in the forked process"
@@ -166,7 +214,7 @@ def serve(control: socket.socket) -> tuple[list[str], str, dict[str, str], int] 
                     for descriptor in (wake, woken, *descriptors):
                         os.close(descriptor)
                     control.close()
-                    return (*request, output)
+                    return Order(*request, session=False, descriptors=[0, output, output])
                 os.close(output)
                 control.sendall(json.dumps([pid, None]).encode() + b"\n")
 
@@ -180,17 +228,125 @@ def _ended() -> list[bytes]:
     return answers
 
 
-def become(words: list[str], folder: str, environment: dict[str, str], output: int) -> Any:
+def enter(host: str) -> None:
+    """Let this process live in a network namespace, as `ip netns exec` does: /sys shows its
+    devices."""
+    libc = ctypes.CDLL(None, use_errno=True)
+
+    def must(code: int) -> None:
+        if code != 0:
+            raise OSError(ctypes.get_errno(), f"cannot enter {host}")
+
+    namespace = os.open(f"/run/netns/{host}", os.O_RDONLY)
+    must(libc.setns(namespace, NEW_NETWORK))
+    os.close(namespace)
+    must(libc.unshare(NEW_MOUNTS))
+    must(libc.mount(b"", b"/", b"none", SLAVE, None))
+    must(libc.umount2(b"/sys", DETACH))
+    must(libc.mount(host.encode(), b"/sys", b"sysfs", 0, None))
+
+
+class Spares:
+    """Processes that wait to become what this one starts, as its children."""
+
+    def __init__(self) -> None:
+        self._waiting: list[tuple[int, socket.socket]] = []
+        self._host: str | None = None
+
+    def fork(self, order: Order) -> Order | None:
+        """Those that wait for what it starts. Returns None; in one of them, once it is asked for,
+        what it shall become."""
+        self._host = order.host
+        for _ in range(order.waiting):
+            ours, theirs = socket.socketpair(type=socket.SOCK_SEQPACKET)
+            pid = os.fork()
+            if not pid:
+                for end in (ours, *(end for _, end in self._waiting)):
+                    end.close()
+                self._waiting.clear()
+                _close(order.descriptors)
+                return _awaited(theirs)
+            theirs.close()
+            self._waiting.append((pid, ours))
+        return None
+
+    def become(self, order: Order) -> int | None:
+        """The process that becomes it, on this one's host; None where none is left."""
+        order = order._replace(host=self._host)
+        while self._waiting:
+            pid, end = self._waiting.pop(0)
+            with end, suppress(OSError):  # it may have been killed
+                socket.send_fds(end, [json.dumps(order[:-1]).encode()], order.descriptors)
+                return pid
+        return None
+
+
+def _awaited(control: socket.socket) -> Order:
+    """What this process shall become; where nothing comes, it ends with the other side."""
+    name(SPARE)
+    with control:
+        data, descriptors, _, _ = socket.recv_fds(control, 1 << 20, 3)
+    if not data:
+        os._exit(0)
+    name("python")
+    return Order(*json.loads(data), list(descriptors))
+
+
+def _close(descriptors: list[int]) -> None:
+    for descriptor in {*descriptors} - {0, 1, 2}:
+        os.close(descriptor)
+
+
+def name(own: str) -> None:
+    """Change the name of this process, as it is listed."""
+    ctypes.CDLL(None).prctl(SET_NAME, own.encode(), 0, 0, 0)
+
+
+spares = Spares()
+
+
+class Popen(subprocess.Popen[Any]):
+    """In a forked program: a new Python is forked, too, where a process waits for that."""
+
+    def _execute_child(self, args: Any, *more: Any) -> None:
+        (executable, preexec, _, descriptors, folder, environment, _, _, shell, *pipes) = more
+        *ends, _, group, groups, user, _, session, process_group = pipes
+        words = [args] if isinstance(args, str) else [os.fspath(word) for word in args]
+        usual = not (executable or preexec or descriptors or shell or group or groups or user)
+        if words[0] == PYTHON and usual and process_group == -1:
+            order = Order(
+                words[1:],
+                os.path.abspath(folder or "."),
+                dict(os.environ if environment is None else environment),
+                None,
+                waiting(words[1:]),
+                session,
+                [own if end == -1 else end for own, end in enumerate(ends[i] for i in (0, 3, 5))],
+            )
+            if (pid := spares.become(order)) is not None:
+                self.pid, self._child_created = pid, True
+                self._close_pipe_fds(*ends)
+                return
+        super()._execute_child(args, *more)
+
+
+def become(order: Order) -> Any:
     """Make this process what `python words ...` would be; returns what then runs the program."""
+    words, folder, environment, host, _, session, descriptors = order
     for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    os.close(output)
+    if session:
+        os.setsid()
+    for number, descriptor in enumerate(descriptors):
+        os.dup2(descriptor, number)
+    _close(descriptors)
+    if host is not None:
+        enter(host)
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
+    subprocess.Popen = Popen  # type: ignore[misc]
     sys.stdout = io.TextIOWrapper(os.fdopen(1, "wb", 0, closefd=False), write_through=True)
     sys.stderr = io.TextIOWrapper(
         os.fdopen(2, "wb", 0, closefd=False), "utf-8", "backslashreplace", write_through=True
@@ -217,6 +373,8 @@ def become(words: list[str], folder: str, environment: dict[str, str], output: i
 
 
 if __name__ == "__main__":
-    wanted = serve(socket.socket(fileno=int(sys.argv[1])))
-    if wanted is not None:
-        become(*wanted)()
+    order = serve(socket.socket(fileno=int(sys.argv[1])))
+    if order is not None:
+        while (other := spares.fork(order)) is not None:
+            order = other  # this process is one that waited
+        become(order)()

@@ -16,7 +16,7 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from whole import DEADLINE_S, LOOPBACK, Monitor, Program, Run, free_port
+from whole import DEADLINE_S, LOOPBACK, Monitor, Program, Run, children, free_port
 
 from paramserver.config.loading import to_wire
 from paramserver.output import stored
@@ -105,7 +105,7 @@ class Held:
 
 
 def observer_of(server: Program) -> psutil.Process:
-    (observer,) = psutil.Process(server.process.pid).children()
+    (observer,) = children(server)
     return observer
 
 
@@ -173,8 +173,7 @@ def test_a_run_whose_observer_cannot_be_kept_running_ends_with_its_last_step_kep
 
 def alive(server: Program, but: set[int]) -> list[psutil.Process]:
     """Observers that run, but those that were killed."""
-    children = psutil.Process(server.process.pid).children()
-    return [child for child in children if child.pid not in but]
+    return [child for child in children(server) if child.pid not in but]
 
 
 def test_an_evaluation_that_is_missing_is_told(tmp_path: Path) -> None:

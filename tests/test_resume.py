@@ -9,13 +9,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
-from whole import Run
+from whole import Run, children
 
 from paramserver.errors import UserError
 from paramserver.rounds.ledger import Ledger
@@ -221,10 +220,9 @@ def test_an_observer_killed_before_it_gave_its_state_is_followed_by_one_that_res
         assert (server.end(), worker.end()) == (0, 0), server.output
         before = run.summary()["steps"]
         server = run.server(*small, "num_workers=1", "num_epochs=2", "resume=latest")
-        program = psutil.Process(server.process.pid)
-        while not (children := program.children()):
+        while not (observers := children(server)):
             assert server.process.poll() is None, server.output
-        children[0].kill()
+        observers[0].kill()
         server.wait_for("the observer ended .* starting it again")
         worker = run.worker(1)
         assert (server.end(), worker.end()) == (0, 0), server.output

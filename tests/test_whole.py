@@ -17,14 +17,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 from crew import Rounding, Setup, drawn, rounding_bound, train
 from safetensors.torch import load_file
 from torch import nn
 from torch.optim import Adam
-from whole import LOOPBACK, Monitor, Program, Run, Served, free_port, private_folders
+from whole import LOOPBACK, Monitor, Program, Run, Served, children, free_port, private_folders
 
 import workers
 from paramserver.__main__ import main as server_main
@@ -71,10 +70,11 @@ def all_ended_well(*programs: Program) -> None:
 
 @pytest.fixture(scope="module")
 def ordinary(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Run, dict[str, Any]]]:
-    """A run of two workers, which start before their server; what was seen on the way."""
+    """A run of two workers, which start before their server; what was seen on the way. Server,
+    observer and one worker are a new Python each, as people start them."""
     seen: dict[str, Any] = {}
     with Run(tmp_path_factory.mktemp("ordinary")) as run:
-        crew = [run.worker(number) for number in (1, 2)]
+        crew = [run.worker(1), run.worker(2, fresh=True)]
         for worker in crew:
             worker.wait_for(f"waiting for a server at {LOOPBACK}:{run.port}")
         server = run.server(
@@ -83,6 +83,7 @@ def ordinary(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Run, di
             "deterministic=true",
             f"checkpoint_steps={CHECKED_STEP}",
             "eval_steps=100",
+            fresh=True,
         )
         server.wait_for("the first state comes from the observer")
         seen["folders"] = private_folders(server)
@@ -267,7 +268,7 @@ def test_who_is_killed_is_left_out_and_a_successor_taken_in(tmp_path: Path) -> N
             crew = [run.worker(1), run.worker(2)]
             monitor.until(lambda close: close.step >= 10)
 
-            (observer,) = psutil.Process(server.process.pid).children()
+            (observer,) = children(server)
             observer.kill()
             server.wait_for(r"the observer ended \(exit code -9.*\): starting it again")
             server.wait_for(r"the observer took a snapshot of step \d+")

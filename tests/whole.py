@@ -59,9 +59,11 @@ class Program:
         folder: Path,
         *,
         forks: bool = False,
+        host: str | None = None,
         **environment: str,
     ) -> None:
-        """With `forks`, what would be a new Python is forked from one that has imported torch."""
+        """In the network namespace `host`, if one is named. With `forks`, what would be a new
+        Python is forked from one that has imported torch."""
         self.name = name
         self.lines: list[str] = []
         self._new: queue.Queue[str | None] = queue.Queue()
@@ -70,10 +72,10 @@ class Program:
         environment = {**inherited, **own, **environment}
         self.process: subprocess.Popen[str] | forked.Process
         if forks:
-            self.process = forked.start(command[1:], folder, environment)
+            self.process = forked.start(command[1:], folder, environment, host)
         else:
             self.process = subprocess.Popen(
-                command,
+                [*(["ip", "netns", "exec", host] if host else []), *command],
                 cwd=folder,
                 env=environment,
                 stdin=subprocess.DEVNULL,
@@ -147,6 +149,16 @@ class Program:
         self.process.stdout.close()
 
 
+def children(program: Program) -> list[psutil.Process]:
+    """The processes that a program has started, without those that wait for that."""
+    found = []
+    for child in psutil.Process(program.process.pid).children():
+        with suppress(psutil.Error):  # it may be gone
+            if child.name() != forked.SPARE:
+                found.append(child)
+    return found
+
+
 class Run:
     """Programs of one run on loopback, with the run folder in `folder`/runs; as a `with` block.
 
@@ -183,11 +195,11 @@ class Run:
     ) -> Program:
         """A Python program: `command` is what follows `python`; in the network namespace `host`,
         if one is named, and in that folder instead of the run's. `fresh`: in a new Python, not in
-        a forked one (`forked`)."""
-        there = ["ip", "netns", "exec", host] if host else []
-        forks = forked.USABLE and not fresh and host is None
-        words = [*there, sys.executable, *command]
-        program = Program(name, words, folder or self.folder, forks=forks, **environment)
+        a forked one (`forked`), which has loaded its libraries already."""
+        forks = forked.USABLE and not fresh and "LD_PRELOAD" not in environment
+        words = [sys.executable, *command]
+        folder = folder or self.folder
+        program = Program(name, words, folder, forks=forks, host=host, **environment)
         self._programs.append(program)
         return program
 
@@ -196,20 +208,29 @@ class Run:
         *settings: str,
         host: str | None = None,
         folder: Path | None = None,
+        fresh: bool = False,
         **environment: str,
     ) -> Program:
         """`python -m paramserver`, on small real data, without a logging service."""
         small = ["dataset.name=digits", "model.hidden=16", "wandb.mode=disabled"]
         ours = [f"port={self.port}", "run_dir=runs", "plain=true", "track_gradients=false"]
         words = ["-m", "paramserver", *small, *ours, *settings]
-        return self.start("the server", *words, host=host, folder=folder, **environment)
+        return self.start(
+            "the server", *words, host=host, folder=folder, fresh=fresh, **environment
+        )
 
     def worker(
-        self, number: int, *settings: str, host: str | None = None, **environment: str
+        self,
+        number: int,
+        *settings: str,
+        host: str | None = None,
+        fresh: bool = False,
+        **environment: str,
     ) -> Program:
-        """`python -m workers`."""
-        words = ["-m", "workers", f"id={number}", f"port={self.port}", *settings]
-        return self.start(f"worker {number}", *words, host=host, **environment)
+        """`python -m workers`; with one thread, since two mostly wait for each other where a
+        machine is busy."""
+        words = ["-m", "workers", f"id={number}", f"port={self.port}", "threads=1", *settings]
+        return self.start(f"worker {number}", *words, host=host, fresh=fresh, **environment)
 
     @property
     def runs(self) -> list[Path]:
