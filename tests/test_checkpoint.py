@@ -5,14 +5,13 @@ from __future__ import annotations
 import errno
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from whole import CLONE, Program, Run
 
 from paramserver import drafts
 from paramserver.output import stored
@@ -52,15 +51,12 @@ def replica() -> Replica:
     return Replica(model, torch.optim.Adam(model.parameters()), bucket_mb=1.0, codec="float32")
 
 
-def run(program: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    tests = Path(__file__).resolve().parent
-    return subprocess.run(
-        [sys.executable, "-c", program, str(folder)],
-        env={**os.environ, "PYTHONPATH": f"{tests.parent}{os.pathsep}{tests}"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def run(program: str, folder: Path) -> Program:
+    """A process that has ended."""
+    with Run(folder) as run:
+        started = run.start("it", "-c", program, str(folder), PYTHONPATH=f"{CLONE}:{CLONE}/tests")
+        started.end()
+    return started
 
 
 @pytest.fixture
@@ -77,7 +73,7 @@ def is_whole(path: Path) -> bool:
 
 def test_a_writer_that_is_killed_leaves_what_was_there(folder: Path) -> None:
     done = run(DIES_WHILE_WRITING, folder)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert done.process.returncode == -signal.SIGKILL, done.output
     drafts = list(folder.glob("*.tmp"))
     assert len(drafts) == 1
     newest = find_checkpoint(str(folder), folder.parent)
@@ -88,7 +84,7 @@ def test_a_writer_that_is_killed_leaves_what_was_there(folder: Path) -> None:
 
 def test_a_full_disk_costs_the_new_checkpoint_only(folder: Path) -> None:
     done = run(DISK_IS_FULL, folder)
-    assert "not written:" in done.stdout, done.stderr
+    assert "not written:" in done.output
     assert [p.name for p in folder.iterdir()] == [checkpoint.name(1)]
     assert is_whole(folder / checkpoint.name(1))
 

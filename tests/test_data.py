@@ -5,9 +5,7 @@ import gzip
 import hashlib
 import http.server
 import itertools
-import os
 import struct
-import subprocess
 import sys
 import textwrap
 import threading
@@ -22,7 +20,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 from torch.utils.data import DataLoader
-from whole import DEADLINE_S
+from whole import Run
 
 from paramserver.errors import UserError
 from paramserver.tensors.order import places
@@ -453,48 +451,33 @@ def test_two_processes_download_once(tmp_path, mirror):
     one_download = Counter(mirror.asked)
     mirror.asked.clear()
 
+    go = tmp_path / "go"
     program = textwrap.dedent(f"""
-        import logging, sys
+        import logging, sys, time
+        from pathlib import Path
         from torchvision import datasets
         from workers.builtin.data import load
         logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(message)s")
         datasets.MNIST.mirrors = [{mirror.url!r}]
         datasets.MNIST.resources = {mirror.resources!r}
         print("ready", flush=True)
-        sys.stdin.readline()
+        while not Path({str(go)!r}).exists():
+            time.sleep(0.01)
         print(len(load({{"name": "MNIST", "root": {str(tmp_path / "two")!r}}}, seed=0).train))
     """)
     mirror.open.clear()
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", program],
-            cwd=REPOSITORY,
-            env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for _ in range(2)
-    ]
-    try:
+    with Run(tmp_path) as run:
+        processes = [run.start(f"process {number}", "-c", program) for number in (1, 2)]
         for process in processes:
-            assert process.stdout.readline() == "ready\n", process.communicate()
-        for process in processes:
-            process.stdin.write("\n")
-            process.stdin.flush()
+            process.wait_for("^ready$")
+        go.touch()
         # One says that it downloads, the other that it waits; only then do answers flow.
-        first_lines = sorted(process.stdout.readline().split()[0] for process in processes)
+        first_lines = sorted(process.wait_for("").split()[0] for process in processes)
         assert first_lines == ["downloading", "waiting"]
         mirror.open.set()
         for process in processes:
-            out, err = process.communicate(timeout=DEADLINE_S)
-            assert process.returncode == 0, err
-            assert out.splitlines()[-1] == "30"
-    finally:
-        for process in processes:
-            process.kill()
-            process.communicate()
+            assert process.end() == 0, process.output
+            assert process.lines[-1] == "30"
     assert mirror.asked == one_download
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -121,14 +119,9 @@ def test_without_its_pictures_an_example_says_where_they_come_from(tmp_path: Pat
         .read_text()
         .replace("/usr/share/datasets/fashion-mnist", str(tmp_path / "nowhere"))
     )
-    done = subprocess.run(
-        [sys.executable, str(script)],
-        cwd=tmp_path,
-        env={"PYTHONPATH": str(CLONE), "PATH": ""},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 1 and "apt install dataset-fashion-mnist" in done.stderr
+    with Run(tmp_path) as run:
+        program = run.start("it", str(script), PATH="")
+        assert program.end() == 1 and "apt install dataset-fashion-mnist" in program.output
 
 
 def test_a_script_that_is_not_there_is_told(tmp_path: Path) -> None:

@@ -3,8 +3,6 @@ schedule of torch, dropout, buffers, and parameters held for a while."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ from crew import CLASSES, INPUTS, PERCEPTRON, Noise, Setup, drawn, loss, train
 from torch import Tensor, nn, optim
 from torch.optim import SGD, Optimizer
 from torch.optim import lr_scheduler as schedules
-from whole import CLONE, DEADLINE_S, LOOPBACK, Served, free_port
+from whole import CLONE, LOOPBACK, Run, Served, free_port
 
 import workers
 from workers.builtin.data import order
@@ -238,21 +236,19 @@ torch.save({"model": model.state_dict(), "seen": seen}, sys.argv[1])
 
 def dropout_run(folder: Path) -> tuple[dict[int, Any], Served]:
     """Two processes, since a process has one random generator; what each of them saved."""
-    with Served(num_workers=2, num_epochs=2, deterministic=True) as served:
+    with Served(num_workers=2, num_epochs=2, deterministic=True) as served, Run(folder) as run:
         processes = {
-            number: subprocess.Popen(
-                [sys.executable, "-c", DROPOUT, str(folder / f"{number}.pt")],
-                env={
-                    "PATH": "",
-                    "PYTHONPATH": f"{CLONE}:{CLONE / 'tests'}",
-                    "PARAMSERVER_HOST": LOOPBACK,
-                    "PARAMSERVER_PORT": str(served.port),
-                    "PARAMSERVER_ID": str(number),
-                },
+            number: run.start(
+                f"worker {number}", "-c", DROPOUT, str(folder / f"{number}.pt"),
+                PATH="",
+                PYTHONPATH=f"{CLONE}:{CLONE / 'tests'}",
+                PARAMSERVER_HOST=LOOPBACK,
+                PARAMSERVER_PORT=str(served.port),
+                PARAMSERVER_ID=str(number),
             )
             for number in (1, 2)
-        }
-        assert [p.wait(DEADLINE_S) for p in processes.values()] == [0, 0]
+        }  # fmt: skip
+        assert [p.end() for p in processes.values()] == [0, 0]
         served.wait(served.end)
     return {n: torch.load(folder / f"{n}.pt", weights_only=True) for n in processes}, served
 

@@ -5,17 +5,18 @@ from __future__ import annotations
 import logging
 import os
 import re
+import signal
 import socket
-import subprocess
 import sys
 import textwrap
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+import forked
 import psutil
 import pytest
-from whole import DEADLINE_S
+from whole import CLONE, DEADLINE_S, Program
 
 import workers.observer.loggers as logbook
 from paramserver.errors import UserError
@@ -109,24 +110,17 @@ def internet() -> Iterator[Internet]:
     internet.close()
 
 
-def start(
-    script: str, folder: Path, variables: Mapping[str, str] | None = None
-) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(PROGRAM) + textwrap.dedent(script), str(folder)],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, **(variables or {})},
-    )
+def start(script: str, folder: Path, variables: Mapping[str, str] | None = None) -> Program:
+    code = textwrap.dedent(PROGRAM) + textwrap.dedent(script)
+    command = [sys.executable, "-c", code, str(folder)]
+    return Program("it", command, CLONE, forks=forked.USABLE, **(variables or {}))
 
 
-def output(program: subprocess.Popen[str]) -> str:
+def output(program: Program) -> str:
     """All that it printed, once it has ended well."""
-    text, _ = program.communicate(timeout=DEADLINE_S)
-    assert program.returncode == 0, text
-    return text
+    code = program.end()
+    assert code == 0, program.output
+    return program.output
 
 
 def logged(folder: Path, key: str) -> int:
@@ -149,7 +143,7 @@ def test_wandb_offline_logs_each_step_quietly_and_leaves_nothing(
     end(book)
     """
     text = output(start(script, folder, internet.variables))
-    assert text == "left: []\n"
+    assert text == "left: []"
     assert internet.calls == 0
     (run,) = (folder / "wandb").iterdir()
     assert run.name.startswith("offline-run-")
@@ -192,12 +186,11 @@ def test_a_killed_observer_leaves_no_process(folder: Path) -> None:
     time.sleep(100)
     """
     program = start(script, folder)
-    assert program.stdout is not None
-    assert program.stdout.readline() == "ready\n"
-    children = psutil.Process(program.pid).children(recursive=True)
+    program.wait_for("^ready$")
+    children = psutil.Process(program.process.pid).children(recursive=True)
     assert children
-    program.kill()
-    program.communicate(timeout=DEADLINE_S)
+    program.send(signal.SIGKILL)
+    assert program.end() == -signal.SIGKILL
     _, alive = psutil.wait_procs(children, timeout=DEADLINE_S)
     assert not alive
 
@@ -332,7 +325,7 @@ def test_tensorboard_holds_each_value_of_each_step(folder: Path) -> None:
         assert set(values) == {"losses/train", "lr"}
         assert abs(values["losses/train"] - 1 / event.step) < 1e-6
     """
-    assert output(start(script, folder)) == "left: []\n"
+    assert output(start(script, folder)) == "left: []"
 
 
 def test_without_tensorboard_the_extra_is_named(
