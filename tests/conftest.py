@@ -36,12 +36,21 @@ SLOW_FIRST = (
     "up",
     "ray",
     "whole",
-    "chaos",
-    "handshake",
-    "mdns",
-    "supervisor",
-    "cables",
+    "results",
     "examples",
+    "resume",
+    "strangers",
+    "terminal",
+    "ends",
+    "loggers",
+    "mdns",
+    "handshake",
+    "cables",
+    "malloc",
+    "messages",
+    "cluster",
+    "bench",
+    "builders",
 )
 """Files whose tests take longest: begun last, they would leave the other processes idle."""
 
@@ -80,6 +89,7 @@ def quiet_environment(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["XDG_CONFIG_HOME"] = str(tmp_path_factory.mktemp("config"))  # keys are made there
     os.environ.pop("PARAMSERVER_JOIN", None)
     os.environ["MPLBACKEND"] = "Agg"
+    os.environ["OMP_NUM_THREADS"] = "1"
     os.environ[MARK] = str(os.getpid())
 
 

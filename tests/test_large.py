@@ -74,6 +74,7 @@ def sampled(model: nn.Module) -> list[torch.Tensor]:
     ]
 
 
+@pytest.mark.long
 @pytest.mark.skipif(
     psutil.virtual_memory().available < ROOM_BYTES,
     reason=f"it takes {ROOM_BYTES / 1e9:.0f} GB of memory",
