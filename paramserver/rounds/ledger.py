@@ -501,15 +501,8 @@ class OwnLedger(Ledger):
     def __init__(self) -> None:
         super().__init__(samples=0, epochs=0)
 
-    def lease(
-        self,
-        size: int,
-        least: int = 1,
-        drop_last: bool = False,
-        *,
-        short: int | None = None,
-        joined: bool = False,
-    ) -> Lease | None:
+    def lease(self, *_: object, **__: object) -> Lease:
+        """`OWN`, whatever is asked for."""
         return OWN
 
     def died(self, lease: Lease, *, error: bool, spare: bool, believed: bool = True) -> None:
