@@ -41,11 +41,11 @@ class Ending:
     # ------------------------------------------------------------------ what may lead to it
 
     def works(self, now: float) -> None:
-        """A step was closed, or somebody came to work."""
+        """Note that a step was closed, or that somebody came to work."""
         self._busy_at = now
 
     def taken_out(self, peer: Peer, why: str) -> None:
-        """This peer takes part no more."""
+        """Note that this peer takes no part any more."""
         if peer.state == REPLICA:
             self._last_holder = f"{peer.name} ({why})"
 
@@ -61,7 +61,7 @@ class Ending:
         if left_until is not None and now >= left_until:
             return self.departures.verdict(own=own)
         if self.lost_since is not None and now >= self._lost_until(self.lost_since):
-            return self.lost_state(log.step), True  # who comes back has had this time
+            return self.lost_state(log.step), True
         return None
 
     def is_idle(self, now: float) -> bool:
@@ -96,11 +96,11 @@ class Ending:
     # ------------------------------------------------------------------ from its beginning
 
     def begin(self, reason: str, error: bool, now: float, *, stopped: bool) -> None:
-        """No more rounds. `stopped`: somebody wants it so, in order."""
+        """Begin the end: no more rounds. `stopped`: somebody stopped the run, in order."""
         self.begun, self.moved_at, self._stopped = (reason, error), now, stopped
 
     def observer_moves(self, now: float) -> None:
-        """The observer came closer to keeping the last step."""
+        """Note that the observer came closer to keeping the last step."""
         self.moved_at = now
 
     def awaits_observer(self, log: Log, empty: Collection[int], now: float) -> bool:
@@ -121,7 +121,7 @@ class Ending:
         return may_have_it and observer.kept_at != log.step
 
     def end(self, nonce: str, log: Log) -> End:
-        """The run is over at the log's step."""
+        """End the run at the log's step."""
         assert self.begun is not None
         reason, error = self.begun
         self.ended = End(

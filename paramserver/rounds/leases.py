@@ -112,8 +112,8 @@ class Leases:
         return None
 
     def admits(self, peer: Peer, ready: Ready) -> bool:
-        """Does this worker bring the data set that the others have? The first one's is the run's;
-        one with another is told why it cannot take part."""
+        """Does this worker bring the data set that the others have? The first worker's is the
+        run's. A worker with another one gets a Reject that says why."""
         reject = self._other_set(peer, ready)
         if reject is not None:
             self._out.send(peer, reject)
@@ -146,8 +146,8 @@ class Leases:
         return None
 
     def _looks_alike(self, peer: Peer, ready: Ready) -> bool:
-        """The same length is not the same data. Other labels are refused, other numbers are told:
-        libraries round another way, transforms draw."""
+        """Compare a few samples: data sets of the same length may differ. Other labels are refused.
+        Other numbers are only logged: libraries round in different ways, and transforms draw."""
         if not self._looks.whose:  # the ledger is older than this server
             self._looks.first(peer.name, ready.looks)
         found = self._looks.difference(ready.looks)
@@ -253,7 +253,7 @@ class Leases:
         return self._shared.get(worker)
 
     def _say_share(self, peer: Peer, size: int) -> None:
-        """A worker that gets nothing, or something again, is named."""
+        """Log that a worker gets no samples, or gets some again."""
         if not size and peer.id not in self._without:
             self._without.add(peer.id)
             self._out.say(
@@ -266,8 +266,8 @@ class Leases:
             self._out.say(f"{peer.name} gets samples again", peer)
 
     def computed(self, worker: int, samples: int, told_s: float | None, waited_s: float) -> None:
-        """A worker's push is whole, so long after the round's opening; it says how long it computed
-        these samples."""
+        """Note that a worker's push is whole, `waited_s` after the round's opening. It says that it
+        computed these samples in `told_s`."""
         if self._shares is not None and told_s is not None:
             seconds = min(max(told_s, waited_s / BELIEVED), waited_s)
             self._shares.took(worker, samples, seconds)
@@ -284,7 +284,7 @@ class Leases:
             self._out.say(f"the number of local steps changes: {self._local.why}")
 
     def computes_still(self, worker: int, samples: int, waited_s: float) -> None:
-        """A worker has not pushed these samples so long after the round's opening."""
+        """Note that a worker has not pushed these samples, `waited_s` after the round's opening."""
         if self._shares is not None:
             self._shares.took(worker, samples, waited_s)
 
@@ -302,7 +302,7 @@ class Leases:
         peer.leases = []
 
     def settle(self, current: Round, worker: int, how: str) -> None:
-        """The round is over: what becomes of this worker's lease, in the ledger's words."""
+        """Settle this worker's lease at the end of its round. `how` is in the ledger's words."""
         member = current.members[worker]
         if self.ledger is not None:
             if how != RETURNED:
@@ -319,18 +319,18 @@ class Leases:
                 self._may_compute_still(peer, member.lease)
 
     def _may_compute_still(self, peer: Peer, lease: Lease) -> None:
-        """This worker's round is over, and not all of its lease has come."""
+        """Note that this worker may still compute a lease whose round is over."""
         if lease != OWN and peer.ready is not None and peer.late_with is None:
             peer.late_with = lease
 
     def hold(self, peer: Peer, now: float) -> None:
-        """This worker left unfinished what it computed, which may have killed it: nobody else gets
-        that before this is clear."""
+        """Hold back what this worker left unfinished. It may have killed the worker: nobody else
+        gets it before this is clear."""
         if peer.left_with is not None:
             self._held[peer.left_with] = peer.session, now + HOLD_S
 
     def release(self, current: Round | None, now: float, session: str | None = None) -> None:
-        """What was held back returns: that of this session, or all whose time is over."""
+        """Return what was held back of this session, or all whose time is over."""
         for lease, (holder, until) in list(self._held.items()):
             if holder == session or (session is None and now >= until):
                 del self._held[lease]
@@ -341,11 +341,11 @@ class Leases:
     # ------------------------------------------------------------------ what kills
 
     def dies(self, peer: Peer, failed: str | None, current: Round | None) -> None:
-        """This worker dies of what it computes: with an error in a phase, without a word (""), or
-        not at all (None), since the same process is back.
+        """Count that this worker died of what it computed: `failed` names the phase of its error,
+        or is "" where it fell silent, or None where it did not die, since the same process is back.
 
-        Rounds may close, and give it leases, before its silence is noticed: it was the first of
-        these that it never was done with."""
+        Before its silence is noticed, rounds may close and give it more leases. The one that counts
+        is the first that it did not finish."""
         lease = None if current is None else current.computed_by(peer)
         if failed:
             lease = lease or peer.left_with
@@ -362,7 +362,7 @@ class Leases:
         self.ledger.died(lease, error=bool(failed), spare=spare, believed=peer.proven)
 
     def lives(self, nonce: str) -> None:
-        """This process greets again: it did not die of what it computed."""
+        """Note that this process greets again: it did not die of what it computed."""
         lease = self._silent.pop(nonce, None)
         if lease is not None and self.ledger is not None:
             self.ledger.lived(lease)
@@ -370,14 +370,15 @@ class Leases:
     # ------------------------------------------------------------------ what is lost
 
     def say_lost(self) -> None:
-        """Samples that are skipped are named."""
+        """Log the names of samples that are skipped since the last call."""
         if self.ledger is None:
             return
         for lost in self.ledger.take_news():
             self._out.warn(f"skipped: {self._name_of(lost.lease)}: {LOST[lost.why]}")
 
     def hopeless(self) -> str | None:
-        """Why it makes no sense to go on, as most workers see it: one alone may be wrong."""
+        """Why it makes no sense to go on. What could not be read counts only if most workers could
+        not: one worker alone may have a broken copy."""
         if self.ledger is None:
             return None
         why = self.ledger.hopeless

@@ -1,9 +1,9 @@
 """The ledger: which samples of which epoch are leased, done, or still to do.
 
 The work of a run is one endless queue of ranges, epoch after epoch without a barrier. A lease takes
-a range from its head; the last range of an epoch may be short. What comes back is put in front, in
-its old order, so that nothing is skipped, and what has been counted never comes back, so that
-nothing is applied twice. At any time, in samples:
+a range from its head; the last range of an epoch may be short. A range that is returned goes to the
+front, in its old order, so that nothing is skipped. A range that was counted is never returned, so
+that nothing is applied twice. At any time, in samples:
 
     done + partly + skipped + leased + returned + ahead = epochs * samples
 
@@ -33,8 +33,8 @@ from paramserver.protocol.messages import OWN, Lease
 DONE, PARTLY, SKIPPED, RETURNED = "done", "partly", "skipped", "returned"
 
 KILLED, AGAIN, UNREAD, DROPPED = "killed", "again", "unread", "dropped"
-"""Why samples are lost: workers died of them, or did in an earlier epoch; they could not be read;
-or they were the short rest of an epoch that was not wanted."""
+"""Why samples are lost: workers died of them in this epoch or in an earlier one, nobody could read
+them, or they were the short rest of an epoch that was not wanted."""
 
 Places = Callable[[int, Lease, int], Sequence[int]]
 """Where, of a set of so many, the samples of a range lie in the order of another epoch."""
@@ -56,7 +56,7 @@ class Suspect(msgspec.Struct, frozen=True, array_like=True):
     silent: Annotated[int, msgspec.Meta(ge=0, le=2**20)]
     halvings: Annotated[int, msgspec.Meta(ge=0, le=2**20)] = 0
     believed: bool = True
-    """One of them at least had contributed before: anybody can greet, and seem to die."""
+    """At least one of these workers had contributed before. Anybody can greet, and seem to die."""
 
     @property
     def due(self) -> bool:
@@ -101,8 +101,8 @@ def optimizer_steps(ledger: Mapping[str, Any] | None, step: int) -> int:
 
 
 def check_counts(state: dict[str, Any]) -> None:
-    """What a replica computes with in what a close tells of the ledger is there, and numbers; the
-    rest is looked at by `Ledger.from_state`, where something is made of it. Raises `PeerError`."""
+    """Check that the counts with which a replica computes are there, and are numbers.
+    `Ledger.from_state` checks the rest, where a ledger is made of it. Raises `PeerError`."""
     for name in COUNTS:
         if type(state.get(name)) is not int:
             raise PeerError(f"`{name}` of the ledger is no number")
@@ -128,7 +128,7 @@ class Ledger:
         self.lost: list[Lost] = []
         """The first ranges that are lost, by name."""
         self.news: list[Lost] = []
-        """What was lost since somebody took this list."""
+        """What was lost since the last call of `take_news`."""
         self.places: Places | None = None
         self._deadly: tuple[tuple[int, int], list[int]] = (-1, 0), []  # of an epoch, see `_avoided`
         self._least = 1
@@ -206,8 +206,8 @@ class Ledger:
         return epoch, start, self._advance(size)
 
     def _advance(self, size: int) -> int:
-        """Take so many samples from the head, and what would be too short to follow them; returns
-        the place where they end."""
+        """Take `size` samples from the head, and a rest that would be too short for a range of its
+        own. Returns the place where they end."""
         end = self._end_of(self._epoch, self._start)
         stop = min(self._start + size, end)
         if end - stop < self._least:
@@ -221,8 +221,8 @@ class Ledger:
         )
 
     def _pass_deadly(self) -> None:
-        """Skip samples at the head that killed in an earlier epoch, and what is too short between
-        two of them."""
+        """Skip samples at the head that killed in an earlier epoch, and ranges between two of them
+        that are too short."""
         while self._epoch < self.epochs and (avoided := self._avoided(self._epoch)):
             start = self._start
             end = self._end_of(self._epoch, start)
@@ -303,7 +303,7 @@ class Ledger:
             self._put_back(lease)
 
     def lived(self, lease: Lease) -> None:
-        """Who seemed to have died of it without a word did not."""
+        """A worker that seemed to have died of this range without a word is alive."""
         suspect = self._suspects.get(lease)
         if suspect is not None and suspect.silent:
             self._suspect(msgspec.structs.replace(suspect, silent=suspect.silent - 1))
@@ -316,7 +316,7 @@ class Ledger:
             del self._suspects[next(iter(self._suspects))]
 
     def _put_back(self, lease: Lease) -> None:
-        """What comes back waits; what killed too often is halved, or skipped."""
+        """Let a returned range wait; halve it, or skip it, if it killed too often."""
         epoch, start, stop = lease
         suspect = self._suspects.get(lease)
         if suspect is None or not suspect.due:
@@ -335,7 +335,8 @@ class Ledger:
         self._lose(lease, KILLED)
 
     def _acquit(self, lease: Lease, rests: bool = True) -> None:
-        """Nothing is suspected of this range any more; but still of what others with it had."""
+        """Suspect this range no more. The rest of a suspected range that held it stays
+        suspected."""
         epoch, start, stop = lease
         for s in [s for s in self._suspects.values() if _overlap(s.lease, lease)]:
             del self._suspects[s.lease]
@@ -364,8 +365,8 @@ class Ledger:
 
     @property
     def hopeless(self) -> str | None:
-        """Why it makes no sense to go on: more is skipped than a data set may have of what is
-        broken. None while it is less."""
+        """Why it makes no sense to go on: more samples are skipped than may be broken in a data
+        set. None while there are fewer."""
         most = self._most_lost
         if self.too_many_unread:
             return f"{self.unread} samples could not be read, more than one in {SHARE_MAX}"
@@ -378,7 +379,7 @@ class Ledger:
 
     @property
     def exhausted(self) -> bool:
-        """Nothing left to lease (leases may still be out, and come back)."""
+        """Nothing is left to lease. Leases that are out may still be returned."""
         return not self._waiting and (self._epoch >= self.epochs or self.samples == 0)
 
     @property
@@ -387,7 +388,7 @@ class Ledger:
 
     @property
     def untouched(self) -> bool:
-        """Nothing was trained on, and nobody died: the set may as well be another one."""
+        """Nobody trained on these samples or died of them: the data set may still change."""
         return not (self.counted or self._leased or self._suspects)
 
     @property
@@ -422,7 +423,7 @@ class Ledger:
         self.steps += made
 
     def state(self) -> dict[str, Any]:
-        """JSON-ready; leases that are out are written as waiting, as a restart would see them."""
+        """The ledger as JSON. Leases that are out count as waiting, as after a restart."""
         state: dict[str, Any] = {
             "samples": self.samples,
             "epochs": self.epochs,
@@ -493,9 +494,11 @@ class Ledger:
 
 
 class OwnLedger(Ledger):
-    """Of a run whose workers bring samples of their own: what they tell is counted, no more.
+    """The ledger of a run whose workers bring samples of their own: it only counts what they
+    report.
 
-    There is always another lease, `OWN`, and what is returned is forgotten: it is the worker's.
+    There is always another lease, `OWN`. A returned lease is forgotten: its samples are the
+    worker's.
     """
 
     def __init__(self) -> None:
@@ -506,10 +509,10 @@ class OwnLedger(Ledger):
         return OWN
 
     def died(self, lease: Lease, *, error: bool, spare: bool, believed: bool = True) -> None:
-        """Nobody else gets them."""
+        """Do nothing: no other worker gets these samples."""
 
     def settle(self, lease: Lease, how: str, unread: Sequence[int] = ()) -> None:
-        """`lease` is (0, 0, so many samples as were told)."""
+        """`lease` is (0, 0, number of samples that the worker reported)."""
         if how != RETURNED:
             self._leased.add(lease)
             super().settle(lease, how)
@@ -532,7 +535,7 @@ def _overlap(a: Lease, b: Lease) -> bool:
 
 
 def _runs(places: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Places in order, as ranges of neighbours."""
+    """The ranges of neighbours among these places, which are in order."""
     start = stop = -1
     for place in places:
         if place != stop:

@@ -51,12 +51,12 @@ class Origin:
     # ------------------------------------------------------------------ after a restart
 
     def alive(self, nonce: str, now: float) -> None:
-        """A process of this run beats, but has not greeted this server."""
+        """Note that a process of this run beats, but has not greeted this server."""
         if self._recovery is not None:
             self._recovery.beats(nonce, now)
 
     def greeted(self, nonce: str) -> None:
-        """This process has greeted."""
+        """Note that this process has greeted."""
         if self._recovery is not None:
             self._recovery.greeted(nonce)
 

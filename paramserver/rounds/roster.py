@@ -63,13 +63,13 @@ class Peer:
 
     @property
     def has_shown(self) -> bool:
-        """Is it more than its word? The log holds something of it, or it is the observer, which has
-        shown its key: a greeting proves nothing."""
+        """Has it shown that it belongs to the run? Something of it is in the log, or it is the
+        observer, which has shown its key. A greeting proves nothing."""
         return self.role == "observer" or self.proven
 
     @property
     def believed(self) -> bool:
-        """Does what it says about its weights count?"""
+        """Does its word about its weights count?"""
         return self.state == REPLICA and self.has_shown
 
     def turn(self, cause: str) -> None:
@@ -77,7 +77,7 @@ class Peer:
         self.state = after(PEER, self.state, cause)
 
     def took(self, seconds: float) -> None:
-        """So long after a round's opening its push was whole, or was given up."""
+        """Note the seconds from a round's opening until its push was whole, or was given up."""
         self._push_times.append(seconds)
         times = sorted(self._push_times)
         self.push_time_p95 = times[min(len(times) - 1, math.ceil(0.95 * len(times)))]
@@ -115,12 +115,12 @@ class Roster:
         )
 
     def holder(self, greeting: Greeted) -> Peer | None:
-        """Who has the id of this greeting, and loses it."""
+        """The peer that has the id of this greeting now."""
         return self.by_id(self._number_of(greeting))
 
     def enter(self, greeting: Greeted, before: Peer | None, now: float) -> Peer:
-        """A peer is here, in place of the one that had its id `before`. The same process still has
-        not got the snapshots that it missed."""
+        """Add a peer; `before` had its id. If that is the same process, the snapshots that it
+        missed still count."""
         peer = Peer(
             greeting.session,
             greeting.role,
@@ -174,38 +174,38 @@ class Roster:
         )
 
     def silent(self, now: float, timeout_s: float) -> list[Peer]:
-        """Those that have given no sign of life for longer than that."""
+        """The peers that have given no sign of life for `timeout_s`."""
         return [p for p in self.peers.values() if now - p.last_seen > timeout_s]
 
     # ------------------------------------------------------------------ what changes
 
     def becomes_replica(self, peer: Peer, cause: str, step: int) -> None:
-        """It holds the run's state, which is that of `step`."""
+        """Note that this peer holds the run's state, which is that of `step`."""
         peer.turn(cause)
         peer.replica_since = step
 
     def is_ready(self, peer: Peer, ready: Ready, now: float) -> None:
-        """This worker waits for samples."""
+        """Note that this worker waits for samples."""
         peer.ready = ready
         if self.ready_since is None:
             self.ready_since = now
 
     def not_ready(self, peer: Peer, *, started: bool) -> None:
-        """It takes no more samples. Before the first round the wait for others begins anew."""
+        """Note that this peer takes no more samples. Before the first round, the wait for others
+        begins anew when nobody is ready."""
         peer.ready = peer.late_with = None
         if not started and not any(p.ready for p in self.peers.values()):
             self.ready_since = None
 
     def fetched(self, peer: Peer, step: int) -> None:
-        """It asked for updates that were published; `step` is the log's. A peer that is far behind
-        asks several times at one step."""
+        """Count that this peer asked for updates that were published, once for each `step` of the
+        log: a peer that is far behind asks several times at one step."""
         if peer.fetched_at != step:
             peer.fetched_at = step
             peer.fetches += 1
 
     def find_deaf(self, step: int) -> list[Peer]:
-        """Those that are found `deaf` at this step of the log, since they fetch nearly every
-        update."""
+        """Find peers that fetch nearly every update. They are `deaf` from now on."""
         if step % DEAF_STEPS:
             return []
         found = [
@@ -219,11 +219,11 @@ class Roster:
         return found
 
     def take_out(self, peer: Peer) -> None:
-        """It no longer holds the run's state, and says anew how it hears of updates."""
+        """Note that this peer does not hold the run's state any more."""
         self.deaf.discard(peer.session)
         self.prompted.discard(peer.session)
         peer.turn(TAKEN_OUT)
 
     def remove(self, peer: Peer) -> None:
-        """It is not here any more."""
+        """Forget a peer."""
         del self.peers[peer.session]

@@ -27,7 +27,7 @@ class Tally(msgspec.Struct):
     late: int = 0
 
     def add(self, member: Member, how: str) -> None:
-        """A closed round: what the worker had to do with it, in the ledger's words."""
+        """Count a closed round. `how` its lease was settled is in the ledger's words."""
         if member.got:
             self.samples += member.samples
             self.rounds += 1
@@ -45,7 +45,7 @@ class Member:
         self.lease = lease
         self.got: set[int] = set()  # buckets whose push was taken
         self.without: set[int] = set()  # buckets that it has nothing for
-        self.added: set[int] = set()  # of those, the ones already told to be added
+        self.added: set[int] = set()  # of those that it pushed, the ones that were added
         self.out: str | None = None  # why no more is expected of it
         self.bad: str | None = None  # why a bucket was refused as bad
         self.loss: float | None = None
@@ -53,12 +53,12 @@ class Member:
         self.compute_s: float | None = None  # by its own clock
         self.steps = 1  # optimizer steps that it made
         self.timed_out = False  # the round waited as long as any round does
-        self.waited_s = 0.0  # so long in vain: since its quorum, where it had one
+        self.waited_s = 0.0  # in vain: since the quorum, where the round had one
         self.unread: tuple[int, ...] = ()  # places in the lease of what could not be read
 
     def tells(self, push: Push) -> None:
-        """The first push tells how many samples a worker took that brings its own, and which ones
-        of a lease could not be read."""
+        """Note what a worker's first push says: how many samples it took, if it brings its own, and
+        which samples of a lease could not be read."""
         if self.lease == OWN:
             self.lease = (0, 0, push.samples)
         self.unread, self.steps = push.unread, push.steps
@@ -69,7 +69,7 @@ class Member:
 
     @property
     def samples(self) -> int:
-        """Those that were computed."""
+        """The number of samples that were computed."""
         return self.size - len(self.unread)
 
 
@@ -160,7 +160,7 @@ class Round:
         return None
 
     def take(self, member: Member, push: Push) -> None:
-        """A push that `refusal` let pass and whose numbers are good."""
+        """Take a push that `refusal` let pass and whose numbers are good."""
         member.got.add(push.bucket)
         member.without.update(push.without)
         if push.loss is not None:
@@ -176,12 +176,12 @@ class Round:
         return len(member.got) + len(member.without) == self._buckets
 
     def expected(self) -> list[Member]:
-        """Those of whom something is still to come."""
+        """The members of whom something is still to come."""
         return [m for m in self.members.values() if m.out is None and not self.whole(m)]
 
     @property
     def inside(self) -> list[Member]:
-        """Those who are not out."""
+        """The members that are not out."""
         return [m for m in self.members.values() if m.out is None]
 
     @property
@@ -263,7 +263,7 @@ class Round:
         return any(m.bad is not None for m in self.members.values())
 
     def settlement(self, member: Member) -> str:
-        """What becomes of its samples, in the ledger's words."""
+        """What becomes of a member's samples, in the ledger's words."""
         if self.whole(member):
             return DONE
         if member.got:

@@ -72,12 +72,12 @@ class Snapshot:
         return self.pieces is not None and len(self.delivered) == self.pieces
 
     def limit_s(self, timeout_s: float) -> float:
-        """How long it may have taken by now, from what it has brought."""
+        """Seconds that it may have taken by now, for what it has brought."""
         brought = len(self.delivered) * self.piece_bytes
         return SNAPSHOT_TIMEOUTS * timeout_s + brought / SNAPSHOT_BYTES_PER_S
 
     def tells(self, manifest: Manifest) -> str | None:
-        """The manifest: what cannot be right about it, None when nothing is wrong."""
+        """Take the manifest. Returns what cannot be right about it; None where nothing is wrong."""
         pieces, step = 0, manifest.piece_bytes
         if step < 1:
             return f"pieces of {step} bytes"
@@ -92,7 +92,8 @@ class Snapshot:
         return None
 
     def advance(self, message: Manifest | Want | Piece, now: float) -> bool:
-        """Does this bring the snapshot nearer to its end? Then it goes on to the other side."""
+        """Note a message. Does it bring the snapshot nearer to its end? Only then it is passed
+        on."""
         if isinstance(message, Manifest):
             self.waits_for = self.joiner
         elif isinstance(message, Want):
@@ -151,8 +152,8 @@ class Snapshots:
         return ("observer", "worker") if now >= self.waste.next_at else ("observer",)
 
     def begin(self, roles: Collection[str], step: int, lineage: str, now: float) -> bool:
-        """The first one who waits for a snapshot (and has one of these roles) gets that of this
-        step; those who made nothing of theirs come last. Did one begin?"""
+        """Begin a snapshot of this step, for the first peer of these roles that waits for one;
+        those that made nothing of earlier ones come last. Did one begin?"""
         joiner = min(
             (p for p in self._roster.in_state(WAITING) if p.join and p.role in roles),
             key=lambda p: self.waste.by.get(p.id, 0),
@@ -161,9 +162,9 @@ class Snapshots:
         givers = self._roster.in_state(REPLICA)
         if joiner is None or not givers:
             return False
-        # First whoever has failed this joiner least: a joiner gives up after a few snapshots, and
-        # what others say of a giver may be a lie. Who has proven nothing yet is the last to be
-        # asked. The observer's id is 0.
+        # The giver that has failed this joiner least comes first: a joiner gives up after a few
+        # snapshots, and what others say of a giver may be a lie. Givers that have proven nothing
+        # come last. The observer's id is 0.
         giver = min(
             givers,
             key=lambda p: (
@@ -180,7 +181,7 @@ class Snapshots:
         return True
 
     def round_opened(self) -> None:
-        """A round went first: the next snapshot may begin after it."""
+        """Note that a round opened: the next snapshot may begin after it."""
         self._round_goes_first = False
 
     # ------------------------------------------------------------------ its way
@@ -188,7 +189,8 @@ class Snapshots:
     def told(
         self, peer: Peer, message: SideMessage, step: int, lineage: str, now: float
     ) -> Off | Taken | None:
-        """What ends the snapshot of this step with this message of a peer; None: nothing."""
+        """Take a message of one side of the snapshot, which is of this step. Returns the snapshot's
+        end, if it ends with this message."""
         snap = self.running
         if snap is None or snap.number != message.snapshot:
             if not isinstance(message, Adopted):
@@ -200,13 +202,13 @@ class Snapshots:
             return self._pass_on(peer, snap, message, (step, lineage), now)
         if peer.session not in (snap.giver, snap.joiner):
             return None
-        # A joiner that refuses it may be right or not: the next one comes from another.
+        # A joiner that refuses it may be right or wrong: another replica gives the next one.
         return Off(message.reason, frozenset({snap.giver, peer.session}), but=peer)
 
     def _pass_on(
         self, peer: Peer, snap: Snapshot, message: Part, state: tuple[int, str], now: float
     ) -> Off | None:
-        """A part of the snapshot goes on to the other side."""
+        """Pass a part of the snapshot on to the other side."""
         source, goal = snap.giver, snap.joiner
         if isinstance(message, Want):
             source, goal = goal, source
@@ -227,7 +229,7 @@ class Snapshots:
         return None
 
     def _adopted(self, peer: Peer, snap: Snapshot) -> Off | Taken:
-        """The joiner holds the snapshot, if all of it went through this server."""
+        """Believe that the joiner holds the snapshot, if all of it went through this server."""
         if not snap.complete:
             had = f"{len(snap.delivered)} of {snap.pieces or 'unknown'} pieces"
             why = f"{peer.name} says that it holds it, after {had}"
@@ -245,7 +247,7 @@ class Snapshots:
     # ------------------------------------------------------------------ its end
 
     def overdue(self, now: float, *, awaited: bool) -> Off | None:
-        """Does it take too long? `awaited`: workers enough for a round wait for its end."""
+        """The end of a snapshot that takes too long. `awaited`: enough workers for a round wait."""
         snap, timeout_s = self.running, self._timeout_s
         if snap is None:
             return None
@@ -259,20 +261,20 @@ class Snapshots:
         return None
 
     def without(self, peer: Peer, why: str) -> Off | None:
-        """The end of the snapshot, if this peer that is taken out has a part in it."""
+        """The end of the snapshot, if this peer, which is taken out, is one of its sides."""
         snap = self.running
         if snap is None or peer.session not in (snap.giver, snap.joiner):
             return None
         return Off(f"{peer.name} {why}", frozenset({peer.session}), but=peer)
 
     def call_off(self, off: Off, now: float) -> Peer | None:
-        """End it, and tell both sides. Returns the giver where it is taken for one that holds no
-        state from now on.
+        """End the snapshot, and send Abort to both sides. Returns the giver if it is taken for one
+        that holds no state from now on.
 
-        A joiner gives up after some that it missed. A giver that has shown nothing is asked a few
-        times only, so what it does not give is not among them: else one that only says that it
-        holds the state, at a moment when nobody else does, would end honest joiners. Neither is
-        what ends by the joiner itself, which joins anew then.
+        A joiner gives up after a number of snapshots that it missed. Those of a giver that has
+        shown nothing do not count, since it is asked a few times only: otherwise a worker that only
+        says that it holds the state, at a moment when nobody else does, would end honest joiners.
+        Those that the joiner itself ends do not count either: it joins anew.
         """
         snap = self.running
         assert snap is not None
@@ -293,9 +295,9 @@ class Snapshots:
         return giver if empty and giver.state == REPLICA else None
 
     def _gave_nothing(self, giver: Peer, joiner: Peer) -> bool:
-        """A snapshot came to nothing. The name of a state is no secret: a worker that knows it, but
-        has neither contributed nor given it to anybody, may hold nothing while others wait. Is it
-        taken for such a one?"""
+        """Count a snapshot that came to nothing. Is its giver taken for one that holds no state?
+        The name of a state is no secret: a worker that knows it, but has neither contributed nor
+        given the state to anybody, may hold nothing while others wait."""
         giver.failed_gives += 1
         failed = joiner.failed_by[giver.id] = joiner.failed_by.get(giver.id, 0) + 1
         if giver.has_shown or max(giver.failed_gives, failed) < FAILED_GIVES:  # of any greeting
@@ -307,27 +309,28 @@ class Snapshots:
     # ------------------------------------------------------------------ what comes of it
 
     def gave_wrong(self, joiner: Peer) -> None:
-        """The weights of this joiner are not the run's: whoever gave them is asked less."""
+        """Note that the weights of this joiner are not the run's. Its giver is asked less often."""
         joiner.wrong = True
         giver = self._roster.peers.get(joiner.given_by)
         if giver is not None:
             giver.failed_gives += 1
 
     def contributes(self, peer: Peer) -> None:
-        """A whole gradient of this worker is in the log."""
+        """Note that a whole gradient of this worker is in the log."""
         peer.proven = True
         if peer.owes:
             peer.owes = False
             self.waste.useful(peer.id)
 
     def taken_out(self, peer: Peer, now: float) -> None:
-        """Nothing is expected of this peer any more: did it take a snapshot for nothing?"""
+        """Note that nothing is expected of this peer any more. A snapshot that it took is wasted,
+        if it has contributed nothing since."""
         if peer.owes:
             peer.owes = False
             self._wasted(peer, now)
 
     def _wasted(self, joiner: Peer, now: float) -> None:
-        """Nobody who contributes came of it."""
+        """Count a snapshot whose joiner contributed nothing."""
         if joiner.role == "observer":
             return
         wait_s = self.waste.wasted(joiner.id, now)

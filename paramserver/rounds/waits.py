@@ -86,7 +86,7 @@ class Waits:
         return min(max(DERIVED_TIMEOUT_MIN_S, 3 * max(known)), most)
 
     def late(self, current: Round, now: float) -> list[Member]:
-        """Whoever is incomplete after quorum and timeout."""
+        """The members that are late: something of them is missing after quorum and timeout."""
         deadline = self.deadline(current)
         if deadline is None or now < deadline:
             return []
@@ -99,7 +99,7 @@ class Waits:
         return late
 
     def lateness(self, current: Round, member: Member, now: float) -> str:
-        """The sentence about one that is late, whose push has taken at least as long as this."""
+        """The sentence about a member that is late. Note that its push takes at least this long."""
         peer = self._roster.peers[member.session]
         p95 = peer.push_time_p95
         usual = "" if p95 is None else f"p95 {p95:.2f} s, "
@@ -109,7 +109,7 @@ class Waits:
     # ------------------------------------------------------------------ before the quorum
 
     def given_up(self, current: Round, others: list[Peer], now: float) -> list[Member]:
-        """Those for whom a round without a quorum waits no longer; empty while it waits.
+        """The members for whom a round without a quorum waits no longer; empty while it waits.
 
         A round has no deadline before its quorum is there, and with `deterministic` none after it.
         While nobody could go on without those it waits for, they have their time: a first batch may
@@ -166,9 +166,9 @@ class Waits:
     # ------------------------------------------------------------------ who is left out
 
     def takers(self, now: float) -> list[Peer]:
-        """The workers that get leases: those that are ready, without those that brought nothing to
-        the last rounds. Where too few are left, as many of these as are needed: first whose rest is
-        over first."""
+        """The workers that get leases: those that are ready, but for those that are left out. If
+        too few remain, as many of the latter as are needed, in the order in which their rest
+        ends."""
         ready = self._roster.workers_ready()
         takers = [p for p in ready if now >= self._vain_of(p).until]
         missing = max(1, self._rules.min_workers) - len(takers)
@@ -178,7 +178,8 @@ class Waits:
         return sorted(takers, key=lambda p: p.id)
 
     def judge(self, peer: Peer, member: Member, now: float) -> bool:
-        """What a member's part in a round that is over says about it. Is it left out now?"""
+        """Note what a member brought to a round that is over. Is its worker left out from now
+        on?"""
         if member.got:
             self.vain.pop(peer.id, None)
             return False
@@ -193,11 +194,11 @@ class Waits:
         return self.vain.get(peer.id) or Vain()
 
     def _leave_out_if_due(self, peer: Peer, vain: Vain, now: float) -> bool:
-        """Whoever brings nothing, though rounds waited for it as long as they do, is left out for
-        as long as they waited, twice as long the next time and so on. It is time that counts: one
-        that never pushes costs a tenth of it in the end, however short the rounds of others are.
-        Before that it has the time to catch up with what it missed, as one whose cable was out has
-        to: while rounds wait for it the log grows slowly."""
+        """Leave a worker out that brings nothing although rounds wait for it: for as long as they
+        waited, twice as long the next time, and so on. A worker that never pushes costs a tenth of
+        the time in the end, however short the rounds of the others are. Before that it has the time
+        to catch up, as a worker whose cable was out must: while rounds wait for it, the log grows
+        slowly."""
         if vain.rounds < EMPTY_ROUNDS or vain.waited_s < self._rules.longest_wait_s():
             return False
         if len(self._roster.workers_ready()) < 2:
@@ -214,7 +215,8 @@ class Waits:
     # ------------------------------------------------------------------ what is said of it
 
     def look_for_the_slow(self, current: Round, now: float) -> None:
-        """A round that waits for one member most of its time has a sentence, once."""
+        """Log, once for each worker, that most of the time of every round is spent waiting for
+        it."""
         ends = sorted((m.whole_at, w) for w, m in current.members.items() if m.whole_at is not None)
         if len(ends) < 2 or len(ends) < len(current.members):
             return
@@ -237,7 +239,8 @@ class Waits:
                     )
 
     def say_late(self, close: Close) -> None:
-        """Who is late is told when it changes, not every step; who is left out is late still."""
+        """Log who is late when that changes, and not at every step. A worker that is left out
+        counts as late."""
         late = frozenset(close.late)
         ready = self._roster.workers_ready()
         late |= {p.id for p in ready if self._vain_of(p).rounds >= EMPTY_ROUNDS}
