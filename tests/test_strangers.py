@@ -472,7 +472,11 @@ def test_a_snapshot_that_cannot_be_is_asked_for_again(
     assert crew.applied() == dict.fromkeys(range(32), 1)
 
 
-@pytest.mark.parametrize("lie", LIES, ids=lambda lie: lie.__name__)
+@pytest.mark.parametrize(
+    "lie",
+    [*LIES[:2], *(pytest.param(lie, marks=pytest.mark.long) for lie in LIES[2:])],
+    ids=lambda lie: lie.__name__,
+)
 def test_who_gets_nothing_but_snapshots_that_cannot_be_gives_up_with_the_reason(
     lie: Callable[[Giving], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -30,14 +30,14 @@ HOSTS = """
 port: 43210
 hosts:
   - {name: mini1, role: server}
-  - {name: mini2}
-  - {name: mini3, restart: 0}
+  - {name: mini2, threads: 1}
+  - {name: mini3, threads: 1, restart: 0}
 """
 PAIR = """
 port: 43210
 hosts:
   - {name: mini1, role: server}
-  - {name: mini2%s}
+  - {name: mini2%s, threads: 1}
 """
 """Without the third one, whose processes take seconds to import torch on two cores."""
 SMALL = (
