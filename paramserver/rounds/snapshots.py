@@ -159,8 +159,10 @@ class Snapshots:
             key=lambda p: self.waste.by.get(p.id, 0),
             default=None,
         )
+        if joiner is None:
+            return False
         givers = self._roster.in_state(REPLICA)
-        if joiner is None or not givers:
+        if not givers:
             return False
         # The giver that has failed this joiner least comes first: a joiner gives up after a few
         # snapshots, and what others say of a giver may be a lie. Givers that have proven nothing
