@@ -242,6 +242,11 @@ class Settings:
         at_least(0),
         unit="steps",
     )
+    overlap: bool = setting(
+        False,
+        "where there are local steps: workers go on with the next ones while those of a round are "
+        "exchanged, so that no step waits for the cable",
+    )
     outer: dict[str, Any] | None = setting(
         None,
         "what is done with the mean of the workers' local steps: {name: SGD, lr: 0.7, momentum: "

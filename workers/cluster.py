@@ -154,7 +154,10 @@ class Cluster:
         self._told = False  # that of the part at hand
         self._round_steps = 1  # optimizer steps that are made by ourselves in a round, at most
         self._steps, self._steps_left = 0, 0  # of them, made in this round, and those to follow
+        self._exchanged = False  # what they came to has left
         self._outer: Outer | None = None  # of the local steps
+        self._under_way: int | None = None  # the round that is exchanged while we go on
+        self._ahead: Lease | None = None  # with this lease
         self._waiting_s = 0.0
         self._load_ahead: Callable[[], None] | None = None
         self._lost: wire.End | None = None  # this worker's part ended, and perhaps the run
@@ -174,7 +177,7 @@ class Cluster:
         """Optimizer steps made so far; each update is one, or a round of local steps."""
         if self._replica is None:
             return 0
-        return self._replica.steps + (self._steps if self._replica.local else 0)
+        return self._replica.steps + self._replica.made
 
     @property
     def epoch(self) -> int:
@@ -375,7 +378,7 @@ class Cluster:
                 self._begin_part(part.samples, len(parts) - 1 - place)
                 yield part.data
                 self._check_stepped()
-            if not self._in_local_round():
+            if self._exchanged or not self._in_local_round():
                 return
         if self._steps:  # the last piece could not be read
             self._exchange_local()
@@ -414,7 +417,7 @@ class Cluster:
                     count = samples_in(batch, collated=collated)
                 else:
                     count = checked(samples(batch))
-                if not self._in_local_round():
+                if self._exchanged or not self._in_local_round():
                     if self._next_lease() is None:
                         break
                     if self._round_steps > 1:
@@ -426,8 +429,10 @@ class Cluster:
                 self._begin_part(count, 0)
                 yield batch
                 self._check_stepped()
-            if self._in_local_round() and self._steps:  # the pass ends in the middle of a round
-                self._exchange_local()
+            if self._in_local_round() and not self._exchanged:  # the pass ends in its middle
+                self._exchange_local(go_on=False)
+            elif self._under_way is not None:
+                self._finish_round()
             whole = True
         finally:
             if not whole or self.client.ended is not None:
@@ -458,17 +463,48 @@ class Cluster:
         self._outer = self._replica.begin_local()
         self._gradients.begin_local()
         self._sent, self._samples, self._steps, self._steps_left = 0, 0, 0, steps
+        self._exchanged = False
         self._unread = ()
         self._losses.clear()
         self._computing = trace.now()
 
     def _in_local_round(self) -> bool:
-        """Is the round still open in which this worker makes steps of its own?"""
-        client, replica = self.client, self._replica
-        assert replica is not None
-        if not replica.local or client.greetings != self._greetings or client.ended is not None:
+        """Is the round still open in which this worker makes steps of its own, or will it be the
+        next one? Where the exchange before it ends now, it begins now."""
+        client, follow = self.client, self.client.follow
+        assert self._replica is not None and follow is not None
+        going_on = self._replica.local and client.ended is None
+        if not going_on or client.greetings != self._greetings:
+            self._stay()
             return False
-        return client.follow is not None and not client.follow.is_over(self._round)
+        if self._under_way is None:
+            return not follow.is_over(self._round)
+        if not follow.is_over(self._under_way):
+            return True
+        found = follow.lease(self.worker_id, self._under_way)
+        if found is None:
+            return True  # it is not open yet
+        lease = self._ahead
+        self._settle()
+        if found[1] != lease:
+            self._stay()
+            return False
+        self._round = found[0]
+        return True
+
+    def _stay(self) -> None:
+        """Go on from the anchor: steps that were made ahead are void."""
+        assert self._replica is not None
+        if self._under_way is not None:
+            self._settle()
+        self._replica.come_back()
+
+    def _settle(self) -> None:
+        """The exchange of a round is over."""
+        assert self._feedback is not None
+        self.client.settled()
+        self._feedback.settled(self._taken)
+        self._taken, self._under_way, self._ahead = (), None, None
 
     def _begin_part(self, samples: int, left: int) -> None:
         """A part of the batch is next, and `left` more follow."""
@@ -501,6 +537,9 @@ class Cluster:
         """Wait, following the log, until there is a round with a lease for us; None where the run
         has ended in order. Raises `RunLost` (`_is_over`)."""
         client = self.client
+        self._leased_at, self._held_up_s = time.perf_counter(), 0.0
+        if self._ahead is not None:
+            return self._ahead
         found: tuple[int, Lease] | None = None
 
         def look() -> bool:
@@ -575,7 +614,7 @@ class Cluster:
         with self._losing():
             self.client.push(push, buffers)
             self.client.poll()
-            if not last:
+            if not last and not self.settings.overlap:
                 start = time.perf_counter()
                 self.client.await_room()
                 if not self._gradients.threaded:  # else backward goes on meanwhile
@@ -588,7 +627,7 @@ class Cluster:
 
     def _on_close(self, close: wire.Close) -> None:
         """Note which of our buckets are part of this update."""
-        if close.round == self._round and self.worker_id in close.contributors:
+        if close.round == (self._under_way or self._round) and self.worker_id in close.contributors:
             self._taken = close.partly.get(self.worker_id, close.buckets)
 
     def _step(self) -> None:
@@ -628,15 +667,39 @@ class Cluster:
             self.client.look()
         self._is_over()
 
-    def _exchange_local(self) -> None:
-        """Send what this round's local steps came to, and follow the log until it is over."""
+    def _exchange_local(self, go_on: bool = True) -> None:
+        """Send what this round's local steps came to. With `overlap` go on with the next lease at
+        once; else follow the log until the round is over."""
         assert self._gradients is not None and self._outer is not None
+        assert self._replica is not None and self.client.follow is not None
+        if self._under_way is not None and not self._await_own_round():
+            return
+        self._exchanged = True
         self._gradients.send_local(self._outer)
-        self._finish_round()
+        if self.settings.overlap and go_on:
+            self._ahead = self.client.follow.lease_ahead(self.worker_id)
+        if self._ahead is None:
+            self._finish_round()
+            return
+        self._under_way, self._phase = self._round, ""
+        self._replica.run_ahead()
+        trace.done("compute", self._computing, round=self._round)
+
+    def _await_own_round(self) -> bool:
+        """Wait until the exchange under way is over, and the round open whose steps were made
+        meanwhile. False where they were made in vain."""
+        start = time.perf_counter()
+
+        def open_or_void() -> bool:
+            return not self._in_local_round() or self._under_way is None
+
+        with self._losing():
+            self.client.wait(open_or_void, f"for the averages of round {self._under_way}")
+        self._waiting_s += time.perf_counter() - start
+        return not self._is_over() and self._in_local_round()
 
     def _finish_round(self) -> None:
         """All of this worker's part has left: follow the log until the round is over."""
-        assert self._feedback is not None
         trace.done("compute", self._computing, round=self._round)
         self._phase = ""
         self._losses.clear()
@@ -646,9 +709,7 @@ class Cluster:
         waiting, start = trace.now(), time.perf_counter()
         self._wait_for_the_end_of_the_round()
         trace.done("wait", waiting, round=self._round)
-        self.client.settled()
-        self._feedback.settled(self._taken)
-        self._taken = ()
+        self._settle()
         self._waiting_s += time.perf_counter() - start
         self._is_over()
 
@@ -689,6 +750,8 @@ class Cluster:
         end = self.end if self.client.ended is not None else None
         if end is not None and end.error:
             raise RunLost(f"the run ended early, at step {end.step}: {end.reason}")
+        if end is not None and self._replica is not None:
+            self._replica.come_back()
         return end is not None
 
     @contextmanager

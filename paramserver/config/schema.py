@@ -265,6 +265,12 @@ def _check_local_steps(s: Settings, where: Where) -> None:
     if s.local_steps == "auto" and s.deterministic:
         must = "must be a number with deterministic=true: measured times differ from run to run"
         raise _wrong("local_steps", must, s.local_steps, where)
+    if s.overlap and s.local_steps == 1:
+        must = "must be false with local_steps=1: gradients leave while backward computes as it is"
+        raise _wrong("overlap", must, s.overlap, where)
+    if s.overlap and s.deterministic:
+        must = "must be false with deterministic=true: averages come sooner or later"
+        raise _wrong("overlap", must, s.overlap, where)
     if s.outer is None:
         return
     if s.local_steps == 1:

@@ -27,7 +27,7 @@ class Pacer(Generic[T]):
     """Holds back the pushes of one round, in their order."""
 
     def __init__(self, window: int = WINDOW, patience_s: float = STALLED_S) -> None:
-        self._window = window
+        self.window = window
         self._patience_s = patience_s
         self._waiting: deque[tuple[int, T]] = deque()
         self._under_way: set[int] = set()
@@ -58,7 +58,7 @@ class Pacer(Generic[T]):
         if self._waiting and now - self._moved_at > self._patience_s:
             self._hurry = True
         found = []
-        while self._waiting and (self._hurry or len(self._under_way) < self._window):
+        while self._waiting and (self._hurry or len(self._under_way) < self.window):
             bucket, push = self._waiting.popleft()
             self._under_way.add(bucket)
             found.append(push)

@@ -75,6 +75,7 @@ class Leases:
         self._measured: dict[int, str] = {}  # by worker: the process whose speed is known
         self._without: set[int] = set()  # workers that get nothing, and were named
         self._unread_by: set[int] = set()  # workers that could not read samples
+        self._round_s = 0.0  # of the last one
         self._held: dict[Lease, tuple[str, float]] = {}  # left by a session; until when
         self._silent: dict[str, Lease] = {}  # by process: what it computed when it fell silent
 
@@ -269,6 +270,8 @@ class Leases:
         """Note that a worker's push is whole, `waited_s` after the round's opening. It says that it
         computed these samples in `told_s`."""
         if self._shares is not None and told_s is not None:
+            if self._rules.overlap:  # it may have begun in the round before
+                waited_s += self._round_s
             seconds = min(max(told_s, waited_s / BELIEVED), waited_s)
             self._shares.took(worker, samples, seconds)
 
@@ -279,7 +282,7 @@ class Leases:
         made = max((m.steps for m in current.members.values() if m.got), default=0)
         self.ledger.count_steps(current.batch, made)
         times = [m.compute_s for m in current.members.values() if m.compute_s is not None]
-        seconds = now - current.opened_at
+        self._round_s = seconds = now - current.opened_at
         if times and self._local.took(current.local_steps, seconds, max(times)):
             self._out.say(f"the number of local steps changes: {self._local.why}")
 

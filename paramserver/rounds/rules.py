@@ -22,6 +22,7 @@ class Rules(msgspec.Struct, frozen=True):
     shares: str = "equal"
     local_steps: int | str = 1
     local_warmup_steps: int = 0
+    overlap: bool = False
     max_norm_ratio: float | None = None
     max_bad_rounds: int = 10
     epochs: int = 2

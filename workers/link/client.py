@@ -22,6 +22,8 @@ import torch
 from paramserver import trace
 from paramserver.errors import PeerError, RunLost, UserError
 from paramserver.protocol import messages as wire
+from paramserver.protocol.messages import BUCKETS_MAX
+from paramserver.protocol.pacing import WINDOW
 from paramserver.settings import RunSettings
 from paramserver.transport import shm, sockets
 from workers.link import actions
@@ -192,7 +194,8 @@ class Client:
         replica, connection = self.replica, self.connection
         assert replica is not None
         outbox = self._make_outbox()
-        self._pushes.begin(outbox)
+        # A worker that goes on computing looks at averages between its steps only.
+        self._pushes.begin(outbox, BUCKETS_MAX if self.settings.overlap else WINDOW)
         connection.send(
             wire.Join(
                 layout=replica.layout,

@@ -32,11 +32,12 @@ class Pushes:
         self._filled: dict[int, shm.Slot] = {}  # by bucket: not complete yet
         self._pacer: Pacer[tuple[wire.Push, list[Any], shm.Slot | None]] = Pacer(window)
 
-    def begin(self, outbox: shm.Outbox | None) -> None:
+    def begin(self, outbox: shm.Outbox | None, window: int = WINDOW) -> None:
         """The peer joins (again), with an outbox or without: pushes before are void."""
         self._outbox = outbox
         self._filled.clear()
         self._pacer.begin()
+        self._pacer.window = window
 
     def without_outbox(self) -> None:
         """The server does not read the outbox: all pushes go through the socket."""

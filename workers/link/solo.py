@@ -28,7 +28,13 @@ from workers.replica.replica import Replica
 
 ID = 1
 # Nothing travels, and the only worker's own steps are the run's.
-AS_IT_IS = {"codec": "float32", "codec_down": None, "local_steps": 1, "outer": None}
+AS_IT_IS = {
+    "codec": "float32",
+    "codec_down": None,
+    "local_steps": 1,
+    "outer": None,
+    "overlap": False,
+}
 
 
 class Solo:

@@ -9,7 +9,7 @@ arXiv 2311.08105); where that is the same, the mean of the weights themselves is
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -64,7 +64,7 @@ class Outer:
     @torch.no_grad()
     def step(self, buckets: Collection[Bucket], averaged: Mapping[int, Tensor]) -> None:
         """Move the anchor by the averages of these buckets, which lie in `averages`; the others'
-        numbers there must be zero. Then the model holds the anchor."""
+        numbers there must be zero."""
         if self.rule.weights:
             for bucket in buckets:
                 self.of(bucket).copy_(averaged[bucket.index])
@@ -72,13 +72,26 @@ class Outer:
             for dtype, anchor in self._anchors.items():
                 anchor.grad = self._averages[dtype]
             self._optimizer.step()
-        self.write()
 
     @torch.no_grad()
     def write(self) -> None:
         """Give the model the anchor's weights."""
         for p, view in self._views:
             p.copy_(view)
+
+    @torch.no_grad()
+    def carry(self, taken: Sequence[Tensor]) -> None:
+        """The model has gone on from `taken`, the parameters' values in their order, while the
+        anchor's step was under way: give it the anchor's weights with what it did since."""
+        for (p, view), there in zip(self._views, taken, strict=True):
+            p.add_(view.to(device=p.device, dtype=p.dtype) - there)
+
+    def in_place_of(self, tensor: Tensor) -> Tensor | None:
+        """The anchor's weights for a parameter's tensor; None for any other one."""
+        for p, view in self._views:
+            if p.data_ptr() == tensor.data_ptr() and p.shape == tensor.shape:
+                return view.to(dtype=p.dtype)
+        return None
 
     def digest(self, h: Any) -> None:
         """Add the anchor's bytes to a hash."""

@@ -90,7 +90,12 @@ class Replica:
         self._outer: Outer | None = None  # from the first round of local steps on
         self.local = False
         """The model is on its way from the anchor, by local steps of the open round."""
+        self._strayed = False  # it is not at the anchor
         self._at_anchor: tuple[Any, list[dict[str, Any]]] | None = None  # schedule and groups there
+        self._taken: list[Tensor] | None = None  # what the last steps came to, see `run_ahead`
+        self._steps_ahead = 0  # made since then
+        self.made = 0
+        """Local steps on the way from the anchor."""
         there_and_back("model", _plain(model).state_dict())  # before anything else is made from it
         self.buffers = Buffers(_plain(model), buffers or {})
         self.layout = wire.Layout(
@@ -197,8 +202,9 @@ class Replica:
         by what the workers' local steps came to; set the buffers; step the schedule."""
         for index in self._outs.keys() - set(close.buckets):
             self._outs[index].zero_()
+        ahead = 0
         if close.local_steps > 1:
-            self._step_outer(close)
+            ahead = self._step_outer(close)
         else:
             self._step_together()
         for index, buffer in enumerate(self.buffers.all, len(self.params)):
@@ -211,6 +217,10 @@ class Replica:
         if self._schedule is not None:
             for _ in range(self._due(close)):
                 self._schedule()
+        if ahead:
+            self._mark()
+            for _ in range(ahead):
+                self._step_schedule()
         self.step, self.lineage, self.ledger = close.step, close.lineage, close.ledger
         self.forget_averages()
         if not self._has_stepped and close.local_steps == 1:
@@ -234,9 +244,12 @@ class Replica:
             else:
                 p.grad = view.to(device=p.device, dtype=p.dtype)
 
-    def _step_outer(self, close: wire.Close) -> None:
-        outer = self._anchored()
-        self.come_back()
+    def _step_outer(self, close: wire.Close) -> int:
+        """Move the anchor. The model goes there, unless it runs ahead; returns the steps that it is
+        ahead then."""
+        outer, taken = self._anchored(), self._taken
+        if taken is None:
+            self.come_back()
         buckets = [self.plan.buckets[i] for i in close.buckets]
         # An absent tensor's zeros are no weights.
         whole = [
@@ -245,6 +258,14 @@ class Replica:
         outer.step(whole, self._outs)
         for _, p in self.params:
             p.grad = None
+        if taken is None:
+            outer.write()
+            return 0
+        self._restore_schedule()
+        outer.carry(taken)
+        self._taken = None
+        self.made = self._steps_ahead
+        return self.made
 
     def _step_optimizer(self) -> None:
         """Clip and step with the gradients that the parameters have."""
@@ -263,38 +284,60 @@ class Replica:
         return optimizer_steps(self.ledger, self.step)
 
     def begin_local(self) -> Outer:
-        """A round of local steps begins, at the anchor."""
+        """A round of local steps begins: at the anchor, unless the model runs ahead."""
         outer = self._anchored()
-        self.come_back()
+        if self._taken is None:
+            self.come_back()
         self.local = True
         return outer
+
+    def run_ahead(self) -> None:
+        """The steps of this round are on their way. The next ones begin at once, from where these
+        ended; what they do is carried over to the anchor when the update comes (`apply`)."""
+        self._taken = [p.detach().clone() for _, p in self.params]
+        self._steps_ahead = 0
 
     def step_locally(self) -> None:
         """One optimizer step with this worker's own gradient, which no other replica makes."""
         if self._at_anchor is None:
-            groups = [
-                {k: copy.deepcopy(v) for k, v in group.items() if k != "params"}
-                for group in self.optimizer.param_groups
-            ]
-            schedule = None if self.scheduler is None else self.scheduler.state_dict()
-            self._at_anchor = copy.deepcopy(schedule), groups
+            self._mark()
+        self._strayed = True
+        self._steps_ahead += 1
+        self.made += 1
         self._step_optimizer()
+        self._step_schedule()
+
+    def _step_schedule(self) -> None:
         if self._schedule is not None and self.schedule_by == "step" and self._left_of_schedule(1):
             self._schedule()
+
+    def _mark(self) -> None:
+        """Keep where the schedule stands at the anchor."""
+        groups = [
+            {k: copy.deepcopy(v) for k, v in group.items() if k != "params"}
+            for group in self.optimizer.param_groups
+        ]
+        schedule = None if self.scheduler is None else schedule_state(self.scheduler)
+        self._at_anchor = copy.deepcopy(schedule), groups
 
     def come_back(self) -> None:
         """Leave the local steps of a round: the model, and the schedule, stand at the anchor. The
         optimizer keeps its moments."""
-        if self._at_anchor is not None:
-            schedule, groups = self._at_anchor
-            self._at_anchor = None
-            if self.scheduler is not None:
-                self.scheduler.load_state_dict(schedule)
-            for group, there in zip(self.optimizer.param_groups, groups, strict=True):
-                group.update(there)
-            if self._outer is not None:
-                self._outer.write()
-        self.local = False
+        self._restore_schedule()
+        if self._strayed and self._outer is not None:
+            self._outer.write()
+        self._strayed = self.local = False
+        self._taken, self.made = None, 0
+
+    def _restore_schedule(self) -> None:
+        if self._at_anchor is None:
+            return
+        schedule, groups = self._at_anchor
+        self._at_anchor = None
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(schedule)
+        for group, there in zip(self.optimizer.param_groups, groups, strict=True):
+            group.update(there)
 
     def _anchored(self) -> Outer:
         if self._outer is None:
@@ -351,22 +394,32 @@ class Replica:
 
         After local steps these are anchor and outer momentum: whoever loads them begins with fresh
         moments of its own."""
-        self.come_back()
         model = dict(_plain(self.model).state_dict())
         for name, buffer in self.buffers.by_name.items():
             if name in model:
                 model[name] = buffer.held
         optimizer = self.optimizer.state_dict()
-        if self._outer is not None:
-            optimizer = {**optimizer, "state": {}}
+        schedule = None if self.scheduler is None else schedule_state(self.scheduler)
         state = {
             "model": model,
             "optimizer": optimizer,
-            "scheduler": None if self.scheduler is None else schedule_state(self.scheduler),
+            "scheduler": schedule,
             "ledger": self.ledger,
         }
-        if self._outer is not None:
-            state["outer"] = self._outer.state()
+        if self._outer is None:
+            return state
+        optimizer["state"] = {}
+        if self._strayed:
+            for name, value in model.items():
+                there = self._outer.in_place_of(value) if isinstance(value, Tensor) else None
+                model[name] = value if there is None else there
+        if self._at_anchor is not None:
+            state["scheduler"], groups = self._at_anchor
+            optimizer["param_groups"] = [
+                {**group, **there}
+                for group, there in zip(optimizer["param_groups"], groups, strict=True)
+            ]
+        state["outer"] = self._outer.state()
         return state
 
     def tensors(self) -> list[Tensor]:
