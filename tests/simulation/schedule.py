@@ -202,6 +202,7 @@ class Schedule:
         self._serial = 0
         self.server.look = self._look_for_observer
         self.server.lost, self.server.deserted = self._check_lost, self._check_deserted
+        self.server.leaves = self._check_goodbyes
         self.server.put_off = lambda: world.after(1.0, self._start_server)
         world.say(f"seed {seed}: {self.rules}")
         world.say(f"{self.habits}, {self.server.buckets} buckets, history {self.server.limit}")
@@ -306,6 +307,18 @@ class Schedule:
         well_since = max(peer.reachable_at, peer.born_at)
         away = well_since > (self.server.ended_at or math.inf) - 5 * SILENCE_S
         return not peer.has_end and (away or self._computes(peer, self.server.over_at or math.inf))
+
+    def _check_goodbyes(self) -> None:
+        """The server's process ends: whom it hears still was out of reach when the run ended, or a
+        worker that computed; the observer has more time than an evaluation takes."""
+        now, ended_at = self.world.now, self.server.ended_at or 0.0
+        for peer in self.alive:
+            known = None if peer.welcome is None else peer.welcome.session
+            here = self.server.rounds.peers.get(known or "")
+            busy_until = peer.busy_until if peer.role == "worker" else 0.0
+            away = peer.stopped or max(peer.reachable_at, busy_until) > ended_at
+            if here is not None and now - here.last_seen <= SILENCE_S and not away:
+                raise Broken(f"the run has ended, but not for {peer.name}")
 
     def _only_liar_left(self, peer: Client) -> bool:
         """Was the liar asked for this one's last snapshots only where nobody else could give, as at

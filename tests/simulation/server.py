@@ -220,7 +220,8 @@ class Server:
     `subscribers` get what is published; with `through_wire` each message becomes frames and a
     message again on its way. `look` is the program's: it sees to the observer, and tells whether
     one comes. `lost` is told of closed steps that did not survive a restart; `put_off` is called
-    when somebody has stopped it before its run had come back.
+    when somebody has stopped it before its run had come back, `leaves` when its process ends after
+    the run.
     """
 
     def __init__(
@@ -255,6 +256,7 @@ class Server:
         self.boots = self._runs = 0
         self.over_at: float | None = None  # when its process ended, after the run
         self.put_off: Callable[[], None] = lambda: None
+        self.leaves: Callable[[], None] = lambda: None
         self.dies_at: str | None = None
         self.givers: dict[str, list[tuple[Peer, bool]]] = {}
         """By the process of a joiner: who gave; was the liar the only one who could?"""
@@ -334,6 +336,7 @@ class Server:
         answers nobody any more."""
         if self.ended_at is not None and self.control.finished(self.world.now):
             self.world.say("the server ends")
+            self.leaves()
             self.alive, self.over_at = False, self.world.now
             self.net.server_died(lingers=True)
 
