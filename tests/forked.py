@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import gc
 import io
 import json
 import os
@@ -183,8 +184,16 @@ class Order(NamedTuple):
 
 def serve(control: socket.socket) -> Order | None:
     """Fork for each request. Returns the order in a forked process; None at the end."""
+    # Triton, which torch imports where it is there, complains at the end of each program that has
+    # not let go all of it, as these do not.
+    sys.modules["triton"] = None  # type: ignore[assignment]
     for name in IMPORTED:
         __import__(name)
+    del sys.modules["triton"]
+    # Each program's collector would look through all that was imported, and at its end copy it:
+    # more than a second of processor time.
+    gc.collect()
+    gc.freeze()
     assert len(os.listdir("/proc/self/task")) == 1, "a thread would not be in the forked process"
     wake, woken = os.pipe()
     os.set_blocking(woken, False)
