@@ -266,6 +266,7 @@ class Spares:
         """Those that wait for what it starts. Returns None; in one of them, once it is asked for,
         what it shall become."""
         self._host = order.host
+        name(SPARE)  # so that those that wait have this name from their beginning
         for _ in range(order.waiting):
             ours, theirs = socket.socketpair(type=socket.SOCK_SEQPACKET)
             pid = os.fork()
@@ -277,6 +278,7 @@ class Spares:
                 return _awaited(theirs)
             theirs.close()
             self._waiting.append((pid, ours))
+        name("python")
         return None
 
     def become(self, order: Order) -> int | None:
@@ -292,7 +294,6 @@ class Spares:
 
 def _awaited(control: socket.socket) -> Order:
     """What this process shall become; where nothing comes, it ends with the other side."""
-    name(SPARE)
     with control:
         data, descriptors, _, _ = socket.recv_fds(control, 1 << 20, 3)
     if not data:
