@@ -147,7 +147,8 @@ class Client(Process):
         self.sub_room = 2 * server.buckets + 4
         self.replica = Replica(serial, server.buckets)
         self.session: Session | None = None
-        self.pushes = parts.pushes(window=1 + serial % 2)
+        self._window = 1 + serial % 2  # small, since rounds have few buckets
+        self.pushes = parts.pushes(window=self._window)
         self.welcome: wire.Welcome | None = None
         self.run: str | None = None  # to which its state belongs
         self.turned_away = False  # by a server that it found, and took for another one
@@ -359,7 +360,7 @@ class Client(Process):
 
     def _send_join(self) -> None:
         r = self.replica
-        self.pushes.begin(None)
+        self.pushes.begin(None, self._window)
         join = wire.Join(
             layout=self.server.layout,
             step=r.step,
