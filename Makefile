@@ -4,7 +4,7 @@
 # upper-case ones (ID, NAME, ARGS, PYTHON) are read here.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo example server worker keys up doctor status logs attach down test test-long check bench profile simulate chaos soak fuzz format docs constraints clean
+.PHONY: help setup demo example server worker keys up doctor plan status logs attach down test test-long check bench profile simulate chaos soak fuzz format docs constraints clean
 
 VENV_PYTHON := .venv/bin/python
 READY := .venv/.ready
@@ -38,6 +38,9 @@ up: $(READY) ## start a run on the machines in conf/cluster.yaml (DRY=1: only pr
 
 doctor: $(READY) ## look at each machine and measure every path between them (ARGS=--json)
 	@$(RUN) paramserver.launch doctor $(ARGS)
+
+plan: $(READY) ## predict the speed with each set of machines, codec and local_steps (ARGS=--json)
+	@$(RUN) paramserver.launch plan $(ARGS)
 
 status: $(READY) ## how it stands on each machine
 	@$(RUN) paramserver.launch status $(ARGS)

@@ -110,7 +110,7 @@ class Laps:
         return self._seconds[-self._rounds :]
 
 
-def _backward_alone(model: Layers, rounds: int = 5) -> float:
+def backward_alone(model: Layers, rounds: int = 5) -> float:
     """Median seconds of a backward whose gradients nobody takes."""
     seconds = []
     for _ in range(rounds):
@@ -169,7 +169,7 @@ def worker(
     if guarded:
         address.is_local = lambda host: False
     model = Layers(shapes, seconds)
-    alone = _backward_alone(model) if seconds else 0.0
+    alone = backward_alone(model) if seconds else 0.0
     drawn = torch.Generator().manual_seed(SEED + number)
     gradients = [] if seconds else [torch.randn(n, generator=drawn) for n in shapes]
     with join(
@@ -418,7 +418,7 @@ def ddp_layers(
     """`Layers` in DistributedDataParallel, as `worker` trains it."""
     _join_gloo(rank, ranks, address, port)
     model = Layers(shapes, seconds)
-    alone = _backward_alone(model)
+    alone = backward_alone(model)
     parallel = DistributedDataParallel(model)
     laps, more = Laps(rounds, warm_up), True
     while more:

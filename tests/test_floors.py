@@ -68,6 +68,7 @@ PURE = [
     "paramserver.net.link_watch",
     "paramserver.fleet.commands",
     "paramserver.fleet.findings",
+    "paramserver.fleet.plan",
     "paramserver.fleet.topology",
     "paramserver.fleet.user_code",
     "paramserver.output.problems",

@@ -70,6 +70,7 @@ def make(clone: Path, *words: str) -> list[str]:
         ("up DRY=1", "up --dry"),
         ("status", "status"),
         ("doctor ARGS=--json", "doctor --json"),
+        ("plan codec=int8 ARGS=--json", "plan --json codec=int8"),
         ("logs HOST=mini2", "logs --host=mini2"),
         ("logs", "logs"),
         ("attach", "attach"),

@@ -284,6 +284,21 @@ def test_the_doctor_takes_the_fast_link_and_measures_both_as_iperf3_does(cluster
         assert rates[device] == pytest.approx(theirs, rel=0.15), device
 
 
+def test_a_plan_measures_model_and_links_on_each_machine(cluster: Cluster) -> None:
+    cluster.file.write_text(PAIR.replace("role: server", "role: both") % "")
+    said = cluster.says("plan", *SMALL, "codec=float32")
+    assert re.search(r"mini2 \| 32 samples take [\d.]+ ms on cpu", said)
+    assert re.search(r"^ *samples/s +machines +server on", said, re.MULTILINE)
+    assert re.search(r"make up cluster=\S+ dataset.name=digits .*codec=float32", said)
+
+    told = json.loads(cluster.says("plan", "--json", *SMALL, "local_steps=1"))
+    rates = {(link["from"], link["to"]): 8e-6 * link["up_bytes_per_s"] for link in told["links"]}
+    assert rates["mini2", "mini1"] == pytest.approx(480, rel=0.25)  # the faster one of two links
+    assert {tuple(p["machines"]) for p in told["plans"]} >= {("mini1",), ("mini1", "mini2")}
+    assert {p["local_steps"] for p in told["plans"]} == {1}
+    assert cluster.left() == []
+
+
 def machines_logs(cluster: Cluster) -> str:
     """All that any process has written on any machine."""
     homes = (cluster.machines.home(name) for name in ("mini1", "mini2", "mini3"))

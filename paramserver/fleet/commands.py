@@ -33,6 +33,7 @@ SSH = (
     "-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=3",
 )  # fmt: skip
 CHECK_S = 30.0
+MEASURE_S = 900.0  # it may download a data set
 COPY_S = 600.0
 SETUP_S = 1800.0
 ANSWER_S = 60.0
@@ -311,6 +312,23 @@ def agent(host: Host) -> Command:
 def settings_file(host: Host, text: str) -> Command:
     """Writes the run's settings to the server's machine."""
     return shell(host, f"umask 077; exec cat > {place(host, 'settings.yaml')}", stdin=text)
+
+
+def measure(host: Host, settings: Settings, text: str, own: str = "") -> Command:
+    """Measures a few batches of the model that `text`, the run's settings, describes; `own` is the
+    PYTHONPATH of the user's modules."""
+    argv = [
+        ".venv/bin/python", "-m", "workers.builtin.measure", "cluster=../plan.yaml",
+        "num_workers=1", f"bucket_mb={settings.with_bucket(linked=True).bucket_size_mb:g}",
+        f"dataset.root={_below(_root(settings))}",
+    ]  # fmt: skip
+    argv += [f"device={host.device}"] if host.device else []
+    argv += [f"threads={host.threads}"] if host.threads else []
+    paths = f"PYTHONPATH={shlex.quote(own)}; export PYTHONPATH\n" if own else ""
+    script = f"umask 077; cat > {place(host, 'plan.yaml')} && cd {place(host, 'code')} || exit 1\n"
+    return shell(
+        host, f"{script}{paths}exec {shlex.join(argv)}", stdin=text, limit_s=MEASURE_S
+    )  # fmt: skip
 
 
 # -------------------------------------------------------------------------------------------- runs

@@ -42,7 +42,7 @@ def doctor(arguments: list[str], *, as_json: bool = False) -> int:
     with ExitStack() as stack:
         agents = {host.name: stack.enter_context(Agent(host)) for host in hosts}
         report, more = examine(wanted.hosts, agents, wanted.settings.port)
-        measured, broken = _measure(
+        measured, broken = measure_paths(
             wanted.hosts, report.interfaces, agents, wanted.settings.host_ip
         )
         if at_rest and wanted.server.name in agents:
@@ -104,7 +104,7 @@ def examine(
     return Report(hosts, (), facts, interfaces), troubles
 
 
-def _measure(
+def measure_paths(
     hosts: tuple[Host, ...],
     interfaces: Mapping[str, list[Interface]],
     agents: Mapping[str, Agent],

@@ -1,0 +1,288 @@
+"""The plan before a run: what is predicted, what is shown of it, and how machines are measured."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from paramserver.fleet.findings import Measured, Report
+from paramserver.fleet.plan import (
+    Choice,
+    CodecCost,
+    Job,
+    Link,
+    Links,
+    Machine,
+    Model,
+    Plan,
+    carried,
+    cost_of,
+    plans,
+    predict,
+    table,
+)
+from paramserver.fleet.planning import links_of, machine
+from paramserver.net.hosts import read
+from paramserver.net.interfaces import Interface
+from paramserver.net.interfaces import Path as Way
+from paramserver.rounds.shares import Cost
+
+CLONE = Path(__file__).resolve().parent.parent
+GIGABIT = 117e6
+RESNET = Model((*[2.0 * 2**20] * 22, 620_000.0))  # 46.8 MB
+TINY = Model((1000.0,))
+NAMES = ("one", "two", "three", "four", "five")
+
+
+def wired(names: tuple[str, ...], rate: float = GIGABIT, trip_s: float = 1e-4) -> Links:
+    """Links of one switch."""
+    return {
+        (a, b): Link(rate, rate, trip_s, f"cable of {b}") for a in names for b in names if a != b
+    }
+
+
+def alike(count: int, step_s: float = 0.1, backward: float = 1.0) -> list[Machine]:
+    return [Machine(name, Cost(step_s, 1e-9), backward) for name in NAMES[:count]]
+
+
+def run_of(
+    machines: list[Machine], server: Machine, job: Job, choice: Choice, rate: float = GIGABIT
+) -> Plan:
+    names = tuple({m.name: m for m in (*machines, server)})
+    found = predict(machines, server, wired(names, rate), job, choice)
+    assert found is not None
+    return found
+
+
+# ------------------------------------------------------------------------------ known numbers
+
+
+def test_shares_by_speed_gain_what_the_speeds_say() -> None:
+    """A GPU box at ten times, a laptop at three, two boards at a tenth of a machine's speed: equal
+    shares run at four tenths, by speed at 13.2."""
+    machines = [
+        Machine(n, Cost(0.0, 10 / v)) for n, v in zip(NAMES, (10, 3, 0.1, 0.1), strict=False)
+    ]
+    job = Job(TINY, 3300)
+    equal = run_of(machines, machines[0], job, Choice())
+    by_speed = run_of(machines, machines[0], job, Choice(shares="speed"))
+    assert equal.samples_per_s == pytest.approx(0.4 / 10, rel=0.01)
+    assert by_speed.samples_per_s == pytest.approx(13.2 / 10, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("workers", "beside", "codec", "measured_s"),
+    [
+        (2, True, "float32", 0.420),
+        (4, True, "float32", 1.274),
+        (2, False, "float32", 0.847),
+        (4, False, "float32", 1.718),
+        (4, True, "float16", 0.643),
+        (4, False, "float16", 0.861),
+        (4, True, "int8", 0.332),
+    ],
+)
+def test_an_exchange_takes_what_was_measured(
+    workers: int, beside: bool, codec: str, measured_s: float
+) -> None:
+    """Beside a worker the server moves N - 1 gradients each way, on a machine of its own N: the
+    figures of docs/performance.md, without any computing."""
+    machines = [Machine(n, Cost(0.0, 1e-9)) for n in NAMES[:workers]]
+    server = machines[0] if beside else Machine("own", Cost(0.0, 1.0), works=False)
+    found = run_of(machines, server, Job(RESNET, 1), Choice(codec))
+    assert found.round_s == pytest.approx(measured_s, rel=0.08)
+
+
+def test_backward_hides_the_exchange_but_for_the_last_bucket() -> None:
+    machines = alike(2, step_s=1.0)
+    hidden = run_of(machines, machines[0], Job(RESNET, 1), Choice())
+    assert 2 / 23 * 0.4 / 2 < hidden.exchange_s < 4 / 23 * 0.4
+    nothing = [replace(m, backward=0.0) for m in machines]
+    assert run_of(nothing, nothing[0], Job(RESNET, 1), Choice()).exchange_s > 0.4
+    half = [replace(m, backward=0.2) for m in machines]
+    assert 0.2 < run_of(half, half[0], Job(RESNET, 1), Choice()).exchange_s < 0.25
+
+
+def test_local_steps_share_one_exchange_that_nothing_hides() -> None:
+    machines = alike(4)
+    one = run_of(machines, machines[0], Job(RESNET, 8), Choice())
+    many = run_of(machines, machines[0], Job(RESNET, 8), Choice(local_steps=32))
+    assert many.compute_s == pytest.approx(3.2, rel=0.01)
+    assert many.exchange_s == pytest.approx(1.27, rel=0.05)
+    assert many.samples_per_s == pytest.approx(32 * 4 * 8 / many.round_s)
+    assert one.samples_per_s < many.samples_per_s / 5
+
+
+def test_local_steps_by_speed_are_as_many_as_fit_into_the_time_of_the_fastest() -> None:
+    fast, slow = Machine("one", Cost(0.0, 0.01)), Machine("two", Cost(0.0, 0.04))
+    equal = run_of([fast, slow], fast, Job(TINY, 10), Choice(local_steps=8))
+    by_speed = run_of([fast, slow], fast, Job(TINY, 10), Choice("float32", 8, "speed"))
+    assert equal.compute_s == pytest.approx(3.2) and by_speed.compute_s == pytest.approx(0.8)
+    assert by_speed.samples_per_s == pytest.approx((80 + 20) / 0.8, rel=0.01)
+
+
+def test_codecs_carry_what_their_table_says() -> None:
+    assert carried("float16").up == 0.5
+    assert carried("int8").down == pytest.approx(0.25, rel=0.005)
+    assert carried("topk", 0.01) == (0.01, 0.02)
+
+
+def test_a_codec_that_a_machine_is_slow_at_costs_its_time() -> None:
+    machines = alike(2, backward=0.0)
+    cheap = run_of(machines, machines[0], Job(RESNET, 1), Choice("int8"))
+    dear = [replace(m, codecs={"int8": machine_codec(1e-7)}) for m in machines]
+    assert run_of(dear, dear[0], Job(RESNET, 1), Choice("int8")).round_s > cheap.round_s + 4.6
+
+
+def machine_codec(seconds: float) -> CodecCost:
+    return CodecCost(seconds, 0.0)
+
+
+def test_a_medium_that_carries_one_way_at_a_time_takes_both_ways_time() -> None:
+    machines = alike(2, backward=0.0)
+    job, links = Job(RESNET, 1), wired(("one", "two"))
+    air = {pair: replace(link, one_way_at_once=True) for pair, link in links.items()}
+    cable = predict(machines, machines[0], links, job, Choice())
+    wifi = predict(machines, machines[0], air, job, Choice())
+    assert cable is not None and wifi is not None
+    assert wifi.exchange_s == pytest.approx(2 * cable.exchange_s, rel=0.1)
+
+
+def test_the_cost_is_a_line_through_two_steps_and_right_at_the_first() -> None:
+    assert cost_of([(32, 0.5), (64, 0.9)]) == pytest.approx(Cost(0.1, 0.0125))
+    assert cost_of([(32, 0.5), (64, 1.4)]) == pytest.approx(Cost(0.0, 0.5 / 32))
+    assert cost_of([(32, 0.5), (64, 0.4)]).of(32) == pytest.approx(0.5)
+    assert cost_of([(32, 0.5)]) == pytest.approx(Cost(0.0, 0.5 / 32))
+
+
+# ---------------------------------------------------------------------------------- properties
+
+SPEEDS = st.lists(st.floats(1e-4, 0.1), min_size=2, max_size=4)
+RATES = st.floats(1e5, 1e10)
+
+
+@given(
+    SPEEDS, RATES, st.floats(1.0, 10.0), st.sampled_from(("float32", "float16", "int8")),
+    st.sampled_from((1, 8, 128)), st.sampled_from(("equal", "speed")), st.floats(0.0, 1.0),
+)  # fmt: skip
+def test_a_faster_link_is_never_predicted_slower(
+    speeds: list[float], rate: float, more: float, codec: str, steps: int, shares: str, part: float
+) -> None:
+    machines = [Machine(n, Cost(1e-3, s), part) for n, s in zip(NAMES, speeds, strict=False)]
+    job, choice = Job(RESNET, 16), Choice(codec, steps, shares)
+    slow = run_of(machines, machines[0], job, choice, rate)
+    fast = run_of(machines, machines[0], job, choice, rate * more)
+    assert fast.samples_per_s >= slow.samples_per_s * (1 - 1e-9)
+
+
+@settings(max_examples=20)
+@given(SPEEDS, RATES)
+def test_one_machine_alone_is_in_every_table_and_the_best_first(
+    speeds: list[float], rate: float
+) -> None:
+    machines = [Machine(n, Cost(1e-3, s)) for n, s in zip(NAMES, speeds, strict=False)]
+    found = plans(machines, wired(NAMES[: len(speeds)], rate), Job(RESNET, 16))
+    shown = table(found)
+    assert shown[0].plan == found[0] and len(shown) <= 12
+    assert any(row.plan.workers == 1 for row in shown)
+    assert all(row.sentence for row in shown)
+    assert [r.plan.worth for r in shown] == sorted((r.plan.worth for r in shown), reverse=True)
+
+
+@settings(max_examples=20)
+@given(RATES, st.floats(200.0, 1e6))
+def test_a_machine_that_cannot_help_is_left_out(rate: float, times: float) -> None:
+    machines = [Machine(n, Cost(0.02, 0.005)) for n in ("one", "two")]
+    machines.append(Machine("board", Cost(0.02 * times, 0.005 * times)))
+    found = plans(machines, wired(("one", "two", "board"), rate), Job(RESNET, 16))
+    assert "board" not in found[0].machines
+
+
+# ----------------------------------------------------------------------------------- sentences
+
+
+def sentences(machines: list[Machine], rate: float, job: Job) -> dict[str, str]:
+    """What is said, by machines and number of local steps."""
+    links = wired(tuple(m.name for m in machines), rate)
+    said: dict[str, str] = {}
+    for row in table(plans(machines, links, job)):
+        key = f"{'+'.join(row.plan.machines)} {row.plan.choice.local_steps}"
+        said.setdefault(key, row.sentence)  # of the best place of the server
+    return said
+
+
+def test_a_machine_that_costs_is_named() -> None:
+    machines = [*alike(2, 0.1), Machine("pi2", Cost(0.14, 1e-9))]
+    job = Job(TINY, 16, local_steps=(1,), shares=("equal",))
+    said = sentences(machines, 1e9, job)
+    best = "2.1 times as fast as one alone; all wait for pi2, which computes 140 ms"
+    assert said["one+two+pi2 1"] == best
+    machines[2] = Machine("pi2", Cost(0.16, 1e-9))
+    assert sentences(machines, 1e9, job)["one+two+pi2 1"] == "pi2 costs 6 %: leave it out"
+
+
+def test_over_a_slow_link_the_number_of_local_steps_that_pays_is_named() -> None:
+    said = sentences(alike(4), GIGABIT / 10, Job(RESNET, 16, codecs=("float32",)))
+    assert said["one+two+three+four 1"] == (
+        "slower than one alone (157 samples/s): over this link only local_steps >= 128 pays"
+    )
+
+
+def test_one_machine_alone_that_is_faster_is_first() -> None:
+    job = Job(RESNET, 16, codecs=("float32",), local_steps=(1,))
+    said = sentences(alike(2), GIGABIT / 10, job)
+    assert next(iter(said.values())).startswith("one machine alone is faster: 15")
+    assert said["one+two 1"].startswith("slower than one alone (15")
+    assert "for the exchange and computes 100 ms" in said["one+two 1"]
+
+
+def test_what_was_typed_is_not_chosen_and_a_round_is_no_longer_than_an_epoch() -> None:
+    machines = alike(2)
+    job = Job(RESNET, 16, codecs=("float16",), shares=("equal",), samples=16 * 2 * 10)
+    found = plans(machines, wired(("one", "two")), job)
+    assert {(p.choice.codec, p.choice.shares) for p in found} == {("float16", "equal")}
+    assert max(p.choice.local_steps for p in found if p.workers == 2) == 8
+
+
+# ------------------------------------------------------------------------------------ measuring
+
+
+def test_links_go_both_ways_and_the_servers_address_is_their_cable() -> None:
+    far, near = (Interface("eth0", "ethernet", f"10.0.0.{n}", 24, 1500) for n in (1, 2))
+    hosts = read([{"name": "one", "role": "both"}, "two"])
+    found = Measured("two", "one", Way(far, near), 1e-3, 30.0, 70.0)
+    links = links_of(Report(hosts, measured=(found,)))
+    assert links["two", "one"] == Link(30.0, 70.0, 1e-3, "10.0.0.1")
+    assert links["one", "two"] == Link(70.0, 30.0, 1e-3, "10.0.0.2")
+
+
+def plan_on_this_machine(folder: Path, *words: str, code: int = 0) -> str:
+    empty = folder / "cluster.yaml"
+    empty.write_text("{}")
+    command = [sys.executable, "-m", "paramserver.launch", "plan", f"cluster={empty}", *words]
+    done = subprocess.run(command, cwd=CLONE, capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr
+    return done.stdout if code == 0 else done.stderr
+
+
+def test_this_machine_is_planned_for_what_num_workers_says(tmp_path: Path) -> None:
+    small = ("dataset.name=digits", "num_workers=2", "local_steps=8", f"run_dir={tmp_path}")
+    told = json.loads(plan_on_this_machine(tmp_path, "--json", *small))
+    assert set(told["measured"]) == {"1", "2"} and len(told["measured"]["2"]) == 2
+    assert machine("here", told["measured"]["2"], 2).cost.of(32) > 0
+    assert sum(told["measured"]["1"][0]["buckets"]) == 4 * 337_674  # SimpleNN's parameters
+    assert {p["workers"] for p in told["plans"]} == {1, 2}
+    assert {p["local_steps"] for p in told["plans"]} == {8}
+    assert "make server num_workers=" in told["command"] and "local_steps=8" in told["command"]
+
+
+def test_a_mistake_of_a_person_is_told_as_one(tmp_path: Path) -> None:
+    said = plan_on_this_machine(tmp_path, "dataset.name=digits", "model.type=Perceptron", code=2)
+    assert said.startswith("error: ") and "Perceptron" in said and "Traceback" not in said
