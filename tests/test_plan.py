@@ -243,6 +243,17 @@ def test_one_machine_alone_that_is_faster_is_first() -> None:
     assert "for the exchange and computes 100 ms" in said["one+two 1"]
 
 
+def test_all_numbers_of_workers_of_one_machine_are_in_the_table() -> None:
+    several = [Machine("this machine", Cost(0.0, 0.01 * n), processes=n) for n in (1, 2)]
+    found = [p for m in several for p in plans([m], {}, Job(RESNET, 16))]
+    shown = table(sorted(found, key=lambda p: -p.worth))
+    assert shown[0].plan.workers == 1 and {row.plan.workers for row in shown} == {1, 2}
+    assert (
+        shown[0].sentence
+        == f"one worker alone is faster: {shown[0].plan.samples_per_s:,.0f} samples/s"
+    )
+
+
 def test_what_was_typed_is_not_chosen_and_a_round_is_no_longer_than_an_epoch() -> None:
     machines = alike(2)
     job = Job(RESNET, 16, codecs=("float16",), shares=("equal",), samples=16 * 2 * 10)

@@ -192,7 +192,7 @@ class Plan:
     def worth(self) -> float:
         """Samples a second, less what local steps, codecs and further machines must bring."""
         factor = IDLE_WORTH ** len(self.idle) * (MOVED_WORTH if self.moved else 1.0)
-        factor *= MACHINE_WORTH ** (len(self.machines) - 1 + (self.server not in self.machines))
+        factor *= MACHINE_WORTH ** (self.workers - 1 + (self.server not in self.machines))
         codec, local_steps, shares = self.choice
         factor *= CODEC_WORTH[codec] * SHARES_WORTH[shares]
         factor *= STEPS_WORTH.get(local_steps, min(STEPS_WORTH.values()))
@@ -396,14 +396,14 @@ def table(found: Sequence[Plan], rows: int = ROWS) -> list[Row]:
                 shown.append(plan)
 
     add([p for p in found if _place(p) == _place(best)], lambda p: p.choice.local_steps)
-    add([p for p in found if p.machines == best.machines], lambda p: p.server)
-    add(found, lambda p: p.machines)
+    add([p for p in found if _place(p)[:2] == _place(best)[:2]], lambda p: p.server)
+    add(found, lambda p: (p.machines, p.workers))
     shown.sort(key=lambda p: -p.worth)
     return [Row(p, sentence(p, found)) for p in shown]
 
 
-def _place(plan: Plan) -> tuple[tuple[str, ...], str]:
-    return plan.machines, plan.server
+def _place(plan: Plan) -> tuple[tuple[str, ...], int, str]:
+    return plan.machines, plan.workers, plan.server
 
 
 def _alone(found: Sequence[Plan]) -> Plan | None:
