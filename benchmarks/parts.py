@@ -360,12 +360,15 @@ def local(effort: Effort) -> Groups:
             what = f"{size}, {1000 * STEP_S:.0f} ms a step, {words}"
             row = Row("local", what, workers, DDP, "steps/s")
             ddp = partial(runs.ddp_steps, few, size, workers, STEP_S, place)
-            cases = [Case(row, lambda ddp=ddp: (1 / ddp(), 1 / STEP_S))]  # type: ignore[misc]
-            for codec in ("float16", "int8"):
+            cases = [Case(row, partial(_steps_per_s, ddp))]
+            for codec, overlap in (("float16", False), ("float16", True), ("int8", True)):
                 how = f"paramserver {codec}, local_steps={LOCAL_STEPS}"
-                row = Row("local", what, workers, how, "steps/s")
-                ours = partial(runs.local, few, size, workers, codec, place, LOCAL_STEPS, STEP_S)
-                cases.append(Case(row, lambda ours=ours: (1 / ours(), 1 / STEP_S)))  # type: ignore[misc]
+                row = Row("local", what, workers, how + ", overlap" * overlap, "steps/s")
+                ours = partial(
+                    runs.local, few, size, workers, codec, place, LOCAL_STEPS, STEP_S,
+                    overlap=overlap,
+                )  # fmt: skip
+                cases.append(Case(row, partial(_steps_per_s, ours)))
             yield cases
 
 
@@ -375,6 +378,10 @@ STEP_S, LOCAL_STEPS = 0.1, 32
 
 def _ddp_training(limits: Limits, ranks: int, way: str) -> Figure:
     return runs.ddp_training(limits, ranks, way), None
+
+
+def _steps_per_s(seconds: Callable[[], float]) -> Figure:
+    return 1 / seconds(), 1 / STEP_S
 
 
 def _local_training(limits: Limits, workers: int, steps: int) -> Figure:

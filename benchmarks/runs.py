@@ -136,12 +136,14 @@ def local(
     place: Place,
     steps: int,
     backward_s: float,
+    *,
+    overlap: bool = False,
 ) -> float:
     """Seconds of an optimizer step, on average, where so many local steps make a round."""
     with Team(limits.seconds) as team:
         port = place.port()
         settings = server_settings(port, workers, codec, team)
-        settings += [f"local_steps={steps}", "security=none"]
+        settings += [f"local_steps={steps}", f"overlap={overlap}", "security=none"]
         if place.hosts is not None:
             settings.append(f"host_ip={place.address(place.server_on)}")
         team.start("server", contenders.server, *settings, host=place.host(place.server_on))
