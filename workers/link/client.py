@@ -22,7 +22,6 @@ import torch
 from paramserver import trace
 from paramserver.errors import PeerError, RunLost, UserError
 from paramserver.protocol import messages as wire
-from paramserver.protocol.messages import BUCKETS_MAX
 from paramserver.protocol.pacing import WINDOW
 from paramserver.settings import RunSettings
 from paramserver.transport import shm, sockets
@@ -194,8 +193,7 @@ class Client:
         replica, connection = self.replica, self.connection
         assert replica is not None
         outbox = self._make_outbox()
-        # A worker that goes on computing looks at averages between its steps only.
-        self._pushes.begin(outbox, BUCKETS_MAX if self.settings.overlap else WINDOW)
+        self._pushes.begin(outbox, self._window())
         connection.send(
             wire.Join(
                 layout=replica.layout,
@@ -209,6 +207,14 @@ class Client:
                 outbox=0 if outbox is None else self._outboxes,
             )
         )
+
+    def _window(self) -> int:
+        """Buckets under way. A worker that goes on computing looks at averages between its steps
+        only: so many that all have left when half of these are made."""
+        steps, replica = self.settings.local_steps, self.replica
+        if not self.settings.overlap or not isinstance(steps, int) or replica is None:
+            return WINDOW
+        return max(WINDOW, math.ceil(2 * len(replica.plan.buckets) / steps))
 
     def _make_outbox(self) -> shm.Outbox | None:
         """Shared memory for pushes, for a server on this host; None: pushes go through the
