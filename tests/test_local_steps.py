@@ -14,7 +14,7 @@ from whole import Served
 from paramserver.config.schema import build
 from paramserver.errors import UserError
 from paramserver.rounds.ledger import Ledger, optimizer_steps
-from paramserver.rounds.local_steps import LocalSteps, Outer, outer_of
+from paramserver.rounds.local_steps import LocalSteps, Outer, described, outer_of
 from paramserver.rounds.shares import Cost
 from paramserver.settings import Settings
 
@@ -243,6 +243,17 @@ def test_steps_are_counted_by_samples_whatever_rounds_they_came_in() -> None:
 )
 def test_the_outer_step_of_a_run(settings: dict[str, Any], rule: Outer | None) -> None:
     assert outer_of(Settings(**settings)) == rule
+
+
+def test_a_run_says_what_its_outer_step_is() -> None:
+    assert described(Settings()) == ""
+    long = Settings(local_steps=32, num_workers=4, overlap=True, local_warmup_steps=100)
+    assert described(long) == (
+        "local steps: 32, after 100 synchronous steps; outer step: rate 0.7, momentum 0.9 "
+        "(Nesterov); exchanged while the next ones are computed"
+    )
+    few = "local steps: as many as suit; outer step: rate 1, no momentum"
+    assert described(Settings(local_steps="auto")) == few
 
 
 @pytest.mark.parametrize(

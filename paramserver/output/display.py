@@ -57,7 +57,7 @@ class WorkerStatus:
     trouble: str = ""
     """The worker's trouble, if any: "late 0.41 s", "joining", "silent for 3.2 s"."""
     share: int | None = None
-    """Its samples of a step, where they follow its speed."""
+    """Its samples of a step, or of a round of local steps, where they follow its speed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +81,8 @@ class Status:
     samples_per_s: float | None = None
     eta_s: float | None = None
     workers: Sequence[WorkerStatus] = ()
+    shares_of: str = "step"
+    """What the workers' shares are of: a step, or a round."""
     late: str = ""
     """Why the newest round that closed without a member did so."""
     trains: bool = False
@@ -326,7 +328,7 @@ def _drawn_lines(status: Status, width: int, height: int, bar: str) -> list[Text
         lines.append(_bar_line(status, width, bar))
         lines.append(Text("   ".join(_fitting(_figures(status), width))))
     late = [Text(printable(status.late), style="yellow")] if status.late else []
-    workers = _worker_lines(status.workers, width, height - len(lines) - len(late))
+    workers = _worker_lines(status, width, height - len(lines) - len(late))
     return (lines + workers + late)[: max(height, 1)]
 
 
@@ -354,7 +356,8 @@ def _bar_line(status: Status, width: int, bar: str) -> Text:
     return Text.assemble((done * filled + tip, "green"), (todo, "dim"), "  ", text)
 
 
-def _worker_lines(workers: Sequence[WorkerStatus], width: int, room: int) -> list[Text]:
+def _worker_lines(status: Status, width: int, room: int) -> list[Text]:
+    workers = status.workers
     """A line for each worker; where they are too many, for those in trouble first."""
     hidden = 0
     if len(workers) > room:
@@ -372,12 +375,16 @@ def _worker_lines(workers: Sequence[WorkerStatus], width: int, room: int) -> lis
                 f"  worker {worker.id:>{ids}}  ",
                 (host + " " * (widest - cell_len(host) + 2), "dim") if widest else "",
                 (f"{printable(worker.trouble):>16}", "yellow") if worker.trouble else f"{rate:>16}",
-                ("" if worker.share is None else f"  {worker.share:>5,} a step", "dim"),
+                (_share(worker.share, status.shares_of), "dim"),
             )
         )
     if hidden and room > 0:
         lines.append(Text(f"  and {hidden} more workers", "dim"))
     return lines
+
+
+def _share(samples: int | None, of: str) -> str:
+    return "" if samples is None else f"  {samples:>5,} a {of}"
 
 
 def _figures(status: Status) -> list[str]:

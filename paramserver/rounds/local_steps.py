@@ -75,6 +75,20 @@ def outer_of(settings: Settings) -> Outer | None:
     return Outer(lr, momentum, nesterov, plain and exact)
 
 
+def described(settings: Settings) -> str:
+    """The local steps of a run and its outer step, as words; empty where there are none."""
+    outer = outer_of(settings)
+    if outer is None:
+        return ""
+    number = "as many as suit" if settings.local_steps == AUTO else settings.local_steps
+    moment = f"momentum {outer.momentum:g}" if outer.momentum else "no momentum"
+    kind = " (Nesterov)" if outer.nesterov else ""
+    first = settings.local_warmup_steps
+    after = f", after {first} synchronous steps" if first else ""
+    overlap = "; exchanged while the next ones are computed" if settings.overlap else ""
+    return f"local steps: {number}{after}; outer step: rate {outer.lr:g}, {moment}{kind}{overlap}"
+
+
 class LocalSteps:
     """Chooses the number of local steps of the next round: as set, after the warm-up, or from
     measured times."""

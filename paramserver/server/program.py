@@ -28,6 +28,7 @@ from paramserver.net.mdns import Announcement
 from paramserver.output import metrics, runfolder, stored
 from paramserver.output.runfolder import Record, RunFolder, Unended
 from paramserver.protocol import messages as wire
+from paramserver.rounds import local_steps
 from paramserver.server.control import Control
 from paramserver.server.observer_process import ObserverProcess
 from paramserver.server.server import Server
@@ -210,6 +211,8 @@ def _serve(
         if at.why:
             show.say(at.why)
         show.say(f"server at {where}, run folder {folder.path}")
+        if steps := local_steps.described(settings):
+            show.say(steps)
         if keys is not None:
             if new_keys:
                 show.say(f"made the keys of this cluster: {keys_path()}")

@@ -198,7 +198,7 @@ class Show:
                 if seconds > 0
                 else None,
                 trouble=_trouble(p, r.round, now),
-                share=r.share_of(p.id),
+                share=r.share_of(p.id) if self.settings.shares == "speed" else None,
             )
             for p in sorted(r.peers.values(), key=lambda p: p.id)
             if p.role == "worker"
@@ -219,6 +219,7 @@ class Show:
             eta_s=left / rate if left is not None and rate else None,
             workers=workers,
             late=self._late,
+            shares_of="step" if self.settings.local_steps == 1 else "round",
             trains=r.doing(now) == wire.Phase.TRAINING,
         )
 
