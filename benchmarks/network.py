@@ -36,12 +36,14 @@ def why_no_hosts() -> str | None:
 
 
 class Hosts:
-    """Hosts of these names on one switch, as a context; each link carries `rate` each way."""
+    """Hosts of these names on one switch, as a context; each link carries `rate` each way, after a
+    rest `burst` at once."""
 
-    def __init__(self, names: list[str], rate: str = "1gbit") -> None:
+    def __init__(self, names: list[str], rate: str = "1gbit", burst: str = "512kb") -> None:
         self._prefix = f"bench{os.getpid()}-"
         self._names = names
         self._rate = rate
+        self._burst = burst
         self._made: list[str] = []
 
     def __getitem__(self, name: str) -> str:
@@ -84,7 +86,7 @@ class Hosts:
     def mend(self, name: str) -> None:
         """Both directions of this host's link are as they should be."""
         for end in self._ends(name):
-            _call("tc", f"{end} root tbf rate {self._rate} burst 512kb latency 100ms")
+            _call("tc", f"{end} root tbf rate {self._rate} burst {self._burst} latency 100ms")
 
     def _ends(self, name: str) -> tuple[str, str]:
         """For tc, of a host's link: its own end and the switch's."""

@@ -69,6 +69,7 @@ PURE = [
     "paramserver.fleet.commands",
     "paramserver.fleet.findings",
     "paramserver.fleet.plan",
+    "paramserver.fleet.plan_watch",
     "paramserver.fleet.topology",
     "paramserver.fleet.user_code",
     "paramserver.output.problems",

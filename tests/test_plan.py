@@ -9,9 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
+from hypothesis import settings as examples
 from hypothesis import strategies as st
 
+from paramserver.fleet import plan_watch
 from paramserver.fleet.findings import Measured, Report
 from paramserver.fleet.plan import (
     Choice,
@@ -28,11 +30,13 @@ from paramserver.fleet.plan import (
     predict,
     table,
 )
+from paramserver.fleet.plan_watch import Expected, PlanWatch
 from paramserver.fleet.planning import links_of, machine
 from paramserver.net.hosts import read
 from paramserver.net.interfaces import Interface
 from paramserver.net.interfaces import Path as Way
 from paramserver.rounds.shares import Cost
+from paramserver.settings import Settings
 
 CLONE = Path(__file__).resolve().parent.parent
 GIGABIT = 117e6
@@ -182,7 +186,7 @@ def test_a_faster_link_is_never_predicted_slower(
     assert fast.samples_per_s >= slow.samples_per_s * (1 - 1e-9)
 
 
-@settings(max_examples=20)
+@examples(max_examples=20)
 @given(SPEEDS, RATES)
 def test_one_machine_alone_is_in_every_table_and_the_best_first(
     speeds: list[float], rate: float
@@ -196,7 +200,7 @@ def test_one_machine_alone_is_in_every_table_and_the_best_first(
     assert [r.plan.worth for r in shown] == sorted((r.plan.worth for r in shown), reverse=True)
 
 
-@settings(max_examples=20)
+@examples(max_examples=20)
 @given(RATES, st.floats(200.0, 1e6))
 def test_a_machine_that_cannot_help_is_left_out(rate: float, times: float) -> None:
     machines = [Machine(n, Cost(0.02, 0.005)) for n in ("one", "two")]
@@ -292,6 +296,57 @@ def test_this_machine_is_planned_for_what_num_workers_says(tmp_path: Path) -> No
     assert {p["workers"] for p in told["plans"]} == {1, 2}
     assert {p["local_steps"] for p in told["plans"]} == {8}
     assert "make server num_workers=" in told["command"] and "local_steps=8" in told["command"]
+
+    settings = Settings(dataset={"name": "digits"}, local_steps=8, run_dir=str(tmp_path))
+    watch = plan_watch.read(settings)
+    two = next(p for p in told["plans"] if p["workers"] == 2)
+    assert watch is not None
+    assert two["samples_per_s"] >= watch.expected.samples_per_s > 0
+    assert plan_watch.read(replace(settings, batch_size=33)) is None
+    assert plan_watch.read(replace(settings, num_workers=3)) is None
+    assert plan_watch.read(replace(settings, model={"type": "CNN"})) is None
+
+
+# ----------------------------------------------------------------------------- during the run
+
+
+def told_by(watch: PlanWatch, compute_s: float, round_s: float, seconds: float = 65) -> list[str]:
+    """What it says of so many seconds of rounds of two workers, 100 samples each."""
+    told, now = [], 0.0
+    while now < seconds:
+        now += round_s
+        watch.pushed("worker 1 (mini1)", compute_s / 2)
+        watch.pushed("worker 2 (pi5)", compute_s)
+        told.append(watch.closed(2, 100, round_s, now))
+    return [sentence for sentence in told if sentence]
+
+
+def watching() -> PlanWatch:
+    return PlanWatch(Expected(2, "float32", 1, "equal", 100 / 0.2, 0.15, 0.05))
+
+
+def test_a_run_as_fast_as_planned_is_not_mentioned() -> None:
+    assert told_by(watching(), 0.16, 0.25) == []
+    assert told_by(watching(), 0.5, 1.0, seconds=29) == []  # not yet
+
+
+def test_a_worker_that_is_slower_than_measured_is_named_once() -> None:
+    assert told_by(watching(), 0.5, 0.55) == [
+        "182 samples/s, where make plan had predicted 500: worker 2 (pi5) computes 500 ms in a "
+        "round, 150 ms were measured: does something else run there?"
+    ]
+
+
+def test_a_longer_exchange_is_named() -> None:
+    assert told_by(watching(), 0.15, 0.55) == [
+        "182 samples/s, where make plan had predicted 500: a round takes 400 ms beside computing, "
+        "50 ms were predicted: a cable, a busy network? make doctor looks closer"
+    ]
+
+
+def test_rounds_of_fewer_workers_are_not_compared() -> None:
+    watch = watching()
+    assert [watch.closed(1, 50, 1.0, float(t)) for t in range(100)] == [None] * 100
 
 
 def test_a_mistake_of_a_person_is_told_as_one(tmp_path: Path) -> None:

@@ -331,6 +331,14 @@ def measure(host: Host, settings: Settings, text: str, own: str = "") -> Command
     )  # fmt: skip
 
 
+def keep_plan(host: Host, settings: Settings, text: str) -> Command:
+    """Writes what was planned beside the runs of that machine, for a server there to compare."""
+    folder = _below(settings.run_dir)
+    script = f"cd {place(host, 'code')} && mkdir -p {shlex.quote(folder)} && cd "
+    script += f"{shlex.quote(folder)} && cat > plan.json.tmp && exec mv plan.json.tmp plan.json"
+    return shell(host, script, stdin=text)
+
+
 # -------------------------------------------------------------------------------------------- runs
 
 

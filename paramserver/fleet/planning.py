@@ -14,15 +14,16 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 from rich.table import Table
 
-from paramserver import terminal
+from paramserver import drafts, terminal
 from paramserver.config.loading import load
 from paramserver.errors import UserError
-from paramserver.fleet import commands, plan, remote
+from paramserver.fleet import commands, plan, plan_watch, remote
 from paramserver.fleet.doctor import examine, measure_paths
 from paramserver.fleet.findings import Report
 from paramserver.fleet.plan import HERE, CodecCost, Link, Machine, Model, Plan, Row
@@ -59,6 +60,7 @@ def plan_for(arguments: list[str], *, as_json: bool = False) -> int:
     rows = plan.table(found)
     if not rows:
         raise UserError("no two machines reach each other", "make doctor looks closer")
+    _keep(settings, hosts, found)
     command = _command(rows[0].plan, hosts, arguments)
     if as_json:
         terminal.result(json.dumps(_to_json(measured, links, rows, command), indent=2))
@@ -203,6 +205,25 @@ def _said(found: Mapping[str, Any]) -> str:
         f"{samples} samples take {1000 * seconds:.1f} ms on {found['device']}: "
         f"{samples / seconds:,.0f} samples/s"
     )
+
+
+def _keep(settings: Settings, hosts: Sequence[Host], found: Sequence[Plan]) -> None:
+    """Leave the plans beside the runs, on each machine those with the server there. Raises
+    `UserError`."""
+    if len(hosts) < 2:
+        path = Path(settings.run_dir) / plan_watch.FILE
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            drafts.write(path, plan_watch.kept(settings, found), synced=False)
+        except OSError as error:
+            raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
+        return
+
+    def one(host: Host) -> None:
+        text = plan_watch.kept(settings, [p for p in found if p.server == host.name])
+        remote.must(host, commands.keep_plan(host, settings, text), "keeping the plan")
+
+    refuse(remote.on_all(one, hosts)[1], "the plan cannot be kept")
 
 
 # ------------------------------------------------------------------------------------ what it means

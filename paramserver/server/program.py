@@ -19,6 +19,7 @@ from zmq.utils import z85
 from paramserver import notify, terminal, trace
 from paramserver.config.loading import from_wire, save, to_wire
 from paramserver.errors import UserError
+from paramserver.fleet import plan_watch
 from paramserver.fleet.supervisor import MARK
 from paramserver.keys import load_or_make
 from paramserver.keys import path as keys_path
@@ -179,7 +180,8 @@ def _serve(
     `said`: a sentence about another run."""
     hosts, guarded = at.hosts, at.guarded
     keys, new_keys = None, False
-    show = Show(settings, folder)
+    planned = plan_watch.read(settings)
+    show = Show(settings, folder, planned)
     noted = folder.noted() if recovering else None
     run, key = record.run, secrets.token_hex(16)
     try:
@@ -189,7 +191,7 @@ def _serve(
             settings, record.settings, show,
             hosts=hosts, run=run, observer_key=key, recovery=noted,
             guarded=guarded, keys=None if keys is None else keys.for_server(),
-            link_watch=link_watch.read(os.environ),
+            link_watch=link_watch.read(os.environ), plan_watch=planned,
         )  # fmt: skip
     except UserError:
         folder.close()

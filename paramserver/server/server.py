@@ -19,6 +19,7 @@ from typing import Any
 import zmq
 
 from paramserver.errors import PeerError
+from paramserver.fleet.plan_watch import PlanWatch
 from paramserver.net.link_watch import LinkWatch
 from paramserver.protocol import messages as wire
 from paramserver.rounds.coordinator import Rounds
@@ -46,8 +47,9 @@ class Server:
     `settings` are the run's; `to_send` is what workers get of them in the welcome. `hosts` are the
     addresses to bind, `guarded` those where only holders of `keys` get in. `observer_key` is what
     the observer that belongs to this server shows. `link_watch` checks the paths that workers were
-    told to take. `recovery`: the run's server died, having noted this step (its lineage, see
-    `Recovery`). Raises `UserError` where an address cannot be bound.
+    told to take, `plan_watch` gets what workers compute. `recovery`: the run's server died, having
+    noted this step (its lineage, see `Recovery`). Raises `UserError` where an address cannot be
+    bound.
 
     To `control` it is the `Transport`.
     """
@@ -65,11 +67,13 @@ class Server:
         guarded: Sequence[str] = (),
         keys: sockets.ServerKeys | None = None,
         link_watch: LinkWatch | None = None,
+        plan_watch: PlanWatch | None = None,
     ) -> None:
         self.settings = settings
         self.sent_bytes = 0
         self._came_bytes = 0  # through sockets
         self._link_watch = link_watch
+        self._plan_watch = plan_watch
         bucket_mb = settings.bucket_size_mb
         nonce = uuid.uuid4().hex
         self.rounds = Rounds(
@@ -224,8 +228,14 @@ class Server:
             self.control.refuse(route, e, now)
             return
         self.control.receive(route, message, buffers, now)
-        if self._link_watch is not None and isinstance(message, wire.Push):
+        if not isinstance(message, wire.Push):
+            return
+        if self._link_watch is not None:
             self._look_at_path(self._link_watch, route, message, frames, now)
+        if self._plan_watch is not None and message.compute_s is not None:
+            peer = self.rounds.peers.get(self.control.links.get(route, ""))
+            if peer is not None:
+                self._plan_watch.pushed(peer.name, message.compute_s)
 
     def _look_at_path(
         self,

@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 
 from paramserver import logs
+from paramserver.fleet.plan_watch import PlanWatch
 from paramserver.net.mdns import Announcement
 from paramserver.output import metrics
 from paramserver.output.display import Display, Status, WorkerStatus
@@ -42,9 +43,12 @@ class Above(logging.Handler):
 class Show:
     """The server's watcher: display and run folder."""
 
-    def __init__(self, settings: Settings, folder: RunFolder) -> None:
+    def __init__(
+        self, settings: Settings, folder: RunFolder, plan_watch: PlanWatch | None = None
+    ) -> None:
         self.settings = settings
         self.folder = folder
+        self._plan_watch = plan_watch
         self.display = Display(plain=settings.plain)
         logs.show("paramserver", Above(self.display))
         self.losses: deque[tuple[int, float]] = deque(maxlen=LOSSES_KEPT)  # (samples, loss)
@@ -109,7 +113,13 @@ class Show:
                 update=msgspec.UNSET if step == close.step else close.step,
             )
         )
-        self.tell(self.folder.flush(time.monotonic()))  # a server may be killed at any time
+        now = time.monotonic()
+        self.tell(self.folder.flush(now))  # a server may be killed at any time
+        if self._plan_watch is not None:
+            workers = len(close.contributors)
+            slow = self._plan_watch.closed(workers, samples, close.seconds, now)
+            if slow is not None:
+                self.say(slow, warning=True)
 
     def _compare(self, noted: int, first: int) -> None:
         """Compare the last step in a killed server's metrics with the first one of this server."""
