@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from crew import Crew, Noise, Setup, in_float64, loss, perceptron
 from torch import Tensor, nn
-from whole import Served
+from whole import Served, free_port
 
 from paramserver.config.schema import build
 from paramserver.errors import UserError
@@ -426,3 +429,55 @@ def test_a_batch_in_parts_is_one_local_step() -> None:
             ends.append(future.result())
     for p, there in zip(*(model.parameters() for model in ends), strict=True):
         torch.testing.assert_close(p, there, rtol=1e-12, atol=1e-12)
+
+
+TORCHS_OWN = """
+import sys
+import torch
+import torch.distributed as dist
+from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
+from torch.distributed.optim import PostLocalSGDOptimizer
+
+rank, port, folder = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+given = torch.load(f"{folder}/given.pt", weights_only=True)
+model = torch.nn.Sequential(torch.nn.Linear(6, 16), torch.nn.Tanh(), torch.nn.Linear(16, 4))
+model.load_state_dict(given["model"])
+averager = PeriodicModelAverager(period=given["period"], warmup_steps=0)
+averager.step = 1  # it averages at 0, H, 2 H: so behind each Hth step
+inner = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+optimizer = PostLocalSGDOptimizer(inner, averager)
+for indices in given["batches"][rank]:
+    optimizer.zero_grad()
+    x, y = given["x"][indices], given["y"][indices]
+    torch.nn.functional.cross_entropy(model(x), y).backward()
+    optimizer.step()
+if rank == 0:
+    torch.save(model.state_dict(), f"{folder}/ended.pt")
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.long
+def test_replicas_are_what_torch_makes_with_gloo(tmp_path: Path) -> None:
+    """PostLocalSGDOptimizer with PeriodicModelAverager, every four steps, after twenty."""
+    settings = {"num_workers": 2, "num_epochs": 1, "batch_size": BATCH, "local_steps": 4}
+    with Served(**settings) as served:
+        crew = Crew(served, perceptron, Noise(20 * 2 * BATCH))
+        served.wait(crew.start(1), crew.start(2), served.end)
+        first = crew.make(crew.origin()).model.state_dict()
+    batches = [[torch.tensor(crew.batches[w, s]) for s in range(20)] for w in (1, 2)]
+    given = {"model": first, "period": 4, "batches": batches, "x": crew.data.x, "y": crew.data.y}
+    torch.save(given, tmp_path / "given.pt")
+    port = str(free_port())
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", TORCHS_OWN, rank, port, str(tmp_path)])
+        for rank in ("0", "1")
+    ]
+    assert [rank.wait(120) for rank in ranks] == [0, 0]
+    ended = torch.load(tmp_path / "ended.pt", weights_only=True)
+    for name, there in ended.items():
+        torch.testing.assert_close(
+            crew.setups[1].model.state_dict()[name], there, rtol=1e-6, atol=1e-6
+        )
