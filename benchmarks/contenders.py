@@ -27,6 +27,7 @@ from paramserver.__main__ import main as server_main
 from paramserver.net import address
 from paramserver.output import curves
 from paramserver.protocol import messages as wire
+from paramserver.rounds.local_steps import outer_of
 from paramserver.server import program
 from paramserver.settings import Settings
 from paramserver.tensors.codec import CODECS, codec_of_averages, codec_of_pushes
@@ -332,7 +333,7 @@ def accuracy(dataset: dict[str, Any], codec: str, seed: int, epochs: int, worker
                 sender.settled(indices)
             step += 1
             for b in buckets:
-                buffers, scale = reducer.finish(b.index, workers * size, ())
+                buffers, scale, _ = reducer.finish(b.index, workers * size, ())
                 average = wire.Average(
                     nonce="", round=step, step=step, bucket=b.index, absent=(), scale=scale
                 )
@@ -350,6 +351,70 @@ def accuracy(dataset: dict[str, Any], codec: str, seed: int, epochs: int, worker
                 right.append(found)
                 model.train()
     return 100 * sum(right) / len(right)
+
+
+def local_accuracy(
+    dataset: dict[str, Any], steps: int, seed: int, epochs: int, workers: int
+) -> float:
+    """`accuracy` of local steps, with the outer step that these and the workers' number give: each
+    worker is a replica with an optimizer of its own."""
+    torch.set_num_threads(1)
+    settings = Settings(dataset=dataset, seed=seed, local_steps=steps, num_workers=workers)
+    samples, size = data.load(dataset, seed), settings.batch_size
+    codec, criterion, cpu = CODECS["float32"], nn.CrossEntropyLoss(), torch.device("cpu")
+    replicas = [_replica(settings) for _ in range(workers)]
+    judged_by = builders.build_criterion(settings, replicas[0].model, samples.val, cpu)
+    reducer = Reducer(replicas[0].plan, codec, codec)
+    buckets = replicas[0].plan.buckets
+    share, times = JUDGED
+    round_size = workers * size * steps
+    rounds = epochs * len(samples.train) // round_size
+    judged_at = {max(1, rounds - round(k * share * rounds / times)) for k in range(times)}
+    orders = torch.cat([data.order(len(samples.train), seed, epoch) for epoch in range(epochs)])
+    right = []
+    for number, taken in enumerate(orders[: rounds * round_size].split(round_size), 1):
+        for replica, lease in zip(replicas, taken.split(steps * size), strict=True):
+            outer = replica.begin_local()
+            for batch in lease.split(size):
+                images, labels = samples.train.batch(batch)
+                replica.optimizer.zero_grad()
+                criterion(replica.model(images), labels).backward()
+                replica.step_locally()
+            flat = torch.cat([p.detach().reshape(-1) for _, p in replica.params])
+            for b in buckets:
+                values = flat[b.start : b.stop].clone()
+                outer.pushed(b, values)
+                buffers, scale = codec.encode(values)
+                reducer.add(b.index, buffers, scale, steps * size, _nothing)
+        averages = [reducer.finish(b.index, round_size, ()) for b in buckets]
+        for replica in replicas:
+            for b, (buffers, scale, _) in zip(buckets, averages, strict=True):
+                average = wire.Average(
+                    nonce="", round=number, step=number, bucket=b.index, absent=(), scale=scale
+                )
+                replica.take(average, buffers)
+            replica.apply(
+                wire.Close(
+                    nonce="", round=number, step=number, lineage="", contributors={}, late={},
+                    buckets=tuple(b.index for b in buckets), loss=None, seconds=0.0, ledger={},
+                    local_steps=steps,
+                )
+            )  # fmt: skip
+        reducer.close(tuple(b.index for b in buckets))
+        if number in judged_at:
+            model = replicas[0].model
+            _, found = builders.evaluate(model, samples.val, cpu, judged_by)
+            assert found is not None
+            right.append(found)
+            model.train()
+    return 100 * sum(right) / len(right)
+
+
+def _replica(settings: Settings) -> Replica:
+    model = models.build(settings.model, settings.seed)
+    optimizer = builders.build_optimizer(model, settings)
+    bucket_mb, rule = settings.bucket_size_mb, outer_of(settings)
+    return Replica(model, optimizer, bucket_mb=bucket_mb, codec="float32", outer=rule)
 
 
 def _nothing() -> None:

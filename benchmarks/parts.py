@@ -372,6 +372,7 @@ def local(effort: Effort) -> Groups:
             yield cases
 
 
+LOCAL_WORKERS = 4
 STEP_S, LOCAL_STEPS = 0.1, 32
 """Where local steps go over a link: what a step computes, and how many make a round."""
 
@@ -435,7 +436,15 @@ def accuracy(effort: Effort) -> Groups:
             plain[dataset["name"], seed] = right
         return right, right - plain[dataset["name"], seed]
 
+    def locally(dataset: dict[str, Any], epochs: int, steps: int, seeds: Iterator[int]) -> Figure:
+        seed, name = next(seeds), dataset["name"]
+        right = runs.local_accuracy(effort.run_s, dataset, steps, seed, epochs, LOCAL_WORKERS)
+        if steps == 1:
+            together[name, seed] = right
+        return right, right - together[name, seed]
+
     plain: dict[tuple[str, int], float] = {}
+    together: dict[tuple[str, int], float] = {}
     for name, epochs in effort.epochs.items():
         dataset = {"name": name}
         if name == "FashionMNIST":
@@ -448,3 +457,16 @@ def accuracy(effort: Effort) -> Groups:
             seeds = count(DEFAULT.seed)
             cases.append(Case(row, partial(train, dataset, epochs, codec, seeds)))
         yield cases
+        if name == "digits":
+            continue  # too few samples for rounds of many steps
+        yield [
+            Case(
+                Row("accuracy", f"{name}, {epochs} epochs", LOCAL_WORKERS, how, "% right"),
+                partial(locally, dataset, epochs, steps, count(DEFAULT.seed)),
+            )
+            for how, steps in {
+                "synchronous": 1,
+                "local_steps=32": 32,
+                "local_steps=128": 128,
+            }.items()
+        ]

@@ -88,7 +88,7 @@ HEADS = {
     "exposed": ("size", ""),
     "local": ("model, link", "compute alone"),
     "memory": ("gradients", "3 G + history"),
-    "accuracy": ("data", "points above float32"),
+    "accuracy": ("data", "points above float32, synchronous"),
     "scale": ("size", ""),
 }
 

@@ -314,6 +314,18 @@ def accuracy(seconds: float, dataset: dict[str, Any], codec: str, seed: int, epo
         return float(team.wait("training"))
 
 
+def local_accuracy(
+    seconds: float, dataset: dict[str, Any], steps: int, seed: int, epochs: int, workers: int
+) -> float:
+    """`contenders.local_accuracy`; with one local step `contenders.accuracy`."""
+    with Team(seconds) as team:
+        if steps == 1:
+            team.start("training", contenders.accuracy, dataset, "float32", seed, epochs, workers)
+        else:
+            team.start("training", contenders.local_accuracy, dataset, steps, seed, epochs, workers)
+        return float(team.wait("training"))
+
+
 # ------------------------------------------------------------------ torch.distributed with gloo
 
 
