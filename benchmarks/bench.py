@@ -23,8 +23,8 @@ from benchmarks.team import CLONE, kill, left_behind, prepare
 
 RESULTS = CLONE / "benchmarks" / "results"
 PAGE = CLONE / "docs" / "performance.md"
-SHARES = {"exchange": 4, "training": 3, "links": 3, "local": 3, "exposed": 1, "scale": 1,
-          "memory": 1, "accuracy": 2}  # fmt: skip
+SHARES = {"exchange": 4, "training": 3, "links": 3, "shares": 2, "local": 3, "exposed": 1,
+          "scale": 1, "memory": 1, "accuracy": 2}  # fmt: skip
 """The parts in their order; where time is short, each may take so much of what is left."""
 
 
@@ -98,6 +98,7 @@ def _groups(part: str, effort: parts.Effort, results: Results) -> parts.Groups:
         "training": parts.training,
         "links": parts.links,
         "exposed": parts.exposed,
+        "shares": parts.shares,
         "local": parts.local,
         "memory": parts.memory,
         "accuracy": parts.accuracy,

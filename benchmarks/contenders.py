@@ -204,6 +204,45 @@ class _Nothing:
         return None
 
 
+def waiting_worker(
+    port: int,
+    number: int,
+    shapes: Sequence[int],
+    samples: int,
+    sample_s: float,
+    slower_after: int = 0,
+    slower: float = 1.0,
+) -> None:
+    """A worker whose computing is a wait for each of its samples, of a run over so many; `slower`
+    times as long a wait once the run has made `slower_after` steps."""
+    torch.set_num_threads(1)
+    malloc.keep_freed()
+    model = Layers(shapes)
+    gradients = [torch.randn(n) for n in shapes]
+    with join(LOOPBACK, number, port=port, timeout_s=PATIENCE_S) as cluster:
+        model, optimizer = cluster.attach(model, Idle(model.parameters()))
+        for count in cluster.batches(_Counts(samples)):
+            slow = slower if slower_after and cluster.step >= slower_after else 1.0
+            time.sleep(count * sample_s * slow)
+            optimizer.zero_grad()
+            for layer, gradient in zip(model.layers, gradients, strict=True):
+                layer.grad = gradient
+            optimizer.step()
+
+
+class _Counts:
+    """A data set whose batches are the number of their samples."""
+
+    def __init__(self, length: int) -> None:
+        self._length = length
+
+    def __len__(self) -> int:
+        return self._length
+
+    def batch(self, indices: Tensor, device: object) -> int:
+        return len(indices)
+
+
 def simulated_workers(
     port: int, numbers: Sequence[int], shapes: Sequence[int], rounds: int, warm_up: int
 ) -> dict[str, Any]:

@@ -45,6 +45,7 @@ class Effort:
     training_steps: int
     training_workers: tuple[int, ...]
     link_rounds: dict[str, int]
+    share_rounds: int
     local_links: dict[str, str]
     """Rates of links on which local steps are measured, with their names."""
     few_workers: tuple[int, ...]
@@ -71,6 +72,7 @@ FULL = Effort(
     training_steps=1200,
     training_workers=(1, 2, 3, 4),
     link_rounds={"1.35 MB": 40, "46.8 MB": 5},
+    share_rounds=150,
     local_links={"1gbit": "1 Gbit/s", "100mbit": "100 Mbit/s"},
     few_workers=(2, 4),
     scale=(4, 64),
@@ -90,6 +92,7 @@ QUICK = Effort(
     training_steps=1000,
     training_workers=(2,),
     link_rounds={"46.8 MB": 3},
+    share_rounds=100,
     local_links={"1gbit": "1 Gbit/s"},
     few_workers=(2,),
     scale=(4, 64),
@@ -330,6 +333,61 @@ def training(effort: Effort) -> Groups:
         yield cases
         for row in rows[1:]:
             row.limits = list(rows[0].values)
+
+
+def shares(effort: Effort) -> Groups:
+    """Machines of unlike speed, played by waits. The limit: every machine at its own speed."""
+    limits = effort.limits(effort.share_rounds)
+
+    def run(speeds: tuple[float, ...], words: str) -> Figure:
+        seen = runs.shared(limits, speeds, SAMPLE_S, f"shares={words}")
+        return seen.samples_per_s, sum(speeds) / SAMPLE_S
+
+    unlike, alike = (4.0, 2.0, 1.0, 1.0), (1.0, 1.0, 1.0)
+    yield [
+        Case(Row("shares", "speeds 4 : 2 : 1 : 1", 4, f"shares: {words}", "samples/s"), measure)
+        for words in ("equal", "speed")
+        for measure in [partial(run, unlike, words)]
+    ]
+    yield [
+        Case(Row("shares", "one of 50 times slower", 4, how, "samples/s"), measure)
+        for how, speeds in {"without it": alike, "shares: speed": (*alike, 0.02)}.items()
+        for measure in [partial(run, speeds, "speed")]
+    ]
+    yield [
+        Case(Row("shares", "one becomes 4 times slower", 4, "shares: speed", "rounds"), _follows)
+    ]
+    steps = effort.limits(effort.training_steps)
+    for workers in [n for n in effort.training_workers if n in (2, 4)]:
+        yield [
+            Case(Row("shares", "alike, SimpleNN", workers, f"shares: {words}", "steps/s"), measure)
+            for words in ("equal", "speed")
+            for measure in [partial(_training_with, steps, workers, f"shares={words}")]
+        ]
+
+
+SAMPLE_S = 0.004
+"""The wait for a sample, at speed 1."""
+
+
+def _follows() -> Figure:
+    """Rounds until a round takes at most 1 / 0.9 of what it ideally takes, and stays there."""
+    before, batch = 60, 32
+    seen = runs.shared(
+        Limits(120, before + 80), (1.0,) * 4, SAMPLE_S, "shares=speed", slower_after=before
+    )
+    ideal_s = 4 * batch * SAMPLE_S / 3.25
+    late = [i for i, s in enumerate(seen.seconds[before:]) if s > ideal_s / 0.9 + MARGIN_S]
+    steady = [i for i in late if i < 40]
+    return float(1 + max(steady, default=-1)), None
+
+
+MARGIN_S = 0.005
+"""What the exchange and a late timer may add to a round."""
+
+
+def _training_with(limits: Limits, workers: int, setting: str) -> Figure:
+    return runs.training(limits, workers, setting).steps_per_s, None
 
 
 def local(effort: Effort) -> Groups:

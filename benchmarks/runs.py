@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,6 +160,50 @@ def local(
         team.stop("server")
         traffic(step_lines(_runs(team)), workers)  # nobody missed a round
     return float(sum(answers[0]["seconds"])) / counted
+
+
+@dataclass(frozen=True)
+class Shared:
+    """A run of workers of unlike speed."""
+
+    samples_per_s: float
+    """Of all its rounds but the first, which waits for processes to start."""
+    seconds: list[float]
+    """Of each round."""
+
+
+def shared(
+    limits: Limits,
+    speeds: Sequence[float],
+    sample_s: float,
+    *settings: str,
+    batch_size: int = 32,
+    slower_after: int = 0,
+) -> Shared:
+    """So many rounds of workers that wait `sample_s` for each sample at speed 1. The last one
+    becomes four times slower `slower_after` so many steps."""
+    with Team(limits.seconds) as team:
+        port, workers = free_port(), len(speeds)
+        given = [w for w in server_settings(port, workers, "float32", team) if "batch" not in w]
+        given = [w for w in given if not w.startswith(("num_epochs", "timeout"))]
+        given += [f"batch_size={batch_size}", "num_epochs=1", *settings]
+        team.start("server", contenders.server, *given)
+        samples = limits.rounds * workers * batch_size
+        for k, speed in enumerate(speeds, 1):
+            more = {"slower_after": slower_after, "slower": 4.0} if k == workers else {}
+            team.start(
+                f"worker-{k}",
+                contenders.waiting_worker,
+                *(port, k, SIZES["0.1 MB"], samples, sample_s / speed),
+                **more,
+            )
+        for k in range(1, workers + 1):
+            team.wait(f"worker-{k}")
+        team.wait("server")
+        lines = step_lines(_runs(team))
+    seconds = lines[-1]["seconds"] - lines[0]["seconds"]
+    rate = sum(line["samples"] for line in lines[1:]) / seconds
+    return Shared(rate, [line["step_s"] for line in lines])
 
 
 def _rounds(
