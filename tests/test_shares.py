@@ -267,11 +267,16 @@ def test_no_measurements_make_a_split_fail(told: list[tuple[int, float]], total:
         assert sum(sizes.values()) in (2 * total, 2 * total + 1)
 
 
-def test_a_slow_first_batch_says_nothing() -> None:
+def test_a_slow_first_batch_is_forgotten() -> None:
+    """It may have compiled. Nobody waits for it meanwhile: the others compute what it would have,
+    until it is known that it is as fast as they."""
     machines = Machines(dict.fromkeys((1, 2, 3), Cost(0.005, 0.003)), 32)
-    machines.shares.took(1, 32, 10.0)
+    for worker, seconds in ((1, 10.0), (2, 0.1), (3, 0.1)):
+        machines.shares.took(worker, 32, seconds)
     machines.rounds(30)
-    assert all(set(sizes.values()) == {32} for sizes in machines.history)
+    assert machines.history[0] == {1: 1, 2: 48, 3: 47}
+    assert all(sum(sizes.values()) == 96 for sizes in machines.history)
+    assert min(machines.history[-1].values()) >= 30
 
 
 def test_a_worker_without_samples_makes_no_round_void() -> None:
@@ -293,3 +298,29 @@ def test_the_short_rest_that_is_dropped_is_that_of_a_batch() -> None:
     rest = Ledger(100, 1)
     assert rest.lease(80, drop_last=True, short=32) == (0, 0, 80)
     assert rest.lease(80, drop_last=True, short=32) is None and rest.skipped == 20
+
+
+def test_a_worker_of_unknown_speed_is_not_waited_for_and_gets_little_when_it_is_done() -> None:
+    """Rounds go on without it while it computes, and its late push says how long that took."""
+    run = speeds()
+
+    def others() -> None:
+        current = run.rounds.round
+        assert current is not None
+        for w in (1, 2, 3):
+            seconds = SPEEDS[w] * current.members[w].samples
+            run.now = max(run.now, current.opened_at + seconds)
+            run.push(w, compute_s=seconds)
+
+    others()
+    run.tick(run.now + 1.1, 1, 2, 3, 4)
+    assert list(run.closes[-1].late) == [4]
+    for _ in range(3):
+        current = run.rounds.round
+        assert current is not None and list(current.members) == [1, 2, 3]
+        others()
+    run.push(4, run.buckets - 1, round=1, samples=8, compute_s=40.0)
+    others()
+    current = run.rounds.round
+    assert current is not None and current.members[4].samples == 1
+    assert sum(m.samples for m in current.members.values()) == 32

@@ -156,6 +156,8 @@ class Rounds:
                 peer.last_seen = now
                 return False
             case PushRefused():
+                if peer.late_with is not None:
+                    self._leases.computed_late(peer, event.push, now)
                 peer.late_with = None  # it is done with that
                 self._out.send(peer, wire.Refused(round=event.push.round, reason=event.reason))
                 return False

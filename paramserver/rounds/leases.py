@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from paramserver.protocol.messages import OWN, Lease, Ready, Reject
+from paramserver.protocol.messages import OWN, Lease, Push, Ready, Reject
 from paramserver.rounds.ledger import (
     AGAIN,
     DROPPED,
@@ -274,6 +274,15 @@ class Leases:
                 waited_s += self._round_s
             seconds = min(max(told_s, waited_s / BELIEVED), waited_s)
             self._shares.took(worker, samples, seconds)
+
+    def computed_late(self, peer: Peer, push: Push, now: float) -> None:
+        """A push of a round that went on without this worker says how long it really computed."""
+        if self._shares is None or push.compute_s is None or peer.late_with is None:
+            return
+        _, start, stop = peer.late_with
+        if 0 < push.samples <= stop - start:
+            seconds = min(push.compute_s, now - peer.late_at + self._rules.longest_wait_s())
+            self._shares.took(peer.id, push.samples, seconds)
 
     def count_steps(self, current: Round, now: float) -> None:
         """The round closes: count its optimizer steps, and look whether another number of local

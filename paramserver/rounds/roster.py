@@ -36,6 +36,7 @@ class Peer:
         self.leases: list[Lease] = []
         self.left_with: Lease | None = None  # the lease that it computed when it left its loop
         self.late_with: Lease | None = None  # of a round that is over, and it may still compute it
+        self.late_at = 0.0  # since when a round went on without it, the last time
         self.last_seen = 0.0
         self.push_time_p95: float | None = None
         """Seconds from a round's opening to the end of this worker's push, in most of the last."""

@@ -31,6 +31,7 @@ TRY_AGAIN_ROUNDS = 100
 SHARE_TIMES_MAX = 16  # as many samples as a worker asked for, it gets at most
 MEASURED_MIN = 2  # measurements before a worker's share moves
 DROPPED_MIN = 5  # before it gets nothing
+PROBED_FROM = 4.0  # times as long as others a worker's first batch took: it gets few samples
 SAMPLE_S_MIN = 1e-9
 """Whatever a worker says, no sample costs less: what is computed from it stays finite."""
 
@@ -59,6 +60,8 @@ class Speed:
     def __init__(self) -> None:
         self._measured: deque[tuple[int, float]] = deque(maxlen=KEPT)
         self.measured = 0
+        self.first_s: float | None = None
+        """Seconds for a sample in its first batches: it may have started a device, or compiled."""
         self.afresh = False
         """The next measurement says more than all that are kept: it got nothing for long."""
 
@@ -67,8 +70,10 @@ class Speed:
         if samples < 1 or not 0.0 < seconds < float("inf"):
             return
         self.measured += 1
+        if self.measured <= MEASURED_MIN:  # the first may be cut off, where it was late
+            self.first_s = max(self.first_s or 0.0, seconds / samples)
         if self.measured == 1:
-            return  # a first batch starts a device, or compiles
+            return
         if self.afresh:
             self.afresh = False
             self._measured.clear()
@@ -193,6 +198,7 @@ class Shares:
         self._sizes: dict[int, int] = {}
         self._asked: dict[int, int] = {}
         self._rounds = 0
+        self._firsts = 0.0  # the sum of what first batches took: it tells of a new one
         self._rounds_out: dict[int, int] = {}  # in which it got nothing, in a row
 
     def took(self, worker: int, samples: int, seconds: float) -> None:
@@ -215,7 +221,9 @@ class Shares:
         for better sizes in every `LOOK_ROUNDS`th round, and where the workers are others.
         """
         self._rounds += 1
+        firsts = sum(s.first_s or 0.0 for s in self._speeds.values())
         changed = dict(asked) != self._asked or asked.keys() != self._sizes.keys()
+        changed, self._firsts = changed or firsts != self._firsts, firsts
         if changed:
             self._asked = dict(asked)
             self._sizes = {w: self._sizes.get(w, n) for w, n in asked.items()}
@@ -225,11 +233,16 @@ class Shares:
 
     def _look(self, asked: Mapping[int, int], limits: Mapping[int, Limits]) -> None:
         costs = {w: cost for w in asked if (cost := self.cost(w)) is not None}
+        probes = self._probes(asked, costs, limits)
+        unknown = asked.keys() - costs.keys() - probes.keys()
+        left = sum(asked[w] - n for w, n in probes.items())  # which the others compute
         for w in asked.keys() - costs.keys():
-            self._sizes[w] = asked[w]
+            self._sizes[w] = probes.get(w, asked[w])
         if not costs:
+            for number, w in enumerate(sorted(unknown)):
+                self._sizes[w] += left // len(unknown) + (number < left % len(unknown))
             return
-        total = sum(asked[w] for w in costs)
+        total = sum(asked[w] for w in costs) + left
         now = {w: self._sizes[w] for w in costs}
         seconds = [costs[w].of(n) for w, n in now.items()]
         if sum(now.values()) == total and min(seconds) >= (1.0 - GAIN_MIN) * max(seconds):
@@ -244,6 +257,27 @@ class Shares:
         if sum(bounded.values()) == total:
             wanted = {w: bounded.get(w, 0) for w in costs}
         self._sizes.update(wanted)
+
+    def _probes(
+        self, asked: Mapping[int, int], costs: Mapping[int, Cost], limits: Mapping[int, Limits]
+    ) -> dict[int, int]:
+        """Few samples for those whose first batch took much longer than that of the others, until
+        it is known whether they are slow, or had something to start: nobody waits for them."""
+        firsts = {
+            w: speed.first_s
+            for w in asked.keys() - costs.keys()
+            if (speed := self._speeds.get(w)) is not None and speed.first_s is not None
+        }
+        known = [cost.sample_s for cost in costs.values()] + list(firsts.values())
+        if not firsts or len(known) < 2:
+            return {}
+        usual = median(sorted(known)[: (len(known) + 1) // 2])  # of the faster half
+        found = {
+            w: max(limits[w].least, int(asked[w] * usual / first_s))
+            for w, first_s in firsts.items()
+            if first_s > PROBED_FROM * usual
+        }
+        return found if len(found) < len(asked) else {}
 
     def trying(self, sizes: dict[int, int], limits: Mapping[int, Limits]) -> dict[int, int]:
         """Whoever got nothing for long gets the least once: it may have become faster."""

@@ -24,6 +24,7 @@ OVERDUE_DOUBLINGS = 5  # of the wait before a round is void, as long as nothing 
 SLOW_ROUNDS = 20  # in a row that wait longer for one than for all others, before it is said
 SLOW_S = 0.1
 DERIVED_TIMEOUT_MIN_S = 1.0
+FIRST_WAIT_TIMES = 3  # as long as its quorum took, a round waits for a worker of unknown speed
 LOCAL_WAIT_TIMES = 10  # as long as its quorum took, a round of local steps may wait for the rest
 
 
@@ -65,7 +66,9 @@ class Waits:
         takes part and a sudden straggler does not. A late push counts as taking until it was given
         up, so the wait grows until it covers a machine that became slow, or reaches its limit. That
         is a few heartbeat timeouts, or for a round of local steps, which may take minutes, a
-        multiple of the time in which its quorum was done.
+        multiple of the time in which its quorum was done. Where samples are divided by speed, a
+        worker of unknown speed is waited for no longer than a multiple of that either: it finishes
+        what it computes, while rounds go on without it (`takers`), and gets fewer samples then.
         """
         if self._rules.timeout is not None:
             return self._rules.timeout
@@ -82,8 +85,17 @@ class Waits:
             longest = self._rules.longest_wait_s(current.local_steps)
             most = max(most, min(LOCAL_WAIT_TIMES * took_s, longest))
         if len(known) < len(times) or not known:
+            if self._by_speed and current.quorum_at is not None:
+                took_s = current.quorum_at - current.opened_at
+                return min(max(DERIVED_TIMEOUT_MIN_S, FIRST_WAIT_TIMES * took_s), most)
             return most
         return min(max(DERIVED_TIMEOUT_MIN_S, 3 * max(known)), most)
+
+    @property
+    def _by_speed(self) -> bool:
+        """Are the samples of a synchronous step divided by speed?"""
+        rules = self._rules
+        return rules.shares == "speed" and not rules.deterministic and rules.local_steps == 1
 
     def late(self, current: Round, now: float) -> list[Member]:
         """The members that are late: something of them is missing after quorum and timeout."""
@@ -96,6 +108,8 @@ class Waits:
         late = current.expected()
         for member in late:
             member.timed_out, member.waited_s = patient, wait_s
+            if (peer := self._roster.peers.get(member.session)) is not None:
+                peer.late_at = now
         return late
 
     def lateness(self, current: Round, member: Member, now: float) -> str:
@@ -166,16 +180,23 @@ class Waits:
     # ------------------------------------------------------------------ who is left out
 
     def takers(self, now: float) -> list[Peer]:
-        """The workers that get leases: those that are ready, but for those that are left out. If
-        too few remain, as many of the latter as are needed, in the order in which their rest
-        ends."""
+        """The workers that get leases: those that are ready, but for those that are left out, or
+        busy with the lease of a round that is over. If too few remain, as many of the latter as are
+        needed, in the order in which their rest ends."""
         ready = self._roster.workers_ready()
-        takers = [p for p in ready if now >= self._vain_of(p).until]
+        takers = [p for p in ready if now >= self._vain_of(p).until and not self._is_busy(p, now)]
         missing = max(1, self._rules.min_workers) - len(takers)
         if missing > 0:
-            resting = [p for p in ready if now < self._vain_of(p).until]
+            resting = [p for p in ready if p not in takers]
             takers += sorted(resting, key=lambda p: self._vain_of(p).until)[:missing]
         return sorted(takers, key=lambda p: p.id)
+
+    def _is_busy(self, peer: Peer, now: float) -> bool:
+        """Does it compute the lease of a round that is over? Where samples are divided by speed,
+        it gets the next one when it is done: of the right size, and nobody waits meanwhile."""
+        if not self._by_speed or peer.late_with is None:
+            return False
+        return now < peer.late_at + self._rules.longest_wait_s()
 
     def judge(self, peer: Peer, member: Member, now: float) -> bool:
         """Note what a member brought to a round that is over. Is its worker left out from now
