@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
@@ -59,6 +59,9 @@ class Compared(NamedTuple):
 
     predicted_s: float
     measured_s: float
+    machine: Machine
+    """What was measured before; the link from the server's machine to another one, too."""
+    link: Link
 
     @property
     def off(self) -> float:
@@ -69,14 +72,12 @@ class Compared(NamedTuple):
 def compare(case: Case) -> Compared:
     """Predict a run, and make it."""
     names = [f"host{k}" for k in range(1, case.workers + 1)]
-    with Team(SECONDS) as all_at_once:
-        for name in names:
-            all_at_once.start(name, measured_machine, SIZES[case.size], WAITS[case.size])
-        seen = [all_at_once.wait(name) for name in names]
-    step_s, copy_s = (median(each[i] for each in seen) for i in (0, 1))
+    step_s = median(_at_once(names, measured_step, SIZES[case.size], WAITS[case.size]))
+    seen = _at_once(names, measured_codecs)
+    copy_s = median(copy_s for copy_s, _ in seen)
     codecs = {
-        name: CodecCost(*(median(each[2][name][i] for each in seen) for i in (0, 1)))
-        for name in seen[0][2]
+        name: CodecCost(*(median(each[name][i] for _, each in seen) for i in (0, 1)))
+        for name in seen[0][1]
     }
     with Hosts(names, case.rate, BURST) as hosts:
         link = link_between(hosts, "host2", "host1")
@@ -86,7 +87,7 @@ def compare(case: Case) -> Compared:
     job, choice = Job(model(case.size), 1), Choice(case.codec, case.local_steps)
     found = predict(machines, machines[0], links, job, choice)
     assert found is not None
-    return Compared(found.round_s / case.local_steps, measured_s)
+    return Compared(found.round_s / case.local_steps, measured_s, machines[0], link)
 
 
 def _run(case: Case, place: Place) -> float:
@@ -108,13 +109,24 @@ def model(size: str) -> Model:
     return Model(tuple(float(b.nbytes) for b in buckets))
 
 
-def measured_machine(
-    shapes: Sequence[int], wait_s: float
-) -> tuple[float, float, dict[str, tuple[float, float]]]:
-    """Seconds of a step, of a byte's copy, and of the codecs."""
+def _at_once(names: Sequence[str], measure: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """What processes of these names measure at the same time."""
+    with Team(SECONDS) as found:
+        for name in names:
+            found.start(name, measure, *arguments)
+        return [found.wait(name) for name in names]
+
+
+def measured_step(shapes: Sequence[int], wait_s: float) -> float:
+    """Seconds."""
     torch.set_num_threads(1)
-    step_s = backward_alone(Layers(shapes, wait_s))
-    return step_s, *codec_seconds(0.01)
+    return backward_alone(Layers(shapes, wait_s), rounds=20)
+
+
+def measured_codecs() -> tuple[float, dict[str, tuple[float, float]]]:
+    """Seconds to copy a byte, and of the codecs."""
+    torch.set_num_threads(1)
+    return codec_seconds(0.01)
 
 
 def link_between(hosts: Hosts, near: str, far: str) -> Link:
@@ -150,10 +162,15 @@ def main(words: Sequence[str]) -> None:
     for number, case in enumerate(CASES):
         if not words or str(number) in words:
             found = compare(case)
+            up, down = 8e-6 * found.link.up_bytes_per_s, 8e-6 * found.link.down_bytes_per_s
+            codec = found.machine.codec(case.codec)
             print(
                 f"{number:2}  {case.size:>8} {case.rate:>8} {case.codec:>8} N = {case.workers} "
                 f"local_steps = {case.local_steps:2}  predicted {1000 * found.predicted_s:8.1f} ms,"
-                f" measured {1000 * found.measured_s:8.1f} ms a step: {100 * found.off:+.0f} %",
+                f" measured {1000 * found.measured_s:8.1f} ms a step: {100 * found.off:+.0f} %"
+                f"  (computing {1000 * found.machine.cost.of(1):.1f} ms, link {up:.0f} and "
+                f"{down:.0f} Mbit/s, a byte's copy {1e9 * found.machine.copy_s:.2f} ns, encoding "
+                f"{1e9 * codec.encode_s:.2f}, decoding {1e9 * codec.decode_s:.2f})",
                 flush=True,
             )
 

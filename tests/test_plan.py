@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,7 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
+from whole import Program
 
+from benchmarks.network import free_port
 from paramserver.fleet import plan_watch
 from paramserver.fleet.findings import Measured, Report
 from paramserver.fleet.plan import (
@@ -347,6 +351,24 @@ def test_a_longer_exchange_is_named() -> None:
 def test_rounds_of_fewer_workers_are_not_compared() -> None:
     watch = watching()
     assert [watch.closed(1, 50, 1.0, float(t)) for t in range(100)] == [None] * 100
+
+
+@pytest.mark.long
+def test_a_run_says_that_it_is_slower_than_planned(tmp_path: Path) -> None:
+    settings = Settings(dataset={"name": "digits"})
+    fast = Plan(("one",), "one", Choice(), 2, 1e6, 1e-5, 1e-5, "one", 1e-5)
+    (tmp_path / plan_watch.FILE).write_text(plan_watch.kept(settings, [fast]))
+    (tmp_path / "cluster.yaml").write_text("{}")
+    command = [sys.executable, "-m", "paramserver.launch", "demo", f"port={free_port()}"]
+    command += [f"cluster={tmp_path / 'cluster.yaml'}", f"run_dir={tmp_path}", "num_epochs=10000"]
+    demo = Program("demo", [*command, "plain=true", "wandb.mode=disabled"], tmp_path)
+    try:
+        said = demo.wait_for("samples/s, where make plan had predicted 1,000,000: ")
+        assert re.search(r"worker [12] .*computes \d+ ms in a round, 0 ms were measured", said)
+        demo.send(signal.SIGINT)
+        assert demo.end() == 0
+    finally:
+        demo.kill()
 
 
 def test_a_mistake_of_a_person_is_told_as_one(tmp_path: Path) -> None:
