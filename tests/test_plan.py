@@ -356,7 +356,7 @@ def test_rounds_of_fewer_workers_are_not_compared() -> None:
 @pytest.mark.long
 def test_a_run_says_that_it_is_slower_than_planned(tmp_path: Path) -> None:
     settings = Settings(dataset={"name": "digits"})
-    fast = Plan(("one",), "one", Choice(), 2, 1e6, 1e-5, 1e-5, "one", 1e-5)
+    fast = Plan(("one",), "one", Choice(), 2, 1e6, 1e-5, 10.0, "one", 1e-5)
     (tmp_path / plan_watch.FILE).write_text(plan_watch.kept(settings, [fast]))
     (tmp_path / "cluster.yaml").write_text("{}")
     command = [sys.executable, "-m", "paramserver.launch", "demo", f"port={free_port()}"]
