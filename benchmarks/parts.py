@@ -392,10 +392,8 @@ def _training_with(limits: Limits, workers: int, setting: str) -> Figure:
 
 def local(effort: Effort) -> Groups:
     """Local steps. The limit: computing alone."""
-    for workers in effort.training_workers[-2:]:
+    for workers in [n for n in effort.training_workers if n in (2, 4)]:
         limits = effort.limits(effort.training_steps)
-        if workers < 2:
-            continue
         cases = [
             Case(Row("local", "SimpleNN, one host", workers, how, "steps/s"), measure)
             for how, measure in {
