@@ -255,6 +255,9 @@ def test_a_server_with_two_addresses_is_reached_by_the_other_when_a_cable_is_out
         home = {"XDG_CONFIG_HOME": str(tmp_path / "mini1")}
         server = run.server(both, *long, host=hosts["mini1"], **home)
         token = server.wait_for("other machines join with: ").rpartition("=")[2]
+        # A worker takes the slower address where the cable, which was just made, answers too late.
+        dial = f"import socket; socket.create_connection(('{CABLE}.1', {run.port}), 60)"
+        assert run.start("the cable", "-c", dial, host=hosts["mini2"]).end() == 0
         auto = {"PARAMSERVER_JOIN": token, "PARAMSERVER_HOST": "auto"}
         worker = run.worker(1, host=hosts["mini2"], **auto)
         worker.wait_for(f"found it at {CABLE}.1")
