@@ -178,7 +178,7 @@ def worker(
     ) as cluster:
         model, optimizer = cluster.attach(model, Idle(model.parameters()))
         laps = Laps(rounds, warm_up)
-        for _ in cluster.batches(_Nothing(cluster.settings.num_workers * 1000)):
+        for _ in cluster.batches(_Counts(cluster.settings.num_workers * 1000)):
             optimizer.zero_grad()
             if seconds:
                 model().backward()
@@ -189,19 +189,6 @@ def worker(
             if not laps.lap():
                 break
     return {"seconds": laps.seconds, "alone": alone}
-
-
-class _Nothing:
-    """A data set without data, so that loading it is not measured."""
-
-    def __init__(self, length: int) -> None:
-        self._length = length
-
-    def __len__(self) -> int:
-        return self._length
-
-    def batch(self, indices: Tensor, device: object) -> None:
-        return None
 
 
 def waiting_worker(
@@ -231,7 +218,8 @@ def waiting_worker(
 
 
 class _Counts:
-    """A data set whose batches are the number of their samples."""
+    """A data set without data, so that loading it is not measured: a batch is the number of its
+    samples."""
 
     def __init__(self, length: int) -> None:
         self._length = length

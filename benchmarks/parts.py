@@ -313,9 +313,6 @@ def training(effort: Effort) -> Groups:
     if effort.extras:
         ways["DDP, gloo float16"] = "float16"
 
-    def ddp(ranks: int, way: str) -> Figure:
-        return runs.ddp_training(limits, ranks, way), None
-
     def ours(row: Row) -> Figure:
         seen = runs.training(limits, row.workers)
         if seen.late:
@@ -326,7 +323,7 @@ def training(effort: Effort) -> Groups:
         cases = []
         for how, way in ways.items():
             row = Row("training", "SimpleNN", workers, how, "steps/s")
-            cases.append(Case(row, partial(ddp, workers, way)))
+            cases.append(Case(row, partial(_ddp_training, limits, workers, way)))
         row = Row("training", "SimpleNN", workers, our_name(DEFAULT.codec), "steps/s")
         cases.append(Case(row, partial(ours, row)))
         rows = [case.row for case in cases]
@@ -345,14 +342,18 @@ def shares(effort: Effort) -> Groups:
 
     unlike, alike = (4.0, 2.0, 1.0, 1.0), (1.0, 1.0, 1.0)
     yield [
-        Case(Row("shares", "speeds 4 : 2 : 1 : 1", 4, f"shares: {words}", "samples/s"), measure)
+        Case(
+            Row("shares", "speeds 4 : 2 : 1 : 1", 4, f"shares: {words}", "samples/s"),
+            partial(run, unlike, words),
+        )
         for words in ("equal", "speed")
-        for measure in [partial(run, unlike, words)]
     ]
     yield [
-        Case(Row("shares", "one of 50 times slower", 4, how, "samples/s"), measure)
+        Case(
+            Row("shares", "one of 50 times slower", 4, how, "samples/s"),
+            partial(run, speeds, "speed"),
+        )
         for how, speeds in {"without it": alike, "shares: speed": (*alike, 0.02)}.items()
-        for measure in [partial(run, speeds, "speed")]
     ]
     yield [
         Case(Row("shares", "one becomes 4 times slower", 4, "shares: speed", "rounds"), _follows)
@@ -360,9 +361,11 @@ def shares(effort: Effort) -> Groups:
     steps = effort.limits(effort.training_steps)
     for workers in [n for n in effort.training_workers if n in (2, 4)]:
         yield [
-            Case(Row("shares", "alike, SimpleNN", workers, f"shares: {words}", "steps/s"), measure)
+            Case(
+                Row("shares", "alike, SimpleNN", workers, f"shares: {words}", "steps/s"),
+                partial(_training_with, steps, workers, f"shares={words}"),
+            )
             for words in ("equal", "speed")
-            for measure in [partial(_training_with, steps, workers, f"shares={words}")]
         ]
 
 
@@ -399,7 +402,9 @@ def local(effort: Effort) -> Groups:
             for how, measure in {
                 ALONE: partial(_ddp_training, limits, workers, "no exchange"),
                 DDP: partial(_ddp_training, limits, workers, "float32"),
-                "paramserver, local_steps=8": partial(_local_training, limits, workers, 8),
+                "paramserver, local_steps=8": partial(
+                    _training_with, limits, workers, "local_steps=8"
+                ),
             }.items()
         ]
         rows = [case.row for case in cases]
@@ -439,10 +444,6 @@ def _ddp_training(limits: Limits, ranks: int, way: str) -> Figure:
 
 def _steps_per_s(seconds: Callable[[], float]) -> Figure:
     return 1 / seconds(), 1 / STEP_S
-
-
-def _local_training(limits: Limits, workers: int, steps: int) -> Figure:
-    return runs.training(limits, workers, f"local_steps={steps}").steps_per_s, None
 
 
 def memory(effort: Effort) -> Groups:

@@ -17,7 +17,7 @@ from whole import Served, free_port
 from paramserver.config.schema import build
 from paramserver.errors import UserError
 from paramserver.rounds.ledger import Ledger, optimizer_steps
-from paramserver.rounds.local_steps import LocalSteps, Outer, described, outer_of
+from paramserver.rounds.local_steps import LocalSteps, OuterStep, described, outer_of
 from paramserver.rounds.shares import Cost
 from paramserver.settings import Settings
 
@@ -42,7 +42,7 @@ def adam(seed: int) -> Setup:
 class Truth:
     """One process that does what the log of a run with local steps says."""
 
-    def __init__(self, crew: Crew, outer: Outer) -> None:
+    def __init__(self, crew: Crew, outer: OuterStep) -> None:
         self.crew, self.outer = crew, outer
         first = crew.make(crew.origin())
         self.anchor = [p.detach().clone() for p in first.model.parameters()]
@@ -232,19 +232,22 @@ def test_steps_are_counted_by_samples_whatever_rounds_they_came_in() -> None:
     ("settings", "rule"),
     [
         ({}, None),
-        ({"local_steps": 32, "num_workers": 1}, Outer(1.0, 0.0, False, True)),
-        ({"local_steps": 32}, Outer(0.6, 0.9, True, False)),
-        ({"local_steps": 32, "num_workers": 4}, Outer(0.7, 0.9, True, False)),
-        ({"local_steps": 32, "num_workers": 8}, Outer(0.8, 0.9, True, False)),
-        ({"local_steps": 8}, Outer(1.0, 0.0, False, True)),
-        ({"local_steps": 8, "codec": "int8"}, Outer(1.0, 0.0, False, False)),
-        ({"local_steps": 8, "num_workers": 4}, Outer(1.0, 0.2, False, False)),
-        ({"local_steps": "auto", "num_workers": 8}, Outer(1.0, 0.5, False, False)),
-        ({"local_steps": 64, "codec": "topk"}, Outer(1.0, 0.0, False, False)),
-        ({"local_steps": 4, "outer": {"lr": 0.5, "momentum": 0.3}}, Outer(0.5, 0.3, True, False)),
+        ({"local_steps": 32, "num_workers": 1}, OuterStep(1.0, 0.0, False, True)),
+        ({"local_steps": 32}, OuterStep(0.6, 0.9, True, False)),
+        ({"local_steps": 32, "num_workers": 4}, OuterStep(0.7, 0.9, True, False)),
+        ({"local_steps": 32, "num_workers": 8}, OuterStep(0.8, 0.9, True, False)),
+        ({"local_steps": 8}, OuterStep(1.0, 0.0, False, True)),
+        ({"local_steps": 8, "codec": "int8"}, OuterStep(1.0, 0.0, False, False)),
+        ({"local_steps": 8, "num_workers": 4}, OuterStep(1.0, 0.2, False, False)),
+        ({"local_steps": "auto", "num_workers": 8}, OuterStep(1.0, 0.5, False, False)),
+        ({"local_steps": 64, "codec": "topk"}, OuterStep(1.0, 0.0, False, False)),
+        (
+            {"local_steps": 4, "outer": {"lr": 0.5, "momentum": 0.3}},
+            OuterStep(0.5, 0.3, True, False),
+        ),
     ],
 )
-def test_the_outer_step_of_a_run(settings: dict[str, Any], rule: Outer | None) -> None:
+def test_the_outer_step_of_a_run(settings: dict[str, Any], rule: OuterStep | None) -> None:
     assert outer_of(Settings(**settings)) == rule
 
 

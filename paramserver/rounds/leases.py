@@ -246,8 +246,7 @@ class Leases:
 
     def optimizer_steps(self, step: int) -> int:
         """The optimizer steps in the newest state, at this step of the log."""
-        steps = None if self.ledger is None else self.ledger.steps
-        return step if steps is None else steps
+        return step if self.ledger is None else self.ledger.optimizer_steps(step)
 
     def share_of(self, worker: int) -> int | None:
         """A worker's samples of a round, where they follow its speed."""

@@ -411,6 +411,10 @@ class Ledger:
         if self.steps is None:
             self.steps, self._counted = before, self.counted
 
+    def optimizer_steps(self, step: int) -> int:
+        """The optimizer steps in the newest state, at this step of the log."""
+        return step if self.steps is None else self.steps
+
     def count_steps(self, batch: int, made: int) -> None:
         """A round is over: count the optimizer steps that its samples make, of `batch` samples
         each, if steps are counted; what is left over counts with the next ones. A worker `made` so

@@ -36,7 +36,7 @@ CHANGE_MIN = 1.5  # times as many, or as few
 MOVE_MIN = 0.1  # of a worker's steps
 
 
-class Outer(NamedTuple):
+class OuterStep(NamedTuple):
     """The outer step: `torch.optim.SGD` with the mean of (anchor - local weights) as gradient."""
 
     lr: float
@@ -47,7 +47,7 @@ class Outer(NamedTuple):
     on the way rounds them: so a run of one worker has that worker's weights, to the bit."""
 
 
-def outer_of(settings: Settings) -> Outer | None:
+def outer_of(settings: Settings) -> OuterStep | None:
     """The outer step of a run; None where it has no local steps.
 
     Where `outer` is null: for fewer than ten local steps, and with auto, SlowMo's values (Wang et
@@ -72,7 +72,7 @@ def outer_of(settings: Settings) -> Outer | None:
         lr, momentum, nesterov = 0.8 if workers >= 8 else 0.7 if workers >= 4 else 0.6, 0.9, True
     plain = lr == 1.0 and momentum == 0.0
     exact = {settings.codec, settings.codec_of_averages} == {EXACT}
-    return Outer(lr, momentum, nesterov, plain and exact)
+    return OuterStep(lr, momentum, nesterov, plain and exact)
 
 
 def described(settings: Settings) -> str:

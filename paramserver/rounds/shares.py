@@ -217,8 +217,9 @@ class Shares:
     def sizes(self, asked: Mapping[int, int], limits: Mapping[int, Limits]) -> dict[int, int]:
         """The next round's samples by worker: what all `asked` for, in all, divided by speed.
 
-        Whoever was not measured yet gets what it asked for. A share at most doubles at once. Looks
-        for better sizes in every `LOOK_ROUNDS`th round, and where the workers are others.
+        Whoever was not measured yet gets what it asked for, or few (`_probes`). A share at most
+        doubles at once. Looks for better sizes in every `LOOK_ROUNDS`th round, and where the
+        workers are others.
         """
         self._rounds += 1
         firsts = sum(s.first_s or 0.0 for s in self._speeds.values())

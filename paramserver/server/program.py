@@ -48,7 +48,7 @@ def summarize(control: Control, show: Show, end: wire.End) -> dict[str, Any]:
     seconds = show.seconds(control, control.closed_at or control.first_open_at or 0.0)
     sent_bytes, received_bytes = show.traffic(control)
     ledger = control.rounds.ledger
-    steps = end.step if ledger is None or ledger.steps is None else ledger.steps
+    steps = end.step if ledger is None else ledger.optimizer_steps(end.step)
     values = show.val if show.val_step == steps else {}
     tallies = show.tallies(control)
     digests = {name: d for name, (step, d) in control.digests.items() if step == end.step}

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from paramserver.rounds.local_steps import Outer as OuterStep
+from paramserver.rounds.local_steps import OuterStep
 from paramserver.tensors.bucket import Bucket
 from workers.replica.state import as_bytes
 
@@ -130,6 +130,3 @@ class Outer:
                 anchor.data.copy_(anchors[dtype])
             if dtype in momentum and self.rule.momentum:
                 self._optimizer.state[anchor]["momentum_buffer"] = momentum[dtype].clone()
-
-
-__all__ = ["Outer"]

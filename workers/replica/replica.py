@@ -25,7 +25,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from paramserver.errors import PeerError, UserError
 from paramserver.protocol import messages as wire
 from paramserver.rounds.ledger import check_counts, optimizer_steps
-from paramserver.rounds.local_steps import Outer as OuterStep
+from paramserver.rounds.local_steps import OuterStep
 from paramserver.tensors.bucket import Bucket, plan
 from paramserver.tensors.codec import CODECS, codec_of
 from paramserver.tensors.whole import unpacked
