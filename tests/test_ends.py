@@ -27,7 +27,6 @@ class Loop:
         self.hold = hold
         self.cluster: Cluster | None = None
         self.raised: workers.RunLost | None = None
-        self.at = -1  # the step that it stood at when it held
         self.in_step: int | None = None  # step() was called there, and has not returned
         self.done = served.start(self._run, served, number)
 
@@ -37,7 +36,6 @@ class Loop:
         model, optimizer = cluster.attach(setup.model, setup.optimizer)
         try:
             for x, y, _ in cluster.batches(Noise(4000), batch_size=4):
-                self.at = cluster.step
                 self.hold(cluster.step)
                 optimizer.zero_grad()
                 loss(model, x, y).backward()
@@ -101,9 +99,11 @@ def test_a_worker_that_was_left_behind(stopped: bool, gone: bool) -> None:
     finished. Where a person stopped the run no worker has finished, and that is no error. One that
     the server took for `gone` meanwhile has heard the end as well as any."""
     go_on = threading.Event()
+    stood: list[int] = []
 
     def hold(step: int) -> None:
-        if step == 3:
+        if step >= 3 and not stood:  # on a busy machine it may have missed a round before
+            stood.append(step)
             assert behind.cluster is not None
             sub = behind.cluster.client.connection.sub
             assert sub is not None
@@ -116,15 +116,15 @@ def test_a_worker_that_was_left_behind(stopped: bool, gone: bool) -> None:
     with Served(num_workers=2, num_epochs=1, timeout=0.05, heartbeat_timeout=0.5) as served:
         other, behind = Loop(served, 1), Loop(served, 2, hold)
         if stopped:
-            served.until(lambda: len(served.closes) > 10 and behind.at == 3)
+            served.until(lambda: len(served.closes) > 10 and bool(stood))
             served.server.stop("stopped by SIGINT")
         served.wait(other.done, served.end)
         assert other.raised is None
         assert other.end.reason == ("stopped by SIGINT" if stopped else ON_TIME)
         go_on.set()
         served.wait(behind.done)
-        assert "this worker was left behind at step 3" in behind.end.reason
-        assert behind.end.step == other.end.step > 3
+        assert f"this worker was left behind at step {stood[0]}" in behind.end.reason
+        assert behind.end.step == other.end.step > stood[0]
         assert behind.end.error == (behind.raised is not None) == (not stopped)
         assert stopped or behind.end.reason in str(behind.raised)
 
