@@ -28,6 +28,9 @@ from paramserver.words import printable
 SERVER, OBSERVER = 0, -1
 """The ids of machines that are no workers."""
 
+THIS_MACHINE = "this machine"
+"""The kind of a link to a worker on the server's own machine."""
+
 ROUNDS_KEPT = 60
 """The newest rounds of which a status has the times; fewer where there are many workers."""
 TIMES_MAX = 960
