@@ -101,6 +101,17 @@ def test_each_way_to_settle_is_counted_on_its_own() -> None:
     assert (leased(ledger), unleased(ledger)) == (0, 4)
 
 
+def test_a_lease_that_is_worked_off_in_part_is_split() -> None:
+    ledger = Ledger(20, 1)
+    lease = ledger.lease(8)
+    assert lease is not None
+    first = ledger.split(lease, 3)
+    assert first == (0, 0, 3)
+    ledger.settle(first, DONE)
+    assert ledger.done == 3
+    assert ledger.lease(8) == (0, 3, 8)
+
+
 def test_exhausted_is_not_finished_while_leases_are_out() -> None:
     ledger = Ledger(2, 1)
     lease = ledger.lease(9)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 from crew import Crew, Noise, Setup, in_float64, loss, perceptron
 from torch import Tensor, nn
-from whole import Served, free_port
+from whole import DEADLINE_S, Served, free_port
 
 from paramserver.config.schema import build
 from paramserver.errors import UserError
@@ -42,14 +43,14 @@ def adam(seed: int) -> Setup:
 class Truth:
     """One process that does what the log of a run with local steps says."""
 
-    def __init__(self, crew: Crew, outer: OuterStep) -> None:
+    def __init__(self, crew: Crew, outer: OuterStep, rounds: int | None = None) -> None:
         self.crew, self.outer = crew, outer
         first = crew.make(crew.origin())
         self.anchor = [p.detach().clone() for p in first.model.parameters()]
         self.own: dict[int, Setup] = {}
         self.momentum = [torch.zeros_like(p) for p in self.anchor]
         self.steps = 0
-        for close in crew.served.closes:
+        for close in crew.served.closes[:rounds]:
             deltas = {w: self._steps_of(w, close.local_steps) for w in close.contributors}
             self._move(deltas, close.contributors)
             self.steps = optimizer_steps(close.ledger, close.step)
@@ -323,6 +324,43 @@ def test_who_leaves_in_the_middle_costs_its_own_part_only(overlap: bool) -> None
         ledger = served.server.rounds.ledger
         assert ledger is not None and (ledger.done, ledger.partly) == (SAMPLES, 0)
         assert [2 in close.contributors for close in served.closes[:2]] == [True, False]
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_loop_that_is_left_between_steps_takes_part_with_those_it_made(overlap: bool) -> None:
+    """The rest of its lease comes back, and it holds the average of its last round."""
+    settings = {"num_workers": 2, "num_epochs": 1, "batch_size": BATCH, "local_steps": 6}
+    looked = threading.Event()
+    with Served(overlap=overlap, outer=DILOCO, **settings) as served:
+        rule = outer_of(served.settings)
+        assert rule is not None
+
+        def hold(number: int, step: int) -> None:
+            assert len(served.closes) < 2 or looked.wait(DEADLINE_S)
+
+        crew = Crew(served, in_float64(perceptron), Doubles(SAMPLES), hold)
+
+        def leaves() -> None:
+            setup = in_float64(perceptron)(2)
+            with served.join(2, lambda line: None) as cluster:
+                model, optimizer = cluster.attach(setup.model, setup.optimizer)
+                for x, y, indices in cluster.batches(crew.data):
+                    crew.batches[2, cluster.step] = indices.tolist()
+                    optimizer.zero_grad()
+                    loss(model, x, y).backward()
+                    optimizer.step()
+                    if cluster.step == 9:
+                        break
+                if not overlap:  # else the other one may have gone on from an anchor before
+                    truth = Truth(crew, rule, rounds=2)
+                    for p, there in zip(model.parameters(), truth.anchor, strict=True):
+                        torch.testing.assert_close(p, there, rtol=1e-12, atol=1e-12)
+            looked.set()
+
+        served.wait(crew.start(1), served.start(leaves), served.end)
+        assert served.closes[1].contributors == {1: 6 * BATCH, 2: 3 * BATCH}
+        ledger = served.server.rounds.ledger
+        assert ledger is not None and (ledger.done, ledger.partly) == (SAMPLES, 0)
 
 
 @pytest.mark.parametrize("overlap", [False, True])

@@ -2459,3 +2459,29 @@ def test_a_mistake_of_one_does_not_decide_the_length() -> None:
     run.workers(2, 3, samples=64)
     ledger = run.rounds.ledger
     assert ledger is not None and ledger.samples == 64 and run.rounds.round is not None
+
+
+def test_a_worker_may_push_fewer_local_steps_than_its_lease_is_for() -> None:
+    run = Run(local_steps=4).observer().workers(1, 2, samples=100, batch=5)
+    assert (run.lease(1), run.lease(2)) == ((0, 0, 20), (0, 20, 40))
+    assert run.push(1, 0, samples=15, steps=4) == ["refused: 15 samples pushed for a lease of 20"]
+    run.push(1, 0, samples=14, steps=3, unread=(2,))
+    assert run.lease(1) == (0, 0, 15)
+    assert run.push(1, 1, samples=20, steps=4) == [
+        "refused: other samples could not be read than in the bucket before"
+    ]
+    assert run.push(1, 1, samples=10, steps=2, unread=(2,)) == [
+        "refused: 10 samples pushed, 1 not readable for a lease of 15"
+    ]
+    run.push(1, 1, samples=14, steps=3, unread=(2,)), run.push(2, samples=20, steps=4)
+    assert run.closes[0].contributors == {1: 14, 2: 20}
+    assert run.sums() == "34 done, 0 partly, 1 skipped; waiting nothing"
+    held = [lease for peer in run.rounds.peers.values() for lease in peer.leases]
+    assert (0, 15, 20) in held  # for the round after the one that is open
+
+
+def test_what_a_worker_did_not_come_to_comes_back_also_where_its_round_is_void() -> None:
+    run = Run(local_steps=4, observer=False).workers(1, 2, samples=100, batch=5)
+    run.push(1, 0, samples=15, steps=3)
+    run.leave(1), run.leave(2)
+    assert run.ledger.counted == 0 and leased(run.ledger) == 0

@@ -376,7 +376,11 @@ class Cluster:
             self._batch = count
             for place, part in enumerate(parts):
                 self._begin_part(part.samples, len(parts) - 1 - place)
-                yield part.data
+                try:
+                    yield part.data
+                except GeneratorExit:
+                    self._stop_sooner()
+                    raise
                 self._check_stepped()
             if self._exchanged or not self._in_local_round():
                 return
@@ -427,7 +431,11 @@ class Cluster:
                 if self._round_steps > 1:
                     self._batch, self._steps_left = count, self._steps_left - 1
                 self._begin_part(count, 0)
-                yield batch
+                try:
+                    yield batch
+                except GeneratorExit:
+                    self._stop_sooner()
+                    raise
                 self._check_stepped()
             if self._in_local_round() and not self._exchanged:  # the pass ends in its middle
                 self._exchange_local(go_on=False)
@@ -684,6 +692,15 @@ class Cluster:
         self._under_way, self._phase = self._round, ""
         self._replica.run_ahead()
         trace.done("compute", self._computing, round=self._round)
+
+    def _stop_sooner(self) -> None:
+        """The loop is left, between two local steps: take part in the round with those made. One
+        that is left in the middle of a step has met an error, and takes no part."""
+        assert self._replica is not None
+        if self._replica.local and self._stepped and not self._parts_left and not self._exchanged:
+            with suppress(UserError):  # the run may be lost: `end` tells
+                if self._in_local_round():
+                    self._exchange_local(go_on=False)
 
     def _await_own_round(self) -> bool:
         """Wait until the exchange under way is over, and the round open whose steps were made

@@ -62,7 +62,7 @@ from paramserver.rounds.outcome import Outcome
 from paramserver.rounds.outliers import Norms
 from paramserver.rounds.phases import Phases
 from paramserver.rounds.roster import Peer, Roster
-from paramserver.rounds.round import Member, Round, Tally
+from paramserver.rounds.round import Member, Round, Tally, worked_off
 from paramserver.rounds.rules import Rules
 from paramserver.rounds.snapshots import EMPTY, Off, SideMessage, Snapshot, Snapshots, Taken
 from paramserver.rounds.states import GREETED, REPLICA, WAITING
@@ -622,6 +622,8 @@ class Rounds:
         peer.late_with = None  # it is done with that
         member = current.members[peer.id]
         member.tells(push)
+        if (count := worked_off(push)) < member.size:
+            self._leases.stops_sooner(peer, member, count)
         if bad is not None:
             member.bad = bad
             self._out.warn(f"round {current.number}: {peer.name} refused: {bad}", peer)

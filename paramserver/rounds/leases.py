@@ -25,7 +25,7 @@ from paramserver.rounds.local_steps import LocalSteps
 from paramserver.rounds.looks import Looks, part, shown
 from paramserver.rounds.outcome import Outcome
 from paramserver.rounds.roster import Peer, Roster
-from paramserver.rounds.round import Round
+from paramserver.rounds.round import Member, Round
 from paramserver.rounds.rules import Rules
 from paramserver.rounds.shares import SHARE_TIMES_MAX, TRY_AGAIN_ROUNDS, Limits, Shares
 
@@ -300,6 +300,13 @@ class Leases:
             self._shares.took(worker, samples, waited_s)
 
     # ------------------------------------------------------------------ what comes back
+
+    def stops_sooner(self, peer: Peer, member: Member, worked_off: int) -> None:
+        """A worker pushes fewer local steps than it had samples for: the others of its lease come
+        back, and are leased again."""
+        assert self.ledger is not None
+        lease, member.lease = member.lease, self.ledger.split(member.lease, worked_off)
+        peer.leases = [member.lease if one == lease else one for one in peer.leases]
 
     def take_back(self, peer: Peer, current: Round | None) -> None:
         """Take this worker's leases back, but for that of the open round, which is settled at its

@@ -252,6 +252,15 @@ class Ledger:
             self._deadly = key, sorted(found)
         return self._deadly[1]
 
+    def split(self, lease: Lease, size: int) -> Lease:
+        """Return what follows the first `size` samples of this lease, which stay leased."""
+        self._leased.remove(lease)
+        epoch, start, stop = lease
+        first, rest = (epoch, start, start + size), (epoch, start + size, stop)
+        self._leased |= {first, rest}
+        self.settle(rest, RETURNED)
+        return first
+
     def settle(self, lease: Lease, how: str, unread: Sequence[int] = ()) -> None:
         """End a lease: done, partly, skipped (all counted) or returned to the queue's head.
 

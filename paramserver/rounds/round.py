@@ -145,10 +145,10 @@ class Round:
                 return "samples of its own are told to be unreadable"
         elif member.got and push.unread != member.unread:
             return "other samples could not be read than in the bucket before"
-        elif push.samples < 1 or push.samples + len(push.unread) != member.size:
+        elif push.samples < 1 or not self._fits(member, push):
             but = f", {len(push.unread)} not readable" if push.unread else ""
             return f"{push.samples} samples pushed{but} for a lease of {member.size}"
-        elif not _in_order(push.unread, member.size):
+        elif not _in_order(push.unread, worked_off(push)):
             return "it names samples that its lease does not have"
         if any(not 0 <= index < self._tensors for index in push.absent):
             return "it names parameters that the run does not have"
@@ -158,6 +158,13 @@ class Round:
         ):
             return "it has nothing for buckets that are not there, or that it pushed"
         return None
+
+    def _fits(self, member: Member, push: Push) -> bool:
+        """Is this push of a whole lease, or of the first samples of one that local steps work off?
+        The first push of a round decides that."""
+        count = worked_off(push)
+        sooner = not member.got and push.steps < self.local_steps and count < member.size
+        return count == member.size or sooner
 
     def take(self, member: Member, push: Push) -> None:
         """Take a push that `refusal` let pass and whose numbers are good."""
@@ -276,6 +283,11 @@ class Round:
             return ""
         count, who = len(self.members), [f"{self.members[w].name} {why}" for w, why in late.items()]
         return f"round {self.number} closed with {count - len(late)} of {count}: {'; '.join(who)}"
+
+
+def worked_off(push: Push) -> int:
+    """The samples of the lease that this push is of: computed, or not readable."""
+    return push.samples + len(push.unread)
 
 
 def _in_order(places: tuple[int, ...], size: int) -> bool:
