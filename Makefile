@@ -9,7 +9,7 @@
 VENV_PYTHON := .venv/bin/python
 READY := .venv/.ready
 
-unexport ARGS DRY HOST ID JOIN MINUTES NAME QUICK ROTATE ROUNDS SEED SEEDS # they are for this make, not for one that a test or a program starts
+unexport ARGS DRY HOST HOSTS ID JOIN MINUTES NAME QUICK ROTATE ROUNDS SCRIPT SEED SEEDS # they are for this make, not for one that a test or a program starts
 
 help: ## list these commands
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F '|' '{ printf "%-20s %s\n", $$1, $$2 }'
@@ -33,26 +33,26 @@ worker: $(READY) ## start a worker: make worker ID=2; elsewhere with JOIN= as th
 keys: $(READY) ## print the join token of a server at host_ip (ROTATE=1: new keys before)
 	@$(RUN) paramserver.keys $(if $(ROTATE),rotate) $(ARGS)
 
-up: $(READY) ## start a run on the machines in conf/cluster.yaml (DRY=1: only print the commands)
-	@$(RUN) paramserver.launch up $(if $(DRY),--dry) $(ARGS)
+up: $(READY) ## start a run on the machines in conf/cluster.yaml, or HOSTS=mini1,mini2 (DRY=1: print)
+	@$(RUN) paramserver.launch up $(if $(DRY),--dry) $(HOSTS_WORD) $(SCRIPT_WORDS)
 
 doctor: $(READY) ## look at each machine and measure every path between them (ARGS=--json)
-	@$(RUN) paramserver.launch doctor $(ARGS)
+	@$(RUN) paramserver.launch doctor $(HOSTS_WORD) $(ARGS)
 
 plan: $(READY) ## predict the speed with each set of machines, codec and local_steps (ARGS=--json)
-	@$(RUN) paramserver.launch plan $(ARGS)
+	@$(RUN) paramserver.launch plan $(HOSTS_WORD) $(ARGS)
 
 status: $(READY) ## how it stands on each machine
-	@$(RUN) paramserver.launch status $(ARGS)
+	@$(RUN) paramserver.launch status $(HOSTS_WORD) $(ARGS)
 
 logs: $(READY) ## what each machine said last (HOST=mini2: that one only)
-	@$(RUN) paramserver.launch logs $(if $(findstring command,$(origin HOST)),--host=$(HOST)) $(ARGS)
+	@$(RUN) paramserver.launch logs $(if $(findstring command,$(origin HOST)),--host=$(HOST)) $(HOSTS_WORD) $(ARGS)
 
 attach: $(READY) ## watch the run again
-	@$(RUN) paramserver.launch attach $(ARGS)
+	@$(RUN) paramserver.launch attach $(HOSTS_WORD) $(ARGS)
 
 down: $(READY) ## end the run, in order, on every machine
-	@$(RUN) paramserver.launch down $(ARGS)
+	@$(RUN) paramserver.launch down $(HOSTS_WORD) $(ARGS)
 
 test: $(READY) ## run the tests (ARGS='-k wire -x' goes on to pytest)
 	@exec $(VENV_PYTHON) -m pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder -m 'not long' $(ARGS)
@@ -103,6 +103,12 @@ clean: ## remove .venv, caches and built packages; runs/ and data/ stay
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 
+# HOSTS and SCRIPT count where they are typed; a shell may have variables of these names.
+
+HOSTS_WORD = $(if $(findstring command,$(origin HOSTS)),hosts=$(HOSTS))
+SCRIPT_WORDS = $(if $(findstring command,$(origin SCRIPT)),--script='$(SCRIPT)' -- )$(ARGS)
+
+
 # JOIN is a secret, so it goes on in the environment and not on the program's command line. make's own
 # is in the list of processes all the same; JOIN=FILE, or JOIN=... before the word make, is not.
 
@@ -120,7 +126,10 @@ import os, shlex, sys
 words = shlex.shlex(os.environ.pop("OVERRIDES"), posix=True)
 words.whitespace, words.quotes, words.commenters, words.whitespace_split = " ", "", "", True
 settings = [word.replace("$$$$", "$$") for word in words if not word[0].isupper()]
-command = ["$(VENV_PYTHON)", "-m", *sys.argv[1:], *reversed(settings)]
+words, behind = sys.argv[1:], []
+if "--" in words: # what follows is for the user's script
+    words, behind = words[:words.index("--")], words[words.index("--"):]
+command = ["$(VENV_PYTHON)", "-m", *words, *reversed(settings), *behind]
 print(shlex.join(command), flush=True)
 del os.environ["PASS_ON"], os.environ["SET_UP"]
 os.execv(command[0], command)

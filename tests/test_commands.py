@@ -7,6 +7,7 @@ import os
 import shlex
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from paramserver.fleet.commands import Checked, fits, read_check, ssh_trouble, t
 from paramserver.fleet.user_code import UserCode
 from paramserver.net.hosts import Host, read
 from paramserver.settings import Settings
+from workers.link.environment import Environment, read_environment
 
 MINI = Host("mini2", "user@mini2.local", id=2, role="worker")
 HERE = Host("here", "local", id=1, role="both")
@@ -114,6 +116,35 @@ def test_what_is_started() -> None:
     assert "host_ip=null" in commands.worker_argv(HERE, settings, None)
     named = Settings(model={"type": "mine.nets:Net"}, allow=["other"])  # by who types make up
     assert "allow=other,mine.nets:Net" in commands.worker_argv(HERE, named, None)
+
+
+def test_workers_of_one_machine_share_its_gpus_and_cores() -> None:
+    two, pair = Host("a", "a", id=1, workers=2), Checked(cores=8, gpus=2)
+
+    def given(host: Host, found: Checked, script: bool = False) -> list[dict[str, str]]:
+        return [commands.own_share(host, p, found, script) for p in host.processes]
+
+    assert given(two, pair) == [
+        {"CUDA_VISIBLE_DEVICES": "0", "OMP_NUM_THREADS": "4"},
+        {"CUDA_VISIBLE_DEVICES": "1", "OMP_NUM_THREADS": "4"},
+    ]
+    assert given(two, Checked(cores=1)) == 2 * [{"OMP_NUM_THREADS": "1"}]  # it has no GPU
+    assert given(replace(two, device="cpu"), pair) == 2 * [{"OMP_NUM_THREADS": "4"}]
+    assert given(replace(two, threads=3), Checked(cores=8)) == 2 * [{}]  # they have it as a setting
+    one = replace(two, workers=1, threads=3)
+    assert given(one, pair) == [{}]
+    assert given(replace(one, device="cpu"), pair, script=True) == [
+        {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "3"}
+    ]
+    assert given(replace(one, device="cuda:1"), pair, script=True)[0]["CUDA_VISIBLE_DEVICES"] == "1"
+
+
+def test_what_a_script_finds_in_its_environment() -> None:
+    settings = Settings(port=7000, security="none")
+    found = read_environment(commands.script_environment(settings, "10.10.0.1", 3))
+    assert found == Environment("10.10.0.1", 7000, 3, None, "none")
+    here = read_environment(commands.script_environment(Settings(), None, 1))
+    assert here == Environment("127.0.0.1", 65432, 1)
 
 
 def test_the_check_of_this_machine(tmp_path: Path) -> None:

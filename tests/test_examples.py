@@ -97,10 +97,11 @@ def test_each_example_is_told_of() -> None:
 
 def test_a_script_with_settings_beside_it(tmp_path: Path) -> None:
     script = tmp_path / "train.py"
-    script.write_text(SCRIPT)
     script.with_suffix(".yaml").write_text("num_epochs: 3\nbatch_size: 16\n")
-    code, said = launched(tmp_path, script, "num_workers=1")
-    assert code == 0 and said.endswith("worker 1 stands at step 12"), said
+    script.write_text(SCRIPT + "import sys\nprint(sys.argv[1:])\n")
+    code, said = launched(tmp_path, script, "num_workers=1", "--", "--lr", "num_epochs=7")
+    assert code == 0 and "worker 1 stands at step 12" in said, said
+    assert said.endswith("['--lr', 'num_epochs=7']")
     [folder] = (tmp_path / "runs").glob("2*")
     assert "stands at step 12" in (folder / "worker-1.log").read_text()
 

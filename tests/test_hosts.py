@@ -69,6 +69,42 @@ def test_numbers_that_are_given_are_left_out_of_the_rest() -> None:
     assert [host.id for host in hosts.read(entries)] == [2, 1, 3]
 
 
+def test_several_workers_of_one_machine_have_numbers_in_a_row() -> None:
+    entries = [
+        {"name": "a", "role": "both", "workers": 2},
+        {"name": "b", "id": 3},
+        {"name": "c", "workers": 2},
+        {"name": "d"},
+    ]
+    found = {h.name: [(p.name, p.id, p.rank) for p in h.processes] for h in hosts.read(entries)}
+    assert found == {
+        "a": [("worker-1", 1, 0), ("worker-2", 2, 1)],
+        "b": [("worker", 3, 0)],
+        "c": [("worker-1", 4, 0), ("worker-2", 5, 1)],
+        "d": [("worker", 6, 0)],
+    }
+    first = hosts.read(entries)[0]
+    assert [first.spoken(name) for name in ("worker-2", "server", "worker")] == [
+        "worker 2", "server", "worker",
+    ]  # fmt: skip
+
+
+def test_machines_that_are_typed() -> None:
+    file = [
+        {"name": "mini1", "ip": "10.10.0.1", "role": "server"},
+        {"name": "pi5", "device": "cpu"},
+    ]
+    assert hosts.choose("mini2:2, me@mini3.local", None) == [
+        {"name": "mini2", "ssh": "mini2", "workers": 2, "role": "both"},
+        {"name": "mini3.local", "ssh": "me@mini3.local"},
+    ]
+    assert hosts.choose("pi5,mini1", file) == [file[1], file[0]]  # as the file has them
+    assert hosts.choose("pi5", file) == [file[1] | {"role": "both"}]
+    for wrong in ("a:b", "a:0", ","):
+        with pytest.raises(UserError, match="no machine"):
+            hosts.choose(wrong, None)
+
+
 def test_without_machines_there_are_none(tmp_path: Path) -> None:
     assert loaded(tmp_path, "port: 65432\n") == ()
     assert loaded(tmp_path, "hosts: []\n") == ()
@@ -93,6 +129,8 @@ def test_without_machines_there_are_none(tmp_path: Path) -> None:
         ("hosts: [{name: a, role: both, device: gpu}]", "a.device must be auto"),
         ("hosts: [{name: a, role: both, threads: 0}]", "a.threads must be 1"),
         ("hosts: [{name: a, role: both, restart: -1}]", "a.restart must be 0"),
+        ("hosts: [{name: a, role: both, workers: 0}]", "a.workers must be 1 to 64"),
+        ("hosts: [{name: a, role: both, workers: 2}, {name: b, id: 2}, {name: c, id: 2}]", "id 2"),
         ("hosts: [{name: a, role: both, id: one}]", "a.id must be a whole number"),
         ("hosts: [{name: a, role: both, folder: ../x}]", "a.folder must be below"),
         ("hosts: [{name: a, role: both, folder: '~other/x'}]", "a.folder must be below"),

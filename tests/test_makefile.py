@@ -68,6 +68,8 @@ def make(clone: Path, *words: str) -> list[str]:
         ),
         ("up model.hidden=64 seed=1", "up model.hidden=64 seed=1"),
         ("up DRY=1", "up --dry"),
+        ("up SCRIPT=my.py lr=1 HOSTS=a,b", "up hosts=a,b --script=my.py lr=1 --"),
+        ("status HOSTS=a,b", "status hosts=a,b"),
         ("status", "status"),
         ("doctor ARGS=--json", "doctor --json"),
         ("plan codec=int8 ARGS=--json", "plan --json codec=int8"),
@@ -97,6 +99,15 @@ def test_whatever_a_value_holds_arrives_unharmed(clone: Path) -> None:
         "g=h=i",
     ]
     assert make(clone, "server", *settings) == settings
+
+
+def test_words_for_a_script_stand_behind_the_settings(clone: Path) -> None:
+    words = make(clone, "up", "SCRIPT=my script.py", "ARGS=--lr 0.1 x=1", "num_epochs=3")
+    assert words == ["up", "--script=my script.py", "num_epochs=3", "--", "--lr", "0.1", "x=1"]
+    with pytest.MonkeyPatch.context() as m:
+        m.setenv("SCRIPT", "other.py")
+        m.setenv("HOSTS", "other")
+        assert make(clone, "up") == ["up"]
 
 
 def test_a_join_token_goes_on_in_the_environment(clone: Path) -> None:

@@ -74,6 +74,11 @@ class Kept:
             *whole, rest = (rest + data).split(b"\n")
             yield from (line.decode() for line in whole)
 
+    @property
+    def end(self) -> int:
+        """An input that stays open."""
+        return self._end
+
     def state(self) -> State:
         state = self.files.read()
         assert state is not None
@@ -110,7 +115,18 @@ def test_it_runs_on_without_whoever_started_it_and_ends_in_order(here: Kept) -> 
     now = here.state()
     assert (now.alive, now.phase, now.code) == (False, "stopped", -signal.SIGTERM)
     assert not psutil.pid_exists(state.process)
-    assert here.stop() == {**answer, "ran": False}  # there is nothing more to do
+    assert here.stop() == {**answer, "ran": False, "ended": []}  # there is nothing more to do
+
+
+def test_the_workers_of_a_machine_end_at_one_word(here: Kept) -> None:
+    for name in ("worker-1", "worker-2"):
+        orders = json.dumps({"argv": [sys.executable, "-c", WAITS], "folder": str(here.folder)})
+        here.supervisor("start", name, str(here.folder), stdin=orders)
+        assert next(follow(Files(here.folder, name), None, until=here.end)) == b"here\n"
+    answer = here.stop()
+    assert [state["name"] for state in answer["ended"]] == ["worker-1", "worker-2"]
+    assert {state["phase"] for state in answer["ended"]} == {"stopped"} and answer["left"] == []
+    assert here.stop()["ended"] == []
 
 
 def test_one_that_is_killed_is_started_again_so_often(here: Kept) -> None:

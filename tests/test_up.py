@@ -59,6 +59,26 @@ class Net(nn.Sequential):
         super().__init__(nn.Flatten(), nn.Linear(pixels, inside.CLASSES))
 """
 """A model that lies in no clone, and needs a neighbour."""
+SCRIPT = """
+import argparse, os
+import torch
+from torch import nn
+import workers
+import inside
+
+parser = argparse.ArgumentParser()
+parser.add_argument("--rate", type=float)
+rate = parser.parse_args().rate
+print("rate", rate, "in", os.getcwd())
+model = nn.Linear(4, inside.CLASSES)
+cluster = workers.join()
+model, optimizer = cluster.attach(model, torch.optim.SGD(model.parameters(), lr=rate))
+data = torch.utils.data.TensorDataset(torch.randn(640, 4), torch.zeros(640, dtype=torch.long))
+for inputs, labels in cluster.batches(data):
+    optimizer.zero_grad()
+    nn.functional.cross_entropy(model(inputs), labels).backward()
+    optimizer.step()
+"""
 SLOWER = "15mbit"  # so slow that the link is what a round waits for, however busy this machine is
 LONG = ("num_epochs=10000", "heartbeat_timeout=3")
 
@@ -156,7 +176,8 @@ def test_a_run_from_start_to_end(cluster: Cluster, tmp_path: Path) -> None:
     up.send(signal.SIGINT)
     assert up.end() == 0
     assert up.lines[-1] == (
-        "the run goes on. Look again: make attach, make status. End it: make down"
+        "the run goes on. Look again: make attach, make status. End it: make down; "
+        f"each with cluster={cluster.file}"
     )
     config = (cluster.runs()[-1] / "config.yaml").read_text()
     assert "batch_size: 16" in config and "outside:Net" in config
@@ -173,7 +194,7 @@ def test_a_run_from_start_to_end(cluster: Cluster, tmp_path: Path) -> None:
     attach = cluster.make("attach")
     attach.wait_for(r"mini1 \| .*step [1-9]")
     cluster.kill("mini3", "workers id=2")
-    attach.wait_for(r"mini3 \| the worker has failed")
+    attach.wait_for(r"mini3 \| worker 2 has failed")
     cluster.kill("mini2", "workers id=1")
     attach.wait_for(
         r"mini2 \| warning: the worker died \(killed by SIGKILL\): starting it again \(1 of 3\)"
@@ -260,6 +281,23 @@ def test_what_fails_is_told_and_the_next_start_works(cluster: Cluster) -> None:
     said = cluster.says("down")
     assert said.splitlines()[-1] == f"nothing of the run is left on mini1, {new}"
     assert cluster.left() == []
+
+
+def test_a_script_on_two_workers_of_one_machine(cluster: Cluster, tmp_path: Path) -> None:
+    """Without a word in the file about workers; with its neighbour and its arguments."""
+    (tmp_path / "train.py").write_text(SCRIPT)
+    (tmp_path / "inside.py").write_text("CLASSES = 2\n")
+    cluster.file.write_text("port: 43210\n")
+    words = (f"--script={tmp_path / 'train.py'}", "hosts=mini1,mini2:2", "num_epochs=2")
+    up = cluster.make("up", *words, "track_gradients=false", "--", "--rate", "0.5")
+    up.wait_for(f"carrying inside.py, train.py from {tmp_path} to each machine")
+    assert up.end() == 0, up.output
+    home = cluster.machines.home("mini2")
+    for number in (2, 3):
+        assert f"mini2 | [worker {number}] rate 0.5 in {home}/paramserver" in up.output
+    assert re.search(r"mini1 \| rate 0.5 in ", up.output)  # the only worker there
+    assert "worker 3 │" in up.output and "all epochs are done" in up.output
+    assert set(cluster.left()) == set()
 
 
 def test_the_doctor_takes_the_fast_link_and_measures_both_as_iperf3_does(cluster: Cluster) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from paramserver.fleet.user_code import UserCode, find_user_code, modules
+from paramserver.errors import UserError
+from paramserver.fleet.user_code import Script, UserCode, find_user_code, modules, place_of
 from paramserver.settings import Settings
 
 CLONE = Path("/clone")
@@ -61,6 +62,27 @@ def test_modules_of_two_folders(desk: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.syspath_prepend(other)
     own = find_user_code(named("carry_extra:Net", dataset="carry_data:Films"), CLONE)
     assert own == (UserCode(desk, ("carry_extra.py",)), UserCode(other, ("carry_data.py",)))
+
+
+def test_a_script_goes_with_its_neighbours_too(desk: Path) -> None:
+    script = Script.find(str(desk / "carry_layers.py"), ["--lr", "1"])
+    own = find_user_code(named(), CLONE, script)
+    assert own == (UserCode(desk, ("carry_extra.py", "carry_layers.py", "carry_parts")),)
+    assert place_of(script, own, CLONE) == "own/0/carry_layers.py"
+    [both] = find_user_code(named("carry_nothing:Net"), CLONE, script)  # all of one folder
+    assert both.names == (*own[0].names[:2], "carry_nothing.py", "carry_parts")
+    assert find_user_code(named(), desk, script) == ()  # in the clone
+    assert place_of(script, (), desk) == "code/carry_layers.py"
+
+
+def test_settings_beside_a_script_come_before_those_that_are_typed(desk: Path) -> None:
+    script = Script.find(str(desk / "carry_nets.py"), [])
+    assert script.settings(["seed=1"]) == ["observer=false", "seed=1"]
+    (desk / "carry_nets.yaml").touch()
+    beside = f"model={desk / 'carry_nets.yaml'}"
+    assert script.settings(["observer=true"]) == [beside, "observer=true"]
+    with pytest.raises(UserError, match="there is no script"):
+        Script.find(str(desk / "carry_no_such.py"), [])
 
 
 def test_what_is_there_anyway_stays(desk: Path) -> None:

@@ -59,7 +59,7 @@ def join(
     *,
     port: int | None = None,
     token: str | None = None,
-    security: str = "curve",
+    security: str | None = None,
     timeout_s: float = 60.0,
     shared_memory: bool = True,
     say: Callable[[str], None] | None = None,
@@ -70,10 +70,10 @@ def join(
     What is not given is taken from the environment (`workers.link.environment`). A server on
     another machine needs its join `token`, or the path of a file that holds one; the token brings
     host and port, where they are not given. As host, "auto" looks for the server in the local
-    network, by mDNS. `security="none"` is for a server with the same setting. If there is neither
-    host nor token, and no server listens on this machine, this is a cluster of one: the same loop
-    trains alone, with the settings in `alone` (`num_epochs`, `batch_size`, `seed`) over the usual
-    ones.
+    network, by mDNS. `security="none"` (usual: "curve") is for a server with the same setting. If
+    there is neither host nor token, and no server listens on this machine, this is a cluster of
+    one: the same loop trains alone, with the settings in `alone` (`num_epochs`, `batch_size`,
+    `seed`) over the usual ones.
 
     With a server on this host gradients go through shared memory, half of which is left to others
     (a DataLoader's processes, say); `shared_memory=False` leaves all.
@@ -91,6 +91,7 @@ def join(
         log = logs.to(say, "workers")
     here = read_environment(os.environ)
     host, port, token = host or here.host, port or here.port, token or here.token
+    security = security or here.security or "curve"
     search = None
     if host is None and token is None:
         port = port or Settings.port

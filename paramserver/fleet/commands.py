@@ -25,7 +25,7 @@ from typing import Any
 
 from paramserver.config.schema import allowed
 from paramserver.fleet.user_code import UserCode
-from paramserver.net.hosts import HERE, Host
+from paramserver.net.hosts import HERE, Host, Process
 from paramserver.settings import Settings
 
 SSH = (
@@ -35,6 +35,7 @@ SSH = (
 CHECK_S = 30.0
 MEASURE_S = 900.0  # it may download a data set
 COPY_S = 600.0
+LOOPBACK = "127.0.0.1"
 SETUP_S = 1800.0
 ANSWER_S = 60.0
 SERVER_PATIENCE_S = 120  # an orderly end takes the observer's last evaluation and upload
@@ -98,6 +99,8 @@ def check(host: Host) -> Command:
         host,
         f"""
 echo "time $(date +%s)"
+echo "cores $(getconf _NPROCESSORS_ONLN)"
+echo "gpus $(nvidia-smi -L 2> /dev/null | grep -c '^GPU')"
 echo "system $(uname -s)"
 for python in {pythons}; do
     if found=$("$python" -c '{version}' 2> /dev/null); then echo "python $found"; fi
@@ -128,6 +131,8 @@ class Checked:
     room_kb: int | None = None
     unwritable: str = ""
     foreign: str = ""
+    cores: int = 0
+    gpus: int = 0
 
 
 def read_check(answer: str) -> Checked:
@@ -140,9 +145,14 @@ def read_check(answer: str) -> Checked:
     def first(key: str) -> str:
         return said.get(key, [""])[0]
 
+    def number(key: str) -> int:
+        return int(first(key)) if first(key).isdigit() else 0
+
     return Checked(
         system=first("system"),
-        time=float(first("time")) if first("time").isdigit() else 0.0,
+        time=float(number("time")),
+        cores=number("cores"),
+        gpus=number("gpus"),
         pythons=tuple(dict.fromkeys(said.get("python", []))),
         has=frozenset(said.get("has", [])),
         room_kb=int(first("room")) if first("room").isdigit() else None,
@@ -355,10 +365,12 @@ def server_argv(settings: Settings, addresses: Sequence[str]) -> list[str]:
     ]  # fmt: skip
 
 
-def worker_argv(host: Host, settings: Settings, address: str | None) -> list[str]:
-    """`address` is the server's; None: on the same machine."""
+def worker_argv(
+    host: Host, settings: Settings, address: str | None, id: int | None = None
+) -> list[str]:
+    """`address` is the server's; None: on the same machine. `id`: of several workers there."""
     argv = [
-        ".venv/bin/python", "-m", "workers", f"id={host.id}", f"host_ip={address or 'null'}",
+        ".venv/bin/python", "-m", "workers", f"id={id or host.id}", f"host_ip={address or 'null'}",
         f"port={settings.port}", f"dataset.root={_below(_root(settings))}",
         f"join_timeout={settings.join_timeout:g}",
     ]  # fmt: skip
@@ -366,6 +378,40 @@ def worker_argv(host: Host, settings: Settings, address: str | None) -> list[str
     argv += [f"allow={','.join(names)}"] if (names := allowed(settings)) else []
     argv += [f"device={host.device}"] if host.device else []
     return argv + ([f"threads={host.threads}"] if host.threads else [])
+
+
+def script_argv(place: str, words: Sequence[str]) -> list[str]:
+    """A user's script, started in the host's folder."""
+    return ["code/.venv/bin/python", place, *words]
+
+
+def script_environment(settings: Settings, address: str | None, id: int) -> dict[str, str]:
+    """What `workers.join()` in that script needs, but for the token, which is a secret."""
+    return {
+        "PARAMSERVER_HOST": address or LOOPBACK,
+        "PARAMSERVER_PORT": str(settings.port),
+        "PARAMSERVER_ID": str(id),
+        **({"PARAMSERVER_SECURITY": "none"} if settings.security == "none" else {}),
+    }
+
+
+def own_share(host: Host, process: Process, found: Checked, script: bool) -> dict[str, str]:
+    """The environment that gives a worker its part of the machine: one of its GPUs where there
+    are several workers, its share of the cores; and, to a script, the host's `device` and
+    `threads`, which a worker of ours gets as settings."""
+    given = {}
+    device = host.device or "auto"
+    if script and device == "cpu":
+        given["CUDA_VISIBLE_DEVICES"] = ""
+    elif script and device.startswith("cuda:"):
+        given["CUDA_VISIBLE_DEVICES"] = device.partition(":")[2]
+    elif host.workers > 1 and found.gpus and device in ("auto", "cuda"):
+        given["CUDA_VISIBLE_DEVICES"] = str(process.rank % found.gpus)
+    if host.threads and script:
+        given["OMP_NUM_THREADS"] = str(host.threads)
+    elif host.workers > 1 and found.cores and not host.threads:
+        given["OMP_NUM_THREADS"] = str(max(1, found.cores // host.workers))
+    return given
 
 
 def _root(settings: Settings) -> str:
@@ -379,17 +425,20 @@ def start(
     up: str,
     secrets: Mapping[str, str],
     own: Mapping[str, str] = MappingProxyType({}),
+    folder: str = "",
 ) -> Command:
-    """Starts `server` or `worker` under a supervisor. `secrets` are environment variables that are
-    not shown, `own` others that are; all go through standard input."""
+    """Starts `server` or a `worker` under a supervisor, in `folder` as seen from the code.
+    `secrets` are environment variables that are not shown, `own` others that are; all go through
+    standard input."""
 
     def orders(secrets: Mapping[str, str]) -> str:
         told = {
             "argv": argv,
             "environment": {"PYTHONUNBUFFERED": "1", **own, **secrets},
             "restart": host.restart,
-            "again": AGAIN[name],
+            "again": AGAIN[name.partition("-")[0]],
             "up": up,
+            "folder": folder,
         }
         return json.dumps(told)
 

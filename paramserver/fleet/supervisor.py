@@ -16,7 +16,8 @@ a free lock means that there is none. Its folder (the last argument; `..` as see
                                    standard input ends; exits with 0 if all went well
     log NAME FOLDER LINES          the last LINES lines of this start's log
     stop NAME FOLDER PATIENCE      ends the process in order, after PATIENCE seconds by force;
-                                   answers which processes it killed, and the last state
+                                   answers which processes it killed, and the last state; `worker`
+                                   is `worker-1`, `worker-2` and so on, too
 
 Secrets are in the environment that the orders give, never in arguments or files. Only the search
 for processes that are left needs more than the standard library.
@@ -35,6 +36,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -64,6 +66,7 @@ class Orders:
     restart: int = 3  # how often
     again: list[int] = field(default_factory=list)  # exit codes to restart after
     up: str = ""  # names the `make up` that started it
+    folder: str = ""  # where it is started; "": in the code
 
 
 @dataclass
@@ -241,6 +244,7 @@ class Supervisor:
         own = {MARK: self._files.mark, notify.VARIABLE: str(self._files.notify.resolve())}
         self._process = subprocess.Popen(
             self._orders.argv,
+            cwd=self._orders.folder or None,
             env={**os.environ, **self._orders.environment, **own},
             stdin=subprocess.DEVNULL,
             stdout=self._log,
@@ -425,6 +429,22 @@ def stop(files: Files, patience_s: int) -> dict[str, Any]:
     return {"ran": ran, "killed": killed, "left": left, "state": asdict(now) if now else None}
 
 
+def stop_all(folder: Path, name: str, patience_s: int) -> dict[str, Any]:
+    """`stop` for every process of this name, numbered ones too, at once: the answers as one, with
+    the last states of those that ran as ``ended``."""
+    there = {path.stem for path in (folder / "state").glob(f"{name}-*.json")}
+    names = sorted({name, *there})
+    with ThreadPoolExecutor(max_workers=len(names)) as pool:
+        told = list(pool.map(lambda each: stop(Files(folder, each), patience_s), names))
+    return {
+        "ran": any(each["ran"] for each in told),
+        "killed": [line for each in told for line in each["killed"]],
+        "left": [pid for each in told for pid in each["left"]],
+        "state": told[0]["state"],
+        "ended": [each["state"] for each in told if each["ran"]],
+    }
+
+
 def status(folder: Path) -> list[State]:
     """The state of every process that runs or ran here."""
     names = sorted(path.stem for path in (folder / "state").glob("*.json"))
@@ -482,7 +502,7 @@ def main(words: list[str]) -> int:
             return 1
         print(json.dumps(asdict(state)))
     elif command == "stop":
-        print(json.dumps(stop(files, int(rest[2]))))
+        print(json.dumps(stop_all(files.folder, files.name, int(rest[2]))))
     elif command == "log":
         sys.stdout.buffer.write(tail(files, int(rest[2])))
     elif command == "follow":

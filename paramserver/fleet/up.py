@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from paramserver.fleet.commands import Checked, Trouble
 from paramserver.fleet.measurements import Measurement
 from paramserver.fleet.remote import Agent, Failed
 from paramserver.fleet.supervisor import State
-from paramserver.fleet.user_code import UserCode, find_user_code
+from paramserver.fleet.user_code import Script, UserCode, find_user_code, place_of
 from paramserver.fleet.watch import Lines, Watch, machines, refuse, show, states, stop
 from paramserver.net.hosts import Host
 from paramserver.net.interfaces import SPOKEN, Interface, from_json, paths
@@ -51,6 +51,10 @@ class Job:
     hosts: tuple[Host, ...]
     user_code: tuple[UserCode, ...] = ()
     """The user's own modules outside the clone."""
+    script: Script | None = None
+    """Runs on the workers' machines in place of the built-in training."""
+    checked: Mapping[str, Checked] = field(default_factory=dict)
+    """What was found on each machine."""
 
     @property
     def server(self) -> Host:
@@ -68,37 +72,40 @@ class Job:
     @property
     def stamp(self) -> str:
         """An identifier of this start: the same machines and settings have the same one."""
-        told = repr((self.text, self.hosts, self.settings.host_ip))
+        told = repr((self.text, self.hosts, self.settings.host_ip, self.script))
         return hashlib.sha256(told.encode()).hexdigest()[:16]
 
 
-def job(arguments: Sequence[str]) -> Job:
+def job(arguments: Sequence[str], script: Script | None = None) -> Job:
     """The job that these settings describe. Raises `UserError`."""
+    if script is not None:
+        arguments = script.settings(arguments)
     settings, given, hosts = machines(arguments)
-    count = sum(host.works for host in hosts)
+    count = sum(len(host.processes) for host in hosts)
     if "num_workers" not in given:  # a file's number is for runs by hand
         if settings.min_workers > count:
             raise UserError(
-                f"min_workers is {settings.min_workers}, and {count} machines train",
+                f"min_workers is {settings.min_workers}, and the machines have {count} workers",
                 "min_workers=1 lets a run begin with one",
             )
         settings = replace(settings, num_workers=count)
     if settings.host_ip == "auto":
         settings = replace(settings, host_ip=None)
-    return Job(settings, hosts)
+    return Job(settings, hosts, script=script)
 
 
-def up(arguments: list[str], *, dry: bool = False) -> int:
-    """Start a run and show it; returns the server's exit code. Raises `UserError` with all
-    faults."""
-    wanted, root = job(arguments), clone()
-    wanted = replace(wanted, user_code=find_user_code(wanted.settings, root))
+def up(arguments: list[str], *, script: Script | None = None, dry: bool = False) -> int:
+    """Start a run and show it, with `script` as its workers; returns the server's exit code.
+    Raises `UserError` with all faults."""
+    wanted, root = job(arguments, script), clone()
+    wanted = replace(wanted, user_code=find_user_code(wanted.settings, root, script))
     if dry:
         for command in all_commands(wanted, root):
             terminal.result(str(command))
         return 0
     lines = Lines(wanted.hosts)
     checked = check(wanted.hosts)
+    wanted = replace(wanted, checked=checked)
     running = look(wanted, checked)
     if not running:
         prepare(lines, wanted.hosts, root, wanted.user_code)
@@ -109,7 +116,7 @@ def up(arguments: list[str], *, dry: bool = False) -> int:
         stack.close()
         with Watch(lines) as watch:
             start(lines, watch, wanted, ways, running, token)
-            return show(watch, lines)
+            return show(watch, lines, arguments)
 
 
 def clone() -> Path:
@@ -167,7 +174,13 @@ def look(wanted: Job, checked: Mapping[str, Checked]) -> set[tuple[str, str]]:
     ours = {key for key, state in alive.items() if server is not None and state.up == wanted.stamp}
     lines = Lines(wanted.hosts)
     for name in ("server", "worker"):
-        left = [h for h in ready if (h.name, name) in alive and (h.name, name) not in ours]
+        left = [
+            host
+            for host in ready
+            if any(
+                key[0] == host.name and key[1].partition("-")[0] == name for key in {*alive} - ours
+            )
+        ]
         refuse(stop(lines, left, name), "what is left of an earlier run cannot be ended")
     return ours
 
@@ -342,17 +355,25 @@ def start(
             _wait_until_ready(lines, watch, server)
         else:
             watch.add(server, "server", _kept(server, "server").log_to)
-        by_host = {command.host: command for command in _starts(wanted, ways, token)[1:]}
+        commands_of: dict[str, list[commands.Command]] = {}
+        for command in _starts(wanted, ways, token)[1:]:
+            commands_of.setdefault(command.host, []).append(command)
 
-        def one(host: Host) -> int:
-            if (host.name, "worker") in running:
-                return _kept(host, "worker").log_to
-            return State(**remote.ask(host, by_host[host.name], "starting the worker")).log_from
+        def one(host: Host) -> list[int]:
+            offsets = []
+            for process, command in zip(host.processes, commands_of[host.name], strict=True):
+                if (host.name, process.name) in running:
+                    offsets.append(_kept(host, process.name).log_to)
+                else:
+                    told = remote.ask(host, command, f"starting worker {process.id}")
+                    offsets.append(State(**told).log_from)
+            return offsets
 
         offsets, troubles = remote.on_all(one, wanted.workers)
         refuse(troubles, "not all workers could be started")
         for host in wanted.workers:
-            watch.add(host, "worker", offsets[host.name])
+            for process, offset in zip(host.processes, offsets[host.name], strict=True):
+                watch.add(host, process.name, offset)
     except BaseException as e:
         if begun:
             lines.tell("the start was not finished: ending what was started")
@@ -391,22 +412,36 @@ def _starts(wanted: Job, ways: Mapping[str, Way], token: str) -> list[commands.C
     own = {"PYTHONPATH": commands.own_path(wanted.user_code)} if wanted.user_code else {}
     chosen = [
         Chosen(
-            host.id,
+            process.id,
             way.near.address if way.near else None,
             way.far.address,
-            way.bytes_per_s,
+            way.bytes_per_s / host.workers,
             way.measured_by,
         )
         for host in wanted.workers
-        if host.id and (way := ways.get(host.name)) and way.bytes_per_s
+        for process in host.processes
+        if (way := ways.get(host.name)) and way.bytes_per_s
     ]
     told = {CHOSEN: write(chosen)} if chosen else {}
     begun = [commands.start(server, "server", argv, wanted.stamp, secrets, {**own, **told})]
     for host in wanted.workers:
         to = ways[host.name].far.address if host != server else None
-        argv = commands.worker_argv(host, settings, to)
         secret = {VARIABLE: token} if to is not None and token else {}
-        begun.append(commands.start(host, "worker", argv, wanted.stamp, secret, own))
+        found = wanted.checked.get(host.name, Checked())
+        for process in host.processes:
+            share = commands.own_share(host, process, found, wanted.script is not None)
+            given, folder = {**own, **share}, ""
+            if wanted.script is None:
+                argv = commands.worker_argv(host, settings, to, process.id)
+            else:
+                argv = commands.script_argv(
+                    place_of(wanted.script, wanted.user_code, clone()), wanted.script.words
+                )
+                given |= commands.script_environment(settings, to, process.id)
+                folder = ".."
+            begun.append(
+                commands.start(host, process.name, argv, wanted.stamp, secret, given, folder)
+            )
     return begun
 
 

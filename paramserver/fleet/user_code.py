@@ -1,5 +1,5 @@
-"""The user's own code that the machines need: the modules that settings name by import path, and
-the modules that those import from their own folder.
+"""The user's own code that the machines need: a training script, the modules that settings name by
+import path, and the modules that those import from their own folder.
 
 Files are read, not imported. Installed packages are left out: they have to be on every machine, as
 this project's own packages are.
@@ -12,11 +12,12 @@ import importlib.util
 import os
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from paramserver.config.schema import import_paths
+from paramserver.errors import UserError
 from paramserver.settings import Settings
 
 
@@ -39,9 +40,49 @@ def modules(settings: Settings) -> dict[str, str]:
     return found
 
 
-def find_user_code(settings: Settings, root: Path) -> tuple[UserCode, ...]:
+@dataclass(frozen=True)
+class Script:
+    """A user's training script, and the words behind it."""
+
+    path: Path
+    words: tuple[str, ...] = ()
+
+    @classmethod
+    def find(cls, name: str, words: Sequence[str]) -> Script:
+        """Raises `UserError` where there is none."""
+        path = Path(name).expanduser()
+        if not path.is_file():
+            there = ", ".join(sorted(p.stem for p in path.parent.glob("*.py")))
+            raise UserError(f"there is no script {path}", f"there is: {there}" if there else "")
+        return cls(path, tuple(words))
+
+    def settings(self, typed: Sequence[str]) -> list[str]:
+        """The words of a command line for its run: first the settings in a YAML file beside it, of
+        the same name, then those that were typed."""
+        chosen = {"observer": "false"}  # an observer would need the script's model
+        if self.path.with_suffix(".yaml").is_file():
+            chosen["model"] = str(self.path.with_suffix(".yaml"))
+        given = {word.partition("=")[0] for word in typed}
+        return [f"{k}={v}" for k, v in chosen.items() if k not in given] + list(typed)
+
+
+def place_of(script: Script, user_code: Sequence[UserCode], root: Path) -> str:
+    """Where the script lies on each machine, below that machine's folder."""
+    path = script.path.resolve()
+    for number, own in enumerate(user_code):
+        if own.folder == path.parent and path.name in own.names:
+            return f"own/{number}/{path.name}"
+    return f"code/{path.relative_to(root)}"
+
+
+def find_user_code(
+    settings: Settings, root: Path, script: Script | None = None
+) -> tuple[UserCode, ...]:
     """The code to copy beside the clone at `root`, which is copied anyway."""
     by_folder: dict[Path, set[str]] = {}
+    if script is not None and not script.path.resolve().is_relative_to(root):
+        path = script.path.resolve()
+        by_folder[path.parent] = _with_neighbours(path)
     for module in modules(settings):
         place = _place(module)
         if place is not None and place.parent != root and not is_installed(place):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import queue
+import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -40,10 +41,12 @@ LOOK_S = 0.2
 
 
 def machines(arguments: Sequence[str]) -> tuple[Settings, dict[str, object], tuple[Host, ...]]:
-    """The settings, those that were typed, and the machines. Raises `UserError` without
-    machines."""
-    loaded = load(list(arguments), "server")
-    hosts = fleet.read(loaded.settings.hosts)
+    """The settings, those that were typed, and the machines: those of ``hosts=a,b``, or else all
+    that the file names. Raises `UserError` without machines."""
+    typed = [word for word in arguments if re.match(r"hosts=[^\[{]", word)]
+    loaded = load([word for word in arguments if word not in typed], "server")
+    entries = loaded.settings.hosts
+    hosts = fleet.read(fleet.choose(typed[-1].partition("=")[2], entries) if typed else entries)
     if not hosts:
         raise UserError(
             "no machines are named",
@@ -51,6 +54,7 @@ def machines(arguments: Sequence[str]) -> tuple[Settings, dict[str, object], tup
             "hosts:\n"
             "  - {name: mini1, ssh: mini1, role: both}\n"
             "  - {name: mini2, ssh: user@mini2.local}\n"
+            "or here: make up HOSTS=mini1,user@mini2.local\n"
             "docs/cluster.md tells more",
         )
     return loaded.settings, loaded.given, hosts
@@ -206,7 +210,7 @@ def status(arguments: list[str]) -> int:
             style = {"failed": "red", "running": "green"}.get(state.phase, "")
             table.add_row(
                 host.name,
-                f"worker {host.id}" if name == "worker" else name,
+                host.spoken(name),
                 Text(in_words(state), style=style),
                 f"{datetime.fromtimestamp(state.since):%d %b %H:%M:%S}",
                 str(state.restarts or ""),
@@ -278,10 +282,23 @@ def attach(arguments: list[str]) -> int:
     with Watch(lines) as watch:
         for host, name, state in alive:
             watch.add(host, name, state.log_to)
-        return show(watch, lines)
+        return show(watch, lines, arguments)
 
 
-def show(watch: Watch, lines: Lines) -> int:
+def of_process(host: Host, name: str, line: str) -> str:
+    """A line of a machine's process, with its name where that machine has several workers."""
+    own = f"[{host.spoken(name)}] "
+    return own + line if host.workers > 1 and name != "server" and own.strip() not in line else line
+
+
+def typed_too(arguments: Sequence[str]) -> str:
+    """What of a command line has to be typed with the next command, too."""
+    words = [word for word in arguments if word.startswith(("hosts=", "cluster="))]
+    words = [word.replace("hosts=", "HOSTS=", 1) for word in words]
+    return f"; each with {' '.join(words)}" if words else ""
+
+
+def show(watch: Watch, lines: Lines, arguments: Sequence[str]) -> int:
     """Print the output of all until the run is over, or Ctrl-C; returns the server's exit code (0
     after Ctrl-C)."""
     code, until = 0, math.inf
@@ -289,12 +306,11 @@ def show(watch: Watch, lines: Lines) -> int:
         while True:
             for event in watch.events(until):
                 if event.line is not None:
-                    lines.say(event.host.name, event.line)
+                    lines.say(event.host.name, of_process(event.host, event.name, event.line))
                     continue
                 if event.code:
-                    lines.say(
-                        event.host.name, f"the {event.name} has failed: make status, make logs"
-                    )
+                    name = event.host.spoken(event.name)
+                    lines.say(event.host.name, f"{name} has failed: make status, make logs")
                 if event.name == "server":
                     code = event.code or 0
                     until = time.monotonic() + FAREWELL_S
@@ -303,7 +319,10 @@ def show(watch: Watch, lines: Lines) -> int:
                 break
     except KeyboardInterrupt:
         lines.tell("")  # below the terminal's ^C
-        lines.tell("the run goes on. Look again: make attach, make status. End it: make down")
+        lines.tell(
+            "the run goes on. Look again: make attach, make status. End it: make down"
+            + typed_too(arguments)
+        )
         return 0
     for trouble in watch.troubles:
         lines.tell_as_it_is(str(trouble))
@@ -338,10 +357,11 @@ def stop(lines: Lines, hosts: Sequence[Host], name: str) -> list[Trouble]:
         answer = remote.ask(host, commands.stop(host, name), f"stopping the {name}")
         for line in answer["killed"]:
             lines.say(host.name, f"had to be killed: {line}")
-        if answer["ran"] and answer["state"] is not None:
-            code = answer["state"]["code"]
-            how = "in order" if code in (0, 1) else died(code) if code is not None else "by force"
-            lines.say(host.name, f"the {name} has ended, {how}")
+        for state in answer.get("ended", [answer["state"]] if answer["ran"] else []):
+            if state is not None:
+                code = state["code"]
+                how = "in order" if code in (0, 1) else "by force" if code is None else died(code)
+                lines.say(host.name, f"the {host.spoken(state['name'])} has ended, {how}")
         if answer["left"]:
             left = ", ".join(str(pid) for pid in answer["left"])
             return [Trouble(host.name, f"processes that cannot be ended: {left}")]

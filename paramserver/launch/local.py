@@ -26,6 +26,7 @@ from paramserver import terminal, trace
 from paramserver.config.loading import exit_on_user_error, load
 from paramserver.config.schema import allowed, scope
 from paramserver.errors import UserError
+from paramserver.fleet.user_code import Script
 from paramserver.output.runfolder import latest
 from paramserver.settings import Settings
 
@@ -213,15 +214,23 @@ def fleet(words: list[str]) -> int:
     from paramserver.fleet import doctor, planning, up, watch
 
     command, *rest = words
-    options_of = {"up": ["--dry"], "logs": ["--host="]}
+    rest, behind = _behind_dashes(rest)
+    options_of = {"up": ["--dry", "--script="], "logs": ["--host="]}
     known = options_of.get(command, ["--json"] if command in ("doctor", "plan") else [])
     options = [word for word in rest if word.startswith("--")]
     for option in options:
         if option.partition("=")[0] + "=" * ("=" in option) not in known:
             raise UserError(f"{command} knows no option {option}", ", ".join(known))
     settings = [word for word in rest if word not in options]
+    named = [word.partition("=")[2] for word in options if word.startswith("--script=")]
+    if behind and not named:
+        raise UserError(
+            f"{command} has nothing that takes the words behind --: {' '.join(behind)}",
+            "make up SCRIPT=train.py ARGS='--lr 0.1' gives them to your script",
+        )
     if command == "up":
-        return up.up(settings, dry="--dry" in options)
+        own = Script.find(named[-1], behind) if named else None
+        return up.up(settings, script=own, dry="--dry" in options)
     if command == "logs":
         return watch.logs(settings, options[-1].partition("=")[2] if options else None)
     if command == "doctor":
@@ -241,28 +250,31 @@ def ray(arguments: list[str]) -> int:
 def script(arguments: list[str]) -> int:
     """Run a server and `num_workers` processes of a user's training script, all on this machine.
 
-    The settings in a YAML file beside the script, of the same name, come first. Each process finds
-    the server in its environment (`workers.join()` without an address). The output of the first one
-    is printed at the end, because the progress has the terminal until then.
+    The settings in a YAML file beside the script, of the same name, come first; what follows `--`
+    is the script's own. Each process finds the server in its environment (`workers.join()` without
+    an address). The output of the first one is printed at the end, because the progress has the
+    terminal until then.
     """
+    arguments, behind = _behind_dashes(arguments)
     if not arguments or "=" in arguments[0]:
-        raise UserError("which script?", "python -m paramserver.launch script train.py [key=value]")
-    path, arguments = Path(arguments[0]), arguments[1:]
-    if not path.is_file():
-        there = ", ".join(sorted(p.stem for p in path.parent.glob("*.py")))
-        raise UserError(f"there is no script {path}", f"there is: {there}" if there else "")
-    given = {a.partition("=")[0] for a in arguments}
-    chosen = {"host_ip": LOOPBACK, "observer": "false"}  # an observer would need the script's model
-    if path.with_suffix(".yaml").is_file():
-        chosen["model"] = str(path.with_suffix(".yaml"))
-    arguments = [f"{k}={v}" for k, v in chosen.items() if k not in given] + arguments
+        raise UserError(
+            "which script?",
+            "python -m paramserver.launch script train.py [key=value] [-- the script's arguments]",
+        )
+    own, arguments = Script.find(arguments[0], behind), arguments[1:]
+    if not any(a.startswith("host_ip=") for a in arguments):
+        arguments = [f"host_ip={LOOPBACK}", *arguments]
+    arguments = own.settings(arguments)
     settings = load(arguments, "server").settings
     place = {"PARAMSERVER_HOST": LOOPBACK, "PARAMSERVER_PORT": str(settings.port)}
     cores = max(1, (os.cpu_count() or 1) // settings.num_workers)
     usual = {"OMP_NUM_THREADS": str(cores), "PYTHONUNBUFFERED": "1"}
 
     def worker(number: int) -> tuple[list[str], dict[str, str]]:
-        return [str(path)], {**usual, **os.environ, **place, "PARAMSERVER_ID": str(number)}
+        return (
+            [str(own.path), *own.words],
+            {**usual, **os.environ, **place, "PARAMSERVER_ID": str(number)},
+        )
 
     with _on_this_machine(settings, arguments, worker) as started:
         try:
@@ -272,6 +284,12 @@ def script(arguments: list[str]) -> int:
             return started.interrupt()
         terminal.say(started.words(1))
         return int(failed)
+
+
+def _behind_dashes(words: list[str]) -> tuple[list[str], list[str]]:
+    """What stands before and behind the word `--`."""
+    at = words.index("--") if "--" in words else len(words)
+    return words[:at], words[at + 1 :]
 
 
 def _all_well(processes: list[subprocess.Popen[bytes]]) -> bool:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import ipaddress
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from paramserver.errors import UserError
@@ -23,7 +23,18 @@ from paramserver.settings import outside
 from paramserver.words import nearest
 
 HERE = "local"  # as `ssh`: this machine, without ssh
+WORKERS_MAX = 64  # on one machine
 ROLES = ("server", "worker", "both")
+
+
+@dataclass(frozen=True)
+class Process:
+    """A worker's process on a machine: its name there, its number in the run, and which of the
+    machine's workers it is, from 0."""
+
+    name: str
+    id: int
+    rank: int
 
 
 @dataclass(frozen=True)
@@ -34,7 +45,8 @@ class Host:
     ssh: str
     ip: str | None = None  # its address for the exchange; None: found by measuring
     role: str = "worker"  # server, worker, or both
-    id: int | None = None  # the worker's number; None: by the place in the list
+    id: int | None = None  # the (first) worker's number; None: by the place in the list
+    workers: int = 1  # processes that train on it
     device: str | None = None
     threads: int | None = None
     folder: str = "paramserver"  # below the home folder, or absolute
@@ -48,6 +60,22 @@ class Host:
     @property
     def works(self) -> bool:
         return self.role in ("worker", "both")
+
+    @property
+    def processes(self) -> tuple[Process, ...]:
+        """Its workers."""
+        if not self.works or self.id is None:
+            return ()
+        several = self.workers > 1
+        return tuple(
+            Process(f"worker-{rank + 1}" if several else "worker", self.id + rank, rank)
+            for rank in range(self.workers)
+        )
+
+    def spoken(self, name: str) -> str:
+        """The name of a process there, for people."""
+        ids = {process.name: process.id for process in self.processes}
+        return f"worker {ids[name]}" if name in ids else name
 
 
 def read(entries: Any) -> tuple[Host, ...]:
@@ -78,20 +106,51 @@ def read(entries: Any) -> tuple[Host, ...]:
 
 
 def _numbered(hosts: list[Host]) -> tuple[Host, ...]:
-    taken = [host.id for host in hosts if host.works and host.id is not None]
+    taken = [process.id for host in hosts for process in host.processes]
     if twice := {number for number in taken if taken.count(number) > 1}:
         raise _wrong(f"gives id {min(twice)} to two machines", "or leave them out: 1, 2, 3 ...")
-    free = (number for number in range(1, len(hosts) + len(taken) + 1) if number not in taken)
     given = []
     for host in hosts:
-        number = (host.id if host.id is not None else next(free)) if host.works else None
-        given.append(Host(**{**vars(host), "id": number}))
+        number = host.id if host.works else None
+        if host.works and number is None:
+            number = 1  # the first of so many free ones in a row
+            while not set(taken).isdisjoint(range(number, number + host.workers)):
+                number += 1
+            taken += range(number, number + host.workers)
+        given.append(replace(host, id=number))
     return tuple(given)
+
+
+def choose(text: str, entries: Any) -> list[dict[str, Any]]:
+    """The machines of ``hosts=mini1,user@mini2``, for `read`: what is typed behind ssh, with
+    ``:2`` for two workers there. One that `entries`, the file's machines, names is as it is there.
+    Without a server among them the first one is both. Raises `UserError`."""
+    known = {
+        entry["name"]: dict(entry)
+        for entry in (entries if isinstance(entries, list) else [])
+        if isinstance(entry, Mapping) and isinstance(entry.get("name"), str)
+    }
+    found: list[dict[str, Any]] = []
+    for word in filter(None, (word.strip() for word in text.split(","))):
+        ssh, colon, count = word.partition(":")
+        if colon and not (count.isdecimal() and int(count)):
+            raise UserError(
+                f"hosts={text}: {word!r} is no machine",
+                "hosts=mini1,user@mini2.local, or mini1:2 for two workers there",
+            )
+        name = ssh.rpartition("@")[2]
+        entry = known.get(ssh) or known.get(name) or {"name": name, "ssh": ssh}
+        found.append(entry | ({"workers": int(count)} if colon else {}))
+    if not found:
+        raise UserError("hosts= names no machine", "hosts=mini1,user@mini2.local")
+    if all(entry.get("role", "worker") == "worker" for entry in found):
+        found[0] = found[0] | {"role": "both"}
+    return found
 
 
 _KINDS: dict[str, type] = {
     **dict.fromkeys(("name", "ssh", "ip", "role", "device", "folder", "python"), str),
-    **dict.fromkeys(("id", "threads", "restart"), int),
+    **dict.fromkeys(("id", "threads", "restart", "workers"), int),
 }
 
 
@@ -137,6 +196,8 @@ def _problem(host: Host) -> tuple[str, str] | None:
         value = getattr(host, name)
         if value is not None and (must := outside(name, value)):
             return f"{name} {must}, got {value!r}", ""
+    if not 1 <= host.workers <= WORKERS_MAX:
+        return f"workers must be 1 to {WORKERS_MAX}, got {host.workers}", "role: server trains none"
     if host.restart < 0:
         return f"restart must be 0 or more, got {host.restart}", ""
     plain = host.folder.removeprefix("~/")

@@ -1,9 +1,9 @@
 """What the environment variables of a worker say: the server's address and its own number.
 
 The program that starts a worker may set `PARAMSERVER_HOST`, `PARAMSERVER_PORT`, `PARAMSERVER_ID`
-and `PARAMSERVER_JOIN`, the join token (or the path of a file that holds it). Under SLURM, `srun`
-sets for each of its tasks the address of the node where it was called, where the server is
-expected, and the task's number, which begins at 0.
+and `PARAMSERVER_JOIN`, the join token (or the path of a file that holds it); or, for a run without
+keys, `PARAMSERVER_SECURITY=none`. Under SLURM, `srun` sets for each of its tasks the address of the
+node where it was called, where the server is expected, and the task's number, which begins at 0.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from paramserver.net import jointoken
 
 LISTENS_S = 5.0  # a refusal comes at once
 HOST, PORT, ID = "PARAMSERVER_HOST", "PARAMSERVER_PORT", "PARAMSERVER_ID"
+SECURITY = "PARAMSERVER_SECURITY"
 TOKEN = jointoken.VARIABLE
 SLURM_HOST, SLURM_TASK = "SLURM_LAUNCH_NODE_IPADDR", "SLURM_PROCID"
 
@@ -29,6 +30,7 @@ class Environment:
     port: int | None = None
     id: int | None = None
     token: str | None = None
+    security: str | None = None
 
 
 def read_environment(environment: Mapping[str, str]) -> Environment:
@@ -40,7 +42,8 @@ def read_environment(environment: Mapping[str, str]) -> Environment:
         host = host or environment[SLURM_HOST]
         task = _number(environment, SLURM_TASK)
         id = id if id is not None or task is None else task + 1
-    return Environment(host, port, id, environment.get(TOKEN) or None)
+    token, security = environment.get(TOKEN) or None, environment.get(SECURITY) or None
+    return Environment(host, port, id, token, security)
 
 
 def listens(host: str, port: int) -> bool:
