@@ -38,7 +38,7 @@ ROOMS = [
     "paramserver.__main__",
     "workers.replica",
     "workers.samples workers.weight",
-    "workers.looks",
+    "workers.looks workers.optimizer",
     "workers.link",
     "workers.cluster",
     "workers",

@@ -32,6 +32,7 @@ SIMPLE: dict[Any, st.SearchStrategy[Any]] = {
     str: st.text(max_size=8),
     bool: st.booleans(),
     type(None): st.none(),
+    msgspec.UnsetType: st.just(msgspec.UNSET),
 }
 JSON = st.recursive(
     st.none() | st.booleans() | INTS | FLOATS | st.text(max_size=8),

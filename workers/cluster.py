@@ -43,6 +43,8 @@ from workers.link.client import Client
 from workers.link.environment import listens, read_environment
 from workers.link.solo import Solo
 from workers.looks import look
+from workers.optimizer import ClusterOptimizer
+from workers.replica import groups
 from workers.replica.gradients import Gradients
 from workers.replica.outer import Outer
 from workers.replica.replica import Replica
@@ -135,6 +137,10 @@ class Cluster:
         self._replica: Replica | None = None
         self._gradients: Gradients | None = None
         self._feedback: ErrorFeedback | None = None
+        self._optimizer: ClusterOptimizer | None = None
+        self._by_hand: bool | None = None  # the loop changes values of the optimizer's groups
+        self._groups: wire.Groups = {}  # those that it has changed for this round
+        self._told_groups = False  # that others' values count
         self._taken: tuple[int, ...] = ()  # buckets of this round's gradient that are in the update
         self._greetings = client.greetings
         self._round = 0  # the round whose lease is being worked on
@@ -198,6 +204,7 @@ class Cluster:
         scheduler: LRScheduler | None = None,
         clip_norm: float | None = None,
         before_step: Callable[[nn.Module], None] | None = None,
+        after_step: Callable[[nn.Module], Any] | None = None,
         accumulate: int = 1,
         schedule_by: str = "step",
         buffers: Mapping[str, str] | None = None,
@@ -206,7 +213,9 @@ class Cluster:
 
         These arguments fix what happens between the averaged gradient and the parameters, in every
         replica: `before_step(model)`, clipping of the total norm, the optimizer, the schedule (with
-        every update, or `schedule_by` "epoch"). With `local_steps` they are of the steps that each
+        every update, or `schedule_by` "epoch"), and `after_step(model)`, an average of the weights
+        for instance: the state of the object that it belongs to goes to workers that come later.
+        With `local_steps` they are of the steps that each
         worker makes by itself. `accumulate` backward passes make one step.
         `buffers` names buffers that forwards write and that are averaged ("mean") or take the
         largest ("max"); others come whole from one worker, except those of normalisation layers.
@@ -218,6 +227,13 @@ class Cluster:
             raise UserError("attach() was called twice", "a cluster trains one model")
         if isinstance(optimizer, ClusterOptimizer):  # of a training before this one
             optimizer = optimizer.wrapped
+        if scheduler is not None and isinstance(scheduler.optimizer, ClusterOptimizer):
+            scheduler.optimizer._opt_called = True  # type: ignore[attr-defined]
+        if after_step is not None and outer_of(self.settings) and self.settings.overlap:
+            raise UserError(
+                "after_step cannot run while local steps go on during an exchange",
+                "leave it out, or start the server with overlap=false",
+            )
         replica = Replica(
             model,
             optimizer,
@@ -226,6 +242,7 @@ class Cluster:
             scheduler=scheduler,
             clip_norm=clip_norm,
             before_step=before_step,
+            after_step=after_step,
             schedule_by=schedule_by,
             buffers=buffers,
             outer=outer_of(self.settings),
@@ -238,8 +255,11 @@ class Cluster:
         codec = codec_of_pushes(self.settings.codec, self.settings.topk_ratio)
         self._feedback = ErrorFeedback(replica.plan, codec)
         self.client.on_close = self._on_close
-        self._gradients = Gradients(replica, self._values, self._send_bucket, accumulate)
-        return model, ClusterOptimizer(optimizer, self)
+        self._gradients = Gradients(
+            replica, self._values, self._send_bucket, accumulate, self._holds_last_bucket
+        )
+        self._optimizer = ClusterOptimizer(optimizer, self._step)
+        return model, self._optimizer
 
     def _tell_float64(self, replica: Replica) -> None:
         """Report that gradients in float64 do not go through a codec that loses precision."""
@@ -462,7 +482,7 @@ class Cluster:
         self._replica.come_back()
         self._gradients.begin(parts=parts > 1)
         self._sent, self._samples, self._batch, self._steps = 0, samples, samples, 1
-        self._unread = unread
+        self._unread, self._groups = unread, {}
         self._losses.clear()
         self._computing = trace.now()
 
@@ -619,6 +639,7 @@ class Cluster:
             loss=self._mean_loss() if last else None,
             compute_s=self._computed_s() if last else None,
             steps=self._steps,
+            groups=self._changed_by_hand() if last else msgspec.UNSET,
         )
         with self._losing():
             self.client.push(push, buffers)
@@ -629,6 +650,49 @@ class Cluster:
                 if not self._gradients.threaded:  # else backward goes on meanwhile
                     self._held_up_s += time.perf_counter() - start
 
+    # What the loop changes of the optimizer's groups, a learning rate say, counts as of `step`. So
+    # the last bucket, which carries it, leaves there if the loop has ever changed something, and in
+    # the first step, when that is not known.
+
+    def _holds_last_bucket(self) -> bool:
+        assert self._replica is not None
+        return self._by_hand is not False or bool(self._replica.by_hand.changed())
+
+    def _changed_by_hand(self) -> wire.Groups | msgspec.UnsetType:
+        """What the loop has changed since the last update, for the last bucket."""
+        assert self._replica is not None
+        if self._replica.local:
+            return msgspec.UNSET  # of this worker's own steps
+        self._groups = self._replica.by_hand.changed()
+        return self._groups or msgspec.UNSET
+
+    def _missed_by_hand(self) -> wire.Groups:
+        """What the loop has changed after its last bucket had left."""
+        assert self._replica is not None
+        now = self._replica.by_hand.changed()
+        self._by_hand = bool(self._by_hand or now)
+        if now == self._groups:
+            return {}
+        self.client.log.info(
+            f"{groups.shown(now)} was set between backward and step(), when the gradient had left: "
+            "it counts from the next step on, and later gradients wait for step()"
+        )
+        return now
+
+    def _say_groups(self, close: wire.Close) -> None:
+        """Report, once, that what this loop has set is not what counts."""
+        counts = {} if close.groups is msgspec.UNSET else close.groups
+        if self._told_groups or not self._groups or self._groups == counts:
+            return
+        self._told_groups = True
+        whole = [id for id in close.contributors if id not in close.partly]
+        others = shown if (shown := groups.shown(counts)) != "nothing" else "none of it"
+        self.client.log.warning(
+            f"this loop set {groups.shown(self._groups)}, worker {min(whole)} set {others}, which "
+            "counts for all: compute it from cluster.step, which is the same in every worker, not "
+            "from a counter of the loop's own (a schedule of torch: give it to attach())"
+        )
+
     def _computed_s(self) -> float:
         """Seconds from the lease to the last gradient, without those in which others were waited
         for."""
@@ -638,6 +702,8 @@ class Cluster:
         """Note which of our buckets are part of this update."""
         if close.round == (self._under_way or self._round) and self.worker_id in close.contributors:
             self._taken = close.partly.get(self.worker_id, close.buckets)
+            if self.worker_id not in close.partly:
+                self._say_groups(close)
 
     def _step(self) -> None:
         """Send the rest of the gradient and follow the log until this round is over."""
@@ -657,7 +723,9 @@ class Cluster:
             return
         self._gradients.flush()
         self._stepped = True
+        missed = self._missed_by_hand()
         self._finish_round()
+        self._replica.by_hand.set(missed)
 
     def _step_locally(self) -> None:
         """Step with this worker's own gradient, and exchange after the last step of the round;
@@ -813,6 +881,8 @@ class Cluster:
         self.client.close()
         if self._replica is not None:
             self._replica.give_back()
+        if self._optimizer is not None:
+            self._optimizer.release()
 
     def _failed(self, error: BaseException | None) -> str:
         """Where in its batch this worker was when the error came; empty where the batch is not the
@@ -835,42 +905,6 @@ class Cluster:
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         self.leave(wire.FINISHED if error is None else told(error), error)
-
-
-class ClusterOptimizer:
-    """The user's optimizer, whose `step` takes part in a round. Everything else is the user's."""
-
-    def __init__(self, optimizer: Optimizer, cluster: Cluster) -> None:
-        self.wrapped = optimizer
-        self._cluster = cluster
-
-    def step(self, closure: None = None) -> None:
-        """Send the remaining gradient, wait for the round's end, apply the update.
-
-        Usually that is one update; none where the round was void, several where this worker was
-        late. Raises `RunLost` when the server is gone, or has ended the run by an error.
-        """
-        if closure is not None:
-            raise UserError("step(closure) cannot be done over a cluster", "call step()")
-        self._cluster._step()
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients. They are always set to None: after a step `.grad` holds the run's
-        average."""
-        for group in self.wrapped.param_groups:
-            for p in group["params"]:
-                p.grad = None
-
-    @property
-    def _step_supports_amp_scaling(self) -> bool:
-        """What torch's GradScaler asks for first."""
-        raise UserError(
-            "a GradScaler has a scale of its own in every worker, and gradients leave scaled",
-            "use autocast with bfloat16, which needs no scaler",
-        )
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.wrapped, name)
 
 
 def told(error: BaseException) -> str:

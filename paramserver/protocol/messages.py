@@ -100,6 +100,7 @@ NUMBER_MAX = 2**53  # exact in any JSON reader, and the sum of a thousand fits i
 STEP_MAX = 2**48  # at which a run may begin, with room for the steps after it
 SAMPLES_MAX = 2**31 - 1  # of one batch
 REASON_MAX, LATE_MAX = 4000, 200
+GROUPS_MAX = 2**12  # of an optimizer's parameters
 LOOKS_MAX, LOOK_CHARS = 64, 64  # parts of samples that are compared; text that describes each
 
 Int = Annotated[int, msgspec.Meta(ge=-NUMBER_MAX, le=NUMBER_MAX)]
@@ -142,6 +143,19 @@ Anything = Annotated[dict[Name, Any], msgspec.Meta(max_length=1000)]
 """A dict whose contents this module does not know; as JSON at most `MEASURED_BYTES_MAX`."""
 
 Shape = Annotated[tuple[Int, ...], msgspec.Meta(max_length=DIMENSIONS_MAX)]
+
+Text = Annotated[str, msgspec.Meta(max_length=64)]
+
+Value = None | bool | Int | float | Text | Annotated[
+    tuple[Int | float, ...], msgspec.Meta(max_length=16)
+]  # fmt: skip
+"""A value of a parameter group: its learning rate, say, or its betas."""
+
+Groups = Annotated[
+    dict[Int, Annotated[dict[Name, Value], msgspec.Meta(max_length=64)]],
+    msgspec.Meta(max_length=GROUPS_MAX),
+]
+"""Some values of an optimizer's parameter groups, by the groups' numbers."""
 
 
 def clip(text: str, most: int = REASON_MAX) -> str:
@@ -403,6 +417,9 @@ class Push(Message, frozen=True):
     The same in every push of a round."""
     steps: Annotated[int, msgspec.Meta(ge=1, le=STEP_MAX)] = 1
     """Optimizer steps that the worker made with its samples, see `Open.local_steps`."""
+    groups: Groups | msgspec.UnsetType = msgspec.UNSET
+    """Values of the optimizer's parameter groups that its loop has changed since the last update,
+    with the last bucket; left out where it has changed none."""
 
 
 class Unreadable(Message, frozen=True):
@@ -475,6 +492,10 @@ class Close(Message, frozen=True):
     """For contributors with a part of their buckets in the update: these buckets."""
     local_steps: Annotated[int, msgspec.Meta(ge=1, le=STEP_MAX)] = 1
     """Of the round, see `Open`: with more than one, the averages are for the outer step."""
+    groups: Groups | msgspec.UnsetType = msgspec.UNSET
+    """Of the contributor with the lowest number that pushed everything: see `Push`. All replicas
+    set these values before their optimizer steps. Left out where there are none, as older servers
+    do, so that the lineage stays the same."""
 
     def __post_init__(self) -> None:
         self._clip("reason")

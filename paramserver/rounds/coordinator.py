@@ -62,11 +62,12 @@ from paramserver.rounds.outcome import Outcome
 from paramserver.rounds.outliers import Norms
 from paramserver.rounds.phases import Phases
 from paramserver.rounds.roster import Peer, Roster
-from paramserver.rounds.round import Member, Round, Tally, worked_off
+from paramserver.rounds.round import Member, Round, Tally, differing, worked_off
 from paramserver.rounds.rules import Rules
 from paramserver.rounds.snapshots import EMPTY, Off, SideMessage, Snapshot, Snapshots, Taken
 from paramserver.rounds.states import GREETED, REPLICA, WAITING
 from paramserver.rounds.waits import Waits
+from paramserver.words import printable
 
 
 class Rounds:
@@ -99,6 +100,7 @@ class Rounds:
         self.round: Round | None = None
         self.tallies: dict[int, Tally] = {}  # by worker
         self._rounds = 0  # that were opened
+        self._sets_others: set[int] = set()  # workers that set other values by hand, and were named
         self._bad_rounds = 0  # in a row that brought only gradients that were refused
         self.log = Log()
         self.norms = Norms(rules.max_norm_ratio)
@@ -710,6 +712,7 @@ class Rounds:
                 self._judge(peer, member, now)
         self._waits.look_for_the_slow(current, now)
         self._look_for_the_deaf()
+        self._say_groups(current)
         self._leases.count_steps(current, now)
         close = current.close(self.nonce, self.ledger.state(), now)
         in_vain = current.refused and not close.contributors
@@ -719,6 +722,21 @@ class Rounds:
         self._ending.works(now)
         self._waits.overdue_rounds = 0
         return self.log.append(close)
+
+    def _say_groups(self, current: Round) -> None:
+        """Name, once for each worker, one whose loop sets other values of parameter groups than
+        the one that counts."""
+        leader = current.leader
+        for worker, member in sorted(current.members.items()):
+            differs = leader is not None and member.groups and member.groups != leader.groups
+            if leader is None or not differs or worker in self._sets_others:
+                continue
+            self._sets_others.add(worker)
+            names = ", ".join(sorted(differing(member.groups, leader.groups))[:4])
+            self._out.warn(
+                f"{member.name} sets {printable(names)} of the optimizer to other values than "
+                f"{leader.name}, whose count for all: a loop should set them from cluster.step"
+            )
 
     def _judge(self, peer: Peer, member: Member, now: float) -> None:
         """Take the leases of a worker that is left out from now on."""

@@ -11,8 +11,9 @@ from itertools import pairwise
 from typing import Any
 
 import msgspec
+from msgspec import UNSET
 
-from paramserver.protocol.messages import OWN, Close, Lease, Push
+from paramserver.protocol.messages import OWN, Close, Groups, Lease, Push
 from paramserver.rounds.effects import Add, Effect, Finish
 from paramserver.rounds.ledger import DONE, PARTLY, RETURNED, SKIPPED
 from paramserver.rounds.roster import Peer
@@ -55,6 +56,7 @@ class Member:
         self.timed_out = False  # the round waited as long as any round does
         self.waited_s = 0.0  # in vain: since the quorum, where the round had one
         self.unread: tuple[int, ...] = ()  # places in the lease of what could not be read
+        self.groups: Groups = {}  # values of parameter groups that its loop has changed
 
     def tells(self, push: Push) -> None:
         """Note what a worker's first push says: how many samples it took, if it brings its own, and
@@ -172,6 +174,8 @@ class Round:
         member.without.update(push.without)
         if push.loss is not None:
             member.loss = push.loss
+        if push.groups is not UNSET:
+            member.groups = push.groups
         absent = self.absent.get(push.bucket)
         if absent is None:
             self.absent[push.bucket] = set(push.absent)
@@ -262,7 +266,14 @@ class Round:
             reason=self.shortfall(late),
             local_steps=self.local_steps,
             partly={worker: tuple(sorted(m.got)) for worker, m in members if how[worker] == PARTLY},
+            groups=UNSET if self.leader is None else self.leader.groups or UNSET,
         )
+
+    @property
+    def leader(self) -> Member | None:
+        """The member with the lowest number that pushed everything: all replicas set the values of
+        parameter groups that its loop has set."""
+        return next((m for _, m in sorted(self.members.items()) if self.whole(m)), None)
 
     @property
     def refused(self) -> bool:
@@ -288,6 +299,16 @@ class Round:
 def worked_off(push: Push) -> int:
     """The samples of the lease that this push is of: computed, or not readable."""
     return push.samples + len(push.unread)
+
+
+def differing(ours: Groups, theirs: Groups) -> set[str]:
+    """The names of the values that are not the same in both."""
+    return {
+        name
+        for number in ours.keys() | theirs.keys()
+        for name in ours.get(number, {}).keys() | theirs.get(number, {}).keys()
+        if ours.get(number, {}).get(name) != theirs.get(number, {}).get(name)
+    }
 
 
 def _in_order(places: tuple[int, ...], size: int) -> bool:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
+import msgspec
 import torch
 
 from paramserver.config.schema import build, check_names
@@ -78,6 +79,7 @@ class Solo:
         self._bad: str | None = None
         self._loss: float | None = None
         self._samples = 0
+        self._groups: wire.Groups | msgspec.UnsetType = msgspec.UNSET
         self._left: wire.Goodbye | None = None  # how its only worker left, if it has
 
     # ------------------------------------------------------------------ what a loop asks for
@@ -164,6 +166,7 @@ class Solo:
         bad, _ = self._reducer.check(push.bucket, buffers, push.scale, push.absent)
         self._bad = self._bad or bad
         self._loss, self._samples, self._unread = push.loss, push.samples, push.unread
+        self._groups = push.groups
         average = wire.Average(
             nonce=self.welcome.nonce,
             round=push.round,
@@ -244,6 +247,7 @@ class Solo:
             loss=self._loss,
             seconds=time.monotonic() - self._opened_at,
             ledger=self._ledger.state(),
+            groups=self._groups,
         )
         self.replica.apply(close)
         self.follow.applied(close)

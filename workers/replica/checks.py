@@ -98,7 +98,9 @@ def _check_scheduler(optimizer: Optimizer, scheduler: LRScheduler | None) -> Non
             "ReduceLROnPlateau follows a metric that differs between replicas",
             "use a schedule that is a function of the step",
         )
-    if scheduler is not None and scheduler.optimizer is not optimizer:
+    owner = getattr(scheduler, "optimizer", None)
+    # It may have been made for the optimizer that `attach` returned in a training before.
+    if scheduler is not None and getattr(owner, "wrapped", owner) is not optimizer:
         raise UserError(
             "the scheduler belongs to another optimizer than the one that attach() was given",
             "make it for this one",

@@ -40,14 +40,23 @@ class Gradients:
 
     `values` is a flat CPU tensor that `make(bucket)` made for it. `absent` are the layout indexes
     of parameters without a gradient. `without` names a bucket that is not pushed: that of buffers
-    which no forward wrote. `accumulate` backward passes make one step.
+    which no forward wrote. `accumulate` backward passes make one step. While `holds()`, the last
+    bucket waits for `flush`.
     """
 
-    def __init__(self, replica: Replica, make: Make, send: Send, accumulate: int = 1) -> None:
+    def __init__(
+        self,
+        replica: Replica,
+        make: Make,
+        send: Send,
+        accumulate: int = 1,
+        holds: Callable[[], bool] = lambda: False,
+    ) -> None:
         self._replica = replica
         self._make = make
         self._send = send
         self._accumulate = accumulate
+        self._holds = holds
         self._plan = plan = replica.plan
         self._open = False
         self._parted = False  # the batch of this step comes in parts
@@ -200,6 +209,8 @@ class Gradients:
                     bucket = self._plan.buckets[number]
                     self._missing[number] -= 1
                     if self._missing[number] == 0:
+                        if len(self._sent) + 1 == len(self._numbers) and self._holds():
+                            continue
                         if self.threaded and not self._under_way:  # the first of this backward
                             Variable._execution_engine.queue_callback(self.finish)
                         self._hand_over(bucket, ())

@@ -17,6 +17,7 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -31,9 +32,10 @@ from paramserver.tensors.codec import CODECS, codec_of
 from paramserver.tensors.whole import unpacked
 from workers.replica.buffers import Buffers, sent
 from workers.replica.checks import allow_step, check, misfit, refuse_step, schedule_state
+from workers.replica.groups import ByHand
 from workers.replica.outer import Outer
 from workers.replica.state import as_bytes, dtype_name
-from workers.replica.travel import HINTS, there_and_back
+from workers.replica.travel import HINTS, stateful, there_and_back
 
 SCHEDULE_BY = ("step", "epoch")
 
@@ -41,8 +43,11 @@ SCHEDULE_BY = ("step", "epoch")
 class Replica:
     """A model with everything that turns an averaged gradient into its next step.
 
-    `before_step(model)` runs on the averaged gradients of every update, before the optimizer;
-    `clip_norm` clips their total norm. Both run in every replica alike. The schedule goes on with
+    `before_step(model)` runs on the averaged gradients of every update, before the optimizer, and
+    `after_step(model)` after it and after the schedule; `clip_norm` clips the gradients' total
+    norm. They run in every replica alike. If `after_step` belongs to an object with `state_dict`
+    and `load_state_dict`, such as the method of an averaged model, that is a part of the replica's
+    state. The schedule goes on with
     every update or, with `schedule_by` "epoch", where an update ends an epoch of samples. `buffers`
     gives by name the rule for a buffer that forwards write, where it is not the usual one
     (`workers.replica.buffers`). `codec` is that of the averages. `outer`: how the run's local steps
@@ -60,6 +65,7 @@ class Replica:
         scheduler: LRScheduler | None = None,
         clip_norm: float | None = None,
         before_step: Callable[[nn.Module], None] | None = None,
+        after_step: Callable[[nn.Module], Any] | None = None,
         schedule_by: str = "step",
         buffers: Mapping[str, str] | None = None,
         outer: OuterStep | None = None,
@@ -76,6 +82,12 @@ class Replica:
         self._schedule = None if scheduler is None else refuse_step(scheduler)
         self.clip_norm = clip_norm
         self.before_step = before_step
+        self.after_step = after_step
+        self._after = stateful(after_step)
+        if any(self._after is module for module in model.modules()):
+            self._after = None  # it is in the model's state
+        self.by_hand = ByHand(optimizer)
+        """What a loop changes of the optimizer's groups."""
         self.step = 0
         self.lineage = uuid.uuid4().hex  # not that of a run's state: only the origin's becomes that
         self.ledger: dict[str, Any] | None = None
@@ -142,7 +154,8 @@ class Replica:
         """Convert the state once as if it had been sent: a state that cannot travel raises
         `UserError` now, and numbers change as they do in other replicas (numpy's become
         Python's)."""
-        state = {part: there_and_back(part, self.state()[part]) for part in HINTS}
+        own = self.state()
+        state = {part: there_and_back(part, own[part]) for part in HINTS if part in own}
         try:
             self.load({**state, "ledger": None}, self.step, self.lineage)
         except ValueError as e:
@@ -213,6 +226,7 @@ class Replica:
                 self.buffers.update(buffer, values)
         self.reset_statistics()
         if close.local_steps == 1:
+            self.by_hand.put({} if close.groups is msgspec.UNSET else close.groups)
             self._step_optimizer()
         if self._schedule is not None:
             for _ in range(self._due(close)):
@@ -221,6 +235,9 @@ class Replica:
             self._mark()
             for _ in range(ahead):
                 self._step_schedule()
+        if self.after_step is not None:
+            self._step_after(self.after_step)
+        self.by_hand.note()
         self.step, self.lineage, self.ledger = close.step, close.lineage, close.ledger
         self.forget_averages()
         if not self._has_stepped and close.local_steps == 1:
@@ -275,6 +292,10 @@ class Replica:
             self.before_step(self.model)
         if self.params:
             self.optimizer.step()
+
+    def _step_after(self, after_step: Callable[[nn.Module], Any]) -> None:
+        after_step(self.model)
+        self.buffers.hold()  # it may have written to some
 
     # ------------------------------------------------------------------ local steps
 
@@ -406,6 +427,8 @@ class Replica:
             "scheduler": schedule,
             "ledger": self.ledger,
         }
+        if self._after is not None:
+            state["after_step"] = self._after.state_dict()
         if self._outer is None:
             return state
         optimizer["state"] = {}
@@ -442,6 +465,9 @@ class Replica:
             self.optimizer.load_state_dict(state["optimizer"])
             if self.scheduler is not None and state["scheduler"] is not None:
                 self.scheduler.load_state_dict(state["scheduler"])
+            if self._after is not None and state.get("after_step") is not None:
+                self._after.load_state_dict(state["after_step"])
+            self.by_hand.note()
             self.ledger = state["ledger"]
             self._outer = None
             outer = state.get("outer")
@@ -485,6 +511,7 @@ class Replica:
         for scheduler in (self.scheduler, *getattr(self.scheduler, "_schedulers", ())):
             if rates := getattr(scheduler, "base_lrs", None):
                 scheduler.base_lrs = [rate * now / before for rate in rates]
+        self.by_hand.note()
 
     def kind(self) -> str:
         """Device, processor and version of torch, in words: replicas of equal kinds round alike, so
@@ -504,10 +531,10 @@ class Replica:
         if self.scheduler is not None:
             schedule = f"{type(self.scheduler).__name__} by {self.schedule_by}"
         clip = "no clipping" if self.clip_norm is None else f"clip_norm {self.clip_norm:g}"
-        hook = getattr(self.before_step, "__name__", str(type(self.before_step).__name__))
-        before = "no before_step" if self.before_step is None else f"before_step {hook}"
+        before = "no before_step" if self.before_step is None else _named("before_step", self)
+        after = "" if self.after_step is None else f", {_named('after_step', self)}"
         kind = type(self.optimizer).__name__
-        return f"{kind} of {sizes} parameters, {schedule}, {clip}, {before}"
+        return f"{kind} of {sizes} parameters, {schedule}, {clip}, {before}{after}"
 
     def reset_statistics(self) -> None:
         """Put the buffers of this step back: the round of a forward that changed them may have been
@@ -523,6 +550,11 @@ class Replica:
         for tensor in (*parameters, *[b.held for b in self.buffers.all]):
             h.update(as_bytes(tensor).numpy().data)
         return h.hexdigest()
+
+
+def _named(hook: str, replica: Replica) -> str:
+    function = getattr(replica, hook)
+    return f"{hook} {getattr(function, '__name__', str(type(function).__name__))}"
 
 
 def _plain(model: nn.Module) -> nn.Module:

@@ -57,6 +57,7 @@ def resume(replica: Replica, path: Path, settings: Settings) -> None:
                 group.update(own)
         if before.learning_rate != settings.learning_rate:
             replica.change_learning_rate(before.learning_rate, settings.learning_rate)
+        replica.by_hand.note()
         _try_optimizer(optimizer, usual)
     except ValueError as e:
         raise UserError(

@@ -18,12 +18,24 @@ HINTS = {
     "optimizer": f"its state_dict() must be made of {PLAIN}",
     "scheduler": f"its state_dict() must be made of {PLAIN}: leave functions out there, as torch's "
     "LambdaLR does",
+    "after_step": f"what state_dict() of its object gives must be made of {PLAIN}",
 }
 """The advice by part of a state, where that part cannot travel."""
 
 TEXT_BYTES_MAX = HEADER_BYTES_MAX // 2
 """Bytes of JSON in a snapshot, at most: its header needs the remaining room for dtypes and
 shapes."""
+
+
+def stateful(function: Any) -> Any:
+    """The object with a state of its own, to be loaded again, that a function belongs to or is: an
+    averaged model, say. None where there is none."""
+    for holder in (function, getattr(function, "__self__", None)):
+        if callable(getattr(holder, "state_dict", None)) and callable(
+            getattr(holder, "load_state_dict", None)
+        ):
+            return holder
+    return None
 
 
 def there_and_back(part: str, state: Any) -> Any:
