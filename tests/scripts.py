@@ -77,12 +77,12 @@ def told(effect: Effect) -> str:
         case Start():
             return f"start at step {effect.step}"
         case Add():
-            return f"add {effect.worker}.{effect.bucket} x{effect.samples}"
+            return f"add {effect.worker}.{effect.bucket} x{effect.weight}"
         case Discard():
             return f"discard {effect.worker}.{effect.bucket}"
         case Finish():
             absent = f" without {effect.absent}" if effect.absent else ""
-            return f"average {effect.round}.{effect.bucket} of {effect.samples}{absent}"
+            return f"average {effect.round}.{effect.bucket} of {effect.weight}{absent}"
         case Closed():
             return message(effect.close)
         case Void():

@@ -510,6 +510,28 @@ def test_the_close_names_all_that_a_replica_must_hold() -> None:
     assert not run.rounds.knows(0, "fresh obs") and run.rounds.knows(1, close.lineage)
 
 
+def test_averages_and_losses_are_weighted_by_what_workers_say_where_all_say_it() -> None:
+    run = Run(buckets=1).observer()
+    for who in (1, 2):
+        run.hello(who), run.join(who), run.snapshot(who), run.ready(who, weighs=True)
+    assert run.push(1) == ["refused: it says no weight"]
+    assert run.push(1, weight=300, loss=1.0) == ["add 1.0 x300"]
+    assert run.push(2, weight=100, loss=2.0)[:2] == ["add 2.0 x100", "average 1.0 of 400"]
+    assert run.closes[0].loss == 1.25 and run.closes[0].contributors == {1: 10, 2: 10}
+    assert run.sums().startswith("20 done")
+    run.hello(3), run.join(3), run.push(1, weight=1), run.push(2, weight=1), run.snapshot(3)
+    assert "does not" in run.ready(3)[0] and "worker 1 (pi) says" in run.ready(3)[0]
+
+
+def test_a_weight_is_the_same_in_every_bucket_and_of_no_use_where_none_is_asked_for() -> None:
+    run = Run().observer().workers(1, 2)
+    assert run.push(1, 0, weight=5) == ["refused: it says a weight, unlike the others"]
+    run = Run(num_workers=1).observer()
+    run.hello(1), run.join(1), run.snapshot(1), run.ready(1, weighs=True)
+    run.push(1, 0, weight=5)
+    assert run.push(1, 1, weight=6) == ["refused: another weight than in the bucket before"]
+
+
 def test_averages_and_losses_are_weighted_by_samples() -> None:
     run = Run(epochs=1).observer().workers(1, 2, samples=14)
     assert run.push(1, loss=1.0) == ["add 1.0 x10", "add 1.1 x10"]

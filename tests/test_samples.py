@@ -9,7 +9,7 @@ import pytest
 import torch
 from crew import Noise, loss, perceptron
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import IterableDataset
 from whole import Served, free_port
 
 import workers
@@ -48,7 +48,6 @@ def test_what_is_no_data_set_is_told_at_the_call() -> None:
     with workers.join(port=free_port(), say=lambda line: None) as cluster:
         cluster.attach(setup.model, setup.optimizer)
         for wrong, sentence in (
-            (DataLoader(TensorDataset(torch.zeros(4))), "loader.dataset"),
             (Stream(), "stream"),
             (iter([1, 2]), "stream"),
             ({"x": torch.zeros(4)}, "not a dict"),

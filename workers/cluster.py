@@ -39,9 +39,11 @@ from paramserver.settings import RunSettings, Settings
 from paramserver.tensors.bucket import Bucket
 from paramserver.tensors.codec import codec_of_pushes
 from paramserver.tensors.error_feedback import ErrorFeedback
+from workers.batches import Batches, Sizes, sizes_of, weights_of
 from workers.link.client import Client
 from workers.link.environment import listens, read_environment
 from workers.link.solo import Solo
+from workers.loaders import parts_of
 from workers.looks import look
 from workers.optimizer import ClusterOptimizer
 from workers.replica import groups
@@ -144,9 +146,10 @@ class Cluster:
         self._taken: tuple[int, ...] = ()  # buckets of this round's gradient that are in the update
         self._greetings = client.greetings
         self._round = 0  # the round whose lease is being worked on
-        self._samples = 0  # of the round that is being worked on
-        self._batch = 0  # of the optimizer step that is being worked on
-        self._part, self._parts_left = 0, 0  # samples of its part at hand; parts that follow it
+        self._samples, self._weight = 0, 0  # of the round that is being worked on
+        self._weighs = False  # `_weight` is told, since it is not the number of samples
+        self._batch = Sizes(0, 0)  # of the optimizer step that is being worked on
+        self._part, self._parts_left = 0, 0  # weight of its part at hand; parts that follow it
         self._leased_at = 0.0  # when the lease was there that is being worked on
         self._held_up_s = 0.0  # of the time since, what was spent waiting for others
         self._own = False  # this worker takes part with samples of its own
@@ -157,7 +160,7 @@ class Cluster:
         self._lease: Lease | None = None  # the lease of `batches` that is being computed
         self._phase = ""  # load, forward or backward, until the gradient is complete
         self._seeded = False
-        self._losses: list[tuple[int, float | Tensor]] = []  # told so far: samples, their mean
+        self._losses: list[tuple[int, float | Tensor]] = []  # told so far: weight, mean
         self._told = False  # that of the part at hand
         self._round_steps = 1  # optimizer steps that are made by ourselves in a round, at most
         self._steps, self._steps_left = 0, 0  # of them, made in this round, and those to follow
@@ -281,7 +284,8 @@ class Cluster:
         device: torch.device | str | None = None,
         drop_last: bool = False,
         batch_limit: int | None = None,
-    ) -> Iterator[Any]:
+        samples: Callable[[Any], int] | None = None,
+    ) -> Batches:
         """This worker's batches, epoch after epoch, until the run has ended in order: all epochs
         are done, or a person stopped it. Where it ends by an error, or without this worker, it
         raises `RunLost`; `end` tells how it ended in any case.
@@ -294,6 +298,12 @@ class Cluster:
         data is loaded while this one is computed, or, by `batch`, while the averages are on their
         way.
 
+        A DataLoader stands for its data set: its batch size, `drop_last`, `collate_fn`, processes
+        and pinning are used, its order is not. `len()` estimates this worker's batches in an epoch.
+
+        A round's average weighs each batch by its number of samples. Where the loss is the mean of
+        something else (tokens, say), `samples(batch)` gives that number, in every worker.
+
         With `shares: speed` the worker computes more or fewer samples than `batch_size`, by its
         speed. More than `batch_limit` samples come in several batches, whose gradients are added:
         `step` exchanges and applies them with the last one. The default is no limit on a CPU, and
@@ -301,6 +311,9 @@ class Cluster:
         """
         if self._replica is None or self._gradients is None:
             raise UserError("batches() before attach()", "attach the model first")
+        given = parts_of(dataset)
+        if given is not None:
+            batch_size, drop_last = batch_size or given.batch_size, drop_last or given.drop_last
         size = self.settings.batch_size if batch_size is None else batch_size
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             raise UserError(f"batch_size={size!r}", "it is a whole number of samples, at least 1")
@@ -309,18 +322,30 @@ class Cluster:
             batch_limit = size
         if batch_limit is not None and batch_limit < 1:
             raise UserError(f"batch_limit={batch_limit!r}", "it is a number of samples, at least 1")
-        samples = Samples(
+        read = Samples(
             dataset,
             device,
             limit=batch_limit,
             least=min(size, self._replica.least),
             seed=self.settings.seed,
             deterministic=self.settings.deterministic,
+            worker=self.worker_id,
             log=self.client.log,
         )
-        return self._batches(samples, size, drop_last)
+        return Batches(
+            lambda: self._batches(read, size, drop_last, samples),
+            dataset,
+            size,
+            -(-read.length // (size * self.settings.num_workers)),
+        )
 
-    def _batches(self, samples: Samples, size: int, drop_last: bool) -> Iterator[Any]:
+    def _batches(
+        self,
+        samples: Samples,
+        size: int,
+        drop_last: bool,
+        weight: Callable[[Any], int] | None,
+    ) -> Iterator[Any]:
         assert self._replica is not None
         least = min(size, self._replica.least)
         loading = Loading(samples)
@@ -338,7 +363,9 @@ class Cluster:
             least=least,
             drop_last=drop_last,
             looks=look(samples) if self.client.compares else (),
+            weighs=weight is not None,
         )
+        self._weighs = weight is not None
         with self._losing():
             self.client.ready(ready)
         try:
@@ -347,10 +374,11 @@ class Cluster:
                 self._lease, self._phase = lease, wire.LOAD
                 if self._round_steps > 1:
                     pieces = cut(lease, size, least)
-                    yield from self._local_batches(pieces, loading, least, load_ahead)
+                    yield from self._local_batches(pieces, loading, least, load_ahead, weight)
                     continue
                 loading.keep(lease)
                 if not samples.in_loop:
+                    loading.begin(lease)
                     load_ahead()
                 parts = loading.result(lease)
                 unread = tuple(place for part in parts for place in part.unread)
@@ -358,9 +386,10 @@ class Cluster:
                 if unread and sum(part.samples for part in parts) < least:
                     self._nothing_readable()
                     continue
-                self._begin(sum(part.samples for part in parts), unread, parts=len(parts))
+                weights = weights_of(parts, weight)
+                self._begin(sizes_of(parts, weights), unread, parts=len(parts))
                 for place, part in enumerate(parts):
-                    self._begin_part(part.samples, len(parts) - 1 - place)
+                    self._begin_part(weights[place], len(parts) - 1 - place)
                     yield part.data
                     self._check_stepped()
         finally:
@@ -374,6 +403,7 @@ class Cluster:
         loading: Loading,
         least: int,
         load_ahead: Callable[[], None],
+        weight: Callable[[Any], int] | None,
     ) -> Iterator[Any]:
         """The batches of a round of local steps, one for each of these pieces of the lease, until
         all steps are made or the round is over without them."""
@@ -383,6 +413,7 @@ class Cluster:
             self._phase = wire.LOAD
             loading.keep(piece)
             if not loading.in_loop:
+                loading.begin(piece)
                 if number + 1 < len(pieces):
                     loading.begin(pieces[number + 1])
                 else:
@@ -392,11 +423,12 @@ class Cluster:
             self._unread = tuple(unread)
             parts = [part for part in parts if part.samples]
             self._steps_left = len(pieces) - 1 - number
-            if (count := sum(part.samples for part in parts)) < least:
+            if sum(part.samples for part in parts) < least:
                 continue
-            self._batch = count
+            weights = weights_of(parts, weight)
+            self._batch = sizes_of(parts, weights)
             for place, part in enumerate(parts):
-                self._begin_part(part.samples, len(parts) - 1 - place)
+                self._begin_part(weights[place], len(parts) - 1 - place)
                 try:
                     yield part.data
                 except GeneratorExit:
@@ -430,6 +462,7 @@ class Cluster:
                 "attach(schedule_by='step')",
             )
         self._seed()
+        self._weighs = False
         if not self._own:
             self._own = True
             with self._losing():
@@ -448,9 +481,9 @@ class Cluster:
                     if self._round_steps > 1:
                         self._begin_local(self._round_steps)
                     else:
-                        self._begin(count)
+                        self._begin(Sizes(count, count))
                 if self._round_steps > 1:
-                    self._batch, self._steps_left = count, self._steps_left - 1
+                    self._batch, self._steps_left = Sizes(count, count), self._steps_left - 1
                 self._begin_part(count, 0)
                 try:
                     yield batch
@@ -476,12 +509,13 @@ class Cluster:
             self._seeded = True
             torch.manual_seed(self.settings.seed + self.worker_id)
 
-    def _begin(self, samples: int, unread: tuple[int, ...] = (), parts: int = 1) -> None:
+    def _begin(self, batch: Sizes, unread: tuple[int, ...] = (), parts: int = 1) -> None:
         """Note that the computation of a batch begins, which comes in this number of parts."""
         assert self._gradients is not None and self._replica is not None
         self._replica.come_back()
         self._gradients.begin(parts=parts > 1)
-        self._sent, self._samples, self._batch, self._steps = 0, samples, samples, 1
+        self._sent, self._batch, self._steps = 0, batch, 1
+        self._samples, self._weight = batch
         self._unread, self._groups = unread, {}
         self._losses.clear()
         self._computing = trace.now()
@@ -491,7 +525,8 @@ class Cluster:
         assert self._gradients is not None and self._replica is not None
         self._outer = self._replica.begin_local()
         self._gradients.begin_local()
-        self._sent, self._samples, self._steps, self._steps_left = 0, 0, 0, steps
+        self._sent, self._samples, self._weight = 0, 0, 0
+        self._steps, self._steps_left = 0, steps
         self._exchanged = False
         self._unread = ()
         self._losses.clear()
@@ -535,9 +570,9 @@ class Cluster:
         self._feedback.settled(self._taken)
         self._taken, self._under_way, self._ahead = (), None, None
 
-    def _begin_part(self, samples: int, left: int) -> None:
+    def _begin_part(self, weight: int, left: int) -> None:
         """A part of the batch is next, and `left` more follow."""
-        self._part, self._parts_left = samples, left
+        self._part, self._parts_left = weight, left
         self._stepped, self._told, self._phase = False, False, wire.FORWARD
 
     def _nothing_readable(self) -> None:
@@ -601,15 +636,15 @@ class Cluster:
         self._told = True
 
     def _mean_loss(self) -> float | None:
-        """The mean over the samples whose loss was told. It waits for the device, once."""
+        """The mean over what losses were told of. It waits for the device, once."""
         if not self._losses:
             return None
         if len(self._losses) == 1:
             return float(self._losses[0][1])
         total: float | Tensor = 0.0
-        for samples, loss in self._losses:
-            total = total + samples * loss
-        return float(total) / sum(samples for samples, _ in self._losses)
+        for weight, loss in self._losses:
+            total = total + weight * loss
+        return float(total) / sum(weight for weight, _ in self._losses)
 
     def _values(self, bucket: Bucket) -> Tensor:
         """Memory for a bucket's numbers."""
@@ -624,7 +659,7 @@ class Cluster:
         assert self._gradients is not None
         with trace.span("encode", bucket=bucket.index):
             room = partial(self.client.room, bucket.index)
-            buffers, scale = self._feedback.encode(bucket, values, absent, room, self._samples)
+            buffers, scale = self._feedback.encode(bucket, values, absent, room, self._weight)
         self._sent += 1 + len(without)
         self._phase = wire.BACKWARD
         last = self._sent == len(self._replica.plan.buckets)
@@ -640,6 +675,7 @@ class Cluster:
             compute_s=self._computed_s() if last else None,
             steps=self._steps,
             groups=self._changed_by_hand() if last else msgspec.UNSET,
+            weight=self._weight if self._weighs else 0,
         )
         with self._losing():
             self.client.push(push, buffers)
@@ -712,8 +748,8 @@ class Cluster:
                 "optimizer.step() without a batch of its own",
                 "call it once for every batch that batches() gives",
             )
-        if self._parts_left or self._part < self._batch:
-            self._gradients.add_part(self._part / self._batch)
+        if self._parts_left or self._part < self._batch.weight:
+            self._gradients.add_part(self._part / self._batch.weight)
         if self._parts_left:
             self._stepped = True
             return
@@ -735,7 +771,8 @@ class Cluster:
         with trace.span("local step"):
             self._replica.step_locally()
         self._stepped, self._phase = True, ""
-        self._samples += self._batch
+        self._samples += self._batch.samples
+        self._weight += self._batch.weight
         self._steps += 1
         if self._steps_left == 0:
             self._exchange_local()

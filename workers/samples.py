@@ -7,17 +7,14 @@ what a transform draws does not depend on the worker, nor on the time.
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import logging
-import random
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, default_collate
@@ -27,6 +24,8 @@ from paramserver.errors import UserError
 from paramserver.protocol.messages import Lease
 from paramserver.rounds.ledger import SHARE_MAX
 from paramserver.tensors.order import order
+from workers.generators import forked, seed_generators
+from workers.loaders import Failed, Processes, parts_of
 
 log = logging.getLogger(__name__)
 
@@ -52,8 +51,8 @@ class Samples:
     `least`, which goes first.
 
     It has a length and `batch(indices, device)` or `dataset[i]`; samples read one by one are
-    collated as torch's DataLoader does, and moved to the device. Raises `UserError` for an
-    unsuitable data set.
+    collated as torch's DataLoader does, and moved to the device. A DataLoader stands for its data
+    set, which is read as it says (`workers.loaders`). Raises `UserError` for an unsuitable one.
     """
 
     def __init__(
@@ -65,19 +64,32 @@ class Samples:
         least: int = 1,
         seed: int = 0,
         deterministic: bool = False,
+        worker: int = 0,
         log: logging.Logger = log,
     ) -> None:
+        given = dataset if isinstance(dataset, DataLoader) else None
+        if given is not None:
+            dataset = given.dataset
         self.length = _length(dataset)
-        self.has_batch = takes_indices(dataset)
+        self.parts = parts_of(dataset if given is None else given)
+        """Of the loader that was given instead of a data set."""
+        self._processes: Processes | None = None
+        if given is not None and given.num_workers:
+            own = seed if deterministic else None
+            self._processes = Processes(given, start_seed=seed + worker, seed=own)
+        self._collate = default_collate if self.parts is None else self.parts.collate
+        self.has_batch = self.parts is None and takes_indices(dataset)
         self.in_loop = self.has_batch or deterministic
         """Is it read in the thread of the loop? Its own `batch` is too quick for another thread,
         and `deterministic` needs it."""
-        self._dataset, self._device = dataset, device
+        self.dataset, self._device = dataset, device
         self._limit, self._least = limit, least
         self._seed, self._deterministic, self._log = seed, deterministic, log
         self._orders: dict[int, Tensor] = {}
         self._read_any = False
         self._broken: dict[int, str] = {}
+        if self.parts is not None and not self.parts.shuffles:
+            log.info("this DataLoader does not shuffle; a run draws a new order in each epoch")
 
     def load(self, lease: Lease) -> list[Loaded]:
         """The samples of a lease, in parts. Raises the data set's exception where no sample could
@@ -115,14 +127,14 @@ class Samples:
             except Exception:
                 if len(indices) == 1 and not self._read_any:
                     raise
-        values, errors = [], dict[int, Exception]()
-        for place, index in enumerate(indices):
-            try:
-                values.append(self._one(index, epoch))
-            except (UserError, MemoryError):
-                raise
-            except Exception as e:
-                errors[place] = e
+        values, errors = list[Any](), dict[int, Exception]()
+        for place, sample in enumerate(self._each(indices, epoch)):
+            if not isinstance(sample, Failed):
+                values.append(sample)
+            elif isinstance(sample.error, UserError | MemoryError):
+                raise sample.error
+            else:
+                errors[place] = sample.error
         if not values and not self._read_any:
             raise errors[0]  # a mistake in the data set, rather than in one of its samples
         self._read_any = True
@@ -134,22 +146,40 @@ class Samples:
         if self.has_batch:
             kept = [index for place, index in enumerate(indices) if place not in errors]
             return Loaded(self._batch(kept, epoch), unread, len(kept))
+        return Loaded(self._collated(values, indices), unread, len(values))
+
+    def _collated(self, values: list[Any], indices: list[int]) -> Any:
         try:
-            batch = default_collate(values)
+            batch = self._collate(values)
         except (RuntimeError, TypeError, KeyError, ValueError) as e:
+            if self._collate is not default_collate:
+                raise  # a mistake in the user's function, which its traceback shows
             raise UserError(
                 f"samples {', '.join(map(str, indices[:8]))} cannot be put into one batch: {e}",
-                "give them one shape and kind, or the data set a method batch(indices, device) "
-                "that makes a batch of them",
+                "give them one shape and kind, or batches() a loader that makes batches of them: "
+                "batches(DataLoader(dataset, batch_size, collate_fn=...))",
             ) from e
-        return Loaded(_moved(batch, self._device), unread, len(values))
+        if self.parts is not None and self.parts.pin:
+            batch = _each_tensor(batch, "pin_memory")
+        return _moved(batch, self._device)
 
     def _batch(self, indices: list[int], epoch: int) -> Any:
         if self._deterministic:
             seed_generators(f"{self._seed}, epoch {epoch}, sample {indices[0]}")
-        batch = self._dataset.batch(torch.tensor(indices), self._device or "cpu")
+        batch = self.dataset.batch(torch.tensor(indices), self._device or "cpu")
         self._read_any = True
         return batch
+
+    def _each(self, indices: list[int], epoch: int) -> Iterator[Any]:
+        """These samples; a `Failed` for one that cannot be read."""
+        if self._processes is not None:
+            yield from self._processes.read(indices, epoch)
+            return
+        for index in indices:
+            try:
+                yield self._one(index, epoch)
+            except Exception as e:
+                yield Failed(e)
 
     def _one(self, index: int, epoch: int) -> Any:
         if self._deterministic:
@@ -159,8 +189,13 @@ class Samples:
     def one(self, index: int) -> Any:
         """One sample as it is, on the CPU; a batch of one where the set makes batches."""
         if self.has_batch:
-            return self._dataset.batch(torch.tensor([index]), "cpu")
-        return self._dataset[index]
+            return self.dataset.batch(torch.tensor([index]), "cpu")
+        return self.dataset[index]
+
+    def close(self) -> None:
+        """End the processes that read, if there are any."""
+        if self._processes is not None:
+            self._processes.close()
 
     def _cannot_read(self, index: int, error: Exception) -> None:
         if index in self._broken:
@@ -213,6 +248,7 @@ class Loading:
 
     def close(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)
+        self._samples.close()
 
 
 def cut(lease: Lease, most: int, least: int = 1) -> list[Lease]:
@@ -245,11 +281,6 @@ def _length(dataset: Any) -> int:
     samples."""
     kind = type(dataset).__name__
     own = "a loop over what each worker has of its own: cluster.own_batches(...)"
-    if isinstance(dataset, DataLoader):
-        raise UserError(
-            f"batches() takes a data set, not a {kind}: which samples come is the server's choice",
-            f"batches(loader.dataset, batch_size=...), or {own}",
-        )
     if isinstance(dataset, IterableDataset | Iterator):
         raise UserError(
             f"a {kind} is a stream: batches() takes a data set whose samples have numbers",
@@ -285,35 +316,26 @@ def loader(dataset: Any, device: torch.device | str | None) -> Callable[[Tensor]
 
 
 def _moved(value: Any, device: torch.device | str | None) -> Any:
-    if device is None:
-        return value
-    if isinstance(value, Tensor):
-        return value.to(device)
+    return value if device is None else _each_tensor(value, "to", device)
+
+
+def _each_tensor(value: Any, method: str, *arguments: Any) -> Any:
+    """A batch with this method called on each of its tensors, and on what has it as tensors do."""
+    if hasattr(value, method):
+        return getattr(value, method)(*arguments)
+    if isinstance(value, Mapping):
+        moved = {k: _each_tensor(v, method, *arguments) for k, v in value.items()}
+        return moved if type(value) is dict else _remade(value, moved)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_each_tensor(v, method, *arguments) for v in value))
     if isinstance(value, list | tuple):
-        return [_moved(v, device) for v in value]
-    if isinstance(value, dict):
-        return {k: _moved(v, device) for k, v in value.items()}
+        return type(value)(_each_tensor(v, method, *arguments) for v in value)
     return value
 
 
-# ------------------------------------------------------------------------------- generators
-
-
-@contextmanager
-def forked() -> Iterator[None]:
-    """Restore the global generators of torch (of the CPU), numpy and random after the block."""
-    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
+def _remade(value: Mapping[Any, Any], moved: dict[Any, Any]) -> Any:
+    """A mapping of the same kind, where that can be made of a dict."""
     try:
-        yield
-    finally:
-        torch.set_rng_state(states[0])
-        np.random.set_state(states[1])
-        random.setstate(states[2])
-
-
-def seed_generators(purpose: str) -> None:
-    """Seed these generators from this text alone."""
-    number = int.from_bytes(hashlib.sha256(purpose.encode()).digest()[:8], "big")
-    torch.default_generator.manual_seed(number >> 1)
-    np.random.seed(number & 0xFFFFFFFF)
-    random.seed(number)
+        return type(value)(moved)  # type: ignore[call-arg]
+    except TypeError:
+        return moved

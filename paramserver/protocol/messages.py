@@ -364,6 +364,8 @@ class Ready(Message, frozen=True):
     """Do not lease the last range of an epoch where it is shorter than a batch."""
     looks: Annotated[tuple[Look, ...], msgspec.Meta(max_length=LOOKS_MAX)] = ()
     """Summaries of a few samples: the set must be the same on all machines, in the same order."""
+    weighs: bool = False
+    """Its pushes say what they weigh (`Push.weight`), as those of all workers must then."""
 
 
 class Unready(Message, frozen=True):
@@ -420,6 +422,9 @@ class Push(Message, frozen=True):
     groups: Groups | msgspec.UnsetType = msgspec.UNSET
     """Values of the optimizer's parameter groups that its loop has changed since the last update,
     with the last bucket; left out where it has changed none."""
+    weight: Annotated[int, msgspec.Meta(ge=0, le=SAMPLES_MAX)] = 0
+    """What the loss is the mean of, tokens say, where that is not `samples`: the average weighs the
+    push by it. The same in every push of a round; 0: `samples`."""
 
 
 class Unreadable(Message, frozen=True):

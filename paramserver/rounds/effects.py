@@ -40,11 +40,11 @@ class Start(Effect, frozen=True):
 
 
 class Add(Effect, frozen=True):
-    """Add the payload that came with this push to the bucket's sum, `samples` times."""
+    """Add the payload that came with this push to the bucket's sum, `weight` times."""
 
     worker: int
     bucket: int
-    samples: int
+    weight: int
 
 
 class Discard(Effect, frozen=True):
@@ -55,12 +55,12 @@ class Discard(Effect, frozen=True):
 
 
 class Finish(Effect, frozen=True):
-    """Divide the bucket's sum by `samples` and publish it."""
+    """Divide the bucket's sum by `weight` and publish it."""
 
     round: int
     step: int
     bucket: int
-    samples: int
+    weight: int
     absent: tuple[int, ...]
 
 

@@ -144,6 +144,13 @@ class Leases:
                 f"the run has one of {self.ledger.samples}",
                 "every worker needs the same training set in the same order",
             )
+        other = next((p for p in others if p.ready and p.ready.weighs != ready.weighs), None)
+        if other is not None:
+            says, says_not = (peer, other) if ready.weighs else (other, peer)
+            return Reject(
+                f"{says.name} says what its batches weigh (samples=), {says_not.name} does not",
+                "give batches() the same function samples= in every worker, or in none",
+            )
         return None
 
     def _looks_alike(self, peer: Peer, ready: Ready) -> bool:

@@ -57,13 +57,15 @@ class Member:
         self.waited_s = 0.0  # in vain: since the quorum, where the round had one
         self.unread: tuple[int, ...] = ()  # places in the lease of what could not be read
         self.groups: Groups = {}  # values of parameter groups that its loop has changed
+        self.weighs = peer.ready is not None and peer.ready.weighs
+        self._told_weight = 0
 
     def tells(self, push: Push) -> None:
         """Note what a worker's first push says: how many samples it took, if it brings its own, and
         which samples of a lease could not be read."""
         if self.lease == OWN:
             self.lease = (0, 0, push.samples)
-        self.unread, self.steps = push.unread, push.steps
+        self.unread, self.steps, self._told_weight = push.unread, push.steps, push.weight
 
     @property
     def size(self) -> int:
@@ -73,6 +75,11 @@ class Member:
     def samples(self) -> int:
         """The number of samples that were computed."""
         return self.size - len(self.unread)
+
+    @property
+    def weight(self) -> int:
+        """What its gradient weighs in the average: `samples`, if it says nothing else."""
+        return self._told_weight or self.samples
 
 
 class Round:
@@ -140,6 +147,10 @@ class Round:
             return f"bucket {push.bucket} of round {push.round} came twice"
         if not 0 <= push.bucket < self._buckets:
             return f"there is no bucket {push.bucket}"
+        if member.weighs != (push.weight > 0):
+            return "it says no weight" if member.weighs else "it says a weight, unlike the others"
+        if member.got and push.weight != (member.weight if member.weighs else 0):
+            return "another weight than in the bucket before"
         if member.lease == OWN:
             if push.samples < 1:
                 return f"{push.samples} samples pushed"
@@ -225,15 +236,15 @@ class Round:
             if bucket in member.got:
                 if bucket not in member.added and (complete or not self._in_order):
                     member.added.add(bucket)
-                    effects.append(Add(worker, bucket, member.samples))
+                    effects.append(Add(worker, bucket, member.weight))
             elif member.out is None and bucket not in member.without:
                 complete = False
         if complete:
             self.finished.add(bucket)
-            samples = sum(m.samples for m in self.members.values() if bucket in m.got)
-            if samples:
+            weight = sum(m.weight for m in self.members.values() if bucket in m.got)
+            if weight:
                 absent = tuple(sorted(self.absent[bucket]))
-                effects.append(Finish(self.number, self.step, bucket, samples, absent))
+                effects.append(Finish(self.number, self.step, bucket, weight, absent))
         return effects
 
     def averaged(self) -> tuple[int, ...]:
@@ -247,7 +258,7 @@ class Round:
         how = {worker: self.settlement(m) for worker, m in members}
         late = {worker: m.out or "" for worker, m in members if how[worker] != DONE}
         losses = [
-            (m.samples, m.loss)
+            (m.weight, m.loss)
             for _, m in members
             if m.got and m.loss is not None and math.isfinite(m.loss)
         ]

@@ -183,18 +183,18 @@ class Data:
         """Drop a payload that is not to be added."""
         self._payloads.pop((worker, bucket)).release()
 
-    def add(self, worker: int, bucket: int, samples: int) -> None:
-        """Add a payload to the sum of its bucket, `samples` times."""
+    def add(self, worker: int, bucket: int, weight: int) -> None:
+        """Add a payload to the sum of its bucket, `weight` times."""
         assert self._reducer is not None
         p = self._payloads.pop((worker, bucket))
-        self._reducer.add(bucket, p.buffers, p.scale, samples, p.release, worker, p.absent)
+        self._reducer.add(bucket, p.buffers, p.scale, weight, p.release, worker, p.absent)
 
     def finish(self, finish: Finish) -> None:
         """Make the average of a bucket; it is `due` then."""
         assert self._reducer is not None
         bucket = finish.bucket
         with trace.span("average", bucket=bucket):
-            buffers, scale, absent = self._reducer.finish(bucket, finish.samples, finish.absent)
+            buffers, scale, absent = self._reducer.finish(bucket, finish.weight, finish.absent)
         average = wire.Average(
             nonce=self._nonce,
             round=finish.round,

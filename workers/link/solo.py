@@ -33,6 +33,7 @@ AS_IT_IS = {
     "codec": "float32",
     "codec_down": None,
     "local_steps": 1,
+    "num_workers": 1,
     "outer": None,
     "overlap": False,
 }
