@@ -25,6 +25,7 @@ SLOW_ROUNDS = 20  # in a row that wait longer for one than for all others, befor
 SLOW_S = 0.1
 DERIVED_TIMEOUT_MIN_S = 1.0
 FIRST_WAIT_TIMES = 3  # as long as its quorum took, a round waits for a worker of unknown speed
+FIRST_WAIT_MIN_S = 0.3
 LOCAL_WAIT_TIMES = 10  # as long as its quorum took, a round of local steps may wait for the rest
 
 
@@ -87,7 +88,7 @@ class Waits:
         if len(known) < len(times) or not known:
             if self._by_speed and current.quorum_at is not None:
                 took_s = current.quorum_at - current.opened_at
-                return min(max(DERIVED_TIMEOUT_MIN_S, FIRST_WAIT_TIMES * took_s), most)
+                return min(max(FIRST_WAIT_MIN_S, FIRST_WAIT_TIMES * took_s), most)
             return most
         return min(max(DERIVED_TIMEOUT_MIN_S, 3 * max(known)), most)
 
