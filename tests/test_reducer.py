@@ -96,7 +96,7 @@ def test_in_topk_all_that_two_workers_chose_is_in_the_average() -> None:
         push = wire.Push(round=1, bucket=GRAD, samples=1, scale=scale)
         assert data.push("session", worker, push, buffers)[0] is None
         data.add(worker, GRAD, 1)
-    data.finish(Finish(round=1, step=1, bucket=GRAD, samples=2, absent=()))
+    data.finish(Finish(round=1, step=1, bucket=GRAD, weight=2, absent=()))
     [(average, frames)] = data.due()
     came = CODECS["topk"].decode(frames[1:], average.scale, torch.empty(size))
     assert torch.allclose(came, values.mean(0), rtol=1e-3, atol=0)

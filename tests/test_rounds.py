@@ -2199,9 +2199,9 @@ class AnyOrder(RuleBasedStateMachine):
                 case Add():
                     assert (effect.worker, effect.bucket) in self.taken
                     self.taken.remove((effect.worker, effect.bucket))
-                    self.sums.setdefault(effect.bucket, []).append(effect.samples)
+                    self.sums.setdefault(effect.bucket, []).append(effect.weight)
                 case Finish():
-                    assert sum(self.sums.pop(effect.bucket)) == effect.samples
+                    assert sum(self.sums.pop(effect.bucket)) == effect.weight
                 case _ if type(effect).__name__ in ("Closed", "Void"):
                     if type(effect).__name__ == "Closed":
                         assert not self.sums and not self.taken

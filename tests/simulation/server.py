@@ -160,8 +160,8 @@ class Samples:
 
     def finish(self, finish: Finish) -> None:
         samples = self.sums.pop(finish.bucket)
-        if len(samples) != finish.samples:
-            raise Broken(f"a sum of {len(samples)} samples is divided by {finish.samples}")
+        if len(samples) != finish.weight:
+            raise Broken(f"a sum of {len(samples)} samples is divided by {finish.weight}")
         average = wire.Average(
             nonce=self._server.nonce,
             round=finish.round,
