@@ -4,7 +4,7 @@
 # upper-case ones (ID, NAME, ARGS, PYTHON) are read here.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo example server worker keys up doctor plan status logs attach down test test-long check bench profile simulate chaos soak fuzz format docs constraints clean
+.PHONY: help setup demo example server worker keys up doctor plan status logs attach fetch down test test-long check bench profile simulate chaos soak fuzz format docs constraints clean
 
 VENV_PYTHON := .venv/bin/python
 READY := .venv/.ready
@@ -46,10 +46,13 @@ status: $(READY) ## how it stands on each machine
 	@$(RUN) paramserver.launch status $(HOSTS_WORD) $(ARGS)
 
 logs: $(READY) ## what each machine said last (HOST=mini2: that one only)
-	@$(RUN) paramserver.launch logs $(if $(findstring command,$(origin HOST)),--host=$(HOST)) $(HOSTS_WORD) $(ARGS)
+	@$(RUN) paramserver.launch logs $(HOST_OPTION) $(HOSTS_WORD) $(ARGS)
 
-attach: $(READY) ## watch the run again
-	@$(RUN) paramserver.launch attach $(HOSTS_WORD) $(ARGS)
+attach: $(READY) ## watch the run again (HOST=mini2: the lines of that machine)
+	@$(RUN) paramserver.launch attach $(HOST_OPTION) $(HOSTS_WORD) $(ARGS)
+
+fetch: $(READY) ## copy the run's summary, curves, model and last checkpoint here, into runs/
+	@$(RUN) paramserver.launch fetch $(HOSTS_WORD) $(ARGS)
 
 down: $(READY) ## end the run, in order, on every machine
 	@$(RUN) paramserver.launch down $(HOSTS_WORD) $(ARGS)
@@ -103,8 +106,9 @@ clean: ## remove .venv, caches and built packages; runs/ and data/ stay
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 
-# HOSTS and SCRIPT count where they are typed; a shell may have variables of these names.
+# HOST, HOSTS and SCRIPT count where they are typed; a shell may have variables of these names.
 
+HOST_OPTION = $(if $(findstring command,$(origin HOST)),--host=$(HOST))
 HOSTS_WORD = $(if $(findstring command,$(origin HOSTS)),hosts=$(HOSTS))
 SCRIPT_WORDS = $(if $(findstring command,$(origin SCRIPT)),--script='$(SCRIPT)' -- )$(ARGS)
 

@@ -3,13 +3,15 @@
 As with systemd's `sd_notify`, an environment variable names the place: a file that holds, as JSON,
 that the program is ready, its newest warning, and the error that ended it. The file is replaced as
 a whole, so there is never half of it, and it does not grow. It belongs to one process: a program
-that starts further ones gives each a file of its own, or removes the variable.
+that starts further ones gives each a file of its own, or removes the variable. As long as somebody
+watches, a second file has its status, a few times a second.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import threading
 import time
 from contextlib import suppress
@@ -19,6 +21,10 @@ from pathlib import Path
 from paramserver import drafts
 
 VARIABLE = "PARAMSERVER_NOTIFY"
+WATCHED, SHOWN = ".watched", ".shown"  # beside that file: touched by who watches, and what it sees
+WATCHED_S = 5.0  # after the last touch nobody watches
+PROGRESS = re.compile(r"(\d\d:\d\d:\d\d|\[worker \d+\]) · ")
+"""How a line with `mark` begins, behind the time or the name of its worker."""
 
 
 @dataclass
@@ -34,14 +40,49 @@ class Notice:
     problem: str = ""
     """Problem and hint of the `UserError` that ended it."""
     hint: str = ""
+    folder: str = ""
+    """The run folder of a server, as seen from where it was started."""
 
 
 _told, _lock = Notice(), threading.Lock()
 
 
-def ready(where: str) -> None:
+def ready(where: str, folder: str = "") -> None:
     """Report that this program is ready, and can be reached at `where`."""
-    _tell(ready=where)
+    _tell(ready=where, folder=folder)
+
+
+def mark() -> str:
+    """Stands before a line of mere progress, where a supervisor keeps the log: who watches the run
+    on a display leaves such lines out (`PROGRESS`)."""
+    return "· " if os.environ.get(VARIABLE) else ""
+
+
+def is_watched() -> bool:
+    """Does somebody want to see what `show` writes?"""
+    path = os.environ.get(VARIABLE)
+    if not path:
+        return False
+    with suppress(OSError):
+        return abs(time.time() - os.stat(path + WATCHED).st_mtime) < WATCHED_S
+    return False
+
+
+def show(content: bytes) -> None:
+    """Write the status of this program, one line, for those who watch. Never raises."""
+    path = os.environ.get(VARIABLE)
+    if path:
+        with suppress(OSError):
+            drafts.write(Path(path + SHOWN), content.decode(), synced=False)
+
+
+def watch(path: Path) -> bytes:
+    """Ask the program with this file to go on with `show`, and read what it wrote last. Raises
+    OSError where its folder cannot be written to."""
+    Path(f"{path}{WATCHED}").touch()
+    with suppress(FileNotFoundError):
+        return Path(f"{path}{SHOWN}").read_bytes()
+    return b""
 
 
 def warning(line: str) -> None:

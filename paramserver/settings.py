@@ -126,6 +126,12 @@ class Settings:
     )
     run_dir: str = setting("runs", "parent folder of the run folders", FILLED, scope="local")
     plain: bool = setting(False, "show progress as plain lines, on a terminal too", scope="local")
+    fetch: bool = setting(
+        False,
+        "make up: copy the results here when a run that was watched to its end is over, as make "
+        "fetch does",
+        scope="local",
+    )
 
     # Who, and how long to wait
     num_workers: int = setting(2, "workers that the first round waits for", between(1, 65535))

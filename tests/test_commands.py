@@ -83,6 +83,45 @@ def test_only_what_is_named_arrives_and_what_is_gone_goes(tmp_path: Path) -> Non
     assert arrived("nets", "layers.py") == {"nets/y.py", "layers.py"}
 
 
+@pytest.mark.skipif(shutil.which("rsync") is None, reason="rsync is not installed")
+def test_the_results_of_a_run_are_copied_with_its_last_checkpoint(tmp_path: Path) -> None:
+    home, here = tmp_path / "home", tmp_path / "it's here"
+    there = home / "paramserver/runs/one"
+    last = "checkpoints/step-00000010.safetensors"
+    for name in (
+        "run.json", "summary.json", "curves.png", "report.html", "wandb/x", "model.safetensors",
+        "checkpoints/step-00000009.safetensors", last, "observer.log",
+    ):  # fmt: skip
+        (there / name).parent.mkdir(parents=True, exist_ok=True)
+        (there / name).write_text(name)
+    here.mkdir()
+    environment = {**os.environ, "HOME": str(home)}
+
+    def said(command: commands.Command) -> str:
+        done = subprocess.run(command.argv, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    folder = commands.below_home(HERE, "../runs/one")
+    assert folder == "paramserver/runs/one"
+    newest = said(commands.last_checkpoint(HERE, folder))
+    said(commands.copy_results(HERE, folder, str(here), newest))
+    found = {str(p.relative_to(here)) for p in here.rglob("*") if p.is_file()}
+    assert found == {"summary.json", "curves.png", "report.html", "model.safetensors", last}
+    assert said(commands.last_checkpoint(HERE, "paramserver/runs/none")) == ""
+    (there / last).unlink()
+    (there / "checkpoints/step-00000009.safetensors").unlink()
+    assert said(commands.last_checkpoint(HERE, folder)) == ""  # one without any
+
+
+def test_where_a_run_folder_is() -> None:
+    assert commands.spoken(MINI, "../runs/one") == "user@mini2.local:paramserver/runs/one"
+    assert commands.spoken(MINI, "/big/runs/one") == "user@mini2.local:/big/runs/one"
+    assert commands.spoken(HERE, "../runs/one") == "~/paramserver/runs/one"
+    elsewhere = replace(MINI, folder="/disk/ps")
+    assert commands.spoken(elsewhere, "../runs/one") == "user@mini2.local:/disk/ps/runs/one"
+
+
 def test_secrets_go_by_standard_input_and_are_not_shown() -> None:
     command = commands.start(MINI, "worker", ["x"], "up", {"WANDB_API_KEY": "s3cret"})
     assert "s3cret" not in " ".join(command.argv)

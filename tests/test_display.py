@@ -18,6 +18,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TextIO
 
+import msgspec
 import pytest
 from whole import DEADLINE_S
 
@@ -370,6 +371,24 @@ def pipe() -> Iterator[Pipe]:
     pipe = Pipe()
     yield pipe
     pipe.close()
+
+
+def test_lines_of_progress_are_marked_for_those_who_draw_it(
+    pipe: Pipe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv(notify.VARIABLE, str(tmp_path / "notify"))
+    display = Display(pipe.stream, clock=at_noon)
+    display.say("worker 1 is here")
+    display.update(STATUS, 0.0)
+    said, progress = pipe.text.splitlines()
+    assert said == "12:00:09  worker 1 is here" and not notify.PROGRESS.match(said)
+    assert progress.startswith("12:00:09 · training, step 812") and notify.PROGRESS.match(progress)
+
+
+def test_a_status_comes_through_json_unharmed() -> None:
+    assert msgspec.json.decode(msgspec.json.encode(STATUS), type=Status) == replace(
+        STATUS, workers=list(WORKERS)
+    )
 
 
 def test_plain_lines_every_five_seconds_and_when_the_phase_changes(pipe: Pipe) -> None:

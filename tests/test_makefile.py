@@ -75,7 +75,8 @@ def make(clone: Path, *words: str) -> list[str]:
         ("plan codec=int8 ARGS=--json", "plan --json codec=int8"),
         ("logs HOST=mini2", "logs --host=mini2"),
         ("logs", "logs"),
-        ("attach", "attach"),
+        ("attach HOST=mini2", "attach --host=mini2"),
+        ("fetch HOSTS=a", "fetch hosts=a"),
         ("down", "down"),
     ],
 )

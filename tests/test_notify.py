@@ -37,6 +37,29 @@ def test_it_tells_all_that_was_told_and_the_newest_warning(place: Path) -> None:
     assert os.listdir(place.parent) == ["notify"]  # no draft is left
 
 
+def test_a_status_is_written_as_long_as_somebody_watches(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not notify.is_watched()
+    assert notify.watch(place) == b"" and notify.is_watched()
+    notify.show(b'{"phase":"training"}')
+    assert notify.watch(place) == b'{"phase":"training"}'
+    touched = os.stat(f"{place}{notify.WATCHED}").st_mtime
+    monkeypatch.setattr(notify.time, "time", lambda: touched + notify.WATCHED_S)
+    assert not notify.is_watched()
+    monkeypatch.delenv(notify.VARIABLE)
+    assert not notify.is_watched()
+
+
+def test_progress_is_marked_where_a_supervisor_keeps_the_log(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert place and notify.PROGRESS.match(f"[worker 12] {notify.mark()}step 7")
+    assert not notify.PROGRESS.match("[worker 12] stands at step 7")
+    monkeypatch.delenv(notify.VARIABLE)
+    assert notify.mark() == ""
+
+
 @pytest.mark.usefixtures("place")
 def test_the_error_that_ends_a_program_is_told_and_is_its_newest_warning(place: Path) -> None:
     with pytest.raises(SystemExit), exit_on_user_error():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -95,6 +96,14 @@ class Cluster:
         """`make word`, typed on the laptop."""
         command = [sys.executable, "-m", "paramserver.launch", word, f"cluster={self.file}"]
         return self.machines.type(*command, *settings, **environment)
+
+    def on_a_terminal(self, word: str, *settings: str) -> Program:
+        """The same where the laptop has a terminal."""
+        spawn = "import pty, sys; pty.spawn(sys.argv[1:])"
+        command = [sys.executable, "-m", "paramserver.launch", word, f"cluster={self.file}"]
+        return self.machines.type(
+            sys.executable, "-c", spawn, *command, *settings, TERM="xterm", CI=""
+        )
 
     def says(self, word: str, *settings: str, code: int = 0) -> str:
         """All that such a command says."""
@@ -191,6 +200,16 @@ def test_a_run_from_start_to_end(cluster: Cluster, tmp_path: Path) -> None:
 
     assert "another run is going on on mini1" in cluster.says("up", *SMALL, code=2)
 
+    screen = cluster.on_a_terminal("attach")
+    screen.wait_for(r"step [\d,]+/[\d,]+ .* left")  # as drawn, not as a line of the log
+    screen.wait_for(r"worker 2 .*mini3.*samples/s")
+    screen.kill()
+    assert "training, step" not in screen.output
+    tail = cluster.make("attach", "--host=mini2")
+    tail.wait_for(r"mini2 \| \[worker 1\] · step [\d]+")
+    tail.kill()
+    assert "mini1 |" not in tail.output
+
     attach = cluster.make("attach")
     attach.wait_for(r"mini1 \| .*step [1-9]")
     cluster.kill("mini3", "workers id=2")
@@ -207,11 +226,21 @@ def test_a_run_from_start_to_end(cluster: Cluster, tmp_path: Path) -> None:
 
     down = cluster.says("down")
     assert "mini1 | the server has ended, in order" in down
+    name = cluster.runs()[-1].name
+    assert f"its run folder: mini1:paramserver/runs/{name}; its results here: make fetch" in down
     assert down.splitlines()[-1] == "nothing of the run is left on mini1, mini2, mini3"
     assert cluster.left() == []
     folder = cluster.runs()[-1]
     assert json.loads((folder / "run.json").read_text())["ended"]
-    assert list((folder / "checkpoints").glob("step-*.safetensors"))
+    last = max((folder / "checkpoints").glob("step-*.safetensors")).name
+    here = os.path.relpath(tmp_path / "here", CLONE)
+    told = cluster.says("fetch", f"run_dir={here}")
+    assert f"the results of mini1:paramserver/runs/{folder.name}" in told
+    fetched = tmp_path / "here" / folder.name
+    for name in ("summary.json", "model.safetensors", "config.yaml", f"checkpoints/{last}"):
+        assert (fetched / name).read_bytes() == (folder / name).read_bytes()
+    assert [path.name for path in (fetched / "checkpoints").iterdir()] == [last]
+    assert not (fetched / "run.json").exists()
     assert "nothing of the run is left" in cluster.says("down")
 
 
@@ -298,6 +327,11 @@ def test_a_script_on_two_workers_of_one_machine(cluster: Cluster, tmp_path: Path
     assert re.search(r"mini1 \| rate 0.5 in ", up.output)  # the only worker there
     assert "worker 3 │" in up.output and "all epochs are done" in up.output
     assert set(cluster.left()) == set()
+    name = cluster.runs()[-1].name
+    assert up.lines[-2:] == [
+        f"the run folder: mini1:paramserver/runs/{name}",
+        f"copy the results here: make fetch; each with cluster={cluster.file} HOSTS=mini1,mini2:2",
+    ]  # fmt: skip
 
 
 def test_the_doctor_takes_the_fast_link_and_measures_both_as_iperf3_does(cluster: Cluster) -> None:

@@ -16,6 +16,7 @@ On each machine everything lies in one folder (`Host.folder`):
 from __future__ import annotations
 
 import json
+import posixpath
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -86,6 +87,21 @@ def place(host: Host, inner: str = "") -> str:
     """A path in the host's folder, quoted for a shell that stands in the home folder."""
     folder = host.folder.removeprefix("~/").rstrip("/")
     return shlex.quote(f"{folder}/{inner}" if inner else folder)
+
+
+def below_home(host: Host, run_folder: str) -> str:
+    """The path of a run folder, which its server names as seen from the code, as ssh and rsync take
+    it: absolute, or below the home folder."""
+    own = host.folder.removeprefix("~/").rstrip("/")
+    return posixpath.normpath(posixpath.join(own, "code", run_folder))
+
+
+def spoken(host: Host, run_folder: str) -> str:
+    """The run folder, for people: as scp takes it."""
+    folder = below_home(host, run_folder)
+    if host.ssh != HERE:
+        return f"{host.ssh}:{folder}"
+    return folder if folder.startswith("/") else f"~/{folder}"
 
 
 # ------------------------------------------------------------------------------------------ checks
@@ -296,6 +312,34 @@ def _rsync(host: Host, source: str, inner: str, options: Sequence[str]) -> Comma
         argv = ["sh", "-c", f"exec {shlex.join([*argv, f'{source}/'])} {target}"]
     else:
         argv += ["-e", shlex.join(SSH), f"{source}/", f"{host.ssh}:{folder}/{inner}/"]
+    return Command(host.name, tuple(argv), limit_s=COPY_S)
+
+
+RESULTS = (
+    "config.yaml", "metrics.jsonl", "summary.json", "curves.png", "report.*", "model.safetensors",
+)  # fmt: skip
+"""What is copied of a run folder, with the last checkpoint. Not run.json: a server on this machine
+could take the copy for a run of its own."""
+
+
+def last_checkpoint(host: Host, folder: str) -> Command:
+    """The name of the newest one in a run folder, or nothing."""
+    inner = shlex.quote(f"{folder}/checkpoints")
+    return shell(
+        host, f"cd {inner} 2> /dev/null || exit 0; ls step-*.safetensors 2> /dev/null | tail -1"
+    )
+
+
+def copy_results(host: Host, folder: str, target: str, checkpoint: str) -> Command:
+    """Copies the results of a run folder into one of this machine."""
+    names = [*RESULTS, "checkpoints/", *([f"checkpoints/{checkpoint}"] if checkpoint else [])]
+    argv = ["rsync", "-a", "--prune-empty-dirs"]
+    argv += [*(f"--include=/{name}" for name in names), "--exclude=*"]
+    if host.ssh == HERE:
+        source = f"'{folder}/'" if folder.startswith("/") else f'"$HOME"/{shlex.quote(folder)}/'
+        argv = ["sh", "-c", f"exec {shlex.join(argv)} {source} {shlex.quote(target)}/"]
+    else:
+        argv += ["-e", shlex.join(SSH), f"{host.ssh}:{folder}/", f"{target}/"]
     return Command(host.name, tuple(argv), limit_s=COPY_S)
 
 

@@ -19,6 +19,7 @@ from paramserver.net.hosts import HERE, Host
 
 SSH_FAILED = 255
 ENDING_S = 5.0
+STATUS_OF = "status of "
 FOLLOWED_S = 0.5  # to end a connection that may be broken; the other end ends by itself
 
 T = TypeVar("T")
@@ -200,16 +201,20 @@ class Agent:
 
 
 class Follower:
-    """Reads the log of one process on a machine, line by line, in a thread of its own."""
+    """Reads the log of one process on a machine, or its status, line by line, in a thread of its
+    own."""
 
     def __init__(
         self, host: Host, name: str, offset: int | None, tell: Callable[[str, str, str], None]
     ) -> None:
-        """That thread calls `tell(host, name, line)`."""
+        """That thread calls `tell(host, name, line)`. The name of a status is `STATUS_OF` and that
+        of its process."""
         self.host, self.name = host, name
         self._tell = tell
         words = [] if offset is None else [str(offset)]
-        self._process = _start(commands.supervisor(host, "follow", name, *words))
+        shows = name.startswith(STATUS_OF)
+        ask = ("show", name.removeprefix(STATUS_OF)) if shows else ("follow", name, *words)
+        self._process = _start(commands.supervisor(host, *ask))
         self._errors: list[str] = []
         self._threads = [
             threading.Thread(target=self._read),

@@ -14,6 +14,7 @@ a free lock means that there is none. Its folder (the last argument; `..` as see
     status FOLDER                  every `State`, as a JSON list
     follow NAME FOLDER [OFFSET]    the log from there on, until the process has ended for good or
                                    standard input ends; exits with 0 if all went well
+    show NAME FOLDER               its status (`notify.show`), a line whenever it changes, likewise
     log NAME FOLDER LINES          the last LINES lines of this start's log
     stop NAME FOLDER PATIENCE      ends the process in order, after PATIENCE seconds by force;
                                    answers which processes it killed, and the last state; `worker`
@@ -90,6 +91,7 @@ class State:
     warning: str = ""  # the newest warning, of the supervisor or
     warned_at: float = 0.0  # of the process; seconds since the epoch
     ready: bool = False  # has the process begun its work? `status` sets it
+    run_folder: str = ""  # of a server, as seen from the code; `status` sets it
 
 
 class Files:
@@ -154,6 +156,7 @@ class Files:
             state.last = next(lines, "")
         told = notify.read(self.notify)
         state.ready = state.alive and told.ready != ""
+        state.run_folder = told.folder
         if told.warned_at > state.warned_at:
             state.warning, state.warned_at = told.warning, told.warned_at
         return state
@@ -477,6 +480,18 @@ def follow(files: Files, offset: int | None, until: int = 0) -> Iterator[bytes]:
             return
 
 
+def show(files: Files, until: int = 0) -> Iterator[bytes]:
+    """The process's status as it changes, one line each, until the supervisor is gone, or until
+    file `until` (standard input) ends."""
+    before = notify.watch(files.notify)  # of an earlier time
+    while files.alive:
+        if select.select([until], [], [], LOOK_S)[0] and not os.read(until, 4096):
+            return
+        if (now := notify.watch(files.notify)) != before:
+            before = now
+            yield now.strip() + b"\n"
+
+
 def tail(files: Files, lines: int) -> bytes:
     """The last lines of this start's log."""
     state = files.read()
@@ -505,9 +520,10 @@ def main(words: list[str]) -> int:
         print(json.dumps(stop_all(files.folder, files.name, int(rest[2]))))
     elif command == "log":
         sys.stdout.buffer.write(tail(files, int(rest[2])))
-    elif command == "follow":
-        with suppress(BrokenPipeError):
-            for data in follow(files, int(rest[2]) if len(rest) > 2 else None):
+    elif command in ("follow", "show"):
+        offset = int(rest[2]) if len(rest) > 2 else None
+        with suppress(OSError):  # a closed pipe, a full disk
+            for data in show(files) if command == "show" else follow(files, offset):
                 sys.stdout.buffer.write(data)
                 sys.stdout.buffer.flush()
         now = files.read()

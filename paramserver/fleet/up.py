@@ -23,6 +23,7 @@ from paramserver.config.loading import dump
 from paramserver.errors import UserError
 from paramserver.fleet import commands, measurements, remote
 from paramserver.fleet.commands import Checked, Trouble
+from paramserver.fleet.fetch import tell_where
 from paramserver.fleet.measurements import Measurement
 from paramserver.fleet.remote import Agent, Failed
 from paramserver.fleet.supervisor import State
@@ -116,7 +117,10 @@ def up(arguments: list[str], *, script: Script | None = None, dry: bool = False)
         stack.close()
         with Watch(lines) as watch:
             start(lines, watch, wanted, ways, running, token)
-            return show(watch, lines, arguments)
+            code = show(watch, lines, arguments, wanted.settings.plain)
+        if code is not None:
+            tell_where(lines, wanted.settings, wanted.server, arguments)
+        return code or 0
 
 
 def clone() -> Path:

@@ -8,26 +8,26 @@ import queue
 import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
+import msgspec
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
-from paramserver import terminal
+from paramserver import notify, terminal
 from paramserver.config.loading import load
 from paramserver.errors import UserError
 from paramserver.fleet import commands, remote
 from paramserver.fleet.commands import Trouble
-from paramserver.fleet.remote import Follower
+from paramserver.fleet.remote import STATUS_OF, Follower
 from paramserver.fleet.supervisor import State, died
 from paramserver.net import hosts as fleet
 from paramserver.net.hosts import Host
-from paramserver.output.display import Paper
+from paramserver.output.display import Display, Paper, Status
 from paramserver.settings import Settings
 from paramserver.words import printable
 
@@ -78,6 +78,8 @@ class Lines:
         )
         self._width = max((len(host.name) for host in hosts), default=0)
         self._colours = {h.name: COLOURS[i % len(COLOURS)] for i, h in enumerate(hosts)}
+        self.display: Display | None = None
+        """Where a run is drawn, lines are above the drawing."""
 
     def say(self, host: str, line: str) -> None:
         head = Text(f"{host:<{self._width}} | ", style=self._colours.get(host, ""))
@@ -94,7 +96,10 @@ class Lines:
     def print(self, renderable: Any) -> None:
         with self._console.capture() as drawn:
             self._console.print(renderable)
-        terminal.write(drawn.get())
+        if self.display is not None:
+            self.display.above(drawn.get())
+        else:
+            terminal.write(drawn.get())
 
 
 Key = tuple[str, str]  # machine, process
@@ -140,6 +145,14 @@ class Watch:
             host, name, offset, lambda *line: self._new.put(line)
         )
 
+    def add_status(self) -> bool:
+        """Follow the server's status, too; returns whether there is a server to follow."""
+        for (_, name), follower in list(self._followers.items()):
+            if name == "server":
+                self.add(follower.host, f"{STATUS_OF}{name}", 0)
+                return True
+        return False
+
     def events(self, until: float = math.inf) -> Iterator[Event]:
         """Events, until no process is followed any more or `until` (monotonic) has passed."""
         while (self._followers or self._broken) and time.monotonic() < until:
@@ -165,8 +178,11 @@ class Watch:
         now = time.monotonic()
         if now - follower.began > CONNECTED_S or key not in self._silent_since:
             self._silent_since[key] = now
-            self._lines.say(key[0], f"the connection broke: {why.problem}")
+            if not key[1].startswith(STATUS_OF):  # its log's connection says so
+                self._lines.say(key[0], f"the connection broke: {why.problem}")
         if now - self._silent_since[key] > RECONNECT_S:
+            if key[1].startswith(STATUS_OF):
+                return
             self.troubles.append(why)
             self._lines.say(key[0], f"not reached for {RECONNECT_S:g} s: no longer followed")
         else:
@@ -191,33 +207,35 @@ def status(arguments: list[str]) -> int:
     machine does not answer or a process failed."""
     _, _, hosts = machines(arguments)
     found, troubles = states(hosts)
-    table = Table(box=None, pad_edge=False)
-    for head in ("machine", "process", "state", "since", "restarts", "last words"):
-        table.add_column(head, overflow="fold" if head == "last words" else "ellipsis")
+    rows: list[tuple[tuple[str, ...], str, str]] = []  # cells, style of the third, last words
     wrong = bool(troubles)
     warnings: list[tuple[str, str]] = []
     missing = {trouble.host: trouble for trouble in troubles}
     for host in hosts:
         if host.name in missing:
-            table.add_row(host.name, "", Text("not reached", style="red"))  # reason: below
+            rows.append(((host.name, "", "not reached", "", ""), "red", ""))  # reason: below
             continue
-        kept = found[host.name]
+        kept = of_last_start(found[host.name])
         if not kept:
-            table.add_row(host.name, "", "nothing was started here")
+            rows.append(((host.name, "", "nothing was started here", "", ""), "", ""))
         for name, state in kept.items():
             wrong |= state.phase == "failed"
             warnings += [(host.name, state.warning)] if state.warning else []
             style = {"failed": "red", "running": "green"}.get(state.phase, "")
-            table.add_row(
-                host.name,
-                host.spoken(name),
-                Text(in_words(state), style=style),
-                f"{datetime.fromtimestamp(state.since):%d %b %H:%M:%S}",
-                str(state.restarts or ""),
-                Text(printable(state.last)),
-            )
+            since = f"since {datetime.fromtimestamp(state.since):%d %b %H:%M:%S}"
+            again = f"started again: {state.restarts}" if state.restarts else ""
+            row = (host.name, host.spoken(name), in_words(state), since, again)
+            rows.append((row, style, state.last))
     lines = Lines(hosts)
-    lines.print(table)
+    widths = [max(len(cells[column]) for cells, _, _ in rows) for column in range(5)]
+    for cells, style, last in rows:
+        padded = [f"{cell:<{width}}" for cell, width in zip(cells, widths, strict=True)]
+        line = Text.assemble("  ".join(padded[:2]), "  ", (padded[2], style), "  ")
+        line.append("  ".join(padded[3:]))
+        line.rstrip()
+        lines.print(line)
+        if last:
+            lines.print(Text(f"  {printable(last)}", style="dim"))
     if warnings:
         lines.tell("")
         lines.tell("the newest warnings:")
@@ -226,6 +244,16 @@ def status(arguments: list[str]) -> int:
     for trouble in troubles:
         lines.tell_as_it_is(str(trouble))
     return int(wrong)
+
+
+def of_last_start(kept: Mapping[str, State]) -> dict[str, State]:
+    """Without the processes that ended before the newest start there."""
+    newest = max(kept.values(), key=lambda state: state.since, default=None)
+    return {
+        name: state
+        for name, state in kept.items()
+        if state.alive or newest is None or state.up == newest.up
+    }
 
 
 def in_words(state: State) -> str:
@@ -262,17 +290,30 @@ def logs(arguments: list[str], name: str | None = None) -> int:
     return int(bool(troubles or more))
 
 
-def attach(arguments: list[str]) -> int:
-    """Follow a run that is going on; returns the server's exit code."""
-    _, _, hosts = machines(arguments)
+def _draw(display: Display | None, line: str | None) -> None:
+    """Draw the status in this line of JSON; None: draw none any more."""
+    if display is None:
+        return
+    if line is None:
+        display.clear()
+        return
+    with suppress(msgspec.DecodeError):  # half a line, or of another version
+        display.update(msgspec.json.decode(line, type=Status), time.monotonic())
+
+
+def attach(arguments: list[str], name: str | None = None) -> int | None:
+    """Follow a run that is going on, or the machine of this name; returns the server's exit code,
+    None after Ctrl-C."""
+    settings, _, hosts = machines(arguments)
+    hosts = only(hosts, name)
     found, troubles = states(hosts)
     lines = Lines(hosts)
     for trouble in troubles:
         lines.tell_as_it_is(str(trouble))
     alive = [
-        (host, name, state)
+        (host, process, state)
         for host in hosts
-        for name, state in found.get(host.name, {}).items()
+        for process, state in found.get(host.name, {}).items()
         if state.alive
     ]
     if not alive:
@@ -280,9 +321,9 @@ def attach(arguments: list[str]) -> int:
             "no run is going on", "start one: make up; how the last one went: make logs"
         )
     with Watch(lines) as watch:
-        for host, name, state in alive:
-            watch.add(host, name, state.log_to)
-        return show(watch, lines, arguments)
+        for host, process, state in alive:
+            watch.add(host, process, state.log_to)
+        return show(watch, lines, arguments, settings.plain or name is not None)
 
 
 def of_process(host: Host, name: str, line: str) -> str:
@@ -298,32 +339,57 @@ def typed_too(arguments: Sequence[str]) -> str:
     return f"; each with {' '.join(words)}" if words else ""
 
 
-def show(watch: Watch, lines: Lines, arguments: Sequence[str]) -> int:
-    """Print the output of all until the run is over, or Ctrl-C; returns the server's exit code (0
-    after Ctrl-C)."""
+def show(watch: Watch, lines: Lines, arguments: Sequence[str], plain: bool = False) -> int | None:
+    """Show the run until it is over, or Ctrl-C; returns the server's exit code, None after Ctrl-C.
+
+    On a terminal that is the display of a run that was started by hand, and the lines of all
+    machines above it; elsewhere, or with `plain`, the lines of all.
+    """
+    screen = Display(plain=plain)
+    if not screen.live or not watch.add_status():
+        return _show(watch, lines, arguments)
+    lines.display = screen
+    try:
+        return _show(watch, lines, arguments)
+    finally:
+        lines.display = None
+        screen.close()
+
+
+def _show(watch: Watch, lines: Lines, arguments: Sequence[str]) -> int | None:
     code, until = 0, math.inf
     try:
         while True:
             for event in watch.events(until):
+                if event.name.startswith(STATUS_OF):
+                    _draw(lines.display, event.line)
+                    continue
                 if event.line is not None:
-                    lines.say(event.host.name, of_process(event.host, event.name, event.line))
+                    if lines.display is not None and notify.PROGRESS.match(event.line):
+                        continue  # it is drawn
+                    if lines.display is not None and event.name == "server":
+                        lines.tell(event.line)
+                    else:
+                        lines.say(event.host.name, of_process(event.host, event.name, event.line))
                     continue
                 if event.code:
                     name = event.host.spoken(event.name)
                     lines.say(event.host.name, f"{name} has failed: make status, make logs")
                 if event.name == "server":
                     code = event.code or 0
+                    _draw(lines.display, None)
                     until = time.monotonic() + FAREWELL_S
                     break  # to go on with the new deadline
             else:
                 break
     except KeyboardInterrupt:
+        _draw(lines.display, None)
         lines.tell("")  # below the terminal's ^C
         lines.tell(
             "the run goes on. Look again: make attach, make status. End it: make down"
             + typed_too(arguments)
         )
-        return 0
+        return None
     for trouble in watch.troubles:
         lines.tell_as_it_is(str(trouble))
     return 1 if watch.troubles else code
@@ -361,7 +427,11 @@ def stop(lines: Lines, hosts: Sequence[Host], name: str) -> list[Trouble]:
             if state is not None:
                 code = state["code"]
                 how = "in order" if code in (0, 1) else "by force" if code is None else died(code)
-                lines.say(host.name, f"the {host.spoken(state['name'])} has ended, {how}")
+                told = host.spoken(state["name"]).replace("server", "the server")
+                lines.say(host.name, f"{told} has ended, {how}")
+                if folder := state.get("run_folder"):
+                    there = commands.spoken(host, folder)
+                    lines.say(host.name, f"its run folder: {there}; its results here: make fetch")
         if answer["left"]:
             left = ", ".join(str(pid) for pid in answer["left"])
             return [Trouble(host.name, f"processes that cannot be ended: {left}")]

@@ -1,7 +1,7 @@
 """`python -m paramserver.launch demo`: a whole cluster on this machine, for a first look; `script
 train.py`: the same for a user's own training script; `ray`: on the nodes of a Ray cluster
 (`paramserver.launch.ray`); and the commands for a cluster of many machines (`paramserver.fleet`):
-up, status, logs, attach, down, doctor, plan."""
+up, status, logs, attach, fetch, down, doctor, plan."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ DEMO = {
 }  # fmt: skip
 """What the demo sets, unless the command line says otherwise."""
 WORKERS_PATIENCE_S = 10.0
-FLEET = ("up", "status", "logs", "attach", "down", "doctor", "plan")
+FLEET = ("up", "status", "logs", "attach", "fetch", "down", "doctor", "plan")
 PARTS_OF_A_STEP = ("load", "compute", "encode", "send", "wait", "decode", "optimizer")
 SCRIPT_S = 600.0  # for a script's work after its run: an evaluation, a sample
 PATIENCE_S = 120.0  # an orderly end takes the observer's last evaluation and upload
@@ -211,11 +211,11 @@ def profile(arguments: list[str]) -> int:
 
 def fleet(words: list[str]) -> int:
     """The commands for a cluster of machines: a word, options like --dry, and settings."""
-    from paramserver.fleet import doctor, planning, up, watch
+    from paramserver.fleet import doctor, fetch, planning, up, watch
 
     command, *rest = words
     rest, behind = _behind_dashes(rest)
-    options_of = {"up": ["--dry", "--script="], "logs": ["--host="]}
+    options_of = {"up": ["--dry", "--script="], "logs": ["--host="], "attach": ["--host="]}
     known = options_of.get(command, ["--json"] if command in ("doctor", "plan") else [])
     options = [word for word in rest if word.startswith("--")]
     for option in options:
@@ -231,13 +231,15 @@ def fleet(words: list[str]) -> int:
     if command == "up":
         own = Script.find(named[-1], behind) if named else None
         return up.up(settings, script=own, dry="--dry" in options)
-    if command == "logs":
-        return watch.logs(settings, options[-1].partition("=")[2] if options else None)
+    if command in ("logs", "attach"):
+        host = options[-1].partition("=")[2] if options else None
+        look = watch.logs if command == "logs" else watch.attach
+        return look(settings, host) or 0
     if command == "doctor":
         return doctor.doctor(settings, as_json="--json" in options)
     if command == "plan":
         return planning.plan_for(settings, as_json="--json" in options)
-    return {"status": watch.status, "attach": watch.attach, "down": watch.down}[command](settings)
+    return {"status": watch.status, "fetch": fetch.fetch, "down": watch.down}[command](settings)
 
 
 def ray(arguments: list[str]) -> int:

@@ -130,6 +130,21 @@ class Display:
             emoji=False,
         )
 
+    @property
+    def live(self) -> bool:
+        """Is it drawn anew, and not printed as lines?"""
+        return self._live
+
+    def clear(self) -> None:
+        """Remove the drawing, until the next `update`."""
+        self._drawing = ""
+        self._emit()
+
+    def above(self, text: str) -> None:
+        """Print whole lines above the drawing, as they are."""
+        self._pending.append(text)
+        self._emit()
+
     def due(self, now: float) -> bool:
         """Would `update` use a status now? Saves the caller making one."""
         return now >= self._due and not self._gone
@@ -147,11 +162,14 @@ class Display:
 
     def say(self, line: str, warning: bool = False) -> None:
         """Print a line with a time stamp, above the drawing."""
+        self._say(line, warning, "  ")
+
+    def _say(self, line: str, warning: bool, between: str) -> None:
         stamp = self._clock().strftime("%H:%M:%S")
         if warning:
             notify.warning(f"{stamp}  {WARNING}{printable(line)}")
         mark = (WARNING, "yellow") if warning else ""
-        text = Text.assemble((stamp, "dim"), "  ", mark, printable(line))
+        text = Text.assemble((stamp, "dim"), between, mark, printable(line))
         self._pending.append(self._rendered(text, soft_wrap=True))
         self._emit()
 
@@ -215,7 +233,7 @@ class Display:
         if line != self._line:
             self._line_at, self._line = now, line
             self._phase, self._late = phase, status.late
-            self.say(line)
+            self._say(line, False, f" {notify.mark() or ' '}")
 
     # Writing text
 

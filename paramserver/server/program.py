@@ -236,7 +236,7 @@ def _serve(
             )
         public = None if keys is None else z85.decode(keys.for_server().public)
         show.announcement = Announcement(guarded or hosts, settings.port, run, public)
-        notify.ready(where)
+        notify.ready(where, str(folder.path))
         if settings.observer:
             observer = show.observer = ObserverProcess(
                 settings, folder, run, key, resume, show.problem

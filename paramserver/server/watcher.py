@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from paramserver import logs
+from paramserver import logs, notify
 from paramserver.fleet.plan_watch import PlanWatch
 from paramserver.net.mdns import Announcement
 from paramserver.output import metrics
@@ -149,7 +149,10 @@ class Show:
         if self.announcement is not None:
             self.tell(self.announcement.problem())
         if self.display.due(now):
-            self.display.update(self._status(control, now), now)
+            status = self._status(control, now)
+            self.display.update(status, now)
+            if notify.is_watched():
+                notify.show(msgspec.json.encode(status))
 
     def train_loss(self) -> float | None:
         """Sample-weighted mean over the newest steps."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 
-from paramserver import trace
+from paramserver import notify, trace
 from paramserver.config.loading import check_worker_overrides, from_wire
 from paramserver.net import address
 from paramserver.settings import Settings
@@ -102,7 +102,7 @@ class Progress:
         seconds = now - self._at
         waited = cluster.waiting_s - self._waited
         log.info(
-            f"step {cluster.step}  {self._steps / seconds:.1f} steps/s  "
+            f"{notify.mark()}step {cluster.step}  {self._steps / seconds:.1f} steps/s  "
             f"{self._samples / seconds:,.0f} samples/s  "
             f"waiting {100 * waited / seconds:.0f} % of the time"
         )
