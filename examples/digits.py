@@ -7,7 +7,7 @@ python examples/digits.py       alone, without a server
 import torch
 from torch import nn
 
-import workers
+from paramserver import join
 from workers.builtin.data import load
 
 EPOCHS = 12
@@ -43,7 +43,7 @@ def accuracy() -> float:
     return right / len(test_set)
 
 
-cluster = workers.join(alone={"num_epochs": EPOCHS})
+cluster = join(alone={"num_epochs": EPOCHS})
 model, optimizer = cluster.attach(model, optimizer, scheduler=scheduler, schedule_by="epoch")
 for images, labels in cluster.batches(train_set, batch_size=32):
     optimizer.zero_grad()

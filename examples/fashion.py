@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import Subset
 from torchvision.models import resnet18
 
-import workers
+from paramserver import join
 from workers.builtin.data import FILES, load
 
 EPOCHS, TRAIN, TEST = 3, 3072, 1000
@@ -46,7 +46,7 @@ def accuracy() -> float:
     return right / TEST
 
 
-cluster = workers.join(alone={"num_epochs": EPOCHS})
+cluster = join(alone={"num_epochs": EPOCHS})
 model, optimizer = cluster.attach(model, optimizer, clip_norm=5.0)
 for images, labels in cluster.batches(train_set, batch_size=32):
     optimizer.zero_grad()

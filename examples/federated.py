@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 
-import workers
+from paramserver import join
 from workers.builtin.data import load
 
 HOLDS = {1: (0, 1, 2, 3, 4), 2: (5, 6, 7), 3: (8, 9)}  # worker -> the digits that it has
@@ -22,7 +22,7 @@ model = nn.Sequential(nn.Flatten(), nn.Linear(784, 128), nn.ReLU(), nn.Linear(12
 optimizer = torch.optim.Adam(model.parameters(), lr=0.001)
 criterion = nn.CrossEntropyLoss()
 
-cluster = workers.join()
+cluster = join()
 mine = torch.isin(digits.train.labels, torch.tensor(HOLDS[cluster.worker_id])).nonzero()[:, 0]
 size = len(mine) // ROUNDS
 loader = DataLoader(Subset(digits.train, mine.tolist()), size, shuffle=True, drop_last=True)

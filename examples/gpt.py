@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import workers
+from paramserver import join
 
 CONTEXT, WIDTH, HEADS, LAYERS = 64, 96, 4, 3
 WINDOWS = 12_000  # that a run trains on
@@ -80,7 +80,7 @@ model = GPT()
 optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
 scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 50))
 
-cluster = workers.join(alone={"num_epochs": 1})
+cluster = join(alone={"num_epochs": 1})
 model, optimizer = cluster.attach(model, optimizer, scheduler=scheduler, clip_norm=1.0)
 loss = torch.zeros(())
 for x, y in cluster.batches(Windows(), batch_size=16):

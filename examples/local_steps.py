@@ -12,7 +12,7 @@ import time
 import torch
 from torch import nn
 
-import workers
+from paramserver import join
 from workers.builtin.data import load
 
 digits = load({"name": "digits"}, seed=42)
@@ -20,7 +20,7 @@ model = nn.Sequential(nn.Flatten(), nn.Linear(784, 128), nn.ReLU(), nn.Linear(12
 optimizer = torch.optim.AdamW(model.parameters(), lr=0.001)
 criterion = nn.CrossEntropyLoss()
 
-cluster = workers.join(alone={"num_epochs": 8})
+cluster = join(alone={"num_epochs": 8})
 model, optimizer = cluster.attach(model, optimizer)
 samples, began = 0, time.perf_counter()
 for images, labels in cluster.batches(digits.train, batch_size=32):

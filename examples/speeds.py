@@ -13,7 +13,7 @@ import time
 import torch
 from torch import nn
 
-import workers
+from paramserver import join
 from workers.builtin.data import load
 
 SPEEDS = {1: 4.0, 2: 2.0, 3: 1.0, 4: 1.0}
@@ -24,7 +24,7 @@ model = nn.Sequential(nn.Flatten(), nn.Linear(784, 64), nn.ReLU(), nn.Linear(64,
 optimizer = torch.optim.Adam(model.parameters(), lr=0.002)
 criterion = nn.CrossEntropyLoss()
 
-cluster = workers.join(alone={"num_epochs": 4})
+cluster = join(alone={"num_epochs": 4})
 model, optimizer = cluster.attach(model, optimizer)
 samples, began = 0, time.perf_counter()
 for images, labels in cluster.batches(digits.train, batch_size=32):

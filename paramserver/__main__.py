@@ -5,8 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from paramserver.config.loading import exit_on_user_error, load
-from paramserver.server.program import serve
+from paramserver.program import exit_on_user_error
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -14,7 +13,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     run ended, but a result of it is missing (the last checkpoint, model.safetensors, the last
     evaluation, summary.json, lines of metrics.jsonl): the last warning names it."""
     with exit_on_user_error():
-        settings = load(list(sys.argv[1:] if argv is None else argv), "server").settings
+        words = list(sys.argv[1:] if argv is None else argv)
+        from paramserver.config.help import answer
+
+        answer(words, "server")
+        from paramserver.config.loading import load
+
+        settings = load(words, "server").settings
+        from paramserver.server.program import serve  # PyTorch takes seconds
+
         code = serve(settings)
     sys.exit(code)
 

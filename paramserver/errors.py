@@ -10,7 +10,7 @@ is a defect of this project and may show its traceback.
 class UserError(Exception):
     """A person's mistake: what was wrong and where, and what to do about it.
 
-    `paramserver.config.loading.exit_on_user_error` prints it and exits with code 2.
+    `paramserver.program.exit_on_user_error` prints it and exits with code 2.
     """
 
     def __init__(self, problem: str, hint: str = "") -> None:

@@ -21,11 +21,13 @@ import zmq
 from zmq.utils import z85
 
 from paramserver import terminal
-from paramserver.config.loading import exit_on_user_error, load
+from paramserver.config.help import answer
+from paramserver.config.loading import load
 from paramserver.errors import UserError
 from paramserver.net import machine
 from paramserver.net.address import listen
 from paramserver.net.jointoken import JoinToken, encode
+from paramserver.program import exit_on_user_error
 from paramserver.transport.sockets import ServerKeys
 
 
@@ -148,6 +150,7 @@ def main() -> None:
     """Print the join token; with the argument `rotate`, make new keys first."""
     with exit_on_user_error():
         words = sys.argv[1:]
+        answer(words, "keys")
         settings = load([word for word in words if word != "rotate"], "server").settings
         if "rotate" in words:
             keys = rotate()

@@ -38,6 +38,9 @@ BUCKET_MB, LINKED_BUCKET_MB = 4.0, 2.0
 each message costs more than its bytes; over a link the first average may come sooner."""
 
 CODECS = ("float32", "float16", "bfloat16", "int8", "topk")
+MODELS = ("SimpleNN", "CNN", "ResNet18")
+DATASETS = ("MNIST", "FashionMNIST", "digits")
+"""The built-in ones."""
 WANDB_MODES = ("online", "offline", "disabled")
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from paramserver.errors import UserError
+
 MARK = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -27,3 +29,15 @@ def nearest(word: str, known: Iterable[str], *, alike: float = 0.6) -> str:
     spelled = {name.lower(): name for name in known}
     found = difflib.get_close_matches(word.lower(), spelled, n=1, cutoff=alike)
     return spelled[found[0]] if found else ""
+
+
+def no_such(setting: str, name: str, known: Iterable[str]) -> UserError:
+    """The error for a name that the value of this setting must not be, with the nearest that it may
+    be."""
+    what = "data set" if setting.startswith("dataset") else setting.partition(".")[0]
+    near = nearest(name, known, alike=0.5)
+    return UserError(
+        f"there is no {what} {name!r} ({setting})",
+        (f"did you mean {near}? " if near else "")
+        + f"known: {', '.join(known)}, or package.module:Name for your own",
+    )

@@ -2,9 +2,10 @@
 
 One process of this session has imported what all programs import, and does nothing else: no
 operation of torch, no ZeroMQ context, no thread. Each program is forked from it and then runs as
-`python -m module`, `python -c code` or `python script.py` would. A program that starts others (a
-server its observer, the launcher a server and workers) forks as many processes before it begins.
-They wait, and one of them becomes what the program starts: its child, with its own process id.
+`python -m module`, `python -c code`, `python script.py` or `python -P script.py` would. A program
+that starts others (a server its observer, the launcher a server and workers) forks as many
+processes before it begins. They wait, and one of them becomes what the program starts: its child,
+with its own process id.
 
 It is used on Linux only, since macOS does not let a process that has loaded its frameworks go on
 after a fork.
@@ -54,7 +55,8 @@ SLAVE, DETACH = 1 << 19 | 1 << 14, 2  # of its mount.h: MS_SLAVE | MS_REC, MNT_D
 
 def waiting(words: Sequence[str]) -> int:
     """How many processes wait for what the program `python words ...` starts."""
-    return STARTS.get(words[1], 0) if words[0] == "-m" else 0
+    module = words[1] if words[0] == "-m" else words[2] if words[0] == "-P" else ""
+    return STARTS.get(module, 0)
 
 
 class Process:
@@ -368,6 +370,9 @@ def become(order: Order) -> Any:
     paths = [p for p in environment.get("PYTHONPATH", "").split(os.pathsep) if p]
     sys.path[:] = [*paths, *sys.path[1:]]  # without this file's own folder
     first, *rest = words
+    if first == "-P":  # a script, whose folder is not a place for imports
+        sys.argv = rest
+        return lambda: runpy.run_path(rest[0], run_name="__main__")
     if first == "-m":
         sys.path.insert(0, folder)
         sys.argv = rest

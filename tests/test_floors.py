@@ -18,9 +18,11 @@ CLONE = Path(__file__).resolve().parent.parent
 PACKAGES = ("paramserver", "workers")
 
 ROOMS = [
-    "paramserver.errors paramserver.words paramserver.trace paramserver.ranges paramserver",
+    "paramserver.errors paramserver.words paramserver.trace paramserver.ranges paramserver "
+    "paramserver.run_module",
     "paramserver.locks paramserver.drafts",
     "paramserver.terminal paramserver.notify paramserver.logs",
+    "paramserver.program",
     "paramserver.protocol",
     "paramserver.wire",
     "paramserver.settings",
@@ -61,6 +63,7 @@ PURE = [
     "paramserver.ranges",
     "paramserver.settings",
     "paramserver",
+    "paramserver.run_module",
     "paramserver.protocol",
     "paramserver.rounds",
     "paramserver.status",

@@ -39,7 +39,7 @@ def test_a_line_that_nobody_takes_is_lost_and_nothing_else(how: str) -> None:
     program = """
 import os
 from paramserver import terminal
-from paramserver.config.loading import exit_on_user_error
+from paramserver.program import exit_on_user_error
 with exit_on_user_error():
     for _ in range(2000):  # more than any buffer holds
         terminal.say("a line")
@@ -56,7 +56,7 @@ os.environ["STILL_HERE"]  # else exit code 1
 
 def test_what_others_left_in_the_buffer_does_not_change_the_exit_code_of_our_programs() -> None:
     program = """
-from paramserver.config.loading import exit_on_user_error
+from paramserver.program import exit_on_user_error
 with exit_on_user_error():
     print("a library's line, which waits in Python's buffer")
 """

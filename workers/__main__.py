@@ -10,19 +10,23 @@ from dataclasses import replace
 from typing import Any
 
 from paramserver import logs, terminal
-from paramserver.config.loading import exit_on_user_error, load
 from paramserver.errors import UserError
-from paramserver.transport import malloc
-from workers.link.environment import read_environment
+from paramserver.program import exit_on_user_error
 
 
-class Leave(BaseException):
+class Leave(KeyboardInterrupt):
     """A SIGINT, SIGTERM or SIGHUP has come: this worker leaves, in order."""
 
 
 def main() -> None:
     """The worker program; exits with 0 when the run ended well or the worker was asked to leave."""
     with exit_on_user_error():
+        from paramserver.config.help import answer
+
+        answer(sys.argv[1:], "worker")
+        from paramserver.config.loading import load
+        from paramserver.transport import malloc
+
         malloc.keep_freed()
         loaded = load(sys.argv[1:], "worker")
         settings = _with_environment(loaded.settings)
@@ -40,9 +44,7 @@ def main() -> None:
 
         logs.show("workers", logs.Lines(prefix=f"[worker {settings.id}] "))
         try:
-            from workers.builtin.train import (
-                train,  # torch takes seconds: signals are handled before
-            )
+            from .builtin.train import train  # torch takes seconds: signals are handled before
 
             cluster = train(settings, loaded.given)
             cluster.leave()
@@ -52,6 +54,8 @@ def main() -> None:
 
 def _with_environment(settings: Any) -> Any:
     """Take number and server's address from the environment, where the settings have none."""
+    from .link.environment import read_environment
+
     here = read_environment(os.environ)
     return replace(
         settings,

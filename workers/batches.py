@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from workers.samples import Loaded
-from workers.weight import checked
+from .samples import Loaded
+from .weight import checked
 
 
 class Batches(Iterator[Any]):

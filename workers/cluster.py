@@ -1,7 +1,7 @@
 """The interface for a training loop: join a cluster, attach a model, iterate over this worker's
 leases.
 
-    cluster = workers.join("10.10.0.1", worker_id=2)
+    cluster = join("10.10.0.1", worker_id=2)
     model, optimizer = cluster.attach(model, optimizer)
     for images, labels in cluster.batches(train_set):
         optimizer.zero_grad()
@@ -39,19 +39,20 @@ from paramserver.settings import RunSettings, Settings
 from paramserver.tensors.bucket import Bucket
 from paramserver.tensors.codec import codec_of_pushes
 from paramserver.tensors.error_feedback import ErrorFeedback
-from workers.batches import Batches, Sizes, sizes_of, weights_of
-from workers.link.client import Client
-from workers.link.environment import listens, read_environment
-from workers.link.solo import Solo
-from workers.loaders import parts_of
-from workers.looks import look
-from workers.optimizer import ClusterOptimizer
-from workers.replica import groups
-from workers.replica.gradients import Gradients
-from workers.replica.outer import Outer
-from workers.replica.replica import Replica
-from workers.samples import Loading, Samples, Unusable, cut
-from workers.weight import checked, collates_by_default, samples_in
+
+from .batches import Batches, Sizes, sizes_of, weights_of
+from .link.client import Client
+from .link.environment import listens, read_environment
+from .link.solo import Solo
+from .loaders import parts_of
+from .looks import look
+from .optimizer import ClusterOptimizer
+from .replica import groups
+from .replica.gradients import Gradients
+from .replica.outer import Outer
+from .replica.replica import Replica
+from .samples import Loading, Samples, Unusable, cut
+from .weight import checked, collates_by_default, samples_in
 
 M = TypeVar("M", bound=nn.Module)
 T = TypeVar("T")

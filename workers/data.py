@@ -2,6 +2,6 @@
 
 import sys
 
-from workers.builtin import data
+from .builtin import data
 
 sys.modules[__name__] = data

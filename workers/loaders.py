@@ -28,7 +28,8 @@ from torch.utils.data import (
 )
 
 from paramserver.errors import UserError
-from workers.generators import seed_generators
+
+from .generators import seed_generators
 
 OWN = "each worker's own loader goes to cluster.own_batches(loader)"
 ALIGNED = 16  # bytes; no number of a tensor is larger

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from paramserver.protocol.messages import LOOK_CHARS, LOOKS_MAX, Look
 from paramserver.tensors.order import permutation
-from workers.generators import forked, seed_generators
-from workers.samples import Samples
+
+from .generators import forked, seed_generators
+from .samples import Samples
 
 SAMPLES = 8
 TIME_S = 1.0

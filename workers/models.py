@@ -2,6 +2,6 @@
 
 import sys
 
-from workers.builtin import models
+from .builtin import models
 
 sys.modules[__name__] = models

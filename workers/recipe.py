@@ -2,6 +2,6 @@
 
 import sys
 
-from workers.builtin import builders
+from .builtin import builders
 
 sys.modules[__name__] = builders

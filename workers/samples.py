@@ -24,8 +24,9 @@ from paramserver.errors import UserError
 from paramserver.protocol.messages import Lease
 from paramserver.rounds.ledger import SHARE_MAX
 from paramserver.tensors.order import order
-from workers.generators import forked, seed_generators
-from workers.loaders import Failed, Processes, parts_of
+
+from .generators import forked, seed_generators
+from .loaders import Failed, Processes, parts_of
 
 log = logging.getLogger(__name__)
 

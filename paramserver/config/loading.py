@@ -22,9 +22,8 @@ On a worker the run's settings arrive with the server's welcome (`to_wire`, `fro
 from __future__ import annotations
 
 import os
-import textwrap
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,17 +32,17 @@ import yaml  # type: ignore[import-untyped]
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from paramserver import notify, terminal
 from paramserver.config.schema import (
     KEYS,
     NAMED,
     Program,
     Where,
     build,
+    check_known,
     check_names,
     flatten,
     from_wire,
-    help_text,
+    meant,
     scope,
     shown,
     spelled_out,
@@ -52,16 +51,14 @@ from paramserver.errors import UserError
 from paramserver.net import hosts
 from paramserver.net.jointoken import VARIABLE
 from paramserver.settings import Settings
-from paramserver.words import printable_lines
+from paramserver.words import printable
 
 __all__ = [
     "Loaded",
     "Program",
     "check_worker_overrides",
     "dump",
-    "exit_on_user_error",
     "from_wire",
-    "help_text",
     "load",
     "save",
     "to_wire",
@@ -96,12 +93,9 @@ class _Layer:
 def load(argv: list[str], program: Program) -> Loaded:
     """The settings of one process; `argv` is without the program's name.
 
-    ``--help`` prints the settings and exits. Raises `UserError` for anything a person got wrong,
-    and on a worker for a setting that only the server reads.
+    Raises `UserError` for anything a person got wrong, and on a worker for a setting that only the
+    server reads.
     """
-    if any(argument in ("-h", "--help") for argument in argv):
-        terminal.result(help_text(program))
-        raise SystemExit(0)
     chosen, command_line = _read_command_line(argv)
     files = [_find("cluster", chosen.get("cluster"))]
     layers = [_read_file(path) for path in files if path]
@@ -140,6 +134,10 @@ def load(argv: list[str], program: Program) -> Loaded:
     if program == "worker":
         _refuse_servers_own(given)
         _one_address(settings.host_ip)
+    elif program == "server":
+        _refuse_workers_own(flatten(command_line.tree))
+        if settings.observer:  # without it these names are free for a script to read
+            check_known(settings)
     return Loaded(settings, given, tuple(path for path in files if path))
 
 
@@ -176,24 +174,6 @@ def check_worker_overrides(given: Mapping[str, object], run: Settings) -> None:
             )
 
 
-@contextmanager
-def exit_on_user_error() -> Iterator[None]:
-    """Around a program's main, or as its decorator: errors for people exit with code 2, and
-    Ctrl-C with 130, without a traceback."""
-    try:
-        yield
-    except UserError as error:
-        notify.error(error.problem, error.hint)
-        terminal.say(printable_lines(f"error: {error.problem}"), error=True)
-        if error.hint:
-            terminal.say(textwrap.indent(printable_lines(error.hint), "  "), error=True)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
-    finally:
-        terminal.settle()
-
-
 # Sources ----------------------------------------------------------------------------------------
 
 
@@ -201,22 +181,31 @@ def _read_command_line(argv: Iterable[str]) -> tuple[dict[str, str], _Layer]:
     """The files chosen, and the settings; a setting given twice has its last value."""
     chosen: dict[str, str] = {}
     pairs: list[tuple[str, Any]] = []
-    for argument in argv:
+    words = list(argv)
+    for place, argument in enumerate(words):
         name, equals, text = argument.partition("=")
         if not equals or not name or name.startswith("-"):
-            key = name.lstrip("-")
-            example = f"{key}={text or 'VALUE'}" if key in KEYS else "learning_rate=0.01"
-            raise UserError(
-                f"cannot read the argument {argument!r}",
-                f"settings are written key=value, without dashes: {example}\n"
-                "--help lists every setting",
-            )
+            raise _no_setting(argument, words[place + 1 :])
         if name in ("cluster", "model"):
             chosen[name] = text
         else:
             pairs.append((name, _read_value(name, text)))
     files = {name: text for name, text in chosen.items() if text}
     return files, _Layer("command line", _nest(pairs, "command line"), {})
+
+
+def _no_setting(argument: str, following: Sequence[str]) -> UserError:
+    """The error for `--port 44030`, `port: 44030`, `port 44030` and the like: names what was
+    meant."""
+    name, equals, text = argument.partition("=")
+    key = meant(name.strip("-:"), alike=0.75)
+    if not (equals or text) and following and not following[0].startswith("-"):
+        text = following[0] if "=" not in following[0] else ""
+    example = f"{key}={text or 'VALUE'}" if key else "learning_rate=0.01"
+    return UserError(
+        f"cannot read the argument {printable(repr(argument))}",
+        f"settings are written key=value, without dashes: {example}\n--help lists every setting",
+    )
 
 
 def _read_value(name: str, text: str) -> Any:
@@ -368,6 +357,15 @@ def _one_address(host_ip: str | None) -> None:
         raise UserError(
             f"a worker dials one address, not {host_ip}", "the server prints where it listens"
         )
+
+
+def _refuse_workers_own(given: Mapping[str, object]) -> None:
+    for name in ("id", "join"):
+        if given.get(name) is not None:
+            raise UserError(
+                f"{name} belongs to a worker and means nothing here",
+                "a worker is started by: python -m workers id=2, or make worker ID=2",
+            )
 
 
 def _refuse_servers_own(given: Mapping[str, object]) -> None:

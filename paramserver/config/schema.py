@@ -1,4 +1,4 @@
-"""What each setting may be: its type, its range, whose it is; and the page that `--help` prints.
+"""What each setting may be: its type, its range, whose it is; and the headings of its group.
 
 Pure: no file, no OmegaConf. `KEYS` is read off the dataclasses in `settings`, so a new setting is
 one field there. Names are flat and dotted, as on the
@@ -8,7 +8,6 @@ command line: ``batch_size``, ``wandb.mode``, ``model.hidden``.
 from __future__ import annotations
 
 import math
-import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from types import NoneType, UnionType
@@ -17,8 +16,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from paramserver.errors import UserError
 from paramserver.net import hosts
 from paramserver.ranges import FILLED, Range, is_import_path
-from paramserver.settings import Settings, Wandb
-from paramserver.words import nearest, printable
+from paramserver.settings import DATASETS, MODELS, Settings, Wandb
+from paramserver.words import nearest, no_such, printable
 
 Program = Literal["server", "worker", "launch"]
 Where = Callable[[str], str]  # a setting's name -> where its value was written, or ""
@@ -181,13 +180,35 @@ def check_names(flat: Mapping[str, Any], where: Where) -> None:
             raise _wrong(name, must_be(KEYS.get(name)), value, where)
         if name in (*KEYS, "wandb") or (group in NAMED and all(parts)):
             continue
-        wanted = name.lower().replace("-", "_")
-        inner = (key for key in KEYS if key.endswith(f".{wanted}"))  # `project` of wandb
-        near = nearest(wanted, KEYS) or next(inner, "")
+        near = meant(name)
         guess = f"; did you mean `{near}`?" if near else ""
         raise UserError(
             f"unknown setting `{name}`{guess}{_at(where, name)}", "--help lists every setting"
         )
+
+
+SHORTER = {"lr": "learning_rate", "bs": "batch_size", "host": "host_ip", "model": "model.type"}
+"""What people write for settings whose names are longer."""
+
+
+def meant(word: str, *, alike: float = 0.6) -> str:
+    """The setting that this misspelt name may mean, at least that much `alike`; empty where there
+    is none."""
+    wanted = word.lower().replace("-", "_")
+    inner = (key for key in KEYS if key.endswith(f".{wanted}"))  # `project` of wandb
+    return SHORTER.get(wanted) or nearest(wanted, KEYS, alike=alike) or next(inner, "")
+
+
+def check_known(settings: Settings) -> None:
+    """Raise `UserError` for a model or a data set that is neither ours nor an import path; torch's
+    names are checked where torch is imported (`paramserver.tensors.torch_names`)."""
+    for setting, group, part, known in (
+        ("model.type", settings.model, "type", MODELS),
+        ("dataset.name", settings.dataset, "name", DATASETS),
+    ):
+        name = str(group[part])
+        if ":" not in name and name not in known:
+            raise no_such(setting, name, known)
 
 
 def from_wire(base: Settings, wire: Mapping[str, Any]) -> Settings:
@@ -363,7 +384,7 @@ def _wrong(name: str, must: str, value: object, where: Where) -> UserError:
     if key and key.kind is str and type(value) in (bool, int, float):
         hint = f"to make text of it in YAML, put it in quotes: {name}: '{shown(value)}'\n"
     if key:
-        hint += f"{name}: {_meaning(key)}; default {shown(default_of(key))}"
+        hint += f"{name}: {meaning(key)}; default {shown(default_of(key))}"
     return UserError(f"{name} {must}, got {got}{_at(where, name)}", hint)
 
 
@@ -377,11 +398,9 @@ def default_of(key: Key) -> object:
     return key.default["name"] if key.name in SHORT and key.default else key.default
 
 
-def _meaning(key: Key) -> str:
+def meaning(key: Key) -> str:
     return f"{key.help} [{key.unit}]" if key.unit else key.help
 
-
-# The page of --help ---------------------------------------------------------------------------
 
 HEADINGS = {  # first setting of a group -> its heading
     "host_ip": "Where",
@@ -390,71 +409,3 @@ HEADINGS = {  # first setting of a group -> its heading
     "seed": "The training",
     "eval_steps": "What is kept and shown",
 }
-
-_USAGE = {
-    "server": """\
-        usage: python -m paramserver [cluster=FILE] [model=FILE] [key=value ...]
-               make server [key=value ...]
-
-        Starts the parameter server, and beside it the observer that evaluates and logs.
-
-        examples:
-          python -m paramserver
-          python -m paramserver learning_rate=0.01 model.hidden=256 num_workers=3
-          python -m paramserver cluster=home host_ip=10.10.0.1 wandb.mode=offline
-          python -m paramserver cluster=runs/2025-01-31_20-15-00/config.yaml""",
-    "worker": """\
-        usage: python -m workers id=N [join=TOKEN] [key=value ...]
-               make worker ID=N [JOIN=TOKEN] [key=value ...]
-
-        Starts worker N. The run's settings come from the server: a worker on another machine
-        needs its number and the join token that the server prints, nothing else. Where others
-        may see the processes of this machine, give the token in the environment's
-        PARAMSERVER_JOIN, or in a file.
-
-        examples:
-          python -m workers id=1
-          python -m workers id=2 join=TOKEN
-          python -m workers id=3 join=token.txt device=cpu dataset.root=/data""",
-    "launch": """\
-        usage: python -m paramserver.launch [cluster=FILE] [model=FILE] [key=value ...]
-               make demo [key=value ...]
-
-        Starts a server and its workers on this machine and shows their progress.
-
-        examples:
-          python -m paramserver.launch
-          python -m paramserver.launch num_workers=3 num_epochs=5""",
-}
-
-_FILES = """\
-Values come from, later over earlier: the defaults below, conf/cluster.yaml, conf/model.yaml, the
-command line. cluster= and model= choose other files, by path or by name under conf/. A mapping
-like model: or optimizer: is replaced, not merged, when its type or name changes (dataset.root
-stays).
-
-run     the server's value is everybody's; set on a worker to another value, it is an error
-server  read by the server and its observer only
-local   each process has its own"""
-
-
-def help_text(program: Program) -> str:
-    """Usage, examples, then every setting: name, default, whose it is, meaning and unit."""
-    lines = [textwrap.dedent(_USAGE[program]), "", _FILES]
-    for key in KEYS.values():
-        if key.name in HEADINGS:
-            lines += ["", f"{HEADINGS[key.name]}:"]
-        if key.kind is dict and key.name not in SHORT:
-            for part, default in key.default.items():
-                name, meaning = f"{key.name}.{part}", f"argument of {key.default.get('type')}"
-                inner = KEYS.get(name, Key(name, object, False, default, meaning, "", key.scope))
-                lines += _row(inner)
-        elif key not in _PARTS:
-            lines += _row(key)
-    return "\n".join(lines)
-
-
-def _row(key: Key) -> list[str]:
-    left = f"  {key.name:<18} {shown(default_of(key)):<12} {key.scope:<7} "
-    space = " " * len(left)
-    return textwrap.wrap(_meaning(key), 96, initial_indent=left, subsequent_indent=space)

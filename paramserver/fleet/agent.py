@@ -21,6 +21,7 @@ from paramserver.fleet import measurements, supervisor
 from paramserver.fleet.speed import Broken, Listener, measure
 from paramserver.net import machine
 from paramserver.net.interfaces import to_json
+from paramserver.program import exit_on_user_error
 
 
 class Agent:
@@ -62,20 +63,21 @@ class Agent:
 
 
 def main() -> None:
-    agent = Agent(Path(sys.argv[1]))
-    try:
-        for line in sys.stdin:
-            question = json.loads(line)
-            try:
-                answer = agent.answer(question.pop("do"), question)
-            except Broken as e:
-                answer = {"problem": str(e), "errno": e.number}
-            except UserError as e:
-                answer = {"problem": e.problem}
-            with suppress(BrokenPipeError):
-                print(json.dumps(answer), flush=True)
-    finally:
-        agent.close()
+    with exit_on_user_error():
+        agent = Agent(Path(sys.argv[1]))
+        try:
+            for line in sys.stdin:
+                question = json.loads(line)
+                try:
+                    answer = agent.answer(question.pop("do"), question)
+                except Broken as e:
+                    answer = {"problem": str(e), "errno": e.number}
+                except UserError as e:
+                    answer = {"problem": e.problem}
+                with suppress(BrokenPipeError):
+                    print(json.dumps(answer), flush=True)
+        finally:
+            agent.close()
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import shlex
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
@@ -33,6 +32,7 @@ from paramserver.fleet.user_code import find_user_code
 from paramserver.fleet.watch import Lines, refuse, states
 from paramserver.net import hosts as fleet
 from paramserver.net.hosts import Host
+from paramserver.program import command as program
 from paramserver.rounds.shares import Cost
 from paramserver.settings import Settings
 
@@ -159,7 +159,7 @@ def _here(
 def _at_once(processes: int, arguments: Sequence[str]) -> list[dict[str, Any]]:
     """What so many processes measure that begin at the same time. Raises `UserError`."""
     words = [a for a in arguments if a.partition("=")[0] != "num_workers"]
-    command = [sys.executable, "-m", "workers.builtin.measure", *words, f"num_workers={processes}"]
+    command = program("workers.builtin.measure", *words, f"num_workers={processes}")
     started: list[subprocess.Popen[str]] = []
     try:
         for _ in range(processes):

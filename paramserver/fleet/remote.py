@@ -20,6 +20,8 @@ from paramserver.net.hosts import HERE, Host
 SSH_FAILED = 255
 ENDING_S = 5.0
 STATUS_OF = "status of "
+RUNNING: list[subprocess.Popen[str]] = []
+"""What this program has started and not seen end; they are in sessions of their own."""
 FOLLOWED_S = 0.5  # to end a connection that may be broken; the other end ends by itself
 
 T = TypeVar("T")
@@ -55,7 +57,17 @@ def on_all(work: Callable[[Host], T], hosts: Iterable[Host]) -> tuple[dict[str, 
                 results[host.name] = future.result()
             except Failed as e:
                 troubles.append(e.trouble)
+            except KeyboardInterrupt:
+                end_all()  # else their threads, which are waited for, go on
+                raise
     return results, troubles
+
+
+def end_all() -> None:
+    """End all that was started here, for a program that does not wait."""
+    for process in list(RUNNING):
+        if process.poll() is None:
+            process.terminate()
 
 
 def run(host: Host, command: Command, tell: Callable[[str], None] | None = None) -> Done:
@@ -91,7 +103,7 @@ def run(host: Host, command: Command, tell: Callable[[str], None] | None = None)
 def _start(command: Command) -> subprocess.Popen[str]:
     """Start it in a session of its own, so that Ctrl-C reaches this program only."""
     try:
-        return subprocess.Popen(
+        process = subprocess.Popen(
             command.argv,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -104,6 +116,8 @@ def _start(command: Command) -> subprocess.Popen[str]:
         raise Failed(
             Trouble(command.host, f"{command.argv[0]} is not installed on this machine")
         ) from None
+    RUNNING.append(process)
+    return process
 
 
 def _read(stream: IO[str], lines: list[str], tell: Callable[[str], None] | None) -> None:
@@ -122,6 +136,8 @@ def _end(process: subprocess.Popen[str], readers: list[threading.Thread]) -> Non
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+    with suppress(ValueError):
+        RUNNING.remove(process)
     for reader in readers:
         if reader.ident is not None:
             reader.join(ENDING_S)

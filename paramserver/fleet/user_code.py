@@ -10,15 +10,20 @@ from __future__ import annotations
 import ast
 import importlib.util
 import os
+import re
 import sys
 import sysconfig
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from paramserver.config.schema import import_paths
 from paramserver.errors import UserError
 from paramserver.settings import Settings
+
+OURS = Path(__file__).resolve().parents[2]
+"""The folder of this project's packages."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +54,12 @@ class Script:
 
     @classmethod
     def find(cls, name: str, words: Sequence[str]) -> Script:
-        """Raises `UserError` where there is none."""
+        """Raises `UserError` where there is none, or where it would import the wrong packages."""
         path = Path(name).expanduser()
         if not path.is_file():
             there = ", ".join(sorted(p.stem for p in path.parent.glob("*.py")))
             raise UserError(f"there is no script {path}", f"there is: {there}" if there else "")
+        _check_neighbours(path)
         return cls(path, tuple(words))
 
     def settings(self, typed: Sequence[str]) -> list[str]:
@@ -64,6 +70,27 @@ class Script:
             chosen["model"] = str(self.path.with_suffix(".yaml"))
         given = {word.partition("=")[0] for word in typed}
         return [f"{k}={v}" for k, v in chosen.items() if k not in given] + list(typed)
+
+
+def _check_neighbours(script: Path) -> None:
+    """Raise `UserError` where the script would import a neighbour in place of one of our packages:
+    Python looks into the script's own folder first."""
+    text = script.read_text(errors="replace")
+    for name, uses, instead in (
+        ("paramserver", r"^\s*(import|from) +paramserver\b", "rename it"),
+        (
+            "workers",
+            r"\bworkers\.join\b|^\s*from +workers +import\b.*\bjoin\b",
+            "rename it, or use in the script: from paramserver import join",
+        ),
+    ):
+        for neighbour in (script.parent / name, script.parent / f"{name}.py"):
+            is_other = neighbour.exists() and neighbour.resolve() != OURS / name
+            if is_other and re.search(uses, text, re.MULTILINE):
+                raise UserError(
+                    f"{neighbour} has the name of our package, and {script.name} would import it",
+                    instead,
+                )
 
 
 def place_of(script: Script, user_code: Sequence[UserCode], root: Path) -> str:
@@ -92,10 +119,9 @@ def find_user_code(
 
 def _place(module: str) -> Path | None:
     """The file or the package's folder; None where there is none on this machine."""
-    if "" not in sys.path and os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
     try:
-        spec = importlib.util.find_spec(module)
+        with current_folder_first():
+            spec = importlib.util.find_spec(module)
     except (ImportError, ValueError):
         return None
     if spec is None:
@@ -103,6 +129,20 @@ def _place(module: str) -> Path | None:
     if spec.submodule_search_locations:
         return Path(next(iter(spec.submodule_search_locations))).resolve()
     return Path(spec.origin).resolve() if spec.has_location and spec.origin else None
+
+
+@contextmanager
+def current_folder_first() -> Iterator[None]:
+    """Look for modules in the current folder first, as `python -m` does; afterwards, for what they
+    import later, last. Our programs do not look there (`paramserver.program`)."""
+    here = os.getcwd()
+    sys.path.insert(0, here)
+    try:
+        yield
+    finally:
+        sys.path.remove(here)
+        if "" not in sys.path and here not in sys.path:
+            sys.path.append(here)
 
 
 def is_installed(place: Path) -> bool:

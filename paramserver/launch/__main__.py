@@ -1,6 +1,34 @@
 """`python -m paramserver.launch demo`: see `paramserver.launch.local`."""
 
-from paramserver.launch.local import main
+from __future__ import annotations
+
+import sys
+
+from paramserver.errors import UserError
+from paramserver.program import exit_on_user_error
+from paramserver.words import nearest
+
+
+def main() -> None:
+    """Runs the command that the first word names; exits with its code."""
+    with exit_on_user_error():
+        from paramserver.config.help import LAUNCHED, answer
+
+        command, *words = sys.argv[1:] or [""]
+        if command not in LAUNCHED:
+            answer([command], "launch")
+            near = nearest(command, LAUNCHED)
+            raise UserError(
+                f"there is no command {command}" if command else "what shall be launched?",
+                (f"did you mean {near}? " if near else "")
+                + f"python -m paramserver.launch {'|'.join(LAUNCHED)}",
+            )
+        answer(words, command)
+        from paramserver.launch.local import launch
+
+        code = launch(command, words)
+    sys.exit(code)
+
 
 if __name__ == "__main__":
     main()

@@ -9,7 +9,6 @@ import contextlib
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -19,15 +18,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
 from paramserver import terminal, trace
-from paramserver.config.loading import exit_on_user_error, load
+from paramserver.config.loading import load
 from paramserver.config.schema import allowed, scope
 from paramserver.errors import UserError
 from paramserver.fleet.user_code import Script
 from paramserver.output.runfolder import latest
+from paramserver.program import command as program
+from paramserver.program import interrupt
 from paramserver.settings import Settings
 
 LOOPBACK = "127.0.0.1"
@@ -57,7 +55,7 @@ def demo(arguments: list[str]) -> int:
         raise UserError(f"{settings.num_workers} workers on one machine", "num_workers=2 is enough")
 
     def worker(number: int) -> tuple[list[str], dict[str, str]]:
-        return ["-m", "workers", f"id={number}", *local], dict(os.environ)
+        return program("workers", f"id={number}", *local), dict(os.environ)
 
     with _on_this_machine(settings, arguments, worker) as started:
         try:
@@ -94,28 +92,37 @@ def _on_this_machine(
     arguments: list[str],
     worker: Callable[[int], tuple[list[str], dict[str, str]]],
 ) -> Iterator[Started]:
-    """A server with these arguments and `num_workers` workers: `worker(number)` is what follows
-    `python`, and the environment. Leaves nothing running."""
+    """A server with these arguments and `num_workers` workers: `worker(number)` is the command line
+    and the environment of one. Leaves nothing running: a first Ctrl-C raises KeyboardInterrupt, a
+    second one kills them all."""
     logs = _log_folder(Path(settings.run_dir))
+    processes: list[subprocess.Popen[bytes]] = []
+
+    def kill() -> None:
+        for process in processes:
+            process.kill()
+
+    interrupt(at_once=kill)
     server = subprocess.Popen(
-        [sys.executable, "-m", "paramserver", *arguments],
+        program("paramserver", *arguments),
         stdin=subprocess.DEVNULL,  # it must not ask a person: its workers are being started
     )
+    processes.append(server)
     started = Started(server, [], logs)
     try:
         for number in range(1, settings.num_workers + 1):
             words, environment = worker(number)
             with open(started.logs / f"worker-{number}.log", "wb") as log:
-                started.workers.append(
-                    subprocess.Popen(
-                        [sys.executable, *words],
-                        env=environment,
-                        stdout=log,
-                        stderr=subprocess.STDOUT,
-                        stdin=subprocess.DEVNULL,
-                        start_new_session=True,  # Ctrl-C is for the server
-                    )
+                process = subprocess.Popen(
+                    words,
+                    env=environment,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    stdin=subprocess.DEVNULL,
+                    start_new_session=True,  # Ctrl-C is for the server
                 )
+            processes.append(process)
+            started.workers.append(process)
         yield started
     finally:
         _end([server], PATIENCE_S)
@@ -188,6 +195,9 @@ def profile(arguments: list[str]) -> int:
         parts = [json.loads(p.read_text()) for p in sorted(Path(traces).glob("*.json"))]
     folder = latest(Path(load(arguments, "server").settings.run_dir))
     if code == 0 and folder is not None:
+        from rich.console import Console
+        from rich.table import Table
+
         table = Table(title="milliseconds of a step, by what they went into")
         table.add_column("process")
         for name in PARTS_OF_A_STEP:
@@ -246,6 +256,7 @@ def ray(arguments: list[str]) -> int:
     """A run on a Ray cluster."""
     from paramserver.launch.ray import ray as on_ray
 
+    interrupt(times=2)  # the second one ends the run's processes at once
     return on_ray(arguments)
 
 
@@ -253,8 +264,8 @@ def script(arguments: list[str]) -> int:
     """Run a server and `num_workers` processes of a user's training script, all on this machine.
 
     The settings in a YAML file beside the script, of the same name, come first; what follows `--`
-    is the script's own. Each process finds the server in its environment (`workers.join()` without
-    an address). The output of the first one is printed at the end, because the progress has the
+    is the script's own. Each process finds the server in its environment (`join()` without an
+    address). The output of the first one is printed at the end, because the progress has the
     terminal until then.
     """
     arguments, behind = _behind_dashes(arguments)
@@ -274,7 +285,7 @@ def script(arguments: list[str]) -> int:
 
     def worker(number: int) -> tuple[list[str], dict[str, str]]:
         return (
-            [str(own.path), *own.words],
+            [sys.executable, str(own.path), *own.words],
             {**usual, **os.environ, **place, "PARAMSERVER_ID": str(number)},
         )
 
@@ -316,28 +327,19 @@ def _keep(logs: Path, run_dir: Path) -> None:
     shutil.rmtree(logs, ignore_errors=True)
 
 
-def main() -> None:
-    with exit_on_user_error():
-        commands: dict[str, Callable[[list[str]], int]] = {
-            "demo": demo,
-            "profile": profile,
-            "script": script,
-            "ray": ray,
-            **dict.fromkeys(FLEET, fleet),
-        }
-        if len(sys.argv) < 2 or sys.argv[1] not in commands:
-            raise UserError(
-                "what shall be launched?", f"python -m paramserver.launch {'|'.join(commands)}"
-            )
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "demo": demo,
+    "profile": profile,
+    "script": script,
+    "ray": ray,
+}
 
-        def stop(number: int, frame: object) -> None:
-            if number == signal.SIGHUP:  # which may come twice
-                signal.signal(number, signal.SIG_IGN)
-            raise KeyboardInterrupt
 
-        for ending in terminal.ending_signals():
-            if ending != signal.SIGINT:
-                signal.signal(ending, stop)
-        words = sys.argv[1:] if sys.argv[1] in FLEET else sys.argv[2:]
-        code = commands[sys.argv[1]](words)
-    sys.exit(code)
+def launch(command: str, words: list[str]) -> int:
+    """Carry out a command of `python -m paramserver.launch`; returns the exit code."""
+    if command in FLEET:
+        from paramserver.fleet.remote import end_all
+
+        interrupt(at_once=end_all)
+        return fleet([command, *words])
+    return COMMANDS[command](words)

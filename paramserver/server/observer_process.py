@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from paramserver import notify
 from paramserver.errors import UserError
 from paramserver.net.address import LOOPBACK
 from paramserver.output.runfolder import RunFolder
+from paramserver.program import command as program
 from paramserver.server.control import Control
 from paramserver.settings import Settings
 
@@ -66,7 +66,7 @@ class ObserverProcess:
             self._exit.unlink(missing_ok=True)  # of an earlier process
         with self._open_log() as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "workers.observer.observer"],
+                program("workers.observer.observer"),
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
 import signal
 import socket
 import sys
@@ -35,6 +36,7 @@ from paramserver.server.observer_process import ObserverProcess
 from paramserver.server.server import Server
 from paramserver.server.watcher import Show
 from paramserver.settings import Settings
+from paramserver.tensors.torch_names import check_names
 from paramserver.transport import malloc
 from paramserver.transport.sockets import allow_connections, is_loopback
 
@@ -90,6 +92,8 @@ def serve(settings: Settings) -> int:
     Where the newest run of this port has not ended (its server was killed) and has the same
     settings, it goes on, if one of its replicas comes back.
     """
+    if settings.observer:
+        check_names(settings)
     trace.begin("server")
     malloc.keep_freed()
     allow_connections()
@@ -265,6 +269,8 @@ def _serve(
         return None
     if observer is not None and observer.problem is not None and not server.rounds.log_begun:
         show.display.close()
+        if not recovering and str(folder.path) not in observer.problem.hint:
+            shutil.rmtree(folder.path, ignore_errors=True)  # nothing was trained
         raise observer.problem
     last = server.rounds.optimizer_steps
     missing = missing_results(show, last) if settings.observer and server.rounds.log_begun else []

@@ -8,25 +8,25 @@ settings are its own user's.
 from __future__ import annotations
 
 import functools
-import inspect
 import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer, lr_scheduler
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from paramserver.errors import UserError
 from paramserver.settings import Settings
-from workers.builtin import data, registry
-from workers.builtin.own_code import NOTHING, OwnCode
-from workers.builtin.own_data import OwnData
-from workers.samples import loader
+from paramserver.tensors.torch_names import LOSSES, OPTIMIZERS, SCHEDULERS
+
+from ..samples import loader
+from . import data, registry
+from .own_code import NOTHING, OwnCode
+from .own_data import OwnData
 
 T = TypeVar("T")
 
@@ -258,24 +258,4 @@ def _shape(value: Any) -> str:
     return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
 
 
-def _of(module: ModuleType, wanted: type) -> dict[str, Any]:
-    """The public subclasses of `wanted` in a module of torch's."""
-    return {
-        name: found
-        for name, found in vars(module).items()
-        if isinstance(found, type)
-        and issubclass(found, wanted)
-        and found is not wanted
-        and not name.startswith("_")
-    }
-
-
-def _takes_two(loss: type[nn.Module]) -> bool:
-    """Does this loss take outputs and targets? Losses of triplets and pairs do not."""
-    return len(inspect.signature(loss.forward).parameters) == 3
-
-
-OPTIMIZERS = _of(torch.optim, Optimizer)
-SCHEDULERS = _of(lr_scheduler, LRScheduler)
-LOSSES = {n: kind for n, kind in _of(nn, nn.modules.loss._Loss).items() if _takes_two(kind)}
 METRICS = {"accuracy": accuracy, **LOSSES}

@@ -31,7 +31,8 @@ from torch.utils.data import Dataset
 from paramserver.errors import UserError
 from paramserver.tensors.order import order as order
 from paramserver.tensors.order import permutation as permutation
-from workers.builtin.registry import did_you_mean
+
+from .registry import did_you_mean
 
 log = logging.getLogger(__name__)
 

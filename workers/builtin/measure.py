@@ -30,14 +30,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from paramserver import terminal
-from paramserver.config.loading import exit_on_user_error, load
+from paramserver.config.loading import load
 from paramserver.errors import UserError
+from paramserver.program import exit_on_user_error
 from paramserver.settings import CODECS, Settings
 from paramserver.tensors.codec import codec_of_averages, codec_of_pushes
 from paramserver.transport import malloc
-from workers.builtin import builders, models
-from workers.replica.replica import Replica
-from workers.samples import loader, takes_indices
+
+from ..replica.replica import Replica
+from ..samples import loader, takes_indices
+from . import builders, models
 
 SECONDS = 2.0  # for each number of samples
 PATIENCE_S = 10.0  # for slow ones

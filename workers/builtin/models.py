@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from paramserver.errors import UserError
-from workers.builtin import registry
-from workers.builtin.own_code import NOTHING, OwnCode
+
+from . import registry
+from .own_code import NOTHING, OwnCode
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,

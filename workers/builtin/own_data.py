@@ -19,8 +19,9 @@ from torch.utils.data import Dataset, Subset
 
 from paramserver.errors import UserError
 from paramserver.tensors.order import permutation
-from workers.builtin import registry
-from workers.builtin.own_code import NOTHING, OwnCode
+
+from . import registry
+from .own_code import NOTHING, OwnCode
 
 VAL_SHARE = 0.1
 

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import os
-import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -21,8 +19,10 @@ from typing import Any
 import torch
 
 from paramserver.errors import UserError
-from paramserver.words import nearest, printable
-from workers.builtin.own_code import NOTHING, OwnCode
+from paramserver.fleet.user_code import current_folder_first
+from paramserver.words import nearest, no_such, printable
+
+from .own_code import NOTHING, OwnCode
 
 NOT_THEIRS = (Path(torch.__file__).parent, Path(__file__).parents[1])
 
@@ -48,10 +48,7 @@ def find(
     if ":" in name:
         return _imported(setting, name, wanted, is_a, code)
     if name not in known:
-        what = "data set" if setting.startswith("dataset") else setting.partition(".")[0]
-        raise UserError(
-            f"there is no {what} {name!r} ({setting})", did_you_mean(name, known, kinds)
-        )
+        raise no_such(setting, name, known)
     return known[name]
 
 
@@ -140,12 +137,13 @@ def did_you_mean(word: str, known: Iterable[str], rest: str = "") -> str:
 def _imported(setting: str, name: str, wanted: Any, is_a: str, code: OwnCode | None) -> Any:
     """The object at `module:attribute`, which must be or make the `wanted` class."""
     module_name, _, attribute = name.partition(":")
-    if "" not in sys.path and os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # an installed command does not look there, `python -m` does
-    if code is not None:
-        code.admit(setting, name)
     try:
-        module = importlib.import_module(module_name)
+        with current_folder_first():
+            if code is not None:
+                code.admit(setting, name)
+            module = importlib.import_module(module_name)
+    except UserError:
+        raise
     except Exception as fault:  # a user's module may raise anything
         is_absent = isinstance(fault, ModuleNotFoundError) and f"{module_name}.".startswith(
             f"{fault.name}."

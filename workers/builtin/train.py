@@ -13,8 +13,9 @@ from paramserver.config.loading import check_worker_overrides, from_wire
 from paramserver.net import address
 from paramserver.settings import Settings
 from paramserver.transport import sockets
-from workers.builtin import builders, models, own_code
-from workers.cluster import Cluster, join, told
+
+from ..cluster import Cluster, join, told
+from . import builders, models, own_code
 
 PROGRESS_S = 5.0
 log = logging.getLogger(__name__)

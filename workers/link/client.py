@@ -25,14 +25,15 @@ from paramserver.protocol import messages as wire
 from paramserver.protocol.pacing import WINDOW
 from paramserver.settings import RunSettings
 from paramserver.transport import shm, sockets
-from workers.link import actions
-from workers.link.connection import Connection, RunOver
-from workers.link.follow import Follow
-from workers.link.pushes import WAIT_S, Pushes
-from workers.link.session import Session
-from workers.link.snapshot import Giving, Taking, most_bytes
-from workers.replica.replica import Replica
-from workers.replica.state import unflatten
+
+from ..replica.replica import Replica
+from ..replica.state import unflatten
+from . import actions
+from .connection import Connection, RunOver
+from .follow import Follow
+from .pushes import WAIT_S, Pushes
+from .session import Session
+from .snapshot import Giving, Taking, most_bytes
 
 SAY_WAITING_AFTER_S = 3.0
 OUTBOX_LOOK_S = 0.0001

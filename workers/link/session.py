@@ -19,8 +19,9 @@ import msgspec
 from paramserver.errors import PeerError, RunLost, UserError
 from paramserver.protocol import messages as wire
 from paramserver.rounds.ledger import check_counts
-from workers.link import follow
-from workers.link.actions import (
+
+from . import follow
+from .actions import (
     Action,
     Adopt,
     Apply,
@@ -41,7 +42,7 @@ from workers.link.actions import (
     Take,
     TakePiece,
 )
-from workers.link.follow import Follow, Replica
+from .follow import Follow, Replica
 
 
 class Taking(msgspec.Struct):

@@ -13,8 +13,9 @@ import torch
 
 from paramserver.errors import PeerError
 from paramserver.protocol import messages as wire
-from workers.replica.replica import Replica
-from workers.replica.state import DTYPES, as_bytes, dtype_name, empty, flatten, pieces
+
+from ..replica.replica import Replica
+from ..replica.state import DTYPES, as_bytes, dtype_name, empty, flatten, pieces
 
 FLOOR_BYTES = 64 * 2**20
 MOMENTS = 8  # numbers of optimizer state per element, at most

@@ -24,8 +24,9 @@ from paramserver.rounds.ledger import DONE, RETURNED, SKIPPED, UNREAD, Ledger, O
 from paramserver.settings import RunSettings, Settings
 from paramserver.tensors.codec import CODECS, fresh
 from paramserver.tensors.reducer import Reducer
-from workers.link import follow
-from workers.replica.replica import Replica
+
+from ..replica.replica import Replica
+from . import follow
 
 ID = 1
 # Nothing travels, and the only worker's own steps are the run's.

@@ -22,20 +22,21 @@ import msgspec
 import torch
 
 from paramserver import drafts, logs, trace
-from paramserver.config.loading import exit_on_user_error
 from paramserver.errors import UserError
 from paramserver.output.runfolder import RunFolder
+from paramserver.program import exit_on_user_error
 from paramserver.protocol import messages as wire
 from paramserver.rounds.ledger import optimizer_steps
 from paramserver.rounds.local_steps import outer_of
 from paramserver.settings import Settings
 from paramserver.transport import malloc
-from workers.builtin import builders, models
-from workers.link.client import Client
-from workers.observer.loggers import evaluation_values, open_logbooks, step_values
-from workers.replica import checkpoint
-from workers.replica.replica import Replica
-from workers.replica.resume import resume
+
+from ..builtin import builders, models
+from ..link.client import Client
+from ..replica import checkpoint
+from ..replica.replica import Replica
+from ..replica.resume import resume
+from .loggers import evaluation_values, open_logbooks, step_values
 
 NICE = 2
 PROBLEMS_TOLD = 100  # reported to the server; further ones are only in this program's log

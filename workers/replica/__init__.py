@@ -1,5 +1,5 @@
 """Model, optimizer and step: the state that is equal on every machine."""
 
-from workers.replica.replica import Replica
+from .replica import Replica
 
 __all__ = ["Replica"]

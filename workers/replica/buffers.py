@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from paramserver.errors import UserError
 from paramserver.words import nearest
-from workers.replica.state import as_bytes, dtype_name
+
+from .state import as_bytes, dtype_name
 
 NORM_LAYERS = (nn.modules.batchnorm._NormBase,)
 AVERAGED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

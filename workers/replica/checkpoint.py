@@ -25,8 +25,9 @@ from paramserver import drafts
 from paramserver.errors import UserError
 from paramserver.output import stored
 from paramserver.output.stored import FORMAT, MODEL_FORMAT, STEPS_MAX, name
-from workers.replica.replica import Replica
-from workers.replica.state import DTYPES, as_bytes, dtype_name, flatten, unflatten
+
+from .replica import Replica
+from .state import DTYPES, as_bytes, dtype_name, flatten, unflatten
 
 __all__ = ["STEPS_MAX", "Checkpoint", "load", "name", "prune", "save", "save_model", "with_room"]
 

@@ -17,7 +17,8 @@ from torch.optim import Optimizer, SparseAdam
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from paramserver.errors import UserError
-from workers.replica.state import dtype_name
+
+from .state import dtype_name
 
 TRAINED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 STEPPED_BY_CLUSTER = "the schedule that attach() was given is stepped with every update"

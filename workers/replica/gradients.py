@@ -22,10 +22,11 @@ from torch.autograd import Variable
 from paramserver.errors import UserError
 from paramserver.tensors import whole
 from paramserver.tensors.bucket import Bucket
-from workers.replica.checks import sparse
-from workers.replica.outer import Outer
-from workers.replica.replica import Replica
-from workers.replica.state import as_bytes
+
+from .checks import sparse
+from .outer import Outer
+from .replica import Replica
+from .state import as_bytes
 
 THREAD_FROM_BYTES = 8 * 2**20
 """Bytes of gradients; for fewer, a thread costs more time than it saves."""

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from paramserver.rounds.local_steps import OuterStep
 from paramserver.tensors.bucket import Bucket
-from workers.replica.state import as_bytes
+
+from .state import as_bytes
 
 
 class Outer:

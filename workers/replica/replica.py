@@ -30,12 +30,13 @@ from paramserver.rounds.local_steps import OuterStep
 from paramserver.tensors.bucket import Bucket, plan
 from paramserver.tensors.codec import CODECS, codec_of
 from paramserver.tensors.whole import unpacked
-from workers.replica.buffers import Buffers, sent
-from workers.replica.checks import allow_step, check, misfit, refuse_step, schedule_state
-from workers.replica.groups import ByHand
-from workers.replica.outer import Outer
-from workers.replica.state import as_bytes, dtype_name
-from workers.replica.travel import HINTS, stateful, there_and_back
+
+from .buffers import Buffers, sent
+from .checks import allow_step, check, misfit, refuse_step, schedule_state
+from .groups import ByHand
+from .outer import Outer
+from .state import as_bytes, dtype_name
+from .travel import HINTS, stateful, there_and_back
 
 SCHEDULE_BY = ("step", "epoch")
 

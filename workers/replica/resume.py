@@ -23,9 +23,10 @@ from paramserver.config.schema import shown
 from paramserver.errors import UserError
 from paramserver.rounds.ledger import Ledger
 from paramserver.settings import Settings, outside
-from workers.replica import checkpoint
-from workers.replica.checks import schedule_state
-from workers.replica.replica import Replica
+
+from . import checkpoint
+from .checks import schedule_state
+from .replica import Replica
 
 
 def resume(replica: Replica, path: Path, settings: Settings) -> None:

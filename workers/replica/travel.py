@@ -10,7 +10,8 @@ from typing import Any
 
 from paramserver.errors import UserError
 from paramserver.protocol.messages import HEADER_BYTES_MAX
-from workers.replica.state import flatten, unflatten
+
+from .state import flatten, unflatten
 
 PLAIN = "numbers, texts, lists, dicts and tensors with bytes of their own"
 HINTS = {
