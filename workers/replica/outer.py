@@ -20,6 +20,8 @@ from paramserver.tensors.bucket import Bucket
 
 from .state import as_bytes
 
+BLOCK = 2**16  # numbers
+
 
 class Outer:
     """Anchor and outer optimizer of one replica.
@@ -38,11 +40,20 @@ class Outer:
     ) -> None:
         """`starts`: where, in the bucket plan's vector, that of each dtype begins."""
         self.rule = step
-        self._averages, self._starts = averages, starts
-        self._anchors = {d: nn.Parameter(torch.empty_like(a)) for d, a in averages.items()}
-        self._views = [(p, self._anchors[d].data[a:b].view(p.shape)) for p, d, a, b in views]
+        self._starts = starts
+        self._anchors = {d: torch.empty_like(a) for d, a in averages.items()}
+        self._momentum: dict[str, Tensor] = {}  # once a step has been made
+        self._views = [(p, self._anchors[d][a:b].view(p.shape)) for p, d, a, b in views]
+        # A block of the anchor and of its average stay in the cache while the optimizer works on
+        # them, which takes it several passes.
+        self._blocks = {
+            d: [nn.Parameter(b) for b in a.split(BLOCK)] for d, a in self._anchors.items()
+        }
+        for dtype, blocks in self._blocks.items():
+            for block, average in zip(blocks, averages[dtype].split(BLOCK), strict=True):
+                block.grad = average
         self._optimizer = torch.optim.SGD(
-            self._anchors.values(),
+            [block for blocks in self._blocks.values() for block in blocks],
             lr=step.lr,
             momentum=step.momentum,
             nesterov=step.nesterov,
@@ -55,7 +66,7 @@ class Outer:
     def of(self, bucket: Bucket) -> Tensor:
         """The anchor's part in a bucket of parameters, flat."""
         start = self._starts[bucket.sent]
-        return self._anchors[bucket.sent].data[bucket.start - start : bucket.stop - start]
+        return self._anchors[bucket.sent][bucket.start - start : bucket.stop - start]
 
     def pushed(self, bucket: Bucket, local: Tensor) -> None:
         """Make of a bucket of local weights what a worker pushes, in place."""
@@ -69,10 +80,10 @@ class Outer:
         if self.rule.weights:
             for bucket in buckets:
                 self.of(bucket).copy_(averaged[bucket.index])
-        else:
-            for dtype, anchor in self._anchors.items():
-                anchor.grad = self._averages[dtype]
-            self._optimizer.step()
+            return
+        if self.rule.momentum and not self._momentum:
+            self._have_momentum({d: torch.zeros_like(a) for d, a in self._anchors.items()})
+        self._optimizer.step()
 
     @torch.no_grad()
     def write(self) -> None:
@@ -97,22 +108,17 @@ class Outer:
     def digest(self, h: Any) -> None:
         """Add the anchor's bytes to a hash."""
         for anchor in self._anchors.values():
-            h.update(as_bytes(anchor.data).numpy().data)
+            h.update(as_bytes(anchor).numpy().data)
 
     # ------------------------------------------------------------------ its state
 
     def state(self) -> dict[str, Any]:
         """The momentum, by dtype, and the anchor where the model holds it rounded. The tensors are
         not copies."""
-        found = {}
-        for dtype, anchor in self._anchors.items():
-            buffer = self._optimizer.state[anchor].get("momentum_buffer")
-            if buffer is not None:
-                found[dtype] = buffer
         exact = all(p.dtype == view.dtype for p, view in self._views)
         return {
-            "momentum": found,
-            "anchor": {} if exact else {d: a.data for d, a in self._anchors.items()},
+            "momentum": dict(self._momentum),
+            "anchor": {} if exact else dict(self._anchors),
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
@@ -128,6 +134,18 @@ class Outer:
                 ):
                     raise ValueError("its outer momentum is of another model")
             if dtype in anchors:
-                anchor.data.copy_(anchors[dtype])
-            if dtype in momentum and self.rule.momentum:
-                self._optimizer.state[anchor]["momentum_buffer"] = momentum[dtype].clone()
+                anchor.copy_(anchors[dtype])
+        if momentum and self.rule.momentum:
+            self._have_momentum(
+                {
+                    d: momentum[d].clone() if d in momentum else torch.zeros_like(a)
+                    for d, a in self._anchors.items()
+                }
+            )
+
+    def _have_momentum(self, momentum: dict[str, Tensor]) -> None:
+        """Let the optimizer work on these vectors."""
+        self._momentum = momentum
+        for dtype, blocks in self._blocks.items():
+            for block, buffer in zip(blocks, momentum[dtype].split(BLOCK), strict=True):
+                self._optimizer.state[block]["momentum_buffer"] = buffer
