@@ -267,7 +267,7 @@ class Replica:
         ahead then."""
         outer, taken = self._anchored(), self._taken
         if taken is None:
-            self.come_back()
+            self._end_local()
         buckets = [self.plan.buckets[i] for i in close.buckets]
         # An absent tensor's zeros are no weights.
         whole = [
@@ -345,11 +345,15 @@ class Replica:
     def come_back(self) -> None:
         """Leave the local steps of a round: the model, and the schedule, stand at the anchor. The
         optimizer keeps its moments."""
-        self._restore_schedule()
-        if self._strayed and self._outer is not None:
+        if self._end_local() and self._outer is not None:
             self._outer.write()
-        self._strayed = self.local = False
+
+    def _end_local(self) -> bool:
+        """No more local steps: all but the model's weights stands at the anchor. Do these not?"""
+        self._restore_schedule()
+        strayed, self._strayed, self.local = self._strayed, False, False
         self._taken, self.made = None, 0
+        return strayed
 
     def _restore_schedule(self) -> None:
         if self._at_anchor is None:
