@@ -4,12 +4,33 @@
 # upper-case ones (ID, NAME, ARGS, PYTHON) are read here.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo example server worker keys up doctor plan status logs attach fetch down test test-long check bench profile simulate chaos soak fuzz format docs constraints clean
+COMMANDS := help setup demo example server worker keys up doctor plan status logs attach fetch down test test-long check bench profile simulate chaos soak fuzz format docs constraints clean
+.PHONY: $(COMMANDS)
 
 VENV_PYTHON := .venv/bin/python
 READY := .venv/.ready
 
 unexport ARGS DRY HOST HOSTS ID JOIN MINUTES NAME QUICK ROTATE ROUNDS SCRIPT SEED SEEDS # they are for this make, not for one that a test or a program starts
+
+# Nothing that is typed is ignored: words without a = are commands, and these take no settings.
+
+ifeq ($(MAKELEVEL),0)
+TAKES_NOTHING := help setup check format docs constraints clean
+UNKNOWN := $(patsubst %:,%,$(filter-out $(COMMANDS) $(READY),$(MAKECMDGOALS)))
+ifneq ($(UNKNOWN),)
+$(error $(firstword $(UNKNOWN)) is no command; make alone lists them$(if $(word 2,$(MAKECMDGOALS)),. \
+    A setting is written with a =: $(firstword $(UNKNOWN))=$(or $(word 2,$(UNKNOWN)),VALUE)))
+endif
+ifeq ($(filter-out $(TAKES_NOTHING),$(or $(MAKECMDGOALS),help)),)
+ifneq ($(filter-out PYTHON=%,$(MAKEOVERRIDES)),)
+$(error $(or $(MAKECMDGOALS),help) takes no settings: $(filter-out PYTHON=%,$(MAKEOVERRIDES)))
+endif
+endif
+endif
+
+# What somebody typed, not what the environment happens to hold.
+typed = $(if $(findstring command,$(origin $1)),$($1))
+
 
 help: ## list these commands
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F '|' '{ printf "%-20s %s\n", $$1, $$2 }'
@@ -22,19 +43,19 @@ demo: $(READY) ## train on real digits: a server and two workers, all on this ma
 	@$(RUN) paramserver.launch demo $(ARGS)
 
 example: $(READY) ## train one of examples/ on this machine: make example NAME=digits
-	@$(RUN) paramserver.launch script examples/$(or $(NAME),digits).py $(ARGS)
+	@$(RUN) paramserver.launch script examples/$(or $(call typed,NAME),digits).py $(ARGS)
 
 server: $(READY) ## start a server and its observer
 	@$(RUN) paramserver $(ARGS)
 
 worker: $(READY) ## start a worker: make worker ID=2; elsewhere with JOIN= as the server prints it
-	@$(RUN) workers $(if $(ID),id=$(ID)) $(ARGS)
+	@$(RUN) workers $(if $(call typed,ID),id=$(ID)) $(ARGS)
 
 keys: $(READY) ## print the join token of a server at host_ip (ROTATE=1: new keys before)
-	@$(RUN) paramserver.keys $(if $(ROTATE),rotate) $(ARGS)
+	@$(RUN) paramserver.keys $(if $(call typed,ROTATE),rotate) $(ARGS)
 
 up: $(READY) ## start a run on the machines in conf/cluster.yaml, or HOSTS=mini1,mini2 (DRY=1: print)
-	@$(RUN) paramserver.launch up $(if $(DRY),--dry) $(HOSTS_WORD) $(SCRIPT_WORDS)
+	@$(RUN) paramserver.launch up $(if $(call typed,DRY),--dry) $(HOSTS_WORD) $(SCRIPT_WORDS)
 
 doctor: $(READY) ## look at each machine and measure every path between them (ARGS=--json)
 	@$(RUN) paramserver.launch doctor $(HOSTS_WORD) $(ARGS)
@@ -58,10 +79,10 @@ down: $(READY) ## end the run, in order, on every machine
 	@$(RUN) paramserver.launch down $(HOSTS_WORD) $(ARGS)
 
 test: $(READY) ## run the tests (ARGS='-k wire -x' goes on to pytest)
-	@exec $(VENV_PYTHON) -m pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder -m 'not long' $(ARGS)
+	@$(RUN) pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder -m 'not long' $(ARGS)
 
 test-long: $(READY) ## run those of large matrices: thousands of simulated runs, planted mistakes, chaos
-	@exec $(VENV_PYTHON) -m pytest --numprocesses=auto --dist=load -m long $(ARGS)
+	@$(RUN) pytest --numprocesses=auto --dist=load -m long $(ARGS)
 
 check: $(READY) ## formatting, lint and types
 	.venv/bin/ruff format --check .
@@ -69,22 +90,22 @@ check: $(READY) ## formatting, lint and types
 	.venv/bin/mypy
 
 bench: $(READY) ## measure beside DDP with gloo (QUICK=1: under 3 minutes; ARGS='--only links')
-	@exec $(VENV_PYTHON) -m benchmarks.bench $(if $(QUICK),--quick) $(ARGS)
+	@$(RUN) benchmarks.bench $(if $(call typed,QUICK),--quick) $(ARGS)
 
 profile: $(READY) ## where a step's time goes: a table, and trace.json in the run folder
 	@$(RUN) paramserver.launch profile $(ARGS)
 
 simulate: $(READY) ## whole runs with faults in virtual time (SEEDS=100000; ARGS='--seed 7 --verbose')
-	@exec $(VENV_PYTHON) -m tests.simulation $(if $(SEEDS),--seeds $(SEEDS)) $(ARGS)
+	@$(RUN) tests.simulation $(if $(call typed,SEEDS),--seeds $(SEEDS)) $(ARGS)
 
 chaos: $(READY) ## a training whose processes are killed, stopped and started again (MINUTES=2 SEED=7)
-	@PYTHONPATH=tests exec $(VENV_PYTHON) -m chaos $(if $(MINUTES),--minutes $(MINUTES)) $(if $(SEED),--seed $(SEED)) $(ARGS)
+	@PYTHONPATH=tests $(RUN) chaos $(if $(call typed,MINUTES),--minutes $(MINUTES)) $(if $(call typed,SEED),--seed $(SEED)) $(ARGS)
 
 soak: $(READY) ## workers come and go for many rounds: memory and descriptors stay flat (ROUNDS=100000)
-	@PYTHONPATH=tests exec $(VENV_PYTHON) -m chaos --soak $(or $(ROUNDS),100000) $(if $(SEED),--seed $(SEED)) $(ARGS)
+	@PYTHONPATH=tests $(RUN) chaos --soak $(or $(call typed,ROUNDS),100000) $(if $(call typed,SEED),--seed $(SEED)) $(ARGS)
 
 fuzz: $(READY) ## made-up bytes for all that reads from sockets and files (MINUTES=10; ARGS='--only token')
-	@PYTHONPATH=tests exec $(VENV_PYTHON) -m fuzz $(if $(MINUTES),--minutes $(MINUTES)) $(ARGS)
+	@PYTHONPATH=tests $(RUN) fuzz $(if $(call typed,MINUTES),--minutes $(MINUTES)) $(ARGS)
 
 format: $(READY) ## bring all files into shape
 	.venv/bin/ruff format .
@@ -106,11 +127,9 @@ clean: ## remove .venv, caches and built packages; runs/ and data/ stay
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 
-# HOST, HOSTS and SCRIPT count where they are typed; a shell may have variables of these names.
-
-HOST_OPTION = $(if $(findstring command,$(origin HOST)),--host=$(HOST))
-HOSTS_WORD = $(if $(findstring command,$(origin HOSTS)),hosts=$(HOSTS))
-SCRIPT_WORDS = $(if $(findstring command,$(origin SCRIPT)),--script='$(SCRIPT)' -- )$(ARGS)
+HOST_OPTION = $(if $(call typed,HOST),--host=$(HOST))
+HOSTS_WORD = $(if $(call typed,HOSTS),hosts=$(HOSTS))
+SCRIPT_WORDS = $(if $(call typed,SCRIPT),--script='$(SCRIPT)' -- )$(ARGS)
 
 
 # JOIN is a secret, so it goes on in the environment and not on the program's command line. make's own
@@ -123,24 +142,38 @@ endif
 
 # How settings go on: make keeps its command line in MAKEOVERRIDES, newest word first, with a `\`
 # before blanks and backslashes, and `$` doubled. PASS_ON undoes that, shows the command, and becomes
-# the program, which so gets the terminal and the signals itself.
+# the program, which so gets the terminal and the signals itself. An upper-case word that this command
+# does not read goes on too, for the program to name what was meant; not where an outer make had it.
 
 define PASS_ON
-import os, shlex, sys
+import os, re, shlex, sys
+goal, *arguments = sys.argv[1:]
+makefile = open("Makefile").read()
+recipe = makefile.partition(f"\n{goal}:")[2].partition("\n\n")[0]
+read, known = [{"ARGS", "PYTHON", *re.findall("[A-Z]+", text)} for text in (recipe, makefile)]
+inner = os.environ.get("MAKELEVEL", "1") != "1"
 words = shlex.shlex(os.environ.pop("OVERRIDES"), posix=True)
 words.whitespace, words.quotes, words.commenters, words.whitespace_split = " ", "", "", True
-settings = [word.replace("$$$$", "$$") for word in words if not word[0].isupper()]
-words, behind = sys.argv[1:], []
-if "--" in words: # what follows is for the user's script
-    words, behind = words[:words.index("--")], words[words.index("--"):]
-command = ["$(VENV_PYTHON)", "-m", *words, *reversed(settings), *behind]
+settings = []
+for word in words:
+    name = re.split("[:+?]*=", word)[0]
+    if name in read or name.isupper() and inner:
+        continue
+    if name in known and name.isupper():
+        sys.exit(f"error: make {goal} does not read {name}=")
+    settings.append(word.replace("$$$$", "$$"))
+behind = []
+if "--" in arguments: # what follows is for the user's script
+    at = arguments.index("--")
+    arguments, behind = arguments[:at], arguments[at:]
+command = ["$(VENV_PYTHON)", "-m", *arguments, *reversed(settings), *behind]
 print(shlex.join(command), flush=True)
 del os.environ["PASS_ON"], os.environ["SET_UP"]
 os.execv(command[0], command)
 endef
 export PASS_ON
 export OVERRIDES = $(MAKEOVERRIDES)
-RUN = exec $(VENV_PYTHON) -S -c "$$PASS_ON"
+RUN = exec $(VENV_PYTHON) -S -c "$$PASS_ON" $@
 
 
 # How .venv is made: with a Python that fits, then by uv, from the PATH or put into .venv. A try that

@@ -78,6 +78,10 @@ def make(clone: Path, *words: str) -> list[str]:
         ("attach HOST=mini2", "attach --host=mini2"),
         ("fetch HOSTS=a", "fetch hosts=a"),
         ("down", "down"),
+        ("server PORT=44040 BATCH_SIZE=64", "PORT=44040 BATCH_SIZE=64"),
+        ("demo Port=44040", "demo Port=44040"),
+        ("example", "script examples/digits.py"),
+        ("example NAME=gpt PYTHON=python9", "script examples/gpt.py"),
     ],
 )
 def test_words_reach_the_program(clone: Path, words: str, arguments: str | None) -> None:
@@ -124,6 +128,44 @@ def test_a_join_token_goes_on_in_the_environment(clone: Path) -> None:
         assert make(clone, "worker", "ID=2") == ["id=2", "psdef", False]
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("server port 44030", "port is no command; make alone lists them. A setting is written"),
+        ("server port 44030", "with a =: port=44030."),
+        ("server port: 44030", "with a =: port=44030."),
+        ("sever", "sever is no command; make alone lists them.  Stop"),
+        ("check seed=3", "check takes no settings: seed=3."),
+        ("setup PYTHON=python3 DRY=1", "setup takes no settings: DRY=1."),
+        ("server ID=2", "make server does not read ID="),
+        ("worker ID=2 NAME=digits", "make worker does not read NAME="),
+        ("server JOIN=psabc", "make server does not read JOIN="),
+    ],
+)
+def test_nothing_that_is_typed_is_ignored(clone: Path, words: str, said: str) -> None:
+    """Words that the program gets are its own to judge: see test_config."""
+    ran = subprocess.run(
+        ["make", *words.split()], cwd=clone, capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 2
+    assert said in ran.stderr and ran.stdout == ""
+    assert "psabc" not in ran.stderr
+
+
+def test_what_is_not_typed_is_no_setting(clone: Path) -> None:
+    """Variables that a shell happens to have, and those of a make that calls this one."""
+    with pytest.MonkeyPatch.context() as m:
+        for name in ("PORT", "ID", "NAME", "ROTATE", "HOSTS", "SEED"):
+            m.setenv(name, "7")
+        assert make(clone, "worker") == [] and make(clone, "keys") == []
+        assert make(clone, "example") == ["script", "examples/digits.py"]
+        assert make(clone, "status") == ["status"]
+        m.setenv("MAKELEVEL", "1")
+        m.setenv("MAKEFLAGS", " -- CC=gcc ID=3 plain=true")
+        told = make(clone, "--no-print-directory", "worker")
+        assert told == ["id=3", "plain=true"]
+
+
 def test_the_program_itself_gets_the_signal(clone: Path) -> None:
     with subprocess.Popen(
         ["make", "server", "wait=1"], cwd=clone, stdout=subprocess.PIPE, text=True
@@ -150,11 +192,11 @@ def test_an_unfit_python_is_named(clone: Path) -> None:
 
 def test_help_names_every_command(clone: Path) -> None:
     ran = subprocess.run(["make"], cwd=clone, capture_output=True, text=True, check=True)
-    phony = next(
-        line.split()[1:]
+    commands = next(
+        line.split()[2:]
         for line in (CLONE / "Makefile").read_text().splitlines()
-        if line.startswith(".PHONY")
+        if line.startswith("COMMANDS")
     )
     assert [
         line.split()[1] for line in ran.stdout.splitlines() if line.startswith("  make")
-    ] == phony
+    ] == commands
