@@ -263,6 +263,7 @@ def test_a_server_that_stops_ends_its_workers() -> None:
         end = served.end.result(DEADLINE_S)
         served.wait(*futures)
     assert (end.reason, end.error) == ("enough", False)
+    assert end.run == served.server.control.run_id, "its peers know it by that"
     assert len(served.digests()) == 1
 
 

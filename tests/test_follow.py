@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from paramserver.protocol import messages as wire
 from paramserver.protocol.messages import Average, Close, End, Fetch, Open, Pulse, next_lineage
-from workers.link.follow import NOTHING, Apply, Diverged, Drop, Follow, Gap, Silent, Take
+from workers.link.follow import NOTHING, Apply, Diverged, Drop, Follow, Gap, Silent, Take, TooLate
 
 NONCE = "server-1"
 OLD = Drop("older than what I hold")
@@ -29,9 +29,9 @@ class Standing:
 class Follower(Follow):
     """A replica and its `Follow`: what was applied or adopted is where it stands."""
 
-    def __init__(self, nonce: str, step: int, lineage: str, now: float) -> None:
+    def __init__(self, nonce: str, step: int, lineage: str, now: float, run: str = "") -> None:
         self.replica = Standing(step, lineage)
-        super().__init__(nonce, self.replica, now)
+        super().__init__(nonce, self.replica, now, run)
 
     def applied(self, m: Close) -> None:
         self.replica.step, self.replica.lineage = m.step, m.lineage
@@ -391,6 +391,19 @@ def test_the_end_is_kept_and_the_last_updates_are_still_wanted(follow: Follower,
     apply(follow, update)
     assert follow.fetched(1, None) == NOTHING
     assert follow.ended(end) == NOTHING
+
+
+def test_a_run_that_has_ended_under_a_restarted_server_is_over(log: Log) -> None:
+    """That server let this replica in no more, and answers nobody."""
+    log.update()
+    end = msgspec.structs.replace(log.end(), nonce="server-2", run="run-1")
+    follow = Follower(NONCE, 0, "first", now=0.0, run="run-1")
+    assert follow.ended(end) == TooLate()
+    assert follow.end == end
+    for run, of_end in (("run-2", "run-1"), ("", "run-1"), ("", ""), ("run-1", "")):
+        other = Follower(NONCE, 0, "first", now=0.0, run=run)
+        assert other.ended(msgspec.structs.replace(end, run=of_end)) == FOREIGN
+        assert other.end is None
 
 
 # ------------------------------------------------------------------------------- snapshots

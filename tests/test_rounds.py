@@ -25,6 +25,7 @@ from paramserver.rounds.events import (
     Pushed,
     PushRefused,
     Relinked,
+    Stop,
     Tick,
     Told,
 )

@@ -53,7 +53,9 @@ class Peer:
         assert self.greeted() == [Join()]
 
     def greeted(self, nonce: str = NONCE) -> list[Any]:
-        return self.session.greeted(nonce, self.now, timeout_s=TIMEOUT_S, digest_steps=2)
+        return self.session.greeted(
+            nonce, self.now, timeout_s=TIMEOUT_S, digest_steps=2, run="run-1"
+        )
 
     def admitted(self, action: str, step: int = 0, missed: int = 0) -> list[Any]:
         admit = wire.Admit(action=action, step=step, lineage="", missed=missed)
@@ -113,6 +115,14 @@ def test_an_update_is_taken_applied_and_told(peer: Peer) -> None:
     assert peer.session.follow.step == 0, "the replica alone says where it stands"
     assert peer.apply(close) == [Closed(close)]
     assert peer.session.follow.step == 1
+
+
+def test_an_end_under_a_server_that_has_not_let_it_in_ends_it(peer: Peer) -> None:
+    """It would ask for the update that it lacks, and greet again, while nobody answers."""
+    peer.log.update()
+    end = msgspec.structs.replace(peer.log.end(), nonce="server-2", run="run-1")
+    assert peer.hear(end) == [Say("the run ended at step 1, this replica at 0")]
+    assert peer.session.ended == end and peer.session.left_behind
 
 
 def test_digests_are_compared_now_and_then(peer: Peer) -> None:

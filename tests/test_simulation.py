@@ -341,6 +341,13 @@ class KeepsVoidAverages(Follow):
         return follow.Take(m) if isinstance(effect, follow.Take) else effect
 
 
+class KnowsOneServerOnly(Follow):
+    """The end of its run under a server that was started again is another run's."""
+
+    def ended(self, m: wire.End) -> follow.Effect:
+        return super().ended(msgspec.structs.replace(m, run=""))
+
+
 class JumpsGaps(Follow):
     """A close is applied though an average before it was lost."""
 
@@ -447,6 +454,7 @@ class EndsWithoutTheRest(Rounds):
         (Parts(follow=AppliesTwice), "another model than the log", 1),
         (Parts(follow=KeepsVoidAverages), "another model than the log", 36),
         (Parts(follow=JumpsGaps), "another model than the log", 7),
+        (Parts(follow=KnowsOneServerOnly), "sent away although", 313298),
         (Parts(follow=IgnoresPulses), "could have gone on|not for", 40),
         (Parts(session=Listens), "could have gone on|lives|but not for", 690),
         (Parts(session=KeepsWhatIsLost), "another model than the log", 138),

@@ -690,6 +690,8 @@ class End(Message, frozen=True):
     """The run did not end as it should: peers exit with an error too."""
     stopped: bool = False
     """A person ended it, in order, before its samples were done."""
+    run: Id = ""
+    """The run that is over: its peers know it by this name where its server was started again."""
 
     def __post_init__(self) -> None:
         self._clip("reason")

@@ -75,10 +75,10 @@ class Rounds:
 
     `count_buckets` returns the number of buckets of a layout (`bucket.plan`). `name_samples` names
     the samples in a range of an epoch's order, for a set of that many samples; `places` says where
-    they lie in the order of another epoch. `recovery` is given where the server was started again
-    in the middle of a run: it names the newest step that anybody may hold (`Recovery`), and the
-    most advanced replica that comes back has the run's state. If nobody comes back, the run is
-    `deserted`; if it is stopped before that, it is `put_off`.
+    they lie in the order of another epoch. `run` is the run's id. `recovery` is given where the
+    server was started again in the middle of a run: it names the newest step that anybody may hold
+    (`Recovery`), and the most advanced replica that comes back has the run's state. If nobody comes
+    back, the run is `deserted`; if it is stopped before that, it is `put_off`.
     """
 
     def __init__(
@@ -88,12 +88,14 @@ class Rounds:
         now: float,
         count_buckets: Callable[[wire.Layout], int],
         *,
+        run: str = "",
         recovery: str | None = None,
         name_samples: Callable[[int, wire.Lease], str] | None = None,
         places: Places | None = None,
     ) -> None:
         self.rules = rules
         self.nonce = nonce
+        self._run = run
         self.state = states.STARTING if recovery is None else states.RETURNING
         self.started = False  # the first round has opened
         self.put_off = False
@@ -793,7 +795,7 @@ class Rounds:
 
     def _end(self) -> None:
         self._turn(states.OVER)
-        self._out.effects.append(Ended(self._ending.end(self.nonce, self.log)))
+        self._out.effects.append(Ended(self._ending.end(self.nonce, self._run, self.log)))
 
     # ------------------------------------------------------------------ what others may ask
 

@@ -120,8 +120,8 @@ class Ending:
         may_have_it = held or observer.state != WAITING  # else nobody could give it a snapshot
         return may_have_it and observer.kept_at != log.step
 
-    def end(self, nonce: str, log: Log) -> End:
-        """End the run at the log's step."""
+    def end(self, nonce: str, run: str, log: Log) -> End:
+        """End this run at the log's step."""
         assert self.begun is not None
         reason, error = self.begun
         self.ended = End(
@@ -131,5 +131,6 @@ class Ending:
             reason=reason,
             error=error,
             stopped=self._stopped,
+            run=run,
         )
         return self.ended

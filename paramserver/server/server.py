@@ -99,6 +99,7 @@ class Server:
             nonce,
             time.monotonic(),
             lambda layout: len(plan(layout, bucket_mb).buckets),
+            run=run,
             recovery=recovery,
             name_samples=partial(name_samples, seed=settings.seed),
             places=partial(places, seed=settings.seed),

@@ -331,7 +331,11 @@ class Client(Process):
         steps = welcome.settings["digest_steps"]
         self._do(
             session.greeted(
-                welcome.nonce, self.world.now, timeout_s=self._timeout_s, digest_steps=steps
+                welcome.nonce,
+                self.world.now,
+                timeout_s=self._timeout_s,
+                digest_steps=steps,
+                run=welcome.run,
             )
         )
 

@@ -279,7 +279,12 @@ class Server:
         self.nonce = f"server-{self.boots}"
         buckets = self.buckets
         self.rounds = self._make_rounds(
-            self.rules, self.nonce, self.world.now, lambda layout: buckets, recovery=recovery
+            self.rules,
+            self.nonce,
+            self.world.now,
+            lambda layout: buckets,
+            run=self.run,
+            recovery=recovery,
         )
         self.data = Samples(self)
         sessions: Iterator[int] = counter(1)

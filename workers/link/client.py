@@ -146,6 +146,7 @@ class Client:
                 time.monotonic(),
                 timeout_s=self.settings.heartbeat_timeout,
                 digest_steps=self.settings.digest_steps,
+                run=welcome.run,
             )
         )
 

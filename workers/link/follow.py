@@ -71,6 +71,10 @@ class Diverged(Effect, frozen=True):
     why: str
 
 
+class TooLate(Effect, frozen=True):
+    """The run has ended, and the updates that are missing here cannot be fetched any more."""
+
+
 class Silent(Effect, frozen=True):
     """Nothing was heard from the server for this long: send a probe."""
 
@@ -88,10 +92,10 @@ class Replica(Protocol):
 
 
 class Follow:
-    """Follows the log of one server (`nonce`) for one replica."""
+    """Follows the log of one server (`nonce`) of a `run` for one replica."""
 
-    def __init__(self, nonce: str, replica: Replica, now: float) -> None:
-        self.nonce = nonce
+    def __init__(self, nonce: str, replica: Replica, now: float, run: str = "") -> None:
+        self.nonce, self.run = nonce, run
         self._replica = replica
         self.open: Open | None = None
         """The newest open round known."""
@@ -192,10 +196,13 @@ class Follow:
         return NOTHING
 
     def ended(self, m: End) -> Effect:
-        """The run is over; the updates up to its last step are still wanted."""
-        if m.nonce != self.nonce:
+        """The run is over; the updates up to its last step are still wanted. Where its server was
+        started again, and did not hear this replica before the end, nobody answers it any more."""
+        if m.nonce != self.nonce and (not m.run or m.run != self.run):
             return Drop("of another server")
         self.end = m
+        if m.nonce != self.nonce:
+            return TooLate()
         return Gap() if m.step > self.step else NOTHING
 
     def _opened(self, m: Open) -> None:

@@ -130,12 +130,12 @@ class Session:
     # ------------------------------------------------------------------ coming
 
     def greeted(
-        self, nonce: str, now: float, *, timeout_s: float, digest_steps: int = 0
+        self, nonce: str, now: float, *, timeout_s: float, digest_steps: int = 0, run: str = ""
     ) -> list[Action]:
-        """A server with this `nonce` has welcomed this peer, for the first time or again.
-        `timeout_s` is the run's heartbeat timeout."""
+        """A server with this `nonce` has welcomed this peer to its `run`, for the first time or
+        again. `timeout_s` is the run's heartbeat timeout."""
         self._timeout_s, self._digest_steps = timeout_s, digest_steps
-        self.follow = self._make_follow(nonce, self.replica, now)
+        self.follow = self._make_follow(nonce, self.replica, now, run)
         return self._join()
 
     def unknown(self) -> None:
@@ -287,6 +287,8 @@ class Session:
             return [Take(effect.average, payload, effect.first)]
         if isinstance(effect, follow.Apply):
             return [Apply(effect.close, effect.first)]
+        if isinstance(effect, follow.TooLate):
+            return self.stay_behind()
         if isinstance(effect, follow.Diverged):
             return [Say(f"{effect.why}: taking a snapshot"), *self.join_again()]
         return None if isinstance(effect, follow.Gap) else actions
@@ -313,8 +315,8 @@ class Session:
             actions.append(Missed(message))
         elif isinstance(message, wire.Pulse):
             f.pulse(message, now)
-        elif isinstance(message, wire.End):
-            f.ended(message)
+        elif isinstance(message, wire.End) and isinstance(f.ended(message), follow.TooLate):
+            return self.stay_behind()
         if f.ending or f.end is not None:
             actions += self.catch_up()
         return actions
