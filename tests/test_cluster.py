@@ -178,6 +178,30 @@ def test_a_late_gradient_is_refused_and_its_samples_are_applied_later() -> None:
     assert served.samples == (480, 0, 0)
 
 
+def test_who_is_late_for_many_rounds_catches_up_before_it_computes_again() -> None:
+    """A lease of a round that is over is computed in vain, and then the next one, and so on."""
+    held, late, again = list[int](), threading.Event(), threading.Event()
+
+    def hold(number: int, step: int) -> None:
+        if number == 2 and step >= 4 and not held:
+            held.append(step)
+            assert late.wait(DEADLINE_S)
+        elif number == 2 and held:
+            held.append(step)
+            again.set()
+        elif held and step >= held[0] + 10:
+            assert again.wait(DEADLINE_S)
+
+    with Served(num_workers=2, num_epochs=6, timeout=0.05) as served:
+        crew = Crew(served, perceptron, Noise(160), hold)
+        futures = [crew.start(1, 4), crew.start(2, 4)]
+        served.until(lambda: bool(held) and len(served.closes) >= held[0] + 10)
+        late.set()
+        served.wait(*futures)
+    crew.check()
+    assert held[1] == held[0] + 10
+
+
 def test_who_leaves_in_the_middle_gives_its_samples_back() -> None:
     def hold(number: int, step: int) -> None:
         if (number, step) == (2, 4):

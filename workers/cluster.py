@@ -616,6 +616,7 @@ class Cluster:
             return found is not None or client.ended is not None
 
         with self._losing():
+            client.look()  # the newest lease counts: rounds of older ones go on without us
             client.wait(look, "for samples")
         if self._is_over():
             return None

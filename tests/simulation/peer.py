@@ -713,6 +713,7 @@ class Worker(Client):
             found = self.follow.lease(self.id, self._round)
             return found is not None or self.ended is not None
 
+        yield from self.wait(lambda: self.ended is not None, timeout_s=0)
         yield from self.wait(look)
         if self.ended is not None:
             return None
