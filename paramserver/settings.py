@@ -173,7 +173,7 @@ class Settings:
     )
     idle_timeout: float = setting(
         1800.0,
-        "the run ends when no step was made for this long; a worker waits this long for a server "
+        "the run ends when nothing was pushed for this long; a worker waits this long for a server "
         "that died",
         *SECONDS,
         unit="s",

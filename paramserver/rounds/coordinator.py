@@ -635,6 +635,7 @@ class Rounds:
             self._out_of_round(member, bad, now)
         else:
             current.take(member, push)
+            self._ending.works(now)
             if current.whole(member):
                 peer.took(now - current.opened_at)
                 member.whole_at, member.compute_s = now, push.compute_s

@@ -33,7 +33,7 @@ class Ending:
         self.lost_since: float | None = None
         self.moved_at = now  # the end was begun, or the observer came closer to keeping it
         self._stopped = False  # somebody stopped it, in order
-        self._busy_at = now  # a step was closed, or somebody came to work
+        self._busy_at = now  # see `works`
         self._last_holder = ""  # the last replica that was taken out, and why
         self._rules = rules
         self._roster = roster
@@ -41,7 +41,7 @@ class Ending:
     # ------------------------------------------------------------------ what may lead to it
 
     def works(self, now: float) -> None:
-        """Note that a step was closed, or that somebody came to work."""
+        """Note that a push was taken, a step was closed, or somebody came to work."""
         self._busy_at = now
 
     def taken_out(self, peer: Peer, why: str) -> None:
