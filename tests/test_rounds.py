@@ -814,9 +814,13 @@ def test_one_that_computes_for_minutes_is_awaited_where_nobody_else_could_go_on(
     assert f"s: round 2 has waited 1800 s for {', '.join(awaited)} (error)" in said[-1]
 
 
-def test_who_comes_again_and_again_does_not_take_a_slow_workers_time() -> None:
-    """Each round that was in vain makes the next one more patient, until something is closed."""
-    run = Run(num_workers=1, epochs=10, observer=False).workers(1)
+@pytest.mark.parametrize(("idle_timeout", "most"), [(1800.0, 120.0), (150.0, 75.0)])
+def test_who_comes_again_and_again_does_not_take_a_slow_workers_time(
+    idle_timeout: float, most: float
+) -> None:
+    """Each round that was in vain makes the next one more patient, until something is closed. The
+    others come in before the run is given up: a round that is void at that moment helps nobody."""
+    run = Run(num_workers=1, epochs=10, observer=False, idle_timeout=idle_timeout).workers(1)
     run.hello(2)
     waits = []
     for number in range(1, 6):
@@ -826,9 +830,55 @@ def test_who_comes_again_and_again_does_not_take_a_slow_workers_time() -> None:
             run.tick(run.now + 5.0, 1, 2)
         waits.append(run.now - began)
     run.relinked(2), run.follows(2), run.ready(2)
-    assert [w for w in waits if w] == [30.0, 30.0, 60.0, 120.0]  # once it had its turn alone
+    assert [w for w in waits if w] == [30.0, 30.0, 60.0, most]  # once it had its turn alone
     run.push(1)
     assert run.closes[-1].contributors == {1: 10}
+
+
+def test_a_round_that_waits_in_vain_is_void_also_where_snapshots_were_wasted() -> None:
+    """They wait as long as rounds go on; one in which nobody pushes does not."""
+    run = Run(num_workers=1, epochs=10, idle_timeout=1000.0).observer().workers(1)
+    for _ in range(10):
+        run.rounds._snapshots.waste.wasted(3, run.now)
+    assert run.rounds._snapshots.waste.next_at == 160.0
+    run.hello(2), run.join(2)
+    effects = alive(run, 30.0, 0, 1, 2)
+    assert "void 1" in effects and effects[-1] == "obs <- give 2 of step 0"
+
+
+def test_a_round_with_one_that_is_left_out_does_not_begin_just_before_another_is_ready() -> None:
+    run = Run(num_workers=1, epochs=1000).observer().workers(1)
+    run.hello(2), run.join(2)
+    run.push(1)  # and worker 2 takes a snapshot
+    run.rounds._waits.vain = {1: Vain(until=81.0)}
+    run.snapshot(2)
+    assert run.rounds.round is None
+    run.ready(2)
+    assert members(run) == [2]
+    run.hello(3), run.join(3)
+    run.push(2), run.leave(2), run.snapshot(3)
+    run.rounds._waits.vain = {1: Vain(until=81.0)}
+    run.tick(9.9, 0, 1, 3)
+    assert run.rounds.round is None
+    run.tick(10.0, 0, 1, 3)
+    assert members(run) == [1], "it does not come: whoever there is"
+
+
+def test_a_round_whose_pushes_come_slowly_is_not_given_up() -> None:
+    """Its members are heard, and it comes nearer to its end."""
+    run = Run(num_workers=1, buckets=4, epochs=10, idle_timeout=100.0).observer().workers(1)
+    for bucket in range(4):
+        alive(run, 90.0, 0, 1)
+        run.push(1, bucket)
+    assert run.rounds.ending is None and run.closes[-1].contributors == {1: 10}
+    alive(run, 100.1, 0, 1)
+    assert run.rounds.ending is not None and "nothing happened for 100 s" in run.rounds.ending[0]
+
+
+def test_the_end_names_its_run() -> None:
+    rounds = Rounds(Rules(), NONCE, 0.0, lambda layout: 1, run="run-1")
+    rounds.handle(Stop("enough"), 0.0)
+    assert rounds.ended is not None and rounds.ended.run == "run-1"
 
 
 @pytest.mark.parametrize("rules", [{"quorum": 1.0, "timeout": None}, {"deterministic": True}])

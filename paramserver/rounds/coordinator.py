@@ -695,8 +695,9 @@ class Rounds:
 
     def _could_take_part(self, current: Round, now: float) -> list[Peer]:
         """Workers that are here and have no part in this round: they wait for a lease, or for a
-        snapshot that could be given now."""
-        snapshot = self._roster.has_replica and "worker" in self._may_take_snapshot(now)
+        snapshot that could be given if it was in vain."""
+        roles = self._snapshots.may_take(now, in_vain=True)
+        snapshot = self._roster.has_replica and "worker" in roles
         could = self._waits.could_take_part(current, snapshot)
         return [p for p in could if self._leases.share_of(p.id) != 0]  # it would get nothing again
 

@@ -50,6 +50,7 @@ class Peer:
         self.found_wrong = 0  # how often
         self.proven = False  # it was the origin, or a whole gradient of it is in the log
         self.owes = False  # it took a snapshot, and has contributed nothing since
+        self.adopted_at = 0.0  # when it took its last snapshot
         self.given_by = ""  # session of whoever gave its last snapshot
         self.fetches = 0  # since it was last looked at, one for each step of the log
         self.fetched_at = -1  # the log's step

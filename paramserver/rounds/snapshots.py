@@ -145,11 +145,13 @@ class Snapshots:
 
     def may_take(self, now: float, *, in_vain: bool) -> Collection[str]:
         """The roles that need not wait for a snapshot while rounds can go on: nobody right after
-        another one, unless the last round was `in_vain`, and no workers as long as those before
-        made nothing of theirs."""
+        another one, and no workers as long as those before made nothing of theirs. Where the last
+        round was `in_vain` a joiner may be who is needed: it waits no longer than after one that
+        was wasted."""
         if self._round_goes_first and not in_vain:
             return ()
-        return ("observer", "worker") if now >= self.waste.next_at else ("observer",)
+        next_at = self.waste.next_in_vain_at if in_vain else self.waste.next_at
+        return ("observer", "worker") if now >= next_at else ("observer",)
 
     def begin(self, roles: Collection[str], step: int, lineage: str, now: float) -> bool:
         """Begin a snapshot of this step, for the first peer of these roles that waits for one;
@@ -199,7 +201,7 @@ class Snapshots:
                 self._out.send(peer, Abort(message.snapshot, "this snapshot is over"))
             return None
         if isinstance(message, Adopted):
-            return self._adopted(peer, snap)
+            return self._adopted(peer, snap, now)
         if not isinstance(message, Abort):
             return self._pass_on(peer, snap, message, (step, lineage), now)
         if peer.session not in (snap.giver, snap.joiner):
@@ -230,13 +232,13 @@ class Snapshots:
             self._out.effects.append(PassOn(goal, message))
         return None
 
-    def _adopted(self, peer: Peer, snap: Snapshot) -> Off | Taken:
+    def _adopted(self, peer: Peer, snap: Snapshot, now: float) -> Off | Taken:
         """Believe that the joiner holds the snapshot, if all of it went through this server."""
         if not snap.complete:
             had = f"{len(snap.delivered)} of {snap.pieces or 'unknown'} pieces"
             why = f"{peer.name} says that it holds it, after {had}"
             return Off(why, frozenset({peer.session}))
-        peer.wrong, peer.owes = False, peer.role == "worker"
+        peer.wrong, peer.owes, peer.adopted_at = False, peer.role == "worker", now
         self.disbelieved.discard(peer.id)
         peer.given_by = snap.giver
         peer.failed_by.clear()

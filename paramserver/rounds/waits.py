@@ -16,7 +16,7 @@ from paramserver.rounds.outcome import Outcome
 from paramserver.rounds.roster import Peer, Roster
 from paramserver.rounds.round import Member, Round
 from paramserver.rounds.rules import MAX_WAIT_TIMEOUTS, Rules
-from paramserver.rounds.states import WAITING
+from paramserver.rounds.states import REPLICA, WAITING
 
 EMPTY_ROUNDS = 3  # that a worker may bring nothing to, though they waited as long as they do
 REST_TIMES_MAX = 10  # as long as they waited in all it is left out then, at most
@@ -129,17 +129,19 @@ class Waits:
         A round has no deadline before its quorum is there, and with `deterministic` none after it.
         While nobody could go on without those it waits for, they have their time: a first batch may
         compile for minutes. Where `others` could take part, it waits no longer than any round, and
-        longer each time that it was in vain; where that would change the bits, or only those could
-        go on who have pushed everything, half as long as until the run is given up."""
+        longer each time that it was in vain, up to half as long as until the run is given up; where
+        that would change the bits, or only those could go on who have pushed everything, as long as
+        that at once."""
         if not self.is_long(current, now):
             return []
         waited = now - current.opened_at
         longest = self._rules.longest_wait_s(current.local_steps)
-        limit = math.inf
+        limit, most = math.inf, max(longest, self._rules.idle_timeout / 2)
         if others and not self._rules.deterministic:
-            limit = longest * 2 ** min(max(0, self.overdue_rounds - 1), OVERDUE_DOUBLINGS)
+            doublings = min(max(0, self.overdue_rounds - 1), OVERDUE_DOUBLINGS)
+            limit = min(longest * 2**doublings, most)
         elif others or current.someone_is_whole:
-            limit = max(longest, self._rules.idle_timeout / 2)
+            limit = most
         if waited < min(limit, self._rules.idle_timeout):
             if self._said_overdue != current.number:
                 self._said_overdue = current.number
@@ -183,14 +185,22 @@ class Waits:
     def takers(self, now: float) -> list[Peer]:
         """The workers that get leases: those that are ready, but for those that are left out, or
         busy with the lease of a round that is over. If too few remain, as many of the latter as are
-        needed, in the order in which their rest ends."""
+        needed, in the order in which their rest ends; but not while one who has just taken a
+        snapshot is about to be ready: it would find a round that waits for the others in vain."""
         ready = self._roster.workers_ready()
         takers = [p for p in ready if now >= self._vain_of(p).until and not self._is_busy(p, now)]
         missing = max(1, self._rules.min_workers) - len(takers)
         if missing > 0:
             resting = [p for p in ready if p not in takers]
+            if self._one_comes(now):
+                resting = [p for p in resting if now >= self._vain_of(p).until]
             takers += sorted(resting, key=lambda p: self._vain_of(p).until)[:missing]
         return sorted(takers, key=lambda p: p.id)
+
+    def _one_comes(self, now: float) -> bool:
+        """Has a worker just taken a snapshot, and is not ready yet?"""
+        soon = [p for p in self._roster.peers.values() if p.state == REPLICA and p.ready is None]
+        return any(p.owes and now < p.adopted_at + self._rules.heartbeat_timeout for p in soon)
 
     def _is_busy(self, peer: Peer, now: float) -> bool:
         """Does it compute the lease of a round that is over? Where samples are divided by speed,

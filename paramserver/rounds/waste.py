@@ -8,12 +8,13 @@ WAIT_DOUBLINGS = 5
 
 class Waste:
     """Owns the count of snapshots in a row whose joiners contributed nothing, in all and by worker
-    id, and the time at which the next one may begin. `timeout_s`: the shortest wait."""
+    id, and the time at which the next one may begin (`next_at`), or, while no round comes to
+    anything, `next_in_vain_at`. `timeout_s`: the shortest wait."""
 
     def __init__(self, timeout_s: float, now: float) -> None:
         self.in_a_row = 0
         self.by: dict[int, int] = {}
-        self.next_at = now  # not before, as long as rounds can go on
+        self.next_at = self.next_in_vain_at = now  # not before, as long as rounds can go on
         self._timeout_s = timeout_s
 
     def wasted(self, id: int, now: float) -> float | None:
@@ -26,7 +27,7 @@ class Waste:
         if beyond <= 0:
             return None
         wait_s = self._timeout_s * 2.0 ** (beyond - 1)
-        self.next_at = now + wait_s
+        self.next_at, self.next_in_vain_at = now + wait_s, now + self._timeout_s
         return wait_s
 
     def useful(self, id: int) -> None:
