@@ -57,6 +57,8 @@ def test_schedules_have_what_they_are_made_for() -> None:
         "own samples",
         "snapshots",
         "void rounds",
+        "rounds of local steps",
+        "unequal shares",
         "steps",
         "steps lost",
         "run given up",

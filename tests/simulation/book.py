@@ -78,6 +78,10 @@ class Book:
                 counted.update(content[bucket][1])
         return names - {c.lineage for c in self.closes}
 
+    def was_closed(self, lineage: str) -> bool:
+        """Did an update of this run lead to that state, even if it was lost later?"""
+        return lineage in self._updates
+
     @property
     def model(self) -> int:
         """The model at the newest step."""

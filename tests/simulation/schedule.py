@@ -295,7 +295,7 @@ class Schedule:
         if not fair and (self.server.ended_at is None or not late):
             raise Broken(f"{peer.name} was sent away although it did nothing wrong: {why}")
         done = why == "finished" and peer.role == "worker" and self.habits.own > 0
-        if why == "finished" and not (done and self.server.rounds.ended is None):
+        if why == "finished" and not (done and peer.ended is None):
             self._check_last_step(peer)
         if why != "killed" and not done:
             self.world.after(self.world.random.uniform(0.5, 3.0), self._start, slot)
@@ -382,7 +382,8 @@ class Schedule:
         for range_ in lost:
             self.outcome.seen[f"ranges {range_.why}"] += 1
             samples = samples_of(range_.lease)
-            broken = self.habits.unreadable if range_.why == UNREAD else self.habits.deadly
+            unread = self.habits.unreadable | self.server.unread_by_liar
+            broken = unread if range_.why == UNREAD else self.habits.deadly
             if (calm or range_.why == UNREAD) and not broken.intersection(samples):
                 raise Broken(f"{range_} is skipped, and nothing is wrong with it")
 
@@ -572,6 +573,12 @@ class Schedule:
         if not world.run(lambda: not self.alive and server.over_at is not None, limit):
             left = ", ".join(p.name for p in self.alive)
             raise Broken(f"the run has ended, but not for {left or 'the server'}")
+        closes = server.book.closes
+        outcome.seen["rounds of local steps"] += sum(c.local_steps > 1 for c in closes)
+        if self.rules.shares == "speed":
+            outcome.seen["unequal shares"] += sum(
+                len(set(c.contributors.values())) > 1 for c in closes
+            )
         outcome.seen["steps"] += end.step
         outcome.seen["last steps kept"] += server.kept
         outcome.seen["void rounds"] += server.voids

@@ -249,6 +249,7 @@ class Server:
         self.look: Callable[[], bool] = lambda: False
         self.kept = 0  # ends that had to wait for it
         self.disk: set[str] = set()  # lineages of what the observer has written at the end
+        self.unread_by_liar: set[Sample] = set()  # of its own leases, as it says
         self.lost: Callable[[set[str]], None] = lambda lineages: None
         self.deserted: Callable[[], None] = lambda: None
         self.limit = history
@@ -374,6 +375,12 @@ class Server:
         before = peer.state if peer else None
         if session is not None and isinstance(message, wire.Join):
             self.data.models[session] = payload
+        if (
+            peer is not None
+            and peer.host == LIAR
+            and isinstance(message, wire.Unreadable | wire.Push)
+        ):
+            self._note_lie(peer)
         try:
             buffers = [] if payload is None else [payload]
             self.control.receive(route, message, buffers, self.world.now)
@@ -521,6 +528,12 @@ class Server:
 
     # ------------------------------------------------------------------ what is checked
 
+    def _note_lie(self, liar: Peer) -> None:
+        """It may say of the samples that it has to compute that they cannot be read."""
+        member = self.rounds.round and self.rounds.round.member_of(liar)
+        if member is not None:
+            self.unread_by_liar.update(samples_of(member.lease))
+
     def _check_kept(self, end: wire.End) -> None:
         """While an observer lives, and somebody holds the last step, the end waits until it is on
         disk."""
@@ -534,7 +547,7 @@ class Server:
             self.kept += 1
 
     def _has_origin(self, admit: wire.Admit, model: int) -> None:
-        if not self.book.closes:
+        if not self.book.closes and not self.book.was_closed(admit.lineage):
             self.book.begin(admit.lineage, model)
         elif gone := self.book.go_on(admit.step, admit.lineage, model):
             self.world.say(f"{len(gone)} closed steps are lost")
@@ -621,11 +634,19 @@ class Server:
             if count > most:
                 raise Broken(f"{count} {what} are kept, at most {most} may be")
         if r.ledger is not None:
-            leases = len(r.ledger._leased) + len(r.ledger._waiting)
+            leases = len(r.ledger._leased) + self._count_apart(r.ledger._waiting)
             halves = len(r.ledger._suspects)
             most = LEASES_HELD * self.rules.max_workers + halves
             if leases > (8 * most if self.compares else most):  # a liar asks for small ones
                 raise Broken(f"the ledger keeps {leases} ranges")
+
+    def _count_apart(self, waiting: list[wire.Lease]) -> int:
+        """Ranges that wait to be leased again. Neighbours are leased together where leases differ
+        in size."""
+        if self.rules.shares == "equal" and self.rules.local_steps == 1:
+            return len(waiting)
+        ends = {(epoch, stop) for epoch, _, stop in waiting}
+        return sum((epoch, start) not in ends for epoch, start, _ in waiting)
 
 
 def pieces_of(manifest: wire.Manifest) -> int:
