@@ -1,4 +1,4 @@
-"""`python -m paramserver.keys`: the keys of this user's servers, and the join token made of them.
+"""`python -m paramserver.keys`: the keys of this user's servers, and the tokens made of them.
 
 They lie in one file that only this user may read, `keys.json` in the user's configuration folder. A
 server that listens for other machines makes them when there are none; all servers of this user have
@@ -8,6 +8,7 @@ is started again.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import stat
 import sys
@@ -26,7 +27,7 @@ from paramserver.config.loading import load
 from paramserver.errors import UserError
 from paramserver.net import machine
 from paramserver.net.address import listen
-from paramserver.net.jointoken import JoinToken, encode
+from paramserver.net.jointoken import KEY_BYTES, JoinToken, encode
 from paramserver.program import exit_on_user_error
 from paramserver.transport.sockets import ServerKeys
 
@@ -42,17 +43,35 @@ class Keys:
     def new(cls) -> Keys:
         return cls(*(zmq.curve_keypair()[1].decode() for _ in range(2)))
 
+    @property
+    def watch_secret(self) -> bytes:
+        """The secret key of those who may only watch, raw. It follows from the server's, from which
+        nobody can go back: so it needs no place in the file, and new keys bring a new one."""
+        server = z85.decode(self.server_secret)
+        return hashlib.blake2b(server, digest_size=KEY_BYTES, person=b"paramserv watch").digest()
+
     def for_server(self) -> ServerKeys:
         """The keys in the form that the server's sockets take."""
         secret = self.server_secret.encode()
-        workers = zmq.curve_public(self.client_secret.encode())
-        return ServerKeys(public=zmq.curve_public(secret), secret=secret, workers=workers)
+        return ServerKeys(
+            public=zmq.curve_public(secret),
+            secret=secret,
+            workers=zmq.curve_public(self.client_secret.encode()),
+            watchers=zmq.curve_public(z85.encode(self.watch_secret)),
+        )
 
     def token(self, host: str, port: int) -> str:
         """The join token for a server at this address; a `UserError` where no token can hold it."""
+        return self._token(host, port, z85.decode(self.client_secret), watches=False)
+
+    def watch_token(self, host: str, port: int) -> str:
+        """The watch token for a server at this address, where `port` is the one for watching."""
+        return self._token(host, port, self.watch_secret, watches=True)
+
+    def _token(self, host: str, port: int, secret: bytes, *, watches: bool) -> str:
         public = z85.decode(zmq.curve_public(self.server_secret.encode()))
         try:
-            return encode(JoinToken(host, port, public, z85.decode(self.client_secret)))
+            return encode(JoinToken(host, port, public, secret, watches))
         except ValueError:
             raise UserError(
                 f"no join token can hold the address {host}", "give it as a number: 10.10.0.1"
@@ -162,6 +181,13 @@ def main() -> None:
             keys, made = load_or_make()
             terminal.result(f"{'new keys' if made else 'keys'}: {path()}")
         guarded = listen(machine.settle(settings)[0])[1]
+        port = settings.port_of_watchers
+        for host in guarded if port else ():
+            terminal.result(
+                f"watch token of a server at {host}:{port} (its holder sees the run and can do "
+                "nothing else: make watch JOIN=...):"
+            )
+            terminal.result(keys.watch_token(host, port))
         for host in guarded:
             terminal.result(f"join token of a server at {host}:{settings.port}:")
             terminal.result(keys.token(host, settings.port))

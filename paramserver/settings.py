@@ -90,6 +90,13 @@ class Settings:
     port: int = setting(
         65432, "TCP port of the server; the next one is used too", between(1, 65534), scope="local"
     )
+    watch_port: int | None = setting(
+        None,
+        "server: TCP port at which the run can be watched (make watch); null = two after port, 0 = "
+        "nobody can watch",
+        between(0, 65535),
+        scope="local",
+    )
     join: str | None = setting(
         None,
         "worker: the join token of a server on another machine, or a file that holds it; it holds "
@@ -350,6 +357,13 @@ class Settings:
         """What `bucket_mb` means; where it is null, that of a server that listens on loopback only
         (`with_bucket` puts a value in its place for any other)."""
         return self.bucket_mb or BUCKET_MB
+
+    @property
+    def port_of_watchers(self) -> int:
+        """What `watch_port` means; 0: nobody can watch."""
+        if self.watch_port is None:
+            return self.port + 2 if self.port + 2 < 65536 else self.port - 1
+        return self.watch_port
 
     def with_bucket(self, *, linked: bool) -> Settings:
         """These settings with the size of a bucket that they mean where peers are `linked` by a

@@ -13,35 +13,44 @@ import sys
 import termios
 import textwrap
 from collections.abc import Iterator
-from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
-import msgspec
 import pytest
+from msgspec.structs import replace
 from whole import DEADLINE_S
 
 from paramserver import notify
-from paramserver.output.display import Display, Status, WorkerStatus
+from paramserver.output.display import Display
+from paramserver.status.value import Evaluation, Machine, Status, from_json, to_json
+
+
+def status_of(phase: str, **fields: Any) -> Status:
+    return Status(run="r", made_at=0.0, phase=phase, **fields)
+
+
+def evaluated(step: int, **metrics: float) -> tuple[Evaluation, ...]:
+    return (Evaluation(step=step, metrics={"accuracy": 0.934, **metrics}),)
+
 
 WORKERS = (
-    WorkerStatus(1, "mini1", 9540.0),
-    WorkerStatus(2, "mini2.local", 9400.0),
-    WorkerStatus(3, "pi", 100.0, trouble="late 0.41 s"),
+    Machine(id=1, host="mini1", samples_per_s=9540.0),
+    Machine(id=2, host="mini2.local", samples_per_s=9400.0),
+    Machine(id=3, host="pi", samples_per_s=100.0, trouble="late 0.41 s"),
 )
-STATUS = Status(
+STATUS = status_of(
     "training",
     step=812,
     total_steps=1120,
     epoch=3,
     num_epochs=5,
     loss=0.21339,
-    metrics={"accuracy": 0.934},
+    evaluations=evaluated(812),
     steps_per_s=298.2,
     samples_per_s=19080.0,
     eta_s=63.0,
-    workers=WORKERS,
+    machines=WORKERS,
     late="round 811 closed with 2 of 3: pi late",
     trains=True,
 )
@@ -167,7 +176,7 @@ def test_a_drawing_takes_the_place_of_the_last(terminal: Terminal) -> None:
     display = Display(terminal.stream, clock=at_noon)
     display.update(STATUS, now=0.0)
     display.say("worker 3 left")
-    display.update(replace(STATUS, step=813, workers=(), late=""), now=1.0)
+    display.update(replace(STATUS, step=813, machines=(), late=""), now=1.0)
     display.say("worker 4 joined")
     assert len(terminal.screen) == 4
     assert terminal.screen[:2] == ["12:00:09  worker 3 left", "12:00:09  worker 4 joined"]
@@ -192,8 +201,10 @@ def test_four_drawings_a_second_at_most(terminal: Terminal) -> None:
 def test_a_drawing_fits_its_window(terminal: Terminal, columns: int, rows: int) -> None:
     terminal.resize(columns, rows)
     display = Display(terminal.stream)
-    many = tuple(WorkerStatus(number, f"host{number}", 100.0) for number in range(1, 50))
-    status = replace(STATUS, phase="paused: " + 20 * "waiting ", trains=False, workers=many)
+    many = tuple(
+        Machine(id=number, host=f"host{number}", samples_per_s=100.0) for number in range(1, 50)
+    )
+    status = replace(STATUS, phase="paused: " + 20 * "waiting ", trains=False, machines=many)
     for now in range(3):
         display.update(status, float(now))
     assert 0 < len(terminal.screen) < rows
@@ -222,7 +233,7 @@ def test_nothing_is_left_behind_in_a_window_made_narrower(terminal: Terminal) ->
     display.update(STATUS, 0.0)
     terminal.read()
     terminal.resize(33)
-    display.update(replace(STATUS, workers=(), late=""), 1.0)
+    display.update(replace(STATUS, machines=(), late=""), 1.0)
     assert len(terminal.screen) == 3
     assert terminal.screen[0] == "12:00:09  hello"
     assert "step 812" in terminal.screen[1]
@@ -246,13 +257,13 @@ def test_a_warning_is_marked_and_told_to_make_status(
 
 def test_waiting_before_the_first_step(terminal: Terminal) -> None:
     sentence = "waiting for 2 workers: worker 1 is here"
-    status = Status(sentence, workers=(WorkerStatus(1, "mini1"),))
+    status = status_of(sentence, machines=(Machine(id=1, host="mini1"),))
     Display(terminal.stream).update(status, 0.0)
     assert terminal.screen == [sentence, "  worker 1  mini1"]
 
 
 def test_without_an_estimate_there_is_no_bar(terminal: Terminal) -> None:
-    Display(terminal.stream).update(Status("training", step=5, trains=True), 0.0)
+    Display(terminal.stream).update(status_of("training", step=5, trains=True), 0.0)
     assert terminal.screen == ["step 5"]
 
 
@@ -260,7 +271,9 @@ def test_what_peers_send_is_shown_not_obeyed(terminal: Terminal) -> None:
     display = Display(terminal.stream, clock=at_noon)
     evil = "\x1b[2J\r\n\x07\x9b1A[bold]x[/bold]"
     display.say(f"{evil} joined")
-    display.update(replace(STATUS, workers=(WorkerStatus(1, evil, trouble=evil),), late=evil), 0.0)
+    display.update(
+        replace(STATUS, machines=(Machine(id=1, host=evil, trouble=evil),), late=evil), 0.0
+    )
     display.summary({"steps": 1, "workers": [{"id": 1, "host": evil}]}, evil)
     text = terminal.read()
     assert not re.search(r"\x1b\[2J|\x07|\x9b", text)
@@ -300,11 +313,11 @@ def test_a_stopped_terminal_holds_nothing_up_and_loses_no_line(terminal: Termina
     terminal.read()
     termios.tcflow(terminal.stream.fileno(), termios.TCOOFF)  # what Ctrl-S does
     for step in range(1, 2000):
-        display.update(replace(STATUS, step=step, workers=()), float(step))
+        display.update(replace(STATUS, step=step, machines=()), float(step))
     display.say("worker 3 left")
     assert terminal.read() == ""
     termios.tcflow(terminal.stream.fileno(), termios.TCOON)
-    display.update(replace(STATUS, step=1000, workers=(), late=""), 5000.0)
+    display.update(replace(STATUS, step=1000, machines=(), late=""), 5000.0)
     assert terminal.screen[0] == "12:00:09  worker 3 left"
     assert "step 1,000/" in terminal.screen[1]
     assert len(terminal.screen) == 3
@@ -318,7 +331,7 @@ def test_a_terminal_that_nobody_reads_holds_nothing_up(terminal: Terminal) -> No
     display.say("worker 3 left")
     for now in (3000.0, 4000.0):
         terminal.read()
-        display.update(replace(STATUS, step=1000, workers=(), late=""), now)
+        display.update(replace(STATUS, step=1000, machines=(), late=""), now)
     assert terminal.screen[0] == "12:00:09  worker 3 left"
     assert "step 1,000/" in terminal.screen[1]
     assert len(terminal.screen) == 3
@@ -386,14 +399,12 @@ def test_lines_of_progress_are_marked_for_those_who_draw_it(
 
 
 def test_a_status_comes_through_json_unharmed() -> None:
-    assert msgspec.json.decode(msgspec.json.encode(STATUS), type=Status) == replace(
-        STATUS, workers=list(WORKERS)
-    )
+    assert from_json(to_json(STATUS)) == STATUS
 
 
 def test_plain_lines_every_five_seconds_and_when_the_phase_changes(pipe: Pipe) -> None:
     display = Display(pipe.stream, clock=at_noon)
-    waiting = Status("waiting for 2 workers: worker 1 is here")
+    waiting = status_of("waiting for 2 workers: worker 1 is here")
     told: list[tuple[float, str]] = []
 
     def update(now: float, status: Status) -> None:
@@ -402,7 +413,7 @@ def test_plain_lines_every_five_seconds_and_when_the_phase_changes(pipe: Pipe) -
 
     for now in (0.0, 1.0, 10.0, 20.0):
         update(now, waiting)
-    start = Status("training", total_steps=1120, eta_s=3.0, trains=True)
+    start = status_of("training", total_steps=1120, eta_s=3.0, trains=True)
     for step in range(1, 31):
         update(20 + step / 4, replace(start, step=step, loss=2 / step))
     update(40.0, replace(STATUS, phase="paused: no worker", trains=False))
@@ -422,8 +433,8 @@ def test_plain_lines_every_five_seconds_and_when_the_phase_changes(pipe: Pipe) -
 def test_a_phase_that_counts_down_does_not_print_a_line_a_second(pipe: Pipe) -> None:
     display = Display(pipe.stream, clock=at_noon)
     for now in range(12):
-        display.update(Status(f"waiting for 3 workers (starts in {60 - now} s)"), float(now))
-    display.update(Status("paused: nobody is here"), 12.0)
+        display.update(status_of(f"waiting for 3 workers (starts in {60 - now} s)"), float(now))
+    display.update(status_of("paused: nobody is here"), 12.0)
     assert [line[10:] for line in pipe.text.splitlines()] == [
         "waiting for 3 workers (starts in 60 s)",
         "waiting for 3 workers (starts in 55 s)",
@@ -465,7 +476,7 @@ def test_terminals_that_want_plain_lines(
 ) -> None:
     if name:
         monkeypatch.setenv(name, value)
-    Display(terminal.stream, plain=plain, clock=at_noon).update(Status("waiting"), 0.0)
+    Display(terminal.stream, plain=plain, clock=at_noon).update(status_of("waiting"), 0.0)
     assert terminal.read() == "12:00:09  waiting\r\n"
 
 
@@ -494,8 +505,8 @@ def test_the_summary_in_a_pipe(pipe: Pipe) -> None:
 
 def test_an_evaluation_is_shown_with_its_step(pipe: Pipe) -> None:
     display = Display(pipe.stream, clock=at_noon)
-    display.update(replace(STATUS, val_step=800, metrics={"accuracy": 0.934, "mood": 2.0}), 0.0)
-    display.update(replace(STATUS, val_step=812, step=812, late=""), 100.0)
+    display.update(replace(STATUS, evaluations=evaluated(800, mood=2.0)), 0.0)
+    display.update(replace(STATUS, step=812, late=""), 100.0)
     first, second = pipe.text.splitlines()
     assert "accuracy 93.4 % (step 800), mood 2 (step 800)," in first
     assert "accuracy 93.4 %," in second
@@ -568,7 +579,7 @@ def test_a_reader_that_went_away_is_no_error() -> None:
         os.close(reader)
         display = Display()
         display.say("hello")
-        display.update(Status("waiting"), 0.0)
+        display.update(Status(run="r", made_at=0.0, phase="waiting"), 0.0)
         display.close()
         print("not even this")
         """

@@ -34,8 +34,10 @@ from paramserver.net.address import keys_of
 from paramserver.net.jointoken import decode
 from paramserver.protocol import messages as wire
 from paramserver.server.control import Control
+from paramserver.server.overview import Overview, Totals
 from paramserver.server.server import Server
 from paramserver.settings import Settings
+from paramserver.status.value import to_json
 from workers.cluster import Cluster
 from workers.link.client import Client
 
@@ -306,9 +308,15 @@ class Served:
     """
 
     def __init__(
-        self, *, keys: Keys | None = None, recovery: str | None = None, **settings: Any
+        self,
+        *,
+        keys: Keys | None = None,
+        recovery: str | None = None,
+        watched: bool = False,
+        **settings: Any,
     ) -> None:
-        """With `keys`, only peers that have them are admitted, on loopback too."""
+        """With `keys`, only peers that have them are admitted, on loopback too. `watched`: the run
+        can be watched."""
         self._threads = set(threading.enumerate())
         self.port = free_port()
         self.settings = Settings(port=self.port, observer=False, **settings)
@@ -326,7 +334,9 @@ class Served:
             guarded=[LOOPBACK] if keys else [],
             keys=keys.for_server() if keys else None,
             recovery=recovery,
+            status=self._status if watched else None,
         )
+        self._overview = Overview(self.settings, "test", "folder", "here")
         self._keys = keys_of(decode(keys.token(LOOPBACK, self.port))) if keys else None
         self._pool = ThreadPoolExecutor(16)
         self._futures: list[Future[Any]] = []
@@ -395,6 +405,13 @@ class Served:
             pending -= done
 
     # What the server calls, in its thread.
+
+    def _status(self, control: Control, now: float) -> bytes:
+        totals = Totals(len(self.closes), seconds=1.0)
+        made = self._overview.status(
+            control.rounds, totals, control.traffic, None, "", now, time.time()
+        )
+        return to_json(made)
 
     def say(self, text: str, warning: bool = False) -> None:
         self.said.append(text)

@@ -153,6 +153,8 @@ class Cluster:
         self._part, self._parts_left = 0, 0  # weight of its part at hand; parts that follow it
         self._leased_at = 0.0  # when the lease was there that is being worked on
         self._held_up_s = 0.0  # of the time since, what was spent waiting for others
+        self._encoded_s = 0.0  # since the last push with times, see `wire.Spent`
+        self._told_at, self._told_waited_s = 0.0, 0.0  # when that was; seconds waited by then
         self._own = False  # this worker takes part with samples of its own
         self._stepped = True  # step() was called for it
         self._sent = 0  # buckets of its gradient
@@ -659,9 +661,12 @@ class Cluster:
         """A bucket of this step's gradient is complete: encode and send it, take in averages."""
         assert self._replica is not None and self._feedback is not None
         assert self._gradients is not None
+        start = time.perf_counter()
         with trace.span("encode", bucket=bucket.index):
             room = partial(self.client.room, bucket.index)
             buffers, scale = self._feedback.encode(bucket, values, absent, room, self._weight)
+        if not self._gradients.threaded:  # else backward goes on meanwhile
+            self._encoded_s += time.perf_counter() - start
         self._sent += 1 + len(without)
         self._phase = wire.BACKWARD
         last = self._sent == len(self._replica.plan.buckets)
@@ -678,6 +683,7 @@ class Cluster:
             steps=self._steps,
             groups=self._changed_by_hand() if last else msgspec.UNSET,
             weight=self._weight if self._weighs else 0,
+            spent=self._spent() if last else None,
         )
         with self._losing():
             self.client.push(push, buffers)
@@ -685,8 +691,10 @@ class Cluster:
             if not last and not self.settings.overlap:
                 start = time.perf_counter()
                 self.client.await_room()
-                if not self._gradients.threaded:  # else backward goes on meanwhile
-                    self._held_up_s += time.perf_counter() - start
+                if not self._gradients.threaded:
+                    held_up_s = time.perf_counter() - start
+                    self._held_up_s += held_up_s
+                    self.client.waited_s += held_up_s
 
     # What the loop changes of the optimizer's groups, a learning rate say, counts as of `step`. So
     # the last bucket, which carries it, leaves there if the loop has ever changed something, and in
@@ -735,6 +743,19 @@ class Cluster:
         """Seconds from the lease to the last gradient, without those in which others were waited
         for."""
         return time.perf_counter() - self._leased_at - self._held_up_s
+
+    def _spent(self) -> wire.Spent | None:
+        """Where the time since the last such push went; None with the first one."""
+        assert self._replica is not None and self._gradients is not None
+        now, waited_s = time.perf_counter(), self.client.waited_s
+        before, waited_before = self._told_at, self._told_waited_s
+        encoded_s = self._encoded_s + self._gradients.take_waited_s()
+        self._told_at, self._told_waited_s, self._encoded_s = now, waited_s, 0.0
+        if not before:
+            return None
+        waited_s -= waited_before
+        busy_s = now - before - waited_s
+        return wire.Spent(busy_s, encoded_s, waited_s, self._replica.learning_rate)
 
     def _on_close(self, close: wire.Close) -> None:
         """Note which of our buckets are part of this update."""

@@ -14,21 +14,21 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
-import msgspec
 from rich.console import Console
 from rich.text import Text
 
 from paramserver import notify, terminal
 from paramserver.config.loading import load
-from paramserver.errors import UserError
+from paramserver.errors import PeerError, UserError
 from paramserver.fleet import commands, remote
 from paramserver.fleet.commands import Trouble
 from paramserver.fleet.remote import STATUS_OF, Follower
 from paramserver.fleet.supervisor import State, died
 from paramserver.net import hosts as fleet
 from paramserver.net.hosts import Host
-from paramserver.output.display import Display, Paper, Status
+from paramserver.output.display import Display, Paper
 from paramserver.settings import Settings
+from paramserver.status.value import from_json
 from paramserver.words import printable
 
 COLOURS = ("cyan", "magenta", "green", "yellow", "blue", "bright_red", "bright_cyan")
@@ -297,8 +297,8 @@ def _draw(display: Display | None, line: str | None) -> None:
     if line is None:
         display.clear()
         return
-    with suppress(msgspec.DecodeError):  # half a line, or of another version
-        display.update(msgspec.json.decode(line, type=Status), time.monotonic())
+    with suppress(PeerError):  # half a line, or of another version
+        display.update(from_json(line), time.monotonic())
 
 
 def attach(arguments: list[str], name: str | None = None) -> int | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from zmq.utils import z85
@@ -11,6 +11,7 @@ from zmq.utils import z85
 from paramserver.errors import UserError
 from paramserver.net import jointoken
 from paramserver.net.jointoken import JoinToken
+from paramserver.settings import Settings
 from paramserver.transport.sockets import PeerKeys, is_local, is_loopback, own_addresses
 
 LOOPBACK = "127.0.0.1"
@@ -74,10 +75,42 @@ def find(
     return Address(host, port, keys_of(token))
 
 
-def read(join: str) -> JoinToken:
-    """The token in this text, or in the file that it names. Raises `UserError`."""
+def to_watch(
+    host: str | None,
+    port: int,
+    watch_port: int | None,
+    join: str | None,
+    *,
+    security: str = "curve",
+) -> Address:
+    """Where a run is watched that an address, a join token or a watch token stand for. `port` is
+    the server's, if no token tells another; a given `watch_port` takes precedence over all. Raises
+    `UserError`."""
+    token = read(join, to_watch=True) if join else None
+    host = host or (token.host if token is not None else LOOPBACK)
+    if token is not None and token.watches:
+        port = watch_port or token.port
+    else:
+        port = token.port if token is not None else port
+        port = replace(Settings(), port=port, watch_port=watch_port).port_of_watchers
+    if is_local(host):
+        return Address(LOOPBACK, port)
+    if security == "none":
+        return Address(host, port)
+    if token is None:
+        raise UserError(
+            f"the server at {host} is on another machine: watching it takes a token",
+            "make watch JOIN=... with the watch token that `make keys` prints there, or the join "
+            "token;\nwhere that server runs with security=none, give security=none here too",
+        )
+    return Address(host, port, keys_of(token))
+
+
+def read(join: str, *, to_watch: bool = False) -> JoinToken:
+    """The token in this text, or in the file that it names; a watch token only `to_watch`. Raises
+    `UserError`."""
     if jointoken.looks_like_one(join):
-        return jointoken.decode(join)
+        return jointoken.decode(join, to_watch=to_watch)
     try:
         path = Path(os.path.expanduser(join))
         with path.open("rb") as file:
@@ -89,7 +122,7 @@ def read(join: str) -> JoinToken:
             "a token begins with `ps` and is one word; `make server` prints it",
         ) from None
     try:
-        return jointoken.decode(text)
+        return jointoken.decode(text, to_watch=to_watch)
     except UserError as error:
         raise UserError(f"{path}: {error.problem}", error.hint) from None
 

@@ -1,12 +1,13 @@
-"""The join token: one word with a server's address and the keys that admit a worker.
+"""Tokens: one word with a server's address and keys. The join token admits a worker; the watch
+token only lets people watch.
 
-    psaearnxmcqxwzi...   "ps", then in base32 (lower case, no padding):
+    psaearnxmcqxwzi...   "ps", or "pw" to watch, then in base32 (lower case, no padding):
 
     1 byte    version, 1
     1 byte    length of the address
-    2 bytes   port, big-endian
+    2 bytes   port, big-endian; in a watch token the one for watching
     32 bytes  the server's public key: no other program can pose as the server
-    32 bytes  the secret key of the cluster's workers: it admits its holder
+    32 bytes  the secret key of the cluster's workers, or watchers: it admits its holder
     n bytes   the address, ASCII
     4 bytes   the first of SHA-256 over everything before: a token that was cut off is noticed
 
@@ -29,7 +30,7 @@ from paramserver.errors import UserError
 VARIABLE = "PARAMSERVER_JOIN"
 """Environment variable that may hold a token, or the path of a file with one."""
 
-PREFIX = "ps"
+PREFIX, WATCH_PREFIX = "ps", "pw"
 VERSION = 1
 KEY_BYTES = 32
 SUM_BYTES = 4
@@ -45,6 +46,8 @@ class JoinToken:
     port: int
     server_key: bytes = field(repr=False)
     client_secret: bytes = field(repr=False)
+    watches: bool = False
+    """It is a watch token."""
 
 
 def encode(token: JoinToken) -> str:
@@ -56,15 +59,20 @@ def encode(token: JoinToken) -> str:
         raise ValueError(f"a key has {KEY_BYTES} bytes")
     head = _HEAD.pack(VERSION, len(host), token.port)
     body = head + token.server_key + token.client_secret + host
-    return PREFIX + base64.b32encode(body + _sum(body)).decode().rstrip("=").lower()
+    prefix = WATCH_PREFIX if token.watches else PREFIX
+    return prefix + base64.b32encode(body + _sum(body)).decode().rstrip("=").lower()
 
 
-def decode(text: str) -> JoinToken:
-    """The contents of a token. Raises `UserError`, which does not repeat the text."""
+def decode(text: str, *, to_watch: bool = False) -> JoinToken:
+    """The contents of a join token or, `to_watch`, of either kind. Raises `UserError`, which does
+    not repeat the text."""
     word = re.sub(r"[\s\"']+", "", text).lower()
     if not looks_like_one(word):
         raise UserError("this is no join token (they begin with `ps`)", _HINT)
-    content = _bytes(word.removeprefix(PREFIX))
+    watches = word.startswith(WATCH_PREFIX)
+    if watches and not to_watch:
+        raise UserError("this is a watch token: it lets you watch, not take part", _HINT)
+    content = _bytes(word[len(PREFIX) :])
     body, checksum = content[:-SUM_BYTES], content[-SUM_BYTES:]
     if checksum != _sum(body):
         wanted = _length(content)
@@ -88,7 +96,7 @@ def decode(text: str) -> JoinToken:
     )
     if not re.fullmatch(rb"[!-.0-~]+", host):  # ASCII without blanks and slashes
         raise UserError("the join token holds no address", _HINT)
-    return JoinToken(host.decode("ascii"), port, server_key, client_secret)
+    return JoinToken(host.decode("ascii"), port, server_key, client_secret, watches)
 
 
 def fingerprint(server_key: bytes) -> str:
@@ -99,7 +107,7 @@ def fingerprint(server_key: bytes) -> str:
 
 def looks_like_one(text: str) -> bool:
     """Is this meant to be a token, rather than the name of a file?"""
-    return re.fullmatch(r"ps[a-z2-7]{8,}", text.strip().lower()) is not None
+    return re.fullmatch(r"p[sw][a-z2-7]{8,}", text.strip().lower()) is not None
 
 
 def _bytes(word: str) -> bytes:

@@ -7,9 +7,10 @@ measured.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Mapping
 from dataclasses import dataclass
+from statistics import median
 
 import msgspec
 
@@ -17,6 +18,7 @@ VARIABLE = "PARAMSERVER_PATHS"
 WINDOW = 4  # pushes under way at once, as in `paramserver.protocol.pacing`
 FAR_BELOW = 0.25  # of its share of the measured speed
 ROUNDS = 5  # in a row
+RATES_KEPT = 15
 
 
 class Chosen(msgspec.Struct, frozen=True):
@@ -56,11 +58,54 @@ class _Round:
     count: int = 1
     bytes: int = 0
 
+    def goes_on(self, ready_s: float, size: int, now: float) -> None:
+        """One more push has come."""
+        if self.count < WINDOW:
+            self.count += 1
+            self.bytes += size
+            self.last_ready, self.last_came = ready_s, now
+
+    @property
+    def waited(self) -> bool:
+        """Were these pushes under way for longer than it took to compute them?"""
+        took, computed = self.last_came - self.came, self.last_ready - self.ready
+        return self.count > 1 and took > 0 and took > 2 * computed
+
+
+class LinkMeter:
+    """The rate at which each worker's pushes come over the network, while several are under way.
+
+    A round tells of it where a worker sends faster than its link carries: its pushes are ready
+    sooner than they come. The rate is the median of the newest of these rounds.
+    """
+
+    def __init__(self) -> None:
+        self._rounds: dict[int, _Round] = {}
+        self._rates: dict[int, deque[float]] = {}
+
+    def pushed(self, worker: int, round: int, ready_s: float, size: int, now: float) -> None:
+        """As of `LinkWatch`."""
+        open_one = self._rounds.get(worker)
+        if open_one is None or open_one.number != round:
+            if open_one is not None and open_one.waited:
+                rate = open_one.bytes / (open_one.last_came - open_one.came)
+                self._rates.setdefault(worker, deque(maxlen=RATES_KEPT)).append(rate)
+            self._rounds[worker] = _Round(round, ready_s, now, ready_s, now)
+        else:
+            open_one.goes_on(ready_s, size, now)
+
+    def rate(self, worker: int) -> float | None:
+        """Bytes a second; None where no round has told."""
+        rates = self._rates.get(worker)
+        return None if rates is None else median(rates)
+
 
 class LinkWatch:
     """The chosen paths, and which of them are slow."""
 
     def __init__(self, chosen: list[Chosen]) -> None:
+        self.expected = {each.worker: each.bytes_per_s for each in chosen}
+        """Bytes a second from each worker, as measured on an idle link."""
         self._chosen = {each.worker: each for each in chosen}
         self._sharing = Counter(each.far for each in chosen)
         self._rounds: dict[int, _Round] = {}
@@ -95,19 +140,16 @@ class LinkWatch:
             if open_one is not None:
                 told += self._judge(chosen, name, open_one)
             self._rounds[worker] = _Round(round, ready_s, now, ready_s, now)
-        elif open_one.count < WINDOW:
-            open_one.count += 1
-            open_one.bytes += size
-            open_one.last_ready, open_one.last_came = ready_s, now
+        else:
+            open_one.goes_on(ready_s, size, now)
         return told
 
     def _judge(self, chosen: Chosen, name: str, done: _Round) -> list[str]:
         """Were this round's pushes under way for too long? Where a worker's backward is slow, its
         pushes are ready no sooner than they come, which says nothing about its link."""
-        took, computed = done.last_came - done.came, done.last_ready - done.ready
+        took = done.last_came - done.came
         share = chosen.bytes_per_s / self._sharing[chosen.far]
-        waited = done.count > 1 and took > 0 and took > 2 * computed
-        slow = waited and done.bytes < FAR_BELOW * share * took
+        slow = done.waited and done.bytes < FAR_BELOW * share * took
         self._slow[chosen.worker] = self._slow[chosen.worker] + 1 if slow else 0
         if self._slow[chosen.worker] < ROUNDS:
             return []

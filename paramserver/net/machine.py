@@ -34,6 +34,7 @@ from paramserver.net.interfaces import (
     usable,
     why,
 )
+from paramserver.protocol.messages import Vitals
 from paramserver.settings import Settings
 from paramserver.transport import sockets
 
@@ -44,6 +45,8 @@ SHARED_DISK = re.compile(
     r"|vboxsf|prl_fs|osxfs|macfuse|fuse\b)"
 )
 """File systems that are, or may be, on another machine, by the beginnings of their names."""
+CPU_SENSORS = ("coretemp", "k10temp", "zenpower", "cpu_thermal", "cpu-thermal", "soc_thermal")
+"""Linux's names of those of a processor."""
 TOOL_S = 10.0
 CONNECT_S = 1.0
 
@@ -173,6 +176,28 @@ def facts() -> dict[str, Any]:
         "sleep": _sleep(),
         "firewall": _firewall(),
     }
+
+
+def vitals() -> Vitals | None:
+    """Memory and temperature now; None where the system does not tell."""
+    try:
+        memory = psutil.virtual_memory()
+        own = psutil.Process().memory_info().rss
+    except (psutil.Error, OSError):
+        return None
+    return Vitals(own, memory.available, memory.total, _temperature())
+
+
+def _temperature() -> float | None:
+    """The highest that this machine's sensors tell, in degrees Celsius: of its processor, where one
+    of them is known to be that. (macOS tells none.)"""
+    try:
+        found = psutil.sensors_temperatures()
+    except (AttributeError, OSError, ValueError):  # AttributeError: not on this system
+        return None
+    known = {name: sensors for name, sensors in found.items() if name in CPU_SENSORS}
+    degrees = [sensor.current for sensors in (known or found).values() for sensor in sensors]
+    return max((d for d in degrees if d is not None and 0 < d < 150), default=None)
 
 
 def pings(address: str) -> bool | None:

@@ -25,7 +25,6 @@ import sys
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, TextIO
 
@@ -37,6 +36,7 @@ from rich.text import Text
 
 from paramserver import notify, terminal
 from paramserver.output import metrics
+from paramserver.status.value import Machine, Status
 from paramserver.words import printable
 
 DRAW_S = 0.25
@@ -45,48 +45,6 @@ PHASE_S = 1.0  # the same where the phase has changed
 LAST_WAIT_S = 5.0  # how long the final table waits for a stopped terminal
 WARNING = "warning: "
 """The mark before a warning; `make status` shows the newest one."""
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerStatus:
-    """One worker, for its row."""
-
-    id: int
-    host: str = ""
-    samples_per_s: float | None = None
-    trouble: str = ""
-    """The worker's trouble, if any: "late 0.41 s", "joining", "silent for 3.2 s"."""
-    share: int | None = None
-    """Its samples of a step, or of a round of local steps, where they follow its speed."""
-
-
-@dataclass(frozen=True, slots=True)
-class Status:
-    """The content of a drawing; None for a value that is not known yet."""
-
-    phase: str
-    """A sentence: "training", "waiting for 2 workers: worker 1 is here", "paused: ..."."""
-    step: int = 0
-    total_steps: int | None = None
-    """An estimate: it moves when workers come and go."""
-    epoch: int | None = None
-    """1 is the first."""
-    num_epochs: int | None = None
-    loss: float | None = None
-    metrics: Mapping[str, float | None] = field(default_factory=dict)
-    """Metrics of the newest evaluation, by name; shares from 0 to 1."""
-    val_step: int | None = None
-    """The step that was evaluated."""
-    steps_per_s: float | None = None
-    samples_per_s: float | None = None
-    eta_s: float | None = None
-    workers: Sequence[WorkerStatus] = ()
-    shares_of: str = "step"
-    """What the workers' shares are of: a step, or a round."""
-    late: str = ""
-    """Why the newest round that closed without a member did so."""
-    trains: bool = False
-    """A round is open: the remaining time can be estimated, and the sentence says nothing new."""
 
 
 class Display:
@@ -375,8 +333,8 @@ def _bar_line(status: Status, width: int, bar: str) -> Text:
 
 
 def _worker_lines(status: Status, width: int, room: int) -> list[Text]:
-    workers = status.workers
     """A line for each worker; where they are too many, for those in trouble first."""
+    workers: Sequence[Machine] = status.workers
     hidden = 0
     if len(workers) > room:
         shown = max(room - 1, 0)

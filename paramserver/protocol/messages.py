@@ -396,6 +396,20 @@ class Reject(Message, frozen=True):
 # --------------------------------------------------------------------------- rounds
 
 
+class Spent(msgspec.Struct, frozen=True, array_like=True):
+    """Where a worker's time went since its last push before this round, in seconds, by its own
+    clock. It is shown to people, and nothing is decided by it."""
+
+    busy_s: float
+    """Loading, computing, encoding, the optimizer, and whatever else its loop does."""
+    encode_s: float
+    """Of that, what backward stood still for so that gradients could be sent."""
+    waited_s: float
+    """The rest: waiting for averages and samples."""
+    learning_rate: float | None = None
+    """Of its first group of parameters, at its last step."""
+
+
 class Push(Message, frozen=True):
     round: Int
     bucket: Int
@@ -425,6 +439,8 @@ class Push(Message, frozen=True):
     weight: Annotated[int, msgspec.Meta(ge=0, le=SAMPLES_MAX)] = 0
     """What the loss is the mean of, tokens say, where that is not `samples`: the average weighs the
     push by it. The same in every push of a round; 0: `samples`."""
+    spent: Spent | None = None
+    """With the last bucket; None where the worker is older than this field."""
 
 
 class Unreadable(Message, frozen=True):
@@ -578,6 +594,19 @@ class Abort(Message, frozen=True):
 # --------------------------------------------------------------------------- life
 
 
+class Vitals(msgspec.Struct, frozen=True, array_like=True):
+    """What a process tells of itself and its machine, for people."""
+
+    memory_bytes: Annotated[int, msgspec.Meta(ge=0, le=NUMBER_MAX)]
+    """Of the process."""
+    free_bytes: Annotated[int, msgspec.Meta(ge=0, le=NUMBER_MAX)]
+    """What the machine could still give."""
+    total_bytes: Annotated[int, msgspec.Meta(ge=0, le=NUMBER_MAX)]
+    """Of the machine."""
+    temperature_c: float | None = None
+    """The highest that its sensors tell; None where it has none that can be read."""
+
+
 class Beat(Message, frozen=True):
     session: Id
     run: Id = ""
@@ -586,6 +615,7 @@ class Beat(Message, frozen=True):
     come back."""
     secret: Id = ""
     """Of the Hello."""
+    vitals: Vitals | None = None
 
 
 class Phase(StrEnum):

@@ -18,6 +18,7 @@ from that for other parts, and adds messages and sentences to the `Outcome`:
     waits       how long rounds wait for whom, and whom they leave out
     snapshots   who gives the run's state, who takes it, and what comes of it
     divergence  whose weights are not those of the others
+    times       where each worker's time went
     log         the newest state, and the states from which a replica can follow
     ending      why and when the run ends
     phases      what the run does or waits for, in words
@@ -66,6 +67,7 @@ from paramserver.rounds.round import Member, Round, Tally, differing, worked_off
 from paramserver.rounds.rules import Rules
 from paramserver.rounds.snapshots import EMPTY, Off, SideMessage, Snapshot, Snapshots, Taken
 from paramserver.rounds.states import GREETED, REPLICA, WAITING
+from paramserver.rounds.times import Clocks
 from paramserver.rounds.waits import Waits
 from paramserver.words import printable
 
@@ -105,6 +107,7 @@ class Rounds:
         self._sets_others: set[int] = set()  # workers that set other values by hand, and were named
         self._bad_rounds = 0  # in a row that brought only gradients that were refused
         self.log = Log()
+        self.clocks = Clocks()
         self.norms = Norms(rules.max_norm_ratio)
         self._out = out = Outcome()
         self._roster = roster = Roster(rules.max_workers)
@@ -634,16 +637,17 @@ class Rounds:
             self._out.send(peer, wire.Refused(round=push.round, reason=bad))
             self._out_of_round(member, bad, now)
         else:
-            current.take(member, push)
+            current.take(member, push, now)
             self._ending.works(now)
             if current.whole(member):
                 peer.took(now - current.opened_at)
                 member.whole_at, member.compute_s = now, push.compute_s
+                member.spent = push.spent
                 waited_s = now - current.opened_at
                 self._leases.computed(peer.id, member.samples, push.compute_s, waited_s)
                 current.look_for_quorum(now)
             for bucket in (push.bucket, *push.without):
-                self._out.effects += current.advance(bucket)
+                self._out.effects += current.advance(bucket, now)
         return True
 
     def _out_of_round(self, member: Member, why: str, now: float) -> None:
@@ -657,7 +661,7 @@ class Rounds:
             self._void(f"{member.name} {why}, and no other member is left")
             return
         for bucket in range(self._origin.buckets):
-            self._out.effects += current.advance(bucket)
+            self._out.effects += current.advance(bucket, now)
 
     def next_deadline(self) -> float | None:
         """When the open round closes without the rest, if its quorum has pushed."""
@@ -705,8 +709,9 @@ class Rounds:
         """Make the complete round the next update of the log."""
         current = self.round
         assert current is not None and self.ledger is not None
-        for worker, member in sorted(current.members.items()):
-            how = current.settlement(member)
+        settled = {w: current.settlement(m) for w, m in sorted(current.members.items())}
+        for worker, how in settled.items():
+            member = current.members[worker]
             self._leases.settle(current, worker, how)
             self.tallies.setdefault(worker, Tally(member.host)).add(member, how)
             peer = self.peers.get(member.session)
@@ -718,6 +723,7 @@ class Rounds:
         self._look_for_the_deaf()
         self._say_groups(current)
         self._leases.count_steps(current, now)
+        self.clocks.closed(current, settled, self._leases.optimizer_steps(self.step + 1), now)
         close = current.close(self.nonce, self.ledger.state(), now)
         in_vain = current.refused and not close.contributors
         self._bad_rounds = self._bad_rounds + 1 if in_vain else 0

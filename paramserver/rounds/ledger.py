@@ -119,6 +119,7 @@ class Ledger:
         self.done = 0
         self.partly = 0
         self.skipped = 0
+        self.returned = 0  # so far, by this server; they are handed out again
         self._epoch, self._start = 0, 0  # the head of what was never leased
         self._waiting: list[Lease] = []  # returned ranges, sorted; they go first
         self._leased: set[Lease] = set()
@@ -271,6 +272,7 @@ class Ledger:
             raise ValueError(how)
         self._leased.remove(lease)
         if how == RETURNED:
+            self.returned += lease[2] - lease[1]
             self._put_back(lease)
             return
         self._acquit(lease)

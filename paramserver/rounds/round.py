@@ -13,7 +13,8 @@ from typing import Any
 import msgspec
 from msgspec import UNSET
 
-from paramserver.protocol.messages import OWN, Close, Groups, Lease, Push
+from paramserver.protocol.messages import OWN, Close, Groups, Lease, Push, Spent
+from paramserver.protocol.pacing import WINDOW
 from paramserver.rounds.effects import Add, Effect, Finish
 from paramserver.rounds.ledger import DONE, PARTLY, RETURNED, SKIPPED
 from paramserver.rounds.roster import Peer
@@ -52,6 +53,10 @@ class Member:
         self.loss: float | None = None
         self.whole_at: float | None = None
         self.compute_s: float | None = None  # by its own clock
+        self.spent: Spent | None = None  # by its own clock, too
+        self.under_way = 0  # buckets that have come, and whose average is not there
+        self.blocked_at: float | None = None  # since when it cannot go on without others
+        self.blocked_s = 0.0  # how long it could not, before that
         self.steps = 1  # optimizer steps that it made
         self.timed_out = False  # the round waited as long as any round does
         self.waited_s = 0.0  # in vain: since the quorum, where the round had one
@@ -179,9 +184,10 @@ class Round:
         sooner = not member.got and push.steps < self.local_steps and count < member.size
         return count == member.size or sooner
 
-    def take(self, member: Member, push: Push) -> None:
+    def take(self, member: Member, push: Push, now: float) -> None:
         """Take a push that `refusal` let pass and whose numbers are good."""
         member.got.add(push.bucket)
+        member.under_way += 1
         member.without.update(push.without)
         if push.loss is not None:
             member.loss = push.loss
@@ -192,6 +198,14 @@ class Round:
             self.absent[push.bucket] = set(push.absent)
         else:
             absent.intersection_update(push.absent)
+        if member.blocked_at is None and (member.under_way >= WINDOW or self.whole(member)):
+            member.blocked_at = now
+
+    def waited_s(self, member: Member, now: float) -> float:
+        """How long this member has waited for others in this round: everything that it may have
+        under way was here, and no average."""
+        blocked_s = 0.0 if member.blocked_at is None else now - member.blocked_at
+        return member.blocked_s + blocked_s
 
     def whole(self, member: Member) -> bool:
         """Has it pushed everything?"""
@@ -226,7 +240,7 @@ class Round:
         if self.quorum_at is None and sum(map(self.whole, self.inside)) >= max(1, needed):
             self.quorum_at = now
 
-    def advance(self, bucket: int) -> list[Effect]:
+    def advance(self, bucket: int, now: float) -> list[Effect]:
         """Add what may be added, in order where that is asked for, and finish a full bucket."""
         if bucket in self.finished:
             return []
@@ -241,11 +255,22 @@ class Round:
                 complete = False
         if complete:
             self.finished.add(bucket)
+            self._go_on(bucket, now)
             weight = sum(m.weight for m in self.members.values() if bucket in m.got)
             if weight:
                 absent = tuple(sorted(self.absent[bucket]))
                 effects.append(Finish(self.number, self.step, bucket, weight, absent))
         return effects
+
+    def _go_on(self, bucket: int, now: float) -> None:
+        """Those who waited for this average may send more."""
+        for member in self.members.values():
+            if bucket in member.got:
+                member.under_way -= 1
+                blocked_at = member.blocked_at
+                if blocked_at is not None and member.under_way < WINDOW and not self.whole(member):
+                    member.blocked_s += now - blocked_at
+                    member.blocked_at = None
 
     def averaged(self) -> tuple[int, ...]:
         """The buckets that anybody contributed to."""

@@ -50,6 +50,7 @@ from paramserver.rounds.events import (
     Told,
 )
 from paramserver.server.history import FETCH_BYTES, Frames, Update
+from paramserver.server.traffic import Traffic
 
 PROBES_APART_S = 0.05  # between published probes, at least: all peers receive them
 GOODBYE_TIMEOUTS = 3  # heartbeat timeouts for a worker's goodbye after the run's end
@@ -144,6 +145,7 @@ class Control:
         self.links: dict[bytes, str] = {}  # route -> session
         self.routes: dict[str, bytes] = {}  # session -> route of its link
         self.doors: dict[str, bytes] = {}  # session -> route on which it greets and beats
+        self.traffic = Traffic()
         self._data = data
         self._transport = transport
         self._welcome = welcome
@@ -243,6 +245,8 @@ class Control:
             return
         if isinstance(message, wire.Beat):
             if self._is_from(message):
+                if message.vitals is not None:
+                    self.traffic.vitals[message.session] = message.vitals
                 self._happens(Heard(message.session), now)
             else:
                 if message.run == self.run_id:
@@ -394,6 +398,7 @@ class Control:
 
     def _push(self, session: str, push: wire.Push, buffers: list[Any], now: float) -> None:
         buffers = self._data.located(session, push, buffers)
+        self.traffic.came(session, sum(map(len, buffers)))
         why = self.rounds.refusal(session, push)
         if why is not None:
             self._data.release(session, push)
@@ -492,6 +497,7 @@ class Control:
         self._secrets.pop(session, None)
         self._unmapped.discard(session)
         self._probed.pop(session, None)
+        self.traffic.forget(session)
         self._data.forget(session)
         route = self.routes.pop(session, None)
         if route is not None:

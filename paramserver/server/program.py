@@ -8,9 +8,12 @@ import shutil
 import signal
 import socket
 import sys
+import time
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,7 @@ from paramserver.keys import load_or_make
 from paramserver.keys import path as keys_path
 from paramserver.net import link_watch, machine
 from paramserver.net.address import listen
+from paramserver.net.interfaces import SPOKEN
 from paramserver.net.mdns import Announcement
 from paramserver.output import metrics, runfolder, stored
 from paramserver.output.runfolder import Record, RunFolder, Unended
@@ -36,9 +40,10 @@ from paramserver.server.observer_process import ObserverProcess
 from paramserver.server.server import Server
 from paramserver.server.watcher import Show
 from paramserver.settings import Settings
+from paramserver.status.value import THIS_MACHINE, EventKind
 from paramserver.tensors.torch_names import check_names
 from paramserver.transport import malloc
-from paramserver.transport.sockets import allow_connections, is_loopback
+from paramserver.transport.sockets import allow_connections, is_loopback, towards
 
 MISSING = 3  # exit code
 PERSON_S = 30.0  # for an answer at the start; workers wait longer for their server
@@ -185,9 +190,12 @@ def _serve(
     hosts, guarded = at.hosts, at.guarded
     keys, new_keys = None, False
     planned = plan_watch.read(settings)
-    show = Show(settings, folder, planned)
     noted = folder.noted() if recovering else None
     run, key = record.run, secrets.token_hex(16)
+    kinds = {i.address: i.kind for i in machine.interfaces()} if guarded else {}
+    show = Show(settings, folder, planned, run, partial(_kind_of_link, kinds))
+    if recovering:
+        show.overview.event(EventKind.RESTART, show.steps, time.time(), "the server starts again")
     try:
         if guarded:
             keys, new_keys = load_or_make()
@@ -195,7 +203,7 @@ def _serve(
             settings, record.settings, show,
             hosts=hosts, run=run, observer_key=key, recovery=noted,
             guarded=guarded, keys=None if keys is None else keys.for_server(),
-            link_watch=link_watch.read(os.environ), plan_watch=planned,
+            link_watch=link_watch.read(os.environ), plan_watch=planned, status=show.status_json,
         )  # fmt: skip
     except UserError:
         folder.close()
@@ -278,6 +286,13 @@ def _serve(
     if end.error:
         return 1
     return 0 if whole else MISSING
+
+
+def _kind_of_link(kinds: Mapping[str, str], address: str) -> str:
+    """The kind of the interface by which this machine reaches an address; `kinds` are those of its
+    own addresses."""
+    own = towards(address)
+    return THIS_MACHINE if own == address else SPOKEN.get(kinds.get(own, ""), "")
 
 
 def _save_config(settings: Settings, folder: RunFolder) -> None:

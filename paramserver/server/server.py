@@ -11,14 +11,14 @@ import errno
 import math
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import chain
 from typing import Any
 
 import zmq
 
-from paramserver.errors import PeerError
+from paramserver.errors import PeerError, UserError
 from paramserver.fleet.plan_watch import PlanWatch
 from paramserver.net.link_watch import LinkWatch
 from paramserver.protocol import messages as wire
@@ -27,6 +27,7 @@ from paramserver.rounds.rules import Rules
 from paramserver.server.control import Control, Finished, Watcher
 from paramserver.server.data import Data
 from paramserver.server.history import Frames
+from paramserver.server.watching import WatchSocket
 from paramserver.settings import Settings
 from paramserver.tensors.bucket import SENT_BYTES, plan
 from paramserver.tensors.order import name_samples, places
@@ -48,7 +49,8 @@ class Server:
     addresses to bind, `guarded` those where only holders of `keys` get in. `observer_key` is what
     the observer that belongs to this server shows. `link_watch` checks the paths that workers were
     told to take, `plan_watch` gets what workers compute. `recovery`: the run's server died, having
-    noted this step (its lineage, see `Recovery`). Raises `UserError` where an address cannot be
+    noted this step (its lineage, see `Recovery`). With `status`, which makes the run's as JSON, the
+    run can be watched at the settings' port for that. Raises `UserError` where an address cannot be
     bound.
 
     To `control` it is the `Transport`.
@@ -68,12 +70,15 @@ class Server:
         keys: sockets.ServerKeys | None = None,
         link_watch: LinkWatch | None = None,
         plan_watch: PlanWatch | None = None,
+        status: Callable[[Control, float], bytes] | None = None,
     ) -> None:
         self.settings = settings
         self.sent_bytes = 0
         self._came_bytes = 0  # through sockets
         self._link_watch = link_watch
         self._plan_watch = plan_watch
+        self._status = status
+        self._watch: WatchSocket | None = None
         bucket_mb = settings.bucket_size_mb
         nonce = uuid.uuid4().hex
         self.rounds = Rounds(
@@ -137,12 +142,16 @@ class Server:
             observer_key=observer_key,
             most_unread=max(UNREAD_BYTES, PIECES_UNREAD * largest),
         )
+        if link_watch is not None:
+            self.control.traffic.expected = link_watch.expected
         try:
             self._authenticator = Authenticator(self._ctx, keys) if keys is not None else None
             mark = sockets.mark(settings.history_mb, bucket_mb)
             self._router = sockets.router(self._ctx, largest)
             self._pub = sockets.publisher(self._ctx, largest, mark)
             self._bind(hosts, guarded, keys)
+            if status is not None and settings.port_of_watchers:
+                self._bind_watch(hosts, guarded, keys)
         except BaseException:
             self.close()
             raise
@@ -163,6 +172,18 @@ class Server:
             if self._authenticator is not None:
                 self._authenticator.watch(socket, closed)
             sockets.bind(socket, plain, closed, keys)
+
+    def _bind_watch(
+        self, hosts: Sequence[str], guarded: Sequence[str], keys: sockets.ServerKeys | None
+    ) -> None:
+        """Let people watch; where that port is taken, the run goes on without."""
+        port = self.settings.port_of_watchers
+        try:
+            self._watch = WatchSocket(self._ctx, port, hosts, guarded, keys, self._authenticator)
+        except UserError as e:
+            self.control.watcher.say(
+                f"this run cannot be watched: {e.problem}; watch_port=PORT chooses another port"
+            )
 
     @property
     def digests(self) -> dict[str, tuple[int, str]]:
@@ -209,10 +230,19 @@ class Server:
             if now >= next_tick or (due is not None and now >= due):
                 next_tick = now + TICK_S
                 control.tick(now)
+                self._show(now)
             if now >= next_pulse:
                 next_pulse = now + pulse_every
                 control.pulse(now)
+        self._show(time.monotonic(), last=True)
         return self.rounds.ended
+
+    def _show(self, now: float, last: bool = False) -> None:
+        """Send the status to those who watch."""
+        if self._watch is None or self._status is None:
+            return
+        if self._watch.due(now) or last:
+            self._watch.send(self._status(self.control, now), now)
 
     def _report_refused(self, authenticator: Authenticator) -> None:
         for sentence in authenticator.refused():
@@ -229,27 +259,28 @@ class Server:
             self.control.refuse(route, e, now)
             return
         self.control.receive(route, message, buffers, now)
+        if isinstance(message, wire.Probe) and (session := self.control.links.get(route)):
+            self.control.traffic.linked(session, sockets.sender(frames[-1]))
         if not isinstance(message, wire.Push):
             return
-        if self._link_watch is not None:
-            self._look_at_path(self._link_watch, route, message, frames, now)
+        if message.ready_s:
+            self._look_at_path(route, message, frames, now)
         if self._plan_watch is not None and message.compute_s is not None:
             peer = self.rounds.peers.get(self.control.links.get(route, ""))
             if peer is not None:
                 self._plan_watch.pushed(peer.name, message.compute_s)
 
     def _look_at_path(
-        self,
-        link_watch: LinkWatch,
-        route: bytes,
-        push: wire.Push,
-        frames: list[zmq.Frame],
-        now: float,
+        self, route: bytes, push: wire.Push, frames: list[zmq.Frame], now: float
     ) -> None:
         peer = self.rounds.peers.get(self.control.links.get(route, ""))
-        if peer is not None:
-            address, size = sockets.sender(frames[-1]), sum(map(len, frames[1:]))
-            for sentence in link_watch.pushed(
+        if peer is None:
+            return
+        size = sum(map(len, frames[1:]))
+        self.control.traffic.meter.pushed(peer.id, push.round, push.ready_s, size, now)
+        if self._link_watch is not None:
+            address = sockets.sender(frames[-1])
+            for sentence in self._link_watch.pushed(
                 peer.id, peer.name, address, push.round, push.ready_s, size, now
             ):
                 self.control.watcher.say(sentence, warning=True)
@@ -258,6 +289,8 @@ class Server:
         """Release sockets and files; safe to call twice."""
         if self._authenticator is not None:
             self._authenticator.close()
+        if self._watch is not None:
+            self._watch.close()
         for name in ("_router", "_pub"):
             s = getattr(self, name, None)
             if s is not None:
@@ -298,7 +331,9 @@ class Server:
         if others > 0 or not sharing:
             copy = self.data.ring is not None  # its blocks are written over
             sockets.send(self._pub, wire.join(messages), copy=copy)
-        self.sent_bytes += sum(map(len, chain(*messages))) * (sharing + max(0, others))
+        size = sum(map(len, chain(*messages)))
+        self.control.traffic.published_bytes += size
+        self.sent_bytes += size * (sharing + max(0, others))
 
     def waiting(self, route: bytes) -> int:
         """Bytes of large frames that wait here for the peer at the other end."""
@@ -310,7 +345,9 @@ class Server:
 
     def _publish_frames(self, frames: Frames) -> None:
         sockets.send(self._pub, frames, copy=len(frames) == 1)
-        self.sent_bytes += sum(map(len, frames)) * len(self.control.routes)
+        size = sum(map(len, frames))
+        self.control.traffic.published_bytes += size
+        self.sent_bytes += size * len(self.control.routes)
 
     def _send_frames(self, route: bytes, frames: Frames, own: bool) -> bool:
         """False when that peer is gone; what becomes of it is decided by its silence. One that has
@@ -326,5 +363,8 @@ class Server:
             if e.errno in (errno.EHOSTUNREACH, errno.EAGAIN):
                 return False
             raise
-        self.sent_bytes += sum(map(len, frames))
+        size = sum(map(len, frames))
+        self.sent_bytes += size
+        if (session := self.control.links.get(route)) is not None:
+            self.control.traffic.sent(session, size)
         return True

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import logging
 import math
+import socket
 import time
 from collections import deque
-from typing import Any
+from collections.abc import Callable
+from contextlib import suppress
 
 import msgspec
 
 from paramserver import logs, notify
 from paramserver.fleet.plan_watch import PlanWatch
+from paramserver.net import machine
 from paramserver.net.mdns import Announcement
 from paramserver.output import metrics
-from paramserver.output.display import Display, Status, WorkerStatus
+from paramserver.output.display import Display
 from paramserver.output.problems import Problems
 from paramserver.output.runfolder import EvalLine, RunFolder, StepLine
 from paramserver.protocol import messages as wire
@@ -22,41 +25,57 @@ from paramserver.rounds.ledger import optimizer_steps
 from paramserver.rounds.round import Tally
 from paramserver.server.control import Control
 from paramserver.server.observer_process import ObserverProcess
+from paramserver.server.overview import Overview, Totals
 from paramserver.settings import Settings
+from paramserver.status.value import EventKind, Status, to_json
 
 log = logging.getLogger("paramserver")
 LOSSES_KEPT = 100
-RATE_S = 3.0
+STATUS_S = 0.2  # between two statuses
+LOOK_S = 2.0  # between looks at this machine and the run's folder
 
 
 class Above(logging.Handler):
-    """Shows each record as a line above the drawing."""
+    """Shows each record as a line above the drawing, and to those who watch."""
 
-    def __init__(self, display: Display) -> None:
+    def __init__(self, display: Display, overview: Overview) -> None:
         super().__init__()
-        self._display = display
+        self._display, self._overview = display, overview
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._display.say(record.getMessage(), record.levelno >= logging.WARNING)
+        text, warning = record.getMessage(), record.levelno >= logging.WARNING
+        self._display.say(text, warning)
+        self._overview.said(text, time.time(), warning=warning)
 
 
 class Show:
     """The server's watcher: display and run folder."""
 
     def __init__(
-        self, settings: Settings, folder: RunFolder, plan_watch: PlanWatch | None = None
+        self,
+        settings: Settings,
+        folder: RunFolder,
+        plan_watch: PlanWatch | None = None,
+        run: str = "",
+        kind_of: Callable[[str], str] = lambda address: "",
     ) -> None:
+        """`kind_of`: see `Overview`."""
         self.settings = settings
         self.folder = folder
         self._plan_watch = plan_watch
         self.display = Display(plain=settings.plain)
-        logs.show("paramserver", Above(self.display))
+        host = socket.gethostname()
+        self.overview = Overview(settings, run, folder.path.name, host, kind_of)
+        self._status: tuple[float, Status] | None = None  # with the time when it was made
+        self._look_at = -math.inf
+        self._vitals: wire.Vitals | None = None
+        self._checkpoints: set[str] = set()
+        logs.show("paramserver", Above(self.display, self.overview))
         self.losses: deque[tuple[int, float]] = deque(maxlen=LOSSES_KEPT)  # (samples, loss)
         self.val: dict[str, float | None] = {}  # of the newest evaluation, of the following step
         self.val_step: int | None = None
         self.problems = Problems()
         self._take_up()
-        self._marks: deque[tuple[float, int, int, dict[int, int]]] = deque()  # for the rates
         self._late = ""
         self._step: int | None = None  # of the last close
         self.observer: ObserverProcess | None = None
@@ -93,6 +112,7 @@ class Show:
         self._step = step
         if close.loss is not None:
             self.losses.append((samples, close.loss))
+        self.overview.closed(step, close.loss)
         if close.reason:
             self._late = close.reason
         elif not close.late:
@@ -133,6 +153,9 @@ class Show:
 
     def reported(self, control: Control, report: wire.Report) -> None:
         self.val, self.val_step = report.values, report.step
+        self.overview.evaluated(
+            report.step, report.values.get("val_loss"), metrics.reported(report.values)
+        )
         line = EvalLine(
             step=report.step,
             seconds=self._seconds(control),
@@ -149,10 +172,10 @@ class Show:
         if self.announcement is not None:
             self.tell(self.announcement.problem())
         if self.display.due(now):
-            status = self._status(control, now)
+            status = self.status(control, now)
             self.display.update(status, now)
             if notify.is_watched():
-                notify.show(msgspec.json.encode(status))
+                notify.show(to_json(status))
 
     def train_loss(self) -> float | None:
         """Sample-weighted mean over the newest steps."""
@@ -188,63 +211,40 @@ class Show:
     def _seconds(self, control: Control) -> float:
         return self.seconds(control, time.monotonic())
 
-    def _status(self, control: Control, now: float) -> Status:
-        r = control.rounds
-        per_worker = {i: t.samples for i, t in r.tallies.items()}
-        self._marks.append((now, self.steps, self.samples, per_worker))
-        while len(self._marks) > 2 and now - self._marks[1][0] > RATE_S:
-            self._marks.popleft()
-        since, steps, samples, shares = self._marks[0]
-        seconds = now - since
-        ledger = r.ledger
-        members = max(1, len(r.workers_ready()))
-        left = None
-        if ledger is not None and ledger.samples:  # else the number of samples is not known
-            undone = ledger.total - ledger.counted
-            left = -(-undone // (self.settings.batch_size * members))
-        rate = (self.steps - steps) / seconds if seconds > 0 else None
-        workers = [
-            WorkerStatus(
-                id=p.id,
-                host=p.host,
-                samples_per_s=(per_worker.get(p.id, 0) - shares.get(p.id, 0)) / seconds
-                if seconds > 0
-                else None,
-                trouble=_trouble(p, r.round, now),
-                share=r.share_of(p.id) if self.settings.shares == "speed" else None,
+    def status(self, control: Control, now: float) -> Status:
+        """The status of the run, made anew where the last one is not of this moment."""
+        if self._status is None or now - self._status[0] >= STATUS_S:
+            self._look_around(control, now)
+            sent_bytes, received_bytes = self.traffic(control)
+            tallies = self.tallies(control)
+            totals = Totals(
+                steps=self.steps,
+                samples=self.samples,
+                seconds=self.seconds(control, now),
+                sent_bytes=sent_bytes,
+                received_bytes=received_bytes,
+                loss=self.train_loss(),
+                tallies={i: (t.rounds, t.samples, t.late) for i, t in tallies.items()},
             )
-            for p in sorted(r.peers.values(), key=lambda p: p.id)
-            if p.role == "worker"
-        ]
-        return Status(
-            phase=r.phase(now),
-            step=r.optimizer_steps,
-            total_steps=r.optimizer_steps + left if left is not None else None,
-            epoch=min(ledger.epochs, ledger.counted // ledger.samples + 1)
-            if left is not None and ledger is not None
-            else None,
-            num_epochs=self.settings.num_epochs,
-            loss=self.train_loss(),
-            metrics=metrics.reported(self.val),
-            val_step=self.val_step,
-            steps_per_s=rate,
-            samples_per_s=(self.samples - samples) / seconds if seconds > 0 else None,
-            eta_s=left / rate if left is not None and rate else None,
-            workers=workers,
-            late=self._late,
-            shares_of="step" if self.settings.local_steps == 1 else "round",
-            trains=r.doing(now) == wire.Phase.TRAINING,
-        )
+            made = self.overview.status(
+                control.rounds, totals, control.traffic, self._vitals, self._late, now, time.time()
+            )
+            self._status = now, made
+        return self._status[1]
 
+    def status_json(self, control: Control, now: float) -> bytes:
+        """The same for those who watch."""
+        return to_json(self.status(control, now))
 
-def _trouble(peer: Any, current: Any, now: float) -> str:
-    silent = now - peer.last_seen
-    if silent > 3:
-        return f"silent for {silent:.1f} s"
-    if peer.ready is None:
-        return "joining"
-    if current is not None and current.quorum_at is not None and now - current.quorum_at > 0.5:
-        member = current.members.get(peer.id)
-        if member is not None and member.out is None and len(member.got) == 0:
-            return f"late {now - current.quorum_at:.1f} s"
-    return ""
+    def _look_around(self, control: Control, now: float) -> None:
+        """Now and then: memory and temperature here, and new checkpoints."""
+        if now < self._look_at:
+            return
+        self._look_at = now + LOOK_S
+        self._vitals = machine.vitals()
+        with suppress(OSError):
+            there = {path.name for path in self.folder.checkpoints.glob("step-*.safetensors")}
+            for name in sorted(there - self._checkpoints):
+                step = int("".join(filter(str.isdigit, name)) or 0)
+                self.overview.event(EventKind.CHECKPOINT, step, time.time(), name)
+            self._checkpoints = there

@@ -28,6 +28,9 @@ from paramserver.words import printable
 SERVER, OBSERVER = 0, -1
 """The ids of machines that are no workers."""
 
+ASK, ASK_S = b"status", 1.0
+"""What a watcher sends, and about how often; see `paramserver.server.watching`."""
+
 THIS_MACHINE = "this machine"
 """The kind of a link to a worker on the server's own machine."""
 
@@ -411,6 +414,16 @@ class Status(Value, frozen=True):
     def workers(self) -> tuple[Machine, ...]:
         """The workers, without those that are gone."""
         return tuple(m for m in self.machines if m.id > 0 and m.state != State.GONE)
+
+    @property
+    def shares_of(self) -> str:
+        """What the machines' shares are of: a step, or a round of several."""
+        return "step" if self.local_steps == 1 else "round"
+
+    @property
+    def val_step(self) -> int | None:
+        """The step of the newest evaluation."""
+        return self.evaluations[-1].step if self.evaluations else None
 
     @property
     def metrics(self) -> Mapping[str, float | None]:

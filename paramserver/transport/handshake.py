@@ -49,17 +49,21 @@ class Authenticator:
 
     def __init__(self, ctx: zmq.Context[zmq.Socket[bytes]], keys: sockets.ServerKeys) -> None:
         self._ctx = ctx
-        self._key = keys.workers
+        self._keys = {
+            sockets.ZAP_DOMAIN: (keys.workers,),
+            sockets.ZAP_WATCH: (keys.workers, keys.watchers),
+        }
         self._watched: dict[zmq.Socket[bytes], tuple[zmq.Socket[bytes], _Listener]] = {}
         self._told: set[str] = set()
         self._zap = ThreadAuthenticator(ctx)
         self._zap.start()
-        self._zap.configure_curve_callback(sockets.ZAP_DOMAIN, self)
+        for domain in self._keys:
+            self._zap.configure_curve_callback(domain, self)
 
     def callback(self, domain: str, key: bytes) -> bool:
-        """Is this the public key of the join token? pyzmq's authenticator calls it, in its own
-        thread."""
-        return hmac.compare_digest(key, self._key)
+        """Is this the public key of the join token; or, where people may only watch, that of the
+        watch token? pyzmq's authenticator calls it, in its own thread."""
+        return any(hmac.compare_digest(key, known) for known in self._keys.get(domain, ()))
 
     def watch(self, s: zmq.Socket[bytes], guarded: list[str]) -> None:
         """Watch the handshakes at these endpoints of `s`, which is not bound yet."""
@@ -141,11 +145,13 @@ class HandshakeMonitor:
         port: int,
         *,
         with_keys: bool,
+        token: str = "this worker's join token",
     ) -> None:
         self._socket = s
         self._watch = sockets.monitor(ctx, s, _AUTH | _PROTOCOL | _NO_DETAIL | _SUCCEEDED)
         self._host, self._port = host, port
         self._with_keys = with_keys
+        self._token = token  # in sentences
         self._hung_up = 0
         self.proven = False  # a handshake succeeded; with keys, it proved the server's
 
@@ -159,13 +165,11 @@ class HandshakeMonitor:
                 self._hung_up = 0
                 self.proven = True
             elif kind == _AUTH:
-                raise self._refused("refuses the key of this worker's join token")
+                raise self._refused(f"refuses the key of {self._token}")
             elif kind == _PROTOCOL and value == zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH:
                 raise self._mismatch()
             elif kind == _PROTOCOL and self._with_keys:
-                raise self._refused(
-                    "does not prove that it has the key in this worker's join token"
-                )
+                raise self._refused(f"does not prove that it has the key in {self._token}")
             elif kind == _NO_DETAIL and value in _HUNG_UP:
                 self._hung_up += 1
         if self._hung_up >= HUNG_UP_TIMES:
@@ -175,7 +179,7 @@ class HandshakeMonitor:
                 raise self._mismatch()
             if wanted == "CURVE":
                 raise self._refused(
-                    "has other keys than this worker's join token, an old one or another server's"
+                    f"has other keys than {self._token}, an old one or another server's"
                 )
             # else no server is there yet: a tunnel, for example, whose other end is still closed
 

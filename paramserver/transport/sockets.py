@@ -36,6 +36,9 @@ MESSAGES_UNREAD = 16_384  # small ones that wait for a peer that does not read
 LARGE_BYTES = 2**16  # from this size on, `Unread` follows a frame until the kernel has it
 CONNECTIONS = 10_000  # macOS allows 10,240 by default
 ZAP_DOMAIN, ZAP_PLAIN = "paramserver", "paramserver-plain"
+ZAP_WATCH = "paramserver-watch"
+WATCH_BYTES_MAX = 2**12  # of what a watcher sends, its handshake included
+WATCH_UNREAD = 2  # statuses that wait for a watcher that does not read
 _POLLIN, _NOBLOCK, _SNDMORE = int(zmq.POLLIN), int(zmq.NOBLOCK), int(zmq.SNDMORE)
 
 
@@ -46,6 +49,8 @@ class ServerKeys:
     public: bytes
     secret: bytes = field(repr=False)
     workers: bytes
+    watchers: bytes = b""
+    """The public key of those who may only watch."""
 
 
 @dataclass(frozen=True)
@@ -108,14 +113,34 @@ def publisher(
     return s
 
 
+def watch_router(ctx: zmq.Context[zmq.Socket[bytes]]) -> zmq.Socket[bytes]:
+    """The server's ROUTER for those who watch, to be bound. What each of them may leave here is a
+    few short messages: after that TCP holds it back."""
+    s = _make(ctx, zmq.ROUTER, WATCH_BYTES_MAX)
+    s.setsockopt(zmq.ROUTER_MANDATORY, 1)
+    s.setsockopt(zmq.RCVHWM, BUCKETS_WAITING)
+    s.setsockopt(zmq.SNDHWM, WATCH_UNREAD)
+    s.setsockopt(zmq.RCVBUF, 2**16)
+    return s
+
+
+def watch_dealer(ctx: zmq.Context[zmq.Socket[bytes]], frame_bytes_max: int) -> zmq.Socket[bytes]:
+    """A watcher's socket, to be connected."""
+    s = _make(ctx, zmq.DEALER, frame_bytes_max)
+    s.setsockopt(zmq.SNDHWM, SMALL_MESSAGES)
+    s.setsockopt(zmq.RCVHWM, SMALL_MESSAGES)
+    return s
+
+
 def bind(
     s: zmq.Socket[bytes],
     plain: Sequence[str],
     guarded: Sequence[str] = (),
     keys: ServerKeys | None = None,
+    domain: str = ZAP_DOMAIN,
 ) -> None:
     """Listen at these endpoints; the guarded ones, with `keys`, admit only peers with a worker's
-    key.
+    key, or with one that fits to the `domain` (see `Authenticator`).
 
     An endpoint keeps the options that the socket had when it was bound, so plain ones come first.
     Plain ones have a ZAP domain too, although every peer is admitted: ZeroMQ then refuses the
@@ -132,7 +157,7 @@ def bind(
         s.setsockopt(zmq.CURVE_SERVER, 1)
         s.setsockopt(zmq.CURVE_PUBLICKEY, keys.public)
         s.setsockopt(zmq.CURVE_SECRETKEY, keys.secret)
-        s.setsockopt(zmq.ZAP_DOMAIN, ZAP_DOMAIN.encode())
+        s.setsockopt(zmq.ZAP_DOMAIN, domain.encode())
         s.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
     _bind(s, guarded)
 
@@ -271,8 +296,10 @@ def receive(s: zmq.Socket[bytes]) -> list[zmq.Frame]:
 def sender(frame: zmq.Frame) -> str:
     """The address that a received message came from; "" where it came over no network."""
     try:
-        return str(frame.get("Peer-Address")).removeprefix("::ffff:")
-    except (zmq.ZMQError, KeyError):
+        address = str(frame.get("Peer-Address")).removeprefix("::ffff:")
+        ipaddress.ip_address(address)  # over ipc it is "localhost" with numbers
+        return address
+    except (zmq.ZMQError, KeyError, ValueError):
         return ""
 
 

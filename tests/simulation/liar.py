@@ -189,6 +189,7 @@ class Liar(Process):
                     samples=lease[2] - lease[1],
                     loss=self.rng.choice((0.5, math.inf, None)),
                     compute_s=(None, 1e-9, 1e9, math.nan, -1.0)[self.next_bucket % 5],
+                    spent=(None, wire.Spent(-1.0, math.nan, 1e300, math.inf))[self.next_bucket % 2],
                 )
             case wire.Fetch:
                 return wire.Fetch(step=step, lineage=lineage)

@@ -63,6 +63,9 @@ class Client:
         """How long `wait` leaves messages lying where nobody waits for this replica: a batch of
         updates costs less than as many single ones, here and to whoever shares the processor."""
         self._slept_s = math.inf  # until something came, the last time
+        self.waited_s = 0.0
+        """Seconds spent in `wait`, without those in which updates were applied."""
+        self._applied_s = 0.0  # seconds in which updates were applied
         self._pushes = Pushes()
         self._outboxes = 0
         self._ring: shm.Ring | None = None
@@ -415,9 +418,17 @@ class Client:
         server is doing. Raises `RunLost` when the server is silent for longer than the run's idle
         timeout, or does not take this peer any more.
         """
+        start, applied_s = time.monotonic(), self._applied_s
+        try:
+            return self._wait(done, what, timeout_s, start)
+        finally:
+            self.waited_s += time.monotonic() - start - (self._applied_s - applied_s)
+
+    def _wait(
+        self, done: Callable[[], Any], what: str, timeout_s: float | None, start: float
+    ) -> bool:
         connection, session = self.connection, self.session
         assert session is not None
-        start = time.monotonic()
         say_at = start + SAY_WAITING_AFTER_S
         said = ""
         while not done():
@@ -630,9 +641,12 @@ class Client:
         assert replica is not None and session is not None
         if action.first:
             replica.forget_averages()
+        start = time.monotonic()
         with trace.span("optimizer", step=action.close.step):
             replica.apply(action.close)
-        self._do(session.applied(action.close, time.monotonic()))
+        now = time.monotonic()
+        self._applied_s += now - start
+        self._do(session.applied(action.close, now))
 
     def _compare(self, step: int) -> None:
         """Report the digest, for the comparison of replicas."""

@@ -21,10 +21,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import zmq
 
 from paramserver.config.schema import from_wire
 from paramserver.errors import PeerError, RunLost, UserError
+from paramserver.net import machine
 from paramserver.net.mdns import Search
 from paramserver.protocol import messages as wire
 from paramserver.settings import RunSettings, Settings
@@ -323,12 +325,13 @@ class Connection:
         own = wire.Beat(
             session=session, run=self.welcome.run, nonce=hello.nonce, secret=hello.secret
         )
-        beat = wire.to_frames(own)
         every_s = self.heartbeat_timeout / BEATS_PER_TIMEOUT
         door = self._door
 
         def run() -> None:
             while not stop.wait(every_s):
+                vitals = machine.vitals()
+                beat = wire.to_frames(msgspec.structs.replace(own, vitals=vitals))
                 with contextlib.suppress(zmq.ZMQError, UserError):
                     sockets.send(door, beat, wait=False)
                     while sockets.readable(door):

@@ -50,6 +50,9 @@ class Solo:
     host, port = address.LOOPBACK, 0
     compares = False  # there is no other data set
 
+    waited_s = 0.0
+    """This worker waits for nobody."""
+
     def __init__(self, settings: Mapping[str, Any], log: logging.Logger) -> None:
         check_names(settings, lambda name: "alone=")
         known = asdict(Settings())

@@ -11,6 +11,7 @@ thread owns the sockets during a backward, and the caller's thread otherwise.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
@@ -70,6 +71,7 @@ class Gradients:
         self.threaded = self._device.type != "cpu" or plan.nbytes >= THREAD_FROM_BYTES
         self._thread = ThreadPoolExecutor(1, "gradients")
         self._under_way: list[Future[None]] = []
+        self._waited_s = 0.0  # for them
         self._outer: Outer | None = None  # while what local steps came to is sent
         self._parts = [[self._part(index, b) for index in b.tensors] for b in plan.buckets]
         self._numbers = [b for b in plan.buckets if b.kind != "whole"]
@@ -164,10 +166,18 @@ class Gradients:
     def finish(self) -> None:
         """Wait until the thread has sent all complete buckets; the caller's thread owns the sockets
         again. Raises the thread's exception."""
-        wait(self._under_way)
+        if self._under_way:
+            start = time.perf_counter()
+            wait(self._under_way)
+            self._waited_s += time.perf_counter() - start
         ended, self._under_way = self._under_way, []
         for job in ended:
             job.result()
+
+    def take_waited_s(self) -> float:
+        """Seconds in which `finish` waited since the last call."""
+        waited_s, self._waited_s = self._waited_s, 0.0
+        return waited_s
 
     def close(self) -> None:
         """Remove the hooks, for the next training of this model."""

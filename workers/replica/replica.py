@@ -171,6 +171,12 @@ class Replica:
         found = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.model.modules())
         return 2 if found else 1
 
+    @property
+    def learning_rate(self) -> float | None:
+        """Of the optimizer's first group; None where it has none that can be read at once."""
+        rate = self.optimizer.param_groups[0].get("lr")
+        return float(rate) if isinstance(rate, int | float) else None
+
     def check_unchanged(self) -> None:
         """Raise `UserError` where the trained parameters are not those of this replica any more."""
         for trained, parameters in ((True, self.params), (False, self._frozen)):
