@@ -30,6 +30,7 @@ from paramserver.net.address import listen
 from paramserver.net.jointoken import KEY_BYTES, JoinToken, encode
 from paramserver.program import exit_on_user_error
 from paramserver.transport.sockets import ServerKeys
+from paramserver.typed import typed
 
 
 @dataclass(frozen=True)
@@ -130,14 +131,15 @@ def _read(place: Path) -> Keys | None:
     if stat.S_IMODE(mode) & 0o077:
         raise UserError(
             f"others may read the keys in {place}",
-            f"if nobody did: chmod 600 {place}; else make new ones: make keys ROTATE=1",
+            f"if nobody did: chmod 600 {place}; else make new ones: {typed('keys', 'rotate')}",
         )
     try:
         keys = msgspec.json.decode(content, type=Keys)
         keys.for_server()
     except (msgspec.DecodeError, zmq.ZMQError, ValueError):
         raise UserError(
-            f"{place} holds no keys", "make new ones: make keys ROTATE=1 (tokens change with them)"
+            f"{place} holds no keys",
+            f"make new ones: {typed('keys', 'rotate')} (tokens change with them)",
         ) from None
     return keys
 
@@ -193,7 +195,7 @@ def main() -> None:
             terminal.result(keys.token(host, settings.port))
         if not guarded:
             terminal.result(
-                "for a join token, tell the server's address: make keys host_ip=10.10.0.1"
+                f"for a join token, tell the server's address: {typed('keys', 'host_ip=10.10.0.1')}"
             )
 
 

@@ -20,6 +20,12 @@ from paramserver.errors import UserError
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 """Errors that may go away, unlike a closed pipe or terminal."""
+STOPPED_BY = {
+    signal.SIGINT: "stopped by Ctrl-C",
+    signal.SIGTERM: "stopped from outside (SIGTERM)",
+    signal.SIGHUP: "stopped: its terminal was closed (SIGHUP)",
+}
+"""What a signal means that ends a program in order."""
 
 
 def say(line: str, *, error: bool = False) -> None:

@@ -70,10 +70,10 @@ def test_a_stop_in_order_raises_nothing() -> None:
     with Served(num_workers=2) as served:
         loops = [Loop(served, n) for n in (1, 2)]
         served.until(lambda: len(served.closes) > 5)
-        served.server.stop("stopped by SIGINT")
+        served.server.stop("stopped by Ctrl-C")
         served.wait(served.end, *(one.done for one in loops))
         for one in loops:
-            assert one.raised is None and one.end.reason == "stopped by SIGINT"
+            assert one.raised is None and one.end.reason == "stopped by Ctrl-C"
             assert not one.end.error and one.end.step == served.end.result().step
 
 
@@ -117,10 +117,10 @@ def test_a_worker_that_was_left_behind(stopped: bool, gone: bool) -> None:
         other, behind = Loop(served, 1), Loop(served, 2, hold)
         if stopped:
             served.until(lambda: len(served.closes) > 10 and bool(stood))
-            served.server.stop("stopped by SIGINT")
+            served.server.stop("stopped by Ctrl-C")
         served.wait(other.done, served.end)
         assert other.raised is None
-        assert other.end.reason == ("stopped by SIGINT" if stopped else ON_TIME)
+        assert other.end.reason == ("stopped by Ctrl-C" if stopped else ON_TIME)
         go_on.set()
         served.wait(behind.done)
         assert f"this worker was left behind at step {stood[0]}" in behind.end.reason
@@ -153,9 +153,9 @@ def test_who_greets_when_the_run_is_over_hears_how_it_ended() -> None:
         refused = threading.Event()
         one = Loop(served, 1, lambda step: step == 1 and refused.wait(DEADLINE_S))
         served.until(lambda: one.cluster is not None and one.cluster.step == 1)
-        server.stop("stopped by SIGINT")
+        server.stop("stopped by Ctrl-C")
         served.until(lambda: server.rounds.ended)
-        with pytest.raises(workers.RunLost, match="the run has ended: stopped by SIGINT"):
+        with pytest.raises(workers.RunLost, match="the run has ended: stopped by Ctrl-C"):
             served.join(2, served.say)
         refused.set()
         served.wait(one.done, served.end)
@@ -290,7 +290,7 @@ def test_a_program_that_is_interrupted_leaves_in_order(tmp_path: Path) -> None:
             one.send(signal.SIGINT)
         assert all(one.end() != 0 for one in crew)
         assert server.end() == 1
-        assert run.summary()["end"].count("left: KeyboardInterrupt") == 2
+        assert run.summary()["end"].count("left: stopped by Ctrl-C") == 2
 
 
 def test_a_script_whose_run_is_stopped_goes_on_behind_its_loop(tmp_path: Path) -> None:
@@ -300,5 +300,5 @@ def test_a_script_whose_run_is_stopped_goes_on_behind_its_loop(tmp_path: Path) -
         crew[0].wait_for("five steps")
         server.send(signal.SIGTERM)
         assert [one.end() for one in (*crew, server)] == [0, 0, 0]
-        assert "end (False, 'stopped by SIGTERM')" in crew[0].output
+        assert "end (False, 'stopped from outside (SIGTERM)')" in crew[0].output
         assert "all of it is done" in crew[0].output

@@ -19,7 +19,7 @@ PACKAGES = ("paramserver", "workers")
 
 ROOMS = [
     "paramserver.errors paramserver.words paramserver.trace paramserver.ranges paramserver "
-    "paramserver.run_module",
+    "paramserver.run_module paramserver.typed",
     "paramserver.locks paramserver.drafts",
     "paramserver.terminal paramserver.notify paramserver.logs",
     "paramserver.program",
@@ -60,6 +60,7 @@ FLOOR_OF = {name: floor for floor, names in enumerate(ROOMS) for name in names.s
 PURE = [
     "paramserver.errors",
     "paramserver.words",
+    "paramserver.typed",
     "paramserver.trace",
     "paramserver.ranges",
     "paramserver.settings",

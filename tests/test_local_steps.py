@@ -373,7 +373,7 @@ def test_an_end_in_the_middle_of_a_round_does_not_wait_for_it(overlap: bool) -> 
         def hold(number: int, step: int) -> None:
             made.append(step)
             if step == 5:
-                served.server.stop("stopped by SIGINT")
+                served.server.stop("stopped by Ctrl-C")
                 served.until(lambda: served.server.rounds.ended is not None)
 
         crew = Crew(served, perceptron, Noise(100_000), hold)

@@ -116,7 +116,9 @@ def test_a_run_whose_actors_are_killed(address: str, tmp_path: Path) -> None:
         ray.send(signal.SIGINT)
         ray.wait_for("ending the run in order")
         assert ray.end() == 0
-        assert "stopped by SIGTERM" in ray.output and re.search(r"worker 2 +│", ray.output)
+        assert "stopped from outside (SIGTERM)" in ray.output and re.search(
+            r"worker 2 +│", ray.output
+        )
         assert json.loads((run.runs[-1] / "run.json").read_text())["ended"]
         steps = [line["step"] for line in run.steps()]
         assert steps == [*range(1, len(steps) + 1)]  # one run, nothing lost

@@ -89,7 +89,7 @@ def test_the_run_does_not_end_with_one_who_was_killed() -> None:
     run.tick(5.0, 1)
     assert run.tick(15.1)[0] == "# worker 1 (pi) is gone: silent for 10.1 s"
     assert run.tick(1000.0) == [] and run.rounds.ending is None
-    assert run.rounds.phase(1000.0).startswith("paused: 0 of at least 1 workers ready")
+    assert run.rounds.phase(1000.0).startswith("paused: no worker is ready")
 
 
 def test_one_who_failed_may_be_started_again_before_the_run_ends_without_it() -> None:
@@ -187,7 +187,7 @@ def test_whom_the_server_drops_has_left_and_has_not_finished() -> None:
     assert run.drop(1, wire.FINISHED) == [
         "# worker 1 (pi) left: finished",
         "void 1",
-        "# round 1 is void: worker 1 (pi) left, and no other member is left",
+        "# round 1 came to nothing: worker 1 (pi) left, and no other member is left",
         "forget w1",
     ]
     assert run.rounds.phase(0.0).startswith("every worker has left (the run ends in 10 s")
@@ -615,8 +615,16 @@ def test_who_is_late_is_told_when_it_changes() -> None:
         effects = run.tick(run.now + 1) if late else run.push(2)
         words.append([e for e in effects if e.startswith("#")])
     assert [len(w) for w in words] == [1, 0, 1, 1]
-    assert words[2] == ["# round 3 closed with everybody again"]
+    assert words[2] == ["# round 3 closed with worker 2 (pi) again"]
     assert "p95 1.00 s" in words[3][0]
+
+
+def test_a_late_one_that_is_given_up_is_not_said_to_be_back() -> None:
+    run = Run(timeout=0.0, min_workers=1).observer().workers(1, 2)
+    run.push(1)
+    assert any("late" in e for e in run.tick(run.now + 1) if e.startswith("#"))
+    run.leave(2)
+    assert not [e for e in run.push(1) if e.startswith("#")]
 
 
 def test_what_was_pushed_in_time_stays_in_and_is_counted_once() -> None:
@@ -786,7 +794,7 @@ def test_a_round_whose_members_bring_nothing_is_void_where_another_waits_for_a_s
     awaited = "has waited 30 s for worker 2 (pi) (last seen 0.0 s ago)"
     assert run.tick(30.0, 0, 1, 2) == [
         "void 1",
-        f"# round 1 is void: {awaited}, while worker 1 (pi) could take part",
+        f"# round 1 came to nothing: {awaited}, while worker 1 (pi) could take part",
         "obs <- give 2 of step 0",
     ]
     assert run.adopted(1, 2)[1].startswith("all <- open 2 at step 0 for 2")
@@ -998,7 +1006,7 @@ def test_a_round_without_a_member_left_is_void_and_its_leases_come_back() -> Non
     assert run.leave(2) == [
         "# worker 2 (pi) left: it was stopped",
         "void 1",
-        "# round 1 is void: worker 2 (pi) left, and no other member is left",
+        "# round 1 came to nothing: worker 2 (pi) left, and no other member is left",
         "forget w2",
     ]
     assert run.sums() == ("0 done, 0 partly, 0 skipped; waiting 0/0-10 0/10-20 0/20-30 0/30-40")
@@ -1283,14 +1291,14 @@ def test_after_a_cut_a_peer_begins_anew() -> None:
     assert run.sums() == "10 done, 10 partly, 0 skipped; waiting nothing"
     assert run.follows(2) == ["w2 <- follow at step 1"]
     assert run.ready(2) == []
-    assert run.push(1)[-1] == "# round 2 closed with everybody again"
+    assert run.push(1)[-1] == "# round 2 closed with worker 2 (pi) again"
 
 
 def test_a_cut_of_the_only_member_makes_its_round_void() -> None:
     run = Run(num_workers=1).observer().workers(1)
     assert run.relinked(1) == [
         "void 1",
-        "# round 1 is void: worker 1 (pi) was cut off, and no other member is left",
+        "# round 1 came to nothing: worker 1 (pi) was cut off, and no other member is left",
         "w1 <- join again",
     ]
     run.follows(1)
@@ -1860,7 +1868,8 @@ def test_a_giver_and_a_joiner_that_die() -> None:
 def test_the_first_round_waits_for_all_workers_or_join_timeout() -> None:
     run = Run(num_workers=3, min_workers=2, join_timeout=20.0).observer().workers(1, 2)
     assert run.rounds.phase(5.0) == (
-        "waiting for 3 workers: worker 1 (pi), worker 2 (pi) ready (starts with fewer in 15 s)"
+        "waiting for 3 workers: worker 1 (pi) and worker 2 (pi) are ready "
+        "(starts with fewer in 15 s)"
     )
     assert run.tick(19.9, 0, 1, 2) == []
     run.all_seen()
@@ -1876,7 +1885,7 @@ def test_fewer_than_min_workers_pause_the_run_and_it_says_so_once() -> None:
     run.push(1)
     run.leave(2)  # the open round goes to its end
     assert run.rounds.step == 1 and run.rounds.round is None
-    pause = "paused: 1 of at least 2 workers ready (worker 1 (pi))"
+    pause = "paused: worker 1 (pi) is ready, 2 are needed; worker 2 (pi) left: it was stopped"
     assert run.tick(1.0, 0, 1) == [f"# {pause}"]
     assert run.tick(2.0, 0, 1) == []
     run.hello(3)
@@ -2030,12 +2039,20 @@ def test_one_who_comes_before_that_goes_on_and_the_time_begins_anew() -> None:
     run.leave(1), run.leave(2), run.leave(3)
     run.tick(9.9)
     run.hello(4)
-    assert run.tick(19.0, 4) == [
-        "# paused: 0 of at least 1 workers ready (nobody)",
-    ]
+    left = "; ".join(f"worker {number} (pi) left: it was stopped" for number in (1, 2, 3))
+    assert run.tick(19.0, 4) == [f"# paused: no worker is ready; {left}"]
     run.leave(4, "UserError: another model", error=True)  # one that never took part
     assert run.tick(28.9)[0].startswith("# every worker has left") and run.rounds.ending is None
     assert run.tick(29.0)[-1].startswith("end at step 1: every worker has left before all")
+
+
+def test_who_stops_a_run_whose_workers_failed_is_told_why_they_did() -> None:
+    run = Run(observer=False)
+    run.hello(1)
+    run.leave(1, "device=cuda is not on this machine", error=True)  # before it took part
+    why = "worker 1 (pi) failed: device=cuda is not on this machine"
+    assert run.rounds.phase(0.0).endswith(f"whose model and first weights are the run's; {why}")
+    assert run.stop()[-1] == f"end at step 0: Ctrl-C; {why}"
 
 
 def test_where_all_failed_a_supervisor_has_time_to_start_them_again() -> None:
@@ -2058,7 +2075,8 @@ def test_who_fell_silent_is_awaited_as_long_as_idle_timeout() -> None:
     assert run.rounds.ended is None
     assert run.tick(100.1)[-1] == (
         "end at step 0: nothing happened for 100 s: "
-        "paused: 0 of at least 1 workers ready (nobody) (error)"
+        "paused: no worker is ready; worker 1 (pi) fell silent; "
+        "worker 2 (pi) left: it was stopped (error)"
     )
 
 
@@ -2160,7 +2178,7 @@ def test_who_comes_to_work_keeps_a_run_from_being_idle() -> None:
 def test_what_a_run_without_a_round_waits_for() -> None:
     run = Run(num_workers=1, min_workers=1).observer().workers(1, samples=10)
     run.relinked(1)
-    assert run.rounds.phase(0.0) == "paused: 0 of at least 1 workers ready (nobody)"
+    assert run.rounds.phase(0.0) == "paused: no worker is ready"
     run.follows(1)
     run.ready(1, samples=10)
     run.hello(2)

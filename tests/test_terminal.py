@@ -148,7 +148,7 @@ def test_a_run_whose_lines_nobody_takes_ends_in_order_when_its_terminals_are_clo
         assert server.end() == 0
         assert workers[0].end() == 0
         summary = run.summary()
-        assert summary["end"] == "stopped by SIGHUP"
+        assert summary["end"] == "stopped: its terminal was closed (SIGHUP)"
         checkpoints = list((run.runs[-1] / "checkpoints").iterdir())
         assert [c.name for c in checkpoints] == [f"step-{summary['steps']:08d}.safetensors"]
 
@@ -167,7 +167,10 @@ def test_a_demo_whose_terminal_is_closed_leaves_nothing_running(tmp_path: Path) 
         os.close(terminal)
         _, status = os.waitpid(pid, 0)
         assert os.waitstatus_to_exitcode(status) == 0
-        assert run.summary()["end"] in ("stopped by SIGHUP", "stopped by SIGTERM")
+        assert run.summary()["end"] in (
+            "stopped: its terminal was closed (SIGHUP)",
+            "stopped from outside (SIGTERM)",
+        )
         assert list((run.runs[-1] / "checkpoints").iterdir())
 
 

@@ -12,6 +12,8 @@ from typing import Any
 from paramserver import logs, terminal
 from paramserver.errors import UserError
 from paramserver.program import exit_on_user_error
+from paramserver.terminal import STOPPED_BY
+from paramserver.typed import typed
 
 
 class Leave(KeyboardInterrupt):
@@ -37,19 +39,23 @@ def main() -> None:
             for ending in terminal.ending_signals():
                 signal.signal(ending, signal.SIG_IGN)
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends it at once
-            raise Leave(signal.Signals(number).name)
+            if number == signal.SIGINT:  # a person pressed it
+                terminal.say("  leaving the run; Ctrl-C again ends this worker at once")
+            raise Leave(STOPPED_BY[signal.Signals(number)])
 
         for ending in terminal.ending_signals():
             signal.signal(ending, leave)
 
         logs.show("workers", logs.Lines(prefix=f"[worker {settings.id}] "))
+        if "torch" not in sys.modules:
+            logging.getLogger("workers").info("loading PyTorch")
         try:
             from .builtin.train import train  # torch takes seconds: signals are handled before
 
             cluster = train(settings, loaded.given)
             cluster.leave()
         except Leave as e:
-            logging.getLogger("workers").info(f"left the run ({e})")
+            logging.getLogger("workers").info(f"left the run: {e}")
 
 
 def _with_environment(settings: Any) -> Any:
@@ -67,7 +73,7 @@ def _with_environment(settings: Any) -> Any:
 def _with_id(settings: Any) -> Any:
     """Ask for the id, at a terminal."""
     if not sys.stdin.isatty():
-        raise UserError("a worker needs its number", "make worker ID=2, or id=2")
+        raise UserError("a worker needs its number", typed("worker", "id=2"))
     answer = input("This worker's number (1 for the first, 2 for the second ...): ").strip()
     if not answer.isdigit() or int(answer) < 1:
         raise UserError(f"a worker's number is 1 or more, not {answer!r}")

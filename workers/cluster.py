@@ -16,6 +16,7 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -39,6 +40,7 @@ from paramserver.settings import RunSettings, Settings
 from paramserver.tensors.bucket import Bucket
 from paramserver.tensors.codec import codec_of_pushes
 from paramserver.tensors.error_feedback import ErrorFeedback
+from paramserver.terminal import STOPPED_BY
 
 from .batches import Batches, Sizes, sizes_of, weights_of
 from .link.client import Client
@@ -968,8 +970,13 @@ class Cluster:
 
 
 def told(error: BaseException) -> str:
-    """An error on one line."""
-    return f"{type(error).__name__}: {error}".strip().splitlines()[0]
+    """An error on one line. An exception of a user's program has its class, as in a traceback; ours
+    are sentences."""
+    if isinstance(error, KeyboardInterrupt):
+        return str(error) or STOPPED_BY[signal.SIGINT]
+    ours = isinstance(error, UserError | RunLost) or not isinstance(error, Exception)
+    text = str(error) if ours and str(error) else f"{type(error).__name__}: {error}"
+    return text.strip().splitlines()[0]
 
 
 __all__ = ["Cluster", "ClusterOptimizer", "RunLost", "UserError", "join"]

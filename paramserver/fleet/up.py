@@ -171,8 +171,11 @@ def look(wanted: Job, checked: Mapping[str, Checked]) -> set[tuple[str, str]]:
     }
     server = alive.get((wanted.server.name, "server"))
     if server is not None and server.up != wanted.stamp:
+        since = f"{datetime.fromtimestamp(server.since):%d %b %H:%M}"
+        folder = server.run_folder and f", {commands.spoken(wanted.server, server.run_folder)}"
         raise UserError(
-            f"another run is going on on {wanted.server.name}: {' '.join(server.argv[3:])}",
+            f"another run is going on on {wanted.server.name}, since {since}{folder}",
+            "it was started with other settings, machines or arguments than these\n"
             "see it: make attach; end it: make down",
         )
     ours = {key for key, state in alive.items() if server is not None and state.up == wanted.stamp}

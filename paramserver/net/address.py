@@ -13,6 +13,7 @@ from paramserver.net import jointoken
 from paramserver.net.jointoken import JoinToken
 from paramserver.settings import Settings
 from paramserver.transport.sockets import PeerKeys, is_local, is_loopback, own_addresses
+from paramserver.typed import typed
 
 LOOPBACK = "127.0.0.1"
 AUTO = "auto"
@@ -68,9 +69,9 @@ def find(
     if token is None:
         raise UserError(
             f"the server at {host} is on another machine: joining it takes its join token",
-            "make worker ID=... JOIN=... as `make server` prints it there (or join=FILE, or "
-            f"{jointoken.VARIABLE});\nwhere that server runs with security=none, give "
-            "security=none here too",
+            f"{typed('worker', 'id=...', 'join=...')} as `{typed('server')}` prints it there (or "
+            f"join=FILE, or {jointoken.VARIABLE});\n"
+            "where that server runs with security=none, give security=none here too",
         )
     return Address(host, port, keys_of(token))
 
@@ -119,7 +120,7 @@ def read(join: str, *, to_watch: bool = False) -> JoinToken:
         why = error.strerror if isinstance(error, OSError) else error
         raise UserError(
             f"join is neither a join token nor a file that can be read: {why}",
-            "a token begins with `ps` and is one word; `make server` prints it",
+            f"a token begins with `ps` and is one word; `{typed('server')}` prints it",
         ) from None
     try:
         return jointoken.decode(text, to_watch=to_watch)

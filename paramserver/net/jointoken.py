@@ -26,6 +26,7 @@ import struct
 from dataclasses import dataclass, field
 
 from paramserver.errors import UserError
+from paramserver.typed import typed
 
 VARIABLE = "PARAMSERVER_JOIN"
 """Environment variable that may hold a token, or the path of a file with one."""
@@ -35,7 +36,10 @@ VERSION = 1
 KEY_BYTES = 32
 SUM_BYTES = 4
 _HEAD = struct.Struct("!BBH")
-_HINT = "copy the whole line that `make server` or `make keys` prints on the server's machine"
+_HINT = (
+    f"copy the whole line that `{typed('server')}` or `{typed('keys')}` prints on the machine of "
+    "the server"
+)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ disk lacks lines; none of these stops the run.
 from __future__ import annotations
 
 import io
+import math
 import os
 import re
 import select
@@ -42,6 +43,7 @@ from paramserver.words import printable
 DRAW_S = 0.25
 PLAIN_S = 5.0  # between plain lines
 PHASE_S = 1.0  # the same where the phase has changed
+REPEAT_S = 30.0  # between lines that say what the run waits for, as long as that is the same
 LAST_WAIT_S = 5.0  # how long the final table waits for a stopped terminal
 WARNING = "warning: "
 """The mark before a warning; `make status` shows the newest one."""
@@ -74,6 +76,7 @@ class Display:
         self._line_at = float("-inf")  # when the last line was printed
         self._line = ""
         self._phase = ""
+        self._phases: dict[str, float] = {}  # when each was printed, since it trained last
         self._late = ""
         self._encoding = getattr(self._stream, "encoding", None) or "utf-8"
         self._bar = "━╸─" if self._encoding.lower().startswith("utf") else "=>-"
@@ -179,6 +182,8 @@ class Display:
         pause_s = PLAIN_S if phase == self._phase else PHASE_S
         if now < self._line_at + pause_s:
             return
+        if not status.trains and now < self._phases.get(phase, -math.inf) + REPEAT_S:
+            return  # it was said, and nothing moves
         parts = [printable(status.phase)]
         if status.step:
             parts += [f"step {_step(status)}", *_figures(status)]
@@ -191,6 +196,7 @@ class Display:
         if line != self._line:
             self._line_at, self._line = now, line
             self._phase, self._late = phase, status.late
+            self._phases = {**self._phases, phase: now} if not status.trains else {}
             self._say(line, False, f" {notify.mark() or ' '}")
 
     # Writing text

@@ -754,7 +754,7 @@ class Rounds:
             self._leases.take_back(peer, self.round)
 
     def _void(self, why: str) -> None:
-        """End the open round without an update."""
+        """End the open round without an update; `why` is logged."""
         current = self.round
         assert current is not None
         for worker in current.members:
@@ -762,7 +762,8 @@ class Rounds:
         self.round = None
         self._turn(states.VOID)
         self._out.effects.append(Void(current.number))
-        self._out.say(f"round {current.number} is void: {why}")
+        if why:
+            self._out.say(f"round {current.number} came to nothing: {why}")
 
     # ------------------------------------------------------------------ the run's end
 
@@ -772,7 +773,10 @@ class Rounds:
         if self.coming_back:
             self.put_off = True
             return False
-        self._begin_end(event.reason, event.error, now, stopped=not event.error)
+        reason, missing = event.reason, self._ending.departures.missing(FAILED)
+        if missing and not self._roster.has_workers:  # somebody stops it because they failed
+            reason = f"{reason}; {missing}"
+        self._begin_end(reason, event.error, now, stopped=not event.error)
         return True
 
     def _give_up_if_due(self, now: float) -> None:
@@ -793,7 +797,7 @@ class Rounds:
         if self.ending is not None:
             return
         if self.round is not None:
-            self._void("the run ends")
+            self._void("")  # the end itself is logged
         for peer in self.peers.values():
             self._leases.take_back(peer, self.round)
         self._leases.release(self.round, math.inf)

@@ -23,7 +23,7 @@ class Departure(msgspec.Struct, frozen=True):
 
 
 class Departures:
-    """The newest departure of each worker that had joined. Times are those of `Rounds`; the server
+    """The newest departure of each worker. Times are those of `Rounds`; the server
     waits `silent_s` for a silent worker, and `timeout_s` or a multiple of it for others. It keeps
     one departure for each worker id at most."""
 
@@ -31,17 +31,28 @@ class Departures:
         self._timeout_s, self._silent_s = timeout_s, silent_s
         self._went: dict[int, Departure] = {}
         self._took_part: set[int] = set()
+        self._missing: dict[int, Departure] = {}
         self._since = 0.0
 
     def joined(self, id: int) -> None:
         """This worker takes part."""
         self._took_part.add(id)
+        self._missing.pop(id, None)
 
     def went(self, id: int, departure: Departure) -> None:
         """This worker has left."""
         self._since = departure.at
+        if departure.finished:
+            self._missing.pop(id, None)
+        else:
+            self._missing[id] = departure
         if id in self._took_part:
             self._went[id] = departure
+
+    def missing(self, *how: str) -> str:
+        """Who left and has not come back, and why, whether it had taken part or not; empty: nobody.
+        For a sentence about those who are waited for. With `how`, only those who went so."""
+        return _told([d for _, d in sorted(self._missing.items()) if not how or d.how in how])
 
     def due(self, now: float) -> float | None:
         """When the run ends, if no worker is here and none comes; None while the server waits for a

@@ -62,13 +62,22 @@ class Phases:
             sentence = f"waiting for the replicas of this run to come back: {here} here"
             return Phase.RETURNING, sentence
         if state == states.STARTING:
-            who = "the observer" if self._rules.observer else "the first worker"
-            return Phase.STARTING, f"waiting for {who}, whose model and first weights are the run's"
+            return Phase.STARTING, self._first_state()
         if self._snapshots.running is not None:
             return Phase.SNAPSHOT, f"{peers[self._snapshots.running.joiner].name} takes a snapshot"
         if state == states.OPEN:
             return Phase.TRAINING, "training"
         return self._pause(started, step, now)
+
+    def _first_state(self) -> str:
+        """Whose model and first weights are the run's, and what keeps them."""
+        if not self._rules.observer:
+            missing = self._ending.departures.missing()
+            text = "waiting for the first worker, whose model and first weights are the run's"
+            return f"{text}; {missing}" if missing else text
+        if self._roster.observer is None:
+            return "waiting for the observer, which loads PyTorch and makes the model"
+        return "waiting for the observer, whose model and first weights are the run's"
 
     def _pause(self, started: bool, step: int, now: float) -> tuple[Phase, str]:
         """No round is open, and no snapshot under way."""
@@ -80,13 +89,19 @@ class Phases:
             sentence = f"waiting for a replica that stands at step {step}: nobody here does"
             return Phase.PAUSED, sentence
         ready, least = self._roster.workers_ready(), self._rules.min_workers
-        here = ", ".join(p.name for p in ready) or "nobody"
+        here = " and ".join(p.name for p in ready) or "no worker"
+        are = "are" if len(ready) > 1 else "is"
+        missing = self._ending.departures.missing()
+        missing = f"; {missing}" if missing else ""
         if not started:
-            return Phase.STARTING, f"waiting for {self._rules.num_workers} workers: {here} ready"
+            wanted = self._rules.num_workers
+            of = f"{wanted} workers" if wanted > 1 else "the worker"
+            return Phase.STARTING, f"waiting for {of}: {here} {are} ready{missing}"
         if self._leases.exhausted and ready:
             return Phase.PAUSED, "waiting for the last samples"
         if len(ready) < least:
-            return Phase.PAUSED, f"paused: {len(ready)} of at least {least} workers ready ({here})"
+            needed = f", {least} are needed" if least > 1 else ""
+            return Phase.PAUSED, f"paused: {here} {are} ready{needed}{missing}"
         return Phase.PAUSED, "between rounds"
 
     def _otherwise(self, state: str, started: bool, now: float) -> str:

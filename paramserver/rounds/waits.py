@@ -282,5 +282,7 @@ class Waits:
                 if close.reason:
                     self._out.warn(close.reason)
                 elif not late:
-                    self._out.say(f"round {close.round} closed with everybody again")
+                    back = [p.name for p in ready if p.id in self._said_late]
+                    if back:  # else who was late is gone
+                        self._out.say(f"round {close.round} closed with {' and '.join(back)} again")
         self._said_late = late

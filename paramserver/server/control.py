@@ -338,7 +338,7 @@ class Control:
             why = self.rounds.declines(greeting, now, partial(self._reachable, now=now))
             if why is not None:
                 own = self.run_id if hello.run == self.run_id else ""
-                reject = wire.Reject(why, "choose another: make worker ID=...", run=own)
+                reject = wire.Reject(why, "choose another number: id=...", run=own)
                 self._transport.send(route, reject)
                 return
             self._happens(greeting, now)

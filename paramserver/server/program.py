@@ -42,8 +42,10 @@ from paramserver.server.watcher import Show
 from paramserver.settings import Settings
 from paramserver.status.value import THIS_MACHINE, EventKind
 from paramserver.tensors.torch_names import check_names
+from paramserver.terminal import STOPPED_BY
 from paramserver.transport import malloc
 from paramserver.transport.sockets import allow_connections, is_loopback, towards
+from paramserver.typed import typed
 
 MISSING = 3  # exit code
 PERSON_S = 30.0  # for an answer at the start; workers wait longer for their server
@@ -211,7 +213,7 @@ def _serve(
             folder.path.rmdir()  # nothing is in it
         raise
     for number in terminal.ending_signals():
-        signal.signal(number, lambda n, _: _stop(server, n))
+        signal.signal(number, lambda n, _: _stop(server, show, n))
     observer = None
     try:
         if not recovering:
@@ -231,7 +233,8 @@ def _serve(
             if new_keys:
                 show.say(f"made the keys of this cluster: {keys_path()}")
             if MARK in os.environ:  # the workers have it from `make up`, and a log is a file
-                command = f"make keys host_ip={guarded[0]}"
+                port = [f"port={settings.port}"] if settings.port != Settings.port else []
+                command = typed("keys", f"host_ip={guarded[0]}", *port)
                 show.say(f"the join token, for further machines: {command}, in {Path.cwd()}")
             else:
                 token = keys.token(guarded[0], settings.port)
@@ -364,7 +367,9 @@ def _write_results(control: Control, show: Show, end: wire.End, missing: list[st
     return not missing and problem is None
 
 
-def _stop(server: Server, number: int) -> None:
+def _stop(server: Server, show: Show, number: int) -> None:
     # A second one ends the server at once; but a shell and the system may both send SIGHUP.
     signal.signal(number, signal.SIG_IGN if number == signal.SIGHUP else signal.SIG_DFL)
-    server.stop(f"stopped by {signal.Signals(number).name}")
+    server.stop(STOPPED_BY[signal.Signals(number)])
+    if number == signal.SIGINT:  # a person pressed it
+        show.say_soon("ending the run in order; Ctrl-C again ends it at once, without its results")

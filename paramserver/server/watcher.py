@@ -77,6 +77,7 @@ class Show:
         self.problems = Problems()
         self._take_up()
         self._late = ""
+        self._soon: deque[str] = deque()
         self._step: int | None = None  # of the last close
         self.observer: ObserverProcess | None = None
         self.announcement: Announcement | None = None
@@ -88,6 +89,10 @@ class Show:
 
     def say(self, text: str, warning: bool = False) -> None:
         log.log(logging.WARNING if warning else logging.INFO, text)
+
+    def say_soon(self, text: str) -> None:
+        """The same for a signal handler, which may come in the middle of a line."""
+        self._soon.append(text)
 
     def problem(self, text: str) -> None:
         """Show a problem that did not end the run, and keep it for summary.json."""
@@ -166,6 +171,8 @@ class Show:
             self.folder.log(line)
 
     def looked(self, control: Control, now: float) -> None:
+        while self._soon:
+            self.say(self._soon.popleft())
         self.tell(self.folder.flush(now))
         if self.observer is not None:
             self.observer.look(control)

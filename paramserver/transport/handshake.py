@@ -24,6 +24,7 @@ from zmq.utils.monitor import recv_monitor_message
 
 from paramserver.errors import UserError
 from paramserver.transport import sockets
+from paramserver.typed import typed
 
 PEERS_TOLD = 100  # refused peers that are logged, so that a scanner does not fill the log
 HUNG_UP_TIMES = 3  # in the middle of a handshake; then the peer reads the server's greeting
@@ -186,14 +187,15 @@ class HandshakeMonitor:
     def _refused(self, why: str) -> UserError:
         return UserError(
             f"the server at {self._host}:{self._port} {why}",
-            "take the token that `make server` prints, or `make keys` on its machine",
+            f"take the token that `{typed('server')}` prints, or `{typed('keys')}` on its machine",
         )
 
     def _mismatch(self) -> UserError:
         if not self._with_keys:
             return UserError(
                 f"the server at {self._host}:{self._port} wants a join token",
-                "make worker ID=... JOIN=... as `make server` prints it, without security=none",
+                f"{typed('worker', 'id=...', 'join=...')} as `{typed('server')}` prints it, "
+                "without security=none",
             )
         return UserError(
             f"the server at {self._host}:{self._port} takes no join token: it was started with "

@@ -13,11 +13,13 @@ from paramserver.config.loading import check_worker_overrides, from_wire
 from paramserver.net import address
 from paramserver.settings import Settings
 from paramserver.transport import sockets
+from paramserver.typed import typed
 
 from ..cluster import Cluster, join, told
 from . import builders, models, own_code
 
 PROGRESS_S = 5.0
+WAITS_TOO_LONG = 50.0  # percent of a worker's time
 log = logging.getLogger(__name__)
 
 
@@ -92,6 +94,7 @@ class Progress:
         self._seen = 0  # the step at the last call
         self._at = time.monotonic()
         self._waited = 0.0
+        self._advised = False
 
     def did(self, samples: int, cluster: Cluster) -> None:
         self._samples += samples
@@ -102,10 +105,17 @@ class Progress:
             return
         seconds = now - self._at
         waited = cluster.waiting_s - self._waited
+        share = min(100.0, 100 * waited / seconds)
         log.info(
             f"{notify.mark()}step {cluster.step}  {self._steps / seconds:.1f} steps/s  "
             f"{self._samples / seconds:,.0f} samples/s  "
-            f"waiting {100 * waited / seconds:.0f} % of the time"
+            f"computing {100 - share:.0f} % of the time"
         )
+        if share > WAITS_TOO_LONG and not self._advised:
+            self._advised = True
+            log.info(
+                f"this worker waits {share:.0f} % of its time, for other workers and for the "
+                f"exchange: {typed('plan')} tells which machines, codec and local_steps are faster"
+            )
         self._samples = self._steps = 0
         self._at, self._waited = now, cluster.waiting_s

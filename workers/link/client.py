@@ -11,6 +11,7 @@ import contextlib
 import logging
 import math
 import os
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -453,9 +454,10 @@ class Client:
             self._tick(now)
             if now > say_at:
                 text = self._waiting_for(what, now)
-                if text not in ("", said):
+                same = re.sub(r"\d+", "", text)  # rounds and seconds are counted
+                if same not in ("", said):
                     self.log.info(text)
-                said, say_at = text, now + SAY_WAITING_AFTER_S
+                said, say_at = same, now + SAY_WAITING_AFTER_S
         return True
 
     def look(self) -> None:

@@ -32,6 +32,7 @@ from paramserver.protocol import messages as wire
 from paramserver.settings import RunSettings, Settings
 from paramserver.transport import sockets
 from paramserver.transport.handshake import HandshakeMonitor
+from paramserver.typed import typed
 
 BEATS_PER_TIMEOUT = 5
 PROBE_INTERVAL_S = 0.1
@@ -184,12 +185,12 @@ class Connection:
                     )
                 raise UserError(
                     f"no server answered at {self.host}:{self.port} within {deadline_s:g} s",
-                    "is it running (make server)? another address: host_ip=..., another port: "
-                    "port=..., a longer wait: join_timeout=...",
+                    f"is it running ({typed('server')})? another address: host_ip=..., another "
+                    "port: port=..., a longer wait: join_timeout=...",
                 )
             if not told and now > start + 1:
                 told = f"waiting for a server at {self.host}:{self.port}"
-                self.log.info(f"{told} (for {deadline_s:g} s; start one with: make server)")
+                self.log.info(f"{told} (for {deadline_s:g} s; start one with: {typed('server')})")
 
     def move(
         self, host: str, port: int, keys: sockets.PeerKeys | None

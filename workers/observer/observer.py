@@ -30,6 +30,7 @@ from paramserver.rounds.ledger import optimizer_steps
 from paramserver.rounds.local_steps import outer_of
 from paramserver.settings import Settings
 from paramserver.transport import malloc
+from paramserver.typed import typed
 
 from ..builtin import builders, models
 from ..link.client import Client
@@ -333,7 +334,9 @@ def main() -> None:
         malloc.keep_freed()
         line = sys.stdin.readline()
         if not line:
-            raise UserError("the observer is started by the server", "make server starts both")
+            raise UserError(
+                "the observer is started by the server", f"{typed('server')} starts both"
+            )
         trace.begin("observer")
         observer = Observer(msgspec.json.decode(line, type=Orders))
 

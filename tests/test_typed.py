@@ -1,0 +1,15 @@
+"""The commands that our sentences tell a person to type."""
+
+from __future__ import annotations
+
+from paramserver.typed import typed
+
+
+def test_in_a_clone_it_is_make_and_else_the_installed_program() -> None:
+    words = ("worker", "id=2", "join=TOKEN", "seed=1")
+    assert typed(*words, clone=True) == "make worker ID=2 JOIN=TOKEN seed=1"
+    assert typed(*words, clone=False) == "paramserver-worker id=2 join=TOKEN seed=1"
+    assert typed("keys", "rotate", clone=True) == "make keys ROTATE=1"
+    assert typed("keys", "rotate", clone=False) == "paramserver-keys rotate"
+    assert typed("plan", clone=False) == "python -m paramserver.launch plan"
+    assert typed("server") == "make server"  # these tests run in a clone
