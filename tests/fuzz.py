@@ -200,6 +200,8 @@ OTHERS: list[wire.Message] = [
     HELLO,
     wire.Beat(session="SESSION"),
     wire.Unready(),
+    wire.Evaluating(True),
+    wire.StopRun("no better for three epochs"),
     wire.Fetch(step=0, lineage="x"),
     wire.Digest(step=0, digest="0"),
     wire.Stand(step=0),

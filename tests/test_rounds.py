@@ -521,7 +521,9 @@ def test_averages_and_losses_are_weighted_by_what_workers_say_where_all_say_it()
     assert run.closes[0].loss == 1.25 and run.closes[0].contributors == {1: 10, 2: 10}
     assert run.sums().startswith("20 done")
     run.hello(3), run.join(3), run.push(1, weight=1), run.push(2, weight=1), run.snapshot(3)
-    assert "does not" in run.ready(3)[0] and "worker 1 (pi) says" in run.ready(3)[0]
+    assert run.ready(3) == [
+        "w3 <- reject: worker 3 (pi) does not say what its batches weigh (samples=), the others do"
+    ]
 
 
 def test_a_weight_is_the_same_in_every_bucket_and_of_no_use_where_none_is_asked_for() -> None:

@@ -175,6 +175,9 @@ class Cluster:
         self._ahead: Lease | None = None  # with this lease
         self._waiting_s = 0.0
         self._load_ahead: Callable[[], None] | None = None
+        self._contributed = False  # since its last greeting
+        self._stop_reason: str | None = None  # its script stops the run
+        self._stopping = False  # the server knows
         self._lost: wire.End | None = None  # this worker's part ended, and perhaps the run
         atexit.register(self._at_exit)
 
@@ -607,7 +610,7 @@ class Cluster:
         has ended in order. Raises `RunLost` (`_is_over`)."""
         client = self.client
         self._leased_at, self._held_up_s = time.perf_counter(), 0.0
-        if self._ahead is not None:
+        if self._ahead is not None and not self._stopping:
             return self._ahead
         found: tuple[int, Lease] | None = None
 
@@ -616,12 +619,13 @@ class Cluster:
             assert client.follow is not None
             if client.greetings != self._greetings:
                 self._greetings, self._round = client.greetings, 0  # rounds of another session
+                self._stopping = self._contributed = False
             found = client.follow.lease(self.worker_id, self._round)
-            return found is not None or client.ended is not None
+            return (found is not None and not self._stopping) or client.ended is not None
 
         with self._losing():
             client.look()  # the newest lease counts: rounds of older ones go on without us
-            client.wait(look, "for samples")
+            client.wait(look, "for the end" if self._stopping else "for samples")
         if self._is_over():
             return None
         assert found is not None
@@ -761,6 +765,9 @@ class Cluster:
 
     def _on_close(self, close: wire.Close) -> None:
         """Note which of our buckets are part of this update."""
+        if self.worker_id in close.contributors and self.worker_id not in close.partly:
+            self._contributed = True
+            self._stop_if_asked()
         if close.round == (self._under_way or self._round) and self.worker_id in close.contributors:
             self._taken = close.partly.get(self.worker_id, close.buckets)
             if self.worker_id not in close.partly:
@@ -874,6 +881,34 @@ class Cluster:
             )
 
     # ------------------------------------------------------------------ the end
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Let the others wait while this worker evaluates, between two steps: no round goes on
+        without it, at most for half of `idle_timeout`. They do not wait for a worker that has not
+        made a step yet, nor for an evaluation outside such a block."""
+        if self._replica is None:
+            raise UserError("evaluating() before attach()", "attach the model first")
+        self.client.evaluating(True)
+        try:
+            yield
+        finally:
+            self.client.evaluating(False)
+
+    def stop(self, reason: str) -> None:
+        """End the run in order, for all, with `reason` as its end: this worker's loop is over with
+        this batch, those of the others with their next step, and the observer keeps the last one.
+        A worker that has made no step yet stops it after its first one."""
+        if self._replica is None:
+            raise UserError("stop() before attach()", "attach the model first")
+        self._stop_reason = reason
+        if self._contributed:
+            self._stop_if_asked()
+
+    def _stop_if_asked(self) -> None:
+        if self._stop_reason is not None and not self._stopping:
+            self._stopping = True
+            self.client.stop(self._stop_reason)
 
     @property
     def end(self) -> wire.End | None:

@@ -24,6 +24,8 @@ Ready      link -> server I am waiting for samples of a set of this length
 Unready    link -> server give me no more samples until I am ready again
 Push       link -> server my gradient of one bucket; 1..n encoded buffers
 Unreadable link -> server no sample of my lease in this round can be read: it has none from me
+Evaluating link -> server I evaluate: wait for me; or, I am done with it
+StopRun    link -> server end the run in order, for all, and why
 Refused    server -> link this push was not taken, and why
 Average    PUB or link    the mean of one bucket; 1..n encoded buffers. Not applied before Close
 Shared     PUB            the same for peers that share memory with the server: no buffers
@@ -372,6 +374,21 @@ class Unready(Message, frozen=True):
     unfinished: bool = False
     """It left in the middle of a lease, perhaps because of it; if so, a Goodbye that says so
     follows at once."""
+
+
+class Evaluating(Message, frozen=True):
+    """A worker that evaluates between two steps, and for whom the others wait (`on`)."""
+
+    on: bool
+
+
+class StopRun(Message, frozen=True):
+    """A worker's script ends the run in order, at the last closed step."""
+
+    reason: Words
+
+    def __post_init__(self) -> None:
+        self._clip("reason")
 
 
 class Later(Message, frozen=True):
@@ -729,9 +746,9 @@ class End(Message, frozen=True):
 
 ANY = (
     Hello | Welcome | Later | Probe | Greet | Join | Admit | Ready | Unready | Reject | Push
-    | Unreadable | Refused | Average | Shared | Open | Close | Fetch | Fetched | Stand | Digest
-    | Give | Manifest | Want | Piece | Adopted | Abort | Beat | Pulse | Report | Problem
-    | Goodbye | End
+    | Unreadable | Evaluating | StopRun | Refused | Average | Shared | Open | Close | Fetch
+    | Fetched | Stand | Digest | Give | Manifest | Want | Piece | Adopted | Abort | Beat | Pulse
+    | Report | Problem | Goodbye | End
 )  # fmt: skip
 
 HEADER_LIMITS: dict[type[Message], int] = {

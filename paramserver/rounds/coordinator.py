@@ -16,6 +16,7 @@ from that for other parts, and adds messages and sentences to the `Outcome`:
     leases      who gets which samples, and what becomes of those that are not done
     round       what is expected of the members of the open round, and what has come
     waits       how long rounds wait for whom, and whom they leave out
+    evaluations who evaluates, while the others wait
     snapshots   who gives the run's state, who takes it, and what comes of it
     divergence  whose weights are not those of the others
     times       where each worker's time went
@@ -39,6 +40,7 @@ from paramserver.rounds.departures import FAILED, LEFT, SILENT, Departure
 from paramserver.rounds.divergence import Divergence
 from paramserver.rounds.effects import Closed, Discard, Effect, Ended, Publish, Remove, Start, Void
 from paramserver.rounds.ending import Ending
+from paramserver.rounds.evaluations import Evaluations
 from paramserver.rounds.events import (
     Alive,
     Dropped,
@@ -117,7 +119,10 @@ class Rounds:
         self._snapshots = Snapshots(roster, out, rules.heartbeat_timeout, now)
         self._divergence = Divergence(roster, out)
         self._ending = Ending(rules, roster, now)
-        self._phases = Phases(rules, roster, self._leases, self._snapshots, self._ending)
+        self._evaluations = evaluations = Evaluations(rules, out)
+        self._phases = Phases(
+            rules, roster, self._leases, self._snapshots, self._ending, evaluations
+        )
         self.peers, self.digests = roster.peers, roster.digests
         self.deaf, self.prompted = roster.deaf, roster.prompted
 
@@ -197,6 +202,10 @@ class Rounds:
                 return self._unready(peer, message, now)
             case wire.Unreadable():
                 return self._unreadable(peer, message, now)
+            case wire.Evaluating():
+                return self._evaluates(peer, message, now)
+            case wire.StopRun():
+                return self._stopped_by(peer, message, now)
             case wire.Fetch():
                 return self._fetch(peer, message, now)
             case wire.Digest():
@@ -217,6 +226,8 @@ class Rounds:
             self._out.warn(f"{peer.name} is gone: {silent}")  # so seldom that each is logged
             self._leases.dies(peer, "", self.round)
             self._remove(peer, f"gone, {silent}", now)
+        for peer in self._evaluations.overdue(now):
+            self._evaluations.ends(peer, self.round, now)
         awaited = self._enough(self.workers_ready(), now)
         if (off := self._snapshots.overdue(now, awaited=awaited)) is not None:
             self._abort_snapshot(off, now)
@@ -310,15 +321,17 @@ class Rounds:
         return True
 
     def _leaves(self, peer: Peer, reason: str, now: float, *, error: bool, finished: bool) -> None:
-        """A peer leaves; `finished`: its work is done. Where workers bring their own samples, the
-        last one ends the run."""
+        """A peer leaves; `finished`: its work is done. When all have finished the last one ends the
+        run; where workers bring their own samples, whatever became of the others."""
         if not self.ended:
             self._out.say(f"{peer.name} left: {reason}", peer)
         how, took_part = FAILED if error else LEFT, peer.state == REPLICA
         self._remove(peer, "left", now, how=how, reason=reason, finished=finished)
-        done = self._leases.own and how == LEFT and finished
-        if done and took_part and self.started and not self._roster.has_workers:
-            self._begin_end(*self._ending.departures.verdict(own=True), now)
+        if how != LEFT or not (finished and took_part and self.started):
+            return
+        own, departures = self._leases.own, self._ending.departures
+        if not self._roster.has_workers and (own or departures.all_finished):
+            self._begin_end(*departures.verdict(own=own), now)
 
     def _becomes_replica(self, peer: Peer, cause: str) -> None:
         self._roster.becomes_replica(peer, cause, self.step)
@@ -330,6 +343,7 @@ class Rounds:
         if (off := self._snapshots.without(peer, why)) is not None:
             self._abort_snapshot(off, now)
         self._snapshots.taken_out(peer, now)
+        self._evaluations.ends(peer, self.round, now)
         if self.round and (member := self.round.member_of(peer)):
             self._out_of_round(member, why, now)
         self._leases.take_back(peer, self.round)
@@ -489,6 +503,13 @@ class Rounds:
             self._out_of_round(member, member.bad, now)
         return True
 
+    def _evaluates(self, peer: Peer, message: wire.Evaluating, now: float) -> bool:
+        """A worker evaluates, or is done with it."""
+        if message.on:
+            self._evaluations.begins(peer, now)
+            return False
+        return self._evaluations.ends(peer, self.round, now)
+
     def _computes(self, peer: Peer) -> wire.Lease | None:
         """The lease that this worker computes in the open round, if nothing of it has come yet."""
         return None if self.round is None else self.round.computed_by(peer)
@@ -568,7 +589,7 @@ class Rounds:
         if self.snapshot is not None or self.round is not None or self._leases.finished:
             return None
         ready = self._waits.takers(now)
-        may_open = self._enough(ready, now)
+        may_open = self._enough(ready, now) and not self._evaluations.active
         roles = self._may_take_snapshot(now) if may_open else ("observer", "worker")
         if self._start_snapshot(roles, now):
             return None
@@ -665,12 +686,14 @@ class Rounds:
 
     def next_deadline(self) -> float | None:
         """When the open round closes without the rest, if its quorum has pushed."""
+        if self._evaluations.hold(self.round):
+            return None
         return self._waits.deadline(self.round)
 
     def _close_if_due(self, now: float) -> None:
         """Close the round without those that are late, after its quorum and its timeout."""
         current = self.round
-        if current is None:
+        if current is None or self._evaluations.hold(current):
             return
         waited_s = now - current.opened_at
         for member in self._waits.late(current, now):
@@ -682,7 +705,9 @@ class Rounds:
         """Where a round without a quorum has waited long enough: go on without those it waits for,
         or make it void so that others can take part."""
         current = self.round
-        if current is None or not self._waits.is_long(current, now):
+        if current is None or self._evaluations.hold(current):
+            return
+        if not self._waits.is_long(current, now):
             return
         others = self._could_take_part(current, now)
         awaited = self._waits.given_up(current, others, now)
@@ -717,6 +742,7 @@ class Rounds:
             peer = self.peers.get(member.session)
             if peer is not None:
                 if how == DONE:
+                    peer.evaluated_s = 0.0
                     self._snapshots.contributes(peer)
                 self._judge(peer, member, now)
         self._waits.look_for_the_slow(current, now)
@@ -777,6 +803,18 @@ class Rounds:
         if missing and not self._roster.has_workers:  # somebody stops it because they failed
             reason = f"{reason}; {missing}"
         self._begin_end(reason, event.error, now, stopped=not event.error)
+        return True
+
+    def _stopped_by(self, peer: Peer, message: wire.StopRun, now: float) -> bool:
+        """A worker's script stops the run, in order. Anybody can greet: one that nothing in the log
+        is of cannot stop the others."""
+        others = [p for p in self._roster.in_state(REPLICA) if p.role == "worker" and p.proven]
+        if not peer.proven and others:
+            self._out.warn(f"{peer.name} cannot stop the run before its first step", peer)
+            return False
+        if self.ending is None:
+            reason = f"{peer.name} stopped it: {message.reason or 'its script said so'}"
+            self._begin_end(reason, False, now, stopped=True)
         return True
 
     def _give_up_if_due(self, now: float) -> None:

@@ -62,12 +62,19 @@ class Departures:
             return None
         return self._since + self._timeout_s * (FAILED_TIMEOUTS if FAILED in how else 1)
 
+    @property
+    def all_finished(self) -> bool:
+        """Did every worker that took part leave because its work is done?"""
+        return all(d.how == LEFT and d.finished for d in self._went.values())
+
     def verdict(self, *, own: bool) -> tuple[str, bool]:
         """Why the run ends when all workers have left, and whether that is an error. `own`: each
         had samples of its own, so that a worker that left in order leaves no work undone."""
         went = sorted(self._went.items())
         left = [d for _, d in went if d.how == LEFT]
         others = [d for _, d in went if d.how != LEFT]
+        if not own and went and self.all_finished:
+            return "every worker has finished, before all samples were done", False
         if not own:
             all_failed = not left and all(d.how == FAILED for d in others)
             what = "failed" if all_failed else "left before all samples were done"

@@ -22,6 +22,8 @@ Message = (
     | wire.Stand
     | wire.Adopted
     | wire.Abort
+    | wire.Evaluating
+    | wire.StopRun
     | wire.Goodbye
 )
 """A message that a peer sends on its link, but for a push."""

@@ -65,6 +65,7 @@ class Leases:
         self._out = out
         self._places = places
         self._looks = Looks()
+        self._weighs: bool | None = None  # do pushes say what they weigh?
         self._shares: Shares | None = None  # where samples are divided by speed
         if rules.shares == "speed" and not rules.deterministic:
             self._shares = Shares()
@@ -130,6 +131,9 @@ class Leases:
             self._looks.first(peer.name, ready.looks)
             self.ledger = OwnLedger() if ready.own else Ledger(samples, self._rules.epochs)
             self.ledger.places = self._places
+            self._weighs = ready.weighs
+        if self._weighs is None:  # the ledger is older than this server
+            self._weighs = ready.weighs
         if ready.own != self.own:
             brings, has = "samples of its own", "one set that all share"
             if not ready.own:
@@ -144,11 +148,12 @@ class Leases:
                 f"the run has one of {self.ledger.samples}",
                 "every worker needs the same training set in the same order",
             )
-        other = next((p for p in others if p.ready and p.ready.weighs != ready.weighs), None)
-        if other is not None:
-            says, says_not = (peer, other) if ready.weighs else (other, peer)
+        if ready.weighs != self._weighs:
+            says, others_say = "says", "do not"
+            if self._weighs:
+                says, others_say = "does not say", "do"
             return Reject(
-                f"{says.name} says what its batches weigh (samples=), {says_not.name} does not",
+                f"{peer.name} {says} what its batches weigh (samples=), the others {others_say}",
                 "give batches() the same function samples= in every worker, or in none",
             )
         return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from paramserver.protocol.messages import Phase
 from paramserver.rounds import states
 from paramserver.rounds.ending import Ending
+from paramserver.rounds.evaluations import Evaluations
 from paramserver.rounds.leases import Leases
 from paramserver.rounds.outcome import Outcome
 from paramserver.rounds.roster import Roster
@@ -24,12 +25,14 @@ class Phases:
         leases: Leases,
         snapshots: Snapshots,
         ending: Ending,
+        evaluations: Evaluations,
     ) -> None:
         self._rules = rules
         self._roster = roster
         self._leases = leases
         self._snapshots = snapshots
         self._ending = ending
+        self._evaluations = evaluations
         self._said = ""
 
     def now(self, state: str, started: bool, step: int, now: float) -> tuple[Phase, str]:
@@ -65,6 +68,8 @@ class Phases:
             return Phase.STARTING, self._first_state()
         if self._snapshots.running is not None:
             return Phase.SNAPSHOT, f"{peers[self._snapshots.running.joiner].name} takes a snapshot"
+        if self._evaluations.active:
+            return Phase.PAUSED, self._evaluations.sentence()
         if state == states.OPEN:
             return Phase.TRAINING, "training"
         return self._pause(started, step, now)

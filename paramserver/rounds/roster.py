@@ -58,6 +58,8 @@ class Peer:
         self.said_slow = False
         self.stands_at: int | None = None
         self.kept_at: int | None = None  # the step of which it has kept what is to stay
+        self.evaluates_since = 0.0  # where it evaluates, see `evaluations`
+        self.evaluated_s = 0.0  # while the others waited, since its last whole gradient in the log
 
     @property
     def name(self) -> str:

@@ -272,6 +272,15 @@ class Round:
                     member.blocked_s += now - blocked_at
                     member.blocked_at = None
 
+    def paused(self, since: float, now: float) -> None:
+        """Nobody was timed from then until now: so much later everything has begun."""
+        self.opened_at += now - max(since, self.opened_at)
+        if self.quorum_at is not None:
+            self.quorum_at += now - max(since, self.quorum_at)
+        for member in self.members.values():
+            if member.blocked_at is not None:
+                member.blocked_at += now - max(since, member.blocked_at)
+
     def averaged(self) -> tuple[int, ...]:
         """The buckets that anybody contributed to."""
         return tuple(sorted(self.absent))

@@ -289,6 +289,8 @@ class Control:
                 wire.Ready()
                 | wire.Unready()
                 | wire.Unreadable()
+                | wire.Evaluating()
+                | wire.StopRun()
                 | wire.Manifest()
                 | wire.Want()
                 | wire.Abort()

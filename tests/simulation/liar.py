@@ -5,8 +5,9 @@ leases, the snapshot that it has a part in. With that it says what fits the mome
 anything at all, in any order and as often as it likes. Each liar has habits of its own: some only
 greet, some take snapshots for ever, some hold a lease and never push.
 
-What no server can see is left out: numbers that are wrong in a gradient or a snapshot, a process
-that calls itself one of an earlier server's, and a worker that is the first of all.
+What every worker may do is left out: to stop the run. So is what no server can see: numbers that
+are wrong in a gradient or a snapshot, a process that calls itself one of an earlier server's, and
+a worker that is the first of all.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from .network import Network, Together, World
 from .process import DEAF, Process, Waiting
 from .server import LIAR, LIE, Server
 
-SAID = tuple(k for k in typing.get_args(wire.ANY) if k not in (wire.Beat, wire.Hello))
+SAID = tuple(k for k in typing.get_args(wire.ANY) if k not in (wire.Beat, wire.Hello, wire.StopRun))
 UNDERSTOOD = (
     wire.Join, wire.Ready, wire.Unready, wire.Push, wire.Fetch, wire.Stand, wire.Digest, wire.Want,
     wire.Manifest, wire.Piece, wire.Adopted, wire.Abort, wire.Report, wire.Probe,

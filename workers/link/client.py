@@ -326,6 +326,16 @@ class Client:
         if self.connection.link is not None and self.ended is None:
             self.connection.send(wire.Unready(unfinished=unfinished))
 
+    def evaluating(self, on: bool) -> None:
+        """This worker evaluates, and the others wait for it; or it is done with that."""
+        if self.session is not None and self.ended is None:
+            self._do(self.session.evaluating(on))
+
+    def stop(self, reason: str) -> None:
+        """Ask the server to end the run, in order, for all."""
+        if self.session is not None and self.ended is None:
+            self._do(self.session.stop(reason))
+
     def room(self, bucket: int, nbytes: int) -> torch.Tensor:
         """Memory for a bucket on its way to the server, uint8 [nbytes]."""
         return self._pushes.room(bucket, nbytes)

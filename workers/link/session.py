@@ -97,6 +97,7 @@ class Session:
         self._role, self._drifts, self._make_follow = role, drifts, make_follow
         self._timeout_s, self._digest_steps = 0.0, 0
         self._ready: wire.Ready | None = None
+        self._evaluates = False
         self._taking: Taking | None = None
         self._over = 0  # the last snapshot that was aborted: drop its other messages
         self._why_missed = ""  # what was wrong with it
@@ -180,7 +181,12 @@ class Session:
 
     def _joined(self) -> list[Action]:
         self.joined = True
-        return [Joined()] if self._ready is None else [Joined(), Send(self._ready)]
+        said: list[Action] = [Joined()]
+        if self._ready is not None:
+            said.append(Send(self._ready))
+        if self._evaluates:
+            said.append(Send(wire.Evaluating(True)))
+        return said
 
     def stay_behind(self) -> list[Action]:
         """The run has ended, and the updates that this replica lacks cannot be fetched any more."""
@@ -205,6 +211,15 @@ class Session:
 
     def unready(self) -> None:
         self._ready = None
+
+    def evaluating(self, on: bool) -> list[Action]:
+        """This worker evaluates, or is done with it."""
+        self._evaluates = on
+        return [Send(wire.Evaluating(on))] if self.joined else []
+
+    def stop(self, reason: str) -> list[Action]:
+        """End the run, in order, for all."""
+        return [Send(wire.StopRun(reason))] if self.joined else []
 
     def kept(self) -> list[Action]:
         """This step's files are on disk, or cannot be written: the run may end."""

@@ -86,6 +86,7 @@ class Solo:
         self._samples = 0
         self._groups: wire.Groups | msgspec.UnsetType = msgspec.UNSET
         self._left: wire.Goodbye | None = None  # how its only worker left, if it has
+        self._stopped: str | None = None  # why the script stopped the run
 
     # ------------------------------------------------------------------ what a loop asks for
 
@@ -119,14 +120,25 @@ class Solo:
         self._leases.clear()
         self.replica.forget_averages()
 
+    def evaluating(self, on: bool) -> None:
+        """Nobody waits."""
+
+    def stop(self, reason: str) -> None:
+        """The run ends with the step that is being computed."""
+        self._stopped = reason
+
     @property
     def ended(self) -> wire.End | None:
         if self._ledger is None:
             return None
-        if self._ledger.finished:
+        if self._stopped is not None:
+            reason, error = f"stopped: {self._stopped}", False
+        elif self._ledger.finished:
             reason, error = "all epochs are done", False
         elif self._left is None:
             return None
+        elif not isinstance(self._ledger, OwnLedger) and self._left.is_done:
+            reason, error = "finished, before all samples were done", self._left.error
         elif not isinstance(self._ledger, OwnLedger):
             reason, error = f"left before all samples were done: {self._left.reason}", True
         elif self._left.is_done and not self._left.error:
@@ -134,7 +146,8 @@ class Solo:
         else:
             reason, error = f"the only worker left: {self._left.reason}", self._left.error
         step, lineage = self.replica.step, self.replica.lineage
-        return wire.End(self.welcome.nonce, step, lineage, reason, error)
+        stopped = self._stopped is not None
+        return wire.End(self.welcome.nonce, step, lineage, reason, error, stopped)
 
     @property
     def left_behind(self) -> bool:
