@@ -9,6 +9,7 @@ COMMANDS := help setup demo example server worker keys up doctor plan status log
 
 VENV_PYTHON := .venv/bin/python
 READY := .venv/.ready
+LIGHT := .venv/.light
 
 unexport ARGS DRY HOST HOSTS ID JOIN MINUTES NAME QUICK ROTATE ROUNDS SCRIPT SEED SEEDS # they are for this make, not for one that a test or a program starts
 
@@ -22,8 +23,8 @@ $(error $(firstword $(UNKNOWN)) is no command; make alone lists them$(if $(word 
     A setting is written with a =: $(firstword $(UNKNOWN))=$(or $(word 2,$(UNKNOWN)),VALUE)))
 endif
 ifeq ($(filter-out $(TAKES_NOTHING),$(or $(MAKECMDGOALS),help)),)
-ifneq ($(filter-out PYTHON=%,$(MAKEOVERRIDES)),)
-$(error $(or $(MAKECMDGOALS),help) takes no settings: $(filter-out PYTHON=%,$(MAKEOVERRIDES)))
+ifneq ($(filter-out PYTHON=% TORCH=%,$(MAKEOVERRIDES)),)
+$(error $(or $(MAKECMDGOALS),help) takes no settings: $(filter-out PYTHON=% TORCH=%,$(MAKEOVERRIDES)))
 endif
 endif
 endif
@@ -37,7 +38,7 @@ help: ## list these commands
 	@printf '\nSettings follow as words: make demo num_epochs=5 model.hidden=256\n'
 	@printf 'All of them, with meaning, default and unit: make server ARGS=--help\n'
 
-setup: $(READY) ## make .venv with all that is needed (PYTHON=python3.12 chooses the Python)
+setup: $(READY) ## make .venv with all that is needed (PYTHON=python3.12; TORCH=cpu or cuda)
 
 demo: $(READY) ## train on real digits: a server and two workers, all on this machine
 	@$(RUN) paramserver.launch demo $(ARGS)
@@ -54,28 +55,28 @@ worker: $(READY) ## start a worker: make worker ID=2; elsewhere with JOIN= as th
 keys: $(READY) ## print the join token of a server at host_ip (ROTATE=1: new keys before)
 	@$(RUN) paramserver.keys $(if $(call typed,ROTATE),rotate) $(ARGS)
 
-up: $(READY) ## start a run on the machines in conf/cluster.yaml, or HOSTS=mini1,mini2 (DRY=1: print)
+up: $(LIGHT) ## start a run on the machines in conf/cluster.yaml, or HOSTS=mini1,mini2 (DRY=1: print)
 	@$(RUN) paramserver.launch up $(if $(call typed,DRY),--dry) $(HOSTS_WORD) $(SCRIPT_WORDS)
 
-doctor: $(READY) ## look at each machine and measure every path between them (ARGS=--json)
+doctor: $(LIGHT) ## look at each machine and measure every path between them (ARGS=--json)
 	@$(RUN) paramserver.launch doctor $(HOSTS_WORD) $(ARGS)
 
 plan: $(READY) ## predict the speed with each set of machines, codec and local_steps (ARGS=--json)
 	@$(RUN) paramserver.launch plan $(HOSTS_WORD) $(ARGS)
 
-status: $(READY) ## how it stands on each machine
+status: $(LIGHT) ## how it stands on each machine
 	@$(RUN) paramserver.launch status $(HOSTS_WORD) $(ARGS)
 
-logs: $(READY) ## what each machine said last (HOST=mini2: that one only)
+logs: $(LIGHT) ## what each machine said last (HOST=mini2: that one only)
 	@$(RUN) paramserver.launch logs $(HOST_OPTION) $(HOSTS_WORD) $(ARGS)
 
-attach: $(READY) ## watch the run again (HOST=mini2: the lines of that machine)
+attach: $(LIGHT) ## watch the run again (HOST=mini2: the lines of that machine)
 	@$(RUN) paramserver.launch attach $(HOST_OPTION) $(HOSTS_WORD) $(ARGS)
 
-fetch: $(READY) ## copy the run's summary, curves, model and last checkpoint here, into runs/
+fetch: $(LIGHT) ## copy the run's summary, curves, model and last checkpoint here, into runs/
 	@$(RUN) paramserver.launch fetch $(HOSTS_WORD) $(ARGS)
 
-down: $(READY) ## end the run, in order, on every machine
+down: $(LIGHT) ## end the run, in order, on every machine
 	@$(RUN) paramserver.launch down $(HOSTS_WORD) $(ARGS)
 
 test: $(READY) ## run the tests (ARGS='-k wire -x' goes on to pytest)
@@ -150,7 +151,7 @@ import os, re, shlex, sys
 goal, *arguments = sys.argv[1:]
 makefile = open("Makefile").read()
 recipe = makefile.partition(f"\n{goal}:")[2].partition("\n\n")[0]
-read, known = [{"ARGS", "PYTHON", *re.findall("[A-Z]+", text)} for text in (recipe, makefile)]
+read, known = [{"ARGS", "PYTHON", "TORCH", *re.findall("[A-Z]+", text)} for text in (recipe, makefile)]
 inner = os.environ.get("MAKELEVEL", "1") != "1"
 words = shlex.shlex(os.environ.pop("OVERRIDES"), posix=True)
 words.whitespace, words.quotes, words.commenters, words.whitespace_split = " ", "", "", True
@@ -177,10 +178,16 @@ RUN = exec $(VENV_PYTHON) -S -c "$$PASS_ON" $@
 
 
 # How .venv is made: with a Python that fits, then by uv, from the PATH or put into .venv. A try that
-# was cut off leaves .venv/.unfinished, and the next one starts afresh.
+# was cut off leaves .venv/.unfinished, and the next one starts afresh. What only looks at other machines
+# needs neither PyTorch nor the rest that is large: .venv/.light stands for an environment without.
 
 $(READY): pyproject.toml constraints.txt
-	@sh -euc "$$SET_UP"
+	@WANTED=all sh -euc "$$SET_UP"
+
+$(LIGHT): pyproject.toml constraints.txt
+	@WANTED=light sh -euc "$$SET_UP"
+
+NEEDED_TO_LOOK := filelock msgspec omegaconf psutil pyyaml pyzmq rich zeroconf
 
 define SET_UP
 fits() { "$$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))'; }
@@ -200,7 +207,18 @@ until ln -s $$$$ .setup.lock 2> /dev/null; do
 done
 trap 'rm -f .setup.lock' EXIT
 trap 'exit 130' HUP INT TERM
-test ! $(READY) -nt pyproject.toml || test ! $(READY) -nt constraints.txt || exit 0
+fresh() { test "$$1" -nt pyproject.toml && test "$$1" -nt constraints.txt; }
+if fresh $(READY); then touch $(LIGHT); exit 0; fi
+if test "$$WANTED" = light && fresh $(LIGHT); then exit 0; fi
+
+# Which PyTorch: the one for CUDA takes 4 GB more, for nothing where there is no NVIDIA GPU.
+nvidia() { have nvidia-smi -L || test -e /dev/nvidia0 || test -e /proc/driver/nvidia/version; }
+torch='$(call typed,TORCH)'
+case $$torch in
+    cpu | cuda) ;;
+    '') if nvidia; then torch=cuda; else torch=cpu; fi ;;
+    *) fail "TORCH=$$torch: it is cpu or cuda" ;;
+esac
 
 if test -e .venv/.unfinished || ! have fits $(VENV_PYTHON); then
     if test -n "$${PYTHON:-}"; then set -- "$$PYTHON"; else set -- python3 python3.13 python3.12 python3.11; fi
@@ -241,9 +259,54 @@ if ! have uv --version; then
     fi
     "$$@" install --quiet --disable-pip-version-check --constraint constraints.txt uv
 fi
-"$$uv" pip install --python $(VENV_PYTHON) --compile-bytecode --build-constraint constraints.txt \
-    --constraint constraints.txt --editable '.[dev]'
+pins=constraints.txt
+binary=
+install() {
+    "$$uv" pip install --python $(VENV_PYTHON) --build-constraint constraints.txt --constraint "$$pins" \
+        $$binary "$$@"
+}
+if test "$$WANTED" = light; then
+    install $(NEEDED_TO_LOOK)
+    install --no-deps --editable .
+    rm .venv/.unfinished
+    touch $(LIGHT)
+    exit 0
+fi
+if test "$$(uname -s)" = Darwin; then
+    torch=usual
+    test "$$($(VENV_PYTHON) -c 'import platform; print(platform.machine())')" = arm64 ||
+        fail 'PyTorch 2.2 was the last one for Intel processors of Macs; 2.6 or newer is needed' \
+            '  on Apple silicon choose an arm64 Python: make setup PYTHON=/path/to/python3.12'
+    mac=$$(sw_vers -productVersion | cut -d . -f 1)
+    test "$$mac" -ge 12 || fail "macOS 12 or newer is needed, this is $$mac"
+    if test "$$mac" -lt 14; then
+        echo "the newest PyTorch needs macOS 14, this is $$mac: installing an older one"
+        pins=.venv/constraints.txt
+        grep -v '^torch\|^wandb\|^setuptools' constraints.txt > "$$pins"
+        binary='--only-binary torch --only-binary torchvision --only-binary wandb'
+    fi
+elif ! have $(VENV_PYTHON) -c 'import importlib.metadata as m; m.version("torch")'; then
+    if test "$$torch" = cpu; then
+        echo 'installing PyTorch for the CPU, up to 2 GB in .venv (TORCH=cuda: for NVIDIA GPUs, 6 GB)'
+        install --torch-backend cpu torch torchvision || {
+            echo 'the index of builds for the CPU cannot be used; the usual build runs there, too'
+            torch=cuda
+        }
+    fi
+    if test "$$torch" = cuda; then
+        echo 'installing PyTorch with CUDA, 6 GB in .venv'
+        room=$$(df -Pk .venv | awk 'NR == 2 { print $$4 }')
+        test "$$room" -ge 6500000 ||
+            fail "only $$((room / 1000000)) GB are free in $$PWD" '  make room, and try again'
+    fi
+fi
+install --editable '.[dev]'
+# To byte code goes what our programs import, not all that is installed; also where the environment
+# says that Python writes none, or each start would take the time.
+export PYTHONDONTWRITEBYTECODE=
+have $(VENV_PYTHON) -c 'import paramserver.server.program, workers.builtin.train, workers.observer.observer' ||
+    echo 'PyTorch does not load here: $(VENV_PYTHON) -c "import torch" says why'
 rm .venv/.unfinished
-touch $(READY)
+touch $(READY) $(LIGHT)
 endef
 export SET_UP

@@ -210,7 +210,9 @@ GOOD = Checked("Linux", 1e9, ("3.11.2",), frozenset({"make", "rsync"}), 20 * 2**
         ("python 3.14.0\nhas uv\n", None),
         ("system Darwin\nhas rsync\npython 3.12.1", ["make is missing", "xcode-select --install"]),
         ("system Linux\npython 3.12.1\nhas make", ["rsync is missing", "apt install rsync"]),
-        ("python 3.12.1\nhas make\nhas rsync\nroom 1048576", ["1.0 GiB are free, 8.0 GiB"]),
+        ("python 3.12.1\nhas make\nhas rsync\nroom 1048576", ["1.0 GiB are free, 3.0 GiB"]),
+        ("python 3.12.1\nhas make\nhas rsync\nhas nvidia\nroom 4194304", ["4.0 GiB are free, 8.0"]),
+        ("python 3.12.1\nhas make\nhas rsync\nroom 4194304", None),
         ("python 3.12.1\nhas make\nhas rsync\nroom 1048576\nhas environment", None),
         ("unwritable mkdir: Permission denied", ["cannot write into paramserver: mkdir: Perm"]),
         ("foreign thesis.tex", ["paramserver/code holds something else (thesis.tex)"]),
@@ -227,6 +229,15 @@ def test_what_a_check_says_is_wrong(answer: str, said: list[str] | None) -> None
 
 def test_a_good_machine_has_no_trouble() -> None:
     assert troubles(MINI, GOOD) == []
+
+
+def test_a_machine_that_computes_on_its_cpu_needs_no_room_for_cuda() -> None:
+    host = Host("a", "a", device="cpu")
+    assert "exec make setup TORCH=cpu 2>&1" in inner(commands.environment(host))
+    assert "TORCH" not in inner(commands.environment(Host("a", "a", device="cuda:1")))
+    found = Checked("Linux", 1e9, ("3.11.2",), GOOD.has | {"nvidia"}, 4 * 2**20)
+    assert troubles(host, found) == []
+    assert "PyTorch with CUDA is large" in str(*troubles(MINI, found))
 
 
 def test_a_python_that_was_asked_for_must_fit() -> None:

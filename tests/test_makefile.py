@@ -9,7 +9,9 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -188,6 +190,105 @@ def test_an_unfit_python_is_named(clone: Path) -> None:
     assert ran.returncode == 2
     assert f"3.13 is needed; found: {old} (3.9.6)\n" in ran.stderr
     assert not (clone / ".setup.lock").is_symlink()
+
+
+UV = """#!/bin/sh
+test "$1" = --version && exit
+echo "$@" >> uv.txt
+case "$*" in *--torch-backend*) test -z "$UNREACHED";; esac
+"""
+
+
+@pytest.fixture
+def installing(clone: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[str, str]]:
+    """Runs make in a clone without an environment's packages; returns what it said, and what uv was
+    asked for. The machine has no NVIDIA GPU, unless a test puts an `nvidia-smi` there."""
+    (clone / ".venv/.ready").unlink()
+    folder = clone / "tools"
+    folder.mkdir()
+    tools = {"uv": UV, "df": "#!/bin/sh\necho head\necho / 1 1 ${ROOM:-9000000}\n"}
+    # torch is installed where these tests run
+    tools["python"] = f'#!/bin/sh\ncase "$*" in *m.version*) exit 1;; esac\n{sys.executable} "$@"\n'
+    for name, text in tools.items():
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    (clone / ".venv/bin/python").unlink()
+    (clone / ".venv/bin/python").symlink_to(folder / "python")
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+
+    def ran(*words: str, code: int = 0, **environment: str) -> tuple[str, str]:
+        done = subprocess.run(
+            ["make", *words],
+            cwd=clone,
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, **environment},
+        )
+        assert done.returncode == code, done.stderr
+        asked = (clone / "uv.txt").read_text() if (clone / "uv.txt").exists() else ""
+        return done.stdout + done.stderr, asked
+
+    return ran
+
+
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="Linux has two builds of PyTorch")
+no_gpu = pytest.mark.skipif(Path("/dev/nvidia0").exists(), reason="there is an NVIDIA GPU")
+
+
+@on_linux
+@no_gpu
+def test_a_machine_without_a_gpu_gets_the_build_for_the_cpu(installing: Any) -> None:
+    said, asked = installing("setup")
+    assert "PyTorch for the CPU, up to 2 GB" in said and "CUDA, 6" not in said
+    first, second = asked.splitlines()
+    assert first.endswith("--torch-backend cpu torch torchvision")
+    assert second.endswith("--editable .[dev]") and "backend" not in second
+    assert "--compile-bytecode" not in asked
+
+
+@on_linux
+@no_gpu
+def test_where_its_index_is_not_reached_the_usual_build_comes_and_its_size_is_said(
+    installing: Any,
+) -> None:
+    said, asked = installing("setup", UNREACHED="1")
+    assert "cannot be used" in said and "PyTorch with CUDA, 6 GB" in said
+    assert len(asked.splitlines()) == 2
+
+
+@on_linux
+def test_there_must_be_room_for_cuda(installing: Any) -> None:
+    said, asked = installing("setup", "TORCH=cuda", code=2, ROOM="3000000")
+    assert "only 3 GB are free" in said and asked == ""
+
+
+@on_linux
+def test_a_gpu_gets_the_build_with_cuda(installing: Any, clone: Path) -> None:
+    (clone / "tools/nvidia-smi").write_text("#!/bin/sh\n")
+    (clone / "tools/nvidia-smi").chmod(0o755)
+    said, asked = installing("setup")
+    assert "PyTorch with CUDA, 6 GB" in said and "backend" not in asked
+    assert len(asked.splitlines()) == 1
+
+
+@on_linux
+def test_either_build_can_be_chosen_but_not_by_chance(installing: Any) -> None:
+    said, asked = installing("setup", "TORCH=tpu", code=2)
+    assert "TORCH=tpu: it is cpu or cuda" in said and asked == ""
+    said, asked = installing("setup", "TORCH=cpu", TORCH="tpu")
+    assert "for the CPU" in said and "--torch-backend cpu" in asked
+
+
+def test_a_look_at_other_machines_installs_nothing_heavy(installing: Any, clone: Path) -> None:
+    said, asked = installing("status")
+    assert "torch" not in said + asked and "--no-deps --editable ." in asked
+    assert (clone / ".venv/.light").exists() and not (clone / ".venv/.ready").exists()
+    installing("doctor")
+    installing("server")
+    _, all_asked = installing("status")
+    rest = all_asked.removeprefix(asked)
+    assert rest.splitlines()[-1].endswith("--editable .[dev]") and "no-deps" not in rest
 
 
 def test_help_names_every_command(clone: Path) -> None:

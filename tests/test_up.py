@@ -157,7 +157,7 @@ def test_all_that_is_wrong_is_told_at_once(cluster: Cluster) -> None:
         "stranger: its host key is not the one that is known here",
         "unknown: its host key is not known here yet",
         "bare: there is no Python 3.11, 3.12 or 3.13",
-        "full: 0.0 GiB are free, 8.0 GiB are needed",
+        "full: 0.0 GiB are free, 3.0 GiB are needed",
     ):
         assert words in said
     assert "mini1" not in said and "mini2:" not in said

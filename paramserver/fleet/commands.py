@@ -43,7 +43,7 @@ SERVER_PATIENCE_S = 120  # an orderly end takes the observer's last evaluation a
 WORKER_PATIENCE_S = 15
 PATH = '"$PATH:$HOME/.local/bin:/opt/homebrew/bin:/usr/local/bin"'
 PYTHONS = ("python3", "python3.13", "python3.12", "python3.11")
-ROOM_KB = {"Darwin": 4 * 2**20, "Linux": 8 * 2**20}  # for an environment that has to be made
+ROOM_KB, ROOM_CUDA_KB = 3 * 2**20, 8 * 2**20  # for an environment that has to be made
 ROOM_LEFT_KB = 2**19  # for a run
 LEFT_OUT = (
     ".git", ".venv", ".setup.lock", "__pycache__", "*.pyc", ".*_cache", ".hypothesis",
@@ -124,6 +124,7 @@ done
 for tool in make rsync uv; do
     if "$tool" --version > /dev/null 2>&1; then echo "has $tool"; fi
 done
+if nvidia-smi -L > /dev/null 2>&1 || test -e /dev/nvidia0; then echo "has nvidia"; fi
 if ! told=$(mkdir -p {place(host, "code")} 2>&1); then echo "unwritable $told"; exit; fi
 test -w {place(host, "code")} || echo "unwritable it belongs to somebody else"
 echo "room $(df -Pk {place(host)} | awk 'NR == 2 {{ print $4 }}')"
@@ -218,11 +219,12 @@ def troubles(host: Host, found: Checked) -> list[Trouble]:
             "it would be overwritten: folder: chooses another place",
         )
     ready = "environment" in found.has
-    need = ROOM_LEFT_KB if ready else ROOM_KB.get(found.system, ROOM_KB["Linux"])
+    cuda = "nvidia" in found.has and host.device != "cpu"
+    need = ROOM_LEFT_KB if ready else ROOM_CUDA_KB if cuda else ROOM_KB
     if found.room_kb is not None and found.room_kb < need:
         tell(
             f"{found.room_kb / 2**20:.1f} GiB are free, {need / 2**20:.1f} GiB are needed"
-            + ("" if ready else " (PyTorch is large)"),
+            + ("" if ready else f" (PyTorch{' with CUDA' if cuda else ''} is large)"),
             "make room, or choose another place with folder:",
         )
     return told
@@ -345,8 +347,9 @@ def copy_results(host: Host, folder: str, target: str, checkpoint: str) -> Comma
 
 def environment(host: Host) -> Command:
     """Makes or updates .venv there; quick if there is nothing to do."""
-    python = f" PYTHON={shlex.quote(host.python)}" if host.python else ""
-    return shell(host, f"cd {place(host, 'code')} && exec make setup{python} 2>&1", limit_s=SETUP_S)
+    words = f" PYTHON={shlex.quote(host.python)}" if host.python else ""
+    words += " TORCH=cpu" if host.device == "cpu" else ""  # else by whether there is a GPU
+    return shell(host, f"cd {place(host, 'code')} && exec make setup{words} 2>&1", limit_s=SETUP_S)
 
 
 def python(host: Host, module: str, *words: str, without: str = "", **keywords: Any) -> Command:
