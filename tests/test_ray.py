@@ -47,7 +47,7 @@ def test_without_ray_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UserError) as caught:
         _engine()
-    assert "pip install 'paramserver[ray]'" in caught.value.hint
+    assert "pip install 'ray>=2.40'" in caught.value.hint
 
 
 # ------------------------------------------------------------------------------------- a real Ray
@@ -56,7 +56,7 @@ def test_without_ray_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
     """Two nodes, each as big as a small machine."""
-    pytest.importorskip("ray", reason="Ray is not installed: pip install 'paramserver[ray]'")
+    pytest.importorskip("ray", reason="Ray is not installed: pip install 'ray>=2.40'")
     from ray.cluster_utils import Cluster
 
     node = {"num_cpus": 1, "object_store_memory": 80 * 2**20}

@@ -141,9 +141,7 @@ def _engine() -> Any:
     try:
         import ray as engine
     except ImportError as missing:
-        raise UserError(
-            f"Ray cannot be imported: {missing}", "pip install 'paramserver[ray]'"
-        ) from None
+        raise UserError(f"Ray cannot be imported: {missing}", "pip install 'ray>=2.40'") from None
     return engine
 
 

@@ -94,7 +94,7 @@ def open_logbooks(
         if importlib.util.find_spec("tensorboard") is None:
             raise UserError(
                 "tensorboard=true, but TensorBoard is not installed",
-                "install it with: pip install 'paramserver[tensorboard]'",
+                "install it with: pip install 'tensorboard>=2.18'",
             )
         books.append(Background("TensorBoard", lambda news: _TensorBoard(folder), problem=problem))
     return Several(books)
