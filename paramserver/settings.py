@@ -334,6 +334,24 @@ class Settings:
     resume: str | None = setting(
         None, "latest, a run folder or a checkpoint to go on from", scope="server"
     )
+    page: bool = setting(
+        True,
+        "show the run in a browser, at the address that the server prints; see docs/runs.md",
+        scope="server",
+    )
+    page_port: int = setting(
+        65480,
+        "TCP port of the page; the next free one if it is taken",
+        between(1, 65535),
+        scope="server",
+    )
+    page_ip: str | None = setting(
+        None,
+        "addresses of this machine, separated by commas, that show the page beside loopback, to "
+        "holders of the watch token; null = loopback only",
+        ADDRESS,
+        scope="server",
+    )
     observer: bool = setting(
         True,
         "start the observer beside the server; without it nobody evaluates, saves or logs",

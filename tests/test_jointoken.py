@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from paramserver.errors import UserError
-from paramserver.net.jointoken import JoinToken, decode, encode, looks_like_one
+from paramserver.net.jointoken import JoinToken, decode, encode, hidden, looks_like_one
 
 KEYS = st.binary(min_size=32, max_size=32)
 HOSTS = st.from_regex(r"[a-z0-9][a-z0-9.:-]{0,60}", fullmatch=True)
@@ -81,6 +81,15 @@ def test_errors_do_not_repeat_the_secret() -> None:
         assert changed[10:40] not in str(raised.value)
     assert str(list(TOKEN.client_secret)[5]) not in repr(TOKEN)
     assert "client_secret" not in repr(TOKEN)
+
+
+@pytest.mark.parametrize("word", [WORD, WORD.upper(), "pw" + WORD[2:]])
+def test_a_token_in_a_line_of_the_log_is_hidden(word: str) -> None:
+    """Those who watch a run, and whoever gets its report, see the server's log."""
+    for line in (f"make worker ID=2 JOIN={word}", f"http://10.0.0.1:1/#{word}", f"({word}), 'x'"):
+        assert word[2:20] not in hidden(line)
+        assert hidden(line) == line.replace(word, f"{word[:2]}…")
+    assert hidden("psychology, a pst, ps and pwd stay") == "psychology, a pst, ps and pwd stay"
 
 
 def test_a_token_of_another_version_says_so() -> None:

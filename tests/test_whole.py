@@ -183,7 +183,8 @@ def test_the_run_folder_holds_what_is_promised(ordinary: Ordinary) -> None:
     run, seen = ordinary
     folder = run.runs[-1]
     names = {"config.yaml", "metrics.jsonl", "summary.json", "curves.png", "model.safetensors"}
-    assert names | {"checkpoints", "observer.log"} <= {path.name for path in folder.iterdir()}
+    names |= {"checkpoints", "observer.log", "report.html"}
+    assert names <= {path.name for path in folder.iterdir()}
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     evaluated = [line["step"] for line in lines if "val_loss" in line]
     assert evaluated == [100, 200, STEPS], seen["server"]

@@ -36,6 +36,7 @@ VERSION = 1
 KEY_BYTES = 32
 SUM_BYTES = 4
 _HEAD = struct.Struct("!BBH")
+_IN_TEXT = re.compile(r"\b(p[sw])[a-z2-7]{40,}", re.IGNORECASE)
 _HINT = (
     f"copy the whole line that `{typed('server')}` or `{typed('keys')}` prints on the machine of "
     "the server"
@@ -112,6 +113,11 @@ def fingerprint(server_key: bytes) -> str:
 def looks_like_one(text: str) -> bool:
     """Is this meant to be a token, rather than the name of a file?"""
     return re.fullmatch(r"p[sw][a-z2-7]{8,}", text.strip().lower()) is not None
+
+
+def hidden(text: str) -> str:
+    """`text` for those who may not have the tokens in it."""
+    return _IN_TEXT.sub(r"\1…", text)
 
 
 def _bytes(word: str) -> bytes:

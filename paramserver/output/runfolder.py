@@ -7,6 +7,7 @@
         metrics.jsonl      one line per step and per evaluation, see `StepLine` and `EvalLine`
         summary.json the run's results, at its end
         curves.png         the same as a picture
+        report.html        the same as a page for the browser, in one file
         model.safetensors  the final weights
         checkpoints/       step-00000500.safetensors, ...
         observer.log       the observer's output
@@ -140,6 +141,7 @@ class RunFolder:
         self.metrics = path / "metrics.jsonl"
         self.summary = path / "summary.json"
         self.curves = path / "curves.png"
+        self.report = path / "report.html"
         self.model = path / "model.safetensors"
         self.checkpoints = path / "checkpoints"
         self.observer_log = path / "observer.log"

@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 
 from paramserver.config.schema import flatten, shown
+from paramserver.net import jointoken
 from paramserver.protocol import messages as wire
 from paramserver.rounds import states
 from paramserver.rounds.coordinator import Rounds
@@ -58,11 +59,12 @@ RATE_S = 3.0  # over which rates are means
 GONE_S = 300.0  # for which those that left stay in the list
 GONE_MAX = 64
 ADDRESSES_MAX = 4096
+LINES_KEPT = 1000
 SILENT_S = 3.0
 LATE_S = 0.5  # after the quorum: who has pushed nothing by then is called late
 UNSEEN = {
     "host_ip", "hosts", "port", "join", "id", "allow", "run_dir", "plain", "resume", "wandb",
-    "dataset.root",
+    "dataset.root", "page", "page_port", "page_ip",
 }  # fmt: skip
 """Settings that say nothing about the training: secrets, addresses, paths and accounts."""
 
@@ -146,7 +148,8 @@ class Overview:
         self._changed = changed_settings(settings)
         self._curve = Curve(LOSSES_MAX - 1)
         self._evaluations: list[Evaluation] = []
-        self._lines: deque[LogLine] = deque(maxlen=LINES_MAX)
+        self.lines: deque[LogLine] = deque(maxlen=LINES_KEPT)
+        """The newest of the log, for the report; a status has fewer."""
         self._warnings: deque[LogLine] = deque(maxlen=WARNINGS_MAX)
         self._events: deque[Event] = deque(maxlen=EVENTS_MAX)
         self._gone: dict[int, tuple[Machine, float]] = {}  # workers by id, and since when
@@ -172,8 +175,8 @@ class Overview:
             self._evaluations[:half] = self._evaluations[:half:2]
 
     def said(self, text: str, at: float, *, warning: bool = False) -> None:
-        line = LogLine(at=at, text=text, warning=warning)
-        self._lines.append(line)
+        line = LogLine(at=at, text=jointoken.hidden(text), warning=warning)
+        self.lines.append(line)
         if warning:
             self._warnings.append(line)
 
@@ -254,7 +257,7 @@ class Overview:
             samples=_samples(ledger, rounds),
             events=tuple(self._events),
             warnings=tuple(self._warnings),
-            lines=tuple(self._lines),
+            lines=tuple(self.lines)[-LINES_MAX:],
             settings=self._changed,
             diagnosis=diagnose(here, links, told),
         )

@@ -25,14 +25,16 @@ from paramserver.config.loading import from_wire, save, to_wire
 from paramserver.errors import UserError
 from paramserver.fleet import plan_watch
 from paramserver.fleet.supervisor import MARK
-from paramserver.keys import load_or_make
+from paramserver.keys import Keys, load_or_make
 from paramserver.keys import path as keys_path
 from paramserver.net import link_watch, machine
-from paramserver.net.address import listen
+from paramserver.net.address import LOOPBACK, listen
 from paramserver.net.interfaces import SPOKEN
 from paramserver.net.mdns import Announcement
 from paramserver.output import metrics, runfolder, stored
 from paramserver.output.runfolder import Record, RunFolder, Unended
+from paramserver.page import report
+from paramserver.page.process import Page, opened
 from paramserver.protocol import messages as wire
 from paramserver.rounds import local_steps
 from paramserver.server.control import Control
@@ -104,6 +106,15 @@ def serve(settings: Settings) -> int:
     trace.begin("server")
     malloc.keep_freed()
     allow_connections()
+    page = opened(settings)
+    try:
+        return _serve_at(settings, page)
+    finally:
+        page.close()
+
+
+def _serve_at(settings: Settings, page: Page) -> int:
+    """`serve`, with a page that listens."""
     host_ip, chosen = machine.settle(settings)
     hosts, guarded = listen(host_ip, settings.security)
     linked = not all(map(is_loopback, (*hosts, *guarded)))
@@ -135,13 +146,13 @@ def serve(settings: Settings) -> int:
             record = msgspec.structs.replace(
                 before.record, host=here.host, host_ip=here.host_ip, machine=here.machine
             )
-            code = _serve(as_it_is, at, before.folder, record, recovering=True)
+            code = _serve(as_it_is, at, before.folder, record, page, recovering=True)
             if code is not None:
                 return code
         before.folder.close()
     folder = RunFolder.create(parent, datetime.now())
     record = msgspec.structs.replace(here, number=folder.number)
-    code = _serve(settings, at, folder, record, resume=resume, said=said)
+    code = _serve(settings, at, folder, record, page, resume=resume, said=said)
     assert code is not None
     return code
 
@@ -182,6 +193,7 @@ def _serve(
     at: Listening,
     folder: RunFolder,
     record: Record,
+    page: Page,
     *,
     resume: Path | None = None,
     recovering: bool = False,
@@ -244,6 +256,7 @@ def _serve(
                 f"security=none: whoever reaches {', '.join(exposed)} can read the model and "
                 "spoil the training"
             )
+        _show_page(page, show, settings, keys)
         if recovering:
             show.say(
                 "this run has not ended: waiting for its replicas to come back "
@@ -286,9 +299,31 @@ def _serve(
     last = server.rounds.optimizer_steps
     missing = missing_results(show, last) if settings.observer and server.rounds.log_begun else []
     whole = _write_results(server.control, show, end, missing)
+    page.last(show.status_json(server.control, time.monotonic()))
     if end.error:
         return 1
     return 0 if whole else MISSING
+
+
+def _show_page(page: Page, show: Show, settings: Settings, keys: Keys | None) -> None:
+    """Say where the page is, and start its process when somebody looks."""
+    if page.problem:
+        show.say(page.problem, warning=True)
+    if not page.sockets:
+        return
+    port, guarded = settings.port_of_watchers, page.guarded
+    if guarded and keys is None:
+        keys, _ = load_or_make()
+    page.serve(show.folder.path, port, None if keys is None else keys.watch_secret)
+    show.page = page
+    show.say(f"page: {page.address(LOOPBACK)}")
+    for host in guarded:
+        assert keys is not None
+        if MARK in os.environ:  # a log is a file
+            token = typed("keys", f"host_ip={host}")
+            show.say(f"page elsewhere: {page.address(host)}, with the watch token of: {token}")
+        else:
+            show.say(f"page elsewhere: {page.address(host)}/#{keys.watch_token(host, port)}")
 
 
 def _kind_of_link(kinds: Mapping[str, str], address: str) -> str:
@@ -358,6 +393,9 @@ def _write_results(control: Control, show: Show, end: wire.End, missing: list[st
 
         title = f"run {folder.path.name}"
         show.tell(curves.draw(folder.metrics, folder.curves, title))
+        status = show.status(control, time.monotonic())
+        said, found = list(show.overview.lines), show.diagnosis
+        show.tell(report.write(folder.report, status, folder.metrics, said, found))
     summary = summarize(control, show, end)
     if problem is None and len(show.problems.all()) > told:
         folder.write_summary(summary)  # where this fails the first one stays

@@ -20,6 +20,7 @@ from paramserver.output import metrics
 from paramserver.output.display import Display
 from paramserver.output.problems import Problems
 from paramserver.output.runfolder import EvalLine, RunFolder, StepLine
+from paramserver.page.process import Page
 from paramserver.protocol import messages as wire
 from paramserver.rounds.ledger import optimizer_steps
 from paramserver.rounds.round import Tally
@@ -27,7 +28,7 @@ from paramserver.server.control import Control
 from paramserver.server.observer_process import ObserverProcess
 from paramserver.server.overview import Overview, Totals
 from paramserver.settings import Settings
-from paramserver.status.value import EventKind, Status, to_json
+from paramserver.status.value import Cause, Diagnosis, EventKind, Status, to_json
 
 log = logging.getLogger("paramserver")
 LOSSES_KEPT = 100
@@ -81,6 +82,8 @@ class Show:
         self._step: int | None = None  # of the last close
         self.observer: ObserverProcess | None = None
         self.announcement: Announcement | None = None
+        self.page: Page | None = None
+        self.diagnosis: Diagnosis | None = None  # of the newest minute of training
 
     def _take_up(self, before: float = math.inf) -> None:
         """Continue from the run's folder, with its steps before `before`."""
@@ -178,6 +181,8 @@ class Show:
             self.observer.look(control)
         if self.announcement is not None:
             self.tell(self.announcement.problem())
+        if self.page is not None:
+            self.page.look(now)
         if self.display.due(now):
             status = self.status(control, now)
             self.display.update(status, now)
@@ -237,6 +242,8 @@ class Show:
                 control.rounds, totals, control.traffic, self._vitals, self._late, now, time.time()
             )
             self._status = now, made
+            if made.diagnosis.cause not in (Cause.UNKNOWN, Cause.NOT_TRAINING):
+                self.diagnosis = made.diagnosis
         return self._status[1]
 
     def status_json(self, control: Control, now: float) -> bytes:
