@@ -272,9 +272,11 @@ class Client(Process):
         while self.world.now < deadline:
             self._probe()
             until = self.world.now + PROBE_EVERY_S
-            while self.world.now < until and seen != AT_BOTH:
+            while seen != AT_BOTH:
                 kind = "sub" if self.inbox["sub"] else "link"
                 if not self.inbox[kind]:
+                    if self.world.now >= until:  # what has come is read first, however late it is
+                        break
                     yield until, AT_BOTH
                     continue
                 heard_at = self.world.now
