@@ -4,7 +4,7 @@
 # upper-case ones (ID, NAME, ARGS, PYTHON) are read here.
 
 .DEFAULT_GOAL := help
-COMMANDS := help setup demo example server worker keys up doctor plan status logs attach fetch down test test-long check bench profile simulate chaos soak fuzz format docs constraints clean
+COMMANDS := help setup demo example server worker watch runs keys up doctor plan status logs attach fetch down test test-long check bench profile simulate chaos soak fuzz format docs constraints clean
 .PHONY: $(COMMANDS)
 
 VENV_PYTHON := .venv/bin/python
@@ -51,6 +51,12 @@ server: $(READY) ## start a server and its observer
 
 worker: $(READY) ## start a worker: make worker ID=2; elsewhere with JOIN= as the server prints it
 	@$(RUN) workers $(if $(call typed,ID),id=$(ID)) $(ARGS)
+
+watch: $(READY) ## watch a run, here or, with JOIN= as make keys prints it, on another machine
+	@$(RUN) paramserver.watch $(ARGS)
+
+runs: $(READY) ## a table of the runs in run_dir: when, model, steps, accuracy, speed, how it ended
+	@$(RUN) paramserver.runs $(ARGS)
 
 keys: $(READY) ## print the join token of a server at host_ip (ROTATE=1: new keys before)
 	@$(RUN) paramserver.keys $(if $(call typed,ROTATE),rotate) $(ARGS)

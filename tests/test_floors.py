@@ -33,7 +33,7 @@ ROOMS = [
     "paramserver.net",
     "paramserver.config",
     "paramserver.output",
-    "paramserver.keys",
+    "paramserver.keys paramserver.runs",
     "paramserver.fleet",
     "paramserver.watch",
     "paramserver.page",

@@ -32,6 +32,7 @@ def clone(tmp_path: Path) -> Path:
     """A clone that is set up, with programs that only print their arguments."""
     folder = tmp_path / "clone"
     programs = ("paramserver/__main__", "paramserver/launch", "paramserver/keys")
+    programs = (*programs, "paramserver/watch", "paramserver/runs")
     for program in (*programs, "workers/__main__", "pytest"):
         path = folder / f"{program}.py"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -62,6 +63,8 @@ def make(clone: Path, *words: str) -> list[str]:
         ("worker id=3", "id=3"),
         ("worker ID=2 JOIN=psabc", "id=2"),
         ("keys host_ip=10.10.0.1 ROTATE=1", "rotate host_ip=10.10.0.1"),
+        ("watch JOIN=pwabc port=7", "port=7"),
+        ("runs run_dir=old", "run_dir=old"),
         ("demo num_epochs=5", "demo num_epochs=5"),
         ("server seed=1 PYTHON=python9 ARGS=--help", "--help seed=1"),
         (

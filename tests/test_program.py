@@ -20,7 +20,7 @@ from paramserver.program import command, exit_on_user_error
 from paramserver.settings import Settings
 
 CLONE = Path(__file__).resolve().parent.parent
-COMMANDS = ("server", "worker", "keys", "launch", *help.LAUNCHED)
+COMMANDS = ("server", "worker", "keys", "watch", "runs", "launch", *help.LAUNCHED)
 
 
 def python(
@@ -97,6 +97,8 @@ def test_what_follows_two_dashes_is_not_ours(capsys: pytest.CaptureFixture[str])
         ("workers --version", 0, "paramserver "),
         ("workers id=1 prot=3", 2, "did you mean `port`?"),
         ("paramserver.keys --help", 0, "usage: python -m paramserver.keys "),
+        ("paramserver.watch --help", 0, "usage: python -m paramserver.watch "),
+        ("paramserver.runs --version", 0, "paramserver "),
         ("paramserver.launch --help", 0, "commands:"),
         ("paramserver.launch --version", 0, "paramserver "),
         ("paramserver.launch attach --help", 0, "usage: python -m paramserver.launch attach"),

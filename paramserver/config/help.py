@@ -87,6 +87,24 @@ _PAGES = {
         examples:
           python -m paramserver.keys host_ip=10.10.0.1
           python -m paramserver.keys rotate host_ip=10.10.0.1""",
+    "watch": """\
+        usage: python -m paramserver.watch [host_ip=ADDRESS] [port=N] [watch_port=N]
+               make watch [JOIN=TOKEN]
+
+        Shows a run on the whole terminal while it goes on: progress, what the last minute waited
+        for, where each machine's time went, loss, links and log. q ends the watching and leaves
+        the run as it is. On the server's machine it needs nothing; elsewhere a watch token, which
+        make keys prints there, or a join token, in JOIN= or the environment's PARAMSERVER_JOIN.
+
+        examples:
+          python -m paramserver.watch
+          PARAMSERVER_JOIN=pw... python -m paramserver.watch""",
+    "runs": """\
+        usage: python -m paramserver.runs [run_dir=FOLDER]
+               make runs [run_dir=FOLDER]
+
+        Prints a table of the runs in run_dir, the newest last: when each began, its model, steps,
+        accuracy (or loss) and samples a second, and how it ended.""",
     "launch": """\
         usage: python -m paramserver.launch COMMAND [key=value ...]
                make COMMAND [key=value ...]

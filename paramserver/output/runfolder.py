@@ -414,7 +414,7 @@ def _count(workers: dict[int, tuple[int, int, int]], line: StepLine) -> None:
 
 def latest(parent: Path) -> RunFolder | None:
     """The newest run folder in `parent`; None where there is none."""
-    found = _run_folders(parent)
+    found = run_folders(parent)
     return RunFolder(found[-1]) if found else None
 
 
@@ -440,7 +440,7 @@ def unended(
     hold between them, so there the machine must be the same, too.
     """
     told, near = msgspec.json.decode(_encode(settings)), None
-    for path in reversed(_run_folders(parent)):
+    for path in reversed(run_folders(parent)):
         folder = RunFolder(path)
         record = folder.read_record()
         if record is None:
@@ -494,7 +494,7 @@ def _close(found: Unended | None) -> None:
         found.folder.close()
 
 
-def _run_folders(parent: Path) -> list[Path]:
+def run_folders(parent: Path) -> list[Path]:
     """The run folders in `parent`, oldest first: by their numbers, without one by their names."""
     found = []
     try:
@@ -526,13 +526,13 @@ def _take_number(parent: Path) -> int:
     try:
         fd = os.open(parent / NEWEST_RUN, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     except PermissionError:  # another user's file, in a shared folder
-        return 1 + max([0, *map(_number, _run_folders(parent))])
+        return 1 + max([0, *map(_number, run_folders(parent))])
     try:
         with suppress(OSError):  # a file system without locks
             locks.take(fd, NUMBER_LOCK_S)
         kept = os.pread(fd, 20, 0).strip()
         was = int(kept) if kept.isdigit() else 0
-        number = 1 + max([was, *map(_number, _run_folders(parent))])
+        number = 1 + max([was, *map(_number, run_folders(parent))])
         os.pwrite(fd, f"{number}\n".encode(), 0)  # never shorter than it was
     finally:
         os.close(fd)
@@ -574,7 +574,7 @@ def _older_whole(resume: str, parent: Path, broken: Path) -> str:
     places = [broken.parent]
     if resume == "latest":
         folders = (
-            f / place for f in reversed(_run_folders(parent)) for place in ("checkpoints", "")
+            f / place for f in reversed(run_folders(parent)) for place in ("checkpoints", "")
         )
         places += [place for place in folders if place != broken.parent]
     for place in places:
@@ -585,7 +585,7 @@ def _older_whole(resume: str, parent: Path, broken: Path) -> str:
 
 def _named_checkpoint(resume: str, parent: Path) -> Path:
     if resume == "latest":
-        for folder in reversed(_run_folders(parent)):
+        for folder in reversed(run_folders(parent)):
             if found := _newest_checkpoint(folder):
                 return found
         raise UserError(
