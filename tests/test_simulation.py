@@ -411,13 +411,6 @@ class LooksForNoEnd(Worker):
         pass
 
 
-class EndsWithoutTheRest(Rounds):
-    """A server that was started again ends with those who came back first."""
-
-    def awaits_returning(self, now: float) -> bool:
-        return False
-
-
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("parts", "symptom", "first"),
@@ -462,7 +455,6 @@ class EndsWithoutTheRest(Rounds):
         (Parts(session=KeepsWhatIsLost), "another model than the log", 138),
         (Parts(pushes=WaitsForAverages), "could have gone on|does not end", 40),
         (Parts(worker=LooksForNoEnd), "sent away although", 221),
-        (Parts(rounds=EndsWithoutTheRest), "sent away although", 2692),
         (Parts(search=LooksNowhere), "was lost|could have come back|sent away", 8),
     ],
     ids=lambda value: planted(value) if isinstance(value, Parts) else "",
