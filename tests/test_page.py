@@ -271,7 +271,7 @@ def test_elsewhere_only_the_watch_token_opens_it(tmp_path: Path) -> None:
     pages.write_metrics(tmp_path / pages.RUN / "metrics.jsonl", 10)
     with pages.served(tmp_path, secret=SECRET) as page:
         assert ask(page, "/")[0] == 200, "the page itself says nothing of the run"
-        for path in ("/events", "/curves.json", "/runs.json", "/enter"):
+        for path in ("/events", "/curves.json", "/runs.json", "/trace.json", "/enter"):
             assert ask(page, path)[0] == 401, path
             assert ask(page, f"{path}?token={TOKEN}")[0] == 401, "an address may be in a log"
         assert (
@@ -285,6 +285,14 @@ def test_elsewhere_only_the_watch_token_opens_it(tmp_path: Path) -> None:
         assert ask(page, "/enter", Cookie=kept)[0] == 200
         assert ask(page, "/curves.json", Cookie=kept)[0] == 200
         assert ask(page, "/curves.json", Cookie=kept[:-1] + "x")[0] == 401
+
+
+def test_the_last_minute_as_a_trace(tmp_path: Path) -> None:
+    with pages.served(tmp_path) as page:
+        assert json.loads(ask(page, "/trace.json")[2])["traceEvents"] == []
+        page.board.record(pages.status())
+        events = json.loads(ask(page, "/trace.json")[2])["traceEvents"]
+        assert {e["name"] for e in events if e["ph"] == "X"} >= {"compute", "cable"}
 
 
 def test_earlier_runs(tmp_path: Path) -> None:

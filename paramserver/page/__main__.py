@@ -61,6 +61,7 @@ def feed(board: Board, folder: RunFolder, port: int) -> None:
                 continue
             if status is not None:
                 board.show(to_json(status))
+                board.record(status)
     finally:
         if watching is not None:
             watching.close()

@@ -15,6 +15,8 @@ from typing import Any
 import msgspec
 
 from paramserver.page.curves import Curves, Tail, follow
+from paramserver.status.chrome import Recorder
+from paramserver.status.value import Status
 
 VIEWERS = 24
 _encode = msgspec.json.Encoder().encode
@@ -41,6 +43,7 @@ class Board:
         self._finished = False
         self._pieces = 0
         self._curves = Curves()
+        self._recorder = Recorder()
         self._viewers = 0
         self._end: bytes | None = None
 
@@ -54,6 +57,16 @@ class Board:
             self._status = status
             self._state += 1
             self._news.notify_all()
+
+    def record(self, status: Status) -> None:
+        """Keep its rounds for a trace."""
+        with self._news:
+            self._recorder.add(status)
+
+    def trace(self) -> dict[str, Any]:
+        """The rounds of the last minute, for ui.perfetto.dev."""
+        with self._news:
+            return self._recorder.trace()
 
     def finish(self, status: bytes) -> None:
         """The last state: nothing comes after it."""

@@ -4,6 +4,7 @@
     GET  /events        server-sent events: status, curves, end; a comment every few seconds
     GET  /curves.json   the curves of this run; with ?run=NAME of another one in `run_dir`
     GET  /runs.json     earlier runs
+    GET  /trace.json    the rounds of the last minute, for ui.perfetto.dev
     GET  /enter         may this browser see the run? 200 or 401
     POST /enter         {"token": ...} for a cookie
 
@@ -120,7 +121,7 @@ class Handler(BaseHTTPRequestHandler):
             return
         if name in FILES:
             self._answer(200, TYPES[Path(name).suffix], file(name))
-        elif name not in ("events", "curves.json", "runs.json", "enter"):
+        elif name not in ("events", "curves.json", "runs.json", "trace.json", "enter"):
             self.send_error(404, "there is no such thing here")
         elif not self._may_look():
             self.send_error(401, "this takes the watch token")
@@ -177,6 +178,8 @@ class Handler(BaseHTTPRequestHandler):
         parent, own = self.server.run_dir, self.server.folder
         if name == "runs.json":
             found: Any = runs.earlier(parent, own)
+        elif name == "trace.json":
+            found = self.server.board.trace()
         elif not run:
             found = self.server.board.curves()
         else:

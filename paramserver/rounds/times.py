@@ -123,4 +123,6 @@ def _part(member: Member, between: float, waited_s: float, seconds: float) -> Pa
 
 
 def _within(seconds: float, most: float) -> float:
+    if 0.0 <= seconds <= most:  # as usual; not so for a NaN
+        return seconds
     return min(max(seconds, 0.0), max(most, 0.0)) if math.isfinite(seconds) else 0.0

@@ -296,6 +296,7 @@
   log();
   marks();
   if (embedded) {
+    $("trace").remove();
     const data = JSON.parse(embedded.textContent);
     lines = data.lines || [];
     for (const round of data.rounds || []) Machines.rounds.set(round[0], round);
