@@ -64,7 +64,7 @@ keys: $(READY) ## print the join token of a server at host_ip (ROTATE=1: new key
 up: $(LIGHT) ## start a run on the machines in conf/cluster.yaml, or HOSTS=mini1,mini2 (DRY=1: print)
 	@$(RUN) paramserver.launch up $(if $(call typed,DRY),--dry) $(HOSTS_WORD) $(SCRIPT_WORDS)
 
-doctor: $(LIGHT) ## look at each machine and measure every path between them (ARGS=--json)
+doctor: $(LIGHT) ## look at each machine and measure every path; without machines, try this one's devices
 	@$(RUN) paramserver.launch doctor $(HOSTS_WORD) $(ARGS)
 
 plan: $(READY) ## predict the speed with each set of machines, codec and local_steps (ARGS=--json)

@@ -27,9 +27,14 @@ settings.load_profile("untimed")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip tests marked `root` where there are no network namespaces to make."""
+    """Skip tests marked `root` where there are no network namespaces to make, and those of devices
+    that this machine has not."""
     if item.get_closest_marker("root") and (sys.platform != "linux" or os.geteuid() != 0):
         pytest.skip("needs root on Linux")
+    if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+        pytest.skip("needs CUDA")
+    if item.get_closest_marker("mps") and not torch.backends.mps.is_available():
+        pytest.skip("needs MPS")
 
 
 SLOW_FIRST = (

@@ -46,7 +46,7 @@ LAUNCHED = {
     "attach": "watch the run again",
     "fetch": "copy the run's summary, curves, model and last checkpoint here",
     "down": "end the run, in order, on every machine",
-    "doctor": "look at each machine, and measure every path between them",
+    "doctor": "look at each machine and measure every path; without machines, try this one",
     "plan": "predict the speed with each set of machines, codec and local_steps",
 }
 """The commands of `python -m paramserver.launch`, and what each does."""
@@ -212,9 +212,13 @@ _PAGES = {
         usage: python -m paramserver.launch doctor [--json]
                make doctor [ARGS=--json]
 
-        Asks each machine for its versions, device, memory, disk, clock, sleep and firewall,
-        measures every network that a pair of machines is in, and names what is wrong. --json
-        prints all of it for programs. The exit code is 1 if something is wrong.
+        Without machines in conf/cluster.yaml: trains 50 steps on each device of this machine, by
+        itself and through a server, holds the result against the CPU's, and prints a table.
+
+        With machines: asks each one for its versions, device, memory, disk, clock, sleep and
+        firewall, measures every network that a pair of machines is in, and names what is wrong.
+
+        --json prints all of it for programs. The exit code is 1 if something is wrong.
 
         {_HOSTS}""",
     "plan": f"""\

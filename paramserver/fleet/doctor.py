@@ -19,7 +19,8 @@ from typing import Any
 from rich.table import Table
 
 from paramserver import terminal
-from paramserver.fleet import commands, measurements, remote, topology
+from paramserver.config.loading import load
+from paramserver.fleet import commands, devices, measurements, remote, topology
 from paramserver.fleet.commands import Trouble
 from paramserver.fleet.findings import Measured, Report, chosen, findings
 from paramserver.fleet.measurements import Measurement
@@ -35,7 +36,11 @@ PICTURE = Path("runs/topology.svg")
 
 
 def doctor(arguments: list[str], *, as_json: bool = False) -> int:
-    """Examine all machines; returns 1 where one of them has a fault."""
+    """Examine all machines, or where none are named the devices of this one; returns 1 where one
+    of them has a fault."""
+    typed = any(word.startswith("hosts=") for word in arguments)
+    if not typed and not load(arguments, "server").settings.hosts:
+        return devices.look(as_json=as_json)
     wanted = job(arguments)
     lines = Lines(wanted.hosts)
     hosts, at_rest, troubles = _prepared(lines, wanted.hosts, quiet=as_json)

@@ -34,13 +34,19 @@ EVALUATION_BATCH = 500
 NOT_FUSED = {"fused", "foreach", "differentiable", "capturable"}
 
 
-def choose_device(wanted: str) -> torch.device:
-    """The device of that name; `auto`: CUDA, then MPS, then CPU. Raises `UserError` if missing."""
+def devices_here() -> list[str]:
+    """The devices of this machine, the best first: CUDA, then MPS, then CPU."""
     have = ["cpu"]
     if torch.backends.mps.is_available():
         have.insert(0, "mps")
     if torch.cuda.is_available():
         have = [f"cuda:{i}" for i in range(torch.cuda.device_count())] + have
+    return have
+
+
+def choose_device(wanted: str) -> torch.device:
+    """The device of that name; `auto`: the best there is. Raises `UserError` if missing."""
+    have = devices_here()
     if wanted == "auto":
         return torch.device(have[0])
     if wanted not in (*have, "cuda" if have[0].startswith("cuda") else "cpu"):
