@@ -33,7 +33,6 @@ from paramserver.status.value import (
     State,
     Status,
     Times,
-    to_json,
 )
 
 SECRET = bytes(range(32))
@@ -209,7 +208,7 @@ class Served:
     def show(self, state: Status) -> None:
         while self.board.read(self._tail):
             pass
-        self.board.show(to_json(state))
+        self.board.show(state)
 
     def close(self, why: str = "the run is over") -> None:
         self.board.close(why)

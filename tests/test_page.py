@@ -27,7 +27,6 @@ from paramserver.page.board import VIEWERS, Board, Seen
 from paramserver.page.curves import Curves, Line, Tail, follow
 from paramserver.page.web import CONNECTIONS
 from paramserver.settings import Settings
-from paramserver.status.value import to_json
 
 SECRET, TOKEN = pages.SECRET, pages.TOKEN
 
@@ -139,9 +138,13 @@ def test_a_viewer_gets_what_is_new_and_nothing_twice() -> None:
     board, seen = Board(), Seen()
     assert [kind for kind, _ in board.next(seen, 0)] == ["curves"]
     assert board.next(seen, 0) == []
-    board.show(b"1")
-    board.show(b"2")
-    assert board.next(seen, 0) == [("status", b"2")], "a slow viewer misses states"
+    board.show(pages.status(step=812))
+    board.show(pages.status(step=813))
+    [(kind, text)] = board.next(seen, 0)
+    assert kind == "status" and json.loads(text)["step"] == 813, "a slow viewer misses states"
+    board.finish(pages.status(step=814))
+    board.show(pages.status(step=813))
+    assert json.loads(board.next(seen, 0)[0][1])["step"] == 814, "nothing comes after the last"
     board.close("over")
     assert board.next(seen, 0) == [("end", b'{"text":"over"}')]
 
@@ -290,7 +293,7 @@ def test_elsewhere_only_the_watch_token_opens_it(tmp_path: Path) -> None:
 def test_the_last_minute_as_a_trace(tmp_path: Path) -> None:
     with pages.served(tmp_path) as page:
         assert json.loads(ask(page, "/trace.json")[2])["traceEvents"] == []
-        page.board.record(pages.status())
+        page.board.show(pages.status())
         events = json.loads(ask(page, "/trace.json")[2])["traceEvents"]
         assert {e["name"] for e in events if e["ph"] == "X"} >= {"compute", "cable"}
 
@@ -306,8 +309,8 @@ def test_earlier_runs(tmp_path: Path) -> None:
     with pages.served(tmp_path) as page:
         found = json.loads(ask(page, "/runs.json")[2])
         assert [run["name"] for run in found] == ["2026-11-21_10-00-00", "2026-11-19_10-00-00"]
-        assert found[0]["steps"] == 600 and found[0]["metrics"] == {"accuracy": 0.91}
-        assert found[1]["steps"] is None and found[1]["end"] == ""
+        assert found[0]["steps"] == 600 and found[0]["result"] == "91.0 %"
+        assert found[1]["steps"] is None and found[1]["model"] == ""
         curves = json.loads(ask(page, "/curves.json?run=2026-11-21_10-00-00")[2])
         assert len(curves["step"]) == 600
         for name in (
@@ -357,10 +360,10 @@ def test_too_many_viewers_cost_the_others_nothing(tmp_path: Path) -> None:
         assert ask(page, "/events")[0] == 503
         assert ask(page, "/")[0] == 200
         idle = [socket.create_connection(("127.0.0.1", page.web.port)) for _ in range(CONNECTIONS)]
-        page.board.show(to_json(pages.status(step=813)))
+        page.board.show(pages.status(step=813))
         for each in (*streams, *idle):
             each.close()
-        news = to_json(pages.status())
+        news = pages.status()
         for _ in range(200):  # a viewer that went away is found at the second piece that it misses
             page.board.show(news)
             if page.board.everybody_left(0.1):
@@ -488,6 +491,7 @@ def test_a_report_is_one_file_with_nothing_from_outside(tmp_path: Path) -> None:
     text = (tmp_path / "report.html").read_text()
     assert 'src="' not in text and '<link rel="stylesheet"' not in text and "alert(1)</" not in text
     assert "default-src 'none'; script-src 'sha256-" in text
+    assert text.count("Permission is hereby granted") == 2, "uPlot's licence goes with it"
     data = text.partition('<script id="data" type="application/json">')[2].partition("</script>")[0]
     told = json.loads(data)
     assert told["status"]["phase"] == evil and len(told["curves"]["step"]) == 200

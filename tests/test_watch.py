@@ -28,6 +28,7 @@ from whole import DEADLINE_S, Served
 
 from paramserver import runs
 from paramserver.output.runfolder import Record, RunFolder, StepLine
+from paramserver.status import chrome
 from paramserver.status.chrome import MINUTE_S, Recorder
 from paramserver.status.value import (
     Cause,
@@ -265,6 +266,15 @@ def test_a_trace_is_of_the_last_minute_and_of_one_run() -> None:
     assert len(computed) == MINUTE_S + 1
     recorder.add(with_rounds(2000.0, 1, 2))
     assert {e["args"]["step"] for e in spans(recorder, 1)} == {1, 2}
+
+
+def test_a_trace_of_many_short_rounds_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chrome, "TIMES_KEPT", 100)
+    recorder = Recorder()
+    for i in range(100):
+        recorder.add(with_rounds(1000.0 + i / 100, 3 * i, 3 * i + 1, 3 * i + 2, seconds=0.001))
+    steps = [e["args"]["step"] for e in spans(recorder, 1) if e["name"] == "compute"]
+    assert steps == list(range(250, 300)), "of two workers, the newest fifty"
 
 
 # ------------------------------------------------------------------------------ the table of runs

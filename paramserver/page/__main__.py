@@ -11,12 +11,13 @@ import socket
 import sys
 import threading
 import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 import msgspec
 
-from paramserver.errors import UserError
+from paramserver.errors import PeerError, UserError
 from paramserver.net.address import LOOPBACK, Address
 from paramserver.output.runfolder import RunFolder
 from paramserver.page.board import Board
@@ -24,7 +25,7 @@ from paramserver.page.curves import Tail
 from paramserver.page.process import Orders
 from paramserver.page.web import Web
 from paramserver.program import exit_on_user_error
-from paramserver.status.value import STATUS_BYTES_MAX, to_json
+from paramserver.status.value import STATUS_BYTES_MAX, from_json
 from paramserver.watch.connection import Connection
 
 ORDERS_BYTES = 2**16
@@ -60,8 +61,7 @@ def feed(board: Board, folder: RunFolder, port: int) -> None:
                 watching = None
                 continue
             if status is not None:
-                board.show(to_json(status))
-                board.record(status)
+                board.show(status)
     finally:
         if watching is not None:
             watching.close()
@@ -101,7 +101,8 @@ def main() -> None:
     )
     feeding.start()
     for last in iter(partial(sys.stdin.buffer.readline, STATUS_BYTES_MAX), b""):
-        board.finish(last.strip())
+        with suppress(PeerError):
+            board.finish(from_json(last))
     board.close(why_it_ended(folder))
     board.everybody_left(END_S)
     feeding.join(END_S)

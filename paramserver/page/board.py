@@ -16,7 +16,7 @@ import msgspec
 
 from paramserver.page.curves import Curves, Tail, follow
 from paramserver.status.chrome import Recorder
-from paramserver.status.value import Status
+from paramserver.status.value import Status, to_json
 
 VIEWERS = 24
 _encode = msgspec.json.Encoder().encode
@@ -41,34 +41,26 @@ class Board:
         self._news = threading.Condition()
         self._status, self._state = b"", 0
         self._finished = False
+        self._recorder = Recorder()
         self._pieces = 0
         self._curves = Curves()
-        self._recorder = Recorder()
         self._viewers = 0
         self._end: bytes | None = None
 
     # ------------------------------------------------------------------ what comes in
 
-    def show(self, status: bytes) -> None:
-        """The newest state, as JSON."""
+    def show(self, status: Status) -> None:
+        """The newest state."""
+        text = to_json(status)
         with self._news:
             if self._finished:
                 return
-            self._status = status
+            self._recorder.add(status)
+            self._status = text
             self._state += 1
             self._news.notify_all()
 
-    def record(self, status: Status) -> None:
-        """Keep its rounds for a trace."""
-        with self._news:
-            self._recorder.add(status)
-
-    def trace(self) -> dict[str, Any]:
-        """The rounds of the last minute, for ui.perfetto.dev."""
-        with self._news:
-            return self._recorder.trace()
-
-    def finish(self, status: bytes) -> None:
+    def finish(self, status: Status) -> None:
         """The last state: nothing comes after it."""
         self.show(status)
         self._finished = True
@@ -124,6 +116,11 @@ class Board:
         """All there is."""
         with self._news:
             return self._curves.part()
+
+    def trace(self) -> dict[str, Any]:
+        """The last minute, as far as it was seen, as a Chrome trace."""
+        with self._news:
+            return self._recorder.trace()
 
     def next(self, seen: Seen, limit_s: float) -> list[tuple[str, bytes]]:
         """The newest (kind, JSON) that this viewer has not seen, and note that it has; empty where

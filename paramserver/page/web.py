@@ -4,7 +4,7 @@
     GET  /events        server-sent events: status, curves, end; a comment every few seconds
     GET  /curves.json   the curves of this run; with ?run=NAME of another one in `run_dir`
     GET  /runs.json     earlier runs
-    GET  /trace.json    the rounds of the last minute, for ui.perfetto.dev
+    GET  /trace.json    the last minute for ui.perfetto.dev
     GET  /enter         may this browser see the run? 200 or 401
     POST /enter         {"token": ...} for a cookie
 

@@ -14,7 +14,9 @@ from typing import Any
 from paramserver.status.value import PARTS, RoundTimes, Status
 
 MINUTE_S = 60.0
-ROUNDS_MAX = 20_000
+TIMES_KEPT = 10_000
+"""Times of workers in rounds that are kept, in all: with many workers, or short rounds, they are of
+less than a minute."""
 ORDER = ("wait", "cable", "compute", "encode", "late")
 """How the parts of a round are laid one after another: a worker first waits for the end of the
 round before. That is an order for the eye: in truth they overlap."""
@@ -24,7 +26,8 @@ class Recorder:
     """The rounds of the last minute, of the statuses that it was given."""
 
     def __init__(self) -> None:
-        self._rounds: deque[tuple[float, RoundTimes]] = deque(maxlen=ROUNDS_MAX)
+        self._rounds: deque[tuple[float, RoundTimes]] = deque()
+        self._times = 0  # in them
         self._hosts: dict[int, str] = {}
 
     def add(self, status: Status) -> None:
@@ -32,17 +35,19 @@ class Recorder:
         newest = self._rounds[-1][1].step if self._rounds else -1
         if self._rounds and status.step < newest:  # another run, or an older state
             self._rounds.clear()
-            newest = -1
+            self._times, newest = 0, -1
         at, found = status.made_at, list[tuple[float, RoundTimes]]()
         for took in reversed(status.rounds):
             if took.step <= newest:
                 break
             found.append((at, took))  # about when it closed
             at -= took.seconds
+            self._times += len(took.workers)
         self._rounds.extend(reversed(found))
         self._hosts |= {machine.id: machine.name for machine in status.machines}
-        while self._rounds and self._rounds[0][0] < status.made_at - MINUTE_S:
-            self._rounds.popleft()
+        since = status.made_at - MINUTE_S
+        while self._rounds and (self._rounds[0][0] < since or self._times > TIMES_KEPT):
+            self._times -= len(self._rounds.popleft()[1].workers)
 
     def trace(self) -> dict[str, Any]:
         """In Chrome's format, with a track for each worker; times in microseconds."""

@@ -176,9 +176,8 @@
       const box = el("input", { type: "checkbox", "aria-label": `lay ${run.name} beside this run` });
       box.checked = others.has(run.name);
       box.addEventListener("change", () => beside(run.name, box));
-      const result = Object.entries(run.metrics).filter(([, value]) => known(value)).slice(0, 2).map(([name, value]) => `${cut(name, 20)} ${metric(name, value)}`).join(", ");
-      return el("tr", {}, el("td", {}, box), el("td", { class: "name" }, run.name), el("td", { class: "break" }, run.model), el("td", { class: "number" }, count(run.steps)),
-        el("td", { class: "number" }, count(run.samples_per_s)), el("td", { class: "break" }, result), el("td", { class: "break" }, run.end));
+      return el("tr", {}, el("td", {}, box), el("td", { class: "name" }, run.name), el("td", { class: "break" }, [run.model, run.data].filter(Boolean).join(", ")), el("td", { class: "number" }, count(run.steps)),
+        el("td", { class: "number" }, count(run.samples_per_s)), el("td", { class: "break" }, run.result), el("td", { class: "break" }, run.end));
     }));
   }
   async function beside(name, box) {
