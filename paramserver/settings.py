@@ -276,6 +276,11 @@ class Settings:
         unit="samples",
         scope="local",
     )
+    epoch_barrier: bool = setting(
+        False,
+        "no round holds samples of two epochs: the last one of an epoch holds only the rest of its "
+        "samples, and the next epoch begins when all of them are done",
+    )
     learning_rate: float = setting(0.001, "the optimizer's step size", more_than(0))
     num_epochs: int = setting(2, "passes over the training set", at_least(1))
     optimizer: dict[str, Any] = setting(

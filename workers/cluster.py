@@ -42,7 +42,7 @@ from paramserver.tensors.codec import codec_of_pushes
 from paramserver.tensors.error_feedback import ErrorFeedback
 from paramserver.terminal import STOPPED_BY
 
-from .batches import Batches, Sizes, sizes_of, weights_of
+from .batches import Batches, Epochs, Sizes, sizes_of, weights_of
 from .link.client import Client
 from .link.environment import listens, read_environment
 from .link.solo import Solo
@@ -158,6 +158,8 @@ class Cluster:
         self._encoded_s = 0.0  # since the last push with times, see `wire.Spent`
         self._told_at, self._told_waited_s = 0.0, 0.0  # when that was; seconds waited by then
         self._own = False  # this worker takes part with samples of its own
+        self._ready: Loading | None = None  # leases are asked for, and loaded by this
+        self._epochs: Epochs | None = None  # the script loops over them
         self._stepped = True  # step() was called for it
         self._sent = 0  # buckets of its gradient
         self._computing = 0  # since when; for a trace
@@ -255,6 +257,7 @@ class Cluster:
             before_step=before_step,
             after_step=after_step,
             schedule_by=schedule_by,
+            own_schedule=self.settings.epoch_barrier,
             buffers=buffers,
             outer=outer_of(self.settings),
         )
@@ -330,6 +333,10 @@ class Cluster:
             batch_limit = size
         if batch_limit is not None and batch_limit < 1:
             raise UserError(f"batch_limit={batch_limit!r}", "it is a number of samples, at least 1")
+        wanted = (id(dataset), size, str(device), drop_last, batch_limit, samples)
+        before = None if self._epochs is None else self._epochs.batches
+        if before is not None and before.wanted == wanted:
+            return before  # a script may call this anew in each epoch
         read = Samples(
             dataset,
             device,
@@ -341,22 +348,27 @@ class Cluster:
             log=self.client.log,
         )
         return Batches(
-            lambda: self._batches(read, size, drop_last, samples),
+            partial(self._batches, size=size, drop_last=drop_last, weight=samples),
             dataset,
+            read,
+            wanted,
             size,
             -(-read.length // (size * self.settings.num_workers)),
         )
 
     def _batches(
         self,
-        samples: Samples,
+        batches: Batches,
+        *,
         size: int,
         drop_last: bool,
         weight: Callable[[Any], int] | None,
     ) -> Iterator[Any]:
         assert self._replica is not None
         least = min(size, self._replica.least)
-        loading = Loading(samples)
+        samples, loading = batches.samples, batches.loads()
+        if self._epochs is not None:
+            self._epochs.begun, self._epochs.batches = True, batches
 
         def load_ahead() -> None:
             assert self.client.follow is not None
@@ -365,17 +377,20 @@ class Cluster:
                 loading.begin(lease if self._round_steps == 1 else cut(lease, size, least)[0])
 
         self._load_ahead = load_ahead if samples.in_loop else None
-        ready = wire.Ready(
-            samples=samples.length,
-            batch_size=size,
-            least=least,
-            drop_last=drop_last,
-            looks=look(samples) if self.client.compares else (),
-            weighs=weight is not None,
-        )
         self._weighs = weight is not None
-        with self._losing():
-            self.client.ready(ready)
+        if self._ready is not loading:  # else they are, since the last epoch
+            self._ready = loading
+            ready = wire.Ready(
+                samples=samples.length,
+                batch_size=size,
+                least=least,
+                drop_last=drop_last,
+                looks=look(samples) if self.client.compares else (),
+                weighs=self._weighs,
+            )
+            with self._losing():
+                self.client.ready(ready)
+        whole = False  # the pass
         try:
             while (lease := self._next_lease()) is not None:
                 self._seed()
@@ -400,10 +415,45 @@ class Cluster:
                     self._begin_part(weights[place], len(parts) - 1 - place)
                     yield part.data
                     self._check_stepped()
+            whole = True
         finally:
             self._load_ahead = None
-            loading.close()
-            self._leave_loop()
+            if not whole or self._epochs is None or self.client.ended is not None:
+                batches.close()
+                self._leave_loop()
+
+    def epochs(self) -> Iterator[int]:
+        """The numbers of the run's epochs, for a script with two loops. A pass over `batches` ends
+        with the samples of the epoch then, or over `own_batches` with these, and the script may
+        evaluate before the next one. What the others do meanwhile, see `evaluating`.
+
+            for epoch in cluster.epochs():
+                for images, labels in batches: ...
+                test(model)
+
+        A pass may be empty, where others had all samples of the epoch. One that is broken off
+        leaves its samples to others, and its epoch goes on. Without `epoch_barrier` a round may
+        hold samples of two epochs; with it, all workers are at the same step between two passes, so
+        that a schedule may be stepped there. Raises `UserError` for an epoch without a pass.
+        """
+        if self._replica is None:
+            raise UserError("epochs() before attach()", "attach the model first")
+        epochs = self._epochs = Epochs(self.epoch, self.settings.num_epochs)
+        try:
+            while self.client.ended is None and epochs.now < self.settings.num_epochs:
+                yield epochs.now
+                if not epochs.begun:
+                    raise UserError(
+                        "an epoch without batches",
+                        "for epoch in cluster.epochs(): for batch in cluster.batches(...):",
+                    )
+                epochs.next(self.epoch)
+        finally:
+            self._epochs = None
+            if epochs.batches is not None:
+                epochs.batches.close()
+            if self._ready is not None:
+                self._leave_loop()
 
     def _local_batches(
         self,
@@ -471,6 +521,8 @@ class Cluster:
             )
         self._seed()
         self._weighs = False
+        if self._epochs is not None:
+            self._epochs.begun = True
         if not self._own:
             self._own = True
             with self._losing():
@@ -499,6 +551,8 @@ class Cluster:
                     self._stop_sooner()
                     raise
                 self._check_stepped()
+            if self._epochs is not None:
+                self._epochs.over()
             if self._in_local_round() and not self._exchanged:  # the pass ends in its middle
                 self._exchange_local(go_on=False)
             elif self._under_way is not None:
@@ -599,6 +653,7 @@ class Cluster:
             )
 
     def _leave_loop(self) -> None:
+        self._ready = None
         if self.client.ended is not None:
             # The run is over for this worker: the server need not wait for it.
             self.client.goodbye(wire.Goodbye(wire.FINISHED, finished=True))
@@ -612,6 +667,7 @@ class Cluster:
         self._leased_at, self._held_up_s = time.perf_counter(), 0.0
         if self._ahead is not None and not self._stopping:
             return self._ahead
+        limit = self._epoch_limit
         found: tuple[int, Lease] | None = None
 
         def look() -> bool:
@@ -621,12 +677,18 @@ class Cluster:
                 self._greetings, self._round = client.greetings, 0  # rounds of another session
                 self._stopping = self._contributed = False
             found = client.follow.lease(self.worker_id, self._round)
-            return (found is not None and not self._stopping) or client.ended is not None
+            if client.ended is not None or (limit is not None and self.epoch > limit):
+                return True
+            return found is not None and not self._stopping
 
         with self._losing():
             client.look()  # the newest lease counts: rounds of older ones go on without us
             client.wait(look, "for the end" if self._stopping else "for samples")
         if self._is_over():
+            return None
+        if limit is not None and (found is None or found[1][0] > limit):
+            assert self._epochs is not None
+            self._epochs.over(None if found is None else found[1][0])
             return None
         assert found is not None
         self._lost = None
@@ -635,6 +697,11 @@ class Cluster:
         self._round_steps = client.follow.open.local_steps
         self._leased_at, self._held_up_s = time.perf_counter(), 0.0
         return lease
+
+    @property
+    def _epoch_limit(self) -> int | None:
+        """The epoch with which the pass ends, where that is not the run's end."""
+        return None if self._epochs is None or self._stopping else self._epochs.limit
 
     # ------------------------------------------------------------------ the exchange
 
@@ -824,6 +891,9 @@ class Cluster:
         self._gradients.send_local(self._outer)
         if self.settings.overlap and go_on:
             self._ahead = self.client.follow.lease_ahead(self.worker_id)
+            limit = self._epoch_limit
+            if self._ahead is not None and limit is not None and self._ahead[0] > limit:
+                self._ahead = None  # of the next epoch
         if self._ahead is None:
             self._finish_round()
             return

@@ -108,7 +108,7 @@ class Leases:
                 ledger = Ledger.from_state(state, self._rules.epochs)
             except ValueError as e:
                 return Reject(f"the checkpoint's ledger cannot be right: {e}")
-            ledger.places = self._places
+            ledger.places, ledger.barrier = self._places, self._rules.epoch_barrier
         self.ledger = ledger
         self._held.clear()
         return None
@@ -131,6 +131,7 @@ class Leases:
             self._looks.first(peer.name, ready.looks)
             self.ledger = OwnLedger() if ready.own else Ledger(samples, self._rules.epochs)
             self.ledger.places = self._places
+            self.ledger.barrier = self._rules.epoch_barrier
             self._weighs = ready.weighs
         if self._weighs is None:  # the ledger is older than this server
             self._weighs = ready.weighs

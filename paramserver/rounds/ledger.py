@@ -1,6 +1,7 @@
 """The ledger: which samples of which epoch are leased, done, or still to do.
 
-The work of a run is one endless queue of ranges, epoch after epoch without a barrier. A lease takes
+The work of a run is one endless queue of ranges, epoch after epoch. With a `barrier` nothing of an
+epoch is leased before all of the one before it is settled; usually there is none. A lease takes
 a range from its head; the last range of an epoch may be short. A range that is returned goes to the
 front, in its old order, so that nothing is skipped. A range that was counted is never returned, so
 that nothing is applied twice. At any time, in samples:
@@ -131,6 +132,8 @@ class Ledger:
         self.news: list[Lost] = []
         """What was lost since the last call of `take_news`."""
         self.places: Places | None = None
+        self.barrier = False
+        """Lease nothing of an epoch before all of the one before it is settled."""
         self._deadly: tuple[tuple[int, int], list[int]] = (-1, 0), []  # of an epoch, see `_avoided`
         self._least = 1
         self._spare = False
@@ -159,6 +162,8 @@ class Ledger:
             raise ValueError("a lease holds at least one sample")
         self._least = max(1, least)
         while True:
+            if self._held_by_barrier:
+                return None
             returned = bool(self._waiting)
             taken = self._from_waiting(size, joined) if returned else self._from_head(size)
             if taken is None or returned or not drop_last:
@@ -171,6 +176,14 @@ class Ledger:
             self._leased.add(taken)
             self._pass_deadly()  # nothing else may be left
         return taken
+
+    @property
+    def _held_by_barrier(self) -> bool:
+        """Is what comes next of a later epoch than something that is not settled?"""
+        if not self.barrier or not self._leased:
+            return False
+        following = self._waiting[0][0] if self._waiting else self._epoch
+        return following > min(self._leased)[0]
 
     def _from_waiting(self, size: int, joined: bool) -> Lease:
         epoch, start, stop = lease = self._waiting.pop(0)

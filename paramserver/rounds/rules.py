@@ -26,6 +26,7 @@ class Rules(msgspec.Struct, frozen=True):
     max_norm_ratio: float | None = None
     max_bad_rounds: int = 10
     epochs: int = 2
+    epoch_barrier: bool = False
     observer: bool = True
 
     def longest_wait_s(self, local_steps: int = 1) -> float:

@@ -99,6 +99,7 @@ class Server:
                 max_norm_ratio=settings.max_norm_ratio,
                 max_bad_rounds=settings.max_bad_rounds,
                 epochs=settings.num_epochs,
+                epoch_barrier=settings.epoch_barrier,
                 observer=settings.observer,
             ),
             nonce,

@@ -102,6 +102,7 @@ class Solo:
         if self._ledger is None:
             epochs = self.settings.num_epochs
             self._ledger = OwnLedger() if ready.own else Ledger(ready.samples, epochs)
+            self._ledger.barrier = self.settings.epoch_barrier
         if self._ledger.samples != ready.samples:
             raise UserError(
                 f"a data set of {ready.samples} samples, the run has one of {self._ledger.samples}",

@@ -24,12 +24,15 @@ TRAINED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 STEPPED_BY_CLUSTER = "the schedule that attach() was given is stepped with every update"
 
 
-def check(model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler | None) -> None:
-    """Raise `UserError` for the first thing that a replica cannot do, with what to do instead."""
+def check(
+    model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler | None, *, own: bool = False
+) -> None:
+    """Raise `UserError` for the first thing that a replica cannot do, with what to do instead.
+    `own`: the loop may step a schedule of its own."""
     _check_shapes(model)
     _check_parameters(model)
     _check_optimizer(model, optimizer)
-    _check_scheduler(optimizer, scheduler)
+    _check_scheduler(optimizer, scheduler, own)
 
 
 def _check_shapes(model: nn.Module) -> None:
@@ -93,7 +96,7 @@ def _check_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
             )
 
 
-def _check_scheduler(optimizer: Optimizer, scheduler: LRScheduler | None) -> None:
+def _check_scheduler(optimizer: Optimizer, scheduler: LRScheduler | None, own: bool) -> None:
     if isinstance(scheduler, ReduceLROnPlateau):
         raise UserError(
             "ReduceLROnPlateau follows a metric that differs between replicas",
@@ -106,10 +109,11 @@ def _check_scheduler(optimizer: Optimizer, scheduler: LRScheduler | None) -> Non
             "the scheduler belongs to another optimizer than the one that attach() was given",
             "make it for this one",
         )
-    if scheduler is None and hasattr(optimizer.step, "_wrapped_by_lr_sched"):
+    if scheduler is None and not own and hasattr(optimizer.step, "_wrapped_by_lr_sched"):
         raise UserError(
             "there is a schedule for this optimizer, but attach() was not given it",
-            "attach(..., scheduler=scheduler): it must be stepped in every replica alike",
+            "attach(..., scheduler=scheduler): it must be stepped in every replica alike; or, with "
+            "epoch_barrier=true on the server, step it once in each of cluster.epochs()",
         )
 
 

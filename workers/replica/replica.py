@@ -49,7 +49,8 @@ class Replica:
     norm. They run in every replica alike. If `after_step` belongs to an object with `state_dict`
     and `load_state_dict`, such as the method of an averaged model, that is a part of the replica's
     state. The schedule goes on with
-    every update or, with `schedule_by` "epoch", where an update ends an epoch of samples. `buffers`
+    every update or, with `schedule_by` "epoch", where an update ends an epoch of samples; with
+    `own_schedule` the loop may step one of its own instead. `buffers`
     gives by name the rule for a buffer that forwards write, where it is not the usual one
     (`workers.replica.buffers`). `codec` is that of the averages. `outer`: how the run's local steps
     are taken together, if it has any; `before_step` and `clip_norm` act on these steps then. Raises
@@ -68,12 +69,13 @@ class Replica:
         before_step: Callable[[nn.Module], None] | None = None,
         after_step: Callable[[nn.Module], Any] | None = None,
         schedule_by: str = "step",
+        own_schedule: bool = False,
         buffers: Mapping[str, str] | None = None,
         outer: OuterStep | None = None,
     ) -> None:
         if schedule_by not in SCHEDULE_BY:
             raise UserError(f"schedule_by is one of {', '.join(SCHEDULE_BY)}, not {schedule_by!r}")
-        check(model, optimizer, scheduler)
+        check(model, optimizer, scheduler, own=own_schedule)
         # The first optimizer step imports this, for a second or more: not in the middle of a round.
         importlib.import_module("torch._dynamo")
         self.model = model
