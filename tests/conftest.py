@@ -45,6 +45,8 @@ SLOW_FIRST = (
     "examples",
     "resume",
     "strangers",
+    "page",
+    "page_browser",
     "terminal",
     "ends",
     "loggers",

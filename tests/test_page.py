@@ -9,14 +9,19 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import tracemalloc
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pages
 import psutil
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from whole import DEADLINE_S, Program, Run, children
 
 from paramserver.errors import UserError
@@ -131,6 +136,37 @@ def test_a_line_that_never_ends_is_not_kept(tmp_path: Path) -> None:
     assert curves.part()["step"] == [1]
 
 
+NUMBERS = st.none() | st.integers() | st.floats() | st.text(max_size=5)
+LINES = st.fixed_dictionaries(
+    {"step": st.integers(0, 50) | NUMBERS},
+    optional={
+        "samples": st.integers(0, 100) | NUMBERS,
+        "seconds": NUMBERS,
+        "loss": NUMBERS,
+        "late": st.lists(NUMBERS, max_size=2) | NUMBERS,
+        "val_loss": NUMBERS,
+        "val_accuracy": NUMBERS,
+        "metrics": st.dictionaries(st.text(max_size=5), NUMBERS, max_size=12),
+    },
+).map(lambda line: json.dumps(line).encode())
+
+
+@given(st.lists(LINES | st.binary(max_size=30), max_size=40))
+def test_any_file_becomes_curves_that_can_be_sent(lines: list[bytes]) -> None:
+    curves = Curves(bins=4, evaluations=4)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "metrics.jsonl"
+        path.write_bytes(b"\n".join(lines) + b"\n")
+        tail = Tail(path)
+        while follow(curves, tail):
+            pass
+    part = msgspec.json.decode(msgspec.json.encode(curves.part()))
+    assert len(part["step"]) <= 4 and len(part["eval_step"]) <= 4
+    assert part["step"] == sorted(set(part["step"]))
+    columns = ("seconds", "loss", "low", "high", "samples", "late")
+    assert {len(part[name]) for name in columns} == {len(part["step"])}
+
+
 # ------------------------------------------------------------------------------------ the board
 
 
@@ -206,6 +242,13 @@ def test_the_watch_token_of_any_address_opens_the_page_and_nothing_else_does() -
         assert not guard.opens(wrong, SECRET)
 
 
+@given(st.text() | st.text("[]:.0123456789abc"))
+def test_any_text_in_a_request_is_judged(text: str) -> None:
+    assert guard.is_ours(text, set()) in (True, False)
+    assert not guard.holds(text, "paramserver_page_1", SECRET)
+    assert not guard.opens(text, SECRET)
+
+
 # ----------------------------------------------------------------------------------- the answers
 
 
@@ -268,6 +311,36 @@ def test_what_is_not_there_and_what_is_not_allowed(tmp_path: Path) -> None:
         assert ask(page, "/curves.json", Sec_Fetch_Site="cross-site")[0] == 403
         assert ask(page, "/enter", "POST", b"x" * 5000)[0] == 404
         assert ask(page, "/enter", "POST", b"[")[0] == 400
+
+
+HOST = b"Host: localhost\r\n"
+NO_REQUESTS = {
+    "nothing": b"",
+    "blank lines": b"\r\n\r\n",
+    "half a line": b"GET\r\n\r\n",
+    "another version": b"GET / HTTP/9.9\r\n\r\n",
+    "TLS": b"\x16\x03\x01\x02\x00\x01",
+    "no host": b"GET / HTTP/1.1\r\n\r\n",
+    "two hosts": b"GET / HTTP/1.1\r\n" + HOST + b"Host: evil.example\r\n\r\n",
+    "a broken address": b"GET http://[ HTTP/1.1\r\n" + HOST + b"\r\n",
+    "a long address": b"GET /" + b"a" * 70_000 + b" HTTP/1.1\r\n\r\n",
+    "many headers": b"GET / HTTP/1.1\r\n" + b"X: 1\r\n" * 200 + b"\r\n",
+    "an odd length": b"POST /enter HTTP/1.1\r\n" + HOST + b"Content-Length: \xb2\r\n\r\n{}",
+    "a huge length": b"POST /enter HTTP/1.1\r\n" + HOST + b"Content-Length: 9999999999\r\n\r\n{}",
+}
+
+
+@pytest.mark.parametrize("kind", NO_REQUESTS)
+def test_what_is_no_request_harms_nobody(tmp_path: Path, kind: str) -> None:
+    with pages.served(tmp_path) as page:
+        with socket.create_connection(("127.0.0.1", page.web.port)) as sock:
+            sock.sendall(NO_REQUESTS[kind])
+            sock.shutdown(socket.SHUT_WR)
+            with suppress(ConnectionResetError):
+                answer = sock.makefile("rb").read()
+                assert b" 200 " not in answer.partition(b"\n")[0]
+                assert b"Traceback" not in answer and b"<html" not in answer
+        assert ask(page, "/")[0] == 200
 
 
 def test_elsewhere_only_the_watch_token_opens_it(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 
@@ -26,9 +26,9 @@ LINE_BYTES = 2**16  # a longer line is none of ours
 class Line(msgspec.Struct, gc=False):
     """A line of metrics.jsonl, of a step or an evaluation, as far as curves need it."""
 
-    step: int
+    step: Annotated[int, msgspec.Meta(ge=0, le=10**15)]
     seconds: float = 0.0
-    samples: int | None = None
+    samples: Annotated[int, msgspec.Meta(ge=0, le=10**12)] | None = None
     loss: float | None = None
     step_s: float = 0.0
     late: tuple[int, ...] = ()
