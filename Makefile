@@ -174,7 +174,7 @@ if "--" in arguments: # what follows is for the user's script
     at = arguments.index("--")
     arguments, behind = arguments[:at], arguments[at:]
 command = ["$(VENV_PYTHON)", "-m", *arguments, *reversed(settings), *behind]
-print(shlex.join(command), flush=True)
+print(shlex.join(command), file=sys.stderr if "--json" in arguments else None, flush=True)
 del os.environ["PASS_ON"], os.environ["SET_UP"]
 os.execv(command[0], command)
 endef

@@ -27,7 +27,7 @@ from paramserver.config.loading import load
 from paramserver.errors import UserError
 from paramserver.net import machine
 from paramserver.net.address import listen
-from paramserver.net.jointoken import KEY_BYTES, JoinToken, encode
+from paramserver.net.jointoken import KEY_BYTES, JoinToken, encode, joined
 from paramserver.program import exit_on_user_error
 from paramserver.transport.sockets import ServerKeys
 from paramserver.typed import typed
@@ -190,9 +190,10 @@ def main() -> None:
                 "nothing else: make watch JOIN=...):"
             )
             terminal.result(keys.watch_token(host, port))
-        for host in guarded:
-            terminal.result(f"join token of a server at {host}:{settings.port}:")
-            terminal.result(keys.token(host, settings.port))
+        if guarded:
+            where = ", ".join(f"{host}:{settings.port}" for host in guarded)
+            terminal.result(f"join token of a server at {where}:")
+            terminal.result(keys.token(joined(guarded), settings.port))
         if not guarded:
             terminal.result(
                 f"for a join token, tell the server's address: {typed('keys', 'host_ip=10.10.0.1')}"

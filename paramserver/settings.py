@@ -78,9 +78,9 @@ class Settings:
     host_ip: str | None = setting(
         None,
         "server: addresses to listen at beside loopback, separated by commas; worker: the server's "
-        "address; auto = the server chooses by kind (Thunderbolt, Ethernet, Wi-Fi), a worker finds "
-        "the server by mDNS; null = loopback only, but a server whose hosts names other machines "
-        "chooses, too",
+        "address; auto = the server listens in every network here (Thunderbolt, Ethernet, Wi-Fi), "
+        "a worker finds the server by mDNS; null = loopback only, but as with auto for a server "
+        "whose hosts names other machines",
         ADDRESS,
         scope="local",
     )

@@ -59,6 +59,16 @@ def test_a_token_brings_address_and_keys() -> None:
     assert find("198.51.100.1", 65001, TOKEN) == Address("198.51.100.1", 65001, there.keys)
 
 
+def test_of_several_addresses_in_a_token_the_first_or_this_machines_own_is_taken(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    two = KEYS.token(f"198.51.100.1,{ELSEWHERE}", 65000)
+    assert find(None, None, two).host == "198.51.100.1"
+    assert address.several(two) and not address.several(TOKEN) and not address.several(None)
+    monkeypatch.setattr(address, "is_local", lambda host: host == ELSEWHERE)
+    assert find(None, None, two) == Address(LOOPBACK, 65000)
+
+
 def test_another_machine_without_a_token_is_an_error_that_helps() -> None:
     with pytest.raises(UserError, match=r"on another machine.*its join token\n.*JOIN=") as raised:
         find(ELSEWHERE, None, None)

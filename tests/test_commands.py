@@ -122,6 +122,12 @@ def test_where_a_run_folder_is() -> None:
     assert commands.spoken(elsewhere, "../runs/one") == "user@mini2.local:/disk/ps/runs/one"
 
 
+def test_where_a_person_waits_a_machine_that_is_off_is_given_up_soon() -> None:
+    argv = commands.status(MINI, hasty=True).argv
+    assert argv.index("ConnectTimeout=2") < argv.index("ConnectTimeout=10")  # ssh takes the first
+    assert "ConnectTimeout=2" not in commands.status(MINI).argv
+
+
 def test_secrets_go_by_standard_input_and_are_not_shown() -> None:
     command = commands.start(MINI, "worker", ["x"], "up", {"WANDB_API_KEY": "s3cret"})
     assert "s3cret" not in " ".join(command.argv)
@@ -262,6 +268,13 @@ def test_fitting_versions(version: str, good: bool) -> None:
             "@ WARNING: REMOTE HOST IDENTIFICATION HAS CHANGED! @\nHost key verification failed.",
             "is not the one",
             "ssh-keygen -R mini2.local",
+        ),
+        (
+            "@ WARNING: REMOTE HOST IDENTIFICATION HAS CHANGED! @\n"
+            "Host key for [10.10.0.2]:2222 has changed and you have requested strict checking.\n"
+            "Host key verification failed.",
+            "is not the one",
+            "ssh-keygen -R '[10.10.0.2]:2222', then ssh user@mini2.local",
         ),
         ("a@b: Permission denied (publickey,password).", "refused", "ssh-copy-id user@mini2.local"),
         ("ssh: Could not resolve hostname mini2.local: x", "does not know this name", "right name"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from paramserver.net.interfaces import (
     Interface,
     Path,
     choose,
+    every_network,
     from_ifconfig,
     from_json,
     hardware_ports,
@@ -101,7 +103,14 @@ def test_the_choice_goes_by_kind_and_says_so() -> None:
     assert choose([LOOP, VPN, WIFI1, LAN1]) == LAN1
     assert choose([LOOP, VPN, WIFI1]) == WIFI1
     assert choose([LOOP, VPN]) is None
-    assert why(TB1, own) == (
+    assert every_network([*own, replace(LAN1, address="192.168.1.6")]) == [TB1, LAN1, WIFI1]
+    sixth = replace(WIFI1, address="fd00::5", prefix=64)
+    assert every_network([LOOP, sixth]) == [sixth] and sixth not in every_network([*own, sixth])
+    assert why([TB1, LAN1], own) == (
+        "listening at 10.10.0.1 (Thunderbolt, bridge0), 192.168.1.5 (Ethernet, en0): all networks "
+        "here; also here: 192.168.7.5 (Wi-Fi, en1)"
+    )
+    assert why([TB1], own) == (
         "listening at 10.10.0.1 (Thunderbolt, bridge0): the best kind there is; also here: "
         "192.168.7.5 (Wi-Fi, en1), 192.168.1.5 (Ethernet, en0)"
     )
@@ -198,9 +207,11 @@ def test_a_server_chooses_where_it_is_asked_to_or_other_machines_are_named(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     own = [LOOP, WIFI1, LAN1, VPN]
-    chosen = (LAN1.address, why(LAN1, own))
+    chosen = (f"{LAN1.address},{WIFI1.address}", why([LAN1, WIFI1], own))
     assert settled(own, monkeypatch, host_ip="auto") == chosen
     assert settled(own, monkeypatch, hosts=HOME) == chosen
+    open_to_all = settled(own, monkeypatch, host_ip="auto", security="none")
+    assert open_to_all == (LAN1.address, why([LAN1], own))  # without keys at one address
     assert settled(own, monkeypatch) == (None, "")
     assert settled(own, monkeypatch, hosts=HOME[:1]) == (None, "")
     here = [HOME[0], {"name": "mini2", "ssh": "local"}]
@@ -212,7 +223,8 @@ def test_a_server_takes_the_address_that_hosts_gives_it_if_it_has_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     own = [LOOP, TB1, WIFI1]
-    for ip, chosen in ((WIFI1.address, WIFI1.address), (LAN2.address, TB1.address)):
+    both = f"{TB1.address},{WIFI1.address}"
+    for ip, chosen in ((WIFI1.address, WIFI1.address), (LAN2.address, both)):
         named = [{"name": "mini1", "role": "server", "ip": ip}, {"name": "mini2"}]
         assert settled(own, monkeypatch, hosts=named)[0] == chosen
 
@@ -229,9 +241,9 @@ def test_with_nothing_to_choose_from_it_is_an_error_only_where_a_choice_was_aske
 def test_this_machine_has_loopback_and_what_it_chooses_is_its_own() -> None:
     own = machine.interfaces()
     assert ("loopback", "127.0.0.1") in {(i.kind, i.address) for i in own}
-    chosen = choose(own)
-    if chosen is not None:
-        assert machine.settle(Settings(host_ip="auto")) == (chosen.address, why(chosen, own))
+    if chosen := every_network(own):
+        where = ",".join(interface.address for interface in chosen)
+        assert machine.settle(Settings(host_ip="auto")) == (where, why(chosen, own))
 
 
 @pytest.mark.parametrize(

@@ -5,13 +5,21 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from paramserver.errors import UserError
-from paramserver.net.jointoken import JoinToken, decode, encode, hidden, looks_like_one
+from paramserver.net.jointoken import (
+    JoinToken,
+    decode,
+    encode,
+    hidden,
+    joined,
+    looks_like_one,
+)
 
 KEYS = st.binary(min_size=32, max_size=32)
 HOSTS = st.from_regex(r"[a-z0-9][a-z0-9.:-]{0,60}", fullmatch=True)
@@ -25,6 +33,15 @@ def test_decode_is_the_inverse_of_encode(
 ) -> None:
     token = JoinToken(host, port, server, client)
     assert decode(encode(token)) == token
+
+
+def test_a_token_may_hold_several_addresses_as_many_as_fit() -> None:
+    both = replace(TOKEN, host=joined(["10.10.0.1", "10.20.0.1"]))
+    assert decode(encode(both)).hosts == ("10.10.0.1", "10.20.0.1")
+    assert TOKEN.hosts == ("10.10.0.1",)
+    many = joined([f"fd00:1234:5678:9abc:def0:1234:5678:{n:04x}" for n in range(20)])
+    assert len(many) <= 255 and many.count(",") == 5
+    assert encode(replace(TOKEN, host=many))
 
 
 def test_a_token_is_one_word_of_letters_and_digits() -> None:

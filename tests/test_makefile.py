@@ -111,6 +111,14 @@ def test_whatever_a_value_holds_arrives_unharmed(clone: Path) -> None:
     assert make(clone, "server", *settings) == settings
 
 
+def test_what_is_for_programs_is_all_that_is_on_standard_output(clone: Path) -> None:
+    done = subprocess.run(
+        ["make", "doctor", "ARGS=--json"], cwd=clone, capture_output=True, text=True, check=True
+    )
+    assert json.loads(done.stdout) == ["doctor", "--json"]
+    assert done.stderr == ".venv/bin/python -m paramserver.launch doctor --json\n"
+
+
 def test_words_for_a_script_stand_behind_the_settings(clone: Path) -> None:
     words = make(clone, "up", "SCRIPT=my script.py", "ARGS=--lr 0.1 x=1", "num_epochs=3")
     assert words == ["up", "--script=my script.py", "num_epochs=3", "--", "--lr", "0.1", "x=1"]

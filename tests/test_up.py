@@ -161,6 +161,7 @@ def test_all_that_is_wrong_is_told_at_once(cluster: Cluster) -> None:
     ):
         assert words in said
     assert "mini1" not in said and "mini2:" not in said
+    assert "ssh-keygen -R stranger, then ssh stranger once" in said
     assert not (cluster.machines.home("mini1") / "paramserver/code/Makefile").exists()
 
 
@@ -176,7 +177,8 @@ def test_a_run_from_start_to_end(cluster: Cluster, tmp_path: Path) -> None:
     up.wait_for(
         r"mini2 \| reaches mini1 by 10.10.0.2 \(eth0\) -> 10.10.0.1 \(eth0\), Ethernet: 0.[45]"
     )
-    up.wait_for(r"mini1 \| .*server at 127.0.0.1:43210, 10.10.0.1:43210, run folder ../runs/")
+    where = ", ".join(f"{address}:43210" for address in ("127.0.0.1", f"{FAST}.1", f"{SLOW}.1"))
+    up.wait_for(rf"mini1 \| .*server at {where}, run folder ../runs/")
     up.wait_for(r"mini1 \| .*step [1-9]")
     logs = machines_logs(cluster)
     assert "server at" in logs and not re.search(r"\bps[a-z2-7]{60}", up.output + logs)  # a token
@@ -209,6 +211,12 @@ def test_a_run_from_start_to_end(cluster: Cluster, tmp_path: Path) -> None:
     tail.wait_for(r"mini2 \| \[worker 1\] · step [\d]+")
     tail.kill()
     assert "mini1 |" not in tail.output
+
+    tail = cluster.make("attach", "--host=mini1")
+    cluster.machines.cut("mini2", "eth0", "down")
+    tail.wait_for(r"worker 1 \(mini2\) comes by 10.20.0.2, not by 10.10.0.2 as make up had chosen")
+    cluster.machines.cut("mini2", "eth0", "up")
+    tail.kill()
 
     attach = cluster.make("attach")
     attach.wait_for(r"mini1 \| .*step [1-9]")

@@ -76,11 +76,12 @@ def join(
 
     What is not given is taken from the environment (`workers.link.environment`). A server on
     another machine needs its join `token`, or the path of a file that holds one; the token brings
-    host and port, where they are not given. As host, "auto" looks for the server in the local
-    network, by mDNS. `security="none"` (usual: "curve") is for a server with the same setting. If
-    there is neither host nor token, and no server listens on this machine, this is a cluster of
-    one: the same loop trains alone, with the settings in `alone` (`num_epochs`, `batch_size`,
-    `seed`) over the usual ones.
+    host and port, where they are not given. Of several addresses in a token one that answers is
+    taken, and another one where that falls silent. As host, "auto" looks for the server in the
+    local network, by mDNS, too. `security="none"` (usual: "curve") is for a server with the same
+    setting. If there is neither host nor token, and no server listens on this machine, this is a
+    cluster of one: the same loop trains alone, with the settings in `alone` (`num_epochs`,
+    `batch_size`, `seed`) over the usual ones.
 
     With a server on this host gradients go through shared memory, half of which is left to others
     (a DataLoader's processes, say); `shared_memory=False` leaves all.
@@ -107,11 +108,12 @@ def join(
             epochs = only.settings.num_epochs
             log.info(f"no server on this machine (port {port}): training alone, {epochs} epochs")
             return Cluster(only)
-    if host == address.AUTO:
-        there = mdns.find(token, security=security, timeout_s=timeout_s, log=log)
+    several = security != "none" and address.several(token)  # networks that lead to the server
+    if host == address.AUTO or several:
         search = partial(mdns.Search, token, security=security, log=log)
-    else:
-        there = address.find(host, port, token, security=security)
+    there = address.find(host, port, token, security=security) if host != address.AUTO else None
+    if there is None or (several and host is None and there.host != address.LOOPBACK):
+        there = mdns.find(token, security=security, timeout_s=timeout_s, log=log)
     id = here.id if worker_id is None else worker_id
     client = Client(
         there.host,

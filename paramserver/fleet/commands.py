@@ -33,6 +33,7 @@ SSH = (
     "ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10",
     "-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=3",
 )  # fmt: skip
+HASTY_S = 2  # for a connection, where a person waits for the answers of all machines
 CHECK_S = 30.0
 MEASURE_S = 900.0  # it may download a data set
 COPY_S = 600.0
@@ -72,14 +73,23 @@ class Command:
 
 
 def shell(
-    host: Host, script: str, *, stdin: str = "", masked: str = "", limit_s: float = ANSWER_S
+    host: Host,
+    script: str,
+    *,
+    stdin: str = "",
+    masked: str = "",
+    limit_s: float = ANSWER_S,
+    hasty: bool = False,
 ) -> Command:
-    """A script on that machine, beginning in its home folder."""
+    """A script on that machine, beginning in its home folder. `hasty`: one that does not answer at
+    once is off."""
     script = f"PATH={PATH}; export PATH; cd || exit 1\n{script}"
     if host.ssh == HERE:
         argv: tuple[str, ...] = ("sh", "-c", script)
     else:
-        argv = (*SSH, host.ssh, f"exec sh -c {shlex.quote(script)}")
+        # Of an option that is given twice ssh takes the first one.
+        first = ("ssh", "-o", f"ConnectTimeout={HASTY_S}", *SSH[1:]) if hasty else SSH
+        argv = (*first, host.ssh, f"exec sh -c {shlex.quote(script)}")
     return Command(host.name, argv, stdin, masked or stdin, limit_s)
 
 
@@ -271,8 +281,11 @@ def ssh_trouble(host: Host, stderr: str) -> Trouble:
     """The meaning of a failure of ssh itself (exit code 255, or no answer in time)."""
     for pattern, problem, cure in _SSH_SAYS:
         if re.search(pattern, stderr):
-            address = host.ssh.rpartition("@")[2]
-            return Trouble(host.name, problem, cure.format(ssh=host.ssh, address=address))
+            # ssh looks keys up by another name where its config says so (HostName, HostKeyAlias).
+            named = re.search(r"Host key for (\S+) has changed", stderr)
+            address = named[1] if named else host.ssh.rpartition("@")[2]
+            cure = cure.format(ssh=host.ssh, address=shlex.quote(address))
+            return Trouble(host.name, problem, cure)
     lines = [line for line in stderr.splitlines() if line.strip()]
     said = lines[-1] if lines else "without a word"
     return Trouble(host.name, f"ssh fails: {said}", f"try: ssh {host.ssh} true")
@@ -510,6 +523,6 @@ def stop(host: Host, name: str) -> Command:
     )
 
 
-def status(host: Host) -> Command:
+def status(host: Host, *, hasty: bool = False) -> Command:
     """Asks for the state of every process that runs or ran there."""
-    return supervisor(host, "status", without="[]")
+    return supervisor(host, "status", without="[]", hasty=hasty)

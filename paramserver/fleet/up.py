@@ -32,7 +32,7 @@ from paramserver.fleet.watch import Lines, Watch, machines, refuse, show, states
 from paramserver.net.hosts import Host
 from paramserver.net.interfaces import SPOKEN, Interface, from_json, paths
 from paramserver.net.interfaces import Path as Way
-from paramserver.net.jointoken import VARIABLE
+from paramserver.net.jointoken import VARIABLE, joined
 from paramserver.net.link_watch import FAR_BELOW, Chosen, write
 from paramserver.net.link_watch import VARIABLE as CHOSEN
 from paramserver.settings import Settings
@@ -54,6 +54,8 @@ class Job:
     """The user's own modules outside the clone."""
     script: Script | None = None
     """Runs on the workers' machines in place of the built-in training."""
+    addresses: tuple[str, ...] = ()
+    """Of the server, for the workers of other machines."""
     checked: Mapping[str, Checked] = field(default_factory=dict)
     """What was found on each machine."""
 
@@ -112,8 +114,9 @@ def up(arguments: list[str], *, script: Script | None = None, dry: bool = False)
         prepare(lines, wanted.hosts, root, wanted.user_code)
     with ExitStack() as stack:
         agents = open_agents(stack, wanted.hosts)
-        ways = choose_ways(lines, wanted, agents)
-        token = join_token(wanted, agents, ways)
+        ways, addresses = choose_ways(lines, wanted, agents)
+        wanted = replace(wanted, addresses=tuple(addresses))
+        token = join_token(wanted, agents, addresses)
         stack.close()
         with Watch(lines) as watch:
             start(lines, watch, wanted, ways, running, token)
@@ -241,8 +244,12 @@ def interfaces(agents: Mapping[str, Agent]) -> dict[str, list[Interface]]:
     return found
 
 
-def choose_ways(lines: Lines, wanted: Job, agents: Mapping[str, Agent]) -> dict[str, Way]:
-    """The path that each worker's machine takes to the server's: the fastest that was measured.
+def choose_ways(
+    lines: Lines, wanted: Job, agents: Mapping[str, Agent]
+) -> tuple[dict[str, Way], list[str]]:
+    """The path that each worker's machine takes to the server's, the fastest that was measured; and
+    all addresses of the server that workers may use, those first: where a path falls silent, a
+    worker takes another one.
 
     Raises `UserError` where there is none.
     """
@@ -252,6 +259,7 @@ def choose_ways(lines: Lines, wanted: Job, agents: Mapping[str, Agent]) -> dict[
         have = ", ".join(str(i) for i in own[server.name] if i.kind != "loopback")
         raise UserError(f"{server.name} has no address {given}", f"it has {have or 'none'}")
     ways, troubles = {}, []
+    others: list[str] = []
     kept = measurements.from_json(agents[server.name].ask("kept").get("measurements", []))
     for host in wanted.workers:
         if host == server:
@@ -275,12 +283,14 @@ def choose_ways(lines: Lines, wanted: Job, agents: Mapping[str, Agent]) -> dict[
                 )
             )  # fmt: skip
             continue
+        others += [way.far.address for way, _ in carrying]
         best, told = max(carrying, key=lambda pair: slower(pair[1]))
         lines.say(host.name, f"reaches {server.name} by {said(best, told)}")
         best = replace(best, bytes_per_s=told["up_bytes_per_s"], measured_by="make up")
         ways[host.name] = _as_the_doctor_had_it(lines, host, best, kept)
     refuse(troubles, _cannot(troubles))
-    return ways
+    chosen = [way.far.address for way in ways.values()]
+    return ways, list(dict.fromkeys(chosen + others))
 
 
 def _as_the_doctor_had_it(lines: Lines, host: Host, way: Way, kept: Sequence[Measurement]) -> Way:
@@ -302,13 +312,13 @@ def _as_the_doctor_had_it(lines: Lines, host: Host, way: Way, kept: Sequence[Mea
     return way
 
 
-def join_token(wanted: Job, agents: Mapping[str, Agent], ways: Mapping[str, Way]) -> str:
-    """The join token for workers of other machines, made from the keys on the server's machine; ""
-    where none is needed. Raises `UserError`."""
-    if not ways or wanted.settings.security == "none":
+def join_token(wanted: Job, agents: Mapping[str, Agent], addresses: Sequence[str]) -> str:
+    """The join token for workers of other machines, with the server's addresses, made from the keys
+    on the server's machine; "" where none is needed. Raises `UserError`."""
+    if not addresses or wanted.settings.security == "none":
         return ""
-    address = next(iter(ways.values())).far.address
-    answer = agents[wanted.server.name].ask("token", host=address, port=wanted.settings.port)
+    host = joined(addresses)
+    answer = agents[wanted.server.name].ask("token", host=host, port=wanted.settings.port)
     if "problem" in answer:
         raise UserError(f"{wanted.server.name}: {answer['problem']}")
     return str(answer["token"])
@@ -413,7 +423,7 @@ def _wait_until_ready(lines: Lines, watch: Watch, server: Host) -> None:
 def _starts(wanted: Job, ways: Mapping[str, Way], token: str) -> list[commands.Command]:
     """The commands that start the server and each worker, in this order."""
     server, settings = wanted.server, wanted.settings
-    addresses = list(dict.fromkeys(way.far.address for way in ways.values()))
+    addresses = wanted.addresses or tuple({way.far.address: None for way in ways.values()})
     secrets = remote.environment(SECRETS, os.environ)
     argv = commands.server_argv(settings, addresses)
     own = {"PYTHONPATH": commands.own_path(wanted.user_code)} if wanted.user_code else {}

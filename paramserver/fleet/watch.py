@@ -192,11 +192,13 @@ class Watch:
 # --------------------------------------------------------------------------------------- looking
 
 
-def states(hosts: Sequence[Host]) -> tuple[dict[str, dict[str, State]], list[Trouble]]:
+def states(
+    hosts: Sequence[Host], *, hasty: bool = False
+) -> tuple[dict[str, dict[str, State]], list[Trouble]]:
     """The states of the processes of each machine, by name; and the machines that do not answer."""
 
     def look(host: Host) -> dict[str, State]:
-        told = remote.ask(host, commands.status(host), "status")
+        told = remote.ask(host, commands.status(host, hasty=hasty), "status")
         return {each["name"]: State(**each) for each in told}
 
     return remote.on_all(look, hosts)
@@ -206,7 +208,7 @@ def status(arguments: list[str]) -> int:
     """Print a table of all machines, and the newest warning of each process; returns 1 where a
     machine does not answer or a process failed."""
     _, _, hosts = machines(arguments)
-    found, troubles = states(hosts)
+    found, troubles = states(hosts, hasty=True)
     rows: list[tuple[tuple[str, ...], str, str]] = []  # cells, style of the third, last words
     wrong = bool(troubles)
     warnings: list[tuple[str, str]] = []

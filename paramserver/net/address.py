@@ -60,7 +60,7 @@ def find(
     "none".
     """
     token = read(join) if join else None
-    host = host or (token.host if token is not None else LOOPBACK)
+    host = host or _of(token)
     port = port or (token.port if token is not None else 65432)
     if is_local(host):
         return Address(LOOPBACK, port)
@@ -76,6 +76,18 @@ def find(
     return Address(host, port, keys_of(token))
 
 
+def several(join: str | None) -> bool:
+    """Does this token have more than one address of its server? Raises `UserError`."""
+    return join is not None and len(read(join).hosts) > 1
+
+
+def _of(token: JoinToken | None) -> str:
+    """The address in a token: the first one, or one of this machine."""
+    if token is None:
+        return LOOPBACK
+    return next((host for host in token.hosts if is_local(host)), token.hosts[0])
+
+
 def to_watch(
     host: str | None,
     port: int,
@@ -88,7 +100,7 @@ def to_watch(
     the server's, if no token tells another; a given `watch_port` takes precedence over all. Raises
     `UserError`."""
     token = read(join, to_watch=True) if join else None
-    host = host or (token.host if token is not None else LOOPBACK)
+    host = host or _of(token)
     if token is not None and token.watches:
         port = watch_port or token.port
     else:

@@ -141,17 +141,30 @@ def choose(own: Sequence[Interface]) -> Interface | None:
     return min(offered, key=_rank, default=None)
 
 
+def every_network(own: Sequence[Interface]) -> list[Interface]:
+    """The addresses for a server that listens in all networks where machines may be: one in each,
+    the best first. IPv6 only where there is nothing else."""
+    offered = sorted((i for i in own if i.kind in OFFERED), key=_rank)
+    fourth = [i for i in offered if ipaddress.ip_address(i.address).version == 4]
+    found: dict[str, Interface] = {}
+    for interface in fourth or offered:
+        found.setdefault(interface.network, interface)
+    return list(found.values())
+
+
 def _rank(interface: Interface) -> tuple[int, bool, bool, int]:
     address = ipaddress.ip_address(interface.address)
     kind = KINDS.index(interface.kind)
     return kind, address.version == 6, address.is_link_local, -interface.mtu
 
 
-def why(chosen: Interface, own: Sequence[Interface]) -> str:
+def why(chosen: Sequence[Interface], own: Sequence[Interface]) -> str:
     """A sentence that explains this choice."""
-    others = [str(i) for i in own if i.kind in OFFERED and i != chosen]
+    others = [str(i) for i in own if i.kind in OFFERED and i not in chosen]
     beside = f"; also here: {', '.join(others)}" if others else ""
-    return f"listening at {chosen}: the best kind there is{beside}"
+    told = ", ".join(map(str, chosen))
+    reason = "all networks here" if len(chosen) > 1 else "the best kind there is"
+    return f"listening at {told}: {reason}{beside}"
 
 
 @dataclass(frozen=True)

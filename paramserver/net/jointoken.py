@@ -23,6 +23,7 @@ import binascii
 import hashlib
 import re
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from paramserver.errors import UserError
@@ -35,6 +36,8 @@ PREFIX, WATCH_PREFIX = "ps", "pw"
 VERSION = 1
 KEY_BYTES = 32
 SUM_BYTES = 4
+HOST_BYTES = 255
+HOSTS_MAX = 8  # networks that a server is in
 _HEAD = struct.Struct("!BBH")
 _IN_TEXT = re.compile(r"\b(p[sw])[a-z2-7]{40,}", re.IGNORECASE)
 _HINT = (
@@ -48,17 +51,32 @@ class JoinToken:
     """The contents of a token. Keys are raw bytes of Curve25519, `KEY_BYTES` each."""
 
     host: str
+    """The server's address, or several with commas, the best first."""
     port: int
     server_key: bytes = field(repr=False)
     client_secret: bytes = field(repr=False)
     watches: bool = False
     """It is a watch token."""
 
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        """The server's addresses."""
+        return tuple(host for host in self.host.split(",") if host) or (self.host,)
+
+
+def joined(hosts: Sequence[str]) -> str:
+    """These addresses as the `host` of a token: as many as one can hold, the first ones."""
+    told = hosts[0]
+    for host in hosts[1:HOSTS_MAX]:
+        if len(told) + 1 + len(host) <= HOST_BYTES:
+            told += f",{host}"
+    return told
+
 
 def encode(token: JoinToken) -> str:
     """The token as a word; `decode` is the inverse. Raises `ValueError` for an invalid address."""
     host = token.host.encode("ascii")
-    if not host or len(host) > 255 or not 0 < token.port < 65536:
+    if not host or len(host) > HOST_BYTES or not 0 < token.port < 65536:
         raise ValueError(f"no address for a token: {token.host!r}, port {token.port}")
     if {len(token.server_key), len(token.client_secret)} != {KEY_BYTES}:
         raise ValueError(f"a key has {KEY_BYTES} bytes")

@@ -28,6 +28,7 @@ from paramserver.net.address import AUTO, LOOPBACK
 from paramserver.net.interfaces import (
     Interface,
     choose,
+    every_network,
     from_ifconfig,
     hardware_ports,
     kind_on_linux,
@@ -102,9 +103,12 @@ def settle(settings: Settings) -> tuple[str | None, str]:
     given = next((host.ip for host in machines if host.serves), None)
     if settings.host_ip is None and given in {i.address for i in own}:
         return given, f"listening at {given}: hosts says so"
-    chosen = choose(own)
-    if chosen is not None:
-        return chosen.address, why(chosen, own)
+    chosen = every_network(own)
+    if settings.security == "none":  # who listens without keys listens at one address
+        best = choose(own)
+        chosen = [best] if best is not None else []
+    if chosen:
+        return ",".join(i.address for i in chosen), why(chosen, own)
     if settings.host_ip is None:
         return None, (
             "hosts names other machines, but this one has no Thunderbolt, Ethernet or Wi-Fi "

@@ -315,9 +315,9 @@ def rank(host: str, own: Sequence[Interface]) -> int:
 class Search:
     """Looks for a server: call `look` again and again; a context manager.
 
-    With a token it finds the server that proves the token's key, and tries the token's address like
-    announced ones. Without a token it finds the only announced server. With `run`, only a server of
-    that run.
+    With a token it finds the server that proves the token's key, and tries the token's addresses
+    like announced ones. Without a token it finds the only announced server. With `run`, only a
+    server of that run.
     """
 
     def __init__(
@@ -345,10 +345,11 @@ class Search:
             silent = f"there is no multicast DNS on this machine: {_words(e)}"
             if self._token is None:
                 raise UserError(silent, "give the server's address: host_ip=10.10.0.1") from None
-            log.info(f"{silent}; only the address in the join token is tried")
+            log.info(f"{silent}; only what the join token names is tried")
         self._trials = _Trials(address.keys_of(self._token) if self._token else None)
         if self._token is not None:
-            self._trials.begin(self._token.host, self._token.port)
+            for host in self._token.hosts[: jointoken.HOSTS_MAX]:
+                self._trials.begin(host, self._token.port)
         self._known, self._over = known, False
         if known is not None and not sockets.is_loopback(known[0]):
             self._trials.begin(*known)

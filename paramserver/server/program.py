@@ -30,6 +30,7 @@ from paramserver.keys import path as keys_path
 from paramserver.net import link_watch, machine
 from paramserver.net.address import LOOPBACK, listen
 from paramserver.net.interfaces import SPOKEN
+from paramserver.net.jointoken import joined
 from paramserver.net.mdns import Announcement
 from paramserver.output import metrics, runfolder, stored
 from paramserver.output.runfolder import Record, RunFolder, Unended
@@ -246,10 +247,10 @@ def _serve(
                 show.say(f"made the keys of this cluster: {keys_path()}")
             if MARK in os.environ:  # the workers have it from `make up`, and a log is a file
                 port = [f"port={settings.port}"] if settings.port != Settings.port else []
-                command = typed("keys", f"host_ip={guarded[0]}", *port)
+                command = typed("keys", f"host_ip={','.join(guarded)}", *port)
                 show.say(f"the join token, for further machines: {command}, in {Path.cwd()}")
             else:
-                token = keys.token(guarded[0], settings.port)
+                token = keys.token(joined(guarded), settings.port)
                 show.say(f"other machines join with: {_join_command(token)}")
         elif exposed := [h for h in hosts if not is_loopback(h)]:
             show.say(
