@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from datetime import datetime
 from itertools import combinations
 from typing import Any
 from xml.etree import ElementTree
@@ -10,7 +11,16 @@ from xml.etree import ElementTree
 import pytest
 
 from paramserver.fleet import topology
-from paramserver.fleet.findings import Measured, Report, chosen, findings
+from paramserver.fleet.findings import (
+    Measured,
+    Report,
+    about_machines,
+    about_paths,
+    chosen,
+    findings,
+    remarks,
+)
+from paramserver.fleet.measurements import Measurement
 from paramserver.net.hosts import Host
 from paramserver.net.interfaces import Interface, Path
 
@@ -107,10 +117,87 @@ def test_what_the_settings_pin_is_taken() -> None:
 
 
 def test_the_picture() -> None:
-    assert topology.text(GOOD) == "mini1 ═══ Thunderbolt 16.00 Gbit/s 0.50 ms ═══ mini2"
+    assert topology.text(GOOD).splitlines() == [
+        "mini1 ═══ Thunderbolt 16.00 Gbit/s 0.50 ms ═══ mini2",
+        "          10.10.0.1 - 10.10.0.2  <- make up takes it",
+    ]
     drawn = ElementTree.fromstring(topology.svg(GOOD))
     words = [element.text for element in drawn.iter() if element.text and element.text.strip()]
     assert "Thunderbolt 16.00 Gbit/s" in words and "mini1" in words and "server" in words
+    assert "0.50 ms  10.10.0.1 - 10.10.0.2" in words
+
+
+def test_a_cable_that_is_out_is_named_where_a_slower_network_remains() -> None:
+    at = datetime(2026, 11, 24, 12, 0).timestamp()
+    before = (Measurement("mini2", TB2.address, TB1.address, 2e9, at),)
+    air = {"mini1": [TB1, WIFI1], "mini2": [WIFI2]}
+    gone = replace(GOOD, measured=(AIR,), interfaces=air, before=before)
+    assert "10.10.0.2 -> 10.10.0.1, 16.00 Gbit/s on 24 Nov, is gone: mini2 has no address" in told(
+        gone
+    )
+    down = replace(gone, down={"mini2": {"bridge0": ["10.10.0.2"]}})
+    assert "is gone: bridge0 on mini2 is down\n  is the cable in?" in told(down)
+    assert "is gone" not in told(replace(GOOD, before=before))  # it is there, however slow
+    slower = (replace(before[0], bytes_per_s=1e6),)
+    assert "is gone" not in told(replace(gone, before=slower))  # nothing is lost
+    assert "is gone" not in told(replace(gone, interfaces={"mini1": [TB1]}))  # it does not answer
+
+
+def test_what_a_run_leaves_free_is_no_fault_of_a_cable() -> None:
+    slow = replace(FAST, up_bytes_per_s=5e6, down_bytes_per_s=5e7)
+    assert "carries only" in told(replace(GOOD, measured=(slow,)))
+    assert told(replace(GOOD, measured=(slow,), at_rest=False)) == ""
+    dead = replace(FAST, problem="No route to host", errno=65)
+    assert "does not reach" in told(replace(GOOD, measured=(dead, AIR), at_rest=False))
+
+
+def test_a_network_of_100_mbit_is_slow_and_not_wrong() -> None:
+    lan = [Interface("eth0", "ethernet", f"192.168.2.{n}", 24, 1500) for n in (1, 2)]
+    slow = Measured("mini2", "mini1", Path(lan[0], lan[1]), 0.0005, 11.7e6, 11.7e6)
+    report = replace(GOOD, measured=(slow,), interfaces={"mini1": [lan[0]], "mini2": [lan[1]]})
+    assert told(report) == ""
+    assert (
+        "192.168.2.2 (eth0) -> 192.168.2.1 (eth0) is a network of 100 Mbit/s: slow, not"
+        in (remarks(report)[0])
+    )
+    bad = replace(slow, up_bytes_per_s=4e6, down_bytes_per_s=4e6)
+    assert "carries only 0.03" in told(replace(report, measured=(bad,)))
+
+
+def test_where_the_server_would_stand_best_is_told() -> None:
+    hosts = (*HOSTS, Host("mini3", "mini3", id=2))
+    way = {pair: replace(FAST, far=pair[0], near=pair[1]) for pair in combinations("abc", 2)}
+    names = dict(zip("abc", ("mini1", "mini2", "mini3"), strict=True))
+
+    def between(pair: tuple[str, str], rate: float) -> Measured:
+        far, near = (names[letter] for letter in pair)
+        return replace(way[pair], far=far, near=near, up_bytes_per_s=rate, down_bytes_per_s=rate)
+
+    # The server's machine has a slow path to one of those that train; they have a fast one.
+    ways = (between(("a", "b"), 1e8), between(("a", "c"), 2e9), between(("b", "c"), 2e9))
+    assert remarks(Report(hosts, measured=ways)) == [
+        "the server would stand best on mini2: its slowest path has 16.00 Gbit/s, "
+        "that of mini1 0.80"
+    ]
+    assert remarks(Report(hosts, measured=ways, at_rest=False)) == []
+    alike = (between(("a", "b"), 1.9e9), *ways[1:])
+    assert remarks(Report(hosts, measured=alike)) == []
+
+
+def test_addresses_are_whole_at_80_columns() -> None:
+    sixth = [
+        Interface("enp0s31f6", "ethernet", f"fd00:1234:5678:9abc::{n}", 64, 1500) for n in (1, 2)
+    ]
+    facts = {**FACTS, "system": "Linux", "machine": "x86_64", "python": "3.11.7"}
+    report = replace(
+        GOOD,
+        facts={"mini1": facts, "mini2": facts},
+        measured=(FAST, replace(FAST, path=Path(sixth[0], sixth[1]))),
+    )
+    lines = [*about_machines(report), *about_paths(report)]
+    assert "mini2 -> mini1: 10.10.0.2 (bridge0) -> 10.10.0.1 (bridge0)" in lines
+    assert "mini1  Linux x86_64, Python 3.11.7, torch 2.15.0, mps" in lines
+    assert all(len(line) <= 80 for line in lines if "fd00" not in line)
 
 
 @pytest.mark.parametrize("count", range(2, 7))

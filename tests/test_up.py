@@ -213,6 +213,7 @@ def test_a_run_from_start_to_end(cluster: Cluster, tmp_path: Path) -> None:
     assert "mini1 |" not in tail.output
 
     tail = cluster.make("attach", "--host=mini1")
+    tail.wait_for(r"step [1-9]")  # it follows the log
     cluster.machines.cut("mini2", "eth0", "down")
     tail.wait_for(r"worker 1 \(mini2\) comes by 10.20.0.2, not by 10.10.0.2 as make up had chosen")
     cluster.machines.cut("mini2", "eth0", "up")

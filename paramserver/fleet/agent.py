@@ -34,7 +34,8 @@ class Agent:
     def answer(self, do: str, words: dict[str, Any]) -> dict[str, Any]:
         if do == "look":
             states = [asdict(state) for state in supervisor.status(self._folder)]
-            return {"interfaces": to_json(machine.interfaces()), "states": states}
+            own = to_json(machine.interfaces())
+            return {"interfaces": own, "states": states, "down": machine.down()}
         if do == "time":
             return {"time": time.time()}
         if do == "facts":

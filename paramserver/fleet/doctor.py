@@ -10,25 +10,31 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack
-from dataclasses import asdict
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
-
-from rich.table import Table
 
 from paramserver import terminal
 from paramserver.config.loading import load
 from paramserver.fleet import commands, devices, measurements, remote, topology
 from paramserver.fleet.commands import Trouble
-from paramserver.fleet.findings import Measured, Report, chosen, findings
+from paramserver.fleet.findings import (
+    Measured,
+    Report,
+    about_machines,
+    about_paths,
+    chosen,
+    findings,
+    remarks,
+)
 from paramserver.fleet.measurements import Measurement
 from paramserver.fleet.remote import Agent, Failed
 from paramserver.fleet.up import clone, job, measure, prepare
 from paramserver.fleet.watch import Lines, states
 from paramserver.net.hosts import Host
-from paramserver.net.interfaces import SPOKEN, Interface, from_json, paths
+from paramserver.net.interfaces import Interface, from_json, paths
 from paramserver.net.interfaces import Path as Way
 
 SECONDS = 1.0
@@ -47,15 +53,20 @@ def doctor(arguments: list[str], *, as_json: bool = False) -> int:
     with ExitStack() as stack:
         agents = {host.name: stack.enter_context(Agent(host)) for host in hosts}
         report, more = examine(wanted.hosts, agents, wanted.settings.port)
+        before = _kept(agents.get(wanted.server.name))
         measured, broken = measure_paths(
             wanted.hosts, report.interfaces, agents, wanted.settings.host_ip
         )
         if at_rest and wanted.server.name in agents:
             broken += _keep(agents[wanted.server.name], measured)
-    report = Report(
-        wanted.hosts, (*troubles, *more, *broken), report.facts, report.interfaces,
-        tuple(measured), wanted.settings.port,
-    )  # fmt: skip
+    report = replace(
+        report,
+        troubles=(*troubles, *more, *broken),
+        measured=tuple(measured),
+        port=wanted.settings.port,
+        at_rest=at_rest,
+        before=tuple(before),
+    )
     found = findings(report)
     if as_json:
         terminal.result(json.dumps(to_json(report, found), indent=2))
@@ -92,7 +103,7 @@ def examine(
 ) -> tuple[Report, list[Trouble]]:
     """The facts of each machine, and the difference of its clock to ours."""
 
-    def one(host: Host) -> tuple[dict[str, Any], list[Interface]]:
+    def one(host: Host) -> tuple[dict[str, Any], list[Interface], dict[str, list[str]]]:
         agent = agents[host.name]
         look = agent.ask("look")  # the first answer may wake it up
         serves = any(s["name"] == "server" and s["alive"] for s in look["states"])
@@ -100,13 +111,27 @@ def examine(
         there = agent.ask("time")["time"]
         skew = there - (before + time.time()) / 2
         facts = agent.ask("facts")
-        held = None if serves else agent.ask("port", port=port)["held"]  # not by our own run
-        return facts | {"skew_s": skew, "port_held": held}, from_json(look["interfaces"])
+        taken: dict[str, Any] = {"port_held": None}
+        for each in () if serves else (port, port + 1):  # not by our own run
+            if taken["port_held"] is None:
+                taken = {"port": each, "port_held": agent.ask("port", port=each)["held"]}
+        found = from_json(look["interfaces"])
+        return facts | {"skew_s": skew, **taken}, found, look.get("down", {})
 
     told, troubles = remote.on_all(one, [agent.host for agent in agents.values()])
     facts = {name: each[0] for name, each in told.items()}
     interfaces = {name: each[1] for name, each in told.items()}
-    return Report(hosts, (), facts, interfaces), troubles
+    down = {name: each[2] for name, each in told.items()}
+    return Report(hosts, (), facts, interfaces, down=down), troubles
+
+
+def _kept(agent: Agent | None) -> list[Measurement]:
+    """What was measured last, where the server's machine answers."""
+    if agent is None:
+        return []
+    with suppress(Failed):
+        return measurements.from_json(agent.ask("kept").get("measurements", []))
+    return []
 
 
 def measure_paths(
@@ -168,47 +193,27 @@ def to_json(report: Report, found: list[Trouble]) -> dict[str, Any]:
             if (best := report.best(host.name, report.server.name)) is not None
         },
         "findings": [asdict(trouble) for trouble in found],
+        "remarks": remarks(report),
     }
 
 
 def _print(lines: Lines, report: Report, found: list[Trouble], at_rest: bool) -> None:
-    machines = Table(box=None, pad_edge=False)
-    for head in ("machine", "system", "python", "torch", "device", "memory free", "disk free",
-                 "clock", "sleep", "firewall"):  # fmt: skip
-        machines.add_column(head)
-    for name, facts in report.facts.items():
-        machines.add_row(
-            name, f"{facts['system']} {facts['machine']}", facts["python"],
-            str(facts["versions"]["torch"]), facts["device"],
-            f"{facts['free_memory_bytes'] / 2**30:.1f} GiB",
-            f"{facts['free_disk_bytes'] / 2**30:.0f} GiB",
-            f"{facts['skew_s']:+.1f} s", facts["sleep"], facts["firewall"],
-        )  # fmt: skip
-    ways = Table(box=None, pad_edge=False)
-    for head in ("from", "to", "path", "kind", "MTU", "round trip", "up", "down"):
-        ways.add_column(head)
-    for m in report.measured:
-        mtu = f"{m.path.near.mtu if m.path.near else '?'} / {m.path.far.mtu}"
-        carried = (
-            (f"{1000 * m.round_trip_s:.2f} ms", *(f"{8e-9 * b:.2f} Gbit/s" for b in (m.up_bytes_per_s, m.down_bytes_per_s)))  # noqa: E501
-            if not m.problem
-            else (m.problem, "", "")
-        )  # fmt: skip
-        ways.add_row(
-            m.near, m.far, str(m.path), SPOKEN.get(m.path.kind, m.path.kind), mtu, *carried
-        )
-    for part in (machines, ways):
-        lines.print(part)
+    for part in (about_machines(report), about_paths(report)):
+        for line in part:
+            lines.tell(line)
         lines.tell("")
     if picture := topology.text(report):
         lines.tell_as_it_is(picture)
         PICTURE.parent.mkdir(exist_ok=True)
         PICTURE.write_text(topology.svg(report), encoding="utf-8")
         lines.tell_as_it_is(f"as a picture: {PICTURE}\n")
-    for sentence in chosen(report):
+    for sentence in (*chosen(report), *remarks(report)):
         lines.tell(sentence)
     if not at_rest:
-        lines.tell("a run is going on: these figures are what it leaves free, and are not kept")
+        lines.tell(
+            "a run is going on: these figures are what it leaves free. They are not kept, and no "
+            "cable is blamed for them"
+        )
     for trouble in found:
         lines.tell_as_it_is(str(trouble))
     if not found:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any
 
 from paramserver.fleet.commands import Trouble
@@ -20,8 +21,22 @@ ROOM_BYTES = 2**30
 MEMORY_BYTES = 2**30
 JUMBO = 9000
 UNEVEN = 0.5  # one way carries less than this share of the other
+HUNDRED_GBITS = (0.05, 0.1)  # what a network of 100 Mbit/s carries
+BETTER_PLACE = 1.25  # so much faster for the slowest machine: worth another place of the server
 EXPECTED_GBITS = {"thunderbolt": 5.0, "ethernet": 0.7, "wifi": 0.05}
 """Gbit/s by kind of interface; less than this is a fault."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Bytes a second on a path from a worker's machine to the server's, while no run was going
+    on."""
+
+    machine: str
+    near: str  # its address
+    far: str  # the server's
+    bytes_per_s: float
+    at: float  # seconds since the epoch
 
 
 @dataclass(frozen=True)
@@ -58,6 +73,10 @@ class Report:
     interfaces: dict[str, list[Interface]] = field(default_factory=dict)
     measured: tuple[Measured, ...] = ()
     port: int = 65432
+    at_rest: bool = True  # no run goes on, which would take its part of each path
+    before: tuple[Measurement, ...] = ()  # paths to the server's machine, when measured last
+    down: dict[str, dict[str, list[str]]] = field(default_factory=dict)
+    """By machine: interfaces that are down, and their addresses."""
 
     def best(self, near: str, far: str) -> Measured | None:
         """The fastest working path of a pair; where the settings pin one, that one."""
@@ -82,9 +101,84 @@ def findings(report: Report) -> list[Trouble]:
             found += _addresses(host.name, report.interfaces.get(host.name, []))
     for measured in report.measured:
         if measured.problem or measured == report.best(measured.near, measured.far):
-            found += _path(measured)  # the speed of the other paths does not matter
+            # The speed of the other paths does not matter.
+            found += _path(measured, at_rest=report.at_rest)
     found += _worse_than_it_could_be(report)
+    found += _gone(report)
     return found
+
+
+def remarks(report: Report) -> list[str]:
+    """What is worth knowing, though nothing is wrong."""
+    told = []
+    for m in report.measured:
+        if m == report.best(m.near, m.far) and report.at_rest and _is_hundred(m):
+            told.append(
+                f"{m.path} is a network of 100 Mbit/s: slow, not wrong "
+                "(a switch, port and cable for 1 Gbit/s carry ten times as much)"
+            )
+    return told + _better_place(report)
+
+
+def _is_hundred(m: Measured) -> bool:
+    low, high = HUNDRED_GBITS
+    return not m.problem and m.path.kind == "ethernet" and low <= m.gbits <= high
+
+
+def _better_place(report: Report) -> list[str]:
+    """Where the server would be reached faster by the slowest of the machines that train."""
+    if not report.at_rest:
+        return []
+    slowest: dict[str, Measured] = {}
+    for host in report.hosts:
+        ways = [report.best(w.name, host.name) for w in report.hosts if w.works and w != host]
+        found = [way for way in ways if way is not None]
+        if found and len(found) == len(ways):
+            slowest[host.name] = min(found, key=lambda m: m.gbits)
+    now = slowest.get(report.server.name)
+    if now is None:
+        return []
+    best = max(slowest, key=lambda name: slowest[name].gbits)
+    there = slowest[best]
+    if there.gbits < BETTER_PLACE * now.gbits:
+        return []
+    return [
+        f"the server would stand best on {best}: its slowest path has {there.gbits:.2f} Gbit/s, "
+        f"that of {report.server.name} {now.gbits:.2f}"
+    ]
+
+
+def _gone(report: Report) -> Iterator[Trouble]:
+    """Paths that were measured before and are not there any more, where a slower one remains."""
+    here = {
+        (m.near, m.path.near.address if m.path.near else None, m.path.far.address)
+        for m in report.measured
+    }
+    server = report.server.name
+    for old in report.before:
+        asked = {old.machine, server} <= report.interfaces.keys()
+        if not asked or (old.machine, old.near, old.far) in here:
+            continue
+        gbits = 8e-9 * old.bytes_per_s
+        left = report.best(old.machine, server)
+        if left is not None and left.gbits >= gbits:
+            continue  # nothing is lost
+        why = [
+            f"{device} on {name} is down"
+            for name, address in ((old.machine, old.near), (server, old.far))
+            for device, addresses in report.down.get(name, {}).items()
+            if address in addresses
+        ] or [
+            f"{name} has no address {address} any more"
+            for name, address in ((old.machine, old.near), (server, old.far))
+            if address not in {i.address for i in report.interfaces[name]}
+        ]
+        yield Trouble(
+            old.machine,
+            f"{old.near} -> {old.far}, {gbits:.2f} Gbit/s on "
+            f"{datetime.fromtimestamp(old.at):%d %b}, is gone: {'; '.join(why)}",
+            "is the cable in? If it is to stay out: from now on only what is here is compared",
+        )
 
 
 def _versions(report: Report) -> Iterator[Trouble]:
@@ -137,8 +231,8 @@ def _machine(name: str, facts: dict[str, Any], report: Report) -> Iterator[Troub
     held = facts.get("port_held")
     if held and name == report.server.name:
         yield Trouble(
-            name, f"port {report.port} is taken by {held}",
-            "stop that, or choose port=65500",
+            name, f"port {facts.get('port', report.port)} is taken by {held}",
+            "stop that, or choose port=65500 (a run takes this one and the next)",
         )  # fmt: skip
 
 
@@ -156,7 +250,7 @@ def _addresses(name: str, own: Sequence[Interface]) -> Iterator[Trouble]:
             )
 
 
-def _path(m: Measured) -> Iterator[Trouble]:
+def _path(m: Measured, *, at_rest: bool) -> Iterator[Trouble]:
     where = f"{m.path} ({m.kind})"
     if m.problem:
         if m.errno in NO_ROUTE and m.pings:
@@ -172,7 +266,7 @@ def _path(m: Measured) -> Iterator[Trouble]:
                 "the cable, the address, or a firewall at the other end",
             )  # fmt: skip
         return
-    if m.gbits < EXPECTED_GBITS.get(m.path.kind, 0.0):
+    if at_rest and m.gbits < EXPECTED_GBITS.get(m.path.kind, 0.0) and not _is_hundred(m):
         near_mtu = m.path.near.mtu if m.path.near else JUMBO
         mtu = min(m.path.far.mtu, near_mtu)
         small = m.path.kind == "thunderbolt" and mtu < JUMBO
@@ -188,7 +282,7 @@ def _path(m: Measured) -> Iterator[Trouble]:
             "the same at both ends",
         )
     ways = sorted((m.up_bytes_per_s, m.down_bytes_per_s))
-    if ways[0] < UNEVEN * ways[1]:
+    if at_rest and ways[0] < UNEVEN * ways[1]:
         yield Trouble(
             m.near,
             f"{where} to {m.far}: {8e-9 * m.up_bytes_per_s:.2f} Gbit/s up, "
@@ -216,6 +310,35 @@ def _worse_than_it_could_be(report: Report) -> Iterator[Trouble]:
                     "is the cable in? Are both in one network, with the same mask?",
                 )
                 break
+
+
+def about_machines(report: Report) -> list[str]:
+    """Two lines about each machine."""
+    told = []
+    width = max(len(name) for name in report.facts) if report.facts else 0
+    for name, facts in report.facts.items():
+        told += [
+            f"{name:<{width}}  {facts['system']} {facts['machine']}, Python {facts['python']}, "
+            f"torch {facts['versions']['torch']}, {facts['device']}",
+            f"{'':<{width}}  {facts['free_memory_bytes'] / 2**30:.1f} GiB of memory and "
+            f"{facts['free_disk_bytes'] / 2**30:.0f} GiB of disk free",
+            f"{'':<{width}}  clock {facts['skew_s']:+.1f} s, sleep: {facts['sleep']}, "
+            f"firewall: {facts['firewall']}",
+        ]
+    return told
+
+
+def about_paths(report: Report) -> list[str]:
+    """Two lines about each path; addresses are whole, however narrow the terminal."""
+    told = []
+    for m in report.measured:
+        mtu = f"{m.path.near.mtu if m.path.near else '?'} / {m.path.far.mtu}"
+        carries = m.problem or (
+            f"{1000 * m.round_trip_s:.2f} ms, {8e-9 * m.up_bytes_per_s:.2f} Gbit/s up, "
+            f"{8e-9 * m.down_bytes_per_s:.2f} down"
+        )
+        told += [f"{m.near} -> {m.far}: {m.path}", f"  {m.kind}, MTU {mtu}: {carries}"]
+    return told
 
 
 def chosen(report: Report) -> list[str]:

@@ -6,25 +6,14 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from paramserver import drafts
+from paramserver.fleet.findings import Measurement as Measurement
 
 FILE = "figures.json"
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """Bytes a second on a path from a worker's machine to the server's, while no run was going
-    on."""
-
-    machine: str
-    near: str  # its address
-    far: str  # the server's
-    bytes_per_s: float
-    at: float  # seconds since the epoch
 
 
 def to_json(measured: Sequence[Measurement]) -> list[dict[str, Any]]:

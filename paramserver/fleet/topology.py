@@ -12,7 +12,8 @@ from paramserver.fleet.findings import Measured, Report
 COLOURS = {"thunderbolt": "#7c3aed", "ethernet": "#0369a1", "wifi": "#d97706"}
 GREY = 'font-size="12" fill="#374151"'
 BOX_W, BOX_H, LABEL_H = 150, 54, 36
-NAME_W, LETTER_W = 10, 7  # of a character, in the font sizes of names and labels
+NAME_W, LETTER_W, SMALL_W = 10, 7, 6.2  # of a character, in the sizes of names and labels
+FAINT = ' stroke-opacity="0.4"'  # a path that `make up` does not take
 PLACES = sorted((n / 50 for n in range(8, 43)), key=lambda t: abs(t - 0.5))
 """Places of a label along its line: its middle first."""
 
@@ -27,15 +28,31 @@ def pairs(report: Report) -> Iterator[Measured]:
                 yield best
 
 
+def is_taken(report: Report, m: Measured) -> bool:
+    """Does `make up` take this path?"""
+    server = report.server.name
+    works = {host.name for host in report.hosts if host.works}
+    return server in (m.near, m.far) and bool({m.near, m.far} & (works - {server}))
+
+
 def text(report: Report) -> str:
-    """One line for each pair: both ends, and between them what the path carries."""
+    """Two lines for each pair: both ends, and between them what the path carries; the addresses,
+    and whether `make up` takes the path."""
     lines = []
     width = max((len(host.name) for host in report.hosts), default=0)
     for m in pairs(report):
         line = {"thunderbolt": "═", "ethernet": "─", "wifi": "┄"}.get(m.path.kind, "·")
         rate = f" {m.kind} {m.gbits:.2f} Gbit/s {1000 * m.round_trip_s:.2f} ms "
         lines.append(f"{m.far:>{width}} {line * 3}{rate}{line * 3} {m.near}")
+        taken = "  <- make up takes it" if is_taken(report, m) else ""
+        lines.append(f"{'':>{width}}     {ends(m)}{taken}")
     return "\n".join(lines)
+
+
+def ends(m: Measured) -> str:
+    """The addresses of a path, in the order of its line."""
+    near = m.path.near.address if m.path.near else "by its routes"
+    return f"{m.path.far.address} - {near}"
 
 
 def svg(report: Report) -> str:
@@ -65,15 +82,18 @@ def svg(report: Report) -> str:
         dash = ' stroke-dasharray="8 6"' if m.path.kind == "wifi" else ""
         parts.append(
             f'<line x1="{far.x:.0f}" y1="{far.y:.0f}" x2="{near.x:.0f}" y2="{near.y:.0f}" '
-            f'stroke="{colour}" stroke-width="{thick:.1f}"{dash}/>'
+            f'stroke="{colour}" stroke-width="{thick:.1f}"{dash}'
+            f"{'' if is_taken(report, m) else FAINT}/>"
         )
         rate = f"{m.kind} {m.gbits:.2f} Gbit/s"
-        label = _free_place(far, near, LETTER_W * len(rate) + 8, taken)
+        more = f"{1000 * m.round_trip_s:.2f} ms  {ends(m)}"
+        room = max(LETTER_W * len(rate), SMALL_W * len(more)) + 8
+        label = _free_place(far, near, room, taken)
         taken.append(label)
         labels += [
             label.rect('fill="white" fill-opacity="0.9" rx="4"'),
             _line(label.x, label.y - 3, rate, f'font-size="13" fill="{colour}"'),
-            _line(label.x, label.y + 13, f"{1000 * m.round_trip_s:.2f} ms", GREY),
+            _line(label.x, label.y + 13, more, GREY),
         ]
     parts += labels
     ill = {trouble.host for trouble in report.troubles}

@@ -70,6 +70,17 @@ def interfaces() -> list[Interface]:
     return found
 
 
+def down() -> dict[str, list[str]]:
+    """The devices of this machine that are down, or without a cable, with their addresses."""
+    stats, up = psutil.net_if_stats(), {i.address for i in interfaces()}
+    found: dict[str, list[str]] = {}
+    for device, addresses in psutil.net_if_addrs().items():
+        own = [a.address for a in addresses if a.family == socket.AF_INET]
+        if own and not up & set(own) and (device not in stats or not stats[device].isup):
+            found[device] = own
+    return found
+
+
 def _sysfs(folder: Path) -> dict[str, str]:
     """The files of a device that `kind_on_linux` reads."""
     found = {}
