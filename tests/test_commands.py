@@ -58,6 +58,7 @@ def test_own_modules_are_copied_beside_the_code() -> None:
     assert first.argv[-2:] == ("/desk/", "user@mini2.local:paramserver/own/0/")
     assert second.argv[-2:] == ("/other/", "user@mini2.local:paramserver/own/1/")
     assert commands.own_path(own) == "../own/0:../own/1"
+    assert commands.own_path(own, up="") == "own/0:own/1"
     command = commands.start(
         MINI, "worker", ["x"], "up", {}, {"PYTHONPATH": commands.own_path(own)}
     )

@@ -313,9 +313,10 @@ def copy_own(host: Host, user_code: Sequence[UserCode]) -> list[Command]:
     return commands
 
 
-def own_path(user_code: Sequence[UserCode]) -> str:
-    """The PYTHONPATH for these modules, relative to the code."""
-    return ":".join(f"../own/{number}" for number in range(len(user_code)))
+def own_path(user_code: Sequence[UserCode], up: str = "../") -> str:
+    """The PYTHONPATH for these modules, as seen from the code; from the host's folder itself, where
+    a script is started, with `up=""`."""
+    return ":".join(f"{up}own/{number}" for number in range(len(user_code)))
 
 
 def _rsync(host: Host, source: str, inner: str, options: Sequence[str]) -> Command:

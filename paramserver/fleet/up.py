@@ -455,6 +455,8 @@ def _starts(wanted: Job, ways: Mapping[str, Way], token: str) -> list[commands.C
                     place_of(wanted.script, wanted.user_code, clone()), wanted.script.words
                 )
                 given |= commands.script_environment(settings, to, process.id)
+                if own:
+                    given["PYTHONPATH"] = commands.own_path(wanted.user_code, up="")
                 folder = ".."
             begun.append(
                 commands.start(host, process.name, argv, wanted.stamp, secret, given, folder)
