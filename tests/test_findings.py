@@ -124,7 +124,7 @@ def test_the_picture() -> None:
     drawn = ElementTree.fromstring(topology.svg(GOOD))
     words = [element.text for element in drawn.iter() if element.text and element.text.strip()]
     assert "Thunderbolt 16.00 Gbit/s" in words and "mini1" in words and "server" in words
-    assert "0.50 ms  10.10.0.1 - 10.10.0.2" in words
+    assert "0.50 ms, 10.10.0.1 - 10.10.0.2" in words
 
 
 def test_a_cable_that_is_out_is_named_where_a_slower_network_remains() -> None:

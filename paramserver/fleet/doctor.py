@@ -8,6 +8,7 @@ free.
 from __future__ import annotations
 
 import json
+import subprocess
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
@@ -19,6 +20,7 @@ from typing import Any
 from paramserver import terminal
 from paramserver.config.loading import load
 from paramserver.fleet import commands, devices, measurements, remote, topology
+from paramserver.fleet.cables import fixes
 from paramserver.fleet.commands import Trouble
 from paramserver.fleet.findings import (
     Measured,
@@ -38,12 +40,13 @@ from paramserver.net.interfaces import Interface, from_json, paths
 from paramserver.net.interfaces import Path as Way
 
 SECONDS = 1.0
+ASK_S = 300.0
 PICTURE = Path("runs/topology.svg")
 
 
-def doctor(arguments: list[str], *, as_json: bool = False) -> int:
+def doctor(arguments: list[str], *, as_json: bool = False, fix: bool = False) -> int:
     """Examine all machines, or where none are named the devices of this one; returns 1 where one
-    of them has a fault."""
+    of them has a fault. `fix`: offer to set the addresses that Thunderbolt cables lack."""
     typed = any(word.startswith("hosts=") for word in arguments)
     if not typed and not load(arguments, "server").settings.hosts:
         return devices.look(as_json=as_json)
@@ -72,7 +75,30 @@ def doctor(arguments: list[str], *, as_json: bool = False) -> int:
         terminal.result(json.dumps(to_json(report, found), indent=2))
     else:
         _print(lines, report, found, at_rest)
+        if fix:
+            return _fix(lines, report)
+        if fixes(report):
+            lines.tell("Thunderbolt cables lack an address of their own: make doctor ARGS=--fix")
     return int(bool(found))
+
+
+def _fix(lines: Lines, report: Report) -> int:
+    """Print the commands that set addresses, ask, and run them; returns 1 where one fails."""
+    wanted = fixes(report)
+    if not wanted:
+        lines.tell("no Thunderbolt cable lacks an address")
+        return 0
+    for each in wanted:
+        lines.tell_as_it_is(str(each))
+    if not terminal.somebody_answers() or not terminal.asked("run them now, y, or not, N? ", ASK_S):
+        lines.tell("nothing was changed")
+        return 1
+    failed = [each.host.name for each in wanted if subprocess.call(each.argv)]
+    if failed:
+        lines.tell(f"it failed on {', '.join(failed)}")
+        return 1
+    lines.tell("done; make doctor measures the new paths")
+    return 0
 
 
 def _prepared(

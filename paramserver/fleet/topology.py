@@ -86,7 +86,7 @@ def svg(report: Report) -> str:
             f"{'' if is_taken(report, m) else FAINT}/>"
         )
         rate = f"{m.kind} {m.gbits:.2f} Gbit/s"
-        more = f"{1000 * m.round_trip_s:.2f} ms  {ends(m)}"
+        more = f"{1000 * m.round_trip_s:.2f} ms, {ends(m)}"
         room = max(LETTER_W * len(rate), SMALL_W * len(more)) + 8
         label = _free_place(far, near, room, taken)
         taken.append(label)

@@ -225,8 +225,14 @@ def fleet(words: list[str]) -> int:
 
     command, *rest = words
     rest, behind = _behind_dashes(rest)
-    options_of = {"up": ["--dry", "--script="], "logs": ["--host="], "attach": ["--host="]}
-    known = options_of.get(command, ["--json"] if command in ("doctor", "plan") else [])
+    options_of = {
+        "up": ["--dry", "--script="],
+        "logs": ["--host="],
+        "attach": ["--host="],
+        "doctor": ["--json", "--fix"],
+        "plan": ["--json"],
+    }
+    known = options_of.get(command, [])
     options = [word for word in rest if word.startswith("--")]
     for option in options:
         if option.partition("=")[0] + "=" * ("=" in option) not in known:
@@ -246,7 +252,7 @@ def fleet(words: list[str]) -> int:
         look = watch.logs if command == "logs" else watch.attach
         return look(settings, host) or 0
     if command == "doctor":
-        return doctor.doctor(settings, as_json="--json" in options)
+        return doctor.doctor(settings, as_json="--json" in options, fix="--fix" in options)
     if command == "plan":
         return planning.plan_for(settings, as_json="--json" in options)
     return {"status": watch.status, "fetch": fetch.fetch, "down": watch.down}[command](settings)
