@@ -88,6 +88,11 @@ class Hosts:
         for end in self._ends(name):
             _call("tc", f"{end} root tbf rate {self._rate} burst {self._burst} latency 100ms")
 
+    def throttle(self, name: str, rate: str) -> None:
+        """This host's link carries `rate` each way from now on."""
+        for end in self._ends(name):
+            _call("tc", f"{end} root tbf rate {rate} burst 64kb latency 100ms")
+
     def _ends(self, name: str) -> tuple[str, str]:
         """For tc, of a host's link: its own end and the switch's."""
         port = f"port{self._names.index(name) + 1}"

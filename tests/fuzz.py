@@ -48,7 +48,9 @@ with (
     from paramserver.server.control import Control
     from paramserver.server.server import Server
     from paramserver.settings import Settings
+    from paramserver.status.value import Machine, Status, from_json, to_json
     from paramserver.tensors.codec import CODECS
+    from paramserver.watch.screen import View, drawn
     from workers.builtin import models, registry
     from workers.builtin.own_code import NOTHING
     from workers.link.connection import Connection
@@ -176,6 +178,13 @@ def token(content: bytes) -> None:
         jointoken.decode(content.decode(errors="replace"))
 
 
+def status(content: bytes) -> None:
+    """What a watcher takes for a status can be drawn, and nothing in it moves a cursor."""
+    with suppress(PeerError):
+        for line in drawn(from_json(content), View(), 80, 24):
+            assert line.plain.isprintable()
+
+
 def payload(content: bytes) -> None:
     """What `fits` lets pass can be decoded."""
     kind, *buffers = content.split(CUT)
@@ -253,6 +262,7 @@ def seeds(target: str, folder: Path) -> list[bytes]:
             b"fuzz:Quiet",
         ],
         "token": [Keys.new().token(LOOPBACK, 65432).encode()],
+        "status": [to_json(Status(run="r", made_at=1.0, machines=(Machine(id=1, host="h"),)))],
         "payload": [CUT.join((b"x" * n, bytes(60), bytes(4))) for n in range(len(CODECS))],
         "run.json": [b'{"run":"r","host":"h","port":65432,"settings":{}}'],
         "metrics": [b'{"step":1,"samples":8,"late":[]}\n'],
@@ -267,6 +277,7 @@ def targets() -> dict[str, Callable[[], Callable[[bytes], None]]]:
         "received": Received,
         "payload": lambda: payload,
         "token": lambda: token,
+        "status": lambda: status,
         "tree": lambda: tree,
         "told": lambda: told,
         "welcome": Welcomed,

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from whole import Run
+from whole import DEADLINE_S, Run
 
 from benchmarks.network import Hosts
+from paramserver.net.jointoken import decode
 
 DIRECTIONS = ((True, True), (True, False), (False, True))
 """What is cut: what leaves the worker's machine, and what arrives there."""
@@ -52,3 +55,43 @@ def test_a_cable_that_is_out_costs_nothing_but_time(tmp_path: Path) -> None:
     assert [line["step"] for line in steps] == list(range(1, summary["steps"] + 1))
     applied = summary["samples_done"] + summary["samples_partly"]
     assert sum(line["samples"] for line in steps) == applied
+
+
+WATCH = """
+import sys
+from paramserver.net.address import to_watch
+from paramserver.watch.connection import Connection
+
+with Connection(to_watch(None, 0, None, sys.argv[1])) as connection:
+    while True:
+        status = connection.poll(1.0)
+        if status is not None and status.diagnosis.cause == "cable" and status.step > 30:
+            print(status.diagnosis.machine, status.diagnosis.sentence)
+            break
+"""
+
+
+@pytest.mark.root
+@pytest.mark.long
+def test_a_slow_cable_is_named_to_a_watcher_on_another_machine(tmp_path: Path) -> None:
+    """It watches with the watch token, over the network."""
+    with Hosts(["mini1", "mini2", "mini3"]) as hosts, Run(tmp_path) as run:
+        hosts.throttle("mini3", "50mbit")
+        address = f"host_ip={hosts.address('mini1')}"
+        many = ["observer=false", "num_epochs=9999", "num_workers=3", "dataset.name=digits"]
+        keys = {"XDG_CONFIG_HOME": str(tmp_path / "mini1")}
+        server = run.server(address, *many, host=hosts["mini1"], **keys)
+        token = server.wait_for("other machines join with: ").rpartition("=")[2]
+        run.worker(1, address, host=hosts["mini1"])
+        for id in (2, 3):
+            run.worker(id, host=hosts[f"mini{id}"], PARAMSERVER_JOIN=token)
+        port = f"port={decode(token).port}"
+        printed = run.start("make keys", "-m", "paramserver.keys", address, port, **keys)
+        assert printed.end() == 0
+        watch = next(w for w in printed.output.split() if w.startswith("pw"))
+        words = ["ip", "netns", "exec", hosts["mini2"], sys.executable, "-c", WATCH, watch]
+        seen = subprocess.run(words, capture_output=True, text=True, timeout=DEADLINE_S)
+        server.send(signal.SIGINT)
+        server.end()
+    assert seen.stdout.startswith("3 the cable of worker 3 ("), seen.stdout + seen.stderr
+    assert "Mbit/s, " in seen.stdout and "codec=float16 (" in seen.stdout

@@ -11,6 +11,7 @@ from paramserver.net.link_watch import (
     VARIABLE,
     WINDOW,
     Chosen,
+    LinkMeter,
     LinkWatch,
     read,
     write,
@@ -95,3 +96,23 @@ def test_what_up_writes_is_what_the_server_reads() -> None:
     assert read({VARIABLE: '[{"worker": "x"}]'}) is None
     watch = read({VARIABLE: write([CHOSEN])})
     assert watch is not None and rounds(watch, 1, come_s=0.0, address=OTHER) != []
+
+
+def test_a_rate_is_told_where_pushes_wait_for_the_link() -> None:
+    meter = LinkMeter()
+    assert meter.rate(2) is None
+
+    def round(number: int, come_s: float, ready_s: float) -> None:
+        for push in range(WINDOW):
+            at, ready = 10.0 * number + push * come_s, 10.0 * number + push * ready_s
+            meter.pushed(2, number, ready, MB, at)
+
+    round(1, come_s=0.1, ready_s=0.1)  # they come as they are ready: the link may be faster
+    round(2, come_s=0.1, ready_s=0.01)
+    assert meter.rate(2) is None
+    round(3, come_s=0.1, ready_s=0.01)
+    assert meter.rate(2) == pytest.approx(10 * MB)
+    for number in range(4, 40):
+        round(number, come_s=0.2, ready_s=0.01)
+    assert meter.rate(2) == pytest.approx(5 * MB), "the newest count"
+    assert meter.rate(3) is None

@@ -102,6 +102,12 @@ def test_a_bar_shows_where_the_time_went() -> None:
     assert "#" in plain and plain.isascii()
 
 
+@given(st.lists(st.floats(allow_nan=False, allow_infinity=False), max_size=99), st.integers(0, 30))
+def test_any_loss_has_a_curve(losses: list[float], height: int) -> None:
+    status = replace(FULL, losses=tuple(enumerate(losses)))
+    assert len(drawn(status, PLAIN, 80, height)) <= height
+
+
 def test_of_many_machines_those_in_trouble_are_shown() -> None:
     machines = tuple(
         Machine(id=i, host="m", trouble="late 2 s" if i == 60 else "") for i in range(1, 65)

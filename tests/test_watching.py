@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -24,6 +25,7 @@ from paramserver.status.value import (
     OBSERVER,
     SERVER,
     STATUS_BYTES_MAX,
+    Cause,
     EventKind,
     State,
     Status,
@@ -85,6 +87,27 @@ def test_the_last_status_tells_the_end() -> None:
         status = until(watcher, lambda s: s.end)
     assert status.end == "all epochs are done" and status.step == 4 and not status.error
     assert status.events[-1].kind == EventKind.ENDED
+
+
+def test_a_slow_worker_is_named() -> None:
+    """All wait for worker 2, which takes its time with each batch."""
+    takes_its_time = threading.Event()
+
+    def hold(number: int, step: int) -> None:
+        if number == 2:
+            takes_its_time.wait(0.05)
+
+    with Served(watched=True, num_workers=2, num_epochs=40) as served:
+        crew = Crew(served, perceptron, Noise(96), hold)
+        futures = [crew.start(number, 8) for number in (1, 2)]
+        with Connection(Address(LOOPBACK, served.port + 2)) as watcher:
+            status = until(watcher, lambda s: s.diagnosis.cause == Cause.SLOW)
+        takes_its_time.set()
+        served.wait(*futures)
+    assert status.diagnosis.machine == 2
+    one, two = status.workers
+    assert two.minute.compute / two.minute_rounds > 0.05 > one.minute.compute / one.minute_rounds
+    assert one.minute.wait > 0.5 * one.minute.total > two.minute.wait
 
 
 def test_a_worker_that_left_stays_in_the_list_for_a_while() -> None:

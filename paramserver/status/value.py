@@ -218,7 +218,8 @@ class Link(Value, frozen=True):
     """"this machine", or the kind of the server's interface: "Thunderbolt", "Ethernet 1 Gbit/s",
     "Wi-Fi"; empty where that is not known."""
     measured_bytes_per_s: Rate | None = None
-    """From the machine to the server, in this run: while pushes were under way."""
+    """In this run, from the machine to the server while several pushes were under way; where there
+    never are several, both ways together in the time for which the machine waited."""
     expected_bytes_per_s: Rate | None = None
     """The same as `make up` measured it before the run, on an idle link."""
     share: Annotated[float, msgspec.Meta(ge=0.0, le=1.0)] = 1.0

@@ -45,6 +45,7 @@ STATE_COLOURS = {
 }
 KEYS = (("q", "quit"), ("l", "log"), ("/", "filter"), ("w", "warnings"), ("t", "trace"))
 LINKS_MAX, LOG_LINES = 8, 3
+LOSS_MAX = 1e30  # that is drawn
 CURVE_ROWS_MIN, CURVE_ROWS_MAX = 3, 8
 
 
@@ -237,7 +238,7 @@ def _bar(times: Times, cells: int, marks: dict[str, str]) -> Text:
 
 def _curve(status: Status, width: int, rows: int, utf8: bool) -> list[Text]:
     """The loss over the run, in blocks; the newest value at its end."""
-    points = [loss for _, loss in status.losses]
+    points = [min(max(loss, -LOSS_MAX), LOSS_MAX) for _, loss in status.losses]
     if len(points) < 2:
         return []
     low, high = min(points), max(points)

@@ -1,0 +1,178 @@
+"""The server's status of a run, made from its rounds in virtual time."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scripts import Run
+
+from paramserver.protocol.messages import Spent, Vitals
+from paramserver.server.overview import GONE_S, Curve, Overview, Totals, changed_settings
+from paramserver.server.traffic import Traffic
+from paramserver.settings import Settings
+from paramserver.status.value import (
+    EVALUATIONS_MAX,
+    LINES_MAX,
+    LOSSES_MAX,
+    OBSERVER,
+    ROUNDS_KEPT,
+    SERVER,
+    TIMES_MAX,
+    EventKind,
+    State,
+    Status,
+    from_json,
+    to_json,
+)
+
+
+class Watched:
+    """A run in a script, and its overview."""
+
+    def __init__(self, workers: int = 2, **rules: object) -> None:
+        self.run = Run(num_workers=workers, buckets=1, max_workers=64, **rules).observer()
+        self.run.workers(*range(1, workers + 1), samples=1000, batch=10)
+        self.overview = Overview(
+            Settings(num_workers=workers), "id", "folder", "mini1", lambda address: "Ethernet"
+        )
+        self.traffic, self.totals = Traffic(), Totals()
+
+    def round(self, *workers: int) -> None:
+        self.run.now += 1.0
+        for worker in workers:
+            self.run.push(worker, 0, spent=Spent(0.5, 0.1, 0.5, 0.01))
+        rounds = self.run.rounds
+        self.totals = replace(
+            self.totals,
+            steps=rounds.step,
+            samples=10 * rounds.step,
+            sent_bytes=1000 * rounds.step,
+            tallies={w: (t.rounds, t.samples, t.late) for w, t in rounds.tallies.items()},
+        )
+
+    def status(self) -> Status:
+        """As a watcher gets it."""
+        now = self.run.now
+        made = self.overview.status(
+            self.run.rounds, self.totals, self.traffic, Vitals(1, 2, 3), "", now, 1e9 + now
+        )
+        return from_json(to_json(made))
+
+
+def test_machines_in_their_order_with_what_they_do() -> None:
+    watched = Watched()
+    status = watched.status()
+    assert [m.id for m in status.machines] == [SERVER, OBSERVER, 1, 2]
+    assert [m.state for m in status.machines] == [
+        State.TRAINING, State.IDLE, State.TRAINING, State.TRAINING
+    ]  # fmt: skip
+    assert status.machines[0].host == "mini1" and status.machines[0].memory_total_bytes == 3
+    watched.round(1, 2)
+    watched.round(1, 2)
+    status = watched.status()
+    assert status.step == 2 and status.trains and status.learning_rate == 0.01
+    assert status.steps_per_s == 1.0 and status.samples_per_s == 10.0
+    assert status.sent_bytes_per_s == 1000.0
+    one = status.machine(1)
+    assert one is not None and (one.rounds, one.samples, one.samples_per_s) == (2, 20, 10.0)
+    assert one.minute_rounds == 2 and one.minute.encode == pytest.approx(0.2)
+    assert [took.step for took in status.rounds] == [1, 2]
+    assert (status.samples.done, status.samples.leased, status.samples.of_epoch) == (40, 40, 1000)
+
+
+def test_who_is_late_silent_or_gone() -> None:
+    watched = Watched(3, timeout=0.4)
+    watched.round(1, 2)
+    watched.run.now += 0.6
+    late = watched.status().machine(3)
+    assert late is not None and late.state == State.LATE and late.trouble == "late 0.6 s"
+    watched.run.tick(watched.run.now)
+    watched.round(1, 2, 3)
+    watched.run.heard(3)
+    watched.run.now += 5.0
+    for worker in (0, 1, 2):
+        watched.run.heard(worker)
+    silent = watched.status().machine(3)
+    assert silent is not None and silent.state == State.SILENT
+    assert silent.trouble == "silent for 5.0 s" and silent.last_seen_s == 5.0
+    watched.run.leave(3)
+    status = watched.status()
+    gone = status.machine(3)
+    assert gone is not None and gone.state == State.GONE and gone.samples_per_s is None
+    assert [m.id for m in status.workers] == [1, 2]
+    kinds = [(event.kind, event.machine) for event in status.events]
+    assert kinds[-1] == (EventKind.GONE, 3) and (EventKind.JOINED, 3) in kinds
+    watched.run.now += GONE_S + 1
+    assert watched.status().machine(3) is None, "not for ever"
+
+
+def test_links_and_bytes_are_of_each_machine() -> None:
+    watched = Watched()
+    one, two = (p.session for p in watched.run.rounds.peers.values() if p.role == "worker")
+    watched.traffic.linked(one, "")
+    watched.traffic.published_bytes = 500
+    watched.traffic.linked(two, "10.0.0.2")
+    watched.traffic.vitals[two] = Vitals(10, 20, 30, 61.5)
+    watched.status()
+    watched.run.now += 1.0
+    watched.traffic.came(one, 300)
+    watched.traffic.published_bytes = 1500
+    watched.traffic.sent(two, 7)
+    status = watched.status()
+    first, second = status.workers
+    assert (first.sent_bytes, first.received_bytes) == (300, 1500)
+    assert (second.sent_bytes, second.received_bytes) == (0, 1007)
+    assert first.sent_bytes_per_s == 300 and second.received_bytes_per_s == 1007
+    assert second.temperature_c == 61.5 and first.memory_bytes is None
+    kinds = {link.machine: (link.address, link.kind) for link in status.links}
+    assert kinds[1] == ("", "this machine") and kinds[2] == ("10.0.0.2", "Ethernet")
+    watched.traffic.forget(two)
+    assert watched.traffic.bytes_of(two) == (0, 0)
+
+
+def test_a_status_stays_small_whatever_the_run() -> None:
+    watched = Watched(64, epochs=100)
+    for i in range(1000):
+        watched.overview.closed(i, 1 / (i + 1))
+        watched.overview.evaluated(i, 0.5, {f"metric {k}": 1.0 for k in range(100)})
+        watched.overview.said(f"line {i} " * 100, 1.0, warning=i % 2 == 0)
+    for _ in range(ROUNDS_KEPT + 5):
+        watched.round(*range(1, 65))
+    status = watched.status()
+    assert len(status.rounds) == TIMES_MAX // 64
+    assert len(status.lines) == LINES_MAX and len(status.evaluations) <= EVALUATIONS_MAX
+    assert status.evaluations[-1].step == 999 and status.evaluations[0].step == 0
+    assert len(to_json(status)) < 300_000
+
+
+@given(st.integers(0, 3000), st.integers(2, 40))
+def test_a_curve_is_thinned_and_keeps_its_mean(count: int, most: int) -> None:
+    curve = Curve(2 * most)
+    for step in range(count):
+        curve.add(step, float(step % 7))
+        curve.add(step, float("nan"))
+    points = curve.points()
+    assert len(points) <= min(2 * most, max(count, 0)) <= LOSSES_MAX or count == 0
+    assert [step for step, _ in points] == sorted(step for step, _ in points)
+    if count:
+        assert points[-1][0] == count - 1
+        assert all(0.0 <= value <= 6.0 for _, value in points)
+
+
+def test_settings_that_are_not_the_default() -> None:
+    own = Settings(
+        num_epochs=9,
+        join="ps-secret",
+        host_ip="10.0.0.1",
+        bucket_mb=2.0,
+        run_dir="/home/me",
+        dataset={"name": "MNIST", "root": "/home/me/data"},
+        model={"type": "my.module:Net", "depth": 3},
+    )
+    assert changed_settings(own) == {
+        "num_epochs": "9", "model.type": "my.module:Net", "model.depth": "3"
+    }  # fmt: skip
+    assert changed_settings(Settings()) == {}
