@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
-from paramserver.rounds.divergence import KEPT, Digests
+from paramserver.rounds.divergence import BUFFERS, KEPT, WEIGHTS, Digests, cause
 
 KIND = "cpu"
 
@@ -52,3 +54,27 @@ def test_who_never_tells_holds_up_only_so_much() -> None:
     wrong = [told(digests, step, {1: "a", 2: "b"}, {1, 2, 3}) for step in range(1, 50)]
     assert wrong[:KEPT] == [[]] * KEPT and wrong[KEPT:] == [[2]] * (49 - KEPT)
     assert len(digests._reports) == KEPT
+    assert len(digests._parts) == KEPT
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ((WEIGHTS, "lr"), "another lr: .*cluster.step"),
+        ((WEIGHTS, BUFFERS, "lr", "betas"), "another betas, lr"),
+        ((BUFFERS,), "buffers alone"),
+        ((WEIGHTS,), "random or differs"),
+        ((WEIGHTS, BUFFERS), "random or differs"),
+        ((), "^$"),
+    ],
+    ids=str,
+)
+def test_the_parts_that_differ_tell_a_cause(changed: tuple[str, ...], words: str) -> None:
+    right = dict.fromkeys((WEIGHTS, BUFFERS, "lr", "betas"), "a")
+    wrong = right | dict.fromkeys(changed, "b")
+    assert re.search(words, cause(wrong, right))
+    digests = Digests()
+    digests.report(10, KIND, 1, "a", {1, 2}, right)
+    assert digests.report(10, KIND, 2, "b", {1, 2}, wrong) == [2]
+    assert digests.causes == {2: cause(wrong, right)}
+    assert cause({}, right) == "", "an older peer tells no parts"

@@ -102,6 +102,7 @@ NUMBER_MAX = 2**53  # exact in any JSON reader, and the sum of a thousand fits i
 STEP_MAX = 2**48  # at which a run may begin, with room for the steps after it
 SAMPLES_MAX = 2**31 - 1  # of one batch
 REASON_MAX, LATE_MAX = 4000, 200
+PARTS_MAX = 64  # of a state whose digests are told
 GROUPS_MAX = 2**12  # of an optimizer's parameters
 LOOKS_MAX, LOOK_CHARS = 64, 64  # parts of samples that are compared; text that describes each
 
@@ -561,6 +562,11 @@ class Stand(Message, frozen=True):
 class Digest(Message, frozen=True):
     step: Int
     digest: Id
+    parts: Annotated[dict[Name, Id], msgspec.Meta(max_length=PARTS_MAX)] | msgspec.UnsetType = (
+        msgspec.UNSET
+    )
+    """Digests of parts of the state, for the cause of a difference: `weights`, `buffers`, and each
+    value of the optimizer's parameter groups by its name."""
 
 
 # --------------------------------------------------------------------------- snapshots

@@ -304,7 +304,8 @@ class Rounds:
         """A replica reports the digest of its weights. Those that differ take a snapshot."""
         for wrong in self._divergence.told(peer, message, self.step):
             why = "has other weights than the rest"
-            self._out.warn(f"{wrong.name} {why}: it takes a snapshot", wrong)
+            cause = self._divergence.cause(wrong)
+            self._out.warn(f"{wrong.name} {why}{cause}: it takes a snapshot", wrong)
             self._snapshots.gave_wrong(wrong)
             self._joins_anew(wrong, why, now)
         return True

@@ -6,13 +6,18 @@ Replicas of two kinds may differ in the last bits, and are not compared.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+
+from msgspec import UNSET
 
 from paramserver.protocol.messages import Digest
 from paramserver.rounds.outcome import Outcome
 from paramserver.rounds.roster import Peer, Roster
+from paramserver.words import printable
 
 SNAPSHOTS_FOR_WRONG = 3  # that a replica takes because its weights are not those of the others
+WEIGHTS, BUFFERS = "weights", "buffers"  # of the parts of a state; the others are groups' values
+Parts = Mapping[str, str]
 KEPT = 4  # steps whose reports are not complete: a replica that is behind may still send its own
 
 
@@ -21,9 +26,18 @@ class Digests:
 
     def __init__(self) -> None:
         self._reports: dict[tuple[int, str], dict[int, str]] = {}  # by step and kind, then by id
+        self._parts: dict[tuple[int, str], dict[int, Parts]] = {}
+        self.causes: dict[int, str] = {}
+        """The likely cause, of those that were found to differ last."""
 
     def report(
-        self, step: int, kind: str, id: int, digest: str, expected: Collection[int]
+        self,
+        step: int,
+        kind: str,
+        id: int,
+        digest: str,
+        expected: Collection[int],
+        parts: Parts | None = None,
     ) -> list[int]:
         """Note a report; returns the ids that are now found to differ, in order.
 
@@ -33,13 +47,21 @@ class Digests:
         """
         reports = self._reports.setdefault((step, kind), {})
         reports[id] = digest
+        self._parts.setdefault((step, kind), {})[id] = parts or {}
+        self.causes = {}
         wrong: set[int] = set()
         if reports.keys() >= set(expected):
-            del self._reports[step, kind]
-            wrong |= _odd_ones_out(reports)
+            wrong |= self._judge((step, kind))
         if len(self._reports) > KEPT:
-            wrong |= _odd_ones_out(self._reports.pop(min(self._reports)))
+            wrong |= self._judge(min(self._reports))
         return sorted(wrong)
+
+    def _judge(self, of: tuple[int, str]) -> set[int]:
+        reports, parts = self._reports.pop(of), self._parts.pop(of)
+        wrong = _odd_ones_out(reports)
+        right = min(reports.keys() - wrong)
+        self.causes |= {id: cause(parts[id], parts[right]) for id in wrong}
+        return wrong
 
 
 class Divergence:
@@ -66,7 +88,8 @@ class Divergence:
             if p.believed and p.join and p.join.kind == kind and p.replica_since < step
         }
         need = []
-        for id in self.digests.report(step, kind, peer.id, message.digest, alike):
+        parts = None if message.parts is UNSET else message.parts
+        for id in self.digests.report(step, kind, peer.id, message.digest, alike, parts):
             wrong = alike.get(id)
             if wrong is None:
                 continue
@@ -80,6 +103,30 @@ class Divergence:
                     f"{SNAPSHOTS_FOR_WRONG} snapshots: one of them is broken; stop that one"
                 )
         return need
+
+    def cause(self, peer: Peer) -> str:
+        """Why the weights of this peer, which was found to differ last, may have come to differ; as
+        words in parentheses, or nothing."""
+        why = self.digests.causes.get(peer.id, "")
+        return f" ({why})" if why else ""
+
+
+def cause(wrong: Parts, right: Parts) -> str:
+    """The likely cause of a difference, by the digests of the parts of two states; empty where they
+    tell nothing."""
+    differ = {name for name in wrong.keys() & right.keys() if wrong[name] != right[name]}
+    values = sorted(differ - {WEIGHTS, BUFFERS})
+    if values:
+        names = printable(", ".join(values[:4]))
+        return f"its optimizer has another {names}: a loop should set that from cluster.step"
+    if differ == {BUFFERS}:
+        return "its buffers alone differ: they are written outside of forward, perhaps"
+    if WEIGHTS in differ:
+        return (
+            "its optimizer's values are the same: something in the step is random or differs from "
+            "worker to worker, in before_step or after_step perhaps, or a loop writes to weights"
+        )
+    return ""
 
 
 def _odd_ones_out(reports: dict[int, str]) -> set[int]:

@@ -663,7 +663,9 @@ class Client:
     def _compare(self, step: int) -> None:
         """Report the digest, for the comparison of replicas."""
         assert self.replica is not None
-        self.connection.send(wire.Digest(step=step, digest=self.replica.digest()))
+        parts: dict[str, str] = {}
+        digest = self.replica.digest(parts)
+        self.connection.send(wire.Digest(step=step, digest=digest, parts=parts))
 
     # ------------------------------------------------------------------ snapshots
 

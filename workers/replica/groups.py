@@ -7,6 +7,7 @@ its groups is put back then, so that replicas stay equal.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -32,6 +33,16 @@ class ByHand:
     def note(self) -> None:
         """The values are those of the log, as of this step."""
         self._noted = [_copy(group) for group in self._optimizer.param_groups]
+
+    def digests(self, most: int) -> dict[str, str]:
+        """A short hash of the values of each name, in all groups, as of the last update."""
+        names = dict.fromkeys(name for group in self._noted for name in group if name != "params")
+        found = {}
+        for name in list(names)[:most]:
+            values = [group.get(name) for group in self._noted]
+            told = [repr(v) if isinstance(v, _KINDS) else type(v).__name__ for v in values]
+            found[str(name)[:64]] = hashlib.sha256(repr(told).encode()).hexdigest()[:16]
+        return found
 
     def changed(self) -> Groups:
         """The values that were changed since `note`, by the number of the group. Raises `UserError`

@@ -25,6 +25,8 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from paramserver.errors import PeerError, UserError
 from paramserver.protocol import messages as wire
+from paramserver.protocol.messages import PARTS_MAX
+from paramserver.rounds.divergence import BUFFERS, WEIGHTS
 from paramserver.rounds.ledger import check_counts, optimizer_steps
 from paramserver.rounds.local_steps import OuterStep
 from paramserver.tensors.bucket import Bucket, plan
@@ -554,14 +556,22 @@ class Replica:
         void."""
         self.buffers.reset()
 
-    def digest(self) -> str:
-        """SHA-256 over the bytes of what is exchanged, in the layout's order."""
+    def digest(self, parts: dict[str, str] | None = None) -> str:
+        """SHA-256 over the bytes of what is exchanged, in the layout's order. `parts` gets those of
+        weights and buffers, and of the values of the optimizer's groups by their names."""
         h = hashlib.sha256()
         if self._outer is not None:
             self._outer.digest(h)
         parameters = [] if self._outer is not None else [p for _, p in self.params]
-        for tensor in (*parameters, *[b.held for b in self.buffers.all]):
+        for tensor in parameters:
             h.update(as_bytes(tensor).numpy().data)
+        weights, buffers = h.hexdigest(), hashlib.sha256()
+        for held in [as_bytes(b.held).numpy().data for b in self.buffers.all]:
+            h.update(held)
+            buffers.update(held)
+        if parts is not None:
+            parts.update(self.by_hand.digests(PARTS_MAX - 2))
+            parts.update({WEIGHTS: weights[:16], BUFFERS: buffers.hexdigest()[:16]})
         return h.hexdigest()
 
 
