@@ -331,6 +331,10 @@ class Run:
         for who in numbers:
             self.join(who)
             self.snapshot(who)
+        while (under_way := self.rounds.snapshot) is not None:
+            joiner = self.rounds.peers[under_way.joiner].id
+            if not self.snapshot(joiner):
+                break
         for who in numbers:
             self.ready(who, samples=samples, batch=batch)
         return self

@@ -129,12 +129,14 @@ def test_all_bring_samples_of_their_own_or_nobody_does() -> None:
     run.snapshot(3)
     [answer] = run.ready(3)
     assert answer == (
-        "w3 <- reject: worker 3 (pi) brings one set that all share, the run has samples of its own"
+        "w3 <- reject: worker 3 (pi) brings one set that all share, the run has samples of its "
+        "own, as worker 1 (pi) and 1 more"
     )
     run = Run(observer=False).workers(1, 2)
     [answer] = run.ready(2, own=True, samples=0)
     assert answer == (
-        "w2 <- reject: worker 2 (pi) brings samples of its own, the run has one set that all share"
+        "w2 <- reject: worker 2 (pi) brings samples of its own, the run has one set that all "
+        "share, as worker 1 (pi) and 1 more"
     )
 
 
@@ -157,13 +159,93 @@ def test_workers_wait_for_the_observer_whose_state_is_the_runs() -> None:
     assert run.adopted(1, 1) == ["# worker 1 (pi) took a snapshot of step 0"]
 
 
-def test_without_an_observer_the_first_to_join_is_the_origin() -> None:
+def test_without_an_observer_the_lowest_worker_is_the_origin_when_enough_have_joined() -> None:
     run = Run(observer=False)
     run.hello(2)
     run.hello(1)
     assert "the first worker" in run.rounds.phase(0.0)
-    assert but_words(run.join(2)) == ["start at step 0", "w2 <- origin at step 0"]
-    assert but_words(run.join(1)) == ["w1 <- adopt at step 0", "w2 <- give 1 of step 0"]
+    assert run.join(2) == []
+    assert run.rounds.phase(20.0) == (
+        "waiting for 2 workers, the lowest of which gives the first weights: worker 2 (pi) joined "
+        "(starts with fewer in 40 s)"
+    )
+    assert but_words(run.join(1)) == [
+        "start at step 0",
+        "w1 <- origin at step 0",
+        "w2 <- adopt at step 0",
+        "w1 <- give 1 of step 0",
+    ]
+
+
+def test_who_does_not_come_is_waited_for_once() -> None:
+    """Before the first weights are chosen, and not again before the first round."""
+    run = Run(observer=False, num_workers=3, join_timeout=60.0)
+    run.hello(3), run.hello(2)
+    run.join(3)
+    run.tick(30.0, 2, 3)
+    run.join(2)
+    run.tick(40.0, 2, 3), run.tick(50.0, 2, 3)
+    assert but_words(run.tick(59.9, 2, 3)) == []
+    assert but_words(run.tick(60.0, 2, 3))[:2] == ["start at step 0", "w2 <- origin at step 0"]
+    run.snapshot(3)
+    assert but_words(run.ready(2)) == []
+    assert but_words(run.ready(3)) == [
+        "all <- open 1 at step 0 for 2: 0/0-10 0/20-30, 3: 0/10-20 0/30-40"
+    ]
+
+
+def test_the_worker_whose_script_says_so_is_the_origin_at_once() -> None:
+    run = Run(observer=False, num_workers=4)
+    for who in (1, 2, 3):
+        run.hello(who)
+    run.join(1)
+    assert but_words(run.join(3, first=True)) == [
+        "start at step 0",
+        "w3 <- origin at step 0",
+        "w1 <- adopt at step 0",
+        "w3 <- give 1 of step 0",
+    ]
+    assert run.join(2, first=True) == [
+        "w2 <- reject: worker 2 (pi) was to give the first weights, which are those of worker 3 "
+        "(pi), whose script says the same"
+    ]
+    run.hello(3, "b", reachable=False)  # it was started again
+    assert but_words(run.join(3, "b", first=True))[:2] == [
+        "start at step 0",
+        "w3b <- origin at step 0",
+    ]
+
+
+def test_who_says_so_too_late_or_beside_an_observer_is_refused_until_the_run_has_begun() -> None:
+    run = Run(observer=False).workers(1, 2)
+    run.hello(3)
+    assert run.join(3, first=True) == [
+        "w3 <- reject: worker 3 (pi) was to give the first weights, which are those of worker 1 "
+        "(pi), which came before"
+    ]
+    run.push(1), run.push(2)
+    run.hello(4)
+    assert but_words(run.join(4, first=True)) == ["w4 <- adopt at step 1"]
+    run = Run().observer()
+    run.hello(1)
+    assert "which are the observer's" in run.join(1, first=True)[0]
+
+
+def test_the_model_that_most_have_is_the_runs() -> None:
+    run = Run(observer=False, num_workers=3)
+    other = wire.Layout((wire.Tensor("weight", (3, 4), "float32"), LAYOUT.tensors[1]))
+    for who in (1, 2, 3):
+        run.hello(who)
+    run.join(1, layout=other)
+    run.join(2)
+    assert but_words(run.join(3)) == [
+        "start at step 0",
+        "w2 <- origin at step 0",
+        "w1 <- reject: worker 1 (pi) has another model than worker 2 (pi): "
+        "weight is 3x4 float32, the run has 3x2 float32",
+        "w3 <- adopt at step 0",
+        "w2 <- give 1 of step 0",
+    ]
 
 
 def test_effects_are_plain_values() -> None:
@@ -338,7 +420,7 @@ def test_another_model_is_refused_with_the_difference() -> None:
     run.hello(1)
     other = wire.Layout((wire.Tensor("weight", (3, 4), "float32"), LAYOUT.tensors[1]))
     assert run.join(1, layout=other) == [
-        "w1 <- reject: worker 1 (pi) has another model: "
+        "w1 <- reject: worker 1 (pi) has another model than the observer: "
         "weight is 3x4 float32, the run has 3x2 float32"
     ]
     assert run.tick(1.0) == [] and run.rounds.snapshot is None
@@ -350,7 +432,7 @@ def test_workers_that_came_before_the_origin_are_compared_with_it() -> None:
     run.join(1, layout=wire.Layout(LAYOUT.tensors[:1]))
     run.hello(0)
     assert run.join(0)[-1] == (
-        "w1 <- reject: worker 1 (pi) has another model: bias 3 float32 is missing"
+        "w1 <- reject: worker 1 (pi) has another model than the observer: bias 3 float32 is missing"
     )
 
 
@@ -373,12 +455,58 @@ def test_another_data_set_is_refused_and_so_is_an_empty_one() -> None:
     run.join(2)
     run.snapshot(2)
     assert run.ready(2, samples=99) == [
-        "w2 <- reject: worker 2 (pi) has a data set of 99 samples, the run has one of 100"
+        "w2 <- reject: worker 2 (pi) has a data set of 99 samples, the run has one of 100, as "
+        "worker 1 (pi)"
     ]
     assert run.ready(2, samples=0) == ["w2 <- reject: a data set without samples"]
     assert run.ready(2, batch=0) == ["w2 <- reject: a data set without samples"]
     run = Run(num_workers=1).observer().workers(1, samples=1, batch=1)
     assert run.rounds.open_message().leases == {1: ((0, 0, 1),)}  # type: ignore[union-attr]
+
+
+def before_the_first_round(*sizes: int, **ready: Any) -> tuple[Run, list[str]]:
+    """Workers with data sets of these sizes; what follows when the last one is ready."""
+    run = Run(observer=False, num_workers=len(sizes))
+    numbers = range(1, len(sizes) + 1)
+    for who in numbers:
+        run.hello(who)
+    for who in numbers:
+        run.join(who)
+    for who in numbers:
+        run.snapshot(who)
+    answers: list[str] = []
+    for who, samples in zip(numbers, sizes, strict=True):
+        assert not answers
+        answers = but_words(run.ready(who, samples=samples, **ready))
+    return run, answers
+
+
+def test_the_mistake_of_the_first_is_its_own() -> None:
+    """Until the first round most are right, then the lowest."""
+    run, answers = before_the_first_round(99, 100, 100)
+    assert answers == [
+        "w1 <- reject: worker 1 (pi) has a data set of 99 samples, the run has one of 100, as "
+        "worker 2 (pi) and 1 more"
+    ]
+    assert run.tick(run.rules.join_timeout, 1, 2, 3)[-1].startswith("all <- open 1 at step 0 for 2")
+    assert before_the_first_round(99, 100)[1] == [
+        "w2 <- reject: worker 2 (pi) has a data set of 100 samples, the run has one of 99, as "
+        "worker 1 (pi)"
+    ]
+
+
+def test_labels_that_most_have_are_the_runs() -> None:
+    run = Run(observer=False, num_workers=3).workers(1, 2)
+    run.hello(3), run.join(3)
+    while run.rounds.snapshot is not None:
+        run.snapshot(run.rounds.peers[run.rounds.snapshot.joiner].id)
+    looks = {
+        who: (wire.Look(7, "1", label),) for who, label in ((1, "cat"), (2, "dog"), (3, "dog"))
+    }
+    run.ready(1, looks=looks[1]), run.ready(2, looks=looks[2])
+    assert but_words(run.ready(3, looks=looks[3])) == [
+        "w1 <- reject: sample 7 of worker 1 (pi) is cat (in 1), that of worker 2 (pi) is dog"
+    ]
 
 
 def test_ready_from_one_who_lost_its_place_is_left_until_it_says_so_again() -> None:
@@ -1333,7 +1461,8 @@ def test_who_fell_behind_may_join_again_for_a_snapshot() -> None:
 
 
 def test_a_giver_that_fell_behind_gives_no_snapshot() -> None:
-    run = Run(observer=False, num_workers=3).workers(1, 2)
+    run = Run(observer=False).workers(1)
+    run.hello(2), run.join(2), run.snapshot(2)
     run.hello(3)
     run.join(3)
     assert but_words(run.behind(1)) == [

@@ -223,6 +223,7 @@ class Cluster:
         accumulate: int = 1,
         schedule_by: str = "step",
         buffers: Mapping[str, str] | None = None,
+        first: bool = False,
     ) -> tuple[M, ClusterOptimizer]:
         """Make this model a replica: it takes the run's state, and its gradients are exchanged.
 
@@ -234,6 +235,8 @@ class Cluster:
         worker makes by itself. `accumulate` backward passes make one step.
         `buffers` names buffers that forwards write and that are averaged ("mean") or take the
         largest ("max"); others come whole from one worker, except those of normalisation layers.
+        `first`: the run begins with the weights of this worker, which needs not wait for others;
+        without it those of the lowest worker are the first, once `num_workers` have joined.
         Torch's generator stays as it is until the first batch begins, when each worker seeds it
         differently. Raises `UserError` where the model or the optimizer is not the run's, or cannot
         be a replica's.
@@ -266,6 +269,7 @@ class Cluster:
         self._replica = replica
         self._tell_float64(replica)
         self.client.device = str(next(iter(model.parameters())).device.type)
+        self.client.first = first
         with self._losing():
             self.client.join(replica)
         codec = codec_of_pushes(self.settings.codec, self.settings.topk_ratio)

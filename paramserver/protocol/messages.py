@@ -322,6 +322,8 @@ class Join(Message, frozen=True):
     """This peer reads averages from the server's ring, if there is one when it is admitted."""
     outbox: Int = 0
     """Number of the outbox that this peer has made for its pushes; 0: none."""
+    first: bool = False
+    """Its script says that its weights are the first ones of the run."""
 
     def __post_init__(self) -> None:
         self._clip("device", "kind")
@@ -341,6 +343,11 @@ class Admit(Message, frozen=True):
     missed: Int = 0
     """Snapshots in a row that this peer did not get, not counting those of givers that have proven
     nothing yet and may hold nothing."""
+    first: Name = ""
+    """Who gave the run's first weights."""
+
+    def __post_init__(self) -> None:
+        self._clip("first")
 
 
 class Look(msgspec.Struct, frozen=True, array_like=True):

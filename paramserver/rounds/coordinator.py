@@ -121,7 +121,7 @@ class Rounds:
         self._ending = Ending(rules, roster, now)
         self._evaluations = evaluations = Evaluations(rules, out)
         self._phases = Phases(
-            rules, roster, self._leases, self._snapshots, self._ending, evaluations
+            rules, roster, self._leases, self._snapshots, self._ending, evaluations, self._origin
         )
         self.peers, self.digests = roster.peers, roster.digests
         self.deaf, self.prompted = roster.deaf, roster.prompted
@@ -274,8 +274,12 @@ class Rounds:
         self._take_out(peer, "joined again", now)
         peer.join = message
         peer.turn(states.JOINED)
-        if not self.knows(message.step, message.lineage):
-            self._choose_origin()
+        second = self._origin.is_second(peer, self._roster, begun=self.log.begun)
+        if second is not None:
+            self._reject(peer, second)
+            return True
+        if not self.knows(message.step, message.lineage) and self._choose_origin(now):
+            return True  # all who waited have their answer
         if self.layout is not None and peer.state == WAITING:
             self._admit(peer)
         return True
@@ -407,17 +411,18 @@ class Rounds:
         self._ending.works(now)
         self.log.begun = self.started = self.step > 0
 
-    def _choose_origin(self) -> None:
+    def _choose_origin(self, now: float) -> bool:
         """Begin with the state of a peer that waits, if nobody here holds one, and no update would
-        be lost."""
+        be lost. Was there one?"""
         if self.log.begun or self.round is not None or self.coming_back:
-            return
+            return False
         if self._roster.has_replica:
-            return
-        for peer in self._origin.candidates(self._roster):
+            return False
+        for peer in self._origin.candidates(self._roster, now):
             assert peer.join is not None
             if self._become_origin(peer, peer.join):
-                return
+                return True
+        return False
 
     def _become_origin(self, peer: Peer, message: wire.Join) -> bool:
         """Begin the run, or go on, with this peer's state. Was that possible?"""
@@ -430,7 +435,7 @@ class Rounds:
             self._reject(peer, reject)
             return False
         peer.proven = True
-        self._origin.becomes(message)
+        self._origin.becomes(peer, message)
         self.log.begin(message.step, message.lineage)
         self._becomes_replica(peer, states.ADMITTED)
         self._out.effects.append(Start(message.layout, message.step))
@@ -461,7 +466,13 @@ class Rounds:
             action = "adopt"  # the peer waits until no round is open
         self._out.send(
             peer,
-            wire.Admit(action=action, step=self.step, lineage=self.lineage, missed=peer.missed),
+            wire.Admit(
+                action=action,
+                step=self.step,
+                lineage=self.lineage,
+                missed=peer.missed,
+                first=self._origin.name,
+            ),
         )
 
     def _reject(self, peer: Peer, why: wire.Reject) -> None:
@@ -472,7 +483,7 @@ class Rounds:
 
     def _ready(self, peer: Peer, message: wire.Ready, now: float) -> bool:
         """A worker waits for samples."""
-        if not self._leases.admits(peer, message):
+        if not self._leases.admits(peer, message, started=self.started):
             return False
         peer.left_with = None
         self._leases.release(self.round, now, peer.session)
@@ -559,7 +570,7 @@ class Rounds:
             return False
         if self.coming_back:
             self._await_recovery(now)
-        self._choose_origin()
+        self._choose_origin(now)
         if self.state in (states.RETURNING, states.STARTING):
             return False
         if self.round is not None:
@@ -596,6 +607,10 @@ class Rounds:
             return None
         if not may_open:
             return None
+        if not self.started and (others := self._leases.agree(ready)):
+            for peer in others:
+                self._roster.not_ready(peer, started=False)
+            return self._try_open(now)  # if enough are left
         if not self.started and len(ready) < self.rules.num_workers:
             self._out.warn(f"starting with {len(ready)} of {self.rules.num_workers} workers")
         for peer in self.workers_ready():
@@ -631,6 +646,8 @@ class Rounds:
             return False
         if self.started or len(ready) >= self.rules.num_workers:
             return True
+        if self._origin.was_waited_for and len(ready) == self._roster.count_joined():
+            return True  # the others had their time before the first weights were chosen
         return self._roster.ready_since is not None and (
             now >= self._roster.ready_since + self.rules.join_timeout
         )

@@ -66,6 +66,8 @@ class Leases:
         self._places = places
         self._looks = Looks()
         self._weighs: bool | None = None  # do pushes say what they weigh?
+        self._given = False  # the ledger came with the first state
+        self._as_whom = ""  # who has the run's data set
         self._shares: Shares | None = None  # where samples are divided by speed
         if rules.shares == "speed" and not rules.deterministic:
             self._shares = Shares()
@@ -103,6 +105,7 @@ class Leases:
         ledger = self.ledger
         if ledger is None or not ledger.remembers or step:
             ledger = None
+        self._given = state is not None
         if state is not None:
             try:
                 ledger = Ledger.from_state(state, self._rules.epochs)
@@ -113,9 +116,47 @@ class Leases:
         self._held.clear()
         return None
 
-    def admits(self, peer: Peer, ready: Ready) -> bool:
-        """Does this worker bring the data set that the others have? The first worker's is the
-        run's. A worker with another one gets a Reject that says why."""
+    def admits(self, peer: Peer, ready: Ready, *, started: bool) -> bool:
+        """Does this worker bring the data set that the others have? Before the first round all are
+        admitted, see `agree`. A worker with another one gets a Reject that says why."""
+        if not ready.own and (ready.samples < 1 or ready.batch_size < 1):
+            self._out.send(
+                peer, Reject("a data set without samples", "give batches() a longer one")
+            )
+            return False
+        if not started and not self._given:
+            return True
+        others = [p for p in self._roster.workers_ready() if p is not peer]
+        if self.ledger is None or (self.ledger.untouched and not others and not self._given):
+            self._becomes_the_runs(peer, ready)
+        return self._agrees(peer, ready)
+
+    def agree(self, ready: list[Peer]) -> list[Peer]:
+        """The first round is about to open for these workers: the data set that most of them bring
+        is the run's; of equally many, that of the lowest. Returns those with another one, which
+        are told so."""
+        if self._given:
+            return []
+        told = [(p, p.ready) for p in ready if p.ready is not None]
+        alike = _most(told, lambda r: (r.own, 0 if r.own else r.samples))
+        alike = _most(alike, lambda r: frozenset((k.index, k.leaf, k.exact) for k in r.looks))
+        alike = _most(alike, lambda r: r.weighs)
+        if not alike:
+            return []
+        self._becomes_the_runs(*alike[0])
+        if len(alike) > 1:
+            self._as_whom += f" and {len(alike) - 1} more"
+        return [p for p, its in told if not self._agrees(p, its)]
+
+    def _becomes_the_runs(self, peer: Peer, ready: Ready) -> None:
+        self._as_whom, self._weighs = peer.name, ready.weighs
+        self._looks.first(peer.name, ready.looks)
+        self.ledger = OwnLedger() if ready.own else Ledger(ready.samples, self._rules.epochs)
+        self.ledger.places = self._places
+        self.ledger.barrier = self._rules.epoch_barrier
+
+    def _agrees(self, peer: Peer, ready: Ready) -> bool:
+        """Is its data set the run's? If not, it is told so."""
         reject = self._other_set(peer, ready)
         if reject is not None:
             self._out.send(peer, reject)
@@ -123,16 +164,9 @@ class Leases:
         return self._looks_alike(peer, ready)
 
     def _other_set(self, peer: Peer, ready: Ready) -> Reject | None:
+        assert self.ledger is not None
         samples = 0 if ready.own else ready.samples
-        if not ready.own and (samples < 1 or ready.batch_size < 1):
-            return Reject("a data set without samples", "give batches() a longer one")
-        others = [p for p in self._roster.workers_ready() if p is not peer]
-        if self.ledger is None or (self.ledger.untouched and not others):
-            self._looks.first(peer.name, ready.looks)
-            self.ledger = OwnLedger() if ready.own else Ledger(samples, self._rules.epochs)
-            self.ledger.places = self._places
-            self.ledger.barrier = self._rules.epoch_barrier
-            self._weighs = ready.weighs
+        whose = f", as {self._as_whom}" if self._as_whom else ""
         if self._weighs is None:  # the ledger is older than this server
             self._weighs = ready.weighs
         if ready.own != self.own:
@@ -140,13 +174,13 @@ class Leases:
             if not ready.own:
                 brings, has = has, brings
             return Reject(
-                f"{peer.name} brings {brings}, the run has {has}",
+                f"{peer.name} brings {brings}, the run has {has}{whose}",
                 "use own_batches() in every worker, or in none",
             )
         if samples != self.ledger.samples:
             return Reject(
                 f"{peer.name} has a data set of {samples} samples, "
-                f"the run has one of {self.ledger.samples}",
+                f"the run has one of {self.ledger.samples}{whose}",
                 "every worker needs the same training set in the same order",
             )
         if ready.weighs != self._weighs:
@@ -452,3 +486,14 @@ class Leases:
             for lost in ledger.lost[:4]
         ]
         return f"first {'; '.join(names)}"
+
+
+Told = list[tuple[Peer, Ready]]
+
+
+def _most(told: Told, key: Callable[[Ready], Any]) -> Told:
+    """Those whose report has the key that most have; of equally many, the lowest's."""
+    groups: dict[Any, Told] = {}
+    for peer, ready in told:
+        groups.setdefault(key(ready), []).append((peer, ready))
+    return max(groups.values(), key=lambda g: (len(g), -g[0][0].id), default=[])

@@ -1,9 +1,11 @@
 """The origin: whose state the run begins with, or goes on with after the server was restarted.
 
-The first state is the observer's where there is one, else that of whoever joined first. Until an
-update follows it, it may be lost with all who hold it; then there is another. A server that was
-started again in the middle of a run waits for its replicas instead, see `recovery`: the most
-advanced one is the origin.
+The first state is the observer's where there is one, else that of the worker whose script says so,
+at once; else that of the lowest worker that is here when `num_workers` have joined, or
+`join_timeout` after the first has. Of unlike models the one that most have is right. Until an
+update follows it, the first state may be lost with all who hold it; then there is another. A server
+that was started again in the middle of a run waits for its replicas instead, see `recovery`: the
+most advanced one is the origin.
 """
 
 from __future__ import annotations
@@ -36,6 +38,14 @@ class Origin:
         self.buckets = 0
         self.recipe = ""
         self.deserted = False
+        self.name = ""
+        """Who gave the first state."""
+        self.was_waited_for = False
+        """Fewer than `num_workers` had joined when their time was over."""
+        self._rules = rules
+        self._first: int | None = None  # the worker whose script says that its state is the first
+        self._lost = False  # that worker has left before an update
+        self._joined_at: float | None = None  # somebody waits for an origin since then
         self._with_observer = rules.observer
         self._count_buckets = count_buckets
         self._recovery: Recovery | None = None
@@ -84,11 +94,35 @@ class Origin:
 
     # ------------------------------------------------------------------ the first state
 
-    def candidates(self, roster: Roster) -> list[Peer]:
-        """Whose state may be the first, in this order."""
-        return [
-            p for p in roster.in_state(WAITING) if p.role == "observer" or not self._with_observer
-        ]
+    def due_at(self, roster: Roster) -> float | None:
+        """When the first state is chosen, if nobody else joins before; None while nobody waits."""
+        if self._joined_at is None or not roster.in_state(WAITING):
+            return None
+        return self._joined_at + self._rules.join_timeout
+
+    def candidates(self, roster: Roster, now: float) -> list[Peer]:
+        """Whose state may be the first, in this order; none where others are still waited for."""
+        waiting = roster.in_state(WAITING)
+        if self._with_observer:
+            return [p for p in waiting if p.role == "observer"]
+        workers = sorted((p for p in waiting if p.role == "worker"), key=lambda p: p.id)
+        if not workers:
+            self._joined_at = None
+            return []
+        if self._joined_at is None:
+            self._joined_at = now
+        says_so = [p for p in workers if p.join is not None and p.join.first]
+        enough = len(workers) >= self._rules.num_workers
+        if self.layout is not None:  # all who held the first state are gone
+            if self._first is None:
+                enough = True  # nobody new is waited for
+            elif not self._lost:  # the one that was to give it has some time to come back
+                self._lost, self._joined_at = True, now
+            enough = enough and self._first is None
+        if not (says_so or enough or now >= self._joined_at + self._rules.join_timeout):
+            return []
+        self.was_waited_for = not (says_so or enough)
+        return [*says_so, *_most_alike(workers)]
 
     def refuses(self, join: Join) -> Reject | None:
         """Why no run can begin with this state; None where one can."""
@@ -99,10 +133,31 @@ class Origin:
             return Reject(f"there is no step {join.step} to begin at")
         return None
 
-    def becomes(self, join: Join) -> None:
-        """The run begins, or goes on, with this state."""
+    def becomes(self, peer: Peer, join: Join) -> None:
+        """The run begins, or goes on, with this peer's state."""
+        self.name, self._first = peer.name, peer.id if join.first else None
+        self._lost = False
         self.layout, self.buckets = join.layout, self._count_buckets(join.layout)
         self.recipe = join.recipe
+
+    def is_second(self, peer: Peer, roster: Roster, *, begun: bool) -> Reject | None:
+        """Why this peer, whose script says that its weights are the first ones, cannot have that,
+        where others were the first; None where it can, or where the run has `begun`: then it comes
+        later, or again."""
+        if peer.join is None or not peer.join.first or begun:
+            return None
+        if self._with_observer and peer.role == "worker":
+            return Reject(
+                f"{peer.name} was to give the first weights, which are the observer's",
+                "start the server with observer=false, or leave out attach(first=True)",
+            )
+        if self.layout is None or self._first == peer.id or not roster.has_replica:
+            return None
+        why = "whose script says the same" if self._first is not None else "which came before"
+        return Reject(
+            f"{peer.name} was to give the first weights, which are those of {self.name}, {why}",
+            "say attach(first=True) in one worker, and start that one with the others",
+        )
 
     def differs(self, peer: Peer) -> Reject | None:
         """Why this peer cannot follow the run, since it has another model or another way from an
@@ -111,7 +166,7 @@ class Origin:
         difference = self.layout.difference(peer.join.layout)
         if difference is not None:
             return Reject(
-                f"{peer.name} has another model: {difference}",
+                f"{peer.name} has another model than {self.name}: {difference}",
                 "start it with the same model and code as the server",
             )
         if peer.join.recipe != self.recipe:
@@ -122,3 +177,13 @@ class Origin:
                 "everywhere (and observer=false where the built-in observer has others)",
             )
         return None
+
+
+def _most_alike(workers: list[Peer]) -> list[Peer]:
+    """Those whose layout and recipe most have come first; of equally many, the lowest."""
+    alike: dict[tuple[str, str], list[Peer]] = {}
+    for peer in workers:
+        assert peer.join is not None
+        alike.setdefault((peer.join.layout.fingerprint(), peer.join.recipe), []).append(peer)
+    groups = sorted(alike.values(), key=lambda peers: (-len(peers), peers[0].id))
+    return [peer for peers in groups for peer in peers]

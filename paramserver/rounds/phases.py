@@ -7,6 +7,7 @@ from paramserver.rounds import states
 from paramserver.rounds.ending import Ending
 from paramserver.rounds.evaluations import Evaluations
 from paramserver.rounds.leases import Leases
+from paramserver.rounds.origin import Origin
 from paramserver.rounds.outcome import Outcome
 from paramserver.rounds.roster import Roster
 from paramserver.rounds.rules import Rules
@@ -26,6 +27,7 @@ class Phases:
         snapshots: Snapshots,
         ending: Ending,
         evaluations: Evaluations,
+        origin: Origin,
     ) -> None:
         self._rules = rules
         self._roster = roster
@@ -33,6 +35,7 @@ class Phases:
         self._snapshots = snapshots
         self._ending = ending
         self._evaluations = evaluations
+        self._origin = origin
         self._said = ""
 
     def now(self, state: str, started: bool, step: int, now: float) -> tuple[Phase, str]:
@@ -77,12 +80,21 @@ class Phases:
     def _first_state(self) -> str:
         """Whose model and first weights are the run's, and what keeps them."""
         if not self._rules.observer:
-            missing = self._ending.departures.missing()
-            text = "waiting for the first worker, whose model and first weights are the run's"
+            text, missing = self._first_worker(), self._ending.departures.missing()
             return f"{text}; {missing}" if missing else text
         if self._roster.observer is None:
             return "waiting for the observer, which loads PyTorch and makes the model"
         return "waiting for the observer, whose model and first weights are the run's"
+
+    def _first_worker(self) -> str:
+        waiting = sorted(self._roster.in_state(WAITING), key=lambda p: p.id)
+        if not waiting:
+            return "waiting for the first worker"
+        names = ", ".join(p.name for p in waiting)
+        return (
+            f"waiting for {self._rules.num_workers} workers, the lowest of which gives the first "
+            f"weights: {names} joined"
+        )
 
     def _pause(self, started: bool, step: int, now: float) -> tuple[Phase, str]:
         """No round is open, and no snapshot under way."""
@@ -114,6 +126,8 @@ class Phases:
             return ""
         if otherwise := self._ending.otherwise(started, now):
             return otherwise
+        if state == states.STARTING and (due := self._origin.due_at(self._roster)) is not None:
+            return f" (starts with fewer in {max(0.0, due - now):.0f} s)"
         if state in (states.STARTING, states.SNAPSHOT) or started:
             return ""
         since = self._roster.ready_since

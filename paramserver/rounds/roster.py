@@ -162,6 +162,10 @@ class Roster:
     def has_workers(self) -> bool:
         return any(p.role == "worker" for p in self.peers.values())
 
+    def count_joined(self) -> int:
+        """The workers that have joined, or are about to."""
+        return sum(p.role == "worker" for p in self.peers.values())
+
     @property
     def has_replica(self) -> bool:
         """Does anybody here hold the run's state?"""

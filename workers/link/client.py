@@ -59,6 +59,8 @@ class Client:
         self.on_missed: Callable[[wire.Close], None] | None = None
         """If set before `join`, this replica may go adrift (see `Session`); it is called for each
         update that it misses then."""
+        self.first = False
+        """This replica's weights are to be the first ones of the run."""
         self.compares = True  # there are others, whose data set must be the same
         self.rest_s = 0.0
         """How long `wait` leaves messages lying where nobody waits for this replica: a batch of
@@ -211,6 +213,7 @@ class Client:
                 ledger=replica.ledger,
                 sharing=connection.shared is not None,
                 outbox=0 if outbox is None else self._outboxes,
+                first=self.first,
             )
         )
 
@@ -714,12 +717,24 @@ class Client:
         assert session is not None and replica is not None
         try:
             state = unflatten(manifest.tree, taking.tensors)
+            before = "" if replica.step else replica.digest()
             replica.load(state, manifest.step, manifest.lineage)
         except ValueError as e:
             why = f"it does not fit: {e}"
             self._do(session.refuse(manifest.snapshot, why, misfit=str(e)))
             return
+        if before and before != replica.digest():
+            self._say_replaced(manifest.step)
         self._do(session.adopted(manifest))
+
+    def _say_replaced(self, step: int) -> None:
+        """The weights that were here before the run are gone."""
+        assert self.session is not None
+        admit = self.session.admit
+        by = f"{admit.first}'s" if admit is not None and admit.first else "the run's"
+        if step:
+            by = f"those of the run at step {step}"
+        self.log.info(f"weights replaced by {by}: they differ from what was here")
 
 
 def _give_way() -> None:

@@ -69,6 +69,7 @@ class Solo:
         )
         self.log = log
         self.device = "cpu"
+        self.first = True
         self.greetings = 1
         self.on_close: Callable[[wire.Close], None] | None = None
         self.follow: follow.Follow | None = None
