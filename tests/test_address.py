@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 import pytest
@@ -26,17 +27,35 @@ TOKEN = KEYS.token(ELSEWHERE, 65000)
         ("127.0.0.2", "curve", ([LOOPBACK, "127.0.0.2"], [])),
         (ELSEWHERE, "curve", ([LOOPBACK], [ELSEWHERE])),
         (ELSEWHERE, "none", ([LOOPBACK, ELSEWHERE], [])),
-        ("mini1.local", "curve", ([LOOPBACK], ["mini1.local"])),
+        ("mini1.local", "curve", ([LOOPBACK], ["10.0.0.7"])),
+        ("fd00::7,[fd00::8]", "curve", ([LOOPBACK], ["fd00::7", "fd00::8"])),
+        ("::1", "curve", ([LOOPBACK, "::1"], [])),
     ],
 )
 def test_only_loopback_is_open_to_all(
-    host_ip: str | None, security: str, expected: tuple[list[str], list[str]]
+    host_ip: str | None,
+    security: str,
+    expected: tuple[list[str], list[str]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    names = {"mini1.local": ["127.0.1.1", "10.0.0.7", "fd00::7"]}
+    monkeypatch.setattr(address, "addresses_of", lambda host: names.get(host, [host]))
     assert listen(host_ip, security) == expected
 
 
+def test_a_name_that_leads_nowhere_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = {"mini1": ["127.0.1.1"], "nobody": []}
+    monkeypatch.setattr(address, "addresses_of", lambda host: names[host])
+    with pytest.raises(UserError, match=r"mini1 is 127\.0\.1\.1 here, where no other machine"):
+        listen("mini1")
+    with pytest.raises(UserError, match="nobody is neither an address nor a name"):
+        listen("nobody")
+
+
 def test_everywhere_is_every_address_of_this_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(address, "own_addresses", lambda: ["10.0.0.1", "10.10.0.1"])
+    own = {socket.AF_INET: ["10.0.0.1", "10.10.0.1"], socket.AF_INET6: ["fd00::1"]}
+    monkeypatch.setattr(address, "own_addresses", lambda family=socket.AF_INET: own[family])
+    assert listen("::") == ([LOOPBACK], ["10.0.0.1", "10.10.0.1", "fd00::1"])
     assert listen("0.0.0.0") == ([LOOPBACK], ["10.0.0.1", "10.10.0.1"])
     assert listen("0.0.0.0", "none") == ([LOOPBACK, "10.0.0.1", "10.10.0.1"], [])
 
@@ -44,6 +63,7 @@ def test_everywhere_is_every_address_of_this_host(monkeypatch: pytest.MonkeyPatc
 def test_on_loopback_nothing_is_needed() -> None:
     assert find(None, None, None) == Address(LOOPBACK, 65432)
     assert find("localhost", 65000, None) == Address(LOOPBACK, 65000)
+    assert find("[::1]", 65000, None) == Address(LOOPBACK, 65000)
 
 
 def test_nor_at_another_address_of_this_host(monkeypatch: pytest.MonkeyPatch) -> None:

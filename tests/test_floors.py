@@ -44,7 +44,7 @@ ROOMS = [
     "workers.generators",
     "workers.loaders",
     "workers.samples workers.weight",
-    "workers.looks workers.optimizer workers.batches",
+    "workers.looks workers.optimizer workers.batches workers.living",
     "workers.link",
     "workers.cluster",
     "workers",

@@ -42,6 +42,7 @@ from paramserver.tensors.codec import codec_of_pushes
 from paramserver.tensors.error_feedback import ErrorFeedback
 from paramserver.terminal import STOPPED_BY
 
+from . import living
 from .batches import Batches, Epochs, Sizes, sizes_of, weights_of
 from .link.client import Client
 from .link.environment import listens, read_environment
@@ -92,6 +93,7 @@ def join(
     Waits up to `timeout_s` for the server's answer. Raises `UserError` where there is none or where
     the server refuses, with the reason.
     """
+    living.refuse_in_child()
     if say is None:
         logs.show_unless_told("workers")
         log = logging.getLogger("workers")
@@ -115,6 +117,7 @@ def join(
     if there is None or (several and host is None and there.host != address.LOOPBACK):
         there = mdns.find(token, security=security, timeout_s=timeout_s, log=log)
     id = here.id if worker_id is None else worker_id
+    before = living.leave_same(there.host, there.port, id)
     client = Client(
         there.host,
         there.port,
@@ -129,7 +132,9 @@ def join(
     except BaseException:
         client.close()
         raise
-    return Cluster(client)
+    cluster = Cluster(client)
+    cluster.asked, cluster.before = id, before
+    return cluster
 
 
 class Cluster:
@@ -141,6 +146,16 @@ class Cluster:
         self.client = client
         self.settings: RunSettings = client.settings
         self.worker_id = client.welcome.id
+        self.asked: int | None = self.worker_id
+        """The number that was asked for."""
+        self.before: Cluster | None = None
+        """The cluster of this thread, at the same server, that this one follows."""
+        self.thread = 0
+        self.in_loop = False
+        """A loop over its batches is under way."""
+        self.trains: set[int] = set()
+        """The parameters, by their ids."""
+        living.lives(self)
         self._replica: Replica | None = None
         self._gradients: Gradients | None = None
         self._feedback: ErrorFeedback | None = None
@@ -193,6 +208,11 @@ class Cluster:
     @property
     def port(self) -> int:
         return self.client.port
+
+    @property
+    def run(self) -> str:
+        """The run's id."""
+        return "" if self.client.welcome is None else self.client.welcome.run
 
     @property
     def step(self) -> int:
@@ -252,6 +272,7 @@ class Cluster:
                 "after_step cannot run while local steps go on during an exchange",
                 "leave it out, or start the server with overlap=false",
             )
+        living.leave_others(self, model)
         replica = Replica(
             model,
             optimizer,
@@ -266,7 +287,11 @@ class Cluster:
             buffers=buffers,
             outer=outer_of(self.settings),
         )
+        before, self.before = self.before, None
+        if before is not None and before._replica is not None and before.run == self.run:
+            living.hand_over(before._replica, replica)
         self._replica = replica
+        self.trains = {id(p) for _, p in replica.params}
         self._tell_float64(replica)
         self.client.device = str(next(iter(model.parameters())).device.type)
         self.client.first = first
@@ -384,6 +409,7 @@ class Cluster:
 
         self._load_ahead = load_ahead if samples.in_loop else None
         self._weighs = weight is not None
+        living.refuse_second_loop(self)
         if self._ready is not loading:  # else they are, since the last epoch
             self._ready = loading
             ready = wire.Ready(
@@ -397,6 +423,7 @@ class Cluster:
             with self._losing():
                 self.client.ready(ready)
         whole = False  # the pass
+        self.in_loop = True
         try:
             while (lease := self._next_lease()) is not None:
                 self._seed()
@@ -423,6 +450,7 @@ class Cluster:
                     self._check_stepped()
             whole = True
         finally:
+            self.in_loop = False
             self._load_ahead = None
             if not whole or self._epochs is None or self.client.ended is not None:
                 batches.close()
@@ -525,6 +553,7 @@ class Cluster:
                 "a schedule by epoch follows the epochs of a set that all workers share",
                 "attach(schedule_by='step')",
             )
+        living.refuse_second_loop(self)
         self._seed()
         self._weighs = False
         if self._epochs is not None:
@@ -533,7 +562,7 @@ class Cluster:
             self._own = True
             with self._losing():
                 self.client.ready(wire.Ready(samples=0, batch_size=1, own=True))
-        whole = False  # the pass
+        whole, self.in_loop = False, True  # the pass
         collated = collates_by_default(batches)
         try:
             for batch in batches:
@@ -565,6 +594,7 @@ class Cluster:
                 self._finish_round()
             whole = True
         finally:
+            self.in_loop = False
             if not whole or self.client.ended is not None:
                 self._own = False
                 self._leave_loop()
@@ -1035,6 +1065,7 @@ class Cluster:
         ends this worker's part by an error, unless it only asks the program to end (Ctrl-C).
         """
         atexit.unregister(self._at_exit)
+        living.left(self)
         failed = self._failed(error or sys.exception())
         if self._gradients is not None:
             with suppress(Exception):  # after an error in the middle of a backward

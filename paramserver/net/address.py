@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,7 +13,13 @@ from paramserver.errors import UserError
 from paramserver.net import jointoken
 from paramserver.net.jointoken import JoinToken
 from paramserver.settings import Settings
-from paramserver.transport.sockets import PeerKeys, is_local, is_loopback, own_addresses
+from paramserver.transport.sockets import (
+    PeerKeys,
+    addresses_of,
+    is_local,
+    is_loopback,
+    own_addresses,
+)
 from paramserver.typed import typed
 
 LOOPBACK = "127.0.0.1"
@@ -35,10 +42,16 @@ class Address:
 
 def listen(host_ip: str | None, security: str = "curve") -> tuple[list[str], list[str]]:
     """The addresses for a server to bind: those open to every peer, loopback first, and those that
-    admit only peers with the join token. `host_ip` may hold several, with commas; "0.0.0.0" stands
-    for all that this host has now."""
-    given = [host for host in (host_ip or "").split(",") if host]
-    others = own_addresses() if set(given) & set(EVERYWHERE) else given
+    admit only peers with the join token. `host_ip` may hold several, with commas, and names;
+    "0.0.0.0" stands for all that this host has now, "::" for those of IPv6, too. Raises `UserError`
+    for a name that is unknown, or that only this host can reach."""
+    given = [bare(host) for host in (host_ip or "").split(",") if host]
+    if "::" in given:
+        others = [*own_addresses(), *own_addresses(socket.AF_INET6)]
+    elif set(given) & set(EVERYWHERE):
+        others = own_addresses()
+    else:
+        others = [_address_of(host) for host in given]
     open_to_all = [LOOPBACK]
     guarded = []
     for host in others:
@@ -47,6 +60,34 @@ def listen(host_ip: str | None, security: str = "curve") -> tuple[list[str], lis
         else:
             guarded.append(host)
     return [h for h in dict.fromkeys(open_to_all) if h != "localhost"], list(dict.fromkeys(guarded))
+
+
+def bare(host: str) -> str:
+    """An address as people write it in front of a port, `[fd00::2]`, without the brackets."""
+    return host[1:-1] if host.startswith("[") and host.endswith("]") else host
+
+
+def _address_of(host: str) -> str:
+    """The address at which a server listens that is to be reached by this name."""
+    found = addresses_of(host)
+    if host == "localhost" or found == [host]:
+        return host
+    if not found:
+        raise unknown(host)
+    outside = [address for address in found if not is_loopback(address)]
+    if not outside:
+        raise UserError(
+            f"host_ip={host} is {found[0]} here, where no other machine reaches it",
+            "give the address itself, or host_ip=auto",
+        )
+    return outside[0]
+
+
+def unknown(host: str) -> UserError:
+    return UserError(
+        f"{host} is neither an address nor a name that this machine knows",
+        "is it misspelt? Give the address, like 10.10.0.1 or fd00::2; the server prints it",
+    )
 
 
 def find(
@@ -60,7 +101,7 @@ def find(
     "none".
     """
     token = read(join) if join else None
-    host = host or _of(token)
+    host = bare(host or _of(token))
     port = port or (token.port if token is not None else 65432)
     if is_local(host):
         return Address(LOOPBACK, port)

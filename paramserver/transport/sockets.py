@@ -194,6 +194,7 @@ def connect(s: zmq.Socket[bytes], endpoint: str, keys: PeerKeys | None = None) -
         s.setsockopt(zmq.CURVE_SERVERKEY, keys.server)
         s.setsockopt(zmq.CURVE_PUBLICKEY, zmq.curve_public(keys.secret))
         s.setsockopt(zmq.CURVE_SECRETKEY, keys.secret)
+    s.setsockopt(zmq.IPV6, int(_takes_ipv6(endpoint)))
     s.connect(endpoint)
 
 
@@ -356,19 +357,49 @@ def is_loopback(host: str) -> bool:
         return host.lower() == "localhost"
 
 
-def own_addresses() -> list[str]:
-    """IPv4 addresses of this host, without loopback."""
+def own_addresses(family: int = socket.AF_INET) -> list[str]:
+    """IPv4 addresses of this host, or its IPv6 addresses, without loopback and those that hold on
+    one link only."""
     own = [
         a.address
         for nic in psutil.net_if_addrs().values()
         for a in nic
-        if a.family == socket.AF_INET
+        if a.family == family and "%" not in a.address
     ]
     return sorted(address for address in own if not is_loopback(address))
 
 
+def addresses_of(host: str) -> list[str]:
+    """The addresses of a host's name, IPv4 first; the address itself where it is one, and nothing
+    where the name is unknown."""
+    try:
+        ipaddress.ip_address(host.split("%")[0])
+        return [host]
+    except ValueError:
+        pass
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError):
+        return []
+    addresses = [str(info[4][0]) for info in sorted(found, key=lambda info: info[0])]
+    return list(dict.fromkeys(addresses))
+
+
+def _takes_ipv6(endpoint: str) -> bool:
+    """Is this an IPv6 address, or a name that has no other?"""
+    if not endpoint.startswith("tcp://"):
+        return False
+    host = endpoint.removeprefix("tcp://").rsplit(":", 1)[0]
+    if host.startswith("[") or host.replace(".", "").isdigit():
+        return host.startswith("[")
+    with suppress(OSError, UnicodeError):
+        return {info[0] for info in socket.getaddrinfo(host, None)} == {socket.AF_INET6}
+    return False
+
+
 def _bind(s: zmq.Socket[bytes], endpoints: Sequence[str]) -> None:
     for endpoint in endpoints:
+        s.setsockopt(zmq.IPV6, int(_takes_ipv6(endpoint)))
         try:
             s.bind(endpoint)
         except zmq.ZMQError as e:

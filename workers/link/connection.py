@@ -26,7 +26,7 @@ import zmq
 
 from paramserver.config.schema import from_wire
 from paramserver.errors import PeerError, RunLost, UserError
-from paramserver.net import machine
+from paramserver.net import address, machine
 from paramserver.net.mdns import Search
 from paramserver.protocol import messages as wire
 from paramserver.settings import RunSettings, Settings
@@ -183,6 +183,8 @@ class Connection:
                         f"no server answered at {self.host}:{self.port} for {deadline_s:g} s; last "
                         f"step here: {last_step}"
                     )
+                if not sockets.addresses_of(self.host):
+                    raise address.unknown(self.host)
                 raise UserError(
                     f"no server answered at {self.host}:{self.port} within {deadline_s:g} s",
                     f"is it running ({typed('server')})? another address: host_ip=..., another "

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from paramserver.errors import UserError
 from paramserver.words import nearest
 
+from .names import own_names
 from .state import as_bytes, dtype_name
 
 NORM_LAYERS = (nn.modules.batchnorm._NormBase,)
@@ -105,13 +106,14 @@ class Buffers:
 
     def __init__(self, model: nn.Module, rules: Mapping[str, str]) -> None:
         found: dict[int, Buffer] = {}
+        own = own_names(model)
         self.by_name: dict[str, Buffer] = {}
         """The buffers by name; one that lies in several modules has several names."""
         for prefix, module in model.named_modules(remove_duplicate=False):
             for key, tensor in module._buffers.items():
                 if tensor is None or key in module._non_persistent_buffers_set:
                     continue
-                name = f"{prefix}.{key}" if prefix else key
+                name = own(f"{prefix}.{key}" if prefix else key)
                 if id(tensor) not in found:
                     kind = _kind(name, module, tensor, rules)
                     found[id(tensor)] = Buffer(name, module, key, tensor, kind, sent(tensor, kind))

@@ -36,6 +36,7 @@ from paramserver.tensors.whole import unpacked
 from .buffers import Buffers, sent
 from .checks import allow_step, check, misfit, refuse_step, schedule_state
 from .groups import ByHand
+from .names import load_own, own_names, own_state
 from .outer import Outer
 from .state import as_bytes, dtype_name
 from .travel import HINTS, stateful, there_and_back
@@ -97,7 +98,8 @@ class Replica:
         self.lineage = uuid.uuid4().hex  # not that of a run's state: only the origin's becomes that
         self.ledger: dict[str, Any] | None = None
         """The ledger as of this step, from the `Close`."""
-        named = list(_plain(model).named_parameters())
+        own = own_names(_plain(model))
+        named = [(own(name), p) for name, p in _plain(model).named_parameters()]
         trained = [(name, p) for name, p in reversed(named) if p.requires_grad]
         self.params = sorted(trained, key=lambda item: sent(item[1], "grad"))
         self._in_order = [p for _, p in named if p.requires_grad]  # as a script clips them
@@ -113,7 +115,7 @@ class Replica:
         self._steps_ahead = 0  # made since then
         self.made = 0
         """Local steps on the way from the anchor."""
-        there_and_back("model", _plain(model).state_dict())  # before anything else is made from it
+        there_and_back("model", own_state(_plain(model)))  # before anything else is made from it
         self.buffers = Buffers(_plain(model), buffers or {})
         self.layout = wire.Layout(
             tuple(
@@ -430,7 +432,7 @@ class Replica:
 
         After local steps these are anchor and outer momentum: whoever loads them begins with fresh
         moments of its own."""
-        model = dict(_plain(self.model).state_dict())
+        model = own_state(_plain(self.model))
         for name, buffer in self.buffers.by_name.items():
             if name in model:
                 model[name] = buffer.held
@@ -476,7 +478,7 @@ class Replica:
             if state["ledger"] is not None:
                 check_counts(state["ledger"])
             self.lineage = uuid.uuid4().hex  # a state that is loaded in part is no state of the log
-            _plain(self.model).load_state_dict(state["model"])
+            load_own(_plain(self.model), state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             if self.scheduler is not None and state["scheduler"] is not None:
                 self.scheduler.load_state_dict(state["scheduler"])

@@ -1,0 +1,92 @@
+"""The clusters of this process: an earlier one gives way to the next.
+
+A notebook's cell is run again, a script trains again: then the same model, optimizer and worker
+number come back while the cluster of before was never left.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import threading
+import weakref
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from paramserver.errors import UserError
+
+from .replica.replica import Replica
+
+if TYPE_CHECKING:
+    from .cluster import Cluster
+
+_living: weakref.WeakSet[Cluster] = weakref.WeakSet()
+
+
+def refuse_in_child() -> None:
+    """Raise `UserError` in a process that multiprocessing has spawned, while it runs the script
+    again to find its functions: it would join as another worker, and its parent wait for it."""
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise UserError(
+            "join() in a process that a DataLoader, or multiprocessing, has started: such a "
+            "process runs the whole script again",
+            "put what the script does below `if __name__ == '__main__':`, or in a function that is "
+            "called there",
+        )
+
+
+def lives(cluster: Cluster) -> None:
+    """Note that this cluster belongs to this thread."""
+    cluster.thread = threading.get_ident()
+    _living.add(cluster)
+
+
+def left(cluster: Cluster) -> None:
+    """Note that it was left."""
+    _living.discard(cluster)
+
+
+def leave_same(host: str, port: int, asked: int | None) -> Cluster | None:
+    """Leave the cluster that this thread has joined before, at the same server, under the same
+    number. Returns it."""
+    found = None
+    for cluster in list(_living):
+        same = (cluster.host, cluster.port, cluster.asked) == (host, port, asked)
+        if same and cluster.thread == threading.get_ident():
+            found = cluster
+            _give_way(cluster, "it joined again")
+    return found
+
+
+def hand_over(before: Replica, replica: Replica) -> None:
+    """Let a replica go on where the one of the cluster before stood, in the same run. Nobody else
+    may hold that state. Where it does not fit, the replica begins like any other."""
+    if before.step and (before.layout, before.recipe()) == (replica.layout, replica.recipe()):
+        with suppress(ValueError):
+            replica.load(before.state(), before.step, before.lineage)
+
+
+def leave_others(cluster: Cluster, model: nn.Module) -> None:
+    """Leave the other clusters of this process that train any parameter of this model."""
+    parameters = {id(p) for p in model.parameters()}
+    for other in list(_living):
+        if other is not cluster and parameters & other.trains:
+            _give_way(other, "its model was attached again")
+
+
+def refuse_second_loop(cluster: Cluster) -> None:
+    """Raise `UserError` where the loop of another cluster is under way in this thread."""
+    for other in _living:
+        if other is not cluster and other.in_loop and other.thread == threading.get_ident():
+            raise UserError(
+                "a loop of another cluster is under way in this thread: the rounds of each would "
+                "wait for the other's",
+                "leave the other loop first, with its cluster's leave(); several models of one "
+                "loop go into one module with one optimizer, see docs/your-own-model.md",
+            )
+
+
+def _give_way(cluster: Cluster, why: str) -> None:
+    cluster.client.log.info(f"worker {cluster.worker_id} leaves: {why}")
+    cluster.leave(why, UserError(why))  # it comes back: the run does not end for that
