@@ -271,7 +271,7 @@ def test_the_refused_setup_of_one_worker_is_told() -> None:
     with Served(num_workers=2) as served:
         crew = Crew(served, scheduled("step"), Noise(64))
         crew.start(1, 8)
-        served.until(lambda: served.server.rounds.layout is not None)
+        served.until(lambda: any(p.join for p in served.server.rounds.peers.values()))
         crew.make = scheduled("epoch")
         with pytest.raises(UserError, match=r"StepLR by epoch.*the run has.*StepLR by step"):
             served.wait(crew.start(2, 8))
