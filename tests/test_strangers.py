@@ -20,7 +20,7 @@ import psutil
 import pytest
 import torch
 import zmq
-from crew import Crew, Noise, perceptron
+from crew import Crew, Noise, Setup, perceptron
 from whole import DEADLINE_S, LOOPBACK, Run, Served
 from zmq.utils import garbage
 
@@ -472,6 +472,13 @@ def test_a_snapshot_that_cannot_be_is_asked_for_again(
     assert crew.applied() == dict.fromkeys(range(32), 1)
 
 
+def first_from_1(number: int) -> Setup:
+    """Worker 1 gives the first weights as soon as it is here."""
+    setup = perceptron(number)
+    setup.attach = {"first": True} if number == 1 else {}
+    return setup
+
+
 @pytest.mark.parametrize(
     "lie",
     [*LIES[:2], *(pytest.param(lie, marks=pytest.mark.long) for lie in LIES[2:])],
@@ -482,7 +489,7 @@ def test_who_gets_nothing_but_snapshots_that_cannot_be_gives_up_with_the_reason(
 ) -> None:
     giving_lies(monkeypatch, lie, 1000)
     with Served(num_workers=2, num_epochs=1, join_timeout=5.0) as served:
-        crew = Crew(served, perceptron, Noise(32))
+        crew = Crew(served, first_from_1, Noise(32))
         first = crew.start(1, 8)
         served.until(lambda: served.server.rounds.layout is not None)
         why = "tried 5 times: .* MiB, more than" if lie is too_large else "does not fit this worker"
@@ -497,7 +504,7 @@ def test_who_has_shown_nothing_does_not_make_others_give_up(
     """It only claims to hold the state, while no other peer does."""
     giving_lies(monkeypatch, other_names, 3)
     with Served(num_workers=2, num_epochs=1) as served:
-        crew = Crew(served, perceptron, Noise(32))
+        crew = Crew(served, first_from_1, Noise(32))
         first = crew.start(1, 8)
         served.until(lambda: served.server.rounds.layout is not None)
         [peer] = served.server.rounds.peers.values()
