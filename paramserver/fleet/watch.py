@@ -38,6 +38,10 @@ RETRY_S = 2.0
 CONNECTED_S = 20.0  # a connection that lived longer was made: ssh gives up sooner
 FAREWELL_S = 60.0  # for the workers' end, after the server's
 LOOK_S = 0.2
+NO_WORKER = (
+    "no worker is left, and the server waits for one: correct what failed, then make down and make "
+    "up again"
+)
 
 
 def machines(arguments: Sequence[str]) -> tuple[Settings, dict[str, object], tuple[Host, ...]]:
@@ -144,6 +148,12 @@ class Watch:
         self._followers[host.name, name] = Follower(
             host, name, offset, lambda *line: self._new.put(line)
         )
+
+    @property
+    def follows(self) -> set[str]:
+        """The kinds of processes that are followed: server, worker."""
+        names = {name for _, name in (*self._followers, *self._broken)}
+        return {name.partition("-")[0] for name in names if not name.startswith(STATUS_OF)}
 
     def add_status(self) -> bool:
         """Follow the server's status, too; returns whether there is a server to follow."""
@@ -360,6 +370,7 @@ def show(watch: Watch, lines: Lines, arguments: Sequence[str], plain: bool = Fal
 
 def _show(watch: Watch, lines: Lines, arguments: Sequence[str]) -> int | None:
     code, until = 0, math.inf
+    ended: dict[Key, int] = {}  # workers, with their exit codes
     try:
         while True:
             for event in watch.events(until):
@@ -377,6 +388,10 @@ def _show(watch: Watch, lines: Lines, arguments: Sequence[str]) -> int | None:
                 if event.code:
                     name = event.host.spoken(event.name)
                     lines.say(event.host.name, f"{name} has failed: make status, make logs")
+                if event.name != "server":
+                    ended[event.host.name, event.name] = event.code or 0
+                    if all(ended.values()) and watch.follows == {"server"}:
+                        lines.tell(NO_WORKER)
                 if event.name == "server":
                     code = event.code or 0
                     _draw(lines.display, None)
