@@ -151,11 +151,13 @@ def test_null_on_the_command_line_is_no_token(
     assert load(["join=null"], "worker").settings.join is None
 
 
-@pytest.mark.usefixtures("in_a_folder")
-def test_a_server_does_not_keep_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_does_not_keep_a_token(in_a_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It would end up in config.yaml, and at W&B."""
     monkeypatch.setenv("PARAMSERVER_JOIN", TOKEN)
-    assert load([f"join={TOKEN}"], "server").settings.join is None
+    in_a_folder.write_text(f"join: {TOKEN}\n")
+    assert load([], "server").settings.join is None
+    with pytest.raises(UserError, match="join belongs to a worker"):
+        load([f"join={TOKEN}"], "server")
 
 
 def test_security_is_curve_unless_none_is_said(in_a_folder: Path) -> None:
