@@ -196,6 +196,24 @@ def test_before_attach_there_is_nothing_to_stop_or_to_wait_for() -> None:
             pass
 
 
+def test_after_leave_every_call_says_how_to_take_part_again() -> None:
+    setup = perceptron(1)
+    with workers.join(port=free_port(), say=lambda line: None) as cluster:
+        cluster.attach(setup.model, setup.optimizer)
+        with pytest.raises(UserError, match="called twice") as twice:
+            cluster.attach(setup.model, setup.optimizer)
+        assert "leave()" in twice.value.hint
+    for call in (
+        lambda: cluster.batches(Noise(8)),
+        lambda: next(cluster.own_batches([1])),
+        lambda: next(cluster.epochs()),
+        lambda: cluster.stop("too late"),
+    ):
+        with pytest.raises(UserError, match=r"\(\) after leave\(\)") as late:
+            call()
+        assert "join()" in late.value.hint
+
+
 def test_alone_a_stop_ends_the_loop_and_an_evaluation_is_one() -> None:
     def each(cluster: Cluster, steps: int) -> None:
         with cluster.evaluating():

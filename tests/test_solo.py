@@ -12,6 +12,7 @@ import pytest
 import torch
 from crew import Noise, Setup, in_float64, loss, perceptron
 from test_cluster import NORMED, drawn
+from torch import nn
 from torch.optim import Adam
 from torch.optim.lr_scheduler import StepLR
 from whole import CLONE, DEADLINE_S, LOOPBACK, Served, free_port
@@ -220,3 +221,18 @@ def test_where_a_worker_was_placed() -> None:
     assert read_environment({"SLURM_PROCID": "0"}) == Environment()  # a batch script, outside srun
     with pytest.raises(UserError, match="PARAMSERVER_ID is 'two'"):
         read_environment({"PARAMSERVER_ID": "two"})
+
+
+@pytest.mark.parametrize("outputs", [1, 2])
+def test_a_loss_that_is_always_zero_is_told(outputs: int) -> None:
+    said = list[str]()
+    model: nn.Module = nn.Linear(6, outputs)
+    with workers.join(port=free_port(), say=said.append, alone={"num_epochs": 1}) as cluster:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        model, optimizer = cluster.attach(model, optimizer)
+        for x, y, _ in cluster.batches(Noise(64), batch_size=8):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x), y % outputs).backward()
+            optimizer.step()
+    told = [line for line in said if "CrossEntropyLoss over a single output" in line]
+    assert len(told) == (1 if outputs == 1 else 0)

@@ -60,6 +60,8 @@ from .weight import checked, collates_by_default, samples_in
 M = TypeVar("M", bound=nn.Module)
 T = TypeVar("T")
 
+ZERO_STEPS = 3  # with gradients that are all 0, before it is said
+
 
 def join(
     host: str | None = None,
@@ -174,6 +176,8 @@ class Cluster:
         self._held_up_s = 0.0  # of the time since, what was spent waiting for others
         self._encoded_s = 0.0  # since the last push with times, see `wire.Spent`
         self._told_at, self._told_waited_s = 0.0, 0.0  # when that was; seconds waited by then
+        self._gone = False  # it has left
+        self._zeros = 0  # first averages that were all zero; ZERO_STEPS: looked at no more
         self._own = False  # this worker takes part with samples of its own
         self._ready: Loading | None = None  # leases are asked for, and loaded by this
         self._epochs: Epochs | None = None  # the script loops over them
@@ -262,7 +266,8 @@ class Cluster:
         be a replica's.
         """
         if self._replica is not None:
-            raise UserError("attach() was called twice", "a cluster trains one model")
+            hint = "for another training: cluster.leave(), then join() and attach() again"
+            raise UserError("attach() was called twice: a cluster trains one model", hint)
         if isinstance(optimizer, ClusterOptimizer):  # of a training before this one
             optimizer = optimizer.wrapped
         if scheduler is not None and isinstance(scheduler.optimizer, ClusterOptimizer):
@@ -351,8 +356,8 @@ class Cluster:
         `step` exchanges and applies them with the last one. The default is no limit on a CPU, and
         `batch_size` on a GPU. Raises `UserError` for an unsuitable data set.
         """
-        if self._replica is None or self._gradients is None:
-            raise UserError("batches() before attach()", "attach the model first")
+        self._check_part("batches()")
+        assert self._replica is not None
         given = parts_of(dataset)
         if given is not None:
             batch_size, drop_last = batch_size or given.batch_size, drop_last or given.drop_last
@@ -470,8 +475,7 @@ class Cluster:
         hold samples of two epochs; with it, all workers are at the same step between two passes, so
         that a schedule may be stepped there. Raises `UserError` for an epoch without a pass.
         """
-        if self._replica is None:
-            raise UserError("epochs() before attach()", "attach the model first")
+        self._check_part("epochs()")
         epochs = self._epochs = Epochs(self.epoch, self.settings.num_epochs)
         try:
             while self.client.ended is None and epochs.now < self.settings.num_epochs:
@@ -546,8 +550,8 @@ class Cluster:
         where it ended by an error, or without this worker. Raises `UserError` for a batch whose
         samples cannot be counted.
         """
-        if self._replica is None:
-            raise UserError("own_batches() before attach()", "attach the model first")
+        self._check_part("own_batches()")
+        assert self._replica is not None
         if self._replica.schedule_by == "epoch":
             raise UserError(
                 "a schedule by epoch follows the epochs of a set that all workers share",
@@ -598,6 +602,13 @@ class Cluster:
             if not whole or self.client.ended is not None:
                 self._own = False
                 self._leave_loop()
+
+    def _check_part(self, call: str) -> None:
+        """Raise `UserError` where this worker has no part in the run yet, or none any more."""
+        if self._gone:
+            raise UserError(f"{call} after leave()", "take part again: cluster = join()")
+        if self._replica is None:
+            raise UserError(f"{call} before attach()", "attach the model first")
 
     def _seed(self) -> None:
         """Seed torch's generator, once, so that dropout differs between workers. It is done late,
@@ -970,9 +981,26 @@ class Cluster:
         waiting, start = trace.now(), time.perf_counter()
         self._wait_for_the_end_of_the_round()
         trace.done("wait", waiting, round=self._round)
+        self._look_for_zeros()
         self._settle()
         self._waiting_s += time.perf_counter() - start
         self._is_over()
+
+    def _look_for_zeros(self) -> None:
+        """Warn where the first averages are all zero: nothing will be learned so."""
+        if self._zeros >= ZERO_STEPS or not self._taken or self._round_steps > 1:
+            return
+        assert self._replica is not None
+        if any(p.grad is not None and bool(p.grad.any()) for _, p in self._replica.params):
+            self._zeros = ZERO_STEPS
+            return
+        self._zeros += 1
+        if self._zeros == ZERO_STEPS:
+            self.client.log.warning(
+                f"every gradient of the first {ZERO_STEPS} steps was 0, nothing is learned: is the "
+                "loss a constant? CrossEntropyLoss over a single output is (BCEWithLogitsLoss is "
+                "its loss)"
+            )
 
     def _wait_for_the_end_of_the_round(self) -> None:
         client = self.client
@@ -993,8 +1021,7 @@ class Cluster:
         """Let the others wait while this worker evaluates, between two steps: no round goes on
         without it, at most for half of `idle_timeout`. They do not wait for a worker that has not
         made a step yet, nor for an evaluation outside such a block."""
-        if self._replica is None:
-            raise UserError("evaluating() before attach()", "attach the model first")
+        self._check_part("evaluating()")
         self.client.evaluating(True)
         try:
             yield
@@ -1005,8 +1032,7 @@ class Cluster:
         """End the run in order, for all, with `reason` as its end: this worker's loop is over with
         this batch, those of the others with their next step, and the observer keeps the last one.
         A worker that has made no step yet stops it after its first one."""
-        if self._replica is None:
-            raise UserError("stop() before attach()", "attach the model first")
+        self._check_part("stop()")
         self._stop_reason = reason
         if self._contributed:
             self._stop_if_asked()
@@ -1066,6 +1092,7 @@ class Cluster:
         """
         atexit.unregister(self._at_exit)
         living.left(self)
+        self._gone = True
         failed = self._failed(error or sys.exception())
         if self._gradients is not None:
             with suppress(Exception):  # after an error in the middle of a backward

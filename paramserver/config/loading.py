@@ -202,6 +202,8 @@ def _no_setting(argument: str, following: Sequence[str]) -> UserError:
     if not (equals or text) and following and not following[0].startswith("-"):
         text = following[0] if "=" not in following[0] else ""
     example = f"{key}={text or 'VALUE'}" if key else "learning_rate=0.01"
+    if argument.endswith(("}", "]")) and not equals:
+        example += "; with braces and spaces in quotes: 'optimizer={name: AdamW}'"
     return UserError(
         f"cannot read the argument {printable(repr(argument))}",
         f"settings are written key=value, without dashes: {example}\n--help lists every setting",
@@ -287,7 +289,9 @@ def _find(kind: str, name: str | None) -> Path | None:
         return None
     known = sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
     hint = f"{kind}= takes a path, or a name under conf/: {', '.join(known) or 'none there'}"
-    if kind == "model":
+    if kind == "model" and name.startswith("{"):
+        hint += "\neach of its settings is one word: model.type=CNN model.width=32"
+    elif kind == "model":
         hint += f"\nto choose the model's type, write model.type={name}"
     raise UserError(f"{kind}={name}: there is no such file", hint)
 

@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from paramserver import terminal, trace
@@ -71,6 +71,8 @@ class Started:
     server: subprocess.Popen[bytes]
     workers: list[subprocess.Popen[bytes]]
     logs: Path
+    shown: dict[int, str] = field(default_factory=dict)
+    """By worker that has failed: the end of its output, which was shown."""
 
     def words(self, number: int) -> str:
         """The output of this worker."""
@@ -171,13 +173,15 @@ def _for_workers(name: str) -> bool:
 def _watch(started: Started) -> int:
     """Wait for the server; show the last lines of a worker that fails. Returns the server's exit
     code, but not 0 where all workers failed: then the server was asked to end."""
-    told: set[int] = set()
+    told = started.shown
     while started.server.poll() is None:
         for number, worker in enumerate(started.workers, 1):
             if worker.poll() not in (None, 0) and number not in told:
-                told.add(number)
-                words = started.words(number)
-                terminal.say(f"worker {number} failed:\n{words[-2000:]}", error=True)
+                words = started.words(number)[-2000:]
+                alike = next((other for other, said in told.items() if said == words), None)
+                told[number] = words
+                text = f":\n{words}" if alike is None else f" in the same way as worker {alike}"
+                terminal.say(f"worker {number} failed{text}", error=True)
                 if len(told) == len(started.workers):
                     started.server.terminate()
         time.sleep(0.1)
@@ -301,7 +305,9 @@ def script(arguments: list[str]) -> int:
             failed = not _all_well(started.workers) or failed
         except KeyboardInterrupt:
             return started.interrupt()
-        terminal.say(started.words(1))
+        words = started.words(1)
+        if started.shown.get(1) != words:
+            terminal.say(words)
         return int(failed)
 
 
