@@ -168,6 +168,12 @@ def faults(module: str, source: str, known: set[str]) -> list[str]:
             found.append(f"{module}:{line} imports {target}: no pickle, it runs what it reads")
 
     for node in ast.walk(tree):
+        full = isinstance(node, ast.ImportFrom) and not node.level and str(node.module)
+        if full and module.startswith("workers") and full.partition(".")[0] == "workers":
+            found.append(
+                f"{module} imports {full} by its full name, which may be another's beside a script:"
+                " from . import"
+            )
         if isinstance(node, ast.Call):
             call, line = ast.unparse(node.func), node.lineno
             given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
@@ -247,6 +253,7 @@ SERVER, CLIENT = "paramserver.server.server", "workers.link.client"
         ("workers.replica.state", "torch.load(p, weights_only=False)", "without weights_only=True"),
         ("workers.builtin.data", "np.load(path, allow_pickle=True)", "with allow_pickle"),
         ("paramserver.drafts", "fcntl.flock(fd, 2)", "only paramserver.locks does that"),
+        ("workers.cluster", "from workers.samples import Samples", "by its full name, which may"),
         ("workers.brand_new", "", "add it to ROOMS"),
         ("paramserver.brand_new", "", "add it to ROOMS"),
         ("paramserver.brand.new", "", "add it to ROOMS"),
@@ -268,6 +275,7 @@ def test_a_break_of_the_rules_is_found(module: str, source: str, complaint: str)
             "from paramserver import __version__\nfrom paramserver import config",
         ),
         ("workers.cluster", "import socket\nsocket.socket()\nsockets.connect()"),
+        ("workers.cluster", "from .samples import Samples"),
         (SERVER, "def run(context: zmq.Context[zmq.Socket[bytes]]) -> None: ..."),
         (SOCKETS, "zmq.Context().socket(zmq.PUB)"),
         ("paramserver.config.loading", "from omegaconf import OmegaConf"),
