@@ -210,3 +210,57 @@ def test_a_server_is_reached_by_ipv6() -> None:
         assert frames[-1].bytes == b"hello" and sockets.sender(frames[-1]) == "::1"
     finally:
         context.destroy(linger=0)
+
+
+# --------------------------------------------------------------------------- several models in one
+
+
+def gan() -> tuple[nn.ModuleDict, SGD]:
+    torch.manual_seed(5)
+    generator = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, INPUTS))
+    critic = nn.Sequential(nn.Linear(INPUTS, 8), nn.Tanh(), nn.Linear(8, 1))
+    both = nn.ModuleDict({"G": generator, "D": critic}).double()
+    groups = [{"params": both["D"].parameters()}, {"params": both["G"].parameters(), "lr": 0.05}]
+    return both, SGD(groups, lr=0.1, momentum=0.9)
+
+
+def take_turns(both: nn.ModuleDict, step: int, x: torch.Tensor) -> None:
+    def says(sample: torch.Tensor, real: float) -> torch.Tensor:
+        out = both["D"](sample)
+        return nn.functional.binary_cross_entropy_with_logits(out, torch.full_like(out, real))
+
+    noise = x[:, :4]
+    if step % 2 == 0:
+        (says(x, 1.0) + says(both["G"](noise).detach(), 0.0)).backward()
+    else:
+        says(both["G"](noise), 1.0).backward(inputs=list(both["G"].parameters()))
+
+
+def test_a_gan_of_one_module_is_that_of_one_process() -> None:
+    data = Noise(96)
+    data.x = data.x.double()
+    batches: dict[tuple[int, int], list[int]] = {}
+    with Served(num_workers=2, num_epochs=2) as served:
+        models = {}
+
+        def work(number: int) -> None:
+            both, inner = gan()
+            with served.join(number, lambda line: None) as cluster:
+                both, optimizer = cluster.attach(both, inner)
+                models[number] = both
+                for x, _, i in cluster.batches(data, batch_size=8):
+                    batches[number, cluster.step] = i.tolist()
+                    optimizer.zero_grad()
+                    take_turns(both, cluster.step, x)
+                    optimizer.step()
+
+        served.wait(served.start(work, 1), served.start(work, 2))
+    truth, optimizer = gan()
+    for step, close in enumerate(served.closes):
+        optimizer.zero_grad()
+        own = [i for worker in close.contributors for i in batches[worker, step]]
+        take_turns(truth, step, data.x[own])
+        optimizer.step()
+    assert len(served.closes) == 12
+    for model in models.values():
+        torch.testing.assert_close(model.state_dict(), truth.state_dict(), rtol=0, atol=1e-9)

@@ -266,8 +266,12 @@ class Cluster:
         be a replica's.
         """
         if self._replica is not None:
-            hint = "for another training: cluster.leave(), then join() and attach() again"
-            raise UserError("attach() was called twice: a cluster trains one model", hint)
+            raise UserError(
+                "attach() was called twice: a cluster trains one model",
+                "several go into one module with one optimizer, see 'Several models' in "
+                "docs/your-own-model.md; for another training: cluster.leave(), then join() and "
+                "attach() again",
+            )
         if isinstance(optimizer, ClusterOptimizer):  # of a training before this one
             optimizer = optimizer.wrapped
         if scheduler is not None and isinstance(scheduler.optimizer, ClusterOptimizer):
