@@ -564,8 +564,11 @@ def test_another_way_from_gradient_to_weights_is_refused(make: Make) -> None:
 def test_a_worker_id_is_given_to_one_process_at_a_time() -> None:
     with Served(num_workers=2, max_workers=4) as served:
         with workers.join(port=served.port, worker_id=1, say=served.say):
+            other_thread = served.start(  # in this one it would be the same worker again
+                lambda: workers.join(port=served.port, worker_id=1, say=served.say)
+            )
             with pytest.raises(UserError, match=r"worker id 1 is taken by pid \d+ on "):
-                workers.join(port=served.port, worker_id=1, say=served.say)
+                other_thread.result(DEADLINE_S)
             for number in (0, 5):
                 with pytest.raises(UserError, match=f"id {number} is out of range.* 1 to 4"):
                     workers.join(port=served.port, worker_id=number, say=served.say)

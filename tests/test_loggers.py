@@ -332,7 +332,7 @@ def test_without_tensorboard_the_extra_is_named(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "tensorboard", None)
-    with pytest.raises(UserError, match=r"pip install 'paramserver\[tensorboard\]'"):
+    with pytest.raises(UserError, match=r"pip install 'tensorboard>="):
         open_logbooks(Settings(wandb=Wandb(mode="disabled"), tensorboard=True), folder)
 
 

@@ -12,7 +12,9 @@ from whole import free_port
 import workers
 from paramserver import logs
 from paramserver.output.display import Display
+from paramserver.server.overview import Overview
 from paramserver.server.watcher import Above
+from paramserver.settings import Settings
 
 ALONE = "training alone"
 
@@ -102,7 +104,8 @@ def test_a_program_shows_a_line_each(capsys: pytest.CaptureFixture[str]) -> None
 
 def test_the_server_shows_them_with_the_time(capsys: pytest.CaptureFixture[str]) -> None:
     display = Display(plain=True, clock=lambda: datetime(2026, 1, 1, 12, 0, 9))
-    logs.show("paramserver", Above(display))
+    overview = Overview(Settings(), "run-1", "runs/run-1", "here")
+    logs.show("paramserver", Above(display, overview))
     logging.getLogger("paramserver").info("server at 127.0.0.1:65432")
     logging.getLogger("paramserver").warning("worker 3 is gone")
     assert capsys.readouterr().out == (

@@ -49,7 +49,7 @@ def test_the_promises_hold_under_faults(first: int) -> None:
 
 
 def test_schedules_have_what_they_are_made_for() -> None:
-    seen = sum((simulate(seed).seen for seed in range(200)), start=simulate(200).seen)
+    seen = sum((simulate(seed).seen for seed in range(300)), start=simulate(300).seen)
     faults = ("kill", "kill the server", "stop", "cut", "hold", "twin", "pause")
     for what in (
         *faults,

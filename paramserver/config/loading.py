@@ -182,10 +182,12 @@ def _read_command_line(argv: Iterable[str]) -> tuple[dict[str, str], _Layer]:
     chosen: dict[str, str] = {}
     pairs: list[tuple[str, Any]] = []
     words = list(argv)
-    for place, argument in enumerate(words):
-        name, equals, text = argument.partition("=")
+    for place, argument in enumerate(words):  # before their values: a shell may have cut one apart
+        name, equals, _ = argument.partition("=")
         if not equals or not name or name.startswith("-"):
             raise _no_setting(argument, words[place + 1 :])
+    for argument in words:
+        name, _, text = argument.partition("=")
         if name in ("cluster", "model"):
             chosen[name] = text
         else:
