@@ -63,7 +63,7 @@ class Tab:
         self.page.on("pageerror", lambda error: self.wrong.append(str(error)))
 
     def _said(self, kind: str, text: str) -> None:
-        if kind == "error" and "net::ERR_CONNECTION" not in text:  # a server may end before its tab
+        if kind == "error" and "net::ERR_" not in text:  # a server may end before its tab
             self.wrong.append(text)
 
     def open(self, url: str, workers: int | None = None) -> Any:
