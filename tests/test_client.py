@@ -18,6 +18,7 @@ from paramserver.errors import RunLost, UserError
 from paramserver.protocol import messages as wire
 from paramserver.settings import Settings
 from workers.link.client import Client
+from workers.link.connection import RunOver
 from workers.replica.replica import Replica
 
 Answer = Callable[[bytes, Any], None]
@@ -190,6 +191,20 @@ def test_a_server_that_moves_while_a_session_is_probed_is_found() -> None:
                 played.result()
             first.close()
             second.close()
+
+
+def test_an_end_at_the_door_is_read_while_a_session_is_probed(script: Script) -> None:
+    """The server has nothing else by which it could say it, and is gone a moment later."""
+    script.settings = to_wire(Settings(heartbeat_timeout=1.0))
+    end = wire.End(nonce="server", step=0, lineage="the first", reason="all epochs are done")
+
+    def answer(sender: bytes, message: Any) -> None:
+        if isinstance(message, wire.Hello):
+            script.welcome(sender, "session")
+            script.send(sender, end)
+
+    with pytest.raises(RunOver, match="all epochs are done"):
+        connect(script, answer)
 
 
 def test_the_end_is_found_behind_the_averages_of_many_buckets(script: Script) -> None:

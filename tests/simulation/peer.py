@@ -166,6 +166,7 @@ class Client(Process):
         self._shares = False  # with the server that welcomed it
         self._ring: Ring | None = None
         self._must_greet = False
+        self._end_at_door: wire.End | None = None
 
     @property
     def abandoned(self) -> bool:
@@ -189,6 +190,8 @@ class Client(Process):
     def heard_at_door(self, message: Any) -> None:
         if isinstance(message, wire.Greet) and not message.session_known:
             self._must_greet = True
+        elif isinstance(message, wire.End):
+            self._end_at_door = message
 
     def _arrive(self, line: Line, carried: Carried) -> None:
         super()._arrive(line, carried)
@@ -206,7 +209,7 @@ class Client(Process):
             self.open_line("link")
             self.open_line("sub")
             self.heard = {wire.Close, wire.Open, wire.Pulse, wire.Probe, wire.End}
-            self._must_greet = False
+            self._must_greet, self._end_at_door = False, None
             beat = wire.Beat(
                 session=welcome.session,
                 run=welcome.run,
@@ -293,6 +296,11 @@ class Client(Process):
                         raise Leaves("the run has ended")
                     case wire.End() as end:
                         raise RunOver(end)
+            end = self._end_at_door
+            if end is not None and self.session is None:
+                raise Leaves("the run has ended")
+            if end is not None:
+                raise RunOver(end)
             if self._must_greet:
                 return False
             if seen == AT_BOTH:

@@ -111,6 +111,7 @@ class Connection:
         self._beat_thread: threading.Thread | None = None
         self._probed: set[str] = set()  # where our probe was seen: "sub", "link"
         self.must_greet = False  # the server does not know this session, or is silent
+        self._end: wire.End | None = None  # came to the door, before link and SUB worked
 
     def connect(self, deadline_s: float, last_step: int | None = None) -> wire.Welcome:
         """Find the server and be welcomed, within `deadline_s`; logs what it waits for. Raises
@@ -260,7 +261,7 @@ class Connection:
         self.poller = zmq.Poller()
         self.poller.register(self.link, zmq.POLLIN)
         self.poller.register(self.sub, zmq.POLLIN)
-        self.must_greet = False
+        self.must_greet, self._end = False, None
         self._start_beating(welcome.session)
         self._probed.clear()
         start = heard_at = time.monotonic()
@@ -270,6 +271,8 @@ class Connection:
                 self.probe()
                 probed = time.monotonic()
             heard = self._poll_for_probe(PROBE_INTERVAL_S)
+            if self._end is not None:
+                raise RunOver(self._end)
             if self.must_greet or self.abandoned.is_set():
                 return "session"
             now = time.monotonic()
@@ -341,6 +344,8 @@ class Connection:
                         message = self.decode(sockets.receive(door))[0]
                         if isinstance(message, wire.Greet) and not message.session_known:
                             self.must_greet = True  # session unknown
+                        elif isinstance(message, wire.End):
+                            self._end = message
 
         self._beat_thread = threading.Thread(target=run, name="beat", daemon=True)
         self._beat_thread.start()
