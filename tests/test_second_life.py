@@ -242,9 +242,10 @@ def test_a_gan_of_one_module_is_that_of_one_process() -> None:
     batches: dict[tuple[int, int], list[int]] = {}
     with Served(num_workers=2, num_epochs=2) as served:
         models = {}
+        made = {number: gan() for number in (1, 2)}  # here: threads share torch's generator
 
         def work(number: int) -> None:
-            both, inner = gan()
+            both, inner = made[number]
             with served.join(number, lambda line: None) as cluster:
                 both, optimizer = cluster.attach(both, inner)
                 models[number] = both
