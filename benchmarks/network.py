@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import random
 import re
 import shutil
 import socket
@@ -17,6 +16,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+
+from paramserver.net.address import free_port as find_free_port
 
 NAMESPACES = Path("/run/netns")
 CLONE_NEWNET = 0x40000000
@@ -210,13 +211,7 @@ def _connect(address: Address, patience_s: float = 10.0) -> socket.socket:
 
 
 def free_port() -> int:
-    """A port that is free on loopback, and the next one too (ROUTER and PUB)."""
-    # Below the ranges from which Linux and macOS take the ports of outgoing connections. Each
-    # process of one session of tests has ports of its own: what is free now is bound seconds later.
+    """`find_free_port`, for one process of a session of tests among ports of its own: what is
+    free now is bound seconds later."""
     number = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 6
-    for port in random.sample(range(20_000 + 2_000 * number, 22_000 + 2_000 * number, 2), 100):
-        with contextlib.suppress(OSError), socket.socket() as first, socket.socket() as second:
-            first.bind(("127.0.0.1", port))
-            second.bind(("127.0.0.1", port + 1))
-            return port
-    raise RuntimeError("no two free ports in a row between 20000 and 32000")
+    return find_free_port(range(20_000 + 2_000 * number, 22_000 + 2_000 * number))

@@ -23,6 +23,17 @@ CLONE = Path(__file__).resolve().parent.parent
 COMMANDS = ("server", "worker", "keys", "watch", "runs", "launch", *help.LAUNCHED)
 
 
+def started(program: str) -> subprocess.Popen[str]:
+    """A process that runs these lines."""
+    return subprocess.Popen(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONPATH": str(CLONE)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
 def python(
     *words: str, folder: Path | None = None, **environment: str
 ) -> subprocess.CompletedProcess[str]:
@@ -307,13 +318,7 @@ def wait():
     while True:
         signal.pause()
 """
-    with subprocess.Popen(
-        [sys.executable, "-c", head + program],
-        env={**os.environ, "PYTHONPATH": str(CLONE)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
+    with started(head + program) as process:
         assert process.stdout and process.stderr
         for _ in range(signals):
             assert process.stdout.readline() == "waiting\n"
@@ -327,13 +332,7 @@ def test_a_second_signal_does_not_wait_for_threads() -> None:
     """A program that waits for its threads at its end, as ThreadPoolExecutor's do."""
     head = "import signal\nfrom paramserver.program import exit_on_user_error, interrupt\n"
     wait = "def wait():\n    print('waiting', flush=True)\n    signal.pause()\n"
-    with subprocess.Popen(
-        [sys.executable, "-c", head + wait + IN_A_THREAD],
-        env={**os.environ, "PYTHONPATH": str(CLONE)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
+    with started(head + wait + IN_A_THREAD) as process:
         assert process.stdout and process.stderr
         assert process.stdout.readline() == "waiting\n"
         process.send_signal(signal.SIGINT)

@@ -529,11 +529,8 @@ class Cluster:
             self._batch = sizes_of(parts, weights)
             for place, part in enumerate(parts):
                 self._begin_part(weights[place], len(parts) - 1 - place)
-                try:
+                with self._stopping_sooner():
                     yield part.data
-                except GeneratorExit:
-                    self._stop_sooner()
-                    raise
                 self._check_stepped()
             if self._exchanged or not self._in_local_round():
                 return
@@ -588,11 +585,8 @@ class Cluster:
                 if self._round_steps > 1:
                     self._batch, self._steps_left = Sizes(count, count), self._steps_left - 1
                 self._begin_part(count, 0)
-                try:
+                with self._stopping_sooner():
                     yield batch
-                except GeneratorExit:
-                    self._stop_sooner()
-                    raise
                 self._check_stepped()
             if self._epochs is not None:
                 self._epochs.over()
@@ -952,14 +946,21 @@ class Cluster:
         self._replica.run_ahead()
         trace.done("compute", self._computing, round=self._round)
 
-    def _stop_sooner(self) -> None:
-        """The loop is left, between two local steps: take part in the round with those made. One
-        that is left in the middle of a step has met an error, and takes no part."""
-        assert self._replica is not None
-        if self._replica.local and self._stepped and not self._parts_left and not self._exchanged:
-            with suppress(UserError):  # the run may be lost: `end` tells
-                if self._in_local_round():
-                    self._exchange_local(go_on=False)
+    @contextmanager
+    def _stopping_sooner(self) -> Iterator[None]:
+        """Where the loop is left in this block, between two local steps, take part in the round
+        with those made. One that is left in the middle of a step has met an error, and takes no
+        part."""
+        try:
+            yield
+        except GeneratorExit:
+            assert self._replica is not None
+            between = self._stepped and not self._parts_left and not self._exchanged
+            if self._replica.local and between:
+                with suppress(UserError):  # the run may be lost: `end` tells
+                    if self._in_local_round():
+                        self._exchange_local(go_on=False)
+            raise
 
     def _await_own_round(self) -> bool:
         """Wait until the exchange under way is over, and the round open whose steps were made

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import random
 import socket
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from paramserver.transport.sockets import (
 from paramserver.typed import typed
 
 LOOPBACK = "127.0.0.1"
+PORTS = 3  # in a row that a server takes: for messages, for averages, for those who watch
 AUTO = "auto"
 """This value of `host_ip` makes a server choose its address by kind, and a worker look for its
 server."""
@@ -101,18 +104,31 @@ def find(
     "none".
     """
     token = read(join) if join else None
+    return _reached(
+        host,
+        port or (token.port if token is not None else 65432),
+        token,
+        security,
+        takes="joining it takes its join token",
+        hint=f"{typed('worker', 'id=...', 'join=...')} as `{typed('server')}` prints it there (or "
+        f"join=FILE, or {jointoken.VARIABLE})",
+    )
+
+
+def _reached(
+    host: str | None, port: int, token: JoinToken | None, security: str, *, takes: str, hint: str
+) -> Address:
+    """The server at this host, or at the token's address. What being there `takes`, with a `hint`,
+    is told where it is on another machine, and there is no token."""
     host = bare(host or _of(token))
-    port = port or (token.port if token is not None else 65432)
     if is_local(host):
         return Address(LOOPBACK, port)
     if security == "none":
         return Address(host, port)
     if token is None:
         raise UserError(
-            f"the server at {host} is on another machine: joining it takes its join token",
-            f"{typed('worker', 'id=...', 'join=...')} as `{typed('server')}` prints it there (or "
-            f"join=FILE, or {jointoken.VARIABLE});\n"
-            "where that server runs with security=none, give security=none here too",
+            f"the server at {host} is on another machine: {takes}",
+            f"{hint};\nwhere that server runs with security=none, give security=none here too",
         )
     return Address(host, port, keys_of(token))
 
@@ -141,23 +157,20 @@ def to_watch(
     the server's, if no token tells another; a given `watch_port` takes precedence over all. Raises
     `UserError`."""
     token = read(join, to_watch=True) if join else None
-    host = host or _of(token)
     if token is not None and token.watches:
         port = watch_port or token.port
     else:
         port = token.port if token is not None else port
         port = replace(Settings(), port=port, watch_port=watch_port).port_of_watchers
-    if is_local(host):
-        return Address(LOOPBACK, port)
-    if security == "none":
-        return Address(host, port)
-    if token is None:
-        raise UserError(
-            f"the server at {host} is on another machine: watching it takes a token",
-            "make watch JOIN=... with the watch token that `make keys` prints there, or the join "
-            "token;\nwhere that server runs with security=none, give security=none here too",
-        )
-    return Address(host, port, keys_of(token))
+    return _reached(
+        host,
+        port,
+        token,
+        security,
+        takes="watching it takes a token",
+        hint="make watch JOIN=... with the watch token that `make keys` prints there, or the join "
+        "token",
+    )
 
 
 def read(join: str, *, to_watch: bool = False) -> JoinToken:
@@ -184,3 +197,15 @@ def read(join: str, *, to_watch: bool = False) -> JoinToken:
 def keys_of(token: JoinToken) -> PeerKeys:
     """A token's keys, in the form that sockets take."""
     return PeerKeys(server=z85.encode(token.server_key), secret=z85.encode(token.client_secret))
+
+
+def free_port(within: range = range(20_000, 32_000)) -> int:
+    """A port of loopback at which a server can be started: those after it, where it publishes and
+    is watched, are free, too. Nothing dials out from those `within` 20,000 and 32,000, on Linux and
+    macOS. Raises `UserError` where there is none."""
+    for port in random.sample(within[::PORTS], min(100, len(within[::PORTS]))):
+        with suppress(OSError), ExitStack() as bound:
+            for each in range(port, port + PORTS):
+                bound.enter_context(socket.socket()).bind((LOOPBACK, each))
+            return port
+    raise UserError("no port of this machine is free for a server")

@@ -20,13 +20,11 @@ from __future__ import annotations
 import json
 import math
 import platform
-import random
-import socket
 import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -38,10 +36,11 @@ from torch import Tensor, nn
 
 from paramserver import terminal
 from paramserver.errors import UserError
-from paramserver.net.address import LOOPBACK
+from paramserver.net.address import LOOPBACK, free_port
 from paramserver.program import command, exit_on_user_error
 
 from ..cluster import join
+from ..generators import forked
 from . import builders
 
 STEPS, BATCH, CLASSES = 50, 32, 10
@@ -138,19 +137,17 @@ def named(device: torch.device) -> str:
 
 def network() -> nn.Module:
     """A convolution, a normalisation and a linear layer, with the same first weights always."""
-    generator = torch.random.get_rng_state()
-    torch.manual_seed(3)
-    made = nn.Sequential(
-        nn.Conv2d(1, 16, 3, stride=2, padding=1),
-        nn.BatchNorm2d(16),
-        nn.ReLU(),
-        nn.Conv2d(16, 32, 3, stride=2, padding=1),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Linear(32 * 7 * 7, CLASSES),
-    )
-    torch.random.set_rng_state(generator)
-    return made
+    with forked():
+        torch.manual_seed(3)
+        return nn.Sequential(
+            nn.Conv2d(1, 16, 3, stride=2, padding=1),
+            nn.BatchNorm2d(16),
+            nn.ReLU(),
+            nn.Conv2d(16, 32, 3, stride=2, padding=1),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(32 * 7 * 7, CLASSES),
+        )
 
 
 def batches(device: torch.device) -> list[Batch]:
@@ -221,7 +218,7 @@ def _wait_for(device: torch.device) -> None:
 def _server() -> Iterator[int]:
     """A server on loopback; its port."""
     with tempfile.TemporaryDirectory(prefix="paramserver-devices-") as folder:
-        port = _free_port()
+        port = free_port()
         words = [f"port={port}", "host_ip=127.0.0.1", "observer=false", "num_workers=1"]
         words += ["plain=true", "min_workers=1", f"run_dir={folder}/runs"]
         with open(Path(folder, "server.log"), "wb") as log:
@@ -233,16 +230,6 @@ def _server() -> Iterator[int]:
         finally:
             server.terminate()
             server.wait()
-
-
-def _free_port() -> int:
-    """A port of loopback that is free, as the next one is, which a server needs too."""
-    for port in random.sample(range(20_000, 32_000, 2), 100):  # nothing dials out from these
-        with suppress(OSError), socket.socket() as first, socket.socket() as second:
-            first.bind((LOOPBACK, port))
-            second.bind((LOOPBACK, port + 1))
-            return port
-    raise UserError("no port of this machine is free for a server")
 
 
 if __name__ == "__main__":
