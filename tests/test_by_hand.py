@@ -23,7 +23,7 @@ from paramserver.protocol import messages as wire
 from workers.replica.groups import ByHand, shown
 
 EXACT = 1e-9
-Change = Callable[[int, str], Any]
+Change = Callable[[float, str], Any]
 """What a loop does at a step: "before" backward, "between" backward and step, or "after" it."""
 
 
