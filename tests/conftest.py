@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -20,6 +21,9 @@ MARK = "PARAMSERVER_TESTS"
 
 ENDING_S = 3.0
 """How long a process may take to end after its test."""
+
+STARTTIME = 19
+"""The index of a thread's begin among the fields behind its name in /proc/*/stat (proc(5))."""
 
 # A busy machine is slow, which says nothing about an example.
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -114,7 +118,7 @@ def signals_as_before() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def nothing_left_behind() -> Iterator[None]:
     """Fail a test that leaves processes or ZeroMQ contexts behind; the processes are killed."""
-    processes, threads = set(psutil.pids()), zmq_threads()
+    processes, begun = set(psutil.pids()), ticks()
     yield
     _, left = psutil.wait_procs(family(set(psutil.pids()) - processes), timeout=ENDING_S)
     names = [describe(process) for process in left]
@@ -123,7 +127,7 @@ def nothing_left_behind() -> Iterator[None]:
             process.kill()
     psutil.wait_procs(left, timeout=ENDING_S)
     assert not names, f"left running, now killed: {'; '.join(names)}"
-    assert zmq_threads() <= threads, "left a ZeroMQ context open: close its sockets, then term()"
+    assert not zmq_threads(begun), "left a ZeroMQ context open: close its sockets, then term()"
 
 
 def family(pids: set[int]) -> list[psutil.Process]:
@@ -153,10 +157,22 @@ def describe(process: psutil.Process) -> str:
     return f"{process.pid} (gone)"
 
 
-def zmq_threads() -> int:
-    """Threads that ZeroMQ contexts of this process run: at least two each. Seen on Linux only."""
-    count = 0
-    for comm in Path("/proc/self/task").glob("*/comm"):
+def ticks() -> float:
+    """The time since boot in the clock ticks in which Linux says when a thread began."""
+    if not hasattr(time, "CLOCK_BOOTTIME"):
+        return 0.0
+    return time.clock_gettime(time.CLOCK_BOOTTIME) * os.sysconf("SC_CLK_TCK")
+
+
+def zmq_threads(begun: float) -> list[str]:
+    """Threads of this process's ZeroMQ contexts that began after `begun` ticks; seen on Linux only.
+
+    A count before and after would not do: a look beside a thread that ends may miss another.
+    """
+    left = []
+    for stat in Path("/proc/self/task").glob("*/stat"):
         with suppress(OSError):  # a thread that has ended meanwhile
-            count += comm.read_text().startswith("ZMQbg/")
-    return count
+            name, _, fields = stat.read_text().partition("(")[2].rpartition(")")
+            if name.startswith("ZMQbg/") and float(fields.split()[STARTTIME]) > begun:
+                left.append(name)
+    return left
