@@ -118,7 +118,8 @@ def signals_as_before() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def nothing_left_behind() -> Iterator[None]:
     """Fail a test that leaves processes or ZeroMQ contexts behind; the processes are killed."""
-    processes, begun = set(psutil.pids()), ticks()
+    processes, before = set(psutil.pids()), zmq_threads()
+    begun = ticks()
     yield
     _, left = psutil.wait_procs(family(set(psutil.pids()) - processes), timeout=ENDING_S)
     names = [describe(process) for process in left]
@@ -127,7 +128,8 @@ def nothing_left_behind() -> Iterator[None]:
             process.kill()
     psutil.wait_procs(left, timeout=ENDING_S)
     assert not names, f"left running, now killed: {'; '.join(names)}"
-    assert not zmq_threads(begun), "left a ZeroMQ context open: close its sockets, then term()"
+    threads = [tid for tid, start in zmq_threads().items() if start >= begun and tid not in before]
+    assert not threads, "left a ZeroMQ context open: close its sockets, then term()"
 
 
 def family(pids: set[int]) -> list[psutil.Process]:
@@ -157,22 +159,22 @@ def describe(process: psutil.Process) -> str:
     return f"{process.pid} (gone)"
 
 
-def ticks() -> float:
+def ticks() -> int:
     """The time since boot in the clock ticks in which Linux says when a thread began."""
     if not hasattr(time, "CLOCK_BOOTTIME"):
-        return 0.0
-    return time.clock_gettime(time.CLOCK_BOOTTIME) * os.sysconf("SC_CLK_TCK")
+        return 0
+    return int(time.clock_gettime(time.CLOCK_BOOTTIME) * os.sysconf("SC_CLK_TCK"))
 
 
-def zmq_threads(begun: float) -> list[str]:
-    """Threads of this process's ZeroMQ contexts that began after `begun` ticks; seen on Linux only.
+def zmq_threads() -> dict[str, int]:
+    """The threads of this process's ZeroMQ contexts and when they began; seen on Linux only.
 
-    A count before and after would not do: a look beside a thread that ends may miss another.
+    A look beside a thread that ends may miss another, so that only the begin tells a new one.
     """
-    left = []
-    for stat in Path("/proc/self/task").glob("*/stat"):
+    threads = {}
+    for task in Path("/proc/self/task").glob("*"):
         with suppress(OSError):  # a thread that has ended meanwhile
-            name, _, fields = stat.read_text().partition("(")[2].rpartition(")")
-            if name.startswith("ZMQbg/") and float(fields.split()[STARTTIME]) > begun:
-                left.append(name)
-    return left
+            name, _, fields = (task / "stat").read_text().partition("(")[2].rpartition(")")
+            if name.startswith("ZMQbg/"):
+                threads[task.name] = int(fields.split()[STARTTIME])
+    return threads
