@@ -44,15 +44,16 @@ from paramserver.terminal import STOPPED_BY
 
 from . import living
 from .batches import Batches, Epochs, Sizes, sizes_of, weights_of
+from .by_hand import SetByHand
+from .contribution import Contribution
 from .link.client import Client
 from .link.environment import listens, read_environment
 from .link.solo import Solo
 from .loaders import parts_of
+from .local_rounds import LocalRounds
 from .looks import look
 from .optimizer import ClusterOptimizer
-from .replica import groups
 from .replica.gradients import Gradients
-from .replica.outer import Outer
 from .replica.replica import Replica
 from .samples import Loading, Samples, Unusable, cut
 from .weight import checked, collates_by_default, samples_in
@@ -162,14 +163,10 @@ class Cluster:
         self._gradients: Gradients | None = None
         self._feedback: ErrorFeedback | None = None
         self._optimizer: ClusterOptimizer | None = None
-        self._by_hand: bool | None = None  # the loop changes values of the optimizer's groups
-        self._groups: wire.Groups = {}  # those that it has changed for this round
-        self._told_groups = False  # that others' values count
-        self._taken: tuple[int, ...] = ()  # buckets of this round's gradient that are in the update
-        self._greetings = client.greetings
-        self._round = 0  # the round whose lease is being worked on
-        self._samples, self._weight = 0, 0  # of the round that is being worked on
-        self._weighs = False  # `_weight` is told, since it is not the number of samples
+        self._by_hand: SetByHand | None = None
+        self._local: LocalRounds | None = None
+        self._contribution = Contribution(client.greetings)
+        self._weighs = False  # its weight is told, since it is not the number of samples
         self._batch = Sizes(0, 0)  # of the optimizer step that is being worked on
         self._part, self._parts_left = 0, 0  # weight of its part at hand; parts that follow it
         self._leased_at = 0.0  # when the lease was there that is being worked on
@@ -182,20 +179,11 @@ class Cluster:
         self._ready: Loading | None = None  # leases are asked for, and loaded by this
         self._epochs: Epochs | None = None  # the script loops over them
         self._stepped = True  # step() was called for it
-        self._sent = 0  # buckets of its gradient
         self._computing = 0  # since when; for a trace
-        self._unread: tuple[int, ...] = ()  # places in the lease of samples that could not be read
         self._lease: Lease | None = None  # the lease of `batches` that is being computed
         self._phase = ""  # load, forward or backward, until the gradient is complete
         self._seeded = False
-        self._losses: list[tuple[int, float | Tensor]] = []  # told so far: weight, mean
-        self._told = False  # that of the part at hand
-        self._round_steps = 1  # optimizer steps that are made by ourselves in a round, at most
-        self._steps, self._steps_left = 0, 0  # of them, made in this round, and those to follow
-        self._exchanged = False  # what they came to has left
-        self._outer: Outer | None = None  # of the local steps
-        self._under_way: int | None = None  # the round that is exchanged while we go on
-        self._ahead: Lease | None = None  # with this lease
+        self._told = False  # the loss of the part at hand
         self._waiting_s = 0.0
         self._load_ahead: Callable[[], None] | None = None
         self._contributed = False  # since its last greeting
@@ -309,8 +297,18 @@ class Cluster:
         codec = codec_of_pushes(self.settings.codec, self.settings.topk_ratio)
         self._feedback = ErrorFeedback(replica.plan, codec)
         self.client.on_close = self._on_close
+        self._by_hand = SetByHand(replica, self.client.log)
         self._gradients = Gradients(
-            replica, self._values, self._send_bucket, accumulate, self._holds_last_bucket
+            replica, self._values, self._send_bucket, accumulate, self._by_hand.holds_last_bucket
+        )
+        self._local = LocalRounds(
+            self.client,
+            replica,
+            self._gradients,
+            self._contribution,
+            self._settled,
+            worker=self.worker_id,
+            overlap=self.settings.overlap,
         )
         self._optimizer = ClusterOptimizer(optimizer, self._step)
         return model, self._optimizer
@@ -404,7 +402,8 @@ class Cluster:
         drop_last: bool,
         weight: Callable[[Any], int] | None,
     ) -> Iterator[Any]:
-        assert self._replica is not None
+        assert self._replica is not None and self._local is not None
+        local = self._local
         least = min(size, self._replica.least)
         samples, loading = batches.samples, batches.loads()
         if self._epochs is not None:
@@ -414,7 +413,7 @@ class Cluster:
             assert self.client.follow is not None
             lease = self.client.follow.lease_ahead(self.worker_id)
             if lease is not None:
-                loading.begin(lease if self._round_steps == 1 else cut(lease, size, least)[0])
+                loading.begin(lease if local.most == 1 else cut(lease, size, least)[0])
 
         self._load_ahead = load_ahead if samples.in_loop else None
         self._weighs = weight is not None
@@ -437,7 +436,7 @@ class Cluster:
             while (lease := self._next_lease()) is not None:
                 self._seed()
                 self._lease, self._phase = lease, wire.LOAD
-                if self._round_steps > 1:
+                if local.most > 1:
                     pieces = cut(lease, size, least)
                     yield from self._local_batches(pieces, loading, least, load_ahead, weight)
                     continue
@@ -507,6 +506,8 @@ class Cluster:
     ) -> Iterator[Any]:
         """The batches of a round of local steps, one for each of these pieces of the lease, until
         all steps are made or the round is over without them."""
+        assert self._local is not None
+        local = self._local
         self._begin_local(len(pieces))
         start, unread = pieces[0][1], list[int]()
         for number, piece in enumerate(pieces):
@@ -520,9 +521,9 @@ class Cluster:
                     load_ahead()
             parts = loading.result(piece)
             unread += (piece[1] - start + place for part in parts for place in part.unread)
-            self._unread = tuple(unread)
+            self._contribution.unread = tuple(unread)
             parts = [part for part in parts if part.samples]
-            self._steps_left = len(pieces) - 1 - number
+            local.left = len(pieces) - 1 - number
             if sum(part.samples for part in parts) < least:
                 continue
             weights = weights_of(parts, weight)
@@ -532,9 +533,9 @@ class Cluster:
                 with self._stopping_sooner():
                     yield part.data
                 self._check_stepped()
-            if self._exchanged or not self._in_local_round():
+            if local.exchanged or not local.is_open():
                 return
-        if self._steps:  # the last piece could not be read
+        if self._contribution.steps:  # the last piece could not be read
             self._exchange_local()
         else:
             self._nothing_readable()
@@ -552,7 +553,8 @@ class Cluster:
         samples cannot be counted.
         """
         self._check_part("own_batches()")
-        assert self._replica is not None
+        assert self._replica is not None and self._local is not None
+        local = self._local
         if self._replica.schedule_by == "epoch":
             raise UserError(
                 "a schedule by epoch follows the epochs of a set that all workers share",
@@ -575,24 +577,24 @@ class Cluster:
                     count = samples_in(batch, collated=collated)
                 else:
                     count = checked(samples(batch))
-                if self._exchanged or not self._in_local_round():
+                if local.exchanged or not local.is_open():
                     if self._next_lease() is None:
                         break
-                    if self._round_steps > 1:
-                        self._begin_local(self._round_steps)
+                    if local.most > 1:
+                        self._begin_local(local.most)
                     else:
                         self._begin(Sizes(count, count))
-                if self._round_steps > 1:
-                    self._batch, self._steps_left = Sizes(count, count), self._steps_left - 1
+                if local.most > 1:
+                    self._batch, local.left = Sizes(count, count), local.left - 1
                 self._begin_part(count, 0)
                 with self._stopping_sooner():
                     yield batch
                 self._check_stepped()
             if self._epochs is not None:
                 self._epochs.over()
-            if self._in_local_round() and not self._exchanged:  # the pass ends in its middle
+            if local.is_open() and not local.exchanged:  # the pass ends in its middle
                 self._exchange_local(go_on=False)
-            elif self._under_way is not None:
+            elif local.under_way is not None:
                 self._finish_round()
             whole = True
         finally:
@@ -619,63 +621,26 @@ class Cluster:
     def _begin(self, batch: Sizes, unread: tuple[int, ...] = (), parts: int = 1) -> None:
         """Note that the computation of a batch begins, which comes in this number of parts."""
         assert self._gradients is not None and self._replica is not None
+        assert self._by_hand is not None
         self._replica.come_back()
         self._gradients.begin(parts=parts > 1)
-        self._sent, self._batch, self._steps = 0, batch, 1
-        self._samples, self._weight = batch
-        self._unread, self._groups = unread, {}
-        self._losses.clear()
+        self._by_hand.begin()
+        self._batch = batch
+        self._contribution.begin(batch, unread)
         self._computing = trace.now()
 
     def _begin_local(self, steps: int) -> None:
-        """A round begins in which this worker makes so many optimizer steps by itself, or fewer."""
-        assert self._gradients is not None and self._replica is not None
-        self._outer = self._replica.begin_local()
-        self._gradients.begin_local()
-        self._sent, self._samples, self._weight = 0, 0, 0
-        self._steps, self._steps_left = 0, steps
-        self._exchanged = False
-        self._unread = ()
-        self._losses.clear()
+        """A round of local steps begins."""
+        assert self._local is not None
+        self._local.begin(steps)
         self._computing = trace.now()
 
-    def _in_local_round(self) -> bool:
-        """Is the round still open in which this worker makes steps of its own, or will it be the
-        next one? Where the exchange before it ends now, it begins now."""
-        client, follow = self.client, self.client.follow
-        assert self._replica is not None and follow is not None
-        going_on = self._replica.local and client.ended is None
-        if not going_on or client.greetings != self._greetings:
-            self._stay()
-            return False
-        if self._under_way is None:
-            return not follow.is_over(self._round)
-        if not follow.is_over(self._under_way):
-            return True
-        found = follow.lease(self.worker_id, self._under_way)
-        if found is None:
-            return True  # it is not open yet
-        lease = self._ahead
-        self._settle()
-        if found[1] != lease:
-            self._stay()
-            return False
-        self._round = found[0]
-        return True
-
-    def _stay(self) -> None:
-        """Go on from the anchor: steps that were made ahead are void."""
-        assert self._replica is not None
-        if self._under_way is not None:
-            self._settle()
-        self._replica.come_back()
-
-    def _settle(self) -> None:
+    def _settled(self) -> None:
         """The exchange of a round is over."""
         assert self._feedback is not None
         self.client.settled()
-        self._feedback.settled(self._taken)
-        self._taken, self._under_way, self._ahead = (), None, None
+        self._feedback.settled(self._contribution.taken)
+        self._contribution.taken = ()
 
     def _begin_part(self, weight: int, left: int) -> None:
         """A part of the batch is next, and `left` more follow."""
@@ -686,7 +651,7 @@ class Cluster:
         """No sample of the lease can be read: tell so, and let the round pass."""
         self._phase = ""
         with self._losing():
-            self.client.unreadable(self._round)
+            self.client.unreadable(self._contribution.round)
         self._wait_for_the_end_of_the_round()
 
     def _check_stepped(self) -> None:
@@ -708,20 +673,21 @@ class Cluster:
     def _next_lease(self) -> Lease | None:
         """Wait, following the log, until there is a round with a lease for us; None where the run
         has ended in order. Raises `RunLost` (`_is_over`)."""
-        client = self.client
+        assert self._local is not None
+        client, part = self.client, self._contribution
         self._leased_at, self._held_up_s = time.perf_counter(), 0.0
-        if self._ahead is not None and not self._stopping:
-            return self._ahead
+        if self._local.ahead is not None and not self._stopping:
+            return self._local.ahead
         limit = self._epoch_limit
         found: tuple[int, Lease] | None = None
 
         def look() -> bool:
             nonlocal found
             assert client.follow is not None
-            if client.greetings != self._greetings:
-                self._greetings, self._round = client.greetings, 0  # rounds of another session
+            if client.greetings != part.greetings:
+                part.greetings, part.round = client.greetings, 0  # rounds of another session
                 self._stopping = self._contributed = False
-            found = client.follow.lease(self.worker_id, self._round)
+            found = client.follow.lease(self.worker_id, part.round)
             if client.ended is not None or (limit is not None and self.epoch > limit):
                 return True
             return found is not None and not self._stopping
@@ -737,9 +703,9 @@ class Cluster:
             return None
         assert found is not None
         self._lost = None
-        self._round, lease = found
+        part.round, lease = found
         assert client.follow is not None and client.follow.open is not None
-        self._round_steps = client.follow.open.local_steps
+        self._local.most = client.follow.open.local_steps
         self._leased_at, self._held_up_s = time.perf_counter(), 0.0
         return lease
 
@@ -752,21 +718,8 @@ class Cluster:
 
     def tell(self, loss: float | Tensor) -> None:
         """The mean loss over this batch, for progress and logs; optional, before `step`."""
-        if self._told:
-            self._losses.pop()
-        self._losses.append((self._part, loss.detach() if isinstance(loss, Tensor) else loss))
+        self._contribution.tell(self._part, loss, again=self._told)
         self._told = True
-
-    def _mean_loss(self) -> float | None:
-        """The mean over what losses were told of. It waits for the device, once."""
-        if not self._losses:
-            return None
-        if len(self._losses) == 1:
-            return float(self._losses[0][1])
-        total: float | Tensor = 0.0
-        for weight, loss in self._losses:
-            total = total + weight * loss
-        return float(total) / sum(weight for weight, _ in self._losses)
 
     def _values(self, bucket: Bucket) -> Tensor:
         """Memory for a bucket's numbers."""
@@ -779,28 +732,29 @@ class Cluster:
         """A bucket of this step's gradient is complete: encode and send it, take in averages."""
         assert self._replica is not None and self._feedback is not None
         assert self._gradients is not None
-        start = time.perf_counter()
+        assert self._by_hand is not None
+        part, start = self._contribution, time.perf_counter()
         with trace.span("encode", bucket=bucket.index):
             room = partial(self.client.room, bucket.index)
-            buffers, scale = self._feedback.encode(bucket, values, absent, room, self._weight)
+            buffers, scale = self._feedback.encode(bucket, values, absent, room, part.weight)
         if not self._gradients.threaded:  # else backward goes on meanwhile
             self._encoded_s += time.perf_counter() - start
-        self._sent += 1 + len(without)
+        part.sent += 1 + len(without)
         self._phase = wire.BACKWARD
-        last = self._sent == len(self._replica.plan.buckets)
+        last = part.sent == len(self._replica.plan.buckets)
         push = wire.Push(
-            round=self._round,
+            round=part.round,
             bucket=bucket.index,
-            samples=self._samples,
+            samples=part.samples,
             absent=absent,
             scale=scale,
-            unread=self._unread,
+            unread=part.unread,
             without=without,
-            loss=self._mean_loss() if last else None,
+            loss=part.mean_loss() if last else None,
             compute_s=self._computed_s() if last else None,
-            steps=self._steps,
-            groups=self._changed_by_hand() if last else msgspec.UNSET,
-            weight=self._weight if self._weighs else 0,
+            steps=part.steps,
+            groups=self._by_hand.changed() if last else msgspec.UNSET,
+            weight=part.weight if self._weighs else 0,
             spent=self._spent() if last else None,
         )
         with self._losing():
@@ -813,49 +767,6 @@ class Cluster:
                     held_up_s = time.perf_counter() - start
                     self._held_up_s += held_up_s
                     self.client.waited_s += held_up_s
-
-    # What the loop changes of the optimizer's groups, a learning rate say, counts as of `step`. So
-    # the last bucket, which carries it, leaves there if the loop has ever changed something, and in
-    # the first step, when that is not known.
-
-    def _holds_last_bucket(self) -> bool:
-        assert self._replica is not None
-        return self._by_hand is not False or bool(self._replica.by_hand.changed())
-
-    def _changed_by_hand(self) -> wire.Groups | msgspec.UnsetType:
-        """What the loop has changed since the last update, for the last bucket."""
-        assert self._replica is not None
-        if self._replica.local:
-            return msgspec.UNSET  # of this worker's own steps
-        self._groups = self._replica.by_hand.changed()
-        return self._groups or msgspec.UNSET
-
-    def _missed_by_hand(self) -> wire.Groups:
-        """What the loop has changed after its last bucket had left."""
-        assert self._replica is not None
-        now = self._replica.by_hand.changed()
-        self._by_hand = bool(self._by_hand or now)
-        if now == self._groups:
-            return {}
-        self.client.log.info(
-            f"{groups.shown(now)} was set between backward and step(), when the gradient had left: "
-            "it counts from the next step on, and later gradients wait for step()"
-        )
-        return now
-
-    def _say_groups(self, close: wire.Close) -> None:
-        """Report, once, that what this loop has set is not what counts."""
-        counts = {} if close.groups is msgspec.UNSET else close.groups
-        if self._told_groups or not self._groups or self._groups == counts:
-            return
-        self._told_groups = True
-        whole = [id for id in close.contributors if id not in close.partly]
-        others = shown if (shown := groups.shown(counts)) != "nothing" else "none of it"
-        self.client.log.warning(
-            f"this loop set {groups.shown(self._groups)}, worker {min(whole)} set {others}, which "
-            "counts for all: compute it from cluster.step, which is the same in every worker, not "
-            "from a counter of the loop's own (a schedule of torch: give it to attach())"
-        )
 
     def _computed_s(self) -> float:
         """Seconds from the lease to the last gradient, without those in which others were waited
@@ -880,10 +791,12 @@ class Cluster:
         if self.worker_id in close.contributors and self.worker_id not in close.partly:
             self._contributed = True
             self._stop_if_asked()
-        if close.round == (self._under_way or self._round) and self.worker_id in close.contributors:
-            self._taken = close.partly.get(self.worker_id, close.buckets)
+        assert self._local is not None and self._by_hand is not None
+        ours = close.round == (self._local.under_way or self._contribution.round)
+        if ours and self.worker_id in close.contributors:
+            self._contribution.taken = close.partly.get(self.worker_id, close.buckets)
             if self.worker_id not in close.partly:
-                self._say_groups(close)
+                self._by_hand.say(close)
 
     def _step(self) -> None:
         """Send the rest of the gradient and follow the log until this round is over."""
@@ -897,28 +810,25 @@ class Cluster:
         if self._parts_left:
             self._stepped = True
             return
-        assert self._replica is not None
+        assert self._replica is not None and self._by_hand is not None
         if self._replica.local:
             self._step_locally()
             return
         self._gradients.flush()
         self._stepped = True
-        missed = self._missed_by_hand()
+        missed = self._by_hand.missed()
         self._finish_round()
         self._replica.by_hand.set(missed)
 
     def _step_locally(self) -> None:
         """Step with this worker's own gradient, and exchange after the last step of the round;
         after the others take in what has come."""
-        assert self._gradients is not None and self._replica is not None
+        assert self._gradients is not None and self._local is not None
         self._gradients.gather()
         with trace.span("local step"):
-            self._replica.step_locally()
+            self._local.step(self._batch)
         self._stepped, self._phase = True, ""
-        self._samples += self._batch.samples
-        self._weight += self._batch.weight
-        self._steps += 1
-        if self._steps_left == 0:
+        if self._local.left == 0:
             self._exchange_local()
             return
         with self._losing():
@@ -928,23 +838,14 @@ class Cluster:
     def _exchange_local(self, go_on: bool = True) -> None:
         """Send what this round's local steps came to. With `overlap` go on with the next lease at
         once; else follow the log until the round is over."""
-        assert self._gradients is not None and self._outer is not None
-        assert self._replica is not None and self.client.follow is not None
-        if self._under_way is not None and not self._await_own_round():
+        assert self._local is not None
+        if self._local.under_way is not None and not self._await_own_round():
             return
-        self._exchanged = True
-        self._gradients.send_local(self._outer)
-        if self.settings.overlap and go_on:
-            self._ahead = self.client.follow.lease_ahead(self.worker_id)
-            limit = self._epoch_limit
-            if self._ahead is not None and limit is not None and self._ahead[0] > limit:
-                self._ahead = None  # of the next epoch
-        if self._ahead is None:
+        if not self._local.send(self._epoch_limit, go_on=go_on):
             self._finish_round()
             return
-        self._under_way, self._phase = self._round, ""
-        self._replica.run_ahead()
-        trace.done("compute", self._computing, round=self._round)
+        self._phase = ""
+        trace.done("compute", self._computing, round=self._contribution.round)
 
     @contextmanager
     def _stopping_sooner(self) -> Iterator[None]:
@@ -954,48 +855,51 @@ class Cluster:
         try:
             yield
         except GeneratorExit:
-            assert self._replica is not None
-            between = self._stepped and not self._parts_left and not self._exchanged
+            assert self._replica is not None and self._local is not None
+            between = self._stepped and not self._parts_left and not self._local.exchanged
             if self._replica.local and between:
                 with suppress(UserError):  # the run may be lost: `end` tells
-                    if self._in_local_round():
+                    if self._local.is_open():
                         self._exchange_local(go_on=False)
             raise
 
     def _await_own_round(self) -> bool:
         """Wait until the exchange under way is over, and the round open whose steps were made
         meanwhile. False where they were made in vain."""
-        start = time.perf_counter()
+        assert self._local is not None
+        local, start = self._local, time.perf_counter()
 
         def open_or_void() -> bool:
-            return not self._in_local_round() or self._under_way is None
+            return not local.is_open() or local.under_way is None
 
         with self._losing():
-            self.client.wait(open_or_void, f"for the averages of round {self._under_way}")
+            self.client.wait(open_or_void, f"for the averages of round {local.under_way}")
         self._waiting_s += time.perf_counter() - start
-        return not self._is_over() and self._in_local_round()
+        return not self._is_over() and local.is_open()
 
     def _finish_round(self) -> None:
         """All of this worker's part has left: follow the log until the round is over."""
-        trace.done("compute", self._computing, round=self._round)
+        assert self._local is not None
+        part = self._contribution
+        trace.done("compute", self._computing, round=part.round)
         self._phase = ""
-        self._losses.clear()
+        part.over()
         if self._load_ahead is not None:
             with trace.span("load"):
                 self._load_ahead()
         waiting, start = trace.now(), time.perf_counter()
         self._wait_for_the_end_of_the_round()
-        trace.done("wait", waiting, round=self._round)
+        trace.done("wait", waiting, round=part.round)
         self._look_for_zeros()
-        self._settle()
+        self._local.settle()
         self._waiting_s += time.perf_counter() - start
         self._is_over()
 
     def _look_for_zeros(self) -> None:
         """Warn where the first averages are all zero: nothing will be learned so."""
-        if self._zeros >= ZERO_STEPS or not self._taken or self._round_steps > 1:
+        assert self._replica is not None and self._local is not None
+        if self._zeros >= ZERO_STEPS or not self._contribution.taken or self._local.most > 1:
             return
-        assert self._replica is not None
         if any(p.grad is not None and bool(p.grad.any()) for _, p in self._replica.params):
             self._zeros = ZERO_STEPS
             return
@@ -1008,15 +912,15 @@ class Cluster:
             )
 
     def _wait_for_the_end_of_the_round(self) -> None:
-        client = self.client
+        client, part = self.client, self._contribution
         with self._losing():
             client.wait(
                 lambda: (
-                    client.greetings != self._greetings
+                    client.greetings != part.greetings
                     or client.ended is not None
-                    or (client.follow is not None and client.follow.is_over(self._round))
+                    or (client.follow is not None and client.follow.is_over(part.round))
                 ),
-                f"for the averages of round {self._round}",
+                f"for the averages of round {part.round}",
             )
 
     # ------------------------------------------------------------------ the end
