@@ -88,6 +88,30 @@ def test_resnet18_in_short(tmp_path: Path) -> None:
     assert re.search(r"^fashion: \d+\.\d % right after 8 steps on 512 pictures", said, re.M), said
 
 
+def test_adapters_learn_what_the_frozen_network_does_not_know(tmp_path: Path) -> None:
+    code, said = launched(tmp_path, CLONE / "examples" / "finetune.py", "num_epochs=2")
+    assert code == 0 and "the same on all replicas" in said, said
+    reached = re.search(
+        r"^finetune: (\d+\.\d) % right after 63 steps with ([\d,]+) of ([\d,]+) ", said, re.M
+    )
+    assert reached and float(reached[1]) > 70.0, said  # by chance: 20
+    trained, all_of_them = (int(reached[i].replace(",", "")) for i in (2, 3))
+    assert 0 < trained < all_of_them / 20, said
+    (log,) = (tmp_path / "runs").glob("2*/worker-2.log")
+    assert "weights replaced by worker 1 (" in log.read_text()
+
+
+def test_players_learn_from_rollouts_of_unlike_size(tmp_path: Path) -> None:
+    script = shortened(
+        "rollouts", tmp_path, ("ROLLOUTS, PASSES = 30, 4", "ROLLOUTS, PASSES = 8, 4")
+    )
+    code, said = launched(tmp_path, script)
+    assert code == 0 and "the same on all replicas" in said, said
+    reached = re.search(r"of (\d+) to (\d+) steps; after 32 updates .* for (\d+\.\d) of", said)
+    assert reached and int(reached[1]) < int(reached[2]), said
+    assert float(reached[3]) > 30.0, said  # in the beginning it falls after 20 steps
+
+
 def test_each_example_is_told_of() -> None:
     for page in (CLONE / "README.md", CLONE / "docs" / "your-own-model.md"):
         assert "make example NAME=digits" in page.read_text()
