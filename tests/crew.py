@@ -85,9 +85,12 @@ class Crew:
         make: Make,
         data: Any,
         hold: Callable[[int, int], None] = lambda number, step: None,
+        **batches: Any,
     ) -> None:
-        """`hold(worker, step)` is called before each backward pass and may wait, or raise."""
+        """`hold(worker, step)` is called before each backward pass and may wait, or raise;
+        `batches` gets these arguments, too."""
         self.served, self.make, self.data, self.hold = served, make, data, hold
+        self.given = batches
         self.setups: dict[int, Setup] = {}
         self.said: list[str] = []
         self.batches: dict[tuple[int, int], list[int]] = {}
@@ -101,7 +104,7 @@ class Crew:
             setup = self.setups[number] = self.make(number)
             parts = setup.attach.get("accumulate", 1)
             model, optimizer = cluster.attach(setup.model, setup.optimizer, **setup.attach)
-            for x, y, indices in cluster.batches(self.data, batch_size=batch_size):
+            for x, y, indices in cluster.batches(self.data, batch_size=batch_size, **self.given):
                 self.hold(number, cluster.step)
                 self.batches[number, cluster.step] = indices.tolist()
                 optimizer.zero_grad()

@@ -42,6 +42,7 @@ ROOMS = [
     "paramserver.__main__",
     "workers.replica",
     "workers.generators",
+    "workers.draws",
     "workers.loaders",
     "workers.samples workers.weight",
     "workers.looks workers.optimizer workers.batches",

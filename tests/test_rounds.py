@@ -654,6 +654,38 @@ def test_averages_and_losses_are_weighted_by_what_workers_say_where_all_say_it()
     ]
 
 
+def test_all_workers_draw_alike_and_what_is_drawn_is_not_named_as_samples() -> None:
+    run = Run(num_workers=1).observer()
+    run.hello(1), run.join(1), run.snapshot(1), run.ready(1, draws="a", samples=50)
+    for who, ready, why in (
+        (2, {"draws": "b"}, "draws its samples by other weights than the run"),
+        (3, {}, "draws each sample once, the others draw by weights"),
+        (4, {"draws": "a", "samples": 60}, "has 60 draws in an epoch, the run has 50"),
+    ):
+        run.hello(who), run.join(who), run.push(1), run.snapshot(who)
+        assert run.ready(who, **{"samples": 50, **ready}) == [
+            f"w{who} <- reject: worker {who} (pi) {why}, as worker 1 (pi)"
+        ]
+    ledger = run.rounds.ledger
+    assert ledger is not None and ledger.places is None  # a draw of one epoch is none of the next
+    run = Run(num_workers=1).observer()
+    run.hello(1), run.join(1), run.snapshot(1), run.ready(1)
+    run.hello(2), run.join(2), run.push(1), run.snapshot(2)
+    assert run.ready(2, draws="a") == [
+        "w2 <- reject: worker 2 (pi) draws its samples by weights, the others draw each once, as "
+        "worker 1 (pi)"
+    ]
+
+
+def test_before_the_first_round_most_decide_how_samples_are_drawn() -> None:
+    run = Run(num_workers=3).observer()
+    said = list[str]()
+    for who, draws in ((1, "a"), (2, "b"), (3, "b")):
+        run.hello(who), run.join(who), run.snapshot(who)
+        said += run.ready(who, draws=draws)
+    assert any("w1 <- reject: worker 1 (pi) draws its samples by other weights" in s for s in said)
+
+
 def test_a_weight_is_the_same_in_every_bucket_and_of_no_use_where_none_is_asked_for() -> None:
     run = Run().observer().workers(1, 2)
     assert run.push(1, 0, weight=5) == ["refused: it says a weight, unlike the others"]

@@ -55,7 +55,7 @@ from .looks import look
 from .optimizer import ClusterOptimizer
 from .replica.gradients import Gradients
 from .replica.replica import Replica
-from .samples import Loading, Samples, Unusable, cut
+from .samples import Loading, Samples, Unusable, cut, drawn_from
 from .weight import checked, collates_by_default, samples_in
 
 M = TypeVar("M", bound=nn.Module)
@@ -334,6 +334,7 @@ class Cluster:
         drop_last: bool = False,
         batch_limit: int | None = None,
         samples: Callable[[Any], int] | None = None,
+        weights: Any = None,
     ) -> Batches:
         """This worker's batches, epoch after epoch, until the run has ended in order: all epochs
         are done, or a person stopped it. Where it ends by an error, or without this worker, it
@@ -353,6 +354,10 @@ class Cluster:
         A round's average weighs each batch by its number of samples. Where the loss is the mean of
         something else (tokens, say), `samples(batch)` gives that number, in every worker.
 
+        With `weights`, a number for each sample, an epoch is what these draw: as many samples as
+        the set has, with replacement; a `WeightedRandomSampler` says another number of draws, or
+        without replacement. Each draw is used once then, not each sample.
+
         With `shares: speed` the worker computes more or fewer samples than `batch_size`, by its
         speed. More than `batch_limit` samples come in several batches, whose gradients are added:
         `step` exchanges and applies them with the last one. The default is no limit on a CPU, and
@@ -360,7 +365,8 @@ class Cluster:
         """
         self._check_part("batches()")
         assert self._replica is not None
-        given = parts_of(dataset)
+        draws = drawn_from(dataset, weights)
+        given = parts_of(dataset, draws)
         if given is not None:
             batch_size, drop_last = batch_size or given.batch_size, drop_last or given.drop_last
         size = self.settings.batch_size if batch_size is None else batch_size
@@ -371,7 +377,8 @@ class Cluster:
             batch_limit = size
         if batch_limit is not None and batch_limit < 1:
             raise UserError(f"batch_limit={batch_limit!r}", "it is a number of samples, at least 1")
-        wanted = (id(dataset), size, str(device), drop_last, batch_limit, samples)
+        drawn = "" if draws is None else draws.digest()
+        wanted = (id(dataset), size, str(device), drop_last, batch_limit, samples, drawn)
         before = None if self._epochs is None else self._epochs.batches
         if before is not None and before.wanted == wanted:
             return before  # a script may call this anew in each epoch
@@ -383,6 +390,7 @@ class Cluster:
             seed=self.settings.seed,
             deterministic=self.settings.deterministic,
             worker=self.worker_id,
+            draws=draws,
             log=self.client.log,
         )
         return Batches(
@@ -391,7 +399,7 @@ class Cluster:
             read,
             wanted,
             size,
-            -(-read.length // (size * self.settings.num_workers)),
+            -(-read.leased // (size * self.settings.num_workers)),
         )
 
     def _batches(
@@ -421,12 +429,13 @@ class Cluster:
         if self._ready is not loading:  # else they are, since the last epoch
             self._ready = loading
             ready = wire.Ready(
-                samples=samples.length,
+                samples=samples.leased,
                 batch_size=size,
                 least=least,
                 drop_last=drop_last,
                 looks=look(samples) if self.client.compares else (),
                 weighs=self._weighs,
+                draws="" if samples.draws is None else samples.draws.digest(),
             )
             with self._losing():
                 self.client.ready(ready)

@@ -25,10 +25,12 @@ from torch.utils.data import (
     Sampler,
     SequentialSampler,
     SubsetRandomSampler,
+    WeightedRandomSampler,
 )
 
 from paramserver.errors import UserError
 
+from .draws import Draws
 from .generators import seed_generators
 
 OWN = "each worker's own loader goes to cluster.own_batches(loader)"
@@ -48,9 +50,9 @@ class Parts(NamedTuple):
     """Does the loader itself draw an order?"""
 
 
-def parts_of(loader: Any) -> Parts | None:
+def parts_of(loader: Any, draws: Draws | None = None) -> Parts | None:
     """The parts of a DataLoader; None for anything else. Raises `UserError` where it decides what
-    the server decides in a run."""
+    the server decides in a run, unless that is what the run `draws`."""
     if not isinstance(loader, DataLoader):
         return None
     if isinstance(loader.dataset, IterableDataset):
@@ -72,7 +74,9 @@ def parts_of(loader: Any) -> Parts | None:
         raise _refused(
             "a SubsetRandomSampler", "batches(torch.utils.data.Subset(dataset, indices))"
         )
-    if type(sampler) is RandomSampler:
+    if type(sampler) is WeightedRandomSampler:
+        _check_drawn(sampler, draws, len(loader.dataset))  # type: ignore[arg-type]
+    elif type(sampler) is RandomSampler:
         if sampler.replacement or sampler.num_samples != len(loader.dataset):  # type: ignore[arg-type]
             raise _refused("a RandomSampler that repeats or leaves out samples", OWN)
     elif type(sampler) is not SequentialSampler:
@@ -85,6 +89,17 @@ def parts_of(loader: Any) -> Parts | None:
         loader.pin_memory and torch.cuda.is_available(),
         type(sampler) is RandomSampler,
     )
+
+
+def _check_drawn(sampler: WeightedRandomSampler, draws: Draws | None, samples: int) -> None:
+    """Raise `UserError` unless the run draws what this sampler does."""
+    hint = "batches(loader, weights=loader.sampler): the run draws by its weights"
+    if draws is None:
+        raise _refused("a WeightedRandomSampler", f"{hint}; or {OWN}")
+    if draws.digest() != Draws(sampler, samples).digest():
+        raise UserError(
+            "weights= are others than those of the loader's WeightedRandomSampler", hint
+        )
 
 
 def _refused(what: str, hint: str) -> UserError:

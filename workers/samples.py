@@ -25,6 +25,7 @@ from paramserver.protocol.messages import Lease
 from paramserver.rounds.ledger import SHARE_MAX
 from paramserver.tensors.order import order
 
+from .draws import Draws
 from .generators import forked, seed_generators
 from .loaders import Failed, Processes, parts_of
 
@@ -53,7 +54,8 @@ class Samples:
 
     It has a length and `batch(indices, device)` or `dataset[i]`; samples read one by one are
     collated as torch's DataLoader does, and moved to the device. A DataLoader stands for its data
-    set, which is read as it says (`workers.loaders`). Raises `UserError` for an unsuitable one.
+    set, which is read as it says (`workers.loaders`). With `draws` an epoch is what these are
+    (`workers.draws`), and so are leases. Raises `UserError` for an unsuitable one.
     """
 
     def __init__(
@@ -66,13 +68,16 @@ class Samples:
         seed: int = 0,
         deterministic: bool = False,
         worker: int = 0,
+        draws: Draws | None = None,
         log: logging.Logger = log,
     ) -> None:
         given = dataset if isinstance(dataset, DataLoader) else None
         if given is not None:
             dataset = given.dataset
         self.length = _length(dataset)
-        self.parts = parts_of(dataset if given is None else given)
+        self.draws = draws
+        """What an epoch draws, where it is not each sample once."""
+        self.parts = parts_of(dataset if given is None else given, draws)
         """Of the loader that was given instead of a data set."""
         self._processes: Processes | None = None
         if given is not None and given.num_workers:
@@ -89,8 +94,13 @@ class Samples:
         self._orders: dict[int, Tensor] = {}
         self._read_any = False
         self._broken: dict[int, str] = {}
-        if self.parts is not None and not self.parts.shuffles:
+        if self.parts is not None and not self.parts.shuffles and self.draws is None:
             log.info("this DataLoader does not shuffle; a run draws a new order in each epoch")
+
+    @property
+    def leased(self) -> int:
+        """The samples of an epoch, as leases count them: those of the set, or what is drawn."""
+        return self.length if self.draws is None else self.draws.count
 
     def load(self, lease: Lease) -> list[Loaded]:
         """The samples of a lease, in parts. Raises the data set's exception where no sample could
@@ -115,7 +125,10 @@ class Samples:
         epoch, start, stop = lease
         if epoch not in self._orders:  # the newest two are in use
             self._orders = {e: o for e, o in self._orders.items() if e == epoch - 1}
-            self._orders[epoch] = order(self.length, self._seed, epoch)
+            if self.draws is None:
+                self._orders[epoch] = order(self.length, self._seed, epoch)
+            else:
+                self._orders[epoch] = self.draws.order(self._seed, epoch)
         indices: list[int] = self._orders[epoch][start:stop].tolist()
         return indices
 
@@ -260,6 +273,14 @@ def cut(lease: Lease, most: int, least: int = 1) -> list[Lease]:
     count = max(1, min(-(-samples // max(1, most)), samples // max(1, least)))
     ends = [start + samples * i // count for i in range(count + 1)]
     return [(epoch, a, b) for a, b in pairwise(ends)]
+
+
+def drawn_from(dataset: Any, weights: Any) -> Draws | None:
+    """What these weights draw from a data set, or from that of a loader; None without weights.
+    Raises `UserError` for an unsuitable set, and for unsuitable weights."""
+    if weights is None:
+        return None
+    return Draws(weights, _length(dataset.dataset if isinstance(dataset, DataLoader) else dataset))
 
 
 def takes_indices(dataset: Any) -> bool:

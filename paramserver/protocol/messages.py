@@ -376,6 +376,9 @@ class Ready(Message, frozen=True):
     """Summaries of a few samples: the set must be the same on all machines, in the same order."""
     weighs: bool = False
     """Its pushes say what they weigh (`Push.weight`), as those of all workers must then."""
+    draws: Id = ""
+    """Names what is drawn from the set, where an epoch is not each sample once: `samples` are draws
+    then, the same in all workers."""
 
 
 class Unready(Message, frozen=True):
@@ -391,7 +394,8 @@ class Evaluating(Message, frozen=True):
 
 
 class StopRun(Message, frozen=True):
-    """A worker's script ends the run in order, at the last closed step."""
+    """A worker's script, or the observer by what it has evaluated, ends the run in order, at the
+    last closed step."""
 
     reason: Words
 

@@ -66,6 +66,7 @@ class Leases:
         self._places = places
         self._looks = Looks()
         self._weighs: bool | None = None  # do pushes say what they weigh?
+        self._draws: str | None = None  # what is drawn of the set; empty: each sample once
         self._given = False  # the ledger came with the first state
         self._as_whom = ""  # who has the run's data set
         self._shares: Shares | None = None  # where samples are divided by speed
@@ -140,7 +141,7 @@ class Leases:
         told = [(p, p.ready) for p in ready if p.ready is not None]
         alike = _most(told, lambda r: (r.own, 0 if r.own else r.samples))
         alike = _most(alike, lambda r: frozenset((k.index, k.leaf, k.exact) for k in r.looks))
-        alike = _most(alike, lambda r: r.weighs)
+        alike = _most(alike, lambda r: (r.weighs, r.draws))
         if not alike:
             return []
         self._becomes_the_runs(*alike[0])
@@ -152,8 +153,14 @@ class Leases:
         self._as_whom, self._weighs = peer.name, ready.weighs
         self._looks.first(peer.name, ready.looks)
         self.ledger = OwnLedger() if ready.own else Ledger(ready.samples, self._rules.epochs)
-        self.ledger.places = self._places
         self.ledger.barrier = self._rules.epoch_barrier
+        self._draw(ready.draws)
+
+    def _draw(self, draws: str) -> None:
+        """The samples of the run are what is drawn so: which ones, this server cannot know."""
+        assert self.ledger is not None
+        self._draws = draws
+        self.ledger.places = None if draws else self._places
 
     def _agrees(self, peer: Peer, ready: Ready) -> bool:
         """Is its data set the run's? If not, it is told so."""
@@ -169,6 +176,8 @@ class Leases:
         whose = f", as {self._as_whom}" if self._as_whom else ""
         if self._weighs is None:  # the ledger is older than this server
             self._weighs = ready.weighs
+        if self._draws is None:
+            self._draw(ready.draws)
         if ready.own != self.own:
             brings, has = "samples of its own", "one set that all share"
             if not ready.own:
@@ -177,11 +186,26 @@ class Leases:
                 f"{peer.name} brings {brings}, the run has {has}{whose}",
                 "use own_batches() in every worker, or in none",
             )
-        if samples != self.ledger.samples:
+        if bool(ready.draws) != bool(self._draws):
+            draws, draw = "draws its samples by weights", "draw each once"
+            if self._draws:
+                draws, draw = "draws each sample once", "draw by weights"
             return Reject(
-                f"{peer.name} has a data set of {samples} samples, "
-                f"the run has one of {self.ledger.samples}{whose}",
+                f"{peer.name} {draws}, the others {draw}{whose}",
+                "give batches() the same weights= in every worker, or in none",
+            )
+        if samples != self.ledger.samples:
+            theirs, ours = f"a data set of {samples} samples", f"one of {self.ledger.samples}"
+            if self._draws:
+                theirs, ours = f"{samples} draws in an epoch", f"{self.ledger.samples}"
+            return Reject(
+                f"{peer.name} has {theirs}, the run has {ours}{whose}",
                 "every worker needs the same training set in the same order",
+            )
+        if ready.draws != self._draws:
+            return Reject(
+                f"{peer.name} draws its samples by other weights than the run{whose}",
+                "give batches() the same weights= in every worker",
             )
         if ready.weighs != self._weighs:
             says, others_say = "says", "do not"
@@ -473,15 +497,15 @@ class Leases:
     def _name_of(self, lease: Lease) -> str:
         epoch, start, stop = lease
         where = f"place {start}" if stop - start == 1 else f"places {start} to {stop - 1}"
-        what = f"{where} of epoch {epoch}'s order"
-        if self.name_samples is None or self.ledger is None:
+        what = f"{where} of epoch {epoch}'s {'draws' if self._draws else 'order'}"
+        if self.name_samples is None or self.ledger is None or self._draws:
             return what
         return f"{self.name_samples(self.ledger.samples, lease)} ({what})"
 
     def _first_lost(self, ledger: Ledger) -> str:
         names = [
             self.name_samples(ledger.samples, lost.lease)
-            if self.name_samples is not None
+            if self.name_samples is not None and not self._draws
             else f"{lost.lease[1]} to {lost.lease[2] - 1} of epoch {lost.lease[0]}"
             for lost in ledger.lost[:4]
         ]
