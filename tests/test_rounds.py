@@ -1005,6 +1005,16 @@ def test_who_comes_again_and_again_does_not_take_a_slow_workers_time(
     assert run.closes[-1].contributors == {1: 10}
 
 
+def test_a_run_in_which_a_worker_died_of_its_samples_waits_for_it_before_it_is_given_up() -> None:
+    run = Run(num_workers=1, epochs=10, idle_timeout=50.0).observer().workers(1, 2)
+    alive(run, 40.0, 0, 1, 2)  # neither of them pushes
+    run.dies(1)
+    run.hello(1), run.join(1)
+    said = alive(run, 49.0, 0, 1, 2)  # 30 s of them for worker 2, which does not push
+    assert run.rounds.ending is None
+    assert "obs <- give 3 of step 0" in said
+
+
 def test_a_round_that_waits_in_vain_is_void_also_where_snapshots_were_wasted() -> None:
     """They wait as long as rounds go on; one in which nobody pushes does not."""
     run = Run(num_workers=1, epochs=10, idle_timeout=1000.0).observer().workers(1)
@@ -2234,12 +2244,11 @@ def test_who_fell_silent_is_awaited_as_long_as_idle_timeout() -> None:
     run = Run(idle_timeout=100.0, observer=False).workers(1, 2)
     run.leave(2)
     run.tick(10.1)  # worker 1 is silent
-    run.tick(100.0)
+    run.tick(110.1)
     assert run.rounds.ended is None
-    assert run.tick(100.1)[-1] == (
-        "end at step 0: nothing happened for 100 s: "
-        "paused: no worker is ready; worker 1 (pi) fell silent; "
-        "worker 2 (pi) left: it was stopped (error)"
+    assert run.tick(110.2)[-1] == (
+        "end at step 0: every worker has left before all samples were done: "
+        "worker 1 (pi) fell silent; worker 2 (pi) left: it was stopped (error)"
     )
 
 

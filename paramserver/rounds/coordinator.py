@@ -224,7 +224,7 @@ class Rounds:
         for peer in self._roster.silent(now, timeout):
             silent = f"silent for {now - peer.last_seen:.1f} s"
             self._out.warn(f"{peer.name} is gone: {silent}")  # so seldom that each is logged
-            self._leases.dies(peer, "", self.round)
+            self._dies(peer, "", now)
             self._remove(peer, f"gone, {silent}", now)
         for peer in self._evaluations.overdue(now):
             self._evaluations.ends(peer, self.round, now)
@@ -260,7 +260,7 @@ class Rounds:
     def _greet(self, greeting: Greeted, now: float) -> bool:
         nonce, holder = greeting.nonce, self._roster.holder(greeting)
         if holder is not None:
-            self._leases.dies(holder, None if holder.nonce == nonce else "", self.round)
+            self._dies(holder, None if holder.nonce == nonce else "", now)
             self._remove(holder, "greeted again", now)
         self._leases.lives(nonce)
         peer = self._roster.enter(greeting, holder, now)
@@ -319,11 +319,17 @@ class Rounds:
         `error` an exception or a broken rule ends its part; `failed`: it died of its lease."""
         m, step = message, message.step
         if m.failed in wire.FAILURES and m.lease == (self._computes(peer) or peer.left_with):
-            self._leases.dies(peer, m.failed, self.round)
+            self._dies(peer, m.failed, now)
         if m.digest and peer.believed and peer.replica_since <= step <= self.step:
             self.digests[peer.id] = (peer.name, step, m.digest)
         self._leaves(peer, m.reason, now, error=m.error, finished=m.is_done)
         return True
+
+    def _dies(self, peer: Peer, failed: str | None, now: float) -> None:
+        """A worker may have died of its lease (see `Leases.dies`). That counts as work: after a few
+        such deaths the samples are skipped, and the run goes on."""
+        if self._leases.dies(peer, failed, self.round):
+            self._ending.works(now)
 
     def _leaves(self, peer: Peer, reason: str, now: float, *, error: bool, finished: bool) -> None:
         """A peer leaves; `finished`: its work is done. When all have finished the last one ends the

@@ -429,9 +429,10 @@ class Leases:
 
     # ------------------------------------------------------------------ what kills
 
-    def dies(self, peer: Peer, failed: str | None, current: Round | None) -> None:
+    def dies(self, peer: Peer, failed: str | None, current: Round | None) -> bool:
         """Count that this worker died of what it computed: `failed` names the phase of its error,
         or is "" where it fell silent, or None where it did not die, since the same process is back.
+        Did it compute something?
 
         Before its silence is noticed, rounds may close and give it more leases. The one that counts
         is the first that it did not finish."""
@@ -441,7 +442,7 @@ class Leases:
         elif peer.late_with is not None:
             lease = peer.late_with
         if lease is None or failed is None or self.ledger is None:
-            return
+            return False
         if not failed:
             while len(self._silent) >= SILENT_KEPT:
                 del self._silent[next(iter(self._silent))]
@@ -449,6 +450,7 @@ class Leases:
         others = [p for p in self._roster.workers_ready() if p is not peer]
         spare = len(others) >= WORKERS_TO_SPARE
         self.ledger.died(lease, error=bool(failed), spare=spare, believed=peer.proven)
+        return True
 
     def lives(self, nonce: str) -> None:
         """Note that this process greets again: it did not die of what it computed."""
