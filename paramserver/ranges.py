@@ -33,6 +33,11 @@ def share_of(whole: float) -> Range:
     return Range(lambda value: 0 < value <= whole, f"must be more than 0 and at most {whole:g}")
 
 
+def inside(low: float, high: float) -> Range:
+    """Neither of the two ends."""
+    return Range(lambda value: low < value < high, f"must be more than {low:g} and below {high:g}")
+
+
 def one_of(*names: str) -> Range:
     return Range(lambda value: value in names, f"must be one of {', '.join(names)}")
 
@@ -48,6 +53,9 @@ def _is_importable(entry: object) -> bool:
     return isinstance(entry, str) and is_import_path(entry if ":" in entry else f"{entry}:name")
 
 
+FUNCTION = Range(
+    is_import_path, "must be a function of yours, as package.module:name, annotated to return int"
+)
 FILLED = Range(lambda value: value.strip(), "must not be empty")
 ADDRESS = Range(
     # one colon is host:port, several are an IPv6 address

@@ -28,6 +28,7 @@ from paramserver.ranges import (
     Range,
     at_least,
     between,
+    inside,
     more_than,
     one_of,
     share_of,
@@ -301,6 +302,18 @@ class Settings:
         {"name": "CrossEntropyLoss"},
         "one of torch.nn, or your own as package.module:name, with arguments",
     )
+    samples: dict[str, Any] | None = setting(
+        None,
+        "what the loss is the mean of, where that is not the samples of a batch: a function of a "
+        "batch that gives their number (tokens, say), as package.module:name, with arguments; null "
+        "= the samples",
+    )
+    ema: float | None = setting(
+        None,
+        "keep an average of the weights, too (EMA): after each update this share of the average "
+        "stays, 0.999 for instance, and the rest are the new weights; null = none",
+        inside(0, 1),
+    )
     metric: dict[str, Any] | None = setting(
         None,
         "what the observer reports beside the loss: accuracy, a loss of torch.nn, or your own; "
@@ -324,6 +337,13 @@ class Settings:
     # What is kept and shown
     eval_steps: int = setting(
         200, "between two evaluations; 0 = only at the end", at_least(0), unit="steps"
+    )
+    early_stop: dict[str, Any] | None = setting(
+        None,
+        "end the run when evaluations get no better: {metric: accuracy, patience: 3, mode: max, "
+        "min_delta: 0}, where the metric is loss, that of the run or, with ema, ema_loss and the "
+        "like; null = never",
+        scope="server",
     )
     track_gradients: bool = setting(True, "log the norm of each parameter's averaged gradient")
     checkpoint_steps: int = setting(

@@ -16,6 +16,7 @@ from crew import Rounding, rounding_bound
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import SGD
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import Dataset, TensorDataset
 from whole import Run
 
@@ -64,6 +65,13 @@ class Price(nn.Module):
 def off(outputs: Tensor, targets: Tensor, power: float = 1.0) -> Tensor:
     """How far off the prices are."""
     return ((outputs - targets).abs() ** power).mean()
+
+
+def count(batch: list[Tensor], each: int = 1) -> int:
+    """Write down what is counted, too."""
+    with open("counted", "a") as file:
+        print(len(batch[1]), file=file)
+    return each * len(batch[1])
 '''
 REGRESSION = """
 model: {type: ours.houses:Price, width: 16}
@@ -74,6 +82,8 @@ scheduler: {name: StepLR, step_size: 15, gamma: 0.5}
 clip_norm: 1.0
 loss: {name: HuberLoss, delta: 0.7}
 metric: L1Loss
+samples: {name: ours.houses:count, each: 3}
+ema: 0.9
 batch_size: 16
 num_epochs: 3
 num_workers: 1
@@ -96,8 +106,11 @@ def ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         sys.modules.pop(name, None)
 
 
-def plain_loop(epochs: int = 3, rounding: Rounding | None = None) -> nn.Module:
-    """What the settings above mean, in plain torch: the same samples in the same order."""
+def plain_loop(
+    epochs: int = 3, rounding: Rounding | None = None, averaged: bool = False
+) -> nn.Module:
+    """What the settings above mean, in plain torch: the same samples in the same order. The model,
+    or the average of its weights."""
     from ours.houses import Houses, Price
 
     houses = Houses(400, noise=0.1)
@@ -106,6 +119,7 @@ def plain_loop(epochs: int = 3, rounding: Rounding | None = None) -> nn.Module:
     model = Price(16)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.05, betas=(0.8, 0.99))
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 15, 0.5)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
     criterion = nn.HuberLoss(delta=0.7)
     for epoch in range(epochs):
         for batch in order(320, 42, epoch).split(16):
@@ -117,7 +131,8 @@ def plain_loop(epochs: int = 3, rounding: Rounding | None = None) -> nn.Module:
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             scheduler.step()
-    return model
+            average.update_parameters(model)
+    return average.module if averaged else model
 
 
 def test_a_regression_by_names_alone_equals_a_plain_loop(ours: Path) -> None:
@@ -134,16 +149,32 @@ def test_a_regression_by_names_alone_equals_a_plain_loop(ours: Path) -> None:
         assert bound < 1e-2
         model.load_state_dict(written)
 
+        average = plain_loop(averaged=True)
+        bound = rounding_bound(lambda rounding: plain_loop(rounding=rounding, averaged=True))
+        kept = load_file(run.runs[-1] / "ema.safetensors")
+        torch.testing.assert_close(kept, dict(average.state_dict()), rtol=0, atol=bound)
+        counted = (ours / "counted").read_text().split()
+        assert counted.count("16") == 3 * 20 and counted.count("80") >= 4  # batches; evaluations
+
         from ours.houses import Houses
 
         houses = Houses(400, noise=0.1)
         held_out = permutation(400, "split, seed 42")[:80]
         with torch.no_grad():
             outputs, targets = model(houses.sizes[held_out]), houses.prices[held_out]
+            of_average = average(houses.sizes[held_out])
         error = float(nn.functional.l1_loss(outputs, targets))
         summary = run.summary()
         assert summary["val_accuracy"] is None
-        assert summary["metrics"] == {"L1Loss": pytest.approx(error, abs=1e-5)}
+        assert summary["metrics"] == {
+            "L1Loss": pytest.approx(error, abs=1e-5),
+            "ema_loss": pytest.approx(
+                float(nn.functional.huber_loss(of_average, targets, delta=0.7)), abs=1e-5
+            ),
+            "ema_L1Loss": pytest.approx(
+                float(nn.functional.l1_loss(of_average, targets)), abs=1e-5
+            ),
+        }
         loss = float(nn.functional.huber_loss(outputs, targets, delta=0.7))
         assert summary["val_loss"] == pytest.approx(loss, abs=1e-5)
         assert re.search(rf"validation +│ L1Loss {summary['metrics']['L1Loss']:.4g}", server.output)
@@ -228,6 +259,17 @@ WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
     "metric": ({"metric": "acuracy"}, "there is no metric 'acuracy'", "did you mean accuracy?"),
     "no module": ({"loss": "nowhere.at:all"}, "loss=nowhere.at:all: there is no module", ""),
     "not one": ({"optimizer": "os:system"}, "neither a subclass of torch.optim.Optimizer", ""),
+    "a count with an argument": (
+        {"samples": {"name": "ours.houses:count", "all": 2}},
+        "samples.all is no argument of ours.houses:count",
+        "",
+    ),
+    "no count": (
+        {"samples": {"name": "ours.houses:count", "each": 0}},
+        "samples=ours.houses:count: a batch of 0 samples",
+        "",
+    ),
+    "a count that is none": ({"samples": "ours.houses:off"}, "annotated to return", ""),
     "other shapes": (
         {"loss": "L1Loss"},
         "this loss does not take these samples",
@@ -236,8 +278,45 @@ WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
 }
 
 
+def test_an_evaluation_weighs_its_batches_by_what_their_losses_are_means_of(ours: Path) -> None:
+    class Mean(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.mean().expand(len(x))
+
+    def mean_of_mean(outputs: Tensor, targets: Tensor) -> Tensor:
+        return outputs.mean()
+
+    x = torch.cat([torch.zeros(500, 1), torch.ones(100, 1)])  # batches of 500, and a rest
+    samples = TensorDataset(x, x[:, 0])
+    plain = builders.Criterion(mean_of_mean, mean_of_mean)
+    assert builders.evaluate(Mean(), samples, CPU, plain) == pytest.approx((1 / 6, 1 / 6))
+    weighed = builders.Criterion(
+        mean_of_mean, mean_of_mean, samples=lambda batch: int(1 + 9 * batch[0].mean())
+    )
+    assert builders.evaluate(Mean(), samples, CPU, weighed) == pytest.approx((10 / 11, 10 / 11))
+
+
+def test_an_average_that_nothing_has_gone_into_is_the_model() -> None:
+    model = nn.Linear(2, 1)
+    average = builders.build_average(model, settings(ema=0.5))
+    assert average is not None and builders.build_average(model, settings()) is None
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    with torch.no_grad():
+        model.weight.add_(2)
+    assert builders.averaged(average, model.state_dict())["weight"].equal(model.weight)
+    average.update_parameters(model)  # the first one is the model, too
+    with torch.no_grad():
+        model.weight.add_(2)
+    average.update_parameters(model)
+    state = builders.averaged(average, model.state_dict())
+    torch.testing.assert_close(state["weight"], before["weight"] + 3)
+
+
 @pytest.mark.parametrize("name", WRONG)
-def test_what_is_wrong_names_setting_and_argument(name: str) -> None:
+def test_what_is_wrong_names_setting_and_argument(
+    name: str, ours: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ours)
     given, problem, hint = WRONG[name]
     with pytest.raises(UserError) as caught:
         built(settings(**given), CLASSES)

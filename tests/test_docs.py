@@ -71,9 +71,10 @@ def test_the_table_of_settings_is_that_of_the_code() -> None:
 
     declared = {}
     for key in KEYS.values():
-        if key.name.removesuffix(".name") in SHORT:
+        group = key.name.partition(".")[0]
+        if group in SHORT:
             default = key.default["name"] if key.default else key.default
-            declared.setdefault(key.name.removesuffix(".name"), (shown(default), "", key.scope))
+            declared.setdefault(group, (shown(default), "", key.scope))
             continue
         if key.kind is not dict:
             declared[key.name] = (shown(key.default), key.unit, key.scope)

@@ -97,6 +97,16 @@ def test_who_has_nothing_in_the_log_makes_nobody_wait_and_stops_nothing() -> Non
     assert run.rounds.ending is None
 
 
+def test_the_observer_stops_the_run_by_what_it_has_evaluated() -> None:
+    run = Run(buckets=1).observer().workers(1, 2)
+    run.push(1), run.push(2)
+    run.tells(0, wire.StopRun("accuracy got no better"))
+    run.tells(0, wire.Stand(step=1, kept=True))
+    end = run.rounds.ended
+    assert end is not None and end.stopped and not end.error
+    assert end.reason == "the observer stopped it: accuracy got no better"
+
+
 def test_a_script_stops_the_run_for_all_in_order() -> None:
     run = trained()
     effects = but_words(run.tells(2, wire.StopRun("no better for\x1b three epochs")))

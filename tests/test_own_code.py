@@ -148,6 +148,9 @@ def test_data_loss_metric_optimizer_and_schedule_go_the_same_way(desk: Desk) -> 
         "metric": lambda s: builders.build_criterion(
             s, model, samples, torch.device("cpu"), code()
         ),
+        "samples": lambda s: builders.build_criterion(
+            s, model, samples, torch.device("cpu"), code()
+        ),
     }.items():
         ok = replace(settings, dataset={"name": "digits"}, loss={"name": "MSELoss"}, metric=None)
         with pytest.raises(UserError, match="comes from the server and is not imported"):

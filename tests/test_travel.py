@@ -214,7 +214,7 @@ def test_plain_extra_state_travels_and_the_weights_are_written_without_it(tmp_pa
     joiner.load(unflatten(text, tensors), 3, "there")
     assert joiner.model.kept["labels"] == [1, 2]
     assert joiner.model.kept[3] == (None, float("inf"))
-    checkpoint.save_model(tmp_path / "model.safetensors", giver)
+    checkpoint.save_model(tmp_path / "model.safetensors", giver.state()["model"], 3)
     with checkpoint.safe_open(tmp_path / "model.safetensors", framework="pt") as f:
         assert sorted(f.keys()) == ["bias", "weight"]
         assert f.metadata()["left_out"] == '["_extra_state"]'

@@ -38,6 +38,7 @@ from paramserver.config.schema import (
     Program,
     Where,
     build,
+    check_early_stop,
     check_known,
     check_names,
     flatten,
@@ -136,6 +137,7 @@ def load(argv: list[str], program: Program) -> Loaded:
         _one_address(settings.host_ip)
     elif program == "server":
         _refuse_workers_own(flatten(command_line.tree))
+        check_early_stop(settings, where)
         if settings.observer:  # without it these names are free for a script to read
             check_known(settings)
     return Loaded(settings, given, tuple(path for path in files if path))

@@ -15,7 +15,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from paramserver.errors import UserError
 from paramserver.net import hosts
-from paramserver.ranges import FILLED, Range, is_import_path
+from paramserver.ranges import FILLED, FUNCTION, Range, is_import_path
 from paramserver.settings import DATASETS, MODELS, Settings, Wandb
 from paramserver.words import nearest, no_such, printable
 
@@ -23,8 +23,9 @@ Program = Literal["server", "worker", "launch"]
 Where = Callable[[str], str]  # a setting's name -> where its value was written, or ""
 
 NAMED = {"model": "type", "dataset": "name"}  # what is called by a name, and its arguments
-SHORT = ("optimizer", "scheduler", "loss", "metric", "outer")  # the same; the name may stand alone
-NAMED |= dict.fromkeys(SHORT, "name")
+SHORT = ("optimizer", "scheduler", "loss", "samples", "metric", "early_stop", "outer")
+"""The same; the name may stand alone."""
+NAMED |= dict.fromkeys(SHORT, "name") | {"early_stop": "metric"}
 GROUPS = (*NAMED, "wandb")  # settings that hold settings
 
 
@@ -93,7 +94,19 @@ _PARTS = (
         "local",
         (FILLED,),
     ),
-    *(Key(f"{name}.name", str, False, None, "its name", "", "run", (FILLED,)) for name in SHORT),
+    *(
+        Key(
+            f"{name}.{NAMED[name]}",
+            str,
+            False,
+            None,
+            "its name",
+            "",
+            "server" if name == "early_stop" else "run",
+            (FUNCTION if name == "samples" else FILLED,),
+        )
+        for name in SHORT
+    ),
 )
 
 KEYS: dict[str, Key] = {key.name: key for key in (*_keys(Settings), *_PARTS)}
@@ -278,6 +291,8 @@ def build(tree: Mapping[str, Any], where: Where = lambda name: "") -> Settings:
         raise _wrong("min_workers", f"must not exceed {workers}", values["min_workers"], where)
     settings = Settings(**values, wandb=Wandb(**logging))
     _check_local_steps(settings, where)
+    if settings.early_stop is not None:
+        _check_parts("early_stop", settings.early_stop, EARLY_STOP, where)
     return settings
 
 
@@ -292,32 +307,61 @@ def _check_local_steps(s: Settings, where: Where) -> None:
     if s.overlap and s.deterministic:
         must = "must be false with deterministic=true: averages come sooner or later"
         raise _wrong("overlap", must, s.overlap, where)
+    if s.overlap and s.ema is not None:
+        must = "must be null with overlap=true: weights go on changing while updates are exchanged"
+        raise _wrong("ema", must, s.ema, where)
     if s.outer is None:
         return
     if s.local_steps == 1:
         must = "must be null with local_steps=1: the mean of an optimizer's steps is another thing "
         raise _wrong("outer", must + "than a step with the mean gradient", s.outer, where)
-    for name, value in s.outer.items():
-        if name not in OUTER:
-            raise _wrong(f"outer.{name}", f"must be one of {', '.join(OUTER)}", value, where)
-        is_right, must = OUTER[name]
-        if not is_right(value):
-            raise _wrong(f"outer.{name}", must, value, where)
+    _check_parts("outer", s.outer, OUTER, where)
     if s.outer.get("nesterov") and not s.outer.get("momentum"):
         raise _wrong("outer.momentum", "must be more than 0 with nesterov", None, where)
+
+
+def check_early_stop(s: Settings, where: Where) -> None:
+    """Raise a `UserError` where a server is to stop early, and nobody would evaluate."""
+    if s.early_stop is not None and not s.observer:
+        must = "must be null with observer=false: nobody evaluates then"
+        raise _wrong("early_stop", must, s.early_stop, where)
+    if s.early_stop is not None and s.eval_steps == 0:
+        must = "must be null with eval_steps=0: the only evaluation is that of the end"
+        raise _wrong("early_stop", must, s.early_stop, where)
+
+
+Parts = Mapping[str, tuple[Callable[[Any], bool], str]]
+"""The parts of a group: what each may be, and the words for what may not."""
+
+
+def _check_parts(group: str, given: Mapping[str, Any], parts: Parts, where: Where) -> None:
+    for name, value in given.items():
+        if name not in parts:
+            raise _wrong(f"{group}.{name}", f"must be one of {', '.join(parts)}", value, where)
+        is_right, must = parts[name]
+        if not is_right(value):
+            raise _wrong(f"{group}.{name}", must, value, where)
 
 
 def _number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-OUTER: dict[str, tuple[Callable[[Any], bool], str]] = {
+OUTER: Parts = {
     "name": (lambda v: v == "SGD", "must be SGD"),
     "lr": (lambda v: _number(v) and 0 < v <= 10, "must be a number, more than 0 and at most 10"),
     "momentum": (lambda v: _number(v) and 0 <= v < 1, "must be a number from 0 to below 1"),
     "nesterov": (lambda v: isinstance(v, bool), "must be true or false"),
 }
-"""The parts of `outer`: what each may be, and the words for what may not."""
+EARLY_STOP: Parts = {
+    "metric": (lambda v: isinstance(v, str), "must be the name of a metric"),
+    "patience": (
+        lambda v: _number(v) and isinstance(v, int) and v >= 1,
+        "must be a whole number of evaluations, 1 or more",
+    ),
+    "mode": (lambda v: v in ("min", "max"), "must be min or max: whether less or more is better"),
+    "min_delta": (lambda v: _number(v) and v >= 0, "must be a number, 0 or more"),
+}
 
 
 def _checked(name: str, value: Any, where: Where) -> Any:
@@ -395,7 +439,7 @@ def _at(where: Where, name: str) -> str:
 
 def default_of(key: Key) -> object:
     """As a person writes it."""
-    return key.default["name"] if key.name in SHORT and key.default else key.default
+    return key.default[NAMED[key.name]] if key.name in SHORT and key.default else key.default
 
 
 def meaning(key: Key) -> str:

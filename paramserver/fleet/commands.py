@@ -333,6 +333,7 @@ def _rsync(host: Host, source: str, inner: str, options: Sequence[str]) -> Comma
 
 RESULTS = (
     "config.yaml", "metrics.jsonl", "summary.json", "curves.png", "report.*", "model.safetensors",
+    "ema.safetensors",
 )  # fmt: skip
 """What is copied of a run folder, with the last checkpoint. Not run.json: a server on this machine
 could take the copy for a run of its own."""

@@ -37,7 +37,15 @@ FORMS = {
         mark="{value:.2f} %",
         axis="{x:g} %",
         best=100.0,
-    )
+    ),
+    "ema_accuracy": Form(
+        scale=100.0,
+        live="{name} {value:.1f} %",
+        final="{name} {value:.2f} %",
+        mark="{value:.2f} %",
+        axis="{x:g} %",
+        best=100.0,
+    ),
 }
 """Forms by name; the form of other metrics:"""
 USUAL = Form()

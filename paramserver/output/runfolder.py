@@ -9,6 +9,7 @@
         curves.png         the same as a picture
         report.html        the same as a page for the browser, in one file
         model.safetensors  the final weights
+        ema.safetensors    their average, with the setting `ema`
         checkpoints/       step-00000500.safetensors, ...
         observer.log       the observer's output
         wandb/ tensorboard/
@@ -143,6 +144,7 @@ class RunFolder:
         self.curves = path / "curves.png"
         self.report = path / "report.html"
         self.model = path / "model.safetensors"
+        self.average = path / "ema.safetensors"
         self.checkpoints = path / "checkpoints"
         self.observer_log = path / "observer.log"
         self.observer_exit = path / "observer.exit"  # for as long as a run goes on

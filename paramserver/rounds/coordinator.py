@@ -830,10 +830,10 @@ class Rounds:
         return True
 
     def _stopped_by(self, peer: Peer, message: wire.StopRun, now: float) -> bool:
-        """A worker's script stops the run, in order. Anybody can greet: one that nothing in the log
-        is of cannot stop the others."""
+        """A worker's script stops the run, in order, or the observer, by what it has evaluated.
+        Any worker can greet: one that nothing in the log is of cannot stop the others."""
         others = [p for p in self._roster.in_state(REPLICA) if p.role == "worker" and p.proven]
-        if not peer.proven and others:
+        if peer.role == "worker" and not peer.proven and others:
             self._out.warn(f"{peer.name} cannot stop the run before its first step", peer)
             return False
         if self.ending is None:

@@ -39,7 +39,7 @@ HEEDED: dict[type[wire.Message], tuple[frozenset[str], frozenset[str]]] = {
     wire.Digest: (frozenset({"worker", "observer"}), frozenset({REPLICA})),
     wire.Adopted: (frozenset({"worker", "observer"}), frozenset({ADOPTING})),
     wire.Evaluating: (frozenset({"worker"}), frozenset({REPLICA})),
-    wire.StopRun: (frozenset({"worker"}), frozenset({REPLICA})),
+    wire.StopRun: (frozenset({"worker", "observer"}), frozenset({REPLICA})),
 }
 """Messages that `Rounds` heeds only from peers of these roles in these states."""
 

@@ -353,12 +353,13 @@ def missing_results(show: Show, last: int) -> list[str]:
     """The results that this run should have written of its `last` step and did not, by its files
     alone."""
     folder, missing = show.folder, []
-    try:
-        at = stored.step(folder.model, stored.MODEL_FORMAT)
-        if at != last:
-            missing.append(f"{folder.model.name} (there is one of step {at})")
-    except stored.Broken:
-        missing.append(folder.model.name)
+    for path in (folder.model, *([] if show.settings.ema is None else [folder.average])):
+        try:
+            at = stored.step(path, stored.MODEL_FORMAT)
+            if at != last:
+                missing.append(f"{path.name} (there is one of step {at})")
+        except stored.Broken:
+            missing.append(path.name)
     try:
         stored.step(folder.checkpoints / stored.name(last))
     except stored.Broken:

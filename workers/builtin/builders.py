@@ -18,12 +18,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from paramserver.errors import UserError
 from paramserver.settings import Settings
 from paramserver.tensors.torch_names import LOSSES, OPTIMIZERS, SCHEDULERS
 
 from ..samples import loader
+from ..weight import checked
 from . import data, registry
 from .own_code import NOTHING, OwnCode
 from .own_data import OwnData
@@ -112,17 +114,33 @@ def _scheduler(optimizer: Optimizer, setting: dict[str, Any], code: OwnCode | No
     return scheduler
 
 
+def build_average(model: nn.Module, settings: Settings) -> AveragedModel | None:
+    """The setting `ema`: an average of the weights, on the model's device, whose
+    `update_parameters` is called after each update. Buffers are those of the model."""
+    if settings.ema is None:
+        return None
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(settings.ema))
+
+
+def averaged(average: AveragedModel, model: dict[str, Any]) -> dict[str, Any]:
+    """The state of the average. Before its first update that is the model's: a run that is resumed
+    from a checkpoint without an average begins one there."""
+    return average.module.state_dict() if int(average.n_averaged) else model
+
+
 @dataclass(frozen=True)
 class Criterion:
     """The loss that trains a model and the metric that judges it: functions of (outputs, targets),
     means over a batch.
 
-    `metric` is None where only the loss is reported; `name` is the metric's.
+    `metric` is None where only the loss is reported; `name` is the metric's. `samples(batch)` says
+    what loss and metric are means of; None: the samples of the batch.
     """
 
     loss: Callable[[Tensor, Tensor], Tensor]
     metric: Callable[[Tensor, Tensor], Tensor] | None = None
     name: str = "accuracy"
+    samples: Callable[[Any], int] | None = None
 
 
 def build_criterion(
@@ -132,25 +150,45 @@ def build_criterion(
     device: torch.device,
     code: OwnCode | None = NOTHING,
 ) -> Criterion:
-    """The settings `loss` and `metric`, tried on two samples before other workers wait for this
-    one.
+    """The settings `loss`, `metric` and `samples`, tried on two samples before other workers wait
+    for this one.
 
     Without `metric` it is the accuracy where targets are classes. Raises `UserError` where model,
     data set, loss and metric do not fit together.
     """
     loss = _function("loss", settings.loss, LOSSES, device, code)
-    outputs, targets = _try("model", lambda: _two(model, samples, device))
+    batch, outputs, targets = _try("model", lambda: _two(model, samples, device))
     shapes = f"outputs are {_shape(outputs)}, targets {_shape(targets)}"
     value = _try("loss", lambda: loss(outputs, targets), shapes)
     if not isinstance(value, Tensor) or value.dim():
         raise UserError(f"loss={settings.loss['name']} gives no single number", shapes)
+    count = _count(settings, batch, code)
     if settings.metric is None:
-        return Criterion(loss, accuracy if _are_classes(outputs, targets) else None)
+        usual = accuracy if _are_classes(outputs, targets) else None
+        return Criterion(loss, usual, samples=count)
     metric = _function("metric", settings.metric, METRICS, device, code)
     _try("metric", lambda: float(metric(outputs, targets)), shapes)
     module, _, name = settings.metric["name"].rpartition(":")
     is_ours = not module or name not in ("accuracy", "loss")  # these names have a use already
-    return Criterion(loss, metric, name if is_ours else f"{module}.{name}")
+    return Criterion(loss, metric, name if is_ours else f"{module}.{name}", count)
+
+
+def _count(settings: Settings, batch: Any, code: OwnCode | None) -> Callable[[Any], int] | None:
+    """The setting `samples`, tried on this batch."""
+    if settings.samples is None:
+        return None
+    arguments = dict(settings.samples)
+    name = arguments.pop("name")
+    found = registry.find("samples", name, {}, int, "int", code)
+    registry.check("samples", name, found, arguments, first=1)
+    count: Callable[[Any], int] = functools.partial(found, **arguments)
+    try:
+        checked(count(batch))
+    except UserError as wrong:
+        raise UserError(f"samples={name}: {wrong.problem}", wrong.hint) from None
+    except Exception as fault:
+        raise UserError(f"samples={name} does not take a batch: {registry.told(fault)}") from fault
+    return count
 
 
 def accuracy(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -171,14 +209,17 @@ def evaluate(
     """Mean loss and mean metric over a set; `between()` runs after every batch."""
     model.eval()
     load = loader(samples, device)
-    loss, metric = 0.0, 0.0
+    loss, metric, total = 0.0, 0.0, 0
     for indices in torch.split(torch.arange(len(samples)), EVALUATION_BATCH):
-        outputs, targets = forward(model, load(indices))
-        loss += float(criterion.loss(outputs, targets)) * len(indices)
+        batch = load(indices)
+        outputs, targets = forward(model, batch)
+        weight = len(indices) if criterion.samples is None else checked(criterion.samples(batch))
+        total += weight
+        loss += float(criterion.loss(outputs, targets)) * weight
         if criterion.metric is not None:
-            metric += float(criterion.metric(outputs, targets)) * len(indices)
+            metric += float(criterion.metric(outputs, targets)) * weight
         between()
-    return loss / len(samples), metric / len(samples) if criterion.metric is not None else None
+    return loss / total, metric / total if criterion.metric is not None else None
 
 
 def forward(model: nn.Module, batch: Any) -> tuple[Any, Any]:
@@ -193,13 +234,14 @@ def forward(model: nn.Module, batch: Any) -> tuple[Any, Any]:
 
 
 @torch.no_grad()
-def _two(model: nn.Module, samples: Any, device: torch.device) -> tuple[Any, Any]:
-    """Outputs and targets of two samples; the model is left as it was."""
+def _two(model: nn.Module, samples: Any, device: torch.device) -> tuple[Any, Any, Any]:
+    """A batch of two samples, its outputs and its targets; the model is left as it was."""
     was_training = model.training
     model.eval()
     load = loader(samples, device)
     try:
-        return forward(model, load(torch.arange(min(2, len(samples)))))
+        batch = load(torch.arange(min(2, len(samples))))
+        return batch, *forward(model, batch)
     finally:
         model.train(was_training)
 

@@ -58,6 +58,7 @@ def train(settings: Settings, given: dict[str, object]) -> Cluster:
         model = models.build(run.model, run.seed, code).to(device)
         optimizer = builders.build_optimizer(model, run, code)
         criterion = builders.build_criterion(run, model, samples, device, code)
+        average = builders.build_average(model, run)
         model.train()
         model, stepper = cluster.attach(
             model,
@@ -65,11 +66,15 @@ def train(settings: Settings, given: dict[str, object]) -> Cluster:
             scheduler=builders.build_scheduler(optimizer, run, code),
             clip_norm=run.clip_norm,
             schedule_by=run.schedule_by,
+            after_step=None if average is None else average.update_parameters,
         )
         log.info(f"stands at step {cluster.step}")
 
         progress = Progress()
-        for batch in cluster.batches(samples, device=device, batch_limit=settings.batch_limit):
+        batches = cluster.batches(
+            samples, device=device, batch_limit=settings.batch_limit, samples=criterion.samples
+        )
+        for batch in batches:
             stepper.zero_grad()
             outputs, targets = builders.forward(model, batch)
             loss = criterion.loss(outputs, targets)

@@ -7,7 +7,8 @@ one line in the log and nothing else. At most `MAX_WAITING` steps wait.
 Keys:
 
     losses/train                        sample-weighted mean over the round's workers
-    losses/val, accuracy/val            where the step was evaluated; another metric: <name>/val
+    losses/val, accuracy/val            where the step was evaluated; another metric: <name>/val;
+                                        of an average of the weights: ema_loss/val and the like
     gradients/layer_<name>              norm of a parameter's averaged gradient; not of each step
                                         where steps are shorter than 50 ms
     lr, batch_size                      batch_size: samples that took part in the step

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -37,6 +38,7 @@ from ..link.client import Client
 from ..replica import checkpoint
 from ..replica.replica import Replica
 from ..replica.resume import resume
+from .early_stop import EarlyStop
 from .loggers import evaluation_values, open_logbooks, step_values
 
 NICE = 2
@@ -46,6 +48,8 @@ REST_MAX_S = 0.05
 REST_GROWS, REST_BEGINS_S = 1.1, 1e-4  # how fast the estimate of a round may rise
 NORMS_EVERY_S = 0.05  # for shorter steps: norms of every step cost a fast run a tenth of its speed
 KEPT_SHARE = 0.25  # of the server's history: the part that may wait here unread
+
+EMA = "ema_"  # before the names of what is evaluated of the average
 
 log = logging.getLogger("workers.observer")
 
@@ -77,6 +81,10 @@ class Observer:
         model = models.build(settings.model, settings.seed, None).to(self.device)
         self.copy = copy.deepcopy(model)  # it is evaluated while updates go on
         self.criterion = builders.build_criterion(settings, self.copy, self.val, self.device, None)
+        self.average = builders.build_average(model, settings)
+        self.average_copy = None if self.average is None else copy.deepcopy(model)
+        names = evaluated_names(self.criterion, self.average is not None)
+        self.early_stop = None if settings.early_stop is None else EarlyStop(settings, names)
         optimizer = builders.build_optimizer(model, settings, None)
         self.replica = Replica(
             model,
@@ -86,6 +94,7 @@ class Observer:
             scheduler=builders.build_scheduler(optimizer, settings, None),
             clip_norm=settings.clip_norm,
             schedule_by=settings.schedule_by,
+            after_step=None if self.average is None else self.average.update_parameters,
             outer=outer_of(settings),
         )
         if orders.resume is not None:
@@ -216,23 +225,36 @@ class Observer:
             self._due.add("checkpoint")
 
     def _evaluate(self) -> None:
-        """Evaluate a copy of this step's weights; apply updates between batches."""
-        step = self.replica.steps
-        self.copy.load_state_dict(self.replica.state()["model"])
+        """Evaluate a copy of this step's weights, and of their average if there is one; apply
+        updates between batches."""
+        step, weights = self.replica.steps, self.replica.state()["model"]
+        self.copy.load_state_dict(weights)
+        copies = {"": self.copy}
+        if self.average is not None and self.average_copy is not None:
+            self.average_copy.load_state_dict(builders.averaged(self.average, weights))
+            copies[EMA] = self.average_copy
+        found: dict[str, float] = {}
         self._evaluating = True
-        loss, metric = builders.evaluate(
-            self.copy, self.val, self.device, self.criterion, lambda: self._keep_up()
-        )
+        for of, model in copies.items():
+            loss, metric = builders.evaluate(
+                model, self.val, self.device, self.criterion, lambda: self._keep_up()
+            )
+            found[f"{of}loss"] = loss
+            if metric is not None:
+                found[f"{of}{self.criterion.name}"] = metric
         self._evaluating = False
-        metrics = {} if metric is None else {self.criterion.name: metric}
-        report: dict[str, float | None] = {"val_loss": loss}
-        report |= {f"val_{name}": value for name, value in metrics.items()}
+        report: dict[str, float | None] = {f"val_{name}": value for name, value in found.items()}
         self._evaluated = (step, report)
         self.client.report(step, report)
+        loss = found.pop("loss")
         for logged, values in self._logs:
             if logged == step:
-                values.update(evaluation_values(loss, metrics))
+                values.update(evaluation_values(loss, found))
         self._write_logs()
+        if self.early_stop is not None and not self.client.at_last_step:
+            reason = self.early_stop.evaluated(step, report)
+            if reason is not None:  # where this is lost, the next evaluation says it again
+                self.client.stop(reason)
 
     def _keep_up(self) -> None:
         """Apply the updates that have come, up to the step of the next evaluation."""
@@ -294,10 +316,15 @@ class Observer:
         if self._saved_step != step and step > 0:
             self._save()
         self._tell_unsaved()
-        try:
-            self._write(lambda: checkpoint.save_model(self.folder.model, self.replica))
-        except OSError as e:
-            self._problem(f"{self.folder.model} was not written: {e.strerror or e}")
+        model = self.replica.state()["model"]
+        weights = {self.folder.model: model}
+        if self.average is not None:
+            weights[self.folder.average] = builders.averaged(self.average, model)
+        for path, state in weights.items():
+            try:
+                self._write(partial(checkpoint.save_model, path, state, step))
+            except OSError as e:
+                self._problem(f"{path} was not written: {e.strerror or e}")
         self._kept = self.replica.lineage
         if self.client.at_last_step:
             self.client.kept()
@@ -318,6 +345,12 @@ class Observer:
         self.logbook.close()  # its problems are reported before goodbye
         self._tell_problems()
         self.client.goodbye(wire.Goodbye(wire.FINISHED, finished=True))
+
+
+def evaluated_names(criterion: builders.Criterion, average: bool) -> list[str]:
+    """The names of what an evaluation finds, the metric first."""
+    names = ["loss"] if criterion.metric is None else [criterion.name, "loss"]
+    return names + [f"{EMA}{name}" for name in names if average]
 
 
 def _due(every: int, before: int, now: int) -> bool:

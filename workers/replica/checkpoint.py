@@ -60,12 +60,11 @@ def save(path: Path, replica: Replica, run: str, settings: dict[str, Any]) -> No
     _write({str(i): t for i, t in enumerate(tensors)}, path, metadata)
 
 
-def save_model(path: Path, replica: Replica) -> None:
-    """Write the weights alone, by their names in the model's state_dict. Entries that are no
+def save_model(path: Path, state: dict[str, Any], step: int) -> None:
+    """Write the weights alone, by their names in this state of a model. Entries that are no
     tensors are left out, and named in the metadata (`left_out`); checkpoints have them."""
-    state = replica.state()["model"]
     tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
-    metadata = {"format": MODEL_FORMAT, "step": str(replica.steps)}
+    metadata = {"format": MODEL_FORMAT, "step": str(step)}
     if left_out := [key for key in state if key not in tensors]:
         metadata["left_out"] = json.dumps(left_out)
     _write(tensors, path, metadata)
