@@ -60,7 +60,7 @@ def test_it_stops_when_nothing_gets_better(
 def test_the_reason_names_the_best_and_its_step() -> None:
     found = stops_at([0.5, 0.91234, 0.9, 0.9], metric="accuracy", patience=2)
     assert found is not None and found[1] == (
-        "accuracy got no better in the last 2 evaluations: the best was 0.9123, at step 1"
+        "accuracy got no better in the last 2 evaluations: the best was 91.234 %, at step 1"
     )
     found = stops_at([NAN, NAN], metric="loss", patience=2)
     assert found is not None and found[1] == "loss was no number in 2 evaluations"

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from crew import Noise, drawn, in_float64, perceptron
@@ -23,7 +26,7 @@ from torch.utils.data import (
     TensorDataset,
     WeightedRandomSampler,
 )
-from whole import Served, free_port
+from whole import DEADLINE_S, Run, Served, children, free_port
 
 import workers
 from paramserver.errors import UserError
@@ -216,6 +219,39 @@ def test_what_a_loader_decides_by_itself_is_refused_with_the_way_out(
         with pytest.raises(UserError, match=problem) as raised:
             cluster.batches(loader())
     assert way in raised.value.hint
+
+
+DECODES = """
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+from paramserver import join
+
+if __name__ == "__main__":
+    model = torch.nn.Linear(4, 1)
+    cluster = join(port=PORT, alone={"num_epochs": 10**6})
+    model, optimizer = cluster.attach(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    data = TensorDataset(torch.randn(64, 4))
+    for (x,) in cluster.batches(DataLoader(data, 8, shuffle=True, num_workers=2)):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+        if cluster.step == 5:
+            print("five steps")
+"""
+
+
+def test_ctrl_c_ends_the_processes_of_a_loader_too(tmp_path: Path) -> None:
+    with Run(tmp_path) as run:
+        (tmp_path / "train.py").write_text(DECODES.replace("PORT", str(run.port)))
+        one = run.start("the script", "train.py")
+        one.wait_for("five steps")
+        readers = children(one)
+        assert len(readers) == 2
+        one.send(signal.SIGINT)
+        assert one.end() != 0 and "KeyboardInterrupt" in one.output
+        _, alive = psutil.wait_procs(readers, DEADLINE_S)
+        assert not alive
 
 
 def test_the_parts_of_a_loader_are_used() -> None:

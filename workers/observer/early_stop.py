@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 
 from paramserver.errors import UserError
+from paramserver.output import metrics
 from paramserver.settings import Settings
 
 PATIENCE = 3  # evaluations
@@ -51,7 +52,9 @@ class EarlyStop:
         if self._best == -math.inf:
             return f"{self._name} was no number in {self._in_vain} evaluations"
         evaluations = "evaluation" if self._in_vain == 1 else f"{self._in_vain} evaluations"
+        form = metrics.form(self._name)
+        best = form.axis.format(x=form.scale * self._sign * self._best)
         return (
-            f"{self._name} got no better in the last {evaluations}: the best was "
-            f"{self._sign * self._best:.4g}, at step {self._best_step}"
+            f"{self._name} got no better in the last {evaluations}: the best was {best}, at step "
+            f"{self._best_step}"
         )
