@@ -69,7 +69,15 @@ def test_a_good_cluster_has_nothing_to_be_told() -> None:
 @pytest.mark.parametrize(
     ("facts", "said"),
     [
-        ({"versions": {**FACTS["versions"], "torch": "2.14"}}, "torch 2.14, but 2.15.0 on mini1"),
+        (
+            {"versions": {**FACTS["versions"], "torch": "2.14"}},
+            "torch 2.14, but 2.15.0 on mini1\n  they can train together",
+        ),
+        (
+            {"versions": {**FACTS["versions"], "torch": "2.2.2"}},
+            "torch 2.2.2, but 2.15.0 on mini1: they cannot train together\n"
+            "  install PyTorch 2.15.0 there",
+        ),
         ({"skew_s": 40.0}, "its clock is +40.0 s off"),
         ({"free_disk_bytes": 2**29}, "only 0.5 GiB of disk"),
         ({"free_memory_bytes": 2**29}, "only 0.5 GiB of memory"),

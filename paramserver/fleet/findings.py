@@ -14,6 +14,7 @@ from typing import Any
 from paramserver.fleet.commands import Trouble
 from paramserver.net.hosts import Host
 from paramserver.net.interfaces import KINDS, SPOKEN, Interface, Path
+from paramserver.protocol.versions import misfit
 
 NO_ROUTE = (65, 113)  # EHOSTUNREACH of macOS and of Linux
 SKEW_S = 2.0
@@ -188,12 +189,14 @@ def _versions(report: Report) -> Iterator[Trouble]:
     for name, facts in report.facts.items():
         for package, version in facts["versions"].items():
             other = server["versions"].get(package)
-            if version != other:
-                yield Trouble(
-                    name,
-                    f"{package} {version}, but {other} on {report.server.name}",
-                    "make up brings both to the same",
-                )
+            if version == other:
+                continue
+            what = f"{package} {version}, but {other} on {report.server.name}"
+            if unfit := misfit({package: version or ""}, {package: other or ""}):
+                yield Trouble(name, f"{what}: they cannot train together", unfit[1])
+            else:
+                can = "they can train together; make up brings both to the same where it can"
+                yield Trouble(name, what, can)
 
 
 def _machine(name: str, facts: dict[str, Any], report: Report) -> Iterator[Trouble]:

@@ -36,6 +36,7 @@ from paramserver.net.interfaces import (
     why,
 )
 from paramserver.protocol.messages import Vitals
+from paramserver.protocol.versions import OWN, PYTHON, TORCH
 from paramserver.settings import Settings
 from paramserver.transport import sockets
 
@@ -182,7 +183,7 @@ def facts() -> dict[str, Any]:
         "system": platform.system(),
         "machine": platform.machine(),
         "python": platform.python_version(),
-        "versions": {"paramserver": __version__, **_versions("torch", "pyzmq")},
+        "versions": {"paramserver": __version__, **_installed("torch", "pyzmq")},
         "device": device(),
         "cores": os.cpu_count(),
         "memory_bytes": memory.total,
@@ -232,7 +233,15 @@ def port_holder(port: int) -> str | None:
     return None
 
 
-def _versions(*packages: str) -> dict[str, str | None]:
+def versions() -> dict[str, str]:
+    """Versions of this program, Python and PyTorch: of the one that this process has loaded, else
+    of the one that is installed."""
+    torch = getattr(sys.modules.get("torch"), "__version__", None) or _installed("torch")["torch"]
+    found = {OWN: __version__, PYTHON: platform.python_version(), TORCH: str(torch or "")}
+    return {what: version[:64] for what, version in found.items() if version}
+
+
+def _installed(*packages: str) -> dict[str, str | None]:
     found: dict[str, str | None] = dict.fromkeys(packages)
     for package in packages:
         with suppress(metadata.PackageNotFoundError):

@@ -154,6 +154,9 @@ Value = None | bool | Int | float | Text | Annotated[
 ]  # fmt: skip
 """A value of a parameter group: its learning rate, say, or its betas."""
 
+Versions = Annotated[dict[Text, Text], msgspec.Meta(max_length=16)]
+"""What is installed on a machine, by name; see `paramserver.protocol.versions`."""
+
 Groups = Annotated[
     dict[Int, Annotated[dict[Name, Value], msgspec.Meta(max_length=64)]],
     msgspec.Meta(max_length=GROUPS_MAX),
@@ -272,6 +275,8 @@ class Hello(Message, frozen=True):
     """Made once per process: a peer that said hello with a secret sends it with its probes and
     beats, because others may see its session on PUB. For a peer without one the session is
     enough."""
+    versions: Versions = {}
+    """Of this program, PyTorch and Python there; empty where the peer is older than this field."""
 
     def __post_init__(self) -> None:
         self._clip("role", "host")
@@ -290,6 +295,8 @@ class Welcome(Message, frozen=True):
     """Folder of the ipc sockets, for peers on the server's own host."""
     shared: Path | None = None
     """Folder of the memory that such peers may share (`shm`)."""
+    versions: Versions = {}
+    """Of the server's machine, as in Hello."""
 
 
 class Probe(Message, frozen=True):

@@ -19,6 +19,7 @@ import msgspec
 from paramserver import trace
 from paramserver.errors import PeerError
 from paramserver.protocol import messages as wire
+from paramserver.protocol import versions
 from paramserver.rounds.coordinator import Rounds
 from paramserver.rounds.effects import (
     Add,
@@ -307,9 +308,12 @@ class Control:
         if self.rounds.coming_back and hello.role == "worker" and hello.run is None:
             self._transport.send(route, wire.Later(self.rounds.phase(now)))
             return  # replicas that hold the run come first
-        refuse, end = "", None
+        refuse, hint, end = "", "", None
         if hello.protocol != wire.PROTOCOL:
             refuse = f"this server speaks protocol {wire.PROTOCOL}, you speak {hello.protocol}"
+            hint = "install the same version on both machines"
+        elif (unfit := versions.misfit(hello.versions, self._welcome.versions)) is not None:
+            refuse, hint = f"{hello.host} {unfit[0]}", unfit[1]
         elif self.rounds.ended is not None:
             refuse = f"the run has ended: {self.rounds.ended.reason}"
             # Who belongs to another run must not take this end for its own.
@@ -323,7 +327,7 @@ class Control:
         elif self._is_anothers(hello):
             refuse = "another process has greeted with this nonce"
         if refuse:
-            self._transport.send(route, wire.Reject(refuse, end=end))
+            self._transport.send(route, wire.Reject(refuse, hint, end=end))
             return
         known = next((s for s, d in self.doors.items() if d == route), None)
         session = known or self._new_session()

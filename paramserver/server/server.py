@@ -20,6 +20,7 @@ import zmq
 
 from paramserver.errors import PeerError, UserError
 from paramserver.fleet.plan_watch import PlanWatch
+from paramserver.net import machine
 from paramserver.net.link_watch import LinkWatch
 from paramserver.protocol import messages as wire
 from paramserver.rounds.coordinator import Rounds
@@ -139,6 +140,7 @@ class Server:
                 pub_port=settings.port + 1,
                 ipc=None if self._ipc is None else str(self._ipc.path),
                 shared=None if self._shared is None else str(self._shared.path),
+                versions=machine.versions(),
             ),
             observer_key=observer_key,
             most_unread=max(UNREAD_BYTES, PIECES_UNREAD * largest),

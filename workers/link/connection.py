@@ -98,6 +98,7 @@ class Connection:
             pid=os.getpid(),
             key=key,
             secret=secrets.token_hex(16),
+            versions=machine.versions(),
         )
         self._ctx = sockets.context()
         self._door: zmq.Socket[bytes] | None = None
