@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 from paramserver import keys
 from paramserver.__main__ import main as server_main
 from paramserver.net import address
-from paramserver.output import curves
+from paramserver.output import picture
 from paramserver.protocol import messages as wire
 from paramserver.rounds.local_steps import outer_of
 from paramserver.server import program
@@ -130,7 +130,7 @@ def server(*settings: str, keys_in: str = "", guarded: bool = False) -> None:
 
     `keys_in`: the folder of its keys. `guarded`: loopback needs them as other addresses do.
     """
-    curves.draw = lambda *_, **__: None
+    picture.draw = lambda *_, **__: None
     os.environ["XDG_CONFIG_HOME"] = keys_in
     if guarded:
         program.listen = lambda *_: ([], [LOOPBACK])

@@ -23,6 +23,7 @@ from paramserver import drafts
 VARIABLE = "PARAMSERVER_NOTIFY"
 WATCHED, SHOWN = ".watched", ".shown"  # beside that file: touched by who watches, and what it sees
 WATCHED_S = 5.0  # after the last touch nobody watches
+LOOK_S = 0.05  # for an answer
 PROGRESS = re.compile(r"(\d\d:\d\d:\d\d|\[worker \d+\]) · ")
 """How a line with `mark` begins, behind the time or the name of its worker."""
 
@@ -82,6 +83,20 @@ def watch(path: Path) -> bytes:
     Path(f"{path}{WATCHED}").touch()
     with suppress(FileNotFoundError):
         return Path(f"{path}{SHOWN}").read_bytes()
+    return b""
+
+
+def newest(path: Path, limit_s: float) -> bytes:
+    """What the program with this file shows now: asks it, and waits up to `limit_s` for an answer;
+    empty where none comes."""
+    watch(path)
+    asked = os.stat(f"{path}{WATCHED}").st_mtime_ns
+    deadline = time.monotonic() + limit_s
+    while time.monotonic() < deadline:
+        with suppress(FileNotFoundError):
+            if os.stat(f"{path}{SHOWN}").st_mtime_ns >= asked:
+                return Path(f"{path}{SHOWN}").read_bytes()
+        time.sleep(LOOK_S)
     return b""
 
 

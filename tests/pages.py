@@ -13,8 +13,8 @@ from typing import Any
 
 from paramserver.net import jointoken
 from paramserver.net.jointoken import JoinToken
+from paramserver.output.curves import Tail
 from paramserver.page.board import Board
-from paramserver.page.curves import Tail
 from paramserver.page.web import Web
 from paramserver.protocol.messages import Phase
 from paramserver.status.value import (

@@ -22,7 +22,8 @@ from whole import Run
 
 from paramserver.config import schema
 from paramserver.errors import UserError
-from paramserver.output.curves import Metrics
+from paramserver.output.curves import read
+from paramserver.output.picture import Columns
 from paramserver.settings import Settings
 from workers.builtin import builders
 from workers.builtin.data import order, permutation
@@ -180,8 +181,8 @@ def test_a_regression_by_names_alone_equals_a_plain_loop(ours: Path) -> None:
         assert re.search(rf"validation +│ L1Loss {summary['metrics']['L1Loss']:.4g}", server.output)
         lines = [json.loads(x) for x in (run.runs[-1] / "metrics.jsonl").read_text().splitlines()]
         assert [line["step"] for line in lines if "metrics" in line] == [20, 40, 60]
-        metrics = Metrics(run.runs[-1] / "metrics.jsonl")
-        assert metrics.metric == "L1Loss" and len(metrics.val_metric) == 3
+        drawn = Columns(read(run.runs[-1] / "metrics.jsonl"))
+        assert drawn.metric == "L1Loss" and len(drawn.val_metric) == 3
         assert (run.runs[-1] / "curves.png").stat().st_size > 10_000
 
         again = ["model=prices.yaml", "optimizer=SGD", "resume=latest", f"port={run.port}"]

@@ -121,6 +121,19 @@ def test_a_codec_that_takes_long_is_named() -> None:
     assert found.cause == Cause.ENCODE and found.sentence.startswith("encoding as topk takes 31 %")
 
 
+def test_where_now_one_is_the_slowest_and_now_another_nobody_is_named() -> None:
+    machines = [
+        msgspec.structs.replace(m, minute=m.minute + Times(wait=100 * wait))
+        for m, wait in zip(cluster((0.1, 0.01), (0.101, 0.01)), (0.03, 0.025), strict=True)
+    ]
+    found = diagnosed(machines)
+    assert (found.cause, found.machine) == (Cause.SLOW, None)
+    assert found.sentence == (
+        "20 % of the time all wait for the slowest of a round, which is now one of them and now "
+        "another: local_steps=16 lets them meet less often"
+    )
+
+
 def test_a_run_that_only_computes_says_so() -> None:
     found = diagnosed(cluster((1.0, 0.04), (1.0, 0.04)))
     assert found.cause == Cause.NOTHING

@@ -19,7 +19,7 @@ PACKAGES = ("paramserver", "workers")
 
 ROOMS = [
     "paramserver.errors paramserver.words paramserver.trace paramserver.ranges paramserver "
-    "paramserver.run_module paramserver.typed",
+    "paramserver.run_module paramserver.typed paramserver.units",
     "paramserver.locks paramserver.drafts",
     "paramserver.terminal paramserver.notify paramserver.logs",
     "paramserver.program",
@@ -66,6 +66,7 @@ PURE = [
     "paramserver.typed",
     "paramserver.trace",
     "paramserver.ranges",
+    "paramserver.units",
     "paramserver.settings",
     "paramserver",
     "paramserver.run_module",
@@ -85,6 +86,7 @@ PURE = [
     "paramserver.fleet.topology",
     "paramserver.fleet.user_code",
     "paramserver.output.problems",
+    "paramserver.output.thinned",
     "paramserver.page.guard",
     "paramserver.server.control",
     "paramserver.server.history",

@@ -13,7 +13,7 @@ import workers
 from paramserver import logs
 from paramserver.output.display import Display
 from paramserver.server.overview import Overview
-from paramserver.server.watcher import Above
+from paramserver.server.show import Above
 from paramserver.settings import Settings
 
 ALONE = "training alone"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,23 @@ def test_a_status_is_written_as_long_as_somebody_watches(
     assert not notify.is_watched()
     monkeypatch.delenv(notify.VARIABLE)
     assert not notify.is_watched()
+
+
+def test_what_is_shown_now_is_waited_for_and_what_is_old_is_not_taken(place: Path) -> None:
+    notify.show(b"of yesterday")
+    os.utime(f"{place}{notify.SHOWN}", (1e9, 1e9))
+    assert notify.newest(place, 0.1) == b"", "nobody answers"
+
+    def answers() -> None:
+        while not notify.is_watched():
+            pass
+        notify.show(b"of today")
+
+    os.utime(f"{place}{notify.WATCHED}", (1e9, 1e9))
+    program = threading.Thread(target=answers)
+    program.start()
+    assert notify.newest(place, 60.0) == b"of today"
+    program.join()
 
 
 def test_progress_is_marked_where_a_supervisor_keeps_the_log(

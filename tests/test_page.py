@@ -27,9 +27,9 @@ from whole import DEADLINE_S, Program, Run, children
 from paramserver.errors import UserError
 from paramserver.net import jointoken
 from paramserver.net.jointoken import JoinToken
+from paramserver.output.curves import Curves, Line, Tail, follow, read
 from paramserver.page import guard, process, report, runs
 from paramserver.page.board import VIEWERS, Board, Seen
-from paramserver.page.curves import Curves, Line, Tail, follow
 from paramserver.page.web import CONNECTIONS
 from paramserver.settings import Settings
 
@@ -196,7 +196,7 @@ def test_curves_come_in_parts(tmp_path: Path) -> None:
         file.write('{"step": 151, "seconds": 9.0, "samples": 1, "loss": 1.0}\n')
     board.read(tail)
     second = json.loads(board.next(seen, 0)[0][1])
-    assert second["from"] == 149 and second["step"] == [150, 151] and second["eval_step"] == []
+    assert second["from"] == 149 and second["step"] == [150, 151]
 
 
 # --------------------------------------------------------------------------------- who may look
@@ -560,7 +560,7 @@ def test_a_report_is_one_file_with_nothing_from_outside(tmp_path: Path) -> None:
     pages.write_metrics(tmp_path / "metrics.jsonl", 200)
     evil = "</script><script>alert(1)</script><!--"
     state = pages.status(phase=evil)
-    assert report.write(tmp_path / "report.html", state, tmp_path / "metrics.jsonl") is None
+    assert report.write(tmp_path / "report.html", state, read(tmp_path / "metrics.jsonl")) is None
     text = (tmp_path / "report.html").read_text()
     assert 'src="' not in text and '<link rel="stylesheet"' not in text and "alert(1)</" not in text
     assert "default-src 'none'; script-src 'sha256-" in text
@@ -568,5 +568,5 @@ def test_a_report_is_one_file_with_nothing_from_outside(tmp_path: Path) -> None:
     data = text.partition('<script id="data" type="application/json">')[2].partition("</script>")[0]
     told = json.loads(data)
     assert told["status"]["phase"] == evil and len(told["curves"]["step"]) == 200
-    problem = report.write(tmp_path / "no" / "report.html", state, tmp_path / "none")
+    problem = report.write(tmp_path / "no" / "report.html", state, Curves())
     assert problem is not None and problem.endswith("was not written: No such file or directory")

@@ -16,6 +16,7 @@ import pages
 import pytest
 from whole import Run
 
+from paramserver.output.curves import read
 from paramserver.page import report
 from paramserver.status.value import (
     Cause,
@@ -339,7 +340,7 @@ def test_the_watch_token_opens_it(chromium: Any, tmp_path: Path) -> None:
 def test_a_report_opens_from_disk(tab: Tab, tmp_path: Path) -> None:
     pages.write_metrics(tmp_path / "metrics.jsonl", 300)
     state = pages.status(end="all epochs are done", trains=False, model=EVIL)
-    assert report.write(tmp_path / "report.html", state, tmp_path / "metrics.jsonl") is None
+    assert report.write(tmp_path / "report.html", state, read(tmp_path / "metrics.jsonl")) is None
     tab.open((tmp_path / "report.html").as_uri(), workers=3)
     assert tab.text("#phase") == "ended: all epochs are done" and tab.text("#model") == EVIL
     assert "training 0." in curve(tab, "loss")

@@ -25,7 +25,7 @@ from paramserver.protocol import messages as wire
 from paramserver.server.observer_process import OBSERVER_RESTARTS
 from paramserver.server.program import missing_results, summarize
 from paramserver.server.server import Server
-from paramserver.server.watcher import Show
+from paramserver.server.show import Show
 from paramserver.settings import Settings
 from workers.replica import checkpoint
 

@@ -43,9 +43,9 @@ child.wait()
 class Kept:
     """A supervisor's folder, and its commands."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.files = Files(folder, "worker")
+    def __init__(self, folder: Path, name: str = "worker") -> None:
+        self.folder, self.name = folder, name
+        self.files = Files(folder, name)
         self._end, self._pipe = os.pipe()  # an input that stays open
 
     def supervisor(self, *words: str, stdin: str = "") -> str:
@@ -58,12 +58,12 @@ class Kept:
 
     def start(self, program: str, **orders: Any) -> State:
         told = {"argv": [sys.executable, "-c", program], **orders}
-        words = ("start", "worker", str(self.folder))
+        words = ("start", self.name, str(self.folder))
         return State(**json.loads(self.supervisor(*words, stdin=json.dumps(told))))
 
     def stop(self, patience_s: int = 20) -> dict[str, Any]:
         answer: dict[str, Any] = json.loads(
-            self.supervisor("stop", "worker", str(self.folder), str(patience_s))
+            self.supervisor("stop", self.name, str(self.folder), str(patience_s))
         )
         return answer
 
@@ -169,6 +169,31 @@ def test_what_it_tells_is_known_and_what_it_only_says_is_not_parsed(here: Kept) 
     assert here.state().warning == "warning: told"  # the new one's, which is newer
     here.stop()
     assert not here.state().ready
+
+
+SHOWS = """
+import time
+from paramserver import notify
+notify.ready("here")
+print("here", flush=True)
+while True:
+    time.sleep(0.05)
+    if notify.is_watched():
+        notify.show(b'{"step": 7}')
+"""
+
+
+def test_a_server_is_asked_for_the_status_of_its_run(tmp_path: Path) -> None:
+    server = Kept(tmp_path, "server")
+    try:
+        server.start(SHOWS)
+        assert next(server.lines()) == "here"
+        told = json.loads(server.supervisor("status", str(server.folder)))
+        assert [state["shown"] for state in told] == [""]
+        told = json.loads(server.supervisor("status", str(server.folder), "shown"))
+        assert [state["shown"] for state in told] == ['{"step": 7}']
+    finally:
+        server.close()
 
 
 @pytest.mark.parametrize(("code", "starts"), [(0, 1), (2, 1), (1, 2)])

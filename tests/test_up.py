@@ -199,6 +199,7 @@ def test_a_run_from_start_to_end(cluster: Cluster, tmp_path: Path) -> None:
     status = cluster.says("status")
     assert re.search(r"mini1 +server +running for", status)
     assert re.search(r"mini3 +worker 2 +running for", status)
+    assert re.search(r"\n  training, step [\d,]+/[\d,]+,.* samples/s, epoch \d+/", status)
 
     assert "another run is going on on mini1" in cluster.says("up", *SMALL, code=2)
 

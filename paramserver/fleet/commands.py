@@ -525,6 +525,9 @@ def stop(host: Host, name: str) -> Command:
     )
 
 
-def status(host: Host, *, hasty: bool = False) -> Command:
-    """Asks for the state of every process that runs or ran there."""
-    return supervisor(host, "status", without="[]", hasty=hasty)
+def status(host: Host, *, hasty: bool = False, shown: bool = False) -> Command:
+    """Asks for the state of every process that runs or ran there; `shown`: with the status of the
+    run in its server's."""
+    words = ["shown"] if shown else []  # behind the folder: copies of before do not look there
+    module = "paramserver.fleet.supervisor"
+    return python(host, module, "status", "..", *words, without="[]", hasty=hasty)

@@ -31,10 +31,11 @@ from paramserver.fleet.findings import (
     findings,
     remarks,
 )
+from paramserver.fleet.lines import Lines
 from paramserver.fleet.measurements import Measurement
+from paramserver.fleet.processes import states
 from paramserver.fleet.remote import Agent, Failed
 from paramserver.fleet.up import clone, job, measure, prepare
-from paramserver.fleet.watch import Lines, states
 from paramserver.net.hosts import Host
 from paramserver.net.interfaces import Interface, from_json, paths
 from paramserver.net.interfaces import Path as Way

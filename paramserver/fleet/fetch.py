@@ -7,9 +7,11 @@ from pathlib import Path
 
 from paramserver.errors import UserError
 from paramserver.fleet import commands, remote
+from paramserver.fleet.attach import typed_too
+from paramserver.fleet.lines import Lines
+from paramserver.fleet.processes import machines
 from paramserver.fleet.remote import Failed
 from paramserver.fleet.supervisor import State
-from paramserver.fleet.watch import Lines, machines, typed_too
 from paramserver.net.hosts import Host
 from paramserver.settings import Settings
 

@@ -25,11 +25,12 @@ from paramserver.errors import UserError
 from paramserver.fleet import commands, plan, plan_watch, remote
 from paramserver.fleet.doctor import examine, measure_paths
 from paramserver.fleet.findings import Report
+from paramserver.fleet.lines import Lines
 from paramserver.fleet.plan import HERE, CodecCost, Link, Machine, Model, Plan, Row
+from paramserver.fleet.processes import refuse, states
 from paramserver.fleet.remote import Agent
 from paramserver.fleet.up import check, clone, job, prepare
 from paramserver.fleet.user_code import find_user_code
-from paramserver.fleet.watch import Lines, refuse, states
 from paramserver.net import hosts as fleet
 from paramserver.net.hosts import Host
 from paramserver.program import command as program

@@ -11,7 +11,8 @@ a free lock means that there is none. Its folder (the last argument; `..` as see
     logs/<name>.log      the output of the process
 
     start NAME FOLDER              orders (`Orders`, JSON) by standard input; answers a `State`
-    status FOLDER                  every `State`, as a JSON list
+    status FOLDER [shown]          every `State`, as a JSON list; with `shown` the status of the run
+                                   is in the server's
     follow NAME FOLDER [OFFSET]    the log from there on, until the process has ended for good or
                                    standard input ends; exits with 0 if all went well
     show NAME FOLDER               its status (`notify.show`), a line whenever it changes, likewise
@@ -53,6 +54,7 @@ LOOK_S = 0.1  # at a file that grows
 TAIL_BYTES = 2**16  # of a log, where its last line is looked for
 FORGIVEN_S = 600.0  # after this time the restarts are counted from 0 again
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0  # before it is started again
+SHOWN_S = 1.5  # for a server to show its status
 LOCK_S = 10.0  # a supervisor that was asked to start has its lock by then
 FORCED_S = 10.0
 LEFT_S = 15.0  # an observer whose server is gone writes a checkpoint first
@@ -92,6 +94,7 @@ class State:
     warned_at: float = 0.0  # of the process; seconds since the epoch
     ready: bool = False  # has the process begun its work? `status` sets it
     run_folder: str = ""  # of a server, as seen from the code; `status` sets it
+    shown: str = ""  # of a server: the status of its run, as JSON; `status` sets it where asked
 
 
 class Files:
@@ -448,11 +451,18 @@ def stop_all(folder: Path, name: str, patience_s: int) -> dict[str, Any]:
     }
 
 
-def status(folder: Path) -> list[State]:
+def status(folder: Path, shown: bool = False) -> list[State]:
     """The state of every process that runs or ran here."""
     names = sorted(path.stem for path in (folder / "state").glob("*.json"))
-    states = [Files(folder, name).read() for name in names]
-    return [state for state in states if state is not None]
+    states = []
+    for files in (Files(folder, name) for name in names):
+        if (state := files.read()) is None:
+            continue
+        if shown and state.ready and state.name == "server":
+            with suppress(OSError):
+                state.shown = notify.newest(files.notify, SHOWN_S).decode(errors="replace")
+        states.append(state)
+    return states
 
 
 def follow(files: Files, offset: int | None, until: int = 0) -> Iterator[bytes]:
@@ -506,7 +516,8 @@ def tail(files: Files, lines: int) -> bytes:
 def main(words: list[str]) -> int:
     command, *rest = words
     if command == "status":
-        print(json.dumps([asdict(state) for state in status(Path(rest[0]))]))
+        states = status(Path(rest[0]), rest[1:] == ["shown"])
+        print(json.dumps([asdict(state) for state in states]))
         return 0
     files = Files(Path(rest[1]), rest[0])
     if command == "start":

@@ -22,13 +22,15 @@ from paramserver import terminal
 from paramserver.config.loading import dump
 from paramserver.errors import UserError
 from paramserver.fleet import commands, measurements, remote
+from paramserver.fleet.attach import Followers, show
 from paramserver.fleet.commands import Checked, Trouble
 from paramserver.fleet.fetch import tell_where
+from paramserver.fleet.lines import Lines
 from paramserver.fleet.measurements import Measurement
+from paramserver.fleet.processes import machines, refuse, states, stop
 from paramserver.fleet.remote import Agent, Failed
 from paramserver.fleet.supervisor import State
 from paramserver.fleet.user_code import Script, UserCode, find_user_code, place_of
-from paramserver.fleet.watch import Lines, Watch, machines, refuse, show, states, stop
 from paramserver.net.hosts import Host
 from paramserver.net.interfaces import SPOKEN, Interface, from_json, paths
 from paramserver.net.interfaces import Path as Way
@@ -118,9 +120,9 @@ def up(arguments: list[str], *, script: Script | None = None, dry: bool = False)
         wanted = replace(wanted, addresses=tuple(addresses))
         token = join_token(wanted, agents, addresses)
         stack.close()
-        with Watch(lines) as watch:
-            start(lines, watch, wanted, ways, running, token)
-            code = show(watch, lines, arguments, wanted.settings.plain)
+        with Followers(lines) as followers:
+            start(lines, followers, wanted, ways, running, token)
+            code = show(followers, lines, arguments, wanted.settings.plain)
         if code is not None:
             tell_where(lines, wanted.settings, wanted.server, arguments)
         return code or 0
@@ -353,7 +355,7 @@ def said(way: Way, told: Mapping[str, Any]) -> str:
 
 def start(
     lines: Lines,
-    watch: Watch,
+    followers: Followers,
     wanted: Job,
     ways: Mapping[str, Way],
     running: set[tuple[str, str]],
@@ -368,10 +370,10 @@ def start(
             first = _starts(wanted, ways, token)[0]
             remote.must(server, commands.settings_file(server, wanted.text), "writing the settings")
             state = State(**remote.ask(server, first, "starting the server"))
-            watch.add(server, "server", state.log_from)
-            _wait_until_ready(lines, watch, server)
+            followers.add(server, "server", state.log_from)
+            _wait_until_ready(lines, followers, server)
         else:
-            watch.add(server, "server", _kept(server, "server").log_to)
+            followers.add(server, "server", _kept(server, "server").log_to)
         commands_of: dict[str, list[commands.Command]] = {}
         for command in _starts(wanted, ways, token)[1:]:
             commands_of.setdefault(command.host, []).append(command)
@@ -390,7 +392,7 @@ def start(
         refuse(troubles, "not all workers could be started")
         for host in wanted.workers:
             for process, offset in zip(host.processes, offsets[host.name], strict=True):
-                watch.add(host, process.name, offset)
+                followers.add(host, process.name, offset)
     except BaseException as e:
         if begun:
             lines.tell("the start was not finished: ending what was started")
@@ -406,11 +408,11 @@ def _kept(host: Host, name: str) -> State:
     return State(**told[name])
 
 
-def _wait_until_ready(lines: Lines, watch: Watch, server: Host) -> None:
+def _wait_until_ready(lines: Lines, followers: Followers, server: Host) -> None:
     """Wait until the server listens. Raises `UserError` where it does not."""
     until = time.monotonic() + READY_S
     while (now := time.monotonic()) < until:
-        for event in watch.events(min(until, now + ASK_S)):
+        for event in followers.events(min(until, now + ASK_S)):
             if event.line is None:
                 raise UserError(f"the server did not start on {server.name}", "its words are above")
             lines.say(server.name, event.line)

@@ -225,7 +225,7 @@ def profile(arguments: list[str]) -> int:
 
 def fleet(words: list[str]) -> int:
     """The commands for a cluster of machines: a word, options like --dry, and settings."""
-    from paramserver.fleet import doctor, fetch, planning, up, watch
+    from paramserver.fleet import attach, doctor, fetch, planning, processes, up
 
     command, *rest = words
     rest, behind = _behind_dashes(rest)
@@ -253,13 +253,14 @@ def fleet(words: list[str]) -> int:
         return up.up(settings, script=own, dry="--dry" in options)
     if command in ("logs", "attach"):
         host = options[-1].partition("=")[2] if options else None
-        look = watch.logs if command == "logs" else watch.attach
+        look = processes.logs if command == "logs" else attach.attach
         return look(settings, host) or 0
     if command == "doctor":
         return doctor.doctor(settings, as_json="--json" in options, fix="--fix" in options)
     if command == "plan":
         return planning.plan_for(settings, as_json="--json" in options)
-    return {"status": watch.status, "fetch": fetch.fetch, "down": watch.down}[command](settings)
+    rest_of = {"status": processes.status, "fetch": fetch.fetch, "down": processes.down}
+    return rest_of[command](settings)
 
 
 def ray(arguments: list[str]) -> int:

@@ -1,301 +1,222 @@
-"""Draws a run: curves.png from metrics.jsonl.
+"""The curves of a run in bounded memory, read from metrics.jsonl as it grows.
 
-Above, training and validation loss; below, a metric of the validation, and throughput with the
-rounds that closed without a member. matplotlib is imported when a picture is drawn, not before.
+The page, the report and the picture show them. Where there are more than `BINS` lines, neighbours
+become one bin: a million steps take as much memory, and as many bytes in the browser, as some
+thousands.
 """
 
 from __future__ import annotations
 
-import io
-import logging
+import math
+import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
-import numpy as np
-from numpy.typing import NDArray
 
-from paramserver import drafts
 from paramserver.output import metrics
+from paramserver.output.thinned import Thinned
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-Floats = NDArray[np.float64]
-
-INK, MUTED, GRID = "#1f2933", "#7b8794", "#e9edf2"
-BLUE, ORANGE, GREEN, RED = "#2f6fde", "#f08c2e", "#1f9d72", "#d64545"
-MAX_POINTS = 1500  # about one per pixel; more are drawn as a band
-SMOOTH_POINTS = 400
-RATE_BINS = 150
+BINS = 4096
+EVALUATIONS = 2048
+NAMES = 9  # of metrics, the loss among them
+READ_BYTES = 2**20  # at once
+LINE_BYTES = 2**16  # a longer line is none of ours
 
 
-class Metrics:
-    """The columns of a metrics.jsonl; NaN where a line has null. Broken and incomplete lines are
-    left out, and of several lines for one step the last counts."""
+class Line(msgspec.Struct, gc=False):
+    """A line of metrics.jsonl, of a step or an evaluation, as far as curves need it."""
+
+    step: Annotated[int, msgspec.Meta(ge=0, le=10**15)]
+    seconds: float = 0.0
+    samples: Annotated[int, msgspec.Meta(ge=0, le=10**12)] | None = None
+    loss: float | None = None
+    step_s: float = 0.0
+    late: tuple[int, ...] = ()
+    val_loss: float | None = None
+    val_accuracy: float | None = None
+    metrics: dict[str, float | None] = {}
+
+
+_decode = msgspec.json.Decoder(Line).decode
+
+
+class Bin(msgspec.Struct, gc=False):
+    """Neighbouring lines of steps."""
+
+    step: int
+    """The last one."""
+    began: float
+    seconds: float
+    """At its end; both since the run's first round was opened."""
+    samples: int
+    late: int
+    """Rounds that closed without a member."""
+    loss: float | None
+    """Mean, weighted by samples."""
+    low: float | None
+    high: float | None
+    weight: int
+    """Samples that have a loss."""
+    lines: int = 1
+
+    @classmethod
+    def of(cls, line: Line) -> Bin:
+        loss, samples = _finite(line.loss), line.samples or 0
+        weight = 0 if loss is None else samples
+        late = int(bool(line.late))
+        began = line.seconds - line.step_s
+        return cls(line.step, began, line.seconds, samples, late, loss, loss, loss, weight)
+
+    def with_next(self, later: Bin) -> Bin:
+        """This bin, with the next one in it."""
+        self.step, self.seconds = later.step, later.seconds
+        self.samples += later.samples
+        self.late += later.late
+        self.lines += later.lines
+        if later.loss is None or later.low is None or later.high is None:
+            return self
+        weight = self.weight + later.weight
+        if self.loss is None or self.low is None or self.high is None or not weight:
+            self.loss, self.low, self.high = later.loss, later.low, later.high
+        else:
+            self.loss = (self.loss * self.weight + later.loss * later.weight) / weight
+            self.low, self.high = min(self.low, later.low), max(self.high, later.high)
+        self.weight = weight
+        return self
+
+
+class Evaluation(NamedTuple):
+    """One evaluation: its loss as "loss", and its metrics."""
+
+    step: int
+    seconds: float
+    values: dict[str, float | None]
+
+
+class Curves:
+    """Losses, metrics, samples and late rounds by step.
+
+    `changed` counts what a reader must take anew as a whole: bins became fewer, or steps went back.
+    """
+
+    def __init__(self, bins: int = BINS, evaluations: int = EVALUATIONS) -> None:
+        self._bins: Thinned[Bin] = Thinned(bins, Bin.with_next)
+        self._evaluations: Thinned[Evaluation] = Thinned(evaluations, lambda _, newer: newer)
+
+    @property
+    def bins(self) -> list[Bin]:
+        return self._bins.items
+
+    @property
+    def evaluations(self) -> list[Evaluation]:
+        return self._evaluations.items
+
+    @property
+    def changed(self) -> int:
+        return self._bins.changed + self._evaluations.changed
+
+    def clear(self) -> None:
+        self._bins.clear()
+        self._evaluations.clear()
+
+    def add(self, line: Line) -> None:
+        """Take in the next line."""
+        # A server that was killed goes on from an earlier step: what was after it is void.
+        if line.samples is not None:
+            if self.bins and line.step <= self.bins[-1].step:
+                self._bins.drop_last(lambda found: found.step >= line.step)
+            self._bins.add(Bin.of(line))
+            return
+        self._evaluations.drop_last(lambda found: found.step >= line.step)
+        told = {"val_accuracy": line.val_accuracy, "metrics": line.metrics}
+        values = {"loss": line.val_loss, **metrics.held(told)}
+        first = dict(list(values.items())[:NAMES])
+        self._evaluations.add(Evaluation(line.step, line.seconds, first))
+
+    # ------------------------------------------------------------------ for the browser
+
+    def part(self, bins: int = 0, evaluations: int = 0) -> dict[str, Any]:
+        """What there is from these places on, as columns."""
+        new, judged = self.bins[bins:], self.evaluations[evaluations:]
+        names = dict.fromkeys(name for each in self.evaluations for name in each.values)
+        return {
+            "changed": self.changed,
+            "from": bins,
+            "evals_from": evaluations,
+            "step": [b.step for b in new],
+            "seconds": [round(b.seconds, 3) for b in new],
+            "loss": [_short(b.loss) for b in new],
+            "low": [_short(b.low) for b in new],
+            "high": [_short(b.high) for b in new],
+            "samples": [b.samples for b in new],
+            "late": [b.late for b in new],
+            "eval_step": [e.step for e in judged],
+            "eval_seconds": [round(e.seconds, 3) for e in judged],
+            "evals": {
+                name: [_short(_finite(e.values.get(name))) for e in judged]
+                for name in list(names)[:NAMES]
+            },
+        }
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _short(value: float | None) -> float | None:
+    """Six digits are more than a screen shows."""
+    return None if value is None else float(f"{value:.6g}")
+
+
+class Tail:
+    """Follows a file of lines that another process writes, a piece at a time."""
 
     def __init__(self, path: Path) -> None:
-        steps: dict[int, dict[str, Any]] = {}
-        evaluations: dict[int, dict[str, Any]] = {}
-        decode = msgspec.json.Decoder(dict[str, Any]).decode
-        with path.open("rb") as file:
-            for line in file:
-                try:
-                    record = decode(line)
-                except msgspec.DecodeError:
-                    continue
-                if isinstance(step := record.get("step"), int):
-                    is_step = "samples" in record
-                    (steps if is_step else evaluations)[step] = record
-        lines = [record for _, record in sorted(steps.items())]
-        self.step = _column(lines, "step")
-        self.seconds = _column(lines, "seconds")
-        self.loss = _column(lines, "loss")
-        self.samples = _column(lines, "samples")
-        self.step_s = _column(lines, "step_s")
-        self.late_step = _column([record for record in lines if record.get("late")], "step")
-        evals = [record for _, record in sorted(evaluations.items())]
-        self.eval_step = _column(evals, "step")
-        self.val_loss = _column(evals, "val_loss")
-        held = [metrics.held(record) for record in evals]
-        names = dict.fromkeys(name for record in held for name in record)
-        self.metric = metrics.ACCURACY if metrics.ACCURACY in names else next(iter(names), "")
-        """The name of the metric that is drawn; empty: there is none."""
-        self.val_metric = _column(held, self.metric)
+        self._path = path
+        self._at = 0
+        self._rest = b""
+        self._file: tuple[int, int] | None = None  # device and inode
+        self.again = False
+        """The last `lines` began at the file's start: it is new, or was cut off."""
+
+    def lines(self) -> list[bytes]:
+        """The next whole lines; none where there are none yet."""
+        self.again = False
+        try:
+            with self._path.open("rb") as file:
+                stat = os.fstat(file.fileno())
+                if (stat.st_dev, stat.st_ino) != self._file or stat.st_size < self._at:
+                    self._file, self._at, self._rest = (stat.st_dev, stat.st_ino), 0, b""
+                    self.again = True
+                file.seek(self._at)
+                piece = file.read(READ_BYTES)
+        except OSError:
+            return []
+        self._at += len(piece)
+        *whole, self._rest = (self._rest + piece).split(b"\n")
+        if len(self._rest) > LINE_BYTES:
+            self._rest = b""
+        return whole
 
 
-def draw(metrics_path: Path, out_path: Path, title: str) -> str | None:
-    """Draw the run that is written in `metrics_path`, 1200 x 800 pixels, whole or not at all.
-
-    Returns a sentence where a file could not be read or written.
-    """
-    try:
-        drafts.write(out_path, _png(Metrics(metrics_path), title))
-    except OSError as error:
-        return f"{out_path} was not drawn: {error.strerror or error}"
-    return None
-
-
-def _png(run: Metrics, title: str) -> bytes:
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it logs about its font cache
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    style: Any = {
-        "text.usetex": False,
-        "text.parse_math": False,
-        "font.family": "DejaVu Sans",
-        "font.size": 10.5,
-        "text.color": INK,
-        "axes.edgecolor": GRID,
-        "axes.facecolor": "white",
-        "xtick.color": MUTED,
-        "ytick.color": MUTED,
-        "legend.frameon": False,
-    }
-    with matplotlib.rc_context(style):
-        figure = Figure(figsize=(12, 8), dpi=100, facecolor="white")
-        grid = figure.add_gridspec(
-            2,
-            2,
-            height_ratios=(1.45, 1),
-            left=0.065,
-            right=0.975,
-            top=0.85,
-            bottom=0.075,
-            hspace=0.4,
-            wspace=0.16,
-        )
-        figure.text(0.065, 0.945, title, fontsize=17, fontweight="bold")
-        figure.text(0.065, 0.912, _subtitle(run), fontsize=11, color=MUTED)
-        _draw_losses(figure.add_subplot(grid[0, :]), run)
-        beside = bool(np.isfinite(run.val_metric).any())
-        if beside:
-            _draw_metric(figure.add_subplot(grid[1, 0]), run)
-        _draw_rate(figure.add_subplot(grid[1, 1] if beside else grid[1, :]), run)
-        png = io.BytesIO()
-        figure.savefig(png, format="png")
-    return png.getvalue()
+def follow(curves: Curves, tail: Tail) -> bool:
+    """Take in the next piece of a metrics.jsonl; is there more?"""
+    lines = tail.lines()
+    if tail.again and curves.bins:
+        curves.clear()
+    for text in lines:
+        try:
+            curves.add(_decode(text))
+        except (msgspec.DecodeError, ValueError, RecursionError, OverflowError):
+            continue  # spoilt
+    return bool(lines)
 
 
-def _subtitle(run: Metrics) -> str:
-    if not len(run.step):
-        return "no steps"
-    count, seconds = len(run.step), run.seconds[-1]
-    parts = [f"{count:,} step{'s' if count > 1 else ''}"]
-    if seconds > 0:
-        parts[0] += f" in {seconds:,.1f} s"
-        parts.append(f"{np.nansum(run.samples) / seconds:,.0f} samples/s")
-    value = run.val_metric[np.isfinite(run.val_metric)]
-    if len(value):
-        parts += metrics.final({run.metric: float(value[-1])})
-    if len(run.late_step):
-        parts.append(f"{len(run.late_step):,} rounds with a late worker")
-    return "   ·   ".join(parts)
-
-
-def _draw_losses(axes: Axes, run: Metrics) -> None:
-    _prepare(axes, run, "Loss")
-    step, loss = _finite(run.step, run.loss)
-    at, smooth = _smoothed(step, loss)
-    if len(step):
-        if len(step) > MAX_POINTS:
-            starts = _bin_starts(len(step), MAX_POINTS)
-            low, high = np.minimum.reduceat(loss, starts), np.maximum.reduceat(loss, starts)
-            axes.fill_between(step[starts], low, high, color=BLUE, alpha=0.16, linewidth=0)
-        else:
-            axes.plot(step, loss, color=BLUE, alpha=0.22, linewidth=1)
-        axes.plot(at, smooth, color=BLUE, linewidth=2, label="training", marker=_dot(at))
-    eval_step, val_loss = _finite(run.eval_step, run.val_loss)
-    if len(eval_step):
-        axes.plot(
-            _thinned(eval_step),
-            _thinned(val_loss),
-            color=ORANGE,
-            linewidth=2,
-            marker=_dot(eval_step, 60),
-            markersize=5,
-            label="validation",
-        )
-    shown = np.concatenate((smooth, val_loss))
-    if len(shown):  # outliers of single steps may be cut off, the curves may not
-        usual = np.quantile(loss, 0.995) if len(loss) else 0.0
-        top = max(float(shown.max()), float(usual))
-        axes.set_ylim(min(0.0, float(shown.min())), 1.06 * top if top > 0 else 1.0)
-        _legend(axes)
-
-
-def _draw_metric(axes: Axes, run: Metrics) -> None:
-    _prepare(axes, run, f"Validation {run.metric}")
-    form = metrics.form(run.metric)
-    step, value = _finite(run.eval_step, form.scale * run.val_metric)
-    dot = _dot(step, 60)
-    axes.plot(_thinned(step), _thinned(value), color=GREEN, linewidth=2, marker=dot, markersize=5)
-    if form.best is None:
-        axes.margins(y=0.2)
-        below = value[-1] < value[0]  # the curve falls
-    else:
-        low = float(value.min())
-        span = max(form.best - low, 1.0)
-        axes.set_ylim(max(low - 0.12 * span, -2), form.best + 0.04 * span)
-        axes.yaxis.set_major_formatter(form.axis)
-        below = value[-1] > (low + form.best) / 2
-    axes.annotate(
-        form.mark.format(value=value[-1]),
-        (step[-1], value[-1]),
-        xytext=(0, -17 if below else 9),
-        textcoords="offset points",
-        ha="right" if len(step) > 1 else "center",
-        color=GREEN,
-        fontweight="bold",
-    )
-
-
-def _draw_rate(axes: Axes, run: Metrics) -> None:
-    _prepare(axes, run, "Samples per second")
-    step, rate = _rates(run)
-    if len(step):
-        axes.fill_between(step, rate, color=INK, alpha=0.07, linewidth=0)
-        axes.plot(step, rate, color=INK, linewidth=1.4, marker=_dot(step))
-        axes.set_ylim(0, 1.15 * float(rate.max()) or 1.0)
-        axes.yaxis.set_major_formatter("{x:,.0f}")
-    if len(run.late_step):
-        first, last = axes.get_xlim()
-        marks = np.unique(np.round((run.late_step - first) / (last - first) * 600))
-        axes.plot(
-            first + marks / 600 * (last - first),
-            np.full(len(marks), 0.02),
-            transform=axes.get_xaxis_transform(),
-            linestyle="none",
-            marker="|",
-            markersize=10,
-            color=RED,
-            label="a worker was late",
-        )
-        _legend(axes)
-
-
-def _prepare(axes: Axes, run: Metrics, title: str) -> None:
-    """Set the style of a panel, and the x axis: steps."""
-    from matplotlib.ticker import MaxNLocator
-
-    axes.set_title(title, loc="left", fontsize=12, fontweight="bold", pad=10)
-    axes.grid(True, color=GRID, linewidth=1)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.tick_params(length=0)
-    axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
-    axes.set_xlabel("step", color=MUTED)
-    steps = np.concatenate((run.step, run.eval_step))
-    if len(steps):
-        first, last = float(steps.min()), float(steps.max())
-        if first <= 0.1 * last:
-            first = 0.0
-        margin = 0.012 * (last - first) or 1.0
-        axes.set_xlim(first - margin, last + margin)
-    else:
-        axes.set_xlim(0, 1)
-        axes.text(0.5, 0.5, "no steps", transform=axes.transAxes, ha="center", color=MUTED)
-
-
-def _legend(axes: Axes) -> None:
-    """Put the legend beside the title, where no curve can be."""
-    axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, borderaxespad=0.2)
-
-
-def _rates(run: Metrics) -> tuple[Floats, Floats]:
-    """Samples per second by the clock, pauses included, in at most RATE_BINS stretches of steps."""
-    if not len(run.step):
-        return run.step, run.step
-    starts = _bin_starts(len(run.step), RATE_BINS)
-    ends = np.append(starts[1:], len(run.step)) - 1
-    # The clock is read at the end of a step: a stretch begins where the one before it ended.
-    before = np.append(run.seconds[0] - run.step_s[0], run.seconds[ends[:-1]])
-    taken = run.seconds[ends] - before
-    with np.errstate(divide="ignore", invalid="ignore"):
-        rate = np.add.reduceat(run.samples, starts) / taken
-    return _finite(run.step[ends], rate)
-
-
-def _smoothed(x: Floats, y: Floats) -> tuple[Floats, Floats]:
-    """Means of y over about a thirtieth of the run, without the lowest and highest tenth of each.
-
-    They are centred, except the last ones, which have no later half. At most SMOOTH_POINTS.
-    """
-    count = len(y)
-    widest = max(count // 60, min(count // 8, 8))
-    at = _thinned(np.arange(count), SMOOTH_POINTS)
-    means = np.empty(len(at))
-    for index, centre in enumerate(at):
-        reach = min(int(centre), widest)
-        window = np.sort(y[centre - reach : centre + reach + 1])
-        cut = len(window) // 10
-        means[index] = window[cut : len(window) - cut].mean()
-    return x[at], means
-
-
-def _column(records: list[dict[str, Any]], key: str) -> Floats:
-    found = [record.get(key) for record in records]
-    return np.array([x if isinstance(x, (int, float)) else np.nan for x in found], np.float64)
-
-
-def _finite(x: Floats, y: Floats) -> tuple[Floats, Floats]:
-    keep = np.isfinite(x) & np.isfinite(y)
-    return x[keep], y[keep]
-
-
-def _bin_starts(count: int, bins: int) -> NDArray[np.intp]:
-    return np.unique(np.linspace(0, count, min(bins, count), endpoint=False).astype(np.intp))
-
-
-def _thinned(values: NDArray[Any], most: int = MAX_POINTS) -> NDArray[Any]:
-    """At most `most` of the values, the first and the last among them."""
-    if len(values) <= most:
-        return values
-    return values[np.linspace(0, len(values) - 1, most).astype(np.intp)]
-
-
-def _dot(points: Floats, most: int = 1) -> str:
-    """A marker while the points are few: a line through one point shows nothing."""
-    return "o" if len(points) <= most else ""
+def read(path: Path) -> Curves:
+    """The curves of a whole file. Raises OSError where it cannot be read."""
+    with path.open("rb"):
+        curves, tail = Curves(), Tail(path)
+    while follow(curves, tail):
+        pass
+    return curves

@@ -36,8 +36,9 @@ from rich.table import Table
 from rich.text import Text
 
 from paramserver import notify, terminal
-from paramserver.output import metrics
+from paramserver.output import figures, metrics
 from paramserver.status.value import Machine, Status
+from paramserver.units import clock
 from paramserver.words import printable
 
 DRAW_S = 0.25
@@ -186,9 +187,9 @@ class Display:
             return  # it was said, and nothing moves
         parts = [printable(status.phase)]
         if status.step:
-            parts += [f"step {_step(status)}", *_figures(status)]
-            if status.eta_s is not None and status.trains:
-                parts.append(f"{_clock_time(status.eta_s)} left")
+            step, *_ = made = figures.progress(status)
+            left = made[2:]  # without the percentage
+            parts += [step, *figures.figures(status), *left]
         parts += [f"worker {w.id} {printable(w.trouble)}" for w in status.workers if w.trouble]
         line = ", ".join(parts)
         if status.late and status.late != self._late:
@@ -308,30 +309,19 @@ def _drawn_lines(status: Status, width: int, height: int, bar: str) -> list[Text
         lines.append(Text(printable(status.phase), style="bold yellow"))
     if status.step:
         lines.append(_bar_line(status, width, bar))
-        lines.append(Text("   ".join(_fitting(_figures(status), width))))
+        lines.append(Text("   ".join(figures.fitting(figures.figures(status), width))))
     late = [Text(printable(status.late), style="yellow")] if status.late else []
     workers = _worker_lines(status, width, height - len(lines) - len(late))
     return (lines + workers + late)[: max(height, 1)]
 
 
 def _bar_line(status: Status, width: int, bar: str) -> Text:
-    words = [f"step {_step(status)}"]
-    share = 0.0
-    if status.total_steps:
-        share = min(status.step / status.total_steps, 1.0)
-        words.append(f"{100 * share:3.0f} %")
-        if status.eta_s is not None and status.trains:
-            words.append(f"{_clock_time(status.eta_s)} left")
-    while True:  # drop the last words rather than the bar
-        text = "   ".join(words)
-        room = min(width - len(text) - 2, 60)
-        if room >= 10 or len(words) == 1:
-            break
-        words.pop()
-    if not status.total_steps or room < 10:
+    words, room = figures.beside_a_bar(figures.progress(status), width)
+    text, made = "   ".join(words), figures.made(status)
+    if made is None or not room:
         return Text(text)
     done, tip, left = bar[0], bar[1], bar[2]
-    filled = int(share * room)
+    filled = int(made * room)
     if filled in (0, room):
         tip = ""
     todo = left * (room - filled - len(tip))
@@ -351,54 +341,20 @@ def _worker_lines(status: Status, width: int, room: int) -> list[Text]:
     widest = max(map(cell_len, hosts), default=0)
     lines = []
     for worker, host in zip(workers, hosts, strict=True):
-        rate = "" if worker.samples_per_s is None else f"{worker.samples_per_s:,.0f} samples/s"
+        share = figures.share(worker, status)
         lines.append(
             Text.assemble(
                 f"  worker {worker.id:>{ids}}  ",
                 (host + " " * (widest - cell_len(host) + 2), "dim") if widest else "",
-                (f"{printable(worker.trouble):>16}", "yellow") if worker.trouble else f"{rate:>16}",
-                (_share(worker.share, status.shares_of), "dim"),
+                (f"{printable(worker.trouble):>16}", "yellow")
+                if worker.trouble
+                else f"{figures.rate(worker):>16}",
+                (f"  {share:>12}" if share else "", "dim"),
             )
         )
     if hidden and room > 0:
         lines.append(Text(f"  and {hidden} more workers", "dim"))
     return lines
-
-
-def _share(samples: int | None, of: str) -> str:
-    return "" if samples is None else f"  {samples:>5,} a {of}"
-
-
-def _figures(status: Status) -> list[str]:
-    """The run's values as words, the most important first, for `_fitting`."""
-    figures = []
-    if status.loss is not None:
-        figures.append(f"loss {status.loss:.4f}")
-    if status.samples_per_s is not None:
-        figures.append(f"{status.samples_per_s:,.0f} samples/s")
-    if status.epoch is not None:
-        of = f"/{status.num_epochs}" if status.num_epochs is not None else ""
-        figures.append(f"epoch {status.epoch}{of}")
-    of = "" if status.val_step in (None, status.step) else f" (step {status.val_step:,})"
-    figures += [f"{figure}{of}" for figure in metrics.live(status.metrics)]
-    if status.steps_per_s is not None:
-        figures.append(f"{_rate(status.steps_per_s)} steps/s")
-    return figures
-
-
-def _step(status: Status) -> str:
-    return f"{status.step:,}" + (f"/{status.total_steps:,}" if status.total_steps else "")
-
-
-def _fitting(words: Sequence[str], width: int) -> list[str]:
-    """The first words that fit into `width` cells, three apart; at least one."""
-    fitting, used = list(words[:1]), len(words[0]) if words else 0
-    for word in words[1:]:
-        used += 3 + len(word)
-        if used > width:
-            break
-        fitting.append(word)
-    return fitting
 
 
 def _summary_table(summary: Mapping[str, Any]) -> Table:
@@ -466,15 +422,4 @@ def _digest(summary: Mapping[str, Any]) -> Text:
 
 
 def _duration(seconds: float) -> str:
-    return f"{seconds:.1f} s" if seconds < 60 else _clock_time(seconds)
-
-
-def _clock_time(seconds: float) -> str:
-    """3:07 or 1:03:07."""
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
-
-
-def _rate(per_s: float) -> str:
-    return f"{per_s:,.0f}" if per_s >= 10 else f"{per_s:.2g}"
+    return f"{seconds:.1f} s" if seconds < 60 else clock(seconds)

@@ -19,9 +19,9 @@ import msgspec
 
 from paramserver.errors import PeerError, UserError
 from paramserver.net.address import LOOPBACK, Address
+from paramserver.output.curves import Tail
 from paramserver.output.runfolder import RunFolder
 from paramserver.page.board import Board
-from paramserver.page.curves import Tail
 from paramserver.page.process import Orders
 from paramserver.page.web import Web
 from paramserver.program import exit_on_user_error

@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from paramserver.page.curves import Curves, Tail, follow
+from paramserver.output.curves import Curves, Tail, follow
 from paramserver.status.chrome import Recorder
 from paramserver.status.value import Status, to_json
 
@@ -148,5 +148,5 @@ class Board:
         part = curves.part(seen.bins, seen.evaluations)
         seen.changed = curves.changed
         seen.bins = max(0, len(curves.bins) - 1)  # the last one may still grow
-        seen.evaluations = len(curves.evaluations)
+        seen.evaluations = max(0, len(curves.evaluations) - 1)
         return part

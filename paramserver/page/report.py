@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 
 from paramserver import drafts
-from paramserver.page import curves
+from paramserver.output.curves import Curves
 from paramserver.page.web import file
 from paramserver.status.value import Diagnosis, LogLine, Status
 
@@ -28,18 +28,18 @@ _SCRIPT = re.compile(r'<script src="([\w.]+)"></script>')
 def write(
     path: Path,
     status: Status,
-    metrics: Path,
+    curves: Curves,
     lines: Sequence[LogLine] = (),
     diagnosis: Diagnosis | None = None,
 ) -> str | None:
-    """Write the report of a run whose metrics.jsonl is `metrics`, whole or not at all.
+    """Write the report of a run, whole or not at all.
 
     `status` is the last one; `lines` are of its log, and `diagnosis` is that of the last minute of
     training. Returns a sentence where that failed.
     """
     data = {
         "status": status,
-        "curves": curves.read(metrics).part(),
+        "curves": curves.part(),
         "lines": lines,
         "diagnosis": diagnosis,
     }

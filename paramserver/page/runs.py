@@ -6,8 +6,8 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
+from paramserver.output.curves import read
 from paramserver.output.runfolder import run_folders
-from paramserver.page.curves import read
 from paramserver.runs import Summary
 from paramserver.runs import read as summary_of
 
@@ -35,12 +35,12 @@ def curves(run_dir: Path, name: str) -> dict[str, Any] | None:
     path = folder / "metrics.jsonl"
     try:
         stat = path.stat()
+        kept = _cache.get(path)
+        mark = (stat.st_size, stat.st_mtime_ns)
+        if kept is None or kept[0] != mark:
+            kept = _cache[path] = (mark, read(path).part())
     except OSError:
         return None
-    kept = _cache.get(path)
-    mark = (stat.st_size, stat.st_mtime_ns)
-    if kept is None or kept[0] != mark:
-        kept = _cache[path] = (mark, read(path).part())
     _cache.move_to_end(path)
     while len(_cache) > CACHED:
         _cache.popitem(last=False)

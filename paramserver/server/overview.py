@@ -11,12 +11,13 @@ import math
 from collections import deque
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
 from paramserver.config.schema import flatten, shown
 from paramserver.net import jointoken
+from paramserver.output.thinned import Thinned
 from paramserver.protocol import messages as wire
 from paramserver.rounds import states
 from paramserver.rounds.coordinator import Rounds
@@ -100,33 +101,15 @@ class Mark:
         return max(0, newer - older) / seconds if seconds > 0 else None
 
 
-class Curve:
-    """A curve of at most `most` points over any number of steps: each is the mean of equally many
-    steps, twice as many whenever they become too many."""
+class Mean(NamedTuple):
+    """Of neighbouring steps; `step` is the last of them."""
 
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._points: list[tuple[int, float]] = []
-        self._each = 1
-        self._sum, self._count, self._step = 0.0, 0, 0
+    step: int
+    total: float
+    steps: int
 
-    def add(self, step: int, value: float) -> None:
-        if not math.isfinite(value):
-            return
-        self._sum, self._count, self._step = self._sum + value, self._count + 1, step
-        if self._count < self._each:
-            return
-        self._points.append((step, self._sum / self._count))
-        self._sum, self._count = 0.0, 0
-        if len(self._points) == self._most:
-            pairs = zip(self._points[::2], self._points[1::2], strict=False)
-            self._points = [(step, (a + b) / 2) for (_, a), (step, b) in pairs]
-            self._each *= 2
-
-    def points(self) -> tuple[tuple[int, float], ...]:
-        """With the steps that do not make a whole point yet."""
-        rest = [(self._step, self._sum / self._count)] if self._count else []
-        return tuple([*self._points, *rest][-self._most :])
+    def with_next(self, later: Mean) -> Mean:
+        return Mean(later.step, self.total + later.total, self.steps + later.steps)
 
 
 class Overview:
@@ -146,8 +129,8 @@ class Overview:
         self._kinds: dict[str, str] = {}  # by address
         self._run, self._folder, self._host = run, folder, host
         self._changed = changed_settings(settings)
-        self._curve = Curve(LOSSES_MAX - 1)
-        self._evaluations: list[Evaluation] = []
+        self._losses: Thinned[Mean] = Thinned(LOSSES_MAX, Mean.with_next)
+        self._evaluations: Thinned[Evaluation] = Thinned(EVALUATIONS_MAX, lambda _, newer: newer)
         self.lines: deque[LogLine] = deque(maxlen=LINES_KEPT)
         """The newest of the log, for the report; a status has fewer."""
         self._warnings: deque[LogLine] = deque(maxlen=WARNINGS_MAX)
@@ -164,15 +147,12 @@ class Overview:
     # ------------------------------------------------------------------ what happens
 
     def closed(self, step: int, loss: float | None) -> None:
-        if loss is not None:
-            self._curve.add(step, loss)
+        if loss is not None and math.isfinite(loss):
+            self._losses.add(Mean(step, loss, 1))
 
     def evaluated(self, step: int, loss: float | None, metrics: Mapping[str, float | None]) -> None:
         values = dict(list(metrics.items())[:METRICS_MAX])
-        self._evaluations.append(Evaluation(step=max(0, step), loss=loss, metrics=values))
-        if len(self._evaluations) > EVALUATIONS_MAX:  # every second one of the older half
-            half = EVALUATIONS_MAX // 2
-            self._evaluations[:half] = self._evaluations[:half:2]
+        self._evaluations.add(Evaluation(step=max(0, step), loss=loss, metrics=values))
 
     def said(self, text: str, at: float, *, warning: bool = False) -> None:
         line = LogLine(at=at, text=jointoken.hidden(text), warning=warning)
@@ -245,8 +225,8 @@ class Overview:
             eta_s=finite(left / steps_per_s, 1e9) if left is not None and steps_per_s else None,
             loss=totals.loss,
             learning_rate=finite(rounds.clocks.learning_rate),
-            losses=self._curve.points(),
-            evaluations=tuple(self._evaluations),
+            losses=tuple((mean.step, mean.total / mean.steps) for mean in self._losses.items),
+            evaluations=tuple(self._evaluations.items),
             sent_bytes=totals.sent_bytes,
             received_bytes=totals.received_bytes,
             sent_bytes_per_s=server.sent_bytes_per_s,

@@ -33,6 +33,7 @@ from paramserver.net.interfaces import SPOKEN
 from paramserver.net.jointoken import joined
 from paramserver.net.mdns import Announcement
 from paramserver.output import metrics, runfolder, stored
+from paramserver.output.curves import Curves, read
 from paramserver.output.runfolder import Record, RunFolder, Unended
 from paramserver.page import report
 from paramserver.page.process import Page, opened
@@ -41,7 +42,7 @@ from paramserver.rounds import local_steps
 from paramserver.server.control import Control
 from paramserver.server.observer_process import ObserverProcess
 from paramserver.server.server import Server
-from paramserver.server.watcher import Show
+from paramserver.server.show import Show
 from paramserver.settings import Settings
 from paramserver.status.value import THIS_MACHINE, EventKind
 from paramserver.tensors.torch_names import check_names
@@ -391,13 +392,17 @@ def _write_results(control: Control, show: Show, end: wire.End, missing: list[st
     problem = folder.write_summary(summarize(control, show, end))
     show.tell(problem)
     if show.steps:
-        from paramserver.output import curves
+        from paramserver.output import picture
 
-        title = f"run {folder.path.name}"
-        show.tell(curves.draw(folder.metrics, folder.curves, title))
+        curves = Curves()
+        try:
+            curves = read(folder.metrics)
+        except OSError as error:
+            show.problem(f"{folder.metrics} cannot be read: {error.strerror or error}")
+        show.tell(picture.draw(curves, folder.curves, f"run {folder.path.name}"))
         status = show.status(control, time.monotonic())
         said, found = list(show.overview.lines), show.diagnosis
-        show.tell(report.write(folder.report, status, folder.metrics, said, found))
+        show.tell(report.write(folder.report, status, curves, said, found))
     summary = summarize(control, show, end)
     if problem is None and len(show.problems.all()) > told:
         folder.write_summary(summary)  # where this fails the first one stays

@@ -14,12 +14,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from paramserver.status.value import THIS_MACHINE, Cause, Diagnosis, Link, Machine, State
+from paramserver.units import bit_rate
 
 ROUNDS_MIN = 3
 LATE_SHARE = 0.05  # of the rounds: who misses more is named
 WAIT_SHARE = 0.10  # of a round: a wait that is shorter is not worth a sentence
 CABLE_SHARE = 0.10
 ENCODE_SHARE = 0.15
+CONSTANT = 0.5  # of a wait: what a machine's usual times must explain for it to be named
 SAME = 1.05  # a run that would be less than this many times faster would be as fast
 LOCAL_STEPS = 16  # that are proposed where each step is exchanged
 SMALLER = {"float32": ("float16", 0.5), "float16": ("int8", 0.5), "bfloat16": ("int8", 0.5)}
@@ -83,6 +85,8 @@ def _held_up(workers: Sequence[Machine], links: Sequence[Link], told: Told) -> D
     sends = _per_round(slowest, slowest.minute.cable)
     usual = max(_per_round(m, m.minute.compute + m.minute.encode) for m in others)
     usual_sends = max(_per_round(m, m.minute.cable) for m in others)
+    if max(computes - usual, sends - usual_sends) < CONSTANT * gain:
+        return None  # now one of them is the slowest, now another
     faster = _without(slowest, others)
     alone = f"without it {faster:.1f} times faster" if faster > SAME else ""
     if computes - usual >= sends - usual_sends:
@@ -108,6 +112,14 @@ def _alone(workers: Sequence[Machine], links: Sequence[Link], told: Told) -> Dia
     compute = sum(_per_round(m, m.minute.compute) for m in workers)
     encode = sum(_per_round(m, m.minute.encode) for m in workers)
     cable = sum(_per_round(m, m.minute.cable) for m in workers)
+    wait = sum(map(_wait, workers))
+    if wait > WAIT_SHARE * total and wait >= max(cable, encode):
+        sentence = (
+            f"{_percent(wait, total)} of the time all wait for the slowest of a round, which is "
+            "now one of them and now another"
+        )
+        cure = f"local_steps={_more_steps(told)} lets them meet less often"
+        return Diagnosis(cause=Cause.SLOW, sentence=_sentence(sentence, cure))
     if cable > CABLE_SHARE * total and cable >= encode:
         n = len(workers)
         kinds = {link.kind for link in links if link.machine in {m.id for m in workers}}
@@ -136,7 +148,7 @@ def _cures(busy_s: float, cable_s: float, told: Told, *, local: bool = False) ->
         faster = (busy_s + cable_s) / (busy_s + part * cable_s)
         if faster > SAME:
             cures.append(f"codec={codec} ({faster:.1f} times faster)")
-    steps = LOCAL_STEPS if told.local_steps == 1 else 2 * told.local_steps
+    steps = _more_steps(told)
     once = told.local_steps / steps
     faster = (busy_s + cable_s) / (busy_s + once * cable_s)
     if faster > SAME:
@@ -145,11 +157,15 @@ def _cures(busy_s: float, cable_s: float, told: Told, *, local: bool = False) ->
     return " or ".join(cures)
 
 
+def _more_steps(told: Told) -> int:
+    return LOCAL_STEPS if told.local_steps == 1 else 2 * told.local_steps
+
+
 def _cable_of(machine: Machine, links: Sequence[Link]) -> str:
     link = _link(machine, links)
     if link is None or not link.measured_bytes_per_s:
         return f"the cable of {machine.name} is slow"
-    return f"the cable of {machine.name} carries {_bits(link.measured_bytes_per_s)}"
+    return f"the cable of {machine.name} carries {bit_rate(link.measured_bytes_per_s)}"
 
 
 def _link(machine: Machine, links: Sequence[Link]) -> Link | None:
@@ -196,8 +212,3 @@ def _seconds(seconds: float) -> str:
     if seconds >= 0.1:
         return f"{seconds:.2f} s"
     return f"{1000 * seconds:.1f} ms" if seconds < 0.01 else f"{1000 * seconds:.0f} ms"
-
-
-def _bits(bytes_per_s: float) -> str:
-    gigabits = 8e-9 * bytes_per_s
-    return f"{gigabits:.1f} Gbit/s" if gigabits >= 0.1 else f"{1000 * gigabits:.0f} Mbit/s"

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from rich.cells import cell_len, set_cell_size
 from rich.text import Text
 
-from paramserver.output import metrics
+from paramserver.output import figures
 from paramserver.status.value import (
     PARTS,
     Cause,
@@ -25,6 +25,7 @@ from paramserver.status.value import (
     Status,
     Times,
 )
+from paramserver.units import bit_rate, size
 
 BLOCKS = " ▁▂▃▄▅▆▇█"
 COLOURS = {
@@ -113,45 +114,16 @@ def _headline(status: Status, view: View) -> Text:
 
 
 def _progress(status: Status, width: int, utf8: bool) -> list[Text]:
-    words = [f"step {_count(status.step, status.total_steps)}"]
-    if status.total_steps:
-        share = min(1.0, status.step / status.total_steps)
-        words.append(f"{100 * share:.0f} %")
-        if status.eta_s is not None and status.trains:
-            words.append(f"{_clock(status.eta_s)} left")
-        text = "  ".join(words)
-        room = min(60, width - cell_len(text) - 2)
-        if room >= 10:
-            full = round(share * room)
-            on, off = ("━", "─") if utf8 else ("=", "-")
-            bar = Text.assemble((on * full, "green"), (off * (room - full), "dim"), f"  {text}")
-            return [bar, _figures(status, width)]
-    return [Text("  ".join(words)), _figures(status, width)]
-
-
-def _figures(status: Status, width: int) -> Text:
-    figures = []
-    if status.loss is not None:
-        figures.append(f"loss {status.loss:.4f}")
-    figures += metrics.live(status.metrics)
-    if status.samples_per_s is not None:
-        figures.append(f"{status.samples_per_s:,.0f} samples/s")
-    if status.steps_per_s is not None:
-        figures.append(f"{status.steps_per_s:,.4g} steps/s")
-    if status.epoch is not None:
-        of = f"/{status.num_epochs}" if status.num_epochs is not None else ""
-        figures.append(f"epoch {status.epoch}{of}")
-    if status.learning_rate is not None:
-        figures.append(f"lr {status.learning_rate:.3g}")
-    figures.append(f"{_bytes(status.sent_bytes_per_s)}/s out")
-    figures.append(f"{_bytes(status.received_bytes_per_s)}/s in")
-    line, used = Text(), 0
-    for figure in figures:
-        if used + cell_len(figure) > width:
-            break
-        line.append(("   " if used else "") + figure)
-        used += cell_len(figure) + 3
-    return line
+    values = [*figures.figures(status), *figures.more_figures(status)]
+    second = Text((" " * figures.BETWEEN).join(figures.fitting(values, width)))
+    words, room = figures.beside_a_bar(figures.progress(status), width)
+    text, made = (" " * figures.BETWEEN).join(words), figures.made(status)
+    if made is None or not room:
+        return [Text(text), second]
+    full = round(made * room)
+    on, off = ("━", "─") if utf8 else ("=", "-")
+    bar = Text.assemble((on * full, "green"), (off * (room - full), "dim"), f"  {text}")
+    return [bar, second]
 
 
 def _sentence(status: Status, width: int) -> list[Text]:
@@ -204,16 +176,15 @@ def _tail(m: Machine, status: Status, width: int) -> Text:
     if m.trouble or m.state in (State.SNAPSHOT, State.LATE):
         style = STATE_COLOURS.get(m.state, "yellow")
         return Text(f"{(m.trouble or m.state.value)[: width // 3]:>16}", style=style)
-    rate = "" if m.samples_per_s is None else f"{m.samples_per_s:,.0f} samples/s"
-    tail = Text(f"{rate:>16}")
+    tail = Text(f"{figures.rate(m):>16}")
     if width >= 80 and m.share is not None:
-        tail.append(f"  {m.share:,} a {status.shares_of}", "dim")
+        tail.append(f"  {figures.share(m, status)}", "dim")
     if width >= 100:
-        tail.append(f"  {_bytes(m.memory_bytes):>8}" if m.memory_bytes is not None else "", "dim")
+        tail.append(f"  {size(m.memory_bytes):>8}" if m.memory_bytes is not None else "", "dim")
         if m.temperature_c is not None:
             tail.append(f"  {m.temperature_c:.0f} °C", "dim")
     if width >= 120:
-        tail.append(f"  {_bytes(m.sent_bytes_per_s):>9}/s up", "dim")
+        tail.append(f"  {size(m.sent_bytes_per_s):>9}/s up", "dim")
     if m.late_rounds and width >= 70:
         tail.append(f"  late {m.late_rounds:,}x", "yellow")
     return tail
@@ -273,9 +244,9 @@ def _links(status: Status) -> list[Text]:
 
 def _rates(link: Link) -> str:
     measured, expected = link.measured_bytes_per_s, link.expected_bytes_per_s
-    told = "" if measured is None else _bits(measured)
+    told = "" if measured is None else bit_rate(measured)
     if expected is not None:
-        told += f" (measured before: {_bits(expected)})"
+        told += f" (measured before: {bit_rate(expected)})"
     return told.strip()
 
 
@@ -331,25 +302,3 @@ def _fitted(lines: Sequence[Text], width: int, height: int) -> list[Text]:
 
 def _blank(count: int) -> list[Text]:
     return [Text("") for _ in range(count)]
-
-
-def _count(step: int, total: int | None) -> str:
-    return f"{step:,}" + (f"/{total:,}" if total else "")
-
-
-def _clock(seconds: float) -> str:
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
-
-
-def _bytes(count: float) -> str:
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count:.0f} B"
-
-
-def _bits(bytes_per_s: float) -> str:
-    bits = 8 * bytes_per_s
-    return f"{bits / 1e9:.2f} Gbit/s" if bits >= 1e8 else f"{bits / 1e6:.1f} Mbit/s"

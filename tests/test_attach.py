@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from paramserver.fleet.watch import NO_WORKER, Event, Lines, Watch, show
+from paramserver.fleet.attach import NO_WORKER, Event, Followers, show
+from paramserver.fleet.lines import Lines
 from paramserver.net.hosts import Host
 
 MINI1 = Host("mini1", "mini1", role="both", id=1)
@@ -15,8 +16,8 @@ MINI2 = Host("mini2", "mini2", id=2, workers=2)
 WORKERS = [(MINI1, "worker"), (MINI2, "worker-1"), (MINI2, "worker-2")]
 
 
-class Scripted(Watch):
-    """A watch whose processes end in this order, with these exit codes."""
+class Scripted(Followers):
+    """Followers whose processes end in this order, with these exit codes."""
 
     def __init__(self, lines: Lines, ends: list[tuple[Host, str, int]]) -> None:
         super().__init__(lines)

@@ -16,7 +16,8 @@ from matplotlib.image import imread
 from numpy.typing import NDArray
 from whole import DEADLINE_S
 
-from paramserver.output.curves import Metrics, _rates, _smoothed, draw
+from paramserver.output.curves import Curves, read
+from paramserver.output.picture import Columns, _rates, _smoothed, draw
 
 # Training and validation loss, validation accuracy, late workers.
 BLUE = (47, 111, 222)
@@ -73,7 +74,7 @@ RUNS: dict[str, tuple[list[dict[str, Any]], str]] = {
 def test_every_run_has_a_picture(name: str, tmp_path: Path) -> None:
     records, tail = RUNS[name]
     metrics = write(tmp_path / "metrics.jsonl", records, tail)
-    assert draw(metrics, tmp_path / "curves.png", r"Run $\frac$ of_2 %") is None
+    assert draw(read(metrics), tmp_path / "curves.png", r"Run $\frac$ of_2 %") is None
     has_colour(tmp_path / "curves.png", BLUE)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["curves.png", "metrics.jsonl"]
 
@@ -81,33 +82,31 @@ def test_every_run_has_a_picture(name: str, tmp_path: Path) -> None:
 def test_the_picture_shows_what_was_measured(tmp_path: Path) -> None:
     picture = tmp_path / "curves.png"
     steps = [step(at, 2 / at) for at in range(1, 200)]
-    draw(write(tmp_path / "a", steps), picture, "Run")
+    draw(read(write(tmp_path / "a", steps)), picture, "Run")
     assert [has_colour(picture, c) for c in COLOURS] == [True, False, False, False]
     evaluations = [evaluation(at, 1.5 / at, 1 - 1 / at) for at in range(10, 200, 20)]
     late = [step(200, late=(2,))]
-    draw(write(tmp_path / "b", steps + evaluations + late), picture, "Run")
+    draw(read(write(tmp_path / "b", steps + evaluations + late)), picture, "Run")
     assert [has_colour(picture, c) for c in COLOURS] == [True] * 4
 
 
 def test_a_hundred_thousand_steps(tmp_path: Path) -> None:
     records = (step(at, 2 / at + at % 7, late=(1,) * (at % 50 == 0)) for at in range(1, 100_001))
     metrics = write(tmp_path / "metrics.jsonl", records)
-    assert draw(metrics, tmp_path / "curves.png", "Run") is None
+    assert draw(read(metrics), tmp_path / "curves.png", "Run") is None
     assert has_colour(tmp_path / "curves.png", BLUE)
 
 
-def test_files_that_cannot_be_read_or_written_are_told_of(tmp_path: Path) -> None:
-    problem = draw(tmp_path / "missing", tmp_path / "curves.png", "Run")
-    assert problem == f"{tmp_path / 'curves.png'} was not drawn: No such file or directory"
-    metrics = write(tmp_path / "metrics.jsonl", [step(1)])
-    problem = draw(metrics, tmp_path / "no" / "curves.png", "Run")
-    assert problem is not None
-    assert "No such file or directory" in problem
+def test_a_file_that_cannot_be_written_is_told_of(tmp_path: Path) -> None:
+    problem = draw(Curves(), tmp_path / "no" / "curves.png", "Run")
+    assert problem == (f"{tmp_path / 'no' / 'curves.png'} was not drawn: No such file or directory")
+    with pytest.raises(FileNotFoundError):
+        read(tmp_path / "missing")
 
 
 def test_of_two_lines_for_a_step_the_last_counts(tmp_path: Path) -> None:
     lines = [step(2, 2.0), step(1, 1.0), step(2, 7.0), evaluation(2)]
-    metrics = Metrics(write(tmp_path / "metrics.jsonl", lines))
+    metrics = Columns(read(write(tmp_path / "metrics.jsonl", lines)))
     assert metrics.step.tolist() == [1, 2]
     assert metrics.loss.tolist() == [1.0, 7.0]
     assert metrics.eval_step.tolist() == [2]
@@ -127,17 +126,17 @@ def test_smoothing_keeps_the_curve_and_drops_single_outliers() -> None:
 def test_the_accuracy_is_drawn_where_there_is_one(tmp_path: Path) -> None:
     """Else the metric that was reported first."""
     lines = [evaluation(1) | {"metrics": {"mood": 2.0}}, evaluation(2, accuracy=None)]
-    drawn = Metrics(write(tmp_path / "metrics.jsonl", lines))
+    drawn = Columns(read(write(tmp_path / "metrics.jsonl", lines)))
     assert drawn.metric == "accuracy" and drawn.val_metric[0] == 0.9
     assert np.isnan(drawn.val_metric[1])
     lines = [evaluation(1, accuracy=None), evaluation(2, accuracy=None) | {"metrics": {"mood": 2}}]
-    drawn = Metrics(write(tmp_path / "metrics.jsonl", lines))
+    drawn = Columns(read(write(tmp_path / "metrics.jsonl", lines)))
     assert drawn.metric == "mood" and drawn.val_metric[1] == 2
 
 
 def test_rates_are_by_the_clock_with_pauses(tmp_path: Path) -> None:
     pause = [step(at) | {"seconds": 0.01 * at + (2.0 if at > 100 else 0.0)} for at in range(1, 201)]
-    at, rates = _rates(Metrics(write(tmp_path / "metrics.jsonl", pause)))
+    at, rates = _rates(Columns(read(write(tmp_path / "metrics.jsonl", pause))))
     assert math.isclose(float(np.median(rates)), 6400)
     assert 100 < at[rates.argmin()] <= 103
     assert rates.min() < 100
@@ -148,9 +147,10 @@ def test_matplotlib_is_loaded_only_to_draw_and_without_pyplot(tmp_path: Path) ->
     script = """
 import sys
 from pathlib import Path
-from paramserver.output.curves import draw
+from paramserver.output.curves import read
+from paramserver.output.picture import draw
 assert "matplotlib" not in sys.modules
-draw(Path(sys.argv[1]), Path(sys.argv[2]), "Run")
+draw(read(Path(sys.argv[1])), Path(sys.argv[2]), "Run")
 assert "matplotlib" in sys.modules
 assert "matplotlib.pyplot" not in sys.modules
 """

@@ -50,7 +50,7 @@ class Above(logging.Handler):
 
 
 class Show:
-    """The server's watcher: display and run folder."""
+    """The display and the run folder of one run."""
 
     def __init__(
         self,
