@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import browser
 import pytest
 from whole import DEADLINE_S, Run
 
@@ -74,14 +76,16 @@ with Connection(to_watch(None, 0, None, sys.argv[1])) as connection:
 @pytest.mark.root
 @pytest.mark.long
 def test_a_slow_cable_is_named_to_a_watcher_on_another_machine(tmp_path: Path) -> None:
-    """It watches with the watch token, over the network."""
+    """It watches with the watch token, over the network: in a terminal, and in a browser."""
     with Hosts(["mini1", "mini2", "mini3"]) as hosts, Run(tmp_path) as run:
         hosts.throttle("mini3", "50mbit")
         address = f"host_ip={hosts.address('mini1')}"
         many = ["observer=false", "num_epochs=9999", "num_workers=3", "dataset.name=digits"]
+        many.append(f"page_ip={hosts.address('mini1')}")
         keys = {"XDG_CONFIG_HOME": str(tmp_path / "mini1")}
         server = run.server(address, *many, host=hosts["mini1"], **keys)
         token = server.wait_for("other machines join with: ").rpartition("=")[2]
+        page = server.wait_for("page elsewhere: ").partition("elsewhere: ")[2]
         run.worker(1, address, host=hosts["mini1"])
         for id in (2, 3):
             run.worker(id, host=hosts[f"mini{id}"], PARAMSERVER_JOIN=token)
@@ -91,6 +95,20 @@ def test_a_slow_cable_is_named_to_a_watcher_on_another_machine(tmp_path: Path) -
         watch = next(w for w in printed.output.split() if w.startswith("pw"))
         words = ["ip", "netns", "exec", hosts["mini2"], sys.executable, "-c", WATCH, watch]
         seen = subprocess.run(words, capture_output=True, text=True, timeout=DEADLINE_S)
+        if not browser.missing():
+            with browser.chromium(tmp_path, hosts["mini2"]) as chromium:
+                tab = browser.Tab(chromium)
+                tab.open(page, workers=3)
+                tab.until("document.querySelector('#why').textContent.startsWith('the cable of')")
+                told = tab.text("#why")
+                link = "document.querySelector('#topology').textContent.includes('Mbit/s')"
+                tab.until(link)
+                assert tab.wrong == []
+            assert re.match(
+                r"the cable of worker 3 \(.+\) carries \d+ Mbit/s, \d\d % of each round waits for "
+                r"it: codec=float16 \(1\.\d times faster\) or local_steps=16",
+                told,
+            )
         server.send(signal.SIGINT)
         server.end()
     assert seen.stdout.startswith("3 the cable of worker 3 ("), seen.stdout + seen.stderr

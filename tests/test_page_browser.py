@@ -5,15 +5,17 @@ Skipped where there is no Chromium, or no Playwright to drive it (`pip install '
 
 from __future__ import annotations
 
-import shutil
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import browser
 import msgspec
 import pages
 import pytest
+from browser import Tab
 from whole import Run
 
 from paramserver.output.curves import read
@@ -28,61 +30,16 @@ from paramserver.status.value import (
     State,
 )
 
-playwright = pytest.importorskip(
-    "playwright.sync_api", reason="Playwright is not installed: pip install '.[browser]'"
-)
-CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
+pytestmark = pytest.mark.skipif(bool(browser.missing()), reason=browser.missing())
 
 EVIL = "<script>document.title='evil'</script><img src=x onerror=alert(1)>"
-WAIT_MS = 20_000
 
 
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
     """One browser for all tests of this file."""
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(
-            executable_path=CHROMIUM,
-            args=["--no-sandbox", "--disable-features=SpareRendererForSitePerProcess"],
-        )
-        yield browser
-        browser.close()
-
-
-class Tab:
-    """A page in the browser, and what went wrong in it."""
-
-    def __init__(self, chromium: Any, **options: Any) -> None:
-        self.context = chromium.new_context(**options)
-        self.context.set_default_timeout(WAIT_MS)
-        self.page = self.context.new_page()
-        self.wrong: list[str] = []
-        self.page.on("console", lambda m: self._said(m.type, m.text))
-        self.page.on("pageerror", lambda error: self.wrong.append(str(error)))
-
-    def _said(self, kind: str, text: str) -> None:
-        if kind == "error" and "net::ERR_" not in text:  # a server may end before its tab
-            self.wrong.append(text)
-
-    def open(self, url: str, workers: int | None = None) -> Any:
-        self.page.goto(url)
-        if workers is not None:
-            self.until(f"document.querySelectorAll('#rounds tbody tr').length === {workers}")
-        return self.page
-
-    def until(self, condition: str) -> None:
-        """Wait for it. (Playwright's own way needs `eval`, which the page's policy forbids.)"""
-        for _ in range(WAIT_MS // 50):
-            if self.page.evaluate(condition):
-                return
-            self.page.wait_for_timeout(50)
-        pytest.fail(f"it never came: {condition}")
-
-    def text(self, selector: str) -> str:
-        return str(self.page.inner_text(selector))
+    with browser.chromium() as opened:
+        yield opened
 
 
 @pytest.fixture
@@ -120,7 +77,7 @@ def test_a_run_as_it_goes_on(tab: Tab, page: pages.Served) -> None:
     assert "accuracy 93." in curve(tab, "metric") and "samples/s 2,400" in curve(tab, "rate")
     row = tab.text("#rounds tbody tr:nth-child(3)")
     assert "late in 40 % of the rounds" in row and "compute 71 %" in row and "Wi-Fi" in row
-    assert "Thunderbolt · 2.4 GB/s" in tab.page.inner_html("#topology")
+    assert "Thunderbolt · 19.2 Gbit/s" in tab.page.inner_html("#topology")
     assert "done 13,000" in tab.text("#ledger") and "digits" in tab.text("#settings")
     assert "closed with 2 of 3" in tab.text("#lines")
     assert tab.page.locator("#events li").count() == 4
@@ -179,6 +136,23 @@ def test_a_phone(chromium: Any, page: pages.Served) -> None:
     tab.open(page.url, workers=12)
     assert tab.page.evaluate("document.documentElement.scrollWidth") <= 360, "it scrolls sideways"
     assert tab.page.evaluate("document.querySelector('#topology svg').clientWidth") <= 360
+    tab.context.close()
+    assert tab.wrong == []
+
+
+@pytest.mark.parametrize("width", [320, 390, 800, 1400])
+def test_every_figure_is_whole_at_any_width(chromium: Any, page: pages.Served, width: int) -> None:
+    small = {"loss": 0.00082134, "learning_rate": 0.00012345, "steps_per_s": 0.0123456}
+    large = {"samples_per_s": 1234567.0, "sent_bytes_per_s": 9.87e9, "seconds": 360_000.0}
+    page.show(pages.status(**small, **large))
+    tab = Tab(chromium, viewport={"width": width, "height": 900})
+    tab.open(page.url, workers=3)
+    told = tab.page.locator("#tiles b").all_inner_texts()
+    assert {"8.21e−4", "1.23e−4", "0.0123", "1,234,567", "9.9 GB/s", "100:00:00"} <= set(told)
+    cut = "[...document.querySelectorAll('#tiles b')].filter((e) => e.scrollWidth > e.clientWidth)"
+    lines = "[...document.querySelectorAll('#tiles b')].filter((e) => e.clientHeight > 30)"
+    assert tab.page.evaluate(f"{cut}.map((e) => e.textContent)") == []
+    assert tab.page.evaluate(f"{lines}.map((e) => e.textContent)") == [], "one line each"
     tab.context.close()
     assert tab.wrong == []
 
@@ -349,15 +323,47 @@ def test_a_report_opens_from_disk(tab: Tab, tmp_path: Path) -> None:
     assert tab.page.locator(".plot canvas").count() == 3
 
 
+SLOW = """
+import os
+import time
+
+import torch
+from torch.utils.data import TensorDataset
+
+WAIT_S = float(os.environ.get("WAIT_S", "0"))
+
+
+class Digits(TensorDataset):
+    def __init__(self):
+        super().__init__(torch.zeros(500, 784), torch.zeros(500, dtype=torch.long))
+
+    def __getitem__(self, index):
+        time.sleep(WAIT_S)
+        return super().__getitem__(index)
+"""
+"""A data set that makes a worker slow: it waits at each sample, as its environment says."""
+
+
 def test_a_live_run(chromium: Any, tmp_path: Path) -> None:
-    """A worker that is stopped turns late or silent, then gone; the end; the report."""
+    """A worker that computes slowly is named in the sentence. It is stopped, turns late or silent,
+    then gone; the end; the report."""
+    (tmp_path / "planted.py").write_text(SLOW)
     with Run(tmp_path) as run:
         words = ("num_workers=2", "num_epochs=10000", "observer=false", "heartbeat_timeout=2")
-        server = run.server(*words)
+        server = run.server(*words, "dataset.name=planted:Digits", "batch_size=8")
         address = server.wait_for("page: http").partition("page: ")[2]
-        workers = [run.worker(1), run.worker(2)]
+        own = "allow=planted"
+        workers = [run.worker(1, own), run.worker(2, own, WAIT_S="0.004")]
         tab = Tab(chromium)
         tab.open(address, workers=2)
+        tab.until("document.querySelector('#why').textContent.includes('computes')")
+        assert re.search(
+            r"^worker 2 \(.+\) computes \d+ ms of each round, the slowest other .+s: \d\d % of "
+            "the time all wait for it: .*shares=speed gives it less$",
+            tab.text("#why"),
+        )
+        row = tab.text("#rounds tbody tr:first-child")
+        assert re.search(r"wait \d\d %", row), "the other one waits"
         tab.until("document.querySelectorAll('#topology g.training').length === 3")
         tab.until("document.querySelectorAll('.plot canvas').length === 2")
         workers[1].send(signal.SIGSTOP)

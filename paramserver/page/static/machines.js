@@ -1,7 +1,7 @@
 // The machines: a picture of them and their links, and where the time of their rounds went.
 "use strict";
 const Machines = (() => {
-  const { el, svg, text, cut, known, rate, bytes, count, duration, percent } = Shown;
+  const { el, svg, text, cut, known, bits, bytes, count, duration, percent } = Shown;
   const PARTS = ["compute", "encode", "cable", "wait", "late"];
   const MEANING = {
     compute: "compute: forward, backward, optimizer", encode: "encode: making gradients ready to be sent",
@@ -31,7 +31,7 @@ const Machines = (() => {
   function linkWords(links) {
     return links.map((link) => {
       const measured = known(link.measured_bytes_per_s) ? link.measured_bytes_per_s : link.expected_bytes_per_s;
-      const words = [link.kind, known(measured) ? rate(measured) : ""].filter(Boolean);
+      const words = [link.kind, known(measured) ? bits(measured) : ""].filter(Boolean);
       if (links.length > 1) words.push(`carries ${percent(link.share)}`);
       return words.join(" · ");
     });

@@ -63,7 +63,7 @@
     tiles();
     if (status.diagnosis.cause !== "not training") diagnosis = status.diagnosis;
     const why = $("why"), found = status.end && diagnosis ? diagnosis : status.diagnosis;
-    why.hidden = !found.sentence || (status.end && found === status.diagnosis);
+    why.hidden = !found.sentence || found.cause === "not training" || (status.end && found === status.diagnosis);
     text(why, status.end ? `In its last minute: ${found.sentence}` : found.sentence);
     why.className = `why ${{ nothing: "good", late: "bad", slow: "soft", cable: "soft", encode: "soft" }[found.cause] || ""}`;
     Machines.remember(status);

@@ -1,14 +1,18 @@
 // How values are shown, and how elements are made. Text from others is only ever set as text.
 "use strict";
 const Shown = (() => {
-  const NONE = "–";
+  const NONE = "–", FIGURE = 7;  // characters that fit everywhere
   const known = (value) => value !== null && value !== undefined && Number.isFinite(value);
 
   function number(value, digits = 4) {
     if (!known(value)) return NONE;
     const size = Math.abs(value);
     if (size >= 1000) return Math.round(value).toLocaleString("en");
-    return String(Number(value.toPrecision(size >= 100 ? 4 : Math.min(digits, 4))));
+    for (let places = size >= 100 ? 4 : digits; places >= 3; places--) {
+      const plain = String(Number(value.toPrecision(places)));
+      if (plain.replace("-", "").length <= FIGURE) return plain;
+    }
+    return Number(value.toPrecision(3)).toExponential().replace("e-", "e−");
   }
   function count(value) {
     return known(value) ? Math.round(value).toLocaleString("en") : NONE;
@@ -21,6 +25,12 @@ const Shown = (() => {
     return `${place && value < 10 ? value.toFixed(1) : Math.round(value)} ${units[place]}`;
   }
   const rate = (value) => (known(value) ? `${bytes(value)}/s` : NONE);
+  // The rate of a link, as in the server's sentences.
+  function bits(value) {
+    if (!known(value)) return NONE;
+    const mega = (8 * value) / 1e6;
+    return mega >= 100 ? `${(mega / 1000).toFixed(1)} Gbit/s` : `${mega.toFixed(mega >= 10 ? 0 : 1)} Mbit/s`;
+  }
   function duration(seconds) {
     if (!known(seconds)) return NONE;
     if (seconds < 0.001) return `${Math.round(seconds * 1e6)} µs`;
@@ -61,5 +71,5 @@ const Shown = (() => {
   }
   const cut = (words, most) => (words.length > most ? `${words.slice(0, most - 1)}…` : words);
 
-  return { NONE, known, number, count, bytes, rate, duration, percent, metric, clock, el, svg, colour, text, cut };
+  return { NONE, known, number, count, bytes, rate, bits, duration, percent, metric, clock, el, svg, colour, text, cut };
 })();
