@@ -21,6 +21,7 @@ from paramserver.rounds.ledger import Ledger, optimizer_steps
 from paramserver.rounds.local_steps import LocalSteps, OuterStep, described, outer_of
 from paramserver.rounds.shares import Cost
 from paramserver.settings import Settings
+from paramserver.tensors.order import order
 
 SAMPLES, BATCH = 192, 4
 
@@ -207,6 +208,15 @@ def test_auto_chooses_from_measured_times_and_never_goes_back_to_one() -> None:
         assert not auto.took(2, seconds=1.0, compute_s=nonsense)
 
 
+def test_auto_with_overlap_keeps_a_number_that_hides_the_exchange() -> None:
+    """What is hidden is not measured: a smaller number would show it again."""
+    auto = LocalSteps("auto", overlap=True)
+    for round_s, compute_s, steps in ((1.01, 0.01, 101), (1.0, 0.99, 101), (2.02, 1.01, 202)):
+        for _ in range(16):
+            auto.took(auto.of_next(99, local=False), seconds=round_s, compute_s=compute_s)
+        assert auto.of_next(99, local=True) == pytest.approx(steps, abs=2)
+
+
 def test_slower_machines_make_fewer_steps() -> None:
     steps = LocalSteps(32)
     costs = {1: Cost(0.0, 0.001), 2: Cost(0.0, 0.002), 3: Cost(0.0, 0.004), 4: Cost(0.0, 0.1)}
@@ -365,6 +375,50 @@ def test_a_loop_that_is_left_between_steps_takes_part_with_those_it_made(overlap
         assert served.closes[1].contributors == {1: 6 * BATCH, 2: 3 * BATCH}
         ledger = served.server.rounds.ledger
         assert ledger is not None and (ledger.done, ledger.partly) == (SAMPLES, 0)
+
+
+@pytest.mark.parametrize("steps", [12, 9])
+def test_who_leaves_its_loop_holds_the_average_of_its_last_round(steps: int) -> None:
+    """With overlap, where this is under way when the loop is left: at a round's end, too."""
+    settings = {"num_workers": 1, "num_epochs": 1, "batch_size": BATCH, "local_steps": 6}
+    with Served(overlap=True, outer=DILOCO, **settings) as served:
+
+        def leaves() -> None:
+            setup = in_float64(perceptron)(1)
+            with served.join(1, lambda line: None) as cluster:
+                model, optimizer = cluster.attach(setup.model, setup.optimizer)
+                for x, y, _ in cluster.batches(Doubles(SAMPLES)):
+                    optimizer.zero_grad()
+                    loss(model, x, y).backward()
+                    optimizer.step()
+                    if cluster.step == steps:
+                        break
+                assert cluster._replica is not None and cluster._replica._outer is not None
+                assert cluster.step == steps and not cluster._replica.local
+                for p, anchor in cluster._replica._outer._views:
+                    assert torch.equal(p, anchor)
+
+        served.start(leaves).result(DEADLINE_S)
+        assert [sum(c.contributors.values()) for c in served.closes] == [24, 4 * (steps - 6)]
+
+
+def test_a_lease_ahead_of_which_nothing_can_be_read() -> None:
+    """With overlap it is loaded while the round before is exchanged."""
+
+    settings = {"num_workers": 1, "num_epochs": 1, "batch_size": 1, "local_steps": 2}
+    with Served(overlap=True, **settings) as served:
+        broken = order(256, served.settings.seed, 0)[8:10].tolist()
+
+        class Broken(Doubles):
+            def __getitem__(self, index: int) -> tuple[Tensor, Tensor, int]:
+                if index in broken:
+                    raise OSError("it is cut off")
+                return super().__getitem__(index)
+
+        crew = Crew(served, in_float64(perceptron), Broken(256))
+        served.wait(crew.start(1), served.end)
+        ledger = served.server.rounds.ledger
+        assert ledger is not None and (ledger.done, ledger.skipped) == (254, 2)
 
 
 @pytest.mark.parametrize("overlap", [False, True])

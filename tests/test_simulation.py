@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 import pytest
 from simulation import Parts, Schedule, simulate
-from simulation.peer import Worker
+from simulation.worker import Worker
 
 from paramserver.protocol import messages as wire
 from paramserver.rounds.coordinator import Rounds
@@ -30,6 +30,7 @@ from workers.link.connection import ServerSearch
 from workers.link.follow import Follow
 from workers.link.pushes import Pushes
 from workers.link.session import Session
+from workers.local_rounds import LocalRounds
 
 CLONE = Path(__file__).resolve().parent.parent
 SCHEDULES = 2000
@@ -58,6 +59,8 @@ def test_schedules_have_what_they_are_made_for() -> None:
         "snapshots",
         "void rounds",
         "rounds of local steps",
+        "left its loop sooner",
+        "went on during an exchange",
         "unequal shares",
         "steps",
         "steps lost",
@@ -280,6 +283,22 @@ class ComparesAnySteps(Rounds):
         digests.report = lambda step, *more: report(0, *more)  # type: ignore[method-assign]
 
 
+class CountsWhatWasNotComputed(Rounds):
+    """Who stops sooner in a round of local steps is taken to have worked off its whole lease."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._leases.stops_sooner = lambda *_: None  # type: ignore[method-assign]
+
+
+class BlamesNoLeaseAhead(Rounds):
+    """Who dies while its last steps are exchanged died of nothing that it computed."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._leases.computed_by = lambda peer, now: now and now.computed_by(peer)  # type: ignore[method-assign]
+
+
 class KeepsLinks(Control):
     """The link of a peer that is gone stays bound to its session."""
 
@@ -404,6 +423,17 @@ class LooksNowhere(ServerSearch):
         return False
 
 
+class GoesOnWithAnyLease(LocalRounds):
+    """Steps that were made ahead are pushed for whatever lease the next round brings."""
+
+    def is_open(self) -> bool:
+        follow = self._client.follow
+        if self.under_way is not None and follow is not None:
+            found = follow.lease(self._worker, self.under_way)
+            self.ahead = self.ahead if found is None else found[1]
+        return super().is_open()
+
+
 class LooksForNoEnd(Worker):
     """It greets again whatever lies in its sockets, the run's end, too."""
 
@@ -440,6 +470,9 @@ class LooksForNoEnd(Worker):
         (Parts(rounds=BelievesAdopted), "without all its pieces", 39),
         (Parts(rounds=PassesEverythingOn), "passed on twice|could have gone on|not to be had", 3),
         (Parts(rounds=ComparesAnySteps), "was found wrong, and is right", 3),
+        (Parts(rounds=CountsWhatWasNotComputed), "samples of worker . weigh", 174),
+        (Parts(rounds=BlamesNoLeaseAhead), "does not end", 251),
+        (Parts(local=GoesOnWithAnyLease), "counted wait to be leased again", 1714),
         (Parts(control=KeepsLinks), "links are kept", 0),
         (Parts(control=BindsTheFirstLinkOnly), "has ended, but not for|does not end", 173),
         (Parts(control=FetchesWithoutLooking), "has ended, but not for", 3),

@@ -546,7 +546,7 @@ class Cluster:
                 return
         if self._contribution.steps:  # the last piece could not be read
             self._exchange_local()
-        else:
+        elif local.under_way is None or self._await_own_round():
             self._nothing_readable()
 
     def own_batches(
@@ -683,10 +683,10 @@ class Cluster:
         """Wait, following the log, until there is a round with a lease for us; None where the run
         has ended in order. Raises `RunLost` (`_is_over`)."""
         assert self._local is not None
-        client, part = self.client, self._contribution
+        client, part, local = self.client, self._contribution, self._local
         self._leased_at, self._held_up_s = time.perf_counter(), 0.0
-        if self._local.ahead is not None and not self._stopping:
-            return self._local.ahead
+        if local.ahead is not None and not self._stopping:
+            return local.ahead
         limit = self._epoch_limit
         found: tuple[int, Lease] | None = None
 
@@ -694,7 +694,7 @@ class Cluster:
             nonlocal found
             assert client.follow is not None
             if client.greetings != part.greetings:
-                part.greetings, part.round = client.greetings, 0  # rounds of another session
+                local.greeted(client.greetings)
                 self._stopping = self._contributed = False
             found = client.follow.lease(self.worker_id, part.round)
             if client.ended is not None or (limit is not None and self.epoch > limit):
@@ -714,7 +714,7 @@ class Cluster:
         self._lost = None
         part.round, lease = found
         assert client.follow is not None and client.follow.open is not None
-        self._local.most = client.follow.open.local_steps
+        local.most = client.follow.open.local_steps
         self._leased_at, self._held_up_s = time.perf_counter(), 0.0
         return lease
 
@@ -859,17 +859,19 @@ class Cluster:
     @contextmanager
     def _stopping_sooner(self) -> Iterator[None]:
         """Where the loop is left in this block, between two local steps, take part in the round
-        with those made. One that is left in the middle of a step has met an error, and takes no
-        part."""
+        with those made, and follow it to its end. One that is left in the middle of a step has met
+        an error, and takes no part."""
         try:
             yield
         except GeneratorExit:
             assert self._replica is not None and self._local is not None
-            between = self._stepped and not self._parts_left and not self._local.exchanged
-            if self._replica.local and between:
+            if self._replica.local and self._stepped and not self._parts_left:
                 with suppress(UserError):  # the run may be lost: `end` tells
-                    if self._local.is_open():
+                    if not self._local.exchanged and self._local.is_open():
                         self._exchange_local(go_on=False)
+                    elif self._local.under_way is not None:
+                        self._finish_round()
+                        self._replica.come_back()
             raise
 
     def _await_own_round(self) -> bool:
@@ -883,7 +885,9 @@ class Cluster:
 
         with self._losing():
             self.client.wait(open_or_void, f"for the averages of round {local.under_way}")
-        self._waiting_s += time.perf_counter() - start
+        waited_s = time.perf_counter() - start
+        self._waiting_s += waited_s
+        self._held_up_s += waited_s
         return not self._is_over() and local.is_open()
 
     def _finish_round(self) -> None:

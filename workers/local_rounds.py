@@ -4,16 +4,19 @@ of the one before, which may be under way meanwhile."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from paramserver.protocol.messages import Lease
 
 from .batches import Sizes
 from .contribution import Contribution
-from .link.client import Client
-from .link.solo import Solo
-from .replica.gradients import Gradients
-from .replica.outer import Outer
-from .replica.replica import Replica
+
+if TYPE_CHECKING:
+    from .link.client import Client
+    from .link.solo import Solo
+    from .replica.gradients import Gradients
+    from .replica.outer import Outer
+    from .replica.replica import Replica
 
 
 class LocalRounds:
@@ -104,6 +107,12 @@ class LocalRounds:
         """The exchange of a round is over."""
         self._settled()
         self.under_way, self.ahead = None, None
+
+    def greeted(self, greetings: int) -> None:
+        """This worker has greeted again: rounds of before are not its own any more."""
+        self._part.greetings, self._part.round = greetings, 0
+        if self.under_way is not None:
+            self._stay()
 
     def _stay(self) -> None:
         """Go on from the anchor: steps that were made ahead are void."""

@@ -529,8 +529,8 @@ class Rounds:
         return self._evaluations.ends(peer, self.round, now)
 
     def _computes(self, peer: Peer) -> wire.Lease | None:
-        """The lease that this worker computes in the open round, if nothing of it has come yet."""
-        return None if self.round is None else self.round.computed_by(peer)
+        """The lease that this worker computes, if nothing of it has come yet."""
+        return self._leases.computed_by(peer, self.round)
 
     # ------------------------------------------------------------------ snapshots
 

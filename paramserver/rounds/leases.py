@@ -72,7 +72,7 @@ class Leases:
         self._shares: Shares | None = None  # where samples are divided by speed
         if rules.shares == "speed" and not rules.deterministic:
             self._shares = Shares()
-        self._local = LocalSteps(rules.local_steps, rules.local_warmup_steps)
+        self._local = LocalSteps(rules.local_steps, rules.local_warmup_steps, rules.overlap)
         self.local_steps = 1
         """Those of the round whose leases were handed out last."""
         self._shared: dict[int, int] = {}  # samples of a round by worker, as last handed out
@@ -386,7 +386,7 @@ class Leases:
         if current is not None and (member := current.member_of(peer)):
             held = member.lease
         for lease in peer.leases:
-            if lease != held and self.ledger is not None:
+            if lease != held and lease not in self._held and self.ledger is not None:
                 self.ledger.settle(lease, RETURNED)
         peer.leases = []
 
@@ -429,6 +429,16 @@ class Leases:
 
     # ------------------------------------------------------------------ what kills
 
+    def computed_by(self, peer: Peer, current: Round | None) -> Lease | None:
+        """The lease that this worker computes, of which nothing has come yet: that of the open
+        round or, where it has pushed and goes on during the exchange, the next one."""
+        if current is None or (member := current.member_of(peer)) is None:
+            return None
+        if member.got and self._rules.overlap and current.local_steps > 1:
+            ahead = (lease for lease in peer.leases if lease not in (member.lease, OWN))
+            return next(ahead, None)
+        return current.computed_by(peer)
+
     def dies(self, peer: Peer, failed: str | None, current: Round | None) -> bool:
         """Count that this worker died of what it computed: `failed` names the phase of its error,
         or is "" where it fell silent, or None where it did not die, since the same process is back.
@@ -436,7 +446,7 @@ class Leases:
 
         Before its silence is noticed, rounds may close and give it more leases. The one that counts
         is the first that it did not finish."""
-        lease = None if current is None else current.computed_by(peer)
+        lease = self.computed_by(peer, current)
         if failed:
             lease = lease or peer.left_with
         elif peer.late_with is not None:

@@ -89,12 +89,19 @@ def described(settings: Settings) -> str:
     return f"local steps: {number}{after}; outer step: rate {outer.lr:g}, {moment}{kind}{overlap}"
 
 
+def suiting(step_s: float, exchange_s: float, *, overlap: bool) -> int:
+    """The number of local steps for which the exchange takes 5 % of the time or, where it goes on
+    while workers compute (`overlap`), no longer than these steps."""
+    times = 1 if overlap else EXCHANGE_SHARE
+    return min(STEPS_MAX, max(1, math.ceil(times * exchange_s / step_s)))
+
+
 class LocalSteps:
     """Chooses the number of local steps of the next round: as set, after the warm-up, or from
     measured times."""
 
-    def __init__(self, wanted: int | str, warmup: int = 0) -> None:
-        self.wanted, self._warmup = wanted, warmup
+    def __init__(self, wanted: int | str, warmup: int = 0, overlap: bool = False) -> None:
+        self.wanted, self._warmup, self._overlap = wanted, warmup, overlap
         self._chosen = 1 if wanted == AUTO else int(wanted)
         self._measured: deque[tuple[float, float]] = deque(maxlen=CHOSEN_FROM)
         self._of: dict[int, int] = {}  # by worker, where they follow its speed
@@ -126,7 +133,11 @@ class LocalSteps:
         step_s = median(step for step, _ in self._measured)
         exchange_s = median(exchange for _, exchange in self._measured)
         self._measured.clear()
-        wanted = min(STEPS_MAX, max(1, math.ceil(EXCHANGE_SHARE * exchange_s / step_s)))
+        if self._overlap and self._chosen > 1:  # only what computing does not hide was measured
+            if EXCHANGE_SHARE * exchange_s <= step_s * self._chosen:
+                return False
+            exchange_s += step_s * self._chosen
+        wanted = suiting(step_s, exchange_s, overlap=self._overlap)
         if 1 / CHANGE_MIN < wanted / self._chosen < CHANGE_MIN:
             return False
         self._chosen = wanted

@@ -1,8 +1,8 @@
 """The shipping `Session`, `Pushes` and `ServerSearch` in virtual time.
 
 `Client` does here what `workers.link.client` and `workers.link.connection` do with sockets: it
-greets, hands messages and time to the session, and carries out what that says. `Worker` and
-`Observer` are the loops of the programs around it.
+greets, hands messages and time to the session, and carries out what that says. `Observer` is the
+loop of its program around it; that of workers is in `worker`.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from workers.link.connection import RunOver, ServerSearch
 from workers.link.follow import Follow
 from workers.link.pushes import Pushes
 from workers.link.session import Session
+from workers.local_rounds import LocalRounds
 
-from .book import Broken, Sample, after_update, samples_of
+from .book import Broken, Sample, after_update
 from .network import Carried, Line, Network, Together, World
 from .process import AT_BOTH, AT_DOOR, AT_LINK, DEAF, Leaves, Process, Waiting
 from .server import LIE, Ring, Server, brief, pieces_of
@@ -32,9 +33,6 @@ HELLO_EVERY_S = 1.0
 SEARCH_AFTER_S = 2.0
 PROBE_EVERY_S = 0.25
 PIECES = 6
-SPEEDS = (1.0, 1.0, 2.0, 30.0)
-"""Seconds for a sample, of each machine in turn: where shares follow speed."""
-LONGEST_S = 2.0  # for a bucket, by a slow machine
 DEADLINE_S = 90.0
 """For greeting, and for a silent server: longer than any fault."""
 UNANSWERED = "no server answered"
@@ -60,6 +58,8 @@ class Habits(msgspec.Struct):
     in_silence: bool = False
     """without a word."""
     unreadable: frozenset[Sample] = frozenset()
+    sooner: float = 0.0
+    """Share of its local steps after which it leaves its loop, and pushes those that it made."""
     own: int = 0
     """So many batches of its own are a worker's part; 0: all share one set."""
 
@@ -77,6 +77,8 @@ class Replica:
         self.lineage = f"fresh-{serial}"
         self._buckets = buckets
         self.ledger: dict[str, Any] | None = None
+        self.local = False
+        self._ahead = False
         self._flat: list[tuple[Sample, ...]] = [()] * buckets
         self._present = [0] * buckets
 
@@ -91,6 +93,9 @@ class Replica:
         ]
         self.model = after_update(self.model, content)
         self.step, self.lineage, self.ledger = close.step, close.lineage, close.ledger
+        if not self._ahead or close.local_steps == 1:
+            self.come_back()
+        self._ahead = False
         self.forget_averages()
 
     def state(self) -> State:
@@ -99,10 +104,26 @@ class Replica:
     def load(self, state: State, step: int, lineage: str) -> None:
         self.model, self.ledger = state
         self.step, self.lineage = step, lineage
+        self.come_back()
         self.forget_averages()
 
     def forget_averages(self) -> None:
         self._present = [0] * self._buckets
+
+    # Of local steps only is known whether there are any: what they come to is their samples.
+
+    def begin_local(self) -> Replica:
+        self.local = True
+        return self
+
+    def step_locally(self) -> None:
+        pass
+
+    def run_ahead(self) -> None:
+        self._ahead = True
+
+    def come_back(self) -> None:
+        self.local = self._ahead = False
 
 
 @dataclass(frozen=True)
@@ -113,6 +134,7 @@ class Shipping:
     follow: type[Follow] = Follow
     pushes: type[Pushes] = Pushes
     search: type[ServerSearch] = ServerSearch
+    local: type[LocalRounds] = LocalRounds
 
 
 class Log:
@@ -648,121 +670,6 @@ class Client(Process):
 
     def missed(self, close: wire.Close) -> None:
         """A step that this replica does not follow."""
-
-
-class Worker(Client):
-    """The loop of `workers.builtin.train` over `workers.cluster`."""
-
-    _brought = 0  # samples of its own
-
-    def main(self) -> Waiting:
-        yield from self.connect()
-        yield from self.join()
-        self.ready()
-        self._round, self._greetings = 0, self.greetings
-        batches = 0
-        while (lease := (yield from self._next_lease())) is not None:
-            batches += 1
-            if self.habits.own:
-                if batches > self.habits.own:
-                    break
-                yield from self._backward(self._own(), ())
-                yield from self._step()
-                yield from self._goes_on()
-                continue
-            places = self._unread(lease)
-            if len(places) == lease[2] - lease[1]:
-                self.send(wire.Unreadable(round=self._round))
-                yield from self._step()
-                continue
-            if self.habits.deadly.intersection(samples_of(lease)):
-                yield from self._die(lease)
-            samples = tuple(s for i, s in enumerate(samples_of(lease)) if i not in places)
-            yield from self._backward(samples, places)
-            yield from self._step()
-            yield from self._goes_on()
-        self.goodbye(wire.FINISHED, finished=True)
-
-    def _goes_on(self) -> Waiting:
-        """Or leaves, or pauses."""
-        if self.world.chance(self.habits.leaves):
-            self.goodbye("it was stopped")
-            raise Leaves("left")
-        if self.world.chance(self.habits.pauses):
-            self.unready()
-            yield self.world.now + self.world.random.expovariate(1.0), DEAF
-            self.ready()
-
-    def _own(self) -> tuple[Sample, ...]:
-        """The next batch of its own."""
-        first = self._brought
-        self._brought += 1 + (self.serial + first) % self.habits.batch_size
-        return tuple((self.serial, n) for n in range(first, self._brought))
-
-    def _unread(self, lease: wire.Lease) -> tuple[int, ...]:
-        """Places in the lease of what cannot be read."""
-        unreadable = self.habits.unreadable
-        return tuple(i for i, s in enumerate(samples_of(lease)) if s in unreadable)
-
-    def _die(self, lease: wire.Lease) -> Waiting:
-        """Of an error in the middle of a batch; its loop is left before its program ends."""
-        yield self.world.now + self.habits.compute_s * self.world.random.random(), DEAF
-        if not self.habits.in_silence:
-            self.unready(unfinished=True)
-            self.goodbye("an error", failed=wire.FORWARD, lease=lease, error=True)
-        raise Leaves("left: it died of its samples")
-
-    def _next_lease(self) -> Waiting:
-        found: tuple[int, wire.Lease] | None = None
-
-        def look() -> bool:
-            nonlocal found
-            assert self.follow is not None
-            if self.greetings != self._greetings:
-                self._greetings, self._round = self.greetings, 0
-            found = self.follow.lease(self.id, self._round)
-            return found is not None or self.ended is not None
-
-        yield from self.wait(lambda: self.ended is not None, timeout_s=0)
-        yield from self.wait(look)
-        if self.ended is not None:
-            return None
-        assert found is not None
-        self._round, lease = found
-        return lease
-
-    def _backward(self, samples: tuple[Sample, ...], unread: tuple[int, ...]) -> Waiting:
-        """A gradient of the model as it is now, bucket by bucket; nothing is applied meanwhile."""
-        world, habits, buckets = self.world, self.habits, self.server.buckets
-        model = self.replica.model
-        bad = world.random.randrange(buckets) if world.chance(habits.bad) else None
-        began, by_speed = world.now, self.server.rules.shares == "speed"
-        # Where shares follow speed, more samples take longer, and each machine has a speed.
-        part = len(samples) / habits.batch_size * SPEEDS[self.id % len(SPEEDS)] if by_speed else 1.0
-        for bucket in range(buckets):
-            seconds = max(habits.compute_s, min(habits.compute_s * part, LONGEST_S))
-            yield world.now + seconds * (0.5 + world.random.random()), DEAF
-            push = wire.Push(
-                round=self._round,
-                bucket=bucket,
-                samples=len(samples),
-                unread=unread,
-                absent=(bucket,) if world.chance(habits.absent) else (),
-                loss=1.0 if bucket == buckets - 1 else None,
-                compute_s=world.now - began if by_speed and bucket == buckets - 1 else None,
-            )
-            self.push(push, (model, samples, bucket != bad))
-            self.poll()
-
-    def _step(self) -> Waiting:
-        yield from self.wait(
-            lambda: (
-                self.greetings != self._greetings
-                or self.ended is not None
-                or (self.follow is not None and self.follow.is_over(self._round))
-            )
-        )
-        self.pushes.forget()
 
 
 class Observer(Client):

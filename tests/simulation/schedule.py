@@ -56,15 +56,18 @@ from .peer import (
     Habits,
     Observer,
     Shipping,
-    Worker,
 )
 from .server import LIAR, Server
+from .worker import Worker
 
 SILENCE_S = 4.0  # heartbeat_timeout
 IDLE_S = 50.0
 LIARS_EVERY = 4  # seeds, a schedule has a liar
 SPEED_EVERY = 5  # seeds, shares follow speed
 LOCAL_EVERY = 7  # seeds, rounds have local steps
+ONE_BY_ONE = 0.5
+"""Share of them in which workers make these one by one, and look around in between: they leave
+their loop sooner now and then, or go on while an exchange is under way."""
 PATIENCE_S, PATIENCE_FOR_A_SAMPLE_S = 400.0, 2.0
 """After the last fault; more than any chain of deadlines, so that only what hangs exceeds it."""
 
@@ -172,6 +175,11 @@ class Schedule:
         if brings:  # who is done leaves: one must be enough
             self.rules = msgspec.structs.replace(self.rules, min_workers=1)
             self.outcome.seen["own samples"] += 1
+        sooner, one_by_one = 0.0, Random(f"sooner {seed}")
+        if self.rules.local_steps != 1 and not brings and one_by_one.random() < ONE_BY_ONE:
+            sooner = one_by_one.choice((0.0, 0.05, 0.3))
+            overlap = one_by_one.random() < 0.5 or not sooner
+            self.rules = msgspec.structs.replace(self.rules, overlap=overlap)
         self.server = Server(
             world,
             self.net,
@@ -194,6 +202,7 @@ class Schedule:
         )
         if not brings:
             self._plan_broken_samples(seed)
+        self.habits.sooner = sooner
         self.lost = rng.choice((0.0, 0.02, 0.2))
         self.slots = range(0 if self.rules.observer else 1, workers + 1)
         self._given_up = False  # a run to which nobody came back in time was followed by another
@@ -286,6 +295,9 @@ class Schedule:
         self.server.subscribers.remove(peer.publish)
         self.alive.remove(peer)
         self.outcome.seen[why.split(":")[0]] += 1
+        if isinstance(peer, Worker):
+            self.outcome.seen["left its loop sooner"] += peer.left_sooner
+            self.outcome.seen["went on during an exchange"] += peer.went_on
         fair = why.startswith(FAIR) or (why.startswith(OF_ANOTHER_RUN) and self._given_up)
         if why.startswith(NOT_TO_BE_HAD):
             fair |= not self.lies or self._only_liar_left(peer)
@@ -436,7 +448,7 @@ class Schedule:
         self.world.say("CALM")
         self.net.repeats = self.lost = 0.0
         for peer in self.alive:
-            peer.habits.bad = peer.habits.pauses = peer.lost = 0.0
+            peer.habits.bad = peer.habits.pauses = peer.habits.sooner = peer.lost = 0.0
             peer.habits.leaves = float(self.home_at < self.world.now)
             peer.habits.compute_s = self.habits.compute_s
             peer.go_on()
