@@ -1,6 +1,7 @@
 """Whole trainings of real processes that are killed, stopped, started again and disturbed.
 
     make chaos MINUTES=10 SEED=7      faults of every kind, ending in a table
+    make chaos ARGS="shares=speed local_steps=8"    the same with further settings of the run
     make soak ROUNDS=100000           workers come and go; memory and descriptors must stay flat
 
 As root on Linux each worker has a machine of its own (a network namespace), and cables are cut.
@@ -36,7 +37,7 @@ from whole import LOOPBACK, Program, Run, children, private_folders
 
 from benchmarks.network import Hosts, move_to
 from paramserver.protocol import messages as wire
-from paramserver.rounds.ledger import Ledger
+from paramserver.rounds.ledger import Ledger, optimizer_steps
 
 STANDSTILL_S = 120.0
 UNDISTURBED_S = 1800.0
@@ -83,7 +84,7 @@ class Watch(threading.Thread):
     def __init__(self, port: int, host: str | None = None) -> None:
         super().__init__(name="watch", daemon=True)
         self._host = host
-        self.step = self.contributors = 0
+        self.step = self.step_before = self.contributors = 0  # optimizer steps
         self.problem: str | None = None
         self.longest_s, self.before_longest = 0.0, "the start"
         self.fault = "the start"
@@ -121,7 +122,8 @@ class Watch(threading.Thread):
         except ValueError as e:
             self.problem = f"the ledger of step {close.step} cannot be right: {e}"
         with self._closed:
-            self.step, self.contributors = close.step, len(close.contributors)
+            self.step_before, self.step = self.step, optimizer_steps(close.ledger, close.step)
+            self.contributors = len(close.contributors)
             self._count += 1
             self._closed.notify_all()
 
@@ -296,7 +298,7 @@ class Chaos:
         self.server.send(signal.SIGKILL)
         self.server.end()
         # Workers that pushed for the newest step stood at the one before: that one is held.
-        held = self.watch.step - 1
+        held = self.watch.step_before
         self._pause(seconds)
         self.server = self._start_server()
         told = self.server.wait_for("the run goes on after step|nobody came back")
@@ -331,7 +333,8 @@ def judge(
     """The table's rows, and which promises were broken."""
     counted = {how: summary[f"samples_{how}"] for how in ("done", "partly", "skipped")}
     in_log = sum(line["samples"] for line in lines)
-    missing = summary["steps"] - len({line["step"] for line in lines})
+    numbers = [line.get("update", line["step"]) for line in lines]  # local steps: many in an update
+    missing = summary["updates"] - len(set(numbers))
     applied = counted["done"] + counted["partly"]
     twice = max(0, in_log - applied)
     never = max(0, applied - in_log) if not missing else 0
@@ -339,7 +342,7 @@ def judge(
     broken = []
     if tally.steps_lost:
         broken.append(f"{tally.steps_lost} closed steps were lost")
-    if twice or len(lines) != len({line["step"] for line in lines}):
+    if twice or len(lines) != len(set(numbers)):
         broken.append(f"{twice} samples, or a step, were applied twice")
     if never:
         broken.append(f"{never} samples are in no update")
@@ -350,6 +353,7 @@ def judge(
     rows = [(f"fault: {what}", str(n)) for what, n in sorted(tally.faults.items())]
     rows += [
         ("steps", f"{summary['steps']:,}"),
+        ("updates", f"{summary['updates']:,}"),
         ("steps lost", str(tally.steps_lost)),
         ("samples done", f"{counted['done']:,}"),
         ("samples applied twice", str(twice)),
@@ -365,22 +369,22 @@ def judge(
     return rows, broken
 
 
-def undisturbed(samples: int) -> float:
-    """The accuracy of an undisturbed run, over about as many samples."""
+def undisturbed(samples: int, more: Sequence[str] = ()) -> float:
+    """The accuracy of an undisturbed run with the same settings, over about as many samples."""
     epochs = max(1, min(BASELINE_EPOCHS, round(samples / 4000)))
     with tempfile.TemporaryDirectory(prefix="chaos-") as folder, Run(Path(folder)) as run:
         settings = [f"num_epochs={epochs}", "num_workers=3", "eval_steps=0", "batch_size=16"]
-        programs = [run.server(*settings), *(run.worker(i) for i in WORKERS)]
+        programs = [run.server(*settings, *more), *(run.worker(i) for i in WORKERS)]
         for program in programs:
             program.process.wait(UNDISTURBED_S)
         return float(run.summary()["val_accuracy"])
 
 
-def chaos(seconds: float, seed: int, *, compare: bool) -> int:
-    """Faults of every kind for so long; the exit code."""
+def chaos(seconds: float, seed: int, *, compare: bool, more: Sequence[str] = ()) -> int:
+    """Faults of every kind for so long, in a run with `more` settings; the exit code."""
     settings = [
         "num_workers=3", "batch_size=16", "num_epochs=1000000", "timeout=0.5", "eval_steps=0",
-        f"heartbeat_timeout={SILENCE_S}", "checkpoint_steps=200", "digest_steps=100",
+        f"heartbeat_timeout={SILENCE_S}", "checkpoint_steps=200", "digest_steps=100", *more,
     ]  # fmt: skip
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="chaos-"))
@@ -397,7 +401,7 @@ def chaos(seconds: float, seed: int, *, compare: bool) -> int:
         summary, lines = run.summary(), run.steps()
         if len(run.runs) != 1:
             raise Broken(f"{len(run.runs)} run folders for one run")
-    alone = undisturbed(summary["samples"]) if compare else None
+    alone = undisturbed(summary["samples"], more) if compare else None
     rows, broken = judge(monkey.tally, summary, lines, alone)
     return tell(rows, broken)
 
@@ -480,12 +484,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=random.randrange(10_000))
     parser.add_argument("--soak", type=int, metavar="ROUNDS", help="the soak, instead")
     parser.add_argument("--no-compare", action="store_true", help="no undisturbed run afterwards")
+    parser.add_argument("settings", nargs="*", help="of the run, local_steps=8 say")
     args = parser.parse_args(argv)
     print(f"seed {args.seed}", flush=True)
     try:
         if args.soak is not None:
             return soak(args.soak, args.seed)
-        return chaos(60 * args.minutes, args.seed, compare=not args.no_compare)
+        return chaos(60 * args.minutes, args.seed, compare=not args.no_compare, more=args.settings)
     except (Broken, AssertionError) as e:
         print(f"BROKEN: {e}")
         return 1

@@ -13,16 +13,31 @@ from chaos import Sizes, Tally, judge
 
 TESTS = Path(__file__).resolve().parent
 SUMMARY = {
-    "steps": 3, "samples_done": 96, "samples_partly": 0, "samples_skipped": 0,
+    "steps": 3, "updates": 3, "samples_done": 96, "samples_partly": 0, "samples_skipped": 0,
     "replicas_equal": True, "digests": {}, "val_accuracy": 0.93,
 }  # fmt: skip
 LINES = [{"step": step, "samples": 32} for step in (1, 2, 3)]
 
 
-@pytest.mark.long
-def test_faults_of_every_kind_break_no_promise() -> None:
+@pytest.mark.parametrize(
+    ("minutes", "settings"),
+    [
+        pytest.param("0.2", [], marks=pytest.mark.long),
+        ("0.03", ["shares=speed", "local_steps=8"]),
+        pytest.param("0.2", ["shares=speed"], marks=pytest.mark.long),
+        pytest.param("0.2", ["local_steps=32"], marks=pytest.mark.long),
+        pytest.param(
+            "0.2", ["shares=speed", "local_steps=8", "overlap=true"], marks=pytest.mark.long
+        ),
+        pytest.param("0.2", ["local_steps=auto", "codec=int8"], marks=pytest.mark.long),
+    ],
+)
+def test_faults_of_every_kind_break_no_promise(minutes: str, settings: list[str]) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "chaos", "--minutes", "0.2", "--seed", "5", "--no-compare"],
+        [
+            *(sys.executable, "-m", "chaos", "--minutes", minutes),
+            *("--seed", "5", "--no-compare", *settings),
+        ],
         cwd=TESTS.parent,
         env={**os.environ, "PYTHONPATH": str(TESTS)},
         capture_output=True,
@@ -47,6 +62,7 @@ def test_a_run_without_a_flaw_is_judged_so() -> None:
         (Tally(), {"samples_done": 64}, LINES, "32 samples, or a step, were applied twice"),
         (Tally(), {"samples_done": 128}, LINES, "32 samples are in no update"),
         (Tally(), {}, [*LINES, LINES[-1]], "applied twice"),
+        (Tally(), {"updates": 2}, [LINES[0], LINES[1] | {"update": 1}], "applied twice"),
         (Tally(), {"replicas_equal": False}, LINES, "replicas differ"),
         (Tally(), {"val_accuracy": 0.5}, LINES, "accuracy 0.5, undisturbed 0.94"),
     ],

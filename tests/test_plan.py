@@ -39,6 +39,7 @@ from paramserver.fleet.planning import links_of, machine
 from paramserver.net.hosts import read
 from paramserver.net.interfaces import Interface
 from paramserver.net.interfaces import Path as Way
+from paramserver.rounds.local_steps import LocalSteps
 from paramserver.rounds.shares import Cost
 from paramserver.settings import Settings
 
@@ -262,12 +263,46 @@ def test_all_numbers_of_workers_of_one_machine_are_in_the_table() -> None:
     )
 
 
+def test_overlap_hides_the_exchange_behind_the_next_steps() -> None:
+    machines = alike(4)
+    plain, ahead = Choice(local_steps=32), Choice(local_steps=32, overlap=True)
+    for rate in (GIGABIT, GIGABIT / 10):
+        job = Job(RESNET, 8)
+        one_by_one = run_of(machines, machines[0], job, plain, rate)
+        at_once = run_of(machines, machines[0], job, ahead, rate)
+        longer_s = max(one_by_one.compute_s, one_by_one.exchange_s)
+        assert at_once.round_s == pytest.approx(longer_s, rel=0.01)
+    found = plans(machines, wired(NAMES[:4]), Job(RESNET, 8, overlap=(False,)))
+    assert not any(p.choice.overlap for p in found)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_auto_is_planned_with_the_steps_that_the_server_would_choose(overlap: bool) -> None:
+    machines = alike(4)
+    choice = Choice(local_steps="auto", overlap=overlap)
+    found = run_of(machines, machines[0], Job(RESNET, 8), choice)
+    share = found.exchange_s / found.round_s
+    assert found.steps == (13 if overlap else 242)
+    assert share == pytest.approx(0.0 if overlap else 0.05, abs=0.03)
+    assert found.shown_steps == ("auto (13), overlap" if overlap else "auto (242)")
+    server = LocalSteps("auto", overlap=overlap)
+    for steps in (1, 2):  # what it chooses from such times is the same
+        for _ in range(16):
+            at_once = overlap and steps > 1
+            exchange_s = 1.27 - 0.1 * steps if at_once else 1.27
+            server.took(steps, seconds=0.1 * steps + exchange_s, compute_s=0.1 * steps)
+    assert server.of_next(100, local=True) == pytest.approx(found.steps, rel=0.05)
+    fast = run_of(alike(2, step_s=1.0), alike(2)[0], Job(TINY, 8), choice)
+    assert fast.steps == 1
+
+
 def test_what_was_typed_is_not_chosen_and_a_round_is_no_longer_than_an_epoch() -> None:
     machines = alike(2)
     job = Job(RESNET, 16, codecs=("float16",), shares=("equal",), samples=16 * 2 * 10)
     found = plans(machines, wired(("one", "two")), job)
     assert {(p.choice.codec, p.choice.shares) for p in found} == {("float16", "equal")}
-    assert max(p.choice.local_steps for p in found if p.workers == 2) == 8
+    assert max(p.steps for p in found if p.workers == 2) == 10  # auto's
+    assert {p.steps for p in found if p.workers == 2 and p.choice.local_steps != "auto"} == {1, 8}
 
 
 # ------------------------------------------------------------------------------------ measuring
@@ -346,6 +381,14 @@ def test_a_longer_exchange_is_named() -> None:
         "182 samples/s, where make plan had predicted 500: a round takes 400 ms beside computing, "
         "50 ms were predicted: a cable, a busy network? make doctor looks closer"
     ]
+
+
+def test_the_rounds_in_which_auto_measures_are_not_compared() -> None:
+    expected = Expected(2, "float32", "auto", "equal", 500, 0.15, 0.05, steps=32)
+    watch = PlanWatch(expected)
+    slow = [watch.closed(2, 10, 1.0, float(t)) for t in range(100)]
+    assert slow == [None] * 100
+    assert any(watch.closed(2, 10, 1.0, float(t), local_steps=32) for t in range(100, 200))
 
 
 def test_rounds_of_fewer_workers_are_not_compared() -> None:
