@@ -3,9 +3,10 @@
 `predict` computes one round of a set of machines, with the server on one of them. A worker
 computes, then each bucket passes these stages, one bucket after the other in each: it is encoded,
 goes up, is added on the server, comes down, and is decoded. With one local step buckets leave while
-backward still computes; with more they leave after the last step. `plans` tries every sensible set
-of machines, place of the server, codec, number of local steps and way of sharing samples, and
-`table` chooses what to show of these, each with a sentence.
+backward still computes; with more they leave after the last step; and with `overlap` the next steps
+are computed meanwhile, so that a round takes as long as its computing or as its exchange. `plans`
+tries every sensible set of machines, place of the server, codec, number of local steps and way of
+sharing samples, and `table` chooses what to show of these, each with a sentence.
 
 What travels: one server moves (N-1) G each way through its link where it is beside a worker, and
 N G on a machine of its own. Links are taken as carrying both directions at once, except Wi-Fi.
@@ -13,16 +14,17 @@ N G on a machine of its own. Links are taken as carrying both directions at once
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import Any, NamedTuple
 
-from paramserver.rounds.local_steps import LocalSteps
+from paramserver.rounds.local_steps import AUTO, CHANGE_MIN, EXCHANGE_SHARE, LocalSteps, suiting
 from paramserver.rounds.shares import SAMPLE_S_MIN, SHARE_TIMES_MAX, Cost, Limits, split
 
 HERE = "this machine"
-LOCAL_STEPS = (1, 8, 32, 128)
+LOCAL_STEPS = (1, 8, 32, 128, AUTO)
 CODECS = ("float32", "float16", "int8")
 SHARES = ("equal", "speed")
 ROWS = 12
@@ -43,6 +45,7 @@ ALL_SETS = 5  # machines; of more, only the fastest are tried, and all but one
 CODEC_WORTH = {"float32": 1.0, "float16": 0.99, "bfloat16": 0.98, "int8": 0.97, "topk": 0.95}
 STEPS_WORTH = {1: 1.0, 8: 0.97, 32: 0.95, 128: 0.93}
 SHARES_WORTH = {"equal": 1.0, "speed": 0.97}
+AUTO_WORTH, OVERLAP_WORTH = 0.99, 0.97
 """What costs accuracy, or effort, must bring more than so much."""
 
 MACHINE_WORTH = MOVED_WORTH = 0.98
@@ -146,8 +149,9 @@ class Job(NamedTuple):
     model: Model
     batch_size: int
     codecs: tuple[str, ...] = CODECS
-    local_steps: tuple[int, ...] = LOCAL_STEPS
+    local_steps: tuple[int | str, ...] = LOCAL_STEPS
     shares: tuple[str, ...] = SHARES
+    overlap: tuple[bool, ...] = (False, True)
     topk_ratio: float = 0.01
     encrypted: bool = False
     samples: int | None = None
@@ -158,8 +162,9 @@ class Choice(NamedTuple):
     """Settings of a run that a plan is free to choose."""
 
     codec: str = "float32"
-    local_steps: int = 1
+    local_steps: int | str = 1
     shares: str = "equal"
+    overlap: bool = False
 
 
 @dataclass(frozen=True)
@@ -181,6 +186,8 @@ class Plan:
     """What the machine computes that is done first."""
     idle: tuple[str, ...] = ()
     """Machines that get no samples."""
+    steps: int = 1
+    """Local steps of a round; with auto, those that the server would choose."""
     moved: bool = False
     """The server would be on another machine than it is now."""
 
@@ -193,10 +200,18 @@ class Plan:
         """Samples a second, less what local steps, codecs and further machines must bring."""
         factor = IDLE_WORTH ** len(self.idle) * (MOVED_WORTH if self.moved else 1.0)
         factor *= MACHINE_WORTH ** (self.workers - 1 + (self.server not in self.machines))
-        codec, local_steps, shares = self.choice
+        codec, local_steps, shares, overlap = self.choice
         factor *= CODEC_WORTH[codec] * SHARES_WORTH[shares]
-        factor *= STEPS_WORTH.get(local_steps, min(STEPS_WORTH.values()))
+        factor *= STEPS_WORTH[max(n for n in STEPS_WORTH if n <= self.steps)]
+        factor *= AUTO_WORTH if local_steps == AUTO else 1.0
+        factor *= OVERLAP_WORTH if overlap else 1.0
         return self.samples_per_s * factor
+
+    @property
+    def shown_steps(self) -> str:
+        """The local steps, as words."""
+        number = f"auto ({self.steps})" if self.choice.local_steps == AUTO else str(self.steps)
+        return f"{number}, overlap" if self.choice.overlap else number
 
 
 # ---------------------------------------------------------------------------------- one prediction
@@ -208,14 +223,19 @@ def predict(
     """A run on these machines; None where one of them does not reach the server's."""
     if any((m.name, server.name) not in links for m in chosen if m.name != server.name):
         return None
-    samples, seconds = _computed(chosen, job.batch_size, choice)
+    steps = choice.local_steps
+    if isinstance(steps, str):
+        steps = _chosen_by_auto(chosen, server, links, job, choice)
+    samples, seconds = _computed(chosen, job.batch_size, steps, choice.shares)
     slowest = max(chosen, key=lambda m: seconds[m.name])
     compute_s = seconds[slowest.name]
-    hidden_s = slowest.backward * compute_s if choice.local_steps == 1 else 0.0
-    exchange_s = _exchange(chosen, server, links, job, choice.codec, hidden_s)
-    total = sum(job.model.buckets)
-    if choice.local_steps > 1:
-        exchange_s += OUTER_PASSES * total * max(m.copy_s for m in chosen)
+    if steps == 1:
+        hidden_s = slowest.backward * compute_s
+        exchange_s = _exchange(chosen, server, links, job, choice.codec, hidden_s)
+    else:
+        exchange_s, own_s = _exchange_local(chosen, server, links, job, choice.codec)
+        if choice.overlap:
+            exchange_s = max(own_s, exchange_s - compute_s)
     computed = sum(m.processes * samples[m.name] for m in chosen)
     return Plan(
         tuple(m.name for m in chosen),
@@ -228,14 +248,47 @@ def predict(
         slowest.name,
         min(seconds.values()),
         tuple(m.name for m in chosen if not samples[m.name]),
+        steps,
     )
 
 
+def _exchange_local(
+    chosen: Sequence[Machine], server: Machine, links: Links, job: Job, codec: str
+) -> tuple[float, float]:
+    """Seconds from the last local step of a round to the new anchor, and those of them in which a
+    worker cannot compute: it encodes, decodes, and makes the outer step."""
+    total = sum(job.model.buckets)
+    outer_s = OUTER_PASSES * total * max(m.copy_s for m in chosen)
+    coded_s = max(sum(m.codec(codec)) + 2 * m.copy_s for m in chosen)
+    exchange_s = _exchange(chosen, server, links, job, codec, 0.0) + outer_s
+    return exchange_s, min(exchange_s, coded_s * total + outer_s)
+
+
+def _chosen_by_auto(
+    chosen: Sequence[Machine], server: Machine, links: Links, job: Job, choice: Choice
+) -> int:
+    """The local steps that the server would choose (`LocalSteps`): it begins with synchronous ones,
+    and stays there where their exchange hardly costs anything."""
+    _, seconds = _computed(chosen, job.batch_size, 1, "equal")
+    slowest = max(chosen, key=lambda m: seconds[m.name])
+    step_s = max(SAMPLE_S_MIN, seconds[slowest.name])
+    hidden_s = slowest.backward * step_s
+    exchange_s = _exchange(chosen, server, links, job, choice.codec, hidden_s)
+    if math.ceil((1 if choice.overlap else EXCHANGE_SHARE) * exchange_s / step_s) < CHANGE_MIN:
+        return 1
+    exchange_s, _ = _exchange_local(chosen, server, links, job, choice.codec)
+    found = max(2, suiting(step_s, exchange_s, overlap=choice.overlap))
+    if job.samples is not None:
+        workers = sum(m.processes for m in chosen)
+        found = max(2, min(found, job.samples // (workers * job.batch_size)))
+    return found
+
+
 def _computed(
-    chosen: Sequence[Machine], batch_size: int, choice: Choice
+    chosen: Sequence[Machine], batch_size: int, steps: int, shares: str
 ) -> tuple[dict[str, int], dict[str, float]]:
     """Samples of a round, and seconds for them, of a process of each machine."""
-    steps, by_speed = choice.local_steps, choice.shares == "speed"
+    by_speed = shares == "speed"
     if by_speed and steps > 1:
         numbers = LocalSteps(steps).by_speed(
             steps, dict.fromkeys(range(len(chosen)), batch_size),
@@ -348,12 +401,17 @@ def plans(machines: Sequence[Machine], links: Links, job: Job) -> list[Plan]:
 def _choices(job: Job, workers: int) -> Iterator[Choice]:
     for codec in job.codecs:
         for local_steps in job.local_steps:
-            if job.samples is not None and local_steps > max(
-                1, job.samples // (workers * job.batch_size)
+            if workers == 1 and local_steps == AUTO and len(job.local_steps) > 1:
+                continue
+            if (
+                job.samples is not None
+                and isinstance(local_steps, int)
+                and local_steps > max(1, job.samples // (workers * job.batch_size))
             ):
                 continue
             for shares in job.shares if workers > 1 else job.shares[:1]:
-                yield Choice(codec, local_steps, shares)
+                for overlap in job.overlap if workers > 1 and local_steps != 1 else (False,):
+                    yield Choice(codec, local_steps, shares, overlap)
 
 
 def _sets(workers: Sequence[Machine], batch_size: int) -> list[tuple[Machine, ...]]:
@@ -459,10 +517,12 @@ def _pays(plan: Plan, found: Sequence[Plan], alone: Plan) -> str | None:
     """From how many local steps on this is faster than one worker alone."""
     enough = min(
         (
-            p.choice.local_steps
+            p.steps
             for p in found
             if _place(p) == _place(plan)
-            and p.choice.local_steps > plan.choice.local_steps
+            and p.choice.local_steps != AUTO
+            and not p.choice.overlap
+            and p.steps > plan.steps
             and p.samples_per_s > FASTER * alone.samples_per_s
         ),
         default=None,
@@ -499,7 +559,7 @@ def _of_the_best(plan: Plan, alone: Plan | None) -> str:
 
 def _sacrifice(plan: Plan, best: Plan) -> str:
     more = [
-        f"{name}={mine}"
+        f"{name}={str(mine).lower()}"
         for name, mine, other in zip(Choice._fields, plan.choice, best.choice, strict=True)
         if mine != other
     ]

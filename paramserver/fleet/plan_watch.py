@@ -32,13 +32,16 @@ class Expected(msgspec.Struct, frozen=True):
 
     workers: int
     codec: str
-    local_steps: int
+    local_steps: int | str
     shares: str
     samples_per_s: float
     compute_s: float
     """Of the slowest worker in a round."""
     exchange_s: float
     """What computing does not hide."""
+    overlap: bool = False
+    steps: int = 1
+    """Local steps of a round; with auto, those that the server is taken to choose."""
 
 
 class Kept(msgspec.Struct, frozen=True):
@@ -52,7 +55,8 @@ def kept(settings: Settings, plans: Sequence[Plan]) -> str:
     """The content of the file for these plans, which were made with these settings."""
     found = [
         Expected(
-            p.workers, *p.choice, p.samples_per_s, p.compute_s, p.exchange_s
+            p.workers, *p.choice[:3], p.samples_per_s, p.compute_s, p.exchange_s, p.choice.overlap,
+            p.steps,
         )
         for p in plans
     ]  # fmt: skip
@@ -64,9 +68,12 @@ def read(settings: Settings) -> PlanWatch | None:
     them. Of several sets of as many machines the slowest one counts."""
     with suppress(OSError, msgspec.MsgspecError):
         content = msgspec.json.decode((Path(settings.run_dir) / FILE).read_bytes(), type=Kept)
-        wanted = (settings.num_workers, settings.codec, settings.local_steps, settings.shares)
+        s = settings
+        wanted = (s.num_workers, s.codec, s.local_steps, s.shares, s.overlap)
         found = [
-            p for p in content.plans if (p.workers, p.codec, p.local_steps, p.shares) == wanted
+            p
+            for p in content.plans
+            if (p.workers, p.codec, p.local_steps, p.shares, p.overlap) == wanted
         ]
         if found and content.about == _about(settings):
             return PlanWatch(min(found, key=lambda p: p.samples_per_s))
@@ -79,7 +86,6 @@ def _about(settings: Settings) -> dict[str, Any]:
         "dataset": {k: v for k, v in settings.dataset.items() if k != "root"},
         "batch_size": settings.batch_size,
         "codec_down": settings.codec_down,
-        "overlap": settings.overlap,
     }
     plain: dict[str, Any] = json.loads(json.dumps(about))
     return plain
@@ -101,10 +107,14 @@ class PlanWatch:
         if compute_s is not None:
             self._compute.setdefault(worker, deque(maxlen=KEPT)).append(compute_s)
 
-    def closed(self, contributors: int, samples: int, seconds: float, now: float) -> str | None:
-        """A round of so many workers was closed that took so many seconds. Returns the sentence
-        where the last half minute was far slower than predicted."""
-        if self._told or contributors != self.expected.workers:
+    def closed(
+        self, contributors: int, samples: int, seconds: float, now: float, local_steps: int = 1
+    ) -> str | None:
+        """A round of so many workers and local steps was closed that took so many seconds. Returns
+        the sentence where the last half minute was far slower than predicted. Synchronous rounds in
+        which auto still measures do not count."""
+        other = contributors != self.expected.workers
+        if self._told or other or (local_steps == 1 < self.expected.steps):
             self._since = None
             return None
         if self._since is None:

@@ -34,10 +34,11 @@ from paramserver.fleet.user_code import find_user_code
 from paramserver.net import hosts as fleet
 from paramserver.net.hosts import Host
 from paramserver.program import command as program
+from paramserver.rounds.local_steps import AUTO
 from paramserver.rounds.shares import Cost
 from paramserver.settings import Settings
 
-CHOSEN = ("codec", "local_steps", "shares")
+CHOSEN = ("codec", "local_steps", "shares", "overlap")
 """Settings that a plan chooses where nobody has typed them."""
 
 
@@ -278,8 +279,13 @@ def _job(
     )
     if "codec" in given:
         wanted = wanted._replace(codecs=(settings.codec,))
-    if isinstance(settings.local_steps, int) and "local_steps" in given:
+    if "local_steps" in given:
         wanted = wanted._replace(local_steps=(settings.local_steps,))
+    if settings.deterministic:
+        numbers = tuple(n for n in wanted.local_steps if n != AUTO)
+        wanted = wanted._replace(local_steps=numbers, overlap=(False,))
+    elif "overlap" in given:
+        wanted = wanted._replace(overlap=(settings.overlap,))
     if "shares" in given or settings.deterministic:
         wanted = wanted._replace(shares=(settings.shares,))
     return wanted
@@ -301,7 +307,7 @@ def _drawn(rows: Sequence[Row], many: bool) -> Table:
         places = (", ".join(shown.machines), shown.server) if many else (str(shown.workers),)
         drawn.add_row(
             f"{shown.samples_per_s:,.0f}", *places, shown.choice.codec,
-            str(shown.choice.local_steps), shown.choice.shares if shown.workers > 1 else "",
+            shown.shown_steps, shown.choice.shares if shown.workers > 1 else "",
             sentence,
         )  # fmt: skip
     return drawn
@@ -311,8 +317,8 @@ def _command(best: Plan, hosts: Sequence[Host], arguments: Sequence[str]) -> str
     """How to start it."""
     typed = [a for a in arguments if a.partition("=")[0] not in (*CHOSEN, "num_workers")]
     chosen = [
-        f"{name}={value}" for name, value in zip(CHOSEN, best.choice, strict=True)
-        if best.workers > 1 or name == "codec"
+        f"{name}={str(value).lower()}" for name, value in zip(CHOSEN, best.choice, strict=True)
+        if (best.workers > 1 and value is not False) or name == "codec"
     ]  # fmt: skip
     settings = shlex.join([*typed, *chosen])
     if len(hosts) < 2:
@@ -352,6 +358,7 @@ def _to_json(
                 "workers": row.plan.workers,
                 "server": row.plan.server,
                 **row.plan.choice._asdict(),
+                "steps": row.plan.steps,
                 "compute_s": row.plan.compute_s,
                 "exchange_s": row.plan.exchange_s,
                 "sentence": row.sentence,

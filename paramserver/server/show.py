@@ -145,7 +145,7 @@ class Show:
         self.tell(self.folder.flush(now))  # a server may be killed at any time
         if self._plan_watch is not None:
             workers = len(close.contributors)
-            slow = self._plan_watch.closed(workers, samples, close.seconds, now)
+            slow = self._plan_watch.closed(workers, samples, close.seconds, now, close.local_steps)
             if slow is not None:
                 self.say(slow, warning=True)
 
