@@ -131,9 +131,11 @@ def test_the_log_has_a_filter() -> None:
 
 def test_it_says_what_is_wrong() -> None:
     assert "no word from the server for 12 s" in lines(FULL, 80, view=View(silent_s=12))[0]
-    assert "over: all epochs are done" in lines(replace(FULL, end="all epochs are done"), 80)[0]
+    over = replace(FULL, end="all epochs are done")
+    assert "over: all epochs are done" in lines(over, 80)[0]
+    assert "over: all epochs are done" in lines(over, 80, view=View(silent_s=12))[0]
     paused = replace(FULL, trains=False, phase="waiting for 2 workers")
-    assert "waiting for 2 workers" in lines(paused, 80)[0]
+    assert "waiting for 2 workers" in lines(paused, 80)[3]
     assert "waiting for a run at 127.0.0.1:1" in waiting("127.0.0.1:1", 80, 24)[0].plain
     long = replace(FULL, diagnosis=Diagnosis(cause=Cause.SLOW, sentence="it is slow " * 80))
     assert len([line for line in lines(long, 60) if "slow it is" in line]) == 3

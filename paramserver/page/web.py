@@ -25,7 +25,15 @@ import msgspec
 
 from paramserver.page import runs
 from paramserver.page.board import Board, Seen
-from paramserver.page.guard import HEADERS, cookie_name, cookie_of, holds, is_ours, opens
+from paramserver.page.guard import (
+    HEADERS,
+    HEADERS_NEAR,
+    cookie_name,
+    cookie_of,
+    holds,
+    is_ours,
+    opens,
+)
 
 STATIC = Path(__file__).with_name("static")
 TYPES = {
@@ -198,7 +206,8 @@ class Handler(BaseHTTPRequestHandler):
     def _head(self, code: int, kind: str, more: dict[str, str]) -> None:
         self.close_connection = True
         self.send_response(code)
-        for name, value in {"Content-Type": kind, **HEADERS, **more}.items():
+        headers = HEADERS if self.server.secret is not None else HEADERS_NEAR
+        for name, value in {"Content-Type": kind, **headers, **more}.items():
             self.send_header(name, value)
         self.send_header("Connection", "close")
         self.end_headers()

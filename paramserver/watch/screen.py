@@ -80,6 +80,7 @@ def drawn(status: Status, view: View, width: int, height: int, *, utf8: bool = T
     foot = [_footer(view)]
     head = [_headline(status, view), *_progress(status, width, utf8)]
     if view.log:
+        head += [] if status.trains or status.end else _sentence(status, width)
         room = height - len(head) - len(foot) - 1
         lines = _log(status, view, room)
         return _fitted([*head, Text(""), *lines, *_blank(room - len(lines)), *foot], width, height)
@@ -104,17 +105,15 @@ def drawn(status: Status, view: View, width: int, height: int, *, utf8: bool = T
 def _headline(status: Status, view: View) -> Text:
     line = Text(status.folder or status.run, style="bold")
     line.append(f"  {status.model}", "dim")
-    if view.silent_s > 3:
-        line.append(f"  no word from the server for {view.silent_s:.0f} s", "bold red")
-    elif status.end:
+    if status.end:
         line.append(f"  over: {status.end}", "bold red" if status.error else "bold green")
-    elif not status.trains:
-        line.append(f"  {status.phase}", "bold yellow")
+    elif view.silent_s > 3:
+        line.append(f"  no word from the server for {view.silent_s:.0f} s", "bold red")
     return line
 
 
 def _progress(status: Status, width: int, utf8: bool) -> list[Text]:
-    values = [*figures.figures(status), *figures.more_figures(status)]
+    values = [*figures.figures(status), *figures.more_figures(status)] if status.step else []
     second = Text((" " * figures.BETWEEN).join(figures.fitting(values, width)))
     words, room = figures.beside_a_bar(figures.progress(status), width)
     text, made = (" " * figures.BETWEEN).join(words), figures.made(status)
@@ -127,12 +126,14 @@ def _progress(status: Status, width: int, utf8: bool) -> list[Text]:
 
 
 def _sentence(status: Status, width: int) -> list[Text]:
-    """What the last minute waited for, in at most three lines."""
-    if not status.diagnosis.sentence or status.diagnosis.cause == Cause.NOT_TRAINING:
-        return [Text("")]
-    calm = status.diagnosis.cause in (Cause.NOTHING, Cause.UNKNOWN)
-    lines = textwrap.wrap(status.diagnosis.sentence, max(10, width))[:3]
-    return [Text(line, style="green" if calm else "bold cyan") for line in lines]
+    """What the run waits for, or what the last minute waited for, in at most three lines."""
+    sentence, style = status.diagnosis.sentence, "bold cyan"
+    if not status.trains:
+        sentence, style = "" if status.end else status.phase, "bold yellow"
+    elif status.diagnosis.cause in (Cause.NOTHING, Cause.UNKNOWN):
+        style = "green"
+    lines = textwrap.wrap(sentence, max(10, width))[:3]
+    return [Text(line, style=style) for line in lines or [""]]
 
 
 # ------------------------------------------------------------------------------ machines

@@ -158,7 +158,9 @@ const Machines = (() => {
     const recent = [...rounds.values()].sort((a, b) => a[0] - b[0]);
     const anew = told !== JSON.stringify([palette, recent.length && recent[recent.length - 1][0]]);
     told = JSON.stringify([palette, recent.length && recent[recent.length - 1][0]]);
-    const longest = Math.max(1e-9, ...recent.flatMap((round) => [...Object.values(round[2])].map(sum)));
+    // A single long round may be cut off, or it would flatten all others.
+    const times = recent.flatMap((round) => Object.values(round[2]).map(sum)).sort((a, b) => a - b);
+    const longest = Math.max(1e-9, Math.min(times[times.length - 1] || 0, 1.5 * (times[Math.floor(0.9 * (times.length - 1))] || 0)));
     for (const machine of workers) {
       const parts = shown.get(machine.id), total = sum(machine.minute);
       text(parts.name, role(machine));

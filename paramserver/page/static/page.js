@@ -238,7 +238,7 @@
     text($("gone"), `${words[0].toUpperCase()}${words.slice(1)}. ${status ? "What you see is the last state; the page goes on by itself when a server is there again." : "The page tries again by itself."}`);
     $("gone").hidden = false;
     if (!status) text($("phase"), "no server");
-    else if (!ended && !status.end) { text($("phase"), "no answer"); $("phase").className = "pill bad"; }
+    else if (!status.end) { text($("phase"), ended ? "no server" : "no answer"); $("phase").className = "pill bad"; }
   }
 
   // ---------------------------------------------------------------- the watch token

@@ -7,12 +7,14 @@ const Shown = (() => {
   function number(value, digits = 4) {
     if (!known(value)) return NONE;
     const size = Math.abs(value);
+    const short = () => Number(value.toPrecision(3)).toExponential().replace("e-", "e−").replace("e+", "e");
+    if (size >= 1e7) return short();
     if (size >= 1000) return Math.round(value).toLocaleString("en");
     for (let places = size >= 100 ? 4 : digits; places >= 3; places--) {
       const plain = String(Number(value.toPrecision(places)));
-      if (plain.replace("-", "").length <= FIGURE) return plain;
+      if (!plain.includes("e") && plain.replace("-", "").length <= FIGURE) return plain;
     }
-    return Number(value.toPrecision(3)).toExponential().replace("e-", "e−");
+    return short();
   }
   function count(value) {
     return known(value) ? Math.round(value).toLocaleString("en") : NONE;
