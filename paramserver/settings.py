@@ -38,6 +38,7 @@ BUCKET_MB, LINKED_BUCKET_MB = 4.0, 2.0
 """By default, where all processes share a host, and where some are reached over links. On one host
 each message costs more than its bytes; over a link the first average may come sooner."""
 
+AGGREGATES = ("mean", "trimmed", "median", "clipped")
 CODECS = ("float32", "float16", "bfloat16", "int8", "topk")
 MODELS = ("SimpleNN", "CNN", "ResNet18")
 DATASETS = ("MNIST", "FashionMNIST", "digits")
@@ -199,6 +200,29 @@ class Settings:
     )
     topk_ratio: float = setting(
         0.01, "share of the numbers that topk pushes; averages carry twice that", share_of(1)
+    )
+    aggregate: str = setting(
+        "mean",
+        "what is made of the workers' gradients: their mean, or what one broken machine cannot "
+        "spoil: trimmed, median or clipped; see docs/robust.md",
+        one_of(*AGGREGATES),
+    )
+    trim: float = setting(
+        0.25,
+        "where aggregate is trimmed: the share of the workers whose numbers are left out at each "
+        "side, at least one and less than half",
+        share_of(0.5),
+    )
+    clip_tau: float | None = setting(
+        None,
+        "where aggregate is clipped: how far a gradient may be from the average before, as a norm "
+        "of each bucket; null = the workers' median distance",
+        more_than(0),
+    )
+    scale_to_median: bool = setting(
+        False,
+        "where there are local steps: what each worker pushes is scaled to the workers' median "
+        "norm before it is averaged",
     )
     bucket_mb: float | None = setting(
         None,

@@ -31,6 +31,7 @@ class Told:
         self.published: list[Any] = []
         self.averages: list[list[float]] = []
         self.said: list[str] = []
+        self.problems: list[str] = []
         self.closes: list[wire.Close] = []
         self.gone: set[bytes] = set()
         self.unread: dict[bytes, int] = {}
@@ -63,6 +64,9 @@ class Told:
     def say(self, text: str, warning: bool = False) -> None:
         self.said.append(text)
 
+    def problem(self, text: str) -> None:
+        self.problems.append(text)
+
     def closing(self, close: wire.Close) -> None:
         assert not any(isinstance(m, wire.Close) and m.step == close.step for m in self.published)
 
@@ -70,16 +74,15 @@ class Told:
         self.closes.append(close)
 
     def reported(self, control: Control, report: wire.Report) -> None: ...
-    def problem(self, text: str) -> None: ...
     def looked(self, control: Control, now: float) -> None: ...
 
 
 class Run:
     """Two workers that take part; `now` is the time. With `noted` the server was started again."""
 
-    def __init__(self, workers: int = 2, noted: str | None = None) -> None:
+    def __init__(self, workers: int = 2, noted: str | None = None, aggregate: str = "mean") -> None:
         self.told, self.now = Told(), 100.0
-        settings = Settings(observer=False, num_workers=workers, num_epochs=2)
+        settings = Settings(observer=False, num_workers=workers, num_epochs=2, aggregate=aggregate)
         rules = Rules(
             num_workers=workers, heartbeat_timeout=SILENCE_S, timeout=1.0, epochs=2, observer=False
         )
@@ -108,8 +111,8 @@ class Run:
         for number in range(1, workers + 1):
             self.greet(number)
             self.hear(number, wire.Join(layout=LAYOUT, step=0, lineage=f"own {number}", device=""))
-            if number > 1:
-                self.adopt(number)
+        for number in range(2, workers + 1):
+            self.adopt(number)
         for number in range(1, workers + 1):
             self.hear(number, wire.Ready(samples=100, batch_size=4))
 
@@ -198,6 +201,28 @@ def test_what_is_out_of_proportion_is_kept_nowhere() -> None:
     run.push(2, 3.0, 4.0, 5.0)
     assert run.told.averages == [[3.0, 4.0, 5.0]]
     assert run.to(1, wire.Refused)[0].reason == "too large"
+
+
+@pytest.mark.parametrize("aggregate", ["trimmed", "median", "clipped"])
+def test_whose_gradients_disagree_is_named_among_the_problems(aggregate: str) -> None:
+    run = Run(3, aggregate=aggregate)
+    for _ in range(12):
+        run.push(1, 1.0, 2.0, 3.0)
+        run.push(2, -50.0, -50.0, -50.0)
+        run.push(3, 1.0, 2.5, 3.5)
+    assert len(run.told.closes) == 12
+    [problem] = run.told.problems
+    assert problem.startswith("the gradients of worker 2 (here) disagree with the others' in 10 of")
+    assert run.rounds.disagreement.trouble(2) and not run.rounds.disagreement.trouble(1)
+
+
+def test_with_the_mean_nobody_is_compared() -> None:
+    run = Run(3)
+    for _ in range(12):
+        run.push(1, 1.0, 2.0, 3.0)
+        run.push(2, -50.0, -50.0, -50.0)
+        run.push(3, 1.0, 2.5, 3.5)
+    assert len(run.told.closes) == 12 and run.told.problems == []
 
 
 def test_who_sends_rubbish_is_told_and_is_out() -> None:

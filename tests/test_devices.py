@@ -45,6 +45,7 @@ def test_the_doctor_tries_the_devices_of_a_machine_that_names_no_others(tmp_path
     first = told["devices"][0]
     assert first["device"] == "cpu" and first["problem"] == ""
     assert first["off_exchanged"] == 0.0 and first["step_ms"] > 0
+    assert told["memory"]["bytes"] > 0 and told["memory"]["wrong"] == 0
     assert not (tmp_path / "runs").exists()
 
 

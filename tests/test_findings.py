@@ -84,10 +84,30 @@ def test_a_good_cluster_has_nothing_to_be_told() -> None:
         ({"sleep": "10"}, "it sleeps after 10 minutes"),
         ({"firewall": "on"}, "a firewall is on"),
         ({"device": "none"}, "PyTorch does not load"),
+        ({"memory": {"bytes": 2**28, "wrong": 8}}, "its memory is broken: 8 of 268,435,456"),
+        ({"data": {"problem": "its copy of MNIST cannot be read: CRC"}}, "its copy of MNIST"),
     ],
 )
 def test_what_is_wrong_with_a_machine(facts: dict[str, Any], said: str) -> None:
     assert f"mini2: {said}" in told(with_facts(**facts))
+
+
+def test_data_that_differ_are_those_of_the_fewer_machines() -> None:
+    def said(**digests: str) -> str:
+        facts = {name: {**FACTS, "data": {"digest": d}} for name, d in digests.items()}
+        return told(replace(GOOD, facts=facts))
+
+    assert said(mini1="a", mini2="a") == ""
+    assert said(mini1="a", mini2="b").startswith("mini2: its data set has other content than that")
+    assert said(mini1="a", mini2="b", pi="b").startswith("mini1: its data set has other content")
+    assert told(with_facts(data={"digest": "b"})) == ""  # the other one has none
+
+
+def test_memory_and_data_are_told_of_each_machine() -> None:
+    facts = {**FACTS, "system": "Linux", "machine": "x", "python": "3.11.7"}
+    facts |= {"memory": {"bytes": 2**28, "wrong": 0}, "data": {"digest": "0123456789abcdef"}}
+    lines = about_machines(replace(GOOD, facts={"mini1": facts}))
+    assert lines[-1].strip() == "256 MiB of memory read back: as written, data 0123456789abcdef"
 
 
 def test_wifi_although_there_is_a_cable() -> None:

@@ -8,6 +8,8 @@ import pytest
 from scripts import Run
 
 from paramserver.protocol.messages import Spent, Vitals
+from paramserver.rounds.disagreement import Comparison
+from paramserver.rounds.events import Compared
 from paramserver.server.overview import GONE_S, Overview, Totals, changed_settings
 from paramserver.server.traffic import Traffic
 from paramserver.settings import Settings
@@ -79,6 +81,17 @@ def test_machines_in_their_order_with_what_they_do() -> None:
     assert one.minute_rounds == 2 and one.minute.encode == pytest.approx(0.2)
     assert [took.step for took in status.rounds] == [1, 2]
     assert (status.samples.done, status.samples.leased, status.samples.of_epoch) == (40, 40, 1000)
+
+
+def test_whose_gradients_disagree() -> None:
+    """It trains on, and says so beside its trouble."""
+    watched = Watched(3)
+    compared = {w: Comparison(0.9 if w == 2 else 0.1, 1.0) for w in (1, 2, 3)}
+    for _ in range(10):
+        watched.run.handle(Compared(compared))
+    two, one = watched.status().machine(2), watched.status().machine(1)
+    assert two is not None and two.trouble == "disagrees in 10 of 10 rounds"
+    assert one is not None and one.trouble == "" and two.state == State.TRAINING
 
 
 def test_who_is_late_silent_or_gone() -> None:

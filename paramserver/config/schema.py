@@ -16,7 +16,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from paramserver.errors import UserError
 from paramserver.net import hosts
 from paramserver.ranges import FILLED, FUNCTION, Range, is_import_path
-from paramserver.settings import DATASETS, MODELS, Settings, Wandb
+from paramserver.rounds.aggregate import BY_COORDINATE, CLIPPED
+from paramserver.settings import AGGREGATES, DATASETS, MODELS, Settings, Wandb
 from paramserver.words import nearest, no_such, printable
 
 Program = Literal["server", "worker", "launch"]
@@ -275,6 +276,7 @@ def _words(value: Any) -> Iterator[Any]:
 def build(tree: Mapping[str, Any], where: Where = lambda name: "") -> Settings:
     """The finished `Settings` of a complete nested tree; a `UserError` for the first bad value."""
     names = [field.name for field in fields(Settings) if field.name != "wandb"]
+    _check_rule(tree["aggregate"], where)
     if isinstance(tree["outer"], Mapping):
         tree = {**tree, "outer": {"name": "SGD", **tree["outer"]}}
     values = {name: _checked(name, spelled_out(name, tree[name]), where) for name in names}
@@ -291,9 +293,44 @@ def build(tree: Mapping[str, Any], where: Where = lambda name: "") -> Settings:
         raise _wrong("min_workers", f"must not exceed {workers}", values["min_workers"], where)
     settings = Settings(**values, wandb=Wandb(**logging))
     _check_local_steps(settings, where)
+    _check_aggregate(settings, where)
     if settings.early_stop is not None:
         _check_parts("early_stop", settings.early_stop, EARLY_STOP, where)
     return settings
+
+
+WHOLE_GRADIENTS = {
+    "krum", "multikrum", "bulyan", "geometricmedian", "geomedian", "geomed", "rfa", "autogm",
+    "mda", "mva", "mcc", "smea", "monna", "meamed", "nnm", "faba", "dnc", "caf",
+}  # fmt: skip
+"""Rules that others know and that are none here, without their case, spaces and hyphens."""
+
+
+def _check_rule(value: Any, where: Where) -> None:
+    """Raise a `UserError` with the reason for a rule that needs whole gradients at once."""
+    word = "".join(c for c in str(value).lower() if c.isalnum())
+    if isinstance(value, str) and word in WHOLE_GRADIENTS:
+        must = (
+            f"must be one of {', '.join(AGGREGATES)}: {shown(value)} compares whole gradients with "
+            "each other, and the server never has them: it averages each bucket while others are "
+            "still computed"
+        )
+        raise _wrong("aggregate", must, value, where)
+
+
+def _check_aggregate(s: Settings, where: Where) -> None:
+    """Raise a `UserError` for a rule that cannot be followed with these other settings."""
+    if s.codec == "topk" and s.aggregate in BY_COORDINATE:
+        must = (
+            "must be mean or clipped with codec=topk: each worker sends other numbers, and where "
+            "most send none the middle is zero"
+        )
+        raise _wrong("aggregate", must, s.aggregate, where)
+    if s.clip_tau is not None and s.aggregate != CLIPPED:
+        raise _wrong("clip_tau", "must be null unless aggregate=clipped", s.clip_tau, where)
+    if s.scale_to_median and s.local_steps == 1:
+        must = "must be false with local_steps=1: it is for the differences of local steps"
+        raise _wrong("scale_to_median", must, s.scale_to_median, where)
 
 
 def _check_local_steps(s: Settings, where: Where) -> None:

@@ -40,6 +40,10 @@ class Agent:
             return {"time": time.time()}
         if do == "facts":
             return machine.facts()
+        if do == "health":
+            from paramserver.fleet import health  # it takes numpy, which others need not wait for
+
+            return {"memory": health.memory(), "data": health.data(words["dataset"])}
         if do == "listen":
             self._listeners.append(Listener(words["address"]))
             return {"port": self._listeners[-1].port}

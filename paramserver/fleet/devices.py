@@ -32,6 +32,9 @@ def look(*, as_json: bool) -> int:
     if not as_json:
         terminal.say("trying each device of this machine, by itself and through a server ...")
     found, problem = _tried()
+    from paramserver.fleet import health  # it takes numpy, which not every machine has
+
+    tested = health.memory()
     head = {
         "paramserver": __version__,
         **versions,
@@ -39,11 +42,11 @@ def look(*, as_json: bool) -> int:
         "system": _system(),
     }
     if as_json:
-        told = {"versions": head, "devices": found, "problem": problem}
+        told = {"versions": head, "devices": found, "problem": problem, "memory": tested}
         terminal.result(json.dumps(told, indent=2))
     else:
-        terminal.result(table(head, found, problem))
-    return int(bool(problem) or any(one["problem"] for one in found))
+        terminal.result(f"{table(head, found, problem)}\n{_memory(tested)}")
+    return int(bool(problem or tested["wrong"]) or any(one["problem"] for one in found))
 
 
 def _tried() -> tuple[list[dict[str, Any]], str]:
@@ -65,6 +68,14 @@ def _tried() -> tuple[list[dict[str, Any]], str]:
         return found, ""
     last = done.stderr.strip().splitlines()[-1:] or ["without a word"]
     return found, f"it ended with exit code {done.returncode}: {last[0]}"
+
+
+def _memory(tested: dict[str, Any]) -> str:
+    """What came of the memory, as a line."""
+    size, wrong = f"{tested['bytes'] >> 20} MiB", tested["wrong"]
+    if wrong:
+        return f"memory: BROKEN, {wrong:,} bytes of {size} do not read back as they were written"
+    return f"memory: {size} read back as written"
 
 
 def _system() -> str:

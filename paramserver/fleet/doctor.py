@@ -56,7 +56,7 @@ def doctor(arguments: list[str], *, as_json: bool = False, fix: bool = False) ->
     hosts, at_rest, troubles = _prepared(lines, wanted.hosts, quiet=as_json)
     with ExitStack() as stack:
         agents = {host.name: stack.enter_context(Agent(host)) for host in hosts}
-        report, more = examine(wanted.hosts, agents, wanted.settings.port)
+        report, more = examine(wanted.hosts, agents, wanted.settings.port, wanted.settings.dataset)
         before = _kept(agents.get(wanted.server.name))
         measured, broken = measure_paths(
             wanted.hosts, report.interfaces, agents, wanted.settings.host_ip
@@ -126,9 +126,13 @@ def _prepared(
 
 
 def examine(
-    hosts: tuple[Host, ...], agents: Mapping[str, Agent], port: int
+    hosts: tuple[Host, ...],
+    agents: Mapping[str, Agent],
+    port: int,
+    dataset: Mapping[str, Any] | None = None,
 ) -> tuple[Report, list[Trouble]]:
-    """The facts of each machine, and the difference of its clock to ours."""
+    """The facts of each machine, and the difference of its clock to ours; where a `dataset` is
+    given a test of its memory, too, and the digest of its copy of that."""
 
     def one(host: Host) -> tuple[dict[str, Any], list[Interface], dict[str, list[str]]]:
         agent = agents[host.name]
@@ -143,7 +147,8 @@ def examine(
             if taken["port_held"] is None:
                 taken = {"port": each, "port_held": agent.ask("port", port=each)["held"]}
         found = from_json(look["interfaces"])
-        return facts | {"skew_s": skew, **taken}, found, look.get("down", {})
+        well = {} if dataset is None else agent.ask("health", dataset=dict(dataset))
+        return facts | {"skew_s": skew, **taken, **well}, found, look.get("down", {})
 
     told, troubles = remote.on_all(one, [agent.host for agent in agents.values()])
     facts = {name: each[0] for name, each in told.items()}

@@ -96,6 +96,7 @@ def findings(report: Report) -> list[Trouble]:
     """All faults, the gravest first."""
     found = list(report.troubles)
     found += _versions(report)
+    found += _data(report)
     for host in report.hosts:
         if host.name in report.facts:
             found += _machine(host.name, report.facts[host.name], report)
@@ -199,6 +200,25 @@ def _versions(report: Report) -> Iterator[Trouble]:
                 yield Trouble(name, what, can)
 
 
+def _data(report: Report) -> Iterator[Trouble]:
+    """Machines whose copy of the data set is not that of most, or cannot be read."""
+    told = {name: facts.get("data", {}) for name, facts in report.facts.items()}
+    digests = {name: each["digest"] for name, each in told.items() if "digest" in each}
+    usual = max(
+        dict.fromkeys(digests.values()), key=list(digests.values()).count, default=None
+    )  # of equally many the first machine's
+    for name, each in told.items():
+        if "problem" in each:
+            yield Trouble(name, each["problem"], "copy it anew")
+        elif digests.get(name, usual) != usual:
+            alike = next(other for other, digest in digests.items() if digest == usual)
+            yield Trouble(
+                name,
+                f"its data set has other content than that of {alike}",
+                "a file is damaged, or of another version: copy it from there, or remove it",
+            )
+
+
 def _machine(name: str, facts: dict[str, Any], report: Report) -> Iterator[Trouble]:
     if abs(facts.get("skew_s", 0.0)) > SKEW_S:
         yield Trouble(
@@ -215,6 +235,13 @@ def _machine(name: str, facts: dict[str, Any], report: Report) -> Iterator[Troub
             name,
             f"only {facts['free_memory_bytes'] / 2**30:.1f} GiB of memory are free",
             "end what needs it",
+        )
+    if wrong := facts.get("memory", {}).get("wrong"):
+        yield Trouble(
+            name,
+            f"its memory is broken: {wrong:,} of {facts['memory']['bytes']:,} bytes do not read "
+            "back as they were written",
+            "do not train on it; memtest86+ says which module it is, less clock may help",
         )
     if facts["sleep"].isdigit():
         yield Trouble(
@@ -316,7 +343,7 @@ def _worse_than_it_could_be(report: Report) -> Iterator[Trouble]:
 
 
 def about_machines(report: Report) -> list[str]:
-    """Two lines about each machine."""
+    """A few lines about each machine."""
     told = []
     width = max(len(name) for name in report.facts) if report.facts else 0
     for name, facts in report.facts.items():
@@ -327,8 +354,21 @@ def about_machines(report: Report) -> list[str]:
             f"{facts['free_disk_bytes'] / 2**30:.0f} GiB of disk free",
             f"{'':<{width}}  clock {facts['skew_s']:+.1f} s, sleep: {facts['sleep']}, "
             f"firewall: {facts['firewall']}",
+            *(f"{'':<{width}}  {well}" for well in filter(None, [_well(facts)])),
         ]
     return told
+
+
+def _well(facts: dict[str, Any]) -> str:
+    """What was tested of a machine's memory and data, as words."""
+    memory, data = facts.get("memory"), facts.get("data", {})
+    words = []
+    if memory:
+        fault = f"{memory['wrong']:,} wrong" if memory["wrong"] else "as written"
+        words.append(f"{memory['bytes'] >> 20} MiB of memory read back: {fault}")
+    if "digest" in data:
+        words.append(f"data {data['digest']}")
+    return ", ".join(words)
 
 
 def about_paths(report: Report) -> list[str]:

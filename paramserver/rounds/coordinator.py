@@ -19,6 +19,7 @@ from that for other parts, and adds messages and sentences to the `Outcome`:
     evaluations who evaluates, while the others wait
     snapshots   who gives the run's state, who takes it, and what comes of it
     divergence  whose weights are not those of the others
+    disagreement  whose gradients are not like the others', where averages are robust
     times       where each worker's time went
     log         the newest state, and the states from which a replica can follow
     ending      why and when the run ends
@@ -37,12 +38,14 @@ import msgspec
 from paramserver.protocol import messages as wire
 from paramserver.rounds import states
 from paramserver.rounds.departures import FAILED, LEFT, SILENT, Departure
+from paramserver.rounds.disagreement import CHECK, Disagreement
 from paramserver.rounds.divergence import Divergence
 from paramserver.rounds.effects import Closed, Discard, Effect, Ended, Publish, Remove, Start, Void
 from paramserver.rounds.ending import Ending
 from paramserver.rounds.evaluations import Evaluations
 from paramserver.rounds.events import (
     Alive,
+    Compared,
     Dropped,
     Event,
     Forgotten,
@@ -111,6 +114,7 @@ class Rounds:
         self.log = Log()
         self.clocks = Clocks()
         self.norms = Norms(rules.max_norm_ratio)
+        self.disagreement = Disagreement()
         self._out = out = Outcome()
         self._roster = roster = Roster(rules.max_workers)
         self._origin = Origin(rules, now, count_buckets, recovery)
@@ -156,6 +160,9 @@ class Rounds:
                 return False
             case Forgotten():
                 self.log.forget_before(event.step)
+                return False
+            case Compared():
+                self._name_the_odd(event)
                 return False
         raise TypeError(f"{event!r} is no event")
 
@@ -797,6 +804,15 @@ class Rounds:
                 f"{member.name} sets {printable(names)} of the optimizer to other values than "
                 f"{leader.name}, whose count for all: a loop should set them from cluster.step"
             )
+
+    def _name_the_odd(self, event: Compared) -> None:
+        """Name a worker whose gradients disagree with the others' in nearly every round."""
+        for worker in self.disagreement.note(event.workers):
+            peer = self._roster.by_id(worker)
+            name = f"worker {worker}" if peer is None else peer.name
+            rounds = self.disagreement.how_often(worker)
+            text = f"the gradients of {name} disagree with the others' in {rounds}. {CHECK}"
+            self._out.say(text, peer, warning=True, problem=True)
 
     def _judge(self, peer: Peer, member: Member, now: float) -> None:
         """Take the leases of a worker that is left out from now on."""

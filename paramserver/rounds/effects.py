@@ -77,10 +77,11 @@ class Void(Effect, frozen=True):
 
 
 class Say(Effect, frozen=True):
-    """Log a sentence for people, perhaps as a warning."""
+    """Log a sentence for people, perhaps as a warning; a `problem` is kept for the summary, too."""
 
     text: str
     warning: bool = False
+    problem: bool = False
 
 
 class Remove(Effect, frozen=True):

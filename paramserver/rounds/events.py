@@ -5,9 +5,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import msgspec
 
 from paramserver.protocol import messages as wire
+from paramserver.rounds.disagreement import Comparison
 
 Part = wire.Manifest | wire.Want | wire.Piece
 """A part of a snapshot, which the server passes on to the other side."""
@@ -67,6 +70,12 @@ class Forgotten(Event, frozen=True):
     """The server no longer keeps the updates up to and including the one that led to `step`."""
 
     step: int
+
+
+class Compared(Event, frozen=True):
+    """The gradients of the round that has just closed were compared: each worker's, by number."""
+
+    workers: Mapping[int, Comparison]
 
 
 class PeerEvent(Event, frozen=True):

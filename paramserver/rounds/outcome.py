@@ -25,10 +25,17 @@ class Outcome:
         """Send a message to one peer."""
         self.effects.append(Send(peer.session, message))
 
-    def say(self, text: str, about: Peer | None = None, *, warning: bool = False) -> None:
+    def say(
+        self,
+        text: str,
+        about: Peer | None = None,
+        *,
+        warning: bool = False,
+        problem: bool = False,
+    ) -> None:
         """Log a sentence for people, unless there were too many about this worker."""
         if about is None or about.id == 0 or self.sentences.may(about.id, about.name):
-            self.effects.append(Say(text, warning=warning))
+            self.effects.append(Say(text, warning=warning, problem=problem))
 
     def warn(self, text: str, about: Peer | None = None) -> None:
         """The same, as a warning."""

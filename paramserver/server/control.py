@@ -10,7 +10,7 @@ from __future__ import annotations
 import hmac
 import math
 import uuid
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -21,6 +21,7 @@ from paramserver.errors import PeerError
 from paramserver.protocol import messages as wire
 from paramserver.protocol import versions
 from paramserver.rounds.coordinator import Rounds
+from paramserver.rounds.disagreement import Comparison
 from paramserver.rounds.effects import (
     Add,
     Closed,
@@ -38,6 +39,7 @@ from paramserver.rounds.effects import (
 )
 from paramserver.rounds.events import (
     Alive,
+    Compared,
     Dropped,
     Event,
     Forgotten,
@@ -100,6 +102,7 @@ class Data(Protocol):
     def add(self, worker: int, bucket: int, weight: int) -> None: ...
     def finish(self, finish: Finish) -> None: ...
     def due(self) -> list[Finished]: ...
+    def comparisons(self) -> Mapping[int, Comparison]: ...
     def close(self, close: wire.Close) -> Update: ...
     def forget_round(self, averaged: tuple[int, ...]) -> None: ...
     def reaches_back_to(self) -> int | None: ...
@@ -459,6 +462,8 @@ class Control:
                     self._send(effect.session, message)
                 case PassOn():
                     self._send(effect.session, effect.message, *content)
+                case Say() if effect.problem:
+                    self.watcher.problem(effect.text)
                 case Say():
                     self.watcher.say(effect.text, effect.warning)
                 case Start():
@@ -489,6 +494,9 @@ class Control:
         self._prompt(self.rounds.prompted, now)
         self._forget_overwritten(now)
         self.closed_at = now
+        compared = self._data.comparisons()
+        if compared:
+            self._happens(Compared(compared), now)
         self._data.forget_round(close.buckets)
         self.watcher.closed(self, close)
 

@@ -7,6 +7,7 @@ payload, and passes the resulting frames on.
 from __future__ import annotations
 
 import errno
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,15 @@ import torch
 from paramserver import trace
 from paramserver.errors import PeerError
 from paramserver.protocol import messages as wire
+from paramserver.rounds.aggregate import MEAN
+from paramserver.rounds.disagreement import Comparison
 from paramserver.rounds.effects import Finish
 from paramserver.server.history import Frames, History, Update
 from paramserver.settings import Settings
 from paramserver.tensors.bucket import BucketPlan, plan
 from paramserver.tensors.codec import codec_of_averages, codec_of_pushes
-from paramserver.tensors.reducer import Reducer, Release
+from paramserver.tensors.reducer import Reducer, Release, fresh_room
+from paramserver.tensors.robust_reducer import RobustReducer, Rule
 from paramserver.tensors.whole import BUFFER_BYTES
 from paramserver.transport import shm
 
@@ -78,10 +82,12 @@ class Data:
             )
         up = codec_of_pushes(s.codec, s.topk_ratio)
         down = codec_of_averages(s.codec_of_averages, s.topk_ratio)
-        if self.ring is None:
-            self._reducer = Reducer(self.plan, up, down)
+        room = fresh_room if self.ring is None else self._room
+        if s.aggregate == MEAN and not s.scale_to_median:
+            self._reducer = Reducer(self.plan, up, down, room)
         else:
-            self._reducer = Reducer(self.plan, up, down, self._room)
+            rule = Rule(s.aggregate, s.trim, s.clip_tau, s.scale_to_median)
+            self._reducer = RobustReducer(self.plan, up, down, rule, room)
         return problem
 
     # ------------------------------------------------------------------ shared memory
@@ -218,6 +224,11 @@ class Data:
         """The message of an average for peers that read the ring: the places of its buffers."""
         places = self._places[average.bucket]
         return wire.to_frames(wire.Shared(places=places, **msgspec.structs.asdict(average)))
+
+    def comparisons(self) -> Mapping[int, Comparison]:
+        """What the averages of the open round say about each worker; nothing where they are
+        means."""
+        return self._reducer.comparisons() if isinstance(self._reducer, RobustReducer) else {}
 
     def close(self, close: wire.Close) -> Update:
         """The round is over: keep its averages and its close as an update."""

@@ -292,7 +292,7 @@ class Overview:
                 kind="" if peer.join is None else peer.join.kind,
                 device="" if peer.join is None else peer.join.device,
                 state=self._state(peer, rounds, trouble, now),
-                trouble=trouble,
+                trouble=trouble or (rounds.disagreement.trouble(peer.id) if worker else ""),
                 last_seen_s=max(0.0, now - peer.last_seen),
                 share=rounds.share_of(peer.id) if worker and by_speed else None,
                 samples_per_s=before.rate(now, samples, before.samples.get(peer.id, 0))

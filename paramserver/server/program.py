@@ -38,7 +38,7 @@ from paramserver.output.runfolder import Record, RunFolder, Unended
 from paramserver.page import report
 from paramserver.page.process import Page, opened
 from paramserver.protocol import messages as wire
-from paramserver.rounds import local_steps
+from paramserver.rounds import aggregate, local_steps
 from paramserver.server.control import Control
 from paramserver.server.observer_process import ObserverProcess
 from paramserver.server.server import Server
@@ -243,6 +243,8 @@ def _serve(
         show.say(f"server at {where}, run folder {folder.path}")
         if steps := local_steps.described(settings):
             show.say(steps)
+        if rule := aggregate.described(settings):
+            show.say(rule)
         if keys is not None:
             if new_keys:
                 show.say(f"made the keys of this cluster: {keys_path()}")

@@ -31,7 +31,7 @@ RoomOf = Callable[[int, int], Tensor]
 """Makes the memory of a wire buffer of this bucket: that many bytes, as a uint8 tensor."""
 
 
-def _fresh(bucket: int, nbytes: int) -> Tensor:
+def fresh_room(bucket: int, nbytes: int) -> Tensor:
     return fresh(nbytes)
 
 
@@ -53,7 +53,7 @@ class Reducer:
     bucket's index and the bytes of each of them, in their order.
     """
 
-    def __init__(self, plan: BucketPlan, up: Codec, down: Codec, room: RoomOf = _fresh) -> None:
+    def __init__(self, plan: BucketPlan, up: Codec, down: Codec, room: RoomOf = fresh_room) -> None:
         self._plan = plan
         self._up = up
         self._room = room

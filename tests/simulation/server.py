@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import count as counter
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ import msgspec
 from paramserver.errors import PeerError
 from paramserver.protocol import messages as wire
 from paramserver.rounds.coordinator import Rounds
+from paramserver.rounds.disagreement import Comparison
 from paramserver.rounds.effects import Finish
 from paramserver.rounds.leases import LEASES_HELD
 from paramserver.rounds.recovery import NOTHING
@@ -180,6 +181,9 @@ class Samples:
     def due(self) -> list[Finished]:
         due, self._due = self._due, []
         return due
+
+    def comparisons(self) -> Mapping[int, Comparison]:
+        return {}
 
     def as_shared(self, average: wire.Average) -> Frames:
         places = (self._places[average.bucket],)
