@@ -54,6 +54,14 @@ def shortened(name: str, folder: Path, *changes: tuple[str, str]) -> Path:
     return script
 
 
+def test_a_gan_in_short(tmp_path: Path) -> None:
+    """It needs all its epochs to find the ring."""
+    code, said = launched(tmp_path, CLONE / "examples" / "gan.py", "num_epochs=1")
+    assert code == 0 and "the same on all replicas" in said, said
+    assert "12,800 done, 0 partly" in said
+    assert re.search(r"^gan: \d+\.\d % of 1,000 points lie .* after 400 steps", said, re.M), said
+
+
 @pytest.mark.long
 def test_the_small_gpt_in_short(tmp_path: Path) -> None:
     script = shortened("gpt", tmp_path, ("WINDOWS = 12_000", "WINDOWS = 640"))

@@ -47,7 +47,7 @@ ROOMS = [
     "workers.samples workers.weight",
     "workers.looks workers.optimizer workers.batches",
     "workers.link",
-    "workers.by_hand workers.contribution workers.local_rounds",
+    "workers.by_hand workers.contribution workers.local_rounds workers.turns",
     "workers.cluster workers.living",
     "workers",
     "workers.builtin",

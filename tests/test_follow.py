@@ -429,6 +429,33 @@ def test_a_snapshot_moves_and_what_was_before_is_over(follow: Follower, log: Log
 # ------------------------------------------------------------------------------- leases
 
 
+def going_on(log: Log, began: int, *workers: int) -> Open:
+    """A round of leases that began in that round."""
+    leases = {w: ((0, 10 * w, 10 * w + 10),) for w in workers}
+    return msgspec.structs.replace(log.open(leases), began=began)
+
+
+def test_a_step_of_a_lease_over_several_rounds_has_its_place(follow: Follower, log: Log) -> None:
+    follow.opened(going_on(log, 1, 1, 2))
+    assert follow.lease(1, after=0) == (1, (0, 10, 20)) and follow.asks_in(1, 1) is None
+    assert follow.may_step(1, 1, 1) is True and follow.may_step(1, 1, 2) is None
+    follow.opened(going_on(log, 1, 1))  # round 1 was void, worker 2 has lost its lease
+    assert follow.lease(1, after=1) is None, "leases that go on are no new ones"
+    assert follow.may_step(1, 1, 1) is False and follow.may_step(1, 1, 2) is True
+    assert follow.asks_in(1, 1) == 2
+    for number in (1, 2, 3):
+        assert follow.may_step(2, 1, number) is False, "others go on without it"
+    assert follow.asks_in(2, 1) is None
+
+
+def test_no_step_is_waited_for_whose_lease_has_ended(follow: Follower, log: Log) -> None:
+    """Though its round has not come, or has the number of another one."""
+    follow.opened(going_on(log, 1, 1, 2))
+    follow.opened(going_on(log, 2, 1, 2))
+    assert follow.may_step(1, 1, 2) is False and follow.may_step(1, 1, 3) is False
+    assert follow.asks_in(1, 1) is None and follow.lease(1, after=1) == (2, (0, 10, 20))
+
+
 def test_a_lease_is_that_of_the_open_round_after_the_last_one(follow: Follower, log: Log) -> None:
     assert follow.lease(1, after=0) is None and follow.lease_ahead(1) is None
     mine, ahead = (0, 0, 10), (0, 20, 30)

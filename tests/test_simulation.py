@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,7 @@ def test_schedules_have_what_they_are_made_for() -> None:
         *faults,
         "liar",
         "own samples",
+        "pairs",
         "snapshots",
         "void rounds",
         "rounds of local steps",
@@ -558,6 +560,36 @@ def test_own_samples_that_are_counted_although_they_are_in_no_update_are_found(
     failures = (simulate(seed).failure for seed in range(SEARCHED))
     failure = next(filter(None, failures), None)
     assert failure is not None and "samples partly" in failure
+
+
+@pytest.mark.long
+def test_a_lease_that_is_done_with_the_first_of_its_rounds_is_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    begins = Ledger.begin
+
+    def begin(self: Ledger, lease: wire.Lease, unread: Sequence[int] = ()) -> None:
+        begins(self, lease, unread)
+        self.done += self._begun.pop()[1]
+
+    def finish(self: Ledger, lease: wire.Lease, how: str) -> None:
+        self._leased.discard(lease)
+
+    monkeypatch.setattr(Ledger, "begin", begin)
+    monkeypatch.setattr(Ledger, "finish", finish)
+    failures = (simulate(seed).failure for seed in range(SEARCHED))
+    failure = next(filter(None, failures), None)
+    assert failure is not None and "samples done" in failure
+
+
+@pytest.mark.long
+def test_who_enters_in_the_middle_of_a_lease_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody's lease goes on then: what an update has a part of is handed out no more, and the
+    others' steps are for leases that they have not."""
+    monkeypatch.setattr(Rounds, "_going_on", lambda self: [])
+    failures = (simulate(seed).failure for seed in range(SEARCHED))
+    failure = next(filter(None, failures), None)
+    assert failure is not None
 
 
 def test_the_schedule_of_a_seed_is_the_same_with_other_parts() -> None:

@@ -14,12 +14,13 @@ from paramserver.protocol import messages as wire
 
 from .replica import groups
 from .replica.replica import Replica
+from .replica.several import Pair
 
 
 class SetByHand:
-    """The values that this loop sets, see `workers.replica.groups`."""
+    """The values that this loop sets, see `workers.replica.groups`; of several pairs, for one."""
 
-    def __init__(self, replica: Replica, log: logging.Logger) -> None:
+    def __init__(self, replica: Replica | Pair, log: logging.Logger) -> None:
         self._replica, self._log = replica, log
         self._ever: bool | None = None  # the loop changes values of the optimizer's groups
         self._sent: wire.Groups = {}  # those that it has changed for this round

@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 import msgspec
 import torch
@@ -55,11 +55,16 @@ from .looks import look
 from .optimizer import ClusterOptimizer
 from .replica.gradients import Gradients
 from .replica.replica import Replica
+from .replica.several import Pair, Several
 from .samples import Loading, Samples, Unusable, cut, drawn_from
+from .turns import Turns
 from .weight import checked, collates_by_default, samples_in
 
 M = TypeVar("M", bound=nn.Module)
 T = TypeVar("T")
+
+PAIR_OPTIONS = {"scheduler", "clip_norm", "before_step", "after_step"}
+"""What each of several pairs may have of its own, see `Cluster.attach`."""
 
 ZERO_STEPS = 3  # with gradients that are all 0, before it is said
 
@@ -162,10 +167,14 @@ class Cluster:
         self._replica: Replica | None = None
         self._gradients: Gradients | None = None
         self._feedback: ErrorFeedback | None = None
-        self._optimizer: ClusterOptimizer | None = None
+        self._optimizers: list[ClusterOptimizer] = []
+        self._several: Several | None = None  # the replica, if pairs take turns in it
+        self._in_batch = False
         self._by_hand: SetByHand | None = None
+        self._by_hands: dict[str, SetByHand] = {}  # of several pairs
         self._local: LocalRounds | None = None
         self._contribution = Contribution(client.greetings)
+        self._turns = Turns(client, self._contribution, worker=self.worker_id)
         self._weighs = False  # its weight is told, since it is not the number of samples
         self._batch = Sizes(0, 0)  # of the optimizer step that is being worked on
         self._part, self._parts_left = 0, 0  # weight of its part at hand; parts that follow it
@@ -223,6 +232,7 @@ class Cluster:
         """Seconds spent in `step` waiting for averages, in all."""
         return self._waiting_s
 
+    @overload
     def attach(
         self,
         model: M,
@@ -236,7 +246,33 @@ class Cluster:
         schedule_by: str = "step",
         buffers: Mapping[str, str] | None = None,
         first: bool = False,
-    ) -> tuple[M, ClusterOptimizer]:
+    ) -> tuple[M, ClusterOptimizer]: ...
+
+    @overload
+    def attach(
+        self,
+        *,
+        schedule_by: str = "step",
+        buffers: Mapping[str, str] | None = None,
+        first: bool = False,
+        **pairs: tuple[Any, ...],
+    ) -> tuple[tuple[Any, ClusterOptimizer], ...]: ...
+
+    def attach(
+        self,
+        model: Any = None,
+        optimizer: Any = None,
+        *,
+        scheduler: Any = None,
+        clip_norm: Any = None,
+        before_step: Any = None,
+        after_step: Any = None,
+        accumulate: Any = 1,
+        schedule_by: str = "step",
+        buffers: Mapping[str, str] | None = None,
+        first: bool = False,
+        **pairs: tuple[Any, ...],
+    ) -> Any:
         """Make this model a replica: it takes the run's state, and its gradients are exchanged.
 
         These arguments fix what happens between the averaged gradient and the parameters, in every
@@ -250,20 +286,36 @@ class Cluster:
         `first`: the run begins with the weights of this worker, which needs not wait for others;
         without it those of the lowest worker are the first, once `num_workers` have joined.
         Torch's generator stays as it is until the first batch begins, when each worker seeds it
-        differently. Raises `UserError` where the model or the optimizer is not the run's, or cannot
-        be a replica's.
+        differently.
+
+        Several models, or optimizers of one, are given by name, each with its optimizer and, if it
+        has any, a dict of its own `scheduler`, `clip_norm`, `before_step` and `after_step`:
+
+            (G, opt_g), (D, opt_d) = cluster.attach(generator=(G, opt_g), critic=(D, opt_d))
+
+        They take turns, as the loop calls the `step` of one or the other: each is a step of the
+        run, by the average of that pair's gradients, which are None afterwards. A lease is for
+        all steps from one batch to the next, which every worker's loop makes in the same order.
+
+        Raises `UserError` where the model or the optimizer is not the run's, or cannot be a
+        replica's.
         """
         if self._replica is not None:
             raise UserError(
-                "attach() was called twice: a cluster trains one model",
-                "several go into one module with one optimizer, see 'Several models' in "
-                "docs/your-own-model.md; for another training: cluster.leave(), then join() and "
-                "attach() again",
+                "attach() was called twice",
+                "several models are attached in one call: attach(generator=(G, opt_g), "
+                "critic=(D, opt_d)), see 'Several models' in docs/your-own-model.md; for another "
+                "training: cluster.leave(), then join() and attach() again",
             )
-        if isinstance(optimizer, ClusterOptimizer):  # of a training before this one
-            optimizer = optimizer.wrapped
-        if scheduler is not None and isinstance(scheduler.optimizer, ClusterOptimizer):
-            scheduler.optimizer._opt_called = True  # type: ignore[attr-defined]
+        if pairs or model is None or optimizer is None:
+            own = (scheduler, clip_norm, before_step, after_step)
+            if model is not None or optimizer is not None or any(x is not None for x in own):
+                raise UserError(
+                    "attach() takes one model with its optimizer, or several by name",
+                    "several: attach(generator=(G, opt_g), critic=(D, opt_d, {'clip_norm': 1.0}))",
+                )
+            return self._attach_several(pairs, schedule_by, buffers, first, accumulate)
+        optimizer = _unwrapped(optimizer, scheduler)
         if after_step is not None and outer_of(self.settings) and self.settings.overlap:
             raise UserError(
                 "after_step cannot run while local steps go on during an exchange",
@@ -284,13 +336,58 @@ class Cluster:
             buffers=buffers,
             outer=outer_of(self.settings),
         )
+        self._take_part(replica, first, accumulate)
+        self._optimizers = [ClusterOptimizer(optimizer, self._step)]
+        return model, self._optimizers[0]
+
+    def _attach_several(
+        self,
+        given: Mapping[str, tuple[Any, ...]],
+        schedule_by: str,
+        buffers: Mapping[str, str] | None,
+        first: bool,
+        accumulate: int,
+    ) -> tuple[tuple[Any, ClusterOptimizer], ...]:
+        """Make these pairs a replica."""
+        if len(given) < 2 or accumulate != 1:
+            raise UserError(
+                "attach() of several models takes two or more, and needs no accumulate=: nothing "
+                "leaves before the step of one",
+                "one: attach(model, optimizer); several: attach(generator=(G, opt_g), "
+                "critic=(D, opt_d))",
+            )
+        if self.settings.local_steps != 1:
+            raise UserError(
+                "several models with optimizers of their own cannot make local steps",
+                "start the server with local_steps=1",
+            )
+        pairs = [_pair(name, told) for name, told in given.items()]
+        for pair in pairs:
+            living.leave_others(self, pair.model)
+        replica = self._several = Several(
+            pairs,
+            bucket_mb=self.settings.bucket_size_mb,
+            codec=self.settings.codec_of_averages,
+            schedule_by=schedule_by,
+            own_schedule=self.settings.epoch_barrier,
+            buffers=buffers,
+        )
+        self._take_part(replica, first, 1)
+        self._by_hands = {pair.name: SetByHand(pair, self.client.log) for pair in pairs}
+        self._optimizers = [
+            ClusterOptimizer(pair.optimizer, partial(self._step_pair, pair)) for pair in pairs
+        ]
+        return tuple((p.model, o) for p, o in zip(pairs, self._optimizers, strict=True))
+
+    def _take_part(self, replica: Replica, first: bool, accumulate: int) -> None:
+        """Join with this replica."""
         before, self.before = self.before, None
         if before is not None and before._replica is not None and before.run == self.run:
             living.hand_over(before._replica, replica)
         self._replica = replica
         self.trains = {id(p) for _, p in replica.params}
         self._tell_float64(replica)
-        self.client.device = str(next(iter(model.parameters())).device.type)
+        self.client.device = str(next(iter(replica.model.parameters())).device.type)
         self.client.first = first
         with self._losing():
             self.client.join(replica)
@@ -310,8 +407,6 @@ class Cluster:
             worker=self.worker_id,
             overlap=self.settings.overlap,
         )
-        self._optimizer = ClusterOptimizer(optimizer, self._step)
-        return model, self._optimizer
 
     def _tell_float64(self, replica: Replica) -> None:
         """Report that gradients in float64 do not go through a codec that loses precision."""
@@ -373,6 +468,9 @@ class Cluster:
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             raise UserError(f"batch_size={size!r}", "it is a whole number of samples, at least 1")
         by_speed = self.settings.shares == "speed" and not self.settings.deterministic
+        if self._several is not None and batch_limit is not None:
+            raise UserError("batch_limit with several models", "leave it out")
+        by_speed = by_speed and self._several is None
         if batch_limit is None and by_speed and self.client.device != "cpu":
             batch_limit = size
         if batch_limit is not None and batch_limit < 1:
@@ -605,6 +703,7 @@ class Cluster:
                 self._exchange_local(go_on=False)
             elif local.under_way is not None:
                 self._finish_round()
+            self._turns.ask_for_next()
             whole = True
         finally:
             self.in_loop = False
@@ -653,7 +752,7 @@ class Cluster:
 
     def _begin_part(self, weight: int, left: int) -> None:
         """A part of the batch is next, and `left` more follow."""
-        self._part, self._parts_left = weight, left
+        self._part, self._parts_left, self._in_batch = weight, left, True
         self._stepped, self._told, self._phase = False, False, wire.FORWARD
 
     def _nothing_readable(self) -> None:
@@ -685,6 +784,7 @@ class Cluster:
         assert self._local is not None
         client, part, local = self.client, self._contribution, self._local
         self._leased_at, self._held_up_s = time.perf_counter(), 0.0
+        self._in_batch = False
         if local.ahead is not None and not self._stopping:
             return local.ahead
         limit = self._epoch_limit
@@ -695,7 +795,10 @@ class Cluster:
             assert client.follow is not None
             if client.greetings != part.greetings:
                 local.greeted(client.greetings)
+                self._turns.lost()
                 self._stopping = self._contributed = False
+            if not self._stopping:
+                self._turns.ask_for_next()
             found = client.follow.lease(self.worker_id, part.round)
             if client.ended is not None or (limit is not None and self.epoch > limit):
                 return True
@@ -715,6 +818,7 @@ class Cluster:
         part.round, lease = found
         assert client.follow is not None and client.follow.open is not None
         local.most = client.follow.open.local_steps
+        self._turns.begin(client.follow.open.began)
         self._leased_at, self._held_up_s = time.perf_counter(), 0.0
         return lease
 
@@ -765,6 +869,7 @@ class Cluster:
             groups=self._by_hand.changed() if last else msgspec.UNSET,
             weight=part.weight if self._weighs else 0,
             spent=self._spent() if last else None,
+            pair=self._turns.pair,
         )
         with self._losing():
             self.client.push(push, buffers)
@@ -828,6 +933,32 @@ class Cluster:
         missed = self._by_hand.missed()
         self._finish_round()
         self._replica.by_hand.set(missed)
+
+    def _step_pair(self, pair: Pair) -> None:
+        """Send the gradient of one of several pairs, in the round of its place among the steps with
+        this lease, and follow the log until that is over. Where this worker missed a round of its
+        lease, others go on without: then the step comes to nothing."""
+        if self._gradients is None or not self._in_batch:
+            raise UserError(
+                "optimizer.step() without a batch of its own",
+                "call it in the loop over batches()",
+            )
+        turns, part = self._turns, self._contribution
+        start = time.perf_counter()
+        with self._losing():
+            self.client.wait(lambda: turns.may_step() is not None, f"for round {turns.next}")
+        self._waiting_s += time.perf_counter() - start
+        if turns.may_step():
+            part.round, part.sent, turns.pair = turns.next, 0, pair.name
+            self._by_hand = self._by_hands[pair.name]
+            self._gradients.send_pair(pair.start, pair.stop)
+            self._finish_round()
+        turns.made()
+        part.over()
+        pair.forget_gradient()
+        self._stepped, self._told = True, False
+        self._leased_at, self._held_up_s = time.perf_counter(), 0.0
+        self._is_over()
 
     def _step_locally(self) -> None:
         """Step with this worker's own gradient, and exchange after the last step of the round;
@@ -913,6 +1044,9 @@ class Cluster:
         assert self._replica is not None and self._local is not None
         if self._zeros >= ZERO_STEPS or not self._contribution.taken or self._local.most > 1:
             return
+        if self._several is not None:  # there are no gradients any more
+            return
+        assert self._replica is not None
         if any(p.grad is not None and bool(p.grad.any()) for _, p in self._replica.params):
             self._zeros = ZERO_STEPS
             return
@@ -1034,8 +1168,8 @@ class Cluster:
         self.client.close()
         if self._replica is not None:
             self._replica.give_back()
-        if self._optimizer is not None:
-            self._optimizer.release()
+        for optimizer in self._optimizers:
+            optimizer.release()
 
     def _failed(self, error: BaseException | None) -> str:
         """Where in its batch this worker was when the error came; empty where the batch is not the
@@ -1058,6 +1192,33 @@ class Cluster:
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         self.leave(wire.FINISHED if error is None else told(error), error)
+
+
+def _unwrapped(optimizer: Any, scheduler: LRScheduler | None) -> Any:
+    """The user's optimizer, where `attach` has returned this one in a training before."""
+    if scheduler is not None and isinstance(scheduler.optimizer, ClusterOptimizer):
+        scheduler.optimizer._opt_called = True  # type: ignore[attr-defined]
+    return optimizer.wrapped if isinstance(optimizer, ClusterOptimizer) else optimizer
+
+
+def _pair(name: str, told: Any) -> Pair:
+    """One of several pairs, as `attach` was given it."""
+    model, optimizer, options = (*told, {})[:3] if isinstance(told, tuple) else (None,) * 3
+    fits = isinstance(model, nn.Module) and isinstance(optimizer, Optimizer)
+    if not (fits and len(told) in (2, 3) and isinstance(options, Mapping)):
+        raise UserError(
+            f"attach({name}=...) is no model with its optimizer",
+            f"attach({name}=(model, optimizer)), perhaps with a dict of scheduler, clip_norm, "
+            "before_step and after_step as its third",
+        )
+    unknown = sorted(set(options) - PAIR_OPTIONS)
+    if unknown:
+        raise UserError(
+            f"attach({name}=...) has no option {', '.join(map(str, unknown))}",
+            f"there are {', '.join(sorted(PAIR_OPTIONS))}",
+        )
+    optimizer = _unwrapped(optimizer, options.get("scheduler"))
+    return Pair(name, model, optimizer, **options)
 
 
 def told(error: BaseException) -> str:

@@ -83,8 +83,7 @@ def refuse_second_loop(cluster: Cluster) -> None:
                 "a loop of another cluster is under way in this thread: the rounds of each would "
                 "wait for the other's",
                 "leave the other loop first, with its cluster's leave(); several models of one "
-                "loop go into one module with one optimizer, see 'Several models' in "
-                "docs/your-own-model.md",
+                "loop are attached in one call, see 'Several models' in docs/your-own-model.md",
             )
 
 

@@ -24,6 +24,7 @@ Ready      link -> server I am waiting for samples of a set of this length
 Unready    link -> server give me no more samples until I am ready again
 Push       link -> server my gradient of one bucket; 1..n encoded buffers
 Unreadable link -> server no sample of my lease in this round can be read: it has none from me
+NextLease  link -> server all steps with my lease are made: this round has none of mine
 Evaluating link -> server I evaluate: wait for me; or, I am done with it
 StopRun    link -> server end the run in order, for all, and why
 Refused    server -> link this push was not taken, and why
@@ -105,6 +106,7 @@ REASON_MAX, LATE_MAX = 4000, 200
 PARTS_MAX = 64  # of a state whose digests are told
 GROUPS_MAX = 2**12  # of an optimizer's parameters
 LOOKS_MAX, LOOK_CHARS = 64, 64  # parts of samples that are compared; text that describes each
+PAIRS_MAX = 64  # pairs of a model and its optimizer in a run
 
 Int = Annotated[int, msgspec.Meta(ge=-NUMBER_MAX, le=NUMBER_MAX)]
 """Python's integers may be larger; no peer needs that, and they cost time."""
@@ -148,6 +150,9 @@ Anything = Annotated[dict[Name, Any], msgspec.Meta(max_length=1000)]
 Shape = Annotated[tuple[Int, ...], msgspec.Meta(max_length=DIMENSIONS_MAX)]
 
 Text = Annotated[str, msgspec.Meta(max_length=64)]
+
+Pair = tuple[Text, Int]
+"""The name of a model with its optimizer, and the number of its parameters."""
 
 Value = None | bool | Int | float | Text | Annotated[
     tuple[Int | float, ...], msgspec.Meta(max_length=16)
@@ -194,10 +199,18 @@ class Tensor(msgspec.Struct, frozen=True, array_like=True):
     """The dtype in which its numbers travel and are averaged; `bytes`: they stay as they are."""
 
 
-class Layout(msgspec.Struct, frozen=True):
+class Layout(msgspec.Struct, frozen=True, omit_defaults=True):
     """Names, shapes and dtypes of what is exchanged, in the order of the flat vector."""
 
     tensors: Annotated[tuple[Tensor, ...], msgspec.Meta(max_length=TENSORS_MAX)]
+    pairs: Annotated[tuple[Pair, ...], msgspec.Meta(max_length=PAIRS_MAX)] = ()
+    """Where several models or optimizers take turns: each with as many of the first tensors, in
+    order. No bucket holds tensors of two of them."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the pairs."""
+        return tuple(name for name, _ in self.pairs)
 
     def fingerprint(self) -> str:
         return hashlib.sha256(msgspec.json.encode(self)).hexdigest()[:16]
@@ -224,6 +237,12 @@ class Layout(msgspec.Struct, frozen=True):
             elements += size
             if elements > ELEMENTS_MAX:
                 return f"more than {ELEMENTS_MAX} numbers"
+        counts = [count for _, count in self.pairs]
+        trained = sum(t.kind == "grad" for t in self.tensors)
+        if self.pairs and (min(counts) < 1 or sum(counts) != trained):
+            return "its pairs do not have the parameters"
+        if len({"", *self.names}) <= len(counts) or not all(map(str.isprintable, self.names)):
+            return "its pairs need names that can be told, each another one"
         return None if elements else "there is nothing to train in it"
 
     def difference(self, other: Layout) -> str | None:
@@ -239,7 +258,10 @@ class Layout(msgspec.Struct, frozen=True):
         for t in other.tensors:
             if t.name not in mine:
                 return f"{t.name} {_shape(t)} is not in the run's model"
-        if self.tensors != other.tensors:
+        if self.names != other.names:
+            has, others = (", ".join(x.names) or "one model" for x in (other, self))
+            return f"it is {has}, the run has {others}"
+        if self.tensors != other.tensors or self.pairs != other.pairs:
             return "the parameters come in another order"
         return None
 
@@ -477,9 +499,18 @@ class Push(Message, frozen=True):
     push by it. The same in every push of a round; 0: `samples`."""
     spent: Spent | None = None
     """With the last bucket; None where the worker is older than this field."""
+    pair: Text = ""
+    """Whose step it is, where the layout has pairs: all pushes of a round are of one."""
 
 
 class Unreadable(Message, frozen=True):
+    round: Int
+
+
+class NextLease(Message, frozen=True):
+    """Where the layout has pairs: this worker has made all steps with its lease, and wants the next
+    one in place of this round."""
+
     round: Int
 
 
@@ -517,6 +548,9 @@ class Open(Message, frozen=True):
     local_steps: Annotated[int, msgspec.Meta(ge=1, le=STEP_MAX)] = 1
     """Optimizer steps that a worker makes with its lease, at most. With one it pushes a gradient;
     with more, what its steps changed (`paramserver.rounds.local_steps`)."""
+    began: Int = 0
+    """Where the layout has pairs: the first round of these leases, which last over as many rounds
+    as the workers' loops make steps with them. Else 0: a lease is for one round."""
 
 
 class Close(Message, frozen=True):
@@ -553,6 +587,8 @@ class Close(Message, frozen=True):
     """Of the contributor with the lowest number that pushed everything: see `Push`. All replicas
     set these values before their optimizer steps. Left out where there are none, as older servers
     do, so that the lineage stays the same."""
+    pair: Text | msgspec.UnsetType = msgspec.UNSET
+    """Whose step it is, where the layout has pairs (left out where nobody pushed anything)."""
 
     def __post_init__(self) -> None:
         self._clip("reason")
@@ -770,9 +806,9 @@ class End(Message, frozen=True):
 
 ANY = (
     Hello | Welcome | Later | Probe | Greet | Join | Admit | Ready | Unready | Reject | Push
-    | Unreadable | Evaluating | StopRun | Refused | Average | Shared | Open | Close | Fetch
-    | Fetched | Stand | Digest | Give | Manifest | Want | Piece | Adopted | Abort | Beat | Pulse
-    | Report | Problem | Goodbye | End
+    | Unreadable | NextLease | Evaluating | StopRun | Refused | Average | Shared | Open | Close
+    | Fetch | Fetched | Stand | Digest | Give | Manifest | Want | Piece | Adopted | Abort | Beat
+    | Pulse | Report | Problem | Goodbye | End
 )  # fmt: skip
 
 HEADER_LIMITS: dict[type[Message], int] = {

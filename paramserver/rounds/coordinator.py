@@ -61,14 +61,14 @@ from paramserver.rounds.events import (
 )
 from paramserver.rounds.events import Message as Words
 from paramserver.rounds.leases import Leases
-from paramserver.rounds.ledger import DONE, RETURNED, Ledger, Places
+from paramserver.rounds.ledger import DONE, PARTLY, RETURNED, Ledger, Places
 from paramserver.rounds.log import Log
 from paramserver.rounds.origin import Origin
 from paramserver.rounds.outcome import Outcome
 from paramserver.rounds.outliers import Norms
 from paramserver.rounds.phases import Phases
 from paramserver.rounds.roster import Peer, Roster
-from paramserver.rounds.round import Member, Round, Tally, differing, worked_off
+from paramserver.rounds.round import NEXT, Member, Round, Tally, differing, worked_off
 from paramserver.rounds.rules import Rules
 from paramserver.rounds.snapshots import EMPTY, Off, SideMessage, Snapshot, Snapshots, Taken
 from paramserver.rounds.states import GREETED, REPLICA, WAITING
@@ -109,6 +109,7 @@ class Rounds:
         self.round: Round | None = None
         self.tallies: dict[int, Tally] = {}  # by worker
         self._rounds = 0  # that were opened
+        self._began = 0  # where leases last over several: the first of those that are out
         self._sets_others: set[int] = set()  # workers that set other values by hand, and were named
         self._bad_rounds = 0  # in a row that brought only gradients that were refused
         self.log = Log()
@@ -178,6 +179,9 @@ class Rounds:
                 if peer.late_with is not None:
                     self._leases.computed_late(peer, event.push, now)
                 peer.late_with = None  # it is done with that
+                if self._is_apart(peer, event.push):
+                    self._takes_its_step(peer, event.push.pair, now)
+                    return True
                 self._out.send(peer, wire.Refused(round=event.push.round, reason=event.reason))
                 return False
             case Told():
@@ -209,6 +213,8 @@ class Rounds:
                 return self._unready(peer, message, now)
             case wire.Unreadable():
                 return self._unreadable(peer, message, now)
+            case wire.NextLease():
+                return self._next_lease(peer, message, now)
             case wire.Evaluating():
                 return self._evaluates(peer, message, now)
             case wire.StopRun():
@@ -528,6 +534,78 @@ class Rounds:
             self._out_of_round(member, member.bad, now)
         return True
 
+    def _next_lease(self, peer: Peer, message: wire.NextLease, now: float) -> bool:
+        """A worker has made all steps with its lease, which was in rounds before this one."""
+        current = self.round
+        member = None if current is None else current.member_of(peer)
+        if current is None or member is None or current.number != message.round:
+            return False
+        if not member.goes_on or member.out is not None or member.got:
+            return False
+        if self._takes_its_step(peer, NEXT, now):
+            peer.late_with = None
+            current.leaves_lease(member)
+            current.look_for_quorum(now)
+            for bucket in range(self._origin.buckets):
+                self._out.effects += current.advance(bucket, now)
+        return True
+
+    def _is_apart(self, peer: Peer, push: wire.Push) -> bool:
+        """Was this push refused because its worker is in another place of its loop than others?"""
+        current = self.round
+        member = None if current is None else current.member_of(peer)
+        if current is None or member is None or current.number != push.round:
+            return False
+        return member.out is None and current.apart(peer, push.pair) is not None
+
+    def _takes_its_step(self, peer: Peer, pair: str, now: float) -> bool:
+        """A worker steps a `pair` in the open round, or asks for its next lease (`NEXT`). Of two in
+        unlike places of their loops the one that came later is sent away, or the one of which
+        nothing is in the log. Is it still here?"""
+        current = self.round
+        assert current is not None
+        if not current.began:
+            return True
+        why = current.apart(peer, pair)
+        if why is not None:
+            self._send_away(peer, why, now)
+            return False
+        before, step = current.first, current.pair
+        if before is None or (peer.proven and not before.proven):
+            current.first, current.pair = peer, pair
+        if before is not None and step != pair and before.session in self.peers:
+            self._send_away(before, current.apart(before, step or NEXT) or "", now)
+        return True
+
+    def _send_away(self, peer: Peer, why: str, now: float) -> None:
+        self._out.warn(f"{why}: {peer.name} is sent away", peer)
+        hint = (
+            "every worker's loop makes the same steps in the same order: what decides about them "
+            "must be the same everywhere, as cluster.step is"
+        )
+        self._out.send(peer, wire.Reject(why, hint))
+        self._leaves(peer, "it made another step than the others", now, error=True, finished=False)
+
+    def _end_leases(self) -> None:
+        """All members of the open round ask for their next leases: settle those that they had."""
+        current = self.round
+        assert current is not None
+        for worker in current.members:
+            self._leases.settle(current, worker, DONE)
+        self.round = None
+        self._turn(states.NEXT)
+        self._out.effects.append(Void(current.number))
+
+    def _going_on(self) -> list[Peer]:
+        """The workers whose leases go on in the next round. If too few are left for one, their
+        leases end, and others may take part."""
+        found = [p for p in self.workers_ready() if p.under_way is not None]
+        if len(found) >= self.rules.min_workers:
+            return found
+        for peer in found:
+            self._leases.ends_early(peer)
+        return []
+
     def _evaluates(self, peer: Peer, message: wire.Evaluating, now: float) -> bool:
         """A worker evaluates, or is done with it."""
         if message.on:
@@ -586,6 +664,8 @@ class Rounds:
         self._choose_origin(now)
         if self.state in (states.RETURNING, states.STARTING):
             return False
+        if self.round is not None and self.round.complete and self.round.is_next:
+            self._end_leases()
         if self.round is not None:
             if not self.round.complete:
                 return False
@@ -613,6 +693,10 @@ class Rounds:
         """Start a snapshot, or open the next round, where one can start."""
         if self.snapshot is not None or self.round is not None or self._leases.finished:
             return None
+        if going_on := self._going_on():  # nobody else enters before their leases end
+            if self._evaluations.active:
+                return None
+            return self._open({p.id: Member(p, p.under_way or wire.OWN) for p in going_on}, now)
         ready = self._waits.takers(now)
         may_open = self._enough(ready, now) and not self._evaluations.active
         roles = self._may_take_snapshot(now) if may_open else ("observer", "worker")
@@ -633,10 +717,19 @@ class Rounds:
         members = {p.id: Member(p, p.leases[0]) for p in ready if p.leases}
         if not members:
             return None
+        batch = sum(p.ready.batch_size for p in ready if p.leases and p.ready is not None)
+        return self._open(members, now, batch)
+
+    def _open(self, members: dict[int, Member], now: float, batch: int = 1) -> wire.Open | None:
+        """Open a round with these members. Where the layout has pairs, their leases go on, or begin
+        if they are new."""
         self.started = True
         self._snapshots.round_opened()
         self._rounds += 1
         assert self.layout is not None
+        goes_on = any(m.goes_on for m in members.values())
+        if self.layout.pairs and not goes_on:
+            self._began = self._rounds
         self.round = Round(
             self._rounds,
             self.step + 1,
@@ -647,7 +740,9 @@ class Rounds:
             quorum=self.rules.quorum,
             in_order=self.rules.deterministic,
             local_steps=self._leases.local_steps,
-            batch=sum(p.ready.batch_size for p in ready if p.leases and p.ready is not None),
+            batch=batch,
+            began=self._began,
+            pairs=self.layout.names,
         )
         self.norms.begin(local=self.round.local_steps > 1)
         self._turn(states.OPENED)
@@ -679,6 +774,7 @@ class Rounds:
             if bad is not None:
                 self._out.effects.append(Discard(peer.id, push.bucket))
         peer.late_with = None  # it is done with that
+        self._takes_its_step(peer, push.pair, now)
         member = current.members[peer.id]
         member.tells(push)
         if (count := worked_off(push)) < member.size:
@@ -763,12 +859,15 @@ class Rounds:
 
     def _settle(self, now: float) -> wire.Close:
         """Make the complete round the next update of the log."""
-        current = self.round
+        current, self.round = self.round, None
         assert current is not None and self.ledger is not None
         settled = {w: current.settlement(m) for w, m in sorted(current.members.items())}
         for worker, how in settled.items():
             member = current.members[worker]
-            self._leases.settle(current, worker, how)
+            if not (current.began and how == DONE):
+                self._leases.settle(current, worker, how)
+            elif not self._leases.go_on(current, worker):
+                self._leases.settle(current, worker, PARTLY)
             self.tallies.setdefault(worker, Tally(member.host)).add(member, how)
             peer = self.peers.get(member.session)
             if peer is not None:
@@ -784,7 +883,6 @@ class Rounds:
         close = current.close(self.nonce, self.ledger.state(), now)
         in_vain = current.refused and not close.contributors
         self._bad_rounds = self._bad_rounds + 1 if in_vain else 0
-        self.round = None
         self._turn(states.CLOSED)
         self._ending.works(now)
         self._waits.overdue_rounds = 0
@@ -974,7 +1072,7 @@ class Rounds:
         if current is None:
             return None
         peers = {m: self._roster.by_id(m) for m in current.members}
-        leases = {m: tuple(peer.leases) if peer else () for m, peer in peers.items()}
+        leases = {m: _of(peer) if peer else () for m, peer in peers.items()}
         return wire.Open(
             nonce=self.nonce,
             round=current.number,
@@ -982,6 +1080,7 @@ class Rounds:
             lineage=self.lineage,
             leases=leases,
             local_steps=current.local_steps,
+            began=current.began,
         )
 
     def pulse(self, now: float) -> wire.Pulse:
@@ -1007,3 +1106,8 @@ class Rounds:
 
     def _phase(self, now: float) -> tuple[wire.Phase, str]:
         return self._phases.now(self.state, self.started, self.optimizer_steps, now)
+
+
+def _of(peer: Peer) -> tuple[wire.Lease, ...]:
+    """The leases that a worker has, that of the open round first."""
+    return tuple(peer.leases) if peer.under_way is None else (peer.under_way, *peer.leases)

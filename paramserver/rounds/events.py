@@ -20,6 +20,7 @@ Message = (
     | wire.Ready
     | wire.Unready
     | wire.Unreadable
+    | wire.NextLease
     | wire.Fetch
     | wire.Digest
     | wire.Stand

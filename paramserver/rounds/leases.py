@@ -15,6 +15,7 @@ from paramserver.rounds.ledger import (
     AGAIN,
     DROPPED,
     KILLED,
+    PARTLY,
     RETURNED,
     UNREAD,
     Ledger,
@@ -389,18 +390,44 @@ class Leases:
             if lease != held and lease not in self._held and self.ledger is not None:
                 self.ledger.settle(lease, RETURNED)
         peer.leases = []
+        if peer.under_way not in (None, held):
+            self.ends_early(peer)
+        peer.under_way = None
+
+    def ends_early(self, peer: Peer) -> None:
+        """The lease that this worker has under way is in no more rounds; others of it may be."""
+        assert self.ledger is not None and peer.under_way is not None
+        self.ledger.finish(peer.under_way, PARTLY)
+        peer.under_way = None
+
+    def go_on(self, current: Round, worker: int) -> bool:
+        """Where leases last over several rounds, and this worker was in the whole of this one: let
+        its lease go on. False where it holds the lease no more."""
+        member = current.members[worker]
+        peer = self._roster.peers.get(member.session)
+        if peer is None or self.ledger is None:
+            return False
+        if not member.goes_on and peer.leases:  # else they were taken back meanwhile
+            peer.under_way = member.lease
+            del peer.leases[0]
+            self.ledger.begin(member.lease, member.unread)
+        return peer.under_way == member.lease
 
     def settle(self, current: Round, worker: int, how: str) -> None:
         """Settle this worker's lease at the end of its round. `how` is in the ledger's words."""
         member = current.members[worker]
+        peer = self._roster.peers.get(member.session)
+        if peer is not None and peer.under_way == member.lease:
+            peer.under_way = None
         if self.ledger is not None:
-            if how != RETURNED:
+            if member.goes_on:
+                self.ledger.finish(member.lease, how)
+            elif how != RETURNED:
                 self.ledger.settle(member.lease, how, member.unread)
             elif member.lease not in self._held:
                 self.ledger.settle(member.lease, RETURNED)
         if how != RETURNED and member.unread:
             self._unread_by.add(worker)
-        peer = self._roster.peers.get(member.session)
         if peer is not None:
             if member.lease in peer.leases:
                 peer.leases.remove(member.lease)

@@ -92,6 +92,7 @@ class LedgerState(msgspec.Struct, frozen=True):
     lost: Annotated[tuple[Lost, ...], msgspec.Meta(max_length=LOST_NAMED)] = ()
     steps: int | None = None
     rest: int = 0
+    begun: int = 0
 
 
 def optimizer_steps(ledger: Mapping[str, Any] | None, step: int) -> int:
@@ -124,6 +125,8 @@ class Ledger:
         self._epoch, self._start = 0, 0  # the head of what was never leased
         self._waiting: list[Lease] = []  # returned ranges, sorted; they go first
         self._leased: set[Lease] = set()
+        self._begun: list[tuple[Lease, int]] = []
+        """Of these, those of which an update has a part, with their readable samples."""
         self._suspects: dict[Lease, Suspect] = {}
         self.unread = 0  # samples that could not be read, of those skipped
         self.killed, self.killed_ranges = 0, 0  # samples that workers died of, in so many ranges
@@ -275,6 +278,23 @@ class Ledger:
         self.settle(rest, RETURNED)
         return first
 
+    def begin(self, lease: Lease, unread: Sequence[int] = ()) -> None:
+        """An update has a part of this lease, which goes on: it is never returned from now on.
+        `unread` as in `settle`."""
+        self._skip_unread(lease, unread)
+        self._begun.append((lease, lease[2] - lease[1] - len(unread)))
+
+    def finish(self, lease: Lease, how: str) -> None:
+        """End a lease that has begun: done, or else partly."""
+        begun = next(one for one in self._begun if one[0] == lease)
+        self._begun.remove(begun)
+        self._leased.discard(lease)  # those of one's own are not there
+        self._acquit(lease)
+        if how == DONE:
+            self.done += begun[1]
+        else:
+            self.partly += begun[1]
+
     def settle(self, lease: Lease, how: str, unread: Sequence[int] = ()) -> None:
         """End a lease: done, partly, skipped (all counted) or returned to the queue's head.
 
@@ -289,18 +309,21 @@ class Ledger:
             self._put_back(lease)
             return
         self._acquit(lease)
-        epoch, start, stop = lease
-        for first, last in _runs(unread):
-            self._lose((epoch, start + first, start + last), UNREAD)
-        self.unread += len(unread)
+        _, start, stop = lease
+        self._skip_unread(lease, unread)
         if how == SKIPPED:
-            self.skipped += stop - start
-            return
-        self.skipped += len(unread)
-        if how == DONE:
+            self.skipped += stop - start - len(unread)
+        elif how == DONE:
             self.done += stop - start - len(unread)
         else:
             self.partly += stop - start - len(unread)
+
+    def _skip_unread(self, lease: Lease, unread: Sequence[int]) -> None:
+        epoch, start, _ = lease
+        for first, last in _runs(unread):
+            self._lose((epoch, start + first, start + last), UNREAD)
+        self.unread += len(unread)
+        self.skipped += len(unread)
 
     def died(self, lease: Lease, *, error: bool, spare: bool, believed: bool = True) -> None:
         """A worker died while it computed this range, with an error or without a word.
@@ -451,12 +474,13 @@ class Ledger:
         self.steps += made
 
     def state(self) -> dict[str, Any]:
-        """The ledger as JSON. Leases that are out count as waiting, as after a restart."""
+        """The ledger as JSON. Leases that are out count as waiting, as after a restart; the samples
+        of those that an update has a part of are `begun`, and count as partly then."""
         state: dict[str, Any] = {
             "samples": self.samples,
             "epochs": self.epochs,
             "head": (self._epoch, self._start),
-            "waiting": sorted([*self._waiting, *self._leased]),
+            "waiting": sorted([*self._waiting, *(self._leased - {le for le, _ in self._begun})]),
             "done": self.done,
             "partly": self.partly,
             "skipped": self.skipped,
@@ -467,6 +491,7 @@ class Ledger:
             "killed_ranges": self.killed_ranges,
             "suspects": [msgspec.to_builtins(s) for s in self._suspects.values()],
             "lost": [msgspec.to_builtins(lost) for lost in self.lost],
+            "begun": sum(samples for _, samples in self._begun),
         }
         if self.steps is not None:
             state |= {"steps": self.steps, "rest": self._rest}
@@ -480,10 +505,11 @@ class Ledger:
         """
         s = msgspec.convert(state, LedgerState)
         epoch, start = s.head
+        s = msgspec.structs.replace(s, partly=s.partly + s.begun)
         waiting = sorted(s.waiting)
         steps = 0 if s.steps is None else s.steps
         counts = (s.samples, s.epochs, s.done, s.partly, s.skipped, epoch, start, steps, s.rest)
-        if min(counts) < 0 or start >= max(1, s.samples):
+        if min(*counts, s.begun) < 0 or start >= max(1, s.samples):
             raise msgspec.ValidationError("the ledger's numbers cannot be right")
         before = (0, 0)  # ranges lie apart, and behind the head
         for lease in waiting:

@@ -129,6 +129,11 @@ class Origin:
         problem = join.layout.problem()
         if problem is not None:
             return Reject(f"the model cannot be trained: {problem}")
+        if join.layout.pairs and self._rules.local_steps != 1:
+            return Reject(
+                "several models with optimizers of their own cannot make local steps",
+                "start the server with local_steps=1",
+            )
         if join.step < 0:
             return Reject(f"there is no step {join.step} to begin at")
         return None

@@ -34,6 +34,7 @@ class Peer:
         self.join: Join | None = None
         self.ready: Ready | None = None
         self.leases: list[Lease] = []
+        self.under_way: Lease | None = None  # over several rounds, and was in all so far
         self.left_with: Lease | None = None  # the lease that it computed when it left its loop
         self.late_with: Lease | None = None  # of a round that is over, and it may still compute it
         self.late_at = 0.0  # since when a round went on without it, the last time

@@ -19,6 +19,9 @@ from paramserver.rounds.effects import Add, Effect, Finish
 from paramserver.rounds.ledger import DONE, PARTLY, RETURNED, SKIPPED
 from paramserver.rounds.roster import Peer
 
+NEXT = ""
+"""In place of a pair's name: the member asks for its next lease."""
+
 
 class Tally(msgspec.Struct):
     """What one worker did in the whole run, for the summary."""
@@ -62,6 +65,7 @@ class Member:
         self.waited_s = 0.0  # in vain: since the quorum, where the round had one
         self.unread: tuple[int, ...] = ()  # places in the lease of what could not be read
         self.groups: Groups = {}  # values of parameter groups that its loop has changed
+        self.goes_on = peer.under_way is not None  # its lease was in rounds before this one
         self.weighs = peer.ready is not None and peer.ready.weighs
         self._told_weight = 0
 
@@ -93,6 +97,10 @@ class Round:
     After a `quorum` of those still expected its deadline runs. `in_order`: gradients are added in
     the order of the workers' ids, which is that of `members`. `local_steps`: see `wire.Open`;
     `batch`: the samples of one optimizer step of all members together.
+
+    Where the layout has `pairs`, by name, leases last over several rounds, of which the first was
+    number `began`. The round is of one `pair`, that of the member which came first (`first`);
+    `NEXT` where that asks for its next lease.
     """
 
     def __init__(
@@ -108,6 +116,8 @@ class Round:
         in_order: bool,
         local_steps: int = 1,
         batch: int = 1,
+        began: int = 0,
+        pairs: tuple[str, ...] = (),
     ) -> None:
         self.number = number
         self.step = step
@@ -122,6 +132,10 @@ class Round:
         self._in_order = in_order
         self.local_steps = local_steps
         self.batch = batch
+        self.began = began
+        self.pair: str | None = None
+        self.first: Peer | None = None
+        self._pairs = pairs
 
     def member_of(self, peer: Peer) -> Member | None:
         """The peer's part in this round (of this session, not of an earlier one)."""
@@ -133,7 +147,7 @@ class Round:
         member = self.member_of(peer)
         if member is None or member.out is not None or member.got or member.lease == OWN:
             return None
-        return member.lease
+        return None if member.goes_on else member.lease
 
     def refusal(self, peer: Peer, push: Push) -> str | None:
         """Why this push must not be used; None when its payload may be looked at."""
@@ -152,6 +166,10 @@ class Round:
             return f"bucket {push.bucket} of round {push.round} came twice"
         if not 0 <= push.bucket < self._buckets:
             return f"there is no bucket {push.bucket}"
+        if push.pair not in (self._pairs or ("",)):
+            return f"the run has no pair {push.pair[:64]!r}"
+        if (apart := self.apart(peer, push.pair)) is not None:
+            return apart
         if member.weighs != (push.weight > 0):
             return "it says no weight" if member.weighs else "it says a weight, unlike the others"
         if member.got and push.weight != (member.weight if member.weighs else 0):
@@ -183,6 +201,24 @@ class Round:
         count = worked_off(push)
         sooner = not member.got and push.steps < self.local_steps and count < member.size
         return count == member.size or sooner
+
+    def apart(self, peer: Peer, pair: str) -> str | None:
+        """Why this worker, which steps a `pair` (`NEXT`: asks for its next lease), is in another
+        place of its loop than those before it in this round; None where it is not, or where they
+        have shown less than it has."""
+        first = self.first
+        if first is None or pair == self.pair or (peer.proven and not first.proven):
+            return None
+        return f"{peer.name} {_does(pair)}, {first.name} {_does(self.pair)}"
+
+    def leaves_lease(self, member: Member) -> None:
+        """This member has made all steps with its lease: it has nothing for this round."""
+        member.without.update(range(self._buckets))
+
+    @property
+    def is_next(self) -> bool:
+        """Do the members ask for their next leases?"""
+        return self.pair == NEXT
 
     def take(self, member: Member, push: Push, now: float) -> None:
         """Take a push that `refusal` let pass and whose numbers are good."""
@@ -312,6 +348,7 @@ class Round:
             local_steps=self.local_steps,
             partly={worker: tuple(sorted(m.got)) for worker, m in members if how[worker] == PARTLY},
             groups=UNSET if self.leader is None else self.leader.groups or UNSET,
+            pair=self.pair or UNSET,
         )
 
     @property
@@ -339,6 +376,10 @@ class Round:
             return ""
         count, who = len(self.members), [f"{self.members[w].name} {why}" for w, why in late.items()]
         return f"round {self.number} closed with {count - len(late)} of {count}: {'; '.join(who)}"
+
+
+def _does(pair: str | None) -> str:
+    return f"steps {pair!r}" if pair else "asks for its next samples"
 
 
 def worked_off(push: Push) -> int:

@@ -38,6 +38,7 @@ HEEDED: dict[type[wire.Message], tuple[frozenset[str], frozenset[str]]] = {
     wire.Stand: (frozenset({"observer"}), frozenset(PEER)),
     wire.Digest: (frozenset({"worker", "observer"}), frozenset({REPLICA})),
     wire.Adopted: (frozenset({"worker", "observer"}), frozenset({ADOPTING})),
+    wire.NextLease: (frozenset({"worker"}), frozenset({REPLICA})),
     wire.Evaluating: (frozenset({"worker"}), frozenset({REPLICA})),
     wire.StopRun: (frozenset({"worker", "observer"}), frozenset({REPLICA})),
 }
@@ -59,6 +60,7 @@ ORIGIN = "the origin is known"
 OPENED = "enough workers are ready"
 CLOSED = "closed, since every bucket has its average"
 VOID = "void, since no member is left, it waited in vain, or the run ends"
+NEXT = "all its workers ask for their next samples"
 GIVEN = "a replica waits for a snapshot"
 TAKEN = "adopted"
 OFF = "aborted"
@@ -69,7 +71,7 @@ RUN: Table = {
     RETURNING: {ORIGIN: BETWEEN},
     STARTING: {ORIGIN: BETWEEN, END: ENDING},
     BETWEEN: {ORIGIN: BETWEEN, OPENED: OPEN, GIVEN: SNAPSHOT, END: ENDING},
-    OPEN: {CLOSED: BETWEEN, VOID: BETWEEN},
+    OPEN: {CLOSED: BETWEEN, NEXT: BETWEEN, VOID: BETWEEN},
     SNAPSHOT: {TAKEN: BETWEEN, OFF: BETWEEN, END: ENDING},
     ENDING: {ORIGIN: ENDING, GIVEN: ENDING, TAKEN: ENDING, OFF: ENDING, OVER: ENDED},
     ENDED: {ORIGIN: ENDED},

@@ -293,6 +293,7 @@ class Control:
                 wire.Ready()
                 | wire.Unready()
                 | wire.Unreadable()
+                | wire.NextLease()
                 | wire.Evaluating()
                 | wire.StopRun()
                 | wire.Manifest()

@@ -3,7 +3,8 @@ one.
 
 All tensors of a layout lie one after another in one flat vector. A **bucket** is a contiguous slice
 of it, the unit of encoding, sending, averaging and publishing. Only tensors of one kind that are
-sent as one dtype share a bucket, so that a bucket has one rule: `grad` and `stat` are averaged,
+sent as one dtype share a bucket, and where the layout has pairs only parameters of one, so that a
+bucket has one rule: `grad` and `stat` are averaged,
 `count` takes the maximum, and only `grad` in float32 goes through the run's codec. All tensors of
 kind `whole` are in one bucket, of bytes, and only the written ones are sent
 (`paramserver.tensors.whole`).
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import accumulate
 
 from paramserver.protocol.messages import ITEM_BYTES, Layout, Tensor
 
@@ -85,6 +87,7 @@ def plan(layout: Layout, bucket_mb: float) -> BucketPlan:
     buckets_of: list[list[int]] = [[] for _ in layout.tensors]
     start, inside = 0, list[int]()
     kind = sent = ""
+    cuts = set(accumulate(count for _, count in layout.pairs))  # where the next pair begins
 
     def close(stop: int) -> None:
         nonlocal start, inside
@@ -98,7 +101,7 @@ def plan(layout: Layout, bucket_mb: float) -> BucketPlan:
         begin = offsets[-1]
         end = begin + elements(tensor)
         offsets.append(end)
-        if (tensor.kind, tensor.sent) != (kind, sent):
+        if (tensor.kind, tensor.sent) != (kind, sent) or index in cuts:
             close(begin)
             kind, sent = tensor.kind, tensor.sent
             limit = math.inf if kind == "whole" else _limit(bucket_mb, sent)

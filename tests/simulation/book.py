@@ -39,11 +39,12 @@ def after_update(model: int, content: Content) -> int:
 
 class Book:
     """Told of each update before anybody hears of it. `models`, by lineage, are those of runs
-    before this one: who takes part in them may live."""
+    before this one: who takes part in them may live. With `pairs` a lease is for several rounds."""
 
-    def __init__(self, buckets: int, models: dict[str, int]) -> None:
+    def __init__(self, buckets: int, models: dict[str, int], *, pairs: bool = False) -> None:
         self.models = dict(models)
         self.lineage = ""
+        self._pairs = pairs
         self.closes: list[wire.Close] = []
         self._contents: list[Content] = []
         self._updates: dict[str, tuple[str, wire.Close, Content]] = {}  # with the lineage before
@@ -118,15 +119,17 @@ class Book:
     def _check_state(self, state: dict[str, Any]) -> None:
         """What a close says of the ledger is what is really in the sums."""
         everywhere, anywhere = set.intersection(*self._counted), set.union(*self._counted)
-        if state["done"] != len(everywhere):
-            raise Broken(f"{state['done']} samples done, {len(everywhere)} are in every bucket")
-        if state["partly"] != len(anywhere) - len(everywhere):
-            raise Broken(f"{state['partly']} samples partly, not {len(anywhere - everywhere)}")
+        done, begun = state["done"], state.get("begun", 0)
+        # Who leaves between two rounds of a lease, or after the last, leaves it in part.
+        if done > len(everywhere) or (not self._pairs and done < len(everywhere)):
+            raise Broken(f"{done} samples done, {len(everywhere)} are in every bucket")
+        if state["partly"] + begun != len(anywhere) - done:
+            raise Broken(f"{state['partly']} samples partly, not {len(anywhere) - done - begun}")
         if state.get("own"):
             return
         epoch, start = state["head"]
         waiting = [s for lease in state["waiting"] for s in samples_of(tuple(lease))]
-        settled = state["done"] + state["partly"] + state["skipped"]
+        settled = done + state["partly"] + state["skipped"] + begun
         if settled + len(waiting) != epoch * state["samples"] + start:
             raise Broken(f"the ledger's sums do not agree: {state}")
         if len(set(waiting)) < len(waiting) or anywhere.intersection(waiting):

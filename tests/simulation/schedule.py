@@ -8,7 +8,8 @@ A seed makes a schedule: settings, how many workers and how slow, what the netwo
 faults: processes (the server, too) that are killed and started again, stopped and continued, or
 there twice; a server that is started again on another port; connections that are cut or held;
 publications that are lost, or written over in shared memory; gradients that are not finite. In
-some schedules workers bring samples of their own. At some time faults stop. From then on the run
+some schedules workers bring samples of their own; in some their loops step several pairs of a
+model and its optimizer. At some time faults stop. From then on the run
 must reach its end, and whatever happened before, the promises of the design hold. At each message
 is checked that
 
@@ -78,6 +79,10 @@ FAULTS = (
 
 MOVES = 0.2
 """Share of the times that a server is started again on another port."""
+
+PAIRS = 0.2
+"""Share of the schedules with several buckets, without a liar and local steps, in which several
+pairs take turns."""
 
 OWN = 0.1
 """Share of the schedules without a liar in which workers bring samples of their own."""
@@ -180,17 +185,20 @@ class Schedule:
             sooner = one_by_one.choice((0.0, 0.05, 0.3))
             overlap = one_by_one.random() < 0.5 or not sooner
             self.rules = msgspec.structs.replace(self.rules, overlap=overlap)
+        buckets = rng.choice((1, 2, 3))
+        pairs = self._plan_pairs(seed, buckets)
         self.server = Server(
             world,
             self.net,
             self.rules,
             self.parts.rounds,
             self.parts.control,
-            buckets=rng.choice((1, 2, 3)),
+            buckets=buckets,
             history=rng.choice((1, 2, 5)),
             through_wire=seed % 8 == 0,
             shares=seed % 2 == 0,
             compares=self.lies or seed % 3 == 0,
+            pairs=pairs,
         )
         self._moves = Random(f"moves {seed}")
         self.habits = Habits(
@@ -226,6 +234,15 @@ class Schedule:
         self.home_at = own.uniform(0.5, 8.0) if goes else math.inf
         if self.home_at < math.inf:
             world.at(self.home_at, self._go_home)
+
+    def _plan_pairs(self, seed: int, buckets: int) -> tuple[wire.Pair, ...]:
+        """In some schedules several pairs take turns: with how many of the buckets each."""
+        rng = Random(f"pairs {seed}")
+        if rng.random() > PAIRS or buckets == 1 or self.lies or self.rules.local_steps != 1:
+            return ()
+        self.outcome.seen["pairs"] += 1
+        counts = rng.choice({2: ((1, 1),), 3: ((1, 2), (2, 1), (1, 1, 1))}[buckets])
+        return tuple((f"pair {n}", count) for n, count in enumerate(counts))
 
     def _plan_broken_samples(self, seed: int) -> None:
         """In some schedules workers die of a sample or two, or one cannot be read."""

@@ -241,10 +241,11 @@ class Server:
         through_wire: bool,
         shares: bool,
         compares: bool,
+        pairs: tuple[wire.Pair, ...] = (),
     ) -> None:
         self.world, self.net, self.rules, self.buckets = world, net, rules, buckets
         self.layout = wire.Layout(
-            tuple(wire.Tensor(f"w{b}", (1,), "float32") for b in range(buckets))
+            tuple(wire.Tensor(f"w{b}", (1,), "float32") for b in range(buckets)), pairs
         )
         self.through_wire = through_wire
         self.shares = shares  # memory, with peers on its host
@@ -271,7 +272,8 @@ class Server:
     def _begin_run(self) -> None:
         self._runs += 1
         self.run, self.noted = f"run-{self._runs}", NOTHING
-        self.book = Book(self.buckets, self.book.models if self._runs > 1 else {})
+        models = self.book.models if self._runs > 1 else {}
+        self.book = Book(self.buckets, models, pairs=bool(self.layout.pairs))
         self._boot(None)
 
     def _boot(self, recovery: str | None) -> None:

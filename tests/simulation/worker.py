@@ -1,4 +1,4 @@
-"""A worker in virtual time: the loop of its program, with the shipping `LocalRounds`."""
+"""A worker in virtual time: its program's loop, with the shipping `LocalRounds` and `Turns`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from paramserver.protocol import messages as wire
 from workers.batches import Sizes
 from workers.contribution import Contribution
 from workers.samples import cut
+from workers.turns import Turns
 
 from .book import Sample, samples_of
 from .peer import Client
@@ -51,6 +52,7 @@ class Worker(Client):
             worker=self.id,
             overlap=self.server.rules.overlap,
         )
+        self.turns = Turns(self, self.part, worker=self.id)  # type: ignore[arg-type]
 
     def main(self) -> Waiting:
         yield from self.connect()
@@ -63,8 +65,7 @@ class Worker(Client):
             if self.habits.own:
                 if batches > self.habits.own:
                     break
-                yield from self._backward(self._own(), ())
-                yield from self._step()
+                yield from self._make_steps(self._own(), ())
                 yield from self._goes_on()
                 continue
             if self.local.most > 1 and self._step_by_step:
@@ -78,8 +79,7 @@ class Worker(Client):
             if self.habits.deadly.intersection(samples_of(lease)):
                 yield from self._die(lease)
             samples = tuple(s for i, s in enumerate(samples_of(lease)) if i not in places)
-            yield from self._backward(samples, places)
-            yield from self._step()
+            yield from self._make_steps(samples, places)
             yield from self._goes_on()
         self.goodbye(wire.FINISHED, finished=True)
 
@@ -92,6 +92,52 @@ class Worker(Client):
             self.unready()
             yield self.world.now + self.world.random.expovariate(1.0), DEAF
             self.ready()
+
+    # ------------------------------------------------------------------ steps
+
+    def next_lease(self, number: int) -> None:
+        """For `Turns`."""
+        self.send(wire.NextLease(round=number))
+
+    def _make_steps(self, samples: tuple[Sample, ...], unread: tuple[int, ...]) -> Waiting:
+        """One, or where there are pairs one of each, with one lease."""
+        if not self.server.layout.pairs:
+            yield from self._backward(samples, unread)
+            yield from self._step()
+            return
+        start = 0
+        for pair, count in self.server.layout.pairs:
+            self.turns.pair = pair
+            yield from self._step_pair(range(start, start + count), samples, unread)
+            self.turns.made()
+            start += count
+
+    def _step_pair(
+        self, buckets: range, samples: tuple[Sample, ...], unread: tuple[int, ...]
+    ) -> Waiting:
+        """As `Cluster._step_pair`: nothing leaves before the gradient of the whole step is
+        there."""
+        world, habits, turns, model = self.world, self.habits, self.turns, self.replica.model
+        bad = world.random.choice(buckets) if world.chance(habits.bad) else None
+        yield world.now + habits.compute_s * len(buckets) * (0.5 + world.random.random()), DEAF
+        yield from self.wait(lambda: turns.may_step() is not None)
+        if not turns.may_step():
+            return
+        self.part.round = turns.next
+        others = tuple(b for b in range(self.server.buckets) if b not in buckets)
+        for bucket in buckets:
+            push = wire.Push(
+                round=self.part.round,
+                bucket=bucket,
+                samples=len(samples),
+                unread=unread,
+                absent=(bucket,) if world.chance(habits.absent) else (),
+                without=others if bucket == buckets[0] else (),
+                pair=turns.pair,
+            )
+            self.push(push, (model, samples, bucket != bad))
+            self.poll()
+        yield from self._step()
 
     # ------------------------------------------------------------------ local steps
 
@@ -222,6 +268,8 @@ class Worker(Client):
             assert self.follow is not None
             if self.greetings != self.part.greetings:
                 self.local.greeted(self.greetings)
+                self.turns.lost()
+            self.turns.ask_for_next()
             found = self.follow.lease(self.id, self.part.round)
             return found is not None or self.ended is not None
 
@@ -233,6 +281,7 @@ class Worker(Client):
         self.part.round, lease = found
         assert self.follow is not None and self.follow.open is not None
         self.local.most = self.follow.open.local_steps
+        self.turns.begin(self.follow.open.began)
         return lease
 
     def _backward(self, samples: tuple[Sample, ...], unread: tuple[int, ...]) -> Waiting:

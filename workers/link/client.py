@@ -392,6 +392,10 @@ class Client:
         """Report that no sample of the lease in this round can be read."""
         self.connection.send(wire.Unreadable(round=round))
 
+    def next_lease(self, round: int) -> None:
+        """Report that all steps with the lease that goes on in this round are made."""
+        self.connection.send(wire.NextLease(round=round))
+
     def goodbye(self, goodbye: wire.Goodbye) -> None:
         """Send the first `goodbye`, with the step and the digest of the weights added."""
         link = self.connection.link

@@ -241,6 +241,8 @@ class Follow:
         current = self.open
         if current is None or current.round <= max(after, self.over):
             return None
+        if current.began not in (0, current.round):
+            return None  # leases that go on are no new ones
         leases = current.leases.get(worker)
         return (current.round, leases[0]) if leases else None
 
@@ -248,6 +250,27 @@ class Follow:
         """The lease that this worker will probably get next, so that its data can be loaded."""
         leases = self.open.leases.get(worker, ()) if self.open is not None else ()
         return leases[1] if len(leases) > 1 else None
+
+    def may_step(self, worker: int, began: int, number: int) -> bool | None:
+        """Where leases last over several rounds: may this worker, whose lease `began` in that
+        round, push in round `number`? False where that round is over, or rounds go on without its
+        lease; None while it is not open yet."""
+        current = self.open
+        if self.is_over(number):
+            return False
+        if current is None:
+            return None
+        if current.began != began or not current.leases.get(worker):
+            return False
+        return True if current.round == number else None
+
+    def asks_in(self, worker: int, began: int) -> int | None:
+        """In which round to ask for the lease that follows the one that `began` there: the open
+        one, if that lease goes on in it."""
+        current = self.open
+        if current is None or current.round <= max(began, self.over):
+            return None
+        return current.round if self.may_step(worker, began, current.round) else None
 
     def is_over(self, round_: int) -> bool:
         """Is that round over, closed or void?"""

@@ -20,7 +20,7 @@ from paramserver.config.schema import build, check_names
 from paramserver.errors import UserError
 from paramserver.net import address
 from paramserver.protocol import messages as wire
-from paramserver.rounds.ledger import DONE, RETURNED, SKIPPED, UNREAD, Ledger, OwnLedger
+from paramserver.rounds.ledger import DONE, PARTLY, RETURNED, SKIPPED, UNREAD, Ledger, OwnLedger
 from paramserver.settings import RunSettings, Settings
 from paramserver.tensors.codec import CODECS, fresh
 from paramserver.tensors.reducer import Reducer
@@ -78,6 +78,8 @@ class Solo:
         self._unread: tuple[int, ...] = ()
         self._unreadable = False
         self._leases: list[wire.Lease] = []
+        self._begun: wire.Lease | None = None  # the first of them, with which steps were made
+        self._began = 0  # where pairs take turns: in which round
         self._round = 0
         self._opened_at = 0.0
         self._got: set[int] = set()
@@ -86,6 +88,7 @@ class Solo:
         self._loss: float | None = None
         self._samples = 0
         self._groups: wire.Groups | msgspec.UnsetType = msgspec.UNSET
+        self._pair = ""
         self._left: wire.Goodbye | None = None  # how its only worker left, if it has
         self._stopped: str | None = None  # why the script stopped the run
 
@@ -117,6 +120,8 @@ class Solo:
     def unready(self, unfinished: bool = False) -> None:
         """The loop was left: the open round is void, and its samples come first the next time."""
         assert self._ledger is not None
+        if self._begun is not None:
+            self._end_lease(PARTLY)
         for lease in self._leases:
             self._ledger.settle(lease, RETURNED)
         self._leases.clear()
@@ -186,7 +191,7 @@ class Solo:
         bad, _ = self._reducer.check(push.bucket, buffers, push.scale, push.absent)
         self._bad = self._bad or bad
         self._loss, self._samples, self._unread = push.loss, push.samples, push.unread
-        self._groups = push.groups
+        self._groups, self._pair = push.groups, push.pair
         average = wire.Average(
             nonce=self.welcome.nonce,
             round=push.round,
@@ -208,6 +213,20 @@ class Solo:
         self._unreadable, self._unread = True, tuple(range(stop - start))
         self._bad = "no sample of its lease can be read"
 
+    def next_lease(self, round: int) -> None:
+        """Of several pairs: all steps with the lease are made."""
+        assert self.follow is not None
+        self._end_lease(DONE)
+        following = self._open()
+        if following is not None:
+            self.follow.opened(following)
+
+    def _end_lease(self, how: str) -> None:
+        assert self._ledger is not None and self._begun is not None
+        self._ledger.finish(self._begun, how)
+        self._begun = None
+        del self._leases[0]
+
     def goodbye(self, goodbye: wire.Goodbye) -> None:
         if self._left is None:
             self._left = goodbye
@@ -220,7 +239,9 @@ class Solo:
     def _open(self) -> wire.Open | None:
         """The next round, if there are samples left for one."""
         assert self._ledger is not None
-        while len(self._leases) < 2:  # this round's, and the one that is loaded meanwhile
+        while (
+            self._begun is None and len(self._leases) < 2
+        ):  # this round's, and the one that is loaded meanwhile
             wanted = self._wanted
             lease = self._ledger.lease(wanted.batch_size, wanted.least, wanted.drop_last)
             if lease is None:
@@ -229,6 +250,8 @@ class Solo:
         if not self._leases:
             return None
         self._round += 1
+        if self._begun is None and self.replica.layout.pairs:
+            self._began = self._round
         self._opened_at = time.monotonic()
         self._got.clear()
         self._without.clear()
@@ -239,15 +262,13 @@ class Solo:
             step=self.replica.step,
             lineage=self.replica.lineage,
             leases={ID: tuple(self._leases)},
+            began=self._began,
         )
 
     def _close(self) -> None:
         """The gradient is complete: it is the next update of the log."""
         assert self._ledger is not None and self.follow is not None
-        lease = self._leases.pop(0)
-        if lease == wire.OWN:
-            lease = (0, 0, self._samples)
-        self._ledger.settle(lease, DONE if self._bad is None else SKIPPED, self._unread)
+        self._settle(self._ledger)
         for lost in self._ledger.take_news():
             if lost.why != UNREAD:  # those were reported one by one
                 self.log.info(
@@ -268,6 +289,7 @@ class Solo:
             seconds=time.monotonic() - self._opened_at,
             ledger=self._ledger.state(),
             groups=self._groups,
+            pair=self._pair or msgspec.UNSET,
         )
         self.replica.apply(close)
         self.follow.applied(close)
@@ -276,3 +298,19 @@ class Solo:
         following = self._open()
         if following is not None:
             self.follow.opened(following)
+
+    def _settle(self, ledger: Ledger) -> None:
+        """The round closes. Of several pairs the lease goes on, unless its numbers were bad."""
+        if self._begun is not None:
+            if self._bad is not None:
+                self._end_lease(PARTLY)
+            return
+        lease = self._leases[0]
+        if lease == wire.OWN:
+            lease = (0, 0, self._samples)
+        if self._began and self._bad is None:
+            ledger.begin(lease, self._unread)
+            self._begun = lease
+            return
+        del self._leases[0]
+        ledger.settle(lease, DONE if self._bad is None else SKIPPED, self._unread)

@@ -31,8 +31,15 @@ def check(
     `own`: the loop may step a schedule of its own."""
     _check_shapes(model)
     _check_parameters(model)
-    _check_optimizer(model, optimizer)
-    _check_scheduler(optimizer, scheduler, own)
+    check_optimizer(optimizer, scheduler, own=own)
+    # It may own frozen ones too.
+    owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for name, p in model.named_parameters():
+        if p.requires_grad and id(p) not in owned:
+            raise UserError(
+                f"{name} requires a gradient, but the optimizer does not have it",
+                "give it to the optimizer, or set requires_grad = False",
+            )
 
 
 def _check_shapes(model: nn.Module) -> None:
@@ -76,7 +83,8 @@ def sparse(name: str) -> UserError:
     return UserError(f"{name} has a sparse gradient", "make its embedding with sparse=False")
 
 
-def _check_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
+def check_optimizer(optimizer: Optimizer, scheduler: LRScheduler | None, *, own: bool) -> None:
+    """Raise `UserError` where a replica cannot step this optimizer, or its schedule."""
     kind = type(optimizer).__name__
     closure = inspect.signature(optimizer.step).parameters.get("closure")
     if closure is not None and closure.default is closure.empty:
@@ -86,14 +94,7 @@ def _check_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
         )
     if isinstance(optimizer, SparseAdam):
         raise UserError(f"{kind} is for sparse gradients, averages are dense", "use Adam")
-    # It may own frozen ones too.
-    owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    for name, p in model.named_parameters():
-        if p.requires_grad and id(p) not in owned:
-            raise UserError(
-                f"{name} requires a gradient, but the optimizer does not have it",
-                "give it to the optimizer, or set requires_grad = False",
-            )
+    _check_scheduler(optimizer, scheduler, own)
 
 
 def _check_scheduler(optimizer: Optimizer, scheduler: LRScheduler | None, own: bool) -> None:

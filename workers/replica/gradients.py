@@ -4,6 +4,9 @@ A bucket is complete when every parameter in it has its gradient of this step. `
 others: with gradients that were set without backward, and with zeros for parameters that have none
 by the end (unused branches, frozen for a step), which it marks as absent.
 
+Of several pairs (`workers.replica.several`) nothing leaves before the step of one, `send_pair`: a
+backward makes gradients of all, and nobody knows whose step comes.
+
 For small models the hook copies, encodes and sends itself. For large ones, and for gradients on a
 device, a thread does so while backward goes on; the end of each backward waits for it. So this
 thread owns the sockets during a backward, and the caller's thread otherwise.
@@ -41,9 +44,9 @@ class Gradients:
     without)`.
 
     `values` is a flat CPU tensor that `make(bucket)` made for it. `absent` are the layout indexes
-    of parameters without a gradient. `without` names a bucket that is not pushed: that of buffers
-    which no forward wrote. `accumulate` backward passes make one step. While `holds()`, the last
-    bucket waits for `flush`.
+    of parameters without a gradient. `without` names buckets that are not pushed: that of buffers
+    which no forward wrote, those of other pairs. `accumulate` backward passes make one step. While
+    `holds()`, the last bucket waits for `flush`.
     """
 
     def __init__(
@@ -60,6 +63,7 @@ class Gradients:
         self._accumulate = accumulate
         self._holds = holds
         self._plan = plan = replica.plan
+        self._several = bool(replica.layout.pairs)
         self._open = False
         self._parted = False  # the batch of this step comes in parts
         self._sums: dict[int, Tensor] = {}  # of the parts' gradients, by parameter
@@ -88,8 +92,9 @@ class Gradients:
         with suppress(Exception):  # of a step that was not finished
             self.finish()
         self._replica.reset_statistics()
-        for _, p in self._replica.params:  # the last average: its memory takes the next one
-            p.grad = None
+        if not self._several:
+            for _, p in self._replica.params:  # the last average: its memory takes the next one
+                p.grad = None
         self._open, self._parted = True, parts
         self._sums.clear()
         self._passes = [0] * len(self._passes)
@@ -149,6 +154,24 @@ class Gradients:
         self._end_with_buffers()
         self._outer = None
 
+    def send_pair(self, start: int, stop: int) -> None:
+        """Send the gradient of one of several pairs, which has these parameters, and the buffers.
+        What other backward passes left in the gradients of other pairs stays there."""
+        self._replica.check_unchanged()
+        self._check_untouched(start, stop)
+        mine = range(start, stop)
+        others = [b for b in self._numbers if b.kind == "grad" and b.tensors[0] not in mine]
+        unsent = tuple(b.index for b in others)  # it goes with the first push
+        self._sent = set(unsent)
+        for bucket in self._numbers:
+            if bucket.index not in self._sent:
+                absent = [i for i in bucket.tensors if i in mine and self._gradient(i) is None]
+                self._hand_over(bucket, tuple(absent), unsent)
+                unsent = ()
+        for index in mine:
+            self._seen.pop(index, None)
+        self._end_with_buffers()
+
     def begin_local(self) -> None:
         """A round of local steps begins: nothing leaves before `send_local`."""
         self.begin()
@@ -186,10 +209,14 @@ class Gradients:
             hook.remove()
         self._thread.shutdown(wait=False)
 
-    def _check_untouched(self) -> None:
-        """Raise `UserError` where a gradient was clipped, scaled or replaced after it was sent."""
+    def _check_untouched(self, start: int = 0, stop: int | None = None) -> None:
+        """Raise `UserError` where a gradient was clipped, scaled or replaced after it was sent. Of
+        several pairs, one that the loop has set to None since is no such one."""
+        stop = len(self._passes) if stop is None else stop
         for index in sorted(self._seen):
             (name, p), (grad, version) = self._replica.params[index], self._seen[index]
+            if not start <= index < stop or (self._several and p.grad is None):
+                continue
             if p.grad is not grad or grad._version != version:
                 raise UserError(
                     f"the gradient of {name} was changed after backward, when it may have left",
@@ -202,6 +229,10 @@ class Gradients:
             if not self._open:
                 return
             grad = self._gradient(index)
+            if self._several:
+                if grad is not None:
+                    self._seen[index] = grad, grad._version
+                return
             if grad is None:  # frozen between forward and backward
                 self._replica.check_unchanged()
                 return
@@ -253,9 +284,11 @@ class Gradients:
             return grad.detach().reshape(-1)
         return self._replica.buffers.all[index - len(params)].now.detach().reshape(-1)
 
-    def _hand_over(self, bucket: Bucket, absent: tuple[int, ...]) -> None:
+    def _hand_over(
+        self, bucket: Bucket, absent: tuple[int, ...], others: tuple[int, ...] = ()
+    ) -> None:
         self._sent.add(bucket.index)
-        without = self._without()
+        without = (*others, *self._without())
         if self.threaded:
             self._under_way.append(self._thread.submit(self._take, bucket, absent, without))
         else:

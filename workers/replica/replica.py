@@ -101,7 +101,9 @@ class Replica:
         own = own_names(_plain(model))
         named = [(own(name), p) for name, p in _plain(model).named_parameters()]
         trained = [(name, p) for name, p in reversed(named) if p.requires_grad]
-        self.params = sorted(trained, key=lambda item: sent(item[1], "grad"))
+        self.params = sorted(
+            trained, key=lambda item: (self._pair_of(item[1]), sent(item[1], "grad"))
+        )
         self._in_order = [p for _, p in named if p.requires_grad]  # as a script clips them
         self._frozen = [(name, p) for name, p in named if not p.requires_grad]
         self._groups = len(optimizer.param_groups)
@@ -124,13 +126,22 @@ class Replica:
                     *((name, p, "grad", sent(p, "grad")) for name, p in self.params),
                     *((b.name, b.tensor, b.kind, b.sent) for b in self.buffers.all),
                 )
-            )
+            ),
+            self._count_pairs(),
         )
         self.plan = plan(self.layout, bucket_mb)
         self._codec = CODECS[codec]
         self._make_room()
         self._begin_as_others_will()
         self._has_stepped = False  # the optimizer's state is complete after its first step
+
+    def _pair_of(self, parameter: Tensor) -> int:
+        """Of several pairs, the number of the one that steps this parameter."""
+        return 0
+
+    def _count_pairs(self) -> tuple[wire.Pair, ...]:
+        """For the layout, where there are several."""
+        return ()
 
     def _make_room(self) -> None:
         """Make the memory for the averages of the next update: one vector for each run of equal
@@ -233,11 +244,7 @@ class Replica:
             ahead = self._step_outer(close)
         else:
             self._step_together()
-        for index, buffer in enumerate(self.buffers.all, len(self.params)):
-            values = self._came.get(index) if buffer.kind == "whole" else self._views[index]
-            if values is not None and (self._present[index] or buffer.kind == "whole"):
-                self.buffers.update(buffer, values)
-        self.reset_statistics()
+        self._update_buffers()
         if close.local_steps == 1:
             self.by_hand.put({} if close.groups is msgspec.UNSET else close.groups)
             self._step_optimizer()
@@ -251,8 +258,7 @@ class Replica:
         if self.after_step is not None:
             self._step_after(self.after_step)
         self.by_hand.note()
-        self.step, self.lineage, self.ledger = close.step, close.lineage, close.ledger
-        self.forget_averages()
+        self._stands_at(close)
         if not self._has_stepped and close.local_steps == 1:
             self._has_stepped = True
             there_and_back("optimizer", self.optimizer.state_dict())
@@ -264,7 +270,22 @@ class Replica:
             self.come_back()
             self._outer = None
             self.optimizer.state.clear()
-        for index, (_, p) in enumerate(self.params):
+        self._give_averages(0, len(self.params))
+
+    def _update_buffers(self) -> None:
+        for index, buffer in enumerate(self.buffers.all, len(self.params)):
+            values = self._came.get(index) if buffer.kind == "whole" else self._views[index]
+            if values is not None and (self._present[index] or buffer.kind == "whole"):
+                self.buffers.update(buffer, values)
+        self.reset_statistics()
+
+    def _stands_at(self, close: wire.Close) -> None:
+        self.step, self.lineage, self.ledger = close.step, close.lineage, close.ledger
+        self.forget_averages()
+
+    def _give_averages(self, start: int, stop: int) -> None:
+        """Make the averages the gradients of these parameters."""
+        for index, (_, p) in enumerate(self.params[start:stop], start):
             view = self._views[index]
             assert view is not None
             if not self._present[index]:
@@ -401,19 +422,16 @@ class Replica:
         there, because the number of a run's steps is not known in advance."""
         due = optimizer_steps(close.ledger, close.step) - self.steps
         if self.schedule_by == "epoch":
-            due = _epochs(close.ledger) - self.epoch
+            due = epochs_in(close.ledger) - self.epoch
         return self._left_of_schedule(due)
 
     def _left_of_schedule(self, steps: int) -> int:
-        """So many steps, or those that the schedule has left."""
-        schedule: Any = self.scheduler
-        total = getattr(schedule, "total_steps", None)  # OneCycleLR climbs, then raises beyond it
-        return steps if total is None else min(steps, total - 1 - schedule.last_epoch)
+        return left_of_schedule(self.scheduler, steps)
 
     @property
     def epoch(self) -> int:
         """Number of whole epochs in this step."""
-        return 0 if self.ledger is None else _epochs(self.ledger)
+        return 0 if self.ledger is None else epochs_in(self.ledger)
 
     def forget_averages(self) -> None:
         """Drop the averages that were taken: their round is void."""
@@ -480,10 +498,7 @@ class Replica:
             self.lineage = uuid.uuid4().hex  # a state that is loaded in part is no state of the log
             load_own(_plain(self.model), state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
-            if self.scheduler is not None and state["scheduler"] is not None:
-                self.scheduler.load_state_dict(state["scheduler"])
-            if self._after is not None and state.get("after_step") is not None:
-                self._after.load_state_dict(state["after_step"])
+            self._load_rest(state)
             self.by_hand.note()
             self.ledger = state["ledger"]
             self._outer = None
@@ -498,6 +513,12 @@ class Replica:
             self.buffers.hold()
         self.step, self.lineage = step, lineage
         self.forget_averages()
+
+    def _load_rest(self, state: dict[str, Any]) -> None:
+        if self.scheduler is not None and state["scheduler"] is not None:
+            self.scheduler.load_state_dict(state["scheduler"])
+        if self._after is not None and state.get("after_step") is not None:
+            self._after.load_state_dict(state["after_step"])
 
     def give_back(self) -> None:
         """End the training: the user may step the schedule again."""
@@ -541,17 +562,7 @@ class Replica:
     def recipe(self) -> str:
         """Optimizer, schedule, clipping and `before_step` in words, without values that a schedule
         may change. Replicas must have the same."""
-        groups = self.optimizer.param_groups
-        owned = {id(p) for _, p in self.params}
-        sizes = "+".join(str(sum(id(p) in owned for p in g["params"])) for g in groups)
-        schedule = "no schedule"
-        if self.scheduler is not None:
-            schedule = f"{type(self.scheduler).__name__} by {self.schedule_by}"
-        clip = "no clipping" if self.clip_norm is None else f"clip_norm {self.clip_norm:g}"
-        before = "no before_step" if self.before_step is None else _named("before_step", self)
-        after = "" if self.after_step is None else f", {_named('after_step', self)}"
-        kind = type(self.optimizer).__name__
-        return f"{kind} of {sizes} parameters, {schedule}, {clip}, {before}{after}"
+        return recipe_of(self, [p for _, p in self.params], self.schedule_by)
 
     def reset_statistics(self) -> None:
         """Put the buffers of this step back: the round of a forward that changed them may have been
@@ -577,8 +588,29 @@ class Replica:
         return h.hexdigest()
 
 
-def _named(hook: str, replica: Replica) -> str:
-    function = getattr(replica, hook)
+def recipe_of(holder: Any, parameters: list[Tensor], schedule_by: str) -> str:
+    """Of a replica, or of one of its pairs, which trains these parameters."""
+    groups = holder.optimizer.param_groups
+    owned = {id(p) for p in parameters}
+    sizes = "+".join(str(sum(id(p) in owned for p in g["params"])) for g in groups)
+    schedule = "no schedule"
+    if holder.scheduler is not None:
+        schedule = f"{type(holder.scheduler).__name__} by {schedule_by}"
+    clip = "no clipping" if holder.clip_norm is None else f"clip_norm {holder.clip_norm:g}"
+    before = "no before_step" if holder.before_step is None else _named("before_step", holder)
+    after = "" if holder.after_step is None else f", {_named('after_step', holder)}"
+    kind = type(holder.optimizer).__name__
+    return f"{kind} of {sizes} parameters, {schedule}, {clip}, {before}{after}"
+
+
+def left_of_schedule(scheduler: Any, steps: int) -> int:
+    """So many steps, or those that the schedule has left."""
+    total = getattr(scheduler, "total_steps", None)  # OneCycleLR climbs, then raises beyond it
+    return steps if total is None else min(steps, total - 1 - scheduler.last_epoch)
+
+
+def _named(hook: str, holder: Any) -> str:
+    function = getattr(holder, hook)
     return f"{hook} {getattr(function, '__name__', str(type(function).__name__))}"
 
 
@@ -588,7 +620,7 @@ def _plain(model: nn.Module) -> nn.Module:
     return plain
 
 
-def _epochs(ledger: dict[str, Any]) -> int:
+def epochs_in(ledger: dict[str, Any]) -> int:
     """Number of whole epochs in a ledger's state."""
     counted: int = ledger["done"] + ledger["partly"] + ledger["skipped"]
     return counted // ledger["samples"] if ledger["samples"] else 0
