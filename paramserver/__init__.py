@@ -15,7 +15,7 @@ from typing import Any
 from paramserver.errors import RunLost, UserError
 
 __version__ = "0.1.0"
-__all__ = ["Cluster", "RunLost", "UserError", "join"]
+__all__ = ["Cluster", "RunLost", "UserError", "join", "trials"]
 
 
 def __getattr__(name: str) -> Any:

@@ -11,7 +11,8 @@ from paramserver.program import exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
     """The server program. Exit codes: 0 ended in order, 1 ended early, 2 a person's mistake, 3 the
     run ended, but a result of it is missing (the last checkpoint, model.safetensors, the last
-    evaluation, summary.json, lines of metrics.jsonl): the last warning names it."""
+    evaluation, summary.json, lines of metrics.jsonl): the last warning names it. With several
+    `runs`, that of the worst one."""
     with exit_on_user_error():
         words = list(sys.argv[1:] if argv is None else argv)
         from paramserver.config.help import answer

@@ -401,6 +401,13 @@ class Settings:
         ADDRESS,
         scope="server",
     )
+    runs: int = setting(
+        1,
+        "runs that the server serves, one after another, each in a folder of its own: a search "
+        "over settings in one script, say; see docs/your-own-model.md",
+        between(1, 10_000),
+        scope="server",
+    )
     observer: bool = setting(
         True,
         "start the observer beside the server; without it nobody evaluates, saves or logs",

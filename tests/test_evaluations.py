@@ -6,6 +6,7 @@ import threading
 from typing import Any
 
 import pytest
+import torch
 from crew import Noise, loss, perceptron
 from scripts import Run, but_words
 from whole import DEADLINE_S, Served, free_port
@@ -209,7 +210,11 @@ def test_before_attach_there_is_nothing_to_stop_or_to_wait_for() -> None:
 def test_after_leave_every_call_says_how_to_take_part_again() -> None:
     setup = perceptron(1)
     with workers.join(port=free_port(), say=lambda line: None) as cluster:
-        cluster.attach(setup.model, setup.optimizer)
+        for model, optimizer in ((setup.optimizer, setup.model), (setup.model, torch.optim.SGD)):
+            with pytest.raises(UserError, match=r"attach\(\) was given a ") as other:
+                cluster.attach(model, optimizer)  # type: ignore[type-var, arg-type]
+            assert "attach(model, optimizer)" in other.value.hint
+        _, attached = cluster.attach(setup.model, setup.optimizer)
         with pytest.raises(UserError, match="called twice") as twice:
             cluster.attach(setup.model, setup.optimizer)
         assert "leave()" in twice.value.hint
@@ -218,6 +223,8 @@ def test_after_leave_every_call_says_how_to_take_part_again() -> None:
         lambda: next(cluster.own_batches([1])),
         lambda: next(cluster.epochs()),
         lambda: cluster.stop("too late"),
+        lambda: cluster.attach(setup.model, setup.optimizer),
+        attached.step,
     ):
         with pytest.raises(UserError, match=r"\(\) after leave\(\)") as late:
             call()

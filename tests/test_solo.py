@@ -177,6 +177,12 @@ print("worker", cluster.worker_id, "stands at step", cluster.step, flush=True)
 """
 
 
+def test_an_address_with_a_port_is_told() -> None:
+    with pytest.raises(UserError, match="must be an address alone") as told:
+        workers.join("10.10.0.1:65432")
+    assert "port=65432" in told.value.hint
+
+
 def test_a_script_runs_with_and_without_a_server(tmp_path: Path) -> None:
     """The same file: alone, then two processes of it that find the server in the environment."""
     port = free_port()

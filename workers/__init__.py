@@ -7,9 +7,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .cluster import Cluster, RunLost, UserError, join
+    from .cluster import Cluster, RunLost, UserError, join, trials
 
-__all__ = ["Cluster", "RunLost", "UserError", "join"]
+__all__ = ["Cluster", "RunLost", "UserError", "join", "trials"]
 
 
 def __getattr__(name: str) -> Any:

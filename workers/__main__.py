@@ -52,8 +52,7 @@ def main() -> None:
         try:
             from .builtin.train import train  # torch takes seconds: signals are handled before
 
-            cluster = train(settings, loaded.given)
-            cluster.leave()
+            train(settings, loaded.given)
         except Leave as e:
             logging.getLogger("workers").info(f"left the run: {e}")
 

@@ -35,6 +35,7 @@ from paramserver.errors import RunLost, UserError
 from paramserver.net import address, mdns
 from paramserver.protocol import messages as wire
 from paramserver.protocol.messages import Lease
+from paramserver.ranges import ADDRESS
 from paramserver.rounds.local_steps import outer_of
 from paramserver.settings import RunSettings, Settings
 from paramserver.tensors.bucket import Bucket
@@ -110,10 +111,17 @@ def join(
     here = read_environment(os.environ)
     host, port, token = host or here.host, port or here.port, token or here.token
     security = security or here.security or "curve"
+    if host is not None and not ADDRESS.holds(host):
+        raise UserError(f"host={host!r} {ADDRESS.must}", "join('10.10.0.1', port=65432)")
     search = None
     if host is None and token is None:
         port = port or Settings.port
         if not listens(address.LOOPBACK, port):
+            if living.last_finished(address.LOOPBACK, port):
+                raise UserError(
+                    f"the server on this machine (port {port}) has served all its runs",
+                    "start it with runs=N for N of them; trials(N) takes part in as many",
+                )
             only = Solo(alone or {}, log)
             epochs = only.settings.num_epochs
             log.info(f"no server on this machine (port {port}): training alone, {epochs} epochs")
@@ -134,6 +142,7 @@ def join(
         search=search,
         shared_memory=shared_memory,
         log=log,
+        after=living.last_finished(there.host, there.port),
     )
     try:
         client.connect(timeout_s)
@@ -145,6 +154,38 @@ def join(
     return cluster
 
 
+def trials(
+    number: int, host: str | None = None, worker_id: int | None = None, **options: Any
+) -> Iterator[Cluster]:
+    """Take part in as many runs of one server (`make server runs=3`), one after another: a search
+    over settings, for instance.
+
+        for cluster in trials(len(RATES)):
+            rate = RATES[cluster.trial - 1]
+            model, optimizer = cluster.attach(...)
+
+    The other arguments are those of `join`. Each cluster is left at the end of its turn (not by
+    `break`). A worker that comes later begins with the trial that is under way. The loop ends
+    sooner where somebody ends the server. Raises `UserError` where the server has another number
+    of runs.
+    """
+    trial = 0
+    while trial < number:
+        cluster = join(host, worker_id, **options)
+        alone = isinstance(cluster.client, Solo)
+        if alone:
+            cluster.trial, cluster.runs = trial + 1, number
+        trial = cluster.trial
+        if cluster.runs != number:
+            problem = f"this script takes part in {number} runs, its server serves {cluster.runs}"
+            cluster.leave(problem)
+            raise UserError(problem, f"start the server with runs={number}")
+        yield cluster  # one that is left by an error, or by break, is left at the program's end
+        cluster.leave()
+        if not alone and cluster.end is not None and not cluster.end.more:
+            return
+
+
 class Cluster:
     """This worker's place in a run. `settings` are the run's, as the server sent them: attributes
     (`cluster.settings.batch_size`), or items of a mapping."""
@@ -154,6 +195,9 @@ class Cluster:
         self.client = client
         self.settings: RunSettings = client.settings
         self.worker_id = client.welcome.id
+        self.trial: int = client.welcome.trial
+        """The place of this run, from 1, among the `runs` that its server serves."""
+        self.runs: int = client.welcome.runs
         self.asked: int | None = self.worker_id
         """The number that was asked for."""
         self.before: Cluster | None = None
@@ -300,6 +344,7 @@ class Cluster:
         Raises `UserError` where the model or the optimizer is not the run's, or cannot be a
         replica's.
         """
+        self._check_here("attach()")
         if self._replica is not None:
             raise UserError(
                 "attach() was called twice",
@@ -315,6 +360,11 @@ class Cluster:
                     "several: attach(generator=(G, opt_g), critic=(D, opt_d, {'clip_norm': 1.0}))",
                 )
             return self._attach_several(pairs, schedule_by, buffers, first, accumulate)
+        if not isinstance(model, nn.Module) or not isinstance(optimizer, Optimizer):
+            raise UserError(
+                f"attach() was given {_kind(model)} and {_kind(optimizer)}",
+                "it takes a model and its optimizer: attach(model, optimizer)",
+            )
         optimizer = _unwrapped(optimizer, scheduler)
         if after_step is not None and outer_of(self.settings) and self.settings.overlap:
             raise UserError(
@@ -713,10 +763,14 @@ class Cluster:
 
     def _check_part(self, call: str) -> None:
         """Raise `UserError` where this worker has no part in the run yet, or none any more."""
-        if self._gone:
-            raise UserError(f"{call} after leave()", "take part again: cluster = join()")
+        self._check_here(call)
         if self._replica is None:
             raise UserError(f"{call} before attach()", "attach the model first")
+
+    def _check_here(self, call: str) -> None:
+        """Raise `UserError` where this worker has left."""
+        if self._gone:
+            raise UserError(f"{call} after leave()", "take part again: cluster = join()")
 
     def _seed(self) -> None:
         """Seed torch's generator, once, so that dropout differs between workers. It is done late,
@@ -914,6 +968,7 @@ class Cluster:
 
     def _step(self) -> None:
         """Send the rest of the gradient and follow the log until this round is over."""
+        self._check_here("optimizer.step()")
         if self._gradients is None or self._feedback is None or self._stepped:
             raise UserError(
                 "optimizer.step() without a batch of its own",
@@ -1156,6 +1211,8 @@ class Cluster:
             self._gradients.close()
         wrong = failed != "" or isinstance(error, Exception)
         wrong = wrong or (isinstance(error, SystemExit) and bool(error.code))
+        if reason == wire.FINISHED or self.client.ended is not None:
+            living.finished(self)
         self.client.goodbye(
             wire.Goodbye(
                 reason,
@@ -1221,6 +1278,12 @@ def _pair(name: str, told: Any) -> Pair:
     return Pair(name, model, optimizer, **options)
 
 
+def _kind(thing: object) -> str:
+    """What this is, in words."""
+    name = thing.__name__ if isinstance(thing, type) else type(thing).__name__
+    return f"the class {name}" if isinstance(thing, type) else f"a {name}"
+
+
 def told(error: BaseException) -> str:
     """An error on one line. An exception of a user's program has its class, as in a traceback; ours
     are sentences."""
@@ -1231,4 +1294,4 @@ def told(error: BaseException) -> str:
     return text.strip().splitlines()[0]
 
 
-__all__ = ["Cluster", "ClusterOptimizer", "RunLost", "UserError", "join"]
+__all__ = ["Cluster", "ClusterOptimizer", "RunLost", "UserError", "join", "trials"]

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from .cluster import Cluster
 
 _living: weakref.WeakSet[Cluster] = weakref.WeakSet()
+_finished: dict[tuple[str, int], str] = {}
+"""By address of a server of several runs: the last one that this process has finished."""
 
 
 def refuse_in_child() -> None:
@@ -45,6 +47,17 @@ def lives(cluster: Cluster) -> None:
 def left(cluster: Cluster) -> None:
     """Note that it was left."""
     _living.discard(cluster)
+
+
+def finished(cluster: Cluster) -> None:
+    """Note that this process has finished its run, where the server goes on with another one."""
+    if cluster.runs > 1:
+        _finished[cluster.host, cluster.port] = cluster.run
+
+
+def last_finished(host: str, port: int) -> str:
+    """The last run of several that this process has finished there; empty: none."""
+    return _finished.get((host, port), "")
 
 
 def leave_same(host: str, port: int, asked: int | None) -> Cluster | None:

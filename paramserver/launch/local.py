@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -73,6 +74,8 @@ class Started:
     logs: Path
     shown: dict[int, str] = field(default_factory=dict)
     """By worker that has failed: the end of its output, which was shown."""
+    runs: int = 1
+    """That the server serves, one after another."""
 
     def words(self, number: int) -> str:
         """The output of this worker."""
@@ -110,7 +113,7 @@ def _on_this_machine(
         stdin=subprocess.DEVNULL,  # it must not ask a person: its workers are being started
     )
     processes.append(server)
-    started = Started(server, [], logs)
+    started = Started(server, [], logs, runs=settings.runs)
     try:
         for number in range(1, settings.num_workers + 1):
             words, environment = worker(number)
@@ -173,7 +176,7 @@ def _for_workers(name: str) -> bool:
 def _watch(started: Started) -> int:
     """Wait for the server; show the last lines of a worker that fails. Returns the server's exit
     code, but not 0 where all workers failed: then the server was asked to end."""
-    told = started.shown
+    told, alone_since = started.shown, 0.0
     while started.server.poll() is None:
         for number, worker in enumerate(started.workers, 1):
             if worker.poll() not in (None, 0) and number not in told:
@@ -184,6 +187,12 @@ def _watch(started: Started) -> int:
                 terminal.say(f"worker {number} failed{text}", error=True)
                 if len(told) == len(started.workers):
                     started.server.terminate()
+        if started.runs > 1 and all(w.poll() is not None for w in started.workers):
+            alone_since = alone_since or time.monotonic()
+            if time.monotonic() - alone_since > WORKERS_PATIENCE_S:  # it waits for the next run's
+                terminal.say("every worker has ended: so does the server")
+                started.server.terminate()
+                alone_since = math.inf
         time.sleep(0.1)
     return started.server.returncode or int(len(told) == len(started.workers))
 

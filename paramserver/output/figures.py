@@ -33,7 +33,7 @@ def made(status: Status) -> float | None:
 
 def figures(status: Status) -> list[str]:
     """The run's values, the most important first, for `fitting`."""
-    found = []
+    found = [status.place] if status.place else []
     if status.loss is not None:
         found.append(f"loss {status.loss:.4f}")
     if status.samples_per_s is not None:

@@ -108,6 +108,8 @@ class Record(msgspec.Struct, frozen=True):
     """`fleet.machine.identity`: stays where the host name changes."""
     number: int = 0
     """The number of the run: higher for later runs in one folder; 0: of an older version."""
+    trial: int = 1
+    """Its place among the runs that its server serves, one after another."""
 
 
 class _Numbered(msgspec.Struct):

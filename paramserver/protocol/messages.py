@@ -299,6 +299,8 @@ class Hello(Message, frozen=True):
     enough."""
     versions: Versions = {}
     """Of this program, PyTorch and Python there; empty where the peer is older than this field."""
+    after: Id = ""
+    """A run of this server that this process has finished: it asks for the next one."""
 
     def __post_init__(self) -> None:
         self._clip("role", "host")
@@ -319,6 +321,9 @@ class Welcome(Message, frozen=True):
     """Folder of the memory that such peers may share (`shm`)."""
     versions: Versions = {}
     """Of the server's machine, as in Hello."""
+    trial: Int = 1
+    """The place of the run among the `runs` that this server serves, from 1."""
+    runs: Int = 1
 
 
 class Probe(Message, frozen=True):
@@ -799,6 +804,8 @@ class End(Message, frozen=True):
     """A person ended it, in order, before its samples were done."""
     run: Id = ""
     """The run that is over: its peers know it by this name where its server was started again."""
+    more: bool = False
+    """The server goes on with another run, which this peer may join."""
 
     def __post_init__(self) -> None:
         self._clip("reason")

@@ -937,6 +937,7 @@ class Rounds:
         if self.coming_back:
             self.put_off = True
             return False
+        self._ending.is_last()
         reason, missing = event.reason, self._ending.departures.missing(FAILED)
         if missing and not self._roster.has_workers:  # somebody stops it because they failed
             reason = f"{reason}; {missing}"
@@ -1009,6 +1010,11 @@ class Rounds:
     @property
     def ended(self) -> wire.End | None:
         return self._ending.ended
+
+    @property
+    def more(self) -> bool:
+        """Another run of this server follows."""
+        return self._ending.more
 
     @property
     def deserted(self) -> bool:

@@ -23,7 +23,7 @@ class Ending:
     """Owns the reason of the end (`begun`: no more rounds; with it, whether that is an error), the
     `End` itself (`ended`), and what may lead to it: how workers left, and since when nobody here
     holds the state that others wait for (`lost_since`). `observer_comes`: the observer's process
-    runs, whether it has greeted or not."""
+    runs, whether it has greeted or not. `more`: another run of this server follows."""
 
     def __init__(self, rules: Rules, roster: Roster, now: float) -> None:
         self.begun: tuple[str, bool] | None = None
@@ -33,6 +33,7 @@ class Ending:
         self.lost_since: float | None = None
         self.moved_at = now  # the end was begun, or the observer came closer to keeping it
         self._stopped = False  # somebody stopped it, in order
+        self.more = rules.more
         self._busy_at = now  # see `works`
         self._last_holder = ""  # the last replica that was taken out, and why
         self._rules = rules
@@ -99,6 +100,10 @@ class Ending:
         """Begin the end: no more rounds. `stopped`: somebody stopped the run, in order."""
         self.begun, self.moved_at, self._stopped = (reason, error), now, stopped
 
+    def is_last(self) -> None:
+        """Note that no other run follows, because the server is to end."""
+        self.more = False
+
     def observer_moves(self, now: float) -> None:
         """Note that the observer came closer to keeping the last step."""
         self.moved_at = now
@@ -132,5 +137,6 @@ class Ending:
             error=error,
             stopped=self._stopped,
             run=run,
+            more=self.more,
         )
         return self.ended

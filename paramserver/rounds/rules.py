@@ -28,6 +28,8 @@ class Rules(msgspec.Struct, frozen=True):
     epochs: int = 2
     epoch_barrier: bool = False
     observer: bool = True
+    more: bool = False
+    """The server goes on with another run after this one."""
 
     def longest_wait_s(self, local_steps: int = 1) -> float:
         """How long any round may wait for somebody, where others could go on. One of several local

@@ -12,6 +12,7 @@ import math
 import uuid
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import msgspec
@@ -58,6 +59,7 @@ from paramserver.server.traffic import Traffic
 PROBES_APART_S = 0.05  # between published probes, at least: all peers receive them
 GOODBYE_TIMEOUTS = 3  # heartbeat timeouts for a worker's goodbye after the run's end
 REFUSED_SENDERS = 1000  # whose invalid messages are logged
+NOTHING_EARLIER: Mapping[str, wire.End] = MappingProxyType({})
 Finished = tuple[wire.Average, Frames]
 
 
@@ -126,7 +128,8 @@ class Control:
 
     `welcome` is the answer to a peer, without its session and id; `observer_key` identifies the
     observer of this server. At most `most_unread` bytes of a snapshot wait for its joiner;
-    `new_session` makes a name that cannot be guessed.
+    `new_session` makes a name that cannot be guessed. `earlier`: how the runs ended, by their ids,
+    that this server served before.
     """
 
     def __init__(
@@ -140,6 +143,7 @@ class Control:
         observer_key: str,
         most_unread: int,
         new_session: Callable[[], str] = lambda: uuid.uuid4().hex,
+        earlier: Mapping[str, wire.End] = NOTHING_EARLIER,
     ) -> None:
         self.rounds = rounds
         self.watcher = watcher
@@ -162,6 +166,7 @@ class Control:
         self._probed: dict[str, float] = {}  # session -> when its probe was last published
         self._stop: tuple[str, bool] | None = None  # the reason, and whether it is an error
         self._ended_at: float | None = None
+        self._earlier = dict(earlier)
 
     @property
     def digests(self) -> dict[str, tuple[int, str]]:
@@ -312,10 +317,16 @@ class Control:
         if self.rounds.coming_back and hello.role == "worker" and hello.run is None:
             self._transport.send(route, wire.Later(self.rounds.phase(now)))
             return  # replicas that hold the run come first
+        if (why := self._not_yet(hello)) is not None:
+            self._transport.send(route, wire.Later(why))
+            return
         refuse, hint, end = "", "", None
         if hello.protocol != wire.PROTOCOL:
             refuse = f"this server speaks protocol {wire.PROTOCOL}, you speak {hello.protocol}"
             hint = "install the same version on both machines"
+        elif hello.run in self._earlier:
+            end = self._earlier[hello.run]
+            refuse = f"the run has ended: {end.reason}"
         elif (unfit := versions.misfit(hello.versions, self._welcome.versions)) is not None:
             refuse, hint = f"{hello.host} {unfit[0]}", unfit[1]
         elif self.rounds.ended is not None:
@@ -324,6 +335,8 @@ class Control:
             end = self.rounds.ended if hello.run in (None, self.run_id) else None
         elif hello.role not in ("worker", "observer"):
             refuse = f"there is no role {hello.role!r}"
+        elif hello.after == self.run_id and self._welcome.runs > 1:
+            refuse = f"this process has left run {self._place}, which is the last one"
         elif hello.role == "observer" and not _same(hello.key, self._observer_key):
             refuse = "only the observer that this server started may observe"
         elif hello.run is not None and hello.run != self.run_id:
@@ -357,6 +370,22 @@ class Control:
         id = self.rounds.peers[session].id
         welcome = msgspec.structs.replace(self._welcome, session=session, id=id)
         self._transport.send(route, welcome)
+
+    @property
+    def _place(self) -> str:
+        """Of this run, among those that this server serves."""
+        return f"{self._welcome.trial} of {self._welcome.runs}"
+
+    def _not_yet(self, hello: wire.Hello) -> str | None:
+        """Why a worker has to wait for the next run; None where it may take part in this one."""
+        ended = self.rounds.ended
+        if hello.role != "worker" or hello.run is not None or not self.rounds.more:
+            return None
+        if ended is not None:
+            return f"ending run {self._place}, the next one follows"
+        if hello.after == self.run_id:
+            return f"still in run {self._place}, which this process has left; the next one follows"
+        return None
 
     def _probe(self, route: bytes, probe: wire.Probe, now: float) -> None:
         """Bind a link to its session, and answer the probe on link and PUB."""

@@ -123,8 +123,9 @@ class Overview:
         folder: str,
         host: str,
         kind_of: Callable[[str], str] = lambda address: "",
+        trial: int = 1,
     ) -> None:
-        self._settings = settings
+        self._settings, self._trial = settings, trial
         self._kind_of = kind_of
         self._kinds: dict[str, str] = {}  # by address
         self._run, self._folder, self._host = run, folder, host
@@ -207,6 +208,9 @@ class Overview:
             run=self._run,
             made_at=at,
             folder=self._folder,
+            trial=self._trial,
+            runs=settings.runs,
+            more=end is not None and end.more,
             model=str(settings.model.get("type", "")),
             phase=phase,
             doing=doing,

@@ -41,6 +41,7 @@ from paramserver.protocol import messages as wire
 from paramserver.rounds import aggregate, local_steps
 from paramserver.server.control import Control
 from paramserver.server.observer_process import ObserverProcess
+from paramserver.server.ports import Ports
 from paramserver.server.server import Server
 from paramserver.server.show import Show
 from paramserver.settings import Settings
@@ -53,6 +54,30 @@ from paramserver.typed import typed
 
 MISSING = 3  # exit code
 PERSON_S = 30.0  # for an answer at the start; workers wait longer for their server
+
+
+@dataclass
+class Series:
+    """The `runs` that one program serves, one after another."""
+
+    runs: int
+    trial: int = 1
+    """The place of the run at hand, from 1."""
+    ended: wire.End | None = None
+    """How the run before it ended."""
+    code: int = 0
+    """The exit code: of the worst run so far, where one that ended early is worse than one of which
+    a result is missing."""
+    stopped: bool = False
+    """A person ends the program."""
+
+    @property
+    def goes_on(self) -> bool:
+        """Does another run follow the one that has ended?"""
+        return self.ended is not None and self.ended.more and not self.stopped
+
+    def went(self, code: int) -> None:
+        self.code = 1 if 1 in (code, self.code) else max(code, self.code)
 
 
 def summarize(control: Control, show: Show, end: wire.End) -> dict[str, Any]:
@@ -121,7 +146,6 @@ def _serve_at(settings: Settings, page: Page) -> int:
     hosts, guarded = listen(host_ip, settings.security)
     linked = not all(map(is_loopback, (*hosts, *guarded)))
     settings = settings.with_bucket(linked=linked)
-    at = Listening(hosts, guarded, chosen)
     parent, told = Path(settings.run_dir), to_wire(settings)
     here = Record(
         run=secrets.token_hex(8),
@@ -139,24 +163,52 @@ def _serve_at(settings: Settings, page: Page) -> int:
                 "the observer does that: leave observer=false out, or load the checkpoint in your "
                 "own script before attach()",
             )
+        if settings.runs > 1:
+            raise UserError(
+                f"resume={settings.resume} with runs={settings.runs}: a checkpoint belongs to one "
+                "run",
+                "leave one of the two out",
+            )
         resume = runfolder.find_checkpoint(settings.resume, parent)
     else:
         before = runfolder.unended(parent, settings.port, told, settings.host_ip)
+    as_it_is = None
     if before is not None:
         as_it_is, said = _going_on(before, settings)
-        if as_it_is is not None:
+        if as_it_is is None:
+            before.folder.close()
+    keys, new_keys = load_or_make() if guarded else (None, False)
+    largest_mb = max(each.bucket_size_mb for each in (settings, as_it_is) if each is not None)
+    ports = Ports(
+        replace(settings, bucket_mb=largest_mb),
+        hosts=hosts,
+        guarded=guarded,
+        keys=None if keys is None else keys.for_server(),
+        watched=True,
+    )
+    at = Listening(hosts, guarded, chosen, ports, page, keys, new_keys)
+    try:
+        series = Series(settings.runs)
+        if before is not None and as_it_is is not None:
             record = msgspec.structs.replace(
                 before.record, host=here.host, host_ip=here.host_ip, machine=here.machine
             )
-            code = _serve(as_it_is, at, before.folder, record, page, recovering=True)
-            if code is not None:
-                return code
-        before.folder.close()
-    folder = RunFolder.create(parent, datetime.now())
-    record = msgspec.structs.replace(here, number=folder.number)
-    code = _serve(settings, at, folder, record, page, resume=resume, said=said)
-    assert code is not None
-    return code
+            series.trial = record.trial
+            if _serve(as_it_is, at, before.folder, record, series, recovering=True):
+                series.trial += 1
+            else:
+                before.folder.close()
+                series = Series(settings.runs)
+        while series.trial == 1 or series.goes_on:
+            folder = RunFolder.create(parent, datetime.now())
+            record = msgspec.structs.replace(
+                here, run=secrets.token_hex(8), number=folder.number, trial=series.trial
+            )
+            _serve(settings, at, folder, record, series, resume=resume, said=said)
+            series.trial, said = series.trial + 1, ""
+        return series.code
+    finally:
+        ports.close()
 
 
 def _going_on(before: Unended, settings: Settings) -> tuple[Settings | None, str]:
@@ -183,11 +235,15 @@ def _going_on(before: Unended, settings: Settings) -> tuple[Settings | None, str
 @dataclass(frozen=True)
 class Listening:
     """Where a server listens: addresses for every peer, addresses for peers with keys, and a
-    sentence where it chose the address."""
+    sentence where it chose the address; the sockets, the page, and the keys if there are any."""
 
     hosts: list[str]
     guarded: list[str]
     why: str
+    ports: Ports
+    page: Page
+    keys: Keys | None
+    new_keys: bool
 
 
 def _serve(
@@ -195,39 +251,31 @@ def _serve(
     at: Listening,
     folder: RunFolder,
     record: Record,
-    page: Page,
+    series: Series,
     *,
     resume: Path | None = None,
     recovering: bool = False,
     said: str = "",
-) -> int | None:
-    """Run the server of one run; returns None where it should go on and no replica came back.
-    `said`: a sentence about another run."""
-    hosts, guarded = at.hosts, at.guarded
-    keys, new_keys = None, False
+) -> bool:
+    """Run the server of one run, and tell `series` how it ended; returns False where it should go
+    on and no replica came back. `said`: a sentence about another run."""
+    hosts, guarded, ports, page = at.hosts, at.guarded, at.ports, at.page
+    before, series.ended = series.ended, None
     planned = plan_watch.read(settings)
     noted = folder.noted() if recovering else None
     run, key = record.run, secrets.token_hex(16)
     kinds = {i.address: i.kind for i in machine.interfaces()} if guarded else {}
-    show = Show(settings, folder, planned, run, partial(_kind_of_link, kinds))
+    show = Show(settings, folder, planned, run, partial(_kind_of_link, kinds), series.trial)
     if recovering:
         show.overview.event(EventKind.RESTART, show.steps, time.time(), "the server starts again")
-    try:
-        if guarded:
-            keys, new_keys = load_or_make()
-        server = Server(
-            settings, record.settings, show,
-            hosts=hosts, run=run, observer_key=key, recovery=noted,
-            guarded=guarded, keys=None if keys is None else keys.for_server(),
-            link_watch=link_watch.read(os.environ), plan_watch=planned, status=show.status_json,
-        )  # fmt: skip
-    except UserError:
-        folder.close()
-        if not recovering:
-            folder.path.rmdir()  # nothing is in it
-        raise
+    server = Server(
+        settings, record.settings, show,
+        hosts=hosts, run=run, observer_key=key, recovery=noted, guarded=guarded,
+        link_watch=link_watch.read(os.environ), plan_watch=planned, status=show.status_json,
+        ports=ports, trial=series.trial, first_worker_s=_patience_s(settings, before),
+    )  # fmt: skip
     for number in terminal.ending_signals():
-        signal.signal(number, lambda n, _: _stop(server, show, n))
+        signal.signal(number, lambda n, _: _stop(server, show, series, n))
     observer = None
     try:
         if not recovering:
@@ -238,34 +286,24 @@ def _serve(
         where = ", ".join(f"{h}:{settings.port}" for h in (*hosts, *guarded))
         if said:
             show.say(said, warning=True)
-        if at.why:
+        if series.runs > 1:
+            show.say(f"run {series.trial} of {series.runs}")
+        if at.why and before is None:
             show.say(at.why)
         show.say(f"server at {where}, run folder {folder.path}")
         if steps := local_steps.described(settings):
             show.say(steps)
         if rule := aggregate.described(settings):
             show.say(rule)
-        if keys is not None:
-            if new_keys:
-                show.say(f"made the keys of this cluster: {keys_path()}")
-            if MARK in os.environ:  # the workers have it from `make up`, and a log is a file
-                port = [f"port={settings.port}"] if settings.port != Settings.port else []
-                command = typed("keys", f"host_ip={','.join(guarded)}", *port)
-                show.say(f"the join token, for further machines: {command}, in {Path.cwd()}")
-            else:
-                token = keys.token(joined(guarded), settings.port)
-                show.say(f"other machines join with: {_join_command(token)}")
-        elif exposed := [h for h in hosts if not is_loopback(h)]:
-            show.say(
-                f"security=none: whoever reaches {', '.join(exposed)} can read the model and "
-                "spoil the training"
-            )
-        _show_page(page, show, settings, keys)
+        if before is None:
+            _say_how_to_join(at, settings, show)
+        _show_page(at, show, settings, first=before is None)
         if recovering:
             show.say(
                 "this run has not ended: waiting for its replicas to come back "
                 f"(a new one begins if nobody does in {settings.heartbeat_timeout:g} s)"
             )
+        keys = at.keys
         public = None if keys is None else z85.decode(keys.for_server().public)
         show.announcement = Announcement(guarded or hosts, settings.port, run, public)
         notify.ready(where, str(folder.path))
@@ -274,9 +312,13 @@ def _serve(
                 settings, folder, run, key, resume, show.problem
             )
             observer.look(server.control)
-        end = server.run()
+        end = series.ended = server.run()
+        if end is not None and end.more:
+            ports.answer(end)
     finally:
         server.close()
+        if sys.exc_info()[0] or (series.ended is not None and not series.goes_on):
+            ports.close()  # whoever comes now finds nobody
         if show.announcement is not None:
             show.announcement.close()
         if observer is not None:
@@ -286,7 +328,8 @@ def _serve(
     if server.rounds.put_off:
         show.say("stopped before the run went on: its workers wait, start the server again")
         show.display.close()
-        return 1
+        series.went(1)
+        return True
     show.tell(folder.write_record(msgspec.structs.replace(record, ended=True)))
     if end is None:
         show.say(
@@ -294,7 +337,7 @@ def _serve(
             "checkpoint of the old one)"
         )
         show.display.close()
-        return None
+        return False
     if observer is not None and observer.problem is not None and not server.rounds.log_begun:
         show.display.close()
         if not recovering and str(folder.path) not in observer.problem.hint:
@@ -304,14 +347,35 @@ def _serve(
     missing = missing_results(show, last) if settings.observer and server.rounds.log_begun else []
     whole = _write_results(server.control, show, end, missing)
     page.last(show.status_json(server.control, time.monotonic()))
-    if end.error:
-        return 1
-    return 0 if whole else MISSING
+    series.went(1 if end.error else 0 if whole else MISSING)
+    return True
 
 
-def _show_page(page: Page, show: Show, settings: Settings, keys: Keys | None) -> None:
-    """Say where the page is, and start its process when somebody looks."""
-    if page.problem:
+def _say_how_to_join(at: Listening, settings: Settings, show: Show) -> None:
+    """Tell how other machines join this server, or who else could."""
+    keys = at.keys
+    if keys is not None:
+        if at.new_keys:
+            show.say(f"made the keys of this cluster: {keys_path()}")
+        if MARK in os.environ:  # the workers have it from `make up`, and a log is a file
+            port = [f"port={settings.port}"] if settings.port != Settings.port else []
+            command = typed("keys", f"host_ip={','.join(at.guarded)}", *port)
+            show.say(f"the join token, for further machines: {command}, in {Path.cwd()}")
+        else:
+            token = keys.token(joined(at.guarded), settings.port)
+            show.say(f"other machines join with: {_join_command(token)}")
+    elif exposed := [h for h in at.hosts if not is_loopback(h)]:
+        show.say(
+            f"security=none: whoever reaches {', '.join(exposed)} can read the model and "
+            "spoil the training"
+        )
+
+
+def _show_page(at: Listening, show: Show, settings: Settings, *, first: bool) -> None:
+    """Start the page's process for this run when somebody looks; with its `first` run, say where
+    the page is."""
+    page, keys = at.page, at.keys
+    if page.problem and first:
         show.say(page.problem, warning=True)
     if not page.sockets:
         return
@@ -320,6 +384,8 @@ def _show_page(page: Page, show: Show, settings: Settings, keys: Keys | None) ->
         keys, _ = load_or_make()
     page.serve(show.folder.path, port, None if keys is None else keys.watch_secret)
     show.page = page
+    if not first:
+        return
     show.say(f"page: {page.address(LOOPBACK)}")
     for host in guarded:
         assert keys is not None
@@ -414,9 +480,18 @@ def _write_results(control: Control, show: Show, end: wire.End, missing: list[st
     return not missing and problem is None
 
 
-def _stop(server: Server, show: Show, number: int) -> None:
+def _patience_s(settings: Settings, before: wire.End | None) -> float | None:
+    """How long a run that follows another one waits for its first worker. After one that ended by
+    an error most scripts have ended, too."""
+    if before is None:
+        return None
+    return settings.join_timeout if before.error else settings.idle_timeout
+
+
+def _stop(server: Server, show: Show, series: Series, number: int) -> None:
     # A second one ends the server at once; but a shell and the system may both send SIGHUP.
     signal.signal(number, signal.SIG_IGN if number == signal.SIGHUP else signal.SIG_DFL)
+    series.stopped = True
     server.stop(STOPPED_BY[signal.Signals(number)])
     if number == signal.SIGINT:  # a person pressed it
         show.say_soon("ending the run in order; Ctrl-C again ends it at once, without its results")

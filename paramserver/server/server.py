@@ -18,7 +18,7 @@ from typing import Any
 
 import zmq
 
-from paramserver.errors import PeerError, UserError
+from paramserver.errors import PeerError
 from paramserver.fleet.plan_watch import PlanWatch
 from paramserver.net import machine
 from paramserver.net.link_watch import LinkWatch
@@ -28,11 +28,10 @@ from paramserver.rounds.rules import Rules
 from paramserver.server.control import Control, Finished, Watcher
 from paramserver.server.data import Data
 from paramserver.server.history import Frames
-from paramserver.server.watching import WatchSocket
+from paramserver.server.ports import Ports
 from paramserver.settings import Settings
-from paramserver.tensors.bucket import SENT_BYTES, plan
+from paramserver.tensors.bucket import plan
 from paramserver.tensors.order import name_samples, places
-from paramserver.tensors.whole import BUFFER_BYTES
 from paramserver.transport import shm, sockets
 from paramserver.transport.handshake import Authenticator
 
@@ -44,15 +43,17 @@ PIECES_UNREAD = 6
 
 
 class Server:
-    """A parameter server, bound to its addresses by the constructor; `run` serves until the end.
+    """The parameter server of a run, bound to its addresses by the constructor; `run` serves until
+    the end.
 
     `settings` are the run's; `to_send` is what workers get of them in the welcome. `hosts` are the
     addresses to bind, `guarded` those where only holders of `keys` get in. `observer_key` is what
     the observer that belongs to this server shows. `link_watch` checks the paths that workers were
     told to take, `plan_watch` gets what workers compute. `recovery`: the run's server died, having
     noted this step (its lineage, see `Recovery`). With `status`, which makes the run's as JSON, the
-    run can be watched at the settings' port for that. Raises `UserError` where an address cannot be
-    bound.
+    run can be watched at the settings' port for that. `ports` are bound already, by the program
+    that serves several runs, of which this is number `trial`; such a run ends if no worker comes in
+    `first_worker_s`. Raises `UserError` where an address cannot be bound.
 
     To `control` it is the `Transport`.
     """
@@ -72,6 +73,9 @@ class Server:
         link_watch: LinkWatch | None = None,
         plan_watch: PlanWatch | None = None,
         status: Callable[[Control, float], bytes] | None = None,
+        ports: Ports | None = None,
+        trial: int = 1,
+        first_worker_s: float | None = None,
     ) -> None:
         self.settings = settings
         self.sent_bytes = 0
@@ -79,7 +83,7 @@ class Server:
         self._link_watch = link_watch
         self._plan_watch = plan_watch
         self._status = status
-        self._watch: WatchSocket | None = None
+        self._first_worker_s, self._began_at = first_worker_s, time.monotonic()
         bucket_mb = settings.bucket_size_mb
         nonce = uuid.uuid4().hex
         self.rounds = Rounds(
@@ -102,6 +106,7 @@ class Server:
                 epochs=settings.num_epochs,
                 epoch_barrier=settings.epoch_barrier,
                 observer=settings.observer,
+                more=trial < settings.runs,
             ),
             nonce,
             time.monotonic(),
@@ -114,17 +119,26 @@ class Server:
         self._shared = shm.shared_folder() if settings.shared_memory else None
         self._unread = sockets.Unread()
         self._deaf_ears: set[str] = set()  # sessions of those who do not read what they ask for
-        self._ctx = sockets.context()
-        self._authenticator: Authenticator | None = None
-        self._ipc = sockets.ipc_folder()
-        if self._ipc is None:
+        self._own_ports: Ports | None = None
+        try:
+            if ports is None:
+                ports = self._own_ports = Ports(
+                    settings, hosts=hosts, guarded=guarded, keys=keys, watched=status is not None
+                )
+        except BaseException:
+            self.close()
+            raise
+        ports.resume()
+        self._authenticator, self._watch = ports.authenticator, ports.watch
+        self._router, self._pub = ports.router, ports.pub
+        if ports.ipc is None:
             watcher.say(
                 "peers on this host use TCP and no shared memory, which is slower: no folder for "
                 "temporary files (/tmp, TMPDIR) can be written"
             )
+        if ports.watch_problem:
+            watcher.say(ports.watch_problem)
         self.data = Data(settings, nonce, None if self._shared is None else self._shared.path)
-        bucket_bytes = int(bucket_mb * 2**20) + max(SENT_BYTES.values())
-        largest = max(bucket_bytes, wire.HEADER_BYTES_MAX, BUFFER_BYTES) + sockets.FRAME_OVERHEAD
         self.control = Control(
             self.rounds,
             self.data,
@@ -138,55 +152,18 @@ class Server:
                 id=0,
                 settings=to_send,
                 pub_port=settings.port + 1,
-                ipc=None if self._ipc is None else str(self._ipc.path),
+                ipc=None if ports.ipc is None else str(ports.ipc.path),
                 shared=None if self._shared is None else str(self._shared.path),
                 versions=machine.versions(),
+                trial=trial,
+                runs=settings.runs,
             ),
             observer_key=observer_key,
-            most_unread=max(UNREAD_BYTES, PIECES_UNREAD * largest),
+            most_unread=max(UNREAD_BYTES, PIECES_UNREAD * ports.largest),
+            earlier=ports.earlier,
         )
         if link_watch is not None:
             self.control.traffic.expected = link_watch.expected
-        try:
-            self._authenticator = Authenticator(self._ctx, keys) if keys is not None else None
-            mark = sockets.mark(settings.history_mb, bucket_mb)
-            self._router = sockets.router(self._ctx, largest)
-            self._pub = sockets.publisher(self._ctx, largest, mark)
-            self._bind(hosts, guarded, keys)
-            if status is not None and settings.port_of_watchers:
-                self._bind_watch(hosts, guarded, keys)
-        except BaseException:
-            self.close()
-            raise
-
-    def _bind(
-        self, hosts: Sequence[str], guarded: Sequence[str], keys: sockets.ServerKeys | None
-    ) -> None:
-        port = self.settings.port
-        routers = [sockets.tcp(h, port) for h in hosts]
-        pubs = [sockets.tcp(h, port + 1) for h in hosts]
-        if self._ipc is not None:
-            for kind, endpoints in zip(
-                sockets.ipc_endpoints(str(self._ipc.path)), (routers, pubs), strict=True
-            ):
-                endpoints.append(kind)
-        for socket, plain, at in ((self._router, routers, port), (self._pub, pubs, port + 1)):
-            closed = [sockets.tcp(h, at) for h in guarded]
-            if self._authenticator is not None:
-                self._authenticator.watch(socket, closed)
-            sockets.bind(socket, plain, closed, keys)
-
-    def _bind_watch(
-        self, hosts: Sequence[str], guarded: Sequence[str], keys: sockets.ServerKeys | None
-    ) -> None:
-        """Let people watch; where that port is taken, the run goes on without."""
-        port = self.settings.port_of_watchers
-        try:
-            self._watch = WatchSocket(self._ctx, port, hosts, guarded, keys, self._authenticator)
-        except UserError as e:
-            self.control.watcher.say(
-                f"this run cannot be watched: {e.problem}; watch_port=PORT chooses another port"
-            )
 
     @property
     def digests(self) -> dict[str, tuple[int, str]]:
@@ -232,6 +209,7 @@ class Server:
             now = time.monotonic()
             if now >= next_tick or (due is not None and now >= due):
                 next_tick = now + TICK_S
+                self._look_for_workers(now)
                 control.tick(now)
                 self._show(now)
             if now >= next_pulse:
@@ -239,6 +217,17 @@ class Server:
                 control.pulse(now)
         self._show(time.monotonic(), last=True)
         return self.rounds.ended
+
+    def _look_for_workers(self, now: float) -> None:
+        """Has no worker come to this run, which follows another one?"""
+        wait_s = self._first_worker_s
+        if wait_s is None or now - self._began_at < wait_s:
+            return
+        self._first_worker_s = None
+        if not self.rounds.started and not any(
+            peer.role == "worker" for peer in self.rounds.peers.values()
+        ):
+            self.stop(f"no worker has joined this run in {wait_s:g} s", error=True)
 
     def _show(self, now: float, last: bool = False) -> None:
         """Send the status to those who watch."""
@@ -289,19 +278,12 @@ class Server:
                 self.control.watcher.say(sentence, warning=True)
 
     def close(self) -> None:
-        """Release sockets and files; safe to call twice."""
-        if self._authenticator is not None:
-            self._authenticator.close()
-        if self._watch is not None:
-            self._watch.close()
-        for name in ("_router", "_pub"):
-            s = getattr(self, name, None)
-            if s is not None:
-                s.close(linger=1000)
-        self._ctx.term()
-        for folder in (self._ipc, self._shared):
-            if folder is not None:
-                folder.close()
+        """Release what belongs to this run, and the ports where they are its own; safe to call
+        twice."""
+        if self._own_ports is not None:
+            self._own_ports.close()
+        if self._shared is not None:
+            self._shared.close()
 
     # ------------------------------------------------------------------ what goes out
 

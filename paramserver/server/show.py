@@ -59,14 +59,15 @@ class Show:
         plan_watch: PlanWatch | None = None,
         run: str = "",
         kind_of: Callable[[str], str] = lambda address: "",
+        trial: int = 1,
     ) -> None:
-        """`kind_of`: see `Overview`."""
+        """`kind_of`, `trial`: see `Overview`."""
         self.settings = settings
         self.folder = folder
         self._plan_watch = plan_watch
         self.display = Display(plain=settings.plain)
         host = socket.gethostname()
-        self.overview = Overview(settings, run, folder.path.name, host, kind_of)
+        self.overview = Overview(settings, run, folder.path.name, host, kind_of, trial)
         self._status: tuple[float, Status] | None = None  # with the time when it was made
         self._look_at = -math.inf
         self._vitals: wire.Vitals | None = None
@@ -225,7 +226,8 @@ class Show:
 
     def status(self, control: Control, now: float) -> Status:
         """The status of the run, made anew where the last one is not of this moment."""
-        if self._status is None or now - self._status[0] >= STATUS_S:
+        ended = control.rounds.ended is not None and not (self._status and self._status[1].end)
+        if self._status is None or ended or now - self._status[0] >= STATUS_S:
             self._look_around(control, now)
             sent_bytes, received_bytes = self.traffic(control)
             tallies = self.tallies(control)

@@ -330,6 +330,11 @@ class Status(Value, frozen=True):
     """When this value was made."""
     folder: Name = ""
     """The name of the run's folder, without its path."""
+    trial: Count = 1
+    """The place of the run, from 1, among the `runs` that its server serves."""
+    runs: Count = 1
+    more: bool = False
+    """It has ended, and its server goes on with the next one."""
     model: Name = ""
     """Type or class of the model, as the settings name it."""
 
@@ -415,6 +420,11 @@ class Status(Value, frozen=True):
     def workers(self) -> tuple[Machine, ...]:
         """The workers, without those that are gone."""
         return tuple(m for m in self.machines if m.id > 0 and m.state != State.GONE)
+
+    @property
+    def place(self) -> str:
+        """Of the run among others: "run 2 of 5"; empty where its server serves no others."""
+        return f"run {self.trial} of {self.runs}" if self.runs > 1 else ""
 
     @property
     def shares_of(self) -> str:

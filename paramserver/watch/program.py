@@ -66,6 +66,7 @@ def _draws() -> bool:
 def print_lines(connection: Connection) -> None:
     """A line from time to time, until the run is over."""
     display, began, said = Display(plain=True), time.monotonic(), False
+    over = ""  # the run whose end was told
     while True:
         status = connection.poll(1.0)
         if status is None:
@@ -75,11 +76,18 @@ def print_lines(connection: Connection) -> None:
                 display.say(f"no word from a run at {_where(connection)}")
             continue
         said = False
+        if status.run == over:
+            continue  # the next one follows
+        if over:
+            display, over = Display(plain=True), ""
         display.update(status, time.monotonic())
         if status.end:
-            display.say(f"the run is over at step {status.step:,}: {status.end}")
+            what = f"the run is over at step {status.step:,}: {status.end}"
+            display.say(f"{status.place}: {what}" if status.place else what)
             display.close()
-            return
+            if not status.more:
+                return
+            over = status.run
 
 
 class Screen:
@@ -111,6 +119,8 @@ class Screen:
                 status = self._connection.poll(POLL_S)
                 typed = _typed()
                 if status is not None:
+                    if self._status is not None and status.run != self._status.run:
+                        self._recorder = Recorder()
                     self._status = status
                     self._recorder.add(status)
                 for key in typed:

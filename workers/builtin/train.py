@@ -10,6 +10,7 @@ import time
 
 from paramserver import notify, trace
 from paramserver.config.loading import check_worker_overrides, from_wire
+from paramserver.errors import RunLost
 from paramserver.net import address
 from paramserver.settings import Settings
 from paramserver.transport import sockets
@@ -23,18 +24,38 @@ WAITS_TOO_LONG = 50.0  # percent of a worker's time
 log = logging.getLogger(__name__)
 
 
-def train(settings: Settings, given: dict[str, object]) -> Cluster:
-    """Take part in a run until it ends; returns the cluster, which the caller leaves.
+def train(settings: Settings, given: dict[str, object]) -> None:
+    """Take part in all runs of a server, one after another, until the last one has ended.
 
     `settings` are this process's own; the run's come from the server, and `given` (its command
-    line) must not contradict them. Raises `UserError`.
+    line) must not contradict them. Raises `UserError`, and at the end `RunLost` where a run has
+    ended by an error.
     """
+    lost: RunLost | None = None
+    while True:
+        cluster = _join(settings, given)
+        try:
+            _train(cluster, settings, given)
+        except RunLost as e:
+            if cluster.end is None or not cluster.end.more:
+                raise
+            lost = e
+            log.warning(str(e))
+        cluster.leave()
+        if cluster.end is None or not cluster.end.more:
+            break
+        log.info(f"run {cluster.trial} of {cluster.runs} is over, the next one follows")
+    if lost is not None:
+        raise lost
+
+
+def _join(settings: Settings, given: dict[str, object]) -> Cluster:
     host: str | None = settings.host_ip or address.LOOPBACK
     port: int | None = settings.port
     if settings.join is not None:  # a token's address takes precedence over one in files
         host = host if "host_ip" in given or host == address.AUTO else None
         port = port if "port" in given else None
-    cluster = join(
+    return join(
         host,
         settings.id,
         port=port,
@@ -43,6 +64,10 @@ def train(settings: Settings, given: dict[str, object]) -> Cluster:
         timeout_s=settings.join_timeout,
         shared_memory=settings.shared_memory,
     )
+
+
+def _train(cluster: Cluster, settings: Settings, given: dict[str, object]) -> None:
+    """Take part in a run until it ends. Leaves the cluster only with an error."""
     try:
         run = from_wire(settings, cluster.settings)
         check_worker_overrides(given, run)
@@ -88,7 +113,6 @@ def train(settings: Settings, given: dict[str, object]) -> Cluster:
     except BaseException as e:
         cluster.leave(told(e), e)
         raise
-    return cluster
 
 
 class Progress:

@@ -69,11 +69,12 @@ class Connection:
         search: Callable[..., Search] | None = None,
         shared_memory: bool = True,
         log: logging.Logger = log,
+        after: str = "",
     ) -> None:
         """`keys` are needed for a server that admits only peers with keys; `key` proves to the
         server that this is its own observer. `search(run=...)` begins to look for the server of a
         run (None: any) where it does not answer any more. `shared_memory`: use it with a server on
-        this host."""
+        this host. `after`: a run that this process has finished; it waits for the next one."""
         self.host, self.port = host, port
         self.log = log
         self.welcome: wire.Welcome | None = None
@@ -99,6 +100,7 @@ class Connection:
             key=key,
             secret=secrets.token_hex(16),
             versions=machine.versions(),
+            after=after,
         )
         self._ctx = sockets.context()
         self._door: zmq.Socket[bytes] | None = None
@@ -124,7 +126,12 @@ class Connection:
             self.settings, self.welcome = self._checked(welcome), welcome
             self.heartbeat_timeout = self.settings.heartbeat_timeout
             self.give_up_s = self.settings.idle_timeout
-            missing = self._open_link(welcome)
+            try:
+                missing = self._open_link(welcome)
+            except RunOver as e:
+                if not e.end.more or self.run is not None:
+                    raise
+                missing = "run"  # it ended just now: the next one follows
             if not missing:
                 self.server_search.over()
                 self.greetings += 1
@@ -227,6 +234,7 @@ class Connection:
             ("session", re.fullmatch(r"[A-Za-z0-9_ .:-]{1,128}", welcome.session)),
             ("worker's number", 0 <= welcome.id <= 65535),
             ("port of its PUB socket", 0 < welcome.pub_port <= 65535),
+            ("place of its run", min(welcome.trial, welcome.runs) > 0),
         ):
             if not is_right:
                 raise UserError(

@@ -52,7 +52,8 @@
   }
   function show(next) {
     status = next.end ? afterwards(next) : next;
-    text($("run"), `run ${status.folder || status.run}`);
+    const place = status.runs > 1 ? ` (${count(status.trial)} of ${count(status.runs)})` : "";
+    text($("run"), `run ${status.folder || status.run}${place}`);
     document.title = `${percent(progress())} · ${status.folder || status.run}`;
     text($("model"), status.model);
     const phase = $("phase");

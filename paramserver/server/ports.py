@@ -1,0 +1,158 @@
+"""The sockets of a server's program. They stay bound from one run to the next, so that nobody else
+gets the ports, and a worker that comes between two runs is told to wait."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from contextlib import suppress
+
+import zmq
+
+from paramserver.errors import PeerError, UserError
+from paramserver.protocol import messages as wire
+from paramserver.server.watching import WatchSocket
+from paramserver.settings import Settings
+from paramserver.tensors.bucket import SENT_BYTES
+from paramserver.tensors.whole import BUFFER_BYTES
+from paramserver.transport import sockets
+from paramserver.transport.handshake import Authenticator
+
+ANSWER_MS = 100
+EARLIER_MAX = 16  # runs whose ends are kept for peers that come late
+
+
+class Ports:
+    """Binds ROUTER and PUB at these `hosts`, and with `keys` at `guarded` ones; if `watched`, the
+    socket of those who watch, too (`watch_problem` tells why there is none). Raises `UserError`
+    where an address cannot be bound.
+
+    One thread at a time uses the sockets: that of the server of a run or, between two runs, the one
+    that `answer` starts.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        hosts: Sequence[str],
+        guarded: Sequence[str] = (),
+        keys: sockets.ServerKeys | None = None,
+        watched: bool = False,
+    ) -> None:
+        bucket_mb = settings.bucket_size_mb
+        bucket_bytes = int(bucket_mb * 2**20) + max(SENT_BYTES.values())
+        self.largest = max(bucket_bytes, wire.HEADER_BYTES_MAX, BUFFER_BYTES)
+        self.largest += sockets.FRAME_OVERHEAD
+        self.watch: WatchSocket | None = None
+        self.watch_problem = ""
+        self.earlier: dict[str, wire.End] = {}
+        """How the newest runs before ended, by their ids."""
+        self.ctx = sockets.context()
+        self.authenticator: Authenticator | None = None
+        self.ipc = sockets.ipc_folder()
+        self._between: tuple[threading.Event, threading.Thread] | None = None
+        try:
+            self.authenticator = Authenticator(self.ctx, keys) if keys is not None else None
+            self.router = sockets.router(self.ctx, self.largest)
+            mark = sockets.mark(settings.history_mb, bucket_mb)
+            self.pub = sockets.publisher(self.ctx, self.largest, mark)
+            self._bind(settings.port, hosts, guarded, keys)
+            if watched and settings.port_of_watchers:
+                self._bind_watch(settings.port_of_watchers, hosts, guarded, keys)
+        except BaseException:
+            self.close()
+            raise
+
+    def _bind(
+        self,
+        port: int,
+        hosts: Sequence[str],
+        guarded: Sequence[str],
+        keys: sockets.ServerKeys | None,
+    ) -> None:
+        routers = [sockets.tcp(h, port) for h in hosts]
+        pubs = [sockets.tcp(h, port + 1) for h in hosts]
+        if self.ipc is not None:
+            for kind, endpoints in zip(
+                sockets.ipc_endpoints(str(self.ipc.path)), (routers, pubs), strict=True
+            ):
+                endpoints.append(kind)
+        for socket, plain, at in ((self.router, routers, port), (self.pub, pubs, port + 1)):
+            closed = [sockets.tcp(h, at) for h in guarded]
+            if self.authenticator is not None:
+                self.authenticator.watch(socket, closed)
+            sockets.bind(socket, plain, closed, keys)
+
+    def _bind_watch(
+        self,
+        port: int,
+        hosts: Sequence[str],
+        guarded: Sequence[str],
+        keys: sockets.ServerKeys | None,
+    ) -> None:
+        """Let people watch; where that port is taken, the run goes on without."""
+        try:
+            self.watch = WatchSocket(self.ctx, port, hosts, guarded, keys, self.authenticator)
+        except UserError as e:
+            self.watch_problem = (
+                f"this run cannot be watched: {e.problem}; watch_port=PORT chooses another port"
+            )
+
+    def answer(self, end: wire.End) -> None:
+        """From now on until `resume`, tell peers of the run that has ended so how it did, and new
+        ones to wait for the next."""
+        self.earlier[end.run] = end
+        while len(self.earlier) > EARLIER_MAX:
+            del self.earlier[next(iter(self.earlier))]
+        over = threading.Event()
+        thread = threading.Thread(target=self._answer, args=(over,), name="between", daemon=True)
+        self._between = over, thread
+        thread.start()
+
+    def resume(self) -> None:
+        """The next server uses the sockets from now on; safe to call twice."""
+        if self._between is not None:
+            over, thread = self._between
+            over.set()
+            thread.join()
+            self._between = None
+
+    def _answer(self, over: threading.Event) -> None:
+        while not over.is_set():
+            if not self.router.poll(ANSWER_MS):
+                continue
+            frames = sockets.receive(self.router)
+            try:
+                message, _ = wire.from_frames(frames[1:])
+            except PeerError:
+                continue  # the next server tells it, if it comes again
+            with suppress(zmq.ZMQError):  # it is gone, or does not read
+                answer = self._told(message)
+                sockets.send(self.router, [frames[0].bytes, *wire.to_frames(answer)], wait=False)
+
+    def _told(self, message: wire.Message) -> wire.Message:
+        if not isinstance(message, wire.Hello):
+            return wire.Greet(session_known=False)
+        end = self.earlier.get(message.run or "")
+        if end is not None:
+            return wire.Reject(f"the run has ended: {end.reason}", end=end)
+        return wire.Later("writing the results of a run, the next one follows")
+
+    def close(self) -> None:
+        """Release sockets and files; safe to call twice."""
+        self.resume()
+        if self.authenticator is not None:
+            self.authenticator.close()
+        if self.watch is not None:
+            self.watch.close()
+        for name in ("router", "pub"):
+            s = getattr(self, name, None)
+            if s is not None:
+                s.close(linger=1000)
+        self.ctx.term()
+        if self.ipc is not None:
+            self.ipc.close()
+
+
+__all__ = ["Ports"]
