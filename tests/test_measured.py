@@ -1,0 +1,32 @@
+"""Scripts of many kinds change few lines, and end with the weights of one process."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from measured import KINDS, Kind, run
+
+NAMES = [kind.name for kind in KINDS]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=NAMES)
+def test_a_script_changes_few_lines(kind: Kind) -> None:
+    new, gone = kind.changed
+    assert new <= 5 and gone <= 2
+    compile(kind.clustered, kind.name, "exec")
+
+
+@pytest.mark.parametrize("kind", KINDS[:2], ids=NAMES[:2])
+def test_a_late_worker_and_one_that_dies_change_nothing(kind: Kind) -> None:
+    assert run(kind, 3, hard=True, dtype=torch.float64) < 1e-9
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(("count", "hard"), [(2, False), (3, False), (3, True)])
+@pytest.mark.parametrize("kind", KINDS, ids=NAMES)
+def test_any_script_ends_with_the_weights_of_one_process(
+    kind: Kind, count: int, hard: bool, dtype: torch.dtype
+) -> None:
+    most = run(kind, count, hard=hard, dtype=dtype)
+    assert most < (1e-9 if dtype == torch.float64 else 1e-5)
