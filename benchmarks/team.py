@@ -140,7 +140,8 @@ class Team:
 
     def stop(self, name: str) -> Any:
         """Ask it to end (SIGTERM), and `wait`."""
-        psutil.Process(self.pid(name)).terminate()
+        with suppress(psutil.NoSuchProcess):  # it ended by itself meanwhile
+            psutil.Process(self.pid(name)).terminate()
         return self.wait(name)
 
     def _check(self, doing: str) -> None:
