@@ -137,6 +137,25 @@ def test_workers_use_each_draw_of_an_epoch_once(settings: dict[str, Any]) -> Non
     assert served.closes[-1].ledger["done"] == 100
 
 
+@pytest.mark.parametrize("processes", [0, 2])
+def test_with_deterministic_two_draws_of_one_sample_are_not_read_alike(processes: int) -> None:
+    class Drawn(Noise):
+        def __getitem__(self, index: int) -> Any:
+            return torch.randn(3), index
+
+    draws = Draws([0.0, 1.0, 0.0], 3)  # one sample, three times in an epoch
+    given = DataLoader(Drawn(3), 3, num_workers=processes)
+    read = Samples(given, draws=draws, deterministic=True)
+    try:
+        (whole,) = read.load((0, 0, 3))
+        (rest,) = read.load((0, 1, 3))
+    finally:
+        read.close()
+    values, indices = whole.data
+    assert indices.tolist() == [1, 1, 1] and len({*map(tuple, values.tolist())}) == 3
+    assert torch.equal(rest.data[0], values[1:])  # whoever reads it, and whatever beside it
+
+
 def test_samples_are_compared_by_their_places_in_the_set_not_by_draws() -> None:
     read = Samples(SET, draws=Draws(WeightedRandomSampler(WEIGHTS, 100), 9))
     assert (read.length, read.leased) == (9, 100)

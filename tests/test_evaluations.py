@@ -99,10 +99,13 @@ def test_who_has_nothing_in_the_log_makes_nobody_wait_and_stops_nothing() -> Non
 
 
 def test_the_observer_stops_the_run_by_what_it_has_evaluated() -> None:
-    run = Run(buckets=1).observer().workers(1, 2)
+    """One that was started again, too, of which nothing is in the log."""
+    run = Run(buckets=1, observer=False).workers(1, 2)
     run.push(1), run.push(2)
+    run.hello(0), run.join(0), run.push(1), run.push(2), run.snapshot(0)
+    assert run.rounds.peers["obs"].state == "replica"
     run.tells(0, wire.StopRun("accuracy got no better"))
-    run.tells(0, wire.Stand(step=1, kept=True))
+    run.tells(0, wire.Stand(step=2, kept=True))
     end = run.rounds.ended
     assert end is not None and end.stopped and not end.error
     assert end.reason == "the observer stopped it: accuracy got no better"

@@ -29,7 +29,7 @@ from paramserver.rounds.events import (
     Tick,
     Told,
 )
-from paramserver.rounds.ledger import UNREAD, Ledger, Lost
+from paramserver.rounds.ledger import KILLED, UNREAD, Ledger, Lost
 from paramserver.rounds.outliers import NEEDED
 from paramserver.rounds.rules import Rules
 from paramserver.rounds.states import REPLICA
@@ -666,8 +666,6 @@ def test_all_workers_draw_alike_and_what_is_drawn_is_not_named_as_samples() -> N
         assert run.ready(who, **{"samples": 50, **ready}) == [
             f"w{who} <- reject: worker {who} (pi) {why}, as worker 1 (pi)"
         ]
-    ledger = run.rounds.ledger
-    assert ledger is not None and ledger.places is None  # a draw of one epoch is none of the next
     run = Run(num_workers=1).observer()
     run.hello(1), run.join(1), run.snapshot(1), run.ready(1)
     run.hello(2), run.join(2), run.push(1), run.snapshot(2)
@@ -675,6 +673,20 @@ def test_all_workers_draw_alike_and_what_is_drawn_is_not_named_as_samples() -> N
         "w2 <- reject: worker 2 (pi) draws its samples by weights, the others draw each once, as "
         "worker 1 (pi)"
     ]
+
+
+@pytest.mark.parametrize("draws", ["", "a"])
+def test_what_is_drawn_in_one_epoch_is_not_looked_for_in_the_next(draws: str) -> None:
+    run = Run(num_workers=1, epochs=2).observer()
+    run.rounds._leases.name_samples = lambda n, lease: f"the samples {lease} of {n}"
+    run.rounds._leases._places = lambda n, lease, epoch: [7]
+    run.hello(1), run.join(1), run.snapshot(1), run.ready(1, draws=draws)
+    ledger = run.rounds.ledger
+    assert ledger is not None
+    ledger.lost.append(Lost((0, 3, 4), KILLED))
+    assert ledger._avoided(1) == ([] if draws else [7])
+    named = "place 3 of epoch 0's draws: " if draws else "the samples (0, 3, 4) of 100 (place 3"
+    assert run.rounds.lost_by_name()[0].startswith(named)
 
 
 def test_before_the_first_round_most_decide_how_samples_are_drawn() -> None:

@@ -121,32 +121,32 @@ class Processes:
     """Reads samples in the processes of a loader, each lease in as many parts as there are
     processes. They start with the first lease, and live until `close`.
 
-    With a `seed` each sample is read with generators seeded for it (`deterministic`); else each
-    process has generators of its own, which `start_seed` begins.
+    Each process has generators of its own, which `start_seed` begins.
     """
 
-    def __init__(self, loader: DataLoader[Any], *, start_seed: int, seed: int | None) -> None:
-        self._given, self._start_seed, self._seed = loader, start_seed, seed
+    def __init__(self, loader: DataLoader[Any], *, start_seed: int) -> None:
+        self._given, self._start_seed = loader, start_seed
         self._places = _Places()
         self._loader: DataLoader[Any] | None = None
         self._lock = threading.Lock()
 
-    def read(self, indices: list[int], epoch: int) -> list[Any]:
-        """These samples in this order; a `Failed` for one that cannot be read. Several threads may
-        call it: one is served after the other."""
-        count = min(self._given.num_workers, len(indices))
-        ends = [len(indices) * i // count for i in range(count + 1)]
+    def read(self, wanted: list[tuple[str, int]]) -> list[Any]:
+        """The samples of these indices in this order, each with what seeds the generators for it
+        (empty: nothing); a `Failed` for one that cannot be read. Several threads may call it: one
+        is served after the other."""
+        count = min(self._given.num_workers, len(wanted))
+        ends = [len(wanted) * i // count for i in range(count + 1)]
         with self._lock:
             if self._loader is None:
                 self._loader = self._start()
             loader = self._loader
-            self._places.now = [[(epoch, i) for i in indices[a:b]] for a, b in pairwise(ends)]
+            self._places.now = [wanted[a:b] for a, b in pairwise(ends)]
             return [sample for packed in loader for sample in unpack(*packed)]
 
     def _start(self) -> DataLoader[Any]:
         """A loader whose processes go on from lease to lease."""
         return DataLoader(
-            _Reader(self._given.dataset, self._seed),
+            _Reader(self._given.dataset),
             batch_sampler=self._places,
             num_workers=self._given.num_workers,
             collate_fn=pack,
@@ -162,13 +162,13 @@ class Processes:
         self._loader = None
 
 
-class _Places(Sampler[list[tuple[int, int]]]):
-    """(epoch, index) of the samples of one lease, by process."""
+class _Places(Sampler[list[tuple[str, int]]]):
+    """Seeds and indices of the samples of one lease, by process."""
 
     def __init__(self) -> None:
-        self.now: list[list[tuple[int, int]]] = []
+        self.now: list[list[tuple[str, int]]] = []
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[list[tuple[str, int]]]:
         return iter(self.now)
 
     def __len__(self) -> int:
@@ -179,13 +179,13 @@ class _Reader(Dataset[Any]):
     """The loader's data set in its processes: an error is a value, so that the samples beside it
     are read."""
 
-    def __init__(self, dataset: Any, seed: int | None) -> None:
-        self._dataset, self._seed = dataset, seed
+    def __init__(self, dataset: Any) -> None:
+        self._dataset = dataset
 
-    def __getitem__(self, place: tuple[int, int]) -> Any:
-        epoch, index = place
-        if self._seed is not None:
-            seed_generators(f"{self._seed}, epoch {epoch}, sample {index}")
+    def __getitem__(self, place: tuple[str, int]) -> Any:
+        purpose, index = place
+        if purpose:
+            seed_generators(purpose)
         try:
             return self._dataset[index]
         except Exception as e:

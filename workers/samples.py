@@ -81,8 +81,7 @@ class Samples:
         """Of the loader that was given instead of a data set."""
         self._processes: Processes | None = None
         if given is not None and given.num_workers:
-            own = seed if deterministic else None
-            self._processes = Processes(given, start_seed=seed + worker, seed=own)
+            self._processes = Processes(given, start_seed=seed + worker)
         self._collate = default_collate if self.parts is None else self.parts.collate
         self.has_batch = self.parts is None and takes_indices(dataset)
         self.in_loop = self.has_batch or deterministic
@@ -107,15 +106,16 @@ class Samples:
         be read so far, and `Unusable` where too many cannot."""
         indices = self._indices(lease)
         with forked() if self._deterministic else nullcontext():
-            return [self._load_part(indices, part, lease[0]) for part in self._parts(len(indices))]
+            return [self._load_part(indices, part, lease) for part in self._parts(len(indices))]
 
     def _parts(self, samples: int) -> list[range]:
         """Places of a lease of so many samples, by parts."""
         limit = samples if self._limit is None else self._limit
         return [range(a, b) for _, a, b in cut((0, 0, samples), limit, self._least)]
 
-    def _load_part(self, indices: list[int], part: range, epoch: int) -> Loaded:
-        loaded = self._load(indices[part.start : part.stop], epoch)
+    def _load_part(self, indices: list[int], part: range, lease: Lease) -> Loaded:
+        epoch, start, _ = lease
+        loaded = self._load(indices[part.start : part.stop], epoch, start + part.start)
         count = len(part) - len(loaded.unread)
         if loaded.unread and count < self._least:  # what is left makes no batch
             return Loaded(None, tuple(part), 0)
@@ -132,34 +132,35 @@ class Samples:
         indices: list[int] = self._orders[epoch][start:stop].tolist()
         return indices
 
-    def _load(self, indices: list[int], epoch: int) -> Loaded:
+    def _load(self, indices: list[int], epoch: int, place: int) -> Loaded:
+        """These samples, the first of which is at this place of the epoch."""
         if self.has_batch:
             try:
-                return Loaded(self._batch(indices, epoch), (), len(indices))
+                return Loaded(self._batch(indices, epoch, place), (), len(indices))
             except (UserError, MemoryError):
                 raise
             except Exception:
                 if len(indices) == 1 and not self._read_any:
                     raise
         values, errors = list[Any](), dict[int, Exception]()
-        for place, sample in enumerate(self._each(indices, epoch)):
+        for number, sample in enumerate(self._each(indices, epoch, place)):
             if not isinstance(sample, Failed):
                 values.append(sample)
             elif isinstance(sample.error, UserError | MemoryError):
                 raise sample.error
             else:
-                errors[place] = sample.error
+                errors[number] = sample.error
         if not values and not self._read_any:
             raise errors[0]  # a mistake in the data set, rather than in one of its samples
         self._read_any = True
-        for place, error in errors.items():
-            self._cannot_read(indices[place], error)
+        for number, error in errors.items():
+            self._cannot_read(indices[number], error)
         unread = tuple(errors)
         if not values:
             return Loaded(None, unread, 0)
         if self.has_batch:
-            kept = [index for place, index in enumerate(indices) if place not in errors]
-            return Loaded(self._batch(kept, epoch), unread, len(kept))
+            kept = [index for number, index in enumerate(indices) if number not in errors]
+            return Loaded(self._batch(kept, epoch, place), unread, len(kept))
         return Loaded(self._collated(values, indices), unread, len(values))
 
     def _collated(self, values: list[Any], indices: list[int]) -> Any:
@@ -177,28 +178,31 @@ class Samples:
             batch = _each_tensor(batch, "pin_memory")
         return _moved(batch, self._device)
 
-    def _batch(self, indices: list[int], epoch: int) -> Any:
+    def _purpose(self, index: int, epoch: int, place: int) -> str:
+        """What seeds the generators for this sample, or for its draw, if anything does."""
+        what = f"sample {index}" if self.draws is None else f"draw {place}"
+        return f"{self._seed}, epoch {epoch}, {what}" if self._deterministic else ""
+
+    def _batch(self, indices: list[int], epoch: int, place: int) -> Any:
         if self._deterministic:
-            seed_generators(f"{self._seed}, epoch {epoch}, sample {indices[0]}")
+            seed_generators(self._purpose(indices[0], epoch, place))
         batch = self.dataset.batch(torch.tensor(indices), self._device or "cpu")
         self._read_any = True
         return batch
 
-    def _each(self, indices: list[int], epoch: int) -> Iterator[Any]:
+    def _each(self, indices: list[int], epoch: int, place: int) -> Iterator[Any]:
         """These samples; a `Failed` for one that cannot be read."""
+        wanted = [(self._purpose(i, epoch, at), i) for at, i in enumerate(indices, place)]
         if self._processes is not None:
-            yield from self._processes.read(indices, epoch)
+            yield from self._processes.read(wanted)
             return
-        for index in indices:
+        for purpose, index in wanted:
             try:
-                yield self._one(index, epoch)
+                if purpose:
+                    seed_generators(purpose)
+                yield self.one(index)
             except Exception as e:
                 yield Failed(e)
-
-    def _one(self, index: int, epoch: int) -> Any:
-        if self._deterministic:
-            seed_generators(f"{self._seed}, epoch {epoch}, sample {index}")
-        return self.one(index)
 
     def one(self, index: int) -> Any:
         """One sample as it is, on the CPU; a batch of one where the set makes batches."""

@@ -948,7 +948,7 @@ class Rounds:
         """A worker's script stops the run, in order, or the observer, by what it has evaluated.
         Any worker can greet: one that nothing in the log is of cannot stop the others."""
         others = [p for p in self._roster.in_state(REPLICA) if p.role == "worker" and p.proven]
-        if peer.role == "worker" and not peer.proven and others:
+        if not peer.has_shown and others:
             self._out.warn(f"{peer.name} cannot stop the run before its first step", peer)
             return False
         if self.ending is None:
