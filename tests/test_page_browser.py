@@ -362,6 +362,7 @@ def test_a_live_run(chromium: Any, tmp_path: Path) -> None:
             "the time all wait for it: .*shares=speed gives it less$",
             tab.text("#why"),
         )
+        assert tab.page.is_hidden('[data-chart="metric"]'), "nobody evaluates"
         row = tab.text("#rounds tbody tr:first-child")
         assert re.search(r"wait \d\d %", row), "the other one waits"
         tab.until("document.querySelectorAll('#topology g.training').length === 3")

@@ -4,7 +4,7 @@ const Charts = (() => {
   const { el, colour, number, metric, count, duration, clock, cut, known } = Shown;
   const OTHERS = ["violet", "green", "red", "orange", "grey"];
   const HEIGHT = { loss: 260, metric: 200, rate: 200 };
-  const view = { smooth: 0.6, log: false, by: "step", metric: "", range: null };
+  const view = { smooth: 0.6, log: false, by: "step", metric: "", range: null, evaluates: true };
   let run = null, others = new Map(), events = [], plots = [], place = null;
 
   function smoothed(values) {
@@ -244,6 +244,7 @@ const Charts = (() => {
     plots = KINDS.map((kind) => {
       const block = place.querySelector(`[data-chart="${kind.name}"]`);
       const plot = build(kind);
+      block.hidden = !plot && kind.name === "metric" && !view.evaluates;
       block.querySelector("h3").textContent = kind.title();
       const words = plot ? latest(plot, kind) : "";
       block.querySelector(".now").textContent = words;

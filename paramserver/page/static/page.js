@@ -67,6 +67,7 @@
     why.hidden = !found.sentence || found.cause === "not training" || (status.end && found === status.diagnosis);
     text(why, status.end ? `In its last minute: ${found.sentence}` : found.sentence);
     why.className = `why ${{ nothing: "good", late: "bad", slow: "soft", cable: "soft", encode: "soft" }[found.cause] || ""}`;
+    evaluates();
     Machines.remember(status);
     Machines.picture($("topology"), status);
     Machines.table($("rounds").tBodies[0], status);
@@ -74,6 +75,15 @@
     settings();
     remember();
     text($("made"), `State of ${new Date(status.made_at * 1000).toLocaleString("en-GB")}.`);
+  }
+  // May there be evaluations? Without an observer, and where the run ended before the first, none.
+  function evaluates() {
+    const there = status.evaluations.length > 0 || (curves && curves.eval_step.length > 0);
+    const may = there || (!status.end && status.settings.observer !== "false");
+    if (may === Charts.view.evaluates) return;
+    Charts.view.evaluates = may;
+    Charts.draw();
+    legend();
   }
   const progress = () => (status.total_steps ? Math.min(1, status.step / status.total_steps) : null);
   function stepWords() {
@@ -198,7 +208,8 @@
       box.style.background = `var(--${name})`;
       return el("li", {}, box, words);
     };
-    $("legend").replaceChildren(swatch("blue", "training loss (band: single steps)"), swatch("orange", "validation loss"),
+    $("legend").replaceChildren(swatch("blue", "training loss (band: single steps)"),
+      ...(Charts.view.evaluates ? [swatch("orange", "validation loss")] : []),
       ...[...others.keys()].map((name, at) => swatch(Charts.OTHERS[at % Charts.OTHERS.length], `${name} (dashed)`)));
   }
 
