@@ -476,7 +476,7 @@ class LooksForNoEnd(Worker):
         (Parts(rounds=BlamesNoLeaseAhead), "does not end", 251),
         (Parts(local=GoesOnWithAnyLease), "counted wait to be leased again", 1714),
         (Parts(control=KeepsLinks), "links are kept", 0),
-        (Parts(control=BindsTheFirstLinkOnly), "has ended, but not for|does not end", 173),
+        (Parts(control=BindsTheFirstLinkOnly), "has ended, but not for|does not end", 175),
         (Parts(control=FetchesWithoutLooking), "has ended, but not for", 3),
         (Parts(control=KeepsVoidSums), "a sum of .* is divided by|payloads are kept", 3945),
         (Parts(control=KeepsWhatIsOverwritten), "lineages are kept", 82),

@@ -77,6 +77,10 @@ FAULTS = (
     *("kill the server",) * 3, "stall the server", "slow", "bad", "lossy", "leave", "pause", "twin",
 )  # fmt: skip
 
+SOONER, ON = "left its loop sooner", "went on during an exchange"
+HARMLESS = {"slow", "bad", "leave", "pause", "finished", "left", SOONER, ON}
+"""What happens in a schedule and kills no worker."""
+
 MOVES = 0.2
 """Share of the times that a server is started again on another port."""
 
@@ -313,8 +317,8 @@ class Schedule:
         self.alive.remove(peer)
         self.outcome.seen[why.split(":")[0]] += 1
         if isinstance(peer, Worker):
-            self.outcome.seen["left its loop sooner"] += peer.left_sooner
-            self.outcome.seen["went on during an exchange"] += peer.went_on
+            self.outcome.seen[SOONER] += peer.left_sooner
+            self.outcome.seen[ON] += peer.went_on
         fair = why.startswith(FAIR) or (why.startswith(OF_ANOTHER_RUN) and self._given_up)
         if why.startswith(NOT_TO_BE_HAD):
             fair |= not self.lies or self._only_liar_left(peer)
@@ -407,7 +411,7 @@ class Schedule:
         """What is skipped is named, and what is named was no good: where nothing else kills
         workers, only what they die of."""
         lost = ledger.lost if ledger is not None else []
-        calm = {"slow", "bad", "leave", "pause", "finished", "left"}.issuperset(self.outcome.seen)
+        calm = HARMLESS.issuperset(self.outcome.seen)
         for range_ in lost:
             self.outcome.seen[f"ranges {range_.why}"] += 1
             samples = samples_of(range_.lease)
