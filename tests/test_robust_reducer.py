@@ -129,6 +129,19 @@ def test_a_parameter_that_all_lack_is_zero_and_has_no_centre(rule: str) -> None:
         server.data.forget_round((GRAD,))
 
 
+def test_what_nobody_has_does_not_follow_the_centre() -> None:
+    """Clipped gradients stay near the average before; a parameter that all lack has none."""
+    server = Server(aggregate="clipped", clip_tau=1.0)
+    for absent in ((), (1,)):
+        values = torch.full((SIZES[GRAD],), 2.0)
+        values[1200:] *= not absent
+        for worker in range(3):
+            server.push(worker, GRAD, values, absent=absent)
+        got = server.average(GRAD, absent)
+        server.data.forget_round((GRAD,))
+    assert got[1200:].eq(0).all() and got[:1200].ne(0).all()
+
+
 def test_float64_statistics_and_counters_are_robust_too() -> None:
     server = Server(aggregate="median")
     exact = [torch.full((50,), v, dtype=torch.float64) for v in (1.0, 1.0 + 1e-12, 9.0)]
@@ -189,8 +202,8 @@ def test_local_steps_are_scaled_to_their_median_norm(rule: str) -> None:
     scaled = [2.5, 2.5, 2.5, 2.5, 0.0]
     wanted = torch.tensor(sum(scaled) / 5 if rule == "mean" else 2.5)
     assert torch.allclose(server.of(GRAD, pushed), wanted)
-    stats = [torch.full((30,), v) for v in (1.0, 3.0)]
-    assert torch.allclose(server.of(STAT, stats), torch.tensor(2.0))  # these are no steps
+    stats = [torch.full((30,), v) for v in (1.0, 3.0, 5.0, 15.0, 1.0)]  # these are no steps
+    assert torch.allclose(server.of(STAT, stats), torch.tensor(5.0 if rule == "mean" else 3.0))
 
 
 # ---------------------------------------------------------------------- what is kept
