@@ -277,3 +277,32 @@ def test_a_server_with_two_addresses_is_reached_by_the_other_when_a_cable_is_out
         worker.wait_for(f"found it at {hosts.address('mini1')}:{run.port}")
         server.wait_for("worker 1 .* is here")
         server.wait_for("training, step")
+
+
+@pytest.mark.root
+def test_one_join_line_of_host_ip_auto_serves_workers_in_either_network(tmp_path: Path) -> None:
+    """One is in both networks, the other in the slower one only; the faster network dies."""
+    with Hosts(["mini1", "mini2", "mini3"]) as hosts, Run(tmp_path) as run:
+        join_by_a_cable(hosts, CABLE, "mini1", "mini2")
+        long = ("observer=false", "num_workers=2", "num_epochs=9999", "heartbeat_timeout=3")
+        home = {"XDG_CONFIG_HOME": str(tmp_path / "mini1")}
+        server = run.server("host_ip=auto", *long, host=hosts["mini1"], **home)
+        token = server.wait_for("other machines join with: ").rpartition("=")[2]
+        house = hosts.address("mini1")
+        assert {*decode(token).hosts} == {f"{CABLE}.1", house}
+        assert server.output.count("other machines join with") == 1
+        dial = f"import socket; socket.create_connection(('{CABLE}.1', {run.port}), 60)"
+        assert run.start("the cable", "-c", dial, host=hosts["mini2"]).end() == 0
+        both = run.worker(1, host=hosts["mini2"], PARAMSERVER_JOIN=token)
+        house_only = run.worker(2, host=hosts["mini3"], PARAMSERVER_JOIN=token)
+        both.wait_for(f"worker 1 of a run at {re.escape(CABLE)}.1:{run.port}")
+        house_only.wait_for(f"worker 2 of a run at {house}:{run.port}")
+        server.wait_for("training, step")
+
+        call("ip", f"-n {hosts['mini1']} link set thunderbolt0 down")
+        both.wait_for(f"found it at {house}:{run.port}")
+        server.wait_for("worker 1 .* is here")
+        before = len(run.steps())
+        while {1, 2} != {w for line in run.steps()[before:] for w in line["workers"]}:
+            server.wait_for("training, step")
+        assert len(run.runs) == 1 and house_only.output.count("found it") == 1
