@@ -43,7 +43,7 @@ def why_no_machines() -> str | None:
 
 class Machines:
     """Machines of these names, and a laptop, as a context. `bare` has no Python, `full` no room,
-    `fresh` no environment, but all for one in uv's cache; the others share this environment."""
+    `fresh...` no environment, but all for one in uv's cache; the others share this environment."""
 
     def __init__(self, folder: Path, names: list[str], rates: tuple[str, str]) -> None:
         self._folder = folder
@@ -123,7 +123,7 @@ class Machines:
             return
         (folder / "bin").mkdir()
         uv, links = find_uv(), ""
-        if uv and name == "fresh":
+        if uv and name.startswith("fresh"):
             (folder / "bin/uv").write_text(f"#!/bin/sh\nuv={uv}\n{HASTY_UV}")
             (folder / "bin/uv").chmod(0o755)
             links = f"UV_FIND_LINKS={_wheel_of_uv(folder)}"
@@ -171,7 +171,7 @@ class Machines:
                 mounts.append(f"mount --bind /dev/null {python}")
         elif name == "full":
             mounts.append(f"mount -t tmpfs -o size=1m none {home}")
-        elif name != "fresh":
+        elif not name.startswith("fresh"):
             venv = home / "paramserver/code/.venv"
             mounts += [f"mount --bind {sys.prefix} {venv}", f"mount -o remount,bind,ro {venv}"]
         sshd = f"exec /usr/sbin/sshd -D -e -f {self._folder / name / 'sshd_config'}"
