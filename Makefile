@@ -153,7 +153,7 @@ endif
 # does not read goes on too, for the program to name what was meant; not where an outer make had it.
 
 define PASS_ON
-import os, re, shlex, sys
+import os, re, shlex, signal, sys
 goal, *arguments = sys.argv[1:]
 makefile = open("Makefile").read()
 recipe = makefile.partition(f"\n{goal}:")[2].partition("\n\n")[0]
@@ -176,6 +176,8 @@ if "--" in arguments: # what follows is for the user's script
 command = ["$(VENV_PYTHON)", "-m", *arguments, *reversed(settings), *behind]
 print(shlex.join(command), file=sys.stderr if "--json" in arguments else None, flush=True)
 del os.environ["PASS_ON"], os.environ["SET_UP"]
+if re.match("paramserver|workers", arguments[0]): # Ctrl-C waits for what ends it without a traceback
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
 os.execv(command[0], command)
 endef
 export PASS_ON

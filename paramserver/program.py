@@ -33,6 +33,7 @@ def exit_on_user_error() -> Iterator[None]:
     _leave_current_folder()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         _handle(signal.SIGINT, end_now)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])  # make has held it back until now
     try:
         yield
     except UserError as error:
@@ -43,6 +44,10 @@ def exit_on_user_error() -> Iterator[None]:
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+    except RuntimeError as error:
+        if isinstance(error.__cause__, KeyboardInterrupt):  # Python 3.11 makes it of one in a class
+            raise SystemExit(130) from None
+        raise
     finally:
         for number in ENDING:
             if callable(signal.getsignal(number)):

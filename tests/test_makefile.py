@@ -190,6 +190,14 @@ def test_the_program_itself_gets_the_signal(clone: Path) -> None:
         assert process.stdout.read() == "stopped\n"
 
 
+def test_ctrl_c_waits_until_the_program_can_end_without_a_traceback(clone: Path) -> None:
+    held = "import json, signal\nprint(json.dumps([*map(int, signal.pthread_sigmask(0, []))]))"
+    for program in ("paramserver/launch", "workers/__main__", "pytest"):
+        (clone / f"{program}.py").write_text(held)
+    assert make(clone, "status") == make(clone, "worker") == [signal.SIGINT]
+    assert make(clone, "test") == []  # pytest would keep it blocked
+
+
 def test_an_unfit_python_is_named(clone: Path) -> None:
     shutil.rmtree(clone / ".venv")
     old = clone / "old"

@@ -15,7 +15,7 @@ import paramserver
 import workers
 from paramserver.config import help, schema
 from paramserver.errors import UserError
-from paramserver.launch import local
+from paramserver.launch import local, machines
 from paramserver.program import command, exit_on_user_error
 from paramserver.settings import Settings
 
@@ -89,7 +89,7 @@ def test_the_page_of_all_commands_names_each() -> None:
 
 
 def test_every_command_is_told_of() -> None:
-    assert {*help.LAUNCHED} == {*local.FLEET, *local.COMMANDS}
+    assert {*help.LAUNCHED} == {*machines.COMMANDS, *local.COMMANDS}
 
 
 def test_what_follows_two_dashes_is_not_ours(capsys: pytest.CaptureFixture[str]) -> None:
@@ -256,11 +256,26 @@ def test_an_interrupt_exits_quietly(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr() == ("", "")
 
 
+def test_an_interrupt_in_the_middle_of_an_import_exits_quietly() -> None:
+    class Interrupted:
+        def __set_name__(self, owner: type, name: str) -> None:
+            raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as caught, exit_on_user_error():
+        type("Imported", (), {"field": Interrupted()})
+    assert caught.value.code == 130
+
+
 def test_defects_keep_their_traceback() -> None:
     with pytest.raises(ZeroDivisionError), exit_on_user_error():
         raise ZeroDivisionError
 
 
+HELD_BACK = """
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+signal.raise_signal(signal.SIGINT)
+with exit_on_user_error(): print("not reached")
+"""
 BEFORE = "with exit_on_user_error(): wait()"
 UNWINDING = """
 with exit_on_user_error():
@@ -300,6 +315,7 @@ with exit_on_user_error():
 @pytest.mark.parametrize(
     ("program", "signals", "said"),
     [
+        pytest.param(HELD_BACK, 0, "", id="while it is loaded by make"),
         pytest.param(BEFORE, 1, "", id="before it has a handler"),
         pytest.param(UNWINDING, 2, "at once\n", id="while it ends"),
         pytest.param(TWICE, 3, "", id="three times"),
@@ -325,7 +341,8 @@ def wait():
             process.send_signal(number)
         assert (process.stdout.read(), process.stderr.read()) == (said, "")
     unhandled = program == BEFORE and number == signal.SIGTERM
-    assert process.returncode == (-number if unhandled else 128 + number)
+    ended_by = signal.SIGINT if program == HELD_BACK else number
+    assert process.returncode == (-number if unhandled else 128 + ended_by)
 
 
 def test_a_second_signal_does_not_wait_for_threads() -> None:

@@ -65,6 +65,8 @@ class Command:
     stdin: str = ""
     masked: str = ""
     limit_s: float = ANSWER_S
+    hasty: bool = False
+    """A person waits: a machine to which there is no connection at once is off."""
 
     def __str__(self) -> str:
         """The command line as a person would type it."""
@@ -81,16 +83,17 @@ def shell(
     limit_s: float = ANSWER_S,
     hasty: bool = False,
 ) -> Command:
-    """A script on that machine, beginning in its home folder. `hasty`: one that does not answer at
-    once is off."""
+    """A script on that machine, beginning in its home folder."""
     script = f"PATH={PATH}; export PATH; cd || exit 1\n{script}"
+    if hasty:
+        script = f"echo here\n{script}"  # before what takes long
     if host.ssh == HERE:
         argv: tuple[str, ...] = ("sh", "-c", script)
     else:
         # Of an option that is given twice ssh takes the first one.
         first = ("ssh", "-o", f"ConnectTimeout={HASTY_S}", *SSH[1:]) if hasty else SSH
         argv = (*first, host.ssh, f"exec sh -c {shlex.quote(script)}")
-    return Command(host.name, argv, stdin, masked or stdin, limit_s)
+    return Command(host.name, argv, stdin, masked or stdin, limit_s, hasty)
 
 
 def place(host: Host, inner: str = "") -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import signal
 import subprocess
 import threading
 import time
@@ -12,6 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import IO, Any, Self, TypeVar
+
+import psutil
 
 from paramserver.fleet import commands
 from paramserver.fleet.commands import Command, Trouble
@@ -22,6 +26,7 @@ ENDING_S = 5.0
 STATUS_OF = "status of "
 RUNNING: list[subprocess.Popen[str]] = []
 """What this program has started and not seen end; they are in sessions of their own."""
+CONNECT_S = 1.0  # at least, for a hasty command
 FOLLOWED_S = 0.5  # to end a connection that may be broken; the other end ends by itself
 
 T = TypeVar("T")
@@ -67,7 +72,7 @@ def end_all() -> None:
     """End all that was started here, for a program that does not wait."""
     for process in list(RUNNING):
         if process.poll() is None:
-            process.terminate()
+            _terminate(process)
 
 
 def run(host: Host, command: Command, tell: Callable[[str], None] | None = None) -> Done:
@@ -87,6 +92,8 @@ def run(host: Host, command: Command, tell: Callable[[str], None] | None = None)
         with suppress(BrokenPipeError):
             process.stdin.write(command.stdin)
             process.stdin.close()
+        if command.hasty and host.ssh != HERE:
+            _wait_for_connection(host, process, lines)
         code = process.wait(command.limit_s)
     except subprocess.TimeoutExpired:
         raise Failed(
@@ -98,6 +105,30 @@ def run(host: Host, command: Command, tell: Callable[[str], None] | None = None)
     if code == SSH_FAILED and host.ssh != HERE:
         raise Failed(commands.ssh_trouble(host, done.err))
     return done
+
+
+def _wait_for_connection(host: Host, ssh: subprocess.Popen[str], lines: list[str]) -> None:
+    """Wait for the end of this ssh, at most until `HASTY_S` after the start of this program, which
+    takes seconds itself where a machine is busy. Raises `Failed` where it has no connection then:
+    its own limit does not hold for the search for a name, 5 s for a .local one that is off."""
+    left_s = psutil.Process().create_time() + commands.HASTY_S - time.time()
+    with suppress(subprocess.TimeoutExpired):
+        ssh.wait(max(CONNECT_S, left_s))
+    if ssh.poll() is None and not lines and not _is_connected(ssh.pid):
+        raise Failed(commands.ssh_trouble(host, "timed out"))
+
+
+def _is_connected(pid: int) -> bool:
+    """Has this ssh, or one through which it goes, a connection? True where it cannot be known."""
+    try:
+        ssh = psutil.Process(pid)
+        return any(
+            connection.status == psutil.CONN_ESTABLISHED
+            for process in (ssh, *ssh.children(recursive=True))
+            for connection in process.net_connections("tcp")
+        )
+    except psutil.Error:
+        return True
 
 
 def _start(command: Command) -> subprocess.Popen[str]:
@@ -128,9 +159,15 @@ def _read(stream: IO[str], lines: list[str], tell: Callable[[str], None] | None)
                 tell(line.rstrip("\n"))
 
 
+def _terminate(process: subprocess.Popen[str]) -> None:
+    """Ask it to end, with all that it has started: on this machine that may be make and uv."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+
+
 def _end(process: subprocess.Popen[str], readers: list[threading.Thread]) -> None:
     if process.poll() is None:
-        process.terminate()
+        _terminate(process)
         try:
             process.wait(ENDING_S)
         except subprocess.TimeoutExpired:

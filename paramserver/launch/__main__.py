@@ -1,4 +1,5 @@
-"""`python -m paramserver.launch demo`: see `paramserver.launch.local`."""
+"""`python -m paramserver.launch demo`: see `paramserver.launch.local`; `... status`
+and the like: `paramserver.launch.machines`."""
 
 from __future__ import annotations
 
@@ -24,9 +25,19 @@ def main() -> None:
                 + f"python -m paramserver.launch {'|'.join(LAUNCHED)}",
             )
         answer(words, command)
-        from paramserver.launch.local import launch
+        from paramserver.launch.machines import COMMANDS, on_machines
 
-        code = launch(command, words)
+        if command in COMMANDS:
+            from paramserver.fleet.remote import end_all
+            from paramserver.program import interrupt
+
+            work = on_machines(command, words)
+            interrupt(at_once=end_all)
+            code = work()
+        else:
+            from paramserver.launch import local
+
+            code = local.COMMANDS[command](words)
     sys.exit(code)
 
 

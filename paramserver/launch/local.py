@@ -1,7 +1,6 @@
 """`python -m paramserver.launch demo`: a whole cluster on this machine, for a first look; `script
 train.py`: the same for a user's own training script; `ray`: on the nodes of a Ray cluster
-(`paramserver.launch.ray`); and the commands for a cluster of many machines (`paramserver.fleet`):
-up, status, logs, attach, fetch, down, doctor, plan."""
+(`paramserver.launch.ray`)."""
 
 from __future__ import annotations
 
@@ -24,6 +23,7 @@ from paramserver.config.loading import load
 from paramserver.config.schema import allowed, scope
 from paramserver.errors import UserError
 from paramserver.fleet.user_code import Script
+from paramserver.launch.machines import behind_dashes
 from paramserver.output.runfolder import latest
 from paramserver.program import command as program
 from paramserver.program import interrupt
@@ -36,7 +36,6 @@ DEMO = {
 }  # fmt: skip
 """What the demo sets, unless the command line says otherwise."""
 WORKERS_PATIENCE_S = 10.0
-FLEET = ("up", "status", "logs", "attach", "fetch", "down", "doctor", "plan")
 PARTS_OF_A_STEP = ("load", "compute", "encode", "send", "wait", "decode", "optimizer")
 SCRIPT_S = 600.0  # for a script's work after its run: an evaluation, a sample
 PATIENCE_S = 120.0  # an orderly end takes the observer's last evaluation and upload
@@ -232,46 +231,6 @@ def profile(arguments: list[str]) -> int:
     return code
 
 
-def fleet(words: list[str]) -> int:
-    """The commands for a cluster of machines: a word, options like --dry, and settings."""
-    from paramserver.fleet import attach, doctor, fetch, planning, processes, up
-
-    command, *rest = words
-    rest, behind = _behind_dashes(rest)
-    options_of = {
-        "up": ["--dry", "--script="],
-        "logs": ["--host="],
-        "attach": ["--host="],
-        "doctor": ["--json", "--fix"],
-        "plan": ["--json"],
-    }
-    known = options_of.get(command, [])
-    options = [word for word in rest if word.startswith("--")]
-    for option in options:
-        if option.partition("=")[0] + "=" * ("=" in option) not in known:
-            raise UserError(f"{command} knows no option {option}", ", ".join(known))
-    settings = [word for word in rest if word not in options]
-    named = [word.partition("=")[2] for word in options if word.startswith("--script=")]
-    if behind and not named:
-        raise UserError(
-            f"{command} has nothing that takes the words behind --: {' '.join(behind)}",
-            "make up SCRIPT=train.py ARGS='--lr 0.1' gives them to your script",
-        )
-    if command == "up":
-        own = Script.find(named[-1], behind) if named else None
-        return up.up(settings, script=own, dry="--dry" in options)
-    if command in ("logs", "attach"):
-        host = options[-1].partition("=")[2] if options else None
-        look = processes.logs if command == "logs" else attach.attach
-        return look(settings, host) or 0
-    if command == "doctor":
-        return doctor.doctor(settings, as_json="--json" in options, fix="--fix" in options)
-    if command == "plan":
-        return planning.plan_for(settings, as_json="--json" in options)
-    rest_of = {"status": processes.status, "fetch": fetch.fetch, "down": processes.down}
-    return rest_of[command](settings)
-
-
 def ray(arguments: list[str]) -> int:
     """A run on a Ray cluster."""
     from paramserver.launch.ray import ray as on_ray
@@ -288,7 +247,7 @@ def script(arguments: list[str]) -> int:
     address). The output of the first one is printed at the end, because the progress has the
     terminal until then.
     """
-    arguments, behind = _behind_dashes(arguments)
+    arguments, behind = behind_dashes(arguments)
     if not arguments or "=" in arguments[0]:
         raise UserError(
             "which script?",
@@ -321,12 +280,6 @@ def script(arguments: list[str]) -> int:
         return int(failed)
 
 
-def _behind_dashes(words: list[str]) -> tuple[list[str], list[str]]:
-    """What stands before and behind the word `--`."""
-    at = words.index("--") if "--" in words else len(words)
-    return words[:at], words[at + 1 :]
-
-
 def _all_well(processes: list[subprocess.Popen[bytes]]) -> bool:
     """Wait for the scripts, which may have work after the run; did all of them end well?"""
     deadline = time.monotonic() + SCRIPT_S
@@ -355,13 +308,3 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "script": script,
     "ray": ray,
 }
-
-
-def launch(command: str, words: list[str]) -> int:
-    """Carry out a command of `python -m paramserver.launch`; returns the exit code."""
-    if command in FLEET:
-        from paramserver.fleet.remote import end_all
-
-        interrupt(at_once=end_all)
-        return fleet([command, *words])
-    return COMMANDS[command](words)
