@@ -40,9 +40,9 @@ class Starts:
         with torch.no_grad():
             model.weight.fill_(PRETRAINED if attach.get("first") else float(number))
         with self.served.join(number, said.append) as cluster:
-            cluster.attach(model, optimizer := SGD(model.parameters(), lr=0.1), **attach)
+            optimizer = SGD(model.parameters(), lr=0.1)
+            model, optimizer = cluster.attach(model, optimizer, **attach)
             self.weights[number] = float(model.weight.detach()[0, 0])
-            optimizer = cluster._optimizer or optimizer
             for x, _ in cluster.batches(self.data, batch_size=4):
                 optimizer.zero_grad()
                 model(x).mean().backward()
