@@ -77,6 +77,17 @@ def test_a_model_that_is_attached_again_is_taken_from_the_cluster_before() -> No
         cell.loop.close()
 
 
+def test_a_loop_that_nobody_holds_any_more_is_not_under_way() -> None:
+    def begin() -> None:
+        cluster = workers.join(port=free_port(), say=lambda line: None)
+        model = nn.Linear(INPUTS, CLASSES)
+        cluster.attach(model, SGD(model.parameters(), lr=0.1))
+        next(cluster.batches(Noise(64)))  # the loop and its batches hold each other
+
+    begin()
+    begin()
+
+
 def test_a_loop_within_the_loop_of_another_cluster_is_refused() -> None:
     with Served(num_workers=2) as served:
 

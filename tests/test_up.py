@@ -363,7 +363,7 @@ def test_the_doctor_takes_the_fast_link_and_measures_both_as_iperf3_does(cluster
         pytest.skip("iperf3 is not installed")
     for device, network in (("eth0", FAST), ("eth1", SLOW)):
         theirs = iperf3(cluster.machines, cluster.machines.address("mini1", network))
-        assert rates[device] == pytest.approx(theirs, rel=0.15), device
+        assert rates[device] == pytest.approx(theirs, rel=0.3), device
 
 
 def test_a_plan_measures_model_and_links_on_each_machine(cluster: Cluster) -> None:

@@ -6,6 +6,7 @@ number come back while the cluster of before was never left.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import threading
 import weakref
@@ -90,14 +91,21 @@ def leave_others(cluster: Cluster, model: nn.Module) -> None:
 
 def refuse_second_loop(cluster: Cluster) -> None:
     """Raise `UserError` where the loop of another cluster is under way in this thread."""
-    for other in _living:
-        if other is not cluster and other.in_loop and other.thread == threading.get_ident():
-            raise UserError(
-                "a loop of another cluster is under way in this thread: the rounds of each would "
-                "wait for the other's",
-                "leave the other loop first, with its cluster's leave(); several models of one "
-                "loop are attached in one call, see 'Several models' in docs/your-own-model.md",
-            )
+    if not _has_other_loop(cluster):
+        return
+    gc.collect()  # a loop that nobody holds any more is not under way
+    if _has_other_loop(cluster):
+        raise UserError(
+            "a loop of another cluster is under way in this thread: the rounds of each would "
+            "wait for the other's",
+            "leave the other loop first, with its cluster's leave(); several models of one "
+            "loop are attached in one call, see 'Several models' in docs/your-own-model.md",
+        )
+
+
+def _has_other_loop(cluster: Cluster) -> bool:
+    here = threading.get_ident()
+    return any(o.in_loop and o.thread == here for o in _living if o is not cluster)
 
 
 def _give_way(cluster: Cluster, why: str) -> None:
