@@ -10,6 +10,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from machines import FAST, SLOW, Machines, find_uv, uv_cache, why_no_machines
@@ -82,6 +83,7 @@ for inputs, labels in cluster.batches(data):
 """
 SLOWER = "15mbit"  # so slow that the link is what a round waits for, however busy this machine is
 LONG = ("num_epochs=10000", "heartbeat_timeout=3")
+MEASUREMENTS = 3  # of a cable, in turns with iperf3, until both say the same
 
 
 class Cluster:
@@ -349,8 +351,7 @@ def test_the_doctor_takes_the_fast_link_and_measures_both_as_iperf3_does(cluster
     found = json.loads(cluster.says("doctor", "--json", code=1))  # 0.5 Gbit/s is slow for Ethernet
     chosen = found["chosen"]["mini2"]
     assert chosen["path"]["far"]["address"] == cluster.machines.address("mini1")
-    paths = [p for p in found["paths"] if (p["near"], p["far"]) == ("mini2", "mini1")]
-    rates = {p["path"]["near"]["device"]: p["up_bytes_per_s"] for p in paths}
+    rates = measured(found)
     kept = measurements.read(cluster.machines.home("mini1") / "paramserver")
     assert {(f.machine, f.near, f.far): f.bytes_per_s for f in kept} == {
         ("mini2", f"{network}.2", f"{network}.1"): rates[device]
@@ -361,9 +362,27 @@ def test_the_doctor_takes_the_fast_link_and_measures_both_as_iperf3_does(cluster
 
     if shutil.which("iperf3") is None:
         pytest.skip("iperf3 is not installed")
-    for device, network in (("eth0", FAST), ("eth1", SLOW)):
-        theirs = iperf3(cluster.machines, cluster.machines.address("mini1", network))
-        assert rates[device] == pytest.approx(theirs, rel=0.3), device
+    for _ in range(MEASUREMENTS - 1):  # what a cable carries changes while others use processors
+        if agrees(cluster, rates):
+            return
+        rates = measured(json.loads(cluster.says("doctor", "--json", code=1)))
+    assert agrees(cluster, rates)
+
+
+def measured(found: dict[str, Any]) -> dict[str, float]:
+    """Bytes a second from mini2 to mini1 that the doctor has measured, by device."""
+    paths = [p for p in found["paths"] if (p["near"], p["far"]) == ("mini2", "mini1")]
+    return {p["path"]["near"]["device"]: p["up_bytes_per_s"] for p in paths}
+
+
+def agrees(cluster: Cluster, rates: dict[str, float]) -> bool:
+    """Does iperf3 measure the same on both cables?"""
+    theirs = {
+        device: iperf3(cluster.machines, cluster.machines.address("mini1", network))
+        for device, network in (("eth0", FAST), ("eth1", SLOW))
+    }
+    print(f"the doctor measured {rates}, iperf3 {theirs}")
+    return bool(rates == pytest.approx(theirs, rel=0.15))
 
 
 def test_a_plan_measures_model_and_links_on_each_machine(cluster: Cluster) -> None:
