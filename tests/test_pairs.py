@@ -88,10 +88,7 @@ class Loops:
             for x, _, i in cluster.batches(self.data, batch_size=BATCH):
                 for p in gan.G.parameters():
                     p.requires_grad_(False)
-                self.take(cluster, number, "critic", i)
-                gan.opt_d.zero_grad()
-                gan.lose("critic", x).backward()
-                gan.opt_d.step()
+                self.step(cluster, gan, number, "critic", x, i)
                 assert all(p.grad is None for p in gan.D.parameters())
                 for p in gan.G.parameters():
                     p.requires_grad_(True)
@@ -101,6 +98,16 @@ class Loops:
                 cluster.tell(1.0)
                 gan.opt_g.step()
                 assert all(p.grad is None for p in gan.G.parameters())
+
+    def step(
+        self, cluster: workers.Cluster, gan: Gan, number: int, pair: str, x: Tensor, i: Tensor
+    ) -> None:
+        """A step of one pair over this batch."""
+        optimizer = gan.opt_g if pair == "generator" else gan.opt_d
+        self.take(cluster, number, pair, i)
+        optimizer.zero_grad()
+        gan.lose(pair, x).backward()
+        optimizer.step()
 
     def take(self, cluster: workers.Cluster, number: int, pair: str, indices: Tensor) -> None:
         self.hold(number, cluster.step, pair)
@@ -205,14 +212,8 @@ def test_a_worker_that_falls_silent_between_two_steps() -> None:
                 gan = Gan(2)
                 gan.attach(cluster)
                 for x, _, i in cluster.batches(loops.data, batch_size=BATCH):
-                    loops.take(cluster, 2, "critic", i)
-                    gan.opt_d.zero_grad()
-                    gan.lose("critic", x).backward()
-                    gan.opt_d.step()
-                    loops.take(cluster, 2, "generator", i)
-                    gan.opt_g.zero_grad()
-                    gan.lose("generator", x).backward()
-                    gan.opt_g.step()
+                    loops.step(cluster, gan, 2, "critic", x, i)
+                    loops.step(cluster, gan, 2, "generator", x, i)
             except ConnectionAbortedError:
                 cluster.client.close()  # as by kill -9: without a word
                 gone.set()
@@ -406,14 +407,8 @@ def test_loops_that_make_unlike_steps_are_told() -> None:
                 gan.attach(cluster)
                 for x, _, i in cluster.batches(loops.data, batch_size=BATCH):
                     for _ in range(2 if cluster.step > 6 else 1):
-                        loops.take(cluster, 2, "critic", i)
-                        gan.opt_d.zero_grad()
-                        gan.lose("critic", x).backward()
-                        gan.opt_d.step()
-                    loops.take(cluster, 2, "generator", i)
-                    gan.opt_g.zero_grad()
-                    gan.lose("generator", x).backward()
-                    gan.opt_g.step()
+                        loops.step(cluster, gan, 2, "critic", x, i)
+                    loops.step(cluster, gan, 2, "generator", x, i)
 
         def hold(number: int, step: int, pair: str) -> None:
             if (number, step) == (2, 9):

@@ -11,7 +11,7 @@ from workers.contribution import Contribution
 from workers.samples import cut
 from workers.turns import Turns
 
-from .book import Sample, samples_of
+from .book import Gradient, Sample, samples_of
 from .peer import Client
 from .process import DEAF, Leaves, Waiting
 
@@ -126,16 +126,13 @@ class Worker(Client):
         self.part.round = turns.next
         others = tuple(b for b in range(self.server.buckets) if b not in buckets)
         for bucket in buckets:
-            push = wire.Push(
-                round=self.part.round,
-                bucket=bucket,
-                samples=len(samples),
+            self._push(
+                bucket,
+                (model, samples, bucket != bad),
                 unread=unread,
-                absent=(bucket,) if world.chance(habits.absent) else (),
                 without=others if bucket == buckets[0] else (),
                 pair=turns.pair,
             )
-            self.push(push, (model, samples, bucket != bad))
             self.poll()
         yield from self._step()
 
@@ -218,18 +215,15 @@ class Worker(Client):
         bad = world.random.randrange(buckets) if world.chance(self.habits.bad) else None
         for bucket in range(buckets):
             last = bucket == buckets - 1
-            push = wire.Push(
-                round=part.round,
-                bucket=bucket,
+            self._push(
+                bucket,
+                (self.replica.model, tuple(self._steps_of), bucket != bad),
                 samples=part.samples,
                 unread=part.unread,
-                absent=(bucket,) if world.chance(self.habits.absent) else (),
                 loss=1.0 if last else None,
                 compute_s=world.now - self._began if last else None,
                 steps=part.steps,
             )
-            gradient = self.replica.model, tuple(self._steps_of), bucket != bad
-            self.push(push, gradient)
 
     def _seconds(self, part: float) -> float:
         """For a bucket, or a local step, of so many batches."""
@@ -293,17 +287,21 @@ class Worker(Client):
         seconds = self._seconds(len(samples) / habits.batch_size)
         for bucket in range(buckets):
             yield world.now + seconds * (0.5 + world.random.random()), DEAF
-            push = wire.Push(
-                round=self.part.round,
-                bucket=bucket,
-                samples=len(samples),
+            self._push(
+                bucket,
+                (model, samples, bucket != bad),
                 unread=unread,
-                absent=(bucket,) if world.chance(habits.absent) else (),
                 loss=1.0 if bucket == buckets - 1 else None,
                 compute_s=world.now - began if by_speed and bucket == buckets - 1 else None,
             )
-            self.push(push, (model, samples, bucket != bad))
             self.poll()
+
+    def _push(self, bucket: int, gradient: Gradient, **more: Any) -> None:
+        """Push one bucket of a gradient, or say that it is absent; `more` is for the message."""
+        absent = (bucket,) if self.world.chance(self.habits.absent) else ()
+        told = {"samples": len(gradient[1]), **more}
+        push = wire.Push(round=self.part.round, bucket=bucket, absent=absent, **told)
+        self.push(push, gradient)
 
     def _step(self) -> Waiting:
         yield from self.wait(
