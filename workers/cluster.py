@@ -517,10 +517,10 @@ class Cluster:
         size = self.settings.batch_size if batch_size is None else batch_size
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             raise UserError(f"batch_size={size!r}", "it is a whole number of samples, at least 1")
-        by_speed = self.settings.shares == "speed" and not self.settings.deterministic
         if self._several is not None and batch_limit is not None:
             raise UserError("batch_limit with several models", "leave it out")
-        by_speed = by_speed and self._several is None
+        by_speed = self.settings.shares == "speed" and not self.settings.deterministic
+        by_speed &= self._several is None
         if batch_limit is None and by_speed and self.client.device != "cpu":
             batch_limit = size
         if batch_limit is not None and batch_limit < 1:
@@ -1101,7 +1101,6 @@ class Cluster:
             return
         if self._several is not None:  # there are no gradients any more
             return
-        assert self._replica is not None
         if any(p.grad is not None and bool(p.grad.any()) for _, p in self._replica.params):
             self._zeros = ZERO_STEPS
             return

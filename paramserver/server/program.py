@@ -270,7 +270,7 @@ def _serve(
         show.overview.event(EventKind.RESTART, show.steps, time.time(), "the server starts again")
     server = Server(
         settings, record.settings, show,
-        hosts=hosts, run=run, observer_key=key, recovery=noted, guarded=guarded,
+        run=run, observer_key=key, recovery=noted,
         link_watch=link_watch.read(os.environ), plan_watch=planned, status=show.status_json,
         ports=ports, trial=series.trial, first_worker_s=_patience_s(settings, before),
     )  # fmt: skip

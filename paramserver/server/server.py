@@ -51,9 +51,10 @@ class Server:
     the observer that belongs to this server shows. `link_watch` checks the paths that workers were
     told to take, `plan_watch` gets what workers compute. `recovery`: the run's server died, having
     noted this step (its lineage, see `Recovery`). With `status`, which makes the run's as JSON, the
-    run can be watched at the settings' port for that. `ports` are bound already, by the program
-    that serves several runs, of which this is number `trial`; such a run ends if no worker comes in
-    `first_worker_s`. Raises `UserError` where an address cannot be bound.
+    run can be watched at the settings' port for that. `ports`, in place of these addresses, are
+    bound already, by the program that serves several runs, of which this is number `trial`; such a
+    run ends if no worker comes in `first_worker_s`. Raises `UserError` where an address cannot be
+    bound.
 
     To `control` it is the `Transport`.
     """
@@ -64,7 +65,7 @@ class Server:
         to_send: dict[str, Any],
         watcher: Watcher,
         *,
-        hosts: list[str],
+        hosts: Sequence[str] = (),
         run: str,
         observer_key: str,
         recovery: str | None = None,

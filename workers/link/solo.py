@@ -239,9 +239,8 @@ class Solo:
     def _open(self) -> wire.Open | None:
         """The next round, if there are samples left for one."""
         assert self._ledger is not None
-        while (
-            self._begun is None and len(self._leases) < 2
-        ):  # this round's, and the one that is loaded meanwhile
+        # This round's, and the one that is loaded meanwhile; none where a lease goes on.
+        while self._begun is None and len(self._leases) < 2:
             wanted = self._wanted
             lease = self._ledger.lease(wanted.batch_size, wanted.least, wanted.drop_last)
             if lease is None:

@@ -319,13 +319,7 @@ class Replica:
         return self.made
 
     def _step_optimizer(self) -> None:
-        """Clip and step with the gradients that the parameters have."""
-        if self.clip_norm is not None:
-            nn.utils.clip_grad_norm_(self._in_order, self.clip_norm)
-        if self.before_step is not None:
-            self.before_step(self.model)
-        if self.params:
-            self.optimizer.step()
+        step_optimizer(self, self._in_order)
 
     def _step_after(self, after_step: Callable[[nn.Module], Any]) -> None:
         after_step(self.model)
@@ -601,6 +595,17 @@ def recipe_of(holder: Any, parameters: list[Tensor], schedule_by: str) -> str:
     after = "" if holder.after_step is None else f", {_named('after_step', holder)}"
     kind = type(holder.optimizer).__name__
     return f"{kind} of {sizes} parameters, {schedule}, {clip}, {before}{after}"
+
+
+def step_optimizer(holder: Any, parameters: Sequence[Tensor]) -> None:
+    """Clip and step with the gradients that these parameters have, which a replica, or one of its
+    pairs, trains."""
+    if holder.clip_norm is not None:
+        nn.utils.clip_grad_norm_(parameters, holder.clip_norm)
+    if holder.before_step is not None:
+        holder.before_step(holder.model)
+    if parameters:
+        holder.optimizer.step()
 
 
 def left_of_schedule(scheduler: Any, steps: int) -> int:

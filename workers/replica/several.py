@@ -20,7 +20,14 @@ from paramserver.protocol import messages as wire
 
 from .checks import allow_step, check_optimizer, misfit, refuse_step, schedule_state
 from .groups import ByHand
-from .replica import SCHEDULE_BY, Replica, epochs_in, left_of_schedule, recipe_of
+from .replica import (
+    SCHEDULE_BY,
+    Replica,
+    epochs_in,
+    left_of_schedule,
+    recipe_of,
+    step_optimizer,
+)
 from .travel import stateful, there_and_back
 
 
@@ -73,11 +80,7 @@ class Pair:
     def step(self, groups: wire.Groups, *, schedule: bool) -> None:
         """Step with the averaged gradients, with these values that a loop has set by hand."""
         self.by_hand.put(groups)
-        if self.clip_norm is not None:
-            nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
-        if self.before_step is not None:
-            self.before_step(self.model)
-        self.optimizer.step()
+        step_optimizer(self, self.parameters)
         if schedule:
             self._step_schedule(1)
         if self.after_step is not None:
