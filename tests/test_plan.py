@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from whole import Program
 
 from benchmarks.network import free_port
-from paramserver.fleet import plan_watch
+from paramserver.fleet import plan_watch, planning
 from paramserver.fleet.findings import Measured, Report
 from paramserver.fleet.plan import (
     Choice,
@@ -303,6 +303,13 @@ def test_what_was_typed_is_not_chosen_and_a_round_is_no_longer_than_an_epoch() -
     assert {(p.choice.codec, p.choice.shares) for p in found} == {("float16", "equal")}
     assert max(p.steps for p in found if p.workers == 2) == 10  # auto's
     assert {p.steps for p in found if p.workers == 2 and p.choice.local_steps != "auto"} == {1, 8}
+
+
+def test_what_was_typed_stays_in_the_command_of_one_worker() -> None:
+    job = Job(RESNET, 16, codecs=("float32",), shares=("equal",), local_steps=(8,))
+    alone = next(p for p in plans(alike(2), wired(("one", "two")), job) if p.workers == 1)
+    command = planning._command(alone, [], ["local_steps=8", "lr=0.1", "num_workers=2"])
+    assert "make server num_workers=1 lr=0.1 codec=float32 local_steps=8\n" in command
 
 
 # ------------------------------------------------------------------------------------ measuring

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from dataclasses import replace
+from types import TracebackType
 from typing import Any
 
 from paramserver import logs, terminal
@@ -14,6 +15,9 @@ from paramserver.errors import UserError
 from paramserver.program import exit_on_user_error
 from paramserver.terminal import STOPPED_BY
 from paramserver.typed import typed
+
+LOST_S = 0.01
+"""How soon a signal that was lost is raised again."""
 
 
 class Leave(KeyboardInterrupt):
@@ -45,6 +49,7 @@ def main() -> None:
 
         for ending in terminal.ending_signals():
             signal.signal(ending, leave)
+        _leave_in_any_place()
 
         logs.show("workers", logs.Lines(prefix=f"[worker {settings.id}] "))
         if "torch" not in sys.modules:
@@ -55,6 +60,30 @@ def main() -> None:
             train(settings, loaded.given)
         except Leave as e:
             logging.getLogger("workers").info(f"left the run: {e}")
+
+
+def _leave_in_any_place() -> None:
+    """See that no `Leave` is lost. A signal may come while Python frees an object; what is raised
+    there ends nothing, it is only shown. Then it is raised again a moment later."""
+    excepthook, unraisablehook = sys.excepthook, sys.unraisablehook
+
+    def show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if not isinstance(error, Leave):  # compiled code shows also what it passes on to the other
+            excepthook(kind, error, trace)
+
+    def unraisable(lost: sys.UnraisableHookArgs) -> None:
+        if not isinstance(lost.exc_value, Leave):
+            unraisablehook(lost)
+            return
+        reason = str(lost.exc_value)
+
+        def leave(number: int, frame: Any) -> None:
+            raise Leave(reason)
+
+        signal.signal(signal.SIGALRM, leave)
+        signal.setitimer(signal.ITIMER_REAL, LOST_S)
+
+    sys.excepthook, sys.unraisablehook = show, unraisable
 
 
 def _with_environment(settings: Any) -> Any:

@@ -314,11 +314,12 @@ def _drawn(rows: Sequence[Row], many: bool) -> Table:
 
 
 def _command(best: Plan, hosts: Sequence[Host], arguments: Sequence[str]) -> str:
-    """How to start it."""
+    """How to start it. What was typed stays, also where one worker has no use for it."""
+    names = {a.partition("=")[0] for a in arguments}
     typed = [a for a in arguments if a.partition("=")[0] not in (*CHOSEN, "num_workers")]
     chosen = [
         f"{name}={str(value).lower()}" for name, value in zip(CHOSEN, best.choice, strict=True)
-        if (best.workers > 1 and value is not False) or name == "codec"
+        if (best.workers > 1 and value is not False) or name == "codec" or name in names
     ]  # fmt: skip
     settings = shlex.join([*typed, *chosen])
     if len(hosts) < 2:
