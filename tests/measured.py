@@ -348,7 +348,7 @@ def _run(kind: Kind, count: int, hard: bool) -> float:
     seen: dict[tuple[int, int], Any] = {}
     models: dict[int, dict[str, Tensor]] = {}
     late = threading.Event()
-    settings = {"num_epochs": EPOCHS, "heartbeat_timeout": 2.0, **kind.settings}
+    settings = {"num_epochs": EPOCHS, "heartbeat_timeout": 2.0, "timeout": None, **kind.settings}
     first = count - 1 if hard else count
 
     def hold(number: int, cluster: workers.Cluster) -> None:

@@ -6,7 +6,6 @@ Statistics of normalisation layers are averaged, what others write comes whole f
 from __future__ import annotations
 
 import copy
-import threading
 from typing import Any
 
 import pytest
@@ -17,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 from torch.optim import SGD
-from whole import Served, free_port
+from whole import ENDLESS, Served, free_port
 
 import workers
 from paramserver.errors import PeerError, UserError
@@ -188,24 +187,17 @@ def test_alone_a_forward_keeps_what_it_writes() -> None:
 
 
 def test_a_newcomer_gets_the_buffers_too() -> None:
-    joined = threading.Event()
-
-    def hold(number: int, step: int) -> None:
-        if (number, step) == (1, 5):
-            assert joined.wait(30)
-
     data = Noise(120)
     data.x = data.x.double()
-    with Served(num_workers=1, num_epochs=2) as served:
-        crew = Crew(served, make("a codebook and a queue"), data, hold)
+    with Served(num_workers=1, num_epochs=ENDLESS) as served:
+        crew = Crew(served, make("a codebook and a queue"), data)
         futures = [crew.start(1, 8)]
-        served.until(lambda: len(served.closes) == 5)
+        served.until(lambda: len(served.closes) >= 5)
         futures.append(crew.start(2, 8))
-        served.until(lambda: any(p.id == 2 and p.join for p in served.server.rounds.peers.values()))
-        joined.set()
+        served.until_contributes(2)
+        served.stop()
         served.wait(*futures)
     crew.check()
-    assert any(2 in close.contributors for close in served.closes)
 
 
 class Mask(Layer):

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from crew import Noise, loss, perceptron
-from whole import DEADLINE_S, Program, Run, Served, free_port
+from whole import DEADLINE_S, ENDLESS, PATIENCE_S, Program, Run, Served, free_port
 
 import workers
 from paramserver.protocol import messages as wire
@@ -23,8 +23,10 @@ ON_TIME = "all epochs are done"
 class Loop:
     """A user's loop in a thread; what came of it."""
 
-    def __init__(self, served: Served, number: int, hold: Callable[[int], Any] = id) -> None:
-        self.hold = hold
+    def __init__(
+        self, served: Served, number: int, hold: Callable[[int], Any] = id, samples: int = 4000
+    ) -> None:
+        self.hold, self.samples = hold, samples
         self.cluster: Cluster | None = None
         self.raised: workers.RunLost | None = None
         self.in_step: int | None = None  # step() was called there, and has not returned
@@ -33,9 +35,9 @@ class Loop:
     def _run(self, served: Served, number: int) -> None:
         setup = perceptron(number)
         self.cluster = cluster = served.join(number, served.say)
-        model, optimizer = cluster.attach(setup.model, setup.optimizer)
         try:
-            for x, y, _ in cluster.batches(Noise(4000), batch_size=4):
+            model, optimizer = cluster.attach(setup.model, setup.optimizer)
+            for x, y, _ in cluster.batches(Noise(self.samples), batch_size=4):
                 self.hold(cluster.step)
                 optimizer.zero_grad()
                 loss(model, x, y).backward()
@@ -54,7 +56,7 @@ class Loop:
 
 
 def test_an_end_by_an_error_is_raised_and_told_afterwards() -> None:
-    with Served(num_workers=2) as served:
+    with Served(num_workers=2, num_epochs=ENDLESS) as served:
         loops = [Loop(served, n) for n in (1, 2)]
         served.until(lambda: len(served.closes) > 5)
         served.server.stop("the disk is on fire", error=True)
@@ -67,7 +69,7 @@ def test_an_end_by_an_error_is_raised_and_told_afterwards() -> None:
 
 
 def test_a_stop_in_order_raises_nothing() -> None:
-    with Served(num_workers=2) as served:
+    with Served(num_workers=2, num_epochs=ENDLESS) as served:
         loops = [Loop(served, n) for n in (1, 2)]
         served.until(lambda: len(served.closes) > 5)
         served.server.stop("stopped by Ctrl-C")
@@ -113,7 +115,8 @@ def test_a_worker_that_was_left_behind(stopped: bool, gone: bool) -> None:
             if gone:  # as its thread of heartbeats is told
                 behind.cluster.client.connection.must_greet = True
 
-    with Served(num_workers=2, num_epochs=1, timeout=0.05, heartbeat_timeout=0.5) as served:
+    epochs = ENDLESS if stopped else 1
+    with Served(num_workers=2, num_epochs=epochs, timeout=0.05, heartbeat_timeout=0.5) as served:
         other, behind = Loop(served, 1), Loop(served, 2, hold)
         if stopped:
             served.until(lambda: len(served.closes) > 10 and bool(stood))
@@ -135,7 +138,7 @@ def test_a_server_that_falls_silent_for_good() -> None:
             assert one.cluster is not None
             one.cluster.client.connection.give_up_s = 1.0
 
-    with Served(num_workers=2, heartbeat_timeout=0.5) as served:
+    with Served(num_workers=2, num_epochs=ENDLESS, heartbeat_timeout=0.5) as served:
         loops = [Loop(served, n) for n in (1, 2)]
         for one in loops:
             one.hold = impatient
@@ -145,6 +148,26 @@ def test_a_server_that_falls_silent_for_good() -> None:
         for one in loops:
             assert re.search("silent for|no server answered", str(one.raised))
             assert one.end.error and one.end.step >= 5 and one.end.reason in str(one.raised)
+
+
+def test_an_end_before_a_newcomer_stands_is_told_to_it() -> None:
+    """The last round is closed while it waits for a snapshot: it has not taken part."""
+    go_on = threading.Event()
+
+    def hold(step: int) -> None:
+        if step == 19:
+            assert go_on.wait(DEADLINE_S)
+
+    with Served(num_workers=1, num_epochs=1) as served:
+        one = Loop(served, 1, hold, samples=80)
+        served.until(lambda: len(served.closes) == 19)
+        late = Loop(served, 2, samples=80)
+        served.until_waits(2)
+        go_on.set()
+        served.wait(one.done, late.done, served.end)
+    assert one.raised is None and one.end.step == 20 and one.end.reason == ON_TIME
+    assert late.raised is not None and not any(2 in c.contributors for c in served.closes)
+    assert f"the run ended before this replica could join: {ON_TIME}" in str(late.raised)
 
 
 def test_who_greets_when_the_run_is_over_hears_how_it_ended() -> None:
@@ -203,7 +226,7 @@ def test_alone_the_end_is_told_too() -> None:
 
 
 SCRIPT = """
-import os, sys, torch, workers
+import os, sys, time, torch, workers
 from torch import nn
 from torch.utils.data import TensorDataset
 torch.manual_seed(0)
@@ -218,18 +241,22 @@ def batches():
             yield from cluster.own_batches(list(zip(x.split(40), y.split(40))))
     else:
         yield from cluster.batches(data, batch_size=10)
+told = False
 try:
     for x, y in batches():
         optimizer.zero_grad()
         loss = nn.functional.cross_entropy(model(x), y)
         loss.backward()
         optimizer.step()
-        if cluster.step == 5:
+        if cluster.step >= 5 and not told:
+            told = True
             print("five steps", flush=True)
             if "fails" in sys.argv:
                 raise ValueError("of its own")
             if "quits" in sys.argv:
                 sys.exit()
+            if "stays" in sys.argv and cluster.worker_id == 1:
+                time.sleep(1000)
 finally:
     print("end", cluster.end and (cluster.end.error, cluster.end.reason), flush=True)
 print("all of it is done", flush=True)
@@ -247,7 +274,10 @@ def scripts(run: Run, count: int, *words: str) -> list[Program]:
     ]
 
 
-OF_SCRIPTS = ("observer=false", "num_workers=2", "heartbeat_timeout=2", "num_epochs=50")
+OF_SCRIPTS = (
+    "observer=false", "num_workers=2", "heartbeat_timeout=2", f"timeout={PATIENCE_S}",
+    f"num_epochs={ENDLESS}",
+)  # fmt: skip
 
 
 def test_who_forgets_to_leave_ends_a_run_of_samples_of_their_own(tmp_path: Path) -> None:
@@ -282,9 +312,10 @@ def test_an_exception_that_ends_a_program_is_told_as_one(tmp_path: Path) -> None
 
 
 def test_a_program_that_is_interrupted_leaves_in_order(tmp_path: Path) -> None:
+    """One of them in its own code, the other while it waits for the first."""
     with Run(tmp_path) as run:
-        server = run.server(*OF_SCRIPTS, "num_epochs=100000")
-        crew = scripts(run, 2)
+        server = run.server(*OF_SCRIPTS)
+        crew = scripts(run, 2, "stays")
         crew[0].wait_for("five steps")
         for one in crew:
             one.send(signal.SIGINT)
@@ -295,7 +326,7 @@ def test_a_program_that_is_interrupted_leaves_in_order(tmp_path: Path) -> None:
 
 def test_a_script_whose_run_is_stopped_goes_on_behind_its_loop(tmp_path: Path) -> None:
     with Run(tmp_path) as run:
-        server = run.server(*OF_SCRIPTS, "num_epochs=100000")
+        server = run.server(*OF_SCRIPTS)
         crew = scripts(run, 2)
         crew[0].wait_for("five steps")
         server.send(signal.SIGTERM)

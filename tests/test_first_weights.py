@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 from torch.optim import SGD
-from whole import DEADLINE_S, Served
+from whole import DEADLINE_S, ENDLESS, Served
 
 from paramserver.errors import UserError
 
@@ -88,11 +88,14 @@ def test_two_scripts_that_say_so_are_an_error() -> None:
 
 
 def test_who_comes_late_is_told_that_its_weights_are_gone() -> None:
-    with Served(num_workers=1, num_epochs=60) as served:
+    with Served(num_workers=1, num_epochs=ENDLESS) as served:
         starts = Starts(served)
         first = starts.start(1)
         served.until(lambda: len(served.closes) > 3)
-        served.wait(starts.start(2, first=True), first)  # it was started again, say
+        second = starts.start(2, first=True)  # it was started again, say
+        served.until_contributes(2)
+        served.stop()
+        served.wait(second, first)
     assert any(
         re.search(r"replaced by those of the run at step \d+", line) for line in starts.said[2]
     )

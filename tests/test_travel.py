@@ -14,7 +14,7 @@ from crew import INPUTS, PERCEPTRON, Crew, Noise, Setup, drawn, loss, perceptron
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, StepLR
-from whole import Served, free_port
+from whole import ENDLESS, Served, free_port
 
 import workers
 from paramserver.errors import UserError
@@ -227,13 +227,13 @@ def test_a_state_that_cannot_be_given_costs_the_newcomer_only() -> None:
         if (number, step) == (1, 3):
             crew.setups[1].optimizer.param_groups[0]["tag"] = object()
 
-    with Served(num_workers=1, num_epochs=40) as served:
+    with Served(num_workers=1, num_epochs=ENDLESS) as served:
         crew = Crew(served, perceptron, Noise(160), hold)
         first = crew.start(1, 8)
         served.until(lambda: len(served.closes) > 5)
         with pytest.raises(UserError, match=r"state is not to be had(.|\n)*tag is an object"):
             served.wait(crew.start(2, 8))
-        served.server.stop("enough")
+        served.stop()
         served.wait(first)
     assert served.closes[-1].contributors.keys() == {1}
     assert any(r"optimizer.param_groups.0.tag is an object" in line for line in crew.said)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -12,7 +12,7 @@ import zmq
 from crew import Crew, Noise, perceptron
 from test_handshake import KEYS, OTHERS, as_peer, refusals, stranger
 from test_strangers import a_run_in_its_middle
-from whole import DEADLINE_S, LOOPBACK, Served
+from whole import DEADLINE_S, ENDLESS, LOOPBACK, Served
 
 from paramserver.errors import UserError
 from paramserver.keys import Keys
@@ -64,7 +64,7 @@ def test_a_watcher_sees_the_run(token: str | None) -> None:
         host = socket.gethostname()
         assert names == ["the server", f"worker 1 ({host})", f"worker 2 ({host})"]
         assert all(machine.state == State.TRAINING for machine in status.machines)
-        assert status.trains and status.run == "test" and status.settings == {"observer": "false"}
+        assert status.trains and status.run == "test" and status.settings["observer"] == "false"
         assert status.samples.total == 192 and status.samples.done > 0
         assert {link.kind for link in status.links} == {"this machine"}
         for took in status.rounds:
@@ -91,18 +91,17 @@ def test_the_last_status_tells_the_end() -> None:
 
 def test_a_slow_worker_is_named() -> None:
     """All wait for worker 2, which takes its time with each batch."""
-    takes_its_time = threading.Event()
 
     def hold(number: int, step: int) -> None:
         if number == 2:
-            takes_its_time.wait(0.05)
+            time.sleep(0.05)
 
-    with Served(watched=True, num_workers=2, num_epochs=40) as served:
+    with Served(watched=True, num_workers=2, num_epochs=ENDLESS) as served:
         crew = Crew(served, perceptron, Noise(96), hold)
         futures = [crew.start(number, 8) for number in (1, 2)]
         with Connection(Address(LOOPBACK, served.port + 2)) as watcher:
             status = until(watcher, lambda s: s.diagnosis.cause == Cause.SLOW)
-        takes_its_time.set()
+        served.stop()
         served.wait(*futures)
     assert status.diagnosis.machine == 2
     one, two = status.workers

@@ -6,6 +6,7 @@ server, an exit code), and each wait has a deadline that is far beyond what a bu
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import queue
@@ -33,6 +34,7 @@ from paramserver.keys import Keys
 from paramserver.net.address import keys_of
 from paramserver.net.jointoken import decode
 from paramserver.protocol import messages as wire
+from paramserver.rounds.states import WAITING
 from paramserver.server.control import Control
 from paramserver.server.overview import Overview, Totals
 from paramserver.server.server import Server
@@ -44,6 +46,13 @@ from workers.link.client import Client
 CLONE = Path(__file__).resolve().parent.parent
 LOOPBACK = "127.0.0.1"
 DEADLINE_S = 300.0
+PATIENCE_S = 60.0
+"""How long rounds wait for a worker where a test is not about that: a busy machine may let a thread
+or a process stand for seconds."""
+
+ENDLESS = 10**6
+"""Epochs of a run that goes on until its test has seen what it waits for, on any machine."""
+ENOUGH = "the test has seen enough"
 
 T = TypeVar("T")
 
@@ -263,6 +272,63 @@ def private_folders(program: Program) -> set[Path]:
     return {path for path in ipc | shared if path.name.startswith("paramserver-")}
 
 
+GATED = '''
+"""A model whose workers wait at one of their batches while the gate is closed."""
+import fcntl
+import sys
+from pathlib import Path
+
+from workers.builtin.models import SimpleNN
+
+GATE = Path(__file__).with_name("gate")
+batches = 0
+
+
+class Net(SimpleNN):
+    def forward(self, images):
+        global batches
+        if self.training and "observe" not in sys.argv[0]:
+            batches += 1
+            if batches == AT:
+                print("at the gate", flush=True)
+                with GATE.open() as gate:
+                    fcntl.flock(gate, fcntl.LOCK_SH)
+        return super().forward(images)
+'''
+
+
+class Gate:
+    """Where built-in workers stand in the middle of a run, for what is to happen there.
+
+    Those that are started in `folder`, with these `settings` of their server, stop in the forward
+    of their batch `at`, counted from 1, until the gate is opened. The model is SimpleNN. As a
+    `with` block.
+    """
+
+    settings = ("model.type=gated:Net",)
+
+    def __init__(self, folder: Path, at: int) -> None:
+        self.at = at
+        (folder / "gated").mkdir()
+        (folder / "gated/__init__.py").write_text(GATED.replace("AT:", f"{at}:"))
+        self._file = (folder / "gated/gate").open("w")
+        fcntl.flock(self._file, fcntl.LOCK_EX)
+
+    def wait(self, *workers: Program) -> None:
+        """Until they all stand there: the run is at step `at` - 1."""
+        for worker in workers:
+            worker.wait_for("^at the gate$")
+
+    def open(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        self.open()
+
+
 class Monitor:
     """Reads the closes that a server publishes; as a `with` block."""
 
@@ -316,9 +382,11 @@ class Served:
         **settings: Any,
     ) -> None:
         """With `keys`, only peers that have them are admitted, on loopback too. `watched`: the run
-        can be watched."""
+        can be watched. Nobody is late on a busy machine, unless `timeout` is given."""
         self._threads = set(threading.enumerate())
         self.port = free_port()
+        if not settings.get("deterministic"):  # where rounds wait for everybody anyway
+            settings = {"timeout": PATIENCE_S, **settings}
         self.settings = Settings(port=self.port, observer=False, **settings)
         self.said: list[str] = []
         self.closes: list[wire.Close] = []
@@ -452,6 +520,24 @@ class Served:
 
     def until_said(self, sentence: str) -> None:
         self.until(lambda: any(re.search(sentence, line) for line in self.said))
+
+    def until_waits(self, number: int) -> None:
+        """Until this worker waits for a snapshot, which comes before the next round."""
+        peers = self.server.rounds.peers
+        self.until(
+            lambda: any(
+                p.id == number and p.join is not None and p.state == WAITING
+                for p in list(peers.values())
+            )
+        )
+
+    def until_contributes(self, number: int) -> None:
+        """Until there is an update of which this worker has a part."""
+        self.until(lambda: any(number in close.contributors for close in self.closes))
+
+    def stop(self) -> None:
+        """End a run that would not end by itself."""
+        self.server.stop(ENOUGH)
 
     @property
     def text(self) -> str:
