@@ -16,7 +16,17 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from whole import DEADLINE_S, LOOPBACK, Monitor, Program, Run, children, free_port
+from whole import (
+    DEADLINE_S,
+    ENDLESS,
+    LOOPBACK,
+    Gate,
+    Monitor,
+    Program,
+    Run,
+    children,
+    free_port,
+)
 
 from paramserver.config.loading import to_wire
 from paramserver.output import stored
@@ -30,14 +40,15 @@ from paramserver.settings import Settings
 from workers.replica import checkpoint
 
 HELD = '''
-"""A model and a metric that hold the observer, once, where the test asks for it."""
+"""A model and a metric that hold the observer, once, where the test asks for it; workers stand at
+their gate until then."""
 import os
 import signal
 import sys
 from pathlib import Path
 
+import gated
 import torch
-from torch import nn
 
 HERE = Path(__file__).parent
 
@@ -51,16 +62,7 @@ def hold(where: str) -> None:
     signal.pause()
 
 
-class Net(nn.Module):
-    def __init__(self, hidden: int) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.Flatten(), nn.Linear(784, hidden), nn.ReLU(), nn.Linear(hidden, 10)
-        )
-
-    def forward(self, images):
-        return self.layers(images)
-
+class Net(gated.Net):
     def state_dict(self, *args, **kwargs):
         if "observe" in sys.argv[0]:
             hold("keeping")
@@ -72,10 +74,8 @@ def right(outputs, targets) -> torch.Tensor:
         hold("evaluating")
     return (outputs.argmax(1) == targets).float().mean()
 '''
-SETTINGS = (
-    "model.type=held.net:Net", "batch_size=16", "num_epochs=1", "heartbeat_timeout=2",
-    "eval_steps=0",
-)  # fmt: skip
+ONE_EPOCH = ("batch_size=16", "num_epochs=1", "heartbeat_timeout=2")
+SETTINGS = ("model.type=held.net:Net", "eval_steps=0", *ONE_EPOCH)
 STEPS = 125
 
 
@@ -113,11 +113,12 @@ def test_an_observer_that_dies_while_it_keeps_the_last_step_is_followed_by_anoth
     tmp_path: Path,
 ) -> None:
     held = Held(tmp_path)
-    with Run(tmp_path) as run, Monitor(run.port) as monitor:
+    with Run(tmp_path) as run, Gate(tmp_path, at=3) as gate:
         server = run.server(*SETTINGS)
         crew = [run.worker(1), run.worker(2)]
-        monitor.until(lambda close: close.step >= 3)
+        gate.wait(*crew)
         held.ask("keeping")
+        gate.open()
         held.wait("keeping", server)
         assert len(run.steps()) == STEPS, "held before the end"
         assert not (run.runs[-1] / "model.safetensors").exists()
@@ -137,11 +138,12 @@ def test_an_observer_that_dies_while_it_keeps_the_last_step_is_followed_by_anoth
 def test_an_observer_that_is_stopped_does_not_keep_the_last_step_from_being_kept(
     tmp_path: Path,
 ) -> None:
-    with Run(tmp_path) as run, Monitor(run.port) as monitor:
-        server = run.server("batch_size=16", "num_epochs=1", "heartbeat_timeout=2")
+    with Run(tmp_path) as run, Gate(tmp_path, at=3) as gate:
+        server = run.server(*Gate.settings, *ONE_EPOCH)
         crew = [run.worker(1), run.worker(2)]
-        monitor.until(lambda close: close.step >= 3)
+        gate.wait(*crew)
         observer_of(server).send_signal(signal.SIGSTOP)
+        gate.open()
         codes = [program.end() for program in (server, *crew)]
         assert codes == [0, 0, 0], server.output
         assert "the observer does not answer: it is ended" in server.output
@@ -153,7 +155,7 @@ def test_a_run_whose_observer_cannot_be_kept_running_ends_with_its_last_step_kep
     tmp_path: Path,
 ) -> None:
     with Run(tmp_path) as run, Monitor(run.port) as monitor:
-        server = run.server(*SETTINGS[1:], "num_epochs=9999")
+        server = run.server(*ONE_EPOCH, "eval_steps=0", f"num_epochs={ENDLESS}")
         crew = [run.worker(1), run.worker(2)]
         monitor.until(lambda close: close.step >= 3)
         observer, killed = observer_of(server), set()
@@ -178,11 +180,12 @@ def alive(server: Program, but: set[int]) -> list[psutil.Process]:
 
 def test_an_evaluation_that_is_missing_is_told(tmp_path: Path) -> None:
     held = Held(tmp_path)
-    with Run(tmp_path) as run, Monitor(run.port) as monitor:
+    with Run(tmp_path) as run, Gate(tmp_path, at=3) as gate:
         server = run.server(*SETTINGS, "metric=held.net:right")
         crew = [run.worker(1), run.worker(2)]
-        monitor.until(lambda close: close.step >= 3)
+        gate.wait(*crew)
         held.ask("evaluating")
+        gate.open()
         held.wait("evaluating", server)
         for worker in crew:
             worker.wait_for(f"the run is over at step {STEPS}")

@@ -14,7 +14,7 @@ import pytest
 import torch
 from crew import Noise, loss, perceptron
 from test_control import Run as Controlled
-from whole import DEADLINE_S, LOOPBACK, Program, Run, Served, free_port
+from whole import DEADLINE_S, LOOPBACK, PATIENCE_S, Gate, Program, Run, Served, free_port
 
 import workers
 from paramserver.config.loading import to_wire
@@ -27,6 +27,7 @@ from workers.cluster import Cluster
 from workers.link.connection import Connection, RunOver
 
 RUNS = 3
+FIRST_RUN = 4000 // 32  # steps of one worker in an epoch of digits
 
 
 class Search:
@@ -93,7 +94,7 @@ def test_a_search_in_one_script(tmp_path: Path) -> None:
     which is no reason not to make the third; there a peer comes late that belongs to the first."""
     with Run(tmp_path) as run:
         settings = [f"runs={RUNS}", "observer=false", "num_epochs=2", "max_bad_rounds=2"]
-        settings += ["heartbeat_timeout=2", f"seed={free_port()}"]
+        settings += ["heartbeat_timeout=2", f"timeout={PATIENCE_S}", f"seed={free_port()}"]
         servers: list[Program] = [run.server(*settings)]
         servers[0].wait_for("server at")
         late: list[wire.End] = []
@@ -135,12 +136,15 @@ def test_a_search_in_one_script(tmp_path: Path) -> None:
 
 
 def test_built_in_workers_train_again_until_a_person_ends_the_server(tmp_path: Path) -> None:
-    with Run(tmp_path) as run:
-        server = run.server("runs=3", "num_workers=1", "observer=false", "num_epochs=1")
+    """The second run stands in its middle until then."""
+    with Run(tmp_path) as run, Gate(tmp_path, at=FIRST_RUN + 3) as gate:
+        server = run.server(
+            "runs=3", "num_workers=1", "observer=false", "num_epochs=1", *Gate.settings
+        )
         worker = run.worker(1)
-        server.wait_for("run 2 of 3")
-        server.wait_for("the first state comes from")
+        gate.wait(worker)
         server.send(signal.SIGTERM)
+        gate.open()
         assert (server.end(), worker.end()) == (0, 0), server.output
         assert "run 1 of 3 is over, the next one follows" in worker.output
         assert worker.output.count("the run is over at step") == 2

@@ -23,7 +23,18 @@ from crew import Rounding, Setup, drawn, rounding_bound, train
 from safetensors.torch import load_file
 from torch import nn
 from torch.optim import Adam
-from whole import LOOPBACK, Monitor, Program, Run, Served, children, free_port, private_folders
+from whole import (
+    ENDLESS,
+    LOOPBACK,
+    Gate,
+    Monitor,
+    Program,
+    Run,
+    Served,
+    children,
+    free_port,
+    private_folders,
+)
 
 import workers
 from paramserver.__main__ import main as server_main
@@ -77,6 +88,7 @@ def ordinary(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Run, di
         crew = [run.worker(1), run.worker(2, fresh=True)]
         for worker in crew:
             worker.wait_for(f"waiting for a server at {LOOPBACK}:{run.port}")
+        crew[0].send(signal.SIGSTOP)  # the run does not begin before all of the server was seen
         server = run.server(
             f"batch_size={BATCH}",
             f"num_epochs={EPOCHS}",
@@ -87,6 +99,7 @@ def ordinary(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Run, di
         )
         server.wait_for("the first state comes from the observer")
         seen["folders"] = private_folders(server)
+        crew[0].send(signal.SIGCONT)
         seen["codes"] = [program.end() for program in (server, *crew)]
         seen["server"], seen["crew"] = server.output, [worker.output for worker in crew]
         yield run, seen
@@ -206,10 +219,11 @@ def test_a_run_that_is_interrupted_and_resumed_ends_as_if_it_was_not(
 ) -> None:
     """Ctrl-C on the server ends all programs in order; resume=latest takes up the very place."""
     settings = [f"batch_size={BATCH}", f"num_epochs={EPOCHS}", "deterministic=true"]
+    settings += Gate.settings
     with Run(tmp_path) as run:
-        with Monitor(run.port) as monitor:
+        with Gate(tmp_path, at=31) as gate:
             server, *crew = run.server(*settings), run.worker(1), run.worker(2)
-            monitor.until(lambda close: close.step >= 30)
+            gate.wait(*crew)
             folders = private_folders(server)
             server.send(signal.SIGINT)
         all_ended_well(server, *crew)
@@ -265,7 +279,7 @@ def test_who_is_killed_is_left_out_and_a_successor_taken_in(tmp_path: Path) -> N
     with Run(tmp_path) as run:
         with Monitor(run.port) as monitor:
             server = run.server(
-                "batch_size=16", "num_epochs=100000", "heartbeat_timeout=2", "eval_steps=0"
+                "batch_size=16", f"num_epochs={ENDLESS}", "heartbeat_timeout=2", "eval_steps=0"
             )
             crew = [run.worker(1), run.worker(2)]
             monitor.until(lambda close: close.step >= 10)
@@ -277,7 +291,7 @@ def test_who_is_killed_is_left_out_and_a_successor_taken_in(tmp_path: Path) -> N
 
             crew[1].send(signal.SIGKILL)
             killed_at = monitor.step_with(1).step
-            server.wait_for(r"worker 2 .* is gone: silent for 2\.\d s")
+            server.wait_for(r"worker 2 .* is gone: silent for ([2-9]|\d\d+)\.\d s")
             alone_at = monitor.step_with(1).step
             assert crew[1].end() == -signal.SIGKILL
             crew[1] = run.worker(2)
@@ -308,7 +322,7 @@ def clock_set_back() -> dict[str, str]:
 def test_a_killed_server_is_started_again_and_no_closed_step_is_lost(tmp_path: Path) -> None:
     """Killed twice: the workers keep the run, a new server finds it, and the sums are right. The
     clock is of no use, where there is faketime: an earlier run seems to be a later one."""
-    settings = ("batch_size=16", "num_epochs=100000", "heartbeat_timeout=3", "eval_steps=0")
+    settings = ("batch_size=16", f"num_epochs={ENDLESS}", "heartbeat_timeout=3", "eval_steps=0")
     clock = clock_set_back()
     with Run(tmp_path) as run:
         earlier = RunFolder.create(tmp_path / "runs", datetime.now())
@@ -354,7 +368,7 @@ def test_a_killed_server_is_started_again_and_no_closed_step_is_lost(tmp_path: P
 
 
 def test_a_run_to_which_nobody_comes_back_is_followed_by_a_new_one(tmp_path: Path) -> None:
-    settings = ("batch_size=16", "num_epochs=1", "heartbeat_timeout=1", "eval_steps=0")
+    settings = ("batch_size=16", f"num_epochs={ENDLESS}", "heartbeat_timeout=1", "eval_steps=0")
     with Run(tmp_path) as run:
         with Monitor(run.port) as monitor:
             programs = [run.server(*settings), run.worker(1), run.worker(2)]
@@ -363,12 +377,17 @@ def test_a_run_to_which_nobody_comes_back_is_followed_by_a_new_one(tmp_path: Pat
                 program.send(signal.SIGKILL)
                 program.end()
         again = run.server(*settings)
-        crew = [run.worker(1), run.worker(2)]
-        again.wait_for("this run has not ended: waiting for its replicas")
-        again.wait_for("nobody came back: a new run begins")
+        with Monitor(run.port) as monitor:
+            crew = [run.worker(1), run.worker(2)]
+            again.wait_for("this run has not ended: waiting for its replicas")
+            again.wait_for("nobody came back: a new run begins")
+            monitor.step_with(1, 2)
+        again.send(signal.SIGTERM)
         all_ended_well(again, *crew)
         assert len(run.runs) == 2
-        assert run.steps()[0]["step"] == 1 and run.summary()["samples_done"] == 4000
+        steps, summary = run.steps(), run.summary()
+        assert [line["step"] for line in steps] == list(range(1, summary["steps"] + 1))
+        assert summary["samples"] == sum(line["samples"] for line in steps)
 
 
 def test_a_stopped_worker_is_late_then_gone_then_back(tmp_path: Path) -> None:
@@ -376,7 +395,7 @@ def test_a_stopped_worker_is_late_then_gone_then_back(tmp_path: Path) -> None:
         with Monitor(run.port) as monitor:
             server = run.server(
                 "batch_size=16",
-                "num_epochs=100000",
+                f"num_epochs={ENDLESS}",
                 "timeout=0.2",
                 "heartbeat_timeout=3",
                 "eval_steps=0",
@@ -388,12 +407,12 @@ def test_a_stopped_worker_is_late_then_gone_then_back(tmp_path: Path) -> None:
             late = monitor.until(lambda close: 2 in close.late)
             crew[1].send(signal.SIGCONT)
             assert "late" in late.late[2] and "last seen" in late.late[2]
-            said = server.wait_for(r"round \d+ closed with 1 of 2: worker 2 .* late")
-            assert late.reason in said
+            assert re.match(r"round \d+ closed with 1 of 2: worker 2 .* late", late.reason)
+            server.wait_for(re.escape(late.reason))
             monitor.step_with(1, 2)
 
             crew[1].send(signal.SIGSTOP)
-            server.wait_for(r"worker 2 .* is gone: silent for 3\.\d s")
+            server.wait_for(r"worker 2 .* is gone: silent for ([3-9]|\d\d+)\.\d s")
             monitor.step_with(1)
             crew[1].send(signal.SIGCONT)
             crew[1].wait_for("greeting it again")
@@ -408,7 +427,9 @@ def test_a_stopped_worker_is_late_then_gone_then_back(tmp_path: Path) -> None:
         all_ended_well(server, crew[0])
         summary = run.summary()
     assert summary["replicas_equal"] is True and len(summary["digests"]) == 2
-    assert {w["id"]: w["late"] > 0 for w in summary["per_worker"]} == {1: False, 2: True}
+    # A busy machine may make worker 1 late, too.
+    late_in = {n: sum(n in line["late"] for line in run.steps()) for n in (1, 2)}
+    assert {w["id"]: w["late"] for w in summary["per_worker"]} == late_in and late_in[2] > 0
 
 
 # --------------------------------------------------------------------------- one's own loop
