@@ -19,7 +19,7 @@ import pytest
 import torch
 from filelock import FileLock
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 from whole import Run
 
 from paramserver.errors import UserError
@@ -147,14 +147,21 @@ def test_samples_are_a_map_style_dataset(digits):
 
 
 def test_a_batch_is_fast(digits):
-    """Less than 0.15 ms for 32 digits; the best of many, since other processes may be busy."""
-    indices = order(len(digits.train), seed=1, epoch=0)
-    times_s = []
-    for start in range(0, 3200, 32):
-        began = time.perf_counter()
-        digits.train.batch(indices[start : start + 32])
-        times_s.append(time.perf_counter() - began)
-    assert min(times_s) < 0.15e-3
+    """Several times as fast as 32 digits one by one, on any machine; the best of many, since other
+    processes may be busy."""
+    train = digits.train
+
+    def one_by_one(indices):
+        return default_collate([train[int(i)] for i in indices])
+
+    times_s = {train.batch: [], one_by_one: []}
+    for indices in order(len(train), seed=1, epoch=0)[:1600].split(32):
+        for batch, times in times_s.items():
+            began = time.perf_counter()
+            batch(indices)
+            times.append(time.perf_counter() - began)
+    together_s, apart_s = (min(times) for times in times_s.values())
+    assert together_s < 0.2 * apart_s
 
 
 # --------------------------------------------------------------------------------------- order

@@ -233,8 +233,8 @@ def test_the_server_of_the_token_is_found_and_nobody_else(tmp_path: Path) -> Non
 def test_without_a_token_the_only_server_is_taken(tmp_path: Path) -> None:
     with Hosts(["mini1", "mini2", "mini3"]) as hosts, Run(tmp_path) as run:
         token = Keys.new().token("10.77.0.99", run.port)
-        nobody = find(run, hosts["mini2"], token, timeout_s=3)
         announce(run, hosts, "mini1", "plain", "11111111")
+        nobody = find(run, hosts["mini2"], token, timeout_s=3)
         there = f"{hosts.address('mini1')}:{run.port}"
         found = find(run, hosts["mini2"], security="none").wait_for("it is")
         assert found == f"it is {there} without keys"

@@ -255,7 +255,7 @@ def test_any_text_in_a_request_is_judged(text: str) -> None:
 def ask(
     page: pages.Served, path: str, method: str = "GET", body: bytes = b"", **headers: str
 ) -> tuple[int, dict[str, str], bytes]:
-    connection = http.client.HTTPConnection("127.0.0.1", page.web.port, timeout=10)
+    connection = http.client.HTTPConnection("127.0.0.1", page.web.port, timeout=DEADLINE_S)
     try:
         connection.putrequest(method, path, skip_host=True, skip_accept_encoding=True)
         sent = {"Host": f"127.0.0.1:{page.web.port}", **headers}
@@ -409,7 +409,7 @@ def test_a_stream_tells_what_is_new_and_ends_with_the_server(tmp_path: Path) -> 
     pages.write_metrics(tmp_path / pages.RUN / "metrics.jsonl", 10)
     with pages.served(tmp_path) as page:
         page.show(pages.status())
-        connection = http.client.HTTPConnection("127.0.0.1", page.web.port, timeout=10)
+        connection = http.client.HTTPConnection("127.0.0.1", page.web.port, timeout=DEADLINE_S)
         connection.request("GET", "/events")
         answer = connection.getresponse()
         told = [answer.readline() for _ in range(8)]
@@ -425,7 +425,7 @@ def test_too_many_viewers_cost_the_others_nothing(tmp_path: Path) -> None:
         page.show(pages.status())
         streams = []
         for _ in range(VIEWERS):
-            connection = http.client.HTTPConnection("127.0.0.1", page.web.port, timeout=10)
+            connection = http.client.HTTPConnection("127.0.0.1", page.web.port, timeout=DEADLINE_S)
             connection.request("GET", "/events")
             answer = connection.getresponse()  # it has the socket now
             assert answer.status == 200

@@ -356,7 +356,7 @@ def test_a_live_run(chromium: Any, tmp_path: Path) -> None:
         workers = [run.worker(1, own), run.worker(2, own, WAIT_S="0.004")]
         tab = Tab(chromium)
         tab.open(address, workers=2)
-        tab.until("document.querySelector('#why').textContent.includes('computes')")
+        tab.until("/^worker 2 .* computes/.test(document.querySelector('#why').textContent)")
         assert re.search(
             r"^worker 2 \(.+\) computes \d+ ms of each round, the slowest other .+s: \d\d % of "
             "the time all wait for it: .*shares=speed gives it less$",

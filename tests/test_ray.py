@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from whole import LOOPBACK, Program, Run
+from whole import DEADLINE_S, LOOPBACK, Program, Run
 
 from paramserver.errors import UserError
 from paramserver.launch.ray import Node, _engine, pack, place
@@ -102,7 +102,7 @@ def test_a_run_whose_actors_are_killed(address: str, tmp_path: Path) -> None:
         assert len(nodes) == 2  # one on each
         actor = second.parent()
         actor.kill()
-        psutil.wait_procs([second], 10)
+        psutil.wait_procs([second], DEADLINE_S)
         assert not second.is_running()  # it went with its actor
         ray.wait_for("worker 2 died: Ray has started it again")
         ray.wait_for(r"worker 2 \(.*\) took a snapshot of step [1-9]")
