@@ -3,6 +3,7 @@
     <run_dir>/2026-11-22_14-05-09/
         config.yaml        the settings as used
         run.json           the run's id and port, and whether it has ended, see `Record`
+        server.jsonl       the server's log, and events, see `output.serverlog`
         newest_step        the newest step that the server has published
         metrics.jsonl      one line per step and per evaluation, see `StepLine` and `EvalLine`
         summary.json the run's results, at its end
@@ -142,6 +143,7 @@ class RunFolder:
         self.record = path / "run.json"
         self.newest_step = path / "newest_step"
         self.metrics = path / "metrics.jsonl"
+        self.server_log = path / "server.jsonl"
         self.summary = path / "summary.json"
         self.curves = path / "curves.png"
         self.report = path / "report.html"

@@ -32,6 +32,7 @@ from paramserver.status.value import (
     EVALUATIONS_MAX,
     EVENTS_MAX,
     LINE_CHARS,
+    LINES_KEPT,
     LINES_MAX,
     LOSSES_MAX,
     METRICS_MAX,
@@ -60,7 +61,6 @@ RATE_S = 3.0  # over which rates are means
 GONE_S = 300.0  # for which those that left stay in the list
 GONE_MAX = 64
 ADDRESSES_MAX = 4096
-LINES_KEPT = 1000
 SILENT_S = 3.0
 LATE_S = 0.5  # after the quorum: who has pushed nothing by then is called late
 UNSEEN = {
@@ -114,7 +114,8 @@ class Mean(NamedTuple):
 
 class Overview:
     """The status of one run; see the module's docstring. `host` is the server's machine, `kind_of`
-    says by what kind of interface it reaches an address ("" where that is not known)."""
+    says by what kind of interface it reaches an address ("" where that is not known); `keep` gets
+    each new line of the log and each new event, for a server that goes on with the run."""
 
     def __init__(
         self,
@@ -124,8 +125,10 @@ class Overview:
         host: str,
         kind_of: Callable[[str], str] = lambda address: "",
         trial: int = 1,
+        keep: Callable[[LogLine | Event], None] = lambda entry: None,
     ) -> None:
         self._settings, self._trial = settings, trial
+        self._keep = keep
         self._kind_of = kind_of
         self._kinds: dict[str, str] = {}  # by address
         self._run, self._folder, self._host = run, folder, host
@@ -157,14 +160,24 @@ class Overview:
 
     def said(self, text: str, at: float, *, warning: bool = False) -> None:
         line = LogLine(at=at, text=jointoken.hidden(text), warning=warning)
-        self.lines.append(line)
-        if warning:
-            self._warnings.append(line)
+        self.recall(line)
+        self._keep(line)
 
     def event(
         self, kind: EventKind, step: int, at: float, text: str = "", machine: int | None = None
     ) -> None:
-        self._events.append(Event(kind=kind, step=step, at=at, text=text, machine=machine))
+        event = Event(kind=kind, step=step, at=at, text=text, machine=machine)
+        self.recall(event)
+        self._keep(event)
+
+    def recall(self, entry: LogLine | Event) -> None:
+        """Take in a line or an event that was kept, perhaps by a server before this one."""
+        if isinstance(entry, Event):
+            self._events.append(entry)
+            return
+        self.lines.append(entry)
+        if entry.warning:
+            self._warnings.append(entry)
 
     # ------------------------------------------------------------------ the status
 

@@ -411,6 +411,7 @@ def _save_config(settings: Settings, folder: RunFolder) -> None:
     except OSError as error:
         with suppress(OSError):
             folder.config.unlink(missing_ok=True)
+            folder.server_log.unlink(missing_ok=True)
             folder.path.rmdir()
         raise UserError(
             f"{folder.config} cannot be written: {error.strerror or error}",

@@ -20,6 +20,7 @@ from paramserver.output import metrics
 from paramserver.output.display import Display
 from paramserver.output.problems import Problems
 from paramserver.output.runfolder import EvalLine, RunFolder, StepLine
+from paramserver.output.serverlog import ServerLog
 from paramserver.page.process import Page
 from paramserver.protocol import messages as wire
 from paramserver.rounds.ledger import optimizer_steps
@@ -67,7 +68,10 @@ class Show:
         self._plan_watch = plan_watch
         self.display = Display(plain=settings.plain)
         host = socket.gethostname()
-        self.overview = Overview(settings, run, folder.path.name, host, kind_of, trial)
+        kept = ServerLog(folder.server_log)
+        self.overview = Overview(settings, run, folder.path.name, host, kind_of, trial, kept.add)
+        for entry in kept.take_up():
+            self.overview.recall(entry)
         self._status: tuple[float, Status] | None = None  # with the time when it was made
         self._look_at = -math.inf
         self._vitals: wire.Vitals | None = None
