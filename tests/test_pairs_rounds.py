@@ -10,7 +10,7 @@ from scripts import LAYOUT, Run, but_words, session
 from paramserver.errors import PeerError
 from paramserver.protocol import messages as wire
 from paramserver.rounds.effects import Send
-from paramserver.rounds.events import PushRefused
+from paramserver.rounds.events import PushRefused, Told
 from paramserver.rounds.ledger import DONE, PARTLY, RETURNED, SKIPPED, Ledger, OwnLedger
 from paramserver.tensors.bucket import plan
 
@@ -256,6 +256,17 @@ def test_local_steps_of_several_pairs_are_refused() -> None:
     run.hello(1)
     [said] = but_words(run.join(1, layout=PAIRS))
     assert "cannot make local steps" in said
+
+
+def test_with_an_observer_several_pairs_are_refused_with_the_way_out() -> None:
+    run = Run(num_workers=1).observer()
+    run.hello(1)
+    effects = run.handle(Told(session(1), wire.Join(PAIRS, 0, "fresh w1", "cpu")))
+    (reject,) = (e.message for e in effects if isinstance(e, Send))
+    assert isinstance(reject, wire.Reject)
+    assert "worker 1 (pi) has several models" in reject.reason
+    assert "the observer has one model" in reject.reason
+    assert "observer=false" in reject.hint
 
 
 def test_other_pairs_are_another_model() -> None:

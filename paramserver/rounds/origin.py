@@ -168,11 +168,19 @@ class Origin:
         """Why this peer cannot follow the run, since it has another model or another way from an
         average to weights; None where it can."""
         assert self.layout is not None and peer.join is not None
+        if self._with_observer and peer.join.layout.pairs and not self.layout.pairs:
+            return Reject(
+                f"{peer.name} has several models with optimizers of their own, the observer has "
+                "one model",
+                "start the server with observer=false: the loop evaluates and saves then",
+            )
         difference = self.layout.difference(peer.join.layout)
         if difference is not None:
             return Reject(
                 f"{peer.name} has another model than {self.name}: {difference}",
-                "start it with the same model and code as the server",
+                "start it with the same model and code as the server"
+                + ", or the server with observer=false for a script's own model"
+                * (self._with_observer and peer.role == "worker"),
             )
         if peer.join.recipe != self.recipe:
             return Reject(
