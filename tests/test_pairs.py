@@ -172,6 +172,35 @@ def test_a_gan_ends_where_one_process_does(count: int) -> None:
     assert pairs == ["critic", "generator"] * (len(pairs) // 2)
 
 
+def test_each_pair_has_the_median_of_its_own_gradients() -> None:
+    with Served(num_workers=3, num_epochs=2, aggregate="median") as served:
+        loops = Loops(served)
+        served.wait(*[served.start(loops.work, n) for n in (1, 2, 3)], served.end)
+    assert len(served.digests()) == 1
+    found = re.search(r"the first state comes from worker (\d+)", served.text)
+    assert found is not None and len(served.closes) == 16
+    gan = Gan(int(found[1]))
+    for close in served.closes:
+        assert list(close.contributors.values()) == [BATCH] * 3
+        critic = close.pair == "critic"
+        model, optimizer = (gan.D, gan.opt_d) if critic else (gan.G, gan.opt_g)
+        pushed = []
+        for worker in close.contributors:
+            gan.G.zero_grad(), gan.D.zero_grad()
+            indices = loops.batches[worker, close.step - 1]
+            gan.lose(str(close.pair), loops.data.x[indices]).backward()
+            pushed.append([torch.clone(p.grad) for p in model.parameters() if p.grad is not None])
+        for p, of_all in zip(model.parameters(), zip(*pushed, strict=True), strict=True):
+            p.grad = torch.stack(of_all).median(dim=0).values
+        if not critic:
+            nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        if critic:
+            gan.scheduler.step()
+    for own in loops.gans.values():
+        torch.testing.assert_close(own.state(), gan.state(), rtol=0, atol=EXACT)
+
+
 def test_a_worker_that_dies_between_the_steps_of_two_pairs() -> None:
     """Another one comes for it, for whom the one that lives stands still."""
     died, there = threading.Event(), threading.Event()
