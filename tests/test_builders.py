@@ -25,6 +25,7 @@ from paramserver.errors import UserError
 from paramserver.output.curves import read
 from paramserver.output.picture import Columns
 from paramserver.settings import Settings
+from paramserver.tensors.torch_names import check_named
 from workers.builtin import builders
 from workers.builtin.data import order, permutation
 from workers.replica.replica import Replica
@@ -322,6 +323,42 @@ def test_what_is_wrong_names_setting_and_argument(
     with pytest.raises(UserError) as caught:
         built(settings(**given), CLASSES)
     assert problem in caught.value.problem and hint in caught.value.hint
+
+
+@pytest.mark.parametrize("name", list(WRONG)[: list(WRONG).index("no module")])
+def test_a_server_finds_it_before_it_listens(name: str) -> None:
+    """The same sentence; what is a user's own is not imported there."""
+    given, problem, hint = WRONG[name]
+    with pytest.raises(UserError) as caught:
+        check_named(settings(**given))
+    assert problem in caught.value.problem and hint in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"optimizer": {"name": "SGD", "momentum": 0.9, "nesterov": True}},
+        {"optimizer": {"name": "AdamW", "betas": [0.8, 0.99], "weight_decay": 0, "fused": True}},
+        {"optimizer": {"name": "ours:SGD", "lr": 1}, "loss": {"name": "ours:off", "reduction": 1}},
+        {"loss": {"name": "CrossEntropyLoss", "weight": [1.0, 2.0]}, "metric": "accuracy"},
+        {"metric": {"name": "HuberLoss", "delta": 0.5}, "scheduler": {"name": "ours:Own", "x": 1}},
+        {"scheduler": {"name": "OneCycleLR", "max_lr": 0.1, "total_steps": 9}},
+        {"scheduler": {"name": "ChainedScheduler", "schedulers": [{"name": "StepLR",
+            "step_size": 3}]}},
+        {"scheduler": {"name": "SequentialLR", "milestones": [2], "schedulers": [
+            {"name": "LinearLR", "total_iters": 2}, {"name": "ours:Own", "x": 1}]}},
+        *({"optimizer": name} for name in builders.OPTIMIZERS),
+    ],
+)  # fmt: skip
+def test_a_server_takes_what_can_be_built(given: dict[str, Any]) -> None:
+    check_named(settings(**given))
+
+
+def test_a_schedule_within_a_schedule_is_looked_at_too() -> None:
+    parts = [{"name": "StepLR", "step": 3}]
+    given = {"name": "SequentialLR", "schedulers": parts, "milestones": [2]}
+    with pytest.raises(UserError, match=r"scheduler\.step is no argument of StepLR"):
+        check_named(settings(scheduler=given))
 
 
 def built(s: Settings, samples: Any) -> tuple[Any, ...]:

@@ -215,7 +215,7 @@ def meant(word: str, *, alike: float = 0.6) -> str:
 
 def check_known(settings: Settings) -> None:
     """Raise `UserError` for a model or a data set that is neither ours nor an import path; torch's
-    names are checked where torch is imported (`paramserver.tensors.torch_names`)."""
+    names are checked where torch is imported, with their arguments: `tensors.torch_names`."""
     for setting, group, part, known in (
         ("model.type", settings.model, "type", MODELS),
         ("dataset.name", settings.dataset, "name", DATASETS),

@@ -46,7 +46,7 @@ from paramserver.server.server import Server
 from paramserver.server.show import Show
 from paramserver.settings import Settings
 from paramserver.status.value import THIS_MACHINE, EventKind
-from paramserver.tensors.torch_names import check_names
+from paramserver.tensors.torch_names import check_named
 from paramserver.terminal import STOPPED_BY
 from paramserver.transport import malloc
 from paramserver.transport.sockets import allow_connections, is_loopback, towards
@@ -129,7 +129,7 @@ def serve(settings: Settings) -> int:
     settings, it goes on, if one of its replicas comes back.
     """
     if settings.observer:
-        check_names(settings)
+        check_named(settings)
     trace.begin("server")
     malloc.keep_freed()
     allow_connections()

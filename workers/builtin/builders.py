@@ -22,6 +22,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from paramserver.errors import UserError
 from paramserver.settings import Settings
+from paramserver.tensors import factories, torch_names
 from paramserver.tensors.torch_names import LOSSES, OPTIMIZERS, SCHEDULERS
 
 from ..samples import loader
@@ -76,19 +77,16 @@ def build_optimizer(
 ) -> Optimizer:
     """The setting `optimizer`; in one kernel for all parameters where torch has that for their
     device. Raises `UserError`."""
-    arguments = dict(settings.optimizer)
-    name = arguments.pop("name")
+    given = dict(settings.optimizer)
+    name = given.pop("name")
     factory = registry.find("optimizer", name, OPTIMIZERS, Optimizer, "torch.optim.Optimizer", code)
-    if "lr" in arguments:
-        raise UserError("optimizer.lr is a setting of its own", f"learning_rate={arguments['lr']}")
-    if registry.takes(factory, "lr"):
-        arguments["lr"] = settings.learning_rate
+    arguments = torch_names.with_rate(factory, given, settings.learning_rate)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    if registry.takes(factory, "fused") and not {*arguments} & NOT_FUSED:
+    if factories.takes(factory, "fused") and not {*arguments} & NOT_FUSED:
         arguments["fused"] = all(
             p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in parameters
         )
-    optimizer: Optimizer = registry.make("optimizer", name, factory, arguments, parameters)
+    optimizer: Optimizer = factories.make("optimizer", name, factory, arguments, parameters)
     return optimizer
 
 
@@ -108,9 +106,8 @@ def _scheduler(optimizer: Optimizer, setting: dict[str, Any], code: OwnCode | No
     inner = arguments.get("schedulers")
     if isinstance(inner, list) and all(isinstance(i, dict) for i in inner):  # one after another
         arguments["schedulers"] = [_scheduler(optimizer, i, code) for i in inner]
-    of_many = not registry.takes(factory, "optimizer") or name == "ChainedScheduler"
-    first = () if of_many else (optimizer,)
-    scheduler: LRScheduler = registry.make("scheduler", name, factory, arguments, *first)
+    first = (optimizer,) if torch_names.is_given_optimizer(name, factory) else ()
+    scheduler: LRScheduler = factories.make("scheduler", name, factory, arguments, *first)
     return scheduler
 
 
@@ -180,14 +177,14 @@ def _count(settings: Settings, batch: Any, code: OwnCode | None) -> Callable[[An
     arguments = dict(settings.samples)
     name = arguments.pop("name")
     found = registry.find("samples", name, {}, int, "int", code)
-    registry.check("samples", name, found, arguments, first=1)
+    factories.check("samples", name, found, arguments, first=1)
     count: Callable[[Any], int] = functools.partial(found, **arguments)
     try:
         checked(count(batch))
     except UserError as wrong:
         raise UserError(f"samples={name}: {wrong.problem}", wrong.hint) from None
     except Exception as fault:
-        raise UserError(f"samples={name} does not take a batch: {registry.told(fault)}") from fault
+        raise UserError(f"samples={name} does not take a batch: {factories.told(fault)}") from fault
     return count
 
 
@@ -256,7 +253,7 @@ def _try(what: str, function: Callable[[], T], shapes: str = "") -> T:
         raise
     except Exception as fault:
         raise UserError(
-            f"this {what} does not take these samples: {registry.told(fault)}", shapes
+            f"this {what} does not take these samples: {factories.told(fault)}", shapes
         ) from fault
 
 
@@ -270,22 +267,18 @@ def _function(
     """A loss or a metric: a module that is built, or a function, with its arguments."""
     arguments = dict(setting)
     name = arguments.pop("name")
-    if arguments.get("reduction", "mean") != "mean":
-        raise UserError(
-            f"{group}.reduction={arguments['reduction']}: it must be a mean",
-            "gradients of workers are averaged by their samples",
-        )
+    torch_names.check_mean(group, arguments)
     wanted = "torch.nn.Module or torch.Tensor"
     found = registry.find(group, name, known, nn.Module | Tensor, wanted, code)
     if isinstance(found, type) or registry.returns(found, nn.Module):
-        module: nn.Module = registry.make(group, name, found, arguments)
+        module: nn.Module = factories.make(group, name, found, arguments)
         if group == "loss" and any(True for _ in module.parameters()):
             raise UserError(
                 f"loss={name} has parameters of its own, which nobody would train",
                 "make them a part of the model",
             )
         return module.to(device)
-    registry.check(group, name, found, arguments, first=2)
+    factories.check(group, name, found, arguments, first=2)
     return functools.partial(found, **arguments) if arguments else found
 
 

@@ -29,10 +29,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from paramserver.errors import UserError
+from paramserver.tensors.factories import did_you_mean
 from paramserver.tensors.order import order as order
 from paramserver.tensors.order import permutation as permutation
-
-from .registry import did_you_mean
 
 log = logging.getLogger(__name__)
 

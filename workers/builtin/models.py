@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from paramserver.errors import UserError
+from paramserver.tensors import factories
 
 from . import registry
 from .own_code import NOTHING, OwnCode
@@ -139,7 +140,7 @@ def build(model: dict[str, Any], seed: int, code: OwnCode | None = NOTHING) -> n
         _check_room(str(name), factory, arguments)
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(seed)
-        built = registry.make("model", str(name), factory, arguments)
+        built = factories.make("model", str(name), factory, arguments)
     if not isinstance(built, nn.Module):
         raise UserError(f"{name} returned {type(built).__name__}, not a torch.nn.Module")
     return built
@@ -150,7 +151,7 @@ def _check_room(name: str, factory: Callable[..., nn.Module], arguments: dict[st
     or a hostile server, could otherwise end this process, or others on this machine, without a
     message."""
     with torch.device("meta"):
-        drawn = registry.make("model", name, factory, arguments)
+        drawn = factories.make("model", name, factory, arguments)
     size = sum(t.numel() * t.element_size() for t in (*drawn.parameters(), *drawn.buffers()))
     if size > psutil.virtual_memory().total:
         raise UserError(
@@ -168,6 +169,6 @@ def _activation(name: str) -> nn.Module:
     if name not in ACTIVATIONS:
         raise UserError(
             f"there is no activation {name!r} (model.activation)",
-            registry.did_you_mean(name, ACTIVATIONS, f"known: {', '.join(ACTIVATIONS)}"),
+            factories.did_you_mean(name, ACTIVATIONS, f"known: {', '.join(ACTIVATIONS)}"),
         )
     return ACTIVATIONS[name]()

@@ -18,6 +18,7 @@ from typing import Any
 from torch.utils.data import Dataset, Subset
 
 from paramserver.errors import UserError
+from paramserver.tensors import factories
 from paramserver.tensors.order import permutation
 
 from . import registry
@@ -35,13 +36,13 @@ class OwnData:
         self._seed = seed
         is_a = "torch.utils.data.Dataset"
         self._class = registry.find("dataset.name", self.name, {}, Dataset, is_a, code)
-        if not registry.takes(self._class, "root"):
+        if not factories.takes(self._class, "root"):
             arguments.pop("root", None)  # the setting has a default
         self._share = self._taken(arguments, "val_share", VAL_SHARE)
         if not isinstance(self._share, float) or not 0 < self._share < 1:
             raise UserError(f"dataset.val_share must be between 0 and 1, not {self._share!r}")
         val = self._taken(arguments, "val", None)
-        if val is None and registry.takes(self._class, "train") and "train" not in arguments:
+        if val is None and factories.takes(self._class, "train") and "train" not in arguments:
             arguments["train"], val = True, {"train": False}
         if not isinstance(val, dict | None):
             raise UserError(f"dataset.val must be a mapping of arguments, not {val!r}")
@@ -79,10 +80,10 @@ class OwnData:
 
     def _taken(self, arguments: dict[str, Any], key: str, default: Any) -> Any:
         """A setting of ours, unless the class itself has an argument of that name."""
-        return default if registry.takes(self._class, key) else arguments.pop(key, default)
+        return default if factories.takes(self._class, key) else arguments.pop(key, default)
 
     def _make(self, arguments: dict[str, Any]) -> Any:
-        made = registry.make("dataset", self.name, self._class, arguments)
+        made = factories.make("dataset", self.name, self._class, arguments)
         try:
             empty = len(made) < 1
         except TypeError:

@@ -1,30 +1,25 @@
-"""Makes the object that a name in the settings, with its arguments, stands for.
+"""Finds the class or function that a name in the settings stands for.
 
 `model.type`, `dataset.name`, `optimizer`, `scheduler`, `loss` and `metric` are each a name in a
 table (of ours, or of torch's), or `package.module:Name` for one of your own; every other key beside
-the name is an argument. An imported object must be a subclass of the wanted class, or a function
-that is annotated to return one. Where the name came from the server, the object must be this
-worker's own code (`workers.builtin.own_code`).
+the name is an argument (`paramserver.tensors.factories`). An imported object must be a subclass of
+the wanted class, or a function that is annotated to return one. Where the name came from the
+server, the object must be this worker's own code (`workers.builtin.own_code`).
 """
 
 from __future__ import annotations
 
 import importlib
 import inspect
-import traceback
-from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
-
-import torch
 
 from paramserver.errors import UserError
 from paramserver.fleet.user_code import current_folder_first
-from paramserver.words import nearest, no_such, printable
+from paramserver.tensors.factories import did_you_mean, signature_of, told
+from paramserver.words import no_such
 
 from .own_code import NOTHING, OwnCode
-
-NOT_THEIRS = (Path(torch.__file__).parent, Path(__file__).parents[1])
 
 
 def find(
@@ -52,83 +47,12 @@ def find(
     return known[name]
 
 
-def make(
-    group: str, name: str, factory: Callable[..., Any], arguments: Mapping[str, Any], *first: Any
-) -> Any:
-    """Call `factory(*first, **arguments)`; the arguments are the settings of that group.
-
-    Lists become tensors where those are annotated. Raises `UserError` for an argument that is
-    unknown, missing or of another type, and for whatever the factory raises.
-    """
-    check(group, name, factory, arguments, len(first))
-    try:
-        return factory(*first, **_as_annotated(factory, arguments))
-    except UserError:
-        raise
-    except Exception as fault:  # any exception of a constructor is a fault of the settings
-        raise UserError(
-            f"{name} cannot be built from these arguments: {told(fault)}", _takes(name, factory)
-        ) from fault
-
-
 def returns(found: Any, wanted: Any) -> bool:
     """Whether it is a function that is annotated to return that class."""
-    if not inspect.isfunction(found) or (signature := _signature(found)) is None:
+    if not inspect.isfunction(found) or (signature := signature_of(found)) is None:
         return False
     made = signature.return_annotation
     return isinstance(made, type) and issubclass(made, wanted)
-
-
-def check(
-    group: str, name: str, factory: Callable[..., Any], arguments: Mapping[str, Any], first: int = 0
-) -> None:
-    """Raise `UserError` for an argument that is unknown, missing or of another type.
-
-    The `first` parameters are no settings: the program gives them.
-    """
-    signature = _signature(factory)
-    if signature is None:
-        return
-    parameters = list(signature.parameters.values())[first:]
-    named = {p.name: p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
-    hint = _takes(name, factory)
-    for key, value in arguments.items():
-        if key in named:
-            kind = named[key].annotation
-            if not _fits(value, kind):
-                raise UserError(f"{group}.{key} must be {kind.__name__}, not {value!r}", hint)
-        elif not takes_any:
-            raise UserError(
-                f"{group}.{key} is no argument of {name}", did_you_mean(str(key), named, hint)
-            )
-    for key, parameter in named.items():
-        if parameter.default is parameter.empty and key not in arguments:
-            raise UserError(f"{group}.{key} is missing", hint)
-
-
-def takes(factory: Callable[..., Any], argument: str) -> bool:
-    """Whether it has a parameter of that name."""
-    signature = _signature(factory)
-    return signature is not None and argument in signature.parameters
-
-
-def told(fault: BaseException) -> str:
-    """An exception in one line; with file and line where it was raised in a file of the user."""
-    text = printable(" ".join(str(fault).split()))
-    frames = [
-        frame
-        for frame in traceback.extract_tb(fault.__traceback__)
-        if not any(Path(frame.filename).is_relative_to(folder) for folder in NOT_THEIRS)
-    ]
-    place = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
-    return f"{type(fault).__name__}: {text}{place}"
-
-
-def did_you_mean(word: str, known: Iterable[str], rest: str = "") -> str:
-    """A hint with the nearest known name, if one is near, and the rest."""
-    near = nearest(word, known, alike=0.5)
-    return f"did you mean {near}? {rest}" if near else rest
 
 
 # -------------------------------------------------------------------------- from name to callable
@@ -172,47 +96,3 @@ def _imported(setting: str, name: str, wanted: Any, is_a: str, code: OwnCode | N
             "return one"
         )
     return found
-
-
-# ------------------------------------------------------------------------------------- arguments
-
-
-def _fits(value: object, kind: object) -> bool:
-    """Whether `value` may stand where `kind` is annotated; only plain types are checked."""
-    if kind is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if kind is str or kind is bool:
-        return isinstance(value, kind)
-    return True
-
-
-def _as_annotated(factory: Callable[..., Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Turn lists of YAML into tensors where the parameter is annotated so: the weights of
-    classes."""
-    signature = _signature(factory)
-    converted = dict(arguments)
-    for key, value in arguments.items():
-        parameter = None if signature is None else signature.parameters.get(key)
-        if isinstance(value, list) and parameter is not None and "Tensor" in str(parameter):
-            converted[key] = torch.tensor(value)
-    return converted
-
-
-def _signature(factory: Callable[..., Any]) -> inspect.Signature | None:
-    """With annotations as objects if their names can be resolved; None where Python cannot tell."""
-    for resolve in (True, False):
-        try:
-            return inspect.signature(factory, eval_str=resolve)
-        except Exception:  # annotations are the user's code, and some callables have no signature
-            continue
-    return None
-
-
-def _takes(name: str, factory: Callable[..., Any]) -> str:
-    """A hint: the arguments with their types and defaults."""
-    signature = _signature(factory)
-    if signature is None:
-        return ""
-    return f"{name} takes {', '.join(map(str, signature.parameters.values())) or 'no arguments'}"
