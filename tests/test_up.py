@@ -203,7 +203,7 @@ def test_a_run_from_start_to_end(cluster: Cluster, tmp_path: Path) -> None:
     assert re.search(r"mini3 +worker 2 +running for", status)
     assert re.search(r"\n  training, step [\d,]+/[\d,]+,.* samples/s, epoch \d+/", status)
 
-    assert "another run is going on on mini1" in cluster.says("up", *SMALL, code=2)
+    assert "another run is under way on mini1" in cluster.says("up", *SMALL, code=2)
 
     screen = cluster.on_a_terminal("attach")
     screen.wait_for(r"step [\d,]+/[\d,]+ .* left")  # as drawn, not as a line of the log

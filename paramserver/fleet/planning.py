@@ -95,7 +95,7 @@ def _on_machines(
     busy = [name for name, there in kept.items() if any(s.alive for s in there.values())]
     if busy:
         raise UserError(
-            f"a run is going on on {', '.join(busy)}: it would be measured, too",
+            f"a run is under way on {', '.join(busy)}: it would be measured, too",
             "make status shows it, make down ends it",
         )
     prepare(lines, wanted.hosts, root, code, quiet=quiet)

@@ -179,7 +179,7 @@ def look(wanted: Job, checked: Mapping[str, Checked]) -> set[tuple[str, str]]:
         since = f"{datetime.fromtimestamp(server.since):%d %b %H:%M}"
         folder = server.run_folder and f", {commands.spoken(wanted.server, server.run_folder)}"
         raise UserError(
-            f"another run is going on on {wanted.server.name}, since {since}{folder}",
+            f"another run is under way on {wanted.server.name}, since {since}{folder}",
             "it was started with other settings, machines or arguments than these\n"
             "see it: make attach; end it: make down",
         )
