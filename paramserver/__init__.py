@@ -8,7 +8,16 @@ A script takes part by `from paramserver import join`. That is `workers.join`, b
 where the script's own folder holds another `workers`. PyTorch is not imported before it is used.
 """
 
+import _signal  # type: ignore[import-not-found]  # `signal` itself takes time to be imported
 import sys
+
+if (
+    sys.argv[:1] == ["-m"]  # `python -m` imports this for a program of ours, not of a user's
+    and sys.orig_argv[-len(sys.argv)].partition(".")[0] == __name__
+    and _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler
+):  # until `paramserver.program` handles it, Ctrl-C ends this process without a traceback
+    _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
+
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,8 @@
 """How each program begins and ends, whatever it does: the folders it imports from, signals, errors.
 
 A module that is a program imports little before it is inside `exit_on_user_error`: from there on no
-signal makes Python print a traceback.
+signal makes Python print a traceback. From the first line of our package on Ctrl-C does not either,
+where `python -m` starts it. Before it, while Python itself starts, only make can hold Ctrl-C back.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def exit_on_user_error() -> Iterator[None]:
     with 130, without a traceback. A signal that comes before the program has handlers of its own,
     or after they have done their work, ends it at once."""
     _leave_current_folder()
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    if signal.getsignal(signal.SIGINT) in (signal.default_int_handler, signal.SIG_DFL):
         _handle(signal.SIGINT, end_now)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])  # make has held it back until now
     try:

@@ -345,6 +345,48 @@ def wait():
     assert process.returncode == (-number if unhandled else 128 + ended_by)
 
 
+AT_IMPORT = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # also where this runs behind a `&`
+class Interrupt:
+    def find_spec(self, name, path=None, target=None):
+        if name == {name!r}:
+            signal.raise_signal(signal.SIGINT)
+sys.meta_path.insert(0, Interrupt())
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "imported"),
+    [
+        ("paramserver", "paramserver.errors"),
+        ("paramserver", "paramserver.__main__"),
+        ("paramserver", "paramserver.program"),
+        ("paramserver.launch", "paramserver.errors"),
+        ("paramserver.keys", "paramserver.program"),
+        ("workers", "workers.__main__"),
+        ("workers", "paramserver.program"),
+    ],
+)
+def test_ctrl_c_while_a_program_is_imported_prints_no_traceback(
+    module: str, imported: str, tmp_path: Path
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(AT_IMPORT.format(name=imported))
+    done = python("-m", module, "--help", PYTHONPATH=f"{tmp_path}{os.pathsep}{CLONE}")
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
+
+
+@pytest.mark.parametrize("package", ["paramserver", "workers"])
+def test_in_the_process_of_a_user_ctrl_c_stays_what_it_is(package: str, tmp_path: Path) -> None:
+    """Also where his own package imports ours while `python -m` looks for its program."""
+    (tmp_path / "theirs").mkdir()
+    begin = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    (tmp_path / "theirs" / "__init__.py").write_text(f"{begin}import {package}")
+    (tmp_path / "theirs" / "run.py").write_text("import signal\nsignal.raise_signal(signal.SIGINT)")
+    done = python("-m", "theirs.run", "paramserver", folder=tmp_path)
+    assert done.stderr.endswith("KeyboardInterrupt\n")
+
+
 def test_a_second_signal_does_not_wait_for_threads() -> None:
     """A program that waits for its threads at its end, as ThreadPoolExecutor's do."""
     head = "import signal\nfrom paramserver.program import exit_on_user_error, interrupt\n"
