@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ from paramserver.tensors import whole
 from paramserver.tensors.bucket import Bucket
 
 from .checks import sparse
+from .device_copies import Gathering
 from .outer import Outer
 from .replica import Replica
 from .state import as_bytes
@@ -72,6 +74,8 @@ class Gradients:
         self._missing: list[int] = []
         self._sent: set[int] = set()
         self._device = replica.params[0][1].device if replica.params else torch.device("cpu")
+        on_cpu = self._device.type == "cpu"
+        self._gathering = None if on_cpu else Gathering(self._device, plan.largest_bytes)
         self.threaded = self._device.type != "cpu" or plan.nbytes >= THREAD_FROM_BYTES
         self._thread = ThreadPoolExecutor(1, "gradients")
         self._under_way: list[Future[None]] = []
@@ -289,10 +293,11 @@ class Gradients:
     ) -> None:
         self._sent.add(bucket.index)
         without = (*others, *self._without())
+        mark = None if self._gathering is None else self._gathering.mark()
         if self.threaded:
-            self._under_way.append(self._thread.submit(self._take, bucket, absent, without))
+            self._under_way.append(self._thread.submit(self._take, bucket, absent, without, mark))
         else:
-            self._take(bucket, absent, without)
+            self._take(bucket, absent, without, mark)
 
     def _without(self) -> tuple[int, ...]:
         """The bucket of the buffers, where no forward wrote to any; it goes with the last bucket of
@@ -330,21 +335,24 @@ class Gradients:
         else:
             self._send(bucket, values, absent, ())
 
-    def _take(self, bucket: Bucket, absent: tuple[int, ...], without: tuple[int, ...]) -> None:
-        """Copy a bucket's gradients (or statistics), all in one call, and send them."""
-        on_cpu = self._device.type == "cpu"
-        if on_cpu:
-            values = self._make(bucket)
+    def _take(
+        self, bucket: Bucket, absent: tuple[int, ...], without: tuple[int, ...], mark: Any
+    ) -> None:
+        """Copy a bucket's gradients (or statistics), all in one call, and send them. `mark`: when
+        the device has them, see `Gathering`."""
+        values = self._make(bucket)
+
+        def parts() -> list[Tensor]:
+            found = []
+            for index, part in self._parts[bucket.index]:
+                source = self._nothing(index) if index in absent else self._source(index)
+                found.append(source if part is None else source[part])
+            return found
+
+        if self._gathering is None:
+            torch.cat(parts(), out=values)
         else:
-            dtype = getattr(torch, bucket.sent)
-            values = torch.empty(bucket.size, dtype=dtype, device=self._device)
-        parts = []
-        for index, part in self._parts[bucket.index]:
-            source = self._nothing(index) if index in absent else self._source(index)
-            parts.append(source if part is None else source[part])
-        torch.cat(parts, out=values)
-        if not on_cpu:
-            values = self._make(bucket).copy_(values)
+            self._gathering.bring(parts, mark, values)
         if self._outer is not None and bucket.kind == "grad":
             self._outer.pushed(bucket, values)
         self._send(bucket, values, absent, without)

@@ -35,6 +35,7 @@ from paramserver.tensors.whole import unpacked
 
 from .buffers import Buffers, sent
 from .checks import allow_step, check, misfit, refuse_step, schedule_state
+from .device_copies import Averages
 from .groups import ByHand
 from .names import load_own, own_names, own_state
 from .outer import Outer
@@ -146,27 +147,39 @@ class Replica:
     def _make_room(self) -> None:
         """Make the memory for the averages of the next update: one vector for each run of equal
         dtypes."""
+        self._averages = Averages({p.device for _, p in self.params})
         self._outs: dict[int, Tensor] = {}
         self._flat: dict[str, Tensor] = {}  # the vectors of the parameters, by dtype
         self._first: dict[str, int] = {}  # where each begins in the plan's vector
-        starts: dict[int, Tensor] = {}  # of each tensor, by its offset in the plan's vector
+        places: dict[int, tuple[Tensor, int, int]] = {}  # of each tensor: in which vector, where
         numbers = [b for b in self.plan.buckets if b.kind != "whole"]
         for as_what in dict.fromkeys((b.kind, b.sent) for b in numbers):
             buckets = [b for b in numbers if (b.kind, b.sent) == as_what]
             first, stop = buckets[0].start, buckets[-1].stop
-            flat = torch.zeros(stop - first, dtype=getattr(torch, as_what[1]))
+            dtype, pinned = getattr(torch, as_what[1]), self._averages.pinned
+            flat = torch.zeros(stop - first, dtype=dtype, pin_memory=pinned)
             if as_what[0] == "grad":
                 self._flat[as_what[1]], self._first[as_what[1]] = flat, first
             self._outs |= {b.index: flat[b.start - first : b.stop - first] for b in buckets}
             for index in dict.fromkeys(i for b in buckets for i in b.tensors):
                 start, end = self.plan.offsets[index : index + 2]
-                starts[index] = flat[start - first : end - first]
-        self._views = [
-            starts.get(index, torch.zeros(0)).view(t.shape) if t.kind != "whole" else None
-            for index, t in enumerate(self.layout.tensors)
-        ]
+                places[index] = flat, start - first, end - first
+        self._places = places
+        self._views = {
+            i: flat[start:end].view(self.layout.tensors[i].shape)
+            for i, (flat, start, end) in places.items()
+        }
         self._came: dict[int, Tensor] = {}  # bytes of the whole buffers
         self._present = [0] * len(self.layout.tensors)  # buckets with a gradient, by tensor
+
+    def _average(self, index: int, device: torch.device) -> Tensor:
+        """The memory for a tensor's average; on a device, a copy."""
+        if index not in self._places:  # it is empty
+            return torch.zeros(self.layout.tensors[index].shape, device=device)
+        if device.type == "cpu":
+            return self._views[index]
+        flat, start, end = self._places[index]
+        return self._averages.on(device, flat)[start:end].view(self._views[index].shape)
 
     def _begin_as_others_will(self) -> None:
         """Convert the state once as if it had been sent: a state that cannot travel raises
@@ -228,6 +241,7 @@ class Replica:
         if wrong is not None:
             raise PeerError(f"bucket {b.index}: {wrong}")
         out = self._outs[b.index]
+        self._averages.wait()
         values = codec.decode(buffers, average.scale, out)
         if values.data_ptr() != out.data_ptr():
             out.copy_(values)
@@ -237,6 +251,7 @@ class Replica:
     def apply(self, close: wire.Close) -> None:
         """Apply the complete update: step the optimizer with the averaged gradients, or the anchor
         by what the workers' local steps came to; set the buffers; step the schedule."""
+        self._averages.wait()
         for index in self._outs.keys() - set(close.buckets):
             self._outs[index].zero_()
         ahead = 0
@@ -274,8 +289,11 @@ class Replica:
 
     def _update_buffers(self) -> None:
         for index, buffer in enumerate(self.buffers.all, len(self.params)):
-            values = self._came.get(index) if buffer.kind == "whole" else self._views[index]
-            if values is not None and (self._present[index] or buffer.kind == "whole"):
+            if buffer.kind == "whole":
+                values = self._came.get(index)
+            else:
+                values = self._average(index, buffer.held.device) if self._present[index] else None
+            if values is not None:
                 self.buffers.update(buffer, values)
         self.reset_statistics()
 
@@ -286,14 +304,7 @@ class Replica:
     def _give_averages(self, start: int, stop: int) -> None:
         """Make the averages the gradients of these parameters."""
         for index, (_, p) in enumerate(self.params[start:stop], start):
-            view = self._views[index]
-            assert view is not None
-            if not self._present[index]:
-                p.grad = None
-            elif p.dtype == view.dtype and p.device.type == "cpu":
-                p.grad = view
-            else:
-                p.grad = view.to(device=p.device, dtype=p.dtype)
+            p.grad = self._average(index, p.device).to(p.dtype) if self._present[index] else None
 
     def _step_outer(self, close: wire.Close) -> int:
         """Move the anchor. The model goes there, unless it runs ahead; returns the steps that it is
@@ -428,9 +439,10 @@ class Replica:
         return 0 if self.ledger is None else epochs_in(self.ledger)
 
     def forget_averages(self) -> None:
-        """Drop the averages that were taken: their round is void."""
+        """Drop the averages that were taken: they are applied, or their round is void."""
         self._present = [0] * len(self._present)
         self._came = {}
+        self._averages.forget()
 
     def bucket(self, index: int) -> Bucket:
         if not 0 <= index < len(self.plan.buckets):

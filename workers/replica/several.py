@@ -225,6 +225,7 @@ class Several(Replica):
     def apply(self, close: wire.Close) -> None:
         """Apply the complete update: the step of one pair. Schedules by epoch go on before the
         first step of the next epoch, when all leases of the one before are settled."""
+        self._averages.wait()
         for index in self._outs.keys() - set(close.buckets):
             self._outs[index].zero_()
         if self.schedule_by == "epoch":
