@@ -245,7 +245,7 @@ WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
     ),
     "its type": (
         {"optimizer": {"name": "SGD", "nesterov": 1}},
-        "optimizer.nesterov must be bool, not 1",
+        "optimizer.nesterov must be true or false, not 1",
         "SGD takes",
     ),
     "its value": (

@@ -14,6 +14,8 @@ from paramserver.errors import UserError
 from paramserver.words import nearest, printable
 
 ROOT = Path(__file__).resolve().parents[2]
+KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+"""The annotations that are checked, as people call them."""
 NOT_THEIRS = (Path(torch.__file__).parent, ROOT / "paramserver", ROOT / "workers")
 
 
@@ -54,7 +56,7 @@ def check(
         if key in named:
             kind = named[key].annotation
             if not _fits(value, kind):
-                raise UserError(f"{group}.{key} must be {kind.__name__}, not {value!r}", hint)
+                raise UserError(f"{group}.{key} must be {KINDS[kind]}, not {value!r}", hint)
         elif not takes_any:
             raise UserError(
                 f"{group}.{key} is no argument of {name}", did_you_mean(str(key), named, hint)
