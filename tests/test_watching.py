@@ -65,6 +65,7 @@ def test_a_watcher_sees_the_run(token: str | None) -> None:
         assert names == ["the server", f"worker 1 ({host})", f"worker 2 ({host})"]
         assert all(machine.state == State.TRAINING for machine in status.machines)
         assert status.trains and status.run == "test" and status.settings["observer"] == "false"
+        assert status.settings.keys() == {"observer", "timeout"}
         assert status.samples.total == 192 and status.samples.done > 0
         assert {link.kind for link in status.links} == {"this machine"}
         for took in status.rounds:

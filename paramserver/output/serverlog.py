@@ -80,7 +80,8 @@ class ServerLog:
                 lines.append((place, entry.line))
             if entry.event is not None:
                 events.append((place, entry.event))
-        return [entry for _, entry in sorted([*lines, *events], key=lambda found: found[0])]
+        both: list[tuple[int, LogLine | Event]] = [*lines, *events]
+        return [entry for _, entry in sorted(both, key=lambda found: found[0])]
 
 
 def _line(entry: LogLine | Event) -> bytes:
