@@ -223,6 +223,7 @@ class Schedule:
         self._serial = 0
         self.server.look = self._look_for_observer
         self.server.lost, self.server.deserted = self._check_lost, self._check_deserted
+        self.server.lives = lambda process: any(p.process == process for p in self.alive)
         self.server.leaves = self._check_goodbyes
         self.server.put_off = lambda: world.after(1.0, self._start_server)
         world.say(f"seed {seed}: {self.rules}")

@@ -264,8 +264,9 @@ class Server:
         self.put_off: Callable[[], None] = lambda: None
         self.leaves: Callable[[], None] = lambda: None
         self.dies_at: str | None = None
+        self.lives: Callable[[str], bool] = lambda process: True  # a server learns of deaths late
         self.givers: dict[str, list[tuple[Peer, bool]]] = {}
-        """By the process of a joiner: who gave; was the liar the only one who could?"""
+        """By the process of a joiner: who gave; was the liar the only one alive who could?"""
         self._make_rounds, self._make_control = make_rounds, make_control
         self._begin_run()
 
@@ -572,7 +573,8 @@ class Server:
         r = self.rounds
         if r.snapshot is not None:
             joiner, giver = r.peers[r.snapshot.joiner], r.peers[r.snapshot.giver]
-            only = all(p.host == LIAR for p in r.peers.values() if p.state == REPLICA)
+            able = [p for p in r.peers.values() if p.state == REPLICA and self.lives(p.nonce)]
+            only = all(p.host == LIAR for p in able)
             self.givers.setdefault(joiner.nonce, []).append((giver, only))
 
     def _check_nobody_is_awaited_for_ever(self, close: wire.Close) -> None:
