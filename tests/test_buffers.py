@@ -200,6 +200,22 @@ def test_a_newcomer_gets_the_buffers_too() -> None:
     crew.check()
 
 
+def test_a_forward_behind_the_last_update_leaves_no_trace_in_the_buffers() -> None:
+    """The run is stopped between two rounds: the next one is void, but its forward was made."""
+
+    def hold(number: int, step: int) -> None:
+        if step == 5:
+            served.stop()
+            served.until(lambda: served.server.rounds.ending is not None)
+
+    data = Noise(120)
+    data.x = data.x.double()
+    with Served(num_workers=1, num_epochs=ENDLESS) as served:
+        crew = Crew(served, make("a codebook and a queue"), data, hold)
+        served.wait(crew.start(1, 8))
+    crew.check()
+
+
 class Mask(Layer):
     """A buffer that no forward writes."""
 

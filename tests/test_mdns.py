@@ -263,8 +263,10 @@ def test_a_server_with_two_addresses_is_reached_by_the_other_when_a_cable_is_out
         dial = f"import socket; socket.create_connection(('{CABLE}.1', {run.port}), 60)"
         assert run.start("the cable", "-c", dial, host=hosts["mini2"]).end() == 0
         auto = {"PARAMSERVER_JOIN": token, "PARAMSERVER_HOST": "auto"}
+        call("ip", f"-n {hosts['mini2']} link set eth0 down")  # or, on a busy machine, it may win
         worker = run.worker(1, host=hosts["mini2"], **auto)
         worker.wait_for(f"found it at {CABLE}.1")
+        call("ip", f"-n {hosts['mini2']} link set eth0 up")
         server.wait_for("training, step")
 
         server.send(signal.SIGSTOP)

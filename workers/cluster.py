@@ -1177,6 +1177,7 @@ class Cluster:
             raise RunLost(f"the run ended early, at step {end.step}: {end.reason}")
         if end is not None and self._replica is not None:
             self._replica.come_back()
+            self._replica.buffers.reset_all()  # the last forward's round may have been void
         return end is not None
 
     @contextmanager

@@ -157,6 +157,11 @@ class Buffers:
                 buffer.reset()
         self._written = []
 
+    def reset_all(self) -> None:
+        """`reset` for all buffers, also those whose writes torch does not count."""
+        self._written = list(self.whole)
+        self.reset()
+
     def update(self, buffer: Buffer, values: Tensor) -> None:
         """Hold these values as of the next step; the model gets them with the next `reset`."""
         if buffer.kind == "whole":
