@@ -22,7 +22,7 @@ import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from whole import DEADLINE_S, Program, Run, children
+from whole import DEADLINE_S, Program, Run, children, data_in
 
 from paramserver.errors import UserError
 from paramserver.net import jointoken
@@ -565,7 +565,7 @@ def test_a_report_is_one_file_with_nothing_from_outside(tmp_path: Path) -> None:
     assert 'src="' not in text and '<link rel="stylesheet"' not in text and "alert(1)</" not in text
     assert "default-src 'none'; script-src 'sha256-" in text
     assert text.count("Permission is hereby granted") == 2, "uPlot's licence goes with it"
-    data = text.partition('<script id="data" type="application/json">')[2].partition("</script>")[0]
+    data = data_in(text)
     told = json.loads(data)
     assert told["status"]["phase"] == evil and len(told["curves"]["step"]) == 200
     problem = report.write(tmp_path / "no" / "report.html", state, Curves())

@@ -32,6 +32,7 @@ from whole import (
     Run,
     Served,
     children,
+    data_in,
     free_port,
     private_folders,
 )
@@ -365,17 +366,10 @@ def test_a_killed_server_is_started_again_and_no_closed_step_is_lost(tmp_path: P
     assert sum(worker["samples"] for worker in summary["per_worker"]) == summary["samples"]
     assert summary["samples"] == sum(line["samples"] for line in lines)
     assert summary["replicas_equal"] is True and len(summary["digests"]) == 3
-    report = reported(run)
+    report = json.loads(data_in((run.runs[-1] / "report.html").read_text()))
     assert [event["kind"] for event in report["status"]["events"]].count("restart") == 2
     said = [line["text"] for line in report["lines"]]
     assert sum(line.startswith("server at ") for line in said) == 3
-
-
-def reported(run: Run) -> dict[str, Any]:
-    """The data in the report of the newest run."""
-    text = (run.runs[-1] / "report.html").read_text()
-    block = text.partition('<script id="data" type="application/json">')[2]
-    return dict(json.loads(block.partition("</script>")[0]))
 
 
 def test_a_run_to_which_nobody_comes_back_is_followed_by_a_new_one(tmp_path: Path) -> None:

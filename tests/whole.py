@@ -329,6 +329,13 @@ class Gate:
         self.open()
 
 
+def data_in(report: str) -> str:
+    """The JSON that a report.html shows."""
+    return report.partition('<script id="data" type="application/json">')[2].partition("</script>")[
+        0
+    ]
+
+
 class Monitor:
     """Reads the closes that a server publishes; as a `with` block."""
 
