@@ -36,6 +36,7 @@ from paramserver.rounds.effects import (
 from paramserver.rounds.events import (
     Dropped,
     Event,
+    Forgotten,
     Greeted,
     Heard,
     Pushed,
@@ -159,9 +160,13 @@ class Run:
     # ------------------------------------------------------------------ events
 
     def handle(self, event: Event) -> list[Effect]:
-        """Any event, and the effects as they are."""
+        """Any event, and the effects as they are. After a close the server says what it still
+        keeps: here as much as before."""
         effects = self.rounds.handle(event, self.now)
-        self.closes += [e.close for e in effects if isinstance(e, Closed)]
+        closes = [e.close for e in effects if isinstance(e, Closed)]
+        if closes and (oldest := min(self.rounds.log.lineages, default=None)) is not None:
+            effects += self.rounds.handle(Forgotten(oldest), self.now)
+        self.closes += closes
         return effects
 
     def happens(self, event: Event) -> list[str]:

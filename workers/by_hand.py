@@ -41,9 +41,9 @@ class SetByHand:
         self._sent = self._replica.by_hand.changed()
         return self._sent or msgspec.UNSET
 
-    def missed(self) -> wire.Groups:
-        """What the loop has changed after its last bucket had left."""
-        now = self._replica.by_hand.changed()
+    def missed(self, *, left: bool) -> wire.Groups:
+        """What the loop has changed after its last bucket had left, if that was before `step`."""
+        now = self._replica.by_hand.changed() if left else self._sent
         self._ever = bool(self._ever or now)
         if now == self._sent:
             return {}

@@ -983,9 +983,10 @@ class Cluster:
         if self._replica.local:
             self._step_locally()
             return
+        left = self._contribution.sent == len(self._replica.plan.buckets)
         self._gradients.flush()
         self._stepped = True
-        missed = self._by_hand.missed()
+        missed = self._by_hand.missed(left=left)
         self._finish_round()
         self._replica.by_hand.set(missed)
 

@@ -869,11 +869,14 @@ def header_limit(header: Any) -> int:
 _limits = {str(kind.__struct_config__.tag).encode(): n for kind, n in HEADER_LIMITS.items()}
 
 
+_NESTED = frozenset({Welcome, Join, Close})  # with fields that may hold anything
+
+
 def _check_depth(message: Any) -> None:
     """Raise ValueError where a field that may hold anything is nested too deeply. The decoder's own
     limit depends on the version of Python, and code that handles the values may have a lower
     one."""
-    if not isinstance(message, Welcome | Join | Close):
+    if type(message) not in _NESTED:
         return
     level: list[Any] = [getattr(message, field, None) for field in ("settings", "ledger")]
     for _ in range(LEVELS_MAX):

@@ -112,6 +112,7 @@ class Rounds:
         self._began = 0  # where leases last over several: the first of those that are out
         self._sets_others: set[int] = set()  # workers that set other values by hand, and were named
         self._bad_rounds = 0  # in a row that brought only gradients that were refused
+        self._to_note: tuple[Round, wire.Close, dict[int, str], float] | None = None
         self.log = Log()
         self.clocks = Clocks()
         self.norms = Norms(rules.max_norm_ratio)
@@ -135,6 +136,8 @@ class Rounds:
 
     def handle(self, event: Event, now: float) -> list[Effect]:
         """The effects of an event, and of all that follows from it."""
+        if self._to_note is not None:
+            self._note_closed()
         if isinstance(event, PeerEvent):
             peer = self.peers.get(event.session)
             changed = peer is not None and self._take_of(peer, event, now)
@@ -171,11 +174,13 @@ class Rounds:
         """The same for an event of a peer."""
         match event:
             case Pushed():
+                peer.last_seen = now
                 return self._push(peer, event, now)
             case Heard():
                 peer.last_seen = now
                 return False
             case PushRefused():
+                peer.last_seen = now
                 if peer.late_with is not None:
                     self._leases.computed_late(peer, event.push, now)
                 peer.late_with = None  # it is done with that
@@ -599,6 +604,8 @@ class Rounds:
     def _going_on(self) -> list[Peer]:
         """The workers whose leases go on in the next round. If too few are left for one, their
         leases end, and others may take part."""
+        if self.layout is None or not self.layout.pairs:
+            return []
         found = [p for p in self.workers_ready() if p.under_way is not None]
         if len(found) >= self.rules.min_workers:
             return found
@@ -675,7 +682,6 @@ class Rounds:
             # The close goes out before what follows: the giver of a snapshot of this step needs it.
             closed = Closed(msgspec.structs.replace(close, open=following))
             self._out.effects.insert(before, closed)
-            self._waits.say_late(close)
             if hopeless:
                 why = "rounds in a row brought nothing but gradients that had to be refused"
                 self._begin_end(f"{self._bad_rounds} {why}: {close.reason}", True, now)
@@ -861,38 +867,48 @@ class Rounds:
         """Make the complete round the next update of the log."""
         current, self.round = self.round, None
         assert current is not None and self.ledger is not None
-        settled = {w: current.settlement(m) for w, m in sorted(current.members.items())}
+        settled = {w: current.settlement(m) for w, m in current.members.items()}
         for worker, how in settled.items():
             member = current.members[worker]
             if not (current.began and how == DONE):
                 self._leases.settle(current, worker, how)
             elif not self._leases.go_on(current, worker):
                 self._leases.settle(current, worker, PARTLY)
-            self.tallies.setdefault(worker, Tally(member.host)).add(member, how)
             peer = self.peers.get(member.session)
             if peer is not None:
                 if how == DONE:
                     peer.evaluated_s = 0.0
                     self._snapshots.contributes(peer)
                 self._judge(peer, member, now)
-        self._waits.look_for_the_slow(current, now)
         self._look_for_the_deaf()
-        self._say_groups(current)
         self._leases.count_steps(current, now)
-        self.clocks.closed(current, settled, self._leases.optimizer_steps(self.step + 1), now)
-        close = current.close(self.nonce, self.ledger.state(), now)
+        close = current.close(self.nonce, self.ledger.state(), settled, now)
         in_vain = current.refused and not close.contributors
         self._bad_rounds = self._bad_rounds + 1 if in_vain else 0
         self._turn(states.CLOSED)
         self._ending.works(now)
         self._waits.overdue_rounds = 0
-        return self.log.append(close)
+        close = self.log.append(close)
+        self._to_note = current, close, settled, now
+        return close
+
+    def _note_closed(self) -> None:
+        """Note what a closed round says about its members. Nothing of the next round depends on it:
+        it is done with the next event, when the close is on its way to those who wait for it."""
+        assert self._to_note is not None
+        (current, close, settled, now), self._to_note = self._to_note, None
+        for worker, member in current.members.items():
+            self.tallies.setdefault(worker, Tally(member.host)).add(member, settled[worker])
+        self._waits.look_for_the_slow(current, now)
+        self._waits.say_late(close)
+        self._say_groups(current)
+        self.clocks.closed(current, settled, self.optimizer_steps, now)
 
     def _say_groups(self, current: Round) -> None:
         """Name, once for each worker, one whose loop sets other values of parameter groups than
         the one that counts."""
         leader = current.leader
-        for worker, member in sorted(current.members.items()):
+        for worker, member in current.members.items():
             differs = leader is not None and member.groups and member.groups != leader.groups
             if leader is None or not differs or worker in self._sets_others:
                 continue

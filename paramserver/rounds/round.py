@@ -7,6 +7,7 @@ have come, and which bucket is complete; `coordinator` decides what follows from
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
@@ -321,15 +322,16 @@ class Round:
         """The buckets that anybody contributed to."""
         return tuple(sorted(self.absent))
 
-    def close(self, nonce: str, ledger: dict[str, Any], now: float) -> Close:
+    def close(
+        self, nonce: str, ledger: dict[str, Any], settled: Mapping[int, str], now: float
+    ) -> Close:
         """The close of a complete round, without its lineage: what came of whom, and with which
-        mean loss. `ledger` is the state of the ledger in which its leases are settled."""
-        members = sorted(self.members.items())
-        how = {worker: self.settlement(m) for worker, m in members}
-        late = {worker: m.out or "" for worker, m in members if how[worker] != DONE}
+        mean loss. `ledger` is the state of the ledger in which its leases are `settled`."""
+        members, leader = self.members.items(), self.leader
+        late = {worker: m.out or "" for worker, m in members if settled[worker] != DONE}
         losses = [
             (m.weight, m.loss)
-            for _, m in members
+            for m in self.members.values()
             if m.got and m.loss is not None and math.isfinite(m.loss)
         ]
         weight = sum(n for n, _ in losses)
@@ -346,8 +348,8 @@ class Round:
             ledger=ledger,
             reason=self.shortfall(late),
             local_steps=self.local_steps,
-            partly={worker: tuple(sorted(m.got)) for worker, m in members if how[worker] == PARTLY},
-            groups=UNSET if self.leader is None else self.leader.groups or UNSET,
+            partly={w: tuple(sorted(m.got)) for w, m in members if settled[w] == PARTLY},
+            groups=UNSET if leader is None else leader.groups or UNSET,
             pair=self.pair or UNSET,
         )
 
@@ -355,7 +357,7 @@ class Round:
     def leader(self) -> Member | None:
         """The member with the lowest number that pushed everything: all replicas set the values of
         parameter groups that its loop has set."""
-        return next((m for _, m in sorted(self.members.items()) if self.whole(m)), None)
+        return next((m for m in self.members.values() if self.whole(m)), None)
 
     @property
     def refused(self) -> bool:

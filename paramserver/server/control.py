@@ -269,8 +269,9 @@ class Control:
         if session is None:
             self._transport.send(route, wire.Greet())
             return
-        self._happens(Heard(session), now)
         peer = self.rounds.peers[session]
+        if not isinstance(message, wire.Push):  # which is an event of its own
+            self._happens(Heard(session), now)
         match message:
             case wire.Push():
                 with trace.span(

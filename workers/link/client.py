@@ -15,6 +15,7 @@ import re
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -741,9 +742,5 @@ class Client:
         self.log.info(f"weights replaced by {by}: they differ from what was here")
 
 
-def _give_way() -> None:
-    """Let another process have this core, if one wants it."""
-    if hasattr(os, "sched_yield"):
-        os.sched_yield()
-    else:
-        time.sleep(0)
+_give_way: Callable[[], None] = getattr(os, "sched_yield", partial(time.sleep, 0))
+"""Let another process have this core, if one wants it."""

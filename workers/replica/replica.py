@@ -304,7 +304,11 @@ class Replica:
     def _give_averages(self, start: int, stop: int) -> None:
         """Make the averages the gradients of these parameters."""
         for index, (_, p) in enumerate(self.params[start:stop], start):
-            p.grad = self._average(index, p.device).to(p.dtype) if self._present[index] else None
+            if not self._present[index]:
+                p.grad = None
+                continue
+            average = self._average(index, p.device)
+            p.grad = average if average.dtype == p.dtype else average.to(p.dtype)
 
     def _step_outer(self, close: wire.Close) -> int:
         """Move the anchor. The model goes there, unless it runs ahead; returns the steps that it is
