@@ -907,6 +907,16 @@ def test_of_a_round_only_the_time_after_its_quorum_was_waited_in_vain() -> None:
     assert "without it for 30 s" in " ".join(said)
 
 
+def test_who_brings_nothing_to_rounds_of_local_steps_is_left_out_too() -> None:
+    """Although such a round may take minutes, it waited as long as it does after its quorum."""
+    rules = {"local_steps": 2, "timeout": None, "idle_timeout": 1e6}
+    run = Run(epochs=1000, **rules).observer().workers(1, 2)
+    assert not [e for e in rounds_of_one(run, 2) if "go on without" in e]
+    assert "without it for 90 s" in " ".join(rounds_of_one(run, 1))
+    run.push(1)
+    assert members(run) == [1]
+
+
 def test_who_is_late_now_and_then_takes_part_in_every_round() -> None:
     run = Run(epochs=1000).observer().workers(1, 2)
     for _ in range(10):

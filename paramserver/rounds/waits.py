@@ -80,17 +80,22 @@ class Waits:
             peers[m.session].push_time_p95 for m in current.members.values() if m.session in peers
         ]
         known = [t for t in times if t is not None]
-        most = MAX_WAIT_TIMEOUTS * self._rules.heartbeat_timeout
-        if current.local_steps > 1 and current.quorum_at is not None:
-            took_s = current.quorum_at - current.opened_at
-            longest = self._rules.longest_wait_s(current.local_steps)
-            most = max(most, min(LOCAL_WAIT_TIMES * took_s, longest))
+        most = self._most_s(current)
         if len(known) < len(times) or not known:
             if self._by_speed and current.quorum_at is not None:
                 took_s = current.quorum_at - current.opened_at
                 return min(max(FIRST_WAIT_MIN_S, FIRST_WAIT_TIMES * took_s), most)
             return most
         return min(max(DERIVED_TIMEOUT_MIN_S, 3 * max(known)), most)
+
+    def _most_s(self, current: Round) -> float:
+        """The longest that a derived wait of this round may be."""
+        most = MAX_WAIT_TIMEOUTS * self._rules.heartbeat_timeout
+        if current.local_steps > 1 and current.quorum_at is not None:
+            took_s = current.quorum_at - current.opened_at
+            longest = self._rules.longest_wait_s(current.local_steps)
+            most = max(most, min(LOCAL_WAIT_TIMES * took_s, longest))
+        return most
 
     @property
     def _by_speed(self) -> bool:
@@ -104,8 +109,7 @@ class Waits:
         if deadline is None or now < deadline:
             return []
         wait_s = self.wait_s(current)
-        longest = self._rules.longest_wait_s(current.local_steps)
-        patient = self._rules.timeout is not None or wait_s >= longest
+        patient = self._rules.timeout is not None or wait_s >= self._most_s(current)
         late = current.expected()
         for member in late:
             member.timed_out, member.waited_s = patient, wait_s
