@@ -316,3 +316,35 @@ def test_who_greets_again_hears_why_its_server_does_not_let_it_in(moves: bool, t
                 played.result()
             first.close()
             second.close()
+
+
+def test_a_goodbye_comes_with_a_probe_which_tells_whose_it_is(script: Script) -> None:
+    """A link that was made anew without a word is one that the server does not know."""
+    heard: list[Any] = []
+    over = threading.Event()
+
+    def answer(sender: bytes, message: Any) -> None:
+        if isinstance(message, wire.Hello):
+            script.welcome(sender, "session")
+        elif isinstance(message, wire.Probe):
+            script.probed(sender, message)
+        if not isinstance(message, wire.Hello | wire.Beat):
+            heard.append(message)
+        if isinstance(message, wire.Goodbye):
+            over.set()
+
+    with ThreadPoolExecutor(1) as pool:
+        client = Client(LOOPBACK, script.port)
+        playing = pool.submit(script.play, answer, over)
+        try:
+            client.connect(20.0)
+            client.connection.send(wire.Unready())
+            client.goodbye(wire.Goodbye("it was stopped"))
+            playing.result(20.0)
+        finally:
+            over.set()
+            client.close()
+    unready = heard.index(wire.Unready())
+    probe, goodbye = heard[unready + 1 :]
+    assert isinstance(probe, wire.Probe) and probe.session == "session"
+    assert isinstance(goodbye, wire.Goodbye)

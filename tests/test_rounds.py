@@ -2227,6 +2227,13 @@ def test_with_nobody_left_the_run_ends_although_samples_are_left() -> None:
     ]
 
 
+def test_who_finishes_on_a_link_that_was_made_anew_has_finished() -> None:
+    run = of_their_own(1)
+    run.push(1, samples=7)
+    run.relinked(1)
+    assert run.leave(1, "finished")[-1] == "end at step 1: every worker has finished"
+
+
 def test_one_who_comes_before_that_goes_on_and_the_time_begins_anew() -> None:
     run = Run(observer=False).workers(1, 2)
     run.push(1), run.push(2)

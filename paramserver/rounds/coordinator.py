@@ -354,7 +354,7 @@ class Rounds:
         run; where workers bring their own samples, whatever became of the others."""
         if not self.ended:
             self._out.say(f"{peer.name} left: {reason}", peer)
-        how, took_part = FAILED if error else LEFT, peer.state == REPLICA
+        how, took_part = FAILED if error else LEFT, peer.state == REPLICA or peer.proven
         self._remove(peer, "left", now, how=how, reason=reason, finished=finished)
         if how != LEFT or not (finished and took_part and self.started):
             return

@@ -456,6 +456,7 @@ class Client(Process):
         step, digest = 0, ""
         if self.session is not None and self.session.joined:
             step, digest = self.replica.step, str(self.replica.model)
+        self._probe()
         self.send(wire.Goodbye(reason=reason, step=step, digest=digest, **more))
 
     def kept(self) -> None:

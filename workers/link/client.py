@@ -398,7 +398,8 @@ class Client:
         self.connection.send(wire.NextLease(round=round))
 
     def goodbye(self, goodbye: wire.Goodbye) -> None:
-        """Send the first `goodbye`, with the step and the digest of the weights added."""
+        """Send the first `goodbye`, with the step and the digest of the weights added. A probe goes
+        before it: where the link was made anew since, the server would not know who leaves."""
         link = self.connection.link
         if link is None or self._left:
             return
@@ -407,6 +408,7 @@ class Client:
         if self.replica is not None and self.follows:
             digest, step = self.replica.digest(), self.replica.step
         with contextlib.suppress(UserError):  # the server does not admit this peer any more
+            self.connection.probe()
             self.connection.send(msgspec.structs.replace(goodbye, step=step, digest=digest))
         link.linger = 2000
 
