@@ -355,14 +355,15 @@ class Schedule:
                 raise Broken(f"the run has ended, but not for {peer.name}")
 
     def _only_liar_left(self, peer: Client) -> bool:
-        """Was the liar asked for this one's last snapshots only where nobody else could give, as at
-        the end? It must have contributed: what others do not give does not count."""
-        tried = self.server.givers.get(peer.process, [])
-        tried = [(g, only) for g, only in tried if g.role == "observer" or g.proven][
-            -Session.MISSED_MAX :
-        ]
-        apt = all(only or giver.host != LIAR for giver, only in tried)
-        return apt and len(tried) == Session.MISSED_MAX and tried[-1][1]
+        """Was the liar asked for the snapshots that this one missed only where nobody else could
+        give, as at the end? What others do not give counts, too, as without a liar. A snapshot
+        that has just begun, or whose giver had shown nothing, was not missed."""
+        gave = self.server.gave.get(peer.process, [])
+        then = [*(one.missed for one in gave[1:]), Session.MISSED_MAX]
+        missed = [one for one, now in zip(gave, then, strict=False) if now == one.missed + 1]
+        last = missed[-Session.MISSED_MAX :]
+        apt = all(one.only or one.giver.host != LIAR for one in last)
+        return apt and [one.missed for one in last] == list(range(Session.MISSED_MAX))
 
     def _has_lost_its_run(self, peer: Client) -> bool:
         """Is this a peer of a run that was given up, or of none yet, whose id is taken at the

@@ -40,6 +40,15 @@ DIGEST_STEPS = 2
 FETCH_UPDATES = 3  # that make an answer
 
 
+class Gave(NamedTuple):
+    """A snapshot that began: who gave; was the liar the only one alive who could; and how many its
+    joiner had missed before, as the server counts."""
+
+    giver: Peer
+    only: bool
+    missed: int
+
+
 class Killed(BaseException):
     """The server's process is no more."""
 
@@ -265,8 +274,8 @@ class Server:
         self.leaves: Callable[[], None] = lambda: None
         self.dies_at: str | None = None
         self.lives: Callable[[str], bool] = lambda process: True  # a server learns of deaths late
-        self.givers: dict[str, list[tuple[Peer, bool]]] = {}
-        """By the process of a joiner: who gave; was the liar the only one alive who could?"""
+        self.gave: dict[str, list[Gave]] = {}
+        """By the process of a joiner."""
         self._make_rounds, self._make_control = make_rounds, make_control
         self._begin_run()
 
@@ -575,7 +584,7 @@ class Server:
             joiner, giver = r.peers[r.snapshot.joiner], r.peers[r.snapshot.giver]
             able = [p for p in r.peers.values() if p.state == REPLICA and self.lives(p.nonce)]
             only = all(p.host == LIAR for p in able)
-            self.givers.setdefault(joiner.nonce, []).append((giver, only))
+            self.gave.setdefault(joiner.nonce, []).append(Gave(giver, only, joiner.missed))
 
     def _check_nobody_is_awaited_for_ever(self, close: wire.Close) -> None:
         """Who brings nothing to rounds that wait for it is left out, where others are enough; those
