@@ -2227,6 +2227,35 @@ def test_with_nobody_left_the_run_ends_although_samples_are_left() -> None:
     ]
 
 
+def test_who_has_done_nothing_has_not_finished_the_run() -> None:
+    """Any worker can greet, say that it is done, and so end the run for those who come later."""
+    run = Run(num_workers=1).observer().workers(1)
+    run.leave(1, "finished")
+    who = "worker 1 (pi) left: finished"
+    assert run.rounds.ending is None
+    run.tick(10.0, 0)
+    why = f"every worker has left before all samples were done: {who}"
+    assert run.rounds.ending == (why, True)
+    run = Run(num_workers=1).observer().workers(1)
+    run.push(1)
+    run.leave(1, "finished")
+    assert run.rounds.ending == ("every worker has finished, before all samples were done", False)
+
+
+def test_one_that_only_came_and_left_does_not_end_a_run_that_goes_on() -> None:
+    """Those of whom something is in the log may be on their way to a server that was restarted."""
+    run = Run(recovery="name of 4", idle_timeout=100.0)
+    back(run, 0, 4, ledger=LEDGER)
+    run.hello(3), run.join(3), run.snapshot(3), run.ready(3)
+    run.leave(3)
+    run.tick(90.0, 0)
+    assert run.rounds.ending is None
+    run = Run(recovery="name of 4", idle_timeout=100.0)
+    back(run, 1, 4, ledger=LEDGER)
+    run.leave(1)
+    assert run.tick(10.0)[-1].startswith("end at step 4: every worker has left before all samples")
+
+
 def test_who_finishes_on_a_link_that_was_made_anew_has_finished() -> None:
     run = of_their_own(1)
     run.push(1, samples=7)

@@ -366,6 +366,8 @@ class Rounds:
         self._roster.becomes_replica(peer, cause, self.step)
         if peer.role == "worker":
             self._ending.departures.joined(peer.id)
+            if peer.returns:  # it was part of the run before this server was
+                self._ending.departures.contributes(peer.id)
 
     def _take_out(self, peer: Peer, why: str, now: float) -> None:
         """Expect nothing of this peer any more, until it joins again."""
@@ -433,7 +435,7 @@ class Rounds:
             peer.returns = False  # it was refused: the next one may be taken
             return
         self._ending.works(now)
-        self.log.begun = self.started = self.step > 0
+        self.log.begun = self.started = self._ending.departures.goes_on = self.step > 0
 
     def _choose_origin(self, now: float) -> bool:
         """Begin with the state of a peer that waits, if nobody here holds one, and no update would
@@ -879,6 +881,7 @@ class Rounds:
                 if how == DONE:
                     peer.evaluated_s = 0.0
                     self._snapshots.contributes(peer)
+                    self._ending.departures.contributes(peer.id)
                 self._judge(peer, member, now)
         self._look_for_the_deaf()
         self._leases.count_steps(current, now)

@@ -2,6 +2,9 @@
 
 A worker that left in order does not come back by itself; a supervisor may start a failed one again;
 a silent one (power, a cable, `kill -9`) may still be there, or come back.
+
+Any worker can greet and leave. For others may be away for a moment, the run ends only when one has
+left of which something is in the log, or when nothing is there yet.
 """
 
 from __future__ import annotations
@@ -25,12 +28,14 @@ class Departure(msgspec.Struct, frozen=True):
 class Departures:
     """The newest departure of each worker. Times are those of `Rounds`; the server
     waits `silent_s` for a silent worker, and `timeout_s` or a multiple of it for others. It keeps
-    one departure for each worker id at most."""
+    one departure for each worker id at most. `goes_on`: the log had begun before this server."""
 
     def __init__(self, timeout_s: float, silent_s: float) -> None:
         self._timeout_s, self._silent_s = timeout_s, silent_s
         self._went: dict[int, Departure] = {}
+        self.goes_on = False
         self._took_part: set[int] = set()
+        self._contributed: set[int] = set()
         self._missing: dict[int, Departure] = {}
         self._since = 0.0
 
@@ -38,6 +43,10 @@ class Departures:
         """This worker takes part."""
         self._took_part.add(id)
         self._missing.pop(id, None)
+
+    def contributes(self, id: int) -> None:
+        """Something of this worker is in the log."""
+        self._contributed.add(id)
 
     def went(self, id: int, departure: Departure) -> None:
         """This worker has left."""
@@ -56,16 +65,20 @@ class Departures:
 
     def due(self, now: float) -> float | None:
         """When the run ends, if no worker is here and none comes; None while the server waits for a
-        silent one, or if none has taken part."""
-        how = {d.how for d in self._went.values() if not self._is_given_up(d, now)}
-        if SILENT in how or not how:
+        silent one, or if none has taken part whose leaving counts."""
+        awaited = {id: d for id, d in self._went.items() if not self._is_given_up(d, now)}
+        how = {d.how for d in awaited.values()}
+        nothing = not (self._contributed or self.goes_on)  # is in the log
+        if SILENT in how or not (awaited.keys() & self._contributed or (nothing and how)):
             return None
         return self._since + self._timeout_s * (FAILED_TIMEOUTS if FAILED in how else 1)
 
     @property
     def all_finished(self) -> bool:
-        """Did every worker that took part leave because its work is done?"""
-        return all(d.how == LEFT and d.finished for d in self._went.values())
+        """Did every worker that took part leave because its work is done? One at least must have
+        done some."""
+        finished = all(d.how == LEFT and d.finished for d in self._went.values())
+        return finished and bool(self._went.keys() & self._contributed)
 
     def verdict(self, *, own: bool) -> tuple[str, bool]:
         """Why the run ends when all workers have left, and whether that is an error. `own`: each
@@ -73,7 +86,7 @@ class Departures:
         went = sorted(self._went.items())
         left = [d for _, d in went if d.how == LEFT]
         others = [d for _, d in went if d.how != LEFT]
-        if not own and went and self.all_finished:
+        if not own and self.all_finished:
             return "every worker has finished, before all samples were done", False
         if not own:
             all_failed = not left and all(d.how == FAILED for d in others)

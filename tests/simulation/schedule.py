@@ -40,7 +40,7 @@ import msgspec
 
 from paramserver.protocol import messages as wire
 from paramserver.rounds.coordinator import Rounds
-from paramserver.rounds.departures import LEFT
+from paramserver.rounds.departures import LEFT, SILENT
 from paramserver.rounds.ledger import UNREAD, Ledger
 from paramserver.rounds.rules import Rules
 from paramserver.server.control import Control
@@ -445,6 +445,19 @@ class Schedule:
         idle = end.reason.startswith("nothing happened")
         return idle and ready < self.rules.min_workers <= ready + lost
 
+    def _liar_has_left(self, end: wire.End) -> bool:
+        """Did the run end because all who took part had left, and the liar was one of them, as any
+        worker may be? Something of it must have been in the log, or nothing of anybody: a run whose
+        only worker leaves before its first step is over. Nobody is awaited who fell silent."""
+        if not self.lies or not end.reason.startswith("every worker has"):
+            return False
+        server = self.server
+        went = dict(server.rounds._ending.departures._went)
+        liar = went.pop(self.rules.max_workers, None)
+        alone = server.book.step == 0 and not went
+        counts = alone or self.rules.max_workers in server.contributed
+        return liar is not None and counts and all(d.how != SILENT for d in went.values())
+
     def _check_given_up(self, end: wire.End) -> None:
         """Nobody who was within reach held the state."""
         since = self.world.now - 2 * SILENCE_S
@@ -460,7 +473,8 @@ class Schedule:
         rounds, since = self.server.rounds, (self.server.ended_at or 0.0) - 6 * SILENCE_S
         went = rounds._ending.departures._went.values()
         workers = [p for p in rounds.peers.values() if p.role == "worker"]
-        if went and not workers and all(d.how == LEFT and d.at < since for d in went):
+        counts = not rounds._ending.departures.goes_on or self.server.contributed
+        if went and not workers and counts and all(d.how == LEFT and d.at < since for d in went):
             raise Broken(f"every worker had left, and the run waited on: {end.reason}")
         waiting = [p for p in self.alive if p.role == "worker" and p.born_at < since]
         if self.calm_at < since and waiting and "nobody here" in end.reason:
@@ -591,6 +605,8 @@ class Schedule:
             elif "gradients that had to be refused" in end.reason:
                 outcome.seen["only bad gradients"] += 1
                 self._check_refused(end)
+            elif self._liar_has_left(end):
+                outcome.seen["the liar left, and nobody else was there"] += 1
             elif self._others_wait_elsewhere(end):
                 outcome.seen["too few, since others wait where a server was"] += 1
             else:
@@ -598,6 +614,8 @@ class Schedule:
                 self._check_given_up(end)
         elif ledger is not None and (ledger.finished or self.habits.own):
             server.book.check_end(ledger)
+        elif self._liar_has_left(end):
+            outcome.seen["the liar left, and nobody else was there"] += 1
         elif not outcome.seen["stopped in order"]:
             raise Broken(f"the run ended before its samples did: {end.reason}")
         self._check_skipped(ledger)

@@ -329,6 +329,7 @@ class Server:
         self._awaited: dict[int, int] = {}  # by id: rounds in a row that it brought nothing to
         self._passed_on: set[tuple[int, str, int | None]] = set()
         self._told_pieces = (0, 0)  # snapshot, and how many its manifest tells of
+        self.contributed: set[int] = set()  # whose whole gradients this server took
         self.world.after(TICK_S, self._tick, self.boots)
         self.world.after(0.0, self._pulse, self.boots)
 
@@ -529,6 +530,7 @@ class Server:
     def closing(self, close: wire.Close) -> None:
         if self.data.sums or self.data.payloads:
             raise Broken("something was pushed and taken, but is not in the update")
+        self.contributed.update(w for w in close.contributors if w not in close.late)
         self._check_nobody_is_awaited_for_ever(close)
         self.book.close(close, {a.bucket: (a, samples) for a, (_, samples) in self.data.averages})
         self._die_if_due("before a close is noted")
