@@ -850,7 +850,8 @@ def from_frames(frames: Sequence[Any]) -> tuple[Any, list[Any]]:
         raise PeerError(f"a header of {len(header)} bytes (at most {most})")
     try:
         message = _decoder.decode(header)
-        _check_depth(message)
+        if _brackets(header) > LEVELS_MAX:  # else nothing can be nested too deeply
+            _check_depth(message)
         if len(header) > MEASURED_BYTES_MAX:
             _measure(message)
     except (ValueError, RecursionError) as e:  # DecodeError, ValidationError, UnicodeDecodeError
@@ -867,6 +868,11 @@ def header_limit(header: Any) -> int:
 
 
 _limits = {str(kind.__struct_config__.tag).encode(): n for kind, n in HEADER_LIMITS.items()}
+
+
+def _brackets(header: Any) -> int:
+    text = bytes(header)
+    return text.count(b"[") + text.count(b"{")
 
 
 _NESTED = frozenset({Welcome, Join, Close})  # with fields that may hold anything

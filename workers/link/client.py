@@ -481,8 +481,11 @@ class Client:
         return True
 
     def look(self) -> None:
-        """Handle what has come, without waiting: between the local steps of a round."""
-        self.wait(lambda: False, "", timeout_s=0)
+        """Handle what has come, without waiting: between two steps."""
+        if self.connection.must_greet:
+            self.wait(lambda: False, "", timeout_s=0)
+        while self._handle_one():
+            pass
         self._tick(time.monotonic())
 
     def _look_for_end(self) -> None:
