@@ -21,6 +21,7 @@ from paramserver.words import printable
 
 TAIL_BYTES = 2**16  # of metrics.jsonl, for its last step
 FILE_BYTES_MAX = 2**24
+NUMBER_MAX = 1e15
 HEADS = ("run", "model", "data", "steps", "result", "samples/s", "how it ended")
 RIGHT = {3, 4, 5}
 END_CHARS = 60
@@ -54,42 +55,58 @@ def read(path: Path) -> Summary:
     model, data = _name(settings, "model", "type"), _name(settings, "dataset", "name")
     told = _json(folder.summary)
     if told:
-        steps, rate = told.get("steps"), told.get("samples_per_s")
         return Summary(
             path.name,
             model,
             data,
-            steps if isinstance(steps, int) else None,
+            _steps(told.get("steps")),
             _result(told),
-            float(rate) if isinstance(rate, int | float) else None,
-            str(told.get("end") or ""),
+            _number(told.get("samples_per_s")),
+            _text(told.get("end")),
         )
-    last = _last_step(folder.metrics)
-    if last is None:
+    found = _last_step(folder.metrics)
+    if found is None:
         end = "no step was made" if record is None or record.ended else "not ended: no step yet"
         return Summary(path.name, model, data, end=end)
+    last, written = found
     end = "ended without a summary" if record is not None and record.ended else "not ended"
-    when = datetime.fromtimestamp(folder.metrics.stat().st_mtime)
+    when = datetime.fromtimestamp(written)
     loss = "" if last.loss is None else f"loss {last.loss:.4f}"
     return Summary(
-        path.name, model, data, last.step, loss, end=f"{end}, last step {when:%d %b %H:%M}"
+        path.name, model, data, _steps(last.step), loss, end=f"{end}, last step {when:%d %b %H:%M}"
     )
 
 
 def _name(settings: Mapping[str, Any], group: str, key: str) -> str:
     found = settings.get(group)
-    return str(found.get(key, "")) if isinstance(found, dict) else ""
+    return _text(found.get(key)) if isinstance(found, dict) else ""
+
+
+def _text(told: Any) -> str:
+    return told if isinstance(told, str) else ""
+
+
+def _number(told: Any) -> float | None:
+    """A number of a summary that can be shown, and sent to the page; None for anything else."""
+    if not isinstance(told, int | float) or isinstance(told, bool) or not abs(told) < NUMBER_MAX:
+        return None
+    return float(told)
+
+
+def _steps(told: Any) -> int | None:
+    number = _number(told)
+    return None if number is None else round(number)
 
 
 def _result(told: Mapping[str, Any]) -> str:
     """The accuracy, or another metric, or the loss."""
-    held = {n: v for n, v in metrics.held(told).items() if isinstance(v, int | float)}
+    held = {n: v for n, v in metrics.held(told).items() if _number(v) is not None}
     shown = metrics.live(dict(list(held.items())[:1]))
     if shown:
         return shown[0].removeprefix("accuracy ")
     for key, form in (("val_loss", "loss {:.4f}"), ("train_loss", "training loss {:.4f}")):
-        if isinstance(told.get(key), int | float):
-            return form.format(told[key])
+        if (loss := _number(told.get(key))) is not None:
+            return form.format(loss)
     return ""
 
 
@@ -102,17 +119,17 @@ def _json(path: Path) -> dict[str, Any]:
         return {}
 
 
-def _last_step(path: Path) -> StepLine | None:
-    """The last whole step in a file of metrics."""
+def _last_step(path: Path) -> tuple[StepLine, float] | None:
+    """The last whole step in a file of metrics, and when that was written, since 1970."""
     try:
         with path.open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
-            lines = file.read(TAIL_BYTES).splitlines()
+            lines, written = file.read(TAIL_BYTES).splitlines(), os.fstat(file.fileno()).st_mtime
     except OSError:
         return None
     for line in reversed(lines):
         try:
-            return msgspec.json.decode(line, type=StepLine)
+            return msgspec.json.decode(line, type=StepLine), written
         except UNREADABLE:
             continue
     return None
