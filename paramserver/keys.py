@@ -184,12 +184,13 @@ def main() -> None:
             terminal.result(f"{'new keys' if made else 'keys'}: {path()}")
         guarded = listen(machine.settle(settings)[0])[1]
         port = settings.port_of_watchers
-        for host in guarded if port else ():
+        if guarded and port:
+            where = ", ".join(f"{host}:{port}" for host in guarded)
             terminal.result(
-                f"watch token of a server at {host}:{port} (its holder sees the run and can do "
-                "nothing else: make watch JOIN=...):"
+                f"watch token of a server at {where} (its holder sees the run and can do nothing "
+                "else: make watch JOIN=...):"
             )
-            terminal.result(keys.watch_token(host, port))
+            terminal.result(keys.watch_token(joined(guarded), port))
         if guarded:
             where = ", ".join(f"{host}:{settings.port}" for host in guarded)
             terminal.result(f"join token of a server at {where}:")

@@ -64,7 +64,7 @@ import sys
 from paramserver.net.address import to_watch
 from paramserver.watch.connection import Connection
 
-with Connection(to_watch(None, 0, None, sys.argv[1])) as connection:
+with Connection(*to_watch(None, 0, None, sys.argv[1])) as connection:
     while True:
         status = connection.poll(1.0)
         if status is not None and status.diagnosis.cause == "cable" and status.step > 30:

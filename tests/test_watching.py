@@ -16,7 +16,7 @@ from whole import DEADLINE_S, ENDLESS, LOOPBACK, Served
 
 from paramserver.errors import UserError
 from paramserver.keys import Keys
-from paramserver.net.address import Address, keys_of, to_watch
+from paramserver.net.address import Address, free_port, keys_of, to_watch
 from paramserver.net.jointoken import decode
 from paramserver.protocol import messages as wire
 from paramserver.server.watching import READ_PER_TICK, WATCHERS_MAX, WatchSocket
@@ -30,6 +30,7 @@ from paramserver.status.value import (
     State,
     Status,
     from_json,
+    to_json,
 )
 from paramserver.transport import sockets
 from paramserver.transport.sockets import PeerKeys
@@ -41,10 +42,10 @@ def as_watcher(keys: Keys) -> PeerKeys:
     return keys_of(decode(keys.watch_token("host", 1), to_watch=True))
 
 
-def until(connection: Connection, wanted: Callable[[Status], object]) -> Status:
+def until(watcher: Connection, wanted: Callable[[Status], object]) -> Status:
     """The first status of that kind."""
     for _ in range(int(10 * DEADLINE_S)):
-        found = connection.poll(0.1)
+        found = watcher.poll(0.1)
         if found is not None and wanted(found):
             return found
     raise AssertionError("no such status came")
@@ -270,15 +271,52 @@ def test_a_run_whose_port_for_watching_is_taken_goes_on_without() -> None:
 def test_where_a_run_is_watched() -> None:
     keys = Keys.new()
     watch, join = keys.watch_token("10.1.2.3", 7000), keys.token("10.1.2.3", 65000)
-    assert to_watch(None, 65432, None, None) == Address(LOOPBACK, 65434)
-    assert to_watch(None, 65432, 7001, None) == Address(LOOPBACK, 7001)
-    assert to_watch(None, 65432, None, watch) == Address("10.1.2.3", 7000, as_watcher(keys))
-    assert to_watch(None, 65432, None, join) == Address("10.1.2.3", 65002, as_peer(keys))
-    assert to_watch("10.9.9.9", 65432, None, watch).host == "10.9.9.9"
-    assert to_watch("10.1.2.3", 65432, None, None, security="none").keys is None
+    several = keys.watch_token("10.1.2.3,10.1.3.3", 7000)
+    assert to_watch(None, 65432, None, None) == [Address(LOOPBACK, 65434)]
+    assert to_watch(None, 65432, 7001, None) == [Address(LOOPBACK, 7001)]
+    assert to_watch(None, 65432, None, watch) == [Address("10.1.2.3", 7000, as_watcher(keys))]
+    assert to_watch(None, 65432, None, join) == [Address("10.1.2.3", 65002, as_peer(keys))]
+    hosts = [there.host for there in to_watch(None, 65432, None, several)]
+    assert hosts == ["10.1.2.3", "10.1.3.3"]
+    (there,) = to_watch("10.9.9.9", 65432, None, several)
+    assert there.host == "10.9.9.9"
+    for given in (LOOPBACK, None):  # this is the server's machine
+        here = keys.watch_token(f"10.1.2.3,{LOOPBACK}", 7000)
+        assert to_watch(given, 65432, None, here) == [Address(LOOPBACK, 7000)]
+    assert to_watch("10.1.2.3", 65432, None, None, security="none")[0].keys is None
     with pytest.raises(UserError, match="watching it takes a token"):
         to_watch("10.1.2.3", 65432, None, None)
     with pytest.raises(UserError, match="it lets you watch, not take part"):
         decode(watch)
     assert as_watcher(keys) != as_watcher(Keys.new())
     assert (SERVER, OBSERVER) == (0, -1) and STATUS_BYTES_MAX >= 2**16
+
+
+def test_of_several_addresses_one_that_answers_is_taken() -> None:
+    """At the first nobody listens, at the second a server with other keys."""
+    with Served(watched=True, keys=KEYS) as served, Served(watched=True, keys=OTHERS) as other:
+        ports = [free_port(), other.port + 2, served.port + 2]
+        ways = [Address(LOOPBACK, port, as_watcher(KEYS)) for port in ports]
+        with Connection(*ways) as watcher:
+            until(watcher, lambda s: True)
+            assert list(watcher._open) == ways[2:], "the others are left alone from now on"
+            assert all(str(port) in str(watcher) for port in ports)
+
+
+def test_another_address_is_taken_where_the_server_does_not_answer_any_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("paramserver.watch.connection.SILENT_S", 0.2)
+    port = free_port()
+    with Served(watched=True) as served:
+        watcher = Connection(Address(LOOPBACK, served.port + 2), Address(LOOPBACK, port))
+        until(watcher, lambda s: True)
+    with watcher, zmq.Context() as context:
+        watching = watch_socket(context, port)
+        for _ in range(int(20 * DEADLINE_S)):
+            if watching.due(0.0):
+                break
+            watcher.poll(0.05)
+        watching.send(to_json(Status(run="here", made_at=1.0)), 0.0)
+        until(watcher, lambda s: s.run == "here")
+        watching.close()

@@ -152,25 +152,32 @@ def to_watch(
     join: str | None,
     *,
     security: str = "curve",
-) -> Address:
-    """Where a run is watched that an address, a join token or a watch token stand for. `port` is
-    the server's, if no token tells another; a given `watch_port` takes precedence over all. Raises
-    `UserError`."""
+) -> list[Address]:
+    """Where a run is watched that an address, a join token or a watch token stand for: each address
+    of a token is one of the same server's, the best first. `port` is the server's, if no token
+    tells another; a given `watch_port` takes precedence over all. Raises `UserError`."""
     token = read(join, to_watch=True) if join else None
     if token is not None and token.watches:
         port = watch_port or token.port
     else:
         port = token.port if token is not None else port
         port = replace(Settings(), port=port, watch_port=watch_port).port_of_watchers
-    return _reached(
-        host,
-        port,
-        token,
-        security,
-        takes="watching it takes a token",
-        hint="make watch JOIN=... with the watch token that `make keys` prints there, or the join "
-        "token",
-    )
+    hosts = [host or LOOPBACK] if host or token is None else list(token.hosts)
+    if any(map(is_local, hosts)):
+        hosts = [LOOPBACK]
+    found = [
+        _reached(
+            each,
+            port,
+            token,
+            security,
+            takes="watching it takes a token",
+            hint="make watch JOIN=... with the watch token that `make keys` prints there, or the "
+            "join token",
+        )
+        for each in hosts
+    ]
+    return list(dict.fromkeys(found))
 
 
 def read(join: str, *, to_watch: bool = False) -> JoinToken:
