@@ -12,7 +12,7 @@ import sys
 import tempfile
 import tracemalloc
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +28,12 @@ from paramserver.errors import UserError
 from paramserver.net import jointoken
 from paramserver.net.jointoken import JoinToken
 from paramserver.output.curves import Curves, Line, Tail, follow, read
+from paramserver.output.serverlog import ServerLog
 from paramserver.page import guard, process, report, runs
 from paramserver.page.board import VIEWERS, Board, Seen
 from paramserver.page.web import CONNECTIONS
 from paramserver.settings import Settings
+from paramserver.status.value import LINES_KEPT, Event, EventKind, LogLine
 
 SECRET, TOKEN = pages.SECRET, pages.TOKEN
 
@@ -405,19 +407,40 @@ def test_few_earlier_runs_are_kept_in_memory(tmp_path: Path) -> None:
     assert len(runs._cache) == runs.CACHED
 
 
+def viewer(page: pages.Served) -> http.client.HTTPResponse:
+    """The stream of somebody who looks; it has the socket."""
+    connection = http.client.HTTPConnection("127.0.0.1", page.web.port, timeout=DEADLINE_S)
+    connection.request("GET", "/events")
+    return connection.getresponse()
+
+
 def test_a_stream_tells_what_is_new_and_ends_with_the_server(tmp_path: Path) -> None:
     pages.write_metrics(tmp_path / pages.RUN / "metrics.jsonl", 10)
     with pages.served(tmp_path) as page:
         page.show(pages.status())
-        connection = http.client.HTTPConnection("127.0.0.1", page.web.port, timeout=DEADLINE_S)
-        connection.request("GET", "/events")
-        answer = connection.getresponse()
-        told = [answer.readline() for _ in range(8)]
-        assert told[2] == b"event: curves\n" and told[5] == b"event: status\n"
-        assert json.loads(told[6].removeprefix(b"data: "))["step"] == 812
+        answer = viewer(page)
+        told = [answer.readline() for _ in range(11)]
+        kinds = [told[place] for place in (2, 5, 8)]
+        assert kinds == [b"event: log\n", b"event: curves\n", b"event: status\n"]
+        assert json.loads(told[3].removeprefix(b"data: ")) == {"lines": [], "events": []}
+        assert json.loads(told[9].removeprefix(b"data: "))["step"] == 812
         page.board.close("the run is over")
         assert b'event: end\ndata: {"text":"the run is over"}' in answer.read()
-        connection.close()
+
+
+def test_a_stream_begins_with_the_log_that_is_kept(tmp_path: Path) -> None:
+    log = ServerLog(tmp_path / pages.RUN / "server.jsonl")
+    pages.write_metrics(tmp_path / pages.RUN / "metrics.jsonl", 10)
+    for number in range(LINES_KEPT + 5):
+        log.add(LogLine(at=float(number), text=f"line {number}"))
+    log.add(Event(kind=EventKind.RESTART, step=7, at=2000.0))
+    with pages.served(tmp_path) as page, closing(viewer(page)) as answer:
+        assert [answer.readline() for _ in range(3)][2] == b"event: log\n"
+        told = json.loads(answer.readline().removeprefix(b"data: "))
+        assert [line["text"] for line in told["lines"]] == [
+            f"line {number}" for number in range(5, LINES_KEPT + 5)
+        ]
+        assert [event["kind"] for event in told["events"]] == ["restart"]
 
 
 def test_too_many_viewers_cost_the_others_nothing(tmp_path: Path) -> None:
@@ -425,11 +448,8 @@ def test_too_many_viewers_cost_the_others_nothing(tmp_path: Path) -> None:
         page.show(pages.status())
         streams = []
         for _ in range(VIEWERS):
-            connection = http.client.HTTPConnection("127.0.0.1", page.web.port, timeout=DEADLINE_S)
-            connection.request("GET", "/events")
-            answer = connection.getresponse()  # it has the socket now
-            assert answer.status == 200
-            streams.append(answer)
+            streams.append(viewer(page))
+            assert streams[-1].status == 200
         assert ask(page, "/events")[0] == 503
         assert ask(page, "/")[0] == 200
         idle = [socket.create_connection(("127.0.0.1", page.web.port)) for _ in range(CONNECTIONS)]

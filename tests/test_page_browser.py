@@ -19,6 +19,7 @@ from browser import Tab
 from whole import Run
 
 from paramserver.output.curves import read
+from paramserver.output.serverlog import ServerLog
 from paramserver.page import report
 from paramserver.status.value import (
     Cause,
@@ -258,6 +259,35 @@ def test_the_log_is_filtered(tab: Tab, page: pages.Served) -> None:
     page.show(msgspec.structs.replace(state, lines=(*state.lines, line)))
     tab.page.uncheck("#warnings")
     tab.until("document.querySelectorAll('#lines li').length === 4")
+
+
+def test_a_new_tab_has_the_log_and_the_marks_of_before(tab: Tab, page: pages.Served) -> None:
+    """Of what a server that was killed has kept; a status has the newest lines and events only."""
+    log, state = ServerLog(page.folder / "server.jsonl"), pages.status()
+    for number in range(300):
+        text = f"line {number}"
+        log.add(LogLine(at=state.made_at - 900 + number, text=text, warning=number == 7))
+    log.add(Event(kind=EventKind.RESTART, step=400, at=state.made_at - 500, text="server again"))
+    for entry in (*state.lines, *state.events):
+        log.add(entry)
+    tab.open(page.url, workers=3)
+    assert tab.page.locator("#lines li").count() == 303
+    assert tab.page.locator("#events li").count() == 5
+    tab.page.check("#warnings")
+    assert "line 7" in tab.text("#lines li:first-child")
+    newer = LogLine(at=state.made_at, text="one more")
+    page.show(msgspec.structs.replace(state, lines=(*state.lines, newer), step=813))
+    tab.until("document.querySelector('#steps').textContent.includes('813')")
+    tab.page.uncheck("#warnings")
+    assert tab.page.locator("#lines li").count() == 304
+
+    marks = "document.querySelector('[data-chart=\"loss\"] canvas').toDataURL()"
+    for by in ("step", "seconds"):
+        tab.page.select_option("#by", by)
+        with_marks = tab.page.evaluate(marks)
+        tab.page.evaluate("Charts.marks([])")
+        assert tab.page.evaluate(marks) != with_marks, f"there are marks by {by}"
+        tab.page.evaluate("Charts.marks([{kind: 'restart', step: 400}])")
 
 
 def test_the_last_state_stays_and_the_page_comes_back(chromium: Any, tmp_path: Path) -> None:

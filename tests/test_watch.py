@@ -8,6 +8,7 @@ import os
 import pty
 import re
 import select
+import shutil
 import struct
 import subprocess
 import sys
@@ -41,7 +42,7 @@ from paramserver.status.value import (
     Status,
     Times,
 )
-from paramserver.watch.screen import View, drawn, waiting
+from paramserver.watch.screen import View, drawn, gone_on, waiting
 
 # ------------------------------------------------------------------------------ what is drawn
 
@@ -127,6 +128,19 @@ def test_the_log_has_a_filter() -> None:
     only = "\n".join(lines(status, 80, 24, View(log=True, warnings=True)))
     assert "line 8" in only and "line 29" not in only
     assert "no such lines" in "\n".join(lines(status, 80, 24, View(log=True, filter="elephant")))
+
+
+def test_the_log_is_kept_while_somebody_watches() -> None:
+    told = [LogLine(at=i, text=f"line {i}", warning=i % 2 == 0) for i in range(30)]
+    seen = gone_on((), told[:10])
+    assert gone_on(seen, told[:10]) == seen
+    seen = gone_on(gone_on(seen, told[5:15]), told[20:])
+    assert [line.at for line in seen] == [*range(15), *range(20, 30)]
+    status = replace(FULL, lines=tuple(told[28:]), warnings=tuple(told[28:29]))
+    log = "\n".join(lines(status, 80, 60, View(log=True, lines=seen)))
+    assert "line 0" in log and "line 29" in log
+    log = "\n".join(lines(status, 80, 60, View(log=True, lines=seen, warnings=True)))
+    assert "line 0" in log and "line 28" in log and "line 29" not in log
 
 
 def test_it_says_what_is_wrong() -> None:
@@ -332,3 +346,57 @@ def test_the_table_of_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "not ended: no step yet" in third
     assert fourth.split()[0] == "2026-01-04_00-00-00"
     assert none == f"no runs in {tmp_path / 'notes'}: make demo makes one"
+
+
+def test_a_run_that_is_removed_while_somebody_looks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = a_run(tmp_path, "2026-01-01_00-00-00", 1)
+    folder.metrics.write_bytes(a_step(7))
+    last_step = runs._last_step
+
+    def the_last_time(path: Path) -> Any:
+        found = last_step(path)
+        shutil.rmtree(folder.path)
+        return found
+
+    monkeypatch.setattr(runs, "_last_step", the_last_time)
+    assert runs.read(folder.path).steps == 7
+    monkeypatch.undo()
+    assert runs.read(folder.path) == runs.Summary(folder.path.name, end="no step was made")
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.just(10**400),
+    lambda inside: st.lists(inside, max_size=2) | st.dictionaries(st.text(), inside, max_size=2),
+    max_leaves=6,
+)
+
+
+@given(
+    st.fixed_dictionaries(
+        {},
+        optional=dict.fromkeys(
+            ("steps", "samples_per_s", "end", "val_accuracy", "metrics", "val_loss", "train_loss"),
+            ANYTHING | st.dictionaries(st.text(), ANYTHING, max_size=2),
+        ),
+    ),
+    ANYTHING,
+    st.integers(),
+)
+def test_whatever_is_in_a_run_folder_it_has_a_row(
+    tmp_path_factory: pytest.TempPathFactory, summary: dict[str, Any], name: Any, step: int
+) -> None:
+    folder = RunFolder(tmp_path_factory.mktemp("runs") / "2026-01-01_00-00-00")
+    folder.path.mkdir()
+    settings = {"model": {"type": name}, "dataset": name}
+    record = {"run": "r", "host": "h", "port": 1, "settings": settings}
+    folder.record.write_text(json.dumps(record))
+    for path, told in (
+        (folder.metrics, {**json.loads(a_step(1)), "step": step}),
+        (folder.summary, summary),
+    ):
+        path.write_text(json.dumps(told))
+        found = runs.read(folder.path)
+        assert len(runs.table([found])) == 2
+        assert msgspec.json.encode(found), "the page has it, too"

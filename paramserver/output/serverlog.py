@@ -7,8 +7,10 @@ has grown too large. A disk that is full or gone ends nothing here, and is told 
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -17,6 +19,7 @@ from paramserver import drafts
 from paramserver.status.value import EVENTS_MAX, LINES_KEPT, Event, LogLine
 
 FILE_BYTES = 2**22  # some times what is kept of it
+LINE_BYTES = 2**16  # a longer line is none of ours
 _encode = msgspec.json.Encoder().encode
 
 
@@ -28,6 +31,13 @@ class Entry(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 _decode = msgspec.json.Decoder(Entry).decode
+
+
+class Entries(msgspec.Struct, frozen=True):
+    """The newest of a file, each kind in its order."""
+
+    lines: list[LogLine]
+    events: list[Event]
 
 
 class ServerLog:
@@ -61,27 +71,41 @@ class ServerLog:
             self.take_up()
 
     def _read(self) -> list[LogLine | Event]:
-        lines: deque[tuple[int, LogLine]] = deque(maxlen=LINES_KEPT)
-        events: deque[tuple[int, Event]] = deque(maxlen=EVENTS_MAX)
-        try:
-            with self._path.open("rb") as file:
-                size = file.seek(0, 2)
-                file.seek(max(0, size - 2 * FILE_BYTES))
-                text = file.read(2 * FILE_BYTES)
-        except OSError:
-            return []
-        self._torn = not text.endswith(b"\n") and bool(text)
-        for place, part in enumerate(text.split(b"\n")):
-            try:
-                entry = _decode(part)
-            except (msgspec.DecodeError, ValueError, RecursionError):
-                continue  # torn, or spoilt
-            if entry.line is not None:
-                lines.append((place, entry.line))
-            if entry.event is not None:
-                events.append((place, entry.event))
-        both: list[tuple[int, LogLine | Event]] = [*lines, *events]
-        return [entry for _, entry in sorted(both, key=lambda found: found[0])]
+        found, self._torn = _read(self._path)
+        return found
+
+
+def newest(path: Path) -> Entries:
+    """The newest entries of such a file, for whoever only looks; none where there is no file."""
+    found, _ = _read(path)
+    return Entries(
+        [entry for entry in found if isinstance(entry, LogLine)],
+        [entry for entry in found if isinstance(entry, Event)],
+    )
+
+
+def _read(path: Path) -> tuple[list[LogLine | Event], bool]:
+    """The newest entries in their order; does the file end within a line?"""
+    lines: deque[tuple[int, LogLine]] = deque(maxlen=LINES_KEPT)
+    events: deque[tuple[int, Event]] = deque(maxlen=EVENTS_MAX)
+    part = b""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 2 * FILE_BYTES))
+            for place, part in enumerate(iter(partial(file.readline, LINE_BYTES), b"")):
+                try:
+                    entry = _decode(part)
+                except (msgspec.DecodeError, ValueError, RecursionError):
+                    continue  # torn, or spoilt
+                if entry.line is not None:
+                    lines.append((place, entry.line))
+                if entry.event is not None:
+                    events.append((place, entry.event))
+    except OSError:
+        pass  # what was read before counts
+    both: list[tuple[int, LogLine | Event]] = [*lines, *events]
+    kept = [entry for _, entry in sorted(both, key=lambda found: found[0])]
+    return kept, bool(part) and not part.endswith(b"\n")
 
 
 def _line(entry: LogLine | Event) -> bytes:

@@ -1,7 +1,8 @@
 """The page's web server: files that never change, the run's state, and a stream of what is new.
 
     GET  /              the page, and its parts /page.js, /page.css, ...
-    GET  /events        server-sent events: status, curves, end; a comment every few seconds
+    GET  /events        server-sent events: the log so far, then status, curves and end as they
+                        come, and a beat every few seconds
     GET  /curves.json   the curves of this run; with ?run=NAME of another one in `run_dir`
     GET  /runs.json     earlier runs
     GET  /trace.json    the last minute for ui.perfetto.dev
@@ -23,6 +24,8 @@ from urllib.parse import parse_qs, urlsplit
 
 import msgspec
 
+from paramserver.output.runfolder import RunFolder
+from paramserver.output.serverlog import newest
 from paramserver.page import runs
 from paramserver.page.board import Board, Seen
 from paramserver.page.guard import (
@@ -86,6 +89,7 @@ class Web(ThreadingHTTPServer):
         self.socket.close()
         self.socket = listening
         self.board, self.run_dir, self.folder, self.secret = board, run_dir, folder, secret
+        self.log = RunFolder(run_dir / folder).server_log
         self.port = listening.getsockname()[1]
         name = socket.gethostname().lower()
         self.names = {name, f"{name.removesuffix('.local')}.local"}
@@ -220,11 +224,18 @@ class Handler(BaseHTTPRequestHandler):
                 return
             self._head(200, "text/event-stream", {})
             self.wfile.write(b"retry: 2000\n\n")
+            with self.server.reading:
+                log = _encode(newest(self.server.log))
+            self._event("log", log)
+            del log
             while True:
                 news = board.next(seen, BEAT_S)
                 for kind, text in news:
-                    self.wfile.write(b"event: %s\ndata: %s\n\n" % (kind.encode(), text))
+                    self._event(kind, text)
                 if not news:
-                    self.wfile.write(b"event: beat\ndata: {}\n\n")  # finds a viewer that is gone
+                    self._event("beat", b"{}")  # finds a viewer that is gone
                 if news and news[-1][0] == "end":
                     return
+
+    def _event(self, kind: str, text: bytes) -> None:
+        self.wfile.write(b"event: %s\ndata: %s\n\n" % (kind.encode(), text))

@@ -28,7 +28,7 @@ from paramserver.output.display import Display, Paper
 from paramserver.status.chrome import Recorder
 from paramserver.status.value import Status
 from paramserver.watch.connection import Connection
-from paramserver.watch.screen import View, drawn, waiting
+from paramserver.watch.screen import View, drawn, gone_on, waiting
 
 POLL_S = 0.1  # for a status, between two looks at the keys
 REDRAW_S = 1.0  # without anything new: seconds of silence go on
@@ -42,15 +42,14 @@ FILTER_CHARS = 60
 def watch(words: list[str]) -> None:
     """Watch the run that these settings name, or the join or watch token in them."""
     settings = load(words, "worker").settings
-    host = (settings.host_ip or "").split(",")[0]
-    there = to_watch(
-        None if host in ("", AUTO) else host,
+    ways = to_watch(
+        None if settings.host_ip == AUTO else settings.host_ip,
         settings.port,
         settings.watch_port,
         settings.join,
         security=settings.security,
     )
-    with Connection(there) as connection:
+    with Connection(*ways) as connection:
         if settings.plain or not _draws():
             print_lines(connection)
         else:
@@ -73,7 +72,7 @@ def print_lines(connection: Connection) -> None:
             silent_s = min(connection.silent_s, time.monotonic() - began)
             if silent_s > SAID_AFTER_S and not said:
                 said = True
-                display.say(f"no word from a run at {_where(connection)}")
+                display.say(f"no word from a run at {connection}")
             continue
         said = False
         if status.run == over:
@@ -121,8 +120,12 @@ class Screen:
                 if status is not None:
                     if self._status is not None and status.run != self._status.run:
                         self._recorder = Recorder()
+                        self._view = replace(self._view, lines=())
                     self._status = status
                     self._recorder.add(status)
+                    if status.lines[-1:] != self._view.lines[-1:]:
+                        lines = gone_on(self._view.lines, status.lines)
+                        self._view = replace(self._view, lines=lines)
                 for key in typed:
                     self._press(key)
                 if status is not None or typed or time.monotonic() >= redraw_at:
@@ -168,7 +171,7 @@ class Screen:
             columns, rows = os.get_terminal_size(sys.stdout.fileno())
             width, height = max(columns - 1, 1), max(rows, 1)  # the last column wraps on some
             if self._status is None:
-                lines = waiting(_where(self._connection), width, height)
+                lines = waiting(str(self._connection), width, height)
             else:
                 silent_s = self._connection.silent_s
                 view = replace(self._view, silent_s=0.0 if math.isinf(silent_s) else silent_s)
@@ -181,10 +184,6 @@ class Screen:
             self._console.print(Text("\n").join(lines), soft_wrap=True, end="")
         text = capture.get().replace("\n", "\x1b[K\r\n")
         terminal.write(f"\x1b[H{text}\x1b[K\x1b[J")
-
-
-def _where(connection: Connection) -> str:
-    return f"{connection.there.host}:{connection.there.port}"
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from rich.text import Text
 
 from paramserver.output import figures
 from paramserver.status.value import (
+    LINES_KEPT,
     PARTS,
     Cause,
     Link,
@@ -62,6 +63,8 @@ class View:
     """Of the log, lines with this text."""
     typing: bool = False
     """The filter is being typed."""
+    lines: tuple[LogLine, ...] = ()
+    """Of the log, as far as it was seen; none: those of the status."""
     note: str = ""
     """A sentence about the last key."""
     silent_s: float = 0.0
@@ -144,7 +147,7 @@ def _machines(status: Status, width: int, utf8: bool, room: int) -> list[Text]:
     first where they are too many, then the server and the observer in one line."""
     marks = MARKS if utf8 else ASCII_MARKS
     legend = Text("time of the last minute: ", style="dim")
-    if width < 80:
+    if width < 70:
         legend = Text()
     for part in PARTS:
         legend.append(marks[part], COLOURS[part])
@@ -178,7 +181,7 @@ def _tail(m: Machine, status: Status, width: int) -> Text:
         style = STATE_COLOURS.get(m.state, "yellow")
         return Text(f"{(m.trouble or m.state.value)[: width // 3]:>16}", style=style)
     tail = Text(f"{figures.rate(m):>16}")
-    if width >= 80 and m.share is not None:
+    if width >= 79 and m.share is not None:
         tail.append(f"  {figures.share(m, status)}", "dim")
     if width >= 100:
         tail.append(f"  {size(m.memory_bytes):>8}" if m.memory_bytes is not None else "", "dim")
@@ -262,7 +265,10 @@ def _newest(status: Status, view: View, room: int) -> list[Text]:
 
 def _log(status: Status, view: View, room: int) -> list[Text]:
     """The newest lines that the filter lets through."""
-    lines: Sequence[LogLine] = status.warnings if view.warnings else status.lines
+    lines: Sequence[LogLine] = view.lines or status.lines
+    if view.warnings:
+        lines = [line for line in lines if line.warning]
+        lines = lines if len(lines) > len(status.warnings) else status.warnings
     wanted = view.filter.lower()
     found = [line for line in lines if wanted in line.text.lower()]
     if not found and (wanted or view.warnings):
@@ -287,6 +293,13 @@ def _footer(view: View) -> Text:
     if view.filter:
         line.append(f"filter: {view.filter}  ", "yellow")
     return line
+
+
+def gone_on(before: tuple[LogLine, ...], newest: Sequence[LogLine]) -> tuple[LogLine, ...]:
+    """The log as far as it was seen, with its newest lines, of which the first may be known."""
+    last = before[-1] if before else None
+    known = next((n for n in range(len(newest), 0, -1) if newest[n - 1] == last), 0)
+    return (*before, *newest[known:])[-LINES_KEPT:]
 
 
 # ------------------------------------------------------------------------------ small things

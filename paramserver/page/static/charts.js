@@ -91,12 +91,19 @@ const Charts = (() => {
 
   // Events as lines from top to bottom; those of one pixel are one line.
   const MARKS = { joined: "green", gone: "red", snapshot: "violet", checkpoint: "grey", restart: "orange", ended: "ink" };
+  function placeOf(event) {
+    if (view.by === "step") return event.step;
+    if (!run || !run.step.length) return null;
+    const at = run.step.findIndex((step) => step >= event.step);
+    return run.seconds[at < 0 ? run.step.length - 1 : at];
+  }
   function drawMarks(plot) {
-    if (view.by !== "step") return;
     const { ctx, bbox } = plot, drawn = new Set();
     ctx.save();
     for (const event of events) {
-      const x = Math.round(plot.valToPos(event.step, "x", true));
+      const at = placeOf(event);
+      if (at === null) continue;
+      const x = Math.round(plot.valToPos(at, "x", true));
       if (x < bbox.left || x > bbox.left + bbox.width || drawn.has(`${x} ${event.kind}`)) continue;
       drawn.add(`${x} ${event.kind}`);
       ctx.strokeStyle = ctx.fillStyle = colours[event.kind] || colours.ended;

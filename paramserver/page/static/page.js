@@ -73,7 +73,7 @@
     Machines.table($("rounds").tBodies[0], status);
     ledger();
     settings();
-    remember();
+    remember(status);
     text($("made"), `State of ${new Date(status.made_at * 1000).toLocaleString("en-GB")}.`);
   }
   // May there be evaluations? Without an observer, and where the run ended before the first, none.
@@ -147,15 +147,16 @@
 
   // ---------------------------------------------------------------- log and events
 
-  function remember() {
+  // Lines and events of the log so far, or of a status: those that are new.
+  function remember(found) {
     let fresh = false;
     const last = lines.length ? lines[lines.length - 1] : null;
-    const from = last ? status.lines.findLastIndex((line) => line.at === last.at && line.text === last.text) + 1 : 0;
-    for (const line of status.lines.slice(from)) { if (!last || from || line.at >= last.at) { lines.push(line); fresh = true; } }
+    const from = last ? found.lines.findLastIndex((line) => line.at === last.at && line.text === last.text) + 1 : 0;
+    for (const line of found.lines.slice(from)) { if (!last || from || line.at >= last.at) { lines.push(line); fresh = true; } }
     lines = lines.slice(-LINES);
     if (fresh) log();
     const before = events.size;
-    for (const event of status.events) events.set(`${event.kind} ${event.step} ${event.at} ${event.text}`, event);
+    for (const event of found.events) events.set(`${event.kind} ${event.step} ${event.at} ${event.text}`, event);
     if (events.size !== before) marks();
   }
   function log() {
@@ -221,6 +222,7 @@
     const stream = new EventSource("events");
     stream.addEventListener("status", (event) => { heard = Date.now(); alive(); const next = JSON.parse(event.data); if (status && next.run !== status.run) { location.reload(); return; } show(next); });
     stream.addEventListener("curves", (event) => { alive(); if (!take(JSON.parse(event.data))) { stream.close(); again(); } });
+    stream.addEventListener("log", (event) => remember(JSON.parse(event.data)));
     stream.addEventListener("end", (event) => { ended = JSON.parse(event.data).text; });
     stream.addEventListener("beat", alive);
     stream.onopen = () => { tries = 0; curves = null; alive(); earlier(); };
