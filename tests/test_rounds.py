@@ -1524,6 +1524,19 @@ def test_who_fell_behind_may_join_again_for_a_snapshot() -> None:
     assert but_words(run.push(1))[-1] == "obs <- give 3 of step 2"
 
 
+def test_one_that_has_shown_nothing_is_asked_for_a_snapshot_after_one_that_failed_once() -> None:
+    run = Run().observer()
+    run.hello(1), run.follows(1)  # the name of a state is no secret
+    run.hello(2), run.join(2)
+    givers = []
+    for _ in range(3):
+        assert run.rounds.snapshot is not None
+        givers.append(run.rounds.snapshot.giver)
+        run.handle(Told(givers[-1], wire.Abort(run.rounds.snapshot.number, "no")))
+        run.join(2)
+    assert givers == ["obs", "obs", "w1"]
+
+
 def test_a_giver_that_fell_behind_gives_no_snapshot() -> None:
     run = Run(observer=False).workers(1)
     run.hello(2), run.join(2), run.snapshot(2)

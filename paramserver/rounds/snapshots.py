@@ -167,14 +167,15 @@ class Snapshots:
         if not givers:
             return False
         # The giver that has failed this joiner least comes first: a joiner gives up after a few
-        # snapshots, and what others say of a giver may be a lie. Givers that have proven nothing
-        # come last. The observer's id is 0.
+        # snapshots, and what others say of a giver may be a lie. One that has shown nothing counts
+        # as if it had failed once, and comes after those of which as much is known. The observer's
+        # id is 0.
         giver = min(
             givers,
             key=lambda p: (
-                joiner.failed_by.get(p.id, 0),
-                p.failed_gives,
+                joiner.failed_by.get(p.id, 0) + (not p.has_shown),
                 not p.has_shown,
+                p.failed_gives,
                 p.id,
             ),
         )
