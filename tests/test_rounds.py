@@ -2636,9 +2636,9 @@ TestAnyOrder = AnyOrder.TestCase
 # ------------------------------------------------------------------------ what workers die of
 
 
-def trained(*numbers: int, samples: int = 40) -> Run:
+def trained(*numbers: int, samples: int = 40, **rules: Any) -> Run:
     """These workers have contributed to a step."""
-    run = Run(num_workers=len(numbers), observer=True).observer()
+    run = Run(num_workers=len(numbers), observer=True, **rules).observer()
     run.workers(*numbers, samples=samples)
     for who in numbers:
         run.push(who)
@@ -2770,6 +2770,23 @@ def test_one_worker_alone_cannot_end_the_run_so() -> None:
     run = trained(1, 2, 3, samples=400)
     run.push(1, samples=2, unread=tuple(range(8))), run.push(2), run.push(3)
     assert run.rounds.step == 2 and run.rounds.ending is None
+
+
+def test_one_that_has_brought_nothing_and_cannot_read_what_others_could_is_sent_away() -> None:
+    """It neither ends the run nor has all samples skipped, while those who can read are away."""
+    run = trained(1, 2, samples=100, epochs=3)
+    run.hello(3), run.join(3)
+    run.tick(9.0, 0, 3), run.tick(18.0, 0, 3)  # the others are silent
+    run.snapshot(3), run.ready(3)
+    assert members(run) == [3]
+    number = run.rounds.round.number if run.rounds.round is not None else 0
+    effects = run.tells(3, wire.Unreadable(number))
+    why = "worker 3 (pi) could not read 10 samples of the training set, others could"
+    assert f"w3 <- reject: {why}" in effects and f"# {why}: worker 3 (pi) is sent away" in effects
+    assert run.rounds.ending is None and run.ledger.unread == 10
+    run.hello(1, "b"), run.follows(1, "b"), run.ready(1, "b")
+    run.push(1, life="b", samples=9, unread=(0,))
+    assert run.rounds.ending is None, "what it could not read is not held against others"
 
 
 def test_where_nothing_can_be_trained_on_the_run_fails() -> None:

@@ -585,13 +585,28 @@ class Rounds:
         return True
 
     def _send_away(self, peer: Peer, why: str, now: float) -> None:
-        self._out.warn(f"{why}: {peer.name} is sent away", peer)
         hint = (
             "every worker's loop makes the same steps in the same order: what decides about them "
             "must be the same everywhere, as cluster.step is"
         )
-        self._out.send(peer, wire.Reject(why, hint))
-        self._leaves(peer, "it made another step than the others", now, error=True, finished=False)
+        left = "it made another step than the others"
+        self._reject_in_run(peer, wire.Reject(why, hint), left, now)
+
+    def _reject_in_run(self, peer: Peer, why: wire.Reject, left: str, now: float) -> None:
+        """Send a worker away that takes part; `left` is how it left, for people."""
+        self._out.warn(f"{why.reason}: {peer.name} is sent away", peer)
+        self._out.send(peer, why)
+        self._leaves(peer, left, now, error=True, finished=False)
+
+    def _send_away_who_cannot_read(self, members: Collection[Member], now: float) -> None:
+        """The samples that a worker could not read are skipped. One that has brought nothing and
+        reads next to nothing of a set that others have read would have all of it skipped."""
+        for member in members:
+            peer = self.peers.get(member.session)
+            if peer is not None and (why := self._leases.cannot_read(peer, member)) is not None:
+                hint = "look whether its copy of the training set is whole"
+                left = "it could not read the training set"
+                self._reject_in_run(peer, wire.Reject(why, hint), left, now)
 
     def _end_leases(self) -> None:
         """All members of the open round ask for their next leases: settle those that they had."""
@@ -893,6 +908,7 @@ class Rounds:
         self._waits.overdue_rounds = 0
         close = self.log.append(close)
         self._to_note = current, close, settled, now
+        self._send_away_who_cannot_read(current.members.values(), now)
         return close
 
     def _note_closed(self) -> None:

@@ -79,7 +79,7 @@ class Leases:
         self._shared: dict[int, int] = {}  # samples of a round by worker, as last handed out
         self._measured: dict[int, str] = {}  # by worker: the process whose speed is known
         self._without: set[int] = set()  # workers that get nothing, and were named
-        self._unread_by: set[int] = set()  # workers that could not read samples
+        self._unread_by: dict[int, int] = {}  # by worker: samples that it could not read
         self._round_s = 0.0  # of the last one
         self._held: dict[Lease, tuple[str, float]] = {}  # left by a session; until when
         self._silent: dict[str, Lease] = {}  # by process: what it computed when it fell silent
@@ -427,7 +427,7 @@ class Leases:
             elif member.lease not in self._held:
                 self.ledger.settle(member.lease, RETURNED)
         if how != RETURNED and member.unread:
-            self._unread_by.add(worker)
+            self._unread_by[worker] = self._unread_by.get(worker, 0) + len(member.unread)
         if peer is not None:
             if member.lease in peer.leases:
                 peer.leases.remove(member.lease)
@@ -506,22 +506,41 @@ class Leases:
 
     def hopeless(self) -> str | None:
         """Why it makes no sense to go on. What could not be read counts only if most workers could
-        not: one worker alone may have a broken copy."""
+        not: one worker alone may have a broken copy. Where samples were trained on, the word of one
+        that has not contributed does not count (see `cannot_read`)."""
         if self.ledger is None:
             return None
         why = self.ledger.hopeless
         if why is None:
             return None
         ready = self._roster.workers_ready()
-        agree = [p for p in ready if p.id in self._unread_by]
-        if self.ledger.too_many_unread and 2 * len(agree) <= len(ready):
+        agree = [p for p in ready if p.id in self._unread_by and (p.proven or not self._trained)]
+        theirs = sum(self._unread_by[p.id] for p in agree)
+        most, few = self.ledger.most_lost, 2 * len(agree) <= len(ready)
+        if self.ledger.too_many_unread and (few or theirs <= most):
             return None
         return f"{why}: {self._first_lost(self.ledger)}"
+
+    @property
+    def _trained(self) -> bool:
+        """Has anybody trained on samples of this set?"""
+        return self.ledger is not None and self.ledger.done + self.ledger.partly > 0
+
+    def cannot_read(self, peer: Peer, member: Member) -> str | None:
+        """Why this worker's data set cannot be the run's, after a round: of a set that others have
+        trained on, it could not read more samples than may be broken, and it has contributed
+        nothing. None where it may go on. The next process by its id begins anew."""
+        if self.ledger is None or not member.unread or peer.proven or not self._trained:
+            return None
+        if self._unread_by.get(peer.id, 0) <= self.ledger.most_lost:
+            return None
+        count = self._unread_by.pop(peer.id)
+        return f"{peer.name} could not read {count} samples of the training set, others could"
 
     def verdict(self) -> tuple[str, bool]:
         """Why the run ends when all epochs are done, and whether that is an error."""
         assert self.ledger is not None
-        if self.ledger.skipped and not self.ledger.done + self.ledger.partly:
+        if self.ledger.skipped and not self._trained:
             skipped = self.ledger.skipped
             return f"no sample could be trained on, all {skipped} were skipped", True
         return "all epochs are done", False

@@ -402,19 +402,20 @@ class Ledger:
         return news
 
     @property
-    def _most_lost(self) -> int:
+    def most_lost(self) -> int:
+        """So many samples may be broken in the epochs so far."""
         epochs = min(self._epoch + 1, max(1, self.epochs))
         return max(1, self.samples // SHARE_MAX) * epochs
 
     @property
     def too_many_unread(self) -> bool:
-        return self.unread > self._most_lost
+        return self.unread > self.most_lost
 
     @property
     def hopeless(self) -> str | None:
         """Why it makes no sense to go on: more samples are skipped than may be broken in a data
         set. None while there are fewer."""
-        most = self._most_lost
+        most = self.most_lost
         if self.too_many_unread:
             return f"{self.unread} samples could not be read, more than one in {SHARE_MAX}"
         if self.killed > most and self.killed_ranges > KILLED_RANGES_MAX:

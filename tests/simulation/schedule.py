@@ -458,6 +458,15 @@ class Schedule:
         counts = alone or self.rules.max_workers in server.contributed
         return liar is not None and counts and all(d.how != SILENT for d in went.values())
 
+    def _liar_read_nothing(self, end: wire.End) -> bool:
+        """Did the run end because the liar said that it cannot read samples? Where others were
+        trained on, something of it must have been in the log: else only what it says is skipped."""
+        server, ledger = self.server, self.server.rounds.ledger
+        if not server.unread_by_liar or "could not be read" not in end.reason or ledger is None:
+            return False
+        nothing = not ledger.done + ledger.partly
+        return nothing or self.rules.max_workers in server.contributed
+
     def _check_given_up(self, end: wire.End) -> None:
         """Nobody who was within reach held the state."""
         since = self.world.now - 2 * SILENCE_S
@@ -607,6 +616,8 @@ class Schedule:
                 self._check_refused(end)
             elif self._liar_has_left(end):
                 outcome.seen["the liar left, and nobody else was there"] += 1
+            elif self._liar_read_nothing(end):
+                outcome.seen["the liar could read nothing"] += 1
             elif self._others_wait_elsewhere(end):
                 outcome.seen["too few, since others wait where a server was"] += 1
             else:
