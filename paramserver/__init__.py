@@ -30,10 +30,10 @@ __all__ = ["Cluster", "RunLost", "UserError", "join", "trials"]
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(_workers(), name)
+    return getattr(workers_package(), name)
 
 
-def _workers() -> Any:
+def workers_package() -> Any:
     """The package `workers` beside this one. Under its own name if that stands for it here, else,
     because the name is taken by another, as `paramserver.workers`."""
     import importlib.util

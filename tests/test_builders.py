@@ -259,6 +259,26 @@ WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
     "loss": ({"loss": "CrossEntropy"}, "there is no loss 'CrossEntropy'", "CrossEntropyLoss?"),
     "a sum": ({"loss": {"name": "MSELoss", "reduction": "sum"}}, "it must be a mean", "averaged"),
     "metric": ({"metric": "acuracy"}, "there is no metric 'acuracy'", "did you mean accuracy?"),
+    "schedule's list": (
+        {"scheduler": {"name": "MultiStepLR", "milestones": ["ten", "twenty"]}},
+        "scheduler.milestones must be a list of whole numbers, not ['ten', 'twenty']",
+        "MultiStepLR takes",
+    ),
+    "schedule's word": (
+        {"scheduler": {"name": "CyclicLR", "base_lr": 0.1, "max_lr": 1, "mode": "triangel"}},
+        "scheduler.mode must be triangular or triangular2 or exp_range, not 'triangel'",
+        "",
+    ),
+    "schedule of another optimizer": (
+        {"scheduler": {"name": "CyclicLR", "base_lr": 0.1, "max_lr": 1}, "optimizer": "Adagrad"},
+        "must support momentum",
+        "",
+    ),
+    "a pair": (
+        {"optimizer": {"name": "Adam", "betas": [0.9]}},
+        "optimizer.betas must be a list of 2 numbers, not [0.9]",
+        "",
+    ),
     "no module": ({"loss": "nowhere.at:all"}, "loss=nowhere.at:all: there is no module", ""),
     "not one": ({"optimizer": "os:system"}, "neither a subclass of torch.optim.Optimizer", ""),
     "a count with an argument": (
@@ -332,6 +352,13 @@ def test_a_server_finds_it_before_it_listens(name: str) -> None:
     with pytest.raises(UserError) as caught:
         check_named(settings(**given))
     assert problem in caught.value.problem and hint in caught.value.hint
+
+
+def test_a_server_tries_the_first_steps_of_a_schedule() -> None:
+    """Torch divides by `step_size` only there, when all workers would end by it."""
+    with pytest.raises(UserError, match="StepLR cannot be stepped with these arguments: Zero") as e:
+        check_named(settings(scheduler={"name": "StepLR", "step_size": 0}))
+    assert "StepLR takes" in e.value.hint
 
 
 @pytest.mark.parametrize(

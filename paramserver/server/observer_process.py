@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import subprocess
@@ -28,6 +29,14 @@ OBSERVER_PROVEN_S = 60.0  # after running for longer, earlier deaths do not coun
 OBSERVER_PATIENCE_S = 90.0
 OBSERVER_PAUSE_S = 5.0  # before the next try to make its process
 LOG_LINES, LOG_BYTES = 5, 4096  # of the observer's log, to say why it ended
+
+
+def check(settings: Settings) -> None:
+    """Raise `UserError` for what the observer could not build of these settings, as far as that
+    shows without its process."""
+    from paramserver import workers_package
+
+    importlib.import_module(f"{workers_package().__name__}.builtin.beforehand").check(settings)
 
 
 class ObserverProcess:

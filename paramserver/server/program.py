@@ -39,6 +39,7 @@ from paramserver.page import report
 from paramserver.page.process import Page, opened
 from paramserver.protocol import messages as wire
 from paramserver.rounds import aggregate, local_steps
+from paramserver.server import observer_process
 from paramserver.server.control import Control
 from paramserver.server.observer_process import ObserverProcess
 from paramserver.server.ports import Ports
@@ -46,7 +47,6 @@ from paramserver.server.server import Server
 from paramserver.server.show import Show
 from paramserver.settings import Settings
 from paramserver.status.value import THIS_MACHINE, EventKind
-from paramserver.tensors.torch_names import check_named
 from paramserver.terminal import STOPPED_BY
 from paramserver.transport import malloc
 from paramserver.transport.sockets import allow_connections, is_loopback, towards
@@ -129,7 +129,7 @@ def serve(settings: Settings) -> int:
     settings, it goes on, if one of its replicas comes back.
     """
     if settings.observer:
-        check_named(settings)
+        observer_process.check(settings)
     trace.begin("server")
     malloc.keep_freed()
     allow_connections()
@@ -219,7 +219,7 @@ def _going_on(before: Unended, settings: Settings) -> tuple[Settings | None, str
     if not before.differs:
         return settings, ""
     path, port = before.folder.path, before.record.port
-    said = f"{path} has not ended, and is nearly this run: {', '.join(before.differs)}"
+    said = f"{path} has not ended, and differs from this run: {', '.join(before.differs)}"
     rest = f"a new run begins; resume={path} would go on from its last checkpoint"
     try:
         as_it_is = replace(from_wire(settings, before.record.settings), port=port)
@@ -229,7 +229,7 @@ def _going_on(before: Unended, settings: Settings) -> tuple[Settings | None, str
         terminal.say(said)
         question = f"go on with it as it is there, y, or begin a new run, N ({PERSON_S:g} s)? "
         return (as_it_is, "") if terminal.asked(question, PERSON_S) else (None, rest)
-    return None, f"{said}; started with that it would go on, {rest}"
+    return None, f"{said}; with the same settings it would go on, now {rest}"
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,10 @@ from typing import Any
 import torch
 
 from paramserver.errors import UserError
+from paramserver.tensors.annotations import misfit
 from paramserver.words import nearest, printable
 
 ROOT = Path(__file__).resolve().parents[2]
-KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
-"""The annotations that are checked, as people call them."""
 NOT_THEIRS = (Path(torch.__file__).parent, ROOT / "paramserver", ROOT / "workers")
 
 
@@ -34,7 +33,7 @@ def make(
         raise
     except Exception as fault:  # any exception of a constructor is a fault of the settings
         raise UserError(
-            f"{name} cannot be built from these arguments: {told(fault)}", _takes(name, factory)
+            f"{name} cannot be built from these arguments: {told(fault)}", taken_by(name, factory)
         ) from fault
 
 
@@ -51,12 +50,13 @@ def check(
     parameters = list(signature.parameters.values())[first:]
     named = {p.name: p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
-    hint = _takes(name, factory)
+    hint = taken_by(name, factory)
     for key, value in arguments.items():
         if key in named:
-            kind = named[key].annotation
-            if not _fits(value, kind):
-                raise UserError(f"{group}.{key} must be {KINDS[kind]}, not {value!r}", hint)
+            is_default = value is named[key].default  # None of a number, as torch has it
+            must = None if is_default else misfit(value, named[key].annotation)
+            if must is not None:
+                raise UserError(f"{group}.{key} must be {must}, not {value!r}", hint)
         elif not takes_any:
             raise UserError(
                 f"{group}.{key} is no argument of {name}", did_you_mean(str(key), named, hint)
@@ -90,17 +90,6 @@ def did_you_mean(word: str, known: Iterable[str], rest: str = "") -> str:
     return f"did you mean {near}? {rest}" if near else rest
 
 
-def _fits(value: object, kind: object) -> bool:
-    """Whether `value` may stand where `kind` is annotated; only plain types are checked."""
-    if kind is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if kind is str or kind is bool:
-        return isinstance(value, kind)
-    return True
-
-
 def _as_annotated(factory: Callable[..., Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Turn lists of YAML into tensors where the parameter is annotated so: the weights of
     classes."""
@@ -123,7 +112,7 @@ def signature_of(factory: Callable[..., Any]) -> inspect.Signature | None:
     return None
 
 
-def _takes(name: str, factory: Callable[..., Any]) -> str:
+def taken_by(name: str, factory: Callable[..., Any]) -> str:
     """A hint: the arguments with their types and defaults."""
     signature = signature_of(factory)
     if signature is None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import nn
-from torch.optim import Optimizer, lr_scheduler
+from torch.optim import SGD, Optimizer, lr_scheduler
 from torch.optim.lr_scheduler import LRScheduler
 
 from paramserver.errors import UserError
@@ -39,6 +41,7 @@ OPTIMIZERS = _of(torch.optim, Optimizer)
 SCHEDULERS = _of(lr_scheduler, LRScheduler)
 LOSSES = {n: kind for n, kind in _of(nn, nn.modules.loss._Loss).items() if _takes_two(kind)}
 METRICS = ("accuracy", *LOSSES)
+FIRST_STEPS = 2  # of a schedule that is tried
 
 
 def with_rate(
@@ -66,28 +69,57 @@ def check_mean(group: str, arguments: Mapping[str, Any]) -> None:
         )
 
 
+def build_scheduler(
+    optimizer: Optimizer, setting: Mapping[str, Any], find: Callable[[Any], Any]
+) -> LRScheduler:
+    """The setting `scheduler`, and what stands in it; `find` gives the class of a name. Raises
+    `UserError`."""
+    arguments = dict(setting)
+    name = arguments.pop("name", None)
+    factory = find(name)
+    inner = arguments.get("schedulers")
+    if isinstance(inner, list) and all(isinstance(i, dict) for i in inner):  # one after another
+        arguments["schedulers"] = [build_scheduler(optimizer, i, find) for i in inner]
+    first = (optimizer,) if is_given_optimizer(name, factory) else ()
+    scheduler: LRScheduler = factories.make("scheduler", str(name), factory, arguments, *first)
+    return scheduler
+
+
 def check_named(settings: Settings) -> None:
     """Raise `UserError` for a name that is neither torch's nor an import path, and for arguments
-    that torch's class of that name does not take. Those of a user's own class are checked where it
-    is imported, and the values of a schedule's where there is an optimizer."""
-    named: list[tuple[str, Any, Any]] = [
+    that torch's class of that name does not take. Those of a user's own class are not looked at."""
+    for setting, group, known in (
         ("optimizer", settings.optimizer, OPTIMIZERS),
         ("loss", settings.loss, LOSSES),
         ("metric", settings.metric, METRICS),
         ("scheduler", settings.scheduler, SCHEDULERS),
-    ]
-    for setting, group, known in named:
-        if not isinstance(group, dict):
-            continue
-        arguments = dict(group)
-        name = arguments.pop("name", None)
-        if isinstance(name, str) and ":" not in name:
-            if name not in known:
+    ):
+        for each in with_those_within(group):
+            name = each.get("name")
+            if isinstance(name, str) and ":" not in name and name not in known:
                 raise no_such(setting, name, known)
-            if name != "accuracy":  # ours, known where it is used
-                _check_arguments(setting, name, arguments, settings.learning_rate)
-        inner = group.get("schedulers")  # one after another
-        named += [(setting, each, known) for each in inner] if isinstance(inner, list) else []
+    optimizer = _unfinished_optimizer(settings)
+    for setting, group in (("loss", settings.loss), ("metric", settings.metric)):
+        if group is not None and not _is_own(group) and group["name"] != "accuracy":
+            check_mean(setting, group)
+            given = {key: value for key, value in group.items() if key != "name"}
+            factories.make(setting, group["name"], LOSSES[group["name"]], given)
+    if settings.scheduler is not None:
+        _try_scheduler(optimizer, settings.scheduler)
+
+
+def with_those_within(group: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
+    """A group of settings, and those of the schedules in it; nothing of none."""
+    if group is not None:
+        yield group
+        inner = group.get("schedulers")
+        for each in inner if isinstance(inner, list) else ():
+            if isinstance(each, dict):
+                yield from with_those_within(each)
+
+
+def _is_own(group: Mapping[str, Any]) -> bool:
+    return ":" in str(group.get("name"))
 
 
 class _AreRight(BaseException):
@@ -101,21 +133,55 @@ class _Parameters:
         raise _AreRight
 
 
-def _check_arguments(
-    setting: str, name: str, given: Mapping[str, Any], learning_rate: float
-) -> None:
-    """Raise `UserError` where torch's class of that name does not take these arguments."""
-    if setting == "optimizer":
-        factory = OPTIMIZERS[name]
-        arguments = with_rate(factory, given, learning_rate)
-        try:  # not made to the end: torch would import its compiler for that, which takes long
-            factories.make(setting, name, factory, arguments, _Parameters())
-        except _AreRight:
-            return
-    elif setting == "scheduler":
-        factory = SCHEDULERS[name]
-        first = int(is_given_optimizer(name, factory))
-        factories.check(setting, name, factory, given, first)
-    else:
-        check_mean(setting, given)
-        factories.make(setting, name, LOSSES[name], given)
+def _unfinished_optimizer(settings: Settings) -> Optimizer:
+    """The optimizer of the settings, with one group without parameters; in place of a user's own
+    class a plain one. It is not made to the end: torch would import its compiler for that, which
+    takes long. Raises `UserError` for arguments that its class does not take."""
+    given = dict(settings.optimizer)
+    name = given.pop("name")
+    factory: Any = SGD if ":" in name else OPTIMIZERS[name]
+    arguments = with_rate(factory, {} if ":" in name else given, settings.learning_rate)
+    made: list[Optimizer] = []
+
+    def begin(*args: Any, **kwargs: Any) -> None:
+        made.append(factory.__new__(factory))
+        factory.__init__(made[0], *args, **kwargs)
+
+    begin.__signature__ = factories.signature_of(factory)  # type: ignore[attr-defined]
+    with suppress(_AreRight):
+        factories.make("optimizer", name, begin, arguments, _Parameters())
+    optimizer = made[0]
+    optimizer.param_groups = [{**optimizer.defaults, "params": []}]
+    return optimizer
+
+
+def _try_scheduler(optimizer: Optimizer, setting: Mapping[str, Any]) -> None:
+    """Make the schedule and take its first steps: some of torch's fail only there."""
+    if any(map(_is_own, with_those_within(setting))):
+        for each in with_those_within(setting):
+            if not _is_own(each):
+                name, arguments = each["name"], {k: v for k, v in each.items() if k != "name"}
+                first = int(is_given_optimizer(name, SCHEDULERS[name]))
+                factories.check("scheduler", name, SCHEDULERS[name], arguments, first)
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # no step of an optimizer comes before those of a schedule
+        scheduler = build_scheduler(optimizer, setting, SCHEDULERS.__getitem__)
+        if isinstance(scheduler, lr_scheduler.ReduceLROnPlateau):
+            raise follows_a_metric()
+        name = setting["name"]
+        try:
+            for _ in range(FIRST_STEPS):
+                scheduler.step()
+        except Exception as fault:  # whatever torch computes with these numbers
+            raise UserError(
+                f"{name} cannot be stepped with these arguments: {factories.told(fault)}",
+                factories.taken_by(name, SCHEDULERS[name]),
+            ) from fault
+
+
+def follows_a_metric() -> UserError:
+    return UserError(
+        "ReduceLROnPlateau follows a metric that differs between replicas",
+        "use a schedule that is a function of the step",
+    )

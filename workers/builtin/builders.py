@@ -96,19 +96,13 @@ def build_scheduler(
     """The setting `scheduler`. Raises `UserError`."""
     if settings.scheduler is None:
         return None
-    return _scheduler(optimizer, settings.scheduler, code)
 
+    def find(name: object) -> Any:
+        return registry.find(
+            "scheduler", name, SCHEDULERS, LRScheduler, "torch's LRScheduler", code
+        )
 
-def _scheduler(optimizer: Optimizer, setting: dict[str, Any], code: OwnCode | None) -> LRScheduler:
-    arguments = dict(setting)
-    name = arguments.pop("name", None)
-    factory = registry.find("scheduler", name, SCHEDULERS, LRScheduler, "torch's LRScheduler", code)
-    inner = arguments.get("schedulers")
-    if isinstance(inner, list) and all(isinstance(i, dict) for i in inner):  # one after another
-        arguments["schedulers"] = [_scheduler(optimizer, i, code) for i in inner]
-    first = (optimizer,) if torch_names.is_given_optimizer(name, factory) else ()
-    scheduler: LRScheduler = factories.make("scheduler", name, factory, arguments, *first)
-    return scheduler
+    return torch_names.build_scheduler(optimizer, settings.scheduler, find)
 
 
 def build_average(model: nn.Module, settings: Settings) -> AveragedModel | None:

@@ -97,7 +97,7 @@ def load(dataset: dict[str, Any], seed: int) -> Data:
     Raises `UserError` for invalid settings, and for files that are not here and cannot be
     downloaded.
     """
-    name, root = _checked(dataset)
+    name, root = checked(dataset)
     train_images, train_labels, val_images, val_labels = _SOURCES[name](name, root, seed)
     mean, std = _mean_and_std(train_images)
     return Data(
@@ -122,8 +122,9 @@ def _mean_and_std(images: Tensor) -> tuple[float, float]:
 _KEYS = ("name", "root")  # digits ignores root, so that dataset.name=digits alone selects it
 
 
-def _checked(dataset: dict[str, Any]) -> tuple[str, Path]:
-    """Name and root folder out of the setting `dataset`."""
+def checked(dataset: dict[str, Any]) -> tuple[str, Path]:
+    """Name and root folder out of the setting `dataset`. Raises `UserError` for anything else in
+    it."""
     for key in dataset:
         if key not in _KEYS:
             raise UserError(f"unknown setting dataset.{key}", _nearest(str(key), _KEYS))

@@ -146,6 +146,17 @@ def build(model: dict[str, Any], seed: int, code: OwnCode | None = NOTHING) -> n
     return built
 
 
+def check(model: dict[str, Any]) -> None:
+    """Raise `UserError` for arguments that a model of ours does not take; it is not built."""
+    arguments = dict(model)
+    name = str(arguments.pop("type"))
+    if name == "ResNet18":  # torchvision takes seconds
+        factories.check("model", name, MODELS[name], arguments)
+        _check_sizes(**arguments)
+    else:
+        _check_room(name, MODELS[name], arguments)
+
+
 def _check_room(name: str, factory: Callable[..., nn.Module], arguments: dict[str, Any]) -> None:
     """Raise `UserError` where a model of ours is larger than this machine's memory: a typing error,
     or a hostile server, could otherwise end this process, or others on this machine, without a

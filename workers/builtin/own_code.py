@@ -55,7 +55,7 @@ class OwnCode:
             return
         module, _, attribute = name.partition(":")
         spec = None
-        for spec in _specs(module):
+        for spec in specs(module):
             why = self._why_not(spec)
             if why is not None:
                 raise _refused(setting, name, why)
@@ -132,7 +132,7 @@ def _is_below(module: str, package: str) -> bool:
 # ------------------------------------------------------------------------------------- the files
 
 
-def _specs(module: str) -> Iterator[ModuleSpec]:
+def specs(module: str) -> Iterator[ModuleSpec]:
     """The specs that importing `module` would load, its parents first, without importing. It ends
     early where one is missing, with a spec without an origin."""
     where: Iterable[str] | None = None
@@ -193,20 +193,25 @@ def _in_doubt(file: Path, home: Path) -> str | None:
 # ---------------------------------------------------------------------------------- what is in one
 
 
-def _check_defined(setting: str, name: str, file: Path, attribute: str) -> None:
-    """Raise `UserError` unless this source defines a class of that name, or a function with an
-    annotated result."""
+def parsed(setting: str, name: str, file: Path) -> ast.Module:
+    """What is in this source file of `name`. Raises `UserError` where it is no Python."""
     try:
-        tree = ast.parse(file.read_bytes())
+        return ast.parse(file.read_bytes())
     except (OSError, ValueError, SyntaxError, RecursionError, MemoryError) as fault:
         text = " ".join(str(fault).split())
         raise UserError(
             f"{setting}={name}: importing {name.partition(':')[0]!r} failed: "
             f"{type(fault).__name__}: {text}"
         ) from None
+
+
+def _check_defined(setting: str, name: str, file: Path, attribute: str) -> None:
+    """Raise `UserError` unless this source defines a class of that name, or a function with an
+    annotated result."""
+    tree = parsed(setting, name, file)
     defined: dict[str, ast.AST] = {}
     elsewhere: dict[str, str] = {}
-    for node in _statements(tree.body):
+    for node in statements(tree.body):
         if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             defined[node.name] = node
         elif isinstance(node, ast.ImportFrom):
@@ -228,12 +233,12 @@ def _check_defined(setting: str, name: str, file: Path, attribute: str) -> None:
         )
 
 
-def _statements(body: Sequence[ast.stmt]) -> Iterator[ast.stmt]:
+def statements(body: Sequence[ast.stmt]) -> Iterator[ast.stmt]:
     """The statements of a module, also within `if`, `try` and `with`."""
     for node in body:
         yield node
         for part in ("body", "orelse", "finalbody"):
             if not isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-                yield from _statements(getattr(node, part, []))
+                yield from statements(getattr(node, part, []))
         for handler in getattr(node, "handlers", []):
-            yield from _statements(handler.body)
+            yield from statements(handler.body)

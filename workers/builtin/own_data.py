@@ -12,6 +12,7 @@ test}`); with `train=False`, where it takes `train` as torchvision's do; a share
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
@@ -36,17 +37,7 @@ class OwnData:
         self._seed = seed
         is_a = "torch.utils.data.Dataset"
         self._class = registry.find("dataset.name", self.name, {}, Dataset, is_a, code)
-        if not factories.takes(self._class, "root"):
-            arguments.pop("root", None)  # the setting has a default
-        self._share = self._taken(arguments, "val_share", VAL_SHARE)
-        if not isinstance(self._share, float) or not 0 < self._share < 1:
-            raise UserError(f"dataset.val_share must be between 0 and 1, not {self._share!r}")
-        val = self._taken(arguments, "val", None)
-        if val is None and factories.takes(self._class, "train") and "train" not in arguments:
-            arguments["train"], val = True, {"train": False}
-        if not isinstance(val, dict | None):
-            raise UserError(f"dataset.val must be a mapping of arguments, not {val!r}")
-        self._arguments, self._val = arguments, val
+        self._arguments, self._val, self._share = parts(self._class, arguments)
 
     @cached_property
     def train(self) -> Any:
@@ -78,10 +69,6 @@ class OwnData:
         order: list[int] = permutation(len(self._whole[0]), purpose).tolist()
         return order
 
-    def _taken(self, arguments: dict[str, Any], key: str, default: Any) -> Any:
-        """A setting of ours, unless the class itself has an argument of that name."""
-        return default if factories.takes(self._class, key) else arguments.pop(key, default)
-
     def _make(self, arguments: dict[str, Any]) -> Any:
         made = factories.make("dataset", self.name, self._class, arguments)
         try:
@@ -94,3 +81,25 @@ class OwnData:
         if empty:
             raise UserError(f"{self.name} has no samples, made from {arguments or 'no arguments'}")
         return made
+
+
+def parts(
+    kind: Callable[..., Any], given: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any] | None, float]:
+    """What is `given` for a data set of this kind: its arguments, those of the validation set over
+    them, if that is another one, and the share that is held out if not. Raises `UserError`."""
+    arguments = dict(given)
+    if not factories.takes(kind, "root"):
+        arguments.pop("root", None)  # the setting has a default
+    # Settings of ours, unless the class itself has an argument of that name.
+    share = (
+        VAL_SHARE if factories.takes(kind, "val_share") else arguments.pop("val_share", VAL_SHARE)
+    )
+    val = None if factories.takes(kind, "val") else arguments.pop("val", None)
+    if not isinstance(share, float) or not 0 < share < 1:
+        raise UserError(f"dataset.val_share must be between 0 and 1, not {share!r}")
+    if val is None and factories.takes(kind, "train") and "train" not in arguments:
+        arguments["train"], val = True, {"train": False}
+    if not isinstance(val, dict | None):
+        raise UserError(f"dataset.val must be a mapping of arguments, not {val!r}")
+    return arguments, val, share

@@ -21,6 +21,8 @@ from paramserver.words import no_such
 
 from .own_code import NOTHING, OwnCode
 
+WHERE = "its file must be in this folder, or installed, on every machine of the run"
+
 
 def find(
     setting: str,
@@ -72,14 +74,10 @@ def _imported(setting: str, name: str, wanted: Any, is_a: str, code: OwnCode | N
         is_absent = isinstance(fault, ModuleNotFoundError) and f"{module_name}.".startswith(
             f"{fault.name}."
         )
-        problem = (
-            f"there is no module {module_name!r}"
-            if is_absent
-            else f"importing {module_name!r} failed: {told(fault)}"
-        )
+        if is_absent:
+            raise no_module(setting, name) from fault
         raise UserError(
-            f"{setting}={name}: {problem}",
-            "its file must be in this folder, or installed, on every machine of the run",
+            f"{setting}={name}: importing {module_name!r} failed: {told(fault)}", WHERE
         ) from fault
     found = getattr(module, attribute, None)
     if found is None:
@@ -91,8 +89,17 @@ def _imported(setting: str, name: str, wanted: Any, is_a: str, code: OwnCode | N
         code.check_defined(setting, name, found)
     is_one = isinstance(found, type) and issubclass(found, wanted)
     if not is_one and not returns(found, wanted):
-        raise UserError(
-            f"{setting}={name} is neither a subclass of {is_a} nor a function annotated to "
-            "return one"
-        )
+        raise is_neither(setting, name, is_a)
     return found
+
+
+def no_module(setting: str, name: str) -> UserError:
+    """The error where the module of `name` is missing."""
+    return UserError(f"{setting}={name}: there is no module {name.partition(':')[0]!r}", WHERE)
+
+
+def is_neither(setting: str, name: str, is_a: str) -> UserError:
+    """The error where `name` stands for something else than it must."""
+    return UserError(
+        f"{setting}={name} is neither a subclass of {is_a} nor a function annotated to return one"
+    )

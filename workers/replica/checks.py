@@ -17,6 +17,7 @@ from torch.optim import Optimizer, SparseAdam
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from paramserver.errors import UserError
+from paramserver.tensors.torch_names import follows_a_metric
 
 from .state import dtype_name
 
@@ -99,10 +100,7 @@ def check_optimizer(optimizer: Optimizer, scheduler: LRScheduler | None, *, own:
 
 def _check_scheduler(optimizer: Optimizer, scheduler: LRScheduler | None, own: bool) -> None:
     if isinstance(scheduler, ReduceLROnPlateau):
-        raise UserError(
-            "ReduceLROnPlateau follows a metric that differs between replicas",
-            "use a schedule that is a function of the step",
-        )
+        raise follows_a_metric()
     owner = getattr(scheduler, "optimizer", None)
     # It may have been made for the optimizer that `attach` returned in a training before.
     if scheduler is not None and getattr(owner, "wrapped", owner) is not optimizer:
