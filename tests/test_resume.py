@@ -142,7 +142,7 @@ WRONG: dict[str, tuple[Callable[[Any, Any], Any], str]] = {
     "a tensor less": (lambda m, t: t.pop("0"), "cannot be read"),
     "no optimizer": (
         lambda m, t: m["tree"].update(optimizer=None),
-        "its optimizer's state is none",
+        "its optimizer's state cannot be read",
     ),
     "groups of another number": (
         lambda m, t: m["tree"]["optimizer"].update(param_groups=[]),
@@ -167,7 +167,7 @@ WRONG: dict[str, tuple[Callable[[Any, Any], Any], str]] = {
     ),
     "state that is a list": (
         lambda m, t: m["tree"]["optimizer"].update(state=[]),
-        "its optimizer's state is none",
+        "its optimizer's state cannot be read",
     ),
     "no schedule": (lambda m, t: m["tree"].update(scheduler=None), "no scheduler"),
     "a schedule that stands at a text": (

@@ -269,7 +269,7 @@ def test_whom_the_server_drops_has_left_and_has_not_finished() -> None:
     assert run.drop(1, wire.FINISHED) == [
         "# worker 1 (pi) left: finished",
         "void 1",
-        "# round 1 came to nothing: worker 1 (pi) left, and no other member is left",
+        "# round 1 came to nothing: worker 1 (pi) left, and no other worker is left in it",
         "forget w1",
     ]
     assert run.rounds.phase(0.0).startswith("every worker has left (the run ends in 10 s")
@@ -1136,7 +1136,7 @@ def test_who_fetches_nearly_every_update_is_named_and_told_on_its_link() -> None
         said += run.push(2)
     assert [e for e in said if "fetches" in e] == [
         "# worker 2 (pi) fetches nearly every update: it seems to get nothing of what is published "
-        "(is the port after the server's blocked?); it is sent on its link"
+        "(is the port after the server's blocked?); it gets them by its own link instead"
     ]
     assert run.rounds.deaf == {"w2"}
     run.leave(2)
@@ -1200,7 +1200,7 @@ def test_a_round_without_a_member_left_is_void_and_its_leases_come_back() -> Non
     assert run.leave(2) == [
         "# worker 2 (pi) left: it was stopped",
         "void 1",
-        "# round 1 came to nothing: worker 2 (pi) left, and no other member is left",
+        "# round 1 came to nothing: worker 2 (pi) left, and no other worker is left in it",
         "forget w2",
     ]
     assert run.sums() == ("0 done, 0 partly, 0 skipped; waiting 0/0-10 0/10-20 0/20-30 0/30-40")
@@ -1492,7 +1492,7 @@ def test_a_cut_of_the_only_member_makes_its_round_void() -> None:
     run = Run(num_workers=1).observer().workers(1)
     assert run.relinked(1) == [
         "void 1",
-        "# round 1 came to nothing: worker 1 (pi) was cut off, and no other member is left",
+        "# round 1 came to nothing: worker 1 (pi) was cut off, and no other worker is left in it",
         "w1 <- join again",
     ]
     run.follows(1)
@@ -1797,7 +1797,7 @@ def test_what_one_that_has_shown_nothing_does_not_give_is_not_held_against_the_j
             case "behind":
                 run.behind(2), run.follows(2)
             case "declined":
-                run.route(2, wire.Abort(number, "I stand at step 0"))
+                run.route(2, wire.Abort(number, "it stands at step 0"))
             case "no manifest":
                 run.route(2, run.manifest(piece_bytes=0))
             case "refused":
@@ -2021,9 +2021,9 @@ def test_a_giver_may_decline_and_a_joiner_too() -> None:
     run.hello(3)
     run.join(3)
     run.push(1), run.push(2)
-    goal, effects = run.route(0, wire.Abort(3, "I stand at step 0"))
+    goal, effects = run.route(0, wire.Abort(3, "it stands at step 0"))
     assert goal is None
-    assert but_words(effects)[0] == "w3 <- abort 3: I stand at step 0"
+    assert but_words(effects)[0] == "w3 <- abort 3: it stands at step 0"
     assert but_words(effects)[1].startswith("all <- open 2")
     run.join(3)
     run.push(1), run.push(2)

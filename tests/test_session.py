@@ -278,7 +278,7 @@ def test_a_state_that_never_fits_is_the_fault_of_this_model() -> None:
 def test_a_snapshot_is_given_where_the_giver_stands_at_its_step(peer: Peer) -> None:
     give = wire.Give(snapshot=4, step=0, lineage="first")
     want = wire.Want(snapshot=4, piece=2)
-    refused = Send(wire.Abort(4, "I do not give this snapshot"))
+    refused = Send(wire.Abort(4, "it does not give this snapshot"))
     assert peer.get(want) == [refused]
     assert peer.get(give) == [Give(4)]
     source = object()
@@ -294,7 +294,7 @@ def test_who_shall_give_a_later_step_gets_there_first(peer: Peer) -> None:
     assert peer.get(give) == [peer.fetch()]
     assert peer.follow(*updates, hear=False)[-1] == Give(4)
     earlier = msgspec.structs.replace(give, snapshot=5, step=0)
-    assert peer.get(earlier) == [Send(wire.Abort(5, "I stand at step 1"))]
+    assert peer.get(earlier) == [Send(wire.Abort(5, "it stands at step 1"))]
 
 
 def test_a_worker_knows_that_a_round_is_open_without_it() -> None:

@@ -385,7 +385,8 @@ def test_a_session_that_others_can_see_is_not_enough_to_act_as_its_owner() -> No
             mine = msgspec.structs.replace(HELLO, nonce=peer.nonce, id=peer.id)
             thief.send_multipart(wire.to_frames(mine))
             assert (
-                "another process has greeted with this nonce" in answer(thief, wire.Reject).reason
+                "another process has joined under the name of this one"
+                in answer(thief, wire.Reject).reason
             )
     assert "thief" not in served.text
 

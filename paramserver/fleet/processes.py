@@ -41,7 +41,7 @@ def machines(arguments: Sequence[str]) -> tuple[Settings, dict[str, object], tup
             "hosts:\n"
             "  - {name: mini1, ssh: mini1, role: both}\n"
             "  - {name: mini2, ssh: user@mini2.local}\n"
-            "or here: make up HOSTS=mini1,user@mini2.local\n"
+            "or with the command: HOSTS=mini1,user@mini2.local\n"
             "docs/cluster.md tells more",
         )
     return loaded.settings, loaded.given, hosts

@@ -250,7 +250,7 @@ class Agent:
         if code == SSH_FAILED and self.host.ssh != HERE:
             raise Failed(commands.ssh_trouble(self.host, said))
         last = "\n  ".join(said.strip().splitlines()[-3:])
-        raise Failed(Trouble(self.host.name, f"its agent gave no answer ({do})", last))
+        raise Failed(Trouble(self.host.name, f"it gave no answer to `{do}`", last))
 
 
 class Follower:

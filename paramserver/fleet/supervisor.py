@@ -361,7 +361,7 @@ def start(files: Files, orders: Orders) -> State:
         if state is not None and state.alive:
             return state
         if time.monotonic() > deadline:
-            raise OSError(f"the supervisor of the {files.name} tells nothing")
+            raise OSError(f"the supervisor of the {files.name} does not answer")
         time.sleep(LOOK_S)  # another process asks just now, or another start is not done
     sweep(files.mark, LEFT_S, files.read())  # a supervisor that was killed leaves its processes
     reader, writer = os.pipe()

@@ -410,7 +410,8 @@ class Rounds:
         for peer in self._roster.find_deaf(self.step):
             self._out.warn(
                 f"{peer.name} fetches nearly every update: it seems to get nothing of what is "
-                "published (is the port after the server's blocked?); it is sent on its link",
+                "published (is the port after the server's blocked?); it gets them by its own link "
+                "instead",
                 peer,
             )
 
@@ -829,7 +830,7 @@ class Rounds:
         member.out = why
         current.look_for_quorum(now)
         if current.deserted:
-            self._void(f"{member.name} {why}, and no other member is left")
+            self._void(f"{member.name} {why}, and no other worker is left in it")
             return
         for bucket in range(self._origin.buckets):
             self._out.effects += current.advance(bucket, now)

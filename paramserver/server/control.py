@@ -343,7 +343,7 @@ class Control:
         elif hello.run is not None and hello.run != self.run_id:
             refuse = f"this server runs {self.run_id}, you belong to {hello.run}"
         elif self._is_anothers(hello):
-            refuse = "another process has greeted with this nonce"
+            refuse = "another process has joined under the name of this one"
         if refuse:
             self._transport.send(route, wire.Reject(refuse, hint, end=end))
             return

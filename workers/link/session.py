@@ -379,7 +379,7 @@ class Session:
                 return self._give(message, now)
             case wire.Want():
                 if self._giving is None or self._giving[0] != message.snapshot:
-                    return [Send(wire.Abort(message.snapshot, "I do not give this snapshot"))]
+                    return [Send(wire.Abort(message.snapshot, "it does not give this snapshot"))]
                 return [SendPiece(self._giving[1], message.snapshot, message.piece)]
             case wire.Manifest():
                 return [Begin(message)]
@@ -408,7 +408,7 @@ class Session:
             # Apply the updates on their way first, then handle this message again.
             self._give_later = message
             return self._fetch(now) if f.fetching_since is None else []
-        return [Send(wire.Abort(message.snapshot, f"I stand at step {f.step}"))]
+        return [Send(wire.Abort(message.snapshot, f"it stands at step {f.step}"))]
 
     def given_from(self, snapshot: int, source: Any) -> None:
         """Pieces of this snapshot are read from `source` (see `Give`)."""

@@ -108,7 +108,7 @@ def _lineage(text: str) -> str:
 
 def _mapping(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise ValueError("its settings are none")
+        raise ValueError("it holds no settings")
     return value
 
 

@@ -125,7 +125,7 @@ class Outer:
         """Take these. Raises ValueError where they do not fit."""
         momentum, anchors = state.get("momentum"), state.get("anchor")
         if not isinstance(momentum, Mapping) or not isinstance(anchors, Mapping):
-            raise ValueError("its outer momentum is none")
+            raise ValueError("its outer momentum cannot be read")
         for dtype, anchor in self._anchors.items():
             for vector in (momentum.get(dtype), anchors.get(dtype)):
                 if vector is not None and (

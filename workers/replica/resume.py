@@ -113,7 +113,7 @@ def _check(saved: checkpoint.Checkpoint, replica: Replica) -> None:
             raise ValueError("its schedule stands nowhere")
     if state["ledger"] is not None:
         if not isinstance(state["ledger"], dict):
-            raise ValueError("its ledger is none")
+            raise ValueError("its ledger cannot be read")
         Ledger.from_state(state["ledger"])
     elif saved.step:
         raise ValueError(f"it is of step {saved.step}, and has no ledger of samples")
@@ -122,7 +122,7 @@ def _check(saved: checkpoint.Checkpoint, replica: Replica) -> None:
 def _check_optimizer(saved: Any, optimizer: Optimizer) -> None:
     own = optimizer.state_dict()
     if not isinstance(saved, dict) or not isinstance(saved.get("state"), dict):
-        raise ValueError("its optimizer's state is none")
+        raise ValueError("its optimizer's state cannot be read")
     groups = saved.get("param_groups")
     if not isinstance(groups, list) or len(groups) != len(own["param_groups"]):
         raise ValueError("its optimizer has other parameter groups")
