@@ -2787,6 +2787,11 @@ def test_one_that_has_brought_nothing_and_cannot_read_what_others_could_is_sent_
     run.hello(1, "b"), run.follows(1, "b"), run.ready(1, "b")
     run.push(1, life="b", samples=9, unread=(0,))
     assert run.rounds.ending is None, "what it could not read is not held against others"
+    run.hello(1, "c", reachable=False), run.follows(1, "c"), run.ready(1, "c")
+    number = run.rounds.round.number if run.rounds.round is not None else 0
+    run.tells(1, wire.Unreadable(number), "c")
+    assert run.rounds.ending is not None, "it has contributed, whatever became of its connection"
+    assert run.rounds.ending[0].startswith("21 samples could not be read")
 
 
 def test_where_nothing_can_be_trained_on_the_run_fails() -> None:

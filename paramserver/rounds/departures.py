@@ -66,10 +66,10 @@ class Departures:
     def due(self, now: float) -> float | None:
         """When the run ends, if no worker is here and none comes; None while the server waits for a
         silent one, or if none has taken part whose leaving counts."""
-        awaited = {id: d for id, d in self._went.items() if not self._is_given_up(d, now)}
-        how = {d.how for d in awaited.values()}
+        how = {d.how for d in self._went.values() if not self._is_given_up(d, now)}
         nothing = not (self._contributed or self.goes_on)  # is in the log
-        if SILENT in how or not (awaited.keys() & self._contributed or (nothing and how)):
+        counts = nothing or bool(self._went.keys() & self._contributed)
+        if SILENT in how or not how or not counts:
             return None
         return self._since + self._timeout_s * (FAILED_TIMEOUTS if FAILED in how else 1)
 

@@ -13,6 +13,7 @@ from typing import Any
 from paramserver.protocol.messages import OWN, Lease, Push, Ready, Reject
 from paramserver.rounds.ledger import (
     AGAIN,
+    DONE,
     DROPPED,
     KILLED,
     PARTLY,
@@ -80,6 +81,7 @@ class Leases:
         self._measured: dict[int, str] = {}  # by worker: the process whose speed is known
         self._without: set[int] = set()  # workers that get nothing, and were named
         self._unread_by: dict[int, int] = {}  # by worker: samples that it could not read
+        self._used_of: set[int] = set()  # workers of which a whole lease was used
         self._round_s = 0.0  # of the last one
         self._held: dict[Lease, tuple[str, float]] = {}  # left by a session; until when
         self._silent: dict[str, Lease] = {}  # by process: what it computed when it fell silent
@@ -426,6 +428,8 @@ class Leases:
                 self.ledger.settle(member.lease, how, member.unread)
             elif member.lease not in self._held:
                 self.ledger.settle(member.lease, RETURNED)
+        if how == DONE:
+            self._used_of.add(worker)
         if how != RETURNED and member.unread:
             self._unread_by[worker] = self._unread_by.get(worker, 0) + len(member.unread)
         if peer is not None:
@@ -514,7 +518,9 @@ class Leases:
         if why is None:
             return None
         ready = self._roster.workers_ready()
-        agree = [p for p in ready if p.id in self._unread_by and (p.proven or not self._trained)]
+        agree = [
+            p for p in ready if p.id in self._unread_by and (self._counts(p) or not self._trained)
+        ]
         theirs = sum(self._unread_by[p.id] for p in agree)
         most, few = self.ledger.most_lost, 2 * len(agree) <= len(ready)
         if self.ledger.too_many_unread and (few or theirs <= most):
@@ -526,11 +532,16 @@ class Leases:
         """Has anybody trained on samples of this set?"""
         return self.ledger is not None and self.ledger.done + self.ledger.partly > 0
 
+    def _counts(self, peer: Peer) -> bool:
+        """Has this worker contributed, in this greeting or an earlier one, or before this server
+        was?"""
+        return peer.proven or peer.returns or peer.id in self._used_of
+
     def cannot_read(self, peer: Peer, member: Member) -> str | None:
         """Why this worker's data set cannot be the run's, after a round: of a set that others have
         trained on, it could not read more samples than may be broken, and it has contributed
         nothing. None where it may go on. The next process by its id begins anew."""
-        if self.ledger is None or not member.unread or peer.proven or not self._trained:
+        if self.ledger is None or not member.unread or self._counts(peer) or not self._trained:
             return None
         if self._unread_by.get(peer.id, 0) <= self.ledger.most_lost:
             return None
