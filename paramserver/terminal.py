@@ -107,6 +107,14 @@ def somebody_answers() -> bool:
     )
 
 
+def has_foreground() -> bool:
+    """Does Ctrl-C at a terminal go to this process and those that it started in its own group?"""
+    for descriptor in range(3):
+        with suppress(OSError):
+            return os.tcgetpgrp(descriptor) == os.getpgrp()
+    return False
+
+
 def asked(question: str, limit_s: float) -> bool:
     """Is the answer yes? No answer in time is none."""
     write(question)

@@ -247,6 +247,16 @@ def test_updates_are_fetched_but_not_twice_at_a_time() -> None:
     assert kinds == [wire.Average, wire.Close, wire.Fetched]
 
 
+def test_of_two_reasons_to_stop_the_first_stands() -> None:
+    """Ctrl-C goes to a demo and to its server; the demo then ends the server, too."""
+    run = Run()
+    run.control.stop("stopped by Ctrl-C")
+    run.control.stop("stopped from outside (SIGTERM)")
+    run.control.tick(run.now)
+    ended = run.control.rounds.ended
+    assert ended is not None and ended.reason == "stopped by Ctrl-C"
+
+
 def test_a_server_has_finished_when_all_had_time_for_their_goodbye() -> None:
     run = Run()
     run.control.stop("stopped")

@@ -790,7 +790,7 @@ def test_who_is_late_is_told_when_it_changes() -> None:
         words.append([e for e in effects if e.startswith("#")])
     assert [len(w) for w in words] == [1, 0, 1, 1]
     assert words[2] == ["# round 3 closed with worker 2 (pi) again"]
-    assert "p95 1.00 s" in words[3][0]
+    assert "usually within 1.00 s" in words[3][0]
 
 
 def test_a_late_one_that_is_given_up_is_not_said_to_be_back() -> None:

@@ -7,6 +7,7 @@ import pty
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -153,17 +154,23 @@ def test_a_run_whose_lines_nobody_takes_ends_in_order_when_its_terminals_are_clo
         assert [c.name for c in checkpoints] == [f"step-{summary['steps']:08d}.safetensors"]
 
 
+def demo_at_a_terminal(run: Run, monitor: Monitor, folder: Path) -> tuple[int, int]:
+    """The process of a demo that makes steps, and its terminal."""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(folder)
+        os.environ.update(PYTHONPATH=str(CLONE), TERM="xterm")
+        words = ["demo", f"port={run.port}", "num_epochs=10000", "wandb.mode=disabled"]
+        os.execv(
+            sys.executable, [sys.executable, "-m", "paramserver.launch", *words, "run_dir=runs"]
+        )
+    monitor.step_with(1, 2)
+    return pid, terminal
+
+
 def test_a_demo_whose_terminal_is_closed_leaves_nothing_running(tmp_path: Path) -> None:
     with Run(tmp_path) as run, Monitor(run.port) as monitor:
-        pid, terminal = pty.fork()
-        if pid == 0:
-            os.chdir(tmp_path)
-            os.environ.update(PYTHONPATH=str(CLONE), TERM="xterm")
-            words = ["demo", f"port={run.port}", "num_epochs=10000", "wandb.mode=disabled"]
-            os.execv(
-                sys.executable, [sys.executable, "-m", "paramserver.launch", *words, "run_dir=runs"]
-            )
-        monitor.step_with(1, 2)
+        pid, terminal = demo_at_a_terminal(run, monitor, tmp_path)
         os.close(terminal)
         _, status = os.waitpid(pid, 0)
         assert os.waitstatus_to_exitcode(status) == 0
@@ -172,6 +179,20 @@ def test_a_demo_whose_terminal_is_closed_leaves_nothing_running(tmp_path: Path) 
             "stopped from outside (SIGTERM)",
         )
         assert list((run.runs[-1] / "checkpoints").iterdir())
+
+
+def test_a_demo_that_is_stopped_by_ctrl_c_says_so(tmp_path: Path) -> None:
+    """The terminal sends it to the server, too, beside which the demo would send SIGTERM."""
+    with Run(tmp_path) as run, Monitor(run.port) as monitor:
+        pid, terminal = demo_at_a_terminal(run, monitor, tmp_path)
+        os.write(terminal, b"\x03")
+        with suppress(OSError):  # Linux reports its end as an error
+            while os.read(terminal, 4096):
+                pass
+        _, status = os.waitpid(pid, 0)
+        os.close(terminal)
+        assert os.waitstatus_to_exitcode(status) == 0
+        assert run.summary()["end"] == "stopped by Ctrl-C"
 
 
 def test_a_run_that_is_nearly_the_one_is_asked_about_where_somebody_answers(

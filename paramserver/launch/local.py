@@ -4,7 +4,6 @@ train.py`: the same for a user's own training script; `ray`: on the nodes of a R
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
@@ -14,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -38,6 +37,7 @@ DEMO = {
 WORKERS_PATIENCE_S = 10.0
 PARTS_OF_A_STEP = ("load", "compute", "encode", "send", "wait", "decode", "optimizer")
 SCRIPT_S = 600.0  # for a script's work after its run: an evaluation, a sample
+CTRL_C_S = 1.0  # that a server has to hear of it by itself
 PATIENCE_S = 120.0  # an orderly end takes the observer's last evaluation and upload
 
 
@@ -86,6 +86,9 @@ class Started:
 
     def interrupt(self) -> int:
         """Let the server end the run in order, and the workers with it; returns its exit code."""
+        if terminal.has_foreground():  # Ctrl-C goes to the server, too, which tells it from SIGTERM
+            with suppress(subprocess.TimeoutExpired):
+                return self.server.wait(CTRL_C_S)
         self.server.terminate()
         return self.server.wait()
 
@@ -284,7 +287,7 @@ def _all_well(processes: list[subprocess.Popen[bytes]]) -> bool:
     """Wait for the scripts, which may have work after the run; did all of them end well?"""
     deadline = time.monotonic() + SCRIPT_S
     for process in processes:
-        with contextlib.suppress(subprocess.TimeoutExpired):
+        with suppress(subprocess.TimeoutExpired):
             process.wait(max(0.0, deadline - time.monotonic()))
     return all(p.returncode == 0 for p in processes)
 

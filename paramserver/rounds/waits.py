@@ -121,7 +121,7 @@ class Waits:
         """The sentence about a member that is late. Note that its push takes at least this long."""
         peer = self._roster.peers[member.session]
         p95 = peer.push_time_p95
-        usual = "" if p95 is None else f"p95 {p95:.2f} s, "
+        usual = "" if p95 is None else f"usually within {p95:.2f} s, "
         peer.took(now - current.opened_at)
         return f"late ({usual}last seen {now - peer.last_seen:.1f} s ago)"
 

@@ -184,8 +184,10 @@ class Control:
     # ------------------------------------------------------------------ time
 
     def stop(self, reason: str, *, error: bool = False) -> None:
-        """Ask for an end, in order or by an `error`, at the next tick; safe in a signal handler."""
-        self._stop = reason, error
+        """Ask for an end, in order or by an `error`, at the next tick; safe in a signal handler.
+        The first reason stands: after Ctrl-C a program that started this one may send SIGTERM."""
+        if self._stop is None:
+            self._stop = reason, error
 
     def tick(self, now: float) -> None:
         """Check deadlines. Call it from time to time, and at `rounds.next_deadline()`."""

@@ -53,6 +53,7 @@ from paramserver.transport.sockets import allow_connections, is_loopback, toward
 from paramserver.typed import typed
 
 MISSING = 3  # exit code
+BY_SUPERVISOR = "stopped by make down, or by the system (SIGTERM)"
 PERSON_S = 30.0  # for an answer at the start; workers wait longer for their server
 
 
@@ -493,6 +494,7 @@ def _stop(server: Server, show: Show, series: Series, number: int) -> None:
     # A second one ends the server at once; but a shell and the system may both send SIGHUP.
     signal.signal(number, signal.SIG_IGN if number == signal.SIGHUP else signal.SIG_DFL)
     series.stopped = True
-    server.stop(STOPPED_BY[signal.Signals(number)])
+    kept = number == signal.SIGTERM and MARK in os.environ  # by a supervisor, which ends it so
+    server.stop(BY_SUPERVISOR if kept else STOPPED_BY[signal.Signals(number)])
     if number == signal.SIGINT:  # a person pressed it
         show.say_soon("ending the run in order; Ctrl-C again ends it at once, without its results")
