@@ -101,6 +101,8 @@ def test_a_slow_cable_is_named_with_its_rate() -> None:
         "the cable of worker 3 (mini3) carries 0.9 Gbit/s, 50 % of each round waits for it: "
         "codec=float16 (1.3 times faster) or local_steps=16 (1.9 times)"
     )
+    found = diagnosed(cluster((0.1, 0.02), (0.1, 0.02), (0.1, 0.1)), Told(codec="topk"))
+    assert "waits for it: local_steps=16 (1.9 times faster) or a larger" in found.sentence
 
 
 def test_a_slow_network_is_nobodys_cable() -> None:

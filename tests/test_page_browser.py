@@ -82,6 +82,7 @@ def test_a_run_as_it_goes_on(tab: Tab, page: pages.Served) -> None:
     assert "done 13,000" in tab.text("#ledger") and "digits" in tab.text("#settings")
     assert "closed with 2 of 3" in tab.text("#lines")
     assert tab.page.locator("#events li").count() == 4
+    assert tab.page.locator("#events li .mark.gone").count() == 1, "as it is marked in the curves"
 
     page.show(pages.status(step=900, loss=0.1))
     tab.until("document.querySelector('#steps').textContent.includes('step 900')")
@@ -98,6 +99,7 @@ def test_machines_turn_late_and_gone(tab: Tab, page: pages.Served) -> None:
         else machine
         for machine in state.machines
     ]
+    gone[-1] = msgspec.structs.replace(gone[-1], minute_rounds=4000, minute_late=3)
     event = Event(kind=EventKind.GONE, step=813, at=state.made_at, text="worker 2 is gone now")
     page.show(
         msgspec.structs.replace(
@@ -106,6 +108,7 @@ def test_machines_turn_late_and_gone(tab: Tab, page: pages.Served) -> None:
     )
     tab.until("document.querySelectorAll('#topology g.gone').length === 1")
     assert "gone: silent for 10 s" in tab.text("#rounds tbody tr:nth-child(2)")
+    assert "late in 3 of 4,000 rounds" in tab.text("#rounds tbody tr:nth-child(3)")
     assert "worker 2 is gone now" in tab.text("#events li:first-child")
 
 

@@ -133,3 +133,20 @@ def test_a_server_that_goes_on_has_the_lines_and_events_before_it(tmp_path: Path
         assert [kept.step for kept in second.overview._events] == [7]
     finally:
         folder.close()
+
+
+@pytest.mark.usefixtures("logger")
+def test_a_server_that_goes_on_marks_no_checkpoint_twice(tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path, datetime.now())
+    try:
+        folder.checkpoints.mkdir(exist_ok=True)
+        for step in (500, 1000):
+            (folder.checkpoints / f"step-{step:08}.safetensors").touch()
+            show = Show(Settings(plain=True), folder)  # of a server that was started again
+            show._look_around(0.0)
+        assert [(kept.kind, kept.step) for kept in show.overview._events] == [
+            (EventKind.CHECKPOINT, 500),
+            (EventKind.CHECKPOINT, 1000),
+        ]
+    finally:
+        folder.close()

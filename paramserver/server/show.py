@@ -29,7 +29,7 @@ from paramserver.server.control import Control
 from paramserver.server.observer_process import ObserverProcess
 from paramserver.server.overview import Overview, Totals
 from paramserver.settings import Settings
-from paramserver.status.value import Cause, Diagnosis, EventKind, Status, to_json
+from paramserver.status.value import Cause, Diagnosis, Event, EventKind, Status, to_json
 
 log = logging.getLogger("paramserver")
 LOSSES_KEPT = 100
@@ -70,12 +70,14 @@ class Show:
         host = socket.gethostname()
         kept = ServerLog(folder.server_log)
         self.overview = Overview(settings, run, folder.path.name, host, kind_of, trial, kept.add)
+        self._checkpoints: set[str] = set()
         for entry in kept.take_up():
             self.overview.recall(entry)
+            if isinstance(entry, Event) and entry.kind == EventKind.CHECKPOINT:
+                self._checkpoints.add(entry.text)
         self._status: tuple[float, Status] | None = None  # with the time when it was made
         self._look_at = -math.inf
         self._vitals: wire.Vitals | None = None
-        self._checkpoints: set[str] = set()
         logs.show("paramserver", Above(self.display, self.overview))
         self.losses: deque[tuple[int, float]] = deque(maxlen=LOSSES_KEPT)  # (samples, loss)
         self.val: dict[str, float | None] = {}  # of the newest evaluation, of the following step
@@ -232,7 +234,7 @@ class Show:
         """The status of the run, made anew where the last one is not of this moment."""
         ended = control.rounds.ended is not None and not (self._status and self._status[1].end)
         if self._status is None or ended or now - self._status[0] >= STATUS_S:
-            self._look_around(control, now)
+            self._look_around(now)
             sent_bytes, received_bytes = self.traffic(control)
             tallies = self.tallies(control)
             totals = Totals(
@@ -256,7 +258,7 @@ class Show:
         """The same for those who watch."""
         return to_json(self.status(control, now))
 
-    def _look_around(self, control: Control, now: float) -> None:
+    def _look_around(self, now: float) -> None:
         """Now and then: memory and temperature here, and new checkpoints."""
         if now < self._look_at:
             return

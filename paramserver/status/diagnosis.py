@@ -152,7 +152,7 @@ def _cures(busy_s: float, cable_s: float, told: Told, *, local: bool = False) ->
     once = told.local_steps / steps
     faster = (busy_s + cable_s) / (busy_s + once * cable_s)
     if faster > SAME:
-        cures.append(f"local_steps={steps} ({faster:.1f} times)")
+        cures.append(f"local_steps={steps} ({faster:.1f} times{'' if cures else ' faster'})")
     cures.append("a larger batch_size")
     return " or ".join(cures)
 

@@ -176,11 +176,15 @@ const Machines = (() => {
         at += share;
       });
       const words = PARTS.map((part, place) => [part, total ? machine.minute[place] / total : 0]).filter(([, share]) => share >= 0.005);
-      const late = machine.minute_late ? `, late in ${percent(machine.minute_late / machine.minute_rounds)} of the rounds` : "";
+      const late = machine.minute_late ? `, late in ${lateIn(machine)}` : "";
       text(parts.words, total ? words.map(([part, share]) => `${part} ${percent(share)}`).join(", ") + late : "no rounds yet");
       text(parts.speed, known(machine.samples_per_s) ? count(machine.samples_per_s) : Shown.NONE);
       if (anew) history(parts.history, machine.id, recent, longest, palette);
     }
+  }
+  function lateIn(machine) {
+    const share = machine.minute_late / machine.minute_rounds;
+    return share < 0.005 ? `${count(machine.minute_late)} of ${count(machine.minute_rounds)} rounds` : `${percent(share)} of the rounds`;
   }
   const sum = (times) => times.reduce((a, b) => a + b, 0);
   function history(canvas, id, recent, longest, palette) {

@@ -173,7 +173,7 @@
     const found = [...events.values()].sort((a, b) => a.at - b.at);
     Charts.marks(found);
     $("events").replaceChildren(...found.slice(-200).reverse().map((event) =>
-      el("li", {}, el("span", { class: "at" }, clock(event.at)), el("span", { class: "at" }, `step ${count(event.step)}`), `${event.kind}${event.text ? `: ${event.text}` : ""}`)));
+      el("li", {}, el("span", { class: "at" }, clock(event.at)), el("span", { class: "at" }, `step ${count(event.step)}`), el("i", { class: `mark ${event.kind}` }), `${event.kind}${event.text ? `: ${event.text}` : ""}`)));
     if (!found.length) $("events").replaceChildren(el("li", { class: "muted" }, "nothing yet"));
   }
 
