@@ -301,6 +301,10 @@ def test_of_several_addresses_one_that_answers_is_taken() -> None:
             until(watcher, lambda s: True)
             assert list(watcher._open) == ways[2:], "the others are left alone from now on"
             assert all(str(port) in str(watcher) for port in ports)
+        with Connection(*ways[:2]) as watcher:
+            while len(watcher._open) > 1:
+                assert watcher.poll(0.1) is None
+            assert list(watcher._open) == ways[:1], "there may be a server later"
 
 
 def test_another_address_is_taken_where_the_server_does_not_answer_any_more(
