@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -19,15 +20,21 @@ NOT_SOURCES = shutil.ignore_patterns(
 )  # fmt: skip
 
 
-def test_an_sdist_has_all_that_its_tests_need(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, tarfile.TarFile]:
+    """A copy of this clone, and the sdist that was made of it."""
     pytest.importorskip("setuptools")
-    copy = tmp_path / "clone"
+    copy = tmp_path_factory.mktemp("sdist") / "clone"
     shutil.copytree(CLONE, copy, ignore=NOT_SOURCES, symlinks=True)
     build = "from setuptools import build_meta; build_meta.build_sdist('made')"
     subprocess.run([sys.executable, "-c", build], cwd=copy, check=True, capture_output=True)
     [made] = (copy / "made").iterdir()
-    with tarfile.open(made) as archive:
-        there = {name.partition("/")[2] for name in archive.getnames()}
+    return copy, tarfile.open(made)
+
+
+def test_an_sdist_has_all_that_its_tests_need(built: tuple[Path, tarfile.TarFile]) -> None:
+    copy, archive = built
+    there = {name.partition("/")[2] for name in archive.getnames()}
     wanted = {
         str(path.relative_to(copy))
         for folder in ("paramserver", "workers", "tests", "benchmarks", "conf", "docs", "examples")
@@ -35,8 +42,20 @@ def test_an_sdist_has_all_that_its_tests_need(tmp_path: Path) -> None:
         if path.is_file() and "egg-info" not in str(path)
     }
     wanted |= {"Makefile", "README.md", "constraints.txt", ".ci/run", "paramserver/conf/model.yaml"}
-    wanted |= {".github/workflows/ci.yml", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE"}
+    wanted |= {".github/workflows/ci.yml", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE", "setup.py"}
     assert len(wanted) > 200 and wanted - there == set()
+
+
+def test_the_page_of_an_index_has_no_link_to_a_file(built: tuple[Path, tarfile.TarFile]) -> None:
+    """The files are not there; their names stay."""
+    archive = built[1]
+    [name] = [n for n in archive.getnames() if n.count("/") == 1 and n.endswith("/PKG-INFO")]
+    info = archive.extractfile(name)
+    assert info is not None
+    page = info.read().decode().partition("\n\n")[2]
+    links = re.findall(r"\]\(([^)]*)\)", page)
+    assert [link for link in links if not link.startswith(("https://", "#"))] == []
+    assert page.startswith("# paramserver") and "docs/cluster.md" in page
 
 
 def test_every_python_that_it_runs_on_is_a_classifier() -> None:
