@@ -105,8 +105,8 @@ def test_a_slow_cable_is_named_to_a_watcher_on_another_machine(tmp_path: Path) -
                 tab.until(link)
                 assert tab.wrong == []
             assert re.match(
-                r"the cable of worker 3 \(.+\) carries \d+ Mbit/s, \d\d % of each round waits for "
-                r"it: codec=float16 \(1\.\d times faster\) or local_steps=16",
+                r"the cable of worker 3 \(.+\) carries \d+ Mbit/s, \d+ % of each round waits for "
+                r"it: codec=float16 \([12]\.\d times faster\) or local_steps=16",
                 told,
             )
         server.send(signal.SIGINT)

@@ -61,7 +61,7 @@ const Machines = (() => {
     const others = status.machines.filter((machine) => machine.id <= 0).sort((a, b) => b.id - a.id);
     const links = new Map(), compact = workers.length > 12;
     for (const link of status.links) links.set(link.machine, [...(links.get(link.machine) || []), link]);
-    const gap = compact ? 12 : 20, wide = Math.min(compact ? 128 : 196, (width - gap) / 2);
+    const gap = compact ? 12 : 20, wide = Math.min(compact ? 128 : 196, (width - gap - 4) / 2);  // 4: of two frames
     const lines = new Map(status.machines.map((m) => [m.id, inWords(m, links.get(m.id) || [], compact, wide)]));
     const tall = (some, each) => 12 + each * Math.max(1, ...some.map((m) => lines.get(m.id).length));
     const high = tall(workers, compact ? 16 : 16.5), head = tall(others, 16.5);
