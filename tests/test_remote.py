@@ -80,5 +80,10 @@ def test_a_machine_that_has_begun_to_answer_is_waited_for(ssh: Any, tmp_path: Pa
     """Through a connection of another ssh, say, which is none of this one."""
     os.mkfifo(tmp_path / "go")
     ssh(f"print('here', flush=True)\nopen({str(tmp_path / 'go')!r}).read()\nprint('[]')")
-    done = remote.run(MINI, STATUS, tell=lambda _: (tmp_path / "go").open("w").close())
+
+    def go_on(line: str) -> None:
+        if line == "here":  # nobody reads the pipe any more when the next one comes
+            (tmp_path / "go").open("w").close()
+
+    done = remote.run(MINI, STATUS, tell=go_on)
     assert done.code == 0 and json.loads(done.out.splitlines()[-1]) == []
