@@ -1,453 +1,92 @@
-"""Scripts of many kinds, as a person writes them for one process and as they are for a cluster.
+"""Runs the scripts of `kinds` in clusters, and holds each against one process.
 
-`python tests/measured.py` runs each of them with two and three workers, one of which comes late and
-another of which dies without a word, and prints the table in docs/your-own-model.md: how many lines
-a script changes, and how far the weights are from those of one process that gets the same samples
-in the same steps.
+`python tests/measured.py` runs each of them with two workers, and with three: one comes late, and
+another one dies without a word and comes back. It prints the table in docs/your-own-model.md: how
+many lines a script changes, and how far the weights are from those of one process that gets the
+same samples in the same steps.
 """
-
-# ruff: noqa: E501 (scripts are as wide as people write them)
 
 from __future__ import annotations
 
-import difflib
+import multiprocessing
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
-from functools import partial
+from contextlib import ExitStack
+from functools import cache, partial
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 
-from whole import DEADLINE_S, LOOPBACK, Served  # noqa: E402
+import kinds  # noqa: E402
+from kinds import EPOCHS, KINDS, Kind  # noqa: E402
+from whole import LOOPBACK, Served, free_port  # noqa: E402
 
 import workers  # noqa: E402
+from paramserver.server.ports import Ports  # noqa: E402
+from paramserver.settings import Settings  # noqa: E402
+from workers import living  # noqa: E402
+from workers.builtin.models import build as build_model  # noqa: E402
+from workers.builtin.own_code import OwnCode  # noqa: E402
+from workers.builtin.train import _train  # noqa: E402
 
-JOIN = "from paramserver import join\ncluster = join()\n"
-
-
-@dataclass(frozen=True)
-class Kind:
-    """`script` is for one process; each of `changes` is a piece of it and what stands there in a
-    cluster. A script draws from `data`, or from `stream()`, and gives its model to `done`."""
-
-    name: str
-    data: Callable[[], Dataset[Any]] | None
-    script: str
-    changes: tuple[tuple[str, str], ...]
-    settings: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def clustered(self) -> str:
-        text = self.script
-        for old, new in self.changes:
-            assert text.count(old) == 1, (self.name, old)
-            text = text.replace(old, new)
-        return text
-
-    @property
-    def changed(self) -> tuple[int, int]:
-        """Lines that are new or other, and lines that go without another one in their place."""
-        before, after = self.script.splitlines(), self.clustered.splitlines()
-        blocks = difflib.SequenceMatcher(None, before, after, autojunk=False).get_opcodes()
-        sizes = [(b - a, d - c) for what, a, b, c, d in blocks if what != "equal"]
-        return sum(new for _, new in sizes), sum(max(0, old - new) for old, new in sizes)
-
-
-class Rows(Dataset[Any]):
-    """Inputs of 6 numbers and one of 4 classes; `shape` makes pictures of them."""
-
-    def __init__(self, samples: int = 96, shape: tuple[int, ...] = (6,)) -> None:
-        generator = torch.Generator().manual_seed(7)
-        self.x = torch.randn(samples, *shape, generator=generator).to(torch.get_default_dtype())
-        self.y = torch.randint(4, (samples,), generator=generator)
-
-    def __len__(self) -> int:
-        return len(self.y)
-
-    def __getitem__(self, index: int) -> Any:
-        return self.x[index], self.y[index]
-
-
-class Dicts(Rows):
-    def __getitem__(self, index: int) -> Any:
-        return {"input": self.x[index], "label": self.y[index]}
-
-
-class Sentences(Dataset[Any]):
-    """Sequences of 2 to 9 words."""
-
-    def __init__(self) -> None:
-        generator = torch.Generator().manual_seed(7)
-        lengths = torch.randint(2, 10, (96,), generator=generator).tolist()
-        self.words = [torch.randint(1, 12, (n,), generator=generator) for n in lengths]
-
-    def __len__(self) -> int:
-        return len(self.words)
-
-    def __getitem__(self, index: int) -> Tensor:
-        return self.words[index]
-
-
-HEAD = """\
-torch.manual_seed(1)
-model = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 4))
-optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-"""
-ATTACH = JOIN + "model, optimizer = cluster.attach(model, optimizer)\n"
-STEP = """\
-        optimizer.zero_grad()
-        F.cross_entropy(model(x), y).backward()
-        optimizer.step()
-"""
-TWO_LOOPS = "for epoch in range(EPOCHS):\n    for x, y in loader:\n" + STEP
-IN_CLUSTER = ("for epoch in range(EPOCHS):\n    for x, y in loader:", "for epoch in cluster.epochs():\n    for x, y in cluster.batches(loader):")  # fmt: skip
-BARRIER = {"epoch_barrier": True}
-
-KINDS = (
-    Kind(
-        "CNN with epochs, a test after each, StepLR",
-        partial(Rows, 96, (1, 8, 8)),
-        """\
-torch.manual_seed(1)
-model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 4))
-optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.7)
-loader = DataLoader(data, BATCH, shuffle=True)
-"""
-        + TWO_LOOPS
-        + """\
-    scheduler.step()
-    with torch.no_grad():
-        right = (model(data.x).argmax(1) == data.y).sum()
-done(model)
-""",
-        (
-            ("loader = Data", ATTACH + "loader = Data"),
-            IN_CLUSTER,
-        ),
-        BARRIER,
-    ),
-    Kind(
-        "character GPT: own batches, learning rate by hand, accumulation, clipping",
-        None,
-        """\
-torch.manual_seed(1)
-model = nn.Sequential(nn.Embedding(12, 8), nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True), nn.Linear(8, 12))
-optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, eps=1e-5)
-step = 0
-for batch in stream():
-    for group in optimizer.param_groups:
-        group["lr"] = 0.01 / (1 + step)
-    optimizer.zero_grad()
-    for part in batch.chunk(2):
-        logits = model(part[:, :-1])
-        (F.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten()) / 2).backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
-    optimizer.step()
-    step += 1
-done(model)
-""",
-        (
-            (
-                "step = 0\n",
-                JOIN
-                + "model, optimizer = cluster.attach(model, optimizer, clip_norm=0.5, accumulate=2)\n",
-            ),
-            ("in stream():", "in cluster.own_batches(stream()):"),
-            ("(1 + step)", "(1 + cluster.step)"),
-            ("    torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)\n", ""),
-            ("    step += 1\n", ""),
-        ),
-    ),
-    Kind(
-        "LSTM over packed sequences, a mean over words",
-        Sentences,
-        """\
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_sequence
-class Model(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.words, self.lstm, self.out = nn.Embedding(12, 8), nn.LSTM(8, 8, batch_first=True), nn.Linear(8, 12)
-    def forward(self, batch, lengths):
-        packed = pack_padded_sequence(self.words(batch), lengths, batch_first=True, enforce_sorted=False)
-        return self.out(pad_packed_sequence(self.lstm(packed)[0], batch_first=True)[0])
-def collate(words):
-    return pad_sequence(words, batch_first=True), torch.tensor([len(w) - 1 for w in words])
-torch.manual_seed(1)
-model = Model()
-optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
-loader = DataLoader(data, BATCH, shuffle=True, collate_fn=collate)
-for epoch in range(EPOCHS):
-    for batch, lengths in loader:
-        optimizer.zero_grad()
-        logits = model(batch[:, :-1], lengths)
-        F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), ignore_index=0).backward()
-        optimizer.step()
-done(model)
-""",
-        (
-            ("loader = Data", ATTACH + "loader = Data"),
-            (
-                "for epoch in range(EPOCHS):\n    for batch, lengths in loader:",
-                "for epoch in cluster.epochs():\n    for batch, lengths in cluster.batches(loader, samples=lambda batch: int(batch[1].sum())):",
-            ),
-        ),
-        BARRIER,
-    ),
-    Kind(
-        "branches that are used now and then, samples and outputs as dicts",
-        Dicts,
-        """\
-class Model(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.often, self.seldom, self.never = nn.Linear(6, 4), nn.Linear(6, 4), nn.Linear(6, 4)
-    def forward(self, input, label):
-        logits = self.often(input)
-        if STEP() % 3 == 0:
-            logits = logits + self.seldom(input)
-        return {"logits": logits, "loss": F.cross_entropy(logits, label)}
-torch.manual_seed(1)
-model = Model()
-optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-loader = DataLoader(data, BATCH, shuffle=True)
-for epoch in range(EPOCHS):
-    for batch in loader:
-        optimizer.zero_grad()
-        model(**batch)["loss"].backward()
-        optimizer.step()
-done(model)
-""",
-        (
-            ("loader = Data", ATTACH + "loader = Data"),
-            (
-                "for epoch in range(EPOCHS):\n    for batch in loader:",
-                "for epoch in cluster.epochs():\n    for batch in cluster.batches(loader):",
-            ),
-        ),
-    ),
-    Kind(
-        "EMA, OneCycleLR with each batch",
-        Rows,
-        """\
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-"""
-        + HEAD
-        + """\
-ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
-scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=200)
-loader = DataLoader(data, BATCH, shuffle=True)
-"""
-        + TWO_LOOPS
-        + """\
-        ema.update_parameters(model)
-        scheduler.step()
-done(ema)
-""",
-        (
-            (
-                "loader = Data",
-                JOIN
-                + "model, optimizer = cluster.attach(model, optimizer, scheduler=scheduler, after_step=ema.update_parameters)\nloader = Data",
-            ),
-            IN_CLUSTER,
-            ("        ema.update_parameters(model)\n        scheduler.step()\n", ""),
-        ),
-        BARRIER,
-    ),
-    Kind(
-        "rollouts of unlike size",
-        None,
-        HEAD
-        + """\
-for rollout in stream():
-    optimizer.zero_grad()
-    F.mse_loss(model(rollout), rollout[:, :4]).backward()
-    optimizer.step()
-done(model)
-""",
-        (
-            (
-                "for rollout in stream():",
-                ATTACH + "for rollout in cluster.own_batches(stream(), samples=len):",
-            ),
-        ),
-    ),
-    Kind(
-        "fine-tuning: a frozen backbone and an adapter",
-        Rows,
-        """\
-torch.manual_seed(1)
-backbone = nn.Sequential(nn.Linear(6, 16), nn.Tanh()).requires_grad_(False)
-model = nn.Sequential(backbone, nn.Linear(16, 2), nn.Linear(2, 16), nn.Linear(16, 4))
-optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=0.01)
-loader = DataLoader(data, BATCH, shuffle=True)
-"""
-        + TWO_LOOPS
-        + "done(model)\n",
-        (
-            (
-                "loader = Data",
-                JOIN
-                + "model, optimizer = cluster.attach(model, optimizer, first=NUMBER == 1)\nloader = Data",
-            ),
-            IN_CLUSTER,
-        ),
-    ),
-)
-"""In each, `EPOCHS`, `BATCH` and `NUMBER` (the worker's) are known, and `STEP()` counts steps."""
-
-
-def drawn(kind: Kind, number: int, step: int) -> Tensor:
-    """What a worker's own stream gives it at this step."""
-    generator = torch.Generator().manual_seed(1000 * number + step)
-    if "GPT" in kind.name:
-        return torch.randint(12, (4, 9), generator=generator)
-    rows = int(torch.randint(3, 9, (1,), generator=generator))
-    return torch.randn(rows, 6, generator=generator).to(torch.get_default_dtype())
-
-
-def together(batches: list[Any]) -> list[Any]:
-    """The items of these batches, in their order; padding is cut off."""
-    return [item for batch in batches for item in batch]
-
-
-EPOCHS, BATCH, STEPS = 3, 8, 16
-LATE, DEATH = 3, 6  # steps at which a worker comes, and at which one dies
-BASE = {"torch": torch, "nn": nn, "F": F, "EPOCHS": EPOCHS, "DataLoader": DataLoader}
-
-
-def run(kind: Kind, count: int, *, hard: bool, dtype: torch.dtype) -> float:
-    """The largest difference between the weights of `count` workers and of one process. `hard`: the
-    last worker comes late, and worker 1 dies."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        return _run(kind, count, hard)
-    finally:
-        torch.set_default_dtype(before)
+BATCH, STEPS = 8, 16
+LATE, DEATH, BACK = 3, 5, 7
+"""Steps at which a worker comes, at which one dies, and at which that one is back."""
+BASE = {"torch": torch, "nn": nn, "F": F}
+Round = list[Any]
+"""What each contributor's loop got: places of samples or, of its own data, the batch."""
 
 
 class Died(BaseException):
-    pass
+    """A worker falls silent without a word."""
+
+
+class Interrupted(BaseException):
+    """A person stops a notebook's cell."""
 
 
 DRAWS = threading.Lock()
 """Threads have one generator of torch's: a script makes its model while no other one does."""
 
 
-def _run(kind: Kind, count: int, hard: bool) -> float:
-    seen: dict[tuple[int, int], Any] = {}
-    models: dict[int, dict[str, Tensor]] = {}
-    late = threading.Event()
-    settings = {"num_epochs": EPOCHS, "heartbeat_timeout": 2.0, "timeout": None, **kind.settings}
-    first = count - 1 if hard else count
-
-    def hold(number: int, cluster: workers.Cluster) -> None:
-        """Before each batch."""
-        if not hard:
-            return
-        if number == 1 and cluster.step == LATE and not late.is_set():
-            late.set()
-            served.until(
-                lambda: any(
-                    peer.id == count and peer.join is not None
-                    for peer in served.server.rounds.peers.values()
-                )
-            )
-        if number == 1 and cluster.step >= DEATH:
-            cluster.client.close()
-            raise Died
-
-    def noting(real: Any, number: int, cluster: workers.Cluster) -> Any:
-        """`cluster.batches` or `own_batches`, noting what the loop gets."""
-        numbered: dict[int, DataLoader[Any]] = {}
-
-        def batches(given: Any, samples: Any = None) -> Iterator[Any]:
-            if not isinstance(given, DataLoader):
-                for batch in real(given, samples=samples):
-                    hold(number, cluster)
-                    seen[number, cluster.step] = batch
-                    yield batch
-                return
-            loader = numbered.setdefault(id(given), with_places(given))
-            weight = samples and (lambda batch: samples(batch[0]))
-            for batch, places in real(loader, samples=weight):
-                hold(number, cluster)
-                seen[number, cluster.step] = places
-                yield batch
-
-        return batches
-
-    def work(number: int) -> None:
-        joined: list[workers.Cluster] = []
-
-        def join() -> workers.Cluster:
-            DRAWS.release()  # the model is made
-            cluster = workers.join(LOOPBACK, number, port=served.port, say=served.say)
-            joined.append(cluster)
-            for name in ("batches", "own_batches"):
-                setattr(cluster, name, noting(getattr(cluster, name), number, cluster))
-            return cluster
-
-        def stream() -> Iterator[Tensor]:
-            while joined[0].step < STEPS:
-                yield drawn(kind, number, joined[0].step)
-
-        space = {
-            **BASE, "BATCH": BATCH, "NUMBER": number, "join": join, "stream": stream,
-            "data": None if kind.data is None else kind.data(),
-            "STEP": lambda: joined[0].step,
-            "done": lambda model: models.update({number: copied(model)}),
-        }  # fmt: skip
-        DRAWS.acquire()
-        try:
-            exec(kind.clustered.replace("from paramserver import join\n", ""), space)
-        except Died:
-            return
-        joined[0].leave()
-
-    with Served(num_workers=first, **settings) as served:
-        ends = [served.start(work, number) for number in range(1, first + 1)]
-        if first < count:
-            assert late.wait(DEADLINE_S)
-            ends.append(served.start(work, count))
-        served.wait(*ends, served.end)
-        closes = list(served.closes)
-    rounds = [[seen[w, c.step - 1] for w in sorted(c.contributors)] for c in closes]
-    expected = truth(kind, [r for r in rounds if r])
-    return max(
-        float((model[name].double() - value.double()).abs().max())
-        for model in models.values()
-        for name, value in expected.items()
-    )
+# -------------------------------------------------------------------------------- data of its own
 
 
-def copied(model: nn.Module) -> dict[str, Tensor]:
-    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+class Stream(IterableDataset[Any]):
+    """Samples of one worker's own, divided among the processes of its loader."""
+
+    def __init__(self, number: int = 0, dtype: torch.dtype = torch.float32) -> None:
+        self.number, self.dtype = number, dtype
+
+    def __iter__(self) -> Iterator[Any]:
+        info = get_worker_info()
+        part, parts = (0, 1) if info is None else (info.id, info.num_workers)
+        generator = torch.Generator().manual_seed(1000 * self.number + part)
+        for _ in range(BATCH * STEPS // parts):
+            x = torch.randn(6, generator=generator, dtype=torch.float32)
+            yield x.to(self.dtype), torch.randint(4, (), generator=generator)
 
 
-def with_places(loader: DataLoader[Any]) -> DataLoader[Any]:
-    """The same loader; each batch comes with the places of its samples."""
-    collate = loader.collate_fn
-    numbered = Numbered(loader.dataset)
-    return DataLoader(
-        numbered,
-        loader.batch_size,
-        shuffle=True,
-        collate_fn=lambda items: (collate([item for item, _ in items]), [n for _, n in items]),
-    )
+def drawn(kind: Kind, number: int, step: int) -> Tensor:
+    """A batch of a worker's own at this step."""
+    generator = torch.Generator().manual_seed(1000 * number + step)
+    if "GPT" in kind.name:
+        return torch.randint(12, (4, 9), generator=generator)
+    size = int(torch.randint(3, 9, (1,), generator=generator))
+    return torch.randn(size, 6, generator=generator).to(torch.get_default_dtype())
 
 
 class Numbered(Dataset[Any]):
+    """Each sample with its place."""
+
     def __init__(self, data: Any) -> None:
         self.data = data
 
@@ -458,55 +97,374 @@ class Numbered(Dataset[Any]):
         return self.data[index], index
 
 
-def truth(kind: Kind, rounds: list[list[Any]]) -> dict[str, Tensor]:
-    """One process with the script as it is, whose loader gives the samples of each round."""
-    steps, found = [0], {}
+class Apart:
+    """Collates samples, beside their places."""
 
-    def counted(batches: Iterable[Any]) -> Iterator[Any]:
-        for batch in batches:
-            yield batch
-            steps[0] += 1
+    def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
+        self.collate = collate
 
-    data = None if kind.data is None else kind.data()
-    left = iter(rounds)
+    def __call__(self, items: list[Any]) -> Any:
+        return self.collate([item for item, _ in items]), [place for _, place in items]
 
-    def loader(data: Any, size: int, shuffle: bool, collate_fn: Any = None) -> Any:
+
+def with_places(loader: DataLoader[Any], weights: Any) -> DataLoader[Any]:
+    """The same loader; each batch comes with the places of its samples."""
+    return DataLoader(
+        Numbered(loader.dataset),
+        loader.batch_size,
+        shuffle=weights is None,
+        sampler=weights,
+        collate_fn=Apart(loader.collate_fn),
+        num_workers=loader.num_workers,
+        multiprocessing_context=loader.multiprocessing_context,
+    )
+
+
+@cache
+def forkserver() -> BaseContext:
+    """A process that has imported torch, and from which those of loaders are forked: in this one
+    many threads run. It takes seconds to start, in which a worker would seem to be silent."""
+    multiprocessing.set_forkserver_preload(["kinds"])
+    context = multiprocessing.get_context("forkserver")
+    process = context.Process(target=kinds.Rows)
+    process.start()
+    process.join()
+    return context
+
+
+def loader_of_threads(*given: Any, **more: Any) -> DataLoader[Any]:
+    """A DataLoader whose processes come from `forkserver`."""
+    if more.get("num_workers"):
+        more["multiprocessing_context"] = forkserver()
+    return DataLoader(*given, **more)
+
+
+# --------------------------------------------------------------------------------------- the runs
+
+
+def run(kind: Kind, count: int, *, hard: bool, dtype: torch.dtype) -> float:
+    """The largest difference between the weights of `count` workers and of one process. `hard`: the
+    last worker comes late, and worker 1 dies and comes back."""
+    if "num_workers" in kind.script:
+        forkserver()
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        return Measured(kind, count, hard).run()
+    finally:
+        torch.set_default_dtype(before)
+
+
+class Measured:
+    """One run of a kind of script, or as many as its server serves."""
+
+    def __init__(self, kind: Kind, count: int, hard: bool) -> None:
+        self.kind, self.count, self.hard = kind, count, hard
+        self.seen: dict[tuple[int, int, int], Any] = {}
+        """What loops got, by worker, trial and step."""
+        self.models: dict[int, tuple[int, dict[str, Tensor]]] = {}
+        """By worker: its last step, and what it ended with."""
+        self.served: list[Served] = []
+        self.late, self.dead, self.back = (threading.Event() for _ in range(3))
+        self.gone: set[str] = set()
+        """Sessions of the worker that died."""
+        self.interrupted = False
+        self.trials = int(kind.settings.get("runs", 1))
+
+    def run(self) -> float:
+        usual = {"num_epochs": self.kind.epochs, "batch_size": BATCH, "heartbeat_timeout": 20.0}
+        settings = {**usual, "timeout": None, **self.kind.settings}
+        first = self.count - 1 if self.hard else self.count
+        rounds: list[Round] = []
+        with ExitStack() as stack:
+            port = free_port()
+            ports = Ports(Settings(port=port, observer=False), hosts=[LOOPBACK])
+            stack.callback(ports.close)
+            loops = []
+            for trial in range(1, self.trials + 1):
+                there = first if trial == 1 else self.count
+                served = Served(num_workers=there, ports=ports, port=port, trial=trial, **settings)
+                self.served.append(stack.enter_context(served))
+                if trial == 1:
+                    loops = [served.start(self.work, number) for number in range(1, first + 1)]
+                    if self.hard:
+                        served.until(self.late.is_set)
+                        loops.append(served.start(self.work, self.count))
+                        served.until(self.dead.is_set)
+                        loops.append(served.start(self.work, 1))
+                if trial < self.trials:
+                    served.wait(served.end)
+                    ports.answer(served.end.result())
+            served.wait(*loops, served.end)
+            for trial, served in enumerate(self.served, 1):
+                rounds += self.rounds(served, trial)
+        assert len(self.models) == self.count
+        expected = truth(self.kind, rounds)
+        last = self.served[-1].closes[-1].step  # who has fewer samples of its own leaves sooner
+        return max(
+            float((model[name].double() - value.double()).abs().max())
+            for step, model in self.models.values()
+            for name, value in expected.items()
+            if step == last
+        )
+
+    def rounds(self, served: Served, trial: int) -> list[Round]:
+        """By the log. Where pairs take turns, the first step with each batch tells its samples."""
+        first = [c for c in served.closes if c.pair in (None, "", served.closes[0].pair)]
+        found = [[self.seen[w, trial, c.step - 1] for w in sorted(c.contributors)] for c in first]
+        return [round_ for round_ in found if round_]
+
+    def hold(self, number: int, cluster: workers.Cluster) -> None:
+        """Before each batch."""
+        served = self.served[cluster.trial - 1]
+        if self.kind.cell and number == 1 and cluster.step >= LATE and not self.interrupted:
+            self.interrupted = True
+            raise Interrupted
+        if not self.hard or cluster.trial > 1:
+            return
+
+        peers = served.server.rounds.peers
+
+        def comes(who: int) -> Callable[[], bool]:
+            return lambda: any(
+                p.id == who and p.join is not None and p.session not in self.gone
+                for p in list(peers.values())
+            )
+
+        if number == 1 and cluster.step >= LATE and not self.late.is_set():
+            self.late.set()
+            served.until(comes(self.count))
+        if number == 1 and cluster.step >= DEATH and not self.dead.is_set():
+            self.gone = {p.session for p in list(peers.values()) if p.id == 1}
+            cluster.client.close()
+            living.left(cluster)  # its thread may be that of another worker: it is another process
+            self.dead.set()
+            raise Died
+        if number == 2 and cluster.step >= BACK and not self.back.is_set():
+            self.back.set()
+            served.until(comes(1))
+
+    def noting(self, cluster: workers.Cluster, number: int) -> workers.Cluster:
+        """The cluster; what its loop gets is noted."""
+        numbered: dict[int, Any] = {}
+        real, real_own = cluster.batches, cluster.own_batches
+
+        def batches(given: Any, samples: Any = None, **more: Any) -> Iterator[Any]:
+            if id(given) not in numbered:
+                loader = isinstance(given, DataLoader)
+                numbered[id(given)] = (
+                    with_places(given, more.get("weights")) if loader else Numbered(given)
+                )
+            weight = samples and (lambda batch: samples(batch[0]))
+            for batch, places in real(numbered[id(given)], samples=weight, **more):
+                self.hold(number, cluster)
+                self.seen[number, cluster.trial, cluster.step] = list(map(int, places))
+                yield batch
+
+        def own_batches(given: Any, samples: Any = None) -> Iterator[Any]:
+            for batch in real_own(given, samples=samples):
+                self.hold(number, cluster)
+                self.seen[number, cluster.trial, cluster.step] = batch
+                yield batch
+
+        cluster.batches, cluster.own_batches = batches, own_batches  # type: ignore
+        return cluster
+
+    def work(self, number: int) -> None:
+        """A worker: its script, or the built-in training."""
+        try:
+            if self.kind.script:
+                self.script(number)
+            else:
+                self.built_in(number)
+        except Died:
+            pass
+        except BaseException:
+            self.served[-1].stop()  # the others would wait for it
+            raise
+
+    def script(self, number: int) -> None:
+        joined: list[workers.Cluster] = []
+        at: dict[str, Any] = {"port": self.served[0].port, "say": self.served[0].say}
+
+        def take_part(cluster: workers.Cluster) -> workers.Cluster:
+            joined.append(self.noting(cluster, number))
+            return cluster
+
+        def join() -> workers.Cluster:
+            DRAWS.release()  # the model is made
+            return take_part(workers.join(LOOPBACK, number, **at))
+
+        def trials(runs: int) -> Iterator[workers.Cluster]:
+            DRAWS.release()
+            yield from map(take_part, workers.trials(runs, LOOPBACK, number, **at))
+
+        def stream() -> Iterator[Tensor]:
+            while joined[-1].step < STEPS:
+                yield drawn(self.kind, number, joined[-1].step)
+
+        space = {
+            **BASE, "EPOCHS": self.kind.epochs, "BATCH": BATCH, "NUMBER": number,
+            "DataLoader": loader_of_threads,
+            "Stream": partial(Stream, number, torch.get_default_dtype()),
+            "join": join, "trials": trials, "stream": stream,
+            "data": None if self.kind.data is None else self.kind.data(),
+            "STEP": lambda: joined[-1].step,
+            "done": lambda *models: self.models.update(
+                {number: (joined[-1].step, copied(models))}
+            ),
+        }  # fmt: skip
+        text = self.kind.clustered
+        for name in ("join", "trials"):
+            text = text.replace(f"from paramserver import {name}\n", "")
+        DRAWS.acquire()
+        try:
+            exec(text, space)
+        except Interrupted:
+            again = True
+        else:
+            again = False
+        if again:
+            DRAWS.acquire()
+            exec(text, space)
+        joined[-1].leave()
+
+    def built_in(self, number: int) -> None:
+        own = Settings(port=self.served[0].port, allow=["kinds"], threads=1)
+        DRAWS.acquire()
+        cluster = workers.join(LOOPBACK, number, port=own.port, say=self.served[0].say)
+        self.noting(cluster, number)
+        real = cluster.attach
+
+        def attach(*given: Any, **more: Any) -> Any:
+            DRAWS.release()
+            model, optimizer = real(*given, **more)
+            trained.append(model)
+            return model, optimizer
+
+        trained: list[nn.Module] = []
+        cluster.attach = attach  # type: ignore
+        _train(cluster, own, {})
+        self.models[number] = cluster.step, copied(trained)
+        cluster.leave()
+
+
+def copied(models: Iterable[nn.Module]) -> dict[str, Tensor]:
+    states = (model.state_dict() for model in models)
+    return {
+        f"{place}.{name}": value.detach().clone()
+        for place, state in enumerate(states)
+        for name, value in state.items()
+    }
+
+
+# -------------------------------------------------------------------------------- the one process
+
+
+def together(round_: Round) -> list[Any]:
+    """The items of these batches, in their order."""
+    return [item for batch in round_ for item in batch]
+
+
+class Truth:
+    """One process with the script as it is, whose loader gives it the samples of each round."""
+
+    def __init__(self, kind: Kind, rounds: list[Round]) -> None:
+        self.kind, self.left, self.steps = kind, iter(rounds), 0
+        self.sizes: list[int] = []
+        """Samples of each worker in the round at hand."""
+        self.found: dict[str, Tensor] = {}
+
+    def run(self) -> dict[str, Tensor]:
+        space = {
+            **BASE, "EPOCHS": self.kind.epochs, "BATCH": BATCH,
+            "DataLoader": self.loader, "stream": self.stream,
+            "Stream": Stream, "each": self.each,
+            "data": None if self.kind.data is None else self.kind.data(),
+            "STEP": lambda: self.steps,
+            "done": lambda *models: self.found.update(copied(models)),
+        }  # fmt: skip
+        if self.kind.script:
+            exec(self.kind.alone, space)
+        else:
+            self.built_in()
+        assert next(self.left, None) is None, "the script ended sooner than those of the workers"
+        return self.found
+
+    def counted(self, batch: Any) -> Iterator[Any]:
+        yield batch
+        self.steps += 1
+
+    def loader(self, data: Any, size: int, collate_fn: Any = None, **order: Any) -> Any:
         collate = collate_fn or torch.utils.data.default_collate
 
         class Epochs:
-            def __iter__(self) -> Iterator[Any]:
+            def __iter__(epochs) -> Iterator[Any]:
                 count = 0
-                while count < len(data):
-                    round_ = next(left, None)
-                    if round_ is None:
-                        return
+                stream = isinstance(data, IterableDataset)
+                while (stream or count < len(data)) and (round_ := next(self.left, None)):
+                    self.sizes = list(map(len, round_))
+                    if stream:
+                        parts = zip(*round_, strict=True)
+                        yield from self.counted([torch.cat(part) for part in parts])
+                        continue
                     places = together(round_)
                     count += len(places)
-                    yield from counted([collate([data[i] for i in places])])
+                    yield from self.counted(collate([data[i] for i in places]))
 
         return Epochs()
 
-    def whole() -> Iterator[Any]:
-        for round_ in rounds:
-            if "GPT" in kind.name:  # its halves are those of the workers
+    def stream(self) -> Iterator[Any]:
+        for round_ in self.left:
+            if "GPT" in self.kind.name:  # its halves are those of the workers
                 halves = [batch.chunk(2) for batch in round_]
-                yield from counted([torch.cat([h[part] for part in (0, 1) for h in halves])])
-            else:
-                yield from counted([torch.cat(round_)])
+                round_ = [h[part] for part in (0, 1) for h in halves]
+            yield from self.counted(torch.cat(round_))
 
-    space = {
-        **BASE, "DataLoader": loader, "BATCH": BATCH, "data": data, "stream": whole,
-        "STEP": lambda: steps[0], "done": lambda model: found.update(copied(model)),
-    }  # fmt: skip
-    exec(kind.script, space)
-    return found
+    def each(self, model: nn.Module, batch: Any, loss: Callable[..., Tensor]) -> None:
+        """Forward and backward of each worker's part by itself, all from the same buffers; the
+        gradients and what is written to buffers are averaged."""
+        before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        after: dict[str, list[Tensor]] = {name: [] for name in before}
+        buffers = dict(model.named_buffers())
+        for part in zip(*(t.split(self.sizes) for t in batch), strict=True):
+            for name, buffer in buffers.items():
+                buffer.copy_(before[name])
+            share = len(part[0]) / sum(self.sizes)
+            (loss(*part) * share).backward()
+            for name, buffer in buffers.items():
+                after[name].append(buffer.clone() * share if buffer.is_floating_point() else buffer)
+        for name, buffer in buffers.items():
+            parts = torch.stack(after[name])
+            buffer.copy_(parts.sum(0) if buffer.is_floating_point() else parts.amax(0))
+
+    def built_in(self) -> None:
+        """What the settings of the built-in training say."""
+        model = build_model(
+            self.kind.settings["model"], Settings().seed, OwnCode(allowed=("kinds",))
+        )
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 4)
+        for _ in range(EPOCHS):
+            for x, y in self.loader(kinds.OwnRows(), BATCH):
+                optimizer.zero_grad()
+                kinds.smooth(model(x), y).backward()
+                optimizer.step()
+                scheduler.step()
+        self.found.update(copied([model]))
+
+
+def truth(kind: Kind, rounds: list[Round]) -> dict[str, Tensor]:
+    return Truth(kind, rounds).run()
 
 
 def main() -> None:
-    """Print the table."""
+    """Print the table; with words, of the kinds that have one of them in their names."""
     torch.set_num_threads(1)
     print("| script | lines: new or other | gone | float64 | float32 |\n|---|---|---|---|---|")
     for kind in KINDS:
+        if sys.argv[1:] and not any(word in kind.name for word in sys.argv[1:]):
+            continue
         most = {
             dtype: max(run(kind, n, hard=hard, dtype=dtype) for n, hard in ((2, False), (3, True)))
             for dtype in (torch.float64, torch.float32)

@@ -37,6 +37,7 @@ from paramserver.protocol import messages as wire
 from paramserver.rounds.states import WAITING
 from paramserver.server.control import Control
 from paramserver.server.overview import Overview, Totals
+from paramserver.server.ports import Ports
 from paramserver.server.server import Server
 from paramserver.settings import Settings
 from paramserver.status.value import to_json
@@ -386,12 +387,16 @@ class Served:
         keys: Keys | None = None,
         recovery: str | None = None,
         watched: bool = False,
+        port: int | None = None,
+        ports: Ports | None = None,
+        trial: int = 1,
         **settings: Any,
     ) -> None:
         """With `keys`, only peers that have them are admitted, on loopback too. `watched`: the run
-        can be watched. Nobody is late on a busy machine, unless `timeout` is given."""
+        can be watched. The servers of several runs have the same `ports`. Nobody is late on a busy
+        machine, unless `timeout` is given."""
         self._threads = set(threading.enumerate())
-        self.port = free_port()
+        self.port = port or free_port()
         if not settings.get("deterministic"):  # where rounds wait for everybody anyway
             settings = {"timeout": PATIENCE_S, **settings}
         self.settings = Settings(port=self.port, observer=False, **settings)
@@ -404,12 +409,14 @@ class Served:
             to_wire(self.settings),
             self,
             hosts=[] if keys else [LOOPBACK],
-            run="test",
+            run="test" if trial == 1 else f"test {trial}",
             observer_key="",
             guarded=[LOOPBACK] if keys else [],
             keys=keys.for_server() if keys else None,
             recovery=recovery,
             status=self._status if watched else None,
+            ports=ports,
+            trial=trial,
         )
         self._overview = Overview(self.settings, "test", "folder", "here")
         self._keys = keys_of(decode(keys.token(LOOPBACK, self.port))) if keys else None
