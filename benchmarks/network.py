@@ -54,6 +54,12 @@ class Hosts:
     def address(self, name: str) -> str:
         return f"10.77.0.{self._names.index(name) + 1}"
 
+    def give_ipv6(self, name: str) -> str:
+        """An IPv6 address of this host, from now on."""
+        address = f"fd77::{self._names.index(name) + 1}"
+        _ip(f"-n {self[name]} addr add {address}/64 dev eth0 nodad")
+        return address
+
     def __enter__(self) -> Hosts:
         _remove_orphans()
         try:

@@ -31,6 +31,7 @@ from paramserver.net.jointoken import KEY_BYTES, JoinToken, encode, joined
 from paramserver.program import exit_on_user_error
 from paramserver.transport.sockets import ServerKeys
 from paramserver.typed import typed
+from paramserver.words import host_port
 
 
 @dataclass(frozen=True)
@@ -185,14 +186,14 @@ def main() -> None:
         guarded = listen(machine.settle(settings)[0])[1]
         port = settings.port_of_watchers
         if guarded and port:
-            where = ", ".join(f"{host}:{port}" for host in guarded)
+            where = ", ".join(f"{host_port(host, port)}" for host in guarded)
             terminal.result(
                 f"watch token of a server at {where} (its holder sees the run and can do nothing "
                 "else: make watch JOIN=...):"
             )
             terminal.result(keys.watch_token(joined(guarded), port))
         if guarded:
-            where = ", ".join(f"{host}:{settings.port}" for host in guarded)
+            where = ", ".join(f"{host_port(host, settings.port)}" for host in guarded)
             terminal.result(f"join token of a server at {where}:")
             terminal.result(keys.token(joined(guarded), settings.port))
         if not guarded:

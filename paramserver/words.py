@@ -23,6 +23,11 @@ def printable_lines(text: str) -> str:
     return "\n".join(map(printable, text.split("\n")))
 
 
+def host_port(host: str, port: int) -> str:
+    """Host and port as people write them: an IPv6 address in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def nearest(word: str, known: Iterable[str], *, alike: float = 0.6) -> str:
     """The known name that a misspelt `word` may mean, in upper or lower case: the one most like it,
     if it is at least that much `alike` (0 to 1); else empty."""

@@ -37,6 +37,7 @@ from paramserver.protocol import messages as wire
 from paramserver.transport import sockets
 from paramserver.transport.handshake import HandshakeMonitor
 from paramserver.transport.sockets import PeerKeys
+from paramserver.words import host_port
 
 SERVICE = "_paramserver._tcp.local."
 ASK_FIRST_S, ASK_LAST_S = 1.0, 8.0  # between questions; doubles each time
@@ -153,7 +154,7 @@ class Heard:
     key: str
 
     def __str__(self) -> str:
-        return f"{self.host}:{self.port} (run {self.run[:8]})"
+        return f"{host_port(self.host, self.port)} (run {self.run[:8]})"
 
 
 class _Browser(zeroconf.RecordUpdateListener):
@@ -410,7 +411,7 @@ def find(
         while (now := time.monotonic()) < deadline:
             found = search.look(now)
             if found is not None:
-                log.info(f"found it at {found.host}:{found.port}")
+                log.info(f"found it at {host_port(found.host, found.port)}")
                 return found
             time.sleep(TURN_S)
         raise UserError(

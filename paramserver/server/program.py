@@ -51,6 +51,7 @@ from paramserver.terminal import STOPPED_BY
 from paramserver.transport import malloc
 from paramserver.transport.sockets import allow_connections, is_loopback, towards
 from paramserver.typed import typed
+from paramserver.words import host_port
 
 MISSING = 3  # exit code
 BY_SUPERVISOR = "stopped by make down, or by the system (SIGTERM)"
@@ -284,7 +285,7 @@ def _serve(
         folder.remember(folder.config)
         show.tell(folder.write_record(record))
         show.tell(folder.open_note())
-        where = ", ".join(f"{h}:{settings.port}" for h in (*hosts, *guarded))
+        where = ", ".join(f"{host_port(h, settings.port)}" for h in (*hosts, *guarded))
         if said:
             show.say(said, warning=True)
         if series.runs > 1:

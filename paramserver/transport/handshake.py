@@ -25,6 +25,7 @@ from zmq.utils.monitor import recv_monitor_message
 from paramserver.errors import UserError
 from paramserver.transport import sockets
 from paramserver.typed import typed
+from paramserver.words import host_port
 
 PEERS_TOLD = 100  # refused peers that are logged, so that a scanner does not fill the log
 HUNG_UP_TIMES = 3  # in the middle of a handshake; then the peer reads the server's greeting
@@ -186,20 +187,20 @@ class HandshakeMonitor:
 
     def _refused(self, why: str) -> UserError:
         return UserError(
-            f"the server at {self._host}:{self._port} {why}",
+            f"the server at {host_port(self._host, self._port)} {why}",
             f"take the token that `{typed('server')}` prints, or `{typed('keys')}` on its machine",
         )
 
     def _mismatch(self) -> UserError:
         if not self._with_keys:
             return UserError(
-                f"the server at {self._host}:{self._port} wants a join token",
+                f"the server at {host_port(self._host, self._port)} wants a join token",
                 f"{typed('worker', 'id=...', 'join=...')} as `{typed('server')}` prints it, "
                 "without security=none",
             )
         return UserError(
-            f"the server at {self._host}:{self._port} takes no join token: it was started with "
-            "security=none",
+            f"the server at {host_port(self._host, self._port)} takes no join token: "
+            "it was started with security=none",
             "start it without that; or, if you trust everybody who reaches it, give security=none "
             "to this worker too",
         )

@@ -26,6 +26,7 @@ import zmq
 
 from paramserver.errors import UserError
 from paramserver.transport.private_dir import PrivateFolder, is_private
+from paramserver.words import host_port
 
 BUCKETS_WAITING = 8
 SMALL_MESSAGES = 64  # room for messages that are not buckets
@@ -305,7 +306,7 @@ def sender(frame: zmq.Frame) -> str:
 
 
 def tcp(host: str, port: int) -> str:
-    return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
+    return f"tcp://{host_port(host, port)}"
 
 
 def ipc_endpoints(folder: str) -> tuple[str, str]:
@@ -419,6 +420,11 @@ def _bind_error(endpoint: str, e: zmq.ZMQError) -> UserError:
     if e.errno in (errno.EADDRNOTAVAIL, errno.ENODEV):
         own = ", ".join(("127.0.0.1", *own_addresses()))
         return UserError(f"{where}: this host has no such address", f"its addresses: {own}")
+    if where.lower().startswith("[fe80:") and "%" not in where:
+        return UserError(
+            f"cannot listen at {where}: fe80 addresses are of one cable or network each",
+            "name its interface, too: host_ip=fe80::1%eth0",
+        )
     return UserError(f"cannot listen at {where}: {e.strerror or e}")
 
 

@@ -15,6 +15,7 @@ from paramserver.net.address import Address
 from paramserver.status.value import ASK, ASK_S, STATUS_BYTES_MAX, Status, from_json
 from paramserver.transport import sockets
 from paramserver.transport.handshake import HandshakeMonitor
+from paramserver.words import host_port
 
 SILENT_S = 5 * ASK_S
 """After which all addresses are tried again, and not only the one that last had a status."""
@@ -43,7 +44,7 @@ class Connection:
 
     def __str__(self) -> str:
         """Where it looks, for a person."""
-        return " or ".join(f"{way.host}:{way.port}" for way in self._ways)
+        return " or ".join(f"{host_port(way.host, way.port)}" for way in self._ways)
 
     def poll(self, timeout_s: float) -> Status | None:
         """The newest status that has come, waiting up to `timeout_s` for one; None where there is
@@ -143,7 +144,8 @@ class _Way:
             return from_json(frames[0].buffer)
         except PeerError as e:
             raise UserError(
-                f"{self.there.host}:{self.there.port} does not send the status of a run: {e}",
+                f"{host_port(self.there.host, self.there.port)} does not send the status of a "
+                f"run: {e}",
                 "is another program listening there, or another version of this one?",
             ) from None
 

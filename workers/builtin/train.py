@@ -15,6 +15,7 @@ from paramserver.net import address
 from paramserver.settings import Settings
 from paramserver.transport import sockets
 from paramserver.typed import typed
+from paramserver.words import host_port
 
 from ..cluster import Cluster, join, told
 from . import builders, models, own_code
@@ -75,7 +76,8 @@ def _train(cluster: Cluster, settings: Settings, given: dict[str, object]) -> No
         builders.set_threads(run.threads, run.num_workers if sockets.is_local(cluster.host) else 1)
         trace.begin(f"worker {cluster.worker_id}")
         log.info(
-            f"worker {cluster.worker_id} of a run at {cluster.host}:{cluster.port}, on {device}"
+            f"worker {cluster.worker_id} of a run at {host_port(cluster.host, cluster.port)}, "
+            f"on {device}"
         )
 
         code = own_code.of_worker(settings)

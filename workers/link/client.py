@@ -27,6 +27,7 @@ from paramserver.protocol import messages as wire
 from paramserver.protocol.pacing import WINDOW
 from paramserver.settings import RunSettings
 from paramserver.transport import shm, sockets
+from paramserver.words import host_port
 
 from ..replica.replica import Replica
 from ..replica.state import unflatten
@@ -533,7 +534,7 @@ class Client:
             connection.handshake.check()  # it may have been started again, with other keys
         if seconds > connection.give_up_s:
             raise RunLost(
-                f"the server at {self.host}:{self.port} has been silent for "
+                f"the server at {host_port(self.host, self.port)} has been silent for "
                 f"{seconds:.0f} s; last step here: {self.session.replica.step}"
             )
 

@@ -33,6 +33,7 @@ from paramserver.settings import RunSettings, Settings
 from paramserver.transport import sockets
 from paramserver.transport.handshake import HandshakeMonitor
 from paramserver.typed import typed
+from paramserver.words import host_port
 
 BEATS_PER_TIMEOUT = 5
 PROBE_INTERVAL_S = 0.1
@@ -189,18 +190,19 @@ class Connection:
             if now > deadline:
                 if last_step is not None:
                     raise RunLost(
-                        f"no server answered at {self.host}:{self.port} for {deadline_s:g} s; last "
-                        f"step here: {last_step}"
+                        f"no server answered at {host_port(self.host, self.port)} for "
+                        f"{deadline_s:g} s; last step here: {last_step}"
                     )
                 if not sockets.addresses_of(self.host):
                     raise address.unknown(self.host)
                 raise UserError(
-                    f"no server answered at {self.host}:{self.port} within {deadline_s:g} s",
+                    f"no server answered at {host_port(self.host, self.port)} within "
+                    f"{deadline_s:g} s",
                     f"is it running ({typed('server')})? another address: host_ip=..., another "
                     "port: port=..., a longer wait: join_timeout=...",
                 )
             if not told and now > start + 1:
-                told = f"waiting for a server at {self.host}:{self.port}"
+                told = f"waiting for a server at {host_port(self.host, self.port)}"
                 self.log.info(f"{told} (for {deadline_s:g} s; start one with: {typed('server')})")
 
     def move(
@@ -238,7 +240,7 @@ class Connection:
         ):
             if not is_right:
                 raise UserError(
-                    f"the server at {self.host}:{self.port} sent no {what}",
+                    f"the server at {host_port(self.host, self.port)} sent no {what}",
                     "is it this program, in the same version?",
                 )
         run = RunSettings.of(from_wire(Settings(), welcome.settings))
@@ -390,7 +392,8 @@ class Connection:
             if self.handshake is not None:
                 self.handshake.check()
             raise RunLost(
-                f"the server at {self.host}:{self.port} does not let this worker in any more",
+                f"the server at {host_port(self.host, self.port)} does not let this worker in "
+                "any more",
                 "was it started again with other keys, or another security=?",
             ) from None
 
@@ -399,7 +402,7 @@ class Connection:
             return wire.from_frames(frames)
         except PeerError as e:
             raise UserError(
-                f"{self.host}:{self.port} does not speak this protocol: {e}",
+                f"{host_port(self.host, self.port)} does not speak this protocol: {e}",
                 "is another program listening there, or another version of this one?",
             ) from None
 
@@ -422,7 +425,8 @@ class ServerSearch:
         try:
             if self._search is None:
                 peer.log.info(
-                    f"{peer.host}:{peer.port} is silent: looking for the server elsewhere, too"
+                    f"{host_port(peer.host, peer.port)} is silent: looking for the server "
+                    "elsewhere, too"
                 )
                 self._search = self._begin(run=peer.run, known=(peer.host, peer.port))
             there = self._search.look(now)
@@ -433,7 +437,7 @@ class ServerSearch:
         if there is None or (there.host, there.port) == (peer.host, peer.port):
             return False
         self._before = peer.move(there.host, there.port, there.keys)
-        peer.log.info(f"found it at {there.host}:{there.port}")
+        peer.log.info(f"found it at {host_port(there.host, there.port)}")
         return True
 
     @property
@@ -449,7 +453,8 @@ class ServerSearch:
         if self._before is None or own:
             return False
         self._peer.log.info(
-            f"the server at {self._peer.host}:{self._peer.port} is another one: {reject.reason}"
+            f"the server at {host_port(self._peer.host, self._peer.port)} is another one: "
+            f"{reject.reason}"
         )
         self._peer.move(*self._before)
         self._before = None
