@@ -165,6 +165,14 @@ class Settings:
     quorum: float = setting(
         0.5, "share of a round's workers after whose gradients timeout starts to run", share_of(1)
     )
+    max_staleness: int = setting(
+        0,
+        "carry late work over: a worker that is late goes on with its gradient, which enters a "
+        "later round, as long as at most so many updates were made without it; 0 = what is late is "
+        "computed again; see docs/modes.md",
+        between(0, 100),
+        unit="updates",
+    )
     heartbeat_timeout: float = setting(
         10.0,
         "silence after which a machine counts as gone",

@@ -15,6 +15,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import msgspec
+
 from paramserver.protocol import messages as wire
 from paramserver.protocol.messages import Lease
 from paramserver.rounds.coordinator import Rounds
@@ -78,12 +80,12 @@ def told(effect: Effect) -> str:
         case Start():
             return f"start at step {effect.step}"
         case Add():
-            return f"add {effect.worker}.{effect.bucket} x{effect.weight}"
+            return f"add {effect.worker}.{effect.bucket} x{effect.weight:g}"
         case Discard():
             return f"discard {effect.worker}.{effect.bucket}"
         case Finish():
             absent = f" without {effect.absent}" if effect.absent else ""
-            return f"average {effect.round}.{effect.bucket} of {effect.weight}{absent}"
+            return f"average {effect.round}.{effect.bucket} of {effect.weight:g}{absent}"
         case Closed():
             return message(effect.close)
         case Void():
@@ -107,6 +109,9 @@ def message(m: wire.Message) -> str:
             text = f"close {m.round} to step {m.step}, in it {counts(m.contributors)}"
             if m.late:
                 text += ", late " + ", ".join(f"{w} ({why})" for w, why in m.late.items())
+            if m.carried is not msgspec.UNSET:
+                late = (f"{w}'s {c.round} {spans([c.lease])}" for w, c in m.carried.items())
+                text += f", carried {', '.join(late)}"
             return text + (f"; {message(m.open)}" if m.open else "")
         case wire.End():
             return f"end at step {m.step}: {m.reason}" + (" (error)" if m.error else "")

@@ -29,6 +29,19 @@ def test_where_no_average_comes_everything_is_sent() -> None:
     assert pacer.due(6.2) == [3]
 
 
+def test_what_no_round_waits_for_is_sent_at_once() -> None:
+    pacer: Pacer[int] = Pacer(window=1, patience_s=1.0)
+    for bucket in range(3):
+        pacer.add(bucket, bucket, now=0.0)
+    assert pacer.due(0.0) == [0]
+    pacer.hurry()
+    assert pacer.due(0.0) == [1, 2]
+    assert pacer.begin() == []
+    for bucket in range(2):
+        pacer.add(bucket, bucket, now=0.1)
+    assert pacer.due(0.1) == [0], "the next round is as usual"
+
+
 def test_an_average_starts_the_patience_anew() -> None:
     pacer: Pacer[int] = Pacer(window=1, patience_s=1.0)
     for bucket in range(3):

@@ -36,6 +36,7 @@ from paramserver.net import address, mdns
 from paramserver.protocol import messages as wire
 from paramserver.protocol.messages import Lease
 from paramserver.ranges import ADDRESS
+from paramserver.rounds.late import weight_of_late
 from paramserver.rounds.local_steps import outer_of
 from paramserver.settings import RunSettings, Settings
 from paramserver.tensors.bucket import Bucket
@@ -237,6 +238,7 @@ class Cluster:
         self._phase = ""  # load, forward or backward, until the gradient is complete
         self._seeded = False
         self._told = False  # the loss of the part at hand
+        self._carried = False  # the gradient may enter a later round than its own
         self._waiting_s = 0.0
         self._load_ahead: Callable[[], None] | None = None
         self._contributed = False  # since its last greeting
@@ -410,6 +412,12 @@ class Cluster:
             raise UserError(
                 "several models with optimizers of their own cannot make local steps",
                 "start the server with local_steps=1",
+            )
+        if self.settings.max_staleness:
+            raise UserError(
+                "late work of several models with optimizers of their own cannot be carried over: "
+                "a lease is for several of their steps",
+                "start the server with max_staleness=0",
             )
         pairs = [_pair(name, told) for name, told in given.items()]
         for pair in pairs:
@@ -801,8 +809,9 @@ class Cluster:
         """The exchange of a round is over."""
         assert self._feedback is not None
         self.client.settled()
-        self._feedback.settled(self._contribution.taken)
-        self._contribution.taken = ()
+        self._feedback.settled(self._contribution.taken, self._contribution.share)
+        self._contribution.taken, self._contribution.share = (), 1.0
+        self._carried = False
 
     def _begin_part(self, weight: int, left: int) -> None:
         """A part of the batch is next, and `left` more follow."""
@@ -870,9 +879,9 @@ class Cluster:
         assert found is not None
         self._lost = None
         part.round, lease = found
-        assert client.follow is not None and client.follow.open is not None
-        local.most = client.follow.open.local_steps
-        self._turns.begin(client.follow.open.began)
+        opened = None if client.follow is None else client.follow.open
+        local.most = 1 if opened is None else opened.local_steps  # None: the lease is a late one
+        self._turns.begin(0 if opened is None else opened.began)
         self._leased_at, self._held_up_s = time.perf_counter(), 0.0
         return lease
 
@@ -925,6 +934,9 @@ class Cluster:
             spent=self._spent() if last else None,
             pair=self._turns.pair,
         )
+        if self.settings.max_staleness:
+            part.made_at = self._replica.step
+            push = msgspec.structs.replace(push, made_at=part.made_at)
         with self._losing():
             self.client.push(push, buffers)
             self.client.poll()
@@ -960,11 +972,19 @@ class Cluster:
             self._contributed = True
             self._stop_if_asked()
         assert self._local is not None and self._by_hand is not None
-        ours = close.round == (self._local.under_way or self._contribution.round)
-        if ours and self.worker_id in close.contributors:
-            self._contribution.taken = close.partly.get(self.worker_id, close.buckets)
-            if self.worker_id not in close.partly:
-                self._by_hand.say(close)
+        assert self.client.follow is not None
+        part, in_time = self._contribution, self._local.under_way or self._contribution.round
+        late = self._carried  # by the close before
+        self._carried = self.client.follow.is_awaited(self.worker_id, part.round)
+        if self._carried:
+            self.client.hurry()
+        if self.worker_id not in close.contributors or not (late or close.round == in_time):
+            return
+        part.taken = close.partly.get(self.worker_id, close.buckets)
+        if late:
+            part.share = weight_of_late(close.step - 1 - part.made_at)
+        elif self.worker_id not in close.partly:
+            self._by_hand.say(close)
 
     def _step(self) -> None:
         """Send the rest of the gradient and follow the log until this round is over."""
@@ -1120,7 +1140,10 @@ class Cluster:
                 lambda: (
                     client.greetings != part.greetings
                     or client.ended is not None
-                    or (client.follow is not None and client.follow.is_over(part.round))
+                    or (
+                        client.follow is not None
+                        and client.follow.is_settled(self.worker_id, part.round)
+                    )
                 ),
                 f"for the averages of round {part.round}",
             )

@@ -23,7 +23,11 @@ class Contribution:
         self.sent = 0
         """Buckets of its gradient."""
         self.taken: tuple[int, ...] = ()
-        """Buckets that are in the update."""
+        """Buckets that are in the update,"""
+        self.share = 1.0
+        """with this share of their weight."""
+        self.made_at = 0
+        """The step of the log at which the gradient was made."""
         self._losses: list[tuple[int, float | Tensor]] = []  # told so far: weight, mean
 
     def begin(self, batch: Sizes, unread: tuple[int, ...] = ()) -> None:

@@ -294,6 +294,7 @@ def build(tree: Mapping[str, Any], where: Where = lambda name: "") -> Settings:
     settings = Settings(**values, wandb=Wandb(**logging))
     _check_local_steps(settings, where)
     _check_aggregate(settings, where)
+    _check_staleness(settings, where)
     if settings.early_stop is not None:
         _check_parts("early_stop", settings.early_stop, EARLY_STOP, where)
     return settings
@@ -331,6 +332,18 @@ def _check_aggregate(s: Settings, where: Where) -> None:
     if s.scale_to_median and s.local_steps == 1:
         must = "must be false with local_steps=1: it is for the differences of local steps"
         raise _wrong("scale_to_median", must, s.scale_to_median, where)
+
+
+def _check_staleness(s: Settings, where: Where) -> None:
+    """Raise a `UserError` where late work cannot be carried over."""
+    why = ""
+    if s.max_staleness and s.deterministic:
+        why = "deterministic=true: who is late differs from run to run"
+    if s.max_staleness and s.local_steps != 1:
+        why = f"local_steps={s.local_steps}: late steps began at weights that are gone, and what "
+        why += "they came to is no step from the new ones"
+    if why:
+        raise _wrong("max_staleness", f"must be 0 with {why}", s.max_staleness, where)
 
 
 def _check_local_steps(s: Settings, where: Where) -> None:

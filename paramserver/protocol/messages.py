@@ -506,6 +506,9 @@ class Push(Message, frozen=True):
     """With the last bucket; None where the worker is older than this field."""
     pair: Text = ""
     """Whose step it is, where the layout has pairs: all pushes of a round are of one."""
+    made_at: Annotated[int, msgspec.Meta(ge=0, le=NUMBER_MAX)] | msgspec.UnsetType = msgspec.UNSET
+    """The step of the log at which the gradient was made, where late work is carried over; the same
+    in every push of a round."""
 
 
 class Unreadable(Message, frozen=True):
@@ -558,6 +561,14 @@ class Open(Message, frozen=True):
     as the workers' loops make steps with them. Else 0: a lease is for one round."""
 
 
+class CarriedOver(msgspec.Struct, frozen=True, array_like=True):
+    """A worker's gradient that is still awaited, and not by any round: pushed for the `round` of
+    its lease, it enters a later one."""
+
+    round: Int
+    lease: Lease
+
+
 class Close(Message, frozen=True):
     nonce: Id
     round: Int
@@ -594,6 +605,13 @@ class Close(Message, frozen=True):
     do, so that the lineage stays the same."""
     pair: Text | msgspec.UnsetType = msgspec.UNSET
     """Whose step it is, where the layout has pairs (left out where nobody pushed anything)."""
+    carried: (
+        Annotated[dict[Worker, CarriedOver], msgspec.Meta(max_length=WORKERS_MAX)]
+        | msgspec.UnsetType
+    ) = msgspec.UNSET
+    """Whose gradients may enter a later update than that of their round. Who was among them in the
+    close before, and is not any more, is a contributor of this update, or its gradient is void.
+    Left out where there is nobody, so that the lineage stays the same."""
 
     def __post_init__(self) -> None:
         self._clip("reason")

@@ -53,6 +53,10 @@ class Pacer(Generic[T]):
         self._under_way.discard(bucket)
         self._moved_at = now
 
+    def hurry(self) -> None:
+        """Nobody waits for these pushes to average them: let all of them go."""
+        self._hurry = True
+
     def due(self, now: float) -> list[T]:
         """The pushes that may be sent now; from then on they count as under way."""
         if self._waiting and now - self._moved_at > self._patience_s:

@@ -15,6 +15,7 @@ from that for other parts, and adds messages and sentences to the `Outcome`:
     origin      whose state the run begins with, or goes on with after a restart
     leases      who gets which samples, and what becomes of those that are not done
     round       what is expected of the members of the open round, and what has come
+    late        what comes too late for its round, and enters a later one
     waits       how long rounds wait for whom, and whom they leave out
     evaluations who evaluates, while the others wait
     snapshots   who gives the run's state, who takes it, and what comes of it
@@ -60,6 +61,7 @@ from paramserver.rounds.events import (
     Told,
 )
 from paramserver.rounds.events import Message as Words
+from paramserver.rounds.late import Carried, weight_of_late
 from paramserver.rounds.leases import Leases
 from paramserver.rounds.ledger import DONE, PARTLY, RETURNED, Ledger, Places
 from paramserver.rounds.log import Log
@@ -181,8 +183,7 @@ class Rounds:
                 return False
             case PushRefused():
                 peer.last_seen = now
-                if peer.late_with is not None:
-                    self._leases.computed_late(peer, event.push, now)
+                self._leases.computed_late(peer, peer.late_with, event.push, now)
                 peer.late_with = None  # it is done with that
                 if self._is_apart(peer, event.push):
                     self._takes_its_step(peer, event.push.pair, now)
@@ -534,6 +535,14 @@ class Rounds:
         """A worker cannot read any sample of its lease."""
         current = self.round
         member = None if current is None else current.member_of(peer)
+        if (carried := peer.carried) is not None and carried.round == message.round:
+            if carried.pushes or carried.lease == wire.OWN:
+                return False
+            carried.member.unread = tuple(range(carried.member.size))
+            carried.refuse("no sample of its lease can be read")
+            peer.late_with = None
+            self._let_in(now)
+            return True
         if current is None or member is None or current.number != message.round:
             return False
         if member.out is None and not member.got and member.lease != wire.OWN:
@@ -706,6 +715,8 @@ class Rounds:
                 return True
         elif (following := self._try_open(now)) is not None:
             self._out.effects.append(Publish(following))
+        if self._let_in(now):
+            return True  # nobody else may be in it
         self._leases.say_lost()
         if (broken := self._leases.hopeless()) is not None:
             self._begin_end(broken, True, now)
@@ -736,13 +747,39 @@ class Rounds:
             self._out.warn(f"starting with {len(ready)} of {self.rules.num_workers} workers")
         for peer in self.workers_ready():
             if peer not in ready:  # it may have got leases while it was needed
-                self._leases.take_back(peer, None)
-        self._leases.hand_out(ready, self.step)
-        members = {p.id: Member(p, p.leases[0]) for p in ready if p.leases}
-        if not members:
+                self._leases.take_back_new(peer)
+            elif peer.carried is not None and not peer.carried.is_complete:
+                self._leases.drop_late(peer)  # too few others are here: it is needed
+        enters = any(p.carried is not None for p in ready)
+        members = self._hand_out([p for p in ready if p.carried is None])
+        if not members and not enters and self._leases.carried():
+            for peer in self.workers_ready():  # there is nothing else left to do
+                self._leases.drop_late(peer)
+            members = self._hand_out(ready)
+        if not members and not enters:
             return None
         batch = sum(p.ready.batch_size for p in ready if p.leases and p.ready is not None)
         return self._open(members, now, batch)
+
+    def _hand_out(self, takers: list[Peer]) -> dict[int, Member]:
+        """Lease samples to these; the members of the next round."""
+        self._leases.hand_out(takers, self.step)
+        return {p.id: Member(p, p.leases[0]) for p in takers if p.leases}
+
+    def _let_in(self, now: float) -> bool:
+        """Let gradients of earlier rounds that are complete enter the open one, if they may. Was
+        there one?"""
+        current = self.round
+        if current is None or not current.may_be_entered:
+            return False
+        found = [p for p in self.workers_ready() if p.carried is not None and p.carried.is_complete]
+        for peer in found:
+            carried, peer.carried = peer.carried, None
+            assert carried is not None
+            member = carried.member
+            member.share = weight_of_late(current.step - 1 - carried.made_at)
+            self._out.effects += current.let_in(peer.id, member, carried.pushes, now)
+        return bool(found)
 
     def _open(self, members: dict[int, Member], now: float, batch: int = 1) -> wire.Open | None:
         """Open a round with these members. Where the layout has pairs, their leases go on, or begin
@@ -786,17 +823,27 @@ class Rounds:
 
     def refusal(self, session: str, push: wire.Push) -> str | None:
         """Why this push must not be used; None when its payload may be looked at."""
+        peer = self.peers[session]
+        if (carried := peer.carried) is not None and push.round == carried.round:
+            assert self.layout is not None
+            return carried.refusal(push, self.step, len(self.layout.tensors))
         if self.round is None:
             return f"round {push.round} is not open; no round is"
-        return self.round.refusal(self.peers[session], push)
+        return self.round.refusal(peer, push)
+
+    def is_late(self, push: wire.Push) -> bool:
+        """Is this push, which `refusal` let pass, of an earlier round than the open one?"""
+        return self.round is None or push.round != self.round.number
 
     def _push(self, peer: Peer, event: Pushed, now: float) -> bool:
         push, bad, current = event.push, event.bad, self.round
-        assert current is not None
         if bad is None and event.norm is not None:
             bad = self.norms.judge(push.bucket, event.norm)
             if bad is not None:
                 self._out.effects.append(Discard(peer.id, push.bucket))
+        if (carried := peer.carried) is not None:
+            return self._push_late(peer, carried, push, bad, now)
+        assert current is not None
         peer.late_with = None  # it is done with that
         self._takes_its_step(peer, push.pair, now)
         member = current.members[peer.id]
@@ -820,6 +867,29 @@ class Rounds:
                 current.look_for_quorum(now)
             for bucket in (push.bucket, *push.without):
                 self._out.effects += current.advance(bucket, now)
+        return True
+
+    def _push_late(
+        self, peer: Peer, carried: Carried, push: wire.Push, bad: str | None, now: float
+    ) -> bool:
+        """A push of a round that went on without this worker: keep it until its gradient is
+        complete, and can enter a round."""
+        member = carried.member
+        member.tells(push)
+        self._leases.computed_late(peer, carried.lease, push, now)
+        peer.late_with = None  # it is about to be done with that
+        if bad is not None:
+            for bucket in carried.refuse(bad):
+                self._out.effects.append(Discard(peer.id, bucket))
+            self._out.warn(f"round {carried.round}: {peer.name} refused: {bad}", peer)
+            self._out.send(peer, wire.Refused(round=push.round, reason=bad))
+        else:
+            carried.take(push)
+            self._ending.works(now)
+            if push.spent is not None:
+                member.spent, member.compute_s = push.spent, push.compute_s
+        if carried.is_complete:
+            self._let_in(now)
         return True
 
     def _out_of_round(self, member: Member, why: str, now: float) -> None:
@@ -848,9 +918,21 @@ class Rounds:
             return
         waited_s = now - current.opened_at
         for member in self._waits.late(current, now):
-            if (peer := self.peers.get(member.session)) is not None:
+            self._goes_on_without(current, member, now)
+            peer = self.peers.get(member.session)
+            if peer is not None and not member.is_late:  # else its push says how long it took
                 self._leases.computes_still(peer.id, member.size, waited_s)
-            self._out_of_round(member, self._waits.lateness(current, member, now), now)
+
+    def _goes_on_without(self, current: Round, member: Member, now: float) -> None:
+        """The open round goes on without this member. Where nothing of it came, its gradient may
+        enter a later one; not if it was busy with an older lease, and has not begun this one."""
+        why = self._waits.lateness(current, member, now)
+        peer = self.peers.get(member.session)
+        may = self.rules.max_staleness > 0 and not member.got and not current.began
+        if may and peer is not None and peer.ready is not None and peer.late_with is None:
+            member.is_late = True
+            why = f"{why}, carried over"
+        self._out_of_round(member, why, now)
 
     def _look_for_the_overdue(self, now: float) -> None:
         """Where a round without a quorum has waited long enough: go on without those it waits for,
@@ -864,7 +946,7 @@ class Rounds:
         awaited = self._waits.given_up(current, others, now)
         if current.someone_is_whole:
             for member in awaited:
-                self._out_of_round(member, self._waits.lateness(current, member, now), now)
+                self._goes_on_without(current, member, now)
         elif others and awaited:
             names = ", ".join(p.name for p in others)
             why = f"{self._waits.awaited(current, now)}, while {names} could take part"
@@ -888,11 +970,13 @@ class Rounds:
         settled = {w: current.settlement(m) for w, m in current.members.items()}
         for worker, how in settled.items():
             member = current.members[worker]
-            if not (current.began and how == DONE):
+            peer = self.peers.get(member.session)
+            if member.is_late and peer is not None:
+                self._leases.carry(current, peer, now)
+            elif not (current.began and how == DONE):
                 self._leases.settle(current, worker, how)
             elif not self._leases.go_on(current, worker):
                 self._leases.settle(current, worker, PARTLY)
-            peer = self.peers.get(member.session)
             if peer is not None:
                 if how == DONE:
                     peer.evaluated_s = 0.0
@@ -901,7 +985,9 @@ class Rounds:
                 self._judge(peer, member, now)
         self._look_for_the_deaf()
         self._leases.count_steps(current, now)
-        close = current.close(self.nonce, self.ledger.state(), settled, now)
+        self._leases.drop_old(current.step + 1)
+        state, carried = self.ledger.state(), self._leases.carried()
+        close = current.close(self.nonce, state, settled, now, carried)
         in_vain = current.refused and not close.contributors
         self._bad_rounds = self._bad_rounds + 1 if in_vain else 0
         self._turn(states.CLOSED)
@@ -930,6 +1016,7 @@ class Rounds:
         leader = current.leader
         for worker, member in current.members.items():
             differs = leader is not None and member.groups and member.groups != leader.groups
+            differs = differs and not member.is_carried
             if leader is None or not differs or worker in self._sets_others:
                 continue
             self._sets_others.add(worker)

@@ -40,15 +40,18 @@ class Start(Effect, frozen=True):
 
 
 class Add(Effect, frozen=True):
-    """Add the payload that came with this push to the bucket's sum, `weight` times."""
+    """Add the payload that came with this push to the bucket's sum, `weight` times. `late`: it is
+    of an earlier round."""
 
     worker: int
     bucket: int
-    weight: int
+    weight: float
+    late: bool = False
 
 
 class Discard(Effect, frozen=True):
-    """Drop the payload of this push: its norm is out of proportion."""
+    """Drop the payload of this push: its norm is out of proportion, or it is of an earlier round
+    and too old for the next one."""
 
     worker: int
     bucket: int
@@ -60,7 +63,7 @@ class Finish(Effect, frozen=True):
     round: int
     step: int
     bucket: int
-    weight: int
+    weight: float
     absent: tuple[int, ...]
 
 

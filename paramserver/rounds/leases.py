@@ -10,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from paramserver.protocol.messages import OWN, Lease, Push, Ready, Reject
+from paramserver.protocol.messages import OWN, CarriedOver, Lease, Push, Ready, Reject
+from paramserver.rounds.effects import Discard
+from paramserver.rounds.late import Carried
 from paramserver.rounds.ledger import (
     AGAIN,
     DONE,
@@ -18,6 +20,7 @@ from paramserver.rounds.ledger import (
     KILLED,
     PARTLY,
     RETURNED,
+    SKIPPED,
     UNREAD,
     Ledger,
     OwnLedger,
@@ -348,11 +351,12 @@ class Leases:
             seconds = min(max(told_s, waited_s / BELIEVED), waited_s)
             self._shares.took(worker, samples, seconds)
 
-    def computed_late(self, peer: Peer, push: Push, now: float) -> None:
-        """A push of a round that went on without this worker says how long it really computed."""
-        if self._shares is None or push.compute_s is None or peer.late_with is None:
+    def computed_late(self, peer: Peer, lease: Lease | None, push: Push, now: float) -> None:
+        """A push of a round that went on without this worker says how long it really computed its
+        `lease`."""
+        if self._shares is None or push.compute_s is None or lease is None:
             return
-        _, start, stop = peer.late_with
+        _, start, stop = lease
         if 0 < push.samples <= stop - start:
             seconds = min(push.compute_s, now - peer.late_at + self._rules.longest_wait_s())
             self._shares.took(peer.id, push.samples, seconds)
@@ -385,6 +389,11 @@ class Leases:
     def take_back(self, peer: Peer, current: Round | None) -> None:
         """Take this worker's leases back, but for that of the open round, which is settled at its
         end."""
+        self.drop_late(peer)
+        self.take_back_new(peer, current)
+
+    def take_back_new(self, peer: Peer, current: Round | None = None) -> None:
+        """The same, but for that of what it brings late."""
         held = None
         if current is not None and (member := current.member_of(peer)):
             held = member.lease
@@ -435,8 +444,59 @@ class Leases:
         if peer is not None:
             if member.lease in peer.leases:
                 peer.leases.remove(member.lease)
-            if not current.whole(member):
+            if not current.whole(member) and member.bad is None:
                 self._may_compute_still(peer, member.lease)
+
+    # ------------------------------------------------------------------ what comes late
+
+    def carry(self, current: Round, peer: Peer, now: float) -> None:
+        """The round of this worker's lease is over without it, and its gradient may enter a later
+        one: it keeps the lease, and no other."""
+        member = current.members[peer.id]
+        if member.lease in peer.leases:
+            peer.leases.remove(member.lease)
+        self.take_back_new(peer)
+        part = Member(peer, member.lease)
+        peer.carried = Carried(current.number, current.step, member.lease, part, current.buckets)
+        peer.late_at = now
+        self._may_compute_still(peer, member.lease)
+
+    def drop_late(self, peer: Peer) -> None:
+        """What this worker brings late comes too late, or is not awaited any more: its lease comes
+        back, if nothing of it was bad."""
+        carried, peer.carried = peer.carried, None
+        if carried is None:
+            return
+        member = carried.member
+        if self.ledger is not None and member.bad is not None:
+            self.ledger.settle(member.lease, SKIPPED, member.unread)
+        elif self.ledger is not None and member.lease not in self._held:
+            self.ledger.settle(member.lease, RETURNED)
+        was_complete = carried.is_complete
+        for bucket in carried.empty():
+            self._out.effects.append(Discard(peer.id, bucket))
+        if not was_complete:
+            self._may_compute_still(peer, carried.lease)
+
+    def drop_old(self, step: int) -> None:
+        """Drop what would be older than it may be in the round that leads to this `step`."""
+        most = self._rules.max_staleness
+        for peer in self._roster.peers.values():
+            if peer.carried is not None and step - peer.carried.step > most:
+                self._out.warn(
+                    f"the gradient of {peer.name} for round {peer.carried.round} would be more "
+                    f"than {most} updates late: its samples are computed again",
+                    peer,
+                )
+                self.drop_late(peer)
+
+    def carried(self) -> dict[int, CarriedOver]:
+        """What is carried over now, by worker."""
+        return {
+            peer.id: CarriedOver(peer.carried.round, peer.carried.lease)
+            for peer in sorted(self._roster.peers.values(), key=lambda p: p.id)
+            if peer.carried is not None
+        }
 
     def _may_compute_still(self, peer: Peer, lease: Lease) -> None:
         """Note that this worker may still compute a lease whose round is over."""
@@ -463,6 +523,9 @@ class Leases:
     def computed_by(self, peer: Peer, current: Round | None) -> Lease | None:
         """The lease that this worker computes, of which nothing has come yet: that of the open
         round or, where it has pushed and goes on during the exchange, the next one."""
+        if (carried := peer.carried) is not None:
+            begun = carried.pushes or carried.is_complete
+            return None if begun or carried.lease == OWN else carried.lease
         if current is None or (member := current.member_of(peer)) is None:
             return None
         if member.got and self._rules.overlap and current.local_steps > 1:

@@ -134,6 +134,12 @@ class Origin:
                 "several models with optimizers of their own cannot make local steps",
                 "start the server with local_steps=1",
             )
+        if join.layout.pairs and self._rules.max_staleness:
+            return Reject(
+                "late work of several models with optimizers of their own cannot be carried over: "
+                "a lease is for several of their steps",
+                "start the server with max_staleness=0",
+            )
         if join.step < 0:
             return Reject(f"there is no step {join.step} to begin at")
         return None

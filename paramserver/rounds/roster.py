@@ -10,10 +10,14 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from paramserver.protocol.messages import Join, Lease, Ready
 from paramserver.rounds.events import Greeted
 from paramserver.rounds.states import GREETED, PEER, REPLICA, TAKEN_OUT, after
+
+if TYPE_CHECKING:
+    from paramserver.rounds.late import Carried
 
 PUSH_TIMES_KEPT = 64
 DEAF_STEPS = 20  # who fetches at more than this share of them gets nothing of what is published
@@ -38,9 +42,12 @@ class Peer:
         self.left_with: Lease | None = None  # the lease that it computed when it left its loop
         self.late_with: Lease | None = None  # of a round that is over, and it may still compute it
         self.late_at = 0.0  # since when a round went on without it, the last time
+        self.carried: Carried | None = None  # what it computes, or has pushed, for a later round
         self.last_seen = 0.0
         self.push_time_p95: float | None = None
         """Seconds from a round's opening to the end of this worker's push, in most of the last."""
+        self.push_time_median: float | None = None
+        """The same, in half of the last."""
         self._push_times: deque[float] = deque(maxlen=PUSH_TIMES_KEPT)
         self.failed_gives = 0
         self.failed_by: dict[int, int] = {}  # by id of a giver: snapshots that this one did not get
@@ -86,6 +93,7 @@ class Peer:
         self._push_times.append(seconds)
         times = sorted(self._push_times)
         self.push_time_p95 = times[min(len(times) - 1, math.ceil(0.95 * len(times)))]
+        self.push_time_median = times[(len(times) - 1) // 2]
 
 
 class Roster:

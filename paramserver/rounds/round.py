@@ -7,14 +7,14 @@ have come, and which bucket is complete; `coordinator` decides what follows from
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
 import msgspec
 from msgspec import UNSET
 
-from paramserver.protocol.messages import OWN, Close, Groups, Lease, Push, Spent
+from paramserver.protocol.messages import OWN, CarriedOver, Close, Groups, Lease, Push, Spent
 from paramserver.protocol.pacing import WINDOW
 from paramserver.rounds.effects import Add, Effect, Finish
 from paramserver.rounds.ledger import DONE, PARTLY, RETURNED, SKIPPED
@@ -68,6 +68,9 @@ class Member:
         self.groups: Groups = {}  # values of parameter groups that its loop has changed
         self.goes_on = peer.under_way is not None  # its lease was in rounds before this one
         self.weighs = peer.ready is not None and peer.ready.weighs
+        self.is_late = False  # the round went on without it
+        self.is_carried = False  # it brings the gradient of an earlier round, see `late`
+        self.share = 1.0  # of its weight, which that has
         self._told_weight = 0
 
     def tells(self, push: Push) -> None:
@@ -90,6 +93,11 @@ class Member:
     def weight(self) -> int:
         """What its gradient weighs in the average: `samples`, if it says nothing else."""
         return self._told_weight or self.samples
+
+    @property
+    def counts(self) -> float:
+        """The same, less where it is late."""
+        return self.weight * self.share if self.is_carried else self.weight
 
 
 class Round:
@@ -127,7 +135,7 @@ class Round:
         self.absent: dict[int, set[int]] = {}
         self.finished: set[int] = set()
         self.quorum_at: float | None = None
-        self._buckets = buckets
+        self.buckets = buckets
         self._tensors = tensors
         self._quorum = quorum
         self._in_order = in_order
@@ -154,54 +162,22 @@ class Round:
         """Why this push must not be used; None when its payload may be looked at."""
         if push.round != self.number:
             return f"round {push.round} is not open; round {self.number} is"
-        if push.steps > self.local_steps:
-            return f"{push.steps} steps in a round of {self.local_steps}"
         member = self.member_of(peer)
         if member is None:
             return f"{peer.name} has no lease in round {push.round}"
-        if member.bad is not None:
-            return f"a bucket of this round was refused: {member.bad}"
-        if member.out is not None:
+        if member.out is not None and member.bad is None:
             return f"too late for round {push.round}: {member.out}"
-        if push.bucket in member.got or push.bucket in member.without:
-            return f"bucket {push.bucket} of round {push.round} came twice"
-        if not 0 <= push.bucket < self._buckets:
-            return f"there is no bucket {push.bucket}"
         if push.pair not in (self._pairs or ("",)):
             return f"the run has no pair {push.pair[:64]!r}"
         if (apart := self.apart(peer, push.pair)) is not None:
             return apart
-        if member.weighs != (push.weight > 0):
-            return "it says no weight" if member.weighs else "it says a weight, unlike the others"
-        if member.got and push.weight != (member.weight if member.weighs else 0):
-            return "another weight than in the bucket before"
-        if member.lease == OWN:
-            if push.samples < 1:
-                return f"{push.samples} samples pushed"
-            if push.unread:
-                return "samples of its own are told to be unreadable"
-        elif member.got and push.unread != member.unread:
-            return "other samples could not be read than in the bucket before"
-        elif push.samples < 1 or not self._fits(member, push):
-            but = f", {len(push.unread)} not readable" if push.unread else ""
-            return f"{push.samples} samples pushed{but} for a lease of {member.size}"
-        elif not _in_order(push.unread, worked_off(push)):
-            return "it names samples that its lease does not have"
-        if any(not 0 <= index < self._tensors for index in push.absent):
-            return "it names parameters that the run does not have"
-        if any(
-            not 0 <= bucket < self._buckets or bucket in member.got or bucket == push.bucket
-            for bucket in push.without
-        ):
-            return "it has nothing for buckets that are not there, or that it pushed"
-        return None
-
-    def _fits(self, member: Member, push: Push) -> bool:
-        """Is this push of a whole lease, or of the first samples of one that local steps work off?
-        The first push of a round decides that."""
-        count = worked_off(push)
-        sooner = not member.got and push.steps < self.local_steps and count < member.size
-        return count == member.size or sooner
+        return misfit(
+            member,
+            push,
+            buckets=self.buckets,
+            tensors=self._tensors,
+            local_steps=self.local_steps,
+        )
 
     def apart(self, peer: Peer, pair: str) -> str | None:
         """Why this worker, which steps a `pair` (`NEXT`: asks for its next lease), is in another
@@ -214,7 +190,7 @@ class Round:
 
     def leaves_lease(self, member: Member) -> None:
         """This member has made all steps with its lease: it has nothing for this round."""
-        member.without.update(range(self._buckets))
+        member.without.update(range(self.buckets))
 
     @property
     def is_next(self) -> bool:
@@ -246,7 +222,7 @@ class Round:
 
     def whole(self, member: Member) -> bool:
         """Has it pushed everything?"""
-        return len(member.got) + len(member.without) == self._buckets
+        return len(member.got) + len(member.without) == self.buckets
 
     def expected(self) -> list[Member]:
         """The members of whom something is still to come."""
@@ -269,13 +245,30 @@ class Round:
 
     @property
     def complete(self) -> bool:
-        return len(self.finished) == self._buckets
+        return len(self.finished) == self.buckets
 
     def look_for_quorum(self, now: float) -> None:
         """Have enough of those who are not out pushed everything?"""
-        needed = math.ceil(self._quorum * len(self.inside))
-        if self.quorum_at is None and sum(map(self.whole, self.inside)) >= max(1, needed):
+        inside = [m for m in self.inside if not m.is_carried]
+        needed = math.ceil(self._quorum * len(inside))
+        if self.quorum_at is None and sum(map(self.whole, inside)) >= max(1, needed):
             self.quorum_at = now
+
+    @property
+    def may_be_entered(self) -> bool:
+        """May the gradient of an earlier round enter, since no bucket is averaged yet?"""
+        return not self.finished
+
+    def let_in(
+        self, worker: int, member: Member, pushes: Sequence[Push], now: float
+    ) -> list[Effect]:
+        """A member enters with the gradient of an earlier round, all `pushes` of which are here, or
+        with none where it was refused."""
+        self.members = dict(sorted({**self.members, worker: member}.items()))
+        member.is_carried, member.out = True, member.bad
+        for push in pushes:
+            self.take(member, push, now)
+        return [effect for bucket in range(self.buckets) for effect in self.advance(bucket, now)]
 
     def advance(self, bucket: int, now: float) -> list[Effect]:
         """Add what may be added, in order where that is asked for, and finish a full bucket."""
@@ -287,13 +280,13 @@ class Round:
             if bucket in member.got:
                 if bucket not in member.added and (complete or not self._in_order):
                     member.added.add(bucket)
-                    effects.append(Add(worker, bucket, member.weight))
+                    effects.append(Add(worker, bucket, member.counts, member.is_carried))
             elif member.out is None and bucket not in member.without:
                 complete = False
         if complete:
             self.finished.add(bucket)
             self._go_on(bucket, now)
-            weight = sum(m.weight for m in self.members.values() if bucket in m.got)
+            weight = sum(m.counts for m in self.members.values() if bucket in m.got)
             if weight:
                 absent = tuple(sorted(self.absent[bucket]))
                 effects.append(Finish(self.number, self.step, bucket, weight, absent))
@@ -323,14 +316,20 @@ class Round:
         return tuple(sorted(self.absent))
 
     def close(
-        self, nonce: str, ledger: dict[str, Any], settled: Mapping[int, str], now: float
+        self,
+        nonce: str,
+        ledger: dict[str, Any],
+        settled: Mapping[int, str],
+        now: float,
+        carried: dict[int, CarriedOver] | None = None,
     ) -> Close:
         """The close of a complete round, without its lineage: what came of whom, and with which
-        mean loss. `ledger` is the state of the ledger in which its leases are `settled`."""
+        mean loss. `ledger` is the state of the ledger in which its leases are `settled`, `carried`
+        whose gradients may enter a later round."""
         members, leader = self.members.items(), self.leader
         late = {worker: m.out or "" for worker, m in members if settled[worker] != DONE}
         losses = [
-            (m.weight, m.loss)
+            (m.counts, m.loss)
             for m in self.members.values()
             if m.got and m.loss is not None and math.isfinite(m.loss)
         ]
@@ -351,13 +350,15 @@ class Round:
             partly={w: tuple(sorted(m.got)) for w, m in members if settled[w] == PARTLY},
             groups=UNSET if leader is None else leader.groups or UNSET,
             pair=self.pair or UNSET,
+            carried=carried or UNSET,
         )
 
     @property
     def leader(self) -> Member | None:
         """The member with the lowest number that pushed everything: all replicas set the values of
-        parameter groups that its loop has set."""
-        return next((m for m in self.members.values() if self.whole(m)), None)
+        parameter groups that its loop has set. Those of a late one were for an older step."""
+        inside = (m for m in self.members.values() if self.whole(m))
+        return next((m for m in inside if not m.is_carried), None)
 
     @property
     def refused(self) -> bool:
@@ -378,6 +379,53 @@ class Round:
             return ""
         count, who = len(self.members), [f"{self.members[w].name} {why}" for w, why in late.items()]
         return f"round {self.number} closed with {count - len(late)} of {count}: {'; '.join(who)}"
+
+
+def misfit(
+    member: Member, push: Push, *, buckets: int, tensors: int, local_steps: int = 1
+) -> str | None:
+    """Why this push does not fit what its member may send, and has sent, in a round of so many
+    buckets, parameters and local steps; None where it does."""
+    if push.steps > local_steps:
+        return f"{push.steps} steps in a round of {local_steps}"
+    if member.bad is not None:
+        return f"a bucket of this round was refused: {member.bad}"
+    if push.bucket in member.got or push.bucket in member.without:
+        return f"bucket {push.bucket} of round {push.round} came twice"
+    if not 0 <= push.bucket < buckets:
+        return f"there is no bucket {push.bucket}"
+    if member.weighs != (push.weight > 0):
+        return "it says no weight" if member.weighs else "it says a weight, unlike the others"
+    if member.got and push.weight != (member.weight if member.weighs else 0):
+        return "another weight than in the bucket before"
+    if member.lease == OWN:
+        if push.samples < 1:
+            return f"{push.samples} samples pushed"
+        if push.unread:
+            return "samples of its own are told to be unreadable"
+    elif member.got and push.unread != member.unread:
+        return "other samples could not be read than in the bucket before"
+    elif push.samples < 1 or not _fits(member, push, local_steps):
+        but = f", {len(push.unread)} not readable" if push.unread else ""
+        return f"{push.samples} samples pushed{but} for a lease of {member.size}"
+    elif not _in_order(push.unread, worked_off(push)):
+        return "it names samples that its lease does not have"
+    if any(not 0 <= index < tensors for index in push.absent):
+        return "it names parameters that the run does not have"
+    if any(
+        not 0 <= bucket < buckets or bucket in member.got or bucket == push.bucket
+        for bucket in push.without
+    ):
+        return "it has nothing for buckets that are not there, or that it pushed"
+    return None
+
+
+def _fits(member: Member, push: Push, local_steps: int) -> bool:
+    """Is this push of a whole lease, or of the first samples of one that local steps work off? The
+    first push of a round decides that."""
+    count = worked_off(push)
+    sooner = not member.got and push.steps < local_steps and count < member.size
+    return count == member.size or sooner
 
 
 def _does(pair: str | None) -> str:

@@ -23,6 +23,7 @@ class Rules(msgspec.Struct, frozen=True):
     local_steps: int | str = 1
     local_warmup_steps: int = 0
     overlap: bool = False
+    max_staleness: int = 0
     max_norm_ratio: float | None = None
     max_bad_rounds: int = 10
     epochs: int = 2

@@ -10,8 +10,10 @@ from __future__ import annotations
 import math
 
 import msgspec
+from msgspec import UNSET
 
 from paramserver.protocol.messages import Close
+from paramserver.rounds.late import WAIT_MIN_S, WAIT_TIMES
 from paramserver.rounds.outcome import Outcome
 from paramserver.rounds.roster import Peer, Roster
 from paramserver.rounds.round import Member, Round
@@ -70,6 +72,9 @@ class Waits:
         multiple of the time in which its quorum was done. Where samples are divided by speed, a
         worker of unknown speed is waited for no longer than a multiple of that either: it finishes
         what it computes, while rounds go on without it (`takers`), and gets fewer samples then.
+
+        Where late work is carried over, a round lasts little longer than the workers' pushes
+        usually take.
         """
         if self._rules.timeout is not None:
             return self._rules.timeout
@@ -80,6 +85,11 @@ class Waits:
             peers[m.session].push_time_p95 for m in current.members.values() if m.session in peers
         ]
         known = [t for t in times if t is not None]
+        if self._rules.max_staleness and current.quorum_at is not None:
+            usual = self._usual_s(current)
+            if usual is not None:
+                until = current.opened_at + WAIT_TIMES * usual
+                return max(WAIT_MIN_S, until - current.quorum_at)
         most = self._most_s(current)
         if len(known) < len(times) or not known:
             if self._by_speed and current.quorum_at is not None:
@@ -96,6 +106,12 @@ class Waits:
             longest = self._rules.longest_wait_s(current.local_steps)
             most = max(most, min(LOCAL_WAIT_TIMES * took_s, longest))
         return most
+
+    def _usual_s(self, current: Round) -> float | None:
+        """The median of the members' median push times; None where none is known."""
+        peers = (self._roster.peers.get(m.session) for m in current.members.values())
+        known = [p.push_time_median for p in peers if p and p.push_time_median is not None]
+        return sorted(known)[(len(known) - 1) // 2] if known else None
 
     @property
     def _by_speed(self) -> bool:
@@ -165,6 +181,7 @@ class Waits:
             if p.role == "worker"
             and ((member := current.member_of(p)) is None or member.out is not None)
             and (p.ready is not None or (p.state == WAITING and snapshot))
+            and p.carried is None  # it computes
         ]
 
     def is_long(self, current: Round, now: float) -> bool:
@@ -208,8 +225,12 @@ class Waits:
 
     def _is_busy(self, peer: Peer, now: float) -> bool:
         """Does it compute the lease of a round that is over? Where samples are divided by speed,
-        it gets the next one when it is done: of the right size, and nobody waits meanwhile."""
-        if not self._by_speed or peer.late_with is None:
+        it gets the next one when it is done: of the right size, and nobody waits meanwhile. So it
+        is where late work is carried over. A carried gradient that is complete enters by itself."""
+        if peer.carried is not None:
+            return not peer.carried.is_complete
+        by_speed = self._by_speed or self._rules.max_staleness > 0
+        if not by_speed or peer.late_with is None:
             return False
         return now < peer.late_at + self._rules.longest_wait_s()
 
@@ -277,7 +298,8 @@ class Waits:
     def say_late(self, close: Close) -> None:
         """Log who is late when that changes, and not at every step. A worker that is left out
         counts as late."""
-        late = frozenset(close.late)
+        carried = () if close.carried is UNSET else close.carried
+        late = frozenset(close.late).difference(carried)
         ready = self._roster.workers_ready()
         late |= {p.id for p in ready if self._vain_of(p).rounds >= EMPTY_ROUNDS}
         if late != self._said_late:

@@ -98,10 +98,10 @@ class Data(Protocol):
     def located(self, session: str, push: wire.Push, buffers: list[Any]) -> list[Any]: ...
     def release(self, session: str, push: wire.Push) -> None: ...
     def push(
-        self, session: str, worker: int, push: wire.Push, buffers: list[Any]
+        self, session: str, worker: int, push: wire.Push, buffers: list[Any], *, late: bool
     ) -> tuple[str | None, float | None]: ...
     def drop(self, worker: int, bucket: int) -> None: ...
-    def add(self, worker: int, bucket: int, weight: int) -> None: ...
+    def add(self, worker: int, bucket: int, weight: float, *, late: bool) -> None: ...
     def finish(self, finish: Finish) -> None: ...
     def due(self) -> list[Finished]: ...
     def comparisons(self) -> Mapping[int, Comparison]: ...
@@ -447,7 +447,8 @@ class Control:
             self._happens(PushRefused(session, push, why), now)
             return
         worker = self.rounds.peers[session].id
-        bad, norm = self._data.push(session, worker, push, buffers)
+        late = self.rounds.is_late(push)
+        bad, norm = self._data.push(session, worker, push, buffers, late=late)
         self._happens(Pushed(session, push, bad, norm), now)
 
     def _fetch(self, session: str, fetch: wire.Fetch, now: float) -> None:
@@ -475,7 +476,7 @@ class Control:
         for effect in effects:
             match effect:
                 case Add():
-                    self._data.add(effect.worker, effect.bucket, effect.weight)
+                    self._data.add(effect.worker, effect.bucket, effect.weight, late=effect.late)
                 case Discard():
                     self._data.drop(effect.worker, effect.bucket)
                 case Finish():

@@ -38,6 +38,8 @@ class Payload(msgspec.Struct):
     scale: float
     absent: tuple[int, ...]
     release: Release
+    late: bool = False
+    """It is of an earlier round than the open one, whose end does not drop it."""
 
 
 class Data:
@@ -169,10 +171,17 @@ class Data:
         _free(self._outboxes.get(session), push.places)
 
     def push(
-        self, session: str, worker: int, push: wire.Push, buffers: list[Any]
+        self,
+        session: str,
+        worker: int,
+        push: wire.Push,
+        buffers: list[Any],
+        *,
+        late: bool = False,
     ) -> tuple[str | None, float | None]:
         """Check the located buffers of a push, and keep them until `add` or `drop`, unless they are
-        bad. Returns what `Reducer.check` does: why they are bad, and a gradient's norm.
+        bad; those that are not `late` no longer than the open round. Returns what `Reducer.check`
+        does: why they are bad, and a gradient's norm.
 
         Raises `PeerError` where they do not fit the layout.
         """
@@ -180,7 +189,8 @@ class Data:
         release = partial(_free, self._outboxes.get(session), push.places)
         bad, norm = self._reducer.check(push.bucket, buffers, push.scale, push.absent)
         if bad is None:
-            self._payloads[worker, push.bucket] = Payload(buffers, push.scale, push.absent, release)
+            payload = Payload(buffers, push.scale, push.absent, release, late)
+            self._payloads[worker, push.bucket] = payload
         else:
             release()
         return bad, norm
@@ -189,11 +199,14 @@ class Data:
         """Drop a payload that is not to be added."""
         self._payloads.pop((worker, bucket)).release()
 
-    def add(self, worker: int, bucket: int, weight: int) -> None:
-        """Add a payload to the sum of its bucket, `weight` times."""
+    def add(self, worker: int, bucket: int, weight: float, *, late: bool = False) -> None:
+        """Add a payload to the sum of its bucket, `weight` times; one that is `late` counts only
+        where nobody else's does, if the bucket's tensors come whole from one worker."""
         assert self._reducer is not None
         p = self._payloads.pop((worker, bucket))
-        self._reducer.add(bucket, p.buffers, p.scale, weight, p.release, worker, p.absent)
+        self._reducer.add(
+            bucket, p.buffers, p.scale, weight, p.release, worker, p.absent, late=late
+        )
 
     def finish(self, finish: Finish) -> None:
         """Make the average of a bucket; it is `due` then."""
@@ -243,13 +256,14 @@ class Data:
         return update
 
     def forget_round(self, averaged: tuple[int, ...]) -> None:
-        """Drop the payloads and sums of the open round; the averages of these buckets are in an
-        update."""
+        """Drop the payloads and sums of the open round, but not what is late; the averages of these
+        buckets are in an update."""
         self._averages, self._averages_bytes = [], 0
         self._round_stamp = None
         for p in self._payloads.values():
-            p.release()
-        self._payloads.clear()
+            if not p.late:
+                p.release()
+        self._payloads = {key: p for key, p in self._payloads.items() if p.late}
         self._slots.clear()
         if self._reducer is not None:
             self._reducer.close(averaged)

@@ -343,7 +343,7 @@ class Overview:
         if peer.role != "worker" or rounds.round is None:
             return State.IDLE
         newest = rounds.clocks.newest[-1].parts.get(peer.id) if rounds.clocks.newest else None
-        if trouble or (member is not None and member.out is not None):
+        if trouble or peer.carried is not None or (member is not None and member.out is not None):
             return State.LATE
         if newest is not None and newest.late > 0:
             return State.LATE

@@ -102,6 +102,7 @@ class Server:
                 local_steps=settings.local_steps,
                 local_warmup_steps=settings.local_warmup_steps,
                 overlap=settings.overlap,
+                max_staleness=settings.max_staleness,
                 max_norm_ratio=settings.max_norm_ratio,
                 max_bad_rounds=settings.max_bad_rounds,
                 epochs=settings.num_epochs,

@@ -34,8 +34,8 @@ class ErrorFeedback:
         self._plan = plan
         self._codec = codec
         self._residuals: dict[int, Tensor] = {}
-        self._samples: dict[int, int] = {}  # of the mean that a residual belongs to
-        self._under_way: dict[int, tuple[Tensor | None, int]] = {}  # both as they were before
+        self._samples: dict[int, float] = {}  # of the mean that a residual belongs to
+        self._under_way: dict[int, tuple[Tensor | None, float]] = {}  # both as they were before
 
     def codec(self, bucket: Bucket) -> Codec:
         return codec_of(bucket.kind, bucket.sent, self._codec)
@@ -84,14 +84,16 @@ class ErrorFeedback:
         self._under_way[bucket.index] = before, samples_before
         return encoded
 
-    def settled(self, taken: Container[int]) -> None:
-        """The round is over: of the buckets under way, those in `taken` are part of an update.
+    def settled(self, taken: Container[int], share: float = 1.0) -> None:
+        """The round is over: of the buckets under way, those in `taken` are part of an update, with
+        this share of their weight, and so are their residuals.
 
         The others get back the residual that they had before, without the gradient that was sent:
         where the server refuses a push its samples return to the ledger, and would count twice.
         """
         for bucket, (before, samples) in self._under_way.items():
             if bucket in taken:
+                self._samples[bucket] *= share
                 continue
             self._samples[bucket] = samples
             if before is None:

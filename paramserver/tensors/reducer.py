@@ -40,7 +40,7 @@ class Running:
     """The sum of a bucket so far: `values` times `unit` samples."""
 
     values: Tensor
-    unit: int
+    unit: float
     release: Release | None
     """Releases the payload whose memory `values` use; None where the sum has its own."""
 
@@ -105,19 +105,22 @@ class Reducer:
         bucket: int,
         buffers: Wire,
         scale: float,
-        samples: int,
+        samples: float,
         release: Release,
         worker: int = 0,
         absent: tuple[int, ...] = (),
+        *,
+        late: bool = False,
     ) -> None:
         """Add the numbers of a push over `samples` samples (for counters take the maximum; for
-        tensors of kind `whole` those of the lowest `worker`).
+        tensors of kind `whole` those of the lowest `worker`, of one that is `late` only where no
+        other has them).
 
         Calls `release()` when the buffers are not read any more.
         """
         b = self._plan.buckets[bucket]
         if b.kind == "whole":
-            self._whole[bucket].add(worker, self._unpacked(b, buffers, absent))
+            self._whole[bucket].add((late, worker), self._unpacked(b, buffers, absent))
             release()
             return
         values = self._decode(b, buffers, scale)
@@ -145,7 +148,7 @@ class Reducer:
         release()
 
     def finish(
-        self, bucket: int, samples: int, absent: tuple[int, ...]
+        self, bucket: int, samples: float, absent: tuple[int, ...]
     ) -> tuple[list[Any], float, tuple[int, ...]]:
         """The average over all `samples` that were added: encoded buffers, scale, and absent
         tensors; the sum is gone afterwards.

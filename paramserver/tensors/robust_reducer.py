@@ -31,6 +31,10 @@ COMPARED_SHARE = 0.5
 """Of the usual number of samples: a gradient of fewer is not compared. It is noisier by right."""
 
 
+LATE_UNITS = 256
+"""Of a sample: what late gradients weigh is rounded to these."""
+
+
 @dataclass(frozen=True)
 class Rule:
     """What is made of the pushes; see the settings of these names."""
@@ -48,7 +52,7 @@ class Held:
     worker: int
     buffers: Wire
     scale: float
-    weight: int
+    weight: float
     absent: tuple[int, ...]
     release: Release
 
@@ -81,19 +85,21 @@ class RobustReducer(Reducer):
         bucket: int,
         buffers: Wire,
         scale: float,
-        samples: int,
+        samples: float,
         release: Release,
         worker: int = 0,
         absent: tuple[int, ...] = (),
+        *,
+        late: bool = False,
     ) -> None:
         if self._plan.buckets[bucket].kind == "whole":
-            super().add(bucket, buffers, scale, samples, release, worker, absent)
+            super().add(bucket, buffers, scale, samples, release, worker, absent, late=late)
             return
         held = Held(worker, buffers, scale, samples, absent, release)
         self._held.setdefault(bucket, []).append(held)
 
     def finish(
-        self, bucket: int, samples: int, absent: tuple[int, ...]
+        self, bucket: int, samples: float, absent: tuple[int, ...]
     ) -> tuple[list[Any], float, tuple[int, ...]]:
         b = self._plan.buckets[bucket]
         if b.kind == "whole":
@@ -103,7 +109,7 @@ class RobustReducer(Reducer):
         rows = self._decoded_rows(b, held)
         with np.errstate(over="ignore"):  # what is absurdly large is cut away
             if b.kind == "count":
-                weights = [push.weight for push in held]
+                weights = _whole_numbers([push.weight for push in held])
                 values.copy_(torch.from_numpy(robust.upper_median(rows, weights)))
             else:
                 self._average(b, held, rows, values.numpy())
@@ -146,7 +152,7 @@ class RobustReducer(Reducer):
         return row[: b.size]
 
     def _average(self, b: Bucket, held: list[Held], rows: list[Array], out: Array) -> None:
-        weights = [push.weight for push in held]
+        weights = _whole_numbers([push.weight for push in held])
         if self._rule.scale_to_median and b.kind == "grad":
             rows = self._scaled(b, rows)
         if self._rule.aggregate == MEAN:
@@ -234,3 +240,10 @@ class RobustReducer(Reducer):
             compared.numbers += b.size
             compared.cut += own * b.size
             compared.agrees += along
+
+
+def _whole_numbers(weights: list[float]) -> list[int]:
+    """Weights in proportion to these: they are numbers of samples, or tokens, but for late ones."""
+    if all(isinstance(w, int) for w in weights):
+        return [int(w) for w in weights]
+    return [max(1, round(w * LATE_UNITS)) for w in weights]

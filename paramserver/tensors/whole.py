@@ -53,16 +53,17 @@ class Whole:
 
     def __init__(self, plan: BucketPlan, bucket: Bucket) -> None:
         self._plan, self._bucket = plan, bucket
-        self._chosen: dict[str, tuple[int, dict[int, Tensor]]] = {}  # by module: worker, tensors
+        self._chosen: dict[str, tuple[tuple[bool, int], dict[int, Tensor]]] = {}  # by module
 
-    def add(self, worker: int, came: dict[int, Tensor]) -> None:
+    def add(self, whose: tuple[bool, int], came: dict[int, Tensor]) -> None:
+        """Add the tensors of a worker: whether it is late, and its number."""
         modules: dict[str, dict[int, Tensor]] = {}
         for index, values in came.items():
             name = self._plan.layout.tensors[index].name
             modules.setdefault(name.rpartition(".")[0], {})[index] = values
         for module, tensors in modules.items():
-            if module not in self._chosen or worker < self._chosen[module][0]:
-                self._chosen[module] = worker, tensors
+            if module not in self._chosen or whose < self._chosen[module][0]:
+                self._chosen[module] = whose, tensors
 
     def finish(self, room: Callable[[int], Tensor]) -> tuple[list[Any], tuple[int, ...]]:
         """The buffers of the update, in memory from `room`, and which tensors are absent."""

@@ -368,6 +368,12 @@ class Client:
             self.abandoned.wait(OUTBOX_LOOK_S)
             self.poll()
 
+    def hurry(self) -> None:
+        """The round of the pushes went on without them, and they may enter a later one: send what
+        has not left."""
+        self._pushes.hurry()
+        self._send_due(time.monotonic())
+
     def settled(self) -> None:
         """The round of the pushes is over: what has not been sent is forgotten."""
         self._pushes.forget()

@@ -14,9 +14,11 @@ from __future__ import annotations
 from typing import Protocol
 
 import msgspec
+from msgspec import UNSET
 
 from paramserver.protocol.messages import (
     Average,
+    CarriedOver,
     Close,
     End,
     Fetch,
@@ -115,6 +117,8 @@ class Follow:
         self._round = 0  # the round whose averages are being collected
         self._got: set[int] = set()
         self._pulse_step = -1  # the step at which an earlier pulse found us behind
+        self._carried: dict[int, CarriedOver] = {}  # as the newest close tells, by worker
+        self._joined_at = 0  # the log's step then: what was carried over before is void
 
     @property
     def step(self) -> int:
@@ -165,6 +169,8 @@ class Follow:
         """The update is in the model now, and the replica stands at its step."""
         self.over = max(self.over, m.round)
         self._got.clear()
+        carried = {} if m.carried is UNSET else m.carried
+        self._carried = carried if m.step > self._joined_at else {}
         if m.open is not None:
             self._opened(m.open)
 
@@ -224,6 +230,12 @@ class Follow:
             self._opened(open_)
         return Gap() if step > self.step else NOTHING
 
+    def joins(self, step: int) -> None:
+        """The server admits this replica, where its log stands at `step`: it awaits nothing of it
+        any more."""
+        self._joined_at = step
+        self._carried = {}
+
     def adopted(self) -> None:
         """A snapshot has replaced the replica's state; no round was open meanwhile."""
         self.fetching_since = None
@@ -237,7 +249,11 @@ class Follow:
         self.heard_at = now
 
     def lease(self, worker: int, after: int) -> tuple[int, Lease] | None:
-        """(round, lease) of the open round that follows `after`, if this worker is in it."""
+        """(round, lease) of the open round that follows `after`, if this worker is in it; or of an
+        earlier one that follows `after`, whose gradient may still enter another."""
+        late = self._late(worker)
+        if late is not None and late.round > after:
+            return late.round, late.lease
         current = self.open
         if current is None or current.round <= max(after, self.over):
             return None
@@ -275,6 +291,22 @@ class Follow:
     def is_over(self, round_: int) -> bool:
         """Is that round over, closed or void?"""
         return self.over >= round_
+
+    def is_awaited(self, worker: int, round_: int) -> bool:
+        """That round went on without this worker: may its gradient still enter a later one?"""
+        late = self._late(worker)
+        return late is not None and late.round == round_
+
+    def is_settled(self, worker: int, round_: int) -> bool:
+        """Is it known what became of this worker's pushes of that round?"""
+        return self.is_over(round_) and not self.is_awaited(worker, round_)
+
+    def _late(self, worker: int) -> CarriedOver | None:
+        """What of this worker is carried over; not if it has got another lease since."""
+        late, current = self._carried.get(worker), self.open
+        if late is None or current is None or current.round <= late.round:
+            return late
+        return None if current.leases.get(worker) else late
 
     def tick(self, now: float, quiet_s: float) -> Effect:
         """Time has passed: fetch again where there was no answer, probe a silent server."""

@@ -76,6 +76,10 @@ class Pushes:
         """The average of a bucket has come."""
         self._pacer.averaged(bucket, now)
 
+    def hurry(self) -> None:
+        """The round went on without them, and they may enter a later one: all are due."""
+        self._pacer.hurry()
+
     def due(self, now: float) -> list[tuple[wire.Push, list[Any]]]:
         """The pushes to send now, each with the buffers that travel with it: none where the server
         reads them from the outbox."""

@@ -162,6 +162,7 @@ class Session:
         f = self.follow
         self.admit, self.adrift = admit, False  # an older answer may have set it adrift meanwhile
         f.fetching_since = None
+        f.joins(admit.step)
         if admit.action in ("adopt", "behind"):
             self.joined = False
             self.held.clear()

@@ -180,6 +180,9 @@ class Solo:
     def settled(self) -> None:
         pass
 
+    def hurry(self) -> None:
+        pass
+
     def poll(self) -> None:
         pass
 
