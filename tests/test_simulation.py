@@ -19,10 +19,11 @@ from paramserver.protocol import messages as wire
 from paramserver.rounds.coordinator import Rounds
 from paramserver.rounds.effects import Effect, PassOn, Void
 from paramserver.rounds.events import Event, Pushed, Relinked, Told
+from paramserver.rounds.late import Carried
 from paramserver.rounds.ledger import PARTLY, RETURNED, Ledger, OwnLedger, Suspect
 from paramserver.rounds.recovery import NOTHING
 from paramserver.rounds.roster import Peer
-from paramserver.rounds.round import Member
+from paramserver.rounds.round import Member, Round
 from paramserver.rounds.snapshots import Snapshot
 from paramserver.server.control import Control
 from workers.link import follow
@@ -64,6 +65,8 @@ def test_schedules_have_what_they_are_made_for() -> None:
         "left its loop sooner",
         "went on during an exchange",
         "unequal shares",
+        "late work is carried over",
+        "late buckets that entered a round",
         "steps",
         "steps lost",
         "run given up",
@@ -301,6 +304,81 @@ class BlamesNoLeaseAhead(Rounds):
         self._leases.computed_by = lambda peer, now: now and now.computed_by(peer)  # type: ignore[method-assign]
 
 
+class CarriesWhatIsPartlyThere(Rounds):
+    """Who is late is carried although buckets of it are averaged: the rest enters a later round."""
+
+    def _goes_on_without(self, current: Round, member: Member, now: float) -> None:
+        got, member.got = member.got, set()
+        super()._goes_on_without(current, member, now)
+        member.got = got
+
+    def _push_late(self, peer: Peer, carried: Carried, *more: Any) -> bool:
+        carried._buckets = 1  # it is taken for complete
+        return super()._push_late(peer, carried, *more)
+
+
+class HandsOutWhatIsCarried(Rounds):
+    """The lease of who is late comes back, as if nothing of it were awaited."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        carry = self._leases.carry
+
+        def returns(current: Round, peer: Peer, now: float) -> None:
+            carry(current, peer, now)
+            assert self.ledger is not None and peer.carried is not None
+            if not self._leases.own:
+                self.ledger._put_back(peer.carried.lease)
+
+        self._leases.carry = returns  # type: ignore[method-assign]
+
+
+class CarriesForEver(Rounds):
+    """However old a gradient is, it enters."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._leases.drop_old = lambda step: None  # type: ignore[method-assign]
+
+
+class EntersAtAnyTime(Rounds):
+    """A late gradient enters a round of which buckets are averaged: its part in them is lost."""
+
+    def _let_in(self, now: float) -> bool:
+        finished = set() if self.round is None else set(self.round.finished)
+        if self.round is not None:
+            self.round.finished.clear()
+        entered = super()._let_in(now)
+        if self.round is not None:
+            self.round.finished |= finished
+        return entered
+
+
+class WeighsLateWorkFully(Rounds):
+    """What a gradient weighs does not depend on its age."""
+
+    def _let_in(self, now: float) -> bool:
+        for peer in self.peers.values():
+            if peer.carried is not None and self.round is not None:
+                peer.carried.made_at = self.round.step - 1
+        return super()._let_in(now)
+
+
+class CarriesForTheDead(Rounds):
+    """Who is gone keeps the lease of what it would have brought late."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._leases.take_back = self._leases.take_back_new  # type: ignore[method-assign]
+
+
+class AwaitsWhatIsVoid(Follow):
+    """A worker waits for what becomes of its late gradient, whatever lease it has got since."""
+
+    def _late(self, worker: int) -> wire.CarriedOver | None:
+        return self._carried.get(worker)
+
+
 class KeepsLinks(Control):
     """The link of a peer that is gone stays bound to its session."""
 
@@ -475,6 +553,13 @@ class LooksForNoEnd(Worker):
         (Parts(rounds=CountsWhatWasNotComputed), "samples of worker . weigh", 174),
         (Parts(rounds=BlamesNoLeaseAhead), "does not end", 8917),
         (Parts(local=GoesOnWithAnyLease), "counted wait to be leased again", 1714),
+        (Parts(rounds=CarriesWhatIsPartlyThere), "samples partly", 35),
+        (Parts(rounds=HandsOutWhatIsCarried), "sums do not agree", 14),
+        (Parts(rounds=CarriesForEver), "is older than", 61),
+        (Parts(rounds=EntersAtAnyTime), "is divided by", 61),
+        (Parts(rounds=WeighsLateWorkFully), "samples of worker . weigh", 54),
+        (Parts(rounds=CarriesForTheDead), "could have gone on|payloads are kept", 519),
+        (Parts(follow=AwaitsWhatIsVoid), "could have gone on", 241),
         (Parts(control=KeepsLinks), "links are kept", 0),
         (Parts(control=BindsTheFirstLinkOnly), "has ended, but not for|does not end", 3168),
         (Parts(control=FetchesWithoutLooking), "has ended, but not for", 3),

@@ -43,7 +43,7 @@ class Book:
 
     def __init__(self, buckets: int, models: dict[str, int], *, pairs: bool = False) -> None:
         self.models = dict(models)
-        self.lineage = ""
+        self.lineage = self._first = ""
         self._pairs = pairs
         self.closes: list[wire.Close] = []
         self._contents: list[Content] = []
@@ -58,7 +58,7 @@ class Book:
         """The first state is known. It may be another one as long as nothing follows it."""
         if self.closes:
             raise Broken(f"a new origin after {self.step} steps")
-        self.lineage = lineage
+        self.lineage = self._first = lineage
         self.models[lineage] = model
 
     def go_on(self, step: int, lineage: str, model: int) -> set[str]:
@@ -71,6 +71,7 @@ class Book:
             lineage, close, content = self._updates[lineage]
             self.closes.insert(0, close)
             self._contents.insert(0, content)
+        self._first = lineage
         if step != self.step:
             raise Broken(f"the run goes on from step {step} of no log")
         for bucket, counted in enumerate(self._counted):
@@ -87,6 +88,20 @@ class Book:
     def model(self) -> int:
         """The model at the newest step."""
         return self.models[self.lineage]
+
+    def model_at(self, step: int) -> int:
+        """The model at that step of the log."""
+        return self.models[self.closes[step - 1].lineage if step else self._first]
+
+    def lag(self, model: int, most: int) -> int:
+        """How many updates were made since this was the model; at most so many."""
+        names = [self._first, *(c.lineage for c in self.closes)]
+        for lag, lineage in enumerate(reversed(names[-1 - most :])):
+            if self.models[lineage] == model:
+                return lag
+        known = any(self.models[lineage] == model for lineage in names)
+        why = f"is older than {most} updates" if known else "is of another model"
+        raise Broken(f"a gradient of another model goes into step {self.step + 1}: it {why}")
 
     def compare(self, name: str, lineage: str, model: int) -> None:
         """Promise 1: whoever holds a state by one name holds the same model."""

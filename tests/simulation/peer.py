@@ -60,6 +60,8 @@ class Habits(msgspec.Struct):
     unreadable: frozenset[Sample] = frozenset()
     sooner: float = 0.0
     """Share of its local steps after which it leaves its loop, and pushes those that it made."""
+    stutters: float = 0.0
+    """Share of its batches that it begins with a pause of several batches."""
     own: int = 0
     """So many batches of its own are a worker's part; 0: all share one set."""
 
@@ -575,6 +577,8 @@ class Client(Process):
                     replica.apply(action.close)
                     self._compare()
                     self._do(session.applied(action.close, self.world.now))
+                case actions.Closed():
+                    self.closed(action.close)
                 case actions.Send():
                     self.send(action.message)
                 case actions.Compare():
@@ -671,6 +675,9 @@ class Client(Process):
 
     def missed(self, close: wire.Close) -> None:
         """A step that this replica does not follow."""
+
+    def closed(self, close: wire.Close) -> None:
+        """A step that it has applied."""
 
 
 class Observer(Client):

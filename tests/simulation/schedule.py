@@ -78,7 +78,8 @@ FAULTS = (
 )  # fmt: skip
 
 SOONER, ON = "left its loop sooner", "went on during an exchange"
-HARMLESS = {"slow", "bad", "leave", "pause", "finished", "left", SOONER, ON}
+CARRIES, ENTERED = "late work is carried over", "late buckets that entered a round"
+HARMLESS = {"slow", "bad", "leave", "pause", "finished", "left", SOONER, ON, CARRIES, ENTERED}
 """What happens in a schedule and kills no worker."""
 
 MOVES = 0.2
@@ -87,6 +88,10 @@ MOVES = 0.2
 PAIRS = 0.2
 """Share of the schedules with several buckets, without a liar and local steps, in which several
 pairs take turns."""
+
+LATE = 0.4
+"""Share of the schedules without local steps, where order does not matter, in which late work is
+carried over."""
 
 OWN = 0.1
 """Share of the schedules without a liar in which workers bring samples of their own."""
@@ -189,6 +194,7 @@ class Schedule:
             sooner = one_by_one.choice((0.0, 0.05, 0.3))
             overlap = one_by_one.random() < 0.5 or not sooner
             self.rules = msgspec.structs.replace(self.rules, overlap=overlap)
+        self._plan_staleness(seed)
         buckets = rng.choice((1, 2, 3))
         pairs = self._plan_pairs(seed, buckets)
         self.server = Server(
@@ -215,6 +221,8 @@ class Schedule:
         if not brings:
             self._plan_broken_samples(seed)
         self.habits.sooner = sooner
+        if self.rules.max_staleness:
+            self.habits.stutters = Random(f"stutters {seed}").choice((0.0, 0.1, 0.3))
         self.lost = rng.choice((0.0, 0.02, 0.2))
         self.slots = range(0 if self.rules.observer else 1, workers + 1)
         self._given_up = False  # a run to which nobody came back in time was followed by another
@@ -240,10 +248,21 @@ class Schedule:
         if self.home_at < math.inf:
             world.at(self.home_at, self._go_home)
 
+    def _plan_staleness(self, seed: int) -> None:
+        """In some schedules late work is carried over."""
+        rng = Random(f"staleness {seed}")
+        carries = rng.random() < LATE and self.rules.local_steps == 1
+        if carries and not self.rules.deterministic:
+            most, timeout = rng.choice((1, 1, 2, 3, 8)), rng.choice((None, None, 0.05, 0.5))
+            self.rules = msgspec.structs.replace(self.rules, max_staleness=most, timeout=timeout)
+            self.outcome.seen[CARRIES] += 1
+
     def _plan_pairs(self, seed: int, buckets: int) -> tuple[wire.Pair, ...]:
         """In some schedules several pairs take turns: with how many of the buckets each."""
         rng = Random(f"pairs {seed}")
         if rng.random() > PAIRS or buckets == 1 or self.lies or self.rules.local_steps != 1:
+            return ()
+        if self.rules.max_staleness:
             return ()
         self.outcome.seen["pairs"] += 1
         counts = rng.choice({2: ((1, 1),), 3: ((1, 2), (2, 1), (1, 1, 1))}[buckets])
@@ -495,6 +514,7 @@ class Schedule:
         self.net.repeats = self.lost = 0.0
         for peer in self.alive:
             peer.habits.bad = peer.habits.pauses = peer.habits.sooner = peer.lost = 0.0
+            peer.habits.stutters = 0.0
             peer.habits.leaves = float(self.home_at < self.world.now)
             peer.habits.compute_s = self.habits.compute_s
             peer.go_on()
@@ -646,6 +666,7 @@ class Schedule:
         outcome.seen["steps"] += end.step
         outcome.seen["last steps kept"] += server.kept
         outcome.seen["void rounds"] += server.voids
+        outcome.seen[ENTERED] += server.data.entered
         outcome.seen["snapshots"] += server.rounds._snapshots.number
 
 

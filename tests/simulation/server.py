@@ -107,7 +107,10 @@ class Samples:
         self._server = server
         self.history = History(server.limit, answer=FETCH_UPDATES)
         self.payloads: dict[tuple[int, int], Gradient] = {}
+        self.late: set[tuple[int, int]] = set()  # of these, those of earlier rounds
+        self.entered = 0  # buckets of such rounds
         self.sums: dict[int, list[Sample]] = {}
+        self._weights: dict[int, float] = {}
         self.averages: list[Finished] = []
         self._due: list[Finished] = []
         self.ring: Ring | None = None
@@ -141,37 +144,49 @@ class Samples:
         pass
 
     def push(
-        self, session: str, worker: int, push: wire.Push, buffers: list[Any]
+        self, session: str, worker: int, push: wire.Push, buffers: list[Any], *, late: bool
     ) -> tuple[str | None, float | None]:
         [gradient] = buffers
         if gradient == LIE:  # it counts for what its header says
             if not 0.0 < push.scale < math.inf or push.places:
                 raise PeerError("a payload that does not fit")
-            round_ = self._server.rounds.round
-            assert round_ is not None
-            lease = round_.members[worker].lease
-            gradient = (self._server.book.model, samples_of(lease), True)
+            gradient = self._lie(session, worker, push)
         if not gradient[2]:
             return f"not all of its numbers are finite (bucket {push.bucket})", None
         self.payloads[worker, push.bucket] = gradient
+        if late:
+            self.late.add((worker, push.bucket))
         return None, None
+
+    def _lie(self, session: str, worker: int, push: wire.Push) -> Gradient:
+        server = self._server
+        carried = server.rounds.peers[session].carried
+        if carried is not None:
+            return server.book.model_at(carried.step - 1), samples_of(carried.lease), True
+        assert server.rounds.round is not None
+        return server.book.model, samples_of(server.rounds.round.members[worker].lease), True
 
     def drop(self, worker: int, bucket: int) -> None:
         del self.payloads[worker, bucket]
+        self.late.discard((worker, bucket))
 
-    def add(self, worker: int, bucket: int, samples: int) -> None:
+    def add(self, worker: int, bucket: int, weight: float, *, late: bool) -> None:
         model, added, _ = self.payloads.pop((worker, bucket))
-        if len(added) != samples:
-            raise Broken(f"{len(added)} samples of worker {worker} weigh {samples}")
-        book = self._server.book
-        if model != book.model:
-            raise Broken(f"a gradient of another model goes into step {book.step + 1}")
+        book, most = self._server.book, self._server.rules.max_staleness
+        if late != ((worker, bucket) in self.late):
+            raise Broken(f"a gradient of worker {worker} is late or not")
+        lag = book.lag(model, most if late else 0)
+        if abs(weight - len(added) / math.sqrt(1 + lag)) > 1e-9 * weight:
+            raise Broken(f"{len(added)} samples of worker {worker} weigh {weight}")
+        self.late.discard((worker, bucket))
+        self.entered += late
+        self._weights[bucket] = self._weights.get(bucket, 0.0) + weight
         self.sums.setdefault(bucket, []).extend(added)
 
     def finish(self, finish: Finish) -> None:
-        samples = self.sums.pop(finish.bucket)
-        if len(samples) != finish.weight:
-            raise Broken(f"a sum of {len(samples)} samples is divided by {finish.weight}")
+        samples, weight = self.sums.pop(finish.bucket), self._weights.pop(finish.bucket)
+        if abs(weight - finish.weight) > 1e-9 * weight:
+            raise Broken(f"a sum of {weight} samples is divided by {finish.weight}")
         average = wire.Average(
             nonce=self._server.nonce,
             round=finish.round,
@@ -210,8 +225,9 @@ class Samples:
         self.voids += not self._closing
         self._closing = False
         self.averages, self._round_stamp = [], None
-        self.payloads.clear()
+        self.payloads = {key: p for key, p in self.payloads.items() if key in self.late}
         self.sums.clear()
+        self._weights.clear()
 
     def reaches_back_to(self) -> int | None:
         if self.ring is not None:
@@ -528,7 +544,7 @@ class Server:
         pass
 
     def closing(self, close: wire.Close) -> None:
-        if self.data.sums or self.data.payloads:
+        if self.data.sums or self.data.payloads.keys() - self.data.late:
             raise Broken("something was pushed and taken, but is not in the update")
         self.contributed.update(w for w in close.contributors if w not in close.late)
         self._check_nobody_is_awaited_for_ever(close)
@@ -551,6 +567,8 @@ class Server:
         member = self.rounds.round and self.rounds.round.member_of(liar)
         if member is not None:
             self.unread_by_liar.update(samples_of(member.lease))
+        if liar.carried is not None:
+            self.unread_by_liar.update(samples_of(liar.carried.lease))
 
     def _check_kept(self, end: wire.End) -> None:
         """While an observer lives, and somebody holds the last step, the end waits until it is on
@@ -627,10 +645,11 @@ class Server:
         """What is kept is bounded by members, buckets and history."""
         r = self.rounds
         members = len(r.round.members) if r.round else 0
+        carried = sum(p.carried is not None for p in r.peers.values())
         kept = (
             ("updates", len(self.data.history), self.limit),
             ("lineages", len(r.log.lineages), self.limit + 1),
-            ("payloads", len(self.data.payloads), members * self.buckets),
+            ("payloads", len(self.data.payloads), (members + carried) * self.buckets),
             ("sums", len(self.data.sums), self.buckets),
             ("peers", len(r.peers), self.rules.max_workers + 1),
             ("digests of goodbyes", len(r.digests), self.rules.max_workers + 1),

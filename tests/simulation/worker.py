@@ -273,9 +273,9 @@ class Worker(Client):
             return None
         assert found is not None
         self.part.round, lease = found
-        assert self.follow is not None and self.follow.open is not None
-        self.local.most = self.follow.open.local_steps
-        self.turns.begin(self.follow.open.began)
+        opened = None if self.follow is None else self.follow.open
+        self.local.most = 1 if opened is None else opened.local_steps
+        self.turns.begin(0 if opened is None else opened.began)
         return lease
 
     def _backward(self, samples: tuple[Sample, ...], unread: tuple[int, ...]) -> Waiting:
@@ -285,6 +285,8 @@ class Worker(Client):
         bad = world.random.randrange(buckets) if world.chance(habits.bad) else None
         began, by_speed = world.now, self.server.rules.shares == "speed"
         seconds = self._seconds(len(samples) / habits.batch_size)
+        if world.chance(habits.stutters):
+            yield world.now + seconds * buckets * 6.0 * world.random.random(), DEAF
         for bucket in range(buckets):
             yield world.now + seconds * (0.5 + world.random.random()), DEAF
             self._push(
@@ -300,6 +302,8 @@ class Worker(Client):
         """Push one bucket of a gradient, or say that it is absent; `more` is for the message."""
         absent = (bucket,) if self.world.chance(self.habits.absent) else ()
         told = {"samples": len(gradient[1]), **more}
+        if self.server.rules.max_staleness:
+            told["made_at"] = self.replica.step
         push = wire.Push(round=self.part.round, bucket=bucket, absent=absent, **told)
         self.push(push, gradient)
 
@@ -308,7 +312,14 @@ class Worker(Client):
             lambda: (
                 self.greetings != self.part.greetings
                 or self.ended is not None
-                or (self.follow is not None and self.follow.is_over(self.part.round))
+                or (self.follow is not None and self.follow.is_settled(self.id, self.part.round))
             )
         )
         self.local.settle()
+
+    def closed(self, close: wire.Close) -> None:
+        """As `Cluster._on_close`."""
+        assert self.follow is not None
+        if self.follow.is_awaited(self.id, self.part.round):
+            self.pushes.hurry()
+            self._send_due()
