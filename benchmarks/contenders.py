@@ -199,18 +199,21 @@ def waiting_worker(
     sample_s: float,
     slower_after: int = 0,
     slower: float = 1.0,
+    stutters_every: int = 0,
 ) -> None:
     """A worker whose computing is a wait for each of its samples, of a run over so many; `slower`
-    times as long a wait once the run has made `slower_after` steps."""
+    times as long a wait once the run has made `slower_after` steps, or in every so many of its
+    batches."""
     torch.set_num_threads(1)
     malloc.keep_freed()
     model = Layers(shapes)
     gradients = [torch.randn(n) for n in shapes]
     with join(LOOPBACK, number, port=port, timeout_s=PATIENCE_S) as cluster:
         model, optimizer = cluster.attach(model, Idle(model.parameters()))
-        for count in cluster.batches(_Counts(samples)):
-            slow = slower if slower_after and cluster.step >= slower_after else 1.0
-            time.sleep(count * sample_s * slow)
+        for number, count in enumerate(cluster.batches(_Counts(samples)), 1):
+            is_slow = bool(slower_after) and cluster.step >= slower_after
+            is_slow |= bool(stutters_every) and number % stutters_every == 0
+            time.sleep(count * sample_s * (slower if is_slow else 1.0))
             optimizer.zero_grad()
             for layer, gradient in zip(model.layers, gradients, strict=True):
                 layer.grad = gradient

@@ -179,9 +179,11 @@ def shared(
     *settings: str,
     batch_size: int = 32,
     slower_after: int = 0,
+    stutters_every: int = 0,
 ) -> Shared:
     """So many rounds of workers that wait `sample_s` for each sample at speed 1. The last one
-    becomes four times slower `slower_after` so many steps."""
+    becomes four times slower `slower_after` so many steps, or is so in every so many of its
+    batches."""
     with Team(limits.seconds) as team:
         port, workers = free_port(), len(speeds)
         given = [w for w in server_settings(port, workers, "float32", team) if "batch" not in w]
@@ -190,7 +192,8 @@ def shared(
         team.start("server", contenders.server, *given)
         samples = limits.rounds * workers * batch_size
         for k, speed in enumerate(speeds, 1):
-            more = {"slower_after": slower_after, "slower": 4.0} if k == workers else {}
+            slow = {"slower_after": slower_after, "stutters_every": stutters_every}
+            more = {**slow, "slower": 4.0} if k == workers else {}
             team.start(
                 f"worker-{k}",
                 contenders.waiting_worker,
