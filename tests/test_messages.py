@@ -577,3 +577,10 @@ def test_a_joined_average_and_close_are_both_read() -> None:
     assert joined[0].startswith(wire.topic(wire.Average)), "it goes to those who hear averages"
     first, second = map(wire.from_frames, wire.split(joined))
     assert (first, second) == ((average, [b"1234"]), (pulse, []))
+
+
+def test_nobody_insists_on_more_samples_than_statistics_over_a_batch_need() -> None:
+    """Others would get none of a round, where samples are divided by speed."""
+    frames = wire.to_frames(wire.Ready(samples=100, batch_size=8, least=wire.LEAST_MAX + 1))
+    with pytest.raises(PeerError, match="least"):
+        wire.from_frames(frames)

@@ -102,6 +102,7 @@ BUCKETS_MAX = 2**16
 NUMBER_MAX = 2**53  # exact in any JSON reader, and the sum of a thousand fits into 64 bits
 STEP_MAX = 2**48  # at which a run may begin, with room for the steps after it
 SAMPLES_MAX = 2**31 - 1  # of one batch
+LEAST_MAX = 2  # samples that a worker may insist on: statistics over a batch need no more
 REASON_MAX, LATE_MAX = 4000, 200
 PARTS_MAX = 64  # of a state whose digests are told
 GROUPS_MAX = 2**12  # of an optimizer's parameters
@@ -402,7 +403,7 @@ class Ready(Message, frozen=True):
     own: bool = False
     """This worker brings samples of its own: its lease is `OWN`, and its pushes say how many
     samples they are of. Then `samples` is 0."""
-    least: Annotated[int, msgspec.Meta(ge=1, le=SAMPLES_MAX)] = 1
+    least: Annotated[int, msgspec.Meta(ge=1, le=LEAST_MAX)] = 1
     """Samples that a lease must have: 2 where the model has statistics over a batch."""
     drop_last: bool = False
     """Do not lease the last range of an epoch where it is shorter than a batch."""

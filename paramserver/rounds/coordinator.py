@@ -770,7 +770,7 @@ class Rounds:
         """Let gradients of earlier rounds that are complete enter the open one, if they may. Was
         there one?"""
         current = self.round
-        if current is None or not current.may_be_entered:
+        if not self.rules.max_staleness or current is None or not current.may_be_entered:
             return False
         found = [p for p in self.workers_ready() if p.carried is not None and p.carried.is_complete]
         for peer in found:

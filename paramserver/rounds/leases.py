@@ -481,6 +481,8 @@ class Leases:
     def drop_old(self, step: int) -> None:
         """Drop what would be older than it may be in the round that leads to this `step`."""
         most = self._rules.max_staleness
+        if not most:
+            return
         for peer in self._roster.peers.values():
             if peer.carried is not None and step - peer.carried.step > most:
                 self._out.warn(
@@ -492,6 +494,8 @@ class Leases:
 
     def carried(self) -> dict[int, CarriedOver]:
         """What is carried over now, by worker."""
+        if not self._rules.max_staleness:
+            return {}
         return {
             peer.id: CarriedOver(peer.carried.round, peer.carried.lease)
             for peer in sorted(self._roster.peers.values(), key=lambda p: p.id)

@@ -151,6 +151,8 @@ class Samples:
             if not 0.0 < push.scale < math.inf or push.places:
                 raise PeerError("a payload that does not fit")
             gradient = self._lie(session, worker, push)
+            if push.without:
+                self._server.book.withheld.update(gradient[1])
         if not gradient[2]:
             return f"not all of its numbers are finite (bucket {push.bucket})", None
         self.payloads[worker, push.bucket] = gradient
