@@ -244,6 +244,15 @@ class Control:
         if session is not None:
             self._happens(Dropped(session, str(error), error=True), now)
 
+    def tell(self, session: str, message: wire.Message) -> bool:
+        """Send a message to this peer; False when it is gone."""
+        return self._send(session, message)
+
+    def cut_off(self, session: str, now: float) -> None:
+        """What this peer has sent last is lost: it has to join again."""
+        if session in self.rounds.peers:
+            self._happens(Relinked(session), now)
+
     def drop(self, session: str, why: str, now: float) -> None:
         """Let a peer go that cannot be served any more."""
         self._happens(Dropped(session, why), now)

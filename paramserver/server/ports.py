@@ -15,8 +15,9 @@ from paramserver.server.watching import WatchSocket
 from paramserver.settings import Settings
 from paramserver.tensors.bucket import SENT_BYTES
 from paramserver.tensors.whole import BUFFER_BYTES
-from paramserver.transport import sockets
+from paramserver.transport import sealing, sockets
 from paramserver.transport.handshake import Authenticator
+from paramserver.transport.passwords import Passwords
 
 ANSWER_MS = 100
 EARLIER_MAX = 16  # runs whose ends are kept for peers that come late
@@ -48,9 +49,17 @@ class Ports:
         self.watch_problem = ""
         self.earlier: dict[str, wire.End] = {}
         """How the newest runs before ended, by their ids."""
+        self.peers_key = "" if keys is None else keys.workers.decode()
+        """The public key of those who hold the join token."""
+        self.guarded = tuple(guarded)
         self.ctx = sockets.context()
         self.authenticator: Authenticator | None = None
         self.ipc = sockets.ipc_folder()
+        self.passwords: Passwords | None = None
+        self.channel: zmq.Socket[bytes] | None = None
+        self.channel_port = 0
+        self.channel_problem = ""
+        self._channel_ctx: zmq.Context[zmq.Socket[bytes]] | None = None
         self._between: tuple[threading.Event, threading.Thread] | None = None
         try:
             self.authenticator = Authenticator(self.ctx, keys) if keys is not None else None
@@ -58,6 +67,8 @@ class Ports:
             mark = sockets.mark(settings.history_mb, bucket_mb)
             self.pub = sockets.publisher(self.ctx, self.largest, mark)
             self._bind(settings.port, hosts, guarded, keys)
+            if guarded:
+                self._bind_channels(settings, guarded)
             if watched and settings.port_of_watchers:
                 self._bind_watch(settings.port_of_watchers, hosts, guarded, keys)
         except BaseException:
@@ -83,6 +94,28 @@ class Ports:
             if self.authenticator is not None:
                 self.authenticator.watch(socket, closed)
             sockets.bind(socket, plain, closed, keys)
+
+    def _bind_channels(self, settings: Settings, guarded: Sequence[str]) -> None:
+        """Let peers on other machines send sealed payloads; where that port is taken, theirs go
+        through CURVE. The sockets have a context of their own, because ZeroMQ has one place in each
+        to ask who may connect."""
+        port = settings.port_of_channels
+        record_bytes = sealing.RECORD_BYTES + sealing.OVERHEAD_BYTES
+        unread, mark = sockets.channel_marks(
+            settings.history_mb, settings.bucket_size_mb, sealing.RECORD_BYTES
+        )
+        ctx = self._channel_ctx = sockets.context()
+        self.passwords = Passwords(ctx)
+        self.channel = sockets.channel_router(ctx, record_bytes, unread, mark)
+        try:
+            sockets.bind_channels(self.channel, [sockets.tcp(h, port) for h in guarded])
+        except UserError as e:
+            self.channel_problem = (
+                f"gradients of other machines go through CURVE, which is slower: {e.problem}"
+            )
+            self.channel = None
+        else:
+            self.channel_port = port
 
     def _bind_watch(
         self,
@@ -146,11 +179,15 @@ class Ports:
             self.authenticator.close()
         if self.watch is not None:
             self.watch.close()
-        for name in ("router", "pub"):
+        for name in ("router", "pub", "channel"):
             s = getattr(self, name, None)
             if s is not None:
                 s.close(linger=1000)
         self.ctx.term()
+        if self.passwords is not None:
+            self.passwords.close()
+        if self._channel_ctx is not None:
+            self._channel_ctx.term()
         if self.ipc is not None:
             self.ipc.close()
 

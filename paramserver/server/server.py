@@ -25,8 +25,10 @@ from paramserver.net.link_watch import LinkWatch
 from paramserver.protocol import messages as wire
 from paramserver.rounds.coordinator import Rounds
 from paramserver.rounds.rules import Rules
+from paramserver.server.channels import Channels, Lost
 from paramserver.server.control import Control, Finished, Watcher
 from paramserver.server.data import Data
+from paramserver.server.held import Came, Held
 from paramserver.server.history import Frames
 from paramserver.server.ports import Ports
 from paramserver.settings import Settings
@@ -34,6 +36,7 @@ from paramserver.tensors.bucket import plan
 from paramserver.tensors.order import name_samples, places
 from paramserver.transport import shm, sockets
 from paramserver.transport.handshake import Authenticator
+from paramserver.transport.sealing import Kind, Payload
 
 TICK_S = 0.1
 PULSES_PER_TIMEOUT = 10
@@ -132,13 +135,28 @@ class Server:
         ports.resume()
         self._authenticator, self._watch = ports.authenticator, ports.watch
         self._router, self._pub = ports.router, ports.pub
+        self._passwords = ports.passwords
+        self.channels: Channels | None = None
+        if ports.passwords is not None and ports.channel is not None:
+            self.channels = Channels(
+                ports.channel,
+                ports.passwords,
+                ports.channel_port,
+                nonce,
+                ports.largest,
+                lambda session, message: self.control.tell(session, message),
+                lambda text: watcher.say(text, warning=True),
+            )
+        self._held = Held()
+        self._peers_key = ports.peers_key
         if ports.ipc is None:
             watcher.say(
                 "peers on this host use TCP and no shared memory, which is slower: no folder for "
                 "temporary files (/tmp, TMPDIR) can be written"
             )
-        if ports.watch_problem:
-            watcher.say(ports.watch_problem)
+        for problem in (ports.watch_problem, ports.channel_problem):
+            if problem:
+                watcher.say(problem)
         self.data = Data(settings, nonce, None if self._shared is None else self._shared.path)
         self.control = Control(
             self.rounds,
@@ -158,6 +176,7 @@ class Server:
                 versions=machine.versions(),
                 trial=trial,
                 runs=settings.runs,
+                channels=self.channels is not None,
             ),
             observer_key=observer_key,
             most_unread=max(UNREAD_BYTES, PIECES_UNREAD * ports.largest),
@@ -190,6 +209,8 @@ class Server:
         for s in (
             self._router,
             *(self._authenticator.watches if self._authenticator is not None else ()),
+            *(() if self._passwords is None else (self._passwords.socket,)),
+            *(() if self.channels is None else (self.channels.socket,)),
         ):
             poller.register(s, zmq.POLLIN)
         next_tick = next_pulse = 0.0
@@ -200,10 +221,14 @@ class Server:
             woken = poller.poll(math.ceil(1000 * limit))
             if self._authenticator is not None and any(s is not self._router for s, _ in woken):
                 self._report_refused(self._authenticator)
+            if self._passwords is not None:
+                self._passwords.answer(time.monotonic)
             for _ in range(MESSAGES_PER_TURN):
                 if not sockets.readable(self._router):
                     break
                 self._receive(sockets.receive(self._router))
+            if self.channels is not None:
+                self._receive_payloads(self.channels)
             while self._deaf_ears:
                 session = self._deaf_ears.pop()
                 control.drop(session, "it does not read what it asks for", time.monotonic())
@@ -211,6 +236,7 @@ class Server:
             if now >= next_tick or (due is not None and now >= due):
                 next_tick = now + TICK_S
                 self._look_for_workers(now)
+                self._give_up_payloads(now)
                 control.tick(now)
                 self._show(now)
             if now >= next_pulse:
@@ -244,35 +270,137 @@ class Server:
     def _receive(self, frames: list[zmq.Frame]) -> None:
         """One message; whatever is wrong with it costs only its sender."""
         route = frames[0].bytes
-        self._came_bytes += sum(map(len, frames[1:]))
+        size = sum(map(len, frames[1:]))
+        self._came_bytes += size
         now = time.monotonic()
         try:
             message, buffers = wire.from_frames(frames[1:])
+            if isinstance(message, wire.Dial):
+                self._dial(route, message, frames[-1], now)
+                return
         except PeerError as e:
             self.control.refuse(route, e, now)
             return
-        self.control.receive(route, message, buffers, now)
+        came = Came(message, buffers, frames[-1], size, now)
+        if not self._held.behind(route, came):
+            self._take_in(route, came, now)
+        elif self._held.full(route):
+            self._lose_payloads(route, "it says more than can be kept", now)
+
+    def _take_in(self, route: bytes, came: Came, now: float) -> None:
+        """Handle a message whose payload is here; else hold it until then, with all that its sender
+        says after it."""
+        message = came.message
+        if isinstance(message, wire.Push) and message.sealed:
+            try:
+                payload = self._payload(route, message)
+            except Lost:
+                self._held.hold(route, came, now)
+                self._lose_payloads(route, "a record of a payload is missing", now)
+                return
+            except PeerError as e:
+                self.control.refuse(route, e, now)
+                return
+            if payload is None:
+                self._held.hold(route, came, now)
+                return
+            came.buffers = payload.buffers
+            came.size += sum(memoryview(b).nbytes for b in payload.buffers)
+        self._handle(route, came, now)
+
+    def _payload(self, route: bytes, push: wire.Push) -> Payload | None:
+        """The payload of a push whose buffers come over a channel; None if they are on their
+        way."""
+        session = self.control.links.get(route)
+        if session is None:  # it is greeted, and pushes again
+            return Payload(Kind.PUSH, push.round, push.bucket, push.sealed, [])
+        if self.channels is None:
+            raise PeerError("you have no channel")
+        payload = self.channels.payload(session, push.sealed)
+        if payload is not None and (payload.round, payload.bucket) != (push.round, push.bucket):
+            raise PeerError("this payload is of another round or bucket")
+        return payload
+
+    def _receive_payloads(self, channels: Channels) -> None:
+        for _ in range(MESSAGES_PER_TURN):
+            if not sockets.readable(channels.socket):
+                return
+            frames = sockets.receive(channels.socket)
+            self._came_bytes += sum(map(len, frames[1:]))
+            now = time.monotonic()
+            session = channels.receive(frames, now)
+            route = None if session is None else self.control.routes.get(session)
+            if route is not None:
+                self._release(route, now)
+
+    def _release(self, route: bytes, now: float) -> None:
+        """Handle what is held of this link, up to the next payload that is on its way."""
+        for came in self._held.release(route):
+            if self._held.behind(route, came):
+                continue
+            self._take_in(route, came, now)
+
+    def _give_up_payloads(self, now: float) -> None:
+        """Do not wait any longer for payloads of which nothing comes."""
+        patience = self.settings.heartbeat_timeout / 2
+        for route, since in self._held.since():
+            session = self.control.links.get(route)
+            heard = (
+                since
+                if session is None or self.channels is None
+                else max(since, self.channels.heard_at(session))
+            )
+            if now - heard > patience:
+                self._lose_payloads(route, "nothing comes through it", now)
+
+    def _lose_payloads(self, route: bytes, why: str, now: float) -> None:
+        """Payloads on this peer's channel are lost: it joins again, as where its link was cut, and
+        gets another channel if it asks for one."""
+        session = self.control.links.get(route)
+        held = self._held.release(route)
+        if session is None or self.channels is None:
+            return
+        self.channels.lose(session, why)
+        self.control.cut_off(session, now)
+        for came in held:
+            if not (isinstance(came.message, wire.Push) and came.message.sealed):
+                self._handle(route, came, now)
+
+    def _dial(self, route: bytes, dial: wire.Dial, frame: zmq.Frame, now: float) -> None:
+        """Keys leave over CURVE only, on the connection that asked for them."""
+        session = self.control.links.get(route)
+        if session is None:
+            return  # it is not known, or not any more, and greets again
+        if self.channels is None or sockets.user(frame) != self._peers_key:
+            raise PeerError("a channel is for those who came with a join token")
+        worker = self.control.rounds.peers[session].id
+        if route in self._held:
+            self._lose_payloads(route, "", now)
+        self.channels.dial(session, worker, dial.costs, now)
+
+    def _handle(self, route: bytes, came: Came, now: float) -> None:
+        message, frame = came.message, came.frame
+        self.control.receive(route, message, came.buffers, now)
         if isinstance(message, wire.Probe) and (session := self.control.links.get(route)):
-            self.control.traffic.linked(session, sockets.sender(frames[-1]))
+            self.control.traffic.linked(session, sockets.sender(frame))
         if not isinstance(message, wire.Push):
             return
         if message.ready_s:
-            self._look_at_path(route, message, frames, now)
+            self._look_at_path(route, message, frame, came.size, now)
         if self._plan_watch is not None and message.compute_s is not None:
             peer = self.rounds.peers.get(self.control.links.get(route, ""))
             if peer is not None:
                 self._plan_watch.pushed(peer.name, message.compute_s)
 
     def _look_at_path(
-        self, route: bytes, push: wire.Push, frames: list[zmq.Frame], now: float
+        self, route: bytes, push: wire.Push, frame: zmq.Frame, size: int, now: float
     ) -> None:
         peer = self.rounds.peers.get(self.control.links.get(route, ""))
         if peer is None:
             return
-        size = sum(map(len, frames[1:]))
         self.control.traffic.meter.pushed(peer.id, push.round, push.ready_s, size, now)
         if self._link_watch is not None:
-            address = sockets.sender(frames[-1])
+            address = sockets.sender(frame)
             for sentence in self._link_watch.pushed(
                 peer.id, peer.name, address, push.round, push.ready_s, size, now
             ):
@@ -281,6 +409,8 @@ class Server:
     def close(self) -> None:
         """Release what belongs to this run, and the ports where they are its own; safe to call
         twice."""
+        if self.channels is not None:
+            self.channels.close()
         if self._own_ports is not None:
             self._own_ports.close()
         if self._shared is not None:
@@ -304,22 +434,31 @@ class Server:
         """New averages, to those who share the ring and to those who do not; the close of their
         round travels with them."""
         closing = [] if close is None else [close]
+        if self.channels is not None and close is not None:
+            self.channels.round_over(time.monotonic())
         if not averages:
             for frames in closing:
                 self._publish_frames(frames)
             return
         messages = [*(frames for _, frames in averages), *closing]
         sharing = self.data.sharing
-        others = len(self.control.routes) - sharing
+        sealed = 0 if self.channels is None else self.channels.live
+        others = len(self.control.routes) - sharing - sealed
         if sharing:
             headers = [self.data.as_shared(average) for average, _ in averages]
             sockets.send(self._pub, wire.join([*headers, *closing]))
-        if others > 0 or not sharing:
+        if self.channels is not None and sealed:
+            announced = [
+                wire.to_frames(self.channels.publish(average, frames[1:]))
+                for average, frames in averages
+            ]
+            sockets.send(self._pub, wire.join([*announced, *closing]))
+        if others > 0 or not (sharing or sealed):
             copy = self.data.ring is not None  # its blocks are written over
             sockets.send(self._pub, wire.join(messages), copy=copy)
         size = sum(map(len, chain(*messages)))
         self.control.traffic.published_bytes += size
-        self.sent_bytes += size * (sharing + max(0, others))
+        self.sent_bytes += size * (sharing + sealed + max(0, others))
 
     def waiting(self, route: bytes) -> int:
         """Bytes of large frames that wait here for the peer at the other end."""
@@ -328,6 +467,10 @@ class Server:
     def forget(self, route: bytes) -> None:
         """Nothing is sent there any more."""
         self._unread.forget(route)
+        self._held.release(route)
+        session = self.control.links.get(route)
+        if session is not None and self.channels is not None:
+            self.channels.forget(session)
 
     def _publish_frames(self, frames: Frames) -> None:
         sockets.send(self._pub, frames, copy=len(frames) == 1)
