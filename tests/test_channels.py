@@ -1,16 +1,31 @@
-"""Sealed payloads: a run whose pushes and averages travel through channels, and those who attack
-them."""
+"""Sealed payloads: runs whose pushes and averages travel through channels, and those who attack
+them. What opens and what does not is tried in tests/test_sealing.py."""
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import pytest
+import zmq
 from crew import Crew, Noise, perceptron
-from whole import Served
+from middle import DOWN, UP, Middle
+from test_strangers import answer
+from whole import DEADLINE_S, LOOPBACK, Served
 
 from paramserver.keys import Keys
-from paramserver.transport import sockets
+from paramserver.net.address import keys_of
+from paramserver.net.jointoken import decode
+from paramserver.protocol import messages as wire
+from paramserver.transport import sealing, sockets
+from paramserver.transport.passwords import VALID_S, Passwords
+from paramserver.transport.sealing import CLEAR
+from workers.link import payloads
 
 KEYS = Keys.new()
+EPOCHS = 2
 
 
 @pytest.fixture(autouse=True)
@@ -19,10 +34,262 @@ def as_from_other_machines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sockets, "ipc_usable", lambda folder: False)
 
 
-def test_a_run_with_keys_sends_its_payloads_through_channels() -> None:
-    with Served(keys=KEYS, num_workers=2, num_epochs=2) as served:
+@contextmanager
+def a_run_through(middle: Middle | None = None, **settings: Any) -> Iterator[tuple[Served, Crew]]:
+    """A run of two workers, to its end, which must be that of one process. `middle` is in the path
+    of its channels."""
+    settings = {"num_epochs": EPOCHS, "heartbeat_timeout": 2.0, **settings}
+    with Served(keys=KEYS, num_workers=2, **settings) as served:
+        channels = served.server.channels
+        assert channels is not None
+        if middle is not None:
+            middle.to, channels._port = channels._port, middle.port
         crew = Crew(served, perceptron, Noise(96))
+        yield served, crew
         served.wait(*[crew.start(number, 8) for number in (1, 2)], served.end)
-        print(served.server.channels.__dict__)
-        print(crew.said, served.said)
     crew.check()
+    assert crew.applied() == dict.fromkeys(range(96), EPOCHS)
+
+
+def test_payloads_of_a_run_with_keys_travel_sealed() -> None:
+    with Middle() as middle, a_run_through(middle) as (served, _):
+        pass
+    channels = served.server.channels
+    assert channels is not None and channels.unopened == 0
+    rounds = len(served.closes)
+    for way, bind in ((UP, 1), (DOWN, 1)):
+        # Both workers, each round's one bucket; the first rounds may be over before a channel is.
+        assert rounds < len(middle.seen[way]) <= 2 * (rounds + bind)
+    ids = {CLEAR.unpack(frame[: CLEAR.size])[6] for frame in middle.seen[UP]}
+    assert len(ids) == 2, "each peer has keys of its own"
+    assert served.samples == (96 * EPOCHS, 0, 0)
+
+
+def flipped(frame: bytes) -> bytes:
+    return frame[:-20] + bytes([frame[-20] ^ 1]) + frame[-19:]
+
+
+class Attack:
+    """What somebody in the path does from the third frame on, each third one."""
+
+    def __init__(self, kind: str, way: str) -> None:
+        self.kind, self.way, self.done = kind, way, 0
+        self._before: list[bytes] = []
+        self._held: bytes | None = None
+
+    def __call__(self, way: str, number: int, frame: bytes) -> list[bytes]:
+        if way != self.way:
+            return [frame]
+        before, self._before = self._before, [*self._before[-3:], frame]
+        if self._held is not None:
+            held, self._held = self._held, None
+            return [frame, held]
+        if number < 4 or number % 3:
+            return [frame]
+        self.done += 1
+        match self.kind:
+            case "flip":
+                return [flipped(frame)]
+            case "drop":
+                return []
+            case "repeat":
+                return [frame, frame]
+            case "replay":
+                return [before[0], frame]
+            case "noise":
+                return [b"", bytes(len(frame)), frame]
+            case "swap" | "delay":
+                self._held = frame
+                return []
+        raise AssertionError(self.kind)
+
+
+@pytest.mark.parametrize("way", [UP, DOWN])
+@pytest.mark.parametrize("kind", ["flip", "swap", "repeat", "delay", "drop", "replay", "noise"])
+def test_somebody_in_the_path_spoils_nothing(kind: str, way: str) -> None:
+    """The run ends as it would without: what is wrong is dropped, what is missing is fetched or
+    computed again, and after some tries peers do without a channel."""
+    attack = Attack(kind, way)
+    with Middle() as middle:
+        middle.tamper = attack
+        with a_run_through(middle) as (served, _):
+            pass
+    assert attack.done > 0
+    channels = served.server.channels
+    assert channels is not None
+    if way == UP and kind in ("flip", "repeat", "replay", "noise"):
+        assert channels.unopened > 0
+        assert "a record on a channel's connection from 127.0.0.1 was dropped" in served.text
+
+
+def test_an_insider_in_the_path_cannot_pose_as_the_server() -> None:
+    """One worker gets what was sealed for the other one, in place of its own."""
+    last: dict[bytes, bytes] = {}
+    foreign = itertools.count()
+
+    def tamper(way: str, number: int, frame: bytes) -> list[bytes]:
+        if way != DOWN:
+            return [frame]
+        id = CLEAR.unpack(frame[: CLEAR.size])[6]
+        last[id] = frame
+        others = [f for other, f in last.items() if other != id]
+        if not others or number % 4:
+            return [frame]
+        next(foreign)
+        return others
+
+    with Middle() as middle:
+        middle.tamper = tamper
+        with a_run_through(middle):
+            pass
+    assert next(foreign) > 0
+
+
+def test_what_was_recorded_is_worth_nothing_in_the_next_run() -> None:
+    with Middle() as middle, a_run_through(middle):
+        pass
+    recorded = list(middle.seen[UP])
+    with Middle() as middle:
+        middle.tamper = lambda way, number, frame: (
+            [*recorded, frame] if (way, number) == (UP, 2) else [frame]
+        )
+        with a_run_through(middle) as (served, _):
+            pass
+    assert served.server.channels is not None
+    assert served.server.channels.unopened == len(recorded)
+
+
+def test_a_channel_that_is_cut_is_made_anew_with_other_keys() -> None:
+    with Middle() as middle:
+        cut = itertools.count()
+
+        def tamper(way: str, number: int, frame: bytes) -> list[bytes]:
+            if (way, number) == (UP, 6):
+                next(cut)
+                middle.cut()
+            return [frame]
+
+        middle.tamper = tamper
+        with a_run_through(middle):
+            pass
+    assert next(cut) == 1
+    ids = {CLEAR.unpack(frame[: CLEAR.size])[6] for frame in middle.seen[UP]}
+    assert len(ids) > 2
+
+
+def test_where_the_port_is_closed_payloads_go_through_curve(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(payloads, "CONNECT_S", 0.1)
+    with Middle() as middle:
+        port = middle.port
+    with a_run_through() as (served, crew):
+        channels = served.server.channels
+        assert channels is not None
+        channels._port = port
+    assert any(f"nothing comes through port {port}" in line for line in crew.said)
+
+
+def test_keys_are_replaced_when_they_are_worn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the middle of a run, of which nothing is lost."""
+    monkeypatch.setattr(sealing, "RECORDS_MAX", 3)
+    with Middle() as middle, a_run_through(middle, num_epochs=EPOCHS) as (served, _):
+        pass
+    assert served.server.channels is not None and served.server.channels.unopened == 0
+    records: dict[bytes, list[int]] = {}
+    for way in (UP, DOWN):
+        for frame in middle.seen[way]:
+            clear = CLEAR.unpack(frame[: CLEAR.size])
+            records.setdefault((clear[6], clear[4]), []).append(int.from_bytes(clear[-1]))
+    assert len(records) > 4, "two ways, two workers, and keys that came later"
+    for counters in records.values():
+        assert counters == list(range(len(counters))), "no nonce twice"
+    assert served.samples == (96 * EPOCHS, 0, 0) and not any(c.late for c in served.closes)
+
+
+# --------------------------------------------------------------------------------- strangers
+
+
+@contextmanager
+def knocking(port: int, user: str, password: str) -> Iterator[tuple[Any, Any]]:
+    """A DEALER that shows this password, and the events of its handshake."""
+    with zmq.Context() as context, context.socket(zmq.DEALER) as s:
+        s.linger = 0
+        s.plain_username, s.plain_password = user.encode(), password.encode()
+        events = s.get_monitor_socket(
+            zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+        )
+        s.connect(f"tcp://{LOOPBACK}:{port}")
+        yield s, events
+        s.disable_monitor()
+        events.close()
+
+
+def gets_in(port: int, user: str, password: str) -> bool:
+    from zmq.utils.monitor import recv_monitor_message
+
+    with knocking(port, user, password) as (_, events):
+        assert events.poll(int(1000 * DEADLINE_S))
+        return bool(recv_monitor_message(events)["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED)
+
+
+def test_a_password_opens_one_connection_and_the_right_one_only() -> None:
+    with Served(keys=KEYS, num_workers=1) as served:
+        channels = served.server.channels
+        assert channels is not None
+        passwords, port = channels._passwords, channels._port
+        handed = passwords.hand_out("user", 0.0)
+        passwords._handed["user"] = passwords._handed["user"].__class__(handed, float("inf"))
+        assert not gets_in(port, "user", "another")
+        assert not gets_in(port, "other", handed)
+        assert gets_in(port, "user", handed)
+        assert not gets_in(port, "user", handed), "it was read on the wire, and is used again"
+
+
+def test_a_password_is_good_for_a_while_only() -> None:
+    with zmq.Context() as context:
+        passwords = Passwords(context)
+        handed = passwords.hand_out("user", 10.0)
+        assert not passwords.spend("user", handed, 10.0 + VALID_S)
+        assert passwords.spend("user", handed, 9.9 + VALID_S)
+        assert not passwords.spend("user", handed, 10.0)
+        first, second = passwords.hand_out("user", 0.0), passwords.hand_out("user", 0.0)
+        assert not passwords.spend("user", first, 1.0) and passwords.spend("user", second, 1.0)
+        passwords.close()
+
+
+def test_keys_leave_over_curve_only() -> None:
+    """Who greets at loopback without keys gets neither a channel nor a seat, where others come with
+    a join token."""
+    from contextlib import ExitStack
+
+    from paramserver.net.address import free_port
+
+    with ExitStack() as stack:
+        open_port = free_port()
+        served = stack.enter_context(
+            Served(keys=KEYS, num_workers=1, open_at=[f"tcp://{LOOPBACK}:{open_port}"])
+        )
+        context = stack.enter_context(zmq.Context())
+        door, link = (stack.enter_context(context.socket(zmq.DEALER)) for _ in range(2))
+        for s in (door, link):
+            s.linger, s.rcvtimeo = 0, int(1000 * DEADLINE_S)
+            s.connect(f"tcp://{LOOPBACK}:{open_port}")
+        hello = wire.Hello(
+            protocol=wire.PROTOCOL, role="worker", id=None, nonce="stranger", host="here", pid=1
+        )
+        door.send_multipart(wire.to_frames(hello))
+        session = answer(door, wire.Welcome).session
+        link.send_multipart(wire.to_frames(wire.Probe(session=session)))
+        assert "join token" in answer(link, wire.Reject).reason
+        link.send_multipart(wire.to_frames(wire.Dial(costs=sealing.measured())))
+        assert isinstance(answer(link, wire.Message), wire.Greet)
+        assert served.server.channels is not None
+        assert not served.server.channels._channels
+
+
+def as_peer() -> Any:
+    return keys_of(decode(KEYS.token("host", 1)))
+
+
+Use = Callable[[str], None]

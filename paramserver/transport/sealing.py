@@ -39,7 +39,7 @@ CIPHERS: dict[str, type[AESGCM] | type[ChaCha20Poly1305]] = {
 """By name, the preferred one first."""
 
 KEY_BYTES, TAG_BYTES, NONCE_BYTES, ID_BYTES = 32, 16, 12, 16
-RECORD_BYTES = 2**20
+RECORD_BYTES = 2**21
 """Of a buffer in one record, at most. It bounds what a connection may send before it has proven
 anything; larger ones are hardly faster."""
 
