@@ -4,21 +4,23 @@ them. What opens and what does not is tried in tests/test_sealing.py."""
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import pytest
 import zmq
 from crew import Crew, Noise, perceptron
-from middle import DOWN, UP, Middle
-from test_strangers import answer
+from middle import COMMAND, DOWN, LONG, UP, Middle
+from test_strangers import HELLO, ZMTP_GREETING, answer, dealer
 from whole import DEADLINE_S, LOOPBACK, Served
+from zmq.utils.monitor import recv_monitor_message
 
 from paramserver.keys import Keys
-from paramserver.net.address import keys_of
-from paramserver.net.jointoken import decode
 from paramserver.protocol import messages as wire
+from paramserver.server.ports import STRANGERS_MAX
 from paramserver.transport import sealing, sockets
 from paramserver.transport.passwords import VALID_S, Passwords
 from paramserver.transport.sealing import CLEAR
@@ -226,8 +228,6 @@ def knocking(port: int, user: str, password: str) -> Iterator[tuple[Any, Any]]:
 
 
 def gets_in(port: int, user: str, password: str) -> bool:
-    from zmq.utils.monitor import recv_monitor_message
-
     with knocking(port, user, password) as (_, events):
         assert events.poll(int(1000 * DEADLINE_S))
         return bool(recv_monitor_message(events)["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED)
@@ -258,38 +258,84 @@ def test_a_password_is_good_for_a_while_only() -> None:
         passwords.close()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="127.0.0.2 is an address on Linux only")
 def test_keys_leave_over_curve_only() -> None:
     """Who greets at loopback without keys gets neither a channel nor a seat, where others come with
     a join token."""
-    from contextlib import ExitStack
-
-    from paramserver.net.address import free_port
-
-    with ExitStack() as stack:
-        open_port = free_port()
-        served = stack.enter_context(
-            Served(keys=KEYS, num_workers=1, open_at=[f"tcp://{LOOPBACK}:{open_port}"])
-        )
-        context = stack.enter_context(zmq.Context())
-        door, link = (stack.enter_context(context.socket(zmq.DEALER)) for _ in range(2))
-        for s in (door, link):
-            s.linger, s.rcvtimeo = 0, int(1000 * DEADLINE_S)
-            s.connect(f"tcp://{LOOPBACK}:{open_port}")
-        hello = wire.Hello(
-            protocol=wire.PROTOCOL, role="worker", id=None, nonce="stranger", host="here", pid=1
-        )
-        door.send_multipart(wire.to_frames(hello))
+    with (
+        Served(keys=KEYS, guarded="127.0.0.2", num_workers=1, heartbeat_timeout=1.0) as served,
+        dealer(served.port) as door,
+        dealer(served.port) as link,
+        dealer(served.port) as silent,
+    ):
+        channels, peers = served.server.channels, served.server.rounds.peers
+        assert channels is not None
+        door.send_multipart(wire.to_frames(HELLO))
         session = answer(door, wire.Welcome).session
         link.send_multipart(wire.to_frames(wire.Probe(session=session)))
-        assert "join token" in answer(link, wire.Reject).reason
+        assert "only its own user takes part" in answer(link, wire.Reject).reason
+        served.until(lambda: not peers)
         link.send_multipart(wire.to_frames(wire.Dial(costs=sealing.measured())))
-        assert isinstance(answer(link, wire.Message), wire.Greet)
-        assert served.server.channels is not None
-        assert not served.server.channels._channels
+        link.send_multipart(wire.to_frames(wire.Ready(samples=1, batch_size=1)))
+        assert not answer(link, wire.Greet).join
+        silent.send_multipart(wire.to_frames(HELLO))
+        own = answer(silent, wire.Welcome).session
+        while own in peers:  # it beats, and shows no link
+            silent.send_multipart(wire.to_frames(wire.Beat(session=own)))
+            with suppress(zmq.Again):
+                silent.recv_multipart()
+        assert not channels._channels
 
 
-def as_peer() -> Any:
-    return keys_of(decode(KEYS.token("host", 1)))
+def test_a_dial_over_a_link_without_keys_is_no_dial() -> None:
+    """A server without guarded addresses has no channels, and a peer that dials all the same breaks
+    the protocol."""
+    with Served(num_workers=1) as served, dealer(served.port) as door, dealer(served.port) as link:
+        door.send_multipart(wire.to_frames(HELLO))
+        welcome = answer(door, wire.Welcome)
+        assert not welcome.channels
+        link.send_multipart(wire.to_frames(wire.Probe(session=welcome.session)))
+        answer(link, wire.Pulse)
+        link.send_multipart(wire.to_frames(wire.Dial(costs=sealing.measured())))
+        assert "a channel is for those" in answer(link, wire.Reject).reason
 
 
-Use = Callable[[str], None]
+def test_strangers_hold_few_connections_and_keep_nobody_out() -> None:
+    """A crowd that connects and says nothing, or begins a frame of the largest size, loses its
+    oldest connections; peers come in meanwhile."""
+    begun = ZMTP_GREETING.replace(b"NULL\0", b"PLAIN") + bytes([COMMAND | LONG])
+    begun += (sealing.RECORD_BYTES - 1).to_bytes(8) + bytes(1000)
+    with Served(keys=KEYS, num_workers=2, num_epochs=EPOCHS) as served, ExitStack() as stack:
+        channels = served.server.channels
+        assert channels is not None
+        crew = Crew(served, perceptron, Noise(96))
+        crowd = [
+            stack.enter_context(socket.create_connection((LOOPBACK, channels._port), DEADLINE_S))
+            for _ in range(STRANGERS_MAX + 20)
+        ]
+        for number, s in enumerate(crowd):
+            with suppress(OSError):  # it may have been ended
+                s.sendall(begun if number % 2 else b"")
+        served.until(lambda: channels._strangers.ended >= 20)
+        assert len(channels._strangers) <= STRANGERS_MAX
+        for s in crowd[:20]:
+            with suppress(OSError):
+                while s.recv(100):
+                    pass
+        served.wait(*[crew.start(number, 8) for number in (1, 2)], served.end)
+        assert channels._number > 0, "averages went through channels"
+    crew.check()
+
+
+def test_a_frame_larger_than_a_record_ends_its_connection() -> None:
+    with Served(keys=KEYS, num_workers=1) as served:
+        channels = served.server.channels
+        assert channels is not None
+        large = ZMTP_GREETING.replace(b"NULL\0", b"PLAIN") + bytes([COMMAND | LONG])
+        with (
+            socket.create_connection((LOOPBACK, channels._port), DEADLINE_S) as s,
+            suppress(OSError),  # it may hang up in the middle
+        ):
+            s.sendall(large + (2 * sealing.RECORD_BYTES).to_bytes(8))
+            while s.recv(100):
+                pass

@@ -384,11 +384,13 @@ class Served:
         self,
         *,
         keys: Keys | None = None,
+        guarded: str = LOOPBACK,
         recovery: str | None = None,
         watched: bool = False,
         **settings: Any,
     ) -> None:
-        """With `keys`, only peers that have them are admitted, on loopback too. `watched`: the run
+        """With `keys`, only peers that have them are admitted, on loopback too, or only where
+        another address is `guarded`. `watched`: the run
         can be watched. Nobody is late on a busy machine, unless `timeout` is given."""
         self._threads = set(threading.enumerate())
         self.port = free_port()
@@ -403,10 +405,10 @@ class Served:
             self.settings,
             to_wire(self.settings),
             self,
-            hosts=[] if keys else [LOOPBACK],
+            hosts=[] if keys and guarded == LOOPBACK else [LOOPBACK],
             run="test",
             observer_key="",
-            guarded=[LOOPBACK] if keys else [],
+            guarded=[guarded] if keys else [],
             keys=keys.for_server() if keys else None,
             recovery=recovery,
             status=self._status if watched else None,

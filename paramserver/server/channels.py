@@ -17,6 +17,7 @@ import zmq
 
 from paramserver.protocol import messages as wire
 from paramserver.transport import sealing, sockets
+from paramserver.transport.handshake import Strangers
 from paramserver.transport.passwords import Passwords
 from paramserver.transport.sealing import Ends, Kind, Opener, Payload, Sealer, Unopened
 
@@ -58,6 +59,7 @@ class Channels:
         self,
         socket: zmq.Socket[bytes],
         passwords: Passwords,
+        strangers: Strangers,
         port: int,
         nonce: str,
         largest: int,
@@ -67,6 +69,7 @@ class Channels:
         self.socket = socket
         self.unopened = 0
         """Records of all connections that did not open."""
+        self._strangers = strangers
         self._passwords, self._port, self._nonce, self._largest = passwords, port, nonce, largest
         self._tell, self._say = tell, say
         self._costs = sealing.measured()
@@ -189,6 +192,7 @@ class Channels:
             if not channel.opener.bound:
                 return None
             self._bind(channel, route)
+            self._strangers.proven(record)
         if payload is None:
             return None
         if len(channel.payloads) >= UNCLAIMED:

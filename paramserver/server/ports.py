@@ -16,10 +16,11 @@ from paramserver.settings import Settings
 from paramserver.tensors.bucket import SENT_BYTES
 from paramserver.tensors.whole import BUFFER_BYTES
 from paramserver.transport import sealing, sockets
-from paramserver.transport.handshake import Authenticator
+from paramserver.transport.handshake import Authenticator, Strangers
 from paramserver.transport.passwords import Passwords
 
 ANSWER_MS = 100
+STRANGERS_MAX = 64  # connections for sealed payloads that have not proven anything
 EARLIER_MAX = 16  # runs whose ends are kept for peers that come late
 
 
@@ -57,6 +58,7 @@ class Ports:
         self.ipc = sockets.ipc_folder()
         self.passwords: Passwords | None = None
         self.channel: zmq.Socket[bytes] | None = None
+        self.strangers: Strangers | None = None
         self.channel_port = 0
         self.channel_problem = ""
         self._channel_ctx: zmq.Context[zmq.Socket[bytes]] | None = None
@@ -107,13 +109,15 @@ class Ports:
         ctx = self._channel_ctx = sockets.context()
         self.passwords = Passwords(ctx)
         self.channel = sockets.channel_router(ctx, record_bytes, unread, mark)
+        self.strangers = Strangers(ctx, self.channel, port, STRANGERS_MAX)
         try:
             sockets.bind_channels(self.channel, [sockets.tcp(h, port) for h in guarded])
         except UserError as e:
             self.channel_problem = (
                 f"gradients of other machines go through CURVE, which is slower: {e.problem}"
             )
-            self.channel = None
+            self.strangers.close()
+            self.channel = self.strangers = None
         else:
             self.channel_port = port
 
@@ -179,6 +183,8 @@ class Ports:
             self.authenticator.close()
         if self.watch is not None:
             self.watch.close()
+        if self.strangers is not None:
+            self.strangers.close()
         for name in ("router", "pub", "channel"):
             s = getattr(self, name, None)
             if s is not None:

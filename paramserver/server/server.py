@@ -39,6 +39,12 @@ from paramserver.transport.handshake import Authenticator
 from paramserver.transport.sealing import Kind, Payload
 
 TICK_S = 0.1
+LINK_TIMEOUTS = 2  # heartbeat timeouts from the welcome to the probe of the link
+NO_SEAT = "this server listens for other machines: here only its own user takes part without keys"
+NO_SEAT_HINT = (
+    "start this worker as the user who started the server, where /tmp is the same; on another "
+    "machine, or in a container with an address of its own, the join token lets it in"
+)
 PULSES_PER_TIMEOUT = 10
 MESSAGES_PER_TURN = 64
 UNREAD_BYTES = 32 * 2**20  # of a snapshot, waiting for its joiner
@@ -137,10 +143,12 @@ class Server:
         self._router, self._pub = ports.router, ports.pub
         self._passwords = ports.passwords
         self.channels: Channels | None = None
-        if ports.passwords is not None and ports.channel is not None:
+        self._strangers = ports.strangers
+        if ports.passwords and ports.channel and ports.strangers is not None:
             self.channels = Channels(
                 ports.channel,
                 ports.passwords,
+                ports.strangers,
                 ports.channel_port,
                 nonce,
                 ports.largest,
@@ -149,6 +157,8 @@ class Server:
             )
         self._held = Held()
         self._peers_key = ports.peers_key
+        self._closed_to_strangers = bool(ports.guarded)
+        self._unlinked: dict[str, float] = {}  # sessions without a link, since when
         if ports.ipc is None:
             watcher.say(
                 "peers on this host use TCP and no shared memory, which is slower: no folder for "
@@ -211,6 +221,7 @@ class Server:
             *(self._authenticator.watches if self._authenticator is not None else ()),
             *(() if self._passwords is None else (self._passwords.socket,)),
             *(() if self.channels is None else (self.channels.socket,)),
+            *(() if self._strangers is None else (self._strangers.watch,)),
         ):
             poller.register(s, zmq.POLLIN)
         next_tick = next_pulse = 0.0
@@ -223,6 +234,8 @@ class Server:
                 self._report_refused(self._authenticator)
             if self._passwords is not None:
                 self._passwords.answer(time.monotonic)
+            if self._strangers is not None:
+                self._strangers.look()
             for _ in range(MESSAGES_PER_TURN):
                 if not sockets.readable(self._router):
                     break
@@ -237,6 +250,8 @@ class Server:
                 next_tick = now + TICK_S
                 self._look_for_workers(now)
                 self._give_up_payloads(now)
+                if self._closed_to_strangers:
+                    self._let_go_without_link(now)
                 control.tick(now)
                 self._show(now)
             if now >= next_pulse:
@@ -278,6 +293,9 @@ class Server:
             if isinstance(message, wire.Dial):
                 self._dial(route, message, frames[-1], now)
                 return
+            if isinstance(message, wire.Probe) and self._is_a_stranger(frames[-1]):
+                self.control.refuse_link(route, message, wire.Reject(NO_SEAT, NO_SEAT_HINT), now)
+                return
         except PeerError as e:
             self.control.refuse(route, e, now)
             return
@@ -286,6 +304,24 @@ class Server:
             self._take_in(route, came, now)
         elif self._held.full(route):
             self._lose_payloads(route, "it says more than can be kept", now)
+
+    def _is_a_stranger(self, frame: zmq.Frame) -> bool:
+        """Did this come over TCP without keys, at a server that listens for other machines? There
+        anybody on this machine may have sent it; its owner's peers come over ipc, whose folder
+        nobody else can enter."""
+        if not self._closed_to_strangers or not sockets.sender(frame):
+            return False
+        return sockets.user(frame) != self._peers_key
+
+    def _let_go_without_link(self, now: float) -> None:
+        """Who has greeted and shows no link in time does not keep its place: it has greeted at
+        loopback, where anybody may."""
+        control = self.control
+        without = [session for session in control.doors if session not in control.routes]
+        self._unlinked = {session: self._unlinked.get(session, now) for session in without}
+        for session, since in list(self._unlinked.items()):
+            if now - since > LINK_TIMEOUTS * self.settings.heartbeat_timeout:
+                control.drop(session, "it has shown no link", now)
 
     def _take_in(self, route: bytes, came: Came, now: float) -> None:
         """Handle a message whose payload is here; else hold it until then, with all that its sender

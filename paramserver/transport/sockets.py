@@ -383,6 +383,14 @@ def user(frame: zmq.Frame) -> str:
         return ""
 
 
+def descriptor(frame: zmq.Frame) -> int | None:
+    """The file descriptor of the connection that a message came over; None if it is unknown."""
+    try:
+        return int(frame.get(int(zmq.SRCFD)))
+    except (zmq.ZMQError, KeyError, ValueError):
+        return None
+
+
 def tcp(host: str, port: int) -> str:
     return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
 
