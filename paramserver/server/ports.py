@@ -46,36 +46,47 @@ class Ports:
         bucket_bytes = int(bucket_mb * 2**20) + max(SENT_BYTES.values())
         self.largest = max(bucket_bytes, wire.HEADER_BYTES_MAX, BUFFER_BYTES)
         self.largest += sockets.FRAME_OVERHEAD
-        self.watch: WatchSocket | None = None
-        self.watch_problem = ""
         self.earlier: dict[str, wire.End] = {}
         """How the newest runs before ended, by their ids."""
+        self.guarded = tuple(guarded)
+        self.ipc = sockets.ipc_folder()
+        self._settings, self._hosts, self._watched = settings, tuple(hosts), watched
+        self._between: tuple[threading.Event, threading.Thread] | None = None
+        try:
+            self._open(keys)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, keys: sockets.ServerKeys | None) -> None:
+        settings, hosts, guarded = self._settings, self._hosts, self.guarded
         self.peers_key = "" if keys is None else keys.workers.decode()
         """The public key of those who hold the join token."""
-        self.guarded = tuple(guarded)
-        self.ctx = sockets.context()
-        self.authenticator: Authenticator | None = None
-        self.ipc = sockets.ipc_folder()
+        self.watch: WatchSocket | None = None
         self.passwords: Passwords | None = None
         self.channel: zmq.Socket[bytes] | None = None
         self.strangers: Strangers | None = None
         self.channel_port = 0
-        self.channel_problem = ""
+        self.channel_problem = self.watch_problem = ""
+        self.authenticator: Authenticator | None = None
         self._channel_ctx: zmq.Context[zmq.Socket[bytes]] | None = None
-        self._between: tuple[threading.Event, threading.Thread] | None = None
-        try:
-            self.authenticator = Authenticator(self.ctx, keys) if keys is not None else None
-            self.router = sockets.router(self.ctx, self.largest)
-            mark = sockets.mark(settings.history_mb, bucket_mb)
-            self.pub = sockets.publisher(self.ctx, self.largest, mark)
-            self._bind(settings.port, hosts, guarded, keys)
-            if guarded:
-                self._bind_channels(settings, guarded)
-            if watched and settings.port_of_watchers:
-                self._bind_watch(settings.port_of_watchers, hosts, guarded, keys)
-        except BaseException:
-            self.close()
-            raise
+        self.ctx = sockets.context()
+        self.authenticator = Authenticator(self.ctx, keys) if keys is not None else None
+        self.router = sockets.router(self.ctx, self.largest)
+        mark = sockets.mark(settings.history_mb, settings.bucket_size_mb)
+        self.pub = sockets.publisher(self.ctx, self.largest, mark)
+        self._bind(settings.port, hosts, guarded, keys)
+        if guarded:
+            self._bind_channels(settings, guarded)
+        if self._watched and settings.port_of_watchers:
+            self._bind_watch(settings.port_of_watchers, hosts, guarded, keys)
+
+    def renew(self, keys: sockets.ServerKeys) -> None:
+        """Bind new sockets with these keys in place of all that there are: no connection that was
+        let in with the old ones is left. Those over ipc and at loopback come again by themselves.
+        Raises `UserError` where another program has taken a port in this moment."""
+        self._close_sockets()
+        self._open(keys)
 
     def _bind(
         self,
@@ -179,6 +190,11 @@ class Ports:
     def close(self) -> None:
         """Release sockets and files; safe to call twice."""
         self.resume()
+        self._close_sockets()
+        if self.ipc is not None:
+            self.ipc.close()
+
+    def _close_sockets(self) -> None:
         if self.authenticator is not None:
             self.authenticator.close()
         if self.watch is not None:
@@ -194,8 +210,6 @@ class Ports:
             self.passwords.close()
         if self._channel_ctx is not None:
             self._channel_ctx.term()
-        if self.ipc is not None:
-            self.ipc.close()
 
 
 __all__ = ["Ports"]

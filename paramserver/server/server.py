@@ -37,8 +37,12 @@ from paramserver.tensors.order import name_samples, places
 from paramserver.transport import shm, sockets
 from paramserver.transport.handshake import Authenticator
 from paramserver.transport.sealing import Kind, Payload
+from paramserver.typed import typed
 
 TICK_S = 0.1
+KEYS_LOOK_S = 2.0
+OLD_TOKEN = "the keys of this server were made anew: your join token is worthless"
+OLD_TOKEN_HINT = "take the token that it prints now"
 LINK_TIMEOUTS = 2  # heartbeat timeouts from the welcome to the probe of the link
 NO_SEAT = "this server listens for other machines: here only its own user takes part without keys"
 NO_SEAT_HINT = (
@@ -62,7 +66,8 @@ class Server:
     noted this step (its lineage, see `Recovery`). With `status`, which makes the run's as JSON, the
     run can be watched at the settings' port for that. `ports`, in place of these addresses, are
     bound already, by the program that serves several runs, of which this is number `trial`; such a
-    run ends if no worker comes in `first_worker_s`. Raises `UserError` where an address cannot be
+    run ends if no worker comes in `first_worker_s`. `fresh_keys` returns keys once they are others
+    than before. Raises `UserError` where an address cannot be
     bound.
 
     To `control` it is the `Transport`.
@@ -86,6 +91,7 @@ class Server:
         ports: Ports | None = None,
         trial: int = 1,
         first_worker_s: float | None = None,
+        fresh_keys: Callable[[], sockets.ServerKeys | None] | None = None,
     ) -> None:
         self.settings = settings
         self.sent_bytes = 0
@@ -139,26 +145,13 @@ class Server:
             self.close()
             raise
         ports.resume()
-        self._authenticator, self._watch = ports.authenticator, ports.watch
-        self._router, self._pub = ports.router, ports.pub
-        self._passwords = ports.passwords
-        self.channels: Channels | None = None
-        self._strangers = ports.strangers
-        if ports.passwords and ports.channel and ports.strangers is not None:
-            self.channels = Channels(
-                ports.channel,
-                ports.passwords,
-                ports.strangers,
-                ports.channel_port,
-                nonce,
-                ports.largest,
-                lambda session, message: self.control.tell(session, message),
-                lambda text: watcher.say(text, warning=True),
-            )
+        self._ports, self._fresh_keys, self._look_at_keys_at = ports, fresh_keys, 0.0
+        self._with_keys: set[str] = set()  # sessions of those who have shown the join token's
+        self._nonce = nonce
         self._held = Held()
-        self._peers_key = ports.peers_key
-        self._closed_to_strangers = bool(ports.guarded)
         self._unlinked: dict[str, float] = {}  # sessions without a link, since when
+        self.channels: Channels | None = None
+        self._use(ports)
         if ports.ipc is None:
             watcher.say(
                 "peers on this host use TCP and no shared memory, which is slower: no folder for "
@@ -215,21 +208,12 @@ class Server:
         """Serve until the run has ended and everybody has said goodbye, or had time to; None where
         it was to go on and did not (`rounds.deserted`, `rounds.put_off`)."""
         control = self.control
-        poller = zmq.Poller()
-        for s in (
-            self._router,
-            *(self._authenticator.watches if self._authenticator is not None else ()),
-            *(() if self._passwords is None else (self._passwords.socket,)),
-            *(() if self.channels is None else (self.channels.socket,)),
-            *(() if self._strangers is None else (self._strangers.watch,)),
-        ):
-            poller.register(s, zmq.POLLIN)
         next_tick = next_pulse = 0.0
         pulse_every = self.settings.heartbeat_timeout / PULSES_PER_TIMEOUT
         while not control.finished(now := time.monotonic()):
             due = self.rounds.next_deadline()
             limit = max(0.0, min(next_tick, due if due is not None else next_tick) - now)
-            woken = poller.poll(math.ceil(1000 * limit))
+            woken = self._poller.poll(math.ceil(1000 * limit))
             if self._authenticator is not None and any(s is not self._router for s, _ in woken):
                 self._report_refused(self._authenticator)
             if self._passwords is not None:
@@ -249,6 +233,7 @@ class Server:
             if now >= next_tick or (due is not None and now >= due):
                 next_tick = now + TICK_S
                 self._look_for_workers(now)
+                self._look_at_keys(now)
                 self._give_up_payloads(now)
                 if self._closed_to_strangers:
                     self._let_go_without_link(now)
@@ -304,6 +289,60 @@ class Server:
             self._take_in(route, came, now)
         elif self._held.full(route):
             self._lose_payloads(route, "it says more than can be kept", now)
+
+    def _look_at_keys(self, now: float) -> None:
+        """Have the keys been made anew? Then all sessions that were begun with the old ones end,
+        and so do all connections."""
+        if self._fresh_keys is None or now < self._look_at_keys_at or not self._ports.guarded:
+            return
+        self._look_at_keys_at = now + KEYS_LOOK_S
+        keys = self._fresh_keys()
+        if keys is None:
+            return
+        control = self.control
+        for session in list(control.doors):
+            if session in self._with_keys or session not in control.routes:
+                control.tell(session, wire.Reject(OLD_TOKEN, OLD_TOKEN_HINT))
+                control.drop(session, "its join token is an old one", now)
+        self._with_keys.clear()
+        if self.channels is not None:
+            self.channels.close()
+        self._ports.renew(keys)
+        self._use(self._ports)
+        control.watcher.say(
+            "the keys were made anew: who came with an older token has left, and "
+            f"`{typed('keys')}` prints the new one",
+            warning=True,
+        )
+
+    def _use(self, ports: Ports) -> None:
+        """Serve through these sockets from now on."""
+        self._authenticator, self._watch = ports.authenticator, ports.watch
+        self._router, self._pub = ports.router, ports.pub
+        self._passwords, self._strangers = ports.passwords, ports.strangers
+        self._peers_key = ports.peers_key
+        self._closed_to_strangers = bool(ports.guarded)
+        self.channels = None
+        if ports.passwords and ports.channel and ports.strangers is not None:
+            self.channels = Channels(
+                ports.channel,
+                ports.passwords,
+                ports.strangers,
+                ports.channel_port,
+                self._nonce,
+                ports.largest,
+                lambda session, message: self.control.tell(session, message),
+                lambda text: self.control.watcher.say(text, warning=True),
+            )
+        self._poller = zmq.Poller()
+        for s in (
+            self._router,
+            *(self._authenticator.watches if self._authenticator is not None else ()),
+            *(() if self._passwords is None else (self._passwords.socket,)),
+            *(() if self.channels is None else (self.channels.socket,)),
+            *(() if self._strangers is None else (self._strangers.watch,)),
+        ):
+            self._poller.register(s, zmq.POLLIN)
 
     def _is_a_stranger(self, frame: zmq.Frame) -> bool:
         """Did this come over TCP without keys, at a server that listens for other machines? There
@@ -418,6 +457,8 @@ class Server:
         message, frame = came.message, came.frame
         self.control.receive(route, message, came.buffers, now)
         if isinstance(message, wire.Probe) and (session := self.control.links.get(route)):
+            if self._peers_key and sockets.user(frame) == self._peers_key:
+                self._with_keys.add(session)
             self.control.traffic.linked(session, sockets.sender(frame))
         if not isinstance(message, wire.Push):
             return
