@@ -99,9 +99,11 @@ class Laps:
         self._rounds = rounds
         self._seconds: list[float] = []
         self._at = time.perf_counter()
+        self._processor_s: list[float] = [time.process_time()]
 
     def lap(self) -> bool:
         now = time.perf_counter()
+        self._processor_s.append(time.process_time())
         self._seconds.append(now - self._at)
         self._at, self._left = now, self._left - 1
         return self._left > 0
@@ -109,6 +111,11 @@ class Laps:
     @property
     def seconds(self) -> list[float]:
         return self._seconds[-self._rounds :]
+
+    @property
+    def processor_s(self) -> float:
+        """Of this process, in a round, on average."""
+        return (self._processor_s[-1] - self._processor_s[-1 - self._rounds]) / self._rounds
 
 
 def backward_alone(model: Layers, rounds: int = 5) -> float:
@@ -125,8 +132,9 @@ def backward_alone(model: Layers, rounds: int = 5) -> float:
 # ------------------------------------------------------------------ this project
 
 
-def server(*settings: str, keys_in: str = "", guarded: bool = False) -> None:
-    """The server program; only the picture it draws at the end of a run is left out.
+def server(*settings: str, keys_in: str = "", guarded: bool = False) -> dict[str, float]:
+    """The server program; only the picture it draws at the end of a run is left out. Returns its
+    processor time, all of it.
 
     `keys_in`: the folder of its keys. `guarded`: loopback needs them as other addresses do.
     """
@@ -139,6 +147,7 @@ def server(*settings: str, keys_in: str = "", guarded: bool = False) -> None:
     except SystemExit as end:
         if end.code:
             raise
+    return {"processor_s": time.process_time()}
 
 
 def worker(
@@ -188,7 +197,7 @@ def worker(
             optimizer.step()
             if not laps.lap():
                 break
-    return {"seconds": laps.seconds, "alone": alone}
+    return {"seconds": laps.seconds, "alone": alone, "processor_s": laps.processor_s}
 
 
 def waiting_worker(

@@ -94,6 +94,10 @@ class Exchange:
     received_bytes: float
     alone_s: float
     """Backward without any exchange."""
+    workers_s: float = 0.0
+    """Processor time of all workers."""
+    server_s: float = 0.0
+    """Processor time of the server, with its start and end, divided by the rounds."""
 
 
 # ------------------------------------------------------------------ this project
@@ -230,9 +234,16 @@ def _rounds(
             host=place.host(f"host{k}"),
         )
     answers = [team.wait(f"worker-{k}", meanwhile) for k in range(1, workers + 1)]
-    team.stop("server")
+    server = team.stop("server")
     sent, received = traffic(step_lines(_runs(team)), workers)
-    return Exchange(median(answers[0]["seconds"]), sent, received, answers[0]["alone"])
+    return Exchange(
+        median(answers[0]["seconds"]),
+        sent,
+        received,
+        answers[0]["alone"],
+        sum(answer["processor_s"] for answer in answers),
+        server["processor_s"] / sum(limits.both) if server else 0.0,
+    )
 
 
 def server_settings(port: int, workers: int, codec: str, team: Team) -> list[str]:

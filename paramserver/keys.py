@@ -3,7 +3,7 @@
 They lie in one file that only this user may read, `keys.json` in the user's configuration folder. A
 server that listens for other machines makes them when there are none; all servers of this user have
 the same. `rotate` makes new ones: then every token made before is worthless, as soon as the server
-is started again.
+notices it, or is started.
 """
 
 from __future__ import annotations
@@ -112,6 +112,35 @@ def load_or_make() -> tuple[Keys, bool]:
     return made, True
 
 
+class Kept:
+    """The keys of a server that runs, and what becomes of them in the file."""
+
+    def __init__(self, keys: Keys) -> None:
+        self.keys = keys
+        self._seen = self._stamp()
+
+    def fresh(self) -> ServerKeys | None:
+        """The keys in the file, if they have changed since the last call; they are `keys` then. A
+        file that is gone, or that cannot be used, changes nothing."""
+        stamp = self._stamp()
+        if stamp == self._seen:
+            return None
+        self._seen = stamp
+        with suppress(UserError, OSError):
+            found = _read(path())
+            if found is not None and found != self.keys:
+                self.keys = found
+                return found.for_server()
+        return None
+
+    @staticmethod
+    def _stamp() -> tuple[int, int] | None:
+        with suppress(OSError, UserError):
+            status = path().stat()
+            return status.st_ino, status.st_mtime_ns
+        return None
+
+
 def rotate() -> Keys:
     """New keys in place of the old ones, if there are any. Raises `UserError`."""
     place, keys = path(), Keys.new()
@@ -178,7 +207,8 @@ def main() -> None:
             keys = rotate()
             terminal.result(f"new keys: {path()}")
             terminal.result(
-                "a server has them when it is started again; older tokens are worthless then"
+                "a server that runs has them in a moment; older tokens are worthless then, "
+                "and workers that came with one end"
             )
         else:
             keys, made = load_or_make()

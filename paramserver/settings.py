@@ -441,6 +441,11 @@ class Settings:
         return self.bucket_mb or BUCKET_MB
 
     @property
+    def port_of_channels(self) -> int:
+        """Where sealed payloads travel: behind the other ports, or before them where none is."""
+        return self.port + 3 if self.port + 3 < 65536 else self.port - 2
+
+    @property
     def port_of_watchers(self) -> int:
         """What `watch_port` means; 0: nobody can watch."""
         if self.watch_port is None:

@@ -15,7 +15,7 @@ from zmq.utils import z85
 
 from paramserver import keys
 from paramserver.errors import UserError
-from paramserver.keys import Keys
+from paramserver.keys import Kept, Keys
 from paramserver.net.jointoken import decode
 
 
@@ -52,6 +52,19 @@ def test_rotated_keys_are_all_new(folder: Path) -> None:
     assert before.server_secret != after.server_secret
     assert before.client_secret != after.client_secret
     assert [path.name for path in folder.iterdir()] == ["keys.json"]
+
+
+def test_a_server_that_runs_notices_new_keys(folder: Path) -> None:
+    made, _ = keys.load_or_make()
+    kept = Kept(made)
+    assert kept.fresh() is None
+    (folder / "keys.json").touch()
+    assert kept.fresh() is None, "they are the same"
+    (folder / "keys.json").rename(folder / "away")
+    assert kept.fresh() is None and kept.keys == made, "there are none"
+    rotated = keys.rotate()
+    assert kept.fresh() == rotated.for_server()
+    assert kept.fresh() is None and kept.keys == rotated
 
 
 def test_a_token_fits_the_server() -> None:

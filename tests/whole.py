@@ -385,6 +385,7 @@ class Served:
         self,
         *,
         keys: Keys | None = None,
+        guarded: str = LOOPBACK,
         recovery: str | None = None,
         watched: bool = False,
         port: int | None = None,
@@ -392,9 +393,9 @@ class Served:
         trial: int = 1,
         **settings: Any,
     ) -> None:
-        """With `keys`, only peers that have them are admitted, on loopback too. `watched`: the run
-        can be watched. The servers of several runs have the same `ports`. Nobody is late on a busy
-        machine, unless `timeout` is given."""
+        """With `keys`, only peers that have them are admitted, on loopback too, or only where
+        another address is `guarded`. `watched`: the run can be watched. The servers of several runs
+        have the same `ports`. Nobody is late on a busy machine, unless `timeout` is given."""
         self._threads = set(threading.enumerate())
         self.port = port or free_port()
         if not settings.get("deterministic"):  # where rounds wait for everybody anyway
@@ -408,10 +409,10 @@ class Served:
             self.settings,
             to_wire(self.settings),
             self,
-            hosts=[] if keys else [LOOPBACK],
+            hosts=[] if keys and guarded == LOOPBACK else [LOOPBACK],
             run="test" if trial == 1 else f"test {trial}",
             observer_key="",
-            guarded=[LOOPBACK] if keys else [],
+            guarded=[guarded] if keys else [],
             keys=keys.for_server() if keys else None,
             recovery=recovery,
             status=self._status if watched else None,

@@ -250,7 +250,7 @@ def _machine(name: str, facts: dict[str, Any], report: Report) -> Iterator[Troub
             "during a run that is held off; for ssh: sudo pmset -a sleep 0 womp 1",
         )
     if facts["firewall"] == "on":
-        ports = f"{report.port} and {report.port + 1}"
+        ports = f"{report.port}, {report.port + 1} and {report.port + 3}"
         yield Trouble(
             name,
             "a firewall is on",

@@ -25,7 +25,7 @@ from paramserver.transport.sockets import (
 from paramserver.typed import typed
 
 LOOPBACK = "127.0.0.1"
-PORTS = 3  # in a row that a server takes: for messages, for averages, for those who watch
+PORTS = 4  # in a row that a server takes: messages, averages, those who watch, sealed payloads
 AUTO = "auto"
 """This value of `host_ip` makes a server choose its address by kind, and a worker look for its
 server."""

@@ -22,6 +22,8 @@ Join       link -> server my layout, step and lineage. Answer: Admit or Reject
 Admit      server -> link origin / follow / adopt: what to do to stand where the log stands
 Ready      link -> server I am waiting for samples of a set of this length
 Unready    link -> server give me no more samples until I am ready again
+Dial       link -> server give me a channel for sealed payloads, or: I do without
+Channel    server -> link where it is, with its keys and a password; or: it is closed, and why
 Push       link -> server my gradient of one bucket; 1..n encoded buffers
 Unreadable link -> server no sample of my lease in this round can be read: it has none from me
 NextLease  link -> server all steps with my lease are made: this round has none of mine
@@ -30,6 +32,7 @@ StopRun    link -> server end the run in order, for all, and why
 Refused    server -> link this push was not taken, and why
 Average    PUB or link    the mean of one bucket; 1..n encoded buffers. Not applied before Close
 Shared     PUB            the same for peers that share memory with the server: no buffers
+Sealed     PUB            the same for peers with a channel, through which the buffers come
 Close      PUB or link    the round is over: this is the next update of the log
 Open       PUB or link    a round is open, who is in it, with which samples (also inside Close)
 Fetch      link -> server send me the updates after this step, Averages and Closes as on PUB
@@ -325,6 +328,8 @@ class Welcome(Message, frozen=True):
     trial: Int = 1
     """The place of the run among the `runs` that this server serves, from 1."""
     runs: Int = 1
+    channels: bool = False
+    """Peers whose link is under CURVE may dial for a channel (`Dial`)."""
 
 
 class Probe(Message, frozen=True):
@@ -383,6 +388,37 @@ class Admit(Message, frozen=True):
 
     def __post_init__(self) -> None:
         self._clip("first")
+
+
+class Dial(Message, frozen=True):
+    """A peer whose link is under CURVE, and whose payloads need not be."""
+
+    costs: Annotated[dict[Text, float], msgspec.Meta(max_length=16)] = {}
+    """Seconds in which this machine seals a MiB, by the ciphers that it has; none: no channel is
+    wanted any more, and averages come through PUB."""
+
+
+class Channel(Message, frozen=True):
+    """Only ever sent over CURVE. `port` 0: this peer's channel is closed, for the `reason`."""
+
+    port: Annotated[int, msgspec.Meta(ge=0, le=65535)] = 0
+    cipher: Text = ""
+    id: Id = ""
+    """Of both keys, in hexadecimal; also the user's name for the handshake."""
+    password: Id = ""
+    """It opens one connection, once."""
+    up: Id = ""
+    """The key for what the peer sends, in hexadecimal."""
+    down: Id = ""
+    """The key for what the server sends."""
+    shard: Annotated[int, msgspec.Meta(ge=0, le=65535)] = 0
+    reason: Words = ""
+
+    def __post_init__(self) -> None:
+        self._clip("reason")
+
+    def __repr__(self) -> str:
+        return f"Channel(port={self.port}, cipher={self.cipher!r}, reason={self.reason!r})"
 
 
 class Look(msgspec.Struct, frozen=True, array_like=True):
@@ -510,6 +546,9 @@ class Push(Message, frozen=True):
     made_at: Annotated[int, msgspec.Meta(ge=0, le=NUMBER_MAX)] | msgspec.UnsetType = msgspec.UNSET
     """The step of the log at which the gradient was made, where late work is carried over; the same
     in every push of a round."""
+    sealed: Annotated[int, msgspec.Meta(ge=0, le=NUMBER_MAX)] = 0
+    """The number of the payload on this peer's channel that holds the buffers, counted from 1; 0:
+    they follow as frames, or lie at `places`."""
 
 
 class Unreadable(Message, frozen=True):
@@ -544,6 +583,11 @@ class Average(Message, frozen=True):
 class Shared(Average, frozen=True):
     places: Places = ()
     """Where the buffers lie in the ring."""
+
+
+class Sealed(Average, frozen=True):
+    number: Int = 0
+    """Of the payload, the same on the channels of all peers that have one."""
 
 
 class Open(Message, frozen=True):
@@ -832,14 +876,14 @@ class End(Message, frozen=True):
 
 ANY = (
     Hello | Welcome | Later | Probe | Greet | Join | Admit | Ready | Unready | Reject | Push
-    | Unreadable | NextLease | Evaluating | StopRun | Refused | Average | Shared | Open | Close
-    | Fetch | Fetched | Stand | Digest | Give | Manifest | Want | Piece | Adopted | Abort | Beat
-    | Pulse | Report | Problem | Goodbye | End
+    | Unreadable | NextLease | Evaluating | StopRun | Refused | Average | Shared | Sealed | Open
+    | Close | Dial | Channel | Fetch | Fetched | Stand | Digest | Give | Manifest | Want | Piece
+    | Adopted | Abort | Beat | Pulse | Report | Problem | Goodbye | End
 )  # fmt: skip
 
 HEADER_LIMITS: dict[type[Message], int] = {
     **dict.fromkeys((Join, Manifest, Close), HEADER_BYTES_MAX),
-    **dict.fromkeys((Welcome, Push, Average, Shared), 2**20),
+    **dict.fromkeys((Welcome, Push, Average, Shared, Sealed), 2**20),
     **dict.fromkeys((Open, Pulse, Fetched), 2**18),
 }
 """Bytes of the largest header, by kind of message; of those that are not here:"""

@@ -246,6 +246,21 @@ class Control:
         if session is not None:
             self._happens(Dropped(session, str(error), error=True), now)
 
+    def tell(self, session: str, message: wire.Message) -> bool:
+        """Send a message to this peer; False when it is gone."""
+        return self._send(session, message)
+
+    def refuse_link(self, route: bytes, probe: wire.Probe, reject: wire.Reject, now: float) -> None:
+        """This link may not be a peer's; who owns the session has no place any more."""
+        self._transport.send(route, reject)
+        if self._is_from(probe):
+            self._happens(Dropped(probe.session, reject.reason), now)
+
+    def cut_off(self, session: str, now: float) -> None:
+        """What this peer has sent last is lost: it has to join again."""
+        if session in self.rounds.peers:
+            self._happens(Relinked(session), now)
+
     def drop(self, session: str, why: str, now: float) -> None:
         """Let a peer go that cannot be served any more."""
         self._happens(Dropped(session, why), now)

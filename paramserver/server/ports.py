@@ -15,10 +15,12 @@ from paramserver.server.watching import WatchSocket
 from paramserver.settings import Settings
 from paramserver.tensors.bucket import SENT_BYTES
 from paramserver.tensors.whole import BUFFER_BYTES
-from paramserver.transport import sockets
-from paramserver.transport.handshake import Authenticator
+from paramserver.transport import sealing, sockets
+from paramserver.transport.handshake import Authenticator, Strangers
+from paramserver.transport.passwords import Passwords
 
 ANSWER_MS = 100
+STRANGERS_MAX = 64  # connections for sealed payloads that have not proven anything
 EARLIER_MAX = 16  # runs whose ends are kept for peers that come late
 
 
@@ -44,25 +46,47 @@ class Ports:
         bucket_bytes = int(bucket_mb * 2**20) + max(SENT_BYTES.values())
         self.largest = max(bucket_bytes, wire.HEADER_BYTES_MAX, BUFFER_BYTES)
         self.largest += sockets.FRAME_OVERHEAD
-        self.watch: WatchSocket | None = None
-        self.watch_problem = ""
         self.earlier: dict[str, wire.End] = {}
         """How the newest runs before ended, by their ids."""
-        self.ctx = sockets.context()
-        self.authenticator: Authenticator | None = None
+        self.guarded = tuple(guarded)
         self.ipc = sockets.ipc_folder()
+        self._settings, self._hosts, self._watched = settings, tuple(hosts), watched
         self._between: tuple[threading.Event, threading.Thread] | None = None
         try:
-            self.authenticator = Authenticator(self.ctx, keys) if keys is not None else None
-            self.router = sockets.router(self.ctx, self.largest)
-            mark = sockets.mark(settings.history_mb, bucket_mb)
-            self.pub = sockets.publisher(self.ctx, self.largest, mark)
-            self._bind(settings.port, hosts, guarded, keys)
-            if watched and settings.port_of_watchers:
-                self._bind_watch(settings.port_of_watchers, hosts, guarded, keys)
+            self._open(keys)
         except BaseException:
             self.close()
             raise
+
+    def _open(self, keys: sockets.ServerKeys | None) -> None:
+        settings, hosts, guarded = self._settings, self._hosts, self.guarded
+        self.peers_key = "" if keys is None else keys.workers.decode()
+        """The public key of those who hold the join token."""
+        self.watch: WatchSocket | None = None
+        self.passwords: Passwords | None = None
+        self.channel: zmq.Socket[bytes] | None = None
+        self.strangers: Strangers | None = None
+        self.channel_port = 0
+        self.channel_problem = self.watch_problem = ""
+        self.authenticator: Authenticator | None = None
+        self._channel_ctx: zmq.Context[zmq.Socket[bytes]] | None = None
+        self.ctx = sockets.context()
+        self.authenticator = Authenticator(self.ctx, keys) if keys is not None else None
+        self.router = sockets.router(self.ctx, self.largest)
+        mark = sockets.mark(settings.history_mb, settings.bucket_size_mb)
+        self.pub = sockets.publisher(self.ctx, self.largest, mark)
+        self._bind(settings.port, hosts, guarded, keys)
+        if guarded:
+            self._bind_channels(settings, guarded)
+        if self._watched and settings.port_of_watchers:
+            self._bind_watch(settings.port_of_watchers, hosts, guarded, keys)
+
+    def renew(self, keys: sockets.ServerKeys) -> None:
+        """Bind new sockets with these keys in place of all that there are: no connection that was
+        let in with the old ones is left. Those over ipc and at loopback come again by themselves.
+        Raises `UserError` where another program has taken a port in this moment."""
+        self._close_sockets()
+        self._open(keys)
 
     def _bind(
         self,
@@ -83,6 +107,30 @@ class Ports:
             if self.authenticator is not None:
                 self.authenticator.watch(socket, closed)
             sockets.bind(socket, plain, closed, keys)
+
+    def _bind_channels(self, settings: Settings, guarded: Sequence[str]) -> None:
+        """Let peers on other machines send sealed payloads; where that port is taken, theirs go
+        through CURVE. The sockets have a context of their own, because ZeroMQ has one place in each
+        to ask who may connect."""
+        port = settings.port_of_channels
+        record_bytes = sealing.RECORD_BYTES + sealing.OVERHEAD_BYTES
+        unread, mark = sockets.channel_marks(
+            settings.history_mb, settings.bucket_size_mb, sealing.RECORD_BYTES
+        )
+        ctx = self._channel_ctx = sockets.context()
+        self.passwords = Passwords(ctx)
+        self.channel = sockets.channel_router(ctx, record_bytes, unread, mark)
+        self.strangers = Strangers(ctx, self.channel, port, STRANGERS_MAX)
+        try:
+            sockets.bind_channels(self.channel, [sockets.tcp(h, port) for h in guarded])
+        except UserError as e:
+            self.channel_problem = (
+                f"gradients of other machines go through CURVE, which is slower: {e.problem}"
+            )
+            self.strangers.close()
+            self.channel = self.strangers = None
+        else:
+            self.channel_port = port
 
     def _bind_watch(
         self,
@@ -142,17 +190,26 @@ class Ports:
     def close(self) -> None:
         """Release sockets and files; safe to call twice."""
         self.resume()
+        self._close_sockets()
+        if self.ipc is not None:
+            self.ipc.close()
+
+    def _close_sockets(self) -> None:
         if self.authenticator is not None:
             self.authenticator.close()
         if self.watch is not None:
             self.watch.close()
-        for name in ("router", "pub"):
+        if self.strangers is not None:
+            self.strangers.close()
+        for name in ("router", "pub", "channel"):
             s = getattr(self, name, None)
             if s is not None:
                 s.close(linger=1000)
         self.ctx.term()
-        if self.ipc is not None:
-            self.ipc.close()
+        if self.passwords is not None:
+            self.passwords.close()
+        if self._channel_ctx is not None:
+            self._channel_ctx.term()
 
 
 __all__ = ["Ports"]

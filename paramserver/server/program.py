@@ -25,7 +25,7 @@ from paramserver.config.loading import from_wire, save, to_wire
 from paramserver.errors import UserError
 from paramserver.fleet import plan_watch
 from paramserver.fleet.supervisor import MARK
-from paramserver.keys import Keys, load_or_make
+from paramserver.keys import Kept, Keys, load_or_make
 from paramserver.keys import path as keys_path
 from paramserver.net import link_watch, machine
 from paramserver.net.address import LOOPBACK, listen
@@ -188,7 +188,8 @@ def _serve_at(settings: Settings, page: Page) -> int:
         keys=None if keys is None else keys.for_server(),
         watched=True,
     )
-    at = Listening(hosts, guarded, chosen, ports, page, keys, new_keys)
+    kept = None if keys is None else Kept(keys)
+    at = Listening(hosts, guarded, chosen, ports, page, kept, new_keys)
     try:
         series = Series(settings.runs)
         if before is not None and as_it_is is not None:
@@ -244,8 +245,12 @@ class Listening:
     why: str
     ports: Ports
     page: Page
-    keys: Keys | None
+    kept: Kept | None
     new_keys: bool
+
+    @property
+    def keys(self) -> Keys | None:
+        return None if self.kept is None else self.kept.keys
 
 
 def _serve(
@@ -274,6 +279,7 @@ def _serve(
         settings, record.settings, show,
         run=run, observer_key=key, recovery=noted,
         link_watch=link_watch.read(os.environ), plan_watch=planned, status=show.status_json,
+        fresh_keys=None if at.kept is None else at.kept.fresh,
         ports=ports, trial=series.trial, first_worker_s=_patience_s(settings, before),
     )  # fmt: skip
     for number in terminal.ending_signals():

@@ -25,8 +25,10 @@ from paramserver.net.link_watch import LinkWatch
 from paramserver.protocol import messages as wire
 from paramserver.rounds.coordinator import Rounds
 from paramserver.rounds.rules import Rules
+from paramserver.server.channels import Channels, Lost
 from paramserver.server.control import Control, Finished, Watcher
 from paramserver.server.data import Data
+from paramserver.server.held import Came, Held
 from paramserver.server.history import Frames
 from paramserver.server.ports import Ports
 from paramserver.settings import Settings
@@ -34,8 +36,19 @@ from paramserver.tensors.bucket import plan
 from paramserver.tensors.order import name_samples, places
 from paramserver.transport import shm, sockets
 from paramserver.transport.handshake import Authenticator
+from paramserver.transport.sealing import Kind, Payload
+from paramserver.typed import typed
 
 TICK_S = 0.1
+KEYS_LOOK_S = 2.0
+OLD_TOKEN = "the keys of this server were made anew: your join token is worthless"
+OLD_TOKEN_HINT = "take the token that it prints now"
+LINK_TIMEOUTS = 2  # heartbeat timeouts from the welcome to the probe of the link
+NO_SEAT = "this server listens for other machines: here only its own user takes part without keys"
+NO_SEAT_HINT = (
+    "start this worker as the user who started the server, where /tmp is the same; on another "
+    "machine, or in a container with an address of its own, the join token lets it in"
+)
 PULSES_PER_TIMEOUT = 10
 MESSAGES_PER_TURN = 64
 UNREAD_BYTES = 32 * 2**20  # of a snapshot, waiting for its joiner
@@ -53,7 +66,8 @@ class Server:
     noted this step (its lineage, see `Recovery`). With `status`, which makes the run's as JSON, the
     run can be watched at the settings' port for that. `ports`, in place of these addresses, are
     bound already, by the program that serves several runs, of which this is number `trial`; such a
-    run ends if no worker comes in `first_worker_s`. Raises `UserError` where an address cannot be
+    run ends if no worker comes in `first_worker_s`. `fresh_keys` returns keys once they are others
+    than before. Raises `UserError` where an address cannot be
     bound.
 
     To `control` it is the `Transport`.
@@ -77,6 +91,7 @@ class Server:
         ports: Ports | None = None,
         trial: int = 1,
         first_worker_s: float | None = None,
+        fresh_keys: Callable[[], sockets.ServerKeys | None] | None = None,
     ) -> None:
         self.settings = settings
         self.sent_bytes = 0
@@ -131,15 +146,21 @@ class Server:
             self.close()
             raise
         ports.resume()
-        self._authenticator, self._watch = ports.authenticator, ports.watch
-        self._router, self._pub = ports.router, ports.pub
+        self._ports, self._fresh_keys, self._look_at_keys_at = ports, fresh_keys, 0.0
+        self._with_keys: set[str] = set()  # sessions of those who have shown the join token's
+        self._nonce = nonce
+        self._held = Held()
+        self._unlinked: dict[str, float] = {}  # sessions without a link, since when
+        self.channels: Channels | None = None
+        self._use(ports)
         if ports.ipc is None:
             watcher.say(
                 "peers on this host use TCP and no shared memory, which is slower: no folder for "
                 "temporary files (/tmp, TMPDIR) can be written"
             )
-        if ports.watch_problem:
-            watcher.say(ports.watch_problem)
+        for problem in (ports.watch_problem, ports.channel_problem):
+            if problem:
+                watcher.say(problem)
         self.data = Data(settings, nonce, None if self._shared is None else self._shared.path)
         self.control = Control(
             self.rounds,
@@ -159,6 +180,7 @@ class Server:
                 versions=machine.versions(),
                 trial=trial,
                 runs=settings.runs,
+                channels=self.channels is not None,
             ),
             observer_key=observer_key,
             most_unread=max(UNREAD_BYTES, PIECES_UNREAD * ports.largest),
@@ -187,24 +209,24 @@ class Server:
         """Serve until the run has ended and everybody has said goodbye, or had time to; None where
         it was to go on and did not (`rounds.deserted`, `rounds.put_off`)."""
         control = self.control
-        poller = zmq.Poller()
-        for s in (
-            self._router,
-            *(self._authenticator.watches if self._authenticator is not None else ()),
-        ):
-            poller.register(s, zmq.POLLIN)
         next_tick = next_pulse = 0.0
         pulse_every = self.settings.heartbeat_timeout / PULSES_PER_TIMEOUT
         while not control.finished(now := time.monotonic()):
             due = self.rounds.next_deadline()
             limit = max(0.0, min(next_tick, due if due is not None else next_tick) - now)
-            woken = poller.poll(math.ceil(1000 * limit))
+            woken = self._poller.poll(math.ceil(1000 * limit))
             if self._authenticator is not None and any(s is not self._router for s, _ in woken):
                 self._report_refused(self._authenticator)
+            if self._passwords is not None:
+                self._passwords.answer(time.monotonic)
+            if self._strangers is not None:
+                self._strangers.look()
             for _ in range(MESSAGES_PER_TURN):
                 if not sockets.readable(self._router):
                     break
                 self._receive(sockets.receive(self._router))
+            if self.channels is not None:
+                self._receive_payloads(self.channels)
             while self._deaf_ears:
                 session = self._deaf_ears.pop()
                 control.drop(session, "it does not read what it asks for", time.monotonic())
@@ -212,6 +234,10 @@ class Server:
             if now >= next_tick or (due is not None and now >= due):
                 next_tick = now + TICK_S
                 self._look_for_workers(now)
+                self._look_at_keys(now)
+                self._give_up_payloads(now)
+                if self._closed_to_strangers:
+                    self._let_go_without_link(now)
                 control.tick(now)
                 self._show(now)
             if now >= next_pulse:
@@ -245,35 +271,214 @@ class Server:
     def _receive(self, frames: list[zmq.Frame]) -> None:
         """One message; whatever is wrong with it costs only its sender."""
         route = frames[0].bytes
-        self._came_bytes += sum(map(len, frames[1:]))
+        size = sum(map(len, frames[1:]))
+        self._came_bytes += size
         now = time.monotonic()
         try:
             message, buffers = wire.from_frames(frames[1:])
+            if isinstance(message, wire.Dial):
+                self._dial(route, message, frames[-1], now)
+                return
+            if isinstance(message, wire.Probe) and self._is_a_stranger(frames[-1]):
+                self.control.refuse_link(route, message, wire.Reject(NO_SEAT, NO_SEAT_HINT), now)
+                return
         except PeerError as e:
             self.control.refuse(route, e, now)
             return
-        self.control.receive(route, message, buffers, now)
+        came = Came(message, buffers, frames[-1], size, now)
+        if not self._held.behind(route, came):
+            self._take_in(route, came, now)
+        elif self._held.full(route):
+            self._lose_payloads(route, "it says more than can be kept", now)
+
+    def _look_at_keys(self, now: float) -> None:
+        """Have the keys been made anew? Then all sessions that were begun with the old ones end,
+        and so do all connections."""
+        if self._fresh_keys is None or now < self._look_at_keys_at or not self._ports.guarded:
+            return
+        self._look_at_keys_at = now + KEYS_LOOK_S
+        keys = self._fresh_keys()
+        if keys is None:
+            return
+        control = self.control
+        for session in list(control.doors):
+            if session in self._with_keys or session not in control.routes:
+                control.tell(session, wire.Reject(OLD_TOKEN, OLD_TOKEN_HINT))
+                control.drop(session, "its join token is an old one", now)
+        self._with_keys.clear()
+        if self.channels is not None:
+            self.channels.close()
+        self._ports.renew(keys)
+        self._use(self._ports)
+        control.watcher.say(
+            "the keys were made anew: who came with an older token has left, and "
+            f"`{typed('keys')}` prints the new one",
+            warning=True,
+        )
+
+    def _use(self, ports: Ports) -> None:
+        """Serve through these sockets from now on."""
+        self._authenticator, self._watch = ports.authenticator, ports.watch
+        self._router, self._pub = ports.router, ports.pub
+        self._passwords, self._strangers = ports.passwords, ports.strangers
+        self._peers_key = ports.peers_key
+        self._closed_to_strangers = bool(ports.guarded)
+        self.channels = None
+        if ports.passwords and ports.channel and ports.strangers is not None:
+            self.channels = Channels(
+                ports.channel,
+                ports.passwords,
+                ports.strangers,
+                ports.channel_port,
+                self._nonce,
+                ports.largest,
+                lambda session, message: self.control.tell(session, message),
+                lambda text: self.control.watcher.say(text, warning=True),
+            )
+        self._poller = zmq.Poller()
+        for s in (
+            self._router,
+            *(self._authenticator.watches if self._authenticator is not None else ()),
+            *(() if self._passwords is None else (self._passwords.socket,)),
+            *(() if self.channels is None else (self.channels.socket,)),
+            *(() if self._strangers is None else (self._strangers.watch,)),
+        ):
+            self._poller.register(s, zmq.POLLIN)
+
+    def _is_a_stranger(self, frame: zmq.Frame) -> bool:
+        """Did this come over TCP without keys, at a server that listens for other machines? There
+        anybody on this machine may have sent it; its owner's peers come over ipc, whose folder
+        nobody else can enter."""
+        if not self._closed_to_strangers or not sockets.sender(frame):
+            return False
+        return sockets.user(frame) != self._peers_key
+
+    def _let_go_without_link(self, now: float) -> None:
+        """Who has greeted and shows no link in time does not keep its place: it has greeted at
+        loopback, where anybody may."""
+        control = self.control
+        without = [session for session in control.doors if session not in control.routes]
+        self._unlinked = {session: self._unlinked.get(session, now) for session in without}
+        for session, since in list(self._unlinked.items()):
+            if now - since > LINK_TIMEOUTS * self.settings.heartbeat_timeout:
+                control.drop(session, "it has shown no link", now)
+
+    def _take_in(self, route: bytes, came: Came, now: float) -> None:
+        """Handle a message whose payload is here; else hold it until then, with all that its sender
+        says after it."""
+        message = came.message
+        if isinstance(message, wire.Push) and message.sealed:
+            try:
+                payload = self._payload(route, message)
+            except Lost:
+                self._held.hold(route, came, now)
+                self._lose_payloads(route, "a record of a payload is missing", now)
+                return
+            except PeerError as e:
+                self.control.refuse(route, e, now)
+                return
+            if payload is None:
+                self._held.hold(route, came, now)
+                return
+            came.buffers = payload.buffers
+            came.size += sum(memoryview(b).nbytes for b in payload.buffers)
+        self._handle(route, came, now)
+
+    def _payload(self, route: bytes, push: wire.Push) -> Payload | None:
+        """The payload of a push whose buffers come over a channel; None if they are on their
+        way."""
+        session = self.control.links.get(route)
+        if session is None:  # it is greeted, and pushes again
+            return Payload(Kind.PUSH, push.round, push.bucket, push.sealed, [])
+        if self.channels is None:
+            raise PeerError("you have no channel")
+        payload = self.channels.payload(session, push.sealed)
+        if payload is not None and (payload.round, payload.bucket) != (push.round, push.bucket):
+            raise PeerError("this payload is of another round or bucket")
+        return payload
+
+    def _receive_payloads(self, channels: Channels) -> None:
+        for _ in range(MESSAGES_PER_TURN):
+            if not sockets.readable(channels.socket):
+                return
+            frames = sockets.receive(channels.socket)
+            self._came_bytes += sum(map(len, frames[1:]))
+            now = time.monotonic()
+            session = channels.receive(frames, now)
+            route = None if session is None else self.control.routes.get(session)
+            if route is not None:
+                self._release(route, now)
+
+    def _release(self, route: bytes, now: float) -> None:
+        """Handle what is held of this link, up to the next payload that is on its way."""
+        for came in self._held.release(route):
+            if self._held.behind(route, came):
+                continue
+            self._take_in(route, came, now)
+
+    def _give_up_payloads(self, now: float) -> None:
+        """Do not wait any longer for payloads of which nothing comes."""
+        patience = self.settings.heartbeat_timeout / 2
+        for route, since in self._held.since():
+            session = self.control.links.get(route)
+            heard = (
+                since
+                if session is None or self.channels is None
+                else max(since, self.channels.heard_at(session))
+            )
+            if now - heard > patience:
+                self._lose_payloads(route, "nothing comes through it", now)
+
+    def _lose_payloads(self, route: bytes, why: str, now: float) -> None:
+        """Payloads on this peer's channel are lost: it joins again, as where its link was cut, and
+        gets another channel if it asks for one."""
+        session = self.control.links.get(route)
+        held = self._held.release(route)
+        if session is None or self.channels is None:
+            return
+        self.channels.lose(session, why)
+        self.control.cut_off(session, now)
+        for came in held:
+            if not (isinstance(came.message, wire.Push) and came.message.sealed):
+                self._handle(route, came, now)
+
+    def _dial(self, route: bytes, dial: wire.Dial, frame: zmq.Frame, now: float) -> None:
+        """Keys leave over CURVE only, on the connection that asked for them."""
+        session = self.control.links.get(route)
+        if session is None:
+            return  # it is not known, or not any more, and greets again
+        if self.channels is None or sockets.user(frame) != self._peers_key:
+            raise PeerError("a channel is for those who came with a join token")
+        worker = self.control.rounds.peers[session].id
+        if route in self._held:
+            self._lose_payloads(route, "", now)
+        self.channels.dial(session, worker, dial.costs, now)
+
+    def _handle(self, route: bytes, came: Came, now: float) -> None:
+        message, frame = came.message, came.frame
+        self.control.receive(route, message, came.buffers, now)
         if isinstance(message, wire.Probe) and (session := self.control.links.get(route)):
-            self.control.traffic.linked(session, sockets.sender(frames[-1]))
+            if self._peers_key and sockets.user(frame) == self._peers_key:
+                self._with_keys.add(session)
+            self.control.traffic.linked(session, sockets.sender(frame))
         if not isinstance(message, wire.Push):
             return
         if message.ready_s:
-            self._look_at_path(route, message, frames, now)
+            self._look_at_path(route, message, frame, came.size, now)
         if self._plan_watch is not None and message.compute_s is not None:
             peer = self.rounds.peers.get(self.control.links.get(route, ""))
             if peer is not None:
                 self._plan_watch.pushed(peer.name, message.compute_s)
 
     def _look_at_path(
-        self, route: bytes, push: wire.Push, frames: list[zmq.Frame], now: float
+        self, route: bytes, push: wire.Push, frame: zmq.Frame, size: int, now: float
     ) -> None:
         peer = self.rounds.peers.get(self.control.links.get(route, ""))
         if peer is None:
             return
-        size = sum(map(len, frames[1:]))
         self.control.traffic.meter.pushed(peer.id, push.round, push.ready_s, size, now)
         if self._link_watch is not None:
-            address = sockets.sender(frames[-1])
+            address = sockets.sender(frame)
             for sentence in self._link_watch.pushed(
                 peer.id, peer.name, address, push.round, push.ready_s, size, now
             ):
@@ -282,6 +487,8 @@ class Server:
     def close(self) -> None:
         """Release what belongs to this run, and the ports where they are its own; safe to call
         twice."""
+        if self.channels is not None:
+            self.channels.close()
         if self._own_ports is not None:
             self._own_ports.close()
         if self._shared is not None:
@@ -305,22 +512,31 @@ class Server:
         """New averages, to those who share the ring and to those who do not; the close of their
         round travels with them."""
         closing = [] if close is None else [close]
+        if self.channels is not None and close is not None:
+            self.channels.round_over(time.monotonic())
         if not averages:
             for frames in closing:
                 self._publish_frames(frames)
             return
         messages = [*(frames for _, frames in averages), *closing]
         sharing = self.data.sharing
-        others = len(self.control.routes) - sharing
+        sealed = 0 if self.channels is None else self.channels.live
+        others = len(self.control.routes) - sharing - sealed
         if sharing:
             headers = [self.data.as_shared(average) for average, _ in averages]
             sockets.send(self._pub, wire.join([*headers, *closing]))
-        if others > 0 or not sharing:
+        if self.channels is not None and sealed:
+            announced = [
+                wire.to_frames(self.channels.publish(average, frames[1:]))
+                for average, frames in averages
+            ]
+            sockets.send(self._pub, wire.join([*announced, *closing]))
+        if others > 0 or not (sharing or sealed):
             copy = self.data.ring is not None  # its blocks are written over
             sockets.send(self._pub, wire.join(messages), copy=copy)
         size = sum(map(len, chain(*messages)))
         self.control.traffic.published_bytes += size
-        self.sent_bytes += size * (sharing + max(0, others))
+        self.sent_bytes += size * (sharing + sealed + max(0, others))
 
     def waiting(self, route: bytes) -> int:
         """Bytes of large frames that wait here for the peer at the other end."""
@@ -329,6 +545,10 @@ class Server:
     def forget(self, route: bytes) -> None:
         """Nothing is sent there any more."""
         self._unread.forget(route)
+        self._held.release(route)
+        session = self.control.links.get(route)
+        if session is not None and self.channels is not None:
+            self.channels.forget(session)
 
     def _publish_frames(self, frames: Frames) -> None:
         sockets.send(self._pub, frames, copy=len(frames) == 1)

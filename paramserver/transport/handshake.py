@@ -136,6 +136,53 @@ def _address(descriptor: int) -> str:
     return ""
 
 
+class Strangers:
+    """Bounds the connections to a bound socket that have proven nothing: each may make ZeroMQ hold
+    one frame until its handshake is over. Beyond `most` the oldest are ended, since those who
+    belong here have proven it within a moment. Make it before the socket is bound, and call `look`
+    when `watch` is readable."""
+
+    def __init__(
+        self, ctx: zmq.Context[zmq.Socket[bytes]], s: zmq.Socket[bytes], port: int, most: int
+    ) -> None:
+        self.ended = 0
+        self._socket, self._port, self._most = s, port, most
+        self._waiting: dict[int, None] = {}  # file descriptors, the oldest first
+        self.watch = sockets.monitor(ctx, s, _ACCEPTED | _DISCONNECTED)
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def proven(self, frame: zmq.Frame) -> None:
+        """The connection that this message came over belongs here."""
+        descriptor = sockets.descriptor(frame)
+        if descriptor is not None:
+            self._waiting.pop(descriptor, None)
+
+    def look(self) -> None:
+        """Take in who has come and gone, and end what is too many."""
+        while sockets.readable(self.watch):
+            told = recv_monitor_message(self.watch)
+            self._waiting.pop(told["value"], None)
+            if told["event"] == _ACCEPTED:
+                self._waiting[told["value"]] = None
+        while len(self._waiting) > self._most:
+            descriptor = next(iter(self._waiting))
+            del self._waiting[descriptor]
+            self._end(descriptor)
+
+    def _end(self, descriptor: int) -> None:
+        """End a connection that ZeroMQ has accepted; it may be gone, and its number another's."""
+        with suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as s:
+            if s.getsockname()[1] == self._port:
+                s.shutdown(socket.SHUT_RDWR)
+                self.ended += 1
+
+    def close(self) -> None:
+        """Call it before the socket is closed."""
+        sockets.end_monitor(self._socket, self.watch)
+
+
 class HandshakeMonitor:
     """Watches the handshakes of a peer's socket; make it before the socket connects."""
 
@@ -226,4 +273,4 @@ def mechanism(host: str, port: int) -> str:
     return greeting[12:32].rstrip(b"\0").decode("ascii", "replace") if signed else ""
 
 
-__all__ = ["Authenticator", "HandshakeMonitor", "mechanism"]
+__all__ = ["Authenticator", "HandshakeMonitor", "Strangers", "mechanism"]

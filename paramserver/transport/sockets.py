@@ -38,6 +38,8 @@ LARGE_BYTES = 2**16  # from this size on, `Unread` follows a frame until the ker
 CONNECTIONS = 10_000  # macOS allows 10,240 by default
 ZAP_DOMAIN, ZAP_PLAIN = "paramserver", "paramserver-plain"
 ZAP_WATCH = "paramserver-watch"
+ZAP_CHANNEL = "paramserver-channel"
+ZAP_ENDPOINT = "inproc://zeromq.zap.01"  # of RFC 27
 WATCH_BYTES_MAX = 2**12  # of what a watcher sends, its handshake included
 WATCH_UNREAD = 2  # statuses that wait for a watcher that does not read
 _POLLIN, _NOBLOCK, _SNDMORE = int(zmq.POLLIN), int(zmq.NOBLOCK), int(zmq.SNDMORE)
@@ -133,6 +135,56 @@ def watch_dealer(ctx: zmq.Context[zmq.Socket[bytes]], frame_bytes_max: int) -> z
     return s
 
 
+def channel_router(
+    ctx: zmq.Context[zmq.Socket[bytes]], record_bytes: int, unread: int, mark: int
+) -> zmq.Socket[bytes]:
+    """The server's ROUTER for sealed payloads, for `bind_channels`: `unread` records of a peer wait
+    here, and `mark` ones for a peer."""
+    s = _make(ctx, zmq.ROUTER, record_bytes)
+    s.setsockopt(zmq.ROUTER_MANDATORY, 1)
+    s.setsockopt(zmq.RCVHWM, unread)
+    s.setsockopt(zmq.SNDHWM, mark)
+    return s
+
+
+def channel_dealer(
+    ctx: zmq.Context[zmq.Socket[bytes]],
+    endpoint: str,
+    record_bytes: int,
+    mark: int,
+    user: str,
+    password: str,
+) -> zmq.Socket[bytes]:
+    """A peer's socket for sealed payloads, connected. The password opens one connection; a second
+    one takes another, so ZeroMQ makes none by itself."""
+    s = _make(ctx, zmq.DEALER, record_bytes)
+    s.setsockopt(zmq.SNDHWM, 0)
+    s.setsockopt(zmq.RCVHWM, mark)
+    s.setsockopt(zmq.RECONNECT_IVL, -1)
+    s.setsockopt(zmq.PLAIN_USERNAME, user.encode())
+    s.setsockopt(zmq.PLAIN_PASSWORD, password.encode())
+    s.setsockopt(zmq.IPV6, int(_takes_ipv6(endpoint)))
+    s.connect(endpoint)
+    return s
+
+
+def zap_handler(ctx: zmq.Context[zmq.Socket[bytes]]) -> zmq.Socket[bytes]:
+    """The socket on which ZeroMQ asks who may connect to the sockets of this context."""
+    s = ctx.socket(zmq.REP)
+    s.linger = 0
+    s.bind(ZAP_ENDPOINT)
+    return s
+
+
+def bind_channels(s: zmq.Socket[bytes], endpoints: Sequence[str]) -> None:
+    """Listen at these endpoints; who connects needs a password that the `zap_handler` knows. Raises
+    `UserError` where an address cannot be bound, and closes the socket."""
+    s.setsockopt(zmq.PLAIN_SERVER, 1)
+    s.setsockopt(zmq.ZAP_DOMAIN, ZAP_CHANNEL.encode())
+    s.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
+    _bind(s, endpoints)
+
+
 def bind(
     s: zmq.Socket[bytes],
     plain: Sequence[str],
@@ -172,6 +224,14 @@ def mark(history_mb: float, bucket_mb: float) -> int:
     """
     waiting = 2 * math.ceil(max(history_mb, HISTORY_MIN_MB) / bucket_mb)
     return min(SMALL_MESSAGES + waiting, MARK_MAX)
+
+
+def channel_marks(history_mb: float, bucket_mb: float, record_bytes: int) -> tuple[int, int]:
+    """Records that wait at a channel's socket: the server's for its own thread, of one peer; and
+    each end for a slow reader, as many bytes as `mark` allows."""
+    records = max(1, math.ceil(bucket_mb * 2**20 / record_bytes))
+    waiting = 2 * math.ceil(max(history_mb, HISTORY_MIN_MB) / bucket_mb)
+    return BUCKETS_WAITING * records, min(waiting * records, MARK_MAX)
 
 
 def dealer(ctx: zmq.Context[zmq.Socket[bytes]]) -> zmq.Socket[bytes]:
@@ -229,10 +289,20 @@ def subscribe(s: zmq.Socket[bytes], prefix: bytes) -> None:
     s.setsockopt(zmq.SUBSCRIBE, prefix)
 
 
+def unsubscribe(s: zmq.Socket[bytes], prefix: bytes) -> None:
+    """Take back one `subscribe`."""
+    s.setsockopt(zmq.UNSUBSCRIBE, prefix)
+
+
 def readable(*sockets: zmq.Socket[bytes]) -> bool:
     """Is there something to receive at one of these? A tenth of the cost of catching an empty
     receive."""
     return bool(zmq.zmq_poll([(s, _POLLIN) for s in sockets], 0))
+
+
+def wait(limit_s: float, *sockets: zmq.Socket[bytes]) -> None:
+    """Wait until there is something to receive at one of these, or the time is over."""
+    zmq.zmq_poll([(s, _POLLIN) for s in sockets], math.ceil(1000 * limit_s))
 
 
 def send(
@@ -303,6 +373,23 @@ def sender(frame: zmq.Frame) -> str:
         return address
     except (zmq.ZMQError, KeyError, ValueError):
         return ""
+
+
+def user(frame: zmq.Frame) -> str:
+    """As whom the handshake of the connection has let in the sender of a received message: the
+    public key of CURVE, the name of PLAIN; "" or "anonymous" where it has asked nothing."""
+    try:
+        return str(frame.get("User-Id"))
+    except (zmq.ZMQError, KeyError, ValueError):
+        return ""
+
+
+def descriptor(frame: zmq.Frame) -> int | None:
+    """The file descriptor of the connection that a message came over; None if it is unknown."""
+    try:
+        return int(frame.get(int(zmq.SRCFD)))
+    except (zmq.ZMQError, KeyError, ValueError):
+        return None
 
 
 def tcp(host: str, port: int) -> str:

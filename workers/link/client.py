@@ -32,6 +32,7 @@ from paramserver.words import host_port
 from ..replica.replica import Replica
 from ..replica.state import unflatten
 from . import actions
+from .channel import Lost
 from .connection import Connection, RunOver
 from .follow import Follow
 from .pushes import WAIT_S, Pushes
@@ -148,6 +149,7 @@ class Client:
         """The server has welcomed this peer: report where the replica stands."""
         session, welcome = self.session, self.welcome
         assert session is not None and welcome is not None
+        self.connection.payloads.greeted()
         self._do(
             session.greeted(
                 welcome.nonce,
@@ -274,7 +276,7 @@ class Client:
                 return False
             sockets.subscribe(connection.sub, wire.topic(wire.Shared))
         else:
-            sockets.subscribe(connection.sub, wire.topic(wire.Average))
+            connection.payloads.hear()
         return True
 
     def _say_slower(self, what: str, error: OSError) -> None:
@@ -381,7 +383,7 @@ class Client:
     def _send_due(self, now: float) -> None:
         for push, buffers in self._pushes.due(now):
             with trace.span("send", bucket=push.bucket):
-                self.connection.send(push, *buffers)
+                self.connection.payloads.push(push, buffers)
 
     def report(self, step: int, values: dict[str, float | None], final: bool = False) -> None:
         self.connection.send(wire.Report(step=step, values=values, final=final))
@@ -435,6 +437,8 @@ class Client:
             if not session.held and not self._read_sub():
                 break
             if not isinstance(session.held[0][0], wire.Average | wire.Pulse):
+                break
+            if not self._complete():
                 break
             self._do(session.next(time.monotonic()))
         self._send_due(time.monotonic())
@@ -526,6 +530,7 @@ class Client:
         self._send_due(now)
         session, connection = self.session, self.connection
         assert session is not None
+        connection.payloads.tick(now)
         if now - session.follow.heard_at <= connection.heartbeat_timeout / 2:
             connection.server_search.over()
         elif connection.server_search.found(now):
@@ -548,13 +553,33 @@ class Client:
         """Handle one message, if there is one."""
         connection, session = self.connection, self.session
         assert connection.link is not None and session is not None
-        if session.hears and (session.held or self._read_sub()):
+        if session.hears and (session.held or self._read_sub()) and self._complete():
             self._do(session.next(time.monotonic()))
             return True
         if not sockets.readable(connection.link):
             return False
         message, buffers = connection.decode(sockets.receive(connection.link))
+        if isinstance(message, wire.Channel):
+            connection.payloads.told(message, time.monotonic())
+            return True
         self._do(session.received(message, buffers, time.monotonic()))
+        return True
+
+    def _complete(self) -> bool:
+        """Is the next message of `held` here as a whole? The numbers of an average may still be on
+        their way through a channel."""
+        session = self.session
+        assert session is not None
+        average, buffers = session.held[0]
+        if not isinstance(average, wire.Sealed) or buffers or not session.wants(average):
+            return True
+        try:
+            found = self.connection.payloads.payload(average, time.monotonic())
+        except Lost:
+            return True
+        if found is None:
+            return False
+        session.held[0] = average, found
         return True
 
     def _read_sub(self) -> bool:
@@ -570,6 +595,10 @@ class Client:
         """Wait until a message comes on a socket that may be read now."""
         connection, session = self.connection, self.session
         assert connection.link is not None and session is not None
+        waiting = connection.payloads.waiting
+        if waiting:
+            sockets.wait(limit_s, connection.link, *waiting)
+            return
         if not session.hears:
             connection.link.poll(int(1000 * limit_s))
             return
@@ -650,6 +679,9 @@ class Client:
         if action.first:
             replica.forget_averages()
         buffers = action.payload
+        if isinstance(average, wire.Sealed) and not buffers:
+            session.lost(average)
+            return
         if isinstance(average, wire.Shared):
             if not self._still_there(average):
                 session.lost(average)

@@ -30,10 +30,15 @@ from paramserver.net import address, machine
 from paramserver.net.mdns import Search
 from paramserver.protocol import messages as wire
 from paramserver.settings import RunSettings, Settings
-from paramserver.transport import sockets
+from paramserver.tensors.bucket import SENT_BYTES
+from paramserver.tensors.whole import BUFFER_BYTES
+from paramserver.transport import sealing, sockets
 from paramserver.transport.handshake import HandshakeMonitor
 from paramserver.typed import typed
 from paramserver.words import host_port
+
+from .channel import Channel
+from .payloads import Payloads
 
 BEATS_PER_TIMEOUT = 5
 PROBE_INTERVAL_S = 0.1
@@ -109,6 +114,7 @@ class Connection:
         self.link: zmq.Socket[bytes] | None = None
         self.sub: zmq.Socket[bytes] | None = None
         self.kind = "tcp"
+        self.payloads = Payloads(self)
         self._share_memory = shared_memory
         self.shared: Path | None = None  # where this host's server shares memory with us
         self._beating: threading.Event | None = None
@@ -296,6 +302,20 @@ class Connection:
         return ""
 
     @property
+    def with_keys(self) -> bool:
+        """Is the link under CURVE?"""
+        return self.kind != "ipc" and self._keys is not None
+
+    def channel(self, told: wire.Channel, now: float) -> Channel:
+        """Connect a channel as the server has told. Raises `PeerError`."""
+        assert self.welcome is not None
+        s, welcome = self.settings, self.welcome
+        bucket_bytes = int(s.bucket_size_mb * 2**20) + max(SENT_BYTES.values())
+        _, mark = sockets.channel_marks(s.history_mb, s.bucket_size_mb, sealing.RECORD_BYTES)
+        largest = max(bucket_bytes, BUFFER_BYTES)
+        return Channel(self._ctx, self.host, told, welcome.nonce, welcome.id, largest, mark, now)
+
+    @property
     def _search_after_s(self) -> float:
         """Seconds of silence after which the server is looked for somewhere else, too. A server
         that was started again waits for its replicas for one heartbeat timeout."""
@@ -372,6 +392,7 @@ class Connection:
             self._beating.set()
             self._beat_thread.join()
             self._beat_thread = None
+        self.payloads.close()
         for s in (self.handshake, self._door, self.link, self.sub):
             if s is not None:
                 s.close()

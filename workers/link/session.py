@@ -309,6 +309,12 @@ class Session:
             return [Say(f"{effect.why}: taking a snapshot"), *self.join_again()]
         return None if isinstance(effect, follow.Gap) else actions
 
+    def wants(self, average: wire.Average) -> bool:
+        """Are the numbers of this average needed? Those of an older update are not, nor those of
+        another server's, nor any while this replica is adrift."""
+        f = self.follow
+        return not self.adrift and average.nonce == f.nonce and average.step == f.step + 1
+
     def lost(self, average: wire.Average) -> None:
         """The numbers of this average were written over while they were read: as if PUB had dropped
         it. The close of its round will show the gap."""

@@ -1,0 +1,270 @@
+"""The server's ends of the channels: hands out their keys, opens pushes, seals averages.
+
+A channel belongs to one session. Its header messages travel on the link and on PUB, under CURVE;
+here are only the numbers that they tell of, by the payload's number. For what this protects from
+what, see docs/protocol.md, "Sealed payloads".
+"""
+
+from __future__ import annotations
+
+import errno
+import secrets
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import msgspec
+import zmq
+
+from paramserver.protocol import messages as wire
+from paramserver.transport import sealing, sockets
+from paramserver.transport.handshake import Strangers
+from paramserver.transport.passwords import Passwords
+from paramserver.transport.sealing import Ends, Kind, Opener, Payload, Sealer, Unopened
+
+LOSSES_MAX = 3
+"""Channels of one session that ended in the middle; after that it does without."""
+
+UNCLAIMED = 16
+"""Payloads that wait for their headers, at most: those come first, on another connection."""
+
+CONNECTIONS_TOLD = 100
+SERVER = 0  # as a sender
+SHARD = 0
+Tell = Callable[[str, wire.Channel], object]
+
+
+class Lost(Exception):
+    """This payload does not come any more."""
+
+
+class _Channel(msgspec.Struct):
+    session: str
+    sealer: Sealer
+    opener: Opener
+    heard_at: float
+    route: bytes = b""
+    """Of its connection, once the peer has proven there that it has the key."""
+    payloads: dict[int, Payload] = msgspec.field(default_factory=dict)
+    """By number: their headers have not come yet."""
+
+
+class Channels:
+    """The channels of one server process; see the module's docstring.
+
+    `tell` sends a message to a peer over its link; `say` gets sentences for people. `port` is that
+    of the `socket`; a buffer has at most `largest` bytes.
+    """
+
+    def __init__(
+        self,
+        socket: zmq.Socket[bytes],
+        passwords: Passwords,
+        strangers: Strangers,
+        port: int,
+        nonce: str,
+        largest: int,
+        tell: Tell,
+        say: Callable[[str], object],
+    ) -> None:
+        self.socket = socket
+        self.unopened = 0
+        """Records of all connections that did not open."""
+        self._strangers = strangers
+        self._passwords, self._port, self._nonce, self._largest = passwords, port, nonce, largest
+        self._tell, self._say = tell, say
+        self._costs = sealing.measured()
+        self._channels: dict[str, _Channel] = {}  # by the id of their keys
+        self._live: dict[str, _Channel] = {}  # by session: averages go there
+        self._next: dict[str, _Channel] = {}  # by session: not connected yet
+        self._old: dict[str, _Channel] = {}  # by session: until the open round is over
+        self._losses: dict[str, int] = {}  # by session
+        self._number = 0  # of the newest average
+        self._told: set[str] = set()
+
+    @property
+    def live(self) -> int:
+        """The number of peers that get averages through a channel."""
+        return len(self._live)
+
+    # ------------------------------------------------------------------ keys
+
+    def dial(self, session: str, worker: int, costs: Mapping[str, float], now: float) -> None:
+        """The peer wants a channel in place of the one that it had, or, with no ciphers, none."""
+        if session in self._live:
+            self.lose(session, "")
+        if not costs:
+            return
+        cipher = sealing.cheapest(self._costs, costs)
+        if cipher is None:
+            self._tell(session, wire.Channel(reason="this server has none of your ciphers"))
+        elif self._losses.get(session, 0) >= LOSSES_MAX:
+            why = f"{LOSSES_MAX} channels ended in the middle"
+            self._tell(session, wire.Channel(reason=why))
+        else:
+            self._hand_out(session, worker, cipher, now)
+
+    def _hand_out(self, session: str, worker: int, cipher: str, now: float) -> None:
+        before = self._next.pop(session, None)
+        if before is not None:
+            self._forget(before)
+        id, up, down = (
+            secrets.token_bytes(n) for n in (sealing.ID_BYTES, sealing.KEY_BYTES, sealing.KEY_BYTES)
+        )
+        ours = Ends(cipher, down, id, self._nonce, SHARD, SERVER)
+        theirs = Ends(cipher, up, id, self._nonce, SHARD, worker)
+        channel = _Channel(
+            session,
+            Sealer(ours),
+            Opener(theirs, Kind.PUSH, self._largest, wire.BUFFERS_MAX),
+            now,
+        )
+        self._next[session] = self._channels[id.hex()] = channel
+        self._tell(
+            session,
+            wire.Channel(
+                port=self._port,
+                cipher=cipher,
+                id=id.hex(),
+                password=self._passwords.hand_out(id.hex(), now),
+                up=up.hex(),
+                down=down.hex(),
+                shard=SHARD,
+            ),
+        )
+
+    def _forget(self, channel: _Channel) -> None:
+        id = channel.sealer.ends.id.hex()
+        self._channels.pop(id, None)
+        self._passwords.take_back(id)
+        channel.sealer.forget()
+        channel.opener.forget()
+
+    def lose(self, session: str, why: str) -> None:
+        """This session's channels are over; `why` is told to the peer, if it does not know."""
+        self._losses[session] = self._losses.get(session, 0) + 1
+        self._close(session)
+        if why:
+            self._tell(session, wire.Channel(reason=why))
+
+    def _close(self, session: str) -> None:
+        for table in (self._live, self._next, self._old):
+            channel = table.pop(session, None)
+            if channel is not None:
+                self._forget(channel)
+
+    def forget(self, session: str) -> None:
+        """This peer is gone."""
+        self._close(session)
+        self._losses.pop(session, None)
+
+    def close(self) -> None:
+        """Forget all keys."""
+        for session in {c.session for c in self._channels.values()}:
+            self._close(session)
+
+    def round_over(self, now: float) -> None:
+        """Forget the keys that were replaced, and replace those that are worn."""
+        for session in list(self._old):
+            self._forget(self._old.pop(session))
+        for session, channel in self._live.items():
+            used, ends = channel.opener, channel.opener.ends
+            worn = channel.sealer.worn or used.opened >= sealing.RECORDS_MAX
+            if worn and session not in self._next:
+                self._hand_out(session, ends.sender, ends.cipher, now)
+
+    # ------------------------------------------------------------------ what comes in
+
+    def receive(self, frames: Sequence[zmq.Frame], now: float) -> str | None:
+        """One message of a channel's connection; the session of which a payload is complete now.
+        Whatever is wrong with it, it is dropped, and counted for its connection."""
+        route, record = frames[0].bytes, frames[-1]
+        channel = self._channels.get(sockets.user(record))
+        if channel is None or len(frames) != 2 or channel.route not in (b"", route):
+            self._drop(record, "it is of no channel that is open")
+            return None
+        try:
+            payload = channel.opener.open(record.buffer)
+        except Unopened as e:
+            self._drop(record, str(e))
+            return None
+        channel.heard_at = now
+        if not channel.route:
+            if not channel.opener.bound:
+                return None
+            self._bind(channel, route)
+            self._strangers.proven(record)
+        if payload is None:
+            return None
+        if len(channel.payloads) >= UNCLAIMED:
+            self.lose(channel.session, "its payloads have no headers")
+        else:
+            channel.payloads[payload.number] = payload
+        return channel.session
+
+    def _bind(self, channel: _Channel, route: bytes) -> None:
+        session = channel.session
+        channel.route = route
+        if self._next.get(session) is channel:
+            del self._next[session]
+        before = self._live.get(session)
+        if before is not None:
+            older = self._old.pop(session, None)
+            if older is not None:
+                self._forget(older)
+            self._old[session] = before
+        self._live[session] = channel
+        self._send(channel, [channel.sealer.bind()])
+
+    def _drop(self, record: zmq.Frame, why: str) -> None:
+        self.unopened += 1
+        who = sockets.sender(record) or "somebody"
+        if who not in self._told and len(self._told) < CONNECTIONS_TOLD:
+            self._told.add(who)
+            self._say(f"a record on a channel's connection from {who} was dropped: {why}")
+
+    def payload(self, session: str, number: int) -> Payload | None:
+        """The payload of a push, once; None if it has not come yet. Raises `Lost`."""
+        channels = [c for c in (self._live.get(session), self._old.get(session)) if c is not None]
+        for channel in channels:
+            found = channel.payloads.pop(number, None)
+            if found is not None:
+                return found
+        if all(channel.opener.newest > number for channel in channels):
+            raise Lost
+        return None
+
+    def heard_at(self, session: str) -> float:
+        """When the newest record of this session came."""
+        return max(
+            (c.heard_at for c in (self._live.get(session), self._old.get(session)) if c),
+            default=0.0,
+        )
+
+    # ------------------------------------------------------------------ what goes out
+
+    def publish(self, average: wire.Average, buffers: Sequence[Any]) -> wire.Sealed:
+        """Seal the buffers of an average for each channel; returns the header that tells of them.
+        Each receiver has a key of its own: that costs less than to prove to each, by a digest, that
+        no other receiver has sealed them."""
+        self._number += 1
+        number = self._number
+        for channel in list(self._live.values()):
+            self._send(
+                channel,
+                channel.sealer.seal(Kind.AVERAGE, average.round, average.bucket, number, buffers),
+            )
+        return wire.Sealed(number=number, **msgspec.structs.asdict(average))
+
+    def _send(self, channel: _Channel, records: Iterator[memoryview] | list[memoryview]) -> None:
+        """One that does not read misses the rest, as on PUB; its close shows the gap."""
+        try:
+            for record in records:
+                sockets.send(self.socket, [channel.route, record], copy=False, wait=False)
+        except zmq.ZMQError as e:
+            if e.errno == errno.EHOSTUNREACH:
+                self.lose(channel.session, "its connection was cut")
+            elif e.errno != errno.EAGAIN:
+                raise
+
+
+__all__ = ["Channels", "Lost"]

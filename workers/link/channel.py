@@ -1,0 +1,138 @@
+"""A peer's end of its channel: seals its pushes, opens averages.
+
+The headers travel on link and SUB, under CURVE (docs/protocol.md, "Sealed payloads"). Where a
+channel does not come up, or does not bring what was announced, the peer does without: payloads
+travel under CURVE then, which is slower.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import zmq
+
+from paramserver.errors import PeerError
+from paramserver.protocol import messages as wire
+from paramserver.transport import sealing, sockets
+from paramserver.transport.sealing import Ends, Kind, Opener, Payload, Sealer, Unopened
+
+SERVER = 0  # as a sender
+SKIPS_MAX = 16
+"""Averages that one channel may leave out; then it is given up."""
+
+
+READS_MAX = 1024
+"""Records that are read before the caller may do something else."""
+
+
+class Lost(Exception):
+    """This payload does not come any more."""
+
+
+class Channel:
+    """One connection, with a key for each direction, as the server has `told` them."""
+
+    def __init__(
+        self,
+        ctx: zmq.Context[zmq.Socket[bytes]],
+        host: str,
+        told: wire.Channel,
+        nonce: str,
+        worker: int,
+        largest: int,
+        mark: int,
+        now: float,
+    ) -> None:
+        """`nonce` is the server's; `worker` the peer's own number; a buffer has at most `largest`
+        bytes, and so many records as `mark` may wait here. Raises `PeerError` where the server has
+        told nothing that can be used."""
+        try:
+            id, up, down = (bytes.fromhex(text) for text in (told.id, told.up, told.down))
+        except ValueError:
+            raise PeerError("the keys of a channel are not numbers") from None
+        if (len(id), len(up), len(down)) != (
+            *(sealing.ID_BYTES, sealing.KEY_BYTES, sealing.KEY_BYTES),
+        ) or told.cipher not in sealing.CIPHERS:
+            raise PeerError("the keys of a channel do not fit a cipher")
+        self.bound = False
+        """The server has proven that it has the key, and knows that this peer has it."""
+        self.skips = 0
+        self.since = self.heard_at = now
+        self._sealer = Sealer(Ends(told.cipher, up, id, nonce, told.shard, worker))
+        self._opener = Opener(
+            Ends(told.cipher, down, id, nonce, told.shard, SERVER),
+            Kind.AVERAGE,
+            largest,
+            wire.BUFFERS_MAX,
+        )
+        self._payloads: dict[int, Payload] = {}
+        record_bytes = sealing.RECORD_BYTES + sealing.OVERHEAD_BYTES
+        self.port = told.port
+        endpoint = sockets.tcp(host, told.port)
+        self.socket = sockets.channel_dealer(
+            ctx, endpoint, record_bytes, mark, told.id, told.password
+        )
+        sockets.send(self.socket, [self._sealer.bind()])
+
+    @property
+    def unopened(self) -> int:
+        """Records that did not open."""
+        return self._opener.unopened
+
+    def push(self, push: wire.Push, buffers: Sequence[Any]) -> None:
+        """Send the buffers of a push that has `sealed` set. Raises `Lost` where the connection is
+        gone."""
+        try:
+            for record in self._sealer.seal(
+                Kind.PUSH, push.round, push.bucket, push.sealed, buffers
+            ):
+                sockets.send(self.socket, [record], copy=False, wait=False)
+        except zmq.Again:
+            raise Lost from None
+
+    def read(self, now: float) -> bool:
+        """Take in one record, if there is one."""
+        if not sockets.readable(self.socket):
+            return False
+        frames = sockets.receive(self.socket)
+        if len(frames) != 1:
+            return True
+        try:
+            payload = self._opener.open(frames[0].buffer)
+        except Unopened:
+            return True
+        self.bound |= self._opener.bound
+        self.heard_at = now
+        if payload is not None:
+            self._payloads[payload.number] = payload
+        return True
+
+    def payload(self, average: wire.Sealed, now: float) -> list[Any] | None:
+        """The buffers of an average, once; None if they have not come yet. Raises `Lost`."""
+        number = average.number
+        for older in [n for n in self._payloads if n < number]:
+            del self._payloads[older]  # its header was lost, or was not needed
+        for _ in range(READS_MAX):
+            if number in self._payloads:
+                break
+            if self._opener.newest > number:
+                self.skips += 1
+                raise Lost
+            if not self.read(now):
+                return None
+        found = self._payloads.pop(number, None)
+        if found is None:
+            return None
+        if (found.round, found.bucket) != (average.round, average.bucket):
+            raise Lost
+        return found.buffers
+
+    def close(self) -> None:
+        """Forget the keys, and leave."""
+        self._sealer.forget()
+        self._opener.forget()
+        self.socket.close()
+
+
+__all__ = ["Channel", "Lost"]
