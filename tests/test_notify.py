@@ -115,10 +115,20 @@ def test_a_file_that_cannot_be_read_tells_nothing(place: Path, text: str) -> Non
     assert read(place) == Notice()
 
 
+BROKEN = """
+from torch import nn
+
+
+class Net(nn.Sequential):
+    def __init__(self, **sizes):
+        super().__init__(nope)
+"""
+
+
 def test_a_server_is_ready_and_tells_the_error_of_its_observer_as_its_own(tmp_path: Path) -> None:
     with Run(tmp_path) as run:
         place = tmp_path / "notify"
-        (tmp_path / "broken.py").write_text("from torch import nn\nnn.Sequential(nope)\n")
+        (tmp_path / "broken.py").write_text(BROKEN)
         server = run.server("model.type=broken:Net", **{notify.VARIABLE: str(place)})
         server.wait_for("the observer could not start")
         assert read(place).ready == f"127.0.0.1:{run.port}"

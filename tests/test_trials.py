@@ -264,6 +264,8 @@ def test_who_comes_when_the_last_run_goes_on_without_it() -> None:
 def test_who_comes_when_a_run_has_ended_waits_for_the_next_one() -> None:
     run = in_series(2, 5)
     for number in (1, 2):
+        run.push(number, 1.0, 2.0, 3.0)
+    for number in (1, 2):
         run.hear(number, wire.Goodbye(wire.FINISHED, finished=True))
     assert run.rounds.ended is not None and run.rounds.ended.more
     assert answers(run, hello()) == wire.Later("ending run 2 of 5, the next one follows")

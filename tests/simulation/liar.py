@@ -254,6 +254,8 @@ class Liar(Process):
             return rng.choice(known)
         if hint in (bool, float):
             return hint(rng.choice((0, 1)))
+        if hint is msgspec.UnsetType:
+            return msgspec.UNSET
         if hint is Any:
             return rng.choice((None, 1, "x", [1, 2]))
         if origin is tuple and args[-1] is Ellipsis:

@@ -286,7 +286,9 @@ class Worker(Client):
         began, by_speed = world.now, self.server.rules.shares == "speed"
         seconds = self._seconds(len(samples) / habits.batch_size)
         if world.chance(habits.stutters):
-            yield world.now + seconds * buckets * 6.0 * world.random.random(), DEAF
+            stutter = seconds * buckets * 6.0 * world.random.random()
+            most = self.server.rules.idle_timeout / 4  # else a run may well be given up meanwhile
+            yield world.now + min(stutter, most), DEAF
         for bucket in range(buckets):
             yield world.now + seconds * (0.5 + world.random.random()), DEAF
             self._push(
