@@ -917,6 +917,18 @@ def test_who_brings_nothing_to_rounds_of_local_steps_is_left_out_too() -> None:
     assert members(run) == [1]
 
 
+def test_who_is_left_out_does_not_hold_up_a_round_of_local_steps_for_minutes() -> None:
+    """It is in one only since nobody else was here, and had minutes before."""
+    rules = {"local_steps": 2, "timeout": None, "idle_timeout": 1000.0}
+    run = Run(epochs=1000, **rules).observer().workers(1, 2)
+    run.rounds._waits.vain = {2: Vain(until=900.0)}
+    run.tells(1, wire.Unready()), run.ready(1)
+    assert run.tick(29.0, 0, 1, 2) == []
+    said = run.tick(30.0, 0, 1, 2)
+    assert any("has waited 30 s for worker 2" in sentence for sentence in said)
+    assert members(run) == [1]
+
+
 def test_who_is_late_now_and_then_takes_part_in_every_round() -> None:
     run = Run(epochs=1000).observer().workers(1, 2)
     for _ in range(10):

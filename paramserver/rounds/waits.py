@@ -155,7 +155,7 @@ class Waits:
         if not self.is_long(current, now):
             return []
         waited = now - current.opened_at
-        longest = self._rules.longest_wait_s(current.local_steps)
+        longest = self._longest_s(current, now)
         limit, most = math.inf, max(longest, self._rules.idle_timeout / 2)
         if others and not self._rules.deterministic:
             doublings = min(max(0, self.overdue_rounds - 1), OVERDUE_DOUBLINGS)
@@ -189,8 +189,15 @@ class Waits:
         on?"""
         if (self.deadline(current) or math.inf) < math.inf:
             return False
-        longest = self._rules.longest_wait_s(current.local_steps)
+        longest = self._longest_s(current, now)
         return now - current.opened_at >= longest and bool(current.expected())
+
+    def _longest_s(self, current: Round, now: float) -> float:
+        """As long as any round may wait, where others could go on. Who is left out, and in it only
+        since nobody else was here, had the time for several local steps before."""
+        if all(self._is_left_out(m, now) for m in current.expected()):
+            return self._rules.longest_wait_s()
+        return self._rules.longest_wait_s(current.local_steps)
 
     def awaited(self, current: Round, now: float) -> str:
         """For whom the open round waits, as a sentence."""
@@ -246,6 +253,10 @@ class Waits:
         vain.rounds += 1
         vain.waited_s += member.waited_s
         return self._leave_out_if_due(peer, vain, now)
+
+    def _is_left_out(self, member: Member, now: float) -> bool:
+        peer = self._roster.peers.get(member.session)
+        return peer is not None and now < self._vain_of(peer).until
 
     def _vain_of(self, peer: Peer) -> Vain:
         return self.vain.get(peer.id) or Vain()
