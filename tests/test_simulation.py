@@ -526,7 +526,7 @@ class LooksForNoEnd(Worker):
     ("parts", "symptom", "first"),
     [
         (Parts(rounds=ForgetsLeases), "could have gone on|the ledger keeps", 8),
-        (Parts(rounds=TakesLatePushes), "a gradient of another model", 4),
+        (Parts(rounds=TakesLatePushes), "a gradient of another model|late or not", 4),
         (
             Parts(rounds=CountsTwice),
             "pushed and taken, but is not in|a sum of .* is divided by",
