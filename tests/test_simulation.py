@@ -542,7 +542,7 @@ class LooksForNoEnd(Worker):
         (Parts(rounds=AwaitsNoOtherObserver), "is on no disk", 698),
         (Parts(rounds=WaitsForNobody), "every worker had left, and the run waited on", 112),
         (Parts(rounds=WaitsForALostState), "nobody could help", 37),
-        (Parts(rounds=WaitsForTheEmpty), "in a row waited for", 5743),
+        (Parts(rounds=WaitsForTheEmpty), "in a row waited for", 7429),
         (Parts(rounds=WaitsForTheOverdue), "could have gone on", 6467),
         (Parts(rounds=BlamesTheNextLease), "nothing is wrong with it", 43202),
         (Parts(rounds=GivesWithoutEnd), "two snapshots in a row", 12),
