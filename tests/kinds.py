@@ -152,6 +152,23 @@ def smooth(outputs: Tensor, targets: Tensor) -> Tensor:
     return nn.functional.cross_entropy(outputs, targets, label_smoothing=0.1)
 
 
+SCHEDULED_LOOPS = (
+    TWO_LOOPS
+    + """\
+        scheduler.step()
+done(model)
+"""
+)
+SCHEDULED_IN_CLUSTER = (
+    (
+        "loader = Data",
+        JOIN
+        + "model, optimizer = cluster.attach(model, optimizer, scheduler=scheduler)\nloader = Data",
+    ),
+    IN_CLUSTER,
+    ("        scheduler.step()\n", ""),
+)
+
 KINDS = (
     Kind(
         "CNN with epochs, a test after each, StepLR",
@@ -362,20 +379,8 @@ optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_dec
 scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=100)
 loader = DataLoader(data, BATCH, shuffle=True)
 """
-        + TWO_LOOPS
-        + """\
-        scheduler.step()
-done(model)
-""",
-        (
-            (
-                "loader = Data",
-                JOIN
-                + "model, optimizer = cluster.attach(model, optimizer, scheduler=scheduler)\nloader = Data",
-            ),
-            IN_CLUSTER,
-            ("        scheduler.step()\n", ""),
-        ),
+        + SCHEDULED_LOOPS,
+        SCHEDULED_IN_CLUSTER,
         twin=(
             (
                 "F.cross_entropy(model(x), y).backward()",
@@ -549,20 +554,8 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 scheduler = SequentialLR(optimizer, [LinearLR(optimizer, 0.1, total_iters=4), CosineAnnealingLR(optimizer, 40)], [4])
 loader = DataLoader(data, BATCH, shuffle=True)
 """
-        + TWO_LOOPS
-        + """\
-        scheduler.step()
-done(model)
-""",
-        (
-            (
-                "loader = Data",
-                JOIN
-                + "model, optimizer = cluster.attach(model, optimizer, scheduler=scheduler)\nloader = Data",
-            ),
-            IN_CLUSTER,
-            ("        scheduler.step()\n", ""),
-        ),
+        + SCHEDULED_LOOPS,
+        SCHEDULED_IN_CLUSTER,
     ),
     Kind(
         "the built-in training with classes of one's own",
