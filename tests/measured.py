@@ -165,7 +165,7 @@ class Measured:
         self.models: dict[int, tuple[int, dict[str, Tensor]]] = {}
         """By worker: its last step, and what it ended with."""
         self.served: list[Served] = []
-        self.late, self.dead, self.back = (threading.Event() for _ in range(3))
+        self.late, self.dead, self.back, self.again = (threading.Event() for _ in range(4))
         self.gone: set[str] = set()
         """Sessions of the worker that died."""
         self.interrupted = False
@@ -217,12 +217,6 @@ class Measured:
     def hold(self, number: int, cluster: workers.Cluster) -> None:
         """Before each batch."""
         served = self.served[cluster.trial - 1]
-        if self.kind.cell and number == 1 and cluster.step >= LATE and not self.interrupted:
-            self.interrupted = True
-            raise Interrupted
-        if not self.hard or cluster.trial > 1:
-            return
-
         peers = served.server.rounds.peers
 
         def comes(who: int) -> Callable[[], bool]:
@@ -230,6 +224,16 @@ class Measured:
                 p.id == who and p.join is not None and p.session not in self.gone
                 for p in list(peers.values())
             )
+
+        if self.kind.cell and number == 1 and cluster.step >= LATE and not self.interrupted:
+            self.gone = {p.session for p in list(peers.values()) if p.id == 1}
+            self.interrupted = True
+            raise Interrupted
+        if self.interrupted and number == 2 and not self.again.is_set():
+            self.again.set()  # alone, it could end the run before the cell runs again
+            served.until(comes(1))
+        if not self.hard or cluster.trial > 1:
+            return
 
         if number == 1 and cluster.step >= LATE and not self.late.is_set():
             self.late.set()
