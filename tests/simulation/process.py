@@ -47,7 +47,7 @@ class Process:
         self.ipc = world.chance(0.3)  # on the server's host
         self.reachable_at = world.now  # the last fault that kept it from being heard is over
         self._to_server = to_server
-        self.busy_until = 0.0  # computing: it reads nothing, and looks for nobody
+        self.busy_since = self.busy_until = 0.0  # computing: it reads nothing, looks for nobody
         self._life = self._run()
         self._turn = 0  # of its wake-ups only the newest counts
         self._ears = DEAF
@@ -73,6 +73,8 @@ class Process:
         except StopIteration:
             return
         if self._ears is DEAF:
+            if self.busy_until < self.world.now:
+                self.busy_since = self.world.now
             self.busy_until = until
         if until < math.inf:
             self.world.at(until, self._resume, self._turn)

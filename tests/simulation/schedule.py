@@ -111,6 +111,8 @@ FAIR = (
 NOT_TO_BE_HAD = "the run's state is not to be had"
 """Five givers in a row were killed or left. No liar may bring that about where anybody else could
 give; where it alone says that it holds the state, and has contributed, that state is lost."""
+MISFIT = "the run's state does not fit"
+"""Three states were none of its model. All honest peers have the same one."""
 OF_ANOTHER_RUN = "rejected: this server runs"
 NOBODY_THERE = (UNANSWERED, "the server has been silent")
 TOO_LATE = ("the run has ended", "the run ended before it could join")
@@ -341,7 +343,10 @@ class Schedule:
             self.outcome.seen[ON] += peer.went_on
         fair = why.startswith(FAIR) or (why.startswith(OF_ANOTHER_RUN) and self._given_up)
         if why.startswith(NOT_TO_BE_HAD):
-            fair |= not self.lies or self._only_liar_left(peer)
+            fair |= not self.lies or self._only_liar_left(peer, Session.MISSED_MAX)
+        if why.startswith(MISFIT):
+            most = range(Session.MISFITS_MAX, Session.MISSED_MAX + 1)
+            fair |= self.lies and any(self._only_liar_left(peer, n) for n in most)
         fair |= why == UNANSWERED and self._has_lost_its_run(peer)
         late = why in TOO_LATE or (why == UNANSWERED and peer.run is None)
         late |= why.startswith(NOBODY_THERE) and self._may_have_missed_the_end(peer)
@@ -373,16 +378,16 @@ class Schedule:
             if here is not None and now - here.last_seen <= SILENCE_S and not away:
                 raise Broken(f"the run has ended, but not for {peer.name}")
 
-    def _only_liar_left(self, peer: Client) -> bool:
-        """Was the liar asked for the snapshots that this one missed only where nobody else could
-        give, as at the end? What others do not give counts, too, as without a liar. A snapshot
-        that has just begun, or whose giver had shown nothing, was not missed."""
+    def _only_liar_left(self, peer: Client, most: int) -> bool:
+        """Was the liar asked for the snapshots that this one missed, `most` in a row, only where
+        nobody else could give, as at the end? What others do not give counts, too, as without a
+        liar. A snapshot that has just begun, or whose giver had shown nothing, was not missed."""
         gave = self.server.gave.get(peer.process, [])
-        then = [*(one.missed for one in gave[1:]), Session.MISSED_MAX]
+        then = [*(one.missed for one in gave[1:]), most]
         missed = [one for one, now in zip(gave, then, strict=False) if now == one.missed + 1]
-        last = missed[-Session.MISSED_MAX :]
+        last = missed[-most:]
         apt = all(one.only or one.giver.host != LIAR for one in last)
-        return apt and [one.missed for one in last] == list(range(Session.MISSED_MAX))
+        return apt and [one.missed for one in last] == list(range(most))
 
     def _has_lost_its_run(self, peer: Client) -> bool:
         """Is this a peer of a run that was given up, or of none yet, whose id is taken at the
@@ -447,7 +452,8 @@ class Schedule:
         if self.calm_at < since:
             for peer in self.alive:
                 known = peer.welcome and peer.welcome.session in self.server.rounds.peers
-                if peer.born_at < since and not known and not self._has_lost_its_run(peer):
+                well = max(peer.born_at, peer.busy_until if peer.busy_since < since else 0.0)
+                if well < since and not known and not self._has_lost_its_run(peer):
                     raise Broken(f"{peer.name} lives, but is not known any more")
 
     def _go_home(self) -> None:
