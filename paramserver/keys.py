@@ -86,7 +86,7 @@ def path() -> Path:
     if folder.startswith("~"):  # there is no HOME, and the system does not know this user
         raise UserError(
             "this user has no home folder, where the keys of a server are kept",
-            "XDG_CONFIG_HOME=FOLDER tells another one; security=none does without keys",
+            "choose one with XDG_CONFIG_HOME=FOLDER; with security=none no keys are needed",
         )
     return Path(folder) / "paramserver" / "keys.json"
 
@@ -193,7 +193,7 @@ def _draft(place: Path, keys: Keys) -> Path:
 def _cannot(place: Path, error: OSError) -> UserError:
     return UserError(
         f"the keys in {place} cannot be kept: {error.strerror or error}",
-        "XDG_CONFIG_HOME tells where that folder is; security=none does without keys",
+        "choose another folder with XDG_CONFIG_HOME=FOLDER; with security=none no keys are needed",
     )
 
 
@@ -203,6 +203,7 @@ def main() -> None:
         words = sys.argv[1:]
         answer(words, "keys")
         settings = load([word for word in words if word != "rotate"], "server").settings
+        guarded = listen(machine.settle(settings)[0])[1]  # before anything is made anew
         if "rotate" in words:
             keys = rotate()
             terminal.result(f"new keys: {path()}")
@@ -213,13 +214,12 @@ def main() -> None:
         else:
             keys, made = load_or_make()
             terminal.result(f"{'new keys' if made else 'keys'}: {path()}")
-        guarded = listen(machine.settle(settings)[0])[1]
         port = settings.port_of_watchers
         if guarded and port:
             where = ", ".join(f"{host_port(host, port)}" for host in guarded)
             terminal.result(
                 f"watch token of a server at {where} (its holder sees the run and can do nothing "
-                "else: make watch JOIN=...):"
+                f"else: {typed('watch', 'join=...')}):"
             )
             terminal.result(keys.watch_token(joined(guarded), port))
         if guarded:

@@ -17,6 +17,7 @@ from paramserver import terminal
 from paramserver.output import metrics
 from paramserver.output.runfolder import UNREADABLE, RunFolder, StepLine, run_folders
 from paramserver.program import exit_on_user_error
+from paramserver.typed import typed
 from paramserver.words import printable
 
 TAIL_BYTES = 2**16  # of metrics.jsonl, for its last step
@@ -158,7 +159,9 @@ def main() -> None:
         parent = Path(load(words, "server").settings.run_dir)
         summaries = [read(path) for path in run_folders(parent)]
         if not summaries:
-            terminal.result(f"no runs in {re.sub(r'/+$', '', str(parent))}: make demo makes one")
+            terminal.result(
+                f"no runs in {re.sub(r'/+$', '', str(parent))}: {typed('demo')} makes one"
+            )
             return
         terminal.result("\n".join(table(summaries)))
 

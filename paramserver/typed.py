@@ -3,26 +3,39 @@ where the package is installed without one."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
-IN_CLONE = (Path(__file__).resolve().parents[1] / "Makefile").is_file()
+ROOT = Path(__file__).resolve().parents[1]
+IN_CLONE = (ROOT / "Makefile").is_file()
 _INSTALLED = {
     "server": "paramserver-server",
     "worker": "paramserver-worker",
     "keys": "paramserver-keys",
+    "watch": "python -m paramserver.watch",
+    "runs": "python -m paramserver.runs",
 }
-_OF_MAKE = {"id": "ID", "join": "JOIN", "rotate": "ROTATE"}
+_OF_MAKE = {"hosts": "HOSTS", "id": "ID", "join": "JOIN", "rotate": "ROTATE"}
 
 
 def typed(program: str, *words: str, clone: bool = IN_CLONE) -> str:
     """The command line of this program (server, worker, keys, or a word of the launcher) with these
-    words, as the program itself takes them: "id=2"."""
+    words, as the program itself takes them: "id=2", "--fix"."""
     if not clone:
         start = _INSTALLED.get(program, f"python -m paramserver.launch {program}")
         return " ".join((start, *words))
     told = []
     for word in words:
         name, equals, value = word.partition("=")
+        if word.startswith("--"):
+            told.append(f"ARGS={word}")
+            continue
         own = _OF_MAKE.get(name)
         told.append(f"{own}={value if equals else 1}" if own else word)
     return " ".join(("make", program, *told))
+
+
+def installing(command: str, *, own: bool = Path(sys.prefix) == ROOT / ".venv") -> str:
+    """A `pip install ...`, as it is typed in a clone whose own environment this is: that has uv,
+    and perhaps no pip."""
+    return f".venv/bin/uv {command}" if own else command

@@ -285,7 +285,7 @@ def test_fitting_versions(version: str, good: bool) -> None:
         ("Timeout, server m not responding.", "does not answer", "try: ssh"),
         ("Connection closed by 10.0.0.1 port 22", "ssh broke off", "try: ssh"),
         ("Bad owner on ~/.ssh/config", "ssh fails: Bad owner on ~/.ssh/config", "try: ssh"),
-        ("", "without a word", "try: ssh"),
+        ("", "does not say why", "try: ssh"),
     ],
 )
 def test_what_ssh_says(stderr: str, problem: str, cure: str) -> None:

@@ -310,7 +310,7 @@ LEARNING_RATE = "unknown setting `lerning_rate`; did you mean `learning_rate`?"
         (["wandb=offline"], ["wandb must be a mapping, got 'offline'"]),
         (["dataset=[1]"], ["dataset must be a mapping, got [1]"]),
         (["model.a=[1]", "model.a.b=2"], ["command line: a list and a mapping"]),
-        (["model.x=???"], ["cannot fill in model.x", "(command line)"]),
+        (["model.x=???"], ["cannot read model.x", "yet to be given (command line)"]),
         (["port=0"], ["port must be between 1 and 65534, got 0"]),
         (["port=65535"], ["port must be between 1 and 65534, got 65535"]),
         (["id=0"], ["id must be between 1 and 65535, got 0"]),
@@ -346,9 +346,12 @@ LEARNING_RATE = "unknown setting `lerning_rate`; did you mean `learning_rate`?"
         (["checkpoint_steps=-1"], ["checkpoint_steps must be 0 or more"]),
         (["keep_checkpoints=0"], ["keep_checkpoints must be 1 or more"]),
         (["wandb.mode=off"], ["wandb.mode must be one of online, offline, disabled, got 'off'"]),
-        (["seed=${nope}"], ["cannot fill in seed", "'nope' not found", "(command line)"]),
-        (["run_dir=${oc.env:PS_NO}"], ["cannot fill in run_dir", "'PS_NO' not found", "oc.env"]),
-        (["port=${seed}", "seed=${port}"], ["cannot fill in", "Recursive"]),
+        (["seed=${nope}"], ["cannot fill in seed", "there is no setting `nope`", "(command line)"]),
+        (["model.x=${now:1}"], ["cannot fill in model.x", "there is no ${now:...}"]),
+        (["model.x={null: 1}"], ["cannot read the value in model.x", "a name in it is no text"]),
+        (["model.x=!!set {a}"], ["no setting takes a value of this kind"]),
+        (["run_dir=${oc.env:PS_NO}"], ["cannot fill in run_dir", "no variable PS_NO", "oc.env"]),
+        (["port=${seed}", "seed=${port}"], ["cannot fill in", "it stands for itself"]),
         (["model=resnet50"], ["model=resnet50: there is no such file", "cluster, model",
                               "model.type=resnet50"]),
         (["model=~nobody/x"], ["model=~nobody/x: there is no such file"]),
@@ -472,7 +475,7 @@ def test_names_of_files_are_listed() -> None:
 def test_a_workers_command_line_has_none_of_the_servers(argument: str) -> None:
     text = refused(["id=1", argument], "worker")
     assert f"{argument.partition('=')[0]} belongs to the server" in text
-    assert f"python -m paramserver {argument}" in text
+    assert f"give it there: make server {argument}" in text
     load(["id=1", argument], "launch")
     put("conf/cluster.yaml", "wandb: {mode: offline}")  # one file may serve all machines
     assert load(["id=1"], "worker").settings.id == 1

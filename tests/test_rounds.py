@@ -442,9 +442,7 @@ def test_another_way_from_gradient_to_weights_is_refused() -> None:
     run.join(0, recipe="Adam lr 0.1")
     run.hello(1)
     [answer] = run.join(1, recipe="SGD lr 0.1")
-    assert answer.startswith(
-        "w1 <- reject: worker 1 (pi) goes another way from gradient to weights"
-    )
+    assert answer.startswith("w1 <- reject: worker 1 (pi) makes its steps in another way")
     assert run.tick(1.0) == [] and run.rounds.snapshot is None
     assert but_words(run.join(1, recipe="Adam lr 0.1"))[0] == "w1 <- adopt at step 0"
 
@@ -1516,7 +1514,7 @@ def test_a_cut_calls_a_snapshot_off_and_only_the_other_side_is_told() -> None:
     run.hello(1)
     run.join(1)
     assert run.relinked(1) == [
-        "# snapshot 1 is off: worker 1 (pi) was cut off",
+        "# snapshot 1 was given up: worker 1 (pi) was cut off",
         "obs <- abort 1: worker 1 (pi) was cut off",
         "w1 <- join again",
     ]
@@ -1655,7 +1653,7 @@ def test_asking_for_the_same_piece_is_no_progress() -> None:
         run.tick(float(now), 0, 1, 2)
         run.route(2, wire.Want(snapshot=2, piece=0))
     effects = run.tick(10.5, 0, 1, 2)
-    assert effects[0] == "# snapshot 2 is off: worker 2 (pi) was silent for 10 s"
+    assert effects[0] == "# snapshot 2 was given up: worker 2 (pi) was silent for 10 s"
     assert effects[-1].startswith("all <- open 2")
 
 
@@ -1670,7 +1668,7 @@ def test_a_snapshot_has_a_limit_in_all() -> None:
         run.route(2, wire.Want(snapshot=2, piece=n))
         run.route(0, wire.Piece(snapshot=2, piece=n))
         said += run.tick(float(n), 0, 1, 2)
-    assert said[0] == "# snapshot 2 is off: it is not over after 31 s"
+    assert said[0] == "# snapshot 2 was given up: it is not over after 31 s"
     assert run.rounds.peers["w2"].failed_by == {0: 1}, "who is slow is not seen: another is next"
 
 
@@ -1692,7 +1690,9 @@ def test_a_manifest_that_cannot_be_is_not_passed_on(wrong: dict[str, Any], why: 
     run.join(1)
     goal, effects = run.route(0, run.manifest(**wrong))
     assert goal is None
-    assert effects[0].startswith(f"# snapshot 1 is off: the observer gives what cannot be: {why}")
+    assert effects[0].startswith(
+        f"# snapshot 1 was given up: the observer gives what cannot be: {why}"
+    )
     assert [e.split(":")[0] for e in but_words(effects)[:2]] == ["obs <- abort 1", "w1 <- abort 1"]
 
 
@@ -1706,7 +1706,7 @@ def test_adopted_without_all_pieces_is_not_believed() -> None:
     run.route(0, wire.Piece(snapshot=2, piece=0))
     effects = run.adopted(2, 2)
     assert effects[0] == (
-        "# snapshot 2 is off: worker 2 (pi) says that it holds it, after 1 of 2 pieces"
+        "# snapshot 2 was given up: worker 2 (pi) says that it holds it, after 1 of 2 pieces"
     )
     assert run.rounds.peers["w2"].state != REPLICA
 
@@ -2002,7 +2002,7 @@ def test_a_silent_giver_is_named_and_the_next_one_asked_after_a_round() -> None:
     assert "obs <- give 2 of step 1" in run.push(1)
     assert run.tick(9.9, 0, 1, 2) == []
     assert run.tick(10.1, 0, 1, 2) == [
-        "# snapshot 2 is off: the observer was silent for 10 s",
+        "# snapshot 2 was given up: the observer was silent for 10 s",
         "obs <- abort 2: the observer was silent for 10 s",
         "w2 <- abort 2: the observer was silent for 10 s",
         "all <- open 2 at step 1 for 1: 0/10-20 0/20-30",
@@ -2022,7 +2022,7 @@ def test_a_silent_joiner_is_named_and_training_goes_on() -> None:
     run.route(0, wire.Piece(snapshot=2, piece=0))
     assert run.tick(14.9, 0, 1, 2) == []
     effects = run.tick(15.1, 0, 1, 2)
-    assert effects[0] == "# snapshot 2 is off: worker 2 (pi) was silent for 10 s"
+    assert effects[0] == "# snapshot 2 was given up: worker 2 (pi) was silent for 10 s"
     assert effects[-1].startswith("all <- open 2")
     run.push(1)
     assert run.rounds.snapshot is None  # no joiner waits for one any more
@@ -2050,7 +2050,7 @@ def test_who_joins_again_is_not_told_to_join_again() -> None:
     run.hello(1)
     run.join(1)
     assert run.join(1) == [
-        "# snapshot 1 is off: worker 1 (pi) joined again",
+        "# snapshot 1 was given up: worker 1 (pi) joined again",
         "obs <- abort 1: worker 1 (pi) joined again",
         "w1 <- adopt at step 0",
         "obs <- give 2 of step 0",

@@ -262,7 +262,7 @@ def test_a_snapshot_that_cannot_be_right_is_asked_for_again() -> None:
     ]
     assert peer.get(wire.Abort(1, "an echo")) == []
     assert peer.get(wire.Abort(2, "the giver left")) == [Join()]
-    with pytest.raises(UserError, match="not to be had, tried 5 times: the giver left"):
+    with pytest.raises(UserError, match="did not arrive, tried 5 times: the giver left"):
         peer.admitted("adopt", missed=Session.MISSED_MAX)
 
 

@@ -546,7 +546,7 @@ class LooksForNoEnd(Worker):
         (Parts(rounds=WaitsForTheOverdue), "could have gone on", 6467),
         (Parts(rounds=BlamesTheNextLease), "nothing is wrong with it", 43202),
         (Parts(rounds=GivesWithoutEnd), "two snapshots in a row", 12),
-        (Parts(rounds=AsksTheSameForEver), "not to be had|could have gone on", 2563),
+        (Parts(rounds=AsksTheSameForEver), "did not arrive|could have gone on", 2563),
         (Parts(rounds=BelievesAdopted), "without all its pieces", 39),
         (Parts(rounds=PassesEverythingOn), "passed on twice|could have gone on|not to be had", 3),
         (Parts(rounds=ComparesAnySteps), "was found wrong, and is right", 3),

@@ -231,7 +231,7 @@ def test_a_state_that_cannot_be_given_costs_the_newcomer_only() -> None:
         crew = Crew(served, perceptron, Noise(160), hold)
         first = crew.start(1, 8)
         served.until(lambda: len(served.closes) > 5)
-        with pytest.raises(UserError, match=r"state is not to be had(.|\n)*tag is an object"):
+        with pytest.raises(UserError, match=r"state did not arrive(.|\n)*tag is an object"):
             served.wait(crew.start(2, 8))
         served.stop()
         served.wait(first)

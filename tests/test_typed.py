@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from paramserver.typed import typed
+from paramserver.typed import installing, typed
 
 
 def test_in_a_clone_it_is_make_and_else_the_installed_program() -> None:
@@ -12,4 +12,12 @@ def test_in_a_clone_it_is_make_and_else_the_installed_program() -> None:
     assert typed("keys", "rotate", clone=True) == "make keys ROTATE=1"
     assert typed("keys", "rotate", clone=False) == "paramserver-keys rotate"
     assert typed("plan", clone=False) == "python -m paramserver.launch plan"
+    assert typed("doctor", "hosts=a,b", "--fix", clone=True) == "make doctor HOSTS=a,b ARGS=--fix"
+    assert typed("watch", "join=...", clone=False) == "python -m paramserver.watch join=..."
+    assert typed("runs", clone=False) == "python -m paramserver.runs"
     assert typed("server") == "make server"  # these tests run in a clone
+
+
+def test_a_clones_own_environment_has_uv_to_install_with() -> None:
+    assert installing("pip install ray", own=True) == ".venv/bin/uv pip install ray"
+    assert installing("pip install ray", own=False) == "pip install ray"

@@ -175,7 +175,7 @@ def test_a_run_from_start_to_end(cluster: Cluster, tmp_path: Path) -> None:
         "up", *SMALL, *LONG, "batch_size=16", *own,
         WANDB_API_KEY="s3cret" * 7, PYTHONPATH=f"{CLONE}:{tmp_path}",
     )  # fmt: skip
-    up.wait_for(f"carrying inside.py, outside.py from {tmp_path} to each machine")
+    up.wait_for(f"copying inside.py, outside.py from {tmp_path} to each machine")
     up.wait_for(
         r"mini2 \| reaches mini1 by 10.10.0.2 \(eth0\) -> 10.10.0.1 \(eth0\), Ethernet: 0.[1-5]"
     )  # on a busy machine less than the 0.5 Gbit/s of the link
@@ -287,7 +287,7 @@ def test_what_fails_is_told_and_the_next_start_works(cluster: Cluster) -> None:
     )
     assert "mini1 | error: port 43210 is taken" in said
     assert said.splitlines()[-2:] == [
-        "error: the server did not start on mini1", "  its words are above",
+        "error: the server did not start on mini1", "  what it said is above",
     ]  # fmt: skip
     assert cluster.left() == []
 
@@ -331,7 +331,7 @@ def test_a_script_on_two_workers_of_one_machine(cluster: Cluster, tmp_path: Path
     cluster.file.write_text("port: 43210\n")
     words = (f"--script={tmp_path / 'train.py'}", "hosts=mini1,mini2:2", "num_epochs=2")
     up = cluster.make("up", *words, "track_gradients=false", "--", "--rate", "0.5")
-    up.wait_for(f"carrying inside.py, train.py from {tmp_path} to each machine")
+    up.wait_for(f"copying inside.py, train.py from {tmp_path} to each machine")
     assert up.end() == 0, up.output
     home = cluster.machines.home("mini2")
     for number in (2, 3):

@@ -144,7 +144,7 @@ def test_the_log_is_kept_while_somebody_watches() -> None:
 
 
 def test_it_says_what_is_wrong() -> None:
-    assert "no word from the server for 12 s" in lines(FULL, 80, view=View(silent_s=12))[0]
+    assert "the server has been silent for 12 s" in lines(FULL, 80, view=View(silent_s=12))[0]
     over = replace(FULL, end="all epochs are done")
     assert "over: all epochs are done" in lines(over, 80)[0]
     assert "over: all epochs are done" in lines(over, 80, view=View(silent_s=12))[0]

@@ -102,8 +102,11 @@ def _with_id(settings: Any) -> Any:
     """Ask for the id, at a terminal."""
     if not sys.stdin.isatty():
         raise UserError("a worker needs its number", typed("worker", "id=2"))
-    answer = input("This worker's number (1 for the first, 2 for the second ...): ").strip()
-    if not answer.isdigit() or int(answer) < 1:
+    try:
+        answer = input("This worker's number (1 for the first, 2 for the second ...): ").strip()
+    except EOFError:  # Ctrl-D
+        raise UserError("a worker needs its number", typed("worker", "id=2")) from None
+    if not answer.isdecimal() or int(answer) < 1:
         raise UserError(f"a worker's number is 1 or more, not {answer!r}")
     return replace(settings, id=int(answer))
 

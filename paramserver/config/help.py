@@ -82,7 +82,7 @@ _PAGES = {
 
         Prints the join token of a server at host_ip, with which workers on other machines join.
         The keys are made where there are none. With the word rotate new ones are made first: then
-        every older token is worthless, as soon as the server is started again.
+        every older token is worthless, also for a server that runs, which notices it.
 
         examples:
           python -m paramserver.keys host_ip=10.10.0.1
@@ -174,7 +174,7 @@ _PAGES = {
                make status
 
         Shows for each process of the run its state, since when, how often it was started again,
-        its last line and its newest warning.
+        and its newest warning; of a run that goes on also its progress, and what it waits for.
 
         {_HOSTS}""",
     "logs": f"""\
@@ -209,8 +209,8 @@ _PAGES = {
 
         {_HOSTS}""",
     "doctor": f"""\
-        usage: python -m paramserver.launch doctor [--json]
-               make doctor [ARGS=--json]
+        usage: python -m paramserver.launch doctor [--json] [--fix] [hosts=NAME,NAME]
+               make doctor [HOSTS=NAME,NAME] [ARGS=--json] [ARGS=--fix]
 
         Without machines in conf/cluster.yaml: trains 50 steps on each device of this machine, by
         itself and through a server, holds the result against the CPU's, and prints a table.
@@ -218,7 +218,9 @@ _PAGES = {
         With machines: asks each one for its versions, device, memory, disk, clock, sleep and
         firewall, measures every network that a pair of machines is in, and names what is wrong.
 
-        --json prints all of it for programs. The exit code is 1 if something is wrong.
+        --json prints all of it for programs. The exit code is 1 if something is wrong. --fix
+        prints the commands that give Thunderbolt cables the addresses that they lack, asks, and
+        runs them.
 
         {_HOSTS}""",
     "plan": f"""\

@@ -22,6 +22,7 @@ On a worker the run's settings arrive with the server's welcome (`to_wire`, `fro
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -30,7 +31,15 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import (
+    GrammarParseError,
+    InterpolationKeyError,
+    KeyValidationError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+    UnsupportedInterpolationType,
+    ValidationError,
+)
 
 from paramserver.config.schema import (
     KEYS,
@@ -52,6 +61,7 @@ from paramserver.errors import UserError
 from paramserver.net import hosts
 from paramserver.net.jointoken import VARIABLE
 from paramserver.settings import Settings
+from paramserver.typed import typed
 from paramserver.words import printable
 
 __all__ = [
@@ -210,7 +220,8 @@ def _no_setting(argument: str, following: Sequence[str]) -> UserError:
         example += "; with braces and spaces in quotes: 'optimizer={name: AdamW}'"
     return UserError(
         f"cannot read the argument {printable(repr(argument))}",
-        f"settings are written key=value, without dashes: {example}\n--help lists every setting",
+        f"settings are written key=value, without dashes: {example}\n"
+        f"{typed('server', '--help')} lists every setting",
     )
 
 
@@ -225,7 +236,8 @@ def _read_value(name: str, text: str) -> Any:
             layer = OmegaConf.from_dotlist([f"value={text}"])
         return _plain(OmegaConf.to_container(layer))["value"]
     except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
-        reason = getattr(error, "problem", None) or str(error).splitlines()[0]
+        told = _in_words(error) if isinstance(error, OmegaConfBaseException) else str(error)
+        reason = getattr(error, "problem", None) or told.splitlines()[0]
         raise UserError(
             f"cannot read the value in {name}={text}: {reason}",
             "values are read as YAML: 0.01, true, null, relu, [1, 2]",
@@ -351,12 +363,39 @@ def _is_run_wide(name: str) -> bool:
 
 
 def _unresolved(error: OmegaConfBaseException, where: Where) -> UserError:
-    name, problem = str(error.full_key or ""), str(error).splitlines()[0]
+    name = str(error.full_key or "")
     place = where(name)
+    filled_in = not isinstance(error, KeyValidationError | ValidationError | MissingMandatoryValue)
+    hint = "${key} stands for another setting, ${oc.env:NAME} for an environment variable"
     return UserError(
-        f"cannot fill in {name}: {problem}" + (f" ({place})" if place else ""),
-        "${key} stands for another setting, ${oc.env:NAME} for an environment variable",
+        f"cannot {'fill in' if filled_in else 'read'} {name or 'a value'}: {_in_words(error)}"
+        + (f" ({place})" if place else ""),
+        hint if filled_in else "",
     )
+
+
+def _in_words(error: OmegaConfBaseException) -> str:
+    """What OmegaConf says, for people who have not read it."""
+    text = str(error).splitlines()[0]
+    quoted = re.search(r"'([^']*)'", text)
+    wanted = quoted[1] if quoted else ""
+    if isinstance(error, KeyValidationError):
+        return "a name in it is no text"
+    if isinstance(error, ValidationError):
+        return "no setting takes a value of this kind"
+    if isinstance(error, MissingMandatoryValue):
+        return "??? stands for a value that is yet to be given"
+    if isinstance(error, InterpolationKeyError):
+        return f"there is no setting `{wanted}`"
+    if isinstance(error, UnsupportedInterpolationType):
+        return f"there is no ${{{text.split()[-1]}:...}}"
+    if isinstance(error, GrammarParseError):
+        return "its ${...} cannot be read"
+    if "Environment variable" in text:
+        return f"the environment has no variable {wanted}"
+    if "detected" in text:  # recursive, or to a parent
+        return "it stands for itself"
+    return text
 
 
 def _one_address(host_ip: str | None) -> None:
@@ -372,7 +411,7 @@ def _refuse_workers_own(given: Mapping[str, object]) -> None:
         if given.get(name) is not None:
             raise UserError(
                 f"{name} belongs to a worker and means nothing here",
-                "a worker is started by: python -m workers id=2, or make worker ID=2",
+                f"a worker is started by: {typed('worker', 'id=2')}",
             )
 
 
@@ -381,5 +420,5 @@ def _refuse_servers_own(given: Mapping[str, object]) -> None:
         if scope(name) == "server":
             raise UserError(
                 f"{name} belongs to the server and means nothing on a worker",
-                f"give it there: python -m paramserver {name}={shown(given[name])}",
+                f"give it there: {typed('server', f'{name}={shown(given[name])}')}",
             )

@@ -18,6 +18,7 @@ from paramserver.net import hosts
 from paramserver.ranges import FILLED, FUNCTION, Range, is_import_path
 from paramserver.rounds.aggregate import BY_COORDINATE, CLIPPED
 from paramserver.settings import AGGREGATES, DATASETS, MODELS, Settings, Wandb
+from paramserver.typed import typed
 from paramserver.words import nearest, no_such, printable
 
 Program = Literal["server", "worker", "launch"]
@@ -197,7 +198,8 @@ def check_names(flat: Mapping[str, Any], where: Where) -> None:
         near = meant(name)
         guess = f"; did you mean `{near}`?" if near else ""
         raise UserError(
-            f"unknown setting `{name}`{guess}{_at(where, name)}", "--help lists every setting"
+            f"unknown setting `{name}`{guess}{_at(where, name)}",
+            f"{typed('server', '--help')} lists every setting",
         )
 
 
@@ -340,8 +342,8 @@ def _check_staleness(s: Settings, where: Where) -> None:
     if s.max_staleness and s.deterministic:
         why = "deterministic=true: who is late differs from run to run"
     if s.max_staleness and s.local_steps != 1:
-        why = f"local_steps={s.local_steps}: late steps began at weights that are gone, and what "
-        why += "they came to is no step from the new ones"
+        why = f"local_steps={s.local_steps}: late local steps began at older weights, and where "
+        why += "they ended says nothing about the newer ones"
     if why:
         raise _wrong("max_staleness", f"must be 0 with {why}", s.max_staleness, where)
 

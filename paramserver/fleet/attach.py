@@ -18,6 +18,7 @@ from paramserver.fleet.remote import STATUS_OF, Follower
 from paramserver.net.hosts import Host
 from paramserver.output.display import Display
 from paramserver.status.value import from_json
+from paramserver.typed import typed
 
 RECONNECT_S = 60.0  # how long to try a machine again after its connection broke
 RETRY_S = 2.0
@@ -25,8 +26,8 @@ CONNECTED_S = 20.0  # a connection that lived longer was made: ssh gives up soon
 FAREWELL_S = 60.0  # for the workers' end, after the server's
 LOOK_S = 0.2
 NO_WORKER = (
-    "no worker is left, and the server waits for one: correct what failed, then make down and make "
-    "up again"
+    "no worker is left, and the server waits for one: correct what failed, then "
+    f"{typed('down')}, and start again: {typed('up')}"
 )
 
 Key = tuple[str, str]  # machine, process
@@ -150,7 +151,8 @@ def attach(arguments: list[str], name: str | None = None) -> int | None:
     ]
     if not alive:
         raise UserError(
-            "no run is going on", "start one: make up; how the last one went: make logs"
+            "no run is going on",
+            f"start one: {typed('up')}; how the last one went: {typed('logs')}",
         )
     with Followers(lines) as followers:
         for host, process, state in alive:
@@ -209,7 +211,10 @@ def _show(followers: Followers, lines: Lines, arguments: Sequence[str]) -> int |
                     continue
                 if event.code:
                     name = event.host.spoken(event.name)
-                    lines.say(event.host.name, f"{name} has failed: make status, make logs")
+                    lines.say(
+                        event.host.name,
+                        f"{name} has failed. Why: {typed('status')}, {typed('logs')}",
+                    )
                 if event.name != "server":
                     ended[event.host.name, event.name] = event.code or 0
                     if all(ended.values()) and followers.follows == {"server"}:
@@ -225,8 +230,8 @@ def _show(followers: Followers, lines: Lines, arguments: Sequence[str]) -> int |
         _draw(lines.display, None)
         lines.tell("")  # below the terminal's ^C
         lines.tell(
-            "the run goes on. Look again: make attach, make status. End it: make down"
-            + typed_too(arguments)
+            f"the run goes on. Look again: {typed('attach')}, {typed('status')}. "
+            f"End it: {typed('down')}" + typed_too(arguments)
         )
         return None
     for trouble in followers.troubles:

@@ -225,11 +225,14 @@ def troubles(host: Host, found: Checked) -> list[Trouble]:
             get = "xcode-select --install" if mac else f"apt install {tool}"
             tell(f"{tool} is missing", f"on {host.name}: {get}")
     if found.unwritable:
-        tell(f"cannot write into {host.folder}: {found.unwritable}", "folder: chooses another")
+        tell(
+            f"cannot write into {host.folder}: {found.unwritable}",
+            "choose another place with folder:",
+        )
     elif found.foreign:
         tell(
             f"{host.folder}/code holds something else ({found.foreign})",
-            "it would be overwritten: folder: chooses another place",
+            "it would be overwritten: choose another place with folder:",
         )
     ready = "environment" in found.has
     cuda = "nvidia" in found.has and host.device != "cpu"
@@ -290,7 +293,7 @@ def ssh_trouble(host: Host, stderr: str) -> Trouble:
             cure = cure.format(ssh=host.ssh, address=shlex.quote(address))
             return Trouble(host.name, problem, cure)
     lines = [line for line in stderr.splitlines() if line.strip()]
-    said = lines[-1] if lines else "without a word"
+    said = lines[-1] if lines else "it does not say why"
     return Trouble(host.name, f"ssh fails: {said}", f"try: ssh {host.ssh} true")
 
 

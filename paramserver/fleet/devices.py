@@ -16,6 +16,7 @@ from typing import Any
 from paramserver import __version__, terminal
 from paramserver.errors import UserError
 from paramserver.program import command
+from paramserver.typed import typed
 
 LIMIT_S = 600.0
 
@@ -27,7 +28,8 @@ def look(*, as_json: bool) -> int:
     except importlib.metadata.PackageNotFoundError:
         raise UserError(
             "PyTorch is not installed here, so no device can be tried",
-            "make setup installs it; to look at other machines: make doctor HOSTS=mini1,mini2",
+            "make setup installs it; to look at other machines: "
+            + typed("doctor", "hosts=mini1,mini2"),
         ) from None
     if not as_json:
         terminal.say("trying each device of this machine, by itself and through a server ...")
@@ -66,7 +68,7 @@ def _tried() -> tuple[list[dict[str, Any]], str]:
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode == 0 and found:
         return found, ""
-    last = done.stderr.strip().splitlines()[-1:] or ["without a word"]
+    last = done.stderr.strip().splitlines()[-1:] or ["it did not say why"]
     return found, f"it ended with exit code {done.returncode}: {last[0]}"
 
 

@@ -39,6 +39,7 @@ from paramserver.fleet.up import clone, job, measure, prepare
 from paramserver.net.hosts import Host
 from paramserver.net.interfaces import Interface, from_json, paths
 from paramserver.net.interfaces import Path as Way
+from paramserver.typed import typed
 
 SECONDS = 1.0
 ASK_S = 300.0
@@ -48,8 +49,8 @@ PICTURE = Path("runs/topology.svg")
 def doctor(arguments: list[str], *, as_json: bool = False, fix: bool = False) -> int:
     """Examine all machines, or where none are named the devices of this one; returns 1 where one
     of them has a fault. `fix`: offer to set the addresses that Thunderbolt cables lack."""
-    typed = any(word.startswith("hosts=") for word in arguments)
-    if not typed and not load(arguments, "server").settings.hosts:
+    named = any(word.startswith("hosts=") for word in arguments)
+    if not named and not load(arguments, "server").settings.hosts:
         return devices.look(as_json=as_json)
     wanted = job(arguments)
     lines = Lines(wanted.hosts)
@@ -79,7 +80,8 @@ def doctor(arguments: list[str], *, as_json: bool = False, fix: bool = False) ->
         if fix:
             return _fix(lines, report)
         if fixes(report):
-            lines.tell("Thunderbolt cables lack an address of their own: make doctor ARGS=--fix")
+            command = typed("doctor", "--fix")
+            lines.tell(f"Thunderbolt cables lack an address of their own. Set them: {command}")
     return int(bool(found))
 
 
@@ -98,7 +100,7 @@ def _fix(lines: Lines, report: Report) -> int:
     if failed:
         lines.tell(f"it failed on {', '.join(failed)}")
         return 1
-    lines.tell("done; make doctor measures the new paths")
+    lines.tell(f"done; {typed('doctor')} measures the new paths")
     return 0
 
 

@@ -14,6 +14,7 @@ from paramserver.fleet.remote import Failed
 from paramserver.fleet.supervisor import State
 from paramserver.net.hosts import Host
 from paramserver.settings import Settings
+from paramserver.typed import typed
 
 HOME = Path("runs")
 
@@ -38,7 +39,7 @@ def tell_where(lines: Lines, settings: Settings, server: Host, arguments: Sequen
         state = _server(server)
         if state is not None and state.run_folder:
             lines.tell(f"the run folder: {commands.spoken(server, state.run_folder)}")
-            lines.tell(f"copy the results here: make fetch{typed_too(arguments)}")
+            lines.tell(f"copy the results here: {typed('fetch')}{typed_too(arguments)}")
     except Failed as e:
         lines.tell_as_it_is(str(e.trouble))
 
@@ -49,7 +50,7 @@ def bring(lines: Lines, settings: Settings, server: Host) -> None:
     if state is None or not state.run_folder:
         raise UserError(
             f"there is no run on {server.name} whose results could be copied",
-            "make status tells how it stands there",
+            f"{typed('status')} tells how it stands there",
         )
     folder = commands.below_home(server, state.run_folder)
     last = remote.must(server, commands.last_checkpoint(server, folder), "looking for checkpoints")

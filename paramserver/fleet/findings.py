@@ -241,7 +241,7 @@ def _machine(name: str, facts: dict[str, Any], report: Report) -> Iterator[Troub
             name,
             f"its memory is broken: {wrong:,} of {facts['memory']['bytes']:,} bytes do not read "
             "back as they were written",
-            "do not train on it; memtest86+ says which module it is, less clock may help",
+            "do not train on it; memtest86+ says which module it is, a lower memory clock may help",
         )
     if facts["sleep"].isdigit():
         yield Trouble(

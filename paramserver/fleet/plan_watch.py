@@ -19,11 +19,13 @@ import msgspec
 
 from paramserver.fleet.plan import Plan
 from paramserver.settings import Settings
+from paramserver.typed import typed
 
 FILE = "plan.json"
 AFTER_S = 30.0
 FAR_BELOW = 0.7  # of the predicted speed
 LONGER = 1.2  # than predicted: the likeliest cause
+AGAIN = f"{typed('plan')} measures again"
 KEPT = 20  # rounds of a worker
 
 
@@ -131,14 +133,14 @@ class PlanWatch:
             return None
         self._told = True
         return (
-            f"{speed:,.0f} samples/s, where make plan had predicted "
+            f"{speed:,.0f} samples/s, where the plan had predicted "
             f"{self.expected.samples_per_s:,.0f}: {self._why()}"
         )
 
     def _why(self) -> str:
         computed = {worker: median(times) for worker, times in self._compute.items() if times}
         if not computed:
-            return "make plan measures again"
+            return AGAIN
         slowest = max(computed, key=lambda worker: computed[worker])
         compute_s, planned = computed[slowest], self.expected
         rest_s = max(0.0, median(self._rounds) - compute_s)
@@ -151,9 +153,9 @@ class PlanWatch:
         if rest_s > LONGER * planned.exchange_s:
             return (
                 f"a round takes {_ms(rest_s)} beside computing, {_ms(planned.exchange_s)} were "
-                "predicted: a cable, a busy network? make doctor looks closer"
+                f"predicted: a cable, a busy network? {typed('doctor')} looks closer"
             )
-        return "make plan measures again"
+        return AGAIN
 
 
 def _ms(seconds: float) -> str:

@@ -20,7 +20,7 @@ def main() -> None:
             answer([command], "launch")
             near = nearest(command, LAUNCHED)
             raise UserError(
-                f"there is no command {command}" if command else "what shall be launched?",
+                f"there is no command {command}" if command else "a command is missing",
                 (f"did you mean {near}? " if near else "")
                 + f"python -m paramserver.launch {'|'.join(LAUNCHED)}",
             )

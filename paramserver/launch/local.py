@@ -52,7 +52,10 @@ def demo(arguments: list[str]) -> int:
     local += ["join=null", "host_ip=null"]
     local += [f"allow={','.join(names)}"] if (names := allowed(settings)) else []
     if settings.num_workers > 16:
-        raise UserError(f"{settings.num_workers} workers on one machine", "num_workers=2 is enough")
+        raise UserError(
+            f"{settings.num_workers} workers are too many for one machine",
+            "num_workers=2 is enough",
+        )
 
     def worker(number: int) -> tuple[list[str], dict[str, str]]:
         return program("workers", f"id={number}", *local), dict(os.environ)
@@ -150,7 +153,7 @@ def _log_folder(run_dir: Path) -> Path:
     except OSError as error:
         raise UserError(
             f"there is no folder for the workers' logs: {error.strerror or error}: {run_dir}",
-            "TMPDIR=FOLDER, or run_dir=FOLDER, tell one that can be written",
+            "choose one that can be written, with TMPDIR=FOLDER or run_dir=FOLDER",
         ) from None
 
 

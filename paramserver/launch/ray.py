@@ -30,6 +30,7 @@ from paramserver.fleet.user_code import find_user_code
 from paramserver.launch.ray_actor import Actor
 from paramserver.net.jointoken import VARIABLE
 from paramserver.settings import Settings
+from paramserver.typed import installing
 
 ACTOR_START_S = 120.0  # until Ray has started an actor, and a server listens
 LAST_WORDS_S = 10.0
@@ -99,7 +100,7 @@ def pack(settings: Settings, folder: Path) -> None:
         if (here.parent / package).is_dir():
             shutil.copytree(here.parent / package, folder / package, ignore=leave)
     for own in find_user_code(settings, folder):
-        terminal.say(f"carrying {own} to each node")
+        terminal.say(f"copying {own} to each node")
         for name in own.names:
             source, target = own.folder / name, folder / name
             if target.exists():
@@ -141,7 +142,9 @@ def _engine() -> Any:
     try:
         import ray as engine
     except ImportError as missing:
-        raise UserError(f"Ray cannot be imported: {missing}", "pip install 'ray>=2.40'") from None
+        raise UserError(
+            f"Ray cannot be imported: {missing}", installing("pip install 'ray>=2.40'")
+        ) from None
     return engine
 
 
@@ -295,7 +298,7 @@ class RayRun:
         except self.ray.exceptions.RayError as error:
             raise UserError(
                 f"{member.name} cannot be started on {member.node.name}: {_first_line(error)}",
-                "the nodes need the packages of this project: pip install paramserver",
+                "the nodes need this project and what it needs: pip install . in a clone of it",
             ) from None
 
     def _until_ready(self) -> None:

@@ -172,8 +172,8 @@ def to_watch(
             token,
             security,
             takes="watching it takes a token",
-            hint="make watch JOIN=... with the watch token that `make keys` prints there, or the "
-            "join token",
+            hint=f"{typed('watch', 'join=...')} with the watch token that `{typed('keys')}` prints "
+            "there, or the join token",
         )
         for each in hosts
     ]

@@ -13,10 +13,12 @@ from statistics import median
 
 import msgspec
 
+from paramserver.typed import typed
+
 KEPT = 10  # rounds that are looked at
 NAMED = 9  # of these: who disagrees in so many is named
 AGAIN = 5  # of these: who disagrees in no more may be named again
-CHECK = "Its memory, or its data? make doctor checks both on that machine"
+CHECK = f"Its memory, or its data? {typed('doctor')} checks both on that machine"
 
 
 class Comparison(msgspec.Struct, frozen=True):

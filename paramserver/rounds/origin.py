@@ -190,7 +190,7 @@ class Origin:
             )
         if peer.join.recipe != self.recipe:
             return Reject(
-                f"{peer.name} goes another way from gradient to weights: {peer.join.recipe}; "
+                f"{peer.name} makes its steps in another way: {peer.join.recipe}; "
                 f"the run has {self.recipe}",
                 "give attach() the same optimizer, schedule, clip_norm and before_step "
                 "everywhere (and observer=false where the built-in observer has others)",

@@ -286,7 +286,7 @@ class Snapshots:
         self.running = None
         self._round_goes_first = True
         joiner, giver = self._roster.peers[snap.joiner], self._roster.peers[snap.giver]
-        self._out.warn(f"snapshot {snap.number} is off: {off.why}", joiner)
+        self._out.warn(f"snapshot {snap.number} was given up: {off.why}", joiner)
         left = off.but is joiner and giver.session not in off.blamed
         if giver.has_shown and not left:
             joiner.missed += 1
@@ -307,7 +307,7 @@ class Snapshots:
         failed = joiner.failed_by[giver.id] = joiner.failed_by.get(giver.id, 0) + 1
         if giver.has_shown or max(giver.failed_gives, failed) < FAILED_GIVES:  # of any greeting
             return False
-        self._out.warn(f"{giver.name} {EMPTY}: it is taken for one that has none", giver)
+        self._out.warn(f"{giver.name} {EMPTY}: it is not asked again", giver)
         self.disbelieved.add(giver.id)
         return True
 
@@ -341,7 +341,7 @@ class Snapshots:
         wait_s = self.waste.wasted(joiner.id, now)
         if wait_s is not None:
             self._out.warn(
-                f"{self.waste.in_a_row} snapshots in a row brought nobody who took part then: "
-                f"rounds go on for {wait_s:.0f} s before the next one",
+                f"{self.waste.in_a_row} snapshots in a row went to workers that did not train: "
+                f"the next one waits for {wait_s:.0f} s, while rounds go on",
                 joiner,
             )

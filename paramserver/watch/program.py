@@ -72,7 +72,7 @@ def print_lines(connection: Connection) -> None:
             silent_s = min(connection.silent_s, time.monotonic() - began)
             if silent_s > SAID_AFTER_S and not said:
                 said = True
-                display.say(f"no word from a run at {connection}")
+                display.say(f"no run answers at {connection}")
             continue
         said = False
         if status.run == over:

@@ -26,6 +26,7 @@ from paramserver.status.value import (
     Status,
     Times,
 )
+from paramserver.typed import typed
 from paramserver.units import bit_rate, size
 
 BLOCKS = " ▁▂▃▄▅▆▇█"
@@ -74,7 +75,12 @@ class View:
 def waiting(where: str, width: int, height: int) -> list[Text]:
     """Nothing has come yet."""
     lines = [Text(f"waiting for a run at {where}", style="bold yellow"), Text("")]
-    lines += [Text("(make server starts one; make keys prints a token for other machines)", "dim")]
+    lines += [
+        Text(
+            f"({typed('server')} starts one; {typed('keys')} prints a token for other machines)",
+            "dim",
+        )
+    ]
     return _fitted([*lines, *[Text("")] * max(0, height - 4), _footer(View())], width, height)
 
 
@@ -111,7 +117,7 @@ def _headline(status: Status, view: View) -> Text:
     if status.end:
         line.append(f"  over: {status.end}", "bold red" if status.error else "bold green")
     elif view.silent_s > 3:
-        line.append(f"  no word from the server for {view.silent_s:.0f} s", "bold red")
+        line.append(f"  the server has been silent for {view.silent_s:.0f} s", "bold red")
     return line
 
 

@@ -108,7 +108,7 @@ FAIR = (
     "finished", "killed", "left", "rejected: worker id", "rejected: the run has ended",
     "the server is gone", "rejected: only the observer",
 )  # fmt: skip
-NOT_TO_BE_HAD = "the run's state is not to be had"
+NOT_TO_BE_HAD = "the run's state did not arrive"
 """Five givers in a row were killed or left. No liar may bring that about where anybody else could
 give; where it alone says that it holds the state, and has contributed, that state is lost."""
 MISFIT = "the run's state does not fit"

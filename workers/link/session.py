@@ -509,8 +509,8 @@ class Session:
             )
         if missed >= self.MISSED_MAX:
             raise UserError(
-                f"the run's state is not to be had, tried {missed} times: {self._why_missed}",
-                "what the others say about it stands in their own output",
+                f"the run's state did not arrive, tried {missed} times: {self._why_missed}",
+                "the output of the other workers may say more",
             )
 
 

@@ -39,6 +39,7 @@ import psutil
 
 from paramserver.errors import UserError
 from paramserver.settings import WANDB_MODES, Settings
+from paramserver.typed import installing
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +96,7 @@ def open_logbooks(
         if importlib.util.find_spec("tensorboard") is None:
             raise UserError(
                 "tensorboard=true, but TensorBoard is not installed",
-                "install it with: pip install 'tensorboard>=2.18'",
+                "install it with: " + installing("pip install 'tensorboard>=2.18'"),
             )
         books.append(Background("TensorBoard", lambda news: _TensorBoard(folder), problem=problem))
     return Several(books)
