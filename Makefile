@@ -19,8 +19,10 @@ ifeq ($(MAKELEVEL),0)
 TAKES_NOTHING := help setup check format docs constraints clean
 UNKNOWN := $(patsubst %:,%,$(filter-out $(COMMANDS) $(READY),$(MAKECMDGOALS)))
 ifneq ($(UNKNOWN),)
+QUOTED := A setting with braces and spaces is written in quotes: 'optimizer={name: AdamW}'
+WITH_SIGN := A setting is written with a =: $(firstword $(UNKNOWN))=$(or $(word 2,$(UNKNOWN)),VALUE)
 $(error $(firstword $(UNKNOWN)) is no command; make alone lists them$(if $(word 2,$(MAKECMDGOALS)),. \
-    A setting is written with a =: $(firstword $(UNKNOWN))=$(or $(word 2,$(UNKNOWN)),VALUE)))
+    $(if $(findstring },$(UNKNOWN))$(findstring ],$(UNKNOWN)),$(QUOTED),$(WITH_SIGN))))
 endif
 ifeq ($(filter-out $(TAKES_NOTHING),$(or $(MAKECMDGOALS),help)),)
 ifneq ($(filter-out PYTHON=% TORCH=%,$(MAKEOVERRIDES)),)
@@ -31,6 +33,9 @@ endif
 
 # What somebody typed, not what the environment happens to hold.
 typed = $(if $(findstring command,$(origin $1)),$($1))
+ifneq ($(filter-out cpu cuda,$(call typed,TORCH)),)
+$(error TORCH=$(TORCH): it is cpu or cuda)
+endif
 
 
 help: ## list these commands
@@ -39,6 +44,8 @@ help: ## list these commands
 	@printf 'All of them, with meaning, default and unit: make server ARGS=--help\n'
 
 setup: $(READY) ## make .venv with all that is needed (PYTHON=python3.12; TORCH=cpu or cuda)
+	@test -z '$(call typed,TORCH)' || ! test -t 1 || $(VENV_PYTHON) -c 'from importlib.metadata import version; \
+	    print("PyTorch", version("torch"), "is here; for another build remove it first: make clean")'
 
 demo: $(READY) ## train on real digits: a server and two workers, all on this machine
 	@$(RUN) paramserver.launch demo $(ARGS)
@@ -118,8 +125,9 @@ format: $(READY) ## bring all files into shape
 	.venv/bin/ruff format .
 	.venv/bin/ruff check --fix .
 
-docs: $(READY) ## write the tables of docs/settings.md and diagrams of docs/architecture.md
+docs: $(READY) ## write the generated tables and diagrams: settings, states, torch's arguments
 	@$(VENV_PYTHON) -m paramserver.config.page
+	@$(VENV_PYTHON) -m workers.builtin.reading
 	@exec $(VENV_PYTHON) -m paramserver.rounds.diagrams
 
 constraints: $(READY) ## pin the newest version of everything in constraints.txt
@@ -167,7 +175,9 @@ for word in words:
     if name in read or name.isupper() and inner:
         continue
     if name in known and name.isupper():
-        sys.exit(f"error: make {goal} does not read {name}=")
+        near = [each for each in read if each.startswith(name[:3])]
+        hint = f": {near[0]}= is what it reads" if near else ""
+        sys.exit(f"error: make {goal} does not read {name}={hint}")
     settings.append(word.replace("$$$$", "$$"))
 behind = []
 if "--" in arguments: # what follows is for the user's script
@@ -225,7 +235,6 @@ torch='$(call typed,TORCH)'
 case $$torch in
     cpu | cuda) ;;
     '') if nvidia; then torch=cuda; else torch=cpu; fi ;;
-    *) fail "TORCH=$$torch: it is cpu or cuda" ;;
 esac
 
 if test -e .venv/.unfinished || ! have fits $(VENV_PYTHON); then
@@ -296,10 +305,18 @@ if test "$$(uname -s)" = Darwin; then
 elif ! have $(VENV_PYTHON) -c 'import importlib.metadata as m; m.version("torch")'; then
     if test "$$torch" = cpu; then
         echo 'installing PyTorch for the CPU, up to 2 GB in .venv (TORCH=cuda: for NVIDIA GPUs, 6 GB)'
-        install --torch-backend cpu torch torchvision || {
-            echo 'the index of builds for the CPU cannot be used; the usual build runs there, too'
+        # Asked without installing first: of an index that cannot be reached the usual build is the
+        # answer, and what uv says of it is shown only where that one fails, too.
+        if ! install --dry-run --torch-backend cpu torch torchvision > .venv/.said 2>&1; then
+            echo 'its index, download.pytorch.org, cannot be used; the usual build runs on the CPU, too'
             torch=cuda
-        }
+        else
+            rm .venv/.said
+            install --torch-backend cpu torch torchvision || {
+                echo 'that failed; the usual build runs on the CPU, too'
+                torch=cuda
+            }
+        fi
     fi
     if test "$$torch" = cuda; then
         echo 'installing PyTorch with CUDA, 6 GB in .venv'
@@ -308,7 +325,11 @@ elif ! have $(VENV_PYTHON) -c 'import importlib.metadata as m; m.version("torch"
             fail "only $$((room / 1000000)) GB are free in $$PWD" '  make room, and try again'
     fi
 fi
-install --editable '.[dev]'
+install --editable '.[dev]' || {
+    test ! -e .venv/.said || { echo 'and before, of the build for the CPU:'; cat .venv/.said; } >&2
+    exit 1
+}
+rm -f .venv/.said
 # To byte code goes what our programs import, not all that is installed; also where the environment
 # says that Python writes none, or each start would take the time.
 export PYTHONDONTWRITEBYTECODE=

@@ -203,7 +203,7 @@ class Fresh:
             "SSL_CERT_FILE": str(folder / "cert.pem"),
         }
 
-    def make(self, *words: str) -> str:
+    def make(self, *words: str, code: int = 0) -> str:
         done = subprocess.run(
             ["make", *words],
             cwd=self.folder,
@@ -212,7 +212,7 @@ class Fresh:
             text=True,
             check=False,
         )
-        assert done.returncode == 0, done.stdout + done.stderr
+        assert done.returncode == code, done.stdout + done.stderr
         return done.stdout + done.stderr
 
     def installed(self) -> dict[str, str]:
@@ -250,8 +250,17 @@ def test_a_machine_without_a_gpu_has_nothing_of_cuda_also_after_an_update(fresh:
 def test_the_usual_build_comes_where_that_index_cannot_be_reached(fresh: Fresh) -> None:
     fresh.index.reached = False
     said = fresh.make("setup")
-    assert "cannot be used; the usual build runs there, too" in said and "6 GB" in said
+    assert "cannot be used; the usual build runs on the CPU, too" in said and "6 GB" in said
+    assert "error" not in said.lower() and "tunnel" not in said
     assert fresh.installed() == WITH_CUDA and fresh.index.asked == []
+
+
+def test_where_the_usual_build_fails_too_both_reasons_are_said(fresh: Fresh) -> None:
+    fresh.index.reached = False
+    fresh.environment["UV_DEFAULT_INDEX"] = fresh.folder.as_uri()
+    said = fresh.make("setup", code=2)
+    usual, _, before = said.partition("and before, of the build for the CPU:")
+    assert "torch" in usual and f"https://{TORCH_INDEX}/" in before
 
 
 def test_a_gpu_gets_cuda_and_a_word_chooses_otherwise(fresh: Fresh) -> None:
