@@ -41,8 +41,8 @@ each message costs more than its bytes; over a link the first average may come s
 AGGREGATES = ("mean", "trimmed", "median", "clipped")
 CODECS = ("float32", "float16", "bfloat16", "int8", "topk")
 MODELS = ("SimpleNN", "CNN", "ResNet18")
-DATASETS = ("MNIST", "FashionMNIST", "digits")
-"""The built-in ones."""
+DATASETS = {"MNIST": 60_000, "FashionMNIST": 60_000, "digits": 4_000}
+"""The built-in ones, and how many samples of each are trained with."""
 WANDB_MODES = ("online", "offline", "disabled")
 
 

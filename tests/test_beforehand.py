@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from whole import Run
 
 from paramserver.config import schema
+from paramserver.config.schedule import too_short
 from paramserver.errors import UserError
-from paramserver.settings import Settings
+from paramserver.settings import DATASETS, Settings
 from paramserver.tensors.annotations import misfit
+from workers.builtin import beforehand, data, reading
 from workers.builtin.beforehand import check
+
+CLONE = Path(__file__).resolve().parent.parent
 
 MODULE = """
 from elsewhere import Borrowed
@@ -64,7 +72,40 @@ class Schedule(LRScheduler):
 
 
 Alias = nn.Linear
+Second = Net
+
+
+@dataclass(frozen=True)
+class Flats(Dataset[int]):
+    count: int
+    split: str = "train"
+    rooms: list[int] = field(default_factory=list)
+
+
+class Whole(nn.Module):
+    @torch.no_grad()
+    def __init__(self, width: int) -> None: ...
+
+
+def register(kind):
+    return kind
 """
+PACKAGE = """
+from .nets import Net as Exported
+from .nets import Gone
+from . import nets
+try:
+    from .faster import Quick
+except ImportError:
+    from .nets import Net as Quick
+"""
+NETS = """
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, width: int) -> None: ...
+"""
+"""A module that a package has its names from."""
 
 
 @pytest.fixture
@@ -73,10 +114,11 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     (tmp_path / "broken.py").write_text("class Net(:\n")
     (tmp_path / "dynamic.py").write_text("globals()['Net'] = object\n")
     (tmp_path / "package").mkdir()
-    (tmp_path / "package" / "__init__.py").touch()
+    (tmp_path / "package" / "__init__.py").write_text(PACKAGE)
+    (tmp_path / "package" / "nets.py").write_text(NETS)
     monkeypatch.chdir(tmp_path)
     yield tmp_path
-    assert {"mine", "package"}.isdisjoint(sys.modules)
+    assert {"mine", "package", "package.nets"}.isdisjoint(sys.modules)
 
 
 def settings(**given: Any) -> Settings:
@@ -126,6 +168,16 @@ WRONG: list[tuple[dict[str, Any], str]] = [
             {"name": "StepLR", "step_size": 2}, {"name": "mine:Schedule", "every": "x"}]}},
         "scheduler.every must be a whole number",
     ),
+    (model("mine:Second", width="x"), "model.width must be a whole number"),
+    (model("mine:Whole", wide=2), "model.wide is no argument of mine:Whole"),
+    (dataset("mine:Flats", count="x"), "dataset.count must be a whole number"),
+    (dataset("mine:Flats", count=2, rooms=["x"]), "dataset.rooms must be a list of whole numbers"),
+    (model("package:Exported", width="x"), "model.width must be a whole number"),
+    (
+        model("package:Gone"),
+        "package has Gone from elsewhere, but module package.nets has no 'Gone'",
+    ),
+    (model("package.nets:Nett"), "module package.nets has no 'Nett'"),
     ({"device": "cuda:99"}, "device=cuda:99 is not on this machine"),
 ]  # fmt: skip
 
@@ -154,6 +206,11 @@ def test_what_is_wrong_is_said(given: dict[str, Any], problem: str, desk: Path) 
         model("mine:Registered", anything=1),
         model("mine:Borrowed", anything=1),
         model("mine:Alias", anything=1),
+        model("mine:Second", width=2, depth=3),
+        dataset("mine:Flats", count=2, rooms=[1], val={"split": "val"}),
+        model("package:Exported", width=2),
+        model("package:Quick", anything=1),
+        model("package:nets", anything=1),
         model("dynamic:Net", anything=1),
         model("torchvision.models:resnet18", anything=1),
     ],
@@ -208,3 +265,84 @@ def test_a_server_makes_no_folder_for_what_cannot_be(tmp_path: Path) -> None:
         assert server.end() == 2
         assert "error: model.hiden is no argument of SimpleNN" in server.output
         assert "server at" not in server.output and not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(("given", "problem"), [
+    *((given, problem) for given, problem in WRONG if not any(
+        word in problem for word in ("must be 1 or more", "no activation", "GiB", "below 1",
+            "device=", "no module 'nowhere'"))),
+    ({"optimizer": "Adm"}, "there is no optimizer 'Adm'"),
+    ({"optimizer": {"name": "SGD", "momentun": 0.9}}, "optimizer.momentun is no argument of SGD"),
+    ({"optimizer": {"name": "Adam", "betas": [0.9]}}, "optimizer.betas must be a list of 2"),
+    ({"optimizer": {"name": "Adam", "lr": 0.1}}, "optimizer.lr is a setting of its own"),
+    ({"scheduler": "StepLR"}, "scheduler.step_size is missing"),
+    ({"scheduler": "ReduceLROnPlateau"}, "ReduceLROnPlateau follows a metric"),
+    ({"loss": {"name": "MSELoss", "reduction": "sum"}}, "it must be a mean"),
+    ({"metric": "acuracy"}, "there is no metric 'acuracy'"),
+    (model("SimpleMN"), "there is no model 'SimpleMN'"),
+])  # fmt: skip
+def test_names_and_types_are_told_by_reading(
+    given: dict[str, Any], problem: str, desk: Path
+) -> None:
+    with pytest.raises(UserError) as caught:
+        reading.check(settings(**given))
+    assert problem in caught.value.problem
+
+
+def test_what_the_machines_may_have_is_not_asked_here(desk: Path) -> None:
+    for given in (
+        model("nowhere:Net"),
+        model("SimpleNN", hidden=10**12),
+        {"device": "cuda:99"},
+        {"optimizer": {"name": "SGD", "momentum": 0.9}, "scheduler": {"name": "StepLR",
+            "step_size": 3}, "loss": "MSELoss", "metric": "accuracy"},
+    ):  # fmt: skip
+        beforehand.check_for_others(settings(**given))
+    with pytest.raises(UserError, match="must be 1 or more, not 0"):
+        beforehand.check_for_others(settings(**model("SimpleNN", hidden=0)))
+
+
+def test_the_table_is_that_of_the_pinned_torch() -> None:
+    """`make docs` would change nothing."""
+    pinned = json.loads(reading.TABLE.read_text())["torch"]
+    assert f"torch=={pinned}\n" in (CLONE / "constraints.txt").read_text()
+    if torch.__version__.partition("+")[0] == pinned:
+        assert reading.TABLE.read_text() == reading.written(), "make docs"
+
+
+@pytest.mark.parametrize("without_torch", [True, False])
+def test_make_up_says_it_before_it_asks_a_machine(tmp_path: Path, without_torch: bool) -> None:
+    tool = tmp_path / "ssh"
+    tool.write_text(f"#!/bin/sh\ntouch {tmp_path}/asked\n")
+    tool.chmod(0o755)
+    main = "from paramserver.launch.__main__ import main; main()"
+    block = "import sys; sys.modules['torch'] = None; " if without_torch else ""
+    for command, setting in (("up", "model.hiden=3"), ("plan", "optimizer.name=Adm")):
+        done = subprocess.run(
+            [sys.executable, "-c", block + main, command, "hosts=one,two", setting],
+            cwd=CLONE, env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 2 and setting.partition("=")[2] in done.stderr + "3", done.stderr
+        assert ("is no argument of" in done.stderr) or ("there is no optimizer" in done.stderr)
+        assert not (tmp_path / "asked").exists()
+
+
+@pytest.mark.parametrize(
+    ("schedule", "said"),
+    [
+        ({"name": "OneCycleLR", "max_lr": 0.1, "total_steps": 124}, "has about 125 steps"),
+        ({"name": "OneCycleLR", "max_lr": 0.1, "epochs": 2, "steps_per_epoch": 62}, "is 124, but"),
+        ({"name": "OneCycleLR", "max_lr": 0.1, "total_steps": 125}, ""),
+        ({"name": "StepLR", "step_size": 2}, ""),
+    ],
+)
+def test_a_schedule_that_ends_before_the_run_is_said(schedule: dict[str, Any], said: str) -> None:
+    given = settings(scheduler=schedule, num_epochs=2, num_workers=2, batch_size=32)
+    sentence = too_short(given, 4000)
+    assert (said in sentence) if said else sentence == ""
+
+
+def test_our_data_sets_have_as_many_samples_as_is_said() -> None:
+    for name in ("digits",):
+        assert len(data.load({"name": name}, 1).train) == DATASETS[name]

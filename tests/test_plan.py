@@ -312,6 +312,20 @@ def test_what_was_typed_stays_in_the_command_of_one_worker() -> None:
     assert "make server num_workers=1 lr=0.1 codec=float32 local_steps=8\n" in command
 
 
+def test_the_command_names_the_machines_as_they_were_typed() -> None:
+    hosts = read([{"name": "one", "role": "both"}, {"name": "two", "ssh": "me@two"}, "three"])
+    job = Job(RESNET, 16, codecs=("float32",), shares=("equal",), local_steps=(8,))
+    best = next(p for p in plans(alike(2), wired(("one", "two")), job) if p.workers == 2)
+    best = best._replace(server="two") if hasattr(best, "_replace") else replace(best, server="two")
+    command = planning._command(best, hosts, ["hosts=one,me@two,three:2", "seed=1"])
+    assert "make up HOSTS=me@two,one seed=1 " in command
+
+
+def test_one_machine_elsewhere_is_not_planned_as_if_it_were_this_one(tmp_path: Path) -> None:
+    said = plan_on_this_machine(tmp_path, "hosts=mini1", code=2)
+    assert "mini1 is the only machine" in said
+
+
 # ------------------------------------------------------------------------------------ measuring
 
 

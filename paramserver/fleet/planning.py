@@ -8,6 +8,7 @@ of them at once.
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -20,23 +21,22 @@ from typing import Any
 from rich.table import Table
 
 from paramserver import drafts, terminal
-from paramserver.config.loading import load
 from paramserver.errors import UserError
 from paramserver.fleet import commands, plan, plan_watch, remote
 from paramserver.fleet.doctor import examine, measure_paths
 from paramserver.fleet.findings import Report
 from paramserver.fleet.lines import Lines
 from paramserver.fleet.plan import HERE, CodecCost, Link, Machine, Model, Plan, Row
-from paramserver.fleet.processes import refuse, states
+from paramserver.fleet.processes import machines_if_any, refuse, states
 from paramserver.fleet.remote import Agent
 from paramserver.fleet.up import check, clone, job, prepare
 from paramserver.fleet.user_code import find_user_code
-from paramserver.net import hosts as fleet
 from paramserver.net.hosts import Host
 from paramserver.program import command as program
 from paramserver.rounds.local_steps import AUTO
 from paramserver.rounds.shares import Cost
 from paramserver.settings import Settings
+from paramserver.typed import typed
 
 CHOSEN = ("codec", "local_steps", "shares", "overlap")
 """Settings that a plan chooses where nobody has typed them."""
@@ -44,9 +44,12 @@ CHOSEN = ("codec", "local_steps", "shares", "overlap")
 
 def plan_for(arguments: list[str], *, as_json: bool = False) -> int:
     """Print what could be run, best first, and the command for the best. Raises `UserError`."""
-    loaded = load(arguments, "server")
-    settings, given = loaded.settings, loaded.given
-    hosts = fleet.read(settings.hosts)
+    settings, given, hosts = machines_if_any(arguments)
+    if len(hosts) == 1 and hosts[0].ssh != "local":
+        raise UserError(
+            f"{hosts[0].name} is the only machine: there is nothing to choose from",
+            "name two or more; with no machine at all, a plan is made for this one",
+        )
     lines = Lines(hosts)
     say = (lambda host, line: None) if as_json else lines.say
     if len(hosts) > 1:
@@ -61,7 +64,7 @@ def plan_for(arguments: list[str], *, as_json: bool = False) -> int:
     found.sort(key=lambda p: -p.worth)
     rows = plan.table(found)
     if not rows:
-        raise UserError("no two machines reach each other", "make doctor looks closer")
+        raise UserError("no two machines reach each other", f"{typed('doctor')} looks closer")
     _keep(settings, hosts, found)
     command = _command(rows[0].plan, hosts, arguments)
     if as_json:
@@ -96,7 +99,7 @@ def _on_machines(
     if busy:
         raise UserError(
             f"a run is under way on {', '.join(busy)}: it would be measured, too",
-            "make status shows it, make down ends it",
+            f"{typed('status')} shows it, {typed('down')} ends it",
         )
     prepare(lines, wanted.hosts, root, code, quiet=quiet)
     with ExitStack() as stack:
@@ -316,17 +319,25 @@ def _drawn(rows: Sequence[Row], many: bool) -> Table:
 def _command(best: Plan, hosts: Sequence[Host], arguments: Sequence[str]) -> str:
     """How to start it. What was typed stays, also where one worker has no use for it."""
     names = {a.partition("=")[0] for a in arguments}
-    typed = [a for a in arguments if a.partition("=")[0] not in (*CHOSEN, "num_workers")]
+    words = [a for a in arguments if a.partition("=")[0] not in (*CHOSEN, "num_workers")]
     chosen = [
         f"{name}={str(value).lower()}" for name, value in zip(CHOSEN, best.choice, strict=True)
         if (best.workers > 1 and value is not False) or name == "codec" or name in names
     ]  # fmt: skip
-    settings = shlex.join([*typed, *chosen])
+    named = [a for a in words if re.match(r"hosts=[^\[{]", a)]
+    if named and best.server in best.machines:
+        machines = filter(None, named[-1].partition("=")[2].split(","))
+        typed_as = dict(zip((host.name for host in hosts), machines, strict=True))
+        first = sorted(best.machines, key=lambda name: name != best.server)
+        word = f"HOSTS={','.join(typed_as[name] for name in first)}"
+        rest = [a for a in words if a not in named]
+        return f"start it with\n  make up {shlex.join([word, *rest, *chosen])}"
+    settings = shlex.join([*words, *chosen])
     if len(hosts) < 2:
         told = [
             "start it with",
-            f"  make server num_workers={best.workers} {settings}",
-            *(f"  make worker ID={k}" for k in range(1, best.workers + 1)),
+            f"  {typed('server', f'num_workers={best.workers}')} {settings}",
+            *(f"  {typed('worker', f'id={k}')}" for k in range(1, best.workers + 1)),
         ]
         return "\n".join(told)
     changes = []

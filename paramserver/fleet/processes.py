@@ -22,19 +22,29 @@ from paramserver.output import figures
 from paramserver.settings import Settings
 from paramserver.status.value import State as Doing
 from paramserver.status.value import Status, from_json
+from paramserver.typed import typed
 from paramserver.words import printable
 
 LOG_LINES = 100
 
 
-def machines(arguments: Sequence[str]) -> tuple[Settings, dict[str, object], tuple[Host, ...]]:
+Named = tuple[Settings, dict[str, object], tuple[Host, ...]]
+
+
+def machines_if_any(arguments: Sequence[str]) -> Named:
     """The settings, those that were typed, and the machines: those of ``hosts=a,b``, or else all
-    that the file names. Raises `UserError` without machines."""
+    that the file names, which may be none. Raises `UserError`."""
     typed = [word for word in arguments if re.match(r"hosts=[^\[{]", word)]
     loaded = load([word for word in arguments if word not in typed], "server")
     entries = loaded.settings.hosts
     hosts = fleet.read(fleet.choose(typed[-1].partition("=")[2], entries) if typed else entries)
-    if not hosts:
+    return loaded.settings, loaded.given, hosts
+
+
+def machines(arguments: Sequence[str]) -> Named:
+    """`machines_if_any`; raises `UserError` without machines."""
+    found = machines_if_any(arguments)
+    if not found[2]:
         raise UserError(
             "no machines are named",
             "name them in conf/cluster.yaml:\n"
@@ -44,7 +54,7 @@ def machines(arguments: Sequence[str]) -> tuple[Settings, dict[str, object], tup
             "or with the command: HOSTS=mini1,user@mini2.local\n"
             "docs/cluster.md tells more",
         )
-    return loaded.settings, loaded.given, hosts
+    return found
 
 
 def only(hosts: tuple[Host, ...], name: str | None) -> tuple[Host, ...]:
@@ -227,7 +237,9 @@ def stop(lines: Lines, hosts: Sequence[Host], name: str) -> list[Trouble]:
                 lines.say(host.name, f"{told} has ended, {how}")
                 if folder := state.get("run_folder"):
                     there = commands.spoken(host, folder)
-                    lines.say(host.name, f"its run folder: {there}; its results here: make fetch")
+                    lines.say(
+                        host.name, f"its run folder: {there}; its results here: {typed('fetch')}"
+                    )
         if answer["left"]:
             left = ", ".join(str(pid) for pid in answer["left"])
             return [Trouble(host.name, f"processes that cannot be ended: {left}")]

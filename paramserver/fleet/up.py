@@ -99,11 +99,13 @@ def job(arguments: Sequence[str], script: Script | None = None) -> Job:
     return Job(settings, hosts, script=script)
 
 
-def up(arguments: list[str], *, script: Script | None = None, dry: bool = False) -> int:
-    """Start a run and show it, with `script` as its workers; returns the server's exit code.
-    Raises `UserError` with all faults."""
-    wanted, root = job(arguments, script), clone()
-    wanted = replace(wanted, user_code=find_user_code(wanted.settings, root, script))
+def up(wanted: Job, arguments: list[str], *, dry: bool = False) -> int:
+    """Start a run and show it; returns the server's exit code. Raises `UserError` with all faults.
+
+    `arguments` are the words that the job was made of.
+    """
+    root = clone()
+    wanted = replace(wanted, user_code=find_user_code(wanted.settings, root, wanted.script))
     if dry:
         for command in all_commands(wanted, root):
             terminal.result(str(command))
@@ -207,7 +209,7 @@ def prepare(
 ) -> None:
     """Copy the code and make the environments. Raises `UserError`."""
     for own in user_code:
-        lines.tell(f"carrying {own} to each machine")
+        lines.tell(f"copying {own} to each machine")
 
     def say(host: Host, line: str) -> None:
         if not quiet:
@@ -414,7 +416,9 @@ def _wait_until_ready(lines: Lines, followers: Followers, server: Host) -> None:
     while (now := time.monotonic()) < until:
         for event in followers.events(min(until, now + ASK_S)):
             if event.line is None:
-                raise UserError(f"the server did not start on {server.name}", "its words are above")
+                raise UserError(
+                    f"the server did not start on {server.name}", "what it said is above"
+                )
             lines.say(server.name, event.line)
         with suppress(Failed):  # the next question makes a broken connection again
             if _kept(server, "server").ready:

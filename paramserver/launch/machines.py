@@ -5,8 +5,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 
 from paramserver.errors import UserError
+from paramserver.settings import Settings
 
 COMMANDS = ("up", "status", "logs", "attach", "fetch", "down", "doctor", "plan")
 OPTIONS = {
@@ -36,11 +38,13 @@ def on_machines(command: str, words: list[str]) -> Callable[[], int]:
             "make up SCRIPT=train.py ARGS='--lr 0.1' gives them to your script",
         )
     if command == "up":
-        from paramserver.fleet.up import up
+        from paramserver.fleet.up import job, up
         from paramserver.fleet.user_code import Script
 
         own = Script.find(named[-1], behind) if named else None
-        return partial(up, settings, script=own, dry="--dry" in options)
+        wanted = job(settings, own)
+        _check_beforehand(wanted.settings)
+        return partial(up, wanted, settings, dry="--dry" in options)
     if command == "fetch":
         from paramserver.fleet.fetch import fetch
 
@@ -51,7 +55,9 @@ def on_machines(command: str, words: list[str]) -> Callable[[], int]:
         return partial(doctor, settings, as_json="--json" in options, fix="--fix" in options)
     if command == "plan":
         from paramserver.fleet.planning import plan_for
+        from paramserver.fleet.processes import machines_if_any
 
+        _check_beforehand(machines_if_any(settings)[0])
         return partial(plan_for, settings, as_json="--json" in options)
     if command == "attach":
         from paramserver.fleet.attach import attach
@@ -64,6 +70,16 @@ def on_machines(command: str, words: list[str]) -> Callable[[], int]:
         host = options[-1].partition("=")[2] if options else None
         return lambda: processes.logs(settings, host) or 0
     return partial({"status": processes.status, "down": processes.down}[command], settings)
+
+
+def _check_beforehand(settings: Settings) -> None:
+    """Raise `UserError` for what the settings name that cannot be, before anything is copied or
+    another machine is asked."""
+    if settings.observer:  # without it these names are free for a script to read
+        from paramserver import workers_package
+
+        beforehand = import_module(f"{workers_package().__name__}.builtin.beforehand")
+        beforehand.check_for_others(settings)
 
 
 def behind_dashes(words: list[str]) -> tuple[list[str], list[str]]:

@@ -21,6 +21,7 @@ import msgspec
 from zmq.utils import z85
 
 from paramserver import notify, terminal, trace
+from paramserver.config import schedule
 from paramserver.config.loading import from_wire, save, to_wire
 from paramserver.errors import UserError
 from paramserver.fleet import plan_watch
@@ -54,7 +55,7 @@ from paramserver.typed import typed
 from paramserver.words import host_port
 
 MISSING = 3  # exit code
-BY_SUPERVISOR = "stopped by make down, or by the system (SIGTERM)"
+BY_SUPERVISOR = f"stopped by {typed('down')}, or by the system (SIGTERM)"
 PERSON_S = 30.0  # for an answer at the start; workers wait longer for their server
 
 
@@ -294,6 +295,8 @@ def _serve(
         where = ", ".join(f"{host_port(h, settings.port)}" for h in (*hosts, *guarded))
         if said:
             show.say(said, warning=True)
+        if short := schedule.too_short(settings, schedule.known_samples(settings)):
+            show.say(short, warning=True)
         if series.runs > 1:
             show.say(f"run {series.trial} of {series.runs}")
         if at.why and before is None:

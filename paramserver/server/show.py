@@ -13,6 +13,7 @@ from contextlib import suppress
 import msgspec
 
 from paramserver import logs, notify
+from paramserver.config import schedule
 from paramserver.fleet.plan_watch import PlanWatch
 from paramserver.net import machine
 from paramserver.net.mdns import Announcement
@@ -120,6 +121,10 @@ class Show:
     def closed(self, control: Control, close: wire.Close) -> None:
         if self.past.last is not None and self._step is None:
             self._compare(self.past.last.log_step, close.step)
+        if self._step is None and schedule.known_samples(self.settings) is None:
+            ledger = control.rounds.ledger
+            if short := schedule.too_short(self.settings, ledger.samples if ledger else None):
+                self.say(short, warning=True)
         step = optimizer_steps(close.ledger, close.step)
         samples = sum(close.contributors.values())
         self.samples += samples

@@ -44,31 +44,6 @@ METRICS = ("accuracy", *LOSSES)
 FIRST_STEPS = 2  # of a schedule that is tried
 
 
-def with_rate(
-    optimizer: Callable[..., Any], given: Mapping[str, Any], learning_rate: float
-) -> dict[str, Any]:
-    """The arguments of an optimizer, those that are `given` and its `lr`. Raises `UserError` where
-    `lr` is given."""
-    if "lr" in given:
-        raise UserError("optimizer.lr is a setting of its own", f"learning_rate={given['lr']}")
-    rate = {"lr": learning_rate} if factories.takes(optimizer, "lr") else {}
-    return {**given, **rate}
-
-
-def is_given_optimizer(name: object, scheduler: Callable[..., Any]) -> bool:
-    """Is the optimizer the first argument of this scheduler? Schedulers of many have theirs."""
-    return factories.takes(scheduler, "optimizer") and name != "ChainedScheduler"
-
-
-def check_mean(group: str, arguments: Mapping[str, Any]) -> None:
-    """Raise `UserError` for a loss or a metric that is no mean."""
-    if arguments.get("reduction", "mean") != "mean":
-        raise UserError(
-            f"{group}.reduction={arguments['reduction']}: it must be a mean",
-            "gradients of workers are averaged by their samples",
-        )
-
-
 def build_scheduler(
     optimizer: Optimizer, setting: Mapping[str, Any], find: Callable[[Any], Any]
 ) -> LRScheduler:
@@ -80,7 +55,7 @@ def build_scheduler(
     inner = arguments.get("schedulers")
     if isinstance(inner, list) and all(isinstance(i, dict) for i in inner):  # one after another
         arguments["schedulers"] = [build_scheduler(optimizer, i, find) for i in inner]
-    first = (optimizer,) if is_given_optimizer(name, factory) else ()
+    first = (optimizer,) if factories.is_given_optimizer(name, factory) else ()
     scheduler: LRScheduler = factories.make("scheduler", str(name), factory, arguments, *first)
     return scheduler
 
@@ -94,28 +69,18 @@ def check_named(settings: Settings) -> None:
         ("metric", settings.metric, METRICS),
         ("scheduler", settings.scheduler, SCHEDULERS),
     ):
-        for each in with_those_within(group):
+        for each in factories.with_those_within(group):
             name = each.get("name")
             if isinstance(name, str) and ":" not in name and name not in known:
                 raise no_such(setting, name, known)
     optimizer = _unfinished_optimizer(settings)
     for setting, group in (("loss", settings.loss), ("metric", settings.metric)):
         if group is not None and not _is_own(group) and group["name"] != "accuracy":
-            check_mean(setting, group)
+            factories.check_mean(setting, group)
             given = {key: value for key, value in group.items() if key != "name"}
             factories.make(setting, group["name"], LOSSES[group["name"]], given)
     if settings.scheduler is not None:
         _try_scheduler(optimizer, settings.scheduler)
-
-
-def with_those_within(group: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
-    """A group of settings, and those of the schedules in it; nothing of none."""
-    if group is not None:
-        yield group
-        inner = group.get("schedulers")
-        for each in inner if isinstance(inner, list) else ():
-            if isinstance(each, dict):
-                yield from with_those_within(each)
 
 
 def _is_own(group: Mapping[str, Any]) -> bool:
@@ -140,7 +105,7 @@ def _unfinished_optimizer(settings: Settings) -> Optimizer:
     given = dict(settings.optimizer)
     name = given.pop("name")
     factory: Any = SGD if ":" in name else OPTIMIZERS[name]
-    arguments = with_rate(factory, {} if ":" in name else given, settings.learning_rate)
+    arguments = factories.with_rate(factory, {} if ":" in name else given, settings.learning_rate)
     made: list[Optimizer] = []
 
     def begin(*args: Any, **kwargs: Any) -> None:
@@ -157,18 +122,18 @@ def _unfinished_optimizer(settings: Settings) -> Optimizer:
 
 def _try_scheduler(optimizer: Optimizer, setting: Mapping[str, Any]) -> None:
     """Make the schedule and take its first steps: some of torch's fail only there."""
-    if any(map(_is_own, with_those_within(setting))):
-        for each in with_those_within(setting):
+    if any(map(_is_own, factories.with_those_within(setting))):
+        for each in factories.with_those_within(setting):
             if not _is_own(each):
                 name, arguments = each["name"], {k: v for k, v in each.items() if k != "name"}
-                first = int(is_given_optimizer(name, SCHEDULERS[name]))
+                first = int(factories.is_given_optimizer(name, SCHEDULERS[name]))
                 factories.check("scheduler", name, SCHEDULERS[name], arguments, first)
         return
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # no step of an optimizer comes before those of a schedule
         scheduler = build_scheduler(optimizer, setting, SCHEDULERS.__getitem__)
         if isinstance(scheduler, lr_scheduler.ReduceLROnPlateau):
-            raise follows_a_metric()
+            raise factories.follows_a_metric()
         name = setting["name"]
         try:
             for _ in range(FIRST_STEPS):
@@ -178,10 +143,3 @@ def _try_scheduler(optimizer: Optimizer, setting: Mapping[str, Any]) -> None:
                 f"{name} cannot be stepped with these arguments: {factories.told(fault)}",
                 factories.taken_by(name, SCHEDULERS[name]),
             ) from fault
-
-
-def follows_a_metric() -> UserError:
-    return UserError(
-        "ReduceLROnPlateau follows a metric that differs between replicas",
-        "use a schedule that is a function of the step",
-    )

@@ -80,7 +80,7 @@ def build_optimizer(
     given = dict(settings.optimizer)
     name = given.pop("name")
     factory = registry.find("optimizer", name, OPTIMIZERS, Optimizer, "torch.optim.Optimizer", code)
-    arguments = torch_names.with_rate(factory, given, settings.learning_rate)
+    arguments = factories.with_rate(factory, given, settings.learning_rate)
     parameters = [p for p in model.parameters() if p.requires_grad]
     if factories.takes(factory, "fused") and not {*arguments} & NOT_FUSED:
         arguments["fused"] = all(
@@ -261,7 +261,7 @@ def _function(
     """A loss or a metric: a module that is built, or a function, with its arguments."""
     arguments = dict(setting)
     name = arguments.pop("name")
-    torch_names.check_mean(group, arguments)
+    factories.check_mean(group, arguments)
     wanted = "torch.nn.Module or torch.Tensor"
     found = registry.find(group, name, known, nn.Module | Tensor, wanted, code)
     if isinstance(found, type) or registry.returns(found, nn.Module):

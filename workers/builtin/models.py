@@ -146,25 +146,28 @@ def build(model: dict[str, Any], seed: int, code: OwnCode | None = NOTHING) -> n
     return built
 
 
-def check(model: dict[str, Any]) -> None:
-    """Raise `UserError` for arguments that a model of ours does not take; it is not built."""
+def check(model: dict[str, Any], *, here: bool = True) -> None:
+    """Raise `UserError` for arguments that a model of ours does not take; it is not built. `here`:
+    and where this machine has no room for it."""
     arguments = dict(model)
     name = str(arguments.pop("type"))
     if name == "ResNet18":  # torchvision takes seconds
         factories.check("model", name, MODELS[name], arguments)
         _check_sizes(**arguments)
     else:
-        _check_room(name, MODELS[name], arguments)
+        _check_room(name, MODELS[name], arguments, here=here)
 
 
-def _check_room(name: str, factory: Callable[..., nn.Module], arguments: dict[str, Any]) -> None:
+def _check_room(
+    name: str, factory: Callable[..., nn.Module], arguments: dict[str, Any], *, here: bool = True
+) -> None:
     """Raise `UserError` where a model of ours is larger than this machine's memory: a typing error,
     or a hostile server, could otherwise end this process, or others on this machine, without a
     message."""
     with torch.device("meta"):
         drawn = factories.make("model", name, factory, arguments)
     size = sum(t.numel() * t.element_size() for t in (*drawn.parameters(), *drawn.buffers()))
-    if size > psutil.virtual_memory().total:
+    if here and size > psutil.virtual_memory().total:
         raise UserError(
             f"{name} with these arguments takes {size / 2**30:,.0f} GiB, more than this machine has"
         )

@@ -12,7 +12,6 @@ test}`); with `train=False`, where it takes `train` as torchvision's do; a share
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
@@ -22,10 +21,8 @@ from paramserver.errors import UserError
 from paramserver.tensors import factories
 from paramserver.tensors.order import permutation
 
-from . import registry
+from . import dataset_setting, registry
 from .own_code import NOTHING, OwnCode
-
-VAL_SHARE = 0.1
 
 
 class OwnData:
@@ -37,7 +34,7 @@ class OwnData:
         self._seed = seed
         is_a = "torch.utils.data.Dataset"
         self._class = registry.find("dataset.name", self.name, {}, Dataset, is_a, code)
-        self._arguments, self._val, self._share = parts(self._class, arguments)
+        self._arguments, self._val, self._share = dataset_setting.parts(self._class, arguments)
 
     @cached_property
     def train(self) -> Any:
@@ -81,25 +78,3 @@ class OwnData:
         if empty:
             raise UserError(f"{self.name} has no samples, made from {arguments or 'no arguments'}")
         return made
-
-
-def parts(
-    kind: Callable[..., Any], given: dict[str, Any]
-) -> tuple[dict[str, Any], dict[str, Any] | None, float]:
-    """What is `given` for a data set of this kind: its arguments, those of the validation set over
-    them, if that is another one, and the share that is held out if not. Raises `UserError`."""
-    arguments = dict(given)
-    if not factories.takes(kind, "root"):
-        arguments.pop("root", None)  # the setting has a default
-    # Settings of ours, unless the class itself has an argument of that name.
-    share = (
-        VAL_SHARE if factories.takes(kind, "val_share") else arguments.pop("val_share", VAL_SHARE)
-    )
-    val = None if factories.takes(kind, "val") else arguments.pop("val", None)
-    if not isinstance(share, float) or not 0 < share < 1:
-        raise UserError(f"dataset.val_share must be between 0 and 1, not {share!r}")
-    if val is None and factories.takes(kind, "train") and "train" not in arguments:
-        arguments["train"], val = True, {"train": False}
-    if not isinstance(val, dict | None):
-        raise UserError(f"dataset.val must be a mapping of arguments, not {val!r}")
-    return arguments, val, share

@@ -17,7 +17,7 @@ from torch.optim import Optimizer, SparseAdam
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from paramserver.errors import UserError
-from paramserver.tensors.torch_names import follows_a_metric
+from paramserver.tensors.factories import follows_a_metric
 
 from .state import dtype_name
 
