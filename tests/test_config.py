@@ -74,7 +74,9 @@ def test_shipped_files_hold_the_defaults() -> None:
     loaded = load([], "server")
     assert loaded.settings == Settings()
     assert loaded.given == {}
-    assert loaded.sources == (CLONE / "conf/cluster.yaml", CLONE / "conf/model.yaml")
+    assert [path.name for path in loaded.sources] == ["cluster.yaml", "model.yaml"]
+    for path in loaded.sources:  # a link to the clone's; in an sdist a copy
+        assert path.read_text() == (CLONE / "conf" / path.name).read_text()
 
 
 def test_an_installed_package_has_its_own_files(

@@ -264,8 +264,9 @@ no_gpu = pytest.mark.skipif(Path("/dev/nvidia0").exists(), reason="there is an N
 def test_a_machine_without_a_gpu_gets_the_build_for_the_cpu(installing: Any) -> None:
     said, asked = installing("setup")
     assert "PyTorch for the CPU, up to 2 GB" in said and "CUDA, 6" not in said
-    first, second = asked.splitlines()
-    assert first.endswith("--torch-backend cpu torch torchvision")
+    tried, first, second = asked.splitlines()
+    assert tried.endswith("--dry-run --torch-backend cpu torch torchvision")
+    assert first.endswith("--torch-backend cpu torch torchvision") and "dry" not in first
     assert second.endswith("--editable .[dev]") and "backend" not in second
     assert "--compile-bytecode" not in asked
 

@@ -76,3 +76,15 @@ def test_an_extra_is_told_as_it_can_be_had(extra: str, told_in: tuple[str, ...])
     [needed] = PROJECT["optional-dependencies"][extra]
     for file in told_in:
         assert f"pip install '{needed}'" in (CLONE / file).read_text(encoding="utf-8"), file
+
+
+def test_the_tests_of_an_sdist_run_where_it_was_unpacked(
+    built: tuple[Path, tarfile.TarFile], tmp_path: Path
+) -> None:
+    built[1].extractall(tmp_path, filter="data")
+    [folder] = tmp_path.iterdir()
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "tests/test_config.py", "-k", "shipped"],
+        cwd=folder, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout

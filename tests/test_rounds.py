@@ -1762,7 +1762,7 @@ def test_who_only_knows_the_name_of_a_state_is_not_waited_for_for_ever() -> None
     run.hello(1), run.join(1)
     for number in (1, 2, 3):
         effects = run.tick(run.now + 11.0, 1, 2)
-        assert effects[0] == f"# snapshot {number} is off: worker 2 (pi) was silent for 10 s"
+        assert effects[0] == f"# snapshot {number} was given up: worker 2 (pi) was silent for 10 s"
         if number < 3:
             run.join(1)
     assert "# worker 2 (pi) gave its state to nobody in 3 attempts" in " ".join(effects)

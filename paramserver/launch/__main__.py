@@ -38,7 +38,7 @@ def main() -> None:
             from paramserver.launch import local
 
             code = local.COMMANDS[command](words)
-    sys.exit(code)
+    sys.exit(code if code >= 0 else 128 - code)  # a server that a signal ended, as a shell has it
 
 
 if __name__ == "__main__":
