@@ -25,6 +25,7 @@ from paramserver.rounds.events import (
     Pushed,
     PushRefused,
     Relinked,
+    StoodStill,
     Stop,
     Tick,
     Told,
@@ -2373,6 +2374,20 @@ def test_where_nobody_holds_the_state_any_more_the_others_do_not_wait_for_ever()
         run.tick(now, 3)
         assert run.rounds.ending is None
     assert run.tick(55.2, 3)[-1] == f"end at step 1: {sentence} (error)"
+
+
+def test_while_the_server_itself_stood_still_nobody_was_late() -> None:
+    """A laptop slept: who was on the way back hears of it now."""
+    run = Run(observer=False).workers(1, 2)
+    run.push(1), run.push(2)
+    run.leave(2)
+    run.tick(5.0, 1)
+    run.hello(3), run.join(3)
+    run.tick(15.1, 3)
+    run.rounds.handle(StoodStill(1000.0), 1015.1)
+    run.tick(1055.0, 3)
+    assert run.rounds.ending is None
+    assert run.tick(1055.2, 3)[-1].startswith("end at step 1")
 
 
 def test_who_held_the_state_and_was_only_cut_off_is_in_time() -> None:

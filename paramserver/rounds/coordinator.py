@@ -56,6 +56,7 @@ from paramserver.rounds.events import (
     Pushed,
     PushRefused,
     Relinked,
+    StoodStill,
     Stop,
     Tick,
     Told,
@@ -163,6 +164,9 @@ class Rounds:
                 return self._stop(event, now)
             case Alive():
                 self._origin.alive(event.nonce, now)
+                return False
+            case StoodStill():
+                self._ending.stood_still(event.seconds)
                 return False
             case Forgotten():
                 self.log.forget_before(event.step)

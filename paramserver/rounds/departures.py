@@ -39,6 +39,10 @@ class Departures:
         self._missing: dict[int, Departure] = {}
         self._since = 0.0
 
+    def stood_still(self, seconds: float) -> None:
+        """This time of waiting does not count."""
+        self._since += seconds
+
     def joined(self, id: int) -> None:
         """This worker takes part."""
         self._took_part.add(id)

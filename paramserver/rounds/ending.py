@@ -45,6 +45,14 @@ class Ending:
         """Note that a push was taken, a step was closed, or somebody came to work."""
         self._busy_at = now
 
+    def stood_still(self, seconds: float) -> None:
+        """Do not count the seconds in which the server heard nobody."""
+        self._busy_at += seconds
+        self.moved_at += seconds
+        self.departures.stood_still(seconds)
+        if self.lost_since is not None:
+            self.lost_since += seconds
+
     def taken_out(self, peer: Peer, why: str) -> None:
         """Note that this peer takes no part any more."""
         if peer.state == REPLICA:

@@ -67,6 +67,13 @@ class Alive(Event, frozen=True):
     nonce: str
 
 
+class StoodStill(Event, frozen=True):
+    """The server itself stood still for so long, as a computer does that sleeps, and has read what
+    came meanwhile."""
+
+    seconds: float
+
+
 class Forgotten(Event, frozen=True):
     """The server no longer keeps the updates up to and including the one that led to `step`."""
 

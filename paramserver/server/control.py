@@ -49,6 +49,7 @@ from paramserver.rounds.events import (
     Pushed,
     PushRefused,
     Relinked,
+    StoodStill,
     Stop,
     Tick,
     Told,
@@ -166,6 +167,7 @@ class Control:
         self._probed: dict[str, float] = {}  # session -> when its probe was last published
         self._stop: tuple[str, bool] | None = None  # the reason, and whether it is an error
         self._ended_at: float | None = None
+        self._ticked_at = math.inf  # before the first time
         self._earlier = dict(earlier)
 
     @property
@@ -194,6 +196,9 @@ class Control:
         if self._stop is not None:
             (reason, error), self._stop = self._stop, None
             self._happens(Stop(reason, error), now)
+        stood_s, self._ticked_at = now - self._ticked_at, now
+        if stood_s > self.rounds.rules.heartbeat_timeout / 2:
+            self._happens(StoodStill(stood_s), now)
         self._happens(Tick(), now)
         self.watcher.looked(self, now)
 
