@@ -290,6 +290,21 @@ def test_a_gradient_of_few_samples_is_noisier_by_right() -> None:
     assert compared("trimmed", pushed, [32, 32, 32, 32]) == {1}
 
 
+@pytest.mark.parametrize("rule", ["trimmed", "median", "clipped"])
+def test_one_that_always_sends_the_same_gradient_is_named(rule: str) -> None:
+    """It may be as good as any other, and never the outermost one."""
+    server, found, named = Server(aggregate=rule), Disagreement(), set()
+    torch.manual_seed(1)
+    stuck = 1.0 + 0.3 * torch.randn(SIZES[GRAD])
+    for number in range(KEPT + 1):
+        pushed = [stuck, *(1.0 + 0.3 * torch.randn(SIZES[GRAD]) for _ in range(3))]
+        server.of(GRAD, pushed, ())
+        named |= set(found.note(server.data.comparisons()))
+        server.data.forget_round((GRAD,))
+        assert not named or number >= NAMED
+    assert named == {1}
+
+
 def odd(worker: int | None, count: int = 4) -> dict[int, Comparison]:
     return {w: Comparison(0.9 if w == worker else 0.2, 1.0) for w in range(1, count + 1)}
 

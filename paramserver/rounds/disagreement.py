@@ -30,6 +30,8 @@ class Comparison(msgspec.Struct, frozen=True):
     agrees: float
     """The scalar product of its gradient with the average: below 0 it points the other way. On a
     sample of the numbers, so only the sign means something."""
+    same: bool = False
+    """Is it, on that sample, the one that it sent in the round before?"""
 
 
 class Disagreement:
@@ -42,12 +44,12 @@ class Disagreement:
     def note(self, compared: Mapping[int, Comparison]) -> list[int]:
         """Note a round; returns the workers that are to be named now.
 
-        A gradient disagrees if much more of it is cut than of the others', or if it does not point
-        their way. Where half of the gradients or more do, none of them is the odd one.
+        A gradient disagrees if much more of it is cut than of the others', if it does not point
+        their way; or if it is the one of the round before. Where half of the gradients or more do
+        the one or the other, none of them is the odd one.
         """
-        odd = {worker for worker in compared if _is_odd(worker, compared)}
-        if 2 * len(odd) >= len(compared) > 2 or len(odd) == len(compared):
-            odd = set()
+        odd = _unless_most({w for w in compared if _is_odd(w, compared)}, len(compared))
+        odd |= _unless_most({w for w, c in compared.items() if c.same}, len(compared))
         found = []
         for worker in compared:
             newest = self._newest.setdefault(worker, deque(maxlen=KEPT))
@@ -76,3 +78,8 @@ def _is_odd(worker: int, compared: Mapping[int, Comparison]) -> bool:
         return False
     own, usual = compared[worker], median(others)
     return own.cut > (1.0 + usual) / 2 or own.agrees <= 0.0
+
+
+def _unless_most(odd: set[int], workers: int) -> set[int]:
+    """These of so many, or none where they are half of them or more."""
+    return set() if 2 * len(odd) >= workers > 2 or len(odd) == workers else odd

@@ -64,6 +64,7 @@ class Compared:
     numbers: int = 0
     cut: float = 0.0  # times the numbers
     agrees: float = 0.0
+    same: bool = True  # as in the round before
 
 
 class RobustReducer(Reducer):
@@ -79,6 +80,7 @@ class RobustReducer(Reducer):
         self._centres: dict[int, Array] = {}  # by bucket: its newest average in the log
         self._next: dict[int, Array] = {}  # the same, of the open round
         self._compared: dict[int, Compared] = {}
+        self._samples: dict[tuple[int, int], Array] = {}  # the newest, by worker and bucket
 
     def add(
         self,
@@ -126,12 +128,15 @@ class RobustReducer(Reducer):
         self._held.clear()
         self._centres |= {b: centre for b, centre in self._next.items() if b in buckets}
         self._next.clear()
+        if self._samples:  # of who took part: others may never come back
+            kept = self._samples.items()
+            self._samples = {key: s for key, s in kept if key[0] in self._compared}
         self._compared.clear()
 
     def comparisons(self) -> Mapping[int, Comparison]:
         """What the averages of the open round say about each worker, by number."""
         return {
-            worker: Comparison(c.cut / c.numbers, c.agrees)
+            worker: Comparison(c.cut / c.numbers, c.agrees, c.same)
             for worker, c in sorted(self._compared.items())
         }
 
@@ -233,10 +238,13 @@ class RobustReducer(Reducer):
         cut = robust.outermost(some) if cut is None else cut
         agrees = robust.along(some, out[sample])
         usual = sum(push.weight for push in held) / len(held)
-        for push, own, along in zip(held, cut, agrees, strict=True):
+        for push, own, along, numbers in zip(held, cut, agrees, some, strict=True):
+            before = self._samples.get((push.worker, b.index))
+            self._samples[push.worker, b.index] = numbers.copy()
             if push.weight < COMPARED_SHARE * usual:
                 continue
             compared = self._compared.setdefault(push.worker, Compared())
+            compared.same &= before is not None and np.array_equal(before, numbers)
             compared.numbers += b.size
             compared.cut += own * b.size
             compared.agrees += along
