@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,7 +17,7 @@ from whole import Served, free_port
 import workers
 from paramserver import logs
 from paramserver.errors import UserError
-from workers.samples import Loaded, Samples, Unusable
+from workers.samples import Loaded, Loading, Samples, Unusable
 
 
 class Broken(Noise):
@@ -94,6 +96,45 @@ def test_a_lease_of_which_nothing_can_be_read_has_no_data() -> None:
 def test_a_mistake_in_the_data_set_is_shown_as_it_is() -> None:
     with pytest.raises(OSError, match="cut off"):
         Samples(Broken(8, *range(8))).load((0, 0, 4))
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_what_is_read_quickly_is_read_in_the_loop(
+    quick: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread that takes turns with the loop costs more than some samples."""
+    monkeypatch.setattr(Loading, "QUICK_S", math.inf if quick else 0.0)
+    readers: list[int] = []
+
+    class Told(Noise):
+        def __getitem__(self, index: int) -> Tensor:
+            readers.append(threading.get_ident())
+            return super().__getitem__(index)
+
+    loading = Loading(Samples(Told(20)))
+    loading.result((0, 0, 2))  # nobody has loaded ahead yet
+    loading.begin((0, 2, 4))
+    loaded = loading.result((0, 2, 4))
+    loading.close()
+    here = threading.get_ident()
+    assert [part.samples for part in loaded] == [2]
+    assert [reader == here for reader in readers] == [True, True, quick, quick]
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_what_goes_wrong_ahead_is_raised_where_it_is_needed(
+    quick: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Loading, "QUICK_S", math.inf if quick else 0.0)
+    data = Broken(20)
+    samples = Samples(data)
+    loading = Loading(samples)
+    loading.result((0, 0, 2))
+    data.broken = tuple(samples._indices((0, 2, 5)))
+    loading.begin((0, 2, 5))
+    with pytest.raises(Unusable):
+        loading.result((0, 2, 5))
+    loading.close()
 
 
 def test_with_deterministic_a_sample_is_the_same_whoever_reads_it() -> None:

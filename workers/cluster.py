@@ -579,7 +579,7 @@ class Cluster:
             if lease is not None:
                 loading.begin(lease if local.most == 1 else cut(lease, size, least)[0])
 
-        self._load_ahead = load_ahead if samples.in_loop else None
+        self._load_ahead = load_ahead
         self._weighs = weight is not None
         living.refuse_second_loop(self)
         if self._ready is not loading:  # else they are, since the last epoch
@@ -606,7 +606,7 @@ class Cluster:
                     yield from self._local_batches(pieces, loading, least, load_ahead, weight)
                     continue
                 loading.keep(lease)
-                if not samples.in_loop:
+                if not loading.in_loop:
                     loading.begin(lease)
                     load_ahead()
                 parts = loading.result(lease)

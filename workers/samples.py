@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
@@ -231,28 +232,33 @@ class Samples:
 
 
 class Loading:
-    """Loads leases of a data set ahead: in a thread while the loop computes, or where the set is
-    read in the loop, at once."""
+    """Loads leases of a data set ahead: in a thread while the loop computes, or in the loop at
+    once, where the set is read there, or was as quick lately as the change of threads is."""
+
+    QUICK_S = 0.0005
 
     def __init__(self, samples: Samples) -> None:
-        self.in_loop = samples.in_loop
         self._samples = samples
+        self._quick = False
         self._thread = ThreadPoolExecutor(1, "loader")
-        self._ahead: dict[Lease, Future[list[Loaded]]] = {}
+        self._ahead: dict[Lease, Future[list[Loaded]] | list[Loaded] | Exception] = {}
+
+    @property
+    def in_loop(self) -> bool:
+        """Is it read in the thread of the loop?"""
+        return self._samples.in_loop or self._quick
 
     def begin(self, lease: Lease) -> None:
         """This lease will probably come next. What goes wrong is raised by `result`."""
         if lease in self._ahead:
             return
         if not self.in_loop:
-            self._ahead[lease] = self._thread.submit(self._samples.load, lease)
+            self._ahead[lease] = self._thread.submit(self._load, lease)
             return
-        loaded: Future[list[Loaded]] = Future()
         try:
-            loaded.set_result(self._samples.load(lease))
+            self._ahead[lease] = self._load(lease)
         except Exception as e:
-            loaded.set_exception(e)
-        self._ahead[lease] = loaded
+            self._ahead[lease] = e
 
     def keep(self, lease: Lease) -> None:
         """Forget what was loaded of others: they did not come."""
@@ -262,7 +268,19 @@ class Loading:
         """The samples of this lease, in parts; see `Samples.load`."""
         with trace.span("load"):
             loaded = self._ahead.pop(lease, None)
-            return self._samples.load(lease) if loaded is None else loaded.result()
+            if loaded is None:
+                return self._load(lease)
+            if isinstance(loaded, Future):
+                return loaded.result()
+            if isinstance(loaded, Exception):
+                raise loaded
+            return loaded
+
+    def _load(self, lease: Lease) -> list[Loaded]:
+        start = time.perf_counter()
+        loaded = self._samples.load(lease)
+        self._quick = time.perf_counter() - start < self.QUICK_S
+        return loaded
 
     def close(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)
