@@ -660,7 +660,9 @@ class Close(Message, frozen=True):
 
     def __post_init__(self) -> None:
         self._clip("reason")
-        if any(len(why) > LATE_MAX or not why.isprintable() for why in self.late.values()):
+        if self.late and any(
+            len(why) > LATE_MAX or not why.isprintable() for why in self.late.values()
+        ):
             late = {worker: clip(printable(why), LATE_MAX) for worker, why in self.late.items()}
             msgspec.structs.force_setattr(self, "late", late)
 
@@ -994,5 +996,7 @@ def topic(kind: type[Message]) -> bytes:
 
 def next_lineage(previous: str, close: Close) -> str:
     """The name of the state after `close`, from the name of the state before it."""
-    own = msgspec.structs.replace(close, lineage="", open=None)
+    own = close
+    if close.lineage or close.open is not None:
+        own = msgspec.structs.replace(close, lineage="", open=None)
     return hashlib.sha256(previous.encode() + _encoder.encode(own)).hexdigest()[:32]

@@ -1017,6 +1017,8 @@ class Rounds:
     def _say_groups(self, current: Round) -> None:
         """Name, once for each worker, one whose loop sets other values of parameter groups than
         the one that counts."""
+        if not any(member.groups for member in current.members.values()):
+            return
         leader = current.leader
         for worker, member in current.members.items():
             differs = leader is not None and member.groups and member.groups != leader.groups

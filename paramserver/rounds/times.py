@@ -48,6 +48,14 @@ class Sums:
         self.rounds = 0
         self.late = 0
 
+    def add_part(self, part: Part) -> None:
+        sums = self.parts
+        sums[0] += part[0]  # each round of each worker comes here
+        sums[1] += part[1]
+        sums[2] += part[2]
+        sums[3] += part[3]
+        sums[4] += part[4]
+
     def add(self, other: Sums) -> None:
         for i, seconds in enumerate(other.parts):
             self.parts[i] += seconds
@@ -76,20 +84,19 @@ class Clocks:
         sums = self._sums_of(int(now))
         for worker, member in current.members.items():
             waited[worker] = current.waited_s(member, now)
+            own = sums.get(worker)
+            if own is None:
+                own = sums[worker] = Sums()
             if how[worker] == DONE:
                 part = _part(member, between, self._waited.get(worker, 0.0), seconds)
             else:
                 part = Part(late=seconds)
+                own.late += 1
+            own.rounds += 1
+            own.add_part(part)
             parts[worker] = part
             if member.spent is not None:
                 self.learning_rate = member.spent.learning_rate
-            own = sums.get(worker)
-            if own is None:
-                own = sums[worker] = Sums()
-            for i, part_s in enumerate(part):
-                own.parts[i] += part_s
-            own.rounds += 1
-            own.late += how[worker] != DONE
         self._waited = waited
         self.newest.append(Took(step, seconds, parts))
 

@@ -309,6 +309,8 @@ class Waits:
     def say_late(self, close: Close) -> None:
         """Log who is late when that changes, and not at every step. A worker that is left out
         counts as late."""
+        if not (close.late or self._said_late or self.vain):
+            return
         carried = () if close.carried is UNSET else close.carried
         late = frozenset(close.late).difference(carried)
         ready = self._roster.workers_ready()
