@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from paramserver.protocol.pacing import Pacer
+from paramserver.protocol.pacing import STALLED_MAX_S, Pacer
 
 
 def test_a_window_of_buckets_is_under_way_and_each_average_lets_one_more_go() -> None:
@@ -51,6 +51,33 @@ def test_an_average_starts_the_patience_anew() -> None:
     assert pacer.due(0.9) == [1]
     assert pacer.due(1.8) == []
     assert pacer.due(2.0) == [2]
+
+
+def test_on_a_slow_link_patience_is_what_averages_took_in_the_round_before() -> None:
+    pacer: Pacer[int] = Pacer(window=1, patience_s=1.0)
+
+    def rounds_of_three(gap_s: float, now: float) -> float:
+        """When everything was let go in a round whose first averages come after that, in vain."""
+        for bucket in range(4):
+            pacer.add(bucket, bucket, now)
+        assert pacer.due(now) == [0]
+        for bucket in range(2):
+            now += gap_s
+            pacer.averaged(bucket, now)
+            assert pacer.due(now) == [bucket + 1]
+        waited = 0
+        while pacer.due(now + waited / 10) == []:
+            waited += 1
+        pacer.begin()
+        return waited / 10
+
+    assert rounds_of_three(0.75, 0.0) == 1.1
+    assert rounds_of_three(0.75, 100.0) == 2.3, "three times what they took"
+    assert rounds_of_three(0.125, 200.0) == 2.3
+    assert rounds_of_three(0.125, 300.0) == 1.1, "at least as long as ever"
+    assert rounds_of_three(0.75, 400.0) == 1.1
+    assert rounds_of_three(2.5, 500.0) == 2.3
+    assert rounds_of_three(2.5, 600.0) == STALLED_MAX_S + 0.1
 
 
 def test_a_round_that_is_over_takes_what_waits_with_it() -> None:

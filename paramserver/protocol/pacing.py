@@ -7,7 +7,8 @@ one when an average has come back: the workers that are behind get the link, and
 busy.
 
 The server does not enforce this. Where no average comes for a while (another worker still computes,
-or is gone) the pacer lets everything go at once, so that the server sees which push is late.
+or is gone) the pacer lets everything go at once, so that the server sees which push is late. How
+long that is depends on the link: one bucket of each worker may take seconds.
 
 Pure: `now` comes in as an argument, and the pushes that may be sent come out.
 """
@@ -18,7 +19,9 @@ from collections import deque
 from typing import Generic, TypeVar
 
 WINDOW = 4  # buckets under way
-STALLED_S = 0.5  # without an average
+STALLED_S = 0.5  # without an average, at least
+STALLED_MAX_S = 5.0
+GAPS = 3  # times the longest wait for an average in the round before
 
 T = TypeVar("T")
 
@@ -28,7 +31,8 @@ class Pacer(Generic[T]):
 
     def __init__(self, window: int = WINDOW, patience_s: float = STALLED_S) -> None:
         self.window = window
-        self._patience_s = patience_s
+        self._patience_s = self._least_s = patience_s
+        self._longest_s = 0.0  # between two averages of this round
         self._waiting: deque[tuple[int, T]] = deque()
         self._under_way: set[int] = set()
         self._moved_at = 0.0
@@ -36,6 +40,9 @@ class Pacer(Generic[T]):
 
     def begin(self) -> list[T]:
         """A round is over: forget the pushes that still wait, and return them to be freed."""
+        if self._longest_s:
+            usual_s = min(GAPS * self._longest_s, STALLED_MAX_S)
+            self._patience_s, self._longest_s = max(self._least_s, usual_s), 0.0
         forgotten = [push for _, push in self._waiting]
         self._waiting.clear()
         self._under_way.clear()
@@ -50,6 +57,8 @@ class Pacer(Generic[T]):
 
     def averaged(self, bucket: int, now: float) -> None:
         """Note that the average of a bucket has come."""
+        if bucket in self._under_way:
+            self._longest_s = max(self._longest_s, now - self._moved_at)
         self._under_way.discard(bucket)
         self._moved_at = now
 
