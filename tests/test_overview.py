@@ -83,6 +83,15 @@ def test_machines_in_their_order_with_what_they_do() -> None:
     assert (status.samples.done, status.samples.leased, status.samples.of_epoch) == (40, 40, 1000)
 
 
+def test_what_is_left_is_counted_in_the_batches_of_the_workers() -> None:
+    """A loop of one's own has its own batch size, whatever the server's settings say."""
+    watched = Watched(2, epochs=3)
+    assert Settings().batch_size != 10
+    assert watched.status().total_steps == 3 * 1000 / 20
+    watched.round(1, 2)
+    assert (watched.status().step, watched.status().total_steps) == (1, 150)
+
+
 def test_whose_gradients_disagree() -> None:
     """It trains on, and says so beside its trouble."""
     watched = Watched(3)

@@ -264,8 +264,9 @@ class Overview:
         ledger = rounds.ledger
         if ledger is None or not ledger.samples:
             return None
-        members = max(1, len(rounds.workers_ready()))
-        return -(-(ledger.total - ledger.counted) // (self._settings.batch_size * members))
+        asked = [p.ready.batch_size for p in rounds.workers_ready() if p.ready is not None]
+        a_step = sum(asked) or self._settings.batch_size  # a loop of one's own has its own
+        return -(-(ledger.total - ledger.counted) // a_step)
 
     # ------------------------------------------------------------------ machines
 
