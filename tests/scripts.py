@@ -188,11 +188,14 @@ class Run:
         *,
         nonce: str = "",
         returns: bool = False,
+        trained: bool = False,
         reachable: bool = True,
     ) -> list[str]:
         name = session(1 if who is None else who, life)
         role = "worker" if who != 0 else "observer"
-        greeting = Greeted(name, role, who, nonce or f"process of {name}", "pi", 100, returns)
+        greeting = Greeted(
+            name, role, who, nonce or f"process of {name}", "pi", 100, returns, trained
+        )
         why = self.rounds.declines(greeting, self.now, lambda session: reachable)
         return self.happens(greeting) if why is None else [f"no: {why}"]
 

@@ -33,7 +33,7 @@ from paramserver.rounds.events import (
 from paramserver.rounds.ledger import KILLED, UNREAD, Ledger, Lost
 from paramserver.rounds.outliers import NEEDED
 from paramserver.rounds.rules import Rules
-from paramserver.rounds.states import REPLICA
+from paramserver.rounds.states import GREETED, REPLICA
 from paramserver.rounds.waits import Vain
 
 # ------------------------------------------------------------------------ samples of one's own
@@ -1763,7 +1763,7 @@ def test_who_only_knows_the_name_of_a_state_is_not_waited_for_for_ever() -> None
     run.hello(1), run.join(1)
     for number in (1, 2, 3):
         effects = run.tick(run.now + 11.0, 1, 2)
-        assert effects[0] == f"# snapshot {number} was given up: worker 2 (pi) was silent for 10 s"
+        assert "worker 2 (pi) is here, but has not given its state for 10 s" in " ".join(effects)
         if number < 3:
             run.join(1)
     assert "# worker 2 (pi) gave its state to nobody in 3 attempts" in " ".join(effects)
@@ -1836,6 +1836,65 @@ def test_what_a_joiner_did_not_get_is_remembered_where_its_process_greets_again(
     assert "w2 <- give 3 of step 3" in run.push(2), "by another giver"
     run.hello(3, "c", reachable=False), run.join(3, "c")
     assert run.rounds.peers["w3c"].missed == 0, "another process has tried nothing"
+
+
+def test_a_joiner_waits_for_a_giver_whose_loop_is_elsewhere_and_is_told_so() -> None:
+    """Before its first batch, evaluating, in another cluster: it answers when it is back."""
+    run = Run(observer=False, join_timeout=5.0, idle_timeout=200.0)
+    run.hello(1), run.join(1, first=True)
+    run.hello(2)
+    off = (
+        "worker 1 (pi) is here, but has not given its state for 10 s: its loop does something "
+        "else, and answers with its next batch"
+    )
+    said = {1: [f"# snapshot 1 was given up: {off}"]}
+    for number in range(1, 20):
+        assert missed(run, 2) == 0
+        waits = run.rounds.phase(run.now)
+        assert waits == (
+            "worker 2 (pi) waits for the state of worker 1 (pi), whose loop does something else: "
+            "it answers with its next batch"
+        )
+        effects = run.tick(run.now + 10.1, 1, 2)
+        assert f"w2 <- abort {number}: {off}" in effects
+        assert [line for line in effects if line.startswith("#")] == said.get(number, [])
+    missed(run, 2)
+    run.snapshot(2)
+    assert run.rounds.peers["w2"].state == REPLICA
+    run.ready(1)
+    assert "open 1" in run.ready(2)[-1]
+
+
+def test_a_joiner_does_not_wait_for_ever_for_such_a_giver() -> None:
+    run = Run(observer=False, num_workers=1, epochs=10**6, idle_timeout=100.0)
+    run.workers(1)
+    run.hello(2)
+    counts = [missed(run, 2)]
+    run.push(1)
+    while run.now < 400.0:  # it trains, and never gives its state
+        run.tick(run.now + 5.0, 1, 2)
+        if run.rounds.peers["w2"].state == GREETED:
+            counts.append(missed(run, 2))
+        if run.rounds.round is not None:
+            run.push(1)
+    waited = counts.count(0)
+    assert 4 < waited < 12 and counts[waited : waited + 5] == [1, 2, 3, 4, 5]
+
+
+def test_who_is_in_its_loop_is_asked_before_one_that_is_elsewhere() -> None:
+    run = Run(observer=False, epochs=100).workers(1, 2)
+    run.push(1), run.push(2)
+    run.tells(1, wire.Evaluating(True))
+    run.hello(3), run.join(3)
+    run.push(1)
+    assert "w2 <- give 2 of step 2" in run.push(2)
+    run.snapshot(3)
+    run.tells(1, wire.Evaluating(False))
+    run.ready(3), run.push(1), run.push(2)
+    run.unready(1)
+    run.hello(4), run.join(4)
+    run.push(2), run.push(3)
+    assert run.rounds.snapshot and run.rounds.snapshot.giver == "w2"
 
 
 def test_who_is_cut_off_while_it_takes_a_snapshot_has_not_missed_it() -> None:

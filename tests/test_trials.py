@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from crew import Noise, loss, perceptron
+from scripts import Run as Script
 from test_control import Run as Controlled
 from whole import DEADLINE_S, LOOPBACK, PATIENCE_S, Gate, Program, Run, Served, free_port
 
@@ -251,6 +252,18 @@ def test_who_comes_to_a_run_of_several() -> None:
     run.control.tick(run.now)
     assert run.rounds.ended is not None and not run.rounds.ended.more
     assert isinstance(answers(run, hello()), wire.Reject)
+
+
+def test_who_was_in_the_run_before_gives_the_first_weights_of_the_next_one() -> None:
+    """A script may go on with what it has trained: one that came back has fresh weights."""
+    run = in_series(2, 5)
+    assert isinstance(answers(run, hello(after="before")), wire.Welcome)
+    assert {p.id: p.trained for p in run.rounds.peers.values()} == {1: False, 2: False, 3: True}
+    later = Script(observer=False, num_workers=3)
+    later.hello(1), later.hello(2, trained=True), later.hello(3, trained=True)
+    for number in (1, 3):
+        later.join(number)
+    assert "w2 <- origin at step 0" in later.join(2)
 
 
 def test_who_comes_when_the_last_run_goes_on_without_it() -> None:

@@ -125,7 +125,7 @@ class Rounds:
         self._origin = Origin(rules, now, count_buckets, recovery)
         self._leases = Leases(rules, roster, out, name_samples=name_samples, places=places)
         self._waits = Waits(rules, roster, out)
-        self._snapshots = Snapshots(roster, out, rules.heartbeat_timeout, now)
+        self._snapshots = Snapshots(roster, out, rules.heartbeat_timeout, rules.idle_timeout, now)
         self._divergence = Divergence(roster, out)
         self._ending = Ending(rules, roster, now)
         self._evaluations = evaluations = Evaluations(rules, out)

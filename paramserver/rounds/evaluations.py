@@ -39,7 +39,8 @@ class Evaluations:
         """It is done, or gone. Did it evaluate?"""
         if self.active.pop(peer.session, None) is None:
             return False
-        peer.evaluated_s += now - peer.evaluates_since
+        peer.evaluated_s += self._taken_s(peer, now)
+        peer.evaluates_since = None
         if not self.active and current is not None:
             current.paused(self._since, now)
         return True
@@ -49,13 +50,17 @@ class Evaluations:
         found = [
             p
             for p in self.active.values()
-            if p.evaluated_s + now - p.evaluates_since >= self._limit_s
+            if p.evaluated_s + self._taken_s(p, now) >= self._limit_s
         ]
         for peer in found:
             self._out.warn(
                 f"{peer.name} has evaluated for {self._limit_s:.0f} s: the others go on", peer
             )
         return found
+
+    def _taken_s(self, peer: Peer, now: float) -> float:
+        """Seconds that it has evaluated by now."""
+        return 0.0 if peer.evaluates_since is None else now - peer.evaluates_since
 
     def hold(self, current: Round | None) -> bool:
         """Does the open round wait for somebody who evaluates?"""

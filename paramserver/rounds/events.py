@@ -50,7 +50,8 @@ class Stop(Event, frozen=True):
 
 class Greeted(Event, frozen=True):
     """A peer greeted, and `Rounds.declines` let it pass. Without an `id` it gets the first free
-    one; a peer that holds its id is removed. `returns`: the process belonged to this run before."""
+    one; a peer that holds its id is removed. `returns`: the process belonged to this run before;
+    `trained`: it has finished one of the runs that this server served before."""
 
     session: str
     role: str
@@ -59,6 +60,7 @@ class Greeted(Event, frozen=True):
     host: str
     pid: int
     returns: bool = False
+    trained: bool = False
 
 
 class Alive(Event, frozen=True):

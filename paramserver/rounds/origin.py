@@ -2,7 +2,9 @@
 
 The first state is the observer's where there is one, else that of the worker whose script says so,
 at once; else that of the lowest worker that is here when `num_workers` have joined, or
-`join_timeout` after the first has. Of unlike models the one that most have is right. Until an
+`join_timeout` after the first has. In a run that follows another of the same server those come
+first who were in that: a script may go on with what it has trained, and a worker that was started
+again meanwhile has fresh weights. Of unlike models the one that most have is right. Until an
 update follows it, the first state may be lost with all who hold it; then there is another. A server
 that was started again in the middle of a run waits for its replicas instead, see `recovery`: the
 most advanced one is the origin.
@@ -105,7 +107,9 @@ class Origin:
         waiting = roster.in_state(WAITING)
         if self._with_observer:
             return [p for p in waiting if p.role == "observer"]
-        workers = sorted((p for p in waiting if p.role == "worker"), key=lambda p: p.id)
+        workers = sorted(
+            (p for p in waiting if p.role == "worker"), key=lambda p: (not p.trained, p.id)
+        )
         if not workers:
             self._joined_at = None
             return []

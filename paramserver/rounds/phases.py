@@ -70,7 +70,7 @@ class Phases:
         if state == states.STARTING:
             return Phase.STARTING, self._first_state()
         if self._snapshots.running is not None:
-            return Phase.SNAPSHOT, f"{peers[self._snapshots.running.joiner].name} takes a snapshot"
+            return Phase.SNAPSHOT, self._snapshots.sentence()
         if self._evaluations.active:
             return Phase.PAUSED, self._evaluations.sentence()
         if state == states.OPEN:

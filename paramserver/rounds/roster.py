@@ -52,8 +52,10 @@ class Peer:
         self.failed_gives = 0
         self.failed_by: dict[int, int] = {}  # by id of a giver: snapshots that this one did not get
         self.missed = 0  # in a row that it did not get, see `wire.Admit`
+        self.waits_since: float | None = None  # for givers whose loops are elsewhere
         self.replica_since = 0  # the step at which it became one
         self.returns = False  # it was part of this run before this server was
+        self.trained = False  # it has finished an earlier run of this server
         self.wrong = False  # its weights are not the run's: only a snapshot helps
         self.found_wrong = 0  # how often
         self.proven = False  # it was the origin, or a whole gradient of it is in the log
@@ -66,7 +68,7 @@ class Peer:
         self.said_slow = False
         self.stands_at: int | None = None
         self.kept_at: int | None = None  # the step of which it has kept what is to stay
-        self.evaluates_since = 0.0  # where it evaluates, see `evaluations`
+        self.evaluates_since: float | None = None  # where it evaluates, see `evaluations`
         self.evaluated_s = 0.0  # while the others waited, since its last whole gradient in the log
 
     @property
@@ -83,6 +85,11 @@ class Peer:
     def believed(self) -> bool:
         """Does its word about its weights count?"""
         return self.state == REPLICA and self.has_shown
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """Is it a worker outside its loop over batches, as far as it has told?"""
+        return self.role == "worker" and (self.ready is None or self.evaluates_since is not None)
 
     def turn(self, cause: str) -> None:
         """Go on to the state that follows, see `states`."""
@@ -143,9 +150,10 @@ class Roster:
             greeting.pid,
         )
         peer.last_seen = now
-        peer.returns = greeting.returns
+        peer.returns, peer.trained = greeting.returns, greeting.trained
         if before is not None and before.nonce == peer.nonce:
             peer.missed, peer.failed_by = before.missed, before.failed_by
+            peer.waits_since = before.waits_since
         self.peers[peer.session] = peer
         return peer
 

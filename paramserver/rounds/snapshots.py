@@ -71,6 +71,12 @@ class Snapshot:
     def complete(self) -> bool:
         return self.pieces is not None and len(self.delivered) == self.pieces
 
+    @property
+    def unanswered(self) -> bool:
+        """Has nothing come of its giver yet? A worker answers where its loop looks at messages: not
+        before its first batch, and not while it evaluates."""
+        return self.pieces is None
+
     def limit_s(self, timeout_s: float) -> float:
         """Seconds that it may have taken by now, for what it has brought."""
         brought = len(self.delivered) * self.piece_bytes
@@ -115,11 +121,13 @@ class Snapshot:
 
 class Off(msgspec.Struct, frozen=True):
     """The running snapshot must end: why, and the sessions that may have failed, which are those of
-    its giver, its joiner or both. `but` knows it already: it would join again once more."""
+    its giver, its joiner or both. `but` knows it already: it would join again once more.
+    `elsewhere`: the giver is here, and has not looked at its messages."""
 
     why: str
     blamed: frozenset[str]
     but: Peer | None = None
+    elsewhere: bool = False
 
 
 class Taken(msgspec.Struct, frozen=True):
@@ -129,9 +137,12 @@ class Taken(msgspec.Struct, frozen=True):
 class Snapshots:
     """Owns the snapshot that runs (`running`), the number of those that began, and what they say
     about peers: `disbelieved` are the ids of workers that are taken for some that hold no state,
-    `waste` says how long rounds go on before the next one. `timeout_s`: the heartbeat timeout."""
+    `waste` says how long rounds go on before the next one. `timeout_s`: the heartbeat timeout,
+    `patience_s`: as long as a joiner waits for givers whose loops are elsewhere."""
 
-    def __init__(self, roster: Roster, out: Outcome, timeout_s: float, now: float) -> None:
+    def __init__(
+        self, roster: Roster, out: Outcome, timeout_s: float, patience_s: float, now: float
+    ) -> None:
         self.running: Snapshot | None = None
         self.number = 0
         self.disbelieved: set[int] = set()
@@ -140,6 +151,7 @@ class Snapshots:
         self._roster = roster
         self._out = out
         self._timeout_s = timeout_s
+        self._patience_s = patience_s
 
     # ------------------------------------------------------------------ its beginning
 
@@ -168,13 +180,14 @@ class Snapshots:
             return False
         # The giver that has failed this joiner least comes first: a joiner gives up after a few
         # snapshots, and what others say of a giver may be a lie. One that has shown nothing counts
-        # as if it had failed once, and comes after those of which as much is known. The observer's
-        # id is 0.
+        # as if it had failed once, and comes after those of which as much is known. So does one
+        # that is not in its loop, and would answer late. The observer's id is 0.
         giver = min(
             givers,
             key=lambda p: (
                 joiner.failed_by.get(p.id, 0) + (not p.has_shown),
                 not p.has_shown,
+                p.is_elsewhere,
                 p.failed_gives,
                 p.id,
             ),
@@ -243,7 +256,7 @@ class Snapshots:
         self.disbelieved.discard(peer.id)
         peer.given_by = snap.giver
         peer.failed_by.clear()
-        peer.missed = 0
+        peer.missed, peer.waits_since = 0, None
         self._roster.peers[snap.giver].failed_gives = 0
         self.running = None
         self._round_goes_first = True
@@ -258,12 +271,30 @@ class Snapshots:
             return None
         if now - snap.progress_at > timeout_s:
             culprit = self._roster.peers[snap.waits_for]
+            if snap.unanswered and culprit.role == "worker":
+                why = (
+                    f"{culprit.name} is here, but has not given its state for {timeout_s:g} s: its "
+                    "loop does something else, and answers with its next batch"
+                )
+                return Off(why, frozenset({snap.waits_for}), elsewhere=True)
             why = f"{culprit.name} was silent for {timeout_s:g} s"
             return Off(why, frozenset({snap.waits_for}))
         if now - snap.began_at > snap.limit_s(timeout_s) and awaited:
             why = f"it is not over after {now - snap.began_at:.0f} s"
             return Off(why, frozenset({snap.giver, snap.joiner}))  # who is slow is not seen
         return None
+
+    def sentence(self) -> str:
+        """Who takes the running snapshot, and whose answer is awaited where that takes long."""
+        snap, peers = self.running, self._roster.peers
+        assert snap is not None
+        joiner, giver = peers[snap.joiner], peers[snap.giver]
+        if snap.unanswered and (giver.is_elsewhere or giver.id in joiner.failed_by):
+            return (
+                f"{joiner.name} waits for the state of {giver.name}, whose loop does something "
+                "else: it answers with its next batch"
+            )
+        return f"{joiner.name} takes a snapshot"
 
     def without(self, peer: Peer, why: str) -> Off | None:
         """The end of the snapshot, if this peer, which is taken out, is one of its sides."""
@@ -279,16 +310,18 @@ class Snapshots:
         A joiner gives up after a number of snapshots that it missed. Those of a giver that has
         shown nothing do not count, since it is asked a few times only: otherwise a worker that only
         says that it holds the state, at a moment when nobody else does, would end honest joiners.
-        Those that the joiner itself ends do not count either: it joins anew.
+        Those that the joiner itself ends do not count either: it joins anew. Nor do those whose
+        giver is elsewhere, until the joiner has waited as long as anybody waits.
         """
         snap = self.running
         assert snap is not None
         self.running = None
         self._round_goes_first = True
         joiner, giver = self._roster.peers[snap.joiner], self._roster.peers[snap.giver]
-        self._out.warn(f"snapshot {snap.number} was given up: {off.why}", joiner)
+        if not off.elsewhere or giver.id not in joiner.failed_by:  # else its phase says it
+            self._out.warn(f"snapshot {snap.number} was given up: {off.why}", joiner)
         left = off.but is joiner and giver.session not in off.blamed
-        if giver.has_shown and not left:
+        if giver.has_shown and not left and not (off.elsewhere and self._waits_on(joiner, now)):
             joiner.missed += 1
         empty = giver.session in off.blamed and self._gave_nothing(giver, joiner)
         if joiner.session in off.blamed:
@@ -298,6 +331,12 @@ class Snapshots:
                 self._out.send(peer, Abort(snapshot=snap.number, reason=off.why))
         joiner.turn(states.ABORTED)  # it joins again when it has understood
         return giver if empty and giver.state == REPLICA else None
+
+    def _waits_on(self, joiner: Peer, now: float) -> bool:
+        """Does this joiner go on waiting for a giver whose loop is elsewhere?"""
+        if joiner.waits_since is None:
+            joiner.waits_since = now - self._timeout_s
+        return now - joiner.waits_since < self._patience_s
 
     def _gave_nothing(self, giver: Peer, joiner: Peer) -> bool:
         """Count a snapshot that came to nothing. Is its giver taken for one that holds no state?

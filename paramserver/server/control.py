@@ -380,6 +380,7 @@ class Control:
                 hello.host,
                 hello.pid,
                 returns=hello.run == self.run_id,
+                trained=hello.after in self._earlier,
             )
             why = self.rounds.declines(greeting, now, partial(self._reachable, now=now))
             if why is not None:
