@@ -44,7 +44,7 @@ ROOMS = [
     "workers.generators",
     "workers.draws",
     "workers.loaders",
-    "workers.samples workers.weight",
+    "workers.samples workers.weight workers.lengths",
     "workers.looks workers.optimizer workers.batches",
     "workers.link",
     "workers.by_hand workers.contribution workers.local_rounds workers.turns",

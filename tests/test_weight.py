@@ -85,6 +85,11 @@ def test_what_is_not_sure_asks_for_it(batch: Any) -> None:
         samples_in(batch)
 
 
+def test_of_two_readings_both_are_offered() -> None:
+    with pytest.raises(UserError, match=r"len\(batch\[0\]\)\) where .*, samples=len where"):
+        samples_in((torch.zeros(N, 2), torch.zeros(N, 4)))
+
+
 def test_a_loader_that_collates_as_torch_does_makes_parts() -> None:
     loader = DataLoader(TensorDataset(X, X), batch_size=4)
     assert collates_by_default(loader)

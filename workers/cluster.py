@@ -48,6 +48,7 @@ from . import living
 from .batches import Batches, Epochs, Sizes, sizes_of, weights_of
 from .by_hand import SetByHand
 from .contribution import Contribution
+from .lengths import Lengths
 from .link.client import Client
 from .link.environment import listens, read_environment
 from .link.solo import Solo
@@ -221,6 +222,7 @@ class Cluster:
         self._contribution = Contribution(client.greetings)
         self._turns = Turns(client, self._contribution, worker=self.worker_id)
         self._weighs = False  # its weight is told, since it is not the number of samples
+        self._lengths: Lengths | None = Lengths(client.log) if client.compares else None
         self._batch = Sizes(0, 0)  # of the optimizer step that is being worked on
         self._part, self._parts_left = 0, 0  # weight of its part at hand; parts that follow it
         self._leased_at = 0.0  # when the lease was there that is being worked on
@@ -618,6 +620,7 @@ class Cluster:
                 weights = weights_of(parts, weight)
                 self._begin(sizes_of(parts, weights), unread, parts=len(parts))
                 for place, part in enumerate(parts):
+                    self._look_at_lengths(part.data, weight)
                     self._begin_part(weights[place], len(parts) - 1 - place)
                     yield part.data
                     self._check_stepped()
@@ -694,6 +697,7 @@ class Cluster:
             weights = weights_of(parts, weight)
             self._batch = sizes_of(parts, weights)
             for place, part in enumerate(parts):
+                self._look_at_lengths(part.data, weight)
                 self._begin_part(weights[place], len(parts) - 1 - place)
                 with self._stopping_sooner():
                     yield part.data
@@ -704,6 +708,11 @@ class Cluster:
             self._exchange_local()
         elif local.under_way is None or self._await_own_round():
             self._nothing_readable()
+
+    def _look_at_lengths(self, batch: Any, weight: Callable[[Any], int] | None) -> None:
+        """Warn, once, where the number of samples may be the wrong weight of a batch."""
+        if self._lengths is not None and weight is None:
+            self._lengths.look(batch)
 
     def own_batches(
         self, batches: Iterable[T], *, samples: Callable[[T], int] | None = None
@@ -751,6 +760,7 @@ class Cluster:
                         self._begin(Sizes(count, count))
                 if local.most > 1:
                     self._batch, local.left = Sizes(count, count), local.left - 1
+                self._look_at_lengths(batch, samples)
                 self._begin_part(count, 0)
                 with self._stopping_sooner():
                     yield batch

@@ -25,6 +25,10 @@ from paramserver.errors import UserError
 from paramserver.protocol.messages import SAMPLES_MAX
 
 HINT = "say it: own_batches(..., samples=lambda batch: ...)"
+PARTS = (
+    "say it: own_batches(..., samples=lambda batch: len(batch[0])) where these are parts of one "
+    "batch, samples=len where each is a sample"
+)
 
 _ALONE = str | bytes | bool | int | float | complex | Enum | torch.dtype | torch.device | None
 """Types that say nothing about the number of samples beside them."""
@@ -42,8 +46,18 @@ def samples_in(batch: Any, *, collated: bool = False) -> int:
     if found is None and isinstance(batch, Tensor) and not collated:
         found = frozenset({1})  # a single number is a sample
     if not found or len(found) > 1:
-        raise UserError(f"how many samples are in {_told(batch)}? {_why(found)}", HINT)
+        hint = PARTS if _may_be_parts(batch, found) else HINT
+        raise UserError(f"how many samples are in {_told(batch)}? {_why(found)}", hint)
     return checked(next(iter(found)))
+
+
+def _may_be_parts(batch: Any, found: Readings) -> bool:
+    """Are these tensors that are either the parts of one batch, or samples?"""
+    if not isinstance(batch, list | tuple) or not batch:
+        return False
+    if not all(isinstance(t, Tensor) and t.dim() > 0 for t in batch):
+        return False
+    return found == frozenset({len(batch), len(batch[0])})
 
 
 def checked(count: Any) -> int:
