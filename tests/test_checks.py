@@ -65,6 +65,32 @@ def test_what_cannot_be_averaged_is_refused(name: str, cluster: Cluster) -> None
         cluster.attach(model, optimizer(model.parameters(), lr=0.1))
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"after_step": 3},
+        {"before_step": "clip"},
+        {"clip_norm": "1.0"},
+        {"clip_norm": -1.0},
+        {"clip_norm": 0},
+        {"accumulate": 0},
+        {"accumulate": 1.5},
+    ],
+)
+def test_an_argument_of_another_kind_is_refused(wrong: dict[str, Any], cluster: Cluster) -> None:
+    model = nn.Linear(2, 2)
+    with pytest.raises(UserError, match=next(iter(wrong))):
+        cluster.attach(model, SGD(model.parameters(), lr=0.1), **wrong)
+
+
+@pytest.mark.parametrize("way", ["batches", "own_batches"])
+def test_samples_is_a_function(way: str, cluster: Cluster) -> None:
+    model = nn.Linear(2, 2)
+    cluster.attach(model, SGD(model.parameters(), lr=0.1))
+    with pytest.raises(UserError, match="it is a function of the batch"):
+        next(iter(getattr(cluster, way)([torch.ones(2, 2)], samples=8)))
+
+
 def test_an_optimizer_must_own_what_is_trained(cluster: Cluster) -> None:
     model = drawn(PERCEPTRON, 1)
     with pytest.raises(UserError, match=r"2\.bias requires a gradient, but the optimizer"):

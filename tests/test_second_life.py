@@ -113,6 +113,38 @@ def test_a_loop_within_the_loop_of_another_cluster_is_refused() -> None:
         served.wait(served.start(work, 1), served.start(work, 2))
 
 
+@pytest.mark.parametrize("begun", [False, True])
+def test_two_servers_in_one_thread_are_refused_before_their_workers_wait_for_each_other(
+    begun: bool,
+) -> None:
+    def work(number: int) -> str:
+        generator = workers.join(LOOPBACK, number, port=one.port, say=said.append)
+        critic = workers.join(LOOPBACK, number, port=two.port, say=said.append)
+        for cluster in (generator, critic):
+            model = nn.Linear(INPUTS, CLASSES)
+            try:
+                cluster.attach(model, SGD(model.parameters(), lr=0.1))
+            except UserError as e:
+                refused = str(e)
+            else:
+                loop = iter(cluster.batches(Noise(64)))
+                if begun:
+                    next(loop)
+        model = nn.Linear(INPUTS, CLASSES)  # as a cell that is run again
+        cluster.attach(model, SGD(model.parameters(), lr=0.1))
+        cluster.leave()
+        loop.close()
+        return refused
+
+    said: list[str] = []
+    with Served(num_workers=1) as one, Served(num_workers=1) as two:
+        refused = two.start(work, 1).result(DEADLINE_S)
+        one.until_said("left: its thread attached to another server")
+    assert f"attach() to a second server ({LOOPBACK}:{two.port})" in refused
+    assert ("is under way" if begun else "has not begun") in refused
+    assert "attach(generator=(G, opt_g), critic=(D, opt_d))" in refused
+
+
 # --------------------------------------------------------------------------------- wrapped models
 
 

@@ -61,7 +61,7 @@ from .replica.replica import Replica
 from .replica.several import Pair, Several
 from .samples import Loading, Samples, Unusable, cut, drawn_from
 from .turns import Turns
-from .weight import checked, collates_by_default, samples_in
+from .weight import check_function, checked, collates_by_default, samples_in
 
 M = TypeVar("M", bound=nn.Module)
 T = TypeVar("T")
@@ -174,8 +174,7 @@ def trials(
     trial = 0
     while trial < number:
         cluster = join(host, worker_id, **options)
-        alone = isinstance(cluster.client, Solo)
-        if alone:
+        if cluster.is_alone:
             cluster.trial, cluster.runs = trial + 1, number
         trial = cluster.trial
         if cluster.runs != number:
@@ -184,7 +183,7 @@ def trials(
             raise UserError(problem, f"start the server with runs={number}")
         yield cluster  # one that is left by an error, or by break, is left at the program's end
         cluster.leave()
-        if not alone and cluster.end is not None and not cluster.end.more:
+        if not cluster.is_alone and cluster.end is not None and not cluster.end.more:
             return
 
 
@@ -207,6 +206,8 @@ class Cluster:
         self.thread = 0
         self.in_loop = False
         """A loop over its batches is under way."""
+        self.stands = False
+        """It has attached to a server, and not begun a loop."""
         self.trains: set[int] = set()
         """The parameters, by their ids."""
         living.lives(self)
@@ -248,6 +249,11 @@ class Cluster:
         self._stopping = False  # the server knows
         self._lost: wire.End | None = None  # this worker's part ended, and perhaps the run
         atexit.register(self._at_exit)
+
+    @property
+    def is_alone(self) -> bool:
+        """Is this a cluster of one, without a server?"""
+        return isinstance(self.client, Solo)
 
     @property
     def host(self) -> str:
@@ -441,6 +447,12 @@ class Cluster:
 
     def _take_part(self, replica: Replica, first: bool, accumulate: int) -> None:
         """Join with this replica."""
+        if not isinstance(accumulate, int) or accumulate < 1:
+            raise UserError(
+                f"accumulate={accumulate!r}", "it is the number of backward passes of a step"
+            )
+        if not self.is_alone:
+            living.refuse_second_attach(self)
         before, self.before = self.before, None
         if before is not None and before._replica is not None and before.run == self.run:
             living.hand_over(before._replica, replica)
@@ -451,6 +463,7 @@ class Cluster:
         self.client.first = first
         with self._losing():
             self.client.join(replica)
+        self.stands = not self.is_alone
         codec = codec_of_pushes(self.settings.codec, self.settings.topk_ratio)
         self._feedback = ErrorFeedback(replica.plan, codec)
         self.client.on_close = self._on_close
@@ -520,6 +533,7 @@ class Cluster:
         """
         self._check_part("batches()")
         assert self._replica is not None
+        check_function(samples)
         draws = drawn_from(dataset, weights)
         given = parts_of(dataset, draws)
         if given is not None:
@@ -598,7 +612,7 @@ class Cluster:
             with self._losing():
                 self.client.ready(ready)
         whole = False  # the pass
-        self.in_loop = True
+        self.in_loop, self.stands = True, False
         try:
             while (lease := self._next_lease()) is not None:
                 self._seed()
@@ -728,6 +742,7 @@ class Cluster:
         """
         self._check_part("own_batches()")
         assert self._replica is not None and self._local is not None
+        check_function(samples)
         local = self._local
         if self._replica.schedule_by == "epoch":
             raise UserError(
@@ -743,7 +758,7 @@ class Cluster:
             self._own = True
             with self._losing():
                 self.client.ready(wire.Ready(samples=0, batch_size=1, own=True))
-        whole, self.in_loop = False, True  # the pass
+        whole, self.in_loop, self.stands = False, True, False  # the pass
         collated = collates_by_default(batches)
         try:
             for batch in batches:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from paramserver.errors import UserError
+from paramserver.words import host_port
 
 from .replica.replica import Replica
 
@@ -87,6 +88,35 @@ def leave_others(cluster: Cluster, model: nn.Module) -> None:
     for other in list(_living):
         if other is not cluster and parameters & other.trains:
             _give_way(other, "its model was attached again")
+
+
+def refuse_second_attach(cluster: Cluster) -> None:
+    """Raise `UserError` where this thread has attached to another server, and its loop there has
+    not begun or is under way. Their workers would wait for each other: one here for others to
+    join, and those for the state that it gives in its loop there. The other cluster is left, so
+    that a notebook's cell may be run again."""
+    if any(other.in_loop for other in _of_this_thread(cluster)):
+        gc.collect()  # a loop that nobody holds any more is not under way
+    for other in _of_this_thread(cluster):
+        if not (other.stands or other.in_loop):
+            continue
+        how = "is under way" if other.in_loop else "has not begun"
+        _give_way(other, "its thread attached to another server")
+        raise UserError(
+            f"attach() to a second server ({host_port(cluster.host, cluster.port)}) in one thread, "
+            f"while the loop of the first ({host_port(other.host, other.port)}) {how}: the workers "
+            "of each would wait for those of the other",
+            "several models of one loop are attached in one call, at one server: "
+            "attach(generator=(G, opt_g), critic=(D, opt_d)), see 'Several models' in "
+            "docs/your-own-model.md; of two trainings one comes after the other, with "
+            "cluster.leave() between them",
+        )
+
+
+def _of_this_thread(cluster: Cluster) -> list[Cluster]:
+    """The other clusters of this thread that have a server."""
+    here = threading.get_ident()
+    return [o for o in _living if o is not cluster and o.thread == here and not o.is_alone]
 
 
 def refuse_second_loop(cluster: Cluster) -> None:

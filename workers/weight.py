@@ -78,6 +78,14 @@ def checked(count: Any) -> int:
     return number
 
 
+def check_function(samples: Any) -> None:
+    """Raise `UserError` unless `samples=` is a function of a batch."""
+    if samples is not None and not callable(samples):
+        raise UserError(
+            f"samples={samples!r}", "it is a function of the batch: samples=lambda batch: ..."
+        )
+
+
 def collates_by_default(batches: Any) -> bool:
     """Is this a DataLoader whose batches torch's `default_collate` makes?"""
     return (

@@ -43,6 +43,21 @@ def check(
             )
 
 
+def check_options(clip_norm: Any, before_step: Any, after_step: Any) -> None:
+    """Raise `UserError` for an argument of `attach` that is of another kind."""
+    for name, function in (("before_step", before_step), ("after_step", after_step)):
+        if function is not None and not callable(function):
+            raise UserError(f"{name}={function!r}", "it is a function of the model")
+    if clip_norm is None:
+        return
+    try:
+        fits = not isinstance(clip_norm, bool | str) and float(clip_norm) > 0
+    except (TypeError, ValueError):
+        fits = False
+    if not fits:
+        raise UserError(f"clip_norm={clip_norm!r}", "it is the largest norm, a number above 0")
+
+
 def _check_shapes(model: nn.Module) -> None:
     """Lazy modules get their shapes with the first batch, the meta device has no numbers."""
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):

@@ -34,7 +34,14 @@ from paramserver.tensors.codec import CODECS, codec_of
 from paramserver.tensors.whole import unpacked
 
 from .buffers import Buffers, sent
-from .checks import allow_step, check, misfit, refuse_step, schedule_state
+from .checks import (
+    allow_step,
+    check,
+    check_options,
+    misfit,
+    refuse_step,
+    schedule_state,
+)
 from .device_copies import Averages
 from .groups import ByHand
 from .names import load_own, own_names, own_state
@@ -80,6 +87,7 @@ class Replica:
         if schedule_by not in SCHEDULE_BY:
             raise UserError(f"schedule_by is one of {', '.join(SCHEDULE_BY)}, not {schedule_by!r}")
         check(model, optimizer, scheduler, own=own_schedule)
+        check_options(clip_norm, before_step, after_step)
         # The first optimizer step imports this, for a second or more: not in the middle of a round.
         importlib.import_module("torch._dynamo")
         self.model = model

@@ -18,7 +18,14 @@ from torch.optim.lr_scheduler import LRScheduler
 from paramserver.errors import UserError
 from paramserver.protocol import messages as wire
 
-from .checks import allow_step, check_optimizer, misfit, refuse_step, schedule_state
+from .checks import (
+    allow_step,
+    check_optimizer,
+    check_options,
+    misfit,
+    refuse_step,
+    schedule_state,
+)
 from .groups import ByHand
 from .replica import (
     SCHEDULE_BY,
@@ -67,6 +74,7 @@ class Pair:
     def begin(self, *, own_schedule: bool) -> None:
         """Take the schedule from the loop; raises `UserError` for what a replica cannot step."""
         check_optimizer(self.optimizer, self.scheduler, own=own_schedule)
+        check_options(self.clip_norm, self.before_step, self.after_step)
         if self.scheduler is not None:
             self._schedule = refuse_step(self.scheduler)
 
