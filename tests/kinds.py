@@ -169,6 +169,48 @@ SCHEDULED_IN_CLUSTER = (
     ("        scheduler.step()\n", ""),
 )
 
+GAN = """\
+torch.manual_seed(1)
+G = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 3))
+D = nn.Sequential(nn.Linear(3, 8), nn.LeakyReLU(0.2), nn.Linear(8, 1))
+opt_g = torch.optim.Adam(G.parameters(), lr=2e-3, betas=(0.5, 0.999))
+opt_d = torch.optim.Adam(D.parameters(), lr=1e-3, betas=(0.5, 0.999))
+def says(logits, real):
+    return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, real))
+loader = DataLoader(data, BATCH, shuffle=True)
+for epoch in range(EPOCHS):
+    for x, noise in loader:
+        opt_d.zero_grad()
+        fake = G(noise)
+        (says(D(x), 1.0) + says(D(fake.detach()), 0.0)).backward()
+        opt_d.step()
+        opt_g.zero_grad()
+        says(D(fake), 1.0).backward()
+        opt_g.step()
+done(G, D)
+"""
+GAN_IN_CLUSTER = (
+    (
+        "loader = Data",
+        JOIN
+        + "(G, opt_g), (D, opt_d) = cluster.attach(generator=(G, opt_g), critic=(D, opt_d))\nloader = Data",
+    ),
+    (
+        "for epoch in range(EPOCHS):\n    for x, noise in loader:",
+        "for epoch in cluster.epochs():\n    for x, noise in cluster.batches(loader):",
+    ),
+)
+GAN_APART = (
+    (
+        "(says(D(x), 1.0) + says(D(fake.detach()), 0.0)).backward()",
+        "aggregated(D, (x, noise), lambda x, noise: says(D(x), 1.0) + says(D(G(noise).detach()), 0.0))",
+    ),
+    (
+        "says(D(fake), 1.0).backward()",
+        "aggregated(G, (x, noise), lambda x, noise: says(D(G(noise)), 1.0))",
+    ),
+)
+
 KINDS = (
     Kind(
         "CNN with epochs, a test after each, StepLR",
@@ -388,40 +430,22 @@ loader = DataLoader(data, BATCH, shuffle=True)
             ),
         ),
     ),
+    Kind("GAN: two models, two optimizers", Noise, GAN, GAN_IN_CLUSTER),
     Kind(
-        "GAN: two models, two optimizers",
+        "the same GAN, aggregate=trimmed on the server",
         Noise,
-        """\
-torch.manual_seed(1)
-G = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 3))
-D = nn.Sequential(nn.Linear(3, 8), nn.LeakyReLU(0.2), nn.Linear(8, 1))
-opt_g = torch.optim.Adam(G.parameters(), lr=2e-3, betas=(0.5, 0.999))
-opt_d = torch.optim.Adam(D.parameters(), lr=1e-3, betas=(0.5, 0.999))
-def says(logits, real):
-    return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, real))
-loader = DataLoader(data, BATCH, shuffle=True)
-for epoch in range(EPOCHS):
-    for x, noise in loader:
-        opt_d.zero_grad()
-        fake = G(noise)
-        (says(D(x), 1.0) + says(D(fake.detach()), 0.0)).backward()
-        opt_d.step()
-        opt_g.zero_grad()
-        says(D(fake), 1.0).backward()
-        opt_g.step()
-done(G, D)
-""",
-        (
-            (
-                "loader = Data",
-                JOIN
-                + "(G, opt_g), (D, opt_d) = cluster.attach(generator=(G, opt_g), critic=(D, opt_d))\nloader = Data",
-            ),
-            (
-                "for epoch in range(EPOCHS):\n    for x, noise in loader:",
-                "for epoch in cluster.epochs():\n    for x, noise in cluster.batches(loader):",
-            ),
-        ),
+        GAN,
+        GAN_IN_CLUSTER,
+        {"aggregate": "trimmed"},
+        GAN_APART,
+    ),
+    Kind(
+        "the same GAN, aggregate=clipped on the server",
+        Noise,
+        GAN,
+        GAN_IN_CLUSTER,
+        {"aggregate": "clipped"},
+        GAN_APART,
     ),
     Kind(
         "a stream (IterableDataset) in a loader with two processes",

@@ -8,8 +8,12 @@ same samples in the same steps.
 
 from __future__ import annotations
 
+import dataclasses
+import fcntl
 import multiprocessing
+import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
@@ -19,7 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.autograd import grad
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
@@ -27,11 +33,12 @@ sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 
 import kinds  # noqa: E402
 from kinds import EPOCHS, KINDS, Kind  # noqa: E402
-from whole import LOOPBACK, Served, free_port  # noqa: E402
+from whole import LOOPBACK, Run, Served, free_port  # noqa: E402
 
 import workers  # noqa: E402
 from paramserver.server.ports import Ports  # noqa: E402
 from paramserver.settings import Settings  # noqa: E402
+from paramserver.tensors.order import order  # noqa: E402
 from workers import living  # noqa: E402
 from workers.builtin.models import build as build_model  # noqa: E402
 from workers.builtin.own_code import OwnCode  # noqa: E402
@@ -378,12 +385,14 @@ class Truth:
         self.sizes: list[int] = []
         """Samples of each worker in the round at hand."""
         self.found: dict[str, Tensor] = {}
+        self.centres: dict[nn.Module, Tensor] = {}
+        """The newest robust average of each model's gradient."""
 
     def run(self) -> dict[str, Tensor]:
         space = {
             **BASE, "EPOCHS": self.kind.epochs, "BATCH": BATCH,
             "DataLoader": self.loader, "stream": self.stream,
-            "Stream": Stream, "each": self.each,
+            "Stream": Stream, "each": self.each, "aggregated": self.aggregated,
             "data": None if self.kind.data is None else self.kind.data(),
             "STEP": lambda: self.steps,
             "done": lambda *models: self.found.update(copied(models)),
@@ -442,13 +451,30 @@ class Truth:
             parts = torch.stack(after[name])
             buffer.copy_(parts.sum(0) if buffer.is_floating_point() else parts.amax(0))
 
+    def aggregated(self, model: nn.Module, batch: Any, loss: Callable[..., Tensor]) -> None:
+        """The gradients of each worker's part by themselves, and of them what docs/robust.md says
+        the server makes: this small model's are in one bucket, and all parts weigh the same."""
+        assert len(set(self.sizes)) == 1
+        parameters = list(model.parameters())
+        rows = []
+        for part in zip(*(t.split(self.sizes) for t in batch), strict=True):
+            rows.append(torch.cat([g.flatten() for g in grad(loss(*part), parameters)]))
+        if self.kind.settings["aggregate"] == "trimmed":
+            average = trimmed(torch.stack(rows))
+        else:
+            centre = self.centres.get(model, torch.zeros_like(rows[0]))
+            average = self.centres[model] = clipped(torch.stack(rows), centre)
+        sizes = [p.numel() for p in parameters]
+        for p, gradient in zip(parameters, average.split(sizes), strict=True):
+            p.grad = gradient.view_as(p).clone()
+
     def built_in(self) -> None:
         """What the settings of the built-in training say."""
-        model = build_model(
-            self.kind.settings["model"], Settings().seed, OwnCode(allowed=("kinds",))
-        )
+        settings = self.kind.settings
+        model = build_model(settings["model"], Settings().seed, OwnCode(allowed=("kinds",)))
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 4)
+        gamma = settings["scheduler"].get("gamma", 0.1)
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 4, gamma)
         for _ in range(EPOCHS):
             for x, y in self.loader(kinds.OwnRows(), BATCH):
                 optimizer.zero_grad()
@@ -460,6 +486,105 @@ class Truth:
 
 def truth(kind: Kind, rounds: list[Round]) -> dict[str, Tensor]:
     return Truth(kind, rounds).run()
+
+
+def trimmed(rows: Tensor) -> Tensor:
+    """The mean of each number [workers, n] without the lowest and the highest, of two without
+    none."""
+    lost = min(1, (len(rows) - 1) // 2)
+    return rows.sort(0).values[lost : len(rows) - lost].mean(0)
+
+
+def clipped(rows: Tensor, centre: Tensor) -> Tensor:
+    """Centered clipping of these gradients [workers, n], at the median of their distances."""
+    away = rows - centre
+    distances = away.norm(dim=1)
+    usual = distances[distances > 0].sort().values
+    usual = usual[(len(usual) - 1) // 2]
+    return centre + (away * (usual / distances).clamp(max=1.0)[:, None]).mean(0)
+
+
+# ------------------------------------------------------------------------------------- resumed
+
+RESUMED = "the same, ended in the middle of an epoch, and resumed"
+RESUMED_AT = 8  # the batch of each worker in which the run is ended
+GATED = """
+
+import fcntl, os
+from pathlib import Path
+torch.set_default_dtype(torch.{dtype})
+batches = 0
+
+
+class Gated(Own):
+    def forward(self, x: Tensor) -> Tensor:
+        global batches
+        batches += "STANDS" in os.environ
+        if batches == {at}:
+            print("at the gate", flush=True)
+            with Path(__file__).with_name("gate").open() as gate:
+                fcntl.flock(gate, fcntl.LOCK_SH)
+        return super().forward(x)
+"""
+
+
+def resumed(folder: Path, dtype: torch.dtype) -> float:
+    """The largest difference between the weights of a run of two workers, which was ended in the
+    middle of an epoch and resumed from its checkpoint, and of one process."""
+    name = str(dtype).removeprefix("torch.")
+    kind = next(k for k in KINDS if k.settings.get("model"))
+    own = Path(kinds.__file__).read_text() + GATED.format(
+        dtype=name, at=1 + RESUMED_AT
+    )  # one is a trial
+    (folder / "kinds.py").write_text(own)
+    settings = {"num_epochs": EPOCHS, "batch_size": BATCH, "eval_steps": 0, "num_workers": 2}
+    words = [f"{key}={value}" for key, value in settings.items()] + [
+        "model.type=kinds:Gated", "dataset={name: 'kinds:OwnRows', val: {samples: 8}}",
+        "loss=kinds:smooth", "optimizer={name: SGD, momentum: 0.9}", "learning_rate=0.1",
+        "scheduler={name: StepLR, step_size: 4, gamma: 0.9}", "timeout=60", "heartbeat_timeout=20",
+    ]  # fmt: skip
+    with Run(folder) as run:
+        with (folder / "gate").open("w") as gate:
+            fcntl.flock(gate, fcntl.LOCK_EX)
+            server = run.server(*words)
+            at_work = [run.worker(n, "allow=kinds", STANDS="1") for n in (1, 2)]
+            for worker in at_work:
+                worker.wait_for("^at the gate$")
+            server.send(signal.SIGINT)
+            server.wait_for("ending the run in order")
+        ends = [program.end() for program in (server, *at_work)]
+        stopped = run.summary()["steps"]
+        assert RESUMED_AT - 1 <= stopped <= RESUMED_AT, (ends, server.output)
+        server = run.server(*words, "resume=latest")
+        programs = [server, *(run.worker(n, "allow=kinds") for n in (1, 2))]
+        assert [program.end() for program in programs] == [0, 0, 0], server.output
+        assert run.steps()[0]["step"] == stopped + 1
+        found = load_file(run.runs[-1] / "model.safetensors")
+    kind = dataclasses.replace(
+        kind,
+        settings={
+            **kind.settings,
+            "model": {"type": "kinds:Own", "hidden": 16},
+            "scheduler": {"name": "StepLR", "step_size": 4, "gamma": 0.9},
+        },
+    )
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        count = len(kinds.OwnRows())
+        rounds = [
+            [half.tolist() for half in places.split(BATCH)]
+            for epoch in range(EPOCHS)
+            for places in order(count, Settings().seed, epoch).split(2 * BATCH)
+        ]
+        expected = truth(kind, rounds)
+    finally:
+        torch.set_default_dtype(before)
+    assert len(expected) == len(found)
+    return max(
+        float((found[name.partition(".")[2]].double() - value.double()).abs().max())
+        for name, value in expected.items()
+    )
 
 
 def main() -> None:
@@ -476,6 +601,12 @@ def main() -> None:
         wide, usual = most[torch.float64], most[torch.float32]
         new, gone = kind.changed
         print(f"| {kind.name} | {new} | {gone} | {wide:.0e} | {usual:.0e} |", flush=True)
+    if not sys.argv[1:] or any(word in RESUMED for word in sys.argv[1:]):
+        found = []
+        for dtype in (torch.float64, torch.float32):
+            with tempfile.TemporaryDirectory() as folder:
+                found.append(resumed(Path(folder), dtype))
+        print(f"| {RESUMED} | 0 | 0 | {found[0]:.0e} | {found[1]:.0e} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import multiprocessing.forkserver
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from kinds import KINDS, Kind
-from measured import forkserver, run
+from measured import forkserver, resumed, run
 
 NAMES = [kind.name for kind in KINDS]
 
@@ -50,3 +51,8 @@ def test_any_script_ends_with_the_weights_of_one_process(
 def test_any_script_ends_near_them_in_float32(kind: Kind) -> None:
     """How near depends on the processor: here only that nothing else is computed."""
     assert run(kind, 2, hard=False, dtype=torch.float32) < 1e-3
+
+
+@pytest.mark.long
+def test_a_run_that_is_resumed_ends_with_the_weights_of_one_process(tmp_path: Path) -> None:
+    assert resumed(tmp_path, torch.float64) < 1e-9
