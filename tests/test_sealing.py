@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
+from cryptography.exceptions import UnsupportedAlgorithm
 
 from paramserver.transport import sealing
 from paramserver.transport.sealing import (
@@ -189,18 +191,64 @@ def test_a_forked_child_has_no_keys() -> None:
     assert at.open(record) is None and at.bound
 
 
-def test_a_key_wears_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_has_forgotten_a_key_holds_none() -> None:
+    sealer, at = Sealer(ENDS), opener()
+    for end in (sealer, at):
+        end.forget()
+        assert end.ends.key == b"" and end._aead is None
+        assert end.ends.id == ENDS.id, "what is no secret stays"
+
+
+def test_a_failure_in_the_middle_costs_a_counter_and_uses_none_twice(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whatever ends the sealing of a record, an interrupt or a lack of memory: its nonce may have
+    been used."""
+    sealer, records = Sealer(ENDS), list[bytes]()
+
+    class Failing:
+        def __init__(self, aead: object) -> None:
+            self._aead = aead
+
+        def encrypt_into(self, nonce: bytes, *rest: object) -> None:
+            self._aead.encrypt_into(nonce, *rest)  # type: ignore[attr-defined]
+            if int.from_bytes(nonce) in (1, 3):
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(sealer, "_aead", Failing(sealer._aead))
+    for _ in range(5):
+        with suppress(KeyboardInterrupt):
+            records.append(bytes(sealer.bind()))
+    counters = [int.from_bytes(CLEAR.unpack(r[: CLEAR.size])[-1]) for r in records]
+    assert counters == [0, 2, 4]
+
+
+def test_a_key_wears_out_at_both_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server replaces keys for both directions, and sees of one only what it opens."""
     monkeypatch.setattr(sealing, "RECORDS_MAX", 2)
-    sealer = Sealer(ENDS)
+    sealer, at = Sealer(ENDS), opener()
     for worn in (False, False, True):
-        assert sealer.worn == worn
-        sealer.bind()
+        assert sealer.worn == at.worn == worn
+        at.open(sealer.bind())
     monkeypatch.undo()
     monkeypatch.setattr(sealing, "BYTES_MAX", 5)
-    sealer = Sealer(ENDS)
-    assert not sealer.worn
-    list(sealer.seal(Kind.PUSH, 1, 1, 1, [b"12345"]))
-    assert sealer.worn
+    sealer, at = Sealer(ENDS), opener()
+    for content in (b"1234", b"5"):
+        assert not sealer.worn and not at.worn
+        for record in sealer.seal(Kind.PUSH, 1, 1, 1, [content]):
+            at.open(record)
+    assert sealer.worn and at.worn
+
+
+def test_a_key_whose_records_were_dropped_is_worn_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sealing, "RECORDS_MAX", 4)
+    sealer, at = Sealer(ENDS), opener()
+    for _ in range(3):
+        sealer.bind()
+    at.open(sealer.bind())
+    assert at.opened == 1 and at.worn
 
 
 def test_the_cipher_is_the_one_that_costs_both_machines_least() -> None:
@@ -211,6 +259,19 @@ def test_the_cipher_is_the_one_that_costs_both_machines_least() -> None:
     assert sealing.cheapest(fast, {chacha: 1.0}) == chacha
     assert sealing.cheapest(fast, {"rot13": 0.0}) is None
     assert set(sealing.measured()) == set(CIPHERS)
+
+
+def test_a_machine_that_lacks_a_cipher_does_with_the_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """OpenSSL as FIPS wants it refuses ChaCha20."""
+
+    def lacking(key: bytes) -> object:
+        raise UnsupportedAlgorithm("not here")
+
+    aes, chacha = CIPHERS
+    monkeypatch.setitem(CIPHERS, chacha, lacking)
+    assert set(sealing.measured.__wrapped__()) == {aes}
 
 
 def test_keys_are_not_shown() -> None:

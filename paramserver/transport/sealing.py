@@ -22,12 +22,12 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from functools import cache
 from typing import Any
 
-from cryptography.exceptions import InvalidTag
+from cryptography.exceptions import InvalidTag, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM, ChaCha20Poly1305
 
 from paramserver.tensors.codec.lengths import fresh
@@ -43,12 +43,20 @@ RECORD_BYTES = 2**21
 """Of a buffer in one record, at most. It bounds what a connection may send before it has proven
 anything; larger ones are hardly faster."""
 
+RECORDS_SPARE = 4
+"""ZeroMQ holds so many records more of a connection than wait to be read, or fewer: some are on
+their way into or out of its queue."""
+
 RECORDS_MAX = 2**32
 BYTES_MAX = 2**44
 """Under one key. Long before, the channel is replaced by one with new keys."""
 
 CLEAR = struct.Struct(">4sBBHI16s16sQIQBBxxQQ12s")
 """What is readable in a record, and authenticated; see `Clear`."""
+
+PATIENCE = 0.5
+"""Of `heartbeat_timeout`: when nothing has come through a channel for so long, a payload that is
+awaited does not come any more."""
 
 MAGIC = b"psS1"
 OVERHEAD_BYTES = CLEAR.size + TAG_BYTES
@@ -82,6 +90,10 @@ class Ends:
     sender: int
     """The worker's number; 0 is the server."""
 
+    @property
+    def without_key(self) -> Ends:
+        return replace(self, key=b"")
+
 
 @dataclass(frozen=True)
 class Payload:
@@ -93,14 +105,21 @@ class Payload:
     number: int
     buffers: list[Any]
 
+    @property
+    def bytes(self) -> int:
+        return sum(memoryview(b).nbytes for b in self.buffers)
+
 
 @cache
 def measured() -> dict[str, float]:
-    """Seconds of processor time in which this machine seals a MiB, by cipher."""
+    """Seconds of processor time in which this machine seals a MiB, by the ciphers that it has."""
     plain, sealed = fresh(MEASURE_BYTES).zero_(), fresh(MEASURE_BYTES + TAG_BYTES)
     taken = {}
     for name, cipher in CIPHERS.items():
-        aead, times = cipher(secrets.token_bytes(KEY_BYTES)), []
+        try:
+            aead, times = cipher(secrets.token_bytes(KEY_BYTES)), list[float]()
+        except UnsupportedAlgorithm:  # OpenSSL as FIPS wants it knows AES only
+            continue
         for turn in range(MEASURE_TIMES):
             start = time.thread_time()
             aead.encrypt_into(_nonce(turn), plain.numpy().data, b"", sealed.numpy().data)
@@ -133,7 +152,7 @@ class Sealer:
     def __init__(self, ends: Ends) -> None:
         self.ends = ends
         self.records = self.bytes = 0
-        """Sealed so far."""
+        """Sealed so far, of the plaintext."""
         self._aead: AESGCM | ChaCha20Poly1305 | None = CIPHERS[ends.cipher](ends.key)
         self._nonce = nonce_bytes(ends.nonce)
         self._lock = threading.Lock()
@@ -142,10 +161,11 @@ class Sealer:
     @property
     def worn(self) -> bool:
         """Has this key sealed as much as it may? Then the channel needs new ones."""
-        return self.records >= RECORDS_MAX or self.bytes >= BYTES_MAX
+        return _worn(self.records, self.bytes)
 
     def forget(self) -> None:
-        self._aead = None
+        """Forget the key."""
+        self._aead, self.ends = None, self.ends.without_key
 
     def bind(self) -> memoryview:
         """The record with which an end of a channel proves that it has the key."""
@@ -197,6 +217,8 @@ class Opener:
         self.ends = ends
         self.opened = self.unopened = self.torn = 0
         """Records that were opened and that were not; payloads of which a record was missing."""
+        self.bytes = 0
+        """Opened so far, of the plaintext."""
         self.bound = False
         """The other end has proven that it has the key."""
         self.newest = 0
@@ -209,8 +231,15 @@ class Opener:
         self._partial: _Partial | None = None
         _held.add(self)
 
+    @property
+    def worn(self) -> bool:
+        """Has the other end sealed as much with this key as it may?"""
+        return _worn(self._last + 1, self.bytes)
+
     def forget(self) -> None:
+        """Forget the key, and what was opened of a payload."""
         self._aead = self._partial = None
+        self.ends = self.ends.without_key
 
     def open(self, record: Any) -> Payload | None:
         """Open one record; returns the payload that it completes. Raises `Unopened` for a record
@@ -255,6 +284,7 @@ class Opener:
             raise Unopened("its tag is wrong") from None
         # From here on it is known who has sent it.
         self._last = count
+        self.bytes += size
         self.torn += self._partial is not None and (begins or partial is None)
         if kind == Kind.BIND:
             self.bound, self._partial = True, None
@@ -304,6 +334,10 @@ class _Partial:
     @property
     def buffers(self) -> list[Any]:
         return self._rooms
+
+
+def _worn(records: int, bytes: int) -> bool:
+    return records >= RECORDS_MAX or bytes >= BYTES_MAX
 
 
 def nonce_bytes(nonce: str) -> bytes:
