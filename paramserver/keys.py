@@ -117,7 +117,7 @@ class Kept:
 
     def __init__(self, keys: Keys) -> None:
         self.keys = keys
-        self._seen = self._stamp()
+        self._seen: tuple[int, int] | None = None  # they may have changed since they were read
 
     def fresh(self) -> ServerKeys | None:
         """The keys in the file, if they have changed since the last call; they are `keys` then. A

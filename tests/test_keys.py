@@ -67,6 +67,12 @@ def test_a_server_that_runs_notices_new_keys(folder: Path) -> None:
     assert kept.fresh() is None and kept.keys == rotated
 
 
+def test_keys_that_are_made_anew_while_a_server_starts_are_noticed(folder: Path) -> None:
+    made, _ = keys.load_or_make()
+    rotated = keys.rotate()
+    assert Kept(made).fresh() == rotated.for_server()
+
+
 def test_a_token_fits_the_server() -> None:
     made, _ = keys.load_or_make()
     token = decode(made.token("10.10.0.1", 65432))

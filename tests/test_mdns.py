@@ -308,3 +308,41 @@ def test_one_join_line_of_host_ip_auto_serves_workers_in_either_network(tmp_path
         while {1, 2} != {w for line in run.steps()[before:] for w in line["workers"]}:
             server.wait_for("training, step")
         assert len(run.runs) == 1 and house_only.output.count("found it") == 1
+
+
+ENTER = """
+import json, sys, urllib.error, urllib.request
+url, token = sys.argv[1].split("#")
+body = json.dumps({"token": token}).encode()
+try:
+    with urllib.request.urlopen(urllib.request.Request(url + "enter", body), timeout=60) as answer:
+        print("the page says", answer.status)
+except urllib.error.HTTPError as e:
+    print("the page says", e.code)
+"""
+
+
+@pytest.mark.root
+def test_new_keys_of_a_server_that_runs_are_the_pages_and_are_announced(tmp_path: Path) -> None:
+    """Old tokens are worthless at once, and the new ones good."""
+    with Hosts(["mini1", "mini2"]) as hosts, Run(tmp_path) as run:
+        here, there, address = hosts["mini1"], hosts["mini2"], hosts.address("mini1")
+        home = {"XDG_CONFIG_HOME": str(tmp_path / "mini1")}
+        ours = (f"host_ip={address}", f"page_ip={address}", "observer=false")
+        server = run.server(*ours, host=here, **home)
+        old = server.wait_for("page elsewhere: ").split()[-1]
+
+        def enters(url: str) -> str:
+            return run.start("a browser", "-c", ENTER, url, host=there).wait_for("the page says")
+
+        assert enters(old) == "the page says 200"
+        made = run.start(
+            "make keys", "-m", "paramserver.keys", "rotate", "host_ip=10.77.0.99", **home
+        )
+        assert made.end() == 0
+        new = server.wait_for("page elsewhere: ").split()[-1]
+        server.wait_for("the keys were made anew")
+        assert enters(old) == "the page says 401"
+        assert enters(new) == "the page says 200"
+        token = made.lines[-1]  # for the same keys, at an address where nobody is
+        find(run, there, token).wait_for(f"it is {address}:{run.port} with keys")

@@ -66,20 +66,11 @@ class Announcement:
         self._zeroconf: zeroconf.Zeroconf | None = None
         self._told: Future[object] | None = None
         self._problem: str | None = None
+        self._addresses, self._port, self._run = addresses, port, run
         if not addresses:
             return
         host = socket.gethostname().partition(".")[0][:40]
-        text = {"run": run, "protocol": str(wire.PROTOCOL)}
-        if key is not None:
-            text["key"] = jointoken.fingerprint(key)
-        info = zeroconf.ServiceInfo(
-            SERVICE,
-            f"{host} {run[:8]}.{SERVICE}",
-            port=port,
-            properties=text,
-            server=f"paramserver-{run[:8]}.local.",  # others may announce the machine's own
-            parsed_addresses=addresses,
-        )
+        self._info = self._service(f"{host} {run[:8]}.{SERVICE}", key)
         try:
             self._zeroconf = zeroconf.Zeroconf(addresses, ip_version=_version(addresses))
         except (OSError, zeroconf.Error) as e:
@@ -87,8 +78,35 @@ class Announcement:
             return
         loop = self._zeroconf.loop
         assert loop is not None
-        telling = self._zeroconf.async_register_service(info, allow_name_change=True)
+        telling = self._zeroconf.async_register_service(self._info, allow_name_change=True)
         self._told = asyncio.run_coroutine_threadsafe(_both(telling), loop)
+
+    def _service(self, name: str, key: bytes | None) -> zeroconf.ServiceInfo:
+        text = {"run": self._run, "protocol": str(wire.PROTOCOL)}
+        if key is not None:
+            text["key"] = jointoken.fingerprint(key)
+        return zeroconf.ServiceInfo(
+            SERVICE,
+            name,
+            port=self._port,
+            properties=text,
+            server=f"paramserver-{self._run[:8]}.local.",  # others may announce the machine's own
+            parsed_addresses=self._addresses,
+        )
+
+    def renew(self, key: bytes) -> None:
+        """The server has another public key now."""
+        before, zc = self._told, self._zeroconf
+        if zc is None or zc.loop is None:
+            return
+
+        async def renewed() -> None:
+            if before is not None:
+                await asyncio.wrap_future(before)
+            # Registering may have changed the name.
+            await (await zc.async_update_service(self._service(self._info.name, key)))
+
+        self._told = asyncio.run_coroutine_threadsafe(renewed(), zc.loop)
 
     def problem(self) -> str | None:
         """Why this server cannot be announced, as a sentence, once; else None."""

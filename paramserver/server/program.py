@@ -50,7 +50,7 @@ from paramserver.settings import Settings
 from paramserver.status.value import THIS_MACHINE, EventKind
 from paramserver.terminal import STOPPED_BY
 from paramserver.transport import malloc
-from paramserver.transport.sockets import allow_connections, is_loopback, towards
+from paramserver.transport.sockets import ServerKeys, allow_connections, is_loopback, towards
 from paramserver.typed import typed
 from paramserver.words import host_port
 
@@ -280,7 +280,7 @@ def _serve(
         settings, record.settings, show,
         run=run, observer_key=key, recovery=noted,
         link_watch=link_watch.read(os.environ), plan_watch=planned, status=show.status_json,
-        fresh_keys=None if at.kept is None else at.kept.fresh,
+        fresh_keys=partial(_fresh_keys, at, show, settings),
         ports=ports, trial=series.trial, first_worker_s=_patience_s(settings, before),
     )  # fmt: skip
     for number in terminal.ending_signals():
@@ -360,6 +360,16 @@ def _serve(
     page.last(show.status_json(server.control, time.monotonic()))
     series.went(1 if end.error else 0 if whole else MISSING)
     return True
+
+
+def _fresh_keys(at: Listening, show: Show, settings: Settings) -> ServerKeys | None:
+    """The keys of this server, where they were made anew: mDNS and the page have them then."""
+    keys = None if at.kept is None else at.kept.fresh()
+    if keys is not None:
+        if show.announcement is not None:
+            show.announcement.renew(z85.decode(keys.public))
+        _show_page(at, show, settings, first=True)
+    return keys
 
 
 def _say_how_to_join(at: Listening, settings: Settings, show: Show) -> None:
