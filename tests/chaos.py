@@ -36,8 +36,11 @@ from strangers import bother
 from whole import LOOPBACK, Program, Run, children, private_folders
 
 from benchmarks.network import Hosts, move_to
+from paramserver.net.address import keys_of
+from paramserver.net.jointoken import decode
 from paramserver.protocol import messages as wire
 from paramserver.rounds.ledger import Ledger, optimizer_steps
+from paramserver.transport import sockets
 
 STANDSTILL_S = 120.0
 UNDISTURBED_S = 1800.0
@@ -81,8 +84,12 @@ class Tally:
 class Watch(threading.Thread):
     """Reads the closes of a run, as a monitor may, and checks each one's ledger."""
 
-    def __init__(self, port: int, host: str | None = None) -> None:
+    def __init__(self, port: int, host: str | None = None, token: str = "") -> None:
+        """On another `host`, with the join `token` of the server there."""
         super().__init__(name="watch", daemon=True)
+        joined = decode(token) if token else None
+        self._address = joined.hosts[0] if joined else LOOPBACK
+        self._keys = keys_of(joined) if joined else None
         self._host = host
         self.step = self.step_before = self.contributors = 0  # optimizer steps
         self.problem: str | None = None
@@ -101,7 +108,7 @@ class Watch(threading.Thread):
         sub.setsockopt(zmq.RECONNECT_IVL, 50)
         for kind in (wire.Average, wire.Shared, wire.Close):  # a close travels with averages
             sub.subscribe(wire.topic(kind))
-        sub.connect(f"tcp://{LOOPBACK}:{self._port + 1}")
+        sockets.connect(sub, sockets.tcp(self._address, self._port + 1), self._keys)
         last: float | None = None
         while not self._over.is_set():
             if not sub.poll(100):
@@ -164,13 +171,13 @@ class Chaos:
         self.run, self.random, self.hosts = run, random.Random(seed), hosts
         self.tally = Tally()
         self.folders: set[Path] = set()
-        self._settings = settings
+        self._settings, self._token = settings, ""
         self._faults, self._whom = faults, whom
         self._observers_killed = 0
         self.began = time.monotonic()
         self.server = self._start_server()
         self.workers = {i: self._start_worker(i) for i in WORKERS}
-        self.watch = Watch(run.port, hosts and hosts[HOSTS[0]])
+        self.watch = Watch(run.port, hosts and hosts[HOSTS[0]], self._token)
         self.watch.start()
 
     def _start_server(self) -> Program:

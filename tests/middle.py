@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from types import TracebackType
 from typing import Self
@@ -14,7 +14,12 @@ GREETING_BYTES = 64
 COMMAND, LONG = 4, 2
 UP, DOWN = "up", "down"
 
-Tamper = Callable[[str, int, bytes], list[bytes]]
+
+class More(bytes):
+    """A frame whose message goes on."""
+
+
+Tamper = Callable[[str, int, bytes], Iterable[bytes]]
 """Gets the way, the frame's number on that way, and the frame; returns what goes on instead."""
 
 
@@ -87,7 +92,7 @@ class Middle:
                         continue
                     self.seen[way].append(body)
                     for frame in self.tamper(way, len(self.seen[way]) - 1, body):
-                        sink.sendall(framed(frame))
+                        sink.sendall(framed(frame, isinstance(frame, More)))
         except (OSError, EOFError):
             pass
         finally:

@@ -69,7 +69,16 @@ def test_on_loopback_nothing_is_needed() -> None:
 def test_nor_at_another_address_of_this_host(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(address, "is_local", lambda host: host == ELSEWHERE)
     assert find(ELSEWHERE, 65000, None) == Address(LOOPBACK, 65000)
-    assert find(None, None, TOKEN) == Address(LOOPBACK, 65000)
+
+
+def test_a_token_of_this_hosts_server_brings_its_address_for_those_who_need_keys(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    keys = find(None, None, TOKEN).keys
+    monkeypatch.setattr(address, "is_local", lambda host: host == ELSEWHERE)
+    outside = Address(ELSEWHERE, 65000, keys)
+    assert find(None, None, TOKEN) == Address(LOOPBACK, 65000, outside=outside)
+    assert find(None, None, TOKEN, security="none") == Address(LOOPBACK, 65000)
 
 
 def test_a_token_brings_address_and_keys() -> None:
@@ -86,7 +95,9 @@ def test_of_several_addresses_in_a_token_the_first_or_this_machines_own_is_taken
     assert find(None, None, two).host == "198.51.100.1"
     assert address.several(two) and not address.several(TOKEN) and not address.several(None)
     monkeypatch.setattr(address, "is_local", lambda host: host == ELSEWHERE)
-    assert find(None, None, two) == Address(LOOPBACK, 65000)
+    there = find(None, None, two)
+    assert (there.host, there.port) == (LOOPBACK, 65000)
+    assert there.outside is not None and there.outside.host == ELSEWHERE
 
 
 def test_another_machine_without_a_token_is_an_error_that_helps() -> None:

@@ -141,6 +141,7 @@ def join(
         there.port,
         id=id,
         keys=there.keys,
+        outside=there.outside,
         search=search,
         shared_memory=shared_memory,
         log=log,

@@ -41,6 +41,8 @@ class Address:
     host: str
     port: int
     keys: PeerKeys | None = None
+    outside: Address | None = None
+    """Where this is loopback, and there is a token: the same server for those who show its keys."""
 
 
 def listen(host_ip: str | None, security: str = "curve") -> tuple[list[str], list[str]]:
@@ -99,12 +101,13 @@ def find(
     """The server that an address, a join token, or both stand for.
 
     `join` is a token or the path of a file that holds one; a given host and port take precedence
-    over the token's. An address of this host becomes loopback, where no keys are needed. Raises
+    over the token's. An address of this host becomes loopback, where no keys are needed (by the
+    user of the server; others come from `outside`). Raises
     `UserError` where the server is on another machine and there is no token, unless `security` is
     "none".
     """
     token = read(join) if join else None
-    return _reached(
+    there = _reached(
         host,
         port or (token.port if token is not None else 65432),
         token,
@@ -113,6 +116,9 @@ def find(
         hint=f"{typed('worker', 'id=...', 'join=...')} as `{typed('server')}` prints it there (or "
         f"join=FILE, or {jointoken.VARIABLE})",
     )
+    if there.host != LOOPBACK or token is None or security == "none" or not is_local(_of(token)):
+        return there
+    return replace(there, outside=Address(_of(token), there.port, keys_of(token)))
 
 
 def _reached(

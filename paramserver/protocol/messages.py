@@ -399,7 +399,8 @@ class Dial(Message, frozen=True):
 
 
 class Channel(Message, frozen=True):
-    """Only ever sent over CURVE. `port` 0: this peer's channel is closed, for the `reason`."""
+    """Only ever sent over CURVE. `port` 0: the channel of this `id` is closed, or without one there
+    is none to be had, for the `reason`."""
 
     port: Annotated[int, msgspec.Meta(ge=0, le=65535)] = 0
     cipher: Text = ""
@@ -488,6 +489,8 @@ class Reject(Message, frozen=True):
     """How the run that the peer asked for has ended."""
     run: Id = ""
     """The server's run, where the peer asked for the same."""
+    keys: bool = False
+    """A peer that shows the join token's keys would be let in."""
 
     def __post_init__(self) -> None:
         self._clip("reason", "hint")

@@ -24,8 +24,8 @@ from paramserver.transport.sealing import Ends, Kind, Opener, Payload, Sealer, U
 LOSSES_MAX = 3
 """Channels of one session that ended in the middle; after that it does without."""
 
-UNCLAIMED = 16
-"""Payloads that wait for their headers, at most: those come first, on another connection."""
+UNCLAIMED, UNCLAIMED_BYTES = 16, 64 * 2**20
+"""Payloads that wait for their headers, at most: those are sent first, over another connection."""
 
 CONNECTIONS_TOLD = 100
 SERVER = 0  # as a sender
@@ -90,9 +90,9 @@ class Channels:
 
     def dial(self, session: str, worker: int, costs: Mapping[str, float], now: float) -> None:
         """The peer wants a channel in place of the one that it had, or, with no ciphers, none."""
-        if session in self._live:
-            self.lose(session, "")
+        self.lose(session, "")
         if not costs:
+            self._close(session)
             return
         cipher = sealing.cheapest(self._costs, costs)
         if cipher is None:
@@ -139,12 +139,17 @@ class Channels:
         channel.sealer.forget()
         channel.opener.forget()
 
-    def lose(self, session: str, why: str) -> None:
-        """This session's channels are over; `why` is told to the peer, if it does not know."""
+    def lose(self, session: str, why: str) -> bool:
+        """This session's channels are over, and `why` is told to the peer, if it does not know.
+        False where there was none: then the peer has been told before, and nothing has ended."""
+        channel = self._live.get(session)
+        if channel is None:
+            return False
         self._losses[session] = self._losses.get(session, 0) + 1
         self._close(session)
         if why:
-            self._tell(session, wire.Channel(reason=why))
+            self._tell(session, wire.Channel(id=channel.sealer.ends.id.hex(), reason=why))
+        return True
 
     def _close(self, session: str) -> None:
         for table in (self._live, self._next, self._old):
@@ -167,8 +172,7 @@ class Channels:
         for session in list(self._old):
             self._forget(self._old.pop(session))
         for session, channel in self._live.items():
-            used, ends = channel.opener, channel.opener.ends
-            worn = channel.sealer.worn or used.opened >= sealing.RECORDS_MAX
+            ends, worn = channel.opener.ends, channel.sealer.worn or channel.opener.worn
             if worn and session not in self._next:
                 self._hand_out(session, ends.sender, ends.cipher, now)
 
@@ -178,6 +182,7 @@ class Channels:
         """One message of a channel's connection; the session of which a payload is complete now.
         Whatever is wrong with it, it is dropped, and counted for its connection."""
         route, record = frames[0].bytes, frames[-1]
+        self._strangers.heard(record)
         channel = self._channels.get(sockets.user(record))
         if channel is None or len(frames) != 2 or channel.route not in (b"", route):
             self._drop(record, "it is of no channel that is open")
@@ -195,10 +200,11 @@ class Channels:
             self._strangers.proven(record)
         if payload is None:
             return None
-        if len(channel.payloads) >= UNCLAIMED:
+        waiting = channel.payloads
+        if len(waiting) >= UNCLAIMED or sum(p.bytes for p in waiting.values()) > UNCLAIMED_BYTES:
             self.lose(channel.session, "its payloads have no headers")
         else:
-            channel.payloads[payload.number] = payload
+            waiting[payload.number] = payload
         return channel.session
 
     def _bind(self, channel: _Channel, route: bytes) -> None:
@@ -218,9 +224,17 @@ class Channels:
     def _drop(self, record: zmq.Frame, why: str) -> None:
         self.unopened += 1
         who = sockets.sender(record) or "somebody"
-        if who not in self._told and len(self._told) < CONNECTIONS_TOLD:
-            self._told.add(who)
-            self._say(f"a record on a channel's connection from {who} was dropped: {why}")
+        self._say_once(who, f"a record on a channel's connection from {who} was dropped: {why}")
+
+    def ended(self, who: str) -> None:
+        """A connection from this address was ended for what it sent."""
+        text = f"a channel's connection from {who} was ended: it sent a message without end"
+        self._say_once(f"{who}, without end", text)
+
+    def _say_once(self, what: str, text: str) -> None:
+        if what not in self._told and len(self._told) < CONNECTIONS_TOLD:
+            self._told.add(what)
+            self._say(text)
 
     def payload(self, session: str, number: int) -> Payload | None:
         """The payload of a push, once; None if it has not come yet. Raises `Lost`."""

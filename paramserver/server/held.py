@@ -45,6 +45,19 @@ class Held:
         self._queues[route] = _Queue(since=now)
         self.behind(route, came)
 
+    def first(self, route: bytes) -> Came | None:
+        """The message of this link that waits for its payload; None where none does."""
+        queue = self._queues.get(route)
+        return None if queue is None else queue.messages[0]
+
+    def go_on(self, route: bytes, now: float) -> None:
+        """The first message does not wait any more, but the next one does, if there is one."""
+        queue = self._queues[route]
+        queue.bytes -= queue.messages.popleft().size
+        queue.since = now
+        if not queue.messages:
+            del self._queues[route]
+
     def behind(self, route: bytes, came: Came) -> bool:
         """Let a message wait if others of its link do; returns whether it does."""
         queue = self._queues.get(route)

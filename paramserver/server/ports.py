@@ -96,7 +96,9 @@ class Ports:
         keys: sockets.ServerKeys | None,
     ) -> None:
         routers = [sockets.tcp(h, port) for h in hosts]
-        pubs = [sockets.tcp(h, port + 1) for h in hosts]
+        # Where others need keys, who has none hears nothing at loopback either: peers that belong
+        # to this server's user come over ipc.
+        pubs = [] if guarded else [sockets.tcp(h, port + 1) for h in hosts]
         if self.ipc is not None:
             for kind, endpoints in zip(
                 sockets.ipc_endpoints(str(self.ipc.path)), (routers, pubs), strict=True
@@ -120,7 +122,8 @@ class Ports:
         ctx = self._channel_ctx = sockets.context()
         self.passwords = Passwords(ctx)
         self.channel = sockets.channel_router(ctx, record_bytes, unread, mark)
-        self.strangers = Strangers(ctx, self.channel, port, STRANGERS_MAX)
+        most_bytes = (unread + sealing.RECORDS_SPARE) * record_bytes
+        self.strangers = Strangers(ctx, self.channel, STRANGERS_MAX, most_bytes)
         try:
             sockets.bind_channels(self.channel, [sockets.tcp(h, port) for h in guarded])
         except UserError as e:
@@ -166,8 +169,17 @@ class Ports:
             thread.join()
             self._between = None
 
+    def look_at_strangers(self) -> list[str]:
+        """Bound what connections for sealed payloads hold here; returns the addresses of those that
+        were ended for what they sent. Call it from time to time."""
+        if self.strangers is None:
+            return []
+        self.strangers.look()
+        return self.strangers.measure()
+
     def _answer(self, over: threading.Event) -> None:
         while not over.is_set():
+            self.look_at_strangers()
             if not self.router.poll(ANSWER_MS):
                 continue
             frames = sockets.receive(self.router)

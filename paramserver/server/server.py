@@ -34,7 +34,7 @@ from paramserver.server.ports import Ports
 from paramserver.settings import Settings
 from paramserver.tensors.bucket import plan
 from paramserver.tensors.order import name_samples, places
-from paramserver.transport import shm, sockets
+from paramserver.transport import sealing, shm, sockets
 from paramserver.transport.handshake import Authenticator
 from paramserver.transport.sealing import Kind, Payload
 from paramserver.typed import typed
@@ -46,9 +46,10 @@ OLD_TOKEN_HINT = "take the token that it prints now"
 LINK_TIMEOUTS = 2  # heartbeat timeouts from the welcome to the probe of the link
 NO_SEAT = "this server listens for other machines: here only its own user takes part without keys"
 NO_SEAT_HINT = (
-    "start this worker as the user who started the server, where /tmp is the same; on another "
-    "machine, or in a container with an address of its own, the join token lets it in"
+    "start this worker as the user who started the server, where /tmp is the same; or give it the "
+    f"join token, which `{typed('keys', 'host_ip=...')}` prints"
 )
+NO_SEAT_ANSWER = wire.Reject(NO_SEAT, NO_SEAT_HINT, keys=True)
 PULSES_PER_TIMEOUT = 10
 MESSAGES_PER_TURN = 64
 UNREAD_BYTES = 32 * 2**20  # of a snapshot, waiting for its joiner
@@ -150,17 +151,20 @@ class Server:
         self._with_keys: set[str] = set()  # sessions of those who have shown the join token's
         self._nonce = nonce
         self._held = Held()
+        self._to_join: set[str] = set()  # sessions that were cut off, and have not joined again
         self._unlinked: dict[str, float] = {}  # sessions without a link, since when
         self.channels: Channels | None = None
         self._use(ports)
         if ports.ipc is None:
-            watcher.say(
-                "peers on this host use TCP and no shared memory, which is slower: no folder for "
-                "temporary files (/tmp, TMPDIR) can be written"
+            how = (
+                "need the join token, as those on other machines do"
+                if ports.guarded
+                else "use TCP and no shared memory, which is slower"
             )
-        for problem in (ports.watch_problem, ports.channel_problem):
-            if problem:
-                watcher.say(problem)
+            watcher.say(
+                f"peers on this host {how}: no folder for temporary files (/tmp, TMPDIR) can be "
+                "written"
+            )
         self.data = Data(settings, nonce, None if self._shared is None else self._shared.path)
         self.control = Control(
             self.rounds,
@@ -186,6 +190,7 @@ class Server:
             most_unread=max(UNREAD_BYTES, PIECES_UNREAD * ports.largest),
             earlier=ports.earlier,
         )
+        self._tell_port_problems()
         if link_watch is not None:
             self.control.traffic.expected = link_watch.expected
 
@@ -236,6 +241,9 @@ class Server:
                 self._look_for_workers(now)
                 self._look_at_keys(now)
                 self._give_up_payloads(now)
+                for who in self._ports.look_at_strangers():
+                    if self.channels is not None:
+                        self.channels.ended(who)
                 if self._closed_to_strangers:
                     self._let_go_without_link(now)
                 control.tick(now)
@@ -280,16 +288,20 @@ class Server:
                 self._dial(route, message, frames[-1], now)
                 return
             if isinstance(message, wire.Probe) and self._is_a_stranger(frames[-1]):
-                self.control.refuse_link(route, message, wire.Reject(NO_SEAT, NO_SEAT_HINT), now)
+                self.control.refuse_link(route, message, NO_SEAT_ANSWER, now)
                 return
         except PeerError as e:
             self.control.refuse(route, e, now)
             return
         came = Came(message, buffers, frames[-1], size, now)
-        if not self._held.behind(route, came):
-            self._take_in(route, came, now)
-        elif self._held.full(route):
-            self._lose_payloads(route, "it says more than can be kept", now)
+        if self._held.behind(route, came):
+            if self._held.full(route):
+                self._lose_payloads(route, "it says more than can be kept", now)
+        elif isinstance(message, wire.Push) and message.sealed:
+            self._held.hold(route, came, now)
+            self._release(route, now)
+        else:
+            self._handle(route, came, now)
 
     def _look_at_keys(self, now: float) -> None:
         """Have the keys been made anew? Then all sessions that were begun with the old ones end,
@@ -310,11 +322,17 @@ class Server:
             self.channels.close()
         self._ports.renew(keys)
         self._use(self._ports)
+        self._tell_port_problems()
         control.watcher.say(
             "the keys were made anew: who came with an older token has left, and "
             f"`{typed('keys')}` prints the new one",
             warning=True,
         )
+
+    def _tell_port_problems(self) -> None:
+        for problem in (self._ports.watch_problem, self._ports.channel_problem):
+            if problem:
+                self.control.watcher.say(problem)
 
     def _use(self, ports: Ports) -> None:
         """Serve through these sockets from now on."""
@@ -363,26 +381,28 @@ class Server:
             if now - since > LINK_TIMEOUTS * self.settings.heartbeat_timeout:
                 control.drop(session, "it has shown no link", now)
 
-    def _take_in(self, route: bytes, came: Came, now: float) -> None:
-        """Handle a message whose payload is here; else hold it until then, with all that its sender
-        says after it."""
-        message = came.message
-        if isinstance(message, wire.Push) and message.sealed:
-            try:
-                payload = self._payload(route, message)
-            except Lost:
-                self._held.hold(route, came, now)
-                self._lose_payloads(route, "a record of a payload is missing", now)
-                return
-            except PeerError as e:
-                self.control.refuse(route, e, now)
-                return
-            if payload is None:
-                self._held.hold(route, came, now)
-                return
-            came.buffers = payload.buffers
-            came.size += sum(memoryview(b).nbytes for b in payload.buffers)
-        self._handle(route, came, now)
+    def _release(self, route: bytes, now: float) -> None:
+        """Handle what is held of this link, up to a payload that is still on its way: its header
+        waits, and so does all that its sender says after it."""
+        while (came := self._held.first(route)) is not None:
+            message, payload = came.message, None
+            if isinstance(message, wire.Push) and message.sealed:
+                try:
+                    payload = self._payload(route, message)
+                except Lost:
+                    self._lose_payloads(route, "a record of a payload is missing", now)
+                    return
+                except PeerError as e:
+                    self._held.release(route)
+                    self.control.refuse(route, e, now)
+                    return
+                if payload is None:
+                    return
+            self._held.go_on(route, now)
+            if payload is not None:
+                came.buffers = payload.buffers
+                came.size += payload.bytes
+            self._handle(route, came, now)
 
     def _payload(self, route: bytes, push: wire.Push) -> Payload | None:
         """The payload of a push whose buffers come over a channel; None if they are on their
@@ -409,16 +429,9 @@ class Server:
             if route is not None:
                 self._release(route, now)
 
-    def _release(self, route: bytes, now: float) -> None:
-        """Handle what is held of this link, up to the next payload that is on its way."""
-        for came in self._held.release(route):
-            if self._held.behind(route, came):
-                continue
-            self._take_in(route, came, now)
-
     def _give_up_payloads(self, now: float) -> None:
         """Do not wait any longer for payloads of which nothing comes."""
-        patience = self.settings.heartbeat_timeout / 2
+        patience = sealing.PATIENCE * self.settings.heartbeat_timeout
         for route, since in self._held.since():
             session = self.control.links.get(route)
             heard = (
@@ -436,8 +449,10 @@ class Server:
         held = self._held.release(route)
         if session is None or self.channels is None:
             return
-        self.channels.lose(session, why)
-        self.control.cut_off(session, now)
+        lost = self.channels.lose(session, why)
+        if lost or session not in self._to_join:  # else it knows: these pushes left before
+            self._to_join.add(session)
+            self.control.cut_off(session, now)
         for came in held:
             if not (isinstance(came.message, wire.Push) and came.message.sealed):
                 self._handle(route, came, now)
@@ -447,8 +462,11 @@ class Server:
         session = self.control.links.get(route)
         if session is None:
             return  # it is not known, or not any more, and greets again
-        if self.channels is None or sockets.user(frame) != self._peers_key:
+        if not self._closed_to_strangers or sockets.user(frame) != self._peers_key:
             raise PeerError("a channel is for those who came with a join token")
+        if self.channels is None:  # another program has taken its port
+            self.control.tell(session, wire.Channel(reason="this server has no port for it"))
+            return
         worker = self.control.rounds.peers[session].id
         if route in self._held:
             self._lose_payloads(route, "", now)
@@ -456,6 +474,8 @@ class Server:
 
     def _handle(self, route: bytes, came: Came, now: float) -> None:
         message, frame = came.message, came.frame
+        if isinstance(message, wire.Join):
+            self._to_join.discard(self.control.links.get(route, ""))
         self.control.receive(route, message, came.buffers, now)
         if isinstance(message, wire.Probe) and (session := self.control.links.get(route)):
             if self._peers_key and sockets.user(frame) == self._peers_key:
@@ -547,6 +567,7 @@ class Server:
         self._unread.forget(route)
         self._held.release(route)
         session = self.control.links.get(route)
+        self._to_join.discard(session or "")
         if session is not None and self.channels is not None:
             self.channels.forget(session)
 

@@ -24,6 +24,7 @@ from zmq.utils.monitor import recv_monitor_message
 
 from paramserver.errors import UserError
 from paramserver.transport import sockets
+from paramserver.transport.inflow import Inflow
 from paramserver.typed import typed
 from paramserver.words import host_port
 
@@ -137,21 +138,37 @@ def _address(descriptor: int) -> str:
 
 
 class Strangers:
-    """Bounds the connections to a bound socket that have proven nothing: each may make ZeroMQ hold
-    one frame until its handshake is over. Beyond `most` the oldest are ended, since those who
-    belong here have proven it within a moment. Make it before the socket is bound, and call `look`
-    when `watch` is readable."""
+    """Bounds what the connections to a bound socket can make ZeroMQ hold.
+
+    Each one that has proven nothing may leave one frame here until its handshake is over. Beyond
+    `most` of them the oldest are ended, since those who belong here have proven it within a moment.
+    Of each connection, proven or not, at most `most_bytes` may wait here, of a message that is not
+    complete, too. Make it before the socket is bound, call `look` when `watch` is readable, and
+    `measure` from time to time.
+    """
 
     def __init__(
-        self, ctx: zmq.Context[zmq.Socket[bytes]], s: zmq.Socket[bytes], port: int, most: int
+        self,
+        ctx: zmq.Context[zmq.Socket[bytes]],
+        s: zmq.Socket[bytes],
+        most: int,
+        most_bytes: int,
     ) -> None:
         self.ended = 0
-        self._socket, self._port, self._most = s, port, most
-        self._waiting: dict[int, None] = {}  # file descriptors, the oldest first
+        """Connections that were too many."""
+        self._socket, self._most, self._most_bytes = s, most, most_bytes
+        self._inflows: dict[int, Inflow] = {}  # of all connections, by file descriptor
+        self._waiting: dict[int, None] = {}  # those that have proven nothing, the oldest first
         self.watch = sockets.monitor(ctx, s, _ACCEPTED | _DISCONNECTED)
 
     def __len__(self) -> int:
         return len(self._waiting)
+
+    def heard(self, frame: zmq.Frame) -> None:
+        """This message came over one of the connections."""
+        inflow = self._inflows.get(sockets.descriptor(frame) or 0)
+        if inflow is not None:
+            inflow.heard()
 
     def proven(self, frame: zmq.Frame) -> None:
         """The connection that this message came over belongs here."""
@@ -163,20 +180,22 @@ class Strangers:
         """Take in who has come and gone, and end what is too many."""
         while sockets.readable(self.watch):
             told = recv_monitor_message(self.watch)
-            self._waiting.pop(told["value"], None)
+            descriptor = told["value"]
+            self._waiting.pop(descriptor, None)
+            self._inflows.pop(descriptor, None)
             if told["event"] == _ACCEPTED:
-                self._waiting[told["value"]] = None
+                self._waiting[descriptor] = None
+                self._inflows[descriptor] = Inflow(descriptor, self._most_bytes)
         while len(self._waiting) > self._most:
             descriptor = next(iter(self._waiting))
             del self._waiting[descriptor]
-            self._end(descriptor)
+            self.ended += self._inflows[descriptor].end()
 
-    def _end(self, descriptor: int) -> None:
-        """End a connection that ZeroMQ has accepted; it may be gone, and its number another's."""
-        with suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as s:
-            if s.getsockname()[1] == self._port:
-                s.shutdown(socket.SHUT_RDWR)
-                self.ended += 1
+    def measure(self) -> list[str]:
+        """End the connections of which too much waits here; returns the addresses of those who
+        sent it."""
+        full = [inflow for inflow in self._inflows.values() if inflow.too_much()]
+        return [inflow.sender or "somebody" for inflow in full if inflow.end()]
 
     def close(self) -> None:
         """Call it before the socket is closed."""

@@ -148,23 +148,16 @@ def channel_router(
 
 
 def channel_dealer(
-    ctx: zmq.Context[zmq.Socket[bytes]],
-    endpoint: str,
-    record_bytes: int,
-    mark: int,
-    user: str,
-    password: str,
+    ctx: zmq.Context[zmq.Socket[bytes]], record_bytes: int, mark: int, user: str, password: str
 ) -> zmq.Socket[bytes]:
-    """A peer's socket for sealed payloads, connected. The password opens one connection; a second
-    one takes another, so ZeroMQ makes none by itself."""
+    """A peer's socket for sealed payloads, to be connected. The password opens one connection; a
+    second one takes another, so ZeroMQ makes none by itself."""
     s = _make(ctx, zmq.DEALER, record_bytes)
     s.setsockopt(zmq.SNDHWM, 0)
     s.setsockopt(zmq.RCVHWM, mark)
     s.setsockopt(zmq.RECONNECT_IVL, -1)
     s.setsockopt(zmq.PLAIN_USERNAME, user.encode())
     s.setsockopt(zmq.PLAIN_PASSWORD, password.encode())
-    s.setsockopt(zmq.IPV6, int(_takes_ipv6(endpoint)))
-    s.connect(endpoint)
     return s
 
 

@@ -7,14 +7,17 @@ travel under CURVE then, which is slower.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Any
 
 import zmq
+from zmq.utils.monitor import recv_monitor_message
 
 from paramserver.errors import PeerError
 from paramserver.protocol import messages as wire
 from paramserver.transport import sealing, sockets
+from paramserver.transport.inflow import Inflow
 from paramserver.transport.sealing import Ends, Kind, Opener, Payload, Sealer, Unopened
 
 SERVER = 0  # as a sender
@@ -59,6 +62,7 @@ class Channel:
         """The server has proven that it has the key, and knows that this peer has it."""
         self.skips = 0
         self.since = self.heard_at = now
+        self.id = told.id
         self._sealer = Sealer(Ends(told.cipher, up, id, nonce, told.shard, worker))
         self._opener = Opener(
             Ends(told.cipher, down, id, nonce, told.shard, SERVER),
@@ -69,10 +73,12 @@ class Channel:
         self._payloads: dict[int, Payload] = {}
         record_bytes = sealing.RECORD_BYTES + sealing.OVERHEAD_BYTES
         self.port = told.port
-        endpoint = sockets.tcp(host, told.port)
-        self.socket = sockets.channel_dealer(
-            ctx, endpoint, record_bytes, mark, told.id, told.password
-        )
+        self.socket = sockets.channel_dealer(ctx, record_bytes, mark, told.id, told.password)
+        self._inflow: Inflow | None = None
+        self._most_bytes = (mark + sealing.RECORDS_SPARE) * record_bytes
+        self._watch = sockets.monitor(ctx, self.socket, zmq.EVENT_CONNECTED)
+        self._watching = threading.Lock()
+        sockets.connect(self.socket, sockets.tcp(host, told.port))
         sockets.send(self.socket, [self._sealer.bind()])
 
     @property
@@ -91,11 +97,20 @@ class Channel:
         except zmq.Again:
             raise Lost from None
 
+    def come_up(self, now: float) -> bool:
+        """Take in what has come until this channel is bound; is it?"""
+        for _ in range(READS_MAX):
+            if self.bound or not self.read(now):
+                break
+        return self.bound
+
     def read(self, now: float) -> bool:
         """Take in one record, if there is one."""
         if not sockets.readable(self.socket):
             return False
         frames = sockets.receive(self.socket)
+        if self._inflow is not None:
+            self._inflow.heard()
         if len(frames) != 1:
             return True
         try:
@@ -128,10 +143,24 @@ class Channel:
             raise Lost
         return found.buffers
 
+    def measure(self) -> None:
+        """End the connection if more waits here than a server sends. Call it from time to time; any
+        thread may."""
+        with self._watching:
+            if self._watch.closed:
+                return
+            while sockets.readable(self._watch):
+                descriptor = recv_monitor_message(self._watch)["value"]
+                self._inflow = Inflow(descriptor, self._most_bytes)
+            if self._inflow is not None and self._inflow.too_much():
+                self._inflow.end()
+
     def close(self) -> None:
         """Forget the keys, and leave."""
         self._sealer.forget()
         self._opener.forget()
+        with self._watching:
+            sockets.end_monitor(self.socket, self._watch)
         self.socket.close()
 
 

@@ -57,6 +57,10 @@ class RunOver(RunLost):
         self.end = end
 
 
+class _NoSeat(UserError):
+    """The server lets in those who show its keys, and this peer has shown none."""
+
+
 class Connection:
     """The connection of one peer to its server: `connect`, then send and receive, then `close`.
 
@@ -72,13 +76,15 @@ class Connection:
         id: int | None = None,
         key: str = "",
         keys: sockets.PeerKeys | None = None,
+        outside: address.Address | None = None,
         search: Callable[..., Search] | None = None,
         shared_memory: bool = True,
         log: logging.Logger = log,
         after: str = "",
     ) -> None:
         """`keys` are needed for a server that admits only peers with keys; `key` proves to the
-        server that this is its own observer. `search(run=...)` begins to look for the server of a
+        server that this is its own observer. `outside` is dialed where the server takes no peer
+        without keys at `host`. `search(run=...)` begins to look for the server of a
         run (None: any) where it does not answer any more. `shared_memory`: use it with a server on
         this host. `after`: a run that this process has finished; it waits for the next one."""
         self.host, self.port = host, port
@@ -94,7 +100,7 @@ class Connection:
         """Set by another thread: do not go on connecting and joining."""
         self.greetings = 0
         """How often this peer was welcomed: a wait for a round of an earlier time is void."""
-        self._keys = keys
+        self._keys, self._outside = keys, outside
         self.server_search = ServerSearch(self, search)
         self.hello = wire.Hello(
             protocol=wire.PROTOCOL,
@@ -139,6 +145,12 @@ class Connection:
                 if not e.end.more or self.run is not None:
                     raise
                 missing = "run"  # it ended just now: the next one follows
+            except _NoSeat:
+                if self._outside is None:
+                    raise
+                there, self._outside = self._outside, None
+                self.move(there.host, there.port, there.keys)
+                missing = "seat"
             if not missing:
                 self.server_search.over()
                 self.greetings += 1
@@ -349,7 +361,8 @@ class Connection:
             elif isinstance(message, wire.Greet):
                 self.must_greet |= not message.session_known
             elif isinstance(message, wire.Reject):
-                raise UserError(message.reason, message.hint)
+                kind = _NoSeat if message.keys else UserError
+                raise kind(message.reason, message.hint)
             elif isinstance(message, wire.End):
                 raise RunOver(message)
         return bool(found)
@@ -367,6 +380,7 @@ class Connection:
 
         def run() -> None:
             while not stop.wait(every_s):
+                self.payloads.measure()
                 vitals = machine.vitals()
                 beat = wire.to_frames(msgspec.structs.replace(own, vitals=vitals))
                 with contextlib.suppress(zmq.ZMQError, UserError):

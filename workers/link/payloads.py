@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 CONNECT_S = 5.0
 """In which a channel must be bound."""
 
+MEASURE_S = 0.1
+
 DIALS_MAX = 3
 """After each greeting. Then this peer does without."""
 
@@ -41,6 +43,7 @@ class Payloads:
         self._number = 0  # of the newest push
         self._hears = False
         self._topics: set[bytes] = set()
+        self._measured_at = 0.0
         self._awaited: tuple[int, float] | None = None  # the payload that is waited for, since when
 
     @property
@@ -85,8 +88,10 @@ class Payloads:
     def told(self, message: wire.Channel, now: float) -> None:
         """The server hands out a channel, or closes the one that there was."""
         if not message.port:
-            self._fail(message.reason, tell=False)
-            return
+            channels = (self._current, self._next, self._old)
+            if not message.id or message.id in (c.id for c in channels if c is not None):
+                self._fail(message.reason, tell=False)
+            return  # else it was given up here, too, and another one asked for
         if self._next is not None:
             self._next.close()
         try:
@@ -130,14 +135,22 @@ class Payloads:
             sockets.unsubscribe(sub, topic)
         self._topics = wanted
 
+    def measure(self) -> None:
+        """Bound what channels hold here. Call it from time to time, in a long step, too; any thread
+        may."""
+        for channel in (self._current, self._next, self._old):
+            if channel is not None:
+                channel.measure()
+
     def tick(self, now: float) -> None:
         """Time has passed."""
+        if now - self._measured_at > MEASURE_S:
+            self._measured_at = now
+            self.measure()
         channel = self._next
         if channel is None:
             return
-        while channel.read(now) and not channel.bound:
-            pass
-        if channel.bound:
+        if channel.come_up(now):
             if self._old is not None:
                 self._old.close()
             self._old, self._current, self._next = self._current, channel, None
@@ -191,7 +204,7 @@ class Payloads:
         if self._awaited is None or self._awaited[0] != average.number:
             self._awaited = average.number, now
         heard_at = max(self._awaited[1], *(c.heard_at for c in channels))
-        if now - heard_at > self._connection.heartbeat_timeout / 2:
+        if now - heard_at > sealing.PATIENCE * self._connection.heartbeat_timeout:
             self._fail("nothing comes through it")
             raise Lost
         return None
