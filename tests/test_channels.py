@@ -272,29 +272,37 @@ def test_late_news_of_a_channel_that_was_given_up_end_no_other() -> None:
     assert found == [True, False]
 
 
-def test_noise_without_end_holds_nobody_up() -> None:
-    """Somebody in the path sends a peer what does not open, faster than it can read, before its
-    channel is bound."""
-    quiet = threading.Event()
+def test_noise_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody in the path sends a peer what does not open, before its channel is bound: it reads
+    some of it, and does something else in between."""
+    sent, dropped = threading.Event(), list[int]()
+    come_up = Channel.come_up
+
+    def counted(self: Channel, now: float) -> bool:
+        assert sent.wait(DEADLINE_S)
+        before = self.unopened
+        bound = come_up(self, now)
+        dropped.append(self.unopened - before)
+        return bound
 
     def tamper(way: str, number: int, frame: bytes) -> Iterable[bytes]:
         if (way, number) == (DOWN, 0):
-            while not quiet.is_set():
-                yield bytes(sealing.OVERHEAD_BYTES) * 10
+            yield from [bytes(sealing.OVERHEAD_BYTES)] * 300
         yield frame
+        if way == DOWN:
+            sent.set()
 
-    with Middle() as middle, Served(keys=KEYS, num_workers=1, num_epochs=10_000) as served:
+    monkeypatch.setattr("workers.link.channel.READS_MAX", 50)
+    monkeypatch.setattr(Channel, "come_up", counted)
+    with Middle() as middle, Served(keys=KEYS, num_workers=1, num_epochs=1) as served:
         middle.tamper = tamper
         channels = served.server.channels
         assert channels is not None
         middle.to, channels._port = channels._port, middle.port
-        crew = Crew(served, perceptron, Noise(96))
-        future = crew.start(1, 8)
-        served.until(lambda: len(served.closes) > 3 and middle.seen[DOWN])
-        quiet.set()
-        served.stop()
-        served.wait(future, served.end)
+        crew = Crew(served, perceptron, Noise(96), lambda number, step: until_sealed(crew, number))
+        served.wait(crew.start(1, 8), served.end)
     crew.check()
+    assert sum(dropped) == 300 and max(dropped) <= 50
 
 
 @pytest.mark.parametrize("way", [UP, DOWN])
@@ -499,6 +507,7 @@ def test_who_dials_where_there_are_no_channels_does_without() -> None:
         stranger(zmq.DEALER, port, keys_of(decode(KEYS.token(LOOPBACK, port)))) as s,
     ):
         assert "gradients of other machines go through CURVE" in served.text
+        s.rcvtimeo = int(1000 * DEADLINE_S)
         s.send_multipart(wire.to_frames(HELLO))
         welcome = answer(s, wire.Welcome)
         assert not welcome.channels
