@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from paramserver.errors import UserError
 
@@ -21,6 +21,35 @@ def printable(text: str) -> str:
 def printable_lines(text: str) -> str:
     """The same for a text of several lines."""
     return "\n".join(map(printable, text.split("\n")))
+
+
+def shown(value: object, most: int = 60) -> str:
+    """A value as a person writes it in YAML, not longer than half a line."""
+    text = printable(_written(value, most))
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def quoted(value: object) -> str:
+    """The same, with quotes around a text."""
+    return shown(repr(value) if isinstance(value, str) else value)
+
+
+def _written(value: object, most: int) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, Mapping | list):  # perhaps a stranger's: no more of it than is shown
+        if most <= 0:
+            return "..."
+        inner, size = [], 0
+        for each in value.items() if isinstance(value, Mapping) else value:
+            pair = each if isinstance(value, Mapping) else (each,)
+            inner.append(": ".join(_written(part, most - 4) for part in pair))
+            size += len(inner[-1]) + 2
+            if size > most:
+                break
+        text = ", ".join(inner)
+        return f"{{{text}}}" if isinstance(value, Mapping) else f"[{text}]"
+    return str(value)
 
 
 def host_port(host: str, port: int) -> str:

@@ -250,7 +250,7 @@ WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
     ),
     "its value": (
         {"optimizer": {"name": "SGD", "momentum": -1}},
-        "SGD cannot be built from these arguments: ValueError: Invalid momentum value: -1",
+        "SGD cannot be built from these arguments: Invalid momentum value: -1",
         "",
     ),
     "its rate": ({"optimizer": {"name": "SGD", "lr": 1}}, "optimizer.lr is a setting", "rate=1"),
@@ -261,7 +261,7 @@ WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
     "metric": ({"metric": "acuracy"}, "there is no metric 'acuracy'", "did you mean accuracy?"),
     "schedule's list": (
         {"scheduler": {"name": "MultiStepLR", "milestones": ["ten", "twenty"]}},
-        "scheduler.milestones must be a list of whole numbers, not ['ten', 'twenty']",
+        "scheduler.milestones must be a list of whole numbers, not [ten, twenty]",
         "MultiStepLR takes",
     ),
     "schedule's word": (

@@ -18,6 +18,7 @@ from paramserver.config import loading, schema
 from paramserver.config.loading import check_worker_overrides, from_wire, load, save, to_wire
 from paramserver.errors import UserError
 from paramserver.settings import RunSettings, Settings
+from paramserver.words import shown
 
 CLONE = Path(__file__).resolve().parent.parent
 
@@ -293,7 +294,7 @@ LEARNING_RATE = "unknown setting `lerning_rate`; did you mean `learning_rate`?"
         (["batch_size=1.5"], ["batch_size must be a whole number, got 1.5"]),
         (["batch_size=true"], ["batch_size must be a whole number, got true"]),
         (["batch_size="], ["batch_size must be a whole number, got nothing"]),
-        (["batch_size.a=1"], ["batch_size must be a whole number, got {'a': 1}"]),
+        (["batch_size.a=1"], ["batch_size must be a whole number, got {a: 1}"]),
         (["batch_size=[1,"], ["cannot read the value in batch_size=[1,"]),
         (["run_dir=${"], ["cannot read the value in run_dir=${"]),
         (["learning_rate=fast"], ["learning_rate must be a number, got 'fast'"]),
@@ -386,7 +387,7 @@ def test_refused_on_the_command_line(argv: list[str], parts: list[str]) -> None:
         ("modle:\n  type: CNN", ["unknown setting `modle`; did you mean `model`?", "line 1"]),
         ("\nbatch_size: many", ["whole number, got 'many' (conf/model.yaml, line 2)"]),
         ("batch_size:\n", ["whole number, got nothing (conf/model.yaml, line 1)"]),
-        ("host_ip:\n  a: 1", ["host_ip must be text or null, got {'a': 1}", "line 1"]),
+        ("host_ip:\n  a: 1", ["host_ip must be text or null, got {a: 1}", "line 1"]),
         ("wandb:\n  mode: off", ["wandb.mode must be text or null, got false", "line 2", "quotes"]),
         ("model:\n  type: 5", ["model.type must be text, got 5 (conf/model.yaml, line 2)"]),
         ("model: SimpleNN", ["model must be a mapping", "line 1", "model.type=SimpleNN"]),
@@ -613,3 +614,15 @@ def test_settings_are_frozen() -> None:
     with pytest.raises(AttributeError):
         settings.seed = 3  # type: ignore[misc]
     assert replace(settings, seed=3).seed == 3
+
+
+def test_a_value_is_shown_as_it_is_written_and_no_more_of_it_than_a_line() -> None:
+    value = {"name": "OneCycleLR", "max_lr": 0.01, "x": None, "y": [1, True, {"a": "b"}]}
+    text = "{name: OneCycleLR, max_lr: 0.01, x: null, y: [1, true, {a: b}]}"
+    assert shown(value, 80) == text and shown(value) == text[:57] + "..."
+    deep: object = 1
+    for _ in range(100_000):
+        deep = [deep]
+    assert len(shown(deep)) <= 60 and len(shown(list(range(10**6)))) == 60
+    while isinstance(deep, list):  # to free it all at once would take as many frames
+        deep = deep.pop()

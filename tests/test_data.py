@@ -498,7 +498,7 @@ def test_two_processes_download_once(tmp_path, mirror):
         ({"name": "FashonMNIST"}, "no data set 'FashonMNIST'", "did you mean FashionMNIST?"),
         ({"name": "digit"}, "no data set 'digit'", "did you mean digits?"),
         ({"name": "ImageNet21k"}, "no data set", "known: MNIST, FashionMNIST, digits"),
-        ({"root": "data"}, "dataset.name must be a name, not None", "known: MNIST"),
+        ({"root": "data"}, "dataset.name must be a name, not null", "known: MNIST"),
         ({"name": 5}, "dataset.name must be a name, not 5", "known: MNIST"),
         ({"name": "MNIST", "rot": "x"}, "unknown setting dataset.rot", "did you mean root?"),
         ({"name": "MNIST", "root": 7}, "dataset.root must be a folder, not 7", ""),

@@ -21,11 +21,12 @@ import pytest
 import torch
 
 from paramserver.config import page as settings_page
-from paramserver.config.schema import KEYS, NAMED, SHORT, scope, shown
+from paramserver.config.schema import KEYS, NAMED, SHORT, scope
 from paramserver.protocol import messages as wire
 from paramserver.rounds import diagrams as state_diagrams
 from paramserver.rounds import states
 from paramserver.tensors.codec import CODECS, Codec
+from paramserver.words import shown
 
 CLONE = Path(__file__).resolve().parent.parent
 PAGES = {

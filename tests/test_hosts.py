@@ -100,7 +100,7 @@ def test_machines_that_are_typed() -> None:
     ]
     assert hosts.choose("pi5,mini1", file) == [file[1], file[0]]  # as the file has them
     assert hosts.choose("pi5", file) == [file[1] | {"role": "both"}]
-    for wrong in ("a:b", "a:0", ","):
+    for wrong in ("a:b", "a:0", "a:" + "9" * 5000, "@", "me@", ":2", ","):
         with pytest.raises(UserError, match="no machine"):
             hosts.choose(wrong, None)
 
@@ -119,7 +119,12 @@ def test_without_machines_there_are_none(tmp_path: Path) -> None:
         ("hosts: [{name: a, role: server}, {name: b, role: both}]", "has 2 servers: a, b"),
         ("hosts: [{name: a, role: both}, {name: a}]", "hosts names a twice"),
         ("hosts: [{name: a, role: both, id: 1}, {name: b, id: 1}]", "gives id 1 to two"),
-        ("hosts: [{ssh: a}]", "hosts holds {'ssh': 'a'}"),
+        ("hosts: [{name: [a]}]", "hosts holds {name: [a]}"),
+        ("hosts: [null]", "hosts holds null"),
+        ("hosts: [{name: a, role: both, id: 65535, workers: 2}]", "a.id of the last of its 2"),
+        ("server: [a]\nworkers: [b]", "hosts holds {name: [a]"),
+        ("server: a\nworkers: [[b]]", "hosts holds {name: [b]"),
+        ("hosts: [{ssh: a}]", "hosts holds {ssh: a}"),
         ("hosts: [{name: a, role: both, adress: 1.2.3.4}]", "a has an unknown `adress`"),
         ("hosts: [{name: a, role: boss}]", "a.role must be server, worker or both"),
         ("hosts: [{name: a, role: both, ip: mini1}]", "a.ip must be an address"),

@@ -54,7 +54,6 @@ from paramserver.config.schema import (
     from_wire,
     meant,
     scope,
-    shown,
     spelled_out,
 )
 from paramserver.errors import UserError
@@ -62,7 +61,7 @@ from paramserver.net import hosts
 from paramserver.net.jointoken import VARIABLE
 from paramserver.settings import Settings
 from paramserver.typed import typed
-from paramserver.words import printable
+from paramserver.words import printable, shown
 
 __all__ = [
     "Loaded",

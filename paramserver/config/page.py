@@ -18,8 +18,8 @@ from paramserver.config.schema import (
     Key,
     default_of,
     must_be,
-    shown,
 )
+from paramserver.words import shown
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "settings.md"  # in a clone
 BEGIN, END = "<!-- settings -->", "<!-- end -->"

@@ -19,7 +19,7 @@ from paramserver.ranges import FILLED, FUNCTION, Range, is_import_path
 from paramserver.rounds.aggregate import BY_COORDINATE, CLIPPED
 from paramserver.settings import AGGREGATES, DATASETS, MODELS, Settings, Wandb
 from paramserver.typed import typed
-from paramserver.words import nearest, no_such, printable
+from paramserver.words import nearest, no_such, quoted, shown
 
 Program = Literal["server", "worker", "launch"]
 Where = Callable[[str], str]  # a setting's name -> where its value was written, or ""
@@ -130,14 +130,6 @@ _KINDS = {
 def scope(name: str) -> str:
     """Whose a setting is: ``run``, ``server`` or ``local``; a model's arguments are the run's."""
     return KEYS[name if name in KEYS else name.partition(".")[0]].scope
-
-
-def shown(value: object, most: int = 60) -> str:
-    """A value as a person writes it in YAML, not longer than half a line."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    text = printable(str(value))
-    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def spelled_out(name: str, value: Any) -> Any:
@@ -473,7 +465,7 @@ def must_be(key: Key | None) -> str:
 
 def _wrong(name: str, must: str, value: object, where: Where) -> UserError:
     key = KEYS.get(name)
-    got = "nothing" if value is None else shown(repr(value) if isinstance(value, str) else value)
+    got = "nothing" if value is None else quoted(value)
     hint = ""
     if key and key.kind is dict and isinstance(value, str):
         hint = f"for its name alone: {key.name}.{NAMED[name]}={shown(value)}\n"

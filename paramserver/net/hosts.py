@@ -20,7 +20,7 @@ from typing import Any
 
 from paramserver.errors import UserError
 from paramserver.settings import outside
-from paramserver.words import nearest
+from paramserver.words import nearest, quoted
 
 HERE = "local"  # as `ssh`: this machine, without ssh
 WORKERS_MAX = 64  # on one machine
@@ -133,12 +133,12 @@ def choose(text: str, entries: Any) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for word in filter(None, (word.strip() for word in text.split(","))):
         ssh, colon, count = word.partition(":")
-        if colon and not (count.isdecimal() and int(count)):
+        name = ssh.rpartition("@")[2]
+        if not name or (colon and not re.fullmatch("0*[1-9][0-9]{0,8}", count)):
             raise UserError(
                 f"hosts={text}: {word!r} is no machine",
                 "hosts=mini1,user@mini2.local, or mini1:2 for two workers there",
             )
-        name = ssh.rpartition("@")[2]
         entry = known.get(ssh) or known.get(name) or {"name": name, "ssh": ssh}
         found.append(entry | ({"workers": int(count)} if colon else {}))
     if not found:
@@ -158,7 +158,8 @@ def _host(entry: Any) -> Host:
     if isinstance(entry, str):
         entry = {"name": entry}
     if not isinstance(entry, Mapping) or not isinstance(entry.get("name"), str):
-        raise _wrong(f"holds {entry!r}", "a machine is written {name: mini1, ssh: user@mini1}")
+        hint = "a machine is written {name: mini1, ssh: user@mini1}"
+        raise _wrong(f"holds {quoted(entry)}", hint)
     name = entry["name"]
     for key, value in entry.items():
         if key not in _KINDS:
@@ -168,7 +169,7 @@ def _host(entry: Any) -> Host:
             raise _wrong(f"{name} has an unknown `{key}`{guess}", f"a machine has: {known}")
         if value is not None and type(value) is not _KINDS[key]:
             kind = "text" if _KINDS[key] is str else "a whole number"
-            raise _wrong(f"{name}.{key} must be {kind}, got {value!r}")
+            raise _wrong(f"{name}.{key} must be {kind}, got {quoted(value)}")
     host = Host(**{"ssh": name, **{k: v for k, v in entry.items() if v is not None}})
     problem = _problem(host)
     if problem:
@@ -198,6 +199,8 @@ def _problem(host: Host) -> tuple[str, str] | None:
             return f"{name} {must}, got {value!r}", ""
     if not 1 <= host.workers <= WORKERS_MAX:
         return f"workers must be 1 to {WORKERS_MAX}, got {host.workers}", "role: server trains none"
+    if host.id is not None and (must := outside("id", host.id + host.workers - 1)):
+        return f"id of the last of its {host.workers} workers {must}", ""
     if host.restart < 0:
         return f"restart must be 0 or more, got {host.restart}", ""
     plain = host.folder.removeprefix("~/")
@@ -228,7 +231,11 @@ def spelled_out(tree: Mapping[str, Any]) -> dict[str, Any]:
         entries = _listed(tree.pop("server", None), tree.pop("workers", []))
     if not isinstance(entries, list):
         return tree
-    known = {entry.get("name"): entry for entry in entries if isinstance(entry, dict)}
+    known = {
+        entry["name"]: entry
+        for entry in entries
+        if isinstance(entry, dict) and isinstance(entry.get("name"), str)
+    }
     for name, address in addresses.items():
         if name not in known:
             raise UserError(

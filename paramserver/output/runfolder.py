@@ -35,11 +35,12 @@ from typing import Any
 import msgspec
 
 from paramserver import drafts, locks
-from paramserver.config.schema import flatten, shown
+from paramserver.config.schema import flatten
 from paramserver.errors import UserError
 from paramserver.net import machine
 from paramserver.output import stored
 from paramserver.rounds.recovery import NOTHING, UNKNOWN
+from paramserver.words import shown
 
 NEWEST_RUN = ".newest_run"  # in the folder of run folders: the highest number of a run
 NUMBER_LOCK_S = 5.0  # for a lock that is held for a moment

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from paramserver.config.schema import flatten, shown
+from paramserver.config.schema import flatten
 from paramserver.net import jointoken
 from paramserver.output.thinned import Thinned
 from paramserver.protocol import messages as wire
@@ -56,6 +56,7 @@ from paramserver.status.value import (
     Times,
     finite,
 )
+from paramserver.words import shown
 
 RATE_S = 3.0  # over which rates are means
 GONE_S = 300.0  # for which those that left stay in the list

@@ -14,7 +14,7 @@ from typing import Any
 
 from paramserver.errors import UserError
 from paramserver.tensors.annotations import misfit
-from paramserver.words import nearest, printable
+from paramserver.words import nearest, printable, quoted
 
 ROOT = Path(__file__).resolve().parents[2]
 OURS = (ROOT / "paramserver", ROOT / "workers")
@@ -59,7 +59,7 @@ def check(
             is_default = value is named[key].default  # None of a number, as torch has it
             must = None if is_default else misfit(value, named[key].annotation)
             if must is not None:
-                raise UserError(f"{group}.{key} must be {must}, not {value!r}", hint)
+                raise UserError(f"{group}.{key} must be {must}, not {quoted(value)}", hint)
         elif not takes_any:
             raise UserError(
                 f"{group}.{key} is no argument of {name}", did_you_mean(str(key), named, hint)
@@ -76,7 +76,8 @@ def takes(factory: Callable[..., Any], argument: str) -> bool:
 
 
 def told(fault: BaseException) -> str:
-    """An exception in one line; with file and line where it was raised in a file of the user."""
+    """An exception in one line; with file and line where it was raised in a file of the user. Where
+    torch says what is wrong with a value, only that."""
     text = printable(" ".join(str(fault).split()))
     torch = getattr(sys.modules.get("torch"), "__file__", None)
     not_theirs = OURS if torch is None else (*OURS, Path(torch).parent)
@@ -85,6 +86,8 @@ def told(fault: BaseException) -> str:
         for frame in traceback.extract_tb(fault.__traceback__)
         if not any(Path(frame.filename).is_relative_to(folder) for folder in not_theirs)
     ]
+    if text and not frames and isinstance(fault, ValueError):
+        return text
     place = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
     return f"{type(fault).__name__}: {text}{place}"
 

@@ -10,6 +10,7 @@ from typing import Any
 from paramserver.errors import UserError
 from paramserver.settings import DATASETS
 from paramserver.tensors import factories
+from paramserver.words import quoted
 
 VAL_SHARE = 0.1
 _KEYS = ("name", "root")  # digits ignores root, so that dataset.name=digits alone selects it
@@ -23,7 +24,7 @@ def checked(dataset: dict[str, Any]) -> tuple[str, Path]:
     name, root = dataset.get("name"), dataset.get("root", "data")
     if not isinstance(name, str):
         raise UserError(
-            f"dataset.name must be a name, not {name!r}", f"known: {', '.join(DATASETS)}"
+            f"dataset.name must be a name, not {quoted(name)}", f"known: {', '.join(DATASETS)}"
         )
     if name not in DATASETS:
         raise UserError(
@@ -31,7 +32,7 @@ def checked(dataset: dict[str, Any]) -> tuple[str, Path]:
             f"{_nearest(name, DATASETS)}, or package.module:Name for your own",
         )
     if not isinstance(root, str | os.PathLike):
-        raise UserError(f"dataset.root must be a folder, not {root!r}")
+        raise UserError(f"dataset.root must be a folder, not {quoted(root)}")
     return name, Path(os.path.expanduser(root))
 
 
@@ -53,9 +54,9 @@ def parts(
     )
     val = None if factories.takes(kind, "val") else arguments.pop("val", None)
     if not isinstance(share, float) or not 0 < share < 1:
-        raise UserError(f"dataset.val_share must be between 0 and 1, not {share!r}")
+        raise UserError(f"dataset.val_share must be between 0 and 1, not {quoted(share)}")
     if val is None and factories.takes(kind, "train") and "train" not in arguments:
         arguments["train"], val = True, {"train": False}
     if not isinstance(val, dict | None):
-        raise UserError(f"dataset.val must be a mapping of arguments, not {val!r}")
+        raise UserError(f"dataset.val must be a mapping of arguments, not {quoted(val)}")
     return arguments, val, share

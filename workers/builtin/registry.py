@@ -17,7 +17,7 @@ from typing import Any
 from paramserver.errors import UserError
 from paramserver.fleet.user_code import current_folder_first
 from paramserver.tensors.factories import did_you_mean, signature_of, told
-from paramserver.words import no_such
+from paramserver.words import no_such, quoted
 
 from .own_code import NOTHING, OwnCode
 
@@ -41,7 +41,7 @@ def find(
     """
     kinds = f"known: {', '.join(known)}, or package.module:Name for your own"
     if not isinstance(name, str):
-        raise UserError(f"{setting} must be a name, not {name!r}", kinds)
+        raise UserError(f"{setting} must be a name, not {quoted(name)}", kinds)
     if ":" in name:
         return _imported(setting, name, wanted, is_a, code)
     if name not in known:

@@ -26,7 +26,7 @@ from .own_code import parsed, specs, statements
 
 BOUND_AT_RUN_TIME = {"globals", "vars", "setattr", "exec", "__getattr__", "__path__", "modules"}
 KEEP_ARGUMENTS = {
-    "cache", "enable_grad", "final", "inference_mode", "lru_cache", "no_grad", "override",
+    "enable_grad", "final", "inference_mode", "no_grad", "override",
 }  # fmt: skip
 """Decorators of Python's and torch's that leave alone what a class or function takes."""
 NO_DATACLASSES = {"Dataset", "Module", "object"}

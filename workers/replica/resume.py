@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from paramserver.config.schema import shown
 from paramserver.errors import UserError
 from paramserver.rounds.ledger import Ledger
 from paramserver.settings import Settings, outside
+from paramserver.words import shown
 
 from . import checkpoint
 from .checks import schedule_state
