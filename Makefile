@@ -39,9 +39,12 @@ endif
 
 
 help: ## list these commands
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F '|' '{ printf "%-20s %s\n", $$1, $$2 }'
-	@printf '\nSettings follow as words: make demo num_epochs=5 model.hidden=256\n'
-	@printf 'All of them, with meaning, default and unit: make server ARGS=--help\n'
+	@trap '' PIPE; { \
+	    sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | \
+	        awk -F '|' '{ printf "%-20s %s\n", $$1, $$2 }'; \
+	    printf '\nSettings follow as words: make demo num_epochs=5 model.hidden=256\n'; \
+	    printf 'All of them, with meaning, default and unit: make server ARGS=--help\n'; \
+	} 2> /dev/null || : # also into `| head`
 
 setup: $(READY) ## make .venv with all that is needed (PYTHON=python3.12; TORCH=cpu or cuda)
 	@test -z '$(call typed,TORCH)' || ! test -t 1 || $(VENV_PYTHON) -c 'from importlib.metadata import version; \
@@ -184,7 +187,10 @@ if "--" in arguments: # what follows is for the user's script
     at = arguments.index("--")
     arguments, behind = arguments[:at], arguments[at:]
 command = ["$(VENV_PYTHON)", "-m", *arguments, *reversed(settings), *behind]
-print(shlex.join(command), file=sys.stderr if "--json" in arguments else None, flush=True)
+try:
+    print(shlex.join(command), file=sys.stderr if "--json" in arguments else None, flush=True)
+except OSError: # a full disk, a pipe whose reader has ended
+    pass
 del os.environ["PASS_ON"], os.environ["SET_UP"]
 if re.match("paramserver|workers", arguments[0]): # Ctrl-C waits for what ends it without a traceback
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])

@@ -155,3 +155,15 @@ def test_a_mistake_is_told() -> None:
     )
     assert ran.returncode == 2
     assert ran.stderr.startswith("error: cannot read the argument 'rotat'")
+
+
+@pytest.mark.parametrize("words", [[], ["rotate"]])
+def test_an_address_that_is_none_makes_no_new_keys(folder: Path, words: list[str]) -> None:
+    ran = subprocess.run(
+        [sys.executable, "-m", "paramserver.keys", *words, "host_ip=999.1.1.1"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 2 and "999.1.1.1 is neither an address nor" in ran.stderr
+    assert ran.stdout == "" and not folder.exists()

@@ -325,3 +325,24 @@ def test_help_names_every_command(clone: Path) -> None:
     assert [
         line.split()[1] for line in ran.stdout.splitlines() if line.startswith("  make")
     ] == commands
+
+
+@pytest.mark.parametrize("where", ["a closed pipe", "/dev/full"])
+@pytest.mark.parametrize("word", ["help", "server"])
+def test_output_of_which_only_the_head_is_read_or_that_is_not_taken(
+    clone: Path, word: str, where: str
+) -> None:
+    """Nobody sees a traceback of make's own; what the program does then is its own to do."""
+    if where == "/dev/full":
+        out = os.open(where, os.O_WRONLY) if Path(where).exists() else pytest.skip(f"no {where}")
+    else:
+        read, out = os.pipe()
+        os.close(read)
+    try:
+        ran = subprocess.run(
+            ["make", word], cwd=clone, stdout=out, stderr=subprocess.PIPE, text=True, check=False
+        )
+    finally:
+        os.close(out)
+    assert 'File "<string>"' not in ran.stderr
+    assert word == "server" or (ran.returncode, ran.stderr) == (0, "")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
+from contextlib import suppress
 
 from paramserver import __version__, terminal
 from paramserver.config.schema import (
@@ -14,8 +15,8 @@ from paramserver.config.schema import (
     Key,
     default_of,
     meaning,
-    shown,
 )
+from paramserver.words import shown
 
 _SETTINGS = "Settings are words like batch_size=64; python -m paramserver --help lists all of them."
 _HOSTS = (
@@ -243,11 +244,10 @@ def answer(words: Sequence[str], command: str) -> None:
     follows a `--` is for another program."""
     own = words[: words.index("--")] if "--" in words else words
     for word in own:
-        if word in ASK:
-            terminal.result(help_text(command))
-            raise SystemExit(0)
-        if word in VERSION:
-            terminal.result(f"paramserver {__version__}")
+        if word in ASK or word in VERSION:
+            page = help_text(command) if word in ASK else f"paramserver {__version__}"
+            with suppress(SystemExit):  # whoever reads only the head has what they wanted
+                terminal.result(page)
             raise SystemExit(0)
 
 

@@ -69,6 +69,8 @@ class Agent:
 
 def main() -> None:
     with exit_on_user_error():
+        if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
+            raise UserError("make up and make doctor start this program")
         agent = Agent(Path(sys.argv[1]))
         try:
             for line in sys.stdin:

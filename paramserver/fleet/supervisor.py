@@ -514,6 +514,9 @@ def tail(files: Files, lines: int) -> bytes:
 
 
 def main(words: list[str]) -> int:
+    if len(words) < 2:
+        print("error: make up and the like start this program", file=sys.stderr)
+        return 2
     command, *rest = words
     if command == "status":
         states = status(Path(rest[0]), rest[1:] == ["shown"])
