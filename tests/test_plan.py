@@ -392,14 +392,14 @@ def test_a_run_as_fast_as_planned_is_not_mentioned() -> None:
 
 def test_a_worker_that_is_slower_than_measured_is_named_once() -> None:
     assert told_by(watching(), 0.5, 0.55) == [
-        "182 samples/s, where make plan had predicted 500: worker 2 (pi5) computes 500 ms in a "
+        "182 samples/s, where the plan had predicted 500: worker 2 (pi5) computes 500 ms in a "
         "round, 150 ms were measured: does something else run there?"
     ]
 
 
 def test_a_longer_exchange_is_named() -> None:
     assert told_by(watching(), 0.15, 0.55) == [
-        "182 samples/s, where make plan had predicted 500: a round takes 400 ms beside computing, "
+        "182 samples/s, where the plan had predicted 500: a round takes 400 ms beside computing, "
         "50 ms were predicted: a cable, a busy network? make doctor looks closer"
     ]
 
@@ -427,7 +427,7 @@ def test_a_run_says_that_it_is_slower_than_planned(tmp_path: Path) -> None:
     command += [f"cluster={tmp_path / 'cluster.yaml'}", f"run_dir={tmp_path}", "num_epochs=10000"]
     demo = Program("demo", [*command, "plain=true", "wandb.mode=disabled"], tmp_path)
     try:
-        said = demo.wait_for("samples/s, where make plan had predicted 1,000,000: ")
+        said = demo.wait_for("samples/s, where the plan had predicted 1,000,000: ")
         assert re.search(r"worker [12] .*computes \d+ ms in a round, 0 ms were measured", said)
         demo.send(signal.SIGINT)
         assert demo.end() == 0

@@ -8,10 +8,20 @@ from pathlib import Path
 import pytest
 
 from paramserver.errors import UserError
-from paramserver.fleet.user_code import Script, UserCode, find_user_code, modules, place_of
+from paramserver.fleet.commands import Checked
+from paramserver.fleet.up import Job, check_modules
+from paramserver.fleet.user_code import (
+    Script,
+    UserCode,
+    absent,
+    find_user_code,
+    modules,
+    place_of,
+)
 from paramserver.settings import Settings
 
 CLONE = Path("/clone")
+OURS = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
@@ -92,3 +102,13 @@ def test_what_is_there_anyway_stays(desk: Path) -> None:
     )
     assert find_user_code(named("json:JSONDecoder", dataset="carry_no_such:Thing"), CLONE) == ()
     assert find_user_code(named("sys:Nothing"), CLONE) == ()
+
+
+def test_a_module_that_is_nowhere_is_said_before_anything_is_copied(desk: Path) -> None:
+    settings = named("carry_no_such:Net", loss="torch.nn:MSELoss", dataset="carry_nets:Films")
+    assert absent(settings, OURS) == {"carry_no_such": "model.type=carry_no_such:Net"}
+    job = Job(settings, ())
+    installed = Checked(has=frozenset({"environment"}))  # perhaps with that module
+    check_modules(job, {"mini1": installed}, OURS)
+    with pytest.raises(UserError, match=r"no module 'carry_no_such' here, and nothing is .* mini2"):
+        check_modules(job, {"mini1": installed, "mini2": Checked()}, OURS)

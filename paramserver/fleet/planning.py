@@ -29,7 +29,7 @@ from paramserver.fleet.lines import Lines
 from paramserver.fleet.plan import HERE, CodecCost, Link, Machine, Model, Plan, Row
 from paramserver.fleet.processes import machines_if_any, refuse, states
 from paramserver.fleet.remote import Agent
-from paramserver.fleet.up import check, clone, job, prepare
+from paramserver.fleet.up import check, check_modules, clone, job, prepare
 from paramserver.fleet.user_code import find_user_code
 from paramserver.net.hosts import Host
 from paramserver.program import command as program
@@ -92,6 +92,7 @@ def _on_machines(
     wanted, root = job(arguments), clone()
     code = find_user_code(wanted.settings, root)
     checked = check(wanted.hosts)
+    check_modules(wanted, checked, root)
     ready = [host for host in wanted.hosts if "environment" in checked[host.name].has]
     kept, troubles = states(ready)
     refuse(troubles, "not all machines answer")
@@ -326,7 +327,7 @@ def _command(best: Plan, hosts: Sequence[Host], arguments: Sequence[str]) -> str
     ]  # fmt: skip
     named = [a for a in words if re.match(r"hosts=[^\[{]", a)]
     if named and best.server in best.machines:
-        machines = filter(None, named[-1].partition("=")[2].split(","))
+        machines = filter(None, map(str.strip, named[-1].partition("=")[2].split(",")))
         typed_as = dict(zip((host.name for host in hosts), machines, strict=True))
         first = sorted(best.machines, key=lambda name: name != best.server)
         word = f"HOSTS={','.join(typed_as[name] for name in first)}"

@@ -30,7 +30,7 @@ from paramserver.fleet.measurements import Measurement
 from paramserver.fleet.processes import machines, refuse, states, stop
 from paramserver.fleet.remote import Agent, Failed
 from paramserver.fleet.supervisor import State
-from paramserver.fleet.user_code import Script, UserCode, find_user_code, place_of
+from paramserver.fleet.user_code import Script, UserCode, absent, find_user_code, place_of
 from paramserver.net.hosts import Host
 from paramserver.net.interfaces import SPOKEN, Interface, from_json, paths
 from paramserver.net.interfaces import Path as Way
@@ -112,6 +112,7 @@ def up(wanted: Job, arguments: list[str], *, dry: bool = False) -> int:
         return 0
     lines = Lines(wanted.hosts)
     checked = check(wanted.hosts)
+    check_modules(wanted, checked, root)
     wanted = replace(wanted, checked=checked)
     running = look(wanted, checked)
     if not running:
@@ -155,6 +156,17 @@ def check(hosts: Sequence[Host]) -> dict[str, Checked]:
             troubles += commands.troubles(host, found[host.name])
     refuse(troubles, _cannot(troubles))
     return found
+
+
+def check_modules(wanted: Job, checked: Mapping[str, Checked], root: Path) -> None:
+    """Raise `UserError` for a module that settings name and that can be nowhere: it is not here,
+    and on some machine no environment is yet, in which a person may have installed it."""
+    bare = [name for name, found in checked.items() if "environment" not in found.has]
+    for module, setting in absent(wanted.settings, root).items() if bare else ():
+        raise UserError(
+            f"{setting}: there is no module {module!r} here, and nothing is installed on {bare[0]}",
+            "its file must be in this folder, or in one that PYTHONPATH names: it is copied",
+        )
 
 
 def _cannot(troubles: Sequence[Trouble]) -> str:

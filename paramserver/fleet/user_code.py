@@ -117,6 +117,26 @@ def find_user_code(
     return tuple(UserCode(folder, tuple(sorted(names))) for folder, names in by_folder.items())
 
 
+def absent(settings: Settings, root: Path) -> dict[str, str]:
+    """The modules that settings name and that are not here: the name of each, and the setting it is
+    from. What every environment has, by the pins of the clone at `root`, is none of them."""
+    pins = (root / "constraints.txt").read_text(encoding="utf-8")
+    brought = {line.partition("==")[0].replace("-", "_") for line in pins.splitlines()}
+    return {
+        module: setting
+        for module, setting in modules(settings).items()
+        if module not in brought and not _is_here(module)
+    }
+
+
+def _is_here(module: str) -> bool:
+    try:
+        with current_folder_first():
+            return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):
+        return True
+
+
 def _place(module: str) -> Path | None:
     """The file or the package's folder; None where there is none on this machine."""
     try:
