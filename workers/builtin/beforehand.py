@@ -6,8 +6,6 @@ What is ours and torch's is tried with its arguments; a user's own is read, not 
 
 from __future__ import annotations
 
-import importlib.util
-
 from paramserver.settings import Settings
 
 from . import reading
@@ -31,9 +29,13 @@ def check_for_others(settings: Settings) -> None:
     installed there, cannot be known. Without PyTorch here, only names, and arguments by their
     types."""
     reading.check(settings)  # takes no time, while PyTorch takes seconds
-    is_usual = all(getattr(settings, name) == getattr(Settings(), name) for name in TRIED)
-    if not is_usual and importlib.util.find_spec("torch") is not None:
-        _try(settings, here=False)
+    if all(getattr(settings, name) == getattr(Settings(), name) for name in TRIED):
+        return
+    try:
+        import torch  # noqa: F401
+    except (ImportError, OSError):  # it is not here, or does not load: the machines have their own
+        return
+    _try(settings, here=False)
 
 
 def _try(settings: Settings, *, here: bool = True) -> None:
