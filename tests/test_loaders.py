@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -138,6 +139,20 @@ def test_a_sample_that_a_process_cannot_read_is_left_out_and_named() -> None:
         (got,) = read.load((0, 0, 200))
         assert len(got.unread) == 1 and got.samples == 199 and len(got.data[0]) == 199
         assert read._broken == {3: "sample 3: OSError: 3.png is cut off"}
+    finally:
+        read.close()
+
+
+def test_a_sample_that_ends_its_process_is_one_that_cannot_be_read() -> None:
+    class Exits(Noise):
+        def __getitem__(self, index: int) -> Any:
+            return sys.exit(1) if index == 3 else super().__getitem__(index)
+
+    read = Samples(DataLoader(Exits(200), 8, num_workers=2))
+    try:
+        (got,) = read.load((0, 0, 200))
+        assert got.samples == 199
+        assert read._broken == {3: "sample 3: RuntimeError: the data set called sys.exit(1)"}
     finally:
         read.close()
 

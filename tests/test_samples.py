@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -78,6 +80,24 @@ def test_what_cannot_be_read_is_left_out_and_named_once() -> None:
     for part in loaded:
         assert len(part.data[0]) == 50 - len(part.unread)
     assert sorted(line.split(":")[2] for line in said) == [" sample 3", " sample 5"]
+
+
+def test_a_sample_that_exits_is_one_that_cannot_be_read() -> None:
+    """Else it would end one worker after the other, each of them in order."""
+
+    class Exits(Noise):
+        def __getitem__(self, index: int) -> tuple[Tensor, Tensor, int]:
+            return sys.exit("no decoder") if index == 3 else super().__getitem__(index)
+
+    samples = Samples(Exits(200))
+    with ThreadPoolExecutor(1) as loader:
+        (part,) = loader.submit(samples.load, (0, 0, 200)).result()
+    assert len(part.unread) == 1 and part.samples == 199
+    assert samples._broken == {
+        3: "sample 3: RuntimeError: the data set called sys.exit('no decoder')"
+    }
+    with pytest.raises(SystemExit):  # in this thread it may be a signal's handler that exits
+        Samples(Exits(200)).load((0, 0, 200))
 
 
 def test_more_than_one_in_a_hundred_is_an_error_that_names_them() -> None:

@@ -26,6 +26,7 @@ from torch.utils.data import (
     SequentialSampler,
     SubsetRandomSampler,
     WeightedRandomSampler,
+    get_worker_info,
 )
 
 from paramserver.errors import UserError
@@ -190,6 +191,17 @@ class _Reader(Dataset[Any]):
             return self._dataset[index]
         except Exception as e:
             return Failed(_sendable(e))
+        except SystemExit as e:
+            return Failed(exits(e))
+
+
+def exits(error: SystemExit) -> Exception:
+    """The error that stands for a `sys.exit` in a data set: it would end one worker after the
+    other, each in order, and nobody would know of which sample. Raises the one that it gets in a
+    main thread, where it may be that of a signal's handler."""
+    if threading.current_thread() is threading.main_thread() and get_worker_info() is None:
+        raise error
+    return RuntimeError(f"the data set called sys.exit({error.code!r})")
 
 
 def _sendable(error: Exception) -> Exception:

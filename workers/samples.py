@@ -28,7 +28,7 @@ from paramserver.tensors.order import order
 
 from .draws import Draws
 from .generators import forked, seed_generators
-from .loaders import Failed, Processes, parts_of
+from .loaders import Failed, Processes, exits, parts_of
 
 log = logging.getLogger(__name__)
 
@@ -204,6 +204,8 @@ class Samples:
                 yield self.one(index)
             except Exception as e:
                 yield Failed(e)
+            except SystemExit as e:
+                yield Failed(exits(e))
 
     def one(self, index: int) -> Any:
         """One sample as it is, on the CPU; a batch of one where the set makes batches."""
