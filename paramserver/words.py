@@ -1,8 +1,10 @@
-"""Words of other programs and people: makes them printable, and finds what a misspelt one means."""
+"""Words of other programs and people: makes them printable, names signals, and finds what a
+misspelt one means."""
 
 from __future__ import annotations
 
 import difflib
+import signal
 from collections.abc import Iterable, Mapping
 
 from paramserver.errors import UserError
@@ -55,6 +57,14 @@ def _written(value: object, most: int) -> str:
 def host_port(host: str, port: int) -> str:
     """Host and port as people write them: an IPv6 address in brackets."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def signal_name(number: int) -> str:
+    """The name of a signal. Those between SIGRTMIN and SIGRTMAX have none of their own."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
 
 
 def nearest(word: str, known: Iterable[str], *, alike: float = 0.6) -> str:

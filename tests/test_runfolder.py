@@ -500,6 +500,7 @@ BROKEN = {
     "zeros": lambda path: path.write_bytes(bytes(1000)),
     "noise": lambda path: path.write_bytes(bytes(range(256)) * 10),
     "a folder": lambda path: (path.unlink(), path.mkdir()),
+    "a pipe": lambda path: (path.unlink(), os.mkfifo(path)),
     "another file": lambda path: stored_checkpoint(path, 20, format="pt"),
     "of a negative step": lambda path: stored_checkpoint(path, -1),
     "of an absurd step": lambda path: stored_checkpoint(path, 10**30),

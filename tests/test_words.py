@@ -15,7 +15,9 @@ from liar import FakeServer
 from test_strangers import HELLO, answer, dealer
 from whole import Run
 
+from paramserver.fleet.supervisor import died
 from paramserver.protocol import messages as wire
+from paramserver.server.observer_process import _how as how_it_ended
 from paramserver.words import MARK, nearest, printable, printable_lines
 
 EVIL = "\x1b[2J\x1b]0;title\x07red\r\nline\x00\x9b1m\u202eback\u200b\u2066 \ud7ff\u2028end"
@@ -28,6 +30,12 @@ def test_the_name_that_was_meant() -> None:
     assert nearest("simplenn", known) == nearest("SimpelNN", known) == "SimpleNN"
     assert nearest("Transformer", known) == nearest("x", []) == ""
     assert (nearest("net", known), nearest("net", known, alike=0.5)) == ("", "ResNet18")
+
+
+@pytest.mark.parametrize(("code", "told"), [(-9, "SIGKILL"), (-40, "signal 40"), (-35, "35")])
+def test_how_a_process_ended_is_told_for_every_signal(code: int, told: str) -> None:
+    """Those between SIGRTMIN and SIGRTMAX have no names of their own."""
+    assert told in how_it_ended(code) and told in died(code)
 
 
 def test_what_is_left_of_a_text() -> None:

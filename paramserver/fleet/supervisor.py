@@ -45,6 +45,7 @@ from pathlib import Path
 from typing import IO, Any, NoReturn
 
 from paramserver import drafts, locks, notify
+from paramserver.words import signal_name
 
 MARK = "PARAMSERVER_KEPT"
 """Environment variable of every process under a supervisor, inherited by the processes that those
@@ -295,7 +296,7 @@ class Supervisor:
 
 def died(code: int) -> str:
     """An exit code in words."""
-    return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    return f"killed by {signal_name(-code)}" if code < 0 else f"exit code {code}"
 
 
 def _hold_off_sleep() -> subprocess.Popen[bytes] | None:

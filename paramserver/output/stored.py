@@ -36,6 +36,8 @@ def read(path: Path) -> dict[str, str]:
     try:
         if path.is_dir():
             raise Broken("it is a folder")
+        if path.exists() and not path.is_file():  # a pipe would be waited for, without end
+            raise Broken("it is not a file")
         with path.open("rb") as file:
             size = file.seek(0, 2)
             file.seek(0)

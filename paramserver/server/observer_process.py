@@ -23,6 +23,7 @@ from paramserver.output.runfolder import RunFolder
 from paramserver.program import command as program
 from paramserver.server.control import Control
 from paramserver.settings import Settings
+from paramserver.words import signal_name
 
 OBSERVER_RESTARTS = 3
 OBSERVER_PROVEN_S = 60.0  # after running for longer, earlier deaths do not count
@@ -196,7 +197,7 @@ def _how(code: int) -> str:
     """How a process ended, in words."""
     if code >= 0:
         return f"exit code {code}"
-    name = signal.Signals(-code).name
+    name = signal_name(-code)
     memory = ", perhaps since memory was short" if -code == signal.SIGKILL else ""
     return f"exit code {code}: {name}{memory}"
 
