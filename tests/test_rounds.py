@@ -2327,6 +2327,30 @@ def test_who_has_done_nothing_has_not_finished_the_run() -> None:
     assert run.rounds.ending == ("every worker has finished, before all samples were done", False)
 
 
+@pytest.mark.parametrize("error", [False, True])
+def test_one_alone_does_not_end_the_run_of_those_who_are_still_to_come(error: bool) -> None:
+    """It came first, was alone when the others' time was over, and has brought nothing."""
+    run = Run(num_workers=3, join_timeout=20.0, idle_timeout=500.0).observer().workers(1)
+    assert run.tick(20.0, 0, 1)[-1].startswith("all <- open 1")
+    run.leave(1, "SIGINT" if not error else "ValueError: no", error=error)
+    how = "failed: ValueError: no" if error else "left: SIGINT"
+    paused = f"paused: no worker is ready, 2 of 3 have not come yet; worker 1 (pi) {how}"
+    assert run.tick(21.0, 0) == [f"# {paused}"]
+    for now in range(25, 400, 5):
+        run.tick(now, 0)
+    assert run.rounds.ending is None
+    run.workers(2)
+    assert run.rounds.round is not None and list(run.rounds.round.members) == [2]
+    run.leave(2)
+    assert run.tick(401.0, 0)[0].startswith("# paused: no worker is ready, 1 of 3 has not come yet")
+    run.workers(3), run.leave(3)
+    why = "every worker has "  # all have been here
+    assert run.tick(402.0, 0)[0].startswith(f"# {why}")
+    for now in range(405, 445, 5):
+        run.tick(now, 0)
+    assert run.rounds.ending is not None and run.rounds.ending[0].startswith(why)
+
+
 def test_one_that_only_came_and_left_does_not_end_a_run_that_goes_on() -> None:
     """Those of whom something is in the log may be on their way to a server that was restarted."""
     run = Run(recovery="name of 4", idle_timeout=100.0)

@@ -279,15 +279,50 @@ def test_a_slow_first_batch_is_forgotten() -> None:
     assert min(machines.history[-1].values()) >= 30
 
 
-def test_a_worker_without_samples_makes_no_round_void() -> None:
+def one_gets_nothing(step_s: float = 0.0) -> Run:
+    """Worker 4 is so slow that it gets no samples. A step of the others takes `step_s` more."""
     run = speeds()
     for _ in range(12):
-        sizes = a_round(run, {**SPEEDS, 4: 3.0})
+        seconds = {w: s + step_s / 8 for w, s in SPEEDS.items()}
+        sizes = a_round(run, {**seconds, 4: 100 * max(seconds.values())})
     assert 4 not in sizes and run.rounds.round is not None
-    number, began = run.rounds.round.number, run.now
-    for seconds in range(1, 60):
+    return run
+
+
+def test_who_got_no_samples_gets_all_where_those_who_have_them_hang() -> None:
+    """They beat, and push nothing: the run would wait for them until `idle_timeout`."""
+    run = one_gets_nothing()
+    began = run.now
+    for seconds in range(1, 30):
+        assert all(e.startswith("#") for e in run.tick(began + seconds, 0, 1, 2, 3, 4))
+    [void, why, *left_out, back, opened] = run.tick(began + 30, 0, 1, 2, 3, 4)
+    assert void.startswith("void") and opened.startswith("all <- open")
+    assert "while worker 4 (pi) could take part" in why
+    assert left_out == [
+        f"# worker {w} (pi) brought nothing to a round, which waited 30 s for it: rounds go on "
+        "without it for 30 s"
+        for w in (1, 2, 3)
+    ]
+    assert back == "# worker 4 (pi) gets samples again"
+    for _ in range(2):
+        current = run.rounds.round
+        assert current is not None and list(current.members) == [4]
+        run.now += 20.0
+        run.push(4)
+    current = run.rounds.round
+    assert current is not None and {1, 2, 3} <= set(current.members), "they may hang no more"
+
+
+def test_long_steps_are_not_given_up_for_the_sake_of_one_that_is_much_slower() -> None:
+    """A round that takes longer than any would have to wait for somebody is one like the others."""
+    run = one_gets_nothing(step_s=40.0)
+    current, began = run.rounds.round, run.now
+    for seconds in range(1, 100):
         run.tick(began + seconds, 0, 1, 2, 3, 4)
-    assert run.rounds.round is not None and run.rounds.round.number == number
+    assert run.rounds.round is current
+    for seconds in range(100, 400):
+        run.tick(began + seconds, 0, 1, 2, 3, 4)
+    assert run.rounds.round is not current
 
 
 def test_the_short_rest_that_is_dropped_is_that_of_a_batch() -> None:

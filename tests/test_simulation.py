@@ -52,7 +52,7 @@ def test_the_promises_hold_under_faults(first: int) -> None:
 
 
 def test_schedules_have_what_they_are_made_for() -> None:
-    seen = sum((simulate(seed).seen for seed in range(300)), start=simulate(300).seen)
+    seen = sum((simulate(seed).seen for seed in range(350)), start=simulate(350).seen)
     faults = ("kill", "kill the server", "stop", "cut", "hold", "twin", "pause")
     for what in (
         *faults,
@@ -226,9 +226,25 @@ class WaitsForTheOverdue(Rounds):
 class WaitsForTheEmpty(Rounds):
     """Who holds a lease and never pushes is waited for in every round."""
 
-    def _judge(self, peer: Peer, member: Member, now: float) -> None:
+    def _judge(self, peer: Peer, member: Member, now: float, **more: Any) -> None:
         member.timed_out = False
-        super()._judge(peer, member, now)
+        super()._judge(peer, member, now, **more)
+
+
+class SparesNobodyForThoseWhoHang(Rounds):
+    """Who is so slow that it gets no samples gets none where those who have them hang."""
+
+    def _could_take_part(self, current: Round, now: float) -> list[Peer]:
+        could = super()._could_take_part(current, now)
+        return [p for p in could if self._leases.share_of(p.id) != 0]
+
+
+class EndsBeforeOthersCame(Rounds):
+    """Who comes first, alone, and leaves before the first update ends the run of the others."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._ending.departures._expected = 0
 
 
 class BlamesTheNextLease(Rounds):
@@ -544,6 +560,8 @@ class LooksForNoEnd(Worker):
         (Parts(rounds=WaitsForALostState), "nobody could help", 37),
         (Parts(rounds=WaitsForTheEmpty), "in a row waited for", 7429),
         (Parts(rounds=WaitsForTheOverdue), "could have gone on", 6467),
+        (Parts(rounds=SparesNobodyForThoseWhoHang), "could have gone on", 29),
+        (Parts(rounds=EndsBeforeOthersCame), "were still to come", 2250),
         (Parts(rounds=BlamesTheNextLease), "nothing is wrong with it", 43202),
         (Parts(rounds=GivesWithoutEnd), "two snapshots in a row", 12),
         (Parts(rounds=AsksTheSameForEver), "did not arrive|could have gone on", 2563),

@@ -947,7 +947,8 @@ class Rounds:
         if not self._waits.is_long(current, now):
             return
         others = self._could_take_part(current, now)
-        awaited = self._waits.given_up(current, others, now)
+        replaced = any(p.ready is None or self._leases.share_of(p.id) != 0 for p in others)
+        awaited = self._waits.given_up(current, others, now, replaced=replaced)
         if current.someone_is_whole:
             for member in awaited:
                 self._goes_on_without(current, member, now)
@@ -957,15 +958,17 @@ class Rounds:
             self._waits.overdue_rounds += 1
             self._void(why.removeprefix(f"round {current.number} "))
             for member in awaited:
-                self._judge(self.peers[member.session], member, now)
+                # With it in the next round those without a share would get nothing again; and after
+                # two such waits, of half of `idle_timeout` each, the run would be given up.
+                at_once = not replaced or current.local_steps > 1
+                self._judge(self.peers[member.session], member, now, at_once=at_once)
 
     def _could_take_part(self, current: Round, now: float) -> list[Peer]:
         """Workers that are here and have no part in this round: they wait for a lease, or for a
         snapshot that could be given if it was in vain."""
         roles = self._snapshots.may_take(now, in_vain=True)
         snapshot = self._roster.has_replica and "worker" in roles
-        could = self._waits.could_take_part(current, snapshot)
-        return [p for p in could if self._leases.share_of(p.id) != 0]  # it would get nothing again
+        return self._waits.could_take_part(current, snapshot)
 
     def _settle(self, now: float) -> wire.Close:
         """Make the complete round the next update of the log."""
@@ -1041,9 +1044,9 @@ class Rounds:
             text = f"the gradients of {name} disagree with the others' in {rounds}. {CHECK}"
             self._out.say(text, peer, warning=True, problem=True)
 
-    def _judge(self, peer: Peer, member: Member, now: float) -> None:
+    def _judge(self, peer: Peer, member: Member, now: float, *, at_once: bool = False) -> None:
         """Take the leases of a worker that is left out from now on."""
-        if self._waits.judge(peer, member, now):
+        if self._waits.judge(peer, member, now, at_once=at_once):
             self._leases.take_back(peer, self.round)
 
     def _void(self, why: str) -> None:

@@ -4,7 +4,8 @@ A worker that left in order does not come back by itself; a supervisor may start
 a silent one (power, a cable, `kill -9`) may still be there, or come back.
 
 Any worker can greet and leave. For others may be away for a moment, the run ends only when one has
-left of which something is in the log, or when nothing is there yet.
+left of which something is in the log, or, while nothing is there yet, when as many as were expected
+have taken part.
 """
 
 from __future__ import annotations
@@ -28,10 +29,12 @@ class Departure(msgspec.Struct, frozen=True):
 class Departures:
     """The newest departure of each worker. Times are those of `Rounds`; the server
     waits `silent_s` for a silent worker, and `timeout_s` or a multiple of it for others. It keeps
-    one departure for each worker id at most. `goes_on`: the log had begun before this server."""
+    one departure for each worker id at most. `expected`: so many workers are to take part.
+    `goes_on`: the log had begun before this server."""
 
-    def __init__(self, timeout_s: float, silent_s: float) -> None:
+    def __init__(self, timeout_s: float, silent_s: float, expected: int) -> None:
         self._timeout_s, self._silent_s = timeout_s, silent_s
+        self._expected = expected
         self._went: dict[int, Departure] = {}
         self.goes_on = False
         self._took_part: set[int] = set()
@@ -71,11 +74,21 @@ class Departures:
         """When the run ends, if no worker is here and none comes; None while the server waits for a
         silent one, or if none has taken part whose leaving counts."""
         how = {d.how for d in self._went.values() if not self._is_given_up(d, now)}
-        nothing = not (self._contributed or self.goes_on)  # is in the log
-        counts = nothing or bool(self._went.keys() & self._contributed)
+        all_came = self._nothing_yet and not self.to_come
+        counts = all_came or bool(self._went.keys() & self._contributed)
         if SILENT in how or not how or not counts:
             return None
         return self._since + self._timeout_s * (FAILED_TIMEOUTS if FAILED in how else 1)
+
+    @property
+    def _nothing_yet(self) -> bool:
+        """Is nothing in the log?"""
+        return not (self._contributed or self.goes_on)
+
+    @property
+    def to_come(self) -> int:
+        """How many workers are still to come, before there is a first update."""
+        return max(0, self._expected - len(self._took_part)) if self._nothing_yet else 0
 
     @property
     def all_finished(self) -> bool:

@@ -29,7 +29,7 @@ class Ending:
         self.begun: tuple[str, bool] | None = None
         self.ended: End | None = None
         self.observer_comes = False
-        self.departures = Departures(rules.heartbeat_timeout, rules.idle_timeout)
+        self.departures = Departures(rules.heartbeat_timeout, rules.idle_timeout, rules.num_workers)
         self.lost_since: float | None = None
         self.moved_at = now  # the end was begun, or the observer came closer to keeping it
         self._stopped = False  # somebody stopped it, in order

@@ -118,6 +118,9 @@ class Phases:
             return Phase.PAUSED, "waiting for the last samples"
         if len(ready) < least:
             needed = f", {least} are needed" if least > 1 else ""
+            if not ready and (to_come := self._ending.departures.to_come):
+                has = "have" if to_come > 1 else "has"
+                needed = f", {to_come} of {self._rules.num_workers} {has} not come yet"
             return Phase.PAUSED, f"paused: {here} {are} ready{needed}{missing}"
         return Phase.PAUSED, "between rounds"
 

@@ -28,6 +28,7 @@ SLOW_S = 0.1
 DERIVED_TIMEOUT_MIN_S = 1.0
 FIRST_WAIT_TIMES = 3  # as long as its quorum took, a round waits for a worker of unknown speed
 FIRST_WAIT_MIN_S = 0.3
+REPLACED_TIMES = 3  # as long as they take, a round waits for those whom only slow ones replace
 LOCAL_WAIT_TIMES = 10  # as long as its quorum took, a round of local steps may wait for the rest
 
 
@@ -143,7 +144,9 @@ class Waits:
 
     # ------------------------------------------------------------------ before the quorum
 
-    def given_up(self, current: Round, others: list[Peer], now: float) -> list[Member]:
+    def given_up(
+        self, current: Round, others: list[Peer], now: float, *, replaced: bool
+    ) -> list[Member]:
         """The members for whom a round without a quorum waits no longer; empty while it waits.
 
         A round has no deadline before its quorum is there, and with `deterministic` none after it.
@@ -151,7 +154,9 @@ class Waits:
         compile for minutes. Where `others` could take part, it waits no longer than any round, and
         longer each time that it was in vain, up to half as long as until the run is given up; where
         that would change the bits, or only those could go on who have pushed everything, as long as
-        that at once."""
+        that at once. If none of the others can replace those it waits for (`replaced`), since they
+        are so much slower that they got no samples, it waits several times as long as those usually
+        take."""
         if not self.is_long(current, now):
             return []
         waited = now - current.opened_at
@@ -159,7 +164,10 @@ class Waits:
         limit, most = math.inf, max(longest, self._rules.idle_timeout / 2)
         if others and not self._rules.deterministic:
             doublings = min(max(0, self.overdue_rounds - 1), OVERDUE_DOUBLINGS)
-            limit = min(longest * 2**doublings, most)
+            patience = (
+                longest if replaced else max(longest, REPLACED_TIMES * self._takes_s(current))
+            )
+            limit = min(patience * 2**doublings, most)
         elif others or current.someone_is_whole:
             limit = most
         if waited < min(limit, self._rules.idle_timeout):
@@ -171,6 +179,12 @@ class Waits:
         for member in awaited:
             member.timed_out, member.waited_s = True, waited
         return awaited
+
+    def _takes_s(self, current: Round) -> float:
+        """What the slowest of those that a round waits for usually takes for its push, as far as is
+        known."""
+        peers = (self._roster.peers.get(m.session) for m in current.expected())
+        return max((p.push_time_p95 or 0.0 for p in peers if p is not None), default=0.0)
 
     def could_take_part(self, current: Round, snapshot: bool) -> list[Peer]:
         """Workers that are here and have no part in this round: they wait for a lease, or for a
@@ -241,9 +255,9 @@ class Waits:
             return False
         return now < peer.late_at + self._rules.longest_wait_s()
 
-    def judge(self, peer: Peer, member: Member, now: float) -> bool:
-        """Note what a member brought to a round that is over. Is its worker left out from now
-        on?"""
+    def judge(self, peer: Peer, member: Member, now: float, *, at_once: bool) -> bool:
+        """Note what a member brought to a round that is over. Is its worker left out from now on?
+        With `at_once` it is after this round already, if it brought nothing."""
         if member.got:
             self.vain.pop(peer.id, None)
             return False
@@ -252,7 +266,8 @@ class Waits:
         vain = self.vain.setdefault(peer.id, Vain())
         vain.rounds += 1
         vain.waited_s += member.waited_s
-        return self._leave_out_if_due(peer, vain, now)
+        due = vain.rounds >= EMPTY_ROUNDS and vain.waited_s >= self._rules.longest_wait_s()
+        return (due or at_once) and self._leave_out(peer, vain, now)
 
     def _is_left_out(self, member: Member, now: float) -> bool:
         peer = self._roster.peers.get(member.session)
@@ -261,19 +276,18 @@ class Waits:
     def _vain_of(self, peer: Peer) -> Vain:
         return self.vain.get(peer.id) or Vain()
 
-    def _leave_out_if_due(self, peer: Peer, vain: Vain, now: float) -> bool:
+    def _leave_out(self, peer: Peer, vain: Vain, now: float) -> bool:
         """Leave a worker out that brings nothing although rounds wait for it: for as long as they
         waited, twice as long the next time, and so on. A worker that never pushes costs a tenth of
         the time in the end, however short the rounds of the others are. Before that it has the time
         to catch up, as a worker whose cable was out must: while rounds wait for it, the log grows
         slowly."""
-        if vain.rounds < EMPTY_ROUNDS or vain.waited_s < self._rules.longest_wait_s():
-            return False
         if len(self._roster.workers_ready()) < 2:
             return False
+        rounds = f"{vain.rounds} rounds in a row" if vain.rounds > 1 else "a round"
         rest_s = vain.waited_s * min(2**vain.left_out, REST_TIMES_MAX)
         self._out.warn(
-            f"{peer.name} brought nothing to {vain.rounds} rounds in a row, which waited "
+            f"{peer.name} brought nothing to {rounds}, which waited "
             f"{vain.waited_s:.0f} s for it: rounds go on without it for {rest_s:.0f} s",
             peer,
         )

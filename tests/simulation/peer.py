@@ -62,6 +62,8 @@ class Habits(msgspec.Struct):
     """Share of its local steps after which it leaves its loop, and pushes those that it made."""
     stutters: float = 0.0
     """Share of its batches that it begins with a pause of several batches."""
+    hangs_s: float = 0.0
+    """Its next batch takes so much longer."""
     own: int = 0
     """So many batches of its own are a worker's part; 0: all share one set."""
 

@@ -58,11 +58,12 @@ from .peer import (
     Observer,
     Shipping,
 )
-from .server import LIAR, Server
+from .server import LIAR, TICK_S, Server
 from .worker import Worker
 
 SILENCE_S = 4.0  # heartbeat_timeout
 IDLE_S = 50.0
+HANG_S, HANG_IDLE_S = 300.0, 200.0  # several in turn may be waited for before this is over
 LIARS_EVERY = 4  # seeds, a schedule has a liar
 SPEED_EVERY = 5  # seeds, shares follow speed
 LOCAL_EVERY = 7  # seeds, rounds have local steps
@@ -95,6 +96,10 @@ carried over."""
 
 OWN = 0.1
 """Share of the schedules without a liar in which workers bring samples of their own."""
+
+HANGS = 0.5
+"""Share of the schedules in which shares follow speed, after whose faults all who have samples
+hang, and beat, as soon as there is somebody who got none."""
 
 HOMEWARD = 0.06
 """Share of the schedules in which all workers leave in order at some time, and stay away."""
@@ -197,6 +202,10 @@ class Schedule:
             overlap = one_by_one.random() < 0.5 or not sooner
             self.rules = msgspec.structs.replace(self.rules, overlap=overlap)
         self._plan_staleness(seed)
+        hangs = self.rules.shares == "speed" and not self.lies and self.rules.min_workers == 1
+        hangs = hangs and Random(f"hangs {seed}").random() < HANGS
+        if hangs:
+            self.rules = msgspec.structs.replace(self.rules, idle_timeout=HANG_IDLE_S)
         buckets = rng.choice((1, 2, 3))
         pairs = self._plan_pairs(seed, buckets)
         self.server = Server(
@@ -244,6 +253,9 @@ class Schedule:
         if self.lies:
             world.at(2.0 * random.Random(seed).random(), self._start_liar, seed, workers + 1)
         world.at(self.calm_at, self._calm)
+        if hangs:
+            self.habits.samples *= 10
+            world.at(self.calm_at, self._look_for_hang)
         own = Random(-1 - seed)  # so that all else is as it would be without
         goes = own.random() < HOMEWARD and not self.lies  # a liar would stay
         self.home_at = own.uniform(0.5, 8.0) if goes else math.inf
@@ -462,6 +474,32 @@ class Schedule:
             if peer.role == "worker":
                 peer.habits.leaves = 1.0
 
+    def _look_for_hang(self) -> None:
+        """All who have samples hang, as soon as somebody got none. Near the end of the run one
+        would hang after the other."""
+        rounds, ledger = self.server.rounds, self.server.rounds.ledger
+        ready = {p.id for p in rounds.workers_ready()}
+        spare = {w for w in ready if rounds.share_of(w) == 0}
+        members = set() if rounds.round is None else set(rounds.round.members)
+        if rounds.ended is not None or (ledger and 2 * ledger.counted > ledger.total):
+            return
+        if not self.server.alive or not spare or not members or spare & members:
+            self.world.after(TICK_S, self._look_for_hang)
+            return
+        self.outcome.seen["hang"] += 1
+        for peer in self.alive:
+            if peer.role == "worker" and peer.id in members:
+                self.world.say(f"{peer.name} hangs")
+                peer.habits.hangs_s = HANG_S
+
+    def _check_expected(self, end: wire.End) -> None:
+        """A run in whose log there is nothing ends only when all who were expected have left."""
+        departures = self.server.rounds._ending.departures
+        came, least = len(departures._took_part), self.rules.num_workers
+        left = end.reason.startswith(("every worker has", "no worker has"))
+        if left and not self.server.book.step and came < least:
+            raise Broken(f"{least - came} workers were still to come when the run ended")
+
     def _others_wait_elsewhere(self, end: wire.End) -> bool:
         """Were workers too few for a round, because those that lack wait where a run that was given
         up had its server?"""
@@ -479,7 +517,7 @@ class Schedule:
         server = self.server
         went = dict(server.rounds._ending.departures._went)
         liar = went.pop(self.rules.max_workers, None)
-        alone = server.book.step == 0 and not went
+        alone = server.book.step == 0 and not went and self.rules.num_workers == 1
         counts = alone or self.rules.max_workers in server.contributed
         return liar is not None and counts and all(d.how != SILENT for d in went.values())
 
@@ -508,6 +546,7 @@ class Schedule:
         went = rounds._ending.departures._went.values()
         workers = [p for p in rounds.peers.values() if p.role == "worker"]
         counts = not rounds._ending.departures.goes_on or self.server.contributed
+        counts = counts and not rounds._ending.departures.to_come
         if went and not workers and counts and all(d.how == LEFT and d.at < since for d in went):
             raise Broken(f"every worker had left, and the run waited on: {end.reason}")
         waiting = [p for p in self.alive if p.role == "worker" and p.born_at < since]
@@ -629,6 +668,7 @@ class Schedule:
             raise Broken(f"the run does not end: {server.rounds.phase(world.now)}")
         end, ledger = server.rounds.ended, server.rounds.ledger
         assert end is not None
+        self._check_expected(end)
         if end.error and end.reason.startswith("no sample could be trained on"):
             outcome.seen["all samples skipped"] += 1
             assert ledger is not None
@@ -660,6 +700,7 @@ class Schedule:
         if server.book.step != end.step:
             raise Broken(f"{server.book.step} updates were closed, the end has {end.step}")
         limit = max(world.now, self.calm_at) + DEADLINE_S + 10 * SILENCE_S
+        limit += HANG_S if outcome.seen["hang"] else 0.0
         if not world.run(lambda: not self.alive and server.over_at is not None, limit):
             left = ", ".join(p.name for p in self.alive)
             raise Broken(f"the run has ended, but not for {left or 'the server'}")

@@ -62,6 +62,9 @@ class Worker(Client):
         batches = 0
         while (lease := (yield from self._next_lease())) is not None:
             batches += 1
+            if self.habits.hangs_s:
+                hangs_s, self.habits.hangs_s = self.habits.hangs_s, 0.0
+                yield self.world.now + hangs_s, DEAF
             if self.habits.own:
                 if batches > self.habits.own:
                     break
