@@ -49,6 +49,7 @@ from paramserver.rounds.events import (
     Told,
 )
 from paramserver.rounds.ledger import Ledger
+from paramserver.rounds.looks import DataSet
 from paramserver.rounds.rules import Rules
 
 LAYOUT = wire.Layout(
@@ -154,12 +155,21 @@ class Run:
     A process of a worker is told by its number; `life` ("b", "c") tells a restarted one.
     """
 
-    def __init__(self, *, buckets: int = 2, recovery: int | None = None, **rules: Any) -> None:
+    def __init__(
+        self,
+        *,
+        buckets: int = 2,
+        recovery: str | None = None,
+        data_set: DataSet | None = None,
+        **rules: Any,
+    ) -> None:
         rules = {"num_workers": 2, "heartbeat_timeout": 10.0, "timeout": 1.0, "epochs": 1, **rules}
         self.now = 0.0
         self.buckets = buckets
         self.rules = Rules(**rules)
-        self.rounds = Rounds(self.rules, NONCE, 0.0, lambda layout: buckets, recovery=recovery)
+        self.rounds = Rounds(
+            self.rules, NONCE, 0.0, lambda layout: buckets, recovery=recovery, data_set=data_set
+        )
         self.closes: list[wire.Close] = []
 
     # ------------------------------------------------------------------ events

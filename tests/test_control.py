@@ -67,7 +67,7 @@ class Told:
     def problem(self, text: str) -> None:
         self.problems.append(text)
 
-    def closing(self, close: wire.Close) -> None:
+    def closing(self, control: Control, close: wire.Close) -> None:
         assert not any(isinstance(m, wire.Close) and m.step == close.step for m in self.published)
 
     def closed(self, control: Control, close: wire.Close) -> None:

@@ -508,6 +508,50 @@ def test_labels_that_most_have_are_the_runs() -> None:
     ]
 
 
+OTHERS: list[tuple[dict[str, Any], str]] = [
+    ({"weighs": True}, "says what its batches weigh (samples=), the others do not"),
+    ({"draws": "a"}, "draws its samples by weights, the others draw each once"),
+    ({"looks": (wire.Look(7, "1", "cat"),)}, "sample 7 of worker 3 (pi) is cat (in 1), that of"),
+]
+"""What a worker may be mistaken in, or lie about, that no ledger tells."""
+
+
+@pytest.mark.parametrize(("mistake", "why"), OTHERS)
+def test_after_a_restart_it_is_known_what_all_have_in_common(
+    mistake: dict[str, Any], why: str
+) -> None:
+    """Whoever is ready first would decide it, and those who are right would be refused."""
+    right = {"looks": (wire.Look(7, "1", "dog"),)}
+    before = Run().observer().workers(1, 2)
+    assert before.rounds.data_set is not None
+    before = Run(num_workers=1).observer()
+    before.hello(1), before.join(1), before.snapshot(1), before.ready(1, **right)
+    run = Run(recovery="name of 4", data_set=before.rounds.data_set)
+    back(run, 1, 4, ledger=LEDGER)
+    run.hello(3), run.join(3), run.snapshot(3)
+    [refused] = but_words(run.ready(3, **{**right, **mistake}))
+    assert refused.startswith("w3 <- reject") and why in refused
+    assert but_words(run.ready(1, **right))[0].startswith("all <- open")
+
+
+@pytest.mark.parametrize(("mistake", "why"), OTHERS)
+def test_with_a_ledger_that_was_resumed_most_decide_what_all_have_in_common(
+    mistake: dict[str, Any], why: str
+) -> None:
+    run = Run(observer=False, num_workers=3)
+    right = {"looks": (wire.Look(7, "1", "dog"),)}
+    for who in (1, 2, 3):
+        run.hello(who)
+    for who in (1, 2, 3):
+        run.join(who, step=4, lineage="saved", ledger=LEDGER)
+    [short] = run.ready(2, samples=90)
+    assert short.startswith("w2 <- reject: worker 2 (pi) has a data set of 90 samples")
+    assert run.ready(3, **{**right, **mistake}) == [] == run.ready(1, **right)
+    [refused] = but_words(run.ready(2, **right))
+    assert refused.startswith("w3 <- reject") and why in refused
+    assert run.ledger.done == 40
+
+
 def test_ready_from_one_who_lost_its_place_is_left_until_it_says_so_again() -> None:
     run = Run().observer().workers(1, 2)
     run.behind(2)

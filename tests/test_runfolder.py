@@ -15,6 +15,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from whole import DEADLINE_S
 
@@ -33,6 +34,8 @@ from paramserver.output.runfolder import (
     latest,
     unended,
 )
+from paramserver.protocol.messages import Look
+from paramserver.rounds.looks import DataSet
 from paramserver.rounds.recovery import NOTHING, UNKNOWN
 
 NOON = datetime(2026, 11, 22, 12, 0, 9)
@@ -575,6 +578,16 @@ def test_the_newest_step_survives_a_kill(tmp_path: Path) -> None:
     assert folder.noted() == "lineage813"
     folder.close()
     folder.note(814, "")  # nothing happens
+
+
+def test_what_the_data_sets_have_in_common_is_noted_for_the_next_server(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    record = Record("r", "h", 1, {"port": 1})
+    data_set = DataSet("worker 1 (pi)", True, "", (Look(7, "1", "dog", (0.5, 1.0)),))
+    assert folder.note_data_set(data_set) is None and folder.read_record() is None  # not yet begun
+    assert folder.write_record(record) is None
+    assert folder.note_data_set(data_set) is None
+    assert folder.read_record() == msgspec.structs.replace(record, data_set=data_set)
 
 
 @pytest.mark.parametrize("content", [b"", b"812", b"x" * 64, b"\xff" * 64, b"9" * 5000])

@@ -353,6 +353,8 @@ def test_a_killed_server_is_started_again_and_no_closed_step_is_lost(tmp_path: P
         all_ended_well(servers[-1], *crew)
         assert len(run.runs) == 2
         summary = run.summary()
+        record = RunFolder(run.runs[-1]).read_record()
+    assert record is not None and record.data_set is not None and record.data_set.looks
     assert len(left) == 4 and not any(folder.exists() for folder in left)
     lines = run.steps()
     assert [line["step"] for line in lines] == sorted({line["step"] for line in lines})

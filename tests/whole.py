@@ -499,7 +499,7 @@ class Served:
     def say(self, text: str, warning: bool = False) -> None:
         self.said.append(text)
 
-    def closing(self, close: wire.Close) -> None:
+    def closing(self, control: Control, close: wire.Close) -> None:
         pass
 
     def closed(self, control: Control, close: wire.Close) -> None:

@@ -39,6 +39,7 @@ from paramserver.config.schema import flatten
 from paramserver.errors import UserError
 from paramserver.net import machine
 from paramserver.output import stored
+from paramserver.rounds.looks import DataSet
 from paramserver.rounds.recovery import NOTHING, UNKNOWN
 from paramserver.words import shown
 
@@ -112,6 +113,8 @@ class Record(msgspec.Struct, frozen=True):
     """The number of the run: higher for later runs in one folder; 0: of an older version."""
     trial: int = 1
     """Its place among the runs that its server serves, one after another."""
+    data_set: DataSet | None = None
+    """What the workers' data sets have in common, once a round was closed."""
 
 
 class _Numbered(msgspec.Struct):
@@ -167,6 +170,7 @@ class RunFolder:
         """Is the claim a lock, so that no other server can have this folder too?"""
         self._cut_at: int | None = None  # bytes of the whole lines, before a part of one
         self._noted: int | None = None  # descriptor of newest_step
+        self._written: Record | None = None
 
     @classmethod
     def create(cls, parent: Path, now: datetime) -> RunFolder:
@@ -218,8 +222,16 @@ class RunFolder:
 
     def write_record(self, record: Record) -> str | None:
         """Write run.json, whole or not at all; returns a sentence where that failed."""
+        self._written = record
         self._first[self.record] = _encode(record) + b"\n"
         return _try_to_write(self.record, self._first[self.record])
+
+    def note_data_set(self, data_set: DataSet | None) -> str | None:
+        """Write it into run.json, for a server that goes on with this run; returns a sentence where
+        that failed."""
+        if self._written is None:
+            return None
+        return self.write_record(msgspec.structs.replace(self._written, data_set=data_set))
 
     def remember(self, path: Path) -> None:
         """Write this file again where the folder vanishes."""

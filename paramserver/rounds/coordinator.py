@@ -66,6 +66,7 @@ from paramserver.rounds.late import Carried, weight_of_late
 from paramserver.rounds.leases import Leases
 from paramserver.rounds.ledger import DONE, PARTLY, RETURNED, Ledger, Places
 from paramserver.rounds.log import Log
+from paramserver.rounds.looks import DataSet
 from paramserver.rounds.origin import Origin
 from paramserver.rounds.outcome import Outcome
 from paramserver.rounds.outliers import Norms
@@ -87,8 +88,9 @@ class Rounds:
     the samples in a range of an epoch's order, for a set of that many samples; `places` says where
     they lie in the order of another epoch. `run` is the run's id. `recovery` is given where the
     server was started again in the middle of a run: it names the newest step that anybody may hold
-    (`Recovery`), and the most advanced replica that comes back has the run's state. If nobody comes
-    back, the run is `deserted`; if it is stopped before that, it is `put_off`.
+    (`Recovery`), and the most advanced replica that comes back has the run's state; `data_set` is
+    what the server before had noted of the workers' data sets. If nobody comes back, the run is
+    `deserted`; if it is stopped before that, it is `put_off`.
     """
 
     def __init__(
@@ -100,6 +102,7 @@ class Rounds:
         *,
         run: str = "",
         recovery: str | None = None,
+        data_set: DataSet | None = None,
         name_samples: Callable[[int, wire.Lease], str] | None = None,
         places: Places | None = None,
     ) -> None:
@@ -123,7 +126,9 @@ class Rounds:
         self._out = out = Outcome()
         self._roster = roster = Roster(rules.max_workers)
         self._origin = Origin(rules, now, count_buckets, recovery)
-        self._leases = Leases(rules, roster, out, name_samples=name_samples, places=places)
+        self._leases = Leases(
+            rules, roster, out, name_samples=name_samples, places=places, known=data_set
+        )
         self._waits = Waits(rules, roster, out)
         self._snapshots = Snapshots(roster, out, rules.heartbeat_timeout, rules.idle_timeout, now)
         self._divergence = Divergence(roster, out)
@@ -1161,6 +1166,12 @@ class Rounds:
     @property
     def ledger(self) -> Ledger | None:
         return self._leases.ledger
+
+    @property
+    def data_set(self) -> DataSet | None:
+        """What the workers' data sets have in common, as far as it is known. The program notes it
+        before the first update, for the server that may follow this one."""
+        return self._leases.data_set
 
     @property
     def snapshot(self) -> Snapshot | None:

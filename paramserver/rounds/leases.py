@@ -27,7 +27,7 @@ from paramserver.rounds.ledger import (
     Places,
 )
 from paramserver.rounds.local_steps import LocalSteps
-from paramserver.rounds.looks import Looks, part, shown
+from paramserver.rounds.looks import DataSet, Looks, part, shown
 from paramserver.rounds.outcome import Outcome
 from paramserver.rounds.roster import Peer, Roster
 from paramserver.rounds.round import Member, Round
@@ -51,7 +51,8 @@ class Leases:
     """Owns the run's ledger, once a worker or the origin has brought one, and who holds what of it.
 
     `name_samples` says which samples, of a set of so many, a range of an epoch's order is, `places`
-    where they lie in the order of another epoch.
+    where they lie in the order of another epoch. `known`: what the data set is, where that was
+    noted before this server was started.
     """
 
     def __init__(
@@ -62,16 +63,18 @@ class Leases:
         *,
         name_samples: Callable[[int, Lease], str] | None,
         places: Places | None,
+        known: DataSet | None = None,
     ) -> None:
         self.ledger: Ledger | None = None
         self.name_samples = name_samples
+        self.data_set = known
         self._rules = rules
         self._roster = roster
         self._out = out
         self._places = places
         self._looks = Looks()
-        self._weighs: bool | None = None  # do pushes say what they weigh?
-        self._draws: str | None = None  # what is drawn of the set; empty: each sample once
+        if known is not None:
+            self._looks.first(known.whose, known.looks)
         self._given = False  # the ledger came with the first state
         self._as_whom = ""  # who has the run's data set
         self._shares: Shares | None = None  # where samples are divided by speed
@@ -118,21 +121,23 @@ class Leases:
                 ledger = Ledger.from_state(state, self._rules.epochs)
             except ValueError as e:
                 return Reject(f"the checkpoint's ledger cannot be right: {e}")
-            ledger.places, ledger.barrier = self._places, self._rules.epoch_barrier
+            ledger.places = None if self._draws else self._places
+            ledger.barrier = self._rules.epoch_barrier
         self.ledger = ledger
         self._held.clear()
         return None
 
     def admits(self, peer: Peer, ready: Ready, *, started: bool) -> bool:
         """Does this worker bring the data set that the others have? Before the first round all are
-        admitted, see `agree`. A worker with another one gets a Reject that says why."""
+        admitted whose set may be that of the ledger, if there is one, see `agree`. A worker with
+        another one gets a Reject that says why."""
         if not ready.own and (ready.samples < 1 or ready.batch_size < 1):
             self._out.send(
                 peer, Reject("a data set without samples", "give batches() a longer one")
             )
             return False
-        if not started and not self._given:
-            return True
+        if not started:
+            return not self._given or self._is_set(peer, ready, None)
         others = [p for p in self._roster.workers_ready() if p is not peer]
         if self.ledger is None or (self.ledger.untouched and not others and not self._given):
             self._becomes_the_runs(peer, ready)
@@ -142,8 +147,6 @@ class Leases:
         """The first round is about to open for these workers: the data set that most of them bring
         is the run's; of equally many, that of the lowest. Returns those with another one, which
         are told so."""
-        if self._given:
-            return []
         told = [(p, p.ready) for p in ready if p.ready is not None]
         alike = _most(told, lambda r: (r.own, 0 if r.own else r.samples))
         alike = _most(alike, lambda r: frozenset((k.index, k.leaf, k.exact) for k in r.looks))
@@ -156,34 +159,43 @@ class Leases:
         return [p for p, its in told if not self._agrees(p, its)]
 
     def _becomes_the_runs(self, peer: Peer, ready: Ready) -> None:
-        self._as_whom, self._weighs = peer.name, ready.weighs
-        self._looks.first(peer.name, ready.looks)
-        self.ledger = OwnLedger() if ready.own else Ledger(ready.samples, self._rules.epochs)
-        self.ledger.barrier = self._rules.epoch_barrier
-        self._draw(ready.draws)
+        self._as_whom = peer.name
+        if not self._given:
+            self.ledger = OwnLedger() if ready.own else Ledger(ready.samples, self._rules.epochs)
+            self.ledger.barrier = self._rules.epoch_barrier
+        self._is(peer, ready)
 
-    def _draw(self, draws: str) -> None:
-        """The samples of the run are what is drawn so: which ones, this server cannot know."""
+    def _is(self, peer: Peer, ready: Ready) -> None:
+        """The run's data set is this one."""
         assert self.ledger is not None
-        self._draws = draws
-        self.ledger.places = None if draws else self._places
+        self.data_set = DataSet(peer.name, ready.weighs, ready.draws, ready.looks)
+        self._looks.first(peer.name, ready.looks)
+        # Which samples are drawn, this server cannot know.
+        self.ledger.places = None if ready.draws else self._places
+
+    @property
+    def _draws(self) -> str:
+        """What is drawn of the set; empty: each sample once."""
+        return "" if self.data_set is None else self.data_set.draws
 
     def _agrees(self, peer: Peer, ready: Ready) -> bool:
         """Is its data set the run's? If not, it is told so."""
-        reject = self._other_set(peer, ready)
+        if self.data_set is None:  # the run is older than this server, which was told nothing
+            self._is(peer, ready)
+        return self._is_set(peer, ready, self.data_set) and self._looks_alike(peer, ready)
+
+    def _is_set(self, peer: Peer, ready: Ready, known: DataSet | None) -> bool:
+        """May its data set be that of the ledger and, as far as that is `known`, the run's? If not,
+        it is told so."""
+        reject = self._other_set(peer, ready, known)
         if reject is not None:
             self._out.send(peer, reject)
-            return False
-        return self._looks_alike(peer, ready)
+        return reject is None
 
-    def _other_set(self, peer: Peer, ready: Ready) -> Reject | None:
+    def _other_set(self, peer: Peer, ready: Ready, known: DataSet | None) -> Reject | None:
         assert self.ledger is not None
         samples = 0 if ready.own else ready.samples
         whose = f", as {self._as_whom}" if self._as_whom else ""
-        if self._weighs is None:  # the ledger is older than this server
-            self._weighs = ready.weighs
-        if self._draws is None:
-            self._draw(ready.draws)
         if ready.own != self.own:
             brings, has = "samples of its own", "one set that all share"
             if not ready.own:
@@ -192,9 +204,9 @@ class Leases:
                 f"{peer.name} brings {brings}, the run has {has}{whose}",
                 "use own_batches() in every worker, or in none",
             )
-        if bool(ready.draws) != bool(self._draws):
+        if known is not None and bool(ready.draws) != bool(known.draws):
             draws, draw = "draws its samples by weights", "draw each once"
-            if self._draws:
+            if known.draws:
                 draws, draw = "draws each sample once", "draw by weights"
             return Reject(
                 f"{peer.name} {draws}, the others {draw}{whose}",
@@ -202,20 +214,20 @@ class Leases:
             )
         if samples != self.ledger.samples:
             theirs, ours = f"a data set of {samples} samples", f"one of {self.ledger.samples}"
-            if self._draws:
+            if known is not None and known.draws:
                 theirs, ours = f"{samples} draws in an epoch", f"{self.ledger.samples}"
             return Reject(
                 f"{peer.name} has {theirs}, the run has {ours}{whose}",
                 "every worker needs the same training set in the same order",
             )
-        if ready.draws != self._draws:
+        if known is not None and ready.draws != known.draws:
             return Reject(
                 f"{peer.name} draws its samples by other weights than the run{whose}",
                 "give batches() the same weights= in every worker",
             )
-        if ready.weighs != self._weighs:
+        if known is not None and ready.weighs != known.weighs:
             says, others_say = "says", "do not"
-            if self._weighs:
+            if known.weighs:
                 says, others_say = "does not say", "do"
             return Reject(
                 f"{peer.name} {says} what its batches weigh (samples=), the others {others_say}",
@@ -226,8 +238,6 @@ class Leases:
     def _looks_alike(self, peer: Peer, ready: Ready) -> bool:
         """Compare a few samples: data sets of the same length may differ. Other labels are refused.
         Other numbers are only logged: libraries round in different ways, and transforms draw."""
-        if not self._looks.whose:  # the ledger is older than this server
-            self._looks.first(peer.name, ready.looks)
         found = self._looks.difference(ready.looks)
         if found is None:
             return True

@@ -1,10 +1,13 @@
-"""Compares the workers' data sets by a few samples. The server cannot know which one is right, so
-the first report counts as the run's.
+"""What the server knows of the run's data set, and how it compares those of the workers by a few
+samples. It cannot know which one is right: before the first round that of most workers is the
+run's, and a server that is started again is told which one it was (`DataSet`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+
+import msgspec
 
 from paramserver.protocol.messages import Look
 from paramserver.words import printable
@@ -12,8 +15,19 @@ from paramserver.words import printable
 TOLERANCE = 0.05  # of the root of the mean square
 
 
+class DataSet(msgspec.Struct, frozen=True):
+    """What all workers' data sets have in common beside their length, see `Ready`. It is in no
+    state of a replica: the server notes it for the one that follows it."""
+
+    whose: str
+    """Who told it, for people."""
+    weighs: bool
+    draws: str
+    looks: tuple[Look, ...]
+
+
 class Looks:
-    """The first worker's report of its samples, for comparison with the others'."""
+    """One worker's report of its samples, for comparison with the others'."""
 
     def __init__(self) -> None:
         self.whose = ""

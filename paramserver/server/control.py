@@ -117,7 +117,7 @@ class Watcher(Protocol):
     """The program's display and run folder. Calls must return at once."""
 
     def say(self, text: str, warning: bool = False) -> None: ...
-    def closing(self, close: wire.Close) -> None: ...  # before it is published
+    def closing(self, control: Control, close: wire.Close) -> None: ...  # before it is published
     def closed(self, control: Control, close: wire.Close) -> None: ...
     def reported(self, control: Control, report: wire.Report) -> None: ...
     def problem(self, text: str) -> None: ...  # without ending the run
@@ -539,7 +539,7 @@ class Control:
             self._transport.publish_update(due, None)
 
     def _close_round(self, close: wire.Close, now: float) -> None:
-        self.watcher.closing(close)
+        self.watcher.closing(self, close)
         update = self._data.close(close)
         self._transport.publish_update(self._data.due(), update.messages[-1])
         for session in sorted(self.rounds.deaf):

@@ -278,7 +278,7 @@ def _serve(
         show.overview.event(EventKind.RESTART, show.steps, time.time(), "the server starts again")
     server = Server(
         settings, record.settings, show,
-        run=run, observer_key=key, recovery=noted,
+        run=run, observer_key=key, recovery=noted, data_set=record.data_set,
         link_watch=link_watch.read(os.environ), plan_watch=planned, status=show.status_json,
         fresh_keys=partial(_fresh_keys, at, show, settings),
         ports=ports, trial=series.trial, first_worker_s=_patience_s(settings, before),

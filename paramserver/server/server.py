@@ -24,6 +24,7 @@ from paramserver.net import machine
 from paramserver.net.link_watch import LinkWatch
 from paramserver.protocol import messages as wire
 from paramserver.rounds.coordinator import Rounds
+from paramserver.rounds.looks import DataSet
 from paramserver.rounds.rules import Rules
 from paramserver.server.channels import Channels, Lost
 from paramserver.server.control import Control, Finished, Watcher
@@ -64,11 +65,11 @@ class Server:
     addresses to bind, `guarded` those where only holders of `keys` get in. `observer_key` is what
     the observer that belongs to this server shows. `link_watch` checks the paths that workers were
     told to take, `plan_watch` gets what workers compute. `recovery`: the run's server died, having
-    noted this step (its lineage, see `Recovery`). With `status`, which makes the run's as JSON, the
-    run can be watched at the settings' port for that. `ports`, in place of these addresses, are
-    bound already, by the program that serves several runs, of which this is number `trial`; such a
-    run ends if no worker comes in `first_worker_s`. `fresh_keys` returns keys once they are others
-    than before. Raises `UserError` where an address cannot be
+    noted this step (its lineage, see `Recovery`) and what its `data_set` was. With `status`, which
+    makes the run's as JSON, the run can be watched at the settings' port for that. `ports`, in
+    place of these addresses, are bound already, by the program that serves several runs, of which
+    this is number `trial`; such a run ends if no worker comes in `first_worker_s`. `fresh_keys`
+    returns keys once they are others than before. Raises `UserError` where an address cannot be
     bound.
 
     To `control` it is the `Transport`.
@@ -84,6 +85,7 @@ class Server:
         run: str,
         observer_key: str,
         recovery: str | None = None,
+        data_set: DataSet | None = None,
         guarded: Sequence[str] = (),
         keys: sockets.ServerKeys | None = None,
         link_watch: LinkWatch | None = None,
@@ -131,6 +133,7 @@ class Server:
             lambda layout: len(plan(layout, bucket_mb).buckets),
             run=run,
             recovery=recovery,
+            data_set=data_set,
             name_samples=partial(name_samples, seed=settings.seed),
             places=partial(places, seed=settings.seed),
         )

@@ -25,6 +25,7 @@ from paramserver.output.serverlog import ServerLog
 from paramserver.page.process import Page
 from paramserver.protocol import messages as wire
 from paramserver.rounds.ledger import optimizer_steps
+from paramserver.rounds.looks import DataSet
 from paramserver.rounds.round import Tally
 from paramserver.server.control import Control
 from paramserver.server.observer_process import ObserverProcess
@@ -88,6 +89,7 @@ class Show:
         self._late = ""
         self._soon: deque[str] = deque()
         self._step: int | None = None  # of the last close
+        self._data_set: DataSet | None = None  # as it was noted
         self.observer: ObserverProcess | None = None
         self.announcement: Announcement | None = None
         self.page: Page | None = None
@@ -115,7 +117,10 @@ class Show:
         if problem is not None:
             self.problem(problem)
 
-    def closing(self, close: wire.Close) -> None:
+    def closing(self, control: Control, close: wire.Close) -> None:
+        if control.rounds.data_set is not self._data_set:
+            self._data_set = control.rounds.data_set
+            self.tell(self.folder.note_data_set(self._data_set))
         self.tell(self.folder.note(close.step, close.lineage))
 
     def closed(self, control: Control, close: wire.Close) -> None:

@@ -73,6 +73,7 @@ class Liar(Process):
         self.snapshot = self._snapshot_before = 0
         self.next_piece = self.next_bucket = 0
         self._nonces = 0
+        self._lies_of_set = random.Random(f"set {seed}")
         super().__init__(world, net, server.receive)
         self.sub_room = 10
 
@@ -129,6 +130,8 @@ class Liar(Process):
         ledger = self.server.rounds.ledger
         if isinstance(message, wire.Ready) and (ledger is None or ledger.untouched):
             message = wire.Ready(samples=self.samples, batch_size=max(1, message.batch_size))
+        elif isinstance(message, wire.Ready) and self._lies_of_set.random() < 0.3:
+            message = msgspec.structs.replace(message, samples=self.samples, weighs=True)
         if isinstance(message, wire.Probe):
             message = wire.Probe(session=self.session if self.rng.random() < 0.8 else "made up")
         self.lines["link"].send((message, LIE))

@@ -20,6 +20,7 @@ from paramserver.rounds.coordinator import Rounds
 from paramserver.rounds.disagreement import Comparison
 from paramserver.rounds.effects import Finish
 from paramserver.rounds.leases import LEASES_HELD
+from paramserver.rounds.looks import DataSet
 from paramserver.rounds.recovery import NOTHING
 from paramserver.rounds.roster import Peer
 from paramserver.rounds.rules import Rules
@@ -246,7 +247,8 @@ class Samples:
 
 class Server:
     """One `Control` after the other, and the book. Killed and started again, it knows no more than
-    the disk does: `run`, and `noted`, the newest step that it has told anybody of.
+    the disk does: `run`, `noted`, the newest step that it has told anybody of, and what it noted of
+    the data set.
 
     `subscribers` get what is published; with `through_wire` each message becomes frames and a
     message again on its way. `look` is the program's: it sees to the observer, and tells whether
@@ -300,6 +302,7 @@ class Server:
     def _begin_run(self) -> None:
         self._runs += 1
         self.run, self.noted = f"run-{self._runs}", NOTHING
+        self._data_set: DataSet | None = None
         models = self.book.models if self._runs > 1 else {}
         self.book = Book(self.buckets, models, pairs=bool(self.layout.pairs))
         self._boot(None)
@@ -320,6 +323,7 @@ class Server:
             lambda layout: buckets,
             run=self.run,
             recovery=recovery,
+            data_set=self._data_set,
         )
         self.data = Samples(self)
         sessions: Iterator[int] = counter(1)
@@ -545,7 +549,8 @@ class Server:
     def reported(self, control: Control, report: wire.Report) -> None:
         pass
 
-    def closing(self, close: wire.Close) -> None:
+    def closing(self, control: Control, close: wire.Close) -> None:
+        self._data_set = control.rounds.data_set
         if self.data.sums or self.data.payloads.keys() - self.data.late:
             raise Broken("something was pushed and taken, but is not in the update")
         self.contributed.update(w for w in close.contributors if w not in close.late)
