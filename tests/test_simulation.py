@@ -558,7 +558,7 @@ class LooksForNoEnd(Worker):
         (Parts(rounds=AwaitsNoOtherObserver), "is on no disk", 698),
         (Parts(rounds=WaitsForNobody), "every worker had left, and the run waited on", 112),
         (Parts(rounds=WaitsForALostState), "nobody could help", 37),
-        (Parts(rounds=WaitsForTheEmpty), "in a row waited for", 7429),
+        (Parts(rounds=WaitsForTheEmpty), "in a row waited for|could have gone on", 29),
         (Parts(rounds=WaitsForTheOverdue), "could have gone on", 6467),
         (Parts(rounds=SparesNobodyForThoseWhoHang), "could have gone on", 29),
         (Parts(rounds=EndsBeforeOthersCame), "were still to come", 2250),
