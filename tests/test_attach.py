@@ -44,7 +44,7 @@ def test_where_all_workers_failed_it_is_told_that_the_server_waits(
     assert show(Scripted(lines, [*ends, (MINI1, "server", 0)]), lines, [], plain=True) == 0
     said = capsys.readouterr().out
     assert (NO_WORKER in said) is told
-    assert said.count("has failed: make status, make logs") == sum(map(bool, codes))
+    assert said.count("has failed. Why: make status, make logs") == sum(map(bool, codes))
 
 
 def test_where_the_run_is_over_nobody_is_waited_for(capsys: pytest.CaptureFixture[str]) -> None:
