@@ -129,10 +129,10 @@ class Rounds:
         self._leases = Leases(
             rules, roster, out, name_samples=name_samples, places=places, known=data_set
         )
-        self._waits = Waits(rules, roster, out)
         self._snapshots = Snapshots(roster, out, rules.heartbeat_timeout, rules.idle_timeout, now)
         self._divergence = Divergence(roster, out)
         self._ending = Ending(rules, roster, now)
+        self._waits = Waits(rules, roster, out, self._ending)
         self._evaluations = evaluations = Evaluations(rules, out)
         self._phases = Phases(
             rules, roster, self._leases, self._snapshots, self._ending, evaluations, self._origin

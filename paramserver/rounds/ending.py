@@ -22,8 +22,9 @@ HOLDER_TIMEOUTS = 4  # that the last one who held the state has to come back to 
 class Ending:
     """Owns the reason of the end (`begun`: no more rounds; with it, whether that is an error), the
     `End` itself (`ended`), and what may lead to it: how workers left, and since when nobody here
-    holds the state that others wait for (`lost_since`). `observer_comes`: the observer's process
-    runs, whether it has greeted or not. `more`: another run of this server follows."""
+    holds the state that others wait for (`lost_since`), or nothing has happened (`busy_at`).
+    `observer_comes`: the observer's process runs, whether it has greeted or not. `more`: another
+    run of this server follows."""
 
     def __init__(self, rules: Rules, roster: Roster, now: float) -> None:
         self.begun: tuple[str, bool] | None = None
@@ -34,7 +35,7 @@ class Ending:
         self.moved_at = now  # the end was begun, or the observer came closer to keeping it
         self._stopped = False  # somebody stopped it, in order
         self.more = rules.more
-        self._busy_at = now  # see `works`
+        self.busy_at = now  # see `works`
         self._last_holder = ""  # the last replica that was taken out, and why
         self._rules = rules
         self._roster = roster
@@ -43,11 +44,11 @@ class Ending:
 
     def works(self, now: float) -> None:
         """Note that a push was taken, a step was closed, or somebody came to work."""
-        self._busy_at = now
+        self.busy_at = now
 
     def stood_still(self, seconds: float) -> None:
         """Do not count the seconds in which the server heard nobody."""
-        self._busy_at += seconds
+        self.busy_at += seconds
         self.moved_at += seconds
         self.departures.stood_still(seconds)
         if self.lost_since is not None:
@@ -75,7 +76,7 @@ class Ending:
 
     def is_idle(self, now: float) -> bool:
         """Has nothing happened for long, though nobody in particular is waited for?"""
-        return self.lost_since is None and now - self._busy_at > self._rules.idle_timeout
+        return self.lost_since is None and now - self.busy_at > self._rules.idle_timeout
 
     def _look_for_holder(self, log: Log, now: float) -> None:
         """Does somebody wait for a state that nobody here holds any more?"""

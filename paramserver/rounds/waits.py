@@ -13,6 +13,7 @@ import msgspec
 from msgspec import UNSET
 
 from paramserver.protocol.messages import Close
+from paramserver.rounds.ending import Ending
 from paramserver.rounds.late import WAIT_MIN_S, WAIT_TIMES
 from paramserver.rounds.outcome import Outcome
 from paramserver.rounds.roster import Peer, Roster
@@ -46,12 +47,13 @@ class Waits:
     """Owns what rounds have waited in vain, by worker id and in all. `overdue_rounds` is the number
     of those that were void since they waited in vain, since the last close."""
 
-    def __init__(self, rules: Rules, roster: Roster, out: Outcome) -> None:
+    def __init__(self, rules: Rules, roster: Roster, out: Outcome, ending: Ending) -> None:
         self.overdue_rounds = 0
         self.vain: dict[int, Vain] = {}
         self._rules = rules
         self._roster = roster
         self._out = out
+        self._ending = ending
         self._said_overdue = 0  # the round of which it was said for whom it waits
         self._said_late: frozenset[int] = frozenset()
 
@@ -152,16 +154,16 @@ class Waits:
         A round has no deadline before its quorum is there, and with `deterministic` none after it.
         While nobody could go on without those it waits for, they have their time: a first batch may
         compile for minutes. Where `others` could take part, it waits no longer than any round, and
-        longer each time that it was in vain, up to half as long as until the run is given up; where
-        that would change the bits, or only those could go on who have pushed everything, as long as
-        that at once. If none of the others can replace those it waits for (`replaced`), since they
-        are so much slower that they got no samples, it waits several times as long as those usually
-        take."""
+        longer each time that it was in vain, up to half of what is left until the run is given up:
+        however many hang, others get their turn before that. Where it would change the bits, or
+        only those could go on who have pushed everything, it waits as long as that at once. If none
+        of the others can replace those it waits for (`replaced`), since they are so much slower
+        that they got no samples, it waits several times as long as those usually take."""
         if not self.is_long(current, now):
             return []
         waited = now - current.opened_at
         longest = self._longest_s(current, now)
-        limit, most = math.inf, max(longest, self._rules.idle_timeout / 2)
+        limit, most = math.inf, max(longest, self._left_s(current) / 2)
         if others and not self._rules.deterministic:
             doublings = min(max(0, self.overdue_rounds - 1), OVERDUE_DOUBLINGS)
             patience = (
@@ -211,7 +213,12 @@ class Waits:
         since nobody else was here, had the time for several local steps before."""
         if all(self._is_left_out(m, now) for m in current.expected()):
             return self._rules.longest_wait_s()
-        return self._rules.longest_wait_s(current.local_steps)
+        most = max(self._rules.longest_wait_s(), self._left_s(current) / 2)
+        return min(self._rules.longest_wait_s(current.local_steps), most)
+
+    def _left_s(self, current: Round) -> float:
+        """How long this round may last until the run is given up, since nothing happens in it."""
+        return self._rules.idle_timeout - (current.opened_at - self._ending.busy_at)
 
     def awaited(self, current: Round, now: float) -> str:
         """For whom the open round waits, as a sentence."""
