@@ -532,10 +532,11 @@ class Schedule:
         return nothing or self.rules.max_workers in server.contributed
 
     def _check_given_up(self, end: wire.End) -> None:
-        """Nobody who was within reach held the state."""
+        """Nobody who was within reach held the state, and could give it: who hangs cannot."""
         since = self.world.now - 2 * SILENCE_S
         for peer in self.alive:
             near = not peer.stopped and peer.reachable_at <= since
+            near &= not (peer.busy_since <= since and self.world.now < peer.busy_until)
             if near and self.server.rounds.knows(peer.replica.step, peer.replica.lineage):
                 raise Broken(f"the run was given up, but could have gone on: {end.reason}")
 
