@@ -70,7 +70,7 @@ LOCAL_EVERY = 7  # seeds, rounds have local steps
 ONE_BY_ONE = 0.5
 """Share of them in which workers make these one by one, and look around in between: they leave
 their loop sooner now and then, or go on while an exchange is under way."""
-PATIENCE_S, PATIENCE_FOR_A_SAMPLE_S = 400.0, 2.0
+PATIENCE_S, PATIENCE_FOR_A_SAMPLE_S = 400.0, 4.0
 """After the last fault; more than any chain of deadlines, so that only what hangs exceeds it."""
 
 FAULTS = (
