@@ -532,8 +532,12 @@ class Schedule:
         return nothing or self.rules.max_workers in server.contributed
 
     def _check_given_up(self, end: wire.End) -> None:
-        """Nobody who was within reach held the state, and could give it: who hangs cannot."""
+        """Nobody who was within reach held the state, and could give it: who hangs cannot. With the
+        liar as its only worker a run does not go on."""
         since = self.world.now - 2 * SILENCE_S
+        workers = [p for p in self.alive if p.role == "worker" and not self._has_lost_its_run(p)]
+        if self.lies and not workers:
+            return
         for peer in self.alive:
             near = not peer.stopped and peer.reachable_at <= since
             near &= not (peer.busy_since <= since and self.world.now < peer.busy_until)
