@@ -163,9 +163,12 @@ def worker(
     keys_in: str = "",
     guarded: bool = False,
     security: str = "none",
+    shards: int = 1,
 ) -> dict[str, Any]:
     """Train `Layers` for that many rounds, by the door that every training loop uses. Where
     backward takes no time there is none: the gradients are there, as they are for `all_reduce`.
+
+    Rounds count as soon as `shards` processes average.
 
     `tcp`: as from another host, with neither ipc nor shared memory. `keys_in`, `guarded`: as the
     server's.
@@ -195,7 +198,7 @@ def worker(
                 for layer, gradient in zip(model.layers, gradients, strict=True):
                     layer.grad = gradient
             optimizer.step()
-            if not laps.lap():
+            if cluster.client.shards >= shards and not laps.lap():
                 break
     return {"seconds": laps.seconds, "alone": alone, "processor_s": laps.processor_s}
 

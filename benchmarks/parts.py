@@ -13,11 +13,15 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks import runs
 from benchmarks.machine import Machine, link_rate
 from benchmarks.network import Hosts, why_no_hosts
 from benchmarks.report import ALONE, DDP, GLOO, Row
 from benchmarks.runs import DEFAULT, HERE, Limits, Place, ring_bytes, size_bytes
+from paramserver.protocol import sharding
+from paramserver.protocol.sharding import SERVER, Cable
 from paramserver.tensors.codec import CODECS
 
 COMPUTE_TO_EXCHANGE = 2.0
@@ -246,6 +250,10 @@ def links(effort: Effort) -> Groups:
                         row = Row("links", what, workers, our_name(codec), "ms")
                         ours = partial(_linked, limits, size, workers, codec, place, rate)
                         cases.append(Case(row, ours))
+                    for codec in effort.codecs if workers > 2 else ():
+                        row = Row("links", what, workers, f"{our_name(codec)}, shards", "ms")
+                        ours = partial(_linked, limits, size, workers, codec, place, rate)
+                        cases.append(Case(row, partial(ours, sharded=True)))
                     if effort.extras:
                         row = Row("links", what, workers, "paramserver float16, CURVE", "ms")
                         ours = partial(_linked, limits, size, workers, "float16", place, rate)
@@ -261,11 +269,31 @@ def _linked(
     place: Place,
     rate: float,
     guarded: bool = False,
+    sharded: bool = False,
 ) -> Figure:
+    if sharded:
+        return _sharded(limits, size, workers, codec, place, rate)
     one = runs.exchange(limits, size, workers, codec, place, guarded=guarded)
     remote = workers if place.server_on == "server" else workers - 1
     busiest = max(one.sent_bytes, one.received_bytes) * remote / workers
     return 1e3 * one.seconds, 1e3 * busiest / rate
+
+
+def _sharded(
+    limits: Limits, size: str, workers: int, codec: str, place: Place, rate: float
+) -> Figure:
+    """With a shard beside each worker; the server is that of its host."""
+    apart = place.server_on == "server"
+    one = runs.exchange(limits, size, workers, codec, place, shards=workers + apart)
+    cables = {shard: Cable(rate) for shard in range(1 - apart, workers + 1 - apart)}
+    cables |= {SERVER: Cable(rate, workers=0, copies=0)} if apart else {}
+    seconds = sharding.seconds(cables, sharding.equal(sorted(cables)), workers, workers)
+    return 1e3 * one.seconds, 1e3 * seconds * size_bytes(size) * _part_of_float32(codec)
+
+
+def _part_of_float32(codec: str) -> float:
+    buffers, _ = CODECS[codec].encode(torch.ones(2**16))
+    return sum(memoryview(b).nbytes for b in buffers) / (4 * 2**16)
 
 
 def exposed(effort: Effort) -> Groups:

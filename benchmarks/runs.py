@@ -113,23 +113,23 @@ def exchange(
     tcp: bool = False,
     guarded: bool = False,
     backward_s: float = 0.0,
+    shards: int = 1,
 ) -> Exchange:
     """Rounds of a server and its workers, whose backward takes `backward_s`; `guarded`: with keys
-    and encryption, on loopback too."""
+    and encryption, on loopback too. So many `shards` average, the server is one of them."""
     with Team(limits.seconds) as team:
         port = place.port()
         settings = server_settings(port, workers, codec, team)
         if place.hosts is not None:
             settings.append(f"host_ip={place.address(place.server_on)}")
         security = "curve" if guarded else "none"
-        settings.append(f"security={security}")
+        settings += [f"security={security}", f"shards={shards}"]
         at = place.host(place.server_on)
         keys = {"keys_in": str(team.folder / "keys"), "guarded": guarded and place.hosts is None}
         team.start("server", contenders.server, *settings, host=at, **keys)
         keys["security"] = security
-        return _rounds(
-            team, limits, size, workers, port, place, tcp=tcp, seconds=backward_s, **keys
-        )
+        more = {"tcp": tcp, "seconds": backward_s, "shards": shards, **keys}
+        return _rounds(team, limits, size, workers, port, place, **more)
 
 
 def local(

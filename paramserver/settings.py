@@ -278,6 +278,12 @@ class Settings:
         "the workers' speed, so that all are done at once",
         one_of("speed", "equal"),
     )
+    shards: int | None = setting(
+        None,
+        "processes that average, at most; 1 = the server alone; null = one for the cable of each "
+        "host, from three hosts on",
+        between(1, 64),
+    )
     local_steps: int | Literal["auto"] = setting(
         1,
         "optimizer steps that each worker makes by itself between two exchanges; 1 = every step's "

@@ -24,7 +24,9 @@ from paramserver.rounds.effects import (
     Add,
     Closed,
     Discard,
+    Dismissed,
     Effect,
+    Employed,
     Ended,
     Finish,
     PassOn,
@@ -86,7 +88,8 @@ def told(effect: Effect) -> str:
             return f"discard {effect.worker}.{effect.bucket}"
         case Finish():
             absent = f" without {effect.absent}" if effect.absent else ""
-            return f"average {effect.round}.{effect.bucket} of {effect.weight:g}{absent}"
+            by = f" by {effect.shard}" if effect.shard else ""
+            return f"average {effect.round}.{effect.bucket} of {effect.weight:g}{absent}{by}"
         case Closed():
             return message(effect.close)
         case Void():
@@ -97,6 +100,10 @@ def told(effect: Effect) -> str:
             return f"forget {effect.session}"
         case Ended():
             return message(effect.end)
+        case Employed():
+            return f"shard {effect.shard} of {effect.session} begins"
+        case Dismissed():
+            return f"shard {effect.shard} is over"
     raise AssertionError(effect)
 
 
@@ -105,7 +112,8 @@ def message(m: wire.Message) -> str:
     match m:
         case wire.Open():
             leases = ", ".join(f"{w}: {spans(ls)}" for w, ls in sorted(m.leases.items()))
-            return f"open {m.round} at step {m.step} for {leases}"
+            shards = f", by {' '.join(f'{s}:{n}' for s, n in m.shards)}" if m.shards else ""
+            return f"open {m.round} at step {m.step} for {leases}{shards}"
         case wire.Close():
             text = f"close {m.round} to step {m.step}, in it {counts(m.contributors)}"
             if m.late:
@@ -128,6 +136,10 @@ def message(m: wire.Message) -> str:
             return f"refused {m.round}: {m.reason}"
         case wire.Greet():
             return "join again" if m.join else "who are you"
+        case wire.Carry():
+            return "carry a shard"
+        case wire.Closing():
+            return f"closing {m.round}, who holds {' '.join(map(str, m.buckets))}?"
         case wire.Pulse():
             return f"pulse at step {m.step}: {m.phase}"
     raise AssertionError(m)

@@ -6,6 +6,7 @@ A `Report` holds facts and measurements; `findings` judges it.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -14,7 +15,10 @@ from typing import Any
 from paramserver.fleet.commands import Trouble
 from paramserver.net.hosts import Host
 from paramserver.net.interfaces import KINDS, SPOKEN, Interface, Path
+from paramserver.protocol import sharding
+from paramserver.protocol.sharding import Cable
 from paramserver.protocol.versions import misfit
+from paramserver.rounds.shards import HOSTS_MIN
 
 NO_ROUTE = (65, 113)  # EHOSTUNREACH of macOS and of Linux
 SKEW_S = 2.0
@@ -394,4 +398,27 @@ def chosen(report: Report) -> list[str]:
                 f"{host.name} takes {best.path} to {server}: {best.kind}, {best.gbits:.2f} Gbit/s, "
                 f"{1000 * best.round_trip_s:.2f} ms"
             )
-    return told
+    return told + _who_averages(report)
+
+
+def _who_averages(report: Report) -> list[str]:
+    """How the machines share the work of averaging, if the run's settings leave that to the
+    server: see docs/protocol.md, "Shards"."""
+    server, at = report.server.name, Counter(h.name for h in report.hosts if h.works)
+    others, workers = [name for name in at if name != server], sum(at.values())
+    ways = [report.best(name, server) for name in others]
+    rates = [1e9 / 8 * way.gbits for way in ways if way is not None]
+    if not report.at_rest or len(others) + 1 < HOSTS_MIN or len(rates) < len(others):
+        return []
+    names = [server, *others]
+    cables = {
+        number: Cable(rate, at[name], at[name])
+        for number, (name, rate) in enumerate(zip(names, [max(rates), *rates], strict=True))
+    }
+    found = sharding.shares(cables, workers, workers)
+    parts = ", ".join(f"{names[number]} {share / 10:.0f} %" for number, share in found)
+    alone, together = (sharding.seconds(cables, shares, workers, workers) for shares in ((), found))
+    return [
+        f"averaging is shared: {parts}; an exchange takes {together / alone:.0%} of what it would "
+        f"with {server} alone"
+    ]

@@ -33,6 +33,10 @@ Refused    server -> link this push was not taken, and why
 Average    PUB or link    the mean of one bucket; 1..n encoded buffers. Not applied before Close
 Shared     PUB            the same for peers that share memory with the server: no buffers
 Sealed     PUB            the same for peers with a channel, through which the buffers come
+Sharded    PUB            the same of another shard than the server, which sends the buffers itself
+Closing    PUB            all averages of this round are made: who holds those of other shards?
+Holds      link -> server I do
+Lacks      link -> server I do not, and no close has come: send me these on my link
 Close      PUB or link    the round is over: this is the next update of the log
 Open       PUB or link    a round is open, who is in it, with which samples (also inside Close)
 Fetch      link -> server send me the updates after this step, Averages and Closes as on PUB
@@ -52,6 +56,21 @@ Problem    link -> server what the observer could not do, as a sentence for peop
 Goodbye    link -> server I leave, in order; the digest of my weights
 Reject     server -> any  you cannot take part, and why; final
 End        PUB and link   the run is over, and why
+Carry      server -> link start a shard beside you
+Reached    link -> server my channel to a shard is bound; or, it is not, and why
+Offer      shard -> server I am the shard that this worker was to start; again, as a beat
+Employ     server -> shard you are one, of a run with this layout
+Meet       server -> shard make a channel for this peer
+Met        shard -> server here it is, for the peer
+Part       server -> shard this peer is gone
+Arrived    shard -> server this payload has come, and may be good or bad
+Unneeded   server -> shard drop this payload, now or when it comes
+AddUp      server -> shard add this payload to the sum of its bucket
+Divide     server -> shard make the average of this bucket, and send it to all
+Averaged   shard -> server it is on its way to all
+Over       server -> shard the round is closed or void
+Recall     server -> shard give me the average that you keep of this round and bucket
+Recalled   shard -> server here it is; 1..n encoded buffers
 ========== ============== ==================================================================
 
 The server answers a peer that breaks these rules with `Reject`; no other peer is affected.
@@ -102,6 +121,7 @@ BUFFERS_MAX = 16  # that follow one header
 WORKERS_MAX = 1024
 TENSORS_MAX = 2**16
 BUCKETS_MAX = 2**16
+SHARDS_MAX = 64
 NUMBER_MAX = 2**53  # exact in any JSON reader, and the sum of a thousand fits into 64 bits
 STEP_MAX = 2**48  # at which a run may begin, with room for the steps after it
 SAMPLES_MAX = 2**31 - 1  # of one batch
@@ -132,6 +152,9 @@ Indexes = Annotated[tuple[Int, ...], msgspec.Meta(max_length=TENSORS_MAX)]
 
 Worker = Int
 """A worker's id, as the key of a dict."""
+
+Shard = Annotated[int, msgspec.Meta(ge=0, le=65535)]
+"""A shard's number; 0 is the server. No number is used twice by one server."""
 
 Place = tuple[Int, Int, Int]
 """Where a buffer lies in shared memory; see `shm.Place`."""
@@ -412,8 +435,10 @@ class Channel(Message, frozen=True):
     """The key for what the peer sends, in hexadecimal."""
     down: Id = ""
     """The key for what the server sends."""
-    shard: Annotated[int, msgspec.Meta(ge=0, le=65535)] = 0
+    shard: Shard = 0
     reason: Words = ""
+    host: Name = ""
+    """The address of the shard's host, where that is not the server."""
 
     def __post_init__(self) -> None:
         self._clip("reason")
@@ -552,6 +577,8 @@ class Push(Message, frozen=True):
     sealed: Annotated[int, msgspec.Meta(ge=0, le=NUMBER_MAX)] = 0
     """The number of the payload on this peer's channel that holds the buffers, counted from 1; 0:
     they follow as frames, or lie at `places`."""
+    shard: Shard = 0
+    """To which they go, through the channel to it."""
 
 
 class Unreadable(Message, frozen=True):
@@ -593,6 +620,34 @@ class Sealed(Average, frozen=True):
     """Of the payload, the same on the channels of all peers that have one."""
 
 
+class Sharded(Average, frozen=True):
+    """Of a shard other than the server."""
+
+    shard: Shard = 0
+    number: Int = 0
+    """Of the payload, the same on all channels of that shard."""
+
+
+class Closing(Message, frozen=True):
+    """The round is closed as soon as it is known who holds the averages of `buckets`, those of
+    other shards than the server. Repeated with each Pulse."""
+
+    nonce: Id
+    round: Int
+    step: Int
+    """The step that the update leads to."""
+    buckets: Annotated[tuple[Int, ...], msgspec.Meta(max_length=BUCKETS_MAX)]
+
+
+class Holds(Message, frozen=True):
+    round: Int
+
+
+class Lacks(Message, frozen=True):
+    round: Int
+    buckets: Annotated[tuple[Int, ...], msgspec.Meta(max_length=BUCKETS_MAX)]
+
+
 class Open(Message, frozen=True):
     nonce: Id
     round: Int
@@ -607,6 +662,9 @@ class Open(Message, frozen=True):
     began: Int = 0
     """Where the layout has pairs: the first round of these leases, which last over as many rounds
     as the workers' loops make steps with them. Else 0: a lease is for one round."""
+    shards: Annotated[tuple[tuple[Shard, Int], ...], msgspec.Meta(max_length=SHARDS_MAX)] = ()
+    """Who averages the buckets (`sharding.owners`): [shard, share in thousandths] of each; empty:
+    the server."""
 
 
 class CarriedOver(msgspec.Struct, frozen=True, array_like=True):
@@ -802,6 +860,8 @@ class Pulse(Message, frozen=True):
     """No more rounds; the run ends as soon as the observer has kept the newest step."""
     doing: Name = ""
     """The `Phase`; empty where the server is older than this field."""
+    closing: Closing | None = None
+    """Of the open round, if it is to be closed."""
 
     def __post_init__(self) -> None:
         self._clip("phase")
@@ -879,16 +939,132 @@ class End(Message, frozen=True):
         self._clip("reason")
 
 
+# --------------------------------------------------------------------------- shards
+
+
+class Carry(Message, frozen=True):
+    """To a worker whose host is to carry a shard."""
+
+
+class Reached(Message, frozen=True):
+    shard: Shard
+    problem: Words = ""
+    """Why there is no channel to it; empty: there is one."""
+
+    def __post_init__(self) -> None:
+        self._clip("problem")
+
+
+class Offer(Message, frozen=True):
+    session: Id
+    """Of the worker that has started the shard."""
+    secret: Id
+    """Of that worker's Hello."""
+
+
+class Employ(Message, frozen=True):
+    shard: Shard
+    nonce: Id
+    """The server's."""
+    layout: Layout
+
+
+class Meet(Message, frozen=True):
+    session: Id
+    worker: Int
+    """Its number; 0 is the observer."""
+    costs: Annotated[dict[Text, float], msgspec.Meta(max_length=16)] = {}
+    """As in Dial; none: its link is not under CURVE, and the channel has no cipher."""
+
+
+class Met(Message, frozen=True):
+    session: Id
+    channel: Channel
+
+
+class Part(Message, frozen=True):
+    session: Id
+
+
+class Arrived(Message, frozen=True):
+    session: Id
+    number: Int
+    round: Int
+    bucket: Int
+    bad: Words = ""
+    """Why it must not be added; empty: it may."""
+    norm: float | None = None
+    """Of the gradient in it."""
+
+    def __post_init__(self) -> None:
+        self._clip("bad")
+
+
+class Unneeded(Message, frozen=True):
+    session: Id
+    number: Int
+
+
+class AddUp(Message, frozen=True):
+    session: Id
+    number: Int
+    worker: Int
+    bucket: Int
+    weight: float
+    late: bool = False
+    """It is of an earlier round."""
+
+
+class Divide(Message, frozen=True):
+    round: Int
+    step: Int
+    bucket: Int
+    weight: float
+    absent: Indexes = ()
+    begins: bool = False
+    """Another shard has averaged it until now: what was left out here of older averages of it is
+    void."""
+
+
+class Averaged(Message, frozen=True):
+    round: Int
+    bucket: Int
+    number: Int
+    absent: Indexes = ()
+    scale: float = 1.0
+
+
+class Over(Message, frozen=True):
+    step: Int
+    """The step that the update led to; 0: the round is void."""
+    round: Int
+
+
+class Recall(Message, frozen=True):
+    round: Int
+    bucket: Int
+
+
+class Recalled(Message, frozen=True):
+    round: Int
+    bucket: Int
+    kept: bool = True
+    """False: it is not there any more."""
+
+
 ANY = (
     Hello | Welcome | Later | Probe | Greet | Join | Admit | Ready | Unready | Reject | Push
     | Unreadable | NextLease | Evaluating | StopRun | Refused | Average | Shared | Sealed | Open
     | Close | Dial | Channel | Fetch | Fetched | Stand | Digest | Give | Manifest | Want | Piece
-    | Adopted | Abort | Beat | Pulse | Report | Problem | Goodbye | End
+    | Adopted | Abort | Beat | Pulse | Report | Problem | Goodbye | End | Sharded | Closing | Holds
+    | Lacks | Carry | Reached | Offer | Employ | Meet | Met | Part | Arrived | Unneeded | AddUp
+    | Divide | Averaged | Over | Recall | Recalled
 )  # fmt: skip
 
 HEADER_LIMITS: dict[type[Message], int] = {
-    **dict.fromkeys((Join, Manifest, Close), HEADER_BYTES_MAX),
-    **dict.fromkeys((Welcome, Push, Average, Shared, Sealed), 2**20),
+    **dict.fromkeys((Join, Manifest, Close, Employ), HEADER_BYTES_MAX),
+    **dict.fromkeys((Welcome, Push, Average, Shared, Sealed, Sharded, Divide, Averaged), 2**20),
+    **dict.fromkeys((Closing, Lacks), 2**20),
     **dict.fromkeys((Open, Pulse, Fetched), 2**18),
 }
 """Bytes of the largest header, by kind of message; of those that are not here:"""

@@ -18,6 +18,7 @@ from that for other parts, and adds messages and sentences to the `Outcome`:
     late        what comes too late for its round, and enters a later one
     waits       how long rounds wait for whom, and whom they leave out
     evaluations who evaluates, while the others wait
+    shards      who averages which buckets, and whether it is safe to close a round
     snapshots   who gives the run's state, who takes it, and what comes of it
     divergence  whose weights are not those of the others
     disagreement  whose gradients are not like the others', where averages are robust
@@ -41,7 +42,18 @@ from paramserver.rounds import states
 from paramserver.rounds.departures import FAILED, LEFT, SILENT, Departure
 from paramserver.rounds.disagreement import CHECK, Disagreement
 from paramserver.rounds.divergence import Divergence
-from paramserver.rounds.effects import Closed, Discard, Effect, Ended, Publish, Remove, Start, Void
+from paramserver.rounds.effects import (
+    Closed,
+    Discard,
+    Dismissed,
+    Effect,
+    Employed,
+    Ended,
+    Publish,
+    Remove,
+    Start,
+    Void,
+)
 from paramserver.rounds.ending import Ending
 from paramserver.rounds.evaluations import Evaluations
 from paramserver.rounds.events import (
@@ -49,13 +61,18 @@ from paramserver.rounds.events import (
     Compared,
     Dropped,
     Event,
+    Failed,
     Forgotten,
     Greeted,
     Heard,
+    Made,
+    Offered,
     PeerEvent,
+    Placed,
     Pushed,
     PushRefused,
     Relinked,
+    ShardEvent,
     StoodStill,
     Stop,
     Tick,
@@ -74,6 +91,7 @@ from paramserver.rounds.phases import Phases
 from paramserver.rounds.roster import Peer, Roster
 from paramserver.rounds.round import NEXT, Member, Round, Tally, differing, worked_off
 from paramserver.rounds.rules import Rules
+from paramserver.rounds.shards import SMALL_BYTES, Shards
 from paramserver.rounds.snapshots import EMPTY, Off, SideMessage, Snapshot, Snapshots, Taken
 from paramserver.rounds.states import GREETED, REPLICA, WAITING
 from paramserver.rounds.times import Clocks
@@ -90,7 +108,8 @@ class Rounds:
     server was started again in the middle of a run: it names the newest step that anybody may hold
     (`Recovery`), and the most advanced replica that comes back has the run's state; `data_set` is
     what the server before had noted of the workers' data sets. If nobody comes back, the run is
-    `deserted`; if it is stopped before that, it is `put_off`.
+    `deserted`; if it is stopped before that, it is `put_off`. `sizes` tells the bytes of the
+    buckets of a layout, and which of them only the server can average.
     """
 
     def __init__(
@@ -105,6 +124,8 @@ class Rounds:
         data_set: DataSet | None = None,
         name_samples: Callable[[int, wire.Lease], str] | None = None,
         places: Places | None = None,
+        sizes: Callable[[wire.Layout], tuple[tuple[int, ...], frozenset[int]]] | None = None,
+        make_shards: type[Shards] = Shards,
     ) -> None:
         self.rules = rules
         self.nonce = nonce
@@ -134,6 +155,11 @@ class Rounds:
         self._ending = Ending(rules, roster, now)
         self._waits = Waits(rules, roster, out, self._ending)
         self._evaluations = evaluations = Evaluations(rules, out)
+        self.shards = make_shards(rules, roster, out)
+        self._sizes = sizes
+        self._before = (0, "")  # the state before the newest close
+        self._holders: set[str] = set()
+        """Sessions of those that said before that close that they hold what other shards made."""
         self._phases = Phases(
             rules, roster, self._leases, self._snapshots, self._ending, evaluations, self._origin
         )
@@ -149,6 +175,8 @@ class Rounds:
         if isinstance(event, PeerEvent):
             peer = self.peers.get(event.session)
             changed = peer is not None and self._take_of(peer, event, now)
+        elif isinstance(event, ShardEvent):
+            changed = event.shard in self.shards.live and self._take_of_shard(event, now)
         else:
             changed = self._take(event, now)
         if changed:
@@ -175,11 +203,26 @@ class Rounds:
                 return False
             case Forgotten():
                 self.log.forget_before(event.step)
+                if event.own > self._before[0]:
+                    self._holders.clear()  # they cannot get the close either
                 return False
             case Compared():
                 self._name_the_odd(event)
                 return False
         raise TypeError(f"{event!r} is no event")
+
+    def _take_of_shard(self, event: ShardEvent, now: float) -> bool:
+        """The same for an event of a shard."""
+        shard, current = self.shards.live[event.shard], self.round
+        shard.last_seen = now
+        if isinstance(event, Failed):
+            self._lose_shard(event.shard, event.reason, now)
+            return True
+        if isinstance(event, Made) and current is not None and current.number == event.round:
+            if self.shards.owner(event.bucket) == event.shard:
+                current.unmade.pop(event.bucket, None)
+            return not current.unmade
+        return False
 
     def _take_of(self, peer: Peer, event: PeerEvent, now: float) -> bool:
         """The same for an event of a peer."""
@@ -201,6 +244,15 @@ class Rounds:
                 return False
             case Told():
                 return self._told(peer, event.message, now)
+            case Placed():
+                self.shards.placed(peer.session, event.address)
+                return False
+            case Offered():
+                shard = self.shards.offered(peer, now)
+                if shard is not None:
+                    self._out.effects.append(Employed(shard.number, peer.session))
+                    self._out.say(f"{peer.host} ({shard.host}) carries shard {shard.number}")
+                return False
             case Relinked():
                 self._joins_anew(peer, "was cut off", now)
                 return True
@@ -242,6 +294,10 @@ class Rounds:
                 return self._stand(peer, message, now)
             case wire.Goodbye():
                 return self._goodbye(peer, message, now)
+            case wire.Reached():
+                return self._reached(peer, message, now)
+            case wire.Holds():
+                return self._says_it_holds(peer, message)
             case _:
                 return self._snapshot_goes_on(peer, message, now)
 
@@ -259,8 +315,13 @@ class Rounds:
         awaited = self._enough(self.workers_ready(), now)
         if (off := self._snapshots.overdue(now, awaited=awaited)) is not None:
             self._abort_snapshot(off, now)
+        for shard in self.shards.silent(now):
+            self._lose_shard(shard.number, f"silent for {now - shard.last_seen:.1f} s", now)
         self._close_if_due(now)
         self._look_for_the_overdue(now)
+        self._look_for_overdue_shards(now)
+        if self.ending is None and not self.coming_back:
+            self.shards.look(now)
         self._leases.release(self.round, now)
         self._give_up_if_due(now)
         return True
@@ -315,7 +376,7 @@ class Rounds:
     def _fetch(self, peer: Peer, message: wire.Fetch, now: float) -> bool:
         """A replica asks for updates that were published (see `_look_for_the_deaf`). If they are no
         longer kept, it may join again."""
-        if self.knows(message.step, message.lineage):
+        if self.may_fetch(peer.session, message):
             self._roster.fetched(peer, self.step)
             return False
         if peer.join is None:
@@ -379,8 +440,93 @@ class Rounds:
             if peer.returns:  # it was part of the run before this server was
                 self._ending.departures.contributes(peer.id)
 
+    # ------------------------------------------------------------------ shards
+
+    def _lose_shard(self, number: int, why: str, now: float) -> None:
+        """A shard is gone: nothing that only it has is waited for."""
+        shard = self.shards.lose(number)
+        if shard is None:
+            return
+        self._out.effects.append(Dismissed(number))
+        self._out.warn(f"shard {number} on {shard.name} is gone: {why}; others average its part")
+        if self.round is not None and number in self.round.owners:
+            self._void(f"shard {number} on {shard.name} is gone")
+
+    def _reached(self, peer: Peer, message: wire.Reached, now: float) -> bool:
+        """A peer has a channel to a shard, or none. Without one it has no part in a round in which
+        that shard has."""
+        if not self.shards.reached(peer, message.shard, message.problem):
+            return False
+        current = self.round
+        member = None if current is None else current.member_of(peer)
+        lost = message.problem and current is not None and message.shard in current.owners
+        if member is not None and lost:
+            self._out_of_round(member, f"does not reach shard {message.shard}", now)
+        return True
+
+    def _says_it_holds(self, peer: Peer, message: wire.Holds) -> bool:
+        """A replica has the averages that other shards than the server made in this round."""
+        current = self.round
+        if current is None or current.number != message.round or current.closing_at is None:
+            return False
+        current.holders.add(peer.session)
+        return True
+
+    def _is_held(self, current: Round, now: float) -> bool:
+        """May the complete round be closed, since its averages are held elsewhere than by the
+        shards that made them? Ask who has them, once they are made."""
+        if not current.made_elsewhere():
+            return True
+        if current.unmade:
+            return False
+        if current.closing_at is None:
+            current.closing_at = now
+            closing = self._closing()
+            assert closing is not None
+            self._out.effects.append(Publish(closing))
+        return not self.shards.unheld(current)
+
+    def _closing(self) -> wire.Closing | None:
+        current = self.round
+        if current is None or current.closing_at is None:
+            return None
+        return wire.Closing(
+            nonce=self.nonce,
+            round=current.number,
+            step=current.step,
+            buckets=current.made_elsewhere(),
+        )
+
+    def _look_for_overdue_shards(self, now: float) -> None:
+        """Give up shards that keep a round waiting."""
+        if self.round is None:
+            return
+        if not self._roster.has_replica:
+            if self.round.closing_at is not None:
+                self._void("nobody is left who could have its averages")
+            return
+        for shard, why in self.shards.overdue(self.round, now):
+            self._lose_shard(shard.number, why, now)
+
+    def _choose_shards(self) -> None:
+        """Choose the map of the next round. What is carried over lies at the shards of the map
+        before: it is dropped with that."""
+        if self.shards.choose(self.workers_ready()):
+            for peer in self.peers.values():
+                self._leases.drop_late(peer)
+
+    def may_fetch(self, session: str, message: wire.Fetch) -> bool:
+        """Can this peer follow by fetching updates? Who holds the averages of the newest one may
+        miss its close only, and can get that even if a shard is gone."""
+        if self.knows(message.step, message.lineage):
+            return True
+        return session in self._holders and (message.step, message.lineage) == self._before
+
     def _take_out(self, peer: Peer, why: str, now: float) -> None:
         """Expect nothing of this peer any more, until it joins again."""
+        self._holders.discard(peer.session)
+        if self.round is not None:
+            self.round.holders.discard(peer.session)
         if (off := self._snapshots.without(peer, why)) is not None:
             self._abort_snapshot(off, now)
         self._snapshots.taken_out(peer, now)
@@ -410,6 +556,9 @@ class Rounds:
     ) -> None:
         """Forget a peer that is gone. `how` it went is in the words of `Departures`."""
         self._take_out(peer, why, now)
+        for shard in self.shards.of(peer.session):
+            self._lose_shard(shard.number, f"{peer.name} is gone", now)
+        self.shards.forget(peer.session)
         self._roster.remove(peer)
         if peer.role == "worker":
             went = Departure(peer.name, how, reason, now, finished)
@@ -473,6 +622,10 @@ class Rounds:
             return False
         peer.proven = True
         self._origin.becomes(peer, message)
+        if self._sizes is None:
+            self.shards.begin((SMALL_BYTES,) * self._origin.buckets, frozenset())
+        else:
+            self.shards.begin(*self._sizes(message.layout))
         self.log.begin(message.step, message.lineage)
         self._becomes_replica(peer, states.ADMITTED)
         self._out.effects.append(Start(message.layout, message.step))
@@ -710,7 +863,7 @@ class Rounds:
         if self.round is not None and self.round.complete and self.round.is_next:
             self._end_leases()
         if self.round is not None:
-            if not self.round.complete:
+            if not (self.round.complete and self._is_held(self.round, now)):
                 return False
             close, before = self._settle(now), len(self._out.effects)
             hopeless = self._bad_rounds >= self.rules.max_bad_rounds
@@ -737,6 +890,7 @@ class Rounds:
         """Start a snapshot, or open the next round, where one can start."""
         if self.snapshot is not None or self.round is not None or self._leases.finished:
             return None
+        self._choose_shards()
         if going_on := self._going_on():  # nobody else enters before their leases end
             if self._evaluations.active:
                 return None
@@ -813,6 +967,7 @@ class Rounds:
             batch=batch,
             began=self._began,
             pairs=self.layout.names,
+            owners=self.shards.owners,
         )
         self.norms.begin(local=self.round.local_steps > 1)
         self._turn(states.OPENED)
@@ -833,6 +988,10 @@ class Rounds:
     def refusal(self, session: str, push: wire.Push) -> str | None:
         """Why this push must not be used; None when its payload may be looked at."""
         peer = self.peers[session]
+        if push.shard != (owner := self.shards.owner(push.bucket)):
+            return f"bucket {push.bucket} goes to shard {owner}, not to shard {push.shard}"
+        if owner and owner not in self.shards.live:
+            return f"shard {owner} is gone"
         if (carried := peer.carried) is not None and push.round == carried.round:
             assert self.layout is not None
             return carried.refusal(push, self.step, len(self.layout.tensors))
@@ -1005,7 +1164,9 @@ class Rounds:
         self._turn(states.CLOSED)
         self._ending.works(now)
         self._waits.overdue_rounds = 0
+        self._before = self.step, self.lineage
         close = self.log.append(close)
+        self._holders = current.holders
         self._to_note = current, close, settled, now
         self._send_away_who_cannot_read(current.members.values(), now)
         return close
@@ -1230,6 +1391,7 @@ class Rounds:
             leases=leases,
             local_steps=current.local_steps,
             began=current.began,
+            shards=self.shards.shares,
         )
 
     def pulse(self, now: float) -> wire.Pulse:
@@ -1243,6 +1405,7 @@ class Rounds:
             closed=self._rounds - (1 if self.round else 0),
             ending=self.ending is not None,
             doing=doing,
+            closing=self._closing(),
         )
 
     def phase(self, now: float) -> str:

@@ -65,6 +65,8 @@ class Finish(Effect, frozen=True):
     bucket: int
     weight: float
     absent: tuple[int, ...]
+    shard: int = 0
+    """Which has its sum."""
 
 
 class Closed(Effect, frozen=True):
@@ -91,6 +93,19 @@ class Remove(Effect, frozen=True):
     """The peer is gone; forget its sockets."""
 
     session: str
+
+
+class Employed(Effect, frozen=True):
+    """The shard that this worker has offered takes part, by this number."""
+
+    shard: int
+    session: str
+
+
+class Dismissed(Effect, frozen=True):
+    """A shard is gone, with all that it kept."""
+
+    shard: int
 
 
 class Ended(Effect, frozen=True):

@@ -29,6 +29,8 @@ Message = (
     | wire.Evaluating
     | wire.StopRun
     | wire.Goodbye
+    | wire.Reached
+    | wire.Holds
 )
 """A message that a peer sends on its link, but for a push."""
 
@@ -77,15 +79,40 @@ class StoodStill(Event, frozen=True):
 
 
 class Forgotten(Event, frozen=True):
-    """The server no longer keeps the updates up to and including the one that led to `step`."""
+    """The updates up to and including the one that led to `step` are no longer kept, by the server
+    and the shards; by the server itself those up to `own`."""
 
     step: int
+    own: int = 0
 
 
 class Compared(Event, frozen=True):
     """The gradients of the round that has just closed were compared: each worker's, by number."""
 
     workers: Mapping[int, Comparison]
+
+
+class ShardEvent(Event, frozen=True):
+    """An event of one shard, by its number. `Rounds` ignores it if it does not know it."""
+
+    shard: int
+
+
+class Works(ShardEvent, frozen=True):
+    """The shard gave a sign of life."""
+
+
+class Made(ShardEvent, frozen=True):
+    """The shard has made this average, and sent it to all."""
+
+    round: int
+    bucket: int
+
+
+class Failed(ShardEvent, frozen=True):
+    """The shard cannot go on, for this reason."""
+
+    reason: str
 
 
 class PeerEvent(Event, frozen=True):
@@ -129,3 +156,13 @@ class Dropped(PeerEvent, frozen=True):
 
     reason: str
     error: bool = False
+
+
+class Placed(PeerEvent, frozen=True):
+    """The peer's link comes from this address; empty: from the server's own host."""
+
+    address: str
+
+
+class Offered(PeerEvent, frozen=True):
+    """The worker has started a shard."""

@@ -16,6 +16,7 @@ from msgspec import UNSET
 
 from paramserver.protocol.messages import OWN, CarriedOver, Close, Groups, Lease, Push, Spent
 from paramserver.protocol.pacing import WINDOW
+from paramserver.protocol.sharding import SERVER
 from paramserver.rounds.effects import Add, Effect, Finish
 from paramserver.rounds.ledger import DONE, PARTLY, RETURNED, SKIPPED
 from paramserver.rounds.roster import Peer
@@ -101,7 +102,8 @@ class Member:
 
 
 class Round:
-    """The open round that leads to `step`, of `buckets` buckets and `tensors` parameters.
+    """The open round that leads to `step`, of `buckets` buckets and `tensors` parameters. The
+    shards in `owners` average the buckets.
 
     After a `quorum` of those still expected its deadline runs. `in_order`: gradients are added in
     the order of the workers' ids, which is that of `members`. `local_steps`: see `wire.Open`;
@@ -127,6 +129,7 @@ class Round:
         batch: int = 1,
         began: int = 0,
         pairs: tuple[str, ...] = (),
+        owners: tuple[int, ...] = (),
     ) -> None:
         self.number = number
         self.step = step
@@ -145,6 +148,13 @@ class Round:
         self.pair: str | None = None
         self.first: Peer | None = None
         self._pairs = pairs
+        self.owners = owners or (SERVER,) * buckets
+        self.unmade: dict[int, float] = {}
+        """Buckets of which another shard than the server makes the average, since when."""
+        self.closing_at: float | None = None
+        """All averages are made: since then the replicas are asked whether they have them."""
+        self.holders: set[str] = set()
+        """Sessions of those that have."""
 
     def member_of(self, peer: Peer) -> Member | None:
         """The peer's part in this round (of this session, not of an earlier one)."""
@@ -289,7 +299,10 @@ class Round:
             weight = sum(m.counts for m in self.members.values() if bucket in m.got)
             if weight:
                 absent = tuple(sorted(self.absent[bucket]))
-                effects.append(Finish(self.number, self.step, bucket, weight, absent))
+                shard = self.owners[bucket]
+                effects.append(Finish(self.number, self.step, bucket, weight, absent, shard))
+                if shard != SERVER:
+                    self.unmade[bucket] = now
         return effects
 
     def _go_on(self, bucket: int, now: float) -> None:
@@ -310,6 +323,10 @@ class Round:
         for member in self.members.values():
             if member.blocked_at is not None:
                 member.blocked_at += now - max(since, member.blocked_at)
+
+    def made_elsewhere(self) -> tuple[int, ...]:
+        """The buckets with an average that another shard than the server makes."""
+        return tuple(b for b in sorted(self.absent) if self.owners[b] != SERVER)
 
     def averaged(self) -> tuple[int, ...]:
         """The buckets that anybody contributed to."""

@@ -20,6 +20,8 @@ class Rules(msgspec.Struct, frozen=True):
     idle_timeout: float = 1800.0
     deterministic: bool = False
     shares: str = "equal"
+    shards: int | None = 1
+    """Processes that average, at most; None: one for each host, from three hosts on."""
     local_steps: int | str = 1
     local_warmup_steps: int = 0
     overlap: bool = False

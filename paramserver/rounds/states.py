@@ -41,6 +41,7 @@ HEEDED: dict[type[wire.Message], tuple[frozenset[str], frozenset[str]]] = {
     wire.NextLease: (frozenset({"worker"}), frozenset({REPLICA})),
     wire.Evaluating: (frozenset({"worker"}), frozenset({REPLICA})),
     wire.StopRun: (frozenset({"worker", "observer"}), frozenset({REPLICA})),
+    wire.Holds: (frozenset({"worker", "observer"}), frozenset({REPLICA})),
 }
 """Messages that `Rounds` heeds only from peers of these roles in these states."""
 

@@ -28,8 +28,7 @@ UNCLAIMED, UNCLAIMED_BYTES = 16, 64 * 2**20
 """Payloads that wait for their headers, at most: those are sent first, over another connection."""
 
 CONNECTIONS_TOLD = 100
-SERVER = 0  # as a sender
-SHARD = 0
+SERVER = 0  # as a sender, and as a shard
 Tell = Callable[[str, wire.Channel], object]
 
 
@@ -52,19 +51,24 @@ class Channels:
     """The channels of one server process; see the module's docstring.
 
     `tell` sends a message to a peer over its link; `say` gets sentences for people. `port` is that
-    of the `socket`; a buffer has at most `largest` bytes.
+    of the `socket`; a buffer has at most `largest` bytes. `shard` is the number of the process; at
+    most `unclaimed` payloads of a peer wait for their headers. Without `passwords` and `strangers`
+    the run has no keys, and nothing is sealed.
     """
 
     def __init__(
         self,
         socket: zmq.Socket[bytes],
-        passwords: Passwords,
-        strangers: Strangers,
+        passwords: Passwords | None,
+        strangers: Strangers | None,
         port: int,
         nonce: str,
         largest: int,
         tell: Tell,
         say: Callable[[str], object],
+        *,
+        shard: int = SERVER,
+        unclaimed: int = UNCLAIMED,
     ) -> None:
         self.socket = socket
         self.unopened = 0
@@ -72,6 +76,7 @@ class Channels:
         self._strangers = strangers
         self._passwords, self._port, self._nonce, self._largest = passwords, port, nonce, largest
         self._tell, self._say = tell, say
+        self._shard, self._unclaimed = shard, unclaimed
         self._costs = sealing.measured()
         self._channels: dict[str, _Channel] = {}  # by the id of their keys
         self._live: dict[str, _Channel] = {}  # by session: averages go there
@@ -91,11 +96,13 @@ class Channels:
     def dial(self, session: str, worker: int, costs: Mapping[str, float], now: float) -> None:
         """The peer wants a channel in place of the one that it had, or, with no ciphers, none."""
         self.lose(session, "")
-        if not costs:
+        if not costs and self._passwords is not None:
             self._close(session)
             return
-        cipher = sealing.cheapest(self._costs, costs)
-        if cipher is None:
+        cipher = sealing.PLAIN
+        if self._passwords is not None:
+            cipher = sealing.cheapest(self._costs, costs) or ""
+        if not cipher:
             self._tell(session, wire.Channel(reason="this server has none of your ciphers"))
         elif self._losses.get(session, 0) >= LOSSES_MAX:
             why = f"{LOSSES_MAX} channels ended in the middle"
@@ -110,8 +117,8 @@ class Channels:
         id, up, down = (
             secrets.token_bytes(n) for n in (sealing.ID_BYTES, sealing.KEY_BYTES, sealing.KEY_BYTES)
         )
-        ours = Ends(cipher, down, id, self._nonce, SHARD, SERVER)
-        theirs = Ends(cipher, up, id, self._nonce, SHARD, worker)
+        ours = Ends(cipher, down, id, self._nonce, self._shard, SERVER)
+        theirs = Ends(cipher, up, id, self._nonce, self._shard, worker)
         channel = _Channel(
             session,
             Sealer(ours),
@@ -119,23 +126,25 @@ class Channels:
             now,
         )
         self._next[session] = self._channels[id.hex()] = channel
+        password = "" if self._passwords is None else self._passwords.hand_out(id.hex(), now)
         self._tell(
             session,
             wire.Channel(
                 port=self._port,
                 cipher=cipher,
                 id=id.hex(),
-                password=self._passwords.hand_out(id.hex(), now),
+                password=password,
                 up=up.hex(),
                 down=down.hex(),
-                shard=SHARD,
+                shard=self._shard,
             ),
         )
 
     def _forget(self, channel: _Channel) -> None:
         id = channel.sealer.ends.id.hex()
         self._channels.pop(id, None)
-        self._passwords.take_back(id)
+        if self._passwords is not None:
+            self._passwords.take_back(id)
         channel.sealer.forget()
         channel.opener.forget()
 
@@ -182,8 +191,11 @@ class Channels:
         """One message of a channel's connection; the session of which a payload is complete now.
         Whatever is wrong with it, it is dropped, and counted for its connection."""
         route, record = frames[0].bytes, frames[-1]
-        self._strangers.heard(record)
-        channel = self._channels.get(sockets.user(record))
+        if self._strangers is not None:
+            self._strangers.heard(record)
+        sealed = self._passwords is not None
+        id = sockets.user(record) if sealed else sealing.id_of(record.buffer).hex()
+        channel = self._channels.get(id)
         if channel is None or len(frames) != 2 or channel.route not in (b"", route):
             self._drop(record, "it is of no channel that is open")
             return None
@@ -197,11 +209,13 @@ class Channels:
             if not channel.opener.bound:
                 return None
             self._bind(channel, route)
-            self._strangers.proven(record)
+            if self._strangers is not None:
+                self._strangers.proven(record)
         if payload is None:
             return None
         waiting = channel.payloads
-        if len(waiting) >= UNCLAIMED or sum(p.bytes for p in waiting.values()) > UNCLAIMED_BYTES:
+        most = UNCLAIMED_BYTES * max(1, self._unclaimed // UNCLAIMED)
+        if len(waiting) >= self._unclaimed or sum(p.bytes for p in waiting.values()) > most:
             self.lose(channel.session, "its payloads have no headers")
         else:
             waiting[payload.number] = payload
@@ -247,6 +261,15 @@ class Channels:
             raise Lost
         return None
 
+    def take(self, session: str) -> list[Payload]:
+        """All payloads of this session that are complete, in the order in which they came."""
+        found: list[Payload] = []
+        for channel in (self._old.get(session), self._live.get(session)):
+            if channel is not None:
+                found += channel.payloads.values()
+                channel.payloads.clear()
+        return found
+
     def heard_at(self, session: str) -> float:
         """When the newest record of this session came."""
         return max(
@@ -260,14 +283,17 @@ class Channels:
         """Seal the buffers of an average for each channel; returns the header that tells of them.
         Each receiver has a key of its own: that costs less than to prove to each, by a digest, that
         no other receiver has sealed them."""
+        number = self.send(average.round, average.bucket, buffers)
+        return wire.Sealed(number=number, **msgspec.structs.asdict(average))
+
+    def send(self, round: int, bucket: int, buffers: Sequence[Any]) -> int:
+        """The same without a header; returns the number of the payload."""
         self._number += 1
         number = self._number
         for channel in list(self._live.values()):
-            self._send(
-                channel,
-                channel.sealer.seal(Kind.AVERAGE, average.round, average.bucket, number, buffers),
-            )
-        return wire.Sealed(number=number, **msgspec.structs.asdict(average))
+            sealed = channel.sealer.seal(Kind.AVERAGE, round, bucket, number, buffers)
+            self._send(channel, sealed)
+        return number
 
     def _send(self, channel: _Channel, records: Iterator[memoryview] | list[memoryview]) -> None:
         """One that does not read misses the rest, as on PUB; its close shows the gap."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hmac
 import math
 import uuid
+from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
@@ -22,12 +23,13 @@ from paramserver.errors import PeerError
 from paramserver.protocol import messages as wire
 from paramserver.protocol import versions
 from paramserver.rounds.coordinator import Rounds
-from paramserver.rounds.disagreement import Comparison
 from paramserver.rounds.effects import (
     Add,
     Closed,
     Discard,
+    Dismissed,
     Effect,
+    Employed,
     Ended,
     Finish,
     PassOn,
@@ -43,9 +45,13 @@ from paramserver.rounds.events import (
     Compared,
     Dropped,
     Event,
+    Failed,
     Forgotten,
     Greeted,
     Heard,
+    Made,
+    Offered,
+    Placed,
     Pushed,
     PushRefused,
     Relinked,
@@ -53,8 +59,10 @@ from paramserver.rounds.events import (
     Stop,
     Tick,
     Told,
+    Works,
 )
 from paramserver.server.history import FETCH_BYTES, Frames, Update
+from paramserver.server.spread import Data, Spread
 from paramserver.server.traffic import Traffic
 
 PROBES_APART_S = 0.05  # between published probes, at least: all peers receive them
@@ -62,6 +70,15 @@ GOODBYE_TIMEOUTS = 3  # heartbeat timeouts for a worker's goodbye after the run'
 REFUSED_SENDERS = 1000  # whose invalid messages are logged
 NOTHING_EARLIER: Mapping[str, wire.End] = MappingProxyType({})
 Finished = tuple[wire.Average, Frames]
+HELD_MESSAGES = 2**16  # of one link, behind a push whose payload is on its way to a shard
+MEETS_MAX = 3  # channels to one shard that a session gets
+
+
+class _Held(msgspec.Struct):
+    """What a link brings behind a push whose payload is on its way to a shard."""
+
+    since: float
+    messages: deque[tuple[Any, list[Any]]] = msgspec.field(default_factory=deque)
 
 
 class Transport(Protocol):
@@ -90,27 +107,9 @@ class Transport(Protocol):
     def forget(self, route: bytes) -> None:
         """No more messages go there: forget the route."""
 
-
-class Data(Protocol):
-    """Keeps tensors; `paramserver.server.data.Data` documents these methods."""
-
-    def start(self, layout: wire.Layout) -> str | None: ...
-    def share(self, session: str, join: wire.Join) -> str | None: ...
-    def located(self, session: str, push: wire.Push, buffers: list[Any]) -> list[Any]: ...
-    def release(self, session: str, push: wire.Push) -> None: ...
-    def push(
-        self, session: str, worker: int, push: wire.Push, buffers: list[Any], *, late: bool
-    ) -> tuple[str | None, float | None]: ...
-    def drop(self, worker: int, bucket: int) -> None: ...
-    def add(self, worker: int, bucket: int, weight: float, *, late: bool) -> None: ...
-    def finish(self, finish: Finish) -> None: ...
-    def due(self) -> list[Finished]: ...
-    def comparisons(self) -> Mapping[int, Comparison]: ...
-    def close(self, close: wire.Close) -> Update: ...
-    def forget_round(self, averaged: tuple[int, ...]) -> None: ...
-    def reaches_back_to(self) -> int | None: ...
-    def fetch(self, step: int) -> list[Update]: ...
-    def forget(self, session: str) -> None: ...
+    def costs(self, session: str) -> dict[str, float] | None:
+        """What it costs this peer to seal a MiB, by cipher; none where its link is plain. None: it
+        may get no keys."""
 
 
 class Watcher(Protocol):
@@ -145,6 +144,7 @@ class Control:
         most_unread: int,
         new_session: Callable[[], str] = lambda: uuid.uuid4().hex,
         earlier: Mapping[str, wire.End] = NOTHING_EARLIER,
+        make_spread: type[Spread] = Spread,
     ) -> None:
         self.rounds = rounds
         self.watcher = watcher
@@ -155,7 +155,15 @@ class Control:
         self.routes: dict[str, bytes] = {}  # session -> route of its link
         self.doors: dict[str, bytes] = {}  # session -> route on which it greets and beats
         self.traffic = Traffic()
-        self._data = data
+        self._data = make_spread(data, self._order, rounds.nonce)
+        self._shards: dict[int, bytes] = {}  # the route of each shard's link
+        self._shard_of: dict[bytes, int] = {}
+        self._unreachable: set[int] = set()  # shards that have missed an order
+        self._offers: dict[str, bytes] = {}  # by session
+        self._met: dict[tuple[str, int], int] = {}  # channels handed out, by session and shard
+        self._held: dict[bytes, _Held] = {}  # by route
+        self._gathering: dict[str, int] = {}  # session -> the step of which it waits for the rest
+        self._lacking: dict[int, set[str]] = {}  # bucket of the open round -> who waits for it
         self._transport = transport
         self._welcome = welcome
         self._observer_key = observer_key
@@ -200,6 +208,9 @@ class Control:
         if stood_s > self.rounds.rules.heartbeat_timeout / 2:
             self._happens(StoodStill(stood_s), now)
         self._happens(Tick(), now)
+        self._give_up_payloads(now)
+        self._lose_unreachable(now)
+        self._release(now)
         self.watcher.looked(self, now)
 
     def pulse(self, now: float) -> None:
@@ -231,11 +242,71 @@ class Control:
     # ------------------------------------------------------------------ what comes in
 
     def receive(self, route: bytes, message: Any, buffers: list[Any], now: float) -> None:
-        """Handle one message; a fault in it affects only its sender."""
+        """Handle one message; a fault in it affects only its sender. What a peer says behind a push
+        whose payload is on its way to a shard waits until that is there."""
+        if (shard := self._shard_of.get(route)) is not None:
+            self._hear_shard(shard, message, buffers, now)
+            return
+        held = self._held.get(route)
+        if held is not None:
+            held.messages.append((message, buffers))
+            if len(held.messages) > HELD_MESSAGES:
+                self._lose_payload(route, now)
+            return
+        if self._must_wait(route, message):
+            self._held[route] = _Held(now, deque([(message, buffers)]))
+            return
+        self._take_in(route, message, buffers, now)
+
+    def _take_in(self, route: bytes, message: Any, buffers: list[Any], now: float) -> None:
         try:
             self._handle(route, message, buffers, now)
         except PeerError as e:
             self.refuse(route, e, now)
+
+    def _must_wait(self, route: bytes, message: Any) -> bool:
+        """Is this a push that may be used, and that its shard has not reported on yet?"""
+        session = self.links.get(route)
+        if not isinstance(message, wire.Push) or session is None:
+            return False
+        awaited = self._data.awaits(session, message)
+        return awaited and self.rounds.refusal(session, message) is None
+
+    def _release(self, now: float) -> None:
+        """Handle what is held and need not wait any more."""
+        for route in list(self._held):
+            held = self._held.get(route)
+            while held is not None and not self._must_wait(route, held.messages[0][0]):
+                message, buffers = held.messages.popleft()
+                if not held.messages:
+                    del self._held[route]
+                held.since = now
+                self._take_in(route, message, buffers, now)
+                held = self._held.get(route)
+
+    def _give_up_payloads(self, now: float) -> None:
+        """Do not wait any longer for payloads that do not come to their shards."""
+        patience_s = self.rounds.rules.heartbeat_timeout / 2
+        for route, held in list(self._held.items()):
+            if now - held.since > patience_s:
+                self._lose_payload(route, now)
+
+    def _lose_payload(self, route: bytes, now: float) -> None:
+        """A payload that this peer has sent to a shard is lost: it joins again, as where its link
+        was cut, and gets another channel to that shard."""
+        held, session = self._held.pop(route), self.links.get(route)
+        if session is None:
+            return
+        push = held.messages[0][0]
+        problem = "what it sends there does not come"
+        self._happens(Told(session, wire.Reached(shard=push.shard, problem=problem)), now)
+        self.cut_off(session, now)
+        self._introduce(session, push.shard)
+        for message, buffers in held.messages:
+            if not isinstance(message, wire.Push):
+                self._take_in(route, message, buffers, now)
+            elif (again := self.links.get(route)) is not None:
+                self._data.release(again, message)
 
     def refuse(self, route: bytes, error: PeerError, now: float) -> None:
         """The sender of a message that this protocol does not allow gets a Reject, and leaves the
@@ -287,6 +358,9 @@ class Control:
         if isinstance(message, wire.Probe):
             self._probe(route, message, now)
             return
+        if isinstance(message, wire.Offer):
+            self._hear_offer(route, message, now)
+            return
         session = self.links.get(route)
         if session is None:
             self._transport.send(route, wire.Greet())
@@ -306,7 +380,18 @@ class Control:
                 self._fetch(session, message, now)
             case wire.Join():
                 self._share(session, message)
+                address = self.traffic.addresses.get(session, "")
+                self._happens(Placed(session, address), now)
                 self._happens(Told(session, message), now)
+                for shard in list(self._shards):
+                    if (session, shard) not in self._met:
+                        self._introduce(session, shard)
+            case wire.Reached():
+                self._happens(Told(session, message), now)
+                if message.problem and message.shard in self._shards:
+                    self._introduce(session, message.shard)
+            case wire.Lacks():
+                self._send_lacking(session, message)
             case wire.Want() if self._transport.waiting(route) > self._most_unread:
                 pass  # it may ask again when it has read the answer
             case wire.Piece():
@@ -331,6 +416,7 @@ class Control:
                 | wire.Digest()
                 | wire.Stand()
                 | wire.Goodbye()
+                | wire.Holds()
             ):
                 self._happens(Told(session, message), now)
             case _:
@@ -422,6 +508,7 @@ class Control:
         self.routes[session] = route
         if old is not None and old != route:
             self.links.pop(old, None)
+            self._held.pop(old, None)
             self._happens(Relinked(session), now)
         self._happens(Heard(session), now)
         if now - self._probed.get(session, -math.inf) >= PROBES_APART_S:
@@ -474,17 +561,157 @@ class Control:
 
     def _fetch(self, session: str, fetch: wire.Fetch, now: float) -> None:
         self._forget_overwritten(now)
-        known = self.rounds.knows(fetch.step, fetch.lineage)
+        known = self.rounds.may_fetch(session, fetch)
         self._happens(Told(session, fetch), now)
+        self._gathering.pop(session, None)
         if not known:
             return
         route = self.routes[session]
         if self._transport.waiting(route) > FETCH_BYTES:
             return  # an answer is on its way, or unread
-        for update in self._data.fetch(fetch.step):
+        updates = self._data.fetch(fetch.step)
+        if updates and self._data.recall(updates[0].step):
+            self._gathering[session] = updates[0].step  # the answer follows when all is here
+            return
+        self._send_updates(session, updates)
+
+    def _send_updates(self, session: str, updates: list[Update]) -> None:
+        """The answer to a fetch."""
+        route = self.routes[session]
+        for update in updates:
+            for average, buffers in self._data.found(update.step):
+                if not self._transport.send(route, average, *buffers):
+                    return
             if not self._send_update(route, update):
                 return
         self._send(session, wire.Fetched(step=self.rounds.step, open=self.rounds.open_message()))
+
+    # ------------------------------------------------------------------ shards
+
+    def _order(self, shard: int, message: wire.Message) -> None:
+        """Send a message to a shard. One that has missed an order is of no use any more."""
+        route = self._shards.get(shard)
+        if route is not None and not self._transport.send(route, message):
+            self._unreachable.add(shard)
+
+    def _lose_unreachable(self, now: float) -> None:
+        while self._unreachable:
+            self._happens(Failed(self._unreachable.pop(), "it cannot be reached"), now)
+
+    def _hear_offer(self, route: bytes, offer: wire.Offer, now: float) -> None:
+        """A worker has started a shard, which has a link of its own."""
+        if route in self.links:
+            raise PeerError("this is the link of a worker, not of its shard")
+        if offer.session not in self.rounds.peers or not _same(
+            offer.secret, self._secrets.get(offer.session, "")
+        ):
+            self._transport.send(route, wire.Greet(session_known=False))
+            return
+        for shard in self.rounds.shards.of(offer.session):
+            self._happens(Failed(shard.number, "its link was cut"), now)
+        self._offers[offer.session] = route
+        self._happens(Offered(offer.session), now)
+
+    def _employ(self, shard: int, session: str) -> None:
+        """The shard takes part: tell it what the run is about, and make it known to all."""
+        route = self._offers.pop(session)
+        assert self.rounds.layout is not None
+        self._shards[shard], self._shard_of[route] = route, shard
+        self._data.employ(shard)
+        self._order(
+            shard,
+            wire.Employ(shard=shard, nonce=self.rounds.nonce, layout=self.rounds.layout),
+        )
+        for other, peer in list(self.rounds.peers.items()):
+            if peer.join is not None:
+                self._introduce(other, shard)
+
+    def _dismiss(self, shard: int, now: float) -> None:
+        """A shard is gone. Who waits for what it kept has to take a snapshot."""
+        route = self._shards.pop(shard, None)
+        if route is not None:
+            del self._shard_of[route]
+            self._transport.forget(route)
+        self._met = {key: n for key, n in self._met.items() if key[1] != shard}
+        self._data.dismiss(shard)
+        self._forget_overwritten(now)
+        for step in set(self._gathering.values()):
+            if not self._data.recall(step):
+                self._end_gathering(step, now)
+
+    def _introduce(self, session: str, shard: int) -> None:
+        """Let a shard make a channel for this peer."""
+        costs = self._transport.costs(session)
+        peer = self.rounds.peers.get(session)
+        before = self._met.get((session, shard), 0)
+        if costs is None or peer is None or before >= MEETS_MAX:
+            return
+        self._met[session, shard] = before + 1
+        self._order(shard, wire.Meet(session=session, worker=peer.id, costs=costs))
+
+    def _hear_shard(self, shard: int, message: Any, buffers: list[Any], now: float) -> None:
+        """Handle a message of a shard; a fault in it costs the shard its place."""
+        self._happens(Works(shard), now)
+        try:
+            match message:
+                case wire.Offer():
+                    pass  # its beat
+                case wire.Arrived() if message.session in self.rounds.peers:
+                    self._data.arrived(shard, message)
+                    self._release(now)
+                case wire.Arrived():
+                    pass  # its sender is gone
+                case wire.Averaged():
+                    if self._data.averaged(shard, message):
+                        self._happens(Made(shard, message.round, message.bucket), now)
+                case wire.Recalled():
+                    self._hear_recalled(message, buffers, now)
+                case wire.Met():
+                    host = self.rounds.shards.live[shard].host
+                    told = msgspec.structs.replace(message.channel, shard=shard, host=host)
+                    self._send(message.session, told)
+                case _:
+                    raise PeerError(f"a {type(message).__name__} is not for the server")
+        except PeerError as e:
+            self._happens(Failed(shard, str(e)), now)
+        self._lose_unreachable(now)
+
+    def _hear_recalled(self, message: wire.Recalled, buffers: list[Any], now: float) -> None:
+        """A shard has sent an average that it keeps."""
+        current = self.rounds.round
+        if current is not None and message.round == current.number:
+            average = self._data.made(message.bucket)
+            for session in sorted(self._lacking.pop(message.bucket, ())):
+                if average is not None and message.kept:
+                    self._send(session, average, *buffers)
+            return
+        step = self._data.recalled(message, buffers)
+        if step is not None:
+            self._forget_overwritten(now)
+            self._end_gathering(step, now)
+
+    def _end_gathering(self, step: int, now: float) -> None:
+        """All that can be had of this update is here: send it to those who wait for it. Where it
+        cannot be had, they have to ask again, and are told so."""
+        waiting = [s for s, awaited in self._gathering.items() if awaited == step]
+        for session in waiting:
+            del self._gathering[session]
+            if session in self.routes:
+                update = [u for u in self._data.fetch(step - 1) if u.step == step]
+                self._send_updates(session, update)
+        self._data.handed_out(step)
+
+    def _send_lacking(self, session: str, lacks: wire.Lacks) -> None:
+        """Get averages of the open round for a peer that has not got them from their shards."""
+        current = self.rounds.round
+        if current is None or current.number != lacks.round:
+            return
+        for bucket in lacks.buckets:
+            waiting = self._lacking.setdefault(bucket, set())
+            if waiting or self._data.recall_open(bucket):
+                waiting.add(session)
+            else:
+                del self._lacking[bucket]
 
     # ------------------------------------------------------------------ what goes out
 
@@ -505,6 +732,8 @@ class Control:
                 case Closed():
                     self._close_round(effect.close, now)
                 case Publish():
+                    if isinstance(effect.message, wire.Closing):
+                        self._publish_due()
                     self._transport.publish(effect.message)
                     if isinstance(effect.message, wire.Open):
                         if self.first_open_at is None:
@@ -527,6 +756,11 @@ class Control:
                         self.watcher.say(problem)
                 case Void():
                     self._data.forget_round(())
+                    self._lacking.clear()
+                case Employed():
+                    self._employ(effect.shard, effect.session)
+                case Dismissed():
+                    self._dismiss(effect.shard, now)
                 case Remove():
                     self._forget_peer(effect.session)
                 case Ended():
@@ -534,15 +768,24 @@ class Control:
                     self._transport.publish(effect.end)
                     for session in list(self.rounds.peers):
                         self._send(session, effect.end)
+        self._publish_due()
+
+    def _publish_due(self) -> None:
+        """The averages that were made, before what follows from them."""
         due = self._data.due()
         if due:
             self._transport.publish_update(due, None)
+        for average in self._data.announced():
+            self._transport.publish(average)
 
     def _close_round(self, close: wire.Close, now: float) -> None:
         self.watcher.closing(self, close)
+        self._lacking.clear()
         update = self._data.close(close)
         self._transport.publish_update(self._data.due(), update.messages[-1])
         for session in sorted(self.rounds.deaf):
+            if self._data.keeps(close.step):
+                break  # other shards have a part of it: the deaf fetch it
             route = self.routes.get(session)
             if route is not None and self._transport.waiting(route) <= FETCH_BYTES:
                 self._send_update(route, update)
@@ -558,8 +801,9 @@ class Control:
     def _forget_overwritten(self, now: float) -> None:
         """Report to `rounds` the oldest update that is still there. Void rounds may have written
         over all of them: then only who stands at the newest step can follow."""
-        reach = self._data.reaches_back_to()
-        self._happens(Forgotten(self.rounds.step if reach is None else reach), now)
+        step, reach, own = self.rounds.step, self._data.reaches_back_to(), self._data.own_reach
+        event = Forgotten(step if reach is None else reach, step if own is None else own)
+        self._happens(event, now)
 
     def _forget_peer(self, session: str) -> None:
         self.doors.pop(session, None)
@@ -568,10 +812,16 @@ class Control:
         self._probed.pop(session, None)
         self.traffic.forget(session)
         self._data.forget(session)
+        self._offers.pop(session, None)
+        self._gathering.pop(session, None)
+        self._met = {key: n for key, n in self._met.items() if key[0] != session}
+        for waiting in self._lacking.values():
+            waiting.discard(session)
         route = self.routes.pop(session, None)
         if route is not None:
             self._transport.forget(route)
             self.links.pop(route, None)
+            self._held.pop(route, None)
 
     def _prompt(self, sessions: Collection[str], now: float) -> None:
         """Send these sessions the open round on their links, before the next pulse does."""

@@ -228,6 +228,11 @@ class Data:
         self._averages_bytes += sum(map(len, frames))
         self._due.append((average, frames))
 
+    def begin_bucket(self, bucket: int) -> None:
+        """Another shard has averaged this bucket since the last time."""
+        assert self._reducer is not None
+        self._reducer.forget(bucket)
+
     def due(self) -> list[tuple[wire.Average, Frames]]:
         """The averages that were made since the last call."""
         due, self._due = self._due, []

@@ -23,6 +23,7 @@ from paramserver.fleet.plan_watch import PlanWatch
 from paramserver.net import machine
 from paramserver.net.link_watch import LinkWatch
 from paramserver.protocol import messages as wire
+from paramserver.rounds.aggregate import MEAN
 from paramserver.rounds.coordinator import Rounds
 from paramserver.rounds.looks import DataSet
 from paramserver.rounds.rules import Rules
@@ -33,11 +34,11 @@ from paramserver.server.held import Came, Held
 from paramserver.server.history import Frames
 from paramserver.server.ports import Ports
 from paramserver.settings import Settings
-from paramserver.tensors.bucket import plan
+from paramserver.tensors.bucket import BucketPlan, plan
 from paramserver.tensors.order import name_samples, places
 from paramserver.transport import sealing, shm, sockets
 from paramserver.transport.handshake import Authenticator
-from paramserver.transport.sealing import Kind, Payload
+from paramserver.transport.sealing import CIPHERS, Kind, Payload
 from paramserver.typed import typed
 
 TICK_S = 0.1
@@ -117,6 +118,7 @@ class Server:
                 idle_timeout=settings.idle_timeout,
                 deterministic=settings.deterministic,
                 shares=settings.shares,
+                shards=self._shards_wanted(settings),
                 local_steps=settings.local_steps,
                 local_warmup_steps=settings.local_warmup_steps,
                 overlap=settings.overlap,
@@ -136,6 +138,7 @@ class Server:
             data_set=data_set,
             name_samples=partial(name_samples, seed=settings.seed),
             places=partial(places, seed=settings.seed),
+            sizes=lambda layout: _sizes(plan(layout, bucket_mb)),
         )
         self._shared = shm.shared_folder() if settings.shared_memory else None
         self._unread = sockets.Unread()
@@ -155,6 +158,7 @@ class Server:
         self._nonce = nonce
         self._held = Held()
         self._to_join: set[str] = set()  # sessions that were cut off, and have not joined again
+        self._costs: dict[str, dict[str, float]] = {}  # by session: what sealing takes it
         self._unlinked: dict[str, float] = {}  # sessions without a link, since when
         self.channels: Channels | None = None
         self._use(ports)
@@ -196,6 +200,12 @@ class Server:
         self._tell_port_problems()
         if link_watch is not None:
             self.control.traffic.expected = link_watch.expected
+
+    @staticmethod
+    def _shards_wanted(settings: Settings) -> int | None:
+        """Robust averages look at a whole gradient of each worker, which one process has."""
+        robust = settings.aggregate != MEAN or settings.scale_to_median
+        return 1 if robust else settings.shards
 
     @property
     def digests(self) -> dict[str, tuple[int, str]]:
@@ -290,6 +300,8 @@ class Server:
             if isinstance(message, wire.Dial):
                 self._dial(route, message, frames[-1], now)
                 return
+            if isinstance(message, wire.Offer) and self._is_a_stranger(frames[-1]):
+                raise PeerError("a shard's link needs the join token's keys here")
             if isinstance(message, wire.Probe) and self._is_a_stranger(frames[-1]):
                 self.control.refuse_link(route, message, NO_SEAT_ANSWER, now)
                 return
@@ -389,7 +401,7 @@ class Server:
         waits, and so does all that its sender says after it."""
         while (came := self._held.first(route)) is not None:
             message, payload = came.message, None
-            if isinstance(message, wire.Push) and message.sealed:
+            if _is_sealed(message):
                 try:
                     payload = self._payload(route, message)
                 except Lost:
@@ -457,7 +469,7 @@ class Server:
             self._to_join.add(session)
             self.control.cut_off(session, now)
         for came in held:
-            if not (isinstance(came.message, wire.Push) and came.message.sealed):
+            if not _is_sealed(came.message):
                 self._handle(route, came, now)
 
     def _dial(self, route: bytes, dial: wire.Dial, frame: zmq.Frame, now: float) -> None:
@@ -467,6 +479,7 @@ class Server:
             return  # it is not known, or not any more, and greets again
         if not self._closed_to_strangers or sockets.user(frame) != self._peers_key:
             raise PeerError("a channel is for those who came with a join token")
+        self._costs[session] = dial.costs
         if self.channels is None:  # another program has taken its port
             self.control.tell(session, wire.Channel(reason="this server has no port for it"))
             return
@@ -484,6 +497,7 @@ class Server:
             if self._peers_key and sockets.user(frame) == self._peers_key:
                 self._with_keys.add(session)
             self.control.traffic.linked(session, sockets.sender(frame))
+            self._note_rates()
         if not isinstance(message, wire.Push):
             return
         if message.ready_s:
@@ -492,6 +506,19 @@ class Server:
             peer = self.rounds.peers.get(self.control.links.get(route, ""))
             if peer is not None:
                 self._plan_watch.pushed(peer.name, message.compute_s)
+
+    def _note_rates(self) -> None:
+        """What the cables of the workers' hosts carry, where that was measured before the run. The
+        server's own carries at least what the fastest path does."""
+        if self._link_watch is None:
+            return
+        expected, rates = self._link_watch.expected, dict[str, float]()
+        for session, address in self.control.traffic.addresses.items():
+            peer = self.rounds.peers.get(session)
+            if address and peer is not None and peer.id in expected:
+                rates[address] = expected[peer.id]
+        if rates:
+            self.rounds.shards.rates = {"": max(rates.values()), **rates}
 
     def _look_at_path(
         self, route: bytes, push: wire.Push, frame: zmq.Frame, size: int, now: float
@@ -571,8 +598,17 @@ class Server:
         self._held.release(route)
         session = self.control.links.get(route)
         self._to_join.discard(session or "")
+        if session is not None:
+            self._costs.pop(session, None)
         if session is not None and self.channels is not None:
             self.channels.forget(session)
+
+    def costs(self, session: str) -> dict[str, float] | None:
+        """See `Transport`. Who came over ipc, whose folder nobody else can enter, may have keys as
+        those may who came with keys."""
+        if not self._closed_to_strangers:
+            return {}
+        return self._costs.get(session) or dict.fromkeys(CIPHERS, 1.0)
 
     def _publish_frames(self, frames: Frames) -> None:
         sockets.send(self._pub, frames, copy=len(frames) == 1)
@@ -599,3 +635,12 @@ class Server:
         if (session := self.control.links.get(route)) is not None:
             self.control.traffic.sent(session, size)
         return True
+
+
+def _is_sealed(message: wire.Message) -> bool:
+    """Is this a push whose buffers come over a channel to this process?"""
+    return isinstance(message, wire.Push) and bool(message.sealed) and not message.shard
+
+
+def _sizes(cut: BucketPlan) -> tuple[tuple[int, ...], frozenset[int]]:
+    return cut.sizes, cut.whole

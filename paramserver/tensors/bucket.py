@@ -63,6 +63,17 @@ class BucketPlan:
         return sum(b.nbytes for b in self.buckets)
 
     @property
+    def sizes(self) -> tuple[int, ...]:
+        """The bytes of each bucket, without a codec."""
+        return tuple(b.nbytes for b in self.buckets)
+
+    @property
+    def whole(self) -> frozenset[int]:
+        """The buckets of tensors that stay as they are, which no other shard than the server
+        averages."""
+        return frozenset(b.index for b in self.buckets if b.kind == "whole")
+
+    @property
     def largest_bytes(self) -> int:
         """Bytes of the largest bucket of numbers, without a codec."""
         return max((b.nbytes for b in self.buckets if b.kind != "whole"), default=0)

@@ -102,6 +102,11 @@ class ErrorFeedback:
                 self._residuals[bucket] = before
         self._under_way.clear()
 
+    def forget(self, bucket: int) -> None:
+        """Begin this bucket without a residual, as if nothing of it had been sent."""
+        for kept in (self._residuals, self._samples, self._under_way):
+            kept.pop(bucket, None)
+
     def _span(self, bucket: Bucket, index: int) -> slice:
         """Where in the bucket this tensor, or its part, lies."""
         begin, end = self._plan.offsets[index], self._plan.offsets[index + 1]

@@ -168,6 +168,11 @@ class Reducer:
         buffers, scale = self._down.encode(b, running.values, absent, self._room_of(b))
         return buffers, scale * divisor, absent
 
+    def forget(self, bucket: int) -> None:
+        """Somebody else has averaged this bucket since: what was left out here of its averages
+        belongs to older ones."""
+        self._down.forget(bucket)
+
     def close(self, buckets: tuple[int, ...]) -> None:
         """The round is over: the averages of these buckets are part of an update, the others are
         not (none is, where the round is void)."""

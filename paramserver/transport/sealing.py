@@ -38,6 +38,10 @@ CIPHERS: dict[str, type[AESGCM] | type[ChaCha20Poly1305]] = {
 }
 """By name, the preferred one first."""
 
+PLAIN = "none"
+"""In place of a cipher, between the ends of a run that has no keys: records carry numbers as they
+are."""
+
 KEY_BYTES, TAG_BYTES, NONCE_BYTES, ID_BYTES = 32, 16, 12, 16
 RECORD_BYTES = 2**21
 """Of a buffer in one record, at most. It bounds what a connection may send before it has proven
@@ -57,6 +61,8 @@ CLEAR = struct.Struct(">4sBBHI16s16sQIQBBxxQQ12s")
 PATIENCE = 0.5
 """Of `heartbeat_timeout`: when nothing has come through a channel for so long, a payload that is
 awaited does not come any more."""
+_ID = slice(28, 28 + 16)
+"""Where the key's id lies in it."""
 
 MAGIC = b"psS1"
 OVERHEAD_BYTES = CLEAR.size + TAG_BYTES
@@ -110,6 +116,32 @@ class Payload:
         return sum(memoryview(b).nbytes for b in self.buffers)
 
 
+class _Plain:
+    """See `PLAIN`."""
+
+    def __init__(self, key: bytes) -> None:
+        pass
+
+    def encrypt_into(self, nonce: bytes, data: Any, aad: bytes, buf: Any) -> None:
+        buf[: len(data)] = data
+
+    def decrypt_into(self, nonce: bytes, data: Any, aad: bytes, buf: Any) -> None:
+        buf[:] = data[:-TAG_BYTES]
+
+
+_Aead = AESGCM | ChaCha20Poly1305 | _Plain
+
+
+def _aead(ends: Ends) -> _Aead:
+    return _Plain(ends.key) if ends.cipher == PLAIN else CIPHERS[ends.cipher](ends.key)
+
+
+def id_of(record: Any) -> bytes:
+    """The id of the key under which a record says that it is sealed; empty where it is none."""
+    view = memoryview(record)
+    return bytes(view[_ID]) if view.nbytes >= CLEAR.size else b""
+
+
 @cache
 def measured() -> dict[str, float]:
     """Seconds of processor time in which this machine seals a MiB, by the ciphers that it has."""
@@ -153,7 +185,7 @@ class Sealer:
         self.ends = ends
         self.records = self.bytes = 0
         """Sealed so far, of the plaintext."""
-        self._aead: AESGCM | ChaCha20Poly1305 | None = CIPHERS[ends.cipher](ends.key)
+        self._aead: _Aead | None = _aead(ends)
         self._nonce = nonce_bytes(ends.nonce)
         self._lock = threading.Lock()
         _held.add(self)
@@ -225,7 +257,7 @@ class Opener:
         """The highest number of a payload of which anything has come."""
         self._kind = kind
         self._largest, self._parts = largest, parts
-        self._aead: AESGCM | ChaCha20Poly1305 | None = CIPHERS[ends.cipher](ends.key)
+        self._aead: _Aead | None = _aead(ends)
         self._nonce = nonce_bytes(ends.nonce)
         self._last = -1  # the counter of the last record
         self._partial: _Partial | None = None

@@ -151,13 +151,14 @@ def channel_dealer(
     ctx: zmq.Context[zmq.Socket[bytes]], record_bytes: int, mark: int, user: str, password: str
 ) -> zmq.Socket[bytes]:
     """A peer's socket for sealed payloads, to be connected. The password opens one connection; a
-    second one takes another, so ZeroMQ makes none by itself."""
+    second one takes another, so ZeroMQ makes none by itself. Without a user nobody asks for one."""
     s = _make(ctx, zmq.DEALER, record_bytes)
     s.setsockopt(zmq.SNDHWM, 0)
     s.setsockopt(zmq.RCVHWM, mark)
     s.setsockopt(zmq.RECONNECT_IVL, -1)
-    s.setsockopt(zmq.PLAIN_USERNAME, user.encode())
-    s.setsockopt(zmq.PLAIN_PASSWORD, password.encode())
+    if user:
+        s.setsockopt(zmq.PLAIN_USERNAME, user.encode())
+        s.setsockopt(zmq.PLAIN_PASSWORD, password.encode())
     return s
 
 
@@ -176,6 +177,15 @@ def bind_channels(s: zmq.Socket[bytes], endpoints: Sequence[str]) -> None:
     s.setsockopt(zmq.ZAP_DOMAIN, ZAP_CHANNEL.encode())
     s.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
     _bind(s, endpoints)
+
+
+def bind_shard(s: zmq.Socket[bytes], host: str, *, guarded: bool) -> int:
+    """Listen at any free port of this address; if `guarded` as `bind_channels` does. Returns the
+    port; raises `UserError` where none can be had, and closes the socket."""
+    bind_channels(s, [tcp(host, 0)]) if guarded else _bind(s, [tcp(host, 0)])
+    endpoint = s.getsockopt(zmq.LAST_ENDPOINT)
+    assert isinstance(endpoint, bytes)
+    return int(endpoint.rstrip(b"\0").rpartition(b":")[2])
 
 
 def bind(

@@ -107,7 +107,25 @@ class Liar(Process):
         )
         self.lines["door"].send((hello, None))
 
+    def _say_of_shards(self) -> None:
+        """That it reaches one or not, holds averages or lacks them, or has started one."""
+        rng, number = self.rng, self.open.round if self.open is not None else 1
+        buckets = tuple(range(rng.randrange(4)))
+        told = rng.choice(
+            (
+                *[wire.Reached(shard=shard) for shard in range(4)] * 3,
+                wire.Reached(shard=rng.randrange(4), problem="it says so"),
+                *[wire.Holds(round=number)] * 4,
+                wire.Lacks(round=number, buckets=buckets),
+                wire.Offer(session=self.session, secret=""),
+                wire.Offer(session="session-1-1", secret=""),
+            )
+        )
+        self.lines["link"].send((told, None))
+
     def _say(self) -> None:
+        if self.server.rules.shards != 1 and self.rng.random() < 0.3:
+            self._say_of_shards()
         first = bool(self._first)
         if first:
             kind = self._first[0]

@@ -46,6 +46,7 @@ class World:
         self.now = 0.0
         self.events = 0
         self._tell = tell
+        self.seed = seed
         self._queue: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self._count = 0
 
@@ -146,6 +147,7 @@ class Line:
         self.net, self.kind = net, kind
         self.ipc, self._port = ipc, net.port if port is None else port
         self.number = net.count()
+        self.address = ""  # of the peer's end, as the other end sees it
         self.route: bytes | None = None
         self.closed = False
         self._cut_until = 0.0

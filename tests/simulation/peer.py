@@ -16,6 +16,8 @@ import msgspec
 
 from paramserver.errors import UserError
 from paramserver.protocol import messages as wire
+from paramserver.protocol import sharding
+from paramserver.shard.adder import Adder
 from workers.link import actions
 from workers.link.connection import RunOver, ServerSearch
 from workers.link.follow import Follow
@@ -27,9 +29,11 @@ from .book import Broken, Sample, after_update
 from .network import Carried, Line, Network, Together, World
 from .process import AT_BOTH, AT_DOOR, AT_LINK, DEAF, Leaves, Process, Waiting
 from .server import LIE, Ring, Server, brief, pieces_of
+from .shard import BIND, PUSH, Lane, Record, Shard
 
 BEATS_PER_TIMEOUT = 5
 HELLO_EVERY_S = 1.0
+CHANNEL_S = 5.0
 SEARCH_AFTER_S = 2.0
 PROBE_EVERY_S = 0.25
 PIECES = 6
@@ -139,6 +143,17 @@ class Shipping:
     pushes: type[Pushes] = Pushes
     search: type[ServerSearch] = ServerSearch
     local: type[LocalRounds] = LocalRounds
+    adder: type[Adder] = Adder
+
+
+class Channel:
+    """A peer's end of its channel to a shard."""
+
+    def __init__(self, lane: Lane, now: float) -> None:
+        self.lane, self.since = lane, now
+        self.bound = False
+        self.newest = 0
+        self.payloads: dict[int, Any] = {}
 
 
 class Log:
@@ -170,7 +185,12 @@ class Client(Process):
         self.server, self.id, self.serial, self.habits = server, id, serial, habits
         self.name = f"worker {id}" if self.role == "worker" else "the observer"
         super().__init__(world, net, server.receive)
-        self.sub_room = 2 * server.buckets + 4
+        self.sub_room = 3 * server.buckets + 6
+        self.address = "" if self.ipc else f"10.0.0.{max(1, id) // (1 + world.seed % 3 // 2)}"
+        self.channels: dict[int, Channel] = {}  # by shard
+        self._pushed = 0  # payloads, to any shard
+        self._awaited: tuple[int, int, float] | None = None  # shard, payload, since when
+        self.shard: Shard | None = None  # that it has started
         self.replica = Replica(serial, server.buckets)
         self.session: Session | None = None
         self._window = 1 + serial % 2  # small, since rounds have few buckets
@@ -184,7 +204,7 @@ class Client(Process):
         self.host, self.port = "host", net.port
         self.log = Log(world, self.name)
         self.server_search = parts.search(self, server.search)  # type: ignore[arg-type]
-        self.process, self._secret = f"process-{serial}", f"secret-{serial}"
+        self.process, self.secret = f"process-{serial}", f"secret-{serial}"
         self._boot = server.boots
         self._parts = parts
         self._timeout_s = server.rules.heartbeat_timeout
@@ -219,6 +239,12 @@ class Client(Process):
         elif isinstance(message, wire.End):
             self._end_at_door = message
 
+    def _exit(self, why: str) -> None:
+        self._close_channels()
+        super()._exit(why)
+        if self.shard is not None:  # its pipe ends
+            self.world.after(0.01, self.shard.kill)
+
     def _arrive(self, line: Line, carried: Carried) -> None:
         super()._arrive(line, carried)
         self.has_end |= isinstance(carried[0], wire.End) and self.lines.get(line.kind) is line
@@ -235,12 +261,13 @@ class Client(Process):
             self.open_line("link")
             self.open_line("sub")
             self.heard = {wire.Close, wire.Open, wire.Pulse, wire.Probe, wire.End}
+            self.heard |= {wire.Sharded, wire.Closing}
             self._must_greet, self._end_at_door = False, None
             beat = wire.Beat(
                 session=welcome.session,
                 run=welcome.run,
                 nonce=self.process,
-                secret=self._secret,
+                secret=self.secret,
             )
             self.beat(beat, self._timeout_s / BEATS_PER_TIMEOUT)
             if (yield from self._probed(welcome.session)):
@@ -259,7 +286,7 @@ class Client(Process):
             pid=self.serial,
             run=self.run,
             key=self.key,
-            secret=self._secret,
+            secret=self.secret,
         )
         self._open_door()
         search_at = self.world.now + self._search_after_s
@@ -292,6 +319,10 @@ class Client(Process):
 
     def _open_door(self) -> None:
         self.close_lines()
+        self._close_channels()
+        if self.shard is not None:
+            self.shard.kill()  # another server, or session, asks for another one
+            self.shard = None
         self.open_line("door", port=self.port)
 
     def _probed(self, session: str) -> Waiting:
@@ -342,7 +373,7 @@ class Client(Process):
 
     def _probe(self) -> None:
         assert self.welcome is not None
-        self.send(wire.Probe(session=self.welcome.session, secret=self._secret))
+        self.send(wire.Probe(session=self.welcome.session, secret=self.secret))
 
     def send(self, message: wire.Message, payload: Any = None) -> None:
         if "link" in self.lines:  # else the run is over
@@ -454,7 +485,112 @@ class Client(Process):
 
     def _send_due(self) -> None:
         for push, [payload] in self.pushes.due(self.world.now):
-            self.send(push, payload)
+            shard = self._shard_of(push.bucket)
+            if not shard:
+                self.send(push, payload)
+                continue
+            self._pushed += 1
+            push = msgspec.structs.replace(push, shard=shard, sealed=self._pushed)
+            channel = self.channels.get(shard)
+            if channel is not None:
+                assert self.welcome is not None
+                session = self.welcome.session
+                record = Record(PUSH, session=session, number=push.sealed, push=push)
+                channel.lane.send((record, payload))
+            self.send(push)
+
+    def _shard_of(self, bucket: int) -> int:
+        current = None if self.follow is None else self.follow.open
+        if current is None:
+            return 0
+        sizes = (1,) * self.server.buckets
+        return sharding.owners(sizes, current.shards, frozenset())[bucket]
+
+    # ------------------------------------------------------------------ shards
+
+    def _carry(self) -> None:
+        """The server wants a shard beside this worker."""
+        if self.shard is None or not self.shard.alive:
+            self.world.after(0.05, self._start_shard, self.greetings)
+
+    def _start_shard(self, greetings: int) -> None:
+        if self.alive and greetings == self.greetings and self.welcome is not None:
+            self.shard = Shard(self.world, self, self._parts.adder)
+            self.started_shard()
+
+    def started_shard(self) -> None:
+        """Its worker has started one."""
+
+    def _told_channel(self, told: wire.Channel) -> None:
+        shard = self.server.shards.get(told.shard)
+        before = self.channels.pop(told.shard, None)
+        if before is not None:
+            before.lane.close()
+        if shard is None:
+            return
+        lane = Lane(shard.net, f"shard {told.shard}", shard.receive, self._from_shard)
+        self.channels[told.shard] = Channel(lane, self.world.now)
+        assert self.welcome is not None
+        lane.send((Record(BIND, session=self.welcome.session), None))
+        self.world.after(CHANNEL_S, self._look_at_channel, told.shard, self.channels[told.shard])
+
+    def _look_at_channel(self, number: int, channel: Channel) -> None:
+        if self.alive and self.channels.get(number) is channel and not channel.bound:
+            self._channel_lost(number, "nothing comes through it")
+
+    def _channel_lost(self, number: int, why: str) -> None:
+        channel = self.channels.pop(number, None)
+        if channel is not None:
+            channel.lane.close()
+            self.send(wire.Reached(shard=number, problem=why))
+
+    def _close_channels(self) -> None:
+        for channel in self.channels.values():
+            channel.lane.close()
+        self.channels.clear()
+
+    def _from_shard(self, line: Line, carried: Carried) -> None:
+        number = int(line.kind.split()[1])
+        channel = self.channels.get(number)
+        if channel is None or channel.lane is not line or not self.alive:
+            return
+        record, payload = carried
+        if record.kind == BIND:
+            channel.bound = True
+            self.send(wire.Reached(shard=number))
+            return
+        channel.newest = max(channel.newest, record.number)
+        channel.payloads[record.number] = payload
+        if "sub" in self._ears:
+            self._wake()
+
+    def _complete(self) -> bool:
+        """Is the next message of `held` here as a whole?"""
+        session = self.session
+        assert session is not None
+        average, payload = session.held[0]
+        if not isinstance(average, wire.Sharded) or payload is not None:
+            return True
+        if not session.wants(average):
+            return True
+        channel, number = self.channels.get(average.shard), average.number
+        if channel is None:
+            return True
+        for older in [n for n in channel.payloads if n < number]:
+            del channel.payloads[older]
+        if number in channel.payloads:
+            session.held[0] = average, channel.payloads.pop(number)
+            self._awaited = None
+            return True
+        if channel.newest > number:
+            return True
+        key = (average.shard, number)
+        if self._awaited is None or self._awaited[:2] != key:
+            self._awaited = *key, self.world.now
+        if self.world.now - self._awaited[2] > self._timeout_s / 2:
+            self._channel_lost(average.shard, "an average does not come through it")
+            return True
+        return False
 
     def goodbye(self, reason: str, **more: Any) -> None:
         step, digest = 0, ""
@@ -479,7 +615,9 @@ class Client(Process):
         while session.hears:
             if not session.held and not self._read_sub():
                 break
-            if not isinstance(session.held[0][0], wire.Average | wire.Pulse):
+            if not isinstance(session.held[0][0], wire.Average | wire.Pulse | wire.Closing):
+                break
+            if not self._complete():
                 break
             self._next_published()
         self._send_due()
@@ -529,7 +667,7 @@ class Client(Process):
     def _handle_one(self) -> bool:
         session = self.session
         assert session is not None
-        if session.hears and (session.held or self._read_sub()):
+        if session.hears and (session.held or self._read_sub()) and self._complete():
             self._next_published()
             return True
         if not self.inbox["link"]:
@@ -537,6 +675,12 @@ class Client(Process):
         message, payload = self.inbox["link"].popleft()
         if self.world.talks and not isinstance(message, wire.Pulse):
             self.world.say(f"    server -> {self.name}: {brief(message)}")
+        if isinstance(message, wire.Channel):
+            self._told_channel(message)
+            return True
+        if isinstance(message, wire.Carry):
+            self._carry()
+            return True
         try:
             self._do(session.received(message, payload, self.world.now))
         except UserError as e:
@@ -627,6 +771,9 @@ class Client(Process):
                 return
             assert self._ring is not None
             samples = self._ring.read(average.places[0])
+        if isinstance(average, wire.Sharded) and samples is None:
+            session.lost(average)
+            return
         self.replica.take(average, samples)
         self.pushes.averaged(average.bucket, self.world.now)
         self._send_due()

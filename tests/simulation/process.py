@@ -30,6 +30,7 @@ class Process:
     """Runs `main`. `to_server(route, message)` is the server's side of its connections."""
 
     name = "a process"
+    address = ""  # of its machine, if that is not the server's
 
     def __init__(
         self, world: World, net: Network, to_server: Callable[[bytes, Carried], None]
@@ -110,6 +111,7 @@ class Process:
         self.inbox[kind].clear()
         ipc = self.ipc and kind != "door"
         line = Line(self.net, kind, self._to_server, self._arrive, ipc=ipc, port=port)
+        line.address = self.address
         self.lines[kind] = line
         return line
 

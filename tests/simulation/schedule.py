@@ -34,7 +34,9 @@ import traceback
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from random import Random
+from typing import Any
 
 import msgspec
 
@@ -43,12 +45,15 @@ from paramserver.rounds.coordinator import Rounds
 from paramserver.rounds.departures import LEFT, SILENT
 from paramserver.rounds.ledger import UNREAD, Ledger
 from paramserver.rounds.rules import Rules
+from paramserver.rounds.shards import Shards
+from paramserver.rounds.states import REPLICA
 from paramserver.server.control import Control
+from paramserver.server.spread import Spread
 from workers.link.session import Session
 
 from .book import Broken, samples_of
 from .liar import Liar
-from .network import DOWN, UP, Network, World
+from .network import DOWN, UP, Line, Network, World
 from .peer import (
     DEADLINE_S,
     HELLO_EVERY_S,
@@ -85,6 +90,10 @@ HARMLESS = {"slow", "bad", "leave", "pause", "finished", "left", SOONER, ON, CAR
 
 MOVES = 0.2
 """Share of the times that a server is started again on another port."""
+
+SHARD_FAULTS = (
+    *("kill a shard",) * 3, "stop a shard", "cut channels", "cut a shard's link", "hold channels",
+)  # fmt: skip
 
 PAIRS = 0.2
 """Share of the schedules with several buckets, without a liar and local steps, in which several
@@ -131,6 +140,8 @@ class Parts(Shipping):
 
     rounds: type[Rounds] = Rounds
     control: type[Control] = Control
+    shards: type[Shards] = Shards
+    spread: type[Spread] = Spread
     worker: type[Worker] = Worker
     observer: type[Observer] = Observer
     liar: type[Liar] = Liar
@@ -147,10 +158,16 @@ class Outcome:
 
 
 class Schedule:
-    """One run with its faults; `run` carries it out. `tell` gets a line for all that happens."""
+    """One run with its faults; `run` carries it out. `tell` gets a line for all that happens.
+    `sharded`: several shards average."""
 
     def __init__(
-        self, seed: int, parts: Parts | None = None, tell: Callable[[str], None] | None = None
+        self,
+        seed: int,
+        parts: Parts | None = None,
+        tell: Callable[[str], None] | None = None,
+        *,
+        sharded: bool = False,
     ) -> None:
         self.parts = parts or Parts()
         self.outcome = Outcome(seed)
@@ -206,14 +223,16 @@ class Schedule:
         hangs = hangs and self.rules.min_workers == 1 and Random(f"hangs {seed}").random() < HANGS
         if hangs:
             self.rules = msgspec.structs.replace(self.rules, idle_timeout=HANG_IDLE_S)
+        if sharded:
+            self._plan_shards(seed)
         buckets = rng.choice((1, 2, 3))
         pairs = self._plan_pairs(seed, buckets)
         self.server = Server(
             world,
             self.net,
             self.rules,
-            self.parts.rounds,
-            self.parts.control,
+            partial(self.parts.rounds, make_shards=self.parts.shards),
+            partial(self.parts.control, make_spread=self.parts.spread),
             buckets=buckets,
             history=rng.choice((1, 2, 5)),
             through_wire=seed % 8 == 0,
@@ -229,6 +248,8 @@ class Schedule:
             absent=rng.choice((0.0, 0.3, 0.6)),
             own=brings,
         )
+        if self.rules.shards != 1:  # it takes a while until there are any
+            self.habits.samples *= 4
         if not brings:
             self._plan_broken_samples(seed)
         self.habits.sooner = sooner
@@ -244,12 +265,14 @@ class Schedule:
         self.server.lost, self.server.deserted = self._check_lost, self._check_deserted
         self.server.lives = lambda process: any(p.process == process for p in self.alive)
         self.server.leaves = self._check_goodbyes
+        self.server.holds = self._check_held
+        self.server.places = lambda route: getattr(self.net.routes.get(route), "address", "")
         self.server.put_off = lambda: world.after(1.0, self._start_server)
         world.say(f"seed {seed}: {self.rules}")
         world.say(f"{self.habits}, {self.server.buckets} buckets, history {self.server.limit}")
         for slot in self.slots:
             world.at(rng.choice((0.0, 0.0, rng.uniform(0.0, 5.0))), self._start, slot)
-        self.calm_at = self._plan_faults()
+        self.calm_at = self._plan_shard_faults(seed, self._plan_faults())
         if self.lies:
             world.at(2.0 * random.Random(seed).random(), self._start_liar, seed, workers + 1)
         world.at(self.calm_at, self._calm)
@@ -270,6 +293,84 @@ class Schedule:
             most, timeout = rng.choice((1, 1, 2, 3, 8)), rng.choice((None, None, 0.05, 0.5))
             self.rules = msgspec.structs.replace(self.rules, max_staleness=most, timeout=timeout)
             self.outcome.seen[CARRIES] += 1
+
+    def _plan_shards(self, seed: int) -> None:
+        wanted = Random(f"shards {seed}").choice((None, 2, 3, 4))
+        self.rules = msgspec.structs.replace(self.rules, shards=wanted)
+
+    def _plan_shard_faults(self, seed: int, over: float) -> float:
+        """Put faults of shards at random moments; returns when the last fault is over."""
+        rng = Random(f"faults of shards {seed}")
+        if self.rules.shards == 1:
+            return over
+        for _ in range(rng.choice((0, 1, 2, 3, 5))):
+            start = rng.uniform(0.0, rng.choice((3.0, 8.0, 15.0)))
+            seconds = rng.choice((0.05, 0.5, 2.0, 6.0)) * rng.uniform(0.5, 1.5)
+            self.world.at(start, self._strike_shard, rng.choice(SHARD_FAULTS), rng, seconds)
+            over = max(over, start + seconds + 0.001)
+        return over
+
+    def _strike_shard(self, fault: str, rng: Random, seconds: float) -> None:
+        shards = [s for s in self.server.shards.values() if s.alive]
+        if not shards or self.server.ended_at is not None:
+            return
+        shard, world = rng.choice(shards), self.world
+        world.say(f"FAULT {fault} {shard.number} for {seconds:.3f} s")
+        self.outcome.seen[fault] += 1
+        lanes = sorted(shard.net.lines, key=lambda line: line.number)
+        if fault == "kill a shard":
+            shard.kill()
+        elif fault == "stop a shard":
+            shard.stop()
+            world.after(seconds, shard.go_on)
+        elif fault == "cut a shard's link":
+            shard.link.cut(seconds, rng.choice((0.0, 1.5 * SILENCE_S)))
+        elif fault == "cut channels":
+            for lane in lanes if rng.random() < 0.5 else rng.sample(lanes, min(1, len(lanes))):
+                self._cut_channel(lane, rng)
+        else:
+            ways = rng.choice(((UP,), (DOWN,), (UP, DOWN)))
+            for lane in lanes:
+                lane.hold(world.now + seconds, ways)
+
+    def _cut_channel(self, lane: Line, rng: Random) -> None:
+        """Its peer notices that at once, or never."""
+        lane.cut(math.inf, 0.0)
+        if rng.random() < 0.5:
+            return
+        for peer in self.alive:
+            for number, channel in list(peer.channels.items()):
+                if channel.lane is lane:
+                    peer._channel_lost(number, "it was cut")
+
+    def _check_held(self, shard: Any, close: wire.Close, bucket: int) -> bool:
+        """Is this average somewhere else than at its shard, on another host if a member that has
+        all of the round is there? What the liar says of it nobody can know, and who has said that
+        it has it may have died since."""
+        rounds = self.server.rounds
+        there = {p.welcome.session: p for p in self.alive if p.welcome is not None}
+        if self.lies or any(session not in there for session in rounds._holders):
+            return True
+        holders = [
+            p
+            for session, p in there.items()
+            if session in rounds.peers
+            and p.follow is not None
+            and p.follow._round == close.round
+            and bucket in p.follow._got
+        ]
+        whole = set(close.contributors) - set(close.late)
+        elsewhere = [
+            p
+            for session, p in there.items()
+            if p.id in whole
+            and session in rounds.peers
+            and p.address != shard.address
+            and rounds.peers[session].state == REPLICA
+        ]
+        if elsewhere:
+            holders = [p for p in holders if p.address != shard.address]
+        return bool(holders)
 
     def _plan_pairs(self, seed: int, buckets: int) -> tuple[wire.Pair, ...]:
         """In some schedules several pairs take turns: with how many of the buckets each."""
@@ -569,6 +670,8 @@ class Schedule:
             peer.habits.leaves = float(self.home_at < self.world.now)
             peer.habits.compute_s = self.habits.compute_s
             peer.go_on()
+        for shard in self.server.shards.values():
+            shard.go_on()
         if self.server.stalled:
             self.server.go_on()
         self.server.dies_at = None
@@ -721,11 +824,12 @@ class Schedule:
         outcome.seen["void rounds"] += server.voids
         outcome.seen[ENTERED] += server.data.entered
         outcome.seen["snapshots"] += server.rounds._snapshots.number
+        outcome.seen["averages of shards"] += server.averages_elsewhere
 
 
-def simulate(seed: int, parts: Parts | None = None) -> Outcome:
+def simulate(seed: int, parts: Parts | None = None, *, sharded: bool = False) -> Outcome:
     """Run the schedule of a seed."""
-    return Schedule(seed, parts).run()
+    return Schedule(seed, parts, sharded=sharded).run()
 
 
 def main() -> int:
@@ -737,19 +841,23 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=0, help="the first seed of them")
     parser.add_argument("--seed", type=int, help="only this one")
     parser.add_argument("--verbose", action="store_true", help="tell what happens")
+    parser.add_argument("--shards", action="store_true", help="several shards in all schedules")
     parser.add_argument("--keep-going", action="store_true", help="do not stop at a failure")
     args = parser.parse_args()
     first, count = (args.first, args.seeds) if args.seed is None else (args.seed, 1)
     start, seen = time.perf_counter(), Counter[str]()
     done = failed = events = 0
     for seed in range(first, first + count):
-        outcome = Schedule(seed, tell=print if args.verbose else None).run()
+        tell = print if args.verbose else None
+        outcome = Schedule(seed, tell=tell, sharded=args.shards).run()
         done, events = done + 1, events + outcome.events
         seen.update(outcome.seen)
         if outcome.failure is not None:
             failed += 1
             print(f"seed {seed} failed {outcome.failure}")
-            print(f"  replay: python -m tests.simulation --seed {seed} --verbose", flush=True)
+            options = " --shards" * args.shards
+            replay = f"python -m tests.simulation --seed {seed} --verbose{options}"
+            print(f"  replay: {replay}", flush=True)
             if not args.keep_going:
                 break
     seconds = time.perf_counter() - start

@@ -205,6 +205,9 @@ class Samples:
         self.averages.append((average, [average, content]))
         self._due.append(self.averages[-1])
 
+    def begin_bucket(self, bucket: int) -> None:
+        pass
+
     def due(self) -> list[Finished]:
         due, self._due = self._due, []
         return due
@@ -280,15 +283,22 @@ class Server:
         self.shares = shares  # memory, with peers on its host
         self.compares = compares  # replicas tell digests of their models
         self.subscribers: list[Callable[[Carried], None]] = []
+        self.shards: dict[int, Any] = {}  # of this boot, by number
+        self._elsewhere: dict[
+            int, tuple[wire.Average, Any, int]
+        ] = {}  # by bucket, of the open round
+        self.places: Callable[[bytes], str] = lambda route: ""
         self.look: Callable[[], bool] = lambda: False
         self.kept = 0  # ends that had to wait for it
         self.disk: set[str] = set()  # lineages of what the observer has written at the end
         self.unread_by_liar: set[Sample] = set()  # of its own leases, as it says
         self.lost: Callable[[set[str]], None] = lambda lineages: None
+        self.holds: Callable[[Any, wire.Close, int], bool] = lambda shard, close, bucket: True
         self.deserted: Callable[[], None] = lambda: None
         self.limit = history
         self.sent_bytes = self.received_bytes = 0
         self.boots = self._runs = 0
+        self.averages_elsewhere = 0
         self.over_at: float | None = None  # when its process ended, after the run
         self.put_off: Callable[[], None] = lambda: None
         self.leaves: Callable[[], None] = lambda: None
@@ -312,6 +322,7 @@ class Server:
         self.boots += 1
         self.booted_at = self.world.now
         self.alive, self.stalled = True, False
+        self.shards, self._elsewhere = {}, {}
         self.dies_at = None
         self.ended_at: float | None = None
         self.nonce = f"server-{self.boots}"
@@ -407,6 +418,8 @@ class Server:
             return
         message, payload = carried
         session = self.control.links.get(route)
+        if isinstance(message, wire.Probe):
+            self.control.traffic.linked(message.session, self.places(route))
         if self.world.talks and not isinstance(message, wire.Beat):
             who = self.rounds.peers[session].name if session else f"route {route.decode()}"
             self.world.say(f"    {who} -> server: {brief(message)}")
@@ -528,6 +541,21 @@ class Server:
     def waiting(self, route: bytes) -> int:
         return 0
 
+    def costs(self, session: str) -> dict[str, float] | None:
+        return {}
+
+    def made_elsewhere(self, divide: wire.Divide, samples: Any, shard: int) -> None:
+        """A shard has made an average."""
+        self.averages_elsewhere += 1
+        average = wire.Average(
+            nonce=self.nonce,
+            round=divide.round,
+            step=divide.step,
+            bucket=divide.bucket,
+            absent=divide.absent,
+        )
+        self._elsewhere[divide.bucket] = average, samples, shard
+
     def forget(self, route: bytes) -> None:
         pass
 
@@ -555,7 +583,12 @@ class Server:
             raise Broken("something was pushed and taken, but is not in the update")
         self.contributed.update(w for w in close.contributors if w not in close.late)
         self._check_nobody_is_awaited_for_ever(close)
-        self.book.close(close, {a.bucket: (a, samples) for a, (_, samples) in self.data.averages})
+        made = {a.bucket: (a, samples) for a, (_, samples) in self.data.averages}
+        for bucket, found in self._elsewhere.items():
+            if found[0].round == close.round:
+                made[bucket] = found[:2]
+        self._check_held(close)
+        self.book.close(close, made)
         self._die_if_due("before a close is noted")
         self.noted = close.lineage
         self._die_if_due("before a close is told")
@@ -568,6 +601,16 @@ class Server:
             self.rounds.observer_comes = self.look()
 
     # ------------------------------------------------------------------ what is checked
+
+    def _check_held(self, close: wire.Close) -> None:
+        """What a shard has made is somewhere else when the round is closed; a process that has said
+        so may have died since."""
+        for bucket, (average, _, maker) in self._elsewhere.items():
+            if average.round != close.round or bucket not in close.buckets:
+                continue
+            shard = self.shards.get(maker)
+            if shard is not None and not self.holds(shard, close, bucket):
+                raise Broken(f"round {close.round} is closed, and only a shard has bucket {bucket}")
 
     def _note_lie(self, liar: Peer) -> None:
         """It may say of the samples that it has to compute that they cannot be read."""

@@ -46,17 +46,20 @@ class Channel:
         largest: int,
         mark: int,
         now: float,
+        *,
+        plain: bool = False,
     ) -> None:
         """`nonce` is the server's; `worker` the peer's own number; a buffer has at most `largest`
-        bytes, and so many records as `mark` may wait here. Raises `PeerError` where the server has
-        told nothing that can be used."""
+        bytes, and so many records as `mark` may wait here. `plain`: the run has no keys, and
+        nothing is sealed. Raises `PeerError` where the server has told nothing that can be used."""
         try:
             id, up, down = (bytes.fromhex(text) for text in (told.id, told.up, told.down))
         except ValueError:
             raise PeerError("the keys of a channel are not numbers") from None
+        ciphers = (sealing.PLAIN,) if plain else tuple(sealing.CIPHERS)
         if (len(id), len(up), len(down)) != (
             *(sealing.ID_BYTES, sealing.KEY_BYTES, sealing.KEY_BYTES),
-        ) or told.cipher not in sealing.CIPHERS:
+        ) or told.cipher not in ciphers:
             raise PeerError("the keys of a channel do not fit a cipher")
         self.bound = False
         """The server has proven that it has the key, and knows that this peer has it."""
@@ -73,7 +76,8 @@ class Channel:
         self._payloads: dict[int, Payload] = {}
         record_bytes = sealing.RECORD_BYTES + sealing.OVERHEAD_BYTES
         self.port = told.port
-        self.socket = sockets.channel_dealer(ctx, record_bytes, mark, told.id, told.password)
+        user = "" if plain else told.id
+        self.socket = sockets.channel_dealer(ctx, record_bytes, mark, user, told.password)
         self._inflow: Inflow | None = None
         self._most_bytes = (mark + sealing.RECORDS_SPARE) * record_bytes
         self._watch = sockets.monitor(ctx, self.socket, zmq.EVENT_CONNECTED)
@@ -123,7 +127,7 @@ class Channel:
             self._payloads[payload.number] = payload
         return True
 
-    def payload(self, average: wire.Sealed, now: float) -> list[Any] | None:
+    def payload(self, average: wire.Sealed | wire.Sharded, now: float) -> list[Any] | None:
         """The buffers of an average, once; None if they have not come yet. Raises `Lost`."""
         number = average.number
         for older in [n for n in self._payloads if n < number]:

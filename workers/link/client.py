@@ -25,7 +25,9 @@ from paramserver import trace
 from paramserver.errors import PeerError, RunLost, UserError
 from paramserver.protocol import messages as wire
 from paramserver.protocol.pacing import WINDOW
+from paramserver.protocol.sharding import SERVER
 from paramserver.settings import RunSettings
+from paramserver.tensors.codec import fresh
 from paramserver.transport import shm, sockets
 from paramserver.words import host_port
 
@@ -223,11 +225,13 @@ class Client:
 
     def _window(self) -> int:
         """Buckets under way. A worker that goes on computing looks at averages between its steps
-        only: so many that all have left when half of these are made."""
+        only: so many that all have left when half of these are made. Each shard is to have a push
+        that it waits for, and another one on its way."""
         steps, replica = self.settings.local_steps, self.replica
+        usual = max(WINDOW, 2 * self.shards)
         if not self.settings.overlap or not isinstance(steps, int) or replica is None:
-            return WINDOW
-        return max(WINDOW, math.ceil(2 * len(replica.plan.buckets) / steps))
+            return usual
+        return max(usual, math.ceil(2 * len(replica.plan.buckets) / steps))
 
     def _make_outbox(self) -> shm.Outbox | None:
         """Shared memory for pushes, for a server on this host; None: pushes go through the
@@ -333,6 +337,12 @@ class Client:
         if self.connection.link is not None and self.ended is None:
             self.connection.send(wire.Unready(unfinished=unfinished))
 
+    @property
+    def shards(self) -> int:
+        """The number of processes that average in the open round."""
+        current = None if self.follow is None else self.follow.open
+        return 1 if current is None else max(1, len(current.shards))
+
     def evaluating(self, on: bool) -> None:
         """This worker evaluates, and the others wait for it; or it is done with that."""
         if self.session is not None and self.ended is None:
@@ -344,8 +354,16 @@ class Client:
             self._do(self.session.stop(reason))
 
     def room(self, bucket: int, nbytes: int) -> torch.Tensor:
-        """Memory for a bucket on its way to the server, uint8 [nbytes]."""
+        """Memory for a bucket on its way to the server or to a shard, uint8 [nbytes]."""
+        if self._owner(bucket):
+            return fresh(nbytes)
         return self._pushes.room(bucket, nbytes)
+
+    def _owner(self, bucket: int) -> int:
+        """The shard that averages this bucket in the open round."""
+        if self.replica is None or self.follow is None:
+            return SERVER
+        return self.connection.shards.owner(self.replica.plan, self.follow.open, bucket)
 
     def push(self, push: wire.Push, buffers: list[Any]) -> None:
         """Send one bucket, now or in its turn; the buffers are not the caller's from now on."""
@@ -354,6 +372,7 @@ class Client:
         self.session.took_part = True
         if self.connection.kind == "tcp":
             push = msgspec.structs.replace(push, ready_s=now)
+        self._pushes.window = self._window()
         self._pushes.add(push, buffers, now)
         self._send_due(now)
 
@@ -383,7 +402,11 @@ class Client:
     def _send_due(self, now: float) -> None:
         for push, buffers in self._pushes.due(now):
             with trace.span("send", bucket=push.bucket):
-                self.connection.payloads.push(push, buffers)
+                shard = SERVER if push.places else self._owner(push.bucket)
+                if shard:
+                    self.connection.shards.push(shard, push, buffers)
+                else:
+                    self.connection.payloads.push(push, buffers)
 
     def report(self, step: int, values: dict[str, float | None], final: bool = False) -> None:
         self.connection.send(wire.Report(step=step, values=values, final=final))
@@ -436,7 +459,7 @@ class Client:
         while session.hears:
             if not session.held and not self._read_sub():
                 break
-            if not isinstance(session.held[0][0], wire.Average | wire.Pulse):
+            if not isinstance(session.held[0][0], wire.Average | wire.Pulse | wire.Closing):
                 break
             if not self._complete():
                 break
@@ -531,6 +554,7 @@ class Client:
         session, connection = self.session, self.connection
         assert session is not None
         connection.payloads.tick(now)
+        connection.shards.tick(now)
         if now - session.follow.heard_at <= connection.heartbeat_timeout / 2:
             connection.server_search.over()
         elif connection.server_search.found(now):
@@ -559,8 +583,14 @@ class Client:
         if not sockets.readable(connection.link):
             return False
         message, buffers = connection.decode(sockets.receive(connection.link))
+        if isinstance(message, wire.Channel) and message.shard:
+            connection.shards.told(message, time.monotonic())
+            return True
         if isinstance(message, wire.Channel):
             connection.payloads.told(message, time.monotonic())
+            return True
+        if isinstance(message, wire.Carry):
+            connection.shards.carry()
             return True
         self._do(session.received(message, buffers, time.monotonic()))
         return True
@@ -571,10 +601,15 @@ class Client:
         session = self.session
         assert session is not None
         average, buffers = session.held[0]
-        if not isinstance(average, wire.Sealed) or buffers or not session.wants(average):
+        if not isinstance(average, wire.Sealed | wire.Sharded) or buffers:
+            return True
+        if not session.wants(average):
             return True
         try:
-            found = self.connection.payloads.payload(average, time.monotonic())
+            if isinstance(average, wire.Sharded):
+                found = self.connection.shards.payload(average, time.monotonic())
+            else:
+                found = self.connection.payloads.payload(average, time.monotonic())
         except Lost:
             return True
         if found is None:
@@ -595,7 +630,7 @@ class Client:
         """Wait until a message comes on a socket that may be read now."""
         connection, session = self.connection, self.session
         assert connection.link is not None and session is not None
-        waiting = connection.payloads.waiting
+        waiting = connection.payloads.waiting or connection.shards.waiting
         if waiting:
             sockets.wait(limit_s, connection.link, *waiting)
             return
@@ -679,7 +714,7 @@ class Client:
         if action.first:
             replica.forget_averages()
         buffers = action.payload
-        if isinstance(average, wire.Sealed) and not buffers:
+        if isinstance(average, wire.Sealed | wire.Sharded) and not buffers:
             session.lost(average)
             return
         if isinstance(average, wire.Shared):
@@ -688,8 +723,15 @@ class Client:
                 return
             assert self._ring is not None
             buffers = [self._ring.buffer(place) for place in average.places]
-        with trace.span("decode", bucket=average.bucket):
-            replica.take(average, buffers)
+        try:
+            with trace.span("decode", bucket=average.bucket):
+                replica.take(average, buffers)
+        except PeerError as e:
+            if not isinstance(average, wire.Sharded):
+                raise
+            self.connection.shards.lose(average.shard, f"what it sends is no average: {e}")
+            session.lost(average)
+            return
         now = time.monotonic()
         self._pushes.averaged(average.bucket, now)
         self._send_due(now)

@@ -39,11 +39,14 @@ from paramserver.words import host_port
 
 from .channel import Channel
 from .payloads import Payloads
+from .shards import Shards
 
 BEATS_PER_TIMEOUT = 5
 PROBE_INTERVAL_S = 0.1
 HELLO_INTERVAL_S = 2.0
 NEW_DOOR_S = 10.0
+ALWAYS = (wire.Close, wire.Open, wire.Pulse, wire.Probe, wire.End)
+"""What every peer subscribes to."""
 SEARCH_AFTER_S = 2.0  # of silence, at most; then the server may be somewhere else
 
 log = logging.getLogger("workers")
@@ -121,6 +124,7 @@ class Connection:
         self.sub: zmq.Socket[bytes] | None = None
         self.kind = "tcp"
         self.payloads = Payloads(self)
+        self.shards = Shards(self)
         self._share_memory = shared_memory
         self.shared: Path | None = None  # where this host's server shares memory with us
         self._beating: threading.Event | None = None
@@ -282,7 +286,7 @@ class Connection:
         mark = sockets.mark(self.settings.history_mb, self.settings.bucket_size_mb)
         keys = None if self.kind == "ipc" else self._keys
         self.sub = sockets.subscriber(self._ctx, mark)
-        for kind in (wire.Close, wire.Open, wire.Pulse, wire.Probe, wire.End):
+        for kind in (*ALWAYS, wire.Sharded, wire.Closing):
             sockets.subscribe(self.sub, wire.topic(kind))
         self.link = sockets.dealer(self._ctx)
         sockets.connect(self.sub, pub, keys)
@@ -318,14 +322,31 @@ class Connection:
         """Is the link under CURVE?"""
         return self.kind != "ipc" and self._keys is not None
 
+    @property
+    def keys(self) -> sockets.PeerKeys | None:
+        return self._keys
+
     def channel(self, told: wire.Channel, now: float) -> Channel:
-        """Connect a channel as the server has told. Raises `PeerError`."""
+        """Connect a channel, to the server or to a shard, as the server has told. Raises
+        `PeerError`."""
         assert self.welcome is not None
         s, welcome = self.settings, self.welcome
         bucket_bytes = int(s.bucket_size_mb * 2**20) + max(SENT_BYTES.values())
         _, mark = sockets.channel_marks(s.history_mb, s.bucket_size_mb, sealing.RECORD_BYTES)
         largest = max(bucket_bytes, BUFFER_BYTES)
-        return Channel(self._ctx, self.host, told, welcome.nonce, welcome.id, largest, mark, now)
+        plain = bool(told.shard) and told.cipher == sealing.PLAIN and not self.with_keys
+        host = told.host if told.shard else self.host
+        return Channel(
+            self._ctx,
+            host,
+            told,
+            welcome.nonce,
+            welcome.id,
+            largest,
+            mark,
+            now,
+            plain=plain,
+        )
 
     @property
     def _search_after_s(self) -> float:
@@ -407,6 +428,7 @@ class Connection:
             self._beat_thread.join()
             self._beat_thread = None
         self.payloads.close()
+        self.shards.close()
         for s in (self.handshake, self._door, self.link, self.sub):
             if s is not None:
                 s.close()

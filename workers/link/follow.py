@@ -20,6 +20,7 @@ from paramserver.protocol.messages import (
     Average,
     CarriedOver,
     Close,
+    Closing,
     End,
     Fetch,
     Lease,
@@ -151,6 +152,15 @@ class Follow:
         """The numbers of this bucket's average were written over while they were read: treat it as
         missing."""
         self._got.discard(bucket)
+
+    def closing(self, m: Closing) -> tuple[int, ...] | None:
+        """The round is closed when it is known who holds these averages: those that are missing
+        here. None: the round is not the one that leads on from my step."""
+        if m.nonce != self.nonce or m.step != self.step + 1 or m.round < self._round:
+            return None
+        if m.round > self._round:
+            return m.buckets
+        return tuple(b for b in m.buckets if b not in self._got)
 
     def close(self, m: Close) -> Effect:
         if m.nonce != self.nonce:

@@ -39,6 +39,15 @@ class Pushes:
         self._pacer.begin()
         self._pacer.window = window
 
+    @property
+    def window(self) -> int:
+        """The number of buckets that are under way, at most."""
+        return self._pacer.window
+
+    @window.setter
+    def window(self, window: int) -> None:
+        self._pacer.window = window
+
     def without_outbox(self) -> None:
         """The server does not read the outbox: all pushes go through the socket."""
         self._outbox = None

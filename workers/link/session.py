@@ -69,6 +69,7 @@ class Session:
     MISSED_MAX = 5  # snapshots in a row that failed; then this peer gives up
     MISFITS_MAX = 3  # snapshots in a row that do not fit in the same way
     SILENT_TIMEOUTS = 3  # heartbeat timeouts of silence; then the connections are made anew
+    LACKS_S = 1.0  # after which a replica asks for averages of a round that is not closed
     TAKING_TIMEOUTS = 2  # heartbeat timeouts without a piece; then the snapshot is asked for anew
 
     def __init__(
@@ -104,6 +105,8 @@ class Session:
         self._misfits: list[str] = []  # why the last snapshots did not fit
         self._giving: tuple[int, Any] | None = None  # its number and its source
         self._give_later: wire.Give | None = None
+        self._closing: tuple[wire.Closing, float] | None = None
+        """The round that is to be closed, and since when averages of it are missing here."""
         self._stood = -1  # the step of the last `Stand`
         self._kept_step = -1  # the last step that was reported as kept
 
@@ -257,11 +260,39 @@ class Session:
             actions += Silent(effect.seconds), Greet() if long else Probe()
         elif isinstance(effect, follow.Gap):
             actions += self._fetch(now)
+        actions += self._ask(now)
         taking = self._taking
         if taking is not None and now - taking.heard_at > self.TAKING_TIMEOUTS * self._timeout_s:
             self._taking = None
             actions += self._join()
         return actions
+
+    # ------------------------------------------------------------------ what shards have made
+
+    def _asked(self, closing: wire.Closing, now: float) -> list[Action]:
+        """Does this replica hold the averages that other shards have made in this round?"""
+        lacks = self.follow.closing(closing) if self.joined else None
+        if lacks is None:
+            return []
+        if not lacks:
+            self._closing = None
+            return [Send(wire.Holds(round=closing.round))]
+        if self._closing is None or self._closing[0].round != closing.round:
+            self._closing = closing, now
+        return []
+
+    def _ask(self, now: float) -> list[Action]:
+        """Ask for averages that have not come, while the round is not closed yet."""
+        if self._closing is None or now - self._closing[1] < self.LACKS_S:
+            return []
+        closing, self._closing = self._closing[0], None
+        lacks = self.follow.closing(closing) if self.joined else None
+        if lacks is None:
+            return []
+        self._closing = closing, now
+        if not lacks:
+            return self._asked(closing, now)
+        return [Send(wire.Lacks(round=closing.round, buckets=lacks))]
 
     # ------------------------------------------------------------------ what is published
 
@@ -297,6 +328,10 @@ class Session:
         elif isinstance(message, wire.Pulse):
             effect = f.pulse(message, now)
             actions = self._stand(message)
+            if message.closing is not None:
+                actions += self._asked(message.closing, now)
+        elif isinstance(message, wire.Closing):
+            return self._asked(message, now)
         elif isinstance(message, wire.End):
             effect = f.ended(message)
         if isinstance(effect, follow.Take):
@@ -368,6 +403,8 @@ class Session:
                 return self._heard_adrift(message, now)
             case wire.Pulse():
                 actions = self._stand(message)
+                if message.closing is not None:
+                    actions += self._asked(message.closing, now)
                 if isinstance(f.pulse(message, now), follow.Gap) and f.fetching_since is None:
                     actions += self._fetch(now)
                 return actions

@@ -1,0 +1,258 @@
+"""The shards of a run: who carries one, who reaches it, and who holds what it made.
+
+A shard averages some buckets in place of the server (docs/protocol.md, "Shards"). A round's
+averages are **held** when for each shard a replica on another host has them: then the round may be
+closed, whatever becomes of the shard.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Mapping
+
+from paramserver.protocol import sharding
+from paramserver.protocol.messages import Carry
+from paramserver.protocol.sharding import SERVER, Cable, Shares
+from paramserver.rounds.outcome import Outcome
+from paramserver.rounds.roster import Peer, Roster
+from paramserver.rounds.round import Round
+from paramserver.rounds.rules import Rules
+from paramserver.rounds.states import REPLICA
+
+OFFER_S = 120.0  # for a worker to start its shard: a small machine imports PyTorch for a while
+DEATHS_MAX = 3  # of shards of one host; then it carries none any more
+HOLD_TIMEOUTS = 1.5  # heartbeat timeouts for a replica to have the averages of a round
+HOSTS_MIN = 3  # without a setting: with fewer, the server alone is as fast
+SMALL_BYTES = 2**18  # without a setting: a smaller gradient takes longer with the one message more
+
+
+class Shard:
+    """A shard that lives. `host` is the address of its machine, `owner` the session of the worker
+    that has started it, `reached` has the sessions of those that have a channel to it."""
+
+    def __init__(self, number: int, host: str, name: str, owner: str, now: float) -> None:
+        self.number = number
+        self.host = host
+        self.name = name
+        self.owner = owner
+        self.last_seen = now
+        self.reached: set[str] = set()
+
+
+class Shards:
+    """Owns the shards by number (`live`), and the map of the next round: `shares`, and the `owners`
+    of the buckets. `rates`, by address: bytes a second that the cable of a host carries, where it
+    was measured."""
+
+    def __init__(self, rules: Rules, roster: Roster, out: Outcome) -> None:
+        self.live: dict[int, Shard] = {}
+        self.shares: Shares = ()
+        self.owners: tuple[int, ...] = ()
+        self.rates: Mapping[str, float] = {}
+        self._rules = rules
+        self._roster = roster
+        self._out = out
+        self._sizes: tuple[int, ...] = ()
+        self._fixed: frozenset[int] = frozenset()
+        self._number = 0
+        self._places: dict[str, str] = {}  # session -> address; empty: the server's own host
+        self._asked: dict[str, tuple[str, float]] = {}  # address -> the session asked, and when
+        self._refused: set[str] = set()  # addresses that have offered nothing in time
+        self._deaths: Counter[str] = Counter()  # by address
+        self._unreached: set[tuple[int, str]] = set()  # of which it was said
+
+    def begin(self, sizes: tuple[int, ...], fixed: frozenset[int]) -> None:
+        """The buckets of the run have these bytes; those that are `fixed` stay with the server."""
+        self._sizes, self._fixed = sizes, fixed
+        self._map()
+
+    # ------------------------------------------------------------------ who carries one
+
+    def placed(self, session: str, address: str) -> None:
+        """Note from where this peer comes."""
+        self._places[session] = address
+
+    def address(self, session: str) -> str | None:
+        return self._places.get(session)
+
+    def look(self, now: float) -> None:
+        """Ask a worker of each host that is to carry a shard, and has none, for one."""
+        hosts: dict[str, Peer] = {}
+        for peer in sorted(self._roster.in_state(REPLICA), key=lambda p: p.id):
+            address = self._places.get(peer.session, "")
+            if peer.role == "worker" and address and peer.ready is not None:
+                hosts.setdefault(address, peer)
+        most = self._most(len(hosts))
+        for address, (_, since) in list(self._asked.items()):
+            if now - since > OFFER_S:
+                del self._asked[address]
+                self._refused.add(address)
+                self._out.say(f"the machine at {address} carries no shard: it has started none")
+        carrying = {s.host for s in self.live.values()} | set(self._asked)
+        for address, peer in hosts.items():
+            if len(carrying) + 1 >= most:
+                return
+            if address in carrying or address in self._refused:
+                continue
+            carrying.add(address)
+            self._asked[address] = peer.session, now
+            self._out.send(peer, Carry())
+
+    def _most(self, hosts: int) -> int:
+        """So many shards are wanted, with the server's, where workers are on so many other
+        hosts."""
+        if self._rules.shards is not None:
+            return self._rules.shards
+        gains = hosts + 1 >= HOSTS_MIN and sum(self._sizes) >= SMALL_BYTES
+        return hosts + 1 if gains else 1
+
+    def offered(self, peer: Peer, now: float) -> Shard | None:
+        """The worker has started a shard: take it, if it was asked to."""
+        address = self._places.get(peer.session, "")
+        asked = self._asked.get(address)
+        if asked is None or asked[0] != peer.session:
+            return None
+        del self._asked[address]
+        self._number += 1
+        shard = Shard(self._number, address, peer.host, peer.session, now)
+        self.live[shard.number] = shard
+        return shard
+
+    def silent(self, now: float) -> list[Shard]:
+        """The shards that have given no sign of life for too long."""
+        limit = self._rules.heartbeat_timeout
+        return [s for s in self.live.values() if now - s.last_seen > limit]
+
+    def of(self, session: str) -> list[Shard]:
+        """The shards that this worker has started."""
+        return [s for s in self.live.values() if s.owner == session]
+
+    def lose(self, number: int) -> Shard | None:
+        """Forget a shard; None if it is not known."""
+        shard = self.live.pop(number, None)
+        if shard is not None:
+            self._deaths[shard.host] += 1
+            if self._deaths[shard.host] >= DEATHS_MAX:
+                self._refused.add(shard.host)
+        return shard
+
+    # ------------------------------------------------------------------ who reaches it
+
+    def reached(self, peer: Peer, number: int, problem: str) -> bool:
+        """The peer has a channel to a shard, or none because of a `problem`. Is that news?"""
+        shard = self.live.get(number)
+        if shard is None or (peer.session in shard.reached) == (not problem):
+            return False
+        if not problem:
+            shard.reached.add(peer.session)
+            return True
+        shard.reached.discard(peer.session)
+        if (key := (number, peer.session)) not in self._unreached:
+            self._unreached.add(key)
+            self._out.warn(
+                f"{peer.name} does not reach the shard on {shard.name} ({shard.host}): {problem}; "
+                "others average in its place",
+                peer,
+            )
+        return True
+
+    def forget(self, session: str) -> None:
+        """This peer is gone."""
+        self._places.pop(session, None)
+        self._unreached = {key for key in self._unreached if key[1] != session}
+        self._asked = {a: asked for a, asked in self._asked.items() if asked[0] != session}
+        for shard in self.live.values():
+            shard.reached.discard(session)
+
+    # ------------------------------------------------------------------ the map
+
+    def choose(self, workers: Collection[Peer]) -> bool:
+        """Choose the shards of the next round, in which these workers may take part. Are they other
+        ones than before?"""
+        sessions = {p.session for p in workers}
+        chosen = [
+            SERVER, *(n for n, s in sorted(self.live.items()) if sessions <= s.reached)
+        ]  # fmt: skip
+        found = self._shares(chosen, workers)
+        if found == self.shares:
+            return False
+        self.shares = found
+        self._map()
+        self._out.say(self.told())
+        return True
+
+    def told(self) -> str:
+        """Who averages what, for people."""
+        if not self.shares:
+            return "the server averages all gradients"
+        parts = [
+            f"{share / 10:.0f} % {self.live[shard].name}" if shard else f"{share / 10:.0f} % itself"
+            for shard, share in self.shares
+        ]
+        by = ", as their cables were measured" if len({s for _, s in self.shares}) > 2 else ""
+        return f"the server lets several average the gradients: {', '.join(parts)}{by}"
+
+    def _shares(self, chosen: list[int], workers: Collection[Peer]) -> Shares:
+        if self._rules.deterministic or len(chosen) == 1 or not self.rates:
+            return sharding.equal(chosen)
+        hosts = {SERVER: "", **{n: s.host for n, s in self.live.items()}}
+        if any(hosts[n] not in self.rates for n in chosen):
+            return sharding.equal(chosen)
+        at = Counter(self._places.get(p.session, "") for p in workers)
+        cables = {n: Cable(self.rates[hosts[n]], at[hosts[n]], at[hosts[n]]) for n in chosen}
+        return sharding.shares(cables, len(workers), len(workers))
+
+    def _map(self) -> None:
+        self.owners = sharding.owners(self._sizes, self.shares, self._fixed)
+
+    def owner(self, bucket: int) -> int:
+        """The shard that has the sum of this bucket."""
+        return self.owners[bucket] if 0 <= bucket < len(self.owners) else SERVER
+
+    # ------------------------------------------------------------------ who holds what
+
+    def unheld(self, current: Round) -> list[Shard]:
+        """The shards of which nobody elsewhere is known to hold what they made in this round. A
+        member on another host that has all of it is waited for, as long as there is one; and what
+        somebody says who has shown nothing yet counts only where nobody else can say it."""
+        makers = sorted({current.owners[b] for b in current.made_elsewhere()})
+        return [s for n in makers if (s := self.live.get(n)) and not self._is_held(s, current)]
+
+    def _is_held(self, shard: Shard, current: Round) -> bool:
+        peers = self._roster.peers
+        holders = [peers[session] for session in current.holders if session in peers]
+        members = [
+            peer
+            for m in current.members.values()
+            if current.whole(m) and (peer := peers.get(m.session)) and peer.state == REPLICA
+        ]
+        elsewhere = [p for p in members if self._places.get(p.session, "") != shard.host]
+        if elsewhere:
+            holders = [p for p in holders if self._places.get(p.session, "") != shard.host]
+        if any(p.has_shown for p in elsewhere):
+            holders = [p for p in holders if p.has_shown]
+        return bool(holders)
+
+    def overdue(self, current: Round, now: float) -> list[tuple[Shard, str]]:
+        """The shards that do not bring what they have to in time, and why."""
+        found = []
+        limit = self._rules.heartbeat_timeout
+        for number in sorted({current.owners[b] for b in current.unmade}):
+            since = min(at for b, at in current.unmade.items() if current.owners[b] == number)
+            if number in self.live and now - since > limit:
+                found.append((self.live[number], f"an average has been due for {limit:g} s"))
+        if current.closing_at is not None:
+            limit = self._hold_s
+            if now - current.closing_at > limit:
+                why = f"nobody elsewhere has what it made in the last {limit:g} s"
+                found += [(shard, why) for shard in self.unheld(current)]
+        return found
+
+    @property
+    def _hold_s(self) -> float:
+        rules = self._rules
+        usual = HOLD_TIMEOUTS * rules.heartbeat_timeout
+        return max(usual, rules.idle_timeout / 2) if rules.overlap else usual
+
+
+__all__ = ["Shard", "Shards"]

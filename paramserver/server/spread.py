@@ -1,0 +1,379 @@
+"""The tensors of a run whose buckets several shards average: gives orders to the shards.
+
+`Spread` has the methods of `control.Data`. It passes on what concerns the server's own buckets to
+the `Data` of this process, and makes of the rest orders for the other shards. It keeps of their
+payloads and averages only the numbers by which they are known. Pure: messages go out through
+`order`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import msgspec
+
+from paramserver.errors import PeerError
+from paramserver.protocol import messages as wire
+from paramserver.protocol.sharding import SERVER
+from paramserver.rounds.disagreement import Comparison
+from paramserver.rounds.effects import Finish
+from paramserver.server.history import Frames, Update
+
+Finished = tuple[wire.Average, Frames]
+Order = Callable[[int, wire.Message], object]
+"""Sends a message to a shard."""
+
+
+class Data(Protocol):
+    """Keeps tensors; `paramserver.server.data.Data` documents these methods."""
+
+    def start(self, layout: wire.Layout) -> str | None: ...
+    def share(self, session: str, join: wire.Join) -> str | None: ...
+    def located(self, session: str, push: wire.Push, buffers: list[Any]) -> list[Any]: ...
+    def release(self, session: str, push: wire.Push) -> None: ...
+    def push(
+        self, session: str, worker: int, push: wire.Push, buffers: list[Any], *, late: bool
+    ) -> tuple[str | None, float | None]: ...
+    def drop(self, worker: int, bucket: int) -> None: ...
+    def add(self, worker: int, bucket: int, weight: float, *, late: bool) -> None: ...
+    def finish(self, finish: Finish) -> None: ...
+    def begin_bucket(self, bucket: int) -> None: ...
+    def due(self) -> list[Finished]: ...
+    def comparisons(self) -> Mapping[int, Comparison]: ...
+    def close(self, close: wire.Close) -> Update: ...
+    def forget_round(self, averaged: tuple[int, ...]) -> None: ...
+    def reaches_back_to(self) -> int | None: ...
+    def fetch(self, step: int) -> list[Update]: ...
+    def forget(self, session: str) -> None: ...
+
+
+class Sent(msgspec.Struct):
+    """A payload that a shard keeps until it is told what becomes of it."""
+
+    shard: int
+    session: str
+    number: int
+    late: bool
+
+
+class Kept(msgspec.Struct):
+    """The averages of one update that other shards keep."""
+
+    round: int
+    lineage: str
+    averages: dict[int, wire.Sharded]
+    """By bucket."""
+    found: dict[int, list[Any]] = msgspec.field(default_factory=dict)
+    """Buffers that were asked for and have come, by bucket."""
+    asked: bool = False
+
+    @property
+    def complete(self) -> bool:
+        return len(self.found) == len(self.averages)
+
+
+class Spread:
+    """See the module's docstring. `order` sends a message to a shard, by its number."""
+
+    def __init__(self, own: Data, order: Order, nonce: str) -> None:
+        self.own = own
+        self._order = order
+        self._nonce = nonce
+        self.shards: set[int] = set()
+        """That live."""
+        self._arrived: dict[tuple[str, int], dict[int, wire.Arrived]] = {}  # by session and shard
+        self._sent: dict[tuple[int, int], Sent] = {}  # by worker and bucket
+        self._divided: dict[int, tuple[int, Finish]] = {}  # by bucket: the shard, and what it makes
+        self._made: dict[int, wire.Sharded] = {}  # by bucket, of the open round
+        self._due: list[wire.Sharded] = []
+        self._makers: dict[int, int] = {}  # by bucket: the shard of its newest average
+        self._kept: dict[int, Kept] = {}  # by step
+        self._reach = -1  # shards that are gone had averages of the updates up to this step
+
+    # ------------------------------------------------------------------ the shards
+
+    def employ(self, shard: int) -> None:
+        """A shard takes part."""
+        self.shards.add(shard)
+
+    def dismiss(self, shard: int) -> None:
+        """A shard is gone, with all that it kept."""
+        self.shards.discard(shard)
+        for key in [key for key in self._arrived if key[1] == shard]:
+            del self._arrived[key]
+        for step, kept in self._kept.items():
+            if any(a.shard == shard for a in kept.averages.values()) and not kept.complete:
+                self._reach = max(self._reach, step)
+
+    def arrived(self, shard: int, report: wire.Arrived) -> None:
+        """A payload has come to a shard."""
+        self._arrived.setdefault((report.session, shard), {})[report.number] = report
+
+    def averaged(self, shard: int, report: wire.Averaged) -> bool:
+        """A shard has made an average; False where none was wanted of it. Raises `PeerError` where
+        it cannot be right."""
+        divided = self._divided.get(report.bucket)
+        if divided is None or divided[0] != shard or divided[1].round != report.round:
+            return False  # of a round that is void
+        if not 0.0 < report.scale < float("inf"):
+            raise PeerError(f"an average of scale {report.scale}")
+        del self._divided[report.bucket]
+        average = wire.Sharded(
+            nonce=self._nonce,
+            round=report.round,
+            step=divided[1].step,
+            bucket=report.bucket,
+            absent=report.absent,
+            scale=report.scale,
+            shard=shard,
+            number=report.number,
+        )
+        self._made[report.bucket] = average
+        self._due.append(average)
+        return True
+
+    def announced(self) -> list[wire.Sharded]:
+        """The averages that other shards have made since the last call."""
+        due, self._due = self._due, []
+        return due
+
+    def awaits(self, session: str, push: wire.Push) -> bool:
+        """Is the report on this push, which goes to another shard, still to come?"""
+        if push.shard == SERVER or push.shard not in self.shards:
+            return False
+        return push.sealed not in self._arrived.get((session, push.shard), {})
+
+    def _report(self, session: str, push: wire.Push) -> wire.Arrived | None:
+        """The report on this push; those before it are of no use any more."""
+        reports = self._arrived.get((session, push.shard), {})
+        report = reports.pop(push.sealed, None)
+        for number in [n for n in reports if n < push.sealed]:
+            del reports[number]
+            self._order(push.shard, wire.Unneeded(session=session, number=number))
+        return report
+
+    # ------------------------------------------------------------------ the open round
+
+    def start(self, layout: wire.Layout) -> str | None:
+        return self.own.start(layout)
+
+    def share(self, session: str, join: wire.Join) -> str | None:
+        return self.own.share(session, join)
+
+    def located(self, session: str, push: wire.Push, buffers: list[Any]) -> list[Any]:
+        return buffers if push.shard else self.own.located(session, push, buffers)
+
+    def release(self, session: str, push: wire.Push) -> None:
+        if not push.shard:
+            self.own.release(session, push)
+        elif push.shard in self.shards and not self._is_taken(session, push):
+            self._report(session, push)
+            self._order(push.shard, wire.Unneeded(session=session, number=push.sealed))
+
+    def _is_taken(self, session: str, push: wire.Push) -> bool:
+        """Is this the second copy of a push whose payload was taken?"""
+        return any(
+            (sent.session, sent.number) == (session, push.sealed) for sent in self._sent.values()
+        )
+
+    def push(
+        self,
+        session: str,
+        worker: int,
+        push: wire.Push,
+        buffers: list[Any],
+        *,
+        late: bool = False,
+    ) -> tuple[str | None, float | None]:
+        if not push.shard:
+            return self.own.push(session, worker, push, buffers, late=late)
+        report = self._report(session, push)
+        if report is None or (report.round, report.bucket) != (push.round, push.bucket):
+            raise PeerError("the payload of a push is of another round or bucket")
+        if report.bad:
+            return report.bad, None
+        self._sent[worker, push.bucket] = Sent(push.shard, session, push.sealed, late)
+        return None, report.norm
+
+    def drop(self, worker: int, bucket: int) -> None:
+        sent = self._sent.pop((worker, bucket), None)
+        if sent is None:
+            self.own.drop(worker, bucket)
+        else:
+            self._unneeded(sent)
+
+    def _unneeded(self, sent: Sent) -> None:
+        if sent.shard in self.shards:
+            self._order(sent.shard, wire.Unneeded(session=sent.session, number=sent.number))
+
+    def add(self, worker: int, bucket: int, weight: float, *, late: bool = False) -> None:
+        sent = self._sent.pop((worker, bucket), None)
+        if sent is None:
+            self.own.add(worker, bucket, weight, late=late)
+            return
+        self._order(
+            sent.shard,
+            wire.AddUp(
+                session=sent.session,
+                number=sent.number,
+                worker=worker,
+                bucket=bucket,
+                weight=weight,
+                late=late,
+            ),
+        )
+
+    def finish(self, finish: Finish) -> None:
+        before = self._makers.get(finish.bucket, finish.shard)
+        self._makers[finish.bucket] = finish.shard
+        if not finish.shard:
+            if before:
+                self.own.begin_bucket(finish.bucket)
+            self.own.finish(finish)
+            return
+        self._divided[finish.bucket] = finish.shard, finish
+        self._order(
+            finish.shard,
+            wire.Divide(
+                round=finish.round,
+                step=finish.step,
+                bucket=finish.bucket,
+                weight=finish.weight,
+                absent=finish.absent,
+                begins=before != finish.shard,
+            ),
+        )
+
+    def due(self) -> list[Finished]:
+        return self.own.due()
+
+    def comparisons(self) -> Mapping[int, Comparison]:
+        return self.own.comparisons()
+
+    def close(self, close: wire.Close) -> Update:
+        update = self.own.close(close)
+        if self._made:
+            self._kept[close.step] = Kept(close.round, close.lineage, dict(self._made))
+        for shard in sorted(self.shards):
+            self._order(shard, wire.Over(step=close.step, round=close.round))
+        self._over()
+        return update
+
+    def _over(self) -> None:
+        self._made.clear()
+        self._divided.clear()
+        self._due.clear()
+
+    def forget_round(self, averaged: tuple[int, ...]) -> None:
+        for sent in self._sent.values():
+            if not sent.late:
+                self._unneeded(sent)
+        self._sent = {key: sent for key, sent in self._sent.items() if sent.late}
+        if not averaged:
+            for shard in sorted(self.shards):
+                self._order(shard, wire.Over(step=0, round=0))
+            self._over()
+        self.own.forget_round(averaged)
+
+    # ------------------------------------------------------------------ what is kept
+
+    @property
+    def own_reach(self) -> int | None:
+        """The step after which the server itself keeps its part of all updates."""
+        return self.own.reaches_back_to()
+
+    def reaches_back_to(self) -> int | None:
+        reach = self.own.reaches_back_to()
+        if reach is None:
+            return None
+        reach = max(reach, self._reach)
+        for step in [step for step in self._kept if step <= reach]:
+            if step < max(self._kept):  # who holds the newest may lack its close
+                del self._kept[step]
+        return reach
+
+    def fetch(self, step: int) -> list[Update]:
+        """The updates after `step`, but for what other shards keep of them, up to the first one of
+        which they do."""
+        found: list[Update] = []
+        for update in self.own.fetch(step):
+            if update.step in self._kept:
+                return found or [update]
+            found.append(update)
+        return found
+
+    def keeps(self, step: int) -> bool:
+        """Do other shards keep a part of this update?"""
+        return step in self._kept
+
+    def found(self, step: int) -> list[tuple[wire.Average, list[Any]]]:
+        """What has come of other shards' averages of this update."""
+        kept = self._kept.get(step)
+        if kept is None:
+            return []
+        return [(_plain(kept.averages[b]), buffers) for b, buffers in sorted(kept.found.items())]
+
+    def recall(self, step: int) -> bool:
+        """Ask for the averages of this update that are not here; False where all are, or where
+        those that are missing are gone."""
+        kept = self._kept.get(step)
+        if kept is None or kept.complete or step <= self._reach:
+            return False
+        if not kept.asked:
+            kept.asked = True
+            for bucket, average in kept.averages.items():
+                if bucket not in kept.found:
+                    self._order(average.shard, wire.Recall(round=kept.round, bucket=bucket))
+        return True
+
+    def recall_open(self, bucket: int) -> bool:
+        """The same for an average of the open round."""
+        average = self._made.get(bucket)
+        if average is None or average.shard not in self.shards:
+            return False
+        self._order(average.shard, wire.Recall(round=average.round, bucket=bucket))
+        return True
+
+    def made(self, bucket: int) -> wire.Average | None:
+        """The header of this average of the open round."""
+        average = self._made.get(bucket)
+        return None if average is None else _plain(average)
+
+    def recalled(self, report: wire.Recalled, buffers: list[Any]) -> int | None:
+        """An average has come that was asked for. Returns the step of which all is here now, or
+        that cannot be had any more."""
+        for step, kept in self._kept.items():
+            if kept.round == report.round and report.bucket in kept.averages:
+                if not kept.asked:
+                    return None
+                if not report.kept:
+                    self._reach = max(self._reach, step)
+                    return step
+                kept.found[report.bucket] = buffers
+                return step if kept.complete else None
+        return None
+
+    def handed_out(self, step: int) -> None:
+        """Nobody waits for this update any more: forget what came of other shards."""
+        kept = self._kept.get(step)
+        if kept is not None:
+            kept.found.clear()
+            kept.asked = False
+
+    def forget(self, session: str) -> None:
+        self.own.forget(session)
+        for key in [key for key in self._arrived if key[0] == session]:
+            del self._arrived[key]
+        for shard in sorted(self.shards):
+            self._order(shard, wire.Part(session=session))
+
+
+def _plain(average: wire.Sharded) -> wire.Average:
+    """The same as it travels with its buffers."""
+    told = msgspec.structs.asdict(average)
+    del told["shard"], told["number"]
+    return wire.Average(**told)
+
+
+__all__ = ["Spread"]

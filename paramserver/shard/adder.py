@@ -1,0 +1,192 @@
+"""What a shard does: keeps payloads by their numbers, and adds, averages and keeps what it is told.
+
+An `Adder` knows no round, member or lease, and decides nothing (docs/protocol.md, "Shards"): it
+carries out the orders of the server in the order in which they come. Pure: payloads and orders come
+in, reports go out through `tell`, averages through `send`.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import msgspec
+
+from paramserver.errors import PeerError
+from paramserver.protocol import messages as wire
+
+
+class Sums(Protocol):
+    """Adds the numbers of pushes."""
+
+    def check(self, push: wire.Push, buffers: list[Any]) -> tuple[str | None, float | None]:
+        """Why a push must not be used, and a gradient's norm; raises `PeerError` where it does not
+        fit the layout."""
+
+    def add(
+        self, push: wire.Push, buffers: list[Any], worker: int, weight: float, *, late: bool
+    ) -> None:
+        """Add a push to the sum of its bucket, `weight` times."""
+
+    def finish(self, divide: wire.Divide) -> tuple[list[Any], float, tuple[int, ...]]:
+        """The average of a bucket: its buffers, scale and absent tensors."""
+
+    def forget(self, bucket: int) -> None:
+        """Others have averaged this bucket since the last time."""
+
+    def close(self, averaged: tuple[int, ...]) -> None:
+        """The round is over: the averages of these buckets are in an update."""
+
+
+class Waiting(msgspec.Struct):
+    """The payloads of one peer that wait for an order, by number."""
+
+    payloads: dict[int, tuple[wire.Push, list[Any]]] = msgspec.field(default_factory=dict)
+    unneeded: set[int] = msgspec.field(default_factory=set)
+    """Numbers of payloads that have not come, and are not needed any more."""
+    newest: int = 0
+
+
+class Kept(msgspec.Struct):
+    """The averages of one update."""
+
+    round: int
+    averages: dict[int, list[Any]]
+    bytes: int
+
+
+class Adder:
+    """The sums of one shard, and the averages of the newest updates: at least one, at most `limit`
+    bytes. `most` payloads of a peer may wait. `send` sends an average to all peers and returns the
+    number of its payload."""
+
+    def __init__(
+        self,
+        sums: Sums,
+        *,
+        most: int,
+        limit: int,
+        tell: Callable[..., object],
+        send: Callable[[wire.Divide, list[Any]], int],
+        size: Callable[[Any], int] = lambda buffer: memoryview(buffer).nbytes,
+    ) -> None:
+        self._sums = sums
+        self._most, self._limit = most, limit
+        self._tell, self._send, self._size = tell, send, size
+        self._waiting: dict[str, Waiting] = {}  # by session
+        self._open: dict[int, list[Any]] = {}  # averages of the open round, by bucket
+        self._round = 0  # of those
+        self._kept: deque[Kept] = deque()
+        self._bytes = 0
+
+    # ------------------------------------------------------------------ payloads
+
+    def came(self, session: str, number: int, push: wire.Push, buffers: list[Any]) -> None:
+        """A payload of this peer is here as a whole. Raises `PeerError` where it cannot be one of a
+        push, or where too many wait."""
+        waiting = self._waiting.setdefault(session, Waiting())
+        if number <= waiting.newest:
+            return
+        waiting.newest = number
+        unneeded = number in waiting.unneeded
+        waiting.unneeded = {n for n in waiting.unneeded if n > number}
+        if unneeded:
+            return
+        if len(waiting.payloads) >= self._most:
+            raise PeerError(f"{self._most} payloads wait for the server's word")
+        bad, norm = self._sums.check(push, buffers)
+        if bad is None:
+            waiting.payloads[number] = push, buffers
+        self._tell(
+            wire.Arrived(
+                session=session,
+                number=number,
+                round=push.round,
+                bucket=push.bucket,
+                bad=bad or "",
+                norm=norm,
+            )
+        )
+
+    @property
+    def waiting(self) -> int:
+        """The number of payloads that wait for an order."""
+        return sum(len(w.payloads) for w in self._waiting.values())
+
+    # ------------------------------------------------------------------ orders
+
+    def order(self, message: Any) -> None:
+        """Carry out an order. Raises `PeerError` where it cannot be."""
+        match message:
+            case wire.AddUp():
+                self._add(message)
+            case wire.Unneeded():
+                self._drop(message)
+            case wire.Divide():
+                self._divide(message)
+            case wire.Over():
+                self._over(message)
+            case wire.Recall():
+                self._recall(message)
+            case wire.Part():
+                self._waiting.pop(message.session, None)
+            case _:
+                raise PeerError(f"a {type(message).__name__} is not for a shard")
+
+    def _add(self, order: wire.AddUp) -> None:
+        waiting = self._waiting.get(order.session)
+        found = None if waiting is None else waiting.payloads.pop(order.number, None)
+        if found is None:
+            raise PeerError(f"there is no payload {order.number} to add")
+        push, buffers = found
+        if push.bucket != order.bucket:
+            raise PeerError(f"payload {order.number} is of bucket {push.bucket}")
+        self._sums.add(push, buffers, order.worker, order.weight, late=order.late)
+
+    def _drop(self, order: wire.Unneeded) -> None:
+        waiting = self._waiting.setdefault(order.session, Waiting())
+        if order.number > waiting.newest:
+            waiting.unneeded.add(order.number)
+        waiting.payloads.pop(order.number, None)
+
+    def _divide(self, order: wire.Divide) -> None:
+        if order.round != self._round:
+            self._open, self._round = {}, order.round
+        if order.begins:
+            self._sums.forget(order.bucket)
+        buffers, scale, absent = self._sums.finish(order)
+        self._open[order.bucket] = buffers
+        number = self._send(order, buffers)
+        self._tell(
+            wire.Averaged(
+                round=order.round,
+                bucket=order.bucket,
+                number=number,
+                absent=absent,
+                scale=scale,
+            )
+        )
+
+    def _over(self, order: wire.Over) -> None:
+        averages, self._open = self._open, {}
+        closed = bool(order.step)
+        self._sums.close(tuple(sorted(averages)) if closed else ())
+        if not (closed and averages):
+            return
+        size = sum(self._size(buffer) for found in averages.values() for buffer in found)
+        self._kept.append(Kept(self._round, averages, size))
+        self._bytes += size
+        while self._bytes > self._limit and len(self._kept) > 1:
+            self._bytes -= self._kept.popleft().bytes
+
+    def _recall(self, order: wire.Recall) -> None:
+        found = self._open.get(order.bucket) if order.round == self._round else None
+        for kept in self._kept:
+            if kept.round == order.round:
+                found = kept.averages.get(order.bucket)
+        told = wire.Recalled(round=order.round, bucket=order.bucket, kept=found is not None)
+        self._tell(told, *(found or ()))
+
+
+__all__ = ["Adder", "Sums"]

@@ -1,0 +1,254 @@
+"""A shard in virtual time: the shipping `Adder` between its link to the server and its channels.
+
+`Lane` is a channel: ZeroMQ does not connect it again, so it is dead once it was cut, which its ends
+notice late or never. The sums are samples, as the server's are (`server.Samples`).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from paramserver.errors import PeerError
+from paramserver.protocol import messages as wire
+from paramserver.shard.adder import Adder
+
+from .book import Broken, Gradient, Sample
+from .network import DOWN, UP, Carried, Line, Network, World
+
+if TYPE_CHECKING:
+    from .peer import Client
+
+BEATS_PER_TIMEOUT = 5
+BIND, PUSH, AVERAGE = "bind", "push", "average"
+
+
+class Record(msgspec.Struct, frozen=True):
+    """What a lane carries, beside numbers."""
+
+    kind: str
+    session: str = ""
+    number: int = 0
+    push: wire.Push | None = None
+    round: int = 0
+    bucket: int = 0
+
+
+class Lane(Line):
+    """One channel between a peer and a shard, for the peer's session."""
+
+    dead = False
+
+    def connect(self) -> None:
+        if not self.dead:
+            super().connect()
+            self.dead = self.route is None
+
+    def cut(self, back_s: float, noticed_s: float) -> None:
+        self.dead = True
+        super().cut(math.inf, noticed_s)
+
+    def server_died(self, delivers_s: float) -> None:
+        self.dead = True
+        super().server_died(delivers_s)
+
+    def send(self, message: Carried) -> None:
+        if not self.closed and self.route is not None:
+            self.carry(UP, message)
+
+
+class ShardSamples:
+    """The sums of a shard."""
+
+    def __init__(self, shard: Shard) -> None:
+        self._shard = shard
+        self.sums: dict[int, list[Sample]] = {}
+        self._weights: dict[int, float] = {}
+
+    def check(self, push: wire.Push, buffers: list[Any]) -> tuple[str | None, float | None]:
+        [gradient] = buffers
+        if not gradient[2]:
+            return f"not all of its numbers are finite (bucket {push.bucket})", None
+        return None, None
+
+    def add(
+        self, push: wire.Push, buffers: list[Any], worker: int, weight: float, *, late: bool
+    ) -> None:
+        gradient: Gradient = buffers[0]
+        model, added, _ = gradient
+        server = self._shard.server
+        if not self._shard.counts:  # it was stopped, and works off what is of no use any more
+            weight = len(added)
+            model = server.book.model
+        lag = server.book.lag(model, server.rules.max_staleness if late else 0)
+        if abs(weight - len(added) / math.sqrt(1 + lag)) > 1e-9 * weight:
+            raise Broken(f"{len(added)} samples of worker {worker} weigh {weight}")
+        if server.rules.deterministic:
+            self._shard.order_of.setdefault(push.bucket, []).append(worker)
+        self._weights[push.bucket] = self._weights.get(push.bucket, 0.0) + weight
+        self.sums.setdefault(push.bucket, []).extend(added)
+
+    def finish(self, divide: wire.Divide) -> tuple[list[Any], float, tuple[int, ...]]:
+        samples, weight = self.sums.pop(divide.bucket), self._weights.pop(divide.bucket)
+        if self._shard.counts and abs(weight - divide.weight) > 1e-9 * weight:
+            raise Broken(f"a sum of {weight} samples is divided by {divide.weight}")
+        order = self._shard.order_of.pop(divide.bucket, [])
+        if order != sorted(order):
+            raise Broken(f"a shard added the gradients of workers {order} in this order")
+        return [tuple(sorted(samples))], 1.0, divide.absent
+
+    def forget(self, bucket: int) -> None:
+        pass
+
+    def close(self, averaged: tuple[int, ...]) -> None:
+        if averaged and self.sums:
+            raise Broken("a shard has sums that are not in the update")
+        self.sums.clear()
+        self._weights.clear()
+        self._shard.order_of.clear()
+
+
+class Shard:
+    """The process that a worker starts. It ends with the worker."""
+
+    def __init__(self, world: World, owner: Client, adder: type[Adder]) -> None:
+        self.world, self.owner, self.server = world, owner, owner.server
+        assert owner.welcome is not None
+        self._session, self._secret = owner.welcome.session, owner.secret
+        self.alive, self.stopped = True, False
+        self.number = 0
+        self.order_of: dict[int, list[int]] = {}
+        self.address = owner.address
+        self.net = Network(world, owner.net.delay_s, owner.net.jitter_s)
+        self._make_adder = adder
+        self.adder: Adder | None = None
+        self.sums = ShardSamples(self)
+        self._backlog: list[tuple[Any, Any, Any]] = []
+        self._routes: dict[str, bytes] = {}  # by session: of the lane that is bound
+        self._met: set[str] = set()
+        self._sent = 0
+        self.link = Line(
+            owner.net, "shard", self.server.receive, self._from_server, ipc=False, port=owner.port
+        )
+        world.say(f"START a shard beside {owner.name}")
+        self._beat()
+
+    def _beat(self) -> None:
+        if not self.alive:
+            return
+        if not self.stopped:
+            offer = wire.Offer(session=self._session, secret=self._secret)
+            self.link.send((offer, None))
+        self.world.after(self.server.rules.heartbeat_timeout / BEATS_PER_TIMEOUT, self._beat)
+
+    @property
+    def counts(self) -> bool:
+        """Does the server still give it orders?"""
+        server = self.server
+        return server.shards.get(self.number) is self and self.number in server.rounds.shards.live
+
+    # ------------------------------------------------------------------ its life
+
+    def kill(self) -> None:
+        if self.alive:
+            self.world.say(f"the shard beside {self.owner.name} is killed")
+            self.alive = False
+            self.link.close()
+            self.net.server_died()
+
+    def stop(self) -> None:
+        self.stopped = True
+
+    def go_on(self) -> None:
+        self.stopped = False
+        backlog, self._backlog = self._backlog, []
+        for call, *args in backlog:
+            if self.alive:
+                call(*args)
+
+    # ------------------------------------------------------------------ what comes in
+
+    def _from_server(self, line: Line, carried: Carried) -> None:
+        if not self.alive:
+            return
+        if self.stopped:
+            self._backlog.append((self._from_server, line, carried))
+            return
+        message, _ = carried
+        match message:
+            case wire.Employ():
+                self._employed(message)
+            case wire.Meet():
+                self._meet(message)
+            case wire.Greet():
+                self.kill()  # its worker greets again, and starts another one when it is asked to
+            case _ if self.adder is not None:
+                try:
+                    self.adder.order(message)
+                except PeerError as e:
+                    raise Broken(f"shard {self.number} cannot do what it is told: {e}") from None
+                if isinstance(message, wire.Part):
+                    self._routes.pop(message.session, None)
+
+    def _employed(self, message: wire.Employ) -> None:
+        self.number = message.shard
+        self._routes.clear()
+        self._met.clear()
+        self.sums = ShardSamples(self)
+        self.order_of.clear()
+        self.server.shards[self.number] = self
+        buckets = self.server.buckets
+        self.adder = self._make_adder(
+            self.sums,
+            most=2 * buckets + 2,
+            limit=self.server.limit * buckets,
+            tell=self._tell,
+            send=self._send,
+            size=lambda buffer: 1,
+        )
+
+    def _meet(self, meet: wire.Meet) -> None:
+        self._met.add(meet.session)
+        channel = wire.Channel(port=1, shard=self.number)
+        self._tell(wire.Met(session=meet.session, channel=channel))
+
+    def receive(self, route: bytes, carried: Carried) -> None:
+        """A record of a channel."""
+        if not self.alive:
+            return
+        if self.stopped:
+            self._backlog.append((self.receive, route, carried))
+            return
+        record, payload = carried
+        if record.kind == BIND:
+            if record.session in self._met:
+                self._routes[record.session] = route
+                self.net.send(route, (Record(BIND), None))
+            return
+        if self._routes.get(record.session) != route or self.adder is None:
+            return
+        try:
+            self.adder.came(record.session, record.number, record.push, [payload])
+        except PeerError as e:
+            raise Broken(f"shard {self.number}: {e}") from None
+        if self.adder.waiting > 2 * self.server.buckets * (self.server.rules.max_workers + 1):
+            raise Broken(f"shard {self.number} keeps {self.adder.waiting} payloads")
+
+    # ------------------------------------------------------------------ what goes out
+
+    def _tell(self, message: wire.Message, *buffers: Any) -> None:
+        self.link.send((message, buffers[0] if buffers else None))
+
+    def _send(self, divide: wire.Divide, buffers: list[Any]) -> int:
+        self._sent += 1
+        record = Record(AVERAGE, number=self._sent, round=divide.round, bucket=divide.bucket)
+        for route in self._routes.values():
+            self.net.send(route, (record, buffers[0]))
+        if self.counts:
+            self.server.made_elsewhere(divide, buffers[0], self.number)
+        return self._sent
+
+
+__all__ = ["AVERAGE", "BIND", "DOWN", "PUSH", "Lane", "Record", "Shard"]

@@ -1,0 +1,506 @@
+"""Rounds with shards, as scripts of events and effects; and the orders that follow from these."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from scripts import Run, but_words, session
+
+from paramserver.errors import PeerError
+from paramserver.protocol import messages as wire
+from paramserver.rounds.disagreement import Comparison
+from paramserver.rounds.effects import Finish
+from paramserver.rounds.events import Failed, Made, Offered, Placed, Works
+from paramserver.server.history import Update
+from paramserver.server.spread import Spread
+from paramserver.shard.adder import Adder
+
+PLACES = {1: "", 2: "10.0.0.2", 3: "10.0.0.3"}
+"""Worker 1 is on the server's host."""
+
+
+class Sharded(Run):
+    """Three workers, the last two on hosts of their own; of four buckets each shard has one, the
+    server two."""
+
+    def __init__(self, **rules: Any) -> None:
+        super().__init__(
+            **{"buckets": 4, "observer": False, "num_workers": 3, "shards": None, **rules}
+        )
+        self.workers(1, 2, 3)
+        for who, address in PLACES.items():
+            self.happens(Placed(session(who), address))
+
+    def begin(self) -> Sharded:
+        """Both shards are there and reached; the next round, which opens now, has them."""
+        self.tick(1.0, 1, 2, 3)
+        for who in (2, 3):
+            self.happens(Offered(session(who)))
+        for who in PLACES:
+            for shard in (1, 2):
+                self.reached(who, shard)
+        self.works()
+        for who in PLACES:
+            self.push(who)
+        assert self.rounds.round is not None
+        assert self.rounds.round.owners == (0, 1, 2, 0)
+        return self
+
+    def reached(self, who: int, shard: int, problem: str = "") -> list[str]:
+        return self.tells(who, wire.Reached(shard=shard, problem=problem))
+
+    def works(self, *shards: int) -> None:
+        for shard in shards or (1, 2):
+            self.happens(Works(shard))
+
+    def all_push(self, *who: int) -> list[str]:
+        """The effects of the last push."""
+        effects: list[str] = []
+        for worker in who or tuple(PLACES):
+            for bucket, shard in enumerate((0, 1, 2, 0)):
+                effects = self.push(worker, bucket, shard=shard)
+        return effects
+
+    def made(self, shard: int) -> list[str]:
+        assert self.rounds.round is not None
+        return self.happens(Made(shard, self.rounds.round.number, shard))
+
+    def holds(self, who: int) -> list[str]:
+        assert self.rounds.round is not None
+        return self.tells(who, wire.Holds(self.rounds.round.number))
+
+
+def test_a_worker_of_each_host_is_asked_for_a_shard_from_three_hosts_on() -> None:
+    run = Sharded()
+    assert run.tick(1.0, 1, 2, 3) == ["w2 <- carry a shard", "w3 <- carry a shard"]
+    assert run.tick(2.0, 1, 2, 3) == []  # each once
+    assert run.happens(Offered("w2")) == [
+        "shard 1 of w2 begins",
+        "# pi (10.0.0.2) carries shard 1",
+    ]
+    assert run.happens(Offered("w1")) == []  # it was not asked
+    for now in range(10, 121, 5):
+        run.works(1)
+        assert not [e for e in run.tick(float(now), 1, 2, 3) if "shard" in e]
+    run.works(1)
+    assert run.tick(121.1, 1, 2, 3) == [
+        "# the machine at 10.0.0.3 carries no shard: it has started none"
+    ]
+    run.works(1)
+    assert run.tick(122.0, 1, 2, 3) == []  # nor is it asked again
+
+
+@pytest.mark.parametrize(("shards", "asked"), [(1, []), (2, ["w2"]), (3, ["w2", "w3"])])
+def test_the_setting_says_how_many(shards: int, asked: list[str]) -> None:
+    run = Sharded(shards=shards)
+    assert run.tick(1.0, 1, 2, 3) == [f"{who} <- carry a shard" for who in asked]
+
+
+def test_two_hosts_have_the_server_alone() -> None:
+    run = Sharded()
+    run.happens(Placed("w3", "10.0.0.2"))
+    assert run.tick(1.0, 1, 2, 3) == []
+
+
+def test_a_shard_has_part_in_the_round_after_all_have_reached_it() -> None:
+    run = Sharded()
+    run.tick(1.0, 1, 2, 3), run.happens(Offered("w2"))
+    run.reached(1, 1), run.reached(2, 1)
+    run.push(1), run.push(2)
+    assert run.push(3)[-1].endswith("3: 0/50-60 0/80-90")  # worker 3 has not
+    run.reached(3, 1)
+    run.push(1), run.push(2)
+    told = run.push(3)
+    assert told[-1] == "# the server lets several average the gradients: 50 % itself, 50 % pi"
+    assert but_words(told)[-1].endswith("by 0:500 1:500")
+    assert run.push(1, 1) == ["refused: bucket 1 goes to shard 1, not to shard 0"]
+    assert run.push(1, 0, shard=1) == ["refused: bucket 0 goes to shard 0, not to shard 1"]
+
+
+def test_a_round_is_closed_when_replicas_elsewhere_hold_what_shards_made() -> None:
+    run = Sharded().begin()
+    assert run.all_push() == ["add 3.3 x10", "average 2.3 of 30"]
+    assert run.made(1) == []
+    assert run.made(2) == ["all <- closing 2, who holds 1 2?"]
+    assert run.holds(2) == []  # it stands beside shard 1: that is enough for shard 2 only
+    assert run.rounds.pulse(run.now).closing is not None
+    [close] = but_words(run.holds(3))
+    assert close.startswith("close 2 to step 2, in it 1:10 2:10 3:10; open 3")
+    assert run.rounds.pulse(run.now).closing is None
+
+
+def test_one_replica_elsewhere_is_enough() -> None:
+    run = Sharded().begin()
+    run.all_push(), run.made(1), run.made(2)
+    assert but_words(run.holds(1))[0].startswith("close 2 to step 2")
+
+
+def test_who_joins_again_does_not_hold_anything_any_more() -> None:
+    run = Sharded().begin()
+    run.all_push(), run.made(1), run.made(2)
+    run.holds(3), run.relinked(3)
+    run.follows(3)
+    assert but_words(run.holds(2)) == []
+    assert but_words(run.holds(3))[0].startswith("close 2 to step 2")
+
+
+def test_a_word_of_somebody_unproven_does_not_count_beside_that_of_others() -> None:
+    run = Sharded().begin()
+    run.rounds.peers["w1"].proven = False
+    run.all_push(), run.made(1), run.made(2)
+    assert but_words(run.holds(1)) == []
+    run.holds(2)
+    assert but_words(run.holds(3))[0].startswith("close 2 to step 2")
+
+
+def test_what_is_said_before_or_of_another_round_does_not_count() -> None:
+    run = Sharded().begin()
+    run.all_push()
+    run.holds(1)
+    assert run.happens(Made(1, 1, 1)) == []  # of the round before
+    run.made(1)
+    assert run.made(2) == ["all <- closing 2, who holds 1 2?"]
+    assert run.tells(1, wire.Holds(1)) == []
+    assert run.rounds.step == 1
+
+
+def test_the_round_of_a_shard_that_dies_is_void_and_the_next_one_is_without_it() -> None:
+    run = Sharded().begin()
+    run.all_push(), run.made(1), run.made(2)
+    assert but_words(run.happens(Failed(1, "its link was cut"))) == [
+        "shard 1 is over",
+        "void 2",
+        "all <- open 3 at step 1 for 1: 0/60-70 0/30-40, 2: 0/70-80 0/40-50, "
+        "3: 0/80-90 0/50-60, by 0:500 2:500",
+    ]
+    assert run.holds(3) == []
+    assert run.happens(Made(1, 3, 1)) == []
+
+
+def test_a_silent_shard_is_lost_and_so_is_that_of_a_worker_that_is_gone() -> None:
+    run = Sharded().begin()
+    run.now = 5.0
+    run.works(1)
+    told = run.tick(11.5, 1, 2, 3)
+    assert told[1].startswith("# shard 2 on pi is gone: silent for 10.5 s; others average")
+    run.works(1)
+    told = run.drop(2, "it broke a rule")
+    assert "shard 1 is over" in told and "void 3" in told
+
+
+def test_of_a_host_whose_shards_die_no_more_are_asked() -> None:
+    run = Sharded(shards=2)
+    for life in (1, 2, 3):
+        run.tick(float(life), 1, 2, 3)
+        assert run.happens(Offered("w2"))[0] == f"shard {life} of w2 begins"
+        run.happens(Failed(life, "it is killed"))
+    assert run.tick(5.0, 1, 2, 3) == ["w3 <- carry a shard"]
+
+
+def test_a_shard_that_nobody_elsewhere_hears_is_dropped_in_time() -> None:
+    run = Sharded().begin()
+    run.all_push(), run.made(1), run.made(2)
+    run.holds(2)  # beside shard 1, of which nobody else has anything
+    for now in (5.0, 10.0, 15.9):
+        run.works()
+        assert but_words(run.tick(now, 1, 2, 3)) == []
+    run.works()
+    told = but_words(run.tick(16.1, 1, 2, 3))
+    assert told[:2] == ["shard 1 is over", "void 2"]
+
+
+def test_an_average_that_is_not_made_in_time_costs_the_shard_its_place() -> None:
+    run = Sharded().begin()
+    run.all_push(), run.made(1)
+    run.works()
+    assert but_words(run.tick(10.9, 1, 2, 3)) == []
+    run.works()
+    told = run.tick(11.1, 1, 2, 3)
+    assert told[:2] == [
+        "shard 2 is over",
+        "# shard 2 on pi is gone: an average has been due for 10 s; others average its part",
+    ]
+
+
+def test_who_loses_its_channel_is_out_of_the_round_and_the_shard_out_of_the_next() -> None:
+    run = Sharded().begin()
+    run.all_push(1, 2)
+    told = run.reached(3, 2, "its connection was cut")
+    assert told[0] == (
+        "# worker 3 (pi) does not reach the shard on pi (10.0.0.3): its connection was cut; "
+        "others average in its place"
+    )
+    run.made(1), run.made(2), run.holds(2)
+    [close] = [e for e in run.holds(1) if e.startswith("close")]
+    assert "late 3 (does not reach shard 2)" in close and close.endswith("by 0:500 1:500")
+
+
+def test_who_holds_the_newest_averages_may_fetch_its_close_even_if_a_shard_is_gone() -> None:
+    run = Sharded().begin()
+    before = run.rounds.step, run.rounds.lineage
+    run.all_push(), run.made(1), run.made(2)
+    run.holds(3), run.holds(2)
+    run.happens(Failed(1, "it is killed"))
+    run.rounds.log.forget_before(run.rounds.step)  # as the server says then
+    fetch = wire.Fetch(step=before[0], lineage=before[1])
+    assert run.rounds.may_fetch("w3", fetch) and run.rounds.may_fetch("w2", fetch)
+    assert not run.rounds.may_fetch("w1", fetch)
+    assert run.tells(3, fetch) == []
+    assert run.tells(1, fetch)[-1] == "w1 <- behind at step 2"
+
+
+def test_what_is_carried_over_is_dropped_with_the_map() -> None:
+    run = Sharded(max_staleness=2, timeout=1.0).begin()
+    run.all_push(1, 2)
+    run.tick(1.9, 1, 2, 3), run.works()
+    run.tick(3.0, 1, 2, 3)  # without worker 3
+    run.made(1), run.made(2), run.holds(1)
+    assert run.rounds.peers["w3"].carried is not None
+    run.works(2)
+    told = but_words(run.happens(Failed(1, "it is killed")))
+    assert run.rounds.peers["w3"].carried is None
+    assert "0/50-60" in told[-1] and told[-1].endswith("by 0:500 2:500")  # it came back
+
+
+# ------------------------------------------------------------------------------------- orders
+
+
+class Own:
+    """The server's own tensors, which are somebody else's test."""
+
+    def __init__(self) -> None:
+        self.told: list[Any] = []
+        self.updates: list[Update] = []
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*args: Any, **more: Any) -> Any:
+            self.told.append((name, *args))
+            return {"due": [], "comparisons": dict[int, Comparison]()}.get(name)
+
+        return call
+
+    def close(self, close: wire.Close) -> Update:
+        self.updates.append(Update(step=close.step, messages=[], bytes=1, stamp=0))
+        return self.updates[-1]
+
+    def reaches_back_to(self) -> int | None:
+        return self.updates[0].step - 1 if self.updates else None
+
+    def fetch(self, step: int) -> list[Update]:
+        return [u for u in self.updates if u.step > step]
+
+
+class Shop:
+    """A `Spread` with one shard, whose `Adder` adds numbers; `now` and then both talk."""
+
+    def __init__(self, most: int = 8, limit: int = 2) -> None:
+        self.own, self.orders = Own(), list[wire.Message]()
+        self.spread = Spread(self.own, lambda shard, m: self.orders.append(m), "nonce")
+        self.spread.employ(1)
+        self.reports: list[tuple[wire.Message, tuple[Any, ...]]] = []
+        self.adder = Adder(
+            self,
+            most=most,
+            limit=limit,
+            tell=lambda m, *buffers: self.reports.append((m, buffers)),
+            send=lambda divide, buffers: 7,
+            size=lambda buffer: 1,
+        )
+        self.sums: dict[int, float] = {}
+        self.closed: list[tuple[int, ...]] = []
+        self.forgotten: list[int] = []
+
+    def check(self, push: wire.Push, buffers: list[Any]) -> tuple[str | None, float | None]:
+        return ("not finite", None) if buffers[0] != buffers[0] else (None, abs(buffers[0]))
+
+    def add(self, push: wire.Push, buffers: list[Any], *how: Any, late: bool) -> None:
+        self.sums[push.bucket] = self.sums.get(push.bucket, 0.0) + how[1] * buffers[0]
+
+    def finish(self, divide: wire.Divide) -> tuple[list[Any], float, tuple[int, ...]]:
+        return [self.sums.pop(divide.bucket) / divide.weight], 1.0, divide.absent
+
+    def forget(self, bucket: int) -> None:
+        self.forgotten.append(bucket)
+
+    def close(self, averaged: tuple[int, ...]) -> None:
+        self.closed.append(averaged)
+        self.sums.clear()
+
+    def talk(self) -> None:
+        """The shard carries out its orders, the server reads the reports."""
+        while self.orders:
+            self.adder.order(self.orders.pop(0))
+        for message, buffers in self.reports:
+            match message:
+                case wire.Arrived():
+                    self.spread.arrived(1, message)
+                case wire.Averaged():
+                    self.spread.averaged(1, message)
+                case wire.Recalled():
+                    self.spread.recalled(message, list(buffers))
+        self.reports.clear()
+
+    def push(self, worker: int, number: int, value: float, round: int = 1) -> wire.Push:
+        push = wire.Push(round=round, bucket=0, samples=1, shard=1, sealed=number)
+        self.adder.came(f"w{worker}", number, push, [value])
+        return push
+
+    def update(self, step: int, value: float) -> None:
+        """A whole round of one worker."""
+        push = self.push(1, step, value, round=step)
+        self.talk()
+        self.spread.push("w1", 1, push, [])
+        self.spread.add(1, 0, 1.0)
+        self.spread.finish(Finish(step, step, 0, 1.0, (), 1))
+        self.talk()
+        close = wire.Close(
+            nonce="nonce",
+            round=step,
+            step=step,
+            lineage=f"s{step}",
+            buckets=(0,),
+            contributors={1: 1},
+            late={},
+            loss=None,
+            seconds=0.0,
+            ledger={},
+        )
+        self.spread.close(close)
+        self.spread.forget_round((0,))
+        self.talk()
+
+
+def test_a_push_waits_for_its_report_and_is_added_once_told_so() -> None:
+    shop = Shop()
+    push = wire.Push(round=1, bucket=0, samples=1, shard=1, sealed=1)
+    assert shop.spread.awaits("w1", push)
+    shop.push(1, 1, 6.0), shop.talk()
+    assert not shop.spread.awaits("w1", push)
+    assert shop.spread.push("w1", 1, push, []) == (None, 6.0)
+    other = shop.push(2, 1, 2.0)
+    shop.talk(), shop.spread.push("w2", 2, other, [])
+    shop.spread.add(2, 0, 1.0), shop.spread.add(1, 0, 3.0)
+    shop.spread.finish(Finish(1, 1, 0, 4.0, (5,), 1))
+    shop.talk()
+    [average] = shop.spread.announced()
+    assert (average.shard, average.number, average.absent) == (1, 7, (5,))
+    assert shop.adder._open[0] == [5.0]
+
+
+def test_bad_numbers_are_reported_and_not_kept() -> None:
+    shop = Shop()
+    push = shop.push(1, 1, float("nan"))
+    shop.talk()
+    assert shop.spread.push("w1", 1, push, []) == ("not finite", None)
+    assert shop.adder.waiting == 0
+
+
+def test_a_refused_push_is_dropped_before_and_after_it_comes() -> None:
+    shop = Shop()
+    early = wire.Push(round=1, bucket=0, samples=1, shard=1, sealed=1)
+    shop.spread.release("w1", early)
+    shop.talk()
+    shop.push(1, 1, 6.0)
+    assert shop.reports == [] and shop.adder.waiting == 0
+    late = shop.push(1, 2, 6.0)
+    shop.talk()
+    assert shop.adder.waiting == 1
+    shop.spread.release("w1", late), shop.talk()
+    assert shop.adder.waiting == 0
+
+
+def test_the_second_copy_of_a_push_does_not_drop_the_first() -> None:
+    shop = Shop()
+    push = shop.push(1, 1, 6.0)
+    shop.talk(), shop.spread.push("w1", 1, push, [])
+    shop.spread.release("w1", push), shop.talk()
+    assert shop.adder.waiting == 1
+
+
+def test_a_payload_of_another_push_is_a_mistake_of_its_sender() -> None:
+    shop = Shop()
+    push = shop.push(1, 1, 6.0)
+    shop.talk()
+    with pytest.raises(PeerError, match="another round or bucket"):
+        shop.spread.push("w1", 1, wire.Push(round=2, bucket=0, samples=1, shard=1, sealed=1), [])
+    assert push.round == 1
+
+
+def test_a_void_round_leaves_nothing_but_what_is_late() -> None:
+    shop = Shop()
+    for worker in (1, 2, 3):
+        push = shop.push(worker, 1, 6.0)
+        shop.talk()
+        shop.spread.push(f"w{worker}", worker, push, [], late=worker == 3)
+    shop.spread.add(1, 0, 1.0)
+    shop.spread.forget_round(()), shop.talk()
+    assert shop.sums == {} and shop.adder.waiting == 1 and shop.closed == [()]
+    shop.spread.drop(3, 0), shop.talk()
+    assert shop.adder.waiting == 0
+
+
+def test_an_average_of_a_void_round_is_not_announced() -> None:
+    shop = Shop()
+    push = shop.push(1, 1, 6.0)
+    shop.talk(), shop.spread.push("w1", 1, push, [])
+    shop.spread.add(1, 0, 1.0), shop.spread.finish(Finish(1, 1, 0, 1.0, (), 1))
+    while shop.orders:
+        shop.adder.order(shop.orders.pop(0))
+    shop.spread.forget_round(())
+    shop.talk()
+    assert shop.spread.announced() == []
+
+
+def test_what_a_shard_keeps_is_fetched_as_long_as_it_reaches_back() -> None:
+    shop = Shop(limit=2)
+    for step in (1, 2, 3):
+        shop.update(step, float(step))
+    assert shop.spread.recall(2)
+    shop.talk()
+    [(average, buffers)] = shop.spread.found(2)
+    assert (average.round, average.bucket, buffers) == (2, 0, [2.0])
+    shop.spread.handed_out(2)
+    assert shop.spread.found(2) == []
+    assert shop.spread.reaches_back_to() == 0
+    assert shop.spread.recall(1)  # the shard has forgotten it
+    shop.talk()
+    assert shop.spread.reaches_back_to() == 1 and not shop.spread.recall(1)
+
+
+def test_with_a_shard_all_is_gone_that_it_kept() -> None:
+    shop = Shop(limit=5)
+    shop.update(1, 1.0), shop.update(2, 2.0)
+    shop.spread.dismiss(1)
+    assert shop.spread.reaches_back_to() == 2
+    assert not shop.spread.recall(2) and [u.step for u in shop.spread.fetch(1)] == [2]
+
+
+def test_an_order_that_cannot_be_carried_out_is_no_order_of_the_server() -> None:
+    shop = Shop()
+    for order in (
+        wire.AddUp(session="w1", number=1, worker=1, bucket=0, weight=1.0),
+        wire.Beat(session="w1"),
+    ):
+        with pytest.raises(PeerError):
+            shop.adder.order(order)
+
+
+def test_a_peer_cannot_fill_a_shard() -> None:
+    shop = Shop(most=2)
+    shop.push(1, 1, 1.0), shop.push(1, 2, 1.0), shop.push(1, 2, 1.0)
+    with pytest.raises(PeerError, match="2 payloads wait"):
+        shop.push(1, 3, 1.0)
+    shop.push(2, 1, 1.0)  # others may
+
+
+def test_a_bucket_that_comes_from_elsewhere_begins_without_a_residual() -> None:
+    shop = Shop()
+    shop.update(1, 1.0)
+    assert shop.forgotten == []
+    shop.spread.finish(Finish(2, 2, 0, 1.0, (), 0))
+    assert ("begin_bucket", 0) in shop.own.told
+    push = shop.push(1, 3, 1.0, round=3)
+    shop.talk(), shop.spread.push("w1", 1, push, []), shop.spread.add(1, 0, 1.0)
+    shop.spread.finish(Finish(3, 3, 0, 1.0, (), 1)), shop.talk()
+    assert shop.forgotten == [0]

@@ -1,0 +1,213 @@
+"""Whole runs with several shards and faults in virtual time, and proof that they would show a
+mistake."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import msgspec
+import pytest
+from simulation import Parts, Schedule, simulate
+
+from paramserver.protocol import messages as wire
+from paramserver.rounds.coordinator import Rounds
+from paramserver.rounds.round import Round
+from paramserver.rounds.shards import Shard, Shards
+from paramserver.server.control import Control
+from paramserver.server.spread import Spread
+from paramserver.shard.adder import Adder
+from workers.link.follow import Follow
+
+SCHEDULES = 1000
+BLOCK = 100
+SEARCHED = 1500
+"""Seeds in which a planted fault must show."""
+
+
+@pytest.mark.parametrize(
+    "first",
+    [0, *(pytest.param(first, marks=pytest.mark.long) for first in range(BLOCK, SCHEDULES, BLOCK))],
+)
+def test_the_promises_hold_with_shards(first: int) -> None:
+    outcomes = [simulate(seed, sharded=True) for seed in range(first, first + BLOCK)]
+    told = "\n".join(
+        f"python -m tests.simulation --shards --seed {o.seed}: {o.failure}"
+        for o in outcomes
+        if o.failure
+    )
+    assert not told, told
+    seen = sum((o.seen for o in outcomes[1:]), start=outcomes[0].seen)
+    assert seen["averages of shards"] > 5 * BLOCK
+    for fault in ("kill a shard", "stop a shard", "cut channels", "hold channels", "void rounds"):
+        assert seen[fault] > 2, f"{fault} hardly ever happens: {seen}"
+
+
+# ------------------------------------------------------------------------------ planted faults
+
+
+class ClosesAtOnce(Rounds):
+    """A round is closed when its averages are made, whoever has them."""
+
+    def _is_held(self, current: Round, now: float) -> bool:
+        return not current.unmade
+
+
+class TakesAnyHolder(Shards):
+    """Who stands beside a shard is enough to hold what it made."""
+
+    def _is_held(self, shard: Shard, current: Round) -> bool:
+        return bool(current.holders)
+
+
+class CountsWhoJoinsAgain(Rounds):
+    """Who has said that it holds averages counts for ever."""
+
+    def _take_out(self, peer: Any, why: str, now: float) -> None:
+        current = self.round
+        holders = set() if current is None else set(current.holders)
+        super()._take_out(peer, why, now)
+        if self.round is not None and self.round is current:
+            self.round.holders.update(holders)
+
+
+class WaitsForAGoneShard(Rounds):
+    """The open round goes on without the shard that it needs."""
+
+    def _void(self, why: str) -> None:
+        if "shard" not in why:
+            super()._void(why)
+
+
+class KeepsWhatIsCarried(Rounds):
+    """What is carried over stays where it lies, whoever adds that bucket now."""
+
+    def _choose_shards(self) -> None:
+        self.shards.choose(self.workers_ready())
+
+
+class MapsWhoeverIsThere(Shards):
+    """A shard is used whether all members reach it or not."""
+
+    def choose(self, workers: Any) -> bool:
+        return super().choose(())
+
+
+class TakesAnyShard(Rounds):
+    """A push counts wherever its numbers are."""
+
+    def refusal(self, session: str, push: wire.Push) -> str | None:
+        owner = self.shards.owner(push.bucket)
+        return super().refusal(session, msgspec.structs.replace(push, shard=owner))
+
+
+class WaitsForNoReport(Control):
+    """A push is handled whether its numbers have come to the shard or not."""
+
+    def _must_wait(self, route: bytes, message: Any) -> bool:
+        return False
+
+
+class WaitsForEver(Control):
+    """Nothing is given up that was sent to a shard."""
+
+    def _give_up_payloads(self, now: float) -> None:
+        pass
+
+
+class LetsNobodyFetch(Control):
+    """What a replica lacks of a round that is to be closed it does not get."""
+
+    def _send_lacking(self, session: str, lacks: wire.Lacks) -> None:
+        pass
+
+
+class DropsTheSecondCopy(Spread):
+    """A push that comes twice is not needed, nor is the first one."""
+
+    def _is_taken(self, session: str, push: wire.Push) -> bool:
+        return False
+
+
+class PromisesWhatIsGone(Spread):
+    """What a shard kept can be fetched for ever."""
+
+    def dismiss(self, shard: int) -> None:
+        reach = self._reach
+        super().dismiss(shard)
+        self._reach = reach
+
+
+class KeepsVoidSums(Adder):
+    """The sums of a void round stay."""
+
+    def order(self, message: Any) -> None:
+        if not isinstance(message, wire.Over) or message.step:
+            super().order(message)
+
+
+class AddsWhatComes(Adder):
+    """A payload is added as it comes, not when it is its turn."""
+
+    def came(self, session: str, number: int, push: wire.Push, buffers: list[Any]) -> None:
+        super().came(session, number, push, buffers)
+        waiting = self._waiting[session]
+        if number in waiting.payloads:
+            worker = int(session.rpartition("-")[2])
+            self._sums.add(push, buffers, worker, push.samples, late=False)
+
+    def _add(self, order: wire.AddUp) -> None:
+        self._waiting[order.session].payloads.pop(order.number)
+
+
+class HoldsWhatItLost(Follow):
+    """An average of which only the header came counts as held."""
+
+    def closing(self, m: wire.Closing) -> tuple[int, ...] | None:
+        lacks = super().closing(m)
+        return None if lacks is None else ()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("parts", "symptom", "first"),
+    [
+        (Parts(rounds=ClosesAtOnce), "only a shard has", 0),
+        (Parts(shards=TakesAnyHolder), "only a shard has", 0),
+        (Parts(rounds=CountsWhoJoinsAgain), "only a shard has", 0),
+        (Parts(rounds=WaitsForAGoneShard), "does not end|could have gone on", 0),
+        (Parts(rounds=KeepsWhatIsCarried), "KeyError|cannot do|is divided by", 0),
+        (Parts(shards=MapsWhoeverIsThere), "could have gone on|does not end", 0),
+        (Parts(rounds=TakesAnyShard), "KeyError|cannot do|is divided by", 0),
+        (Parts(control=WaitsForNoReport), "not understood", 0),
+        (Parts(control=WaitsForEver), "could have gone on|does not end", 0),
+        (Parts(control=LetsNobodyFetch), "could have gone on", 0),
+        (Parts(spread=DropsTheSecondCopy), "no payload .* to add", 80),
+        (Parts(spread=PromisesWhatIsGone), "could have gone on|but not for", 0),
+        (Parts(adder=KeepsVoidSums), "is divided by|twice in bucket", 0),
+        (Parts(adder=AddsWhatComes), "in this order|is divided by|weigh", 0),
+        (Parts(follow=HoldsWhatItLost), "only a shard has", 0),
+    ],
+    ids=lambda value: planted(value) if isinstance(value, Parts) else "",
+)
+def test_a_planted_fault_of_shards_is_found(parts: Parts, symptom: str, first: int) -> None:
+    """`first` shows it today; where schedules have changed since, others are searched."""
+    for seed in (first, *range(SEARCHED)):
+        failure = simulate(seed, parts, sharded=True).failure
+        if failure is not None:
+            assert re.search(symptom, failure), f"seed {seed} {failure}"
+            return
+    pytest.fail(f"{SEARCHED} schedules did not show it")
+
+
+def planted(parts: Parts) -> str:
+    usual = Parts()
+    return next(
+        getattr(parts, f).__name__
+        for f in Parts.__dataclass_fields__
+        if getattr(parts, f) is not getattr(usual, f)
+    )
+
+
+def test_the_other_schedules_have_no_shards() -> None:
+    assert Schedule(5).rules.shards == 1

@@ -1,0 +1,211 @@
+"""A peer's channels to the shards, and the shard that it carries itself.
+
+Headers travel over link and SUB, as with the channel to the server (`payloads`); only the numbers
+of a shard's buckets go to it and come from it (docs/protocol.md, "Shards").
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import zmq
+
+from paramserver import notify
+from paramserver.errors import PeerError
+from paramserver.program import command
+from paramserver.protocol import messages as wire
+from paramserver.protocol.sharding import SERVER, owners
+from paramserver.shard.orders import Orders
+from paramserver.tensors.bucket import BucketPlan
+from paramserver.transport import sockets
+
+from .channel import SKIPS_MAX, Channel, Lost
+from .payloads import MEASURE_S
+
+if TYPE_CHECKING:
+    from .connection import Connection
+
+CONNECT_S = 5.0
+"""In which a channel must be bound."""
+
+END_S = 3.0
+
+
+class Shards:
+    """The channels of one peer to shards, by their numbers, and its own shard's process."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._bound: dict[int, Channel] = {}
+        self._coming: dict[int, Channel] = {}
+        self._number = 0  # of the newest push
+        self._awaited: tuple[int, int, float] | None = None  # shard, payload, since when
+        self._map: tuple[Any, tuple[int, ...]] = (None, ())
+        self._measured_at = 0.0
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def waiting(self) -> list[zmq.Socket[bytes]]:
+        """The sockets of channels from which something is waited for, beside the link."""
+        if self._awaited is None or self._awaited[0] not in self._bound:
+            return []
+        return [self._bound[self._awaited[0]].socket]
+
+    # ------------------------------------------------------------------ the map
+
+    def owner(self, plan: BucketPlan, current: wire.Open | None, bucket: int) -> int:
+        """The shard that averages this bucket in the open round."""
+        if current is None or not current.shards:
+            return SERVER
+        if self._map[0] != current.shards:
+            self._map = current.shards, owners(plan.sizes, current.shards, plan.whole)
+        return self._map[1][bucket]
+
+    # ------------------------------------------------------------------ channels
+
+    def told(self, message: wire.Channel, now: float) -> None:
+        """A shard has made a channel for this peer, or ended it."""
+        shard = message.shard
+        self._drop(shard)
+        if not message.port:
+            self._connection.send(wire.Reached(shard=shard, problem=message.reason))
+            return
+        try:
+            self._coming[shard] = self._connection.channel(message, now)
+        except PeerError as e:
+            self._connection.send(wire.Reached(shard=shard, problem=str(e)))
+
+    def _drop(self, shard: int) -> None:
+        for table in (self._bound, self._coming):
+            channel = table.pop(shard, None)
+            if channel is not None:
+                channel.close()
+
+    def lose(self, shard: int, why: str) -> None:
+        """There is no channel to this shard any more: the server may let it make another one."""
+        self._drop(shard)
+        self._connection.send(wire.Reached(shard=shard, problem=why))
+
+    def tick(self, now: float) -> None:
+        """Time has passed."""
+        if now - self._measured_at > MEASURE_S:
+            self._measured_at = now
+            for channel in (*self._bound.values(), *self._coming.values()):
+                channel.measure()
+        for shard, channel in list(self._coming.items()):
+            if channel.come_up(now):
+                del self._coming[shard]
+                self._bound[shard] = channel
+                self._connection.send(wire.Reached(shard=shard))
+            elif now - channel.since > CONNECT_S:
+                why = f"nothing comes through its port {channel.port}: is a firewall in between?"
+                self.lose(shard, why)
+
+    def close(self) -> None:
+        """Forget all keys, and end the own shard: this session is over."""
+        for shard in [*self._bound, *self._coming]:
+            self._drop(shard)
+        self._number, self._awaited = 0, None
+        process, self._process = self._process, None
+        if process is None:
+            return
+        assert process.stdin is not None
+        with suppress(OSError):
+            process.stdin.close()  # it ends with its pipe
+        try:
+            process.wait(END_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+    # ------------------------------------------------------------------ payloads
+
+    def push(self, shard: int, push: wire.Push, buffers: Sequence[Any]) -> None:
+        """Send a push whose bucket this shard averages."""
+        self._number += 1
+        push = msgspec.structs.replace(push, sealed=self._number, shard=shard)
+        self._connection.send(push)
+        channel = self._bound.get(shard)
+        if channel is None:
+            return  # the server knows, or will soon
+        try:
+            channel.push(push, wire.to_frames(push, *buffers))
+        except Lost:
+            self.lose(shard, "its connection was cut")
+
+    def payload(self, average: wire.Sharded, now: float) -> list[Any] | None:
+        """The buffers of an average; None if they are on their way. Raises `Lost` where they do
+        not come."""
+        shard, number = average.shard, average.number
+        channel = self._bound.get(shard)
+        if channel is None:
+            raise Lost
+        try:
+            found = channel.payload(average, now)
+        except Lost:
+            self._awaited = None
+            if channel.skips > SKIPS_MAX:
+                self.lose(shard, f"{SKIPS_MAX} averages were missing")
+            raise
+        if found is not None:
+            self._awaited = None
+            return found
+        if self._awaited is None or self._awaited[:2] != (shard, number):
+            self._awaited = shard, number, now
+        heard_at = max(self._awaited[2], channel.heard_at)
+        if now - heard_at > self._connection.heartbeat_timeout / 2:
+            self._awaited = None
+            self.lose(shard, "nothing comes through it")
+            raise Lost
+        return None
+
+    # ------------------------------------------------------------------ the own shard
+
+    def carry(self) -> None:
+        """Start a shard beside this worker: the server wants one on this host."""
+        connection = self._connection
+        if self._process is not None and self._process.poll() is None:
+            return
+        welcome, settings, keys = connection.welcome, connection.settings, connection.keys
+        address = sockets.towards(connection.host)
+        if welcome is None or not address:
+            return
+        orders = Orders(
+            host=connection.host,
+            port=connection.port,
+            address=address,
+            server_key="" if keys is None else keys.server.decode(),
+            secret_key="" if keys is None else keys.secret.decode(),
+            session=welcome.session,
+            secret=connection.hello.secret,
+            codec=settings.codec,
+            codec_down=settings.codec_of_averages,
+            topk_ratio=settings.topk_ratio,
+            bucket_mb=settings.bucket_size_mb,
+            history_mb=settings.history_mb,
+            heartbeat_timeout=settings.heartbeat_timeout,
+            guarded=connection.with_keys,
+        )
+        with suppress(OSError):  # no room for a process: the server waits in vain
+            process = self._process = subprocess.Popen(
+                command("paramserver.shard"),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                start_new_session=True,  # Ctrl-C is for the worker, which ends its shard
+                env={
+                    **{k: v for k, v in os.environ.items() if k != notify.VARIABLE},
+                    "OMP_NUM_THREADS": "1",
+                },
+            )
+            assert process.stdin is not None
+            with suppress(BrokenPipeError):
+                process.stdin.write(msgspec.json.encode(orders) + b"\n")
+                process.stdin.flush()  # it stays open: its end means that the worker is gone
+
+
+__all__ = ["Lost", "Shards"]
