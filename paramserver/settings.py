@@ -279,7 +279,7 @@ class Settings:
         one_of("speed", "equal"),
     )
     shards: int | None = setting(
-        None,
+        1,
         "processes that average, at most; 1 = the server alone; null = one for the cable of each "
         "host, from three hosts on",
         between(1, 64),
