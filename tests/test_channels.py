@@ -43,6 +43,12 @@ SMALL_MB = 0.0003
 """Buckets of this size make several pushes of a round."""
 
 
+@pytest.fixture(scope="module", autouse=True)
+def garbage_collector_of_pyzmq() -> None:
+    """It starts with the first message that is not copied, and stays: a context of its own."""
+    zmq.Frame(bytes(2**17), copy=False)
+
+
 @pytest.fixture(autouse=True)
 def as_from_other_machines(monkeypatch: pytest.MonkeyPatch) -> None:
     """Peers of this host use no ipc."""
