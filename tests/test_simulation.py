@@ -588,7 +588,7 @@ class LooksForNoEnd(Worker):
         (Parts(follow=AppliesTwice), "another model than the log", 1),
         (Parts(follow=KeepsVoidAverages), "another model than the log", 36),
         (Parts(follow=JumpsGaps), "another model than the log", 7),
-        (Parts(follow=KnowsOneServerOnly), "sent away although", 313298),
+        (Parts(follow=KnowsOneServerOnly), "sent away although", 501714),
         (Parts(follow=IgnoresPulses), "could have gone on|not for", 40),
         (Parts(session=Listens), "could have gone on|lives|but not for", 690),
         (Parts(session=KeepsWhatIsLost), "another model than the log", 138),
