@@ -90,6 +90,7 @@ PURE = [
     "paramserver.output.thinned",
     "paramserver.page.guard",
     "paramserver.server.control",
+    "paramserver.server.held",
     "paramserver.server.history",
     "paramserver.server.overview",
     "paramserver.server.spread",

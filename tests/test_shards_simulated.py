@@ -3,9 +3,9 @@ mistake."""
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
+import planted
 import pytest
 from simulation import Parts, Schedule, simulate
 
@@ -142,25 +142,10 @@ class HoldsWhatItLost(Follow):
         (Parts(adder=AddsWhatComes), "of another model|is divided by|weigh", 2),
         (Parts(follow=HoldsWhatItLost), "only a shard has", 80),
     ],
-    ids=lambda value: planted(value) if isinstance(value, Parts) else "",
+    ids=planted.name,
 )
 def test_a_planted_fault_of_shards_is_found(parts: Parts, symptom: str, first: int) -> None:
-    """`first` shows it today; where schedules have changed since, others are searched."""
-    for seed in (first, *range(SEARCHED)):
-        failure = simulate(seed, parts, sharded=True).failure
-        if failure is not None:
-            assert re.search(symptom, failure), f"seed {seed} {failure}"
-            return
-    pytest.fail(f"{SEARCHED} schedules did not show it")
-
-
-def planted(parts: Parts) -> str:
-    usual = Parts()
-    return next(
-        getattr(parts, f).__name__
-        for f in Parts.__dataclass_fields__
-        if getattr(parts, f) is not getattr(usual, f)
-    )
+    planted.is_found(parts, symptom, first, SEARCHED, sharded=True)
 
 
 def test_the_other_schedules_have_no_shards() -> None:

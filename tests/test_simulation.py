@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import planted
 import pytest
 from simulation import Parts, Schedule, simulate
 from simulation.worker import Worker
@@ -596,25 +597,10 @@ class LooksForNoEnd(Worker):
         (Parts(worker=LooksForNoEnd), "sent away although", 221),
         (Parts(search=LooksNowhere), "was lost|could have come back|sent away", 8),
     ],
-    ids=lambda value: planted(value) if isinstance(value, Parts) else "",
+    ids=planted.name,
 )
 def test_a_planted_fault_is_found(parts: Parts, symptom: str, first: int) -> None:
-    """`first` shows it today; where schedules have changed since, others are searched."""
-    for seed in (first, *range(SEARCHED)):
-        failure = simulate(seed, parts).failure
-        if failure is not None:
-            assert re.search(symptom, failure), f"seed {seed} {failure}"
-            return
-    pytest.fail(f"{SEARCHED} schedules did not show it")
-
-
-def planted(parts: Parts) -> str:
-    usual = Parts()
-    return next(
-        getattr(parts, f).__name__
-        for f in Parts.__dataclass_fields__
-        if getattr(parts, f) is not getattr(usual, f)
-    )
+    planted.is_found(parts, symptom, first, SEARCHED)
 
 
 @pytest.mark.long

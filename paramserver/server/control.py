@@ -10,7 +10,6 @@ from __future__ import annotations
 import hmac
 import math
 import uuid
-from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
@@ -61,6 +60,7 @@ from paramserver.rounds.events import (
     Told,
     Works,
 )
+from paramserver.server.held import Came, Held
 from paramserver.server.history import FETCH_BYTES, Frames, Update
 from paramserver.server.spread import Data, Spread
 from paramserver.server.traffic import Traffic
@@ -70,15 +70,7 @@ GOODBYE_TIMEOUTS = 3  # heartbeat timeouts for a worker's goodbye after the run'
 REFUSED_SENDERS = 1000  # whose invalid messages are logged
 NOTHING_EARLIER: Mapping[str, wire.End] = MappingProxyType({})
 Finished = tuple[wire.Average, Frames]
-HELD_MESSAGES = 2**16  # of one link, behind a push whose payload is on its way to a shard
 MEETS_MAX = 3  # channels to one shard that a session gets
-
-
-class _Held(msgspec.Struct):
-    """What a link brings behind a push whose payload is on its way to a shard."""
-
-    since: float
-    messages: deque[tuple[Any, list[Any]]] = msgspec.field(default_factory=deque)
 
 
 class Transport(Protocol):
@@ -161,7 +153,7 @@ class Control:
         self._unreachable: set[int] = set()  # shards that have missed an order
         self._offers: dict[str, bytes] = {}  # by session
         self._met: dict[tuple[str, int], int] = {}  # channels handed out, by session and shard
-        self._held: dict[bytes, _Held] = {}  # by route
+        self._held = Held()  # behind a push whose payload is on its way to a shard
         self._gathering: dict[str, int] = {}  # session -> the step of which it waits for the rest
         self._lacking: dict[int, set[str]] = {}  # bucket of the open round -> who waits for it
         self._transport = transport
@@ -247,16 +239,15 @@ class Control:
         if (shard := self._shard_of.get(route)) is not None:
             self._hear_shard(shard, message, buffers, now)
             return
-        held = self._held.get(route)
-        if held is not None:
-            held.messages.append((message, buffers))
-            if len(held.messages) > HELD_MESSAGES:
-                self._lose_payload(route, now)
+        waits = route in self._held
+        if not waits and not self._must_wait(route, message):
+            self._take_in(route, message, buffers, now)
             return
-        if self._must_wait(route, message):
-            self._held[route] = _Held(now, deque([(message, buffers)]))
-            return
-        self._take_in(route, message, buffers, now)
+        came = Came(message, buffers, None, sum(map(len, buffers)), now)
+        if not waits:
+            self._held.hold(route, came, now)
+        elif self._held.behind(route, came) and self._held.full(route):
+            self._lose_payload(route, now)
 
     def _take_in(self, route: bytes, message: Any, buffers: list[Any], now: float) -> None:
         try:
@@ -274,39 +265,36 @@ class Control:
 
     def _release(self, now: float) -> None:
         """Handle what is held and need not wait any more."""
-        for route in list(self._held):
-            held = self._held.get(route)
-            while held is not None and not self._must_wait(route, held.messages[0][0]):
-                message, buffers = held.messages.popleft()
-                if not held.messages:
-                    del self._held[route]
-                held.since = now
-                self._take_in(route, message, buffers, now)
-                held = self._held.get(route)
+        for route, _ in self._held.since():
+            while (first := self._held.first(route)) is not None:
+                if self._must_wait(route, first.message):
+                    break
+                self._held.go_on(route, now)
+                self._take_in(route, first.message, first.buffers, now)
 
     def _give_up_payloads(self, now: float) -> None:
         """Do not wait any longer for payloads that do not come to their shards."""
         patience_s = self.rounds.rules.heartbeat_timeout / 2
-        for route, held in list(self._held.items()):
-            if now - held.since > patience_s:
+        for route, since in self._held.since():
+            if now - since > patience_s:
                 self._lose_payload(route, now)
 
     def _lose_payload(self, route: bytes, now: float) -> None:
         """A payload that this peer has sent to a shard is lost: it joins again, as where its link
         was cut, and gets another channel to that shard."""
-        held, session = self._held.pop(route), self.links.get(route)
+        held, session = self._held.release(route), self.links.get(route)
         if session is None:
             return
-        push = held.messages[0][0]
+        push = held[0].message
         problem = "what it sends there does not come"
         self._happens(Told(session, wire.Reached(shard=push.shard, problem=problem)), now)
         self.cut_off(session, now)
         self._introduce(session, push.shard)
-        for message, buffers in held.messages:
-            if not isinstance(message, wire.Push):
-                self._take_in(route, message, buffers, now)
+        for came in held:
+            if not isinstance(came.message, wire.Push):
+                self._take_in(route, came.message, came.buffers, now)
             elif (again := self.links.get(route)) is not None:
-                self._data.release(again, message)
+                self._data.release(again, came.message)
 
     def refuse(self, route: bytes, error: PeerError, now: float) -> None:
         """The sender of a message that this protocol does not allow gets a Reject, and leaves the
@@ -508,7 +496,7 @@ class Control:
         self.routes[session] = route
         if old is not None and old != route:
             self.links.pop(old, None)
-            self._held.pop(old, None)
+            self._held.release(old)
             self._happens(Relinked(session), now)
         self._happens(Heard(session), now)
         if now - self._probed.get(session, -math.inf) >= PROBES_APART_S:
@@ -821,7 +809,7 @@ class Control:
         if route is not None:
             self._transport.forget(route)
             self.links.pop(route, None)
-            self._held.pop(route, None)
+            self._held.release(route)
 
     def _prompt(self, sessions: Collection[str], now: float) -> None:
         """Send these sessions the open round on their links, before the next pulse does."""
