@@ -127,6 +127,9 @@ NOT_TO_BE_HAD = "the run's state did not arrive"
 give; where it alone says that it holds the state, and has contributed, that state is lost."""
 MISFIT = "the run's state does not fit"
 """Three states were none of its model. All honest peers have the same one."""
+AS_THE_LIAR = f" ({LIAR})"
+"""How a rejection ends for another data set than the liar's. The run's is that of the first workers
+that are ready; a liar alone among them says what it likes, until somebody else has contributed."""
 OF_ANOTHER_RUN = "rejected: this server runs"
 NOBODY_THERE = (UNANSWERED, "the server has been silent")
 TOO_LATE = ("the run has ended", "the run ended before it could join")
@@ -461,6 +464,11 @@ class Schedule:
         if why.startswith(MISFIT):
             most = range(Session.MISFITS_MAX, Session.MISSED_MAX + 1)
             fair |= self.lies and any(self._only_liar_left(peer, n) for n in most)
+        if why.startswith("rejected") and why.endswith(AS_THE_LIAR):
+            closes = self.server.book.closes
+            fair |= all(
+                worker == self.rules.max_workers for c in closes for worker in c.contributors
+            )
         fair |= why == UNANSWERED and self._has_lost_its_run(peer)
         late = why in TOO_LATE or (why == UNANSWERED and peer.run is None)
         late |= why.startswith(NOBODY_THERE) and self._may_have_missed_the_end(peer)
