@@ -240,6 +240,22 @@ def test_what_is_complete_at_the_end_of_a_run_is_its_last_update() -> None:
     assert run.rounds.ending == ("all epochs are done", False)
 
 
+def test_all_that_is_late_enters_a_round_that_nobody_else_is_in() -> None:
+    run = Run(num_workers=3, max_staleness=3, quorum=0.0, epochs=1).observer()
+    run.workers(1, 2, 3, samples=30)
+    run.hello(4)
+    run.join(4)
+    run.push(1)
+    run.tick(run.now + 1.0, 0, 1, 2, 3, 4)
+    assert run.rounds.snapshot is not None and run.rounds.round is None
+    run.push(2, round=1)
+    run.push(3, round=1)
+    effects = but_words(run.snapshot(4))
+    adds = [f"add {who}.{bucket} x{HALF}" for bucket in (0, 1) for who in (2, 3)]
+    assert [e for e in effects if e.startswith("add")] == adds
+    assert [c.contributors for c in run.closes] == [{1: 10}, {2: 10, 3: 10}]
+
+
 def test_too_few_others_need_who_is_late() -> None:
     run = Run(num_workers=2, min_workers=2, max_staleness=3).observer().workers(1, 2)
     run.push(1)
@@ -308,19 +324,24 @@ def test_who_computes_what_is_too_old_gets_nothing_before_it_is_done() -> None:
     assert "3: " in close(run.push(2)).partition("open 4")[2]
 
 
-MOVES = ("push", "push", "push", "push one", "time", "time", "join", "loop", "bad", "look")
+MOVES = (
+    *("push", "push", "push", "push one", "time", "time", "join", "loop", "bad", "look"),
+    *("stranger", "snapshot"),
+)
 
 
 @given(
     st.integers(1, 4),
     st.sampled_from((0.0, 0.5, 1.0)),
+    st.sampled_from((30, 70)),
     st.lists(st.tuples(st.sampled_from(MOVES), st.integers(1, 3)), max_size=60),
 )
 def test_whatever_happens_each_sample_is_counted_once_and_nothing_is_too_old(
-    most: int, quorum: float, moves: list[tuple[str, int]]
+    most: int, quorum: float, samples: int, moves: list[tuple[str, int]]
 ) -> None:
     run = Run(num_workers=3, max_staleness=most, quorum=quorum, epochs=2).observer()
-    run.workers(1, 2, 3, samples=70)
+    run.workers(1, 2, 3, samples=samples)
+    added = set[str]()
     for move, who in moves:
         if run.rounds.ending is not None:
             break
@@ -343,19 +364,29 @@ def test_whatever_happens_each_sample_is_counted_once_and_nothing_is_too_old(
         elif move == "join":
             run.relinked(who)
             run.follows(who)
-            effects = run.ready(who, samples=70)
+            effects = run.ready(who, samples=samples)
         elif move == "loop":
             run.unready(who)
-            effects = run.ready(who, samples=70)
+            effects = run.ready(who, samples=samples)
         elif move == "look" and carried is not None and not carried.pushes:
             told = {"round": carried.round, "made_at": run.rounds.step}
             effects = run.push(who, samples=carried.lease[2] - carried.lease[1], **told)
+        elif move == "newcomer":
+            run.hello(4)
+            effects = run.join(4)
+        elif move == "snapshot":
+            effects = run.snapshot(4)
         for effect in effects:
+            if effect.startswith("add "):
+                added.add(effect.partition(".")[0].removeprefix("add "))
+            elif effect.startswith("close "):
+                assert {str(who) for who in run.closes[-1].contributors} <= added
+                added.clear()
             if effect.startswith("add ") and made_at is not None:
                 assert run.rounds.step - made_at <= most + 1
         ledger = run.ledger
         ahead = unleased(ledger) + leased(ledger)
-        assert ledger.done + ledger.partly + ledger.skipped + ahead == 140
+        assert ledger.done + ledger.partly + ledger.skipped + ahead == 2 * samples
         assert sum(sum(c.contributors.values()) for c in run.closes) == ledger.done + ledger.partly
         for each in run.rounds.peers.values():
             if each.carried is not None:

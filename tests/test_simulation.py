@@ -372,6 +372,19 @@ class EntersAtAnyTime(Rounds):
         return entered
 
 
+class EntersOneByOne(Rounds):
+    """Of several late gradients the first may complete the round: the others are lost."""
+
+    def _let_in(self, now: float) -> bool:
+        if (current := self.round) is not None:
+            current.let_in = lambda entering, now: [  # type: ignore[method-assign]
+                effect
+                for worker, its in entering.items()
+                for effect in Round.let_in(current, {worker: its}, now)
+            ]
+        return super()._let_in(now)
+
+
 class WeighsLateWorkFully(Rounds):
     """What a gradient weighs does not depend on its age."""
 
@@ -577,6 +590,7 @@ class LooksForNoEnd(Worker):
         (Parts(rounds=HandsOutWhatIsCarried), "sums do not agree", 14),
         (Parts(rounds=CarriesForEver), "is older than", 61),
         (Parts(rounds=EntersAtAnyTime), "is divided by", 61),
+        (Parts(rounds=EntersOneByOne), "3 samples done, 2 are in every bucket", 90004546),
         (Parts(rounds=WeighsLateWorkFully), "samples of worker . weigh", 54),
         (Parts(rounds=CarriesForTheDead), "could have gone on|payloads are kept", 519),
         (Parts(follow=AwaitsWhatIsVoid), "could have gone on", 241),

@@ -33,7 +33,7 @@ from that for other parts, and adds messages and sentences to the `Outcome`:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 
 import msgspec
 
@@ -936,13 +936,15 @@ class Rounds:
         if not self.rules.max_staleness or current is None or not current.may_be_entered:
             return False
         found = [p for p in self.workers_ready() if p.carried is not None and p.carried.is_complete]
+        entering: dict[int, tuple[Member, Sequence[wire.Push]]] = {}
         for peer in found:
             carried, peer.carried = peer.carried, None
             assert carried is not None
-            member = carried.member
-            member.share = weight_of_late(current.step - 1 - carried.made_at)
-            self._out.effects += current.let_in(peer.id, member, carried.pushes, now)
-        return bool(found)
+            carried.member.share = weight_of_late(current.step - 1 - carried.made_at)
+            entering[peer.id] = carried.member, carried.pushes
+        if entering:
+            self._out.effects += current.let_in(entering, now)
+        return bool(entering)
 
     def _open(self, members: dict[int, Member], now: float, batch: int = 1) -> wire.Open | None:
         """Open a round with these members. Where the layout has pairs, their leases go on, or begin

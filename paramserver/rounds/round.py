@@ -270,14 +270,17 @@ class Round:
         return not self.finished
 
     def let_in(
-        self, worker: int, member: Member, pushes: Sequence[Push], now: float
+        self, entering: Mapping[int, tuple[Member, Sequence[Push]]], now: float
     ) -> list[Effect]:
-        """A member enters with the gradient of an earlier round, all `pushes` of which are here, or
-        with none where it was refused."""
-        self.members = dict(sorted({**self.members, worker: member}.items()))
-        member.is_carried, member.out = True, member.bad
-        for push in pushes:
-            self.take(member, push, now)
+        """Members enter with gradients of earlier rounds, by worker, all pushes of which are here,
+        or with none where one was refused. They enter together: where nobody else is in the round,
+        the first alone would make it complete."""
+        came = {worker: member for worker, (member, _) in entering.items()}
+        self.members = dict(sorted({**self.members, **came}.items()))
+        for member, pushes in entering.values():
+            member.is_carried, member.out = True, member.bad
+            for push in pushes:
+                self.take(member, push, now)
         return [effect for bucket in range(self.buckets) for effect in self.advance(bucket, now)]
 
     def advance(self, bucket: int, now: float) -> list[Effect]:
