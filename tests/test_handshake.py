@@ -307,6 +307,37 @@ def test_two_machines_a_killed_server_and_new_keys(tmp_path: Path) -> None:
         assert len(run.runs) == 1
 
 
+WITHOUT_IPC = """
+import sys
+from paramserver.transport import sockets
+sockets.ipc_folder = lambda: None
+from paramserver.__main__ import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.root
+def test_where_no_folder_takes_sockets_the_servers_own_peers_come_with_the_token(
+    tmp_path: Path,
+) -> None:
+    """It lets nobody in at loopback without ipc. Its observer has the token from it."""
+    with Hosts(["mini1"]) as hosts, Run(tmp_path) as run:
+        here, home = hosts["mini1"], {"XDG_CONFIG_HOME": str(tmp_path / "keys")}
+        small = ("dataset.name=digits", "model.hidden=16", "wandb.mode=disabled", "num_epochs=1")
+        ours = (f"port={run.port}", "run_dir=runs", "plain=true", "num_workers=1")
+        address = f"host_ip={hosts.address('mini1')}"
+        words = ("-c", WITHOUT_IPC, *small, *ours, address)
+        server = run.start("the server", *words, host=here, **home)
+        server.wait_for("peers on this host need the join token")
+        token = server.wait_for("other machines join with: ").split("join=")[1]
+        refused = run.worker(1, host=here)
+        assert refused.end() == 2
+        assert "give it the join token, which `" in refused.output
+        worker = run.worker(1, host=here, PARAMSERVER_JOIN=token)
+        assert (server.end(), worker.end()) == (0, 0), server.output
+        assert run.summary()["val_accuracy"] is not None
+
+
 def test_a_socket_closed_in_the_middle_of_a_handshake_leaves_its_context_alive() -> None:
     """ZeroMQ's I/O thread waits for a reader of its events, and must not do so for ever."""
     with socket.create_server((LOOPBACK, 0)) as listener, zmq.Context() as ctx:

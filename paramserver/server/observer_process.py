@@ -51,7 +51,9 @@ class ObserverProcess:
         key: str,
         resume: Path | None,
         problem: Callable[[str], None],
+        token: str | None = None,
     ) -> None:
+        """`token`: the join token, for a server that lets nobody in at loopback without ipc."""
         self._folder = folder
         self._problem = problem
         self._orders = {
@@ -62,6 +64,7 @@ class ObserverProcess:
             "folder": str(folder.path),
             "settings": asdict(settings),
             "resume": None if resume is None else str(resume),
+            "token": token,
         }
         self._deaths = 0  # in a row, without a proven run in between
         self._started_at = 0.0
@@ -69,6 +72,10 @@ class ObserverProcess:
         self._here_at: float | None = None  # when this process was last known to the server
         self.problem: UserError | None = None
         self._process: subprocess.Popen[bytes] | None = None
+
+    def take(self, token: str) -> None:
+        """This is the join token from now on: for a process that is started later."""
+        self._orders["token"] = token
 
     def _start(self) -> subprocess.Popen[bytes]:
         self._started_at, self._here_at = time.monotonic(), None

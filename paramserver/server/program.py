@@ -319,8 +319,9 @@ def _serve(
         show.announcement = Announcement(guarded or hosts, settings.port, run, public)
         notify.ready(where, str(folder.path))
         if settings.observer:
+            token = None if keys is None else keys.token(joined(guarded), settings.port)
             observer = show.observer = ObserverProcess(
-                settings, folder, run, key, resume, show.problem
+                settings, folder, run, key, resume, show.problem, token
             )
             observer.look(server.control)
         end = series.ended = server.run()
@@ -363,11 +364,15 @@ def _serve(
 
 
 def _fresh_keys(at: Listening, show: Show, settings: Settings) -> ServerKeys | None:
-    """The keys of this server, where they were made anew: mDNS and the page have them then."""
+    """The keys of this server, where they were made anew: mDNS, the page and the observer have them
+    then."""
     keys = None if at.kept is None else at.kept.fresh()
     if keys is not None:
+        assert at.keys is not None
         if show.announcement is not None:
             show.announcement.renew(z85.decode(keys.public))
+        if show.observer is not None:
+            show.observer.take(at.keys.token(joined(at.guarded), settings.port))
         _show_page(at, show, settings, first=True)
     return keys
 

@@ -24,6 +24,7 @@ import torch
 
 from paramserver import drafts, logs, trace
 from paramserver.errors import UserError
+from paramserver.net import address
 from paramserver.output.runfolder import RunFolder
 from paramserver.program import exit_on_user_error
 from paramserver.protocol import messages as wire
@@ -64,6 +65,8 @@ class Orders(msgspec.Struct, frozen=True):
     folder: str
     settings: Settings
     resume: str | None = None
+    token: str | None = None
+    """The join token, for a server that lets nobody in at loopback without ipc."""
 
 
 class Observer:
@@ -100,7 +103,10 @@ class Observer:
         if orders.resume is not None:
             resume(self.replica, Path(orders.resume), settings)
             log.info(f"resumed {orders.resume} at step {self.replica.steps}")
-        self.client = Client(orders.host, orders.port, role="observer", key=orders.key)
+        there = address.find(orders.host, orders.port, orders.token)
+        self.client = Client(
+            there.host, there.port, role="observer", key=orders.key, outside=there.outside
+        )
         self._untold: list[str] = []  # problems that are not reported to the server yet
         self._told: set[str] = set()
         self._left = False
