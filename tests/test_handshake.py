@@ -19,7 +19,7 @@ import pytest
 import zmq
 from crew import Crew, Noise, perceptron
 from test_strangers import RAW, ZMTP_GREETING, a_run_in_its_middle
-from whole import DEADLINE_S, LOOPBACK, Program, Run, Served
+from whole import DEADLINE_S, ENDLESS, LOOPBACK, Program, Run, Served
 
 from benchmarks.network import Hosts
 from paramserver.errors import UserError
@@ -307,12 +307,20 @@ def test_two_machines_a_killed_server_and_new_keys(tmp_path: Path) -> None:
         assert len(run.runs) == 1
 
 
-WITHOUT_IPC = """
-import sys
-from paramserver.transport import sockets
-sockets.ipc_folder = lambda: None
-from paramserver.__main__ import main
-sys.exit(main(sys.argv[1:]))
+WITHOUT_TMP = """
+import ctypes, os, runpy, subprocess, sys
+assert ctypes.CDLL(None).unshare(0x20000) == 0  # CLONE_NEWNS: the mounts are this program's own
+subprocess.run(["sh", "-euc", '''
+    mount --make-rprivate /
+    mount --bind . .
+    for each in /tmp /var/tmp /dev/shm; do
+        mount --rbind $each $each
+        mount -o remount,bind,ro $each
+    done
+'''], check=True)
+os.chdir(os.getcwd())
+del sys.argv[0]
+runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 """
 
 
@@ -320,21 +328,56 @@ sys.exit(main(sys.argv[1:]))
 def test_where_no_folder_takes_sockets_the_servers_own_peers_come_with_the_token(
     tmp_path: Path,
 ) -> None:
-    """It lets nobody in at loopback without ipc. Its observer has the token from it."""
-    with Hosts(["mini1"]) as hosts, Run(tmp_path) as run:
-        here, home = hosts["mini1"], {"XDG_CONFIG_HOME": str(tmp_path / "keys")}
-        small = ("dataset.name=digits", "model.hidden=16", "wandb.mode=disabled", "num_epochs=1")
+    """Such a server lets nobody in at loopback without keys. Its observer gets the token from it,
+    also the one of new keys, and keeps the run for the workers that come then."""
+    folder = tmp_path / ("deep" * 20)  # no socket can have so long a name
+    folder.mkdir()
+    with Hosts(["mini1"]) as hosts, Run(folder) as run:
+        here, home = hosts["mini1"], {"XDG_CONFIG_HOME": str(folder / "keys")}
+        small = ("dataset.name=digits", "model.hidden=16", "wandb.mode=disabled")
         ours = (f"port={run.port}", "run_dir=runs", "plain=true", "num_workers=1")
         address = f"host_ip={hosts.address('mini1')}"
-        words = ("-c", WITHOUT_IPC, *small, *ours, address)
-        server = run.start("the server", *words, host=here, **home)
+        endless = f"num_epochs={ENDLESS}"
+        words = ("-c", WITHOUT_TMP, "paramserver", *small, *ours, address, endless)
+        server = run.start("the server", *words, host=here, XDG_RUNTIME_DIR="", **home)
         server.wait_for("peers on this host need the join token")
         token = server.wait_for("other machines join with: ").split("join=")[1]
         refused = run.worker(1, host=here)
         assert refused.end() == 2
         assert "give it the join token, which `" in refused.output
         worker = run.worker(1, host=here, PARAMSERVER_JOIN=token)
+        server.wait_for("training, step")
+
+        keys = run.start("make keys", "-m", "paramserver.keys", "rotate", address, **home)
+        assert keys.end() == 0, keys.output
+        new = keys.lines[-1]
+        server.wait_for("the keys were made anew")
+        assert worker.end() == 2, worker.output
+        worker = run.worker(1, host=here, PARAMSERVER_JOIN=new)
+        server.wait_for("worker 1 .* is here")
+        server.wait_for("training, step")
+        server.send(signal.SIGINT)
         assert (server.end(), worker.end()) == (0, 0), server.output
+        assert "the observer ended" not in server.output
+        assert run.summary()["val_accuracy"] is not None
+        written = [path.read_text(errors="replace") for path in run.runs[-1].glob("*.*")]
+        assert not any(secret in text for text in written for secret in (token, new))
+
+
+@pytest.mark.root
+@pytest.mark.long
+def test_a_demo_gives_its_workers_the_token_where_no_folder_takes_sockets(tmp_path: Path) -> None:
+    folder = tmp_path / ("deep" * 20)
+    folder.mkdir()
+    with Hosts(["mini1"]) as hosts, Run(folder) as run:
+        small = ("demo", "model.hidden=16", "wandb.mode=disabled", "num_epochs=1", "num_workers=1")
+        ours = (f"port={run.port}", "run_dir=runs", "plain=true")
+        words = ("-c", WITHOUT_TMP, "paramserver.launch", *small, *ours)
+        home = {"XDG_CONFIG_HOME": str(folder / "keys"), "XDG_RUNTIME_DIR": ""}
+        address = f"host_ip={hosts.address('mini1')}"
+        demo = run.start("the demo", *words, address, host=hosts["mini1"], **home)
+        assert demo.end() == 0, demo.output
+        assert "peers on this host need the join token" in demo.output
         assert run.summary()["val_accuracy"] is not None
 
 

@@ -22,13 +22,17 @@ from paramserver.config.loading import load
 from paramserver.config.schema import allowed, scope
 from paramserver.errors import UserError
 from paramserver.fleet.user_code import Script
+from paramserver.keys import load_or_make
 from paramserver.launch.machines import behind_dashes
+from paramserver.net import machine
+from paramserver.net.address import LOOPBACK, listen
+from paramserver.net.jointoken import VARIABLE
 from paramserver.output.runfolder import latest
 from paramserver.program import command as program
 from paramserver.program import interrupt
 from paramserver.settings import Settings
+from paramserver.transport.sockets import ipc_folder
 
-LOOPBACK = "127.0.0.1"
 DEMO = {
     "host_ip": LOOPBACK, "dataset.name": "digits", "num_epochs": "15", "num_workers": "2",
     "eval_steps": "100",
@@ -49,7 +53,8 @@ def demo(arguments: list[str]) -> int:
     settings = load(arguments, "server").settings  # show mistakes before anything starts
     local = [a for a in arguments if _for_workers(a.partition("=")[0])]
     # not the cluster that workers of this machine usually join
-    local += ["join=null", "host_ip=null"]
+    secret = _secret(settings)
+    local += ["host_ip=null"] if secret else ["join=null", "host_ip=null"]
     local += [f"allow={','.join(names)}"] if (names := allowed(settings)) else []
     if settings.num_workers > 16:
         raise UserError(
@@ -58,13 +63,26 @@ def demo(arguments: list[str]) -> int:
         )
 
     def worker(number: int) -> tuple[list[str], dict[str, str]]:
-        return program("workers", f"id={number}", *local), dict(os.environ)
+        return program("workers", f"id={number}", *local), {**os.environ, **secret}
 
     with _on_this_machine(settings, arguments, worker) as started:
         try:
             return _watch(started)
         except KeyboardInterrupt:
             return started.interrupt()
+
+
+def _secret(settings: Settings) -> dict[str, str]:
+    """What the environment of the workers beside this server must hold, for nobody else to read:
+    the join token, where the server listens for other machines and its own user's peers cannot show
+    by ipc that they are."""
+    guarded = listen(machine.settle(settings)[0], settings.security)[1]
+    ipc = ipc_folder() if guarded else None
+    if ipc is not None:
+        ipc.close()
+    if ipc is not None or not guarded:
+        return {}
+    return {VARIABLE: load_or_make()[0].token(guarded[0], settings.port)}
 
 
 @dataclass(frozen=True)
@@ -265,6 +283,7 @@ def script(arguments: list[str]) -> int:
     arguments = own.settings(arguments)
     settings = load(arguments, "server").settings
     place = {"PARAMSERVER_HOST": LOOPBACK, "PARAMSERVER_PORT": str(settings.port)}
+    place |= _secret(settings)
     cores = max(1, (os.cpu_count() or 1) // settings.num_workers)
     usual = {"OMP_NUM_THREADS": str(cores), "PYTHONUNBUFFERED": "1"}
 

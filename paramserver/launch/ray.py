@@ -268,11 +268,11 @@ class RayRun:
             words = [
                 "workers", f"id={number}", f"port={s.port}", f"join_timeout={s.join_timeout:g}",
                 f"dataset.root={s.dataset['root']}", f"device={s.device}", f"security={s.security}",
-                f"host_ip={home.address if far else 'null'}", "join=null" if not far else "",
+                f"host_ip={home.address if far else 'null'}", "" if token else "join=null",
                 f"threads={s.threads}" if s.threads else "",
                 f"allow={','.join(names)}" if (names := allowed(s)) else "",
             ]  # fmt: skip
-            secret = {VARIABLE: token} if far and token else {}
+            secret = {VARIABLE: token} if token else {}  # on the server's node, too: without ipc
             self._begin(worker, [word for word in words if word], "", secret, [])
 
     def _begin(

@@ -64,8 +64,10 @@ class ObserverProcess:
             "folder": str(folder.path),
             "settings": asdict(settings),
             "resume": None if resume is None else str(resume),
-            "token": token,
         }
+        self._token = token
+        self._began_with: str | None = None  # the token that its process was given at the start
+        self._untold = ""  # a newer one, which it has not been given yet
         self._deaths = 0  # in a row, without a proven run in between
         self._started_at = 0.0
         self._again_at = 0.0  # do not start it before: there was no room for a process
@@ -73,12 +75,14 @@ class ObserverProcess:
         self.problem: UserError | None = None
         self._process: subprocess.Popen[bytes] | None = None
 
-    def take(self, token: str) -> None:
-        """This is the join token from now on: for a process that is started later."""
-        self._orders["token"] = token
+    def renew(self, token: str) -> None:
+        """This is the join token from now on. The process that runs gets it at the next `look`: by
+        then the server must have the keys."""
+        self._token = self._untold = token
 
     def _start(self) -> subprocess.Popen[bytes]:
         self._started_at, self._here_at = time.monotonic(), None
+        self._began_with, self._untold = self._token, ""
         with suppress(OSError):
             self._exit.unlink(missing_ok=True)  # of an earlier process
         with self._open_log() as log:
@@ -92,7 +96,8 @@ class ObserverProcess:
             )
         assert process.stdin is not None
         with suppress(BrokenPipeError):  # it may die at once, which `look` finds
-            process.stdin.write(msgspec.json.encode(self._orders) + b"\n")
+            orders = {**self._orders, "token": self._token}
+            process.stdin.write(msgspec.json.encode(orders) + b"\n")
             process.stdin.flush()  # it stays open: its end means that the server is gone
         return process
 
@@ -111,6 +116,7 @@ class ObserverProcess:
             if not awaited and not ended and self.problem is None and now >= self._again_at:
                 self._begin(control, now)
             return
+        self._tell_token()
         here = control.rounds.observer
         if here is not None and here.pid == self._process.pid:  # not an earlier process
             self._here_at = now
@@ -124,7 +130,8 @@ class ObserverProcess:
             return
         well = now - self._started_at > OBSERVER_PROVEN_S
         self._deaths = 1 if well else self._deaths + 1
-        if code == 2:
+        # With an old token it was refused, perhaps before it had read the new one.
+        if code == 2 and self._began_with == self._token:
             self._cannot(control, "the observer could not start", self._last_error())
         elif self._deaths > OBSERVER_RESTARTS:
             why = f"the observer ended {self._deaths} times in a row, the last time {_how(code)}"
@@ -137,6 +144,15 @@ class ObserverProcess:
         else:
             control.watcher.say(f"the observer ended ({_how(code)}): starting it again", True)
             self._begin(control, now)
+
+    def _tell_token(self) -> None:
+        """Through the pipe, as its orders: no list of processes shows what is in there."""
+        if self._untold and self._process is not None:
+            assert self._process.stdin is not None
+            with suppress(BrokenPipeError):
+                self._process.stdin.write(self._untold.encode() + b"\n")
+                self._process.stdin.flush()
+            self._untold = ""
 
     def _begin(self, control: Control, now: float) -> None:
         """Start a process; where the system has no room for one, try again in a while."""

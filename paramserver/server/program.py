@@ -372,7 +372,7 @@ def _fresh_keys(at: Listening, show: Show, settings: Settings) -> ServerKeys | N
         if show.announcement is not None:
             show.announcement.renew(z85.decode(keys.public))
         if show.observer is not None:
-            show.observer.take(at.keys.token(joined(at.guarded), settings.port))
+            show.observer.renew(at.keys.token(joined(at.guarded), settings.port))
         _show_page(at, show, settings, first=True)
     return keys
 

@@ -329,6 +329,8 @@ class Server:
             return
         control = self.control
         for session in list(control.doors):
+            if self._is_own_observer(session):
+                continue  # it is given the new token
             if session in self._with_keys or session not in control.routes:
                 control.tell(session, wire.Reject(OLD_TOKEN, OLD_TOKEN_HINT))
                 control.drop(session, "its join token is an old one", now)
@@ -343,6 +345,11 @@ class Server:
             f"`{typed('keys')}` prints the new one",
             warning=True,
         )
+
+    def _is_own_observer(self, session: str) -> bool:
+        """Is this the session of the observer that this program has started, by its key?"""
+        peer = self.control.rounds.peers.get(session)
+        return peer is not None and peer.role == "observer"
 
     def _tell_port_problems(self) -> None:
         for problem in (self._ports.watch_problem, self._ports.channel_problem):

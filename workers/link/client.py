@@ -23,6 +23,7 @@ import torch
 
 from paramserver import trace
 from paramserver.errors import PeerError, RunLost, UserError
+from paramserver.net.address import Address
 from paramserver.protocol import messages as wire
 from paramserver.protocol.pacing import WINDOW
 from paramserver.protocol.sharding import SERVER
@@ -118,6 +119,10 @@ class Client:
     def connect(self, deadline_s: float) -> wire.Welcome:
         """See `Connection.connect`."""
         return self.connection.connect(deadline_s)
+
+    def renew(self, outside: Address) -> None:
+        """See `Connection.renew`."""
+        self.connection.renew(outside)
 
     def close(self) -> None:
         """Close every socket; safe to call twice."""

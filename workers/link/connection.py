@@ -235,6 +235,14 @@ class Connection:
         self.host, self.port, self._keys = host, port, keys
         return before
 
+    def renew(self, outside: address.Address) -> None:
+        """The server's keys were made anew, and `outside` is how to dial it with them: greet it
+        again, if this peer came with the older ones. Another thread may say so."""
+        if self._keys is None:
+            self._outside = outside
+        else:
+            self._keys, self.must_greet = outside.keys, True
+
     def _open_door(self) -> tuple[zmq.Socket[bytes], HandshakeMonitor]:
         """A new socket for hello, with the monitor of its handshakes, in place of the last one."""
         self.close_sockets()

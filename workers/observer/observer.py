@@ -1,8 +1,8 @@
 """The observer: a replica that pushes nothing. It evaluates, writes checkpoints and logs.
 
 The server's command starts it (`python -m workers.observer.observer`) and sends it `Orders` as one
-line of JSON on its standard input. Where that pipe ends, the server is gone: the observer writes a
-checkpoint and ends too.
+line of JSON on its standard input. Each further line is a new join token. Where that pipe ends, the
+server is gone: the observer writes a checkpoint and ends too.
 """
 
 from __future__ import annotations
@@ -126,6 +126,12 @@ class Observer:
         self._noted = (-1, 0)  # the last update, and the optimizer steps by then
         self._norms_at = 0.0  # when gradients are measured next
         self._round_s = 0.0  # seconds of a round, estimated rather too short than too long
+
+    def renew(self, token: str) -> None:
+        """The server has new keys, and this join token; another thread may say so."""
+        there = address.find(self.orders.host, self.orders.port, token)
+        if there.outside is not None:
+            self.client.renew(there.outside)
 
     def run(self) -> None:
         """Follow the run to its end."""
@@ -380,7 +386,8 @@ def main() -> None:
         observer = Observer(msgspec.json.decode(line, type=Orders))
 
         def watch_pipe() -> None:
-            sys.stdin.read()
+            for token in sys.stdin:
+                observer.renew(token)
             observer.server_gone.set()
 
         threading.Thread(target=watch_pipe, name="pipe", daemon=True).start()
