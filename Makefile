@@ -172,9 +172,13 @@ read, known = [{"ARGS", "PYTHON", "TORCH", *re.findall("[A-Z]+", text)} for text
 inner = os.environ.get("MAKELEVEL", "1") != "1"
 words = shlex.shlex(os.environ.pop("OVERRIDES"), posix=True)
 words.whitespace, words.quotes, words.commenters, words.whitespace_split = " ", "", "", True
-settings = []
+settings, given = [], {}
 for word in words:
-    name = re.split("[:+?]*=", word)[0]
+    name, _, value = re.split("([:+?]*=)", word, maxsplit=1)
+    if name in ("HOST", "HOSTS", "ID", "JOIN", "SCRIPT") and not value and not inner:
+        sys.exit(f"error: {name}= has no value\n  give one, or leave it out")
+    if name == "JOIN":
+        given["join"] = value
     if name in read or name.isupper() and inner:
         continue
     if name in known and name.isupper():
@@ -183,16 +187,22 @@ for word in words:
         sys.exit(f"error: make {goal} does not read {name}={hint}")
     settings.append(word.replace("$$$$", "$$"))
 behind = []
+ours = re.match("paramserver|workers", arguments[0])
 if "--" in arguments: # what follows is for the user's script
     at = arguments.index("--")
     arguments, behind = arguments[:at], arguments[at:]
+for word in [*arguments, *settings] if ours else (): # here ID=2 is id=2, and ARGS may have held anything
+    name, is_given, value = word.partition("=")
+    if is_given and given.setdefault(name, value) != value:
+        two = "" if name == "join" else f": {given[name]} and {value}" # a token is a secret
+        sys.exit(f"error: make {goal} has two values for {name}{two}\n  leave one of them out")
 command = ["$(VENV_PYTHON)", "-m", *arguments, *reversed(settings), *behind]
 try:
     print(shlex.join(command), file=sys.stderr if "--json" in arguments else None, flush=True)
 except OSError: # a full disk, a pipe whose reader has ended
     pass
 del os.environ["PASS_ON"], os.environ["SET_UP"]
-if re.match("paramserver|workers", arguments[0]): # Ctrl-C waits for what ends it without a traceback
+if ours: # Ctrl-C waits for what ends it without a traceback
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
 os.execv(command[0], command)
 endef

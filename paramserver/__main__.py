@@ -20,10 +20,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         answer(words, "server")
         from paramserver.config.loading import load
 
-        settings = load(words, "server").settings
+        loaded = load(words, "server")
+        loaded.tell_twice()
         from paramserver.server.program import serve  # PyTorch takes seconds
 
-        code = serve(settings)
+        code = serve(loaded.settings)
     sys.exit(code)
 
 

@@ -113,6 +113,28 @@ def test_precedence() -> None:
 
 
 @pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("seed=1 seed=1", ""),
+        ("seed=1 seed=2", "seed is given twice: 2 counts, not 1"),
+        ("optimizer=AdamW optimizer.name=SGD", "optimizer.name is given twice: SGD counts, not Ad"),
+        ("model.type=CNN model.width=8", ""),
+        ("cluster=conf/a.yaml cluster=conf/b.yaml", "cluster is given twice: conf/b.yaml counts"),
+        ("id=1 join=psabc join=psabcd", "join is given twice: the last one counts"),
+    ],
+)
+def test_a_word_with_two_values_is_told(
+    words: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in "ab":
+        put(f"conf/{name}.yaml", "batch_size: 8")
+    load(words.split(), "worker" if "id=" in words else "server").tell_twice()
+    err = capsys.readouterr().err
+    assert err.startswith(said) and bool(err) == bool(said)
+    assert "psabc" not in err
+
+
+@pytest.mark.parametrize(
     ("path", "chosen"),
     [
         ("other.yaml", "model=other.yaml"),
@@ -326,6 +348,7 @@ LEARNING_RATE = "unknown setting `lerning_rate`; did you mean `learning_rate`?"
         (["num_workers=0"], ["num_workers must be between 1 and"]),
         (["min_workers=0"], ["min_workers must be 1 or more"]),
         (["min_workers=3"], ["min_workers must not exceed num_workers (2), got 3"]),
+        (["num_workers=65"], ["num_workers must not exceed max_workers (64), got 65"]),
         (["timeout=0"], ["timeout must be more than 0, got 0"]),
         (["heartbeat_timeout=-1"], ["heartbeat_timeout must be more than 0, got -1"]),
         (["join_timeout=0"], ["join_timeout must be more than 0"]),

@@ -8,6 +8,7 @@ import pytest
 
 from paramserver.config.loading import load
 from paramserver.errors import UserError
+from paramserver.fleet.processes import machines
 from paramserver.net import hosts
 from paramserver.net.hosts import Host
 
@@ -152,3 +153,8 @@ def test_what_is_wrong_is_told(tmp_path: Path, text: str, said: str) -> None:
         loaded(tmp_path, text)
     assert said in raised.value.problem
     assert "cluster.yaml" in raised.value.problem
+
+
+def test_machines_that_are_named_twice_are_an_error() -> None:
+    with pytest.raises(UserError, match="the machines are given twice: hosts=a and hosts=b"):
+        machines(["hosts=a", "hosts=b"])

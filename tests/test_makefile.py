@@ -61,6 +61,7 @@ def make(clone: Path, *words: str) -> list[str]:
         ("worker ID=2 host_ip=10.10.0.1", "id=2 host_ip=10.10.0.1"),
         ("worker", ""),
         ("worker id=3", "id=3"),
+        ("worker ID=3 id=3", "id=3 id=3"),
         ("worker ID=2 JOIN=psabc", "id=2"),
         ("keys host_ip=10.10.0.1 ROTATE=1", "rotate host_ip=10.10.0.1"),
         ("watch JOIN=pwabc port=7", "port=7"),
@@ -157,6 +158,15 @@ def test_a_join_token_goes_on_in_the_environment(clone: Path) -> None:
         ("server TORCH=gpu", "TORCH=gpu: it is cpu or cuda."),
         ("worker ID=2 NAME=digits", "make worker does not read NAME="),
         ("server JOIN=psabc", "make server does not read JOIN="),
+        ("worker ID=2 id=3", "make worker has two values for id: 2 and 3\n  leave one of them out"),
+        ("worker ID=2 ARGS=id=3", "make worker has two values for id: 2 and 3"),
+        ("worker ID=2 JOIN=psabc join=psabcd", "make worker has two values for join\n"),
+        ("server ARGS=port=7 port=8", "make server has two values for port: 7 and 8"),
+        ("up HOSTS=a hosts=b", "make up has two values for hosts: a and b"),
+        ("logs HOST=a ARGS=--host=b", "make logs has two values for --host: a and b"),
+        ("worker ID=", "ID= has no value\n  give one, or leave it out"),
+        ("up HOSTS= seed=1", "HOSTS= has no value"),
+        ("watch JOIN=", "JOIN= has no value"),
     ],
 )
 def test_nothing_that_is_typed_is_ignored(clone: Path, words: str, said: str) -> None:

@@ -35,6 +35,7 @@ def main() -> None:
 
         malloc.keep_freed()
         loaded = load(sys.argv[1:], "worker")
+        loaded.tell_twice()
         settings = _with_environment(loaded.settings)
         if settings.id is None:
             settings = _with_id(settings)

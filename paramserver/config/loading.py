@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -41,6 +41,7 @@ from omegaconf.errors import (
     ValidationError,
 )
 
+from paramserver import terminal
 from paramserver.config.schema import (
     KEYS,
     NAMED,
@@ -84,6 +85,12 @@ class Loaded:
     settings: Settings
     given: dict[str, object]  # set on the command line: flat dotted name -> converted value
     sources: tuple[Path, ...]  # the files that were read, lowest first
+    twice: tuple[str, ...] = ()
+    """A sentence for each setting that the command line has with two values."""
+
+    def tell_twice(self) -> None:
+        for sentence in self.twice:
+            terminal.say(sentence, error=True)
 
 
 @dataclass(frozen=True)
@@ -106,7 +113,7 @@ def load(argv: list[str], program: Program) -> Loaded:
     Raises `UserError` for anything a person got wrong, and on a worker for a setting that only the
     server reads.
     """
-    chosen, command_line = _read_command_line(argv)
+    chosen, command_line, twice = _read_command_line(argv)
     files = [_find("cluster", chosen.get("cluster"))]
     layers = [_read_file(path) for path in files if path]
     if "model" in chosen or not ("cluster" in chosen and "model" in layers[0].tree):
@@ -149,7 +156,7 @@ def load(argv: list[str], program: Program) -> Loaded:
         check_early_stop(settings, where)
         if settings.observer:  # without it these names are free for a script to read
             check_known(settings)
-    return Loaded(settings, given, tuple(path for path in files if path))
+    return Loaded(settings, given, tuple(path for path in files if path), twice)
 
 
 def dump(settings: Settings) -> str:
@@ -188,8 +195,9 @@ def check_worker_overrides(given: Mapping[str, object], run: Settings) -> None:
 # Sources ----------------------------------------------------------------------------------------
 
 
-def _read_command_line(argv: Iterable[str]) -> tuple[dict[str, str], _Layer]:
-    """The files chosen, and the settings; a setting given twice has its last value."""
+def _read_command_line(argv: Iterable[str]) -> tuple[dict[str, str], _Layer, tuple[str, ...]]:
+    """The files chosen, the settings, and a sentence for each that is given twice, with two values:
+    the last one counts, so that a word may be put behind a command line that somebody has made."""
     chosen: dict[str, str] = {}
     pairs: list[tuple[str, Any]] = []
     words = list(argv)
@@ -204,7 +212,23 @@ def _read_command_line(argv: Iterable[str]) -> tuple[dict[str, str], _Layer]:
         else:
             pairs.append((name, _read_value(name, text)))
     files = {name: text for name, text in chosen.items() if text}
-    return files, _Layer("command line", _nest(pairs, "command line"), {})
+    layer = _Layer("command line", _nest(pairs, "command line"), {})
+    return files, layer, tuple(_given_twice(words, pairs))
+
+
+def _given_twice(words: Sequence[str], pairs: Sequence[tuple[str, Any]]) -> Iterator[str]:
+    files = [word.partition("=")[::2] for word in words if word.startswith(("cluster=", "model="))]
+    values: dict[str, Any] = {}
+    for pair in (*files, *pairs):
+        for name, value in flatten(_nest([pair], "command line")).items():
+            before = values.get(name, value)
+            values[name] = value
+            if before != value:
+                token = name == "join"  # a secret
+                which = "the last one counts" if token else f"{shown(value)} counts"
+                yield f"{name} is given twice: {which}" + (
+                    "" if token else f", not {shown(before)}"
+                )
 
 
 def _no_setting(argument: str, following: Sequence[str]) -> UserError:

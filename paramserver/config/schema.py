@@ -282,9 +282,9 @@ def build(tree: Mapping[str, Any], where: Where = lambda name: "") -> Settings:
         hosts.read(values["hosts"])
     except UserError as e:
         raise UserError(e.problem + _at(where, "hosts"), e.hint) from None
-    if values["min_workers"] > values["num_workers"]:
-        workers = f"num_workers ({values['num_workers']})"
-        raise _wrong("min_workers", f"must not exceed {workers}", values["min_workers"], where)
+    for fewer, more in (("min_workers", "num_workers"), ("num_workers", "max_workers")):
+        if values[fewer] > values[more]:
+            raise _wrong(fewer, f"must not exceed {more} ({values[more]})", values[fewer], where)
     settings = Settings(**values, wandb=Wandb(**logging))
     _check_local_steps(settings, where)
     _check_aggregate(settings, where)

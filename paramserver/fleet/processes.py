@@ -35,7 +35,10 @@ def machines_if_any(arguments: Sequence[str]) -> Named:
     """The settings, those that were typed, and the machines: those of ``hosts=a,b``, or else all
     that the file names, which may be none. Raises `UserError`."""
     typed = [word for word in arguments if re.match(r"hosts=[^\[{]", word)]
+    if len(set(typed)) > 1:
+        raise UserError(f"the machines are given twice: {' and '.join(typed)}", "leave one out")
     loaded = load([word for word in arguments if word not in typed], "server")
+    loaded.tell_twice()
     entries = loaded.settings.hosts
     hosts = fleet.read(fleet.choose(typed[-1].partition("=")[2], entries) if typed else entries)
     return loaded.settings, loaded.given, hosts
