@@ -118,7 +118,7 @@ def signals_as_before() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def nothing_left_behind() -> Iterator[None]:
     """Fail a test that leaves processes or ZeroMQ contexts behind; the processes are killed."""
-    processes, before = set(psutil.pids()), zmq_threads()
+    processes, before = set(psutil.pids()), {*tasks(), *tasks()}
     begun = ticks()
     yield
     _, left = psutil.wait_procs(family(set(psutil.pids()) - processes), timeout=ENDING_S)
@@ -171,11 +171,14 @@ def ticks() -> int:
     return int(time.clock_gettime(time.CLOCK_BOOTTIME) * os.sysconf("SC_CLK_TCK"))
 
 
-def zmq_threads() -> dict[str, int]:
-    """The threads of this process's ZeroMQ contexts and when they began; seen on Linux only.
+def tasks() -> list[str]:
+    """The threads of this process, whatever their names: one that has just begun has none of its
+    own yet. Seen on Linux only. A look beside a thread that ends may miss another."""
+    return [task.name for task in Path("/proc/self/task").glob("*")]
 
-    A look beside a thread that ends may miss another, so that only the begin tells a new one.
-    """
+
+def zmq_threads() -> dict[str, int]:
+    """The threads of this process's ZeroMQ contexts and when they began; seen on Linux only."""
     threads = {}
     for task in Path("/proc/self/task").glob("*"):
         with suppress(OSError):  # a thread that has ended meanwhile

@@ -126,8 +126,9 @@ def test_a_worker_that_was_left_behind(stopped: bool, gone: bool) -> None:
         assert other.end.reason == ("stopped by Ctrl-C" if stopped else ON_TIME)
         go_on.set()
         served.wait(behind.done)
-        assert f"this worker was left behind at step {stood[0]}" in behind.end.reason
-        assert behind.end.step == other.end.step > stood[0]
+        left = re.search(r"this worker was left behind at step (\d+)$", behind.end.reason)
+        # Whom a busy machine made fetch every update gets them by its link.
+        assert left is not None and stood[0] <= int(left[1]) < behind.end.step == other.end.step
         assert behind.end.error == (behind.raised is not None) == (not stopped)
         assert stopped or behind.end.reason in str(behind.raised)
 

@@ -68,7 +68,7 @@ def test_what_mails_and_terminals_do_is_no_harm(changed: str) -> None:
 def test_a_wrong_character_is_told(at: int, character: str) -> None:
     changed = WORD[:at] + character + WORD[at + 1 :]
     if changed[:-1] != WORD[:-1]:  # the last one has bits to spare
-        with pytest.raises(UserError, match=r"damaged|cut off|no join token"):
+        with pytest.raises(UserError, match=r"damaged|cut off|no join token|a watch token"):
             decode(changed)
 
 
