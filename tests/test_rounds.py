@@ -16,6 +16,7 @@ from paramserver.protocol import messages as wire
 from paramserver.protocol.messages import Lease
 from paramserver.rounds.coordinator import Rounds
 from paramserver.rounds.effects import Add, Finish, Say, Send
+from paramserver.rounds.ending import COMING_TIMES
 from paramserver.rounds.events import (
     Alive,
     Event,
@@ -1136,6 +1137,19 @@ def test_the_end_names_its_run() -> None:
     rounds = Rounds(Rules(), NONCE, 0.0, lambda layout: 1, run="run-1")
     rounds.handle(Stop("enough"), 0.0)
     assert rounds.ended is not None and rounds.ended.run == "run-1"
+
+
+def test_who_says_again_and_again_that_it_is_ready_keeps_no_run_alive() -> None:
+    run = Run(num_workers=2, min_workers=2, epochs=10, idle_timeout=100.0).observer().workers(1, 2)
+    run.push(1)
+    run.push(2)
+    run.leave(2)
+    for second in range(1, 100 * COMING_TIMES + 2):
+        assert run.rounds.ending is None
+        run.unready(1)
+        run.ready(1)
+        run.tick(float(second), 0, 1)
+    assert run.rounds.ending is not None and "nothing happened for 100 s" in run.rounds.ending[0]
 
 
 @pytest.mark.parametrize("rules", [{"quorum": 1.0, "timeout": None}, {"deterministic": True}])

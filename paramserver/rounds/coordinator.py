@@ -678,7 +678,7 @@ class Rounds:
         peer.left_with = None
         self._leases.release(self.round, now, peer.session)
         self._roster.is_ready(peer, message, now)
-        self._ending.works(now)
+        self._ending.comes_to_work(now)
         return True
 
     def _unready(self, peer: Peer, message: wire.Unready, now: float) -> bool:

@@ -17,6 +17,7 @@ from paramserver.rounds.rules import Rules
 from paramserver.rounds.states import GREETED, REPLICA, WAITING
 
 HOLDER_TIMEOUTS = 4  # that the last one who held the state has to come back to those who wait
+COMING_TIMES = 4  # idle timeouts since the last work that comings alone may keep a run alive
 
 
 class Ending:
@@ -35,7 +36,8 @@ class Ending:
         self.moved_at = now  # the end was begun, or the observer came closer to keeping it
         self._stopped = False  # somebody stopped it, in order
         self.more = rules.more
-        self.busy_at = now  # see `works`
+        self.busy_at = now  # see `works` and `comes_to_work`
+        self._worked_at = now
         self._last_holder = ""  # the last replica that was taken out, and why
         self._rules = rules
         self._roster = roster
@@ -43,12 +45,19 @@ class Ending:
     # ------------------------------------------------------------------ what may lead to it
 
     def works(self, now: float) -> None:
-        """Note that a push was taken, a step was closed, or somebody came to work."""
-        self.busy_at = now
+        """Note that a push was taken, or a step was closed."""
+        self.busy_at = self._worked_at = now
+
+    def comes_to_work(self, now: float) -> None:
+        """Note that a worker is ready. One that says it again and again, and pushes nothing, keeps
+        the run alive for a while only."""
+        longest = self._worked_at + (COMING_TIMES - 1) * self._rules.idle_timeout
+        self.busy_at = max(self.busy_at, min(now, longest))
 
     def stood_still(self, seconds: float) -> None:
         """Do not count the seconds in which the server heard nobody."""
         self.busy_at += seconds
+        self._worked_at += seconds
         self.moved_at += seconds
         self.departures.stood_still(seconds)
         if self.lost_since is not None:
