@@ -2465,6 +2465,24 @@ def test_where_all_failed_a_supervisor_has_time_to_start_them_again() -> None:
     )
 
 
+def test_where_all_failed_before_the_first_round_nobody_is_left_who_could_come() -> None:
+    """As with a mistake in the script, which each of them meets at its first batch."""
+    run = Run(num_workers=2, observer=False, idle_timeout=1000.0)
+    for number in (1, 2):
+        run.hello(number), run.join(number)
+    run.snapshot(2)
+    assert run.rounds.phase(0.0) == "waiting for 2 workers: no worker is ready"
+    for number in (1, 2):
+        run.leave(number, "UserError: how many samples?", error=True)
+    why = "; ".join(f"worker {n} (pi) failed: UserError: how many samples?" for n in (1, 2))
+    assert run.rounds.phase(20.0) == (
+        f"every worker has failed: {why} (the run ends in 10 s unless one comes)"
+    )
+    run.tick(29.9)
+    assert run.rounds.ending is None
+    assert run.tick(30.0)[-1] == f"end at step 0: every worker has failed: {why} (error)"
+
+
 def test_who_fell_silent_is_awaited_as_long_as_idle_timeout() -> None:
     run = Run(idle_timeout=100.0, observer=False).workers(1, 2)
     run.leave(2)

@@ -1260,7 +1260,7 @@ class Rounds:
         """End a run for which nobody is left, or left who holds its state, or nothing happens."""
         if self.coming_back or self.ending is not None:
             return
-        end = self._ending.due(self.started, self.log, self._leases.own, now)
+        end = self._ending.due(self.log, self._leases.own, now)
         if end is not None:
             self._begin_end(*end, now)
         elif self._ending.is_idle(now):

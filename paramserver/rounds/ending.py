@@ -68,15 +68,15 @@ class Ending:
         if peer.state == REPLICA:
             self._last_holder = f"{peer.name} ({why})"
 
-    def nobody_left_until(self, started: bool, now: float) -> float | None:
+    def nobody_left_until(self, now: float) -> float | None:
         """When the run ends because no worker is left; None where one is, or is awaited."""
-        return None if self._roster.has_workers or not started else self.departures.due(now)
+        return None if self._roster.has_workers else self.departures.due(now)
 
-    def due(self, started: bool, log: Log, own: bool, now: float) -> tuple[str, bool] | None:
+    def due(self, log: Log, own: bool, now: float) -> tuple[str, bool] | None:
         """The end of a run for which nobody is left, or left who holds its state: why, and whether
         that is an error. `own`: workers bring samples of their own."""
         self._look_for_holder(log, now)
-        left_until = self.nobody_left_until(started, now)
+        left_until = self.nobody_left_until(now)
         if left_until is not None and now >= left_until:
             return self.departures.verdict(own=own)
         if self.lost_since is not None and now >= self._lost_until(self.lost_since):
@@ -103,9 +103,9 @@ class Ending:
         last = f"; {self._last_holder} was the last to hold it" if self._last_holder else ""
         return f"nobody here stands at step {step}, which the others wait for{last}"
 
-    def otherwise(self, started: bool, now: float) -> str:
+    def otherwise(self, now: float) -> str:
         """When the run ends, if who is waited for does not come before; empty: nobody is."""
-        due, who = self.nobody_left_until(started, now), "comes"
+        due, who = self.nobody_left_until(now), "comes"
         if due is None and self.lost_since is not None:
             due, who = self._lost_until(self.lost_since), "comes who does"
         if due is None:

@@ -98,7 +98,7 @@ class Phases:
 
     def _pause(self, started: bool, step: int, now: float) -> tuple[Phase, str]:
         """No round is open, and no snapshot under way."""
-        if self._ending.nobody_left_until(started, now) is not None:
+        if self._ending.nobody_left_until(now) is not None:
             return Phase.PAUSED, self._ending.departures.verdict(own=self._leases.own)[0]
         if self._ending.lost_since is not None:
             return Phase.PAUSED, self._ending.lost_state(step)
@@ -127,7 +127,7 @@ class Phases:
     def _otherwise(self, state: str, started: bool, now: float) -> str:
         if self._ending.begun is not None or state == states.RETURNING:
             return ""
-        if otherwise := self._ending.otherwise(started, now):
+        if otherwise := self._ending.otherwise(now):
             return otherwise
         if state == states.STARTING and (due := self._origin.due_at(self._roster)) is not None:
             return f" (starts with fewer in {max(0.0, due - now):.0f} s)"
