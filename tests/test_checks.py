@@ -204,7 +204,7 @@ MISTAKES = {
     step_twice: r"optimizer\.step\(\) without a batch of its own",
     backward_twice: r"got its gradient 2 times in one step, 1 were stated",
     clip: r"gradient of 2\.bias was changed after backward",
-    forget_gradients: r"gradient of 2\.bias was changed after backward",
+    forget_gradients: r"gradient of 2\.bias was dropped after backward",
     replace: r"gradient of 2\.bias was changed after backward",
     close_over: r"step\(closure\)",
     scale: "GradScaler",

@@ -214,13 +214,20 @@ class Gradients:
         self._thread.shutdown(wait=False)
 
     def _check_untouched(self, start: int = 0, stop: int | None = None) -> None:
-        """Raise `UserError` where a gradient was clipped, scaled or replaced after it was sent. Of
-        several pairs, one that the loop has set to None since is no such one."""
+        """Raise `UserError` where a gradient was clipped, scaled, replaced or dropped after it was
+        sent. Of several pairs, one that the loop has set to None since is no such one."""
         stop = len(self._passes) if stop is None else stop
         for index in sorted(self._seen):
             (name, p), (grad, version) = self._replica.params[index], self._seen[index]
             if not start <= index < stop or (self._several and p.grad is None):
                 continue
+            if p.grad is None:
+                raise UserError(
+                    f"the gradient of {name} was dropped after backward, when it may have left",
+                    "zero_grad() goes before backward; backward(inputs=...) says what gets a "
+                    "gradient; models that take turns, as in a GAN, are attached by name: "
+                    "attach(generator=(G, opt_g), critic=(D, opt_d))",
+                )
             if p.grad is not grad or grad._version != version:
                 raise UserError(
                     f"the gradient of {name} was changed after backward, when it may have left",
