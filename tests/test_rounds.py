@@ -2483,6 +2483,21 @@ def test_where_all_failed_before_the_first_round_nobody_is_left_who_could_come()
     assert run.tick(30.0)[-1] == f"end at step 0: every worker has failed: {why} (error)"
 
 
+def test_who_waits_for_others_before_the_start_is_not_idle() -> None:
+    run = Run(num_workers=3, join_timeout=20.0, idle_timeout=15.0).observer().workers(1, 2)
+    for now in (8.0, 16.0):
+        run.tick(now, 0, 1, 2)
+        assert run.rounds.ending is None
+    assert run.tick(20.0, 0, 1, 2)[-1].startswith("all <- open 1")
+    run = Run(num_workers=3, join_timeout=20.0, idle_timeout=15.0, observer=False)
+    run.hello(1), run.join(1)
+    for now in (8.0, 16.0, 19.0):
+        run.tick(now, 1)
+        assert run.rounds.ending is None
+    run.tick(20.0, 1)
+    assert run.rounds.phase(20.0) == "waiting for 3 workers: no worker is ready"
+
+
 def test_who_fell_silent_is_awaited_as_long_as_idle_timeout() -> None:
     run = Run(idle_timeout=100.0, observer=False).workers(1, 2)
     run.leave(2)
@@ -2594,7 +2609,7 @@ def test_a_worker_that_is_back_before_the_other_costs_a_step_and_no_sample() -> 
 
 
 def test_who_comes_to_work_keeps_a_run_from_being_idle() -> None:
-    run = Run(idle_timeout=100.0).observer()
+    run = Run(idle_timeout=100.0, min_workers=2).observer()
     run.now = 90.0
     run.all_seen()
     run.workers(1)

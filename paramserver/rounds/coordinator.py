@@ -1263,7 +1263,7 @@ class Rounds:
         end = self._ending.due(self.log, self._leases.own, now)
         if end is not None:
             self._begin_end(*end, now)
-        elif self._ending.is_idle(now):
+        elif self._ending.is_idle(now, self._phases.starts_with_fewer(self.state, self.started)):
             what = self._waits.awaited(self.round, now) if self.round else self.phase(now)
             idle = self.rules.idle_timeout
             self._begin_end(f"nothing happened for {idle:g} s: {what}", True, now)

@@ -83,9 +83,11 @@ class Ending:
             return self.lost_state(log.step), True
         return None
 
-    def is_idle(self, now: float) -> bool:
-        """Has nothing happened for long, though nobody in particular is waited for?"""
-        return self.lost_since is None and now - self.busy_at > self._rules.idle_timeout
+    def is_idle(self, now: float, starts_at: float | None) -> bool:
+        """Has nothing happened for long, though nobody in particular is waited for? A run that
+        `starts_at` a time with those who are here is not idle before."""
+        since = self.busy_at if starts_at is None else max(self.busy_at, starts_at)
+        return self.lost_since is None and now - since > self._rules.idle_timeout
 
     def _look_for_holder(self, log: Log, now: float) -> None:
         """Does somebody wait for a state that nobody here holds any more?"""

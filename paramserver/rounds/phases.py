@@ -129,12 +129,16 @@ class Phases:
             return ""
         if otherwise := self._ending.otherwise(now):
             return otherwise
-        if state == states.STARTING and (due := self._origin.due_at(self._roster)) is not None:
-            return f" (starts with fewer in {max(0.0, due - now):.0f} s)"
-        if state in (states.STARTING, states.SNAPSHOT) or started:
-            return ""
+        due = self.starts_with_fewer(state, started)
+        return "" if due is None else f" (starts with fewer in {max(0.0, due - now):.0f} s)"
+
+    def starts_with_fewer(self, state: str, started: bool) -> float | None:
+        """When the run takes the next step of its start with those who are here, if no others come
+        before; None where it does not wait for others."""
+        if state == states.STARTING:
+            return self._origin.due_at(self._roster)
         since = self._roster.ready_since
-        if since is None or len(self._roster.workers_ready()) < self._rules.min_workers:
-            return ""
-        left = since + self._rules.join_timeout - now
-        return f" (starts with fewer in {max(0.0, left):.0f} s)"
+        enough = len(self._roster.workers_ready()) >= self._rules.min_workers
+        if state == states.SNAPSHOT or started or since is None or not enough:
+            return None
+        return since + self._rules.join_timeout
