@@ -43,6 +43,7 @@ CODECS = ("float32", "float16", "bfloat16", "int8", "topk")
 MODELS = ("SimpleNN", "CNN", "ResNet18")
 DATASETS = {"MNIST": 60_000, "FashionMNIST": 60_000, "digits": 4_000}
 """The built-in ones, and how many samples of each are trained with."""
+WATCHED_BELOW, UNPRIVILEGED = 502, 1024  # ports
 WANDB_MODES = ("online", "offline", "disabled")
 
 
@@ -94,7 +95,7 @@ class Settings:
     )
     watch_port: int | None = setting(
         None,
-        "server: TCP port at which the run can be watched (make watch); null = two after port, 0 = "
+        "server: TCP port at which the run can be watched (make watch); null = 502 below port, 0 = "
         "nobody can watch",
         between(0, 65535),
         scope="local",
@@ -453,9 +454,11 @@ class Settings:
 
     @property
     def port_of_watchers(self) -> int:
-        """What `watch_port` means; 0: nobody can watch."""
+        """What `watch_port` means; 0: nobody can watch. It is far from `port`, because people start
+        servers on one machine at ports that are two apart."""
         if self.watch_port is None:
-            return self.port + 2 if self.port + 2 < 65536 else self.port - 1
+            below = self.port - WATCHED_BELOW
+            return below if below >= UNPRIVILEGED else self.port + WATCHED_BELOW
         return self.watch_port
 
     def with_bucket(self, *, linked: bool) -> Settings:

@@ -59,7 +59,7 @@ def test_a_watcher_sees_the_run(token: str | None) -> None:
     """Without keys on loopback, with a watch token, with a join token."""
     keys = {None: None, "watch": as_watcher(KEYS), "join": as_peer(KEYS)}[token]
     with a_run_in_its_middle(watched=True, keys=KEYS if token else None) as served:
-        with Connection(Address(LOOPBACK, served.port + 2, keys)) as watcher:
+        with Connection(Address(LOOPBACK, served.watched_at, keys)) as watcher:
             status = until(watcher, lambda s: s.step == len(served.closes) and s.samples.leased)
         names = [machine.name for machine in status.machines]
         host = socket.gethostname()
@@ -81,7 +81,7 @@ def test_a_watcher_sees_the_run(token: str | None) -> None:
 def test_the_last_status_tells_the_end() -> None:
     with (
         Served(watched=True, num_workers=1, num_epochs=1) as served,
-        Connection(Address(LOOPBACK, served.port + 2)) as watcher,
+        Connection(Address(LOOPBACK, served.watched_at)) as watcher,
     ):
         until(watcher, lambda s: True)
         crew = Crew(served, perceptron, Noise(32))
@@ -101,7 +101,7 @@ def test_a_slow_worker_is_named() -> None:
     with Served(watched=True, num_workers=2, num_epochs=ENDLESS) as served:
         crew = Crew(served, perceptron, Noise(96), hold)
         futures = [crew.start(number, 8) for number in (1, 2)]
-        with Connection(Address(LOOPBACK, served.port + 2)) as watcher:
+        with Connection(Address(LOOPBACK, served.watched_at)) as watcher:
             status = until(watcher, lambda s: s.diagnosis.cause == Cause.SLOW)
         served.stop()
         served.wait(*futures)
@@ -113,7 +113,7 @@ def test_a_slow_worker_is_named() -> None:
 
 def test_a_worker_that_left_stays_in_the_list_for_a_while() -> None:
     with a_run_in_its_middle(watched=True) as served:
-        with Connection(Address(LOOPBACK, served.port + 2)) as watcher:
+        with Connection(Address(LOOPBACK, served.watched_at)) as watcher:
             client = Client(LOOPBACK, served.port, id=7)
             client.connect(DEADLINE_S)
             until(watcher, lambda s: (m := s.machine(7)) and m.state == State.JOINING)
@@ -151,7 +151,7 @@ def test_what_a_watcher_says_is_not_looked_at() -> None:
     goodbye = wire.Goodbye("stop it", error=True)
     with a_run_in_its_middle(watched=True, keys=KEYS) as served:
         keys = as_watcher(KEYS)
-        with stranger(zmq.DEALER, served.port + 2, keys) as s:
+        with stranger(zmq.DEALER, served.watched_at, keys) as s:
             s.send(ASK)
             from_json(s.recv())
             session = next(iter(served.server.rounds.peers))
@@ -170,10 +170,10 @@ def test_what_a_watcher_says_is_not_looked_at() -> None:
                 frames = s.recv_multipart()
                 assert len(frames) == 1 and len(frames[0]) < 16_000
                 assert len(from_json(frames[0]).machines) == 3
-        with stranger(zmq.DEALER, served.port + 2, keys) as s:
+        with stranger(zmq.DEALER, served.watched_at, keys) as s:
             s.send(bytes(10_000))  # a frame that long ends the connection
             s.send(ASK)
-        with stranger(zmq.SUB, served.port + 2, keys) as s:
+        with stranger(zmq.SUB, served.watched_at, keys) as s:
             assert not s.poll(100)
         assert sorted(peer.id for peer in served.server.rounds.peers.values()) == [1, 2]
     assert "does not allow" not in served.text
@@ -190,7 +190,7 @@ def test_what_a_watcher_says_is_not_looked_at() -> None:
 def test_a_watcher_without_the_right_token_is_told(keys: PeerKeys | None, told: str) -> None:
     with (
         Served(watched=True, keys=KEYS) as served,
-        Connection(Address(LOOPBACK, served.port + 2, keys)) as watcher,
+        Connection(Address(LOOPBACK, served.watched_at, keys)) as watcher,
         pytest.raises(UserError, match=told),
     ):
         until(watcher, lambda s: False)
@@ -208,8 +208,8 @@ def flood(s: zmq.Socket[bytes]) -> None:
 def test_who_floods_the_server_is_held_back() -> None:
     """The server reads a few messages at a time, and keeps a few: then nothing more is taken."""
     with Served() as served, zmq.Context() as context:
-        watching = watch_socket(context, served.port + 2)
-        with stranger(zmq.DEALER, served.port + 2) as s:
+        watching = watch_socket(context, served.watched_at)
+        with stranger(zmq.DEALER, served.watched_at) as s:
             s.sndhwm = 100
             s.sndbuf = 2**14
             s.send(ASK)
@@ -234,12 +234,12 @@ def test_who_floods_the_server_is_held_back() -> None:
 
 def test_no_more_watchers_than_it_can_serve() -> None:
     with Served() as served, zmq.Context() as context:
-        watching = watch_socket(context, served.port + 2)
+        watching = watch_socket(context, served.watched_at)
         with zmq.Context() as others:
             dealers = [others.socket(zmq.DEALER) for _ in range(WATCHERS_MAX + 5)]
             for s in dealers:
                 s.linger = 0
-                s.connect(f"tcp://{LOOPBACK}:{served.port + 2}")
+                s.connect(f"tcp://{LOOPBACK}:{served.watched_at}")
                 s.send(ASK)
                 assert watching._socket.poll(int(1000 * DEADLINE_S))
                 watching.due(0.0)
@@ -265,6 +265,14 @@ def test_a_run_whose_port_for_watching_is_taken_goes_on_without() -> None:
     assert "watch_port=PORT chooses another port" in served.text
 
 
+def test_two_servers_whose_ports_are_two_apart_can_both_be_watched() -> None:
+    """As people number them, who know that a server takes its port and the next one."""
+    with Served(watched=True) as one, Served(watched=True, port=one.port + 2) as other:
+        for served in (one, other):
+            with Connection(Address(LOOPBACK, served.watched_at)) as watcher:
+                until(watcher, lambda s: s.run == "test")
+
+
 # ------------------------------------------------------------------------------ where it looks
 
 
@@ -272,10 +280,10 @@ def test_where_a_run_is_watched() -> None:
     keys = Keys.new()
     watch, join = keys.watch_token("10.1.2.3", 7000), keys.token("10.1.2.3", 65000)
     several = keys.watch_token("10.1.2.3,10.1.3.3", 7000)
-    assert to_watch(None, 65432, None, None) == [Address(LOOPBACK, 65434)]
+    assert to_watch(None, 65432, None, None) == [Address(LOOPBACK, 64930)]
     assert to_watch(None, 65432, 7001, None) == [Address(LOOPBACK, 7001)]
     assert to_watch(None, 65432, None, watch) == [Address("10.1.2.3", 7000, as_watcher(keys))]
-    assert to_watch(None, 65432, None, join) == [Address("10.1.2.3", 65002, as_peer(keys))]
+    assert to_watch(None, 65432, None, join) == [Address("10.1.2.3", 64498, as_peer(keys))]
     hosts = [there.host for there in to_watch(None, 65432, None, several)]
     assert hosts == ["10.1.2.3", "10.1.3.3"]
     (there,) = to_watch("10.9.9.9", 65432, None, several)
@@ -295,7 +303,7 @@ def test_where_a_run_is_watched() -> None:
 def test_of_several_addresses_one_that_answers_is_taken() -> None:
     """At the first nobody listens, at the second a server with other keys."""
     with Served(watched=True, keys=KEYS) as served, Served(watched=True, keys=OTHERS) as other:
-        ports = [free_port(), other.port + 2, served.port + 2]
+        ports = [free_port(), other.watched_at, served.watched_at]
         ways = [Address(LOOPBACK, port, as_watcher(KEYS)) for port in ports]
         with Connection(*ways) as watcher:
             until(watcher, lambda s: True)
@@ -313,7 +321,7 @@ def test_another_address_is_taken_where_the_server_does_not_answer_any_more(
     monkeypatch.setattr("paramserver.watch.connection.SILENT_S", 0.2)
     port = free_port()
     with Served(watched=True) as served:
-        watcher = Connection(Address(LOOPBACK, served.port + 2), Address(LOOPBACK, port))
+        watcher = Connection(Address(LOOPBACK, served.watched_at), Address(LOOPBACK, port))
         until(watcher, lambda s: True)
     with watcher, zmq.Context() as context:
         watching = watch_socket(context, port)

@@ -425,6 +425,11 @@ class Served:
         self._futures: list[Future[Any]] = []
         self.end = self.start(self._serve)
 
+    @property
+    def watched_at(self) -> int:
+        """The port."""
+        return self.settings.port_of_watchers
+
     def _serve(self) -> wire.End:
         try:
             return self.server.run()

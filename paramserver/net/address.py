@@ -25,7 +25,7 @@ from paramserver.transport.sockets import (
 from paramserver.typed import typed
 
 LOOPBACK = "127.0.0.1"
-PORTS = 4  # in a row that a server takes: messages, averages, those who watch, sealed payloads
+PORTS = 4  # that servers are apart: the last of them is for sealed payloads
 AUTO = "auto"
 """This value of `host_ip` makes a server choose its address by kind, and a worker look for its
 server."""
@@ -213,12 +213,13 @@ def keys_of(token: JoinToken) -> PeerKeys:
 
 
 def free_port(within: range = range(20_000, 32_000)) -> int:
-    """A port of loopback at which a server can be started: those after it, where it publishes and
-    is watched, are free, too. Nothing dials out from those `within` 20,000 and 32,000, on Linux and
-    macOS. Raises `UserError` where there is none."""
+    """A port of loopback at which a server can be started: those where it publishes, is watched and
+    takes sealed payloads are free, too. Nothing dials out from those `within` 20,000 and 32,000, on
+    Linux and macOS. Raises `UserError` where there is none."""
     for port in random.sample(within[::PORTS], min(100, len(within[::PORTS]))):
         with suppress(OSError), ExitStack() as bound:
-            for each in range(port, port + PORTS):
+            s = replace(Settings(), port=port)
+            for each in (port, port + 1, s.port_of_watchers, s.port_of_channels):
                 bound.enter_context(socket.socket()).bind((LOOPBACK, each))
             return port
     raise UserError("no port of this machine is free for a server")
