@@ -1152,6 +1152,16 @@ def test_who_says_again_and_again_that_it_is_ready_keeps_no_run_alive() -> None:
     assert run.rounds.ending is not None and "nothing happened for 100 s" in run.rounds.ending[0]
 
 
+def test_nor_before_the_first_round() -> None:
+    run = Run(num_workers=2, idle_timeout=100.0, join_timeout=50.0).observer().workers(1)
+    for second in range(1, 100 * COMING_TIMES + 2):
+        assert run.rounds.ending is None
+        run.unready(1)
+        run.ready(1)
+        run.tick(float(second), 0, 1)
+    assert run.rounds.ending is not None and "nothing happened for 100 s" in run.rounds.ending[0]
+
+
 @pytest.mark.parametrize("rules", [{"quorum": 1.0, "timeout": None}, {"deterministic": True}])
 def test_where_all_are_to_be_in_it_one_that_never_pushes_costs_half_of_idle_timeout(
     rules: dict[str, Any],

@@ -51,8 +51,12 @@ class Ending:
     def comes_to_work(self, now: float) -> None:
         """Note that a worker is ready. One that says it again and again, and pushes nothing, keeps
         the run alive for a while only."""
-        longest = self._worked_at + (COMING_TIMES - 1) * self._rules.idle_timeout
-        self.busy_at = max(self.busy_at, min(now, longest))
+        self.busy_at = max(self.busy_at, min(now, self._longest))
+
+    @property
+    def _longest(self) -> float:
+        """Until when comings alone may keep the run alive."""
+        return self._worked_at + (COMING_TIMES - 1) * self._rules.idle_timeout
 
     def stood_still(self, seconds: float) -> None:
         """Do not count the seconds in which the server heard nobody."""
@@ -86,7 +90,9 @@ class Ending:
     def is_idle(self, now: float, starts_at: float | None) -> bool:
         """Has nothing happened for long, though nobody in particular is waited for? A run that
         `starts_at` a time with those who are here is not idle before."""
-        since = self.busy_at if starts_at is None else max(self.busy_at, starts_at)
+        since = self.busy_at
+        if starts_at is not None:
+            since = max(since, min(starts_at, self._longest))
         return self.lost_since is None and now - since > self._rules.idle_timeout
 
     def _look_for_holder(self, log: Log, now: float) -> None:
