@@ -35,6 +35,12 @@ def typed(program: str, *words: str, clone: bool = IN_CLONE) -> str:
     return " ".join(("make", program, *told))
 
 
+def printing_token(hosts: str, port: int, *, of: str = "port") -> str:
+    """The command that prints the token of a server at this address, or these with commas. `of`: of
+    which port that is, "watch_port" for the one where it is watched."""
+    return typed("keys", f"host_ip={hosts}", f"{of}={port}")
+
+
 def installing(command: str, *, own: bool = Path(sys.prefix) == ROOT / ".venv") -> str:
     """A `pip install ...`, as it is typed in a clone whose own environment this is: that has uv,
     and perhaps no pip."""

@@ -81,10 +81,12 @@ def test_a_worker_without_the_right_token_is_told_and_logged_once(name: str) -> 
         for _ in range(3):
             client = Client(LOOPBACK, served.port, id=3, keys=keys)
             try:
-                with pytest.raises(UserError, match=told):
+                with pytest.raises(UserError, match=told) as e:
                     client.connect(DEADLINE_S)
             finally:
                 client.close()
+            command = f"make keys host_ip={LOOPBACK} port={served.port}"
+            assert keys is None or f"or `{command}`" in e.value.hint
         served.until_said(logged)
     # A peer that hangs up at once may be gone before its address is read: then it is "somebody".
     who = [line.split()[0] for line in refusals(served)]
@@ -344,14 +346,15 @@ def test_where_no_folder_takes_sockets_the_servers_own_peers_come_with_the_token
         token = server.wait_for("other machines join with: ").split("join=")[1]
         refused = run.worker(1, host=here)
         assert refused.end() == 2
-        assert "give it the join token, which `" in refused.output
+        printing = f"make keys {address} port={run.port}"
+        assert f"give it the join token, which `{printing}` prints" in refused.output
         worker = run.worker(1, host=here, PARAMSERVER_JOIN=token)
         server.wait_for("training, step")
 
         keys = run.start("make keys", "-m", "paramserver.keys", "rotate", address, **home)
         assert keys.end() == 0, keys.output
         new = keys.lines[-1]
-        server.wait_for("the keys were made anew")
+        assert f"`{printing}` prints the new one" in server.wait_for("the keys were made anew")
         assert worker.end() == 2, worker.output
         worker = run.worker(1, host=here, PARAMSERVER_JOIN=new)
         server.wait_for("worker 1 .* is here")

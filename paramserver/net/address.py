@@ -22,7 +22,7 @@ from paramserver.transport.sockets import (
     is_loopback,
     own_addresses,
 )
-from paramserver.typed import typed
+from paramserver.typed import printing_token, typed
 
 LOOPBACK = "127.0.0.1"
 PORTS = 4  # that servers are apart: the last of them is for sealed payloads
@@ -178,8 +178,8 @@ def to_watch(
             token,
             security,
             takes="watching it takes a token",
-            hint=f"{typed('watch', 'join=...')} with the watch token that `{typed('keys')}` prints "
-            "there, or the join token",
+            hint=f"{typed('watch', 'join=...')} with the watch token that "
+            f"`{printing_token(each, port, of='watch_port')}` prints there, or the join token",
         )
         for each in hosts
     ]

@@ -51,7 +51,7 @@ from paramserver.status.value import THIS_MACHINE, EventKind
 from paramserver.terminal import STOPPED_BY
 from paramserver.transport import malloc
 from paramserver.transport.sockets import ServerKeys, allow_connections, is_loopback, towards
-from paramserver.typed import typed
+from paramserver.typed import printing_token, typed
 from paramserver.words import host_port
 
 MISSING = 3  # exit code
@@ -384,8 +384,7 @@ def _say_how_to_join(at: Listening, settings: Settings, show: Show) -> None:
         if at.new_keys:
             show.say(f"made the keys of this cluster: {keys_path()}")
         if MARK in os.environ:  # the workers have it from `make up`, and a log is a file
-            port = [f"port={settings.port}"] if settings.port != Settings.port else []
-            command = typed("keys", f"host_ip={','.join(at.guarded)}", *port)
+            command = printing_token(",".join(at.guarded), settings.port)
             show.say(f"the join token, for further machines: {command}, in {Path.cwd()}")
         else:
             token = keys.token(joined(at.guarded), settings.port)
@@ -416,7 +415,7 @@ def _show_page(at: Listening, show: Show, settings: Settings, *, first: bool) ->
     for host in guarded:
         assert keys is not None
         if MARK in os.environ:  # a log is a file
-            token = typed("keys", f"host_ip={host}")
+            token = printing_token(host, port, of="watch_port")
             show.say(f"page elsewhere: {page.address(host)}, with the watch token of: {token}")
         else:
             show.say(f"page elsewhere: {page.address(host)}/#{keys.watch_token(host, port)}")

@@ -39,19 +39,18 @@ from paramserver.tensors.order import name_samples, places
 from paramserver.transport import sealing, shm, sockets
 from paramserver.transport.handshake import Authenticator
 from paramserver.transport.sealing import CIPHERS, Kind, Payload
-from paramserver.typed import typed
+from paramserver.typed import printing_token
 
 TICK_S = 0.1
 KEYS_LOOK_S = 2.0
 OLD_TOKEN = "the keys of this server were made anew: your join token is worthless"
-OLD_TOKEN_HINT = "take the token that it prints now"
+OLD_TOKEN_HINT = "take the token that `{}` prints on its machine"
 LINK_TIMEOUTS = 2  # heartbeat timeouts from the welcome to the probe of the link
 NO_SEAT = "this server listens for other machines: here only its own user takes part without keys"
 NO_SEAT_HINT = (
     "start this worker as the user who started the server, where /tmp is the same; or give it the "
-    f"join token, which `{typed('keys', 'host_ip=...')}` prints"
+    "join token, which `{}` prints"
 )
-NO_SEAT_ANSWER = wire.Reject(NO_SEAT, NO_SEAT_HINT, keys=True)
 PULSES_PER_TIMEOUT = 10
 MESSAGES_PER_TURN = 64
 UNREAD_BYTES = 32 * 2**20  # of a snapshot, waiting for its joiner
@@ -303,7 +302,7 @@ class Server:
             if isinstance(message, wire.Offer) and self._is_a_stranger(frames[-1]):
                 raise PeerError("a shard's link needs the join token's keys here")
             if isinstance(message, wire.Probe) and self._is_a_stranger(frames[-1]):
-                self.control.refuse_link(route, message, NO_SEAT_ANSWER, now)
+                self.control.refuse_link(route, message, self._no_seat, now)
                 return
         except PeerError as e:
             self.control.refuse(route, e, now)
@@ -332,7 +331,8 @@ class Server:
             if self._is_own_observer(session):
                 continue  # it is given the new token
             if session in self._with_keys or session not in control.routes:
-                control.tell(session, wire.Reject(OLD_TOKEN, OLD_TOKEN_HINT))
+                hint = OLD_TOKEN_HINT.format(self._printing_token)
+                control.tell(session, wire.Reject(OLD_TOKEN, hint))
                 control.drop(session, "its join token is an old one", now)
         self._with_keys.clear()
         if self.channels is not None:
@@ -342,7 +342,7 @@ class Server:
         self._tell_port_problems()
         control.watcher.say(
             "the keys were made anew: who came with an older token has left, and "
-            f"`{typed('keys')}` prints the new one",
+            f"`{self._printing_token}` prints the new one",
             warning=True,
         )
 
@@ -363,6 +363,9 @@ class Server:
         self._passwords, self._strangers = ports.passwords, ports.strangers
         self._peers_key = ports.peers_key
         self._closed_to_strangers = bool(ports.guarded)
+        self._printing_token = printing_token(",".join(ports.guarded), self.settings.port)
+        hint = NO_SEAT_HINT.format(self._printing_token)
+        self._no_seat = wire.Reject(NO_SEAT, hint, keys=True)
         self.channels = None
         if ports.passwords and ports.channel and ports.strangers is not None:
             self.channels = Channels(

@@ -25,7 +25,7 @@ from zmq.utils.monitor import recv_monitor_message
 from paramserver.errors import UserError
 from paramserver.transport import sockets
 from paramserver.transport.inflow import Inflow
-from paramserver.typed import typed
+from paramserver.typed import printing_token, typed
 from paramserver.words import host_port
 
 PEERS_TOLD = 100  # refused peers that are logged, so that a scanner does not fill the log
@@ -214,10 +214,12 @@ class HandshakeMonitor:
         *,
         with_keys: bool,
         token: str = "this worker's join token",
+        port_of: str = "port",
     ) -> None:
+        """`port_of`: which setting this port is of."""
         self._socket = s
         self._watch = sockets.monitor(ctx, s, _AUTH | _PROTOCOL | _NO_DETAIL | _SUCCEEDED)
-        self._host, self._port = host, port
+        self._host, self._port, self._port_of = host, port, port_of
         self._with_keys = with_keys
         self._token = token  # in sentences
         self._hung_up = 0
@@ -254,7 +256,8 @@ class HandshakeMonitor:
     def _refused(self, why: str) -> UserError:
         return UserError(
             f"the server at {host_port(self._host, self._port)} {why}",
-            f"take the token that `{typed('server')}` prints, or `{typed('keys')}` on its machine",
+            f"take the token that `{typed('server')}` prints there, or "
+            f"`{printing_token(self._host, self._port, of=self._port_of)}`",
         )
 
     def _mismatch(self) -> UserError:

@@ -123,6 +123,7 @@ class _Way:
             there.port,
             with_keys=there.keys is not None,
             token="this token",
+            port_of="watch_port",
         )
         sockets.connect(self.socket, sockets.tcp(there.host, there.port), there.keys)
 

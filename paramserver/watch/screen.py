@@ -77,7 +77,8 @@ def waiting(where: str, width: int, height: int) -> list[Text]:
     lines = [Text(f"waiting for a run at {where}", style="bold yellow"), Text("")]
     lines += [
         Text(
-            f"({typed('server')} starts one; {typed('keys')} prints a token for other machines)",
+            f"({typed('server')} starts one; a token for other machines: "
+            f"{typed('keys', 'host_ip=...')})",
             "dim",
         )
     ]
