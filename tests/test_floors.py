@@ -19,7 +19,7 @@ PACKAGES = ("paramserver", "workers")
 
 ROOMS = [
     "paramserver.errors paramserver.words paramserver.trace paramserver.ranges paramserver "
-    "paramserver.run_module paramserver.typed paramserver.units",
+    "paramserver.run_module paramserver.typed paramserver.unfit paramserver.units",
     "paramserver.locks paramserver.drafts",
     "paramserver.terminal paramserver.notify paramserver.logs",
     "paramserver.program",
@@ -71,6 +71,7 @@ PURE = [
     "paramserver.settings",
     "paramserver",
     "paramserver.run_module",
+    "paramserver.unfit",
     "paramserver.protocol",
     "paramserver.rounds",
     "paramserver.status",

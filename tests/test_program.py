@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 
 import paramserver
 import workers
+from paramserver import unfit
 from paramserver.config import help, schema
 from paramserver.errors import UserError
 from paramserver.launch import local, machines
@@ -48,6 +50,30 @@ def python(
         text=True,
         check=False,
     )
+
+
+# ------------------------------------------------------------------------- a Python that fits
+
+
+@pytest.mark.parametrize("module", ["paramserver", "workers", "paramserver.keys"])
+def test_a_python_without_our_packages_says_which_one_has_them(module: str) -> None:
+    done = python("-S", "-m", module, "--help", folder=CLONE)
+    assert done.returncode == 2 and done.stdout == ""
+    told, hint = done.stderr.splitlines()
+    assert told == f"error: {sys.executable} has no msgspec, which this program needs"
+    assert f"`.venv/bin/python -m {module} ...`" in hint
+
+
+def test_a_python_that_is_too_old_can_read_that_it_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("paramserver/__init__", "paramserver/unfit", "workers/__init__"):
+        ast.parse((CLONE / f"{name}.py").read_text(encoding="utf-8"), feature_version=(3, 8))
+    monkeypatch.setattr(sys, "version_info", (3, 9, 6))
+    with pytest.raises(SystemExit) as e:
+        unfit.refuse("paramserver")
+    assert e.value.code == 2
+    assert "error: Python 3.11, 3.12 or 3.13 is needed" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------- pages of help
@@ -108,6 +134,8 @@ def test_what_follows_two_dashes_is_not_ours(capsys: pytest.CaptureFixture[str])
         ("workers --help", 0, "usage: python -m workers "),
         ("workers --version", 0, "paramserver "),
         ("workers id=1 prot=3", 2, "did you mean `port`?"),
+        ("workers id=1 join=psabc", 2, "join is neither a join token nor a file"),
+        ("workers id=1 host_ip=192.0.2.1", 2, "192.0.2.1 is on another machine"),
         ("paramserver.keys --help", 0, "usage: python -m paramserver.keys "),
         ("paramserver.watch --help", 0, "usage: python -m paramserver.watch "),
         ("paramserver.runs --version", 0, "paramserver "),

@@ -31,12 +31,14 @@ def main() -> None:
 
         answer(sys.argv[1:], "worker")
         from paramserver.config.loading import load
+        from paramserver.net import address
         from paramserver.transport import malloc
 
         malloc.keep_freed()
         loaded = load(sys.argv[1:], "worker")
         loaded.tell_twice()
         settings = _with_environment(loaded.settings)
+        address.check(settings, loaded.given)
         if settings.id is None:
             settings = _with_id(settings)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import socket
+from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -95,6 +96,27 @@ def unknown(host: str) -> UserError:
     )
 
 
+def asked(settings: Settings, given: Mapping[str, object]) -> tuple[str | None, int | None]:
+    """Host and port of the server that a worker with these settings asks for, of which the command
+    line has `given` some. None: as its join token says, which takes precedence over files."""
+    host: str | None = settings.host_ip or LOOPBACK
+    port: int | None = settings.port
+    if settings.join is not None:
+        host = host if "host_ip" in given or host == AUTO else None
+        port = port if "port" in given else None
+    return host, port
+
+
+def check(settings: Settings, given: Mapping[str, object]) -> None:
+    """Raise the `UserError` of a token that cannot be used, or that is missing, before anything
+    that takes time."""
+    host, port = asked(settings, given)
+    if host != AUTO:
+        find(host, port, settings.join, security=settings.security)
+    elif settings.join is not None:
+        read(settings.join)
+
+
 def find(
     host: str | None, port: int | None, join: str | None, *, security: str = "curve"
 ) -> Address:
@@ -132,6 +154,8 @@ def _reached(
     if security == "none":
         return Address(host, port)
     if token is None:
+        if not addresses_of(host):
+            raise unknown(host)
         raise UserError(
             f"the server at {host} is on another machine: {takes}",
             f"{hint};\nwhere that server runs with security=none, give security=none here too",

@@ -51,11 +51,7 @@ def train(settings: Settings, given: dict[str, object]) -> None:
 
 
 def _join(settings: Settings, given: dict[str, object]) -> Cluster:
-    host: str | None = settings.host_ip or address.LOOPBACK
-    port: int | None = settings.port
-    if settings.join is not None:  # a token's address takes precedence over one in files
-        host = host if "host_ip" in given or host == address.AUTO else None
-        port = port if "port" in given else None
+    host, port = address.asked(settings, given)
     return join(
         host,
         settings.id,
