@@ -92,6 +92,17 @@ def test_what_is_left_is_counted_in_the_batches_of_the_workers() -> None:
     assert (watched.status().step, watched.status().total_steps) == (1, 150)
 
 
+def test_what_is_left_does_not_grow_while_a_run_ends() -> None:
+    """The bar of one that was half through stays there as its workers leave."""
+    watched = Watched(2, epochs=3)
+    watched.round(1, 2)
+    assert watched.status().total_steps == 150
+    watched.run.stop()
+    for worker in (1, 2):
+        watched.run.leave(worker, "stopped", finished=True)
+        assert watched.status().total_steps == 150
+
+
 def test_whose_gradients_disagree() -> None:
     """It trains on, and says so beside its trouble."""
     watched = Watched(3)

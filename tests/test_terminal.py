@@ -230,9 +230,10 @@ def test_a_run_that_is_nearly_the_one_is_asked_about_where_somebody_answers(
         assert len(run.runs) == 1
 
         again = run.server("num_epochs=8", "model.hidden=128", "track_gradients=true")
-        again.wait_for(
+        said = again.wait_for(
             "warning: .* has not ended, and differs from this run: num_epochs is 7 there"
         )
+        assert said.endswith(" now a new run begins")  # there is no checkpoint to resume
         again.wait_for("run folder")
         again.send(signal.SIGTERM)
         assert again.end() == 0

@@ -133,6 +133,7 @@ class Overview:
         self._kind_of = kind_of
         self._kinds: dict[str, str] = {}  # by address
         self._run, self._folder, self._host = run, folder, host
+        self._a_step = 0  # samples of a step, where workers that are ready have told it
         self._changed = changed_settings(settings)
         self._losses: Thinned[Mean] = Thinned(LOSSES_MAX, Mean.with_next)
         self._evaluations: Thinned[Evaluation] = Thinned(EVALUATIONS_MAX, lambda _, newer: newer)
@@ -265,9 +266,11 @@ class Overview:
         ledger = rounds.ledger
         if ledger is None or not ledger.samples:
             return None
-        asked = [p.ready.batch_size for p in rounds.workers_ready() if p.ready is not None]
-        a_step = sum(asked) or self._settings.batch_size  # a loop of one's own has its own
-        return -(-(ledger.total - ledger.counted) // a_step)
+        # A loop of one's own has its own batch size. Who leaves at the end takes nothing back.
+        asked = sum(p.ready.batch_size for p in rounds.workers_ready() if p.ready is not None)
+        if asked and rounds.ending is None and rounds.ended is None:
+            self._a_step = asked
+        return -(-(ledger.total - ledger.counted) // (self._a_step or self._settings.batch_size))
 
     # ------------------------------------------------------------------ machines
 

@@ -224,7 +224,8 @@ def _going_on(before: Unended, settings: Settings) -> tuple[Settings | None, str
         return settings, ""
     path, port = before.folder.path, before.record.port
     said = f"{path} has not ended, and differs from this run: {', '.join(before.differs)}"
-    rest = f"a new run begins; resume={path} would go on from its last checkpoint"
+    resumable = _resumable(before.folder, "; {} would go on from its last checkpoint")
+    rest = f"a new run begins{resumable}"
     try:
         as_it_is = replace(from_wire(settings, before.record.settings), port=port)
     except UserError:  # settings of another version
@@ -234,6 +235,12 @@ def _going_on(before: Unended, settings: Settings) -> tuple[Settings | None, str
         question = f"go on with it as it is there, y, or begin a new run, N ({PERSON_S:g} s)? "
         return (as_it_is, "") if terminal.asked(question, PERSON_S) else (None, rest)
     return None, f"{said}; with the same settings it would go on, now {rest}"
+
+
+def _resumable(folder: RunFolder, sentence: str) -> str:
+    """This sentence about how to resume the run in a folder, if there is a checkpoint of it."""
+    there = stored.newest_whole(folder.checkpoints) is not None
+    return sentence.format(f"resume={folder.path}") if there else ""
 
 
 @dataclass(frozen=True)
@@ -345,8 +352,8 @@ def _serve(
     show.tell(folder.write_record(msgspec.structs.replace(record, ended=True)))
     if end is None:
         show.say(
-            f"nobody came back: a new run begins (resume={folder.path} would go on from the last "
-            "checkpoint of the old one)"
+            "nobody came back: a new run begins"
+            + _resumable(folder, " ({} would go on from the last checkpoint of the old one)")
         )
         show.display.close()
         return False
