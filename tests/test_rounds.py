@@ -163,9 +163,10 @@ def test_workers_wait_for_the_observer_whose_state_is_the_runs() -> None:
 
 def test_without_an_observer_the_lowest_worker_is_the_origin_when_enough_have_joined() -> None:
     run = Run(observer=False)
+    assert run.rounds.phase(0.0) == "waiting for the first worker"
     run.hello(2)
     run.hello(1)
-    assert "the first worker" in run.rounds.phase(0.0)
+    assert run.rounds.phase(0.0) == "waiting for the first worker, which brings the model"
     assert run.join(2) == []
     assert run.rounds.phase(20.0) == (
         "waiting for 2 workers, the lowest of which gives the first weights: worker 2 (pi) joined "

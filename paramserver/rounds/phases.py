@@ -89,7 +89,8 @@ class Phases:
     def _first_worker(self) -> str:
         waiting = sorted(self._roster.in_state(WAITING), key=lambda p: p.id)
         if not waiting:
-            return "waiting for the first worker"
+            here = any(p.role == "worker" for p in self._roster.peers.values())
+            return "waiting for the first worker" + (", which brings the model" if here else "")
         names = ", ".join(p.name for p in waiting)
         return (
             f"waiting for {self._rules.num_workers} workers, the lowest of which gives the first "
