@@ -45,6 +45,7 @@ STARTS = {"paramserver": 2, "paramserver.launch": 5}
 
 PYTHON = sys.executable
 SPARE = "spare"
+LISTENER = "forks"  # a thread of the tests' process, to its end
 """The name of a process that waits to become a program."""
 
 LENGTH = struct.Struct("!I")
@@ -108,7 +109,7 @@ class Forks:
         self._started: list[int] = []
         self._answer = threading.Condition()
         self._processes: dict[int, Process] = {}
-        threading.Thread(target=self._listen, name="forks", daemon=True).start()
+        threading.Thread(target=self._listen, name=LISTENER, daemon=True).start()
         atexit.register(self._socket.close)
 
     def start(

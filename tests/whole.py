@@ -458,6 +458,8 @@ class Served:
                 future.exception(DEADLINE_S)
             self._pool.shutdown()
             for thread in set(threading.enumerate()) - self._threads:
+                if thread.name == forked.LISTENER:  # the first process was forked in this block
+                    continue
                 thread.join(DEADLINE_S)
                 assert not thread.is_alive(), f"the thread {thread.name} goes on"
         else:
