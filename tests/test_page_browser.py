@@ -123,12 +123,13 @@ def test_text_from_others_is_text(tab: Tab, page: pages.Served) -> None:
             settings={EVIL: EVIL},
             lines=(LogLine(at=1.0, text=EVIL, warning=True),),
             events=(Event(kind=EventKind.JOINED, step=1, at=1.0, text=EVIL),),
-            diagnosis=Diagnosis(cause=Cause.SLOW, sentence=EVIL),
+            diagnosis=Diagnosis(cause=Cause.SLOW, sentence=EVIL), averaging=EVIL,
         )
     )  # fmt: skip
     tab.page.on("dialog", lambda dialog: tab.wrong.append("a script ran"))
     tab.open(page.url, workers=1)
-    for place in ("h1", "#phase", "#model", "#why", "#rounds", "#settings", "#lines", "#events"):
+    places = ("h1", "#phase", "#model", "#why", "#rounds", "#settings", "#lines", "#events")
+    for place in (*places, "#averaging"):
         assert "<script>" in tab.text(place), place
     assert tab.page.locator("#all img, #all script, header img").count() == 0
     assert "evil" not in tab.page.title().replace(EVIL, "")

@@ -153,6 +153,8 @@ def test_it_says_what_is_wrong() -> None:
     assert "waiting for a run at 127.0.0.1:1" in waiting("127.0.0.1:1", 80, 24)[0].plain
     long = replace(FULL, diagnosis=Diagnosis(cause=Cause.SLOW, sentence="it is slow " * 80))
     assert len([line for line in lines(long, 60) if "slow it is" in line]) == 3
+    shared = replace(FULL, averaging="the server lets several average: 50 % itself, 50 % mini2")
+    assert "50 % itself, 50 % mini2" in "\n".join(lines(shared, 80))
 
 
 # ------------------------------------------------------------------------------ the program

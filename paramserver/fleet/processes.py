@@ -125,6 +125,8 @@ def status(arguments: list[str]) -> int:
     if run is not None and run.diagnosis.sentence and run.trains:
         lines.tell("")
         lines.tell(run.diagnosis.sentence)
+    if run is not None and run.averaging:
+        lines.tell(run.averaging)
     if warnings:
         lines.tell("")
         lines.tell("the newest warnings:")

@@ -41,13 +41,14 @@ class Shard:
 
 class Shards:
     """Owns the shards by number (`live`), and the map of the next round: `shares`, and the `owners`
-    of the buckets. `rates`, by address: bytes a second that the cable of a host carries, where it
-    was measured."""
+    of the buckets. `sentence` tells it to people, and is empty where the server averages all.
+    `rates`, by address: bytes a second that the cable of a host carries, where it was measured."""
 
     def __init__(self, rules: Rules, roster: Roster, out: Outcome) -> None:
         self.live: dict[int, Shard] = {}
         self.shares: Shares = ()
         self.owners: tuple[int, ...] = ()
+        self.sentence = ""
         self.rates: Mapping[str, float] = {}
         self._rules = rules
         self._roster = roster
@@ -178,13 +179,11 @@ class Shards:
             return False
         self.shares = found
         self._map()
-        self._out.say(self.told())
+        self.sentence = self._told() if found else ""
+        self._out.say(self.sentence or "the server averages all gradients")
         return True
 
-    def told(self) -> str:
-        """Who averages what, for people."""
-        if not self.shares:
-            return "the server averages all gradients"
+    def _told(self) -> str:
         parts = [
             f"{share / 10:.0f} % {self.live[shard].name}" if shard else f"{share / 10:.0f} % itself"
             for shard, share in self.shares

@@ -233,6 +233,7 @@ class Overview:
             error=end.error if end is not None else ending is not None and ending[1],
             trains=trains,
             late=late,
+            averaging="" if end is not None else rounds.shards.sentence,
             seconds=max(0.0, totals.seconds),
             step=step,
             total_steps=None if left is None else step + left,

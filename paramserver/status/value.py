@@ -351,6 +351,8 @@ class Status(Value, frozen=True):
     """A round is open: the remaining time can be estimated, and `phase` says nothing new."""
     late: Sentence = ""
     """Why the newest round that closed without a member did so."""
+    averaging: Sentence = ""
+    """Who averages how much of the gradients; empty where the server averages all."""
 
     seconds: Seconds = 0.0
     """Of the whole run: since its first round was opened, without the time without a server."""
@@ -407,6 +409,7 @@ class Status(Value, frozen=True):
             phase=SENTENCE_CHARS,
             end=SENTENCE_CHARS,
             late=SENTENCE_CHARS,
+            averaging=SENTENCE_CHARS,
         )
         self._clean_keys("settings")
         if not all(v.isprintable() and len(v) <= LINE_CHARS for v in self.settings.values()):

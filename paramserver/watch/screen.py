@@ -136,14 +136,18 @@ def _progress(status: Status, width: int, utf8: bool) -> list[Text]:
 
 
 def _sentence(status: Status, width: int) -> list[Text]:
-    """What the run waits for, or what the last minute waited for, in at most three lines."""
+    """What the run waits for, or what the last minute waited for, in at most three lines; and who
+    averages, in at most two."""
     sentence, style = status.diagnosis.sentence, "bold cyan"
     if not status.trains:
         sentence, style = "" if status.end else status.phase, "bold yellow"
     elif status.diagnosis.cause in (Cause.NOTHING, Cause.UNKNOWN):
         style = "green"
     lines = textwrap.wrap(sentence, max(10, width))[:3]
-    return [Text(line, style=style) for line in lines or [""]]
+    averaging = textwrap.wrap(status.averaging, max(10, width))[:2]
+    return [Text(line, style=style) for line in lines or [""]] + [
+        Text(line, style="dim") for line in averaging
+    ]
 
 
 # ------------------------------------------------------------------------------ machines

@@ -67,6 +67,8 @@
     why.hidden = !found.sentence || found.cause === "not training" || (status.end && found === status.diagnosis);
     text(why, status.end ? `In its last minute: ${found.sentence}` : found.sentence);
     why.className = `why ${{ nothing: "good", late: "bad", slow: "soft", cable: "soft", encode: "soft" }[found.cause] || ""}`;
+    $("averaging").hidden = !status.averaging;
+    text($("averaging"), status.averaging);
     evaluates();
     Machines.remember(status);
     Machines.picture($("topology"), status);
