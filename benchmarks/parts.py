@@ -49,6 +49,7 @@ class Effort:
     training_steps: int
     training_workers: tuple[int, ...]
     link_rounds: dict[str, int]
+    link_workers: tuple[int, ...]
     share_rounds: int
     local_links: dict[str, str]
     """Rates of links on which local steps are measured, with their names."""
@@ -76,6 +77,7 @@ FULL = Effort(
     training_steps=1200,
     training_workers=(1, 2, 3, 4),
     link_rounds={"1.35 MB": 40, "46.8 MB": 5},
+    link_workers=(2, 3, 4),
     share_rounds=150,
     local_links={"1gbit": "1 Gbit/s", "100mbit": "100 Mbit/s"},
     few_workers=(2, 4),
@@ -96,6 +98,7 @@ QUICK = Effort(
     training_steps=1000,
     training_workers=(2,),
     link_rounds={"46.8 MB": 3},
+    link_workers=(2,),
     share_rounds=100,
     local_links={"1gbit": "1 Gbit/s"},
     few_workers=(2,),
@@ -228,7 +231,7 @@ def links(effort: Effort) -> Groups:
     reason = why_no_hosts()
     if reason is not None:
         raise Skipped(reason)
-    most = max(effort.few_workers)
+    most = max(effort.link_workers)
     with Hosts(["server", *(f"host{k}" for k in range(1, most + 1))]) as hosts:
         rate = link_rate(hosts, "host2", "host1")
         for size, rounds in effort.link_rounds.items():
@@ -237,7 +240,7 @@ def links(effort: Effort) -> Groups:
                 ("host1", "server on worker 1's host"),
                 ("server", "server on a host of its own"),
             ):
-                for workers in effort.few_workers:
+                for workers in effort.link_workers:
                     what, place = f"{size}, {words}", Place(hosts, server_on)
                     cases = []
                     for half in (False, True) if effort.extras else (False,):
@@ -254,10 +257,11 @@ def links(effort: Effort) -> Groups:
                         row = Row("links", what, workers, f"{our_name(codec)}, shards", "ms")
                         ours = partial(_linked, limits, size, workers, codec, place, rate)
                         cases.append(Case(row, partial(ours, sharded=True)))
-                    if effort.extras:
-                        row = Row("links", what, workers, "paramserver float16, CURVE", "ms")
+                    for sharded in (False, True)[: workers - 1] if effort.extras else ():
+                        name = "paramserver float16, CURVE" + (", shards" if sharded else "")
+                        row = Row("links", what, workers, name, "ms")
                         ours = partial(_linked, limits, size, workers, "float16", place, rate)
-                        cases.append(Case(row, partial(ours, guarded=True)))
+                        cases.append(Case(row, partial(ours, guarded=True, sharded=sharded)))
                     yield cases
 
 
@@ -272,7 +276,7 @@ def _linked(
     sharded: bool = False,
 ) -> Figure:
     if sharded:
-        return _sharded(limits, size, workers, codec, place, rate)
+        return _sharded(limits, size, workers, codec, place, rate, guarded)
     one = runs.exchange(limits, size, workers, codec, place, guarded=guarded)
     remote = workers if place.server_on == "server" else workers - 1
     busiest = max(one.sent_bytes, one.received_bytes) * remote / workers
@@ -280,11 +284,12 @@ def _linked(
 
 
 def _sharded(
-    limits: Limits, size: str, workers: int, codec: str, place: Place, rate: float
+    limits: Limits, size: str, workers: int, codec: str, place: Place, rate: float, guarded: bool
 ) -> Figure:
     """With a shard beside each worker; the server is that of its host."""
     apart = place.server_on == "server"
-    one = runs.exchange(limits, size, workers, codec, place, shards=workers + apart)
+    shards = workers + apart
+    one = runs.exchange(limits, size, workers, codec, place, shards=shards, guarded=guarded)
     cables = {shard: Cable(rate) for shard in range(1 - apart, workers + 1 - apart)}
     cables |= {SERVER: Cable(rate, workers=0, copies=0)} if apart else {}
     seconds = sharding.seconds(cables, sharding.equal(sorted(cables)), workers, workers)
