@@ -148,3 +148,90 @@ def test_a_slot_of_an_earlier_outbox_is_not_told(worker: Worker, tmp_path: Path)
     worker.pushes.begin(shm.Outbox(tmp_path / "another", NBYTES))
     worker.add(0, room)
     assert worker.sent() == {0: (NBYTES * b"\7", False)}
+
+
+class Near(Worker):
+    """A worker with a shard on its host, which averages the odd buckets of a round: the shard reads
+    an outbox of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.odd = 1  # the shard of the odd buckets
+        self.outboxes = {1: shm.Outbox(folder / "near", NBYTES)}
+        self.shard = shm.Outbox(folder / "near")
+        self.pushes = Pushes(
+            9, lambda bucket: self.odd if bucket % 2 else 0, lambda shard: self.outboxes.get(shard)
+        )
+        self.pushes.begin(shm.Outbox(folder / "outbox"), 9)
+
+    def told(self) -> dict[int, tuple[int, bytes, bool]]:
+        """By bucket: the shard, the bytes that reach it, and whether through shared memory."""
+        found = {}
+        for push, buffers in self.pushes.due(0.0):
+            at = self.shard if push.shard else self.server
+            read: list[Any] = [at.buffer(place) for place in push.places]
+            assert not (read and buffers)
+            [content] = read or buffers
+            found[push.bucket] = push.shard, bytes(content), bool(read)
+        return found
+
+    def taken(self) -> int:
+        """Slots of the shard's outbox that are not free."""
+        return sum(state != shm.FREE for state in self.shard._states)
+
+
+@pytest.fixture
+def near(tmp_path: Path) -> Near:
+    return Near(tmp_path)
+
+
+def test_each_shard_on_this_host_reads_an_outbox_of_its_own(near: Near) -> None:
+    near.push(0), near.push(1)
+    assert near.told() == {0: (0, NBYTES * b"\0", True), 1: (1, NBYTES * b"\1", True)}
+    assert near.taken() == 1
+
+
+def test_what_found_no_slot_gets_one_when_it_is_sent(near: Near) -> None:
+    rooms = {bucket: near.pushes.room(bucket, NBYTES).fill_(bucket) for bucket in range(1, 13, 2)}
+    assert near.taken() == shm.OUTBOX_SLOTS == len(rooms) - 1
+    near.add(1, rooms[1]), near.add(11, rooms[11])
+    near.shard.free(4)
+    assert near.told() == {1: (1, NBYTES * b"\1", True), 11: (1, NBYTES * b"\x0b", True)}
+
+
+def test_where_no_slot_is_free_then_either_it_goes_through_the_channel(near: Near) -> None:
+    for bucket in range(1, 13, 2):
+        near.push(bucket)
+    assert [through for _, _, through in near.told().values()] == 5 * [True] + [False]
+
+
+def test_a_slot_for_a_shard_that_does_not_average_this_bucket_any_more_is_free(near: Near) -> None:
+    near.push(1)
+    near.odd = 2
+    assert near.told() == {1: (2, NBYTES * b"\1", False)}
+    assert near.taken() == 0
+
+
+def test_a_slot_of_a_channel_that_is_gone_is_not_told(near: Near, tmp_path: Path) -> None:
+    near.push(1), near.push(3)
+    near.outboxes[1] = shm.Outbox(tmp_path / "again", NBYTES)
+    near.shard = shm.Outbox(tmp_path / "again")
+    assert near.told() == {1: (1, NBYTES * b"\1", True), 3: (1, NBYTES * b"\3", True)}
+    near.push(5)
+    near.outboxes.clear()
+    assert near.told() == {5: (1, NBYTES * b"\5", False)}
+
+
+def test_who_joins_again_frees_what_waited_for_a_shard(near: Near) -> None:
+    """What is being written then is still its own."""
+    near.pushes.window = 0
+    near.push(1)
+    assert not near.told() and near.taken() == 1
+    room = near.pushes.room(3, NBYTES).fill_(3)
+    near.pushes.begin(None, 9)
+    assert near.taken() == 1
+    near.add(3, room)
+    assert near.told() == {3: (1, NBYTES * b"\3", True)}
+    near.push(5)
+    near.pushes.forget()
+    assert near.taken() == 1, "what was sent is the shard's to free"

@@ -30,7 +30,7 @@ BUFFERS = [os.urandom(2 * RECORD_BYTES + 5), b"", os.urandom(7)]
 
 
 def opener(ends: Ends = ENDS, kind: Kind = Kind.PUSH) -> Opener:
-    return Opener(ends, kind, LARGEST, 16)
+    return Opener(ends, (kind,), LARGEST, 16)
 
 
 def sealed(ends: Ends = ENDS, buffers: list[bytes] = BUFFERS, number: int = 1) -> list[bytes]:

@@ -367,3 +367,60 @@ def test_what_cannot_be_had_any_more_is_told_once(peer: Peer) -> None:
     said = Say("the run ended at step 1, this replica at 0")
     assert peer.admitted("behind") == [said]
     assert peer.session.left_behind and peer.session.stay_behind() == []
+
+
+# ------------------------------------------------------------------------------ averages of shards
+
+
+def sharded(step: int, round: int, bucket: int, shard: int, nonce: str = NONCE) -> wire.Sharded:
+    return wire.Sharded(
+        nonce=nonce, round=round, step=step, bucket=bucket, shard=shard, number=bucket
+    )
+
+
+def held(peer: Peer, *messages: Any) -> Session:
+    peer.session.held.extend((m, None) for m in messages)
+    return peer.session
+
+
+def test_averages_of_a_round_are_taken_in_the_order_in_which_their_numbers_come() -> None:
+    peer = Peer()
+    peer.admitted("origin")
+    slow, fast, mine = sharded(1, 1, 0, 1), sharded(1, 1, 1, 2), peer.log.average(2)
+    session = held(peer, slow, fast, mine)
+    assert session.may_be_next == 3 and session.reads_on
+    session.goes_first(1, "fast")
+    assert session.next(0.0) == [Take(fast, "fast", True)]
+    assert [m for m, _ in session.held] == [slow, mine]
+    session.goes_first(1, "mine")
+    assert session.next(0.0) == [Take(mine, "mine", False)]
+    assert session.next(0.0) == [Take(slow, None, False)]
+
+
+@pytest.mark.parametrize("between", [wire.Pulse, wire.Closing, wire.Close])
+def test_what_is_no_average_waits_for_those_before_it(between: type[wire.Message]) -> None:
+    peer = Peer()
+    peer.admitted("origin")
+    other: dict[type[wire.Message], wire.Message] = {
+        wire.Pulse: peer.log.pulse(),
+        wire.Closing: wire.Closing(nonce=NONCE, round=1, step=1, buckets=(0,)),
+        wire.Close: peer.log.update()[-1],
+    }
+    session = held(peer, sharded(1, 1, 0, 1), other[between], sharded(1, 1, 1, 2))
+    assert session.may_be_next == 1 and not session.reads_on
+    session.held.popleft()
+    assert session.may_be_next == 1 and not session.reads_on
+
+
+def test_numbers_that_are_not_needed_are_not_waited_for() -> None:
+    peer = Peer()
+    peer.admitted("origin")
+    session = peer.session
+    assert session.wants(sharded(1, 5, 0, 1))
+    assert not session.wants(sharded(1, 5, 0, 1, nonce="another server's"))
+    assert not session.wants(sharded(2, 5, 0, 1))
+    peer.hear(sharded(1, 5, 0, 1), "numbers")
+    assert not session.wants(sharded(1, 5, 0, 1)), "it came twice"
+    assert not session.wants(sharded(1, 4, 1, 1)), "round 4 was void"
+    assert session.wants(sharded(1, 5, 1, 1)) and session.wants(sharded(1, 6, 0, 1))
+    assert held(peer, sharded(1, 4, 1, 1), sharded(1, 5, 1, 2)).may_be_next == 1

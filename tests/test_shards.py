@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,10 +11,11 @@ from pathlib import Path
 
 import psutil
 import pytest
-from whole import Program, Run
+from whole import DEADLINE_S, Program, Run
 
 from benchmarks.network import Hosts
 
+GRADIENT_BYTES = 4 * 337_674
 NAMES = ["mini1", "mini2", "mini3"]
 SMALL = ["bucket_mb=0.01", "observer=false", "num_epochs=9999", "digest_steps=5"]
 
@@ -21,7 +23,10 @@ SMALL = ["bucket_mb=0.01", "observer=false", "num_epochs=9999", "digest_steps=5"
 class Cluster:
     """A server beside worker 1, and two workers on hosts of their own."""
 
-    def __init__(self, hosts: Hosts, run: Run, folder: Path, security: str, *more: str) -> None:
+    def __init__(
+        self, hosts: Hosts, run: Run, folder: Path, security: str, *more: str, far: str = ""
+    ) -> None:
+        """`far`: a setting of the workers on hosts of their own."""
         self.run, self.hosts = run, hosts
         address = f"host_ip={hosts.address('mini1')}"
         keys = {"XDG_CONFIG_HOME": str(folder / "mini1")}
@@ -32,25 +37,26 @@ class Cluster:
         if security == "curve":
             told = self.server.wait_for("other machines join with: ")
             token = {"PARAMSERVER_JOIN": told.rpartition("=")[2].strip()}
-        far = [] if token else [address, *near]
+        others = ([] if token else [address, *near]) + ([far] if far else [])
         self.workers = [run.worker(1, address, *near, host=hosts["mini1"], **keys)]
         for number in (2, 3):
             host = hosts[NAMES[number - 1]]
-            self.workers.append(run.worker(number, *far, host=host, **token))
+            self.workers.append(run.worker(number, *others, host=host, **token))
 
     def end(self) -> None:
         """All end in order, with equal weights."""
         self.server.send(signal.SIGINT)
-        assert [p.end() for p in (self.server, *self.workers)] == [0] * 4
+        programs = [self.server, *self.workers]
+        assert [p.end() for p in programs] == [0] * len(programs)
         summary = self.run.summary()
-        assert summary["replicas_equal"] and len(summary["digests"]) == 3
+        assert summary["replicas_equal"] and len(summary["digests"]) == len(self.workers)
 
 
 @contextmanager
-def cluster(folder: Path, security: str, *more: str) -> Iterator[Cluster]:
+def cluster(folder: Path, security: str, *more: str, far: str = "") -> Iterator[Cluster]:
     # A slow cable leaves the processors idle, which the processes of the shards need to begin.
     with Hosts(NAMES, rate="20mbit", burst="64kb") as hosts, Run(folder) as run:
-        yield Cluster(hosts, run, folder, security, *more)
+        yield Cluster(hosts, run, folder, security, *more, far=far)
 
 
 def shards_of(workers: Sequence[Program]) -> list[psutil.Process]:
@@ -63,6 +69,39 @@ def shards_of(workers: Sequence[Program]) -> list[psutil.Process]:
     ]
 
 
+def forebears(shard: psutil.Process) -> set[int]:
+    return {p.pid for p in shard.parents()}
+
+
+def folder_of(shard: psutil.Process) -> Path:
+    """Where the memory lies that this shard shares."""
+    [folder] = {
+        Path(m.path).parent
+        for m in shard.memory_maps()
+        if m.path.startswith("/dev/shm/paramserver-") and m.path.endswith("/ring")
+    }
+    return folder
+
+
+def through_loopback(program: Program) -> int:
+    """Bytes that have gone through the loopback of this program's host."""
+    lines = Path(f"/proc/{program.process.pid}/net/dev").read_text().splitlines()
+    [line] = [line for line in lines if line.strip().startswith("lo:")]
+    return int(line.split()[1])
+
+
+def bytes_of_a_step(there: Cluster) -> float:
+    """That go through the loopback of worker 2's host in each step."""
+    seen = []
+    for _ in range(2):
+        line = there.server.wait_for(r"training, step \d+")
+        found = re.search(r"step (\d+)", line.replace(",", ""))
+        assert found is not None
+        seen.append((int(found[1]), through_loopback(there.workers[1])))
+    (first, before), (last, after) = seen
+    return (after - before) / (last - first)
+
+
 @pytest.mark.root
 @pytest.mark.parametrize("security", ["none", "curve"])
 def test_shards_on_three_hosts_average_as_one_server_does(tmp_path: Path, security: str) -> None:
@@ -72,8 +111,21 @@ def test_shards_on_three_hosts_average_as_one_server_does(tmp_path: Path, securi
             there.server.wait_for("training, step")
         shards = shards_of(there.workers)
         assert len(shards) == 2
+        folders = [folder_of(shard) for shard in shards]
+        assert bytes_of_a_step(there) < GRADIENT_BYTES / 10  # two thirds, without shared memory
         there.end()
         assert not any(map(psutil.Process.is_running, shards))
+        assert not any(map(Path.exists, folders))
+
+
+@pytest.mark.root
+def test_where_memory_cannot_be_shared_a_shard_is_reached_through_its_socket(
+    tmp_path: Path,
+) -> None:
+    with cluster(tmp_path, "none", "shards=2", far="shared_memory=false") as there:
+        there.server.wait_for("several average the gradients: 50 % itself, 50 % ")
+        assert bytes_of_a_step(there) > GRADIENT_BYTES / 2
+        there.end()
 
 
 @pytest.mark.root
@@ -82,9 +134,29 @@ def test_a_shard_that_is_killed_costs_its_round_and_is_replaced(tmp_path: Path) 
         there.server.wait_for("several average the gradients: 50 % itself, 50 % ")
         there.server.wait_for("training, step")
         [first] = shards_of(there.workers)
+        folder = folder_of(first)
         os.kill(first.pid, signal.SIGKILL)
         there.server.wait_for(r"shard 1 on .* is gone: .*; others average its part")
         there.server.wait_for("carries shard 2")
         there.server.wait_for("several average the gradients: 50 % itself, 50 % ")
+        assert bytes_of_a_step(there) < GRADIENT_BYTES / 10
+        assert not folder.exists(), "its memory is not left behind"
+        there.end()
+
+
+@pytest.mark.root
+def test_a_worker_that_is_killed_takes_its_shard_with_it(tmp_path: Path) -> None:
+    with cluster(tmp_path, "none", "shards=2", "heartbeat_timeout=3") as there:
+        there.server.wait_for("several average the gradients: 50 % itself, 50 % ")
         there.server.wait_for("training, step")
+        [shard] = shards_of(there.workers)
+        [owner] = [w for w in there.workers if w.process.pid in forebears(shard)]
+        folder = folder_of(shard)
+        owner.process.kill()
+        shard.wait(DEADLINE_S)
+        assert not folder.exists()
+        there.server.wait_for("carries shard 2")
+        there.server.wait_for("training, step")
+        owner.end()
+        there.workers.remove(owner)
         there.end()

@@ -14,7 +14,7 @@ from paramserver.rounds.effects import Finish
 from paramserver.rounds.events import Failed, Made, Offered, Placed, Works
 from paramserver.server.history import Update
 from paramserver.server.spread import Spread
-from paramserver.shard.adder import Adder
+from paramserver.shard.adder import Adder, Payload
 
 PLACES = {1: "", 2: "10.0.0.2", 3: "10.0.0.3"}
 """Worker 1 is on the server's host."""
@@ -112,10 +112,47 @@ def test_a_shard_has_part_in_the_round_after_all_have_reached_it() -> None:
     run.reached(3, 1)
     run.push(1), run.push(2)
     told = run.push(3)
-    assert told[-1] == "# the server lets several average the gradients: 50 % itself, 50 % pi"
+    averaging = "the server lets several average the gradients: 50 % itself, 50 % pi"
+    assert told[-1] == f"# {averaging}" and run.rounds.shards.sentence == averaging
     assert but_words(told)[-1].endswith("by 0:500 1:500")
     assert run.push(1, 1) == ["refused: bucket 1 goes to shard 1, not to shard 0"]
     assert run.push(1, 0, shard=1) == ["refused: bucket 0 goes to shard 0, not to shard 1"]
+
+
+def test_who_averages_is_told_until_the_server_does_it_alone() -> None:
+    run = Sharded()
+    assert not run.rounds.shards.sentence
+    run.begin()
+    assert "33 % itself, 33 % pi, 33 % pi" in run.rounds.shards.sentence
+    told = run.happens(Failed(1, "gone")) + run.happens(Failed(2, "gone"))
+    assert "# the server averages all gradients" in told
+    assert not run.rounds.shards.sentence
+
+
+def test_the_memory_of_a_push_is_released_once_whatever_becomes_of_it() -> None:
+    shop = Shop()
+    shop.push(1, 1, float("nan")), shop.talk()
+    early = wire.Push(round=1, bucket=0, samples=1, shard=1, sealed=2)
+    shop.spread.release("w1", early), shop.talk()
+    shop.push(1, 2, 2.0), shop.talk()  # not needed when it comes
+    shop.spread.release("w1", shop.push(1, 3, 3.0)), shop.talk(), shop.talk()
+    shop.push(1, 3, 4.0), shop.talk()  # comes twice
+    added = shop.push(1, 4, 5.0)
+    shop.talk(), shop.spread.push("w1", 1, added, []), shop.spread.add(1, 0, 1.0), shop.talk()
+    shop.push(2, 1, 6.0), shop.talk()
+    assert shop.released[1:] == [2.0, 3.0, 4.0, 5.0]
+    shop.spread.forget("w2"), shop.talk()
+    assert shop.released[1:] == [2.0, 3.0, 4.0, 5.0, 6.0] and shop.adder.waiting == 0
+
+
+def test_an_average_that_was_written_over_is_not_recalled() -> None:
+    shop = Shop()
+    shop.newest = 1
+    shop.update(1, 6.0)
+    shop.newest = 5
+    shop.update(2, 7.0), shop.update(3, 8.0)
+    shop.oldest = 5
+    assert [shop.recalled(round) for round in (1, 2, 3)] == [False, False, True]
 
 
 def test_a_round_is_closed_when_replicas_elsewhere_hold_what_shards_made() -> None:
@@ -294,6 +331,8 @@ class Own:
 class Shop:
     """A `Spread` with one shard, whose `Adder` adds numbers; `now` and then both talk."""
 
+    newest = oldest = 0
+
     def __init__(self, most: int = 8, limit: int = 2) -> None:
         self.own, self.orders = Own(), list[wire.Message]()
         self.spread = Spread(self.own, lambda shard, m: self.orders.append(m), "nonce")
@@ -310,12 +349,15 @@ class Shop:
         self.sums: dict[int, float] = {}
         self.closed: list[tuple[int, ...]] = []
         self.forgotten: list[int] = []
+        self.released: list[float] = []
 
     def check(self, push: wire.Push, buffers: list[Any]) -> tuple[str | None, float | None]:
         return ("not finite", None) if buffers[0] != buffers[0] else (None, abs(buffers[0]))
 
-    def add(self, push: wire.Push, buffers: list[Any], *how: Any, late: bool) -> None:
-        self.sums[push.bucket] = self.sums.get(push.bucket, 0.0) + how[1] * buffers[0]
+    def add(self, payload: Payload, worker: int, weight: float, *, late: bool) -> None:
+        bucket = payload.push.bucket
+        self.sums[bucket] = self.sums.get(bucket, 0.0) + weight * payload.buffers[0]
+        payload.release()
 
     def finish(self, divide: wire.Divide) -> tuple[list[Any], float, tuple[int, ...]]:
         return [self.sums.pop(divide.bucket) / divide.weight], 1.0, divide.absent
@@ -326,6 +368,14 @@ class Shop:
     def close(self, averaged: tuple[int, ...]) -> None:
         self.closed.append(averaged)
         self.sums.clear()
+
+    def recalled(self, round: int) -> bool:
+        """Does the shard keep its average of this round?"""
+        self.adder.order(wire.Recall(round=round, bucket=0))
+        (message, _), *_ = self.reports
+        self.reports.clear()
+        assert isinstance(message, wire.Recalled)
+        return message.kept
 
     def talk(self) -> None:
         """The shard carries out its orders, the server reads the reports."""
@@ -343,7 +393,7 @@ class Shop:
 
     def push(self, worker: int, number: int, value: float, round: int = 1) -> wire.Push:
         push = wire.Push(round=round, bucket=0, samples=1, shard=1, sealed=number)
-        self.adder.came(f"w{worker}", number, push, [value])
+        self.adder.came(f"w{worker}", number, push, [value], lambda: self.released.append(value))
         return push
 
     def update(self, step: int, value: float) -> None:

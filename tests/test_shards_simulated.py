@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import planted
 import pytest
 from simulation import Parts, Schedule, simulate
@@ -15,7 +16,7 @@ from paramserver.rounds.round import Round
 from paramserver.rounds.shards import Shard, Shards
 from paramserver.server.control import Control
 from paramserver.server.spread import Spread
-from paramserver.shard.adder import Adder
+from paramserver.shard.adder import Adder, Waiting
 from workers.link.follow import Follow
 
 SCHEDULES = 1000
@@ -38,6 +39,7 @@ def test_the_promises_hold_with_shards(first: int) -> None:
     assert not told, told
     seen = sum((o.seen for o in outcomes[1:]), start=outcomes[0].seen)
     assert seen["averages of shards"] > 5 * BLOCK
+    assert min(seen["pushes in an outbox"], seen["averages in a shard's ring"]) > BLOCK
     for fault in ("kill a shard", "stop a shard", "cut channels", "hold channels", "void rounds"):
         assert seen[fault] > 2, f"{fault} hardly ever happens: {seen}"
 
@@ -108,15 +110,43 @@ class KeepsVoidSums(Adder):
 class AddsWhatComes(Adder):
     """A payload is added as it comes, not when it is its turn."""
 
-    def came(self, session: str, number: int, push: wire.Push, buffers: list[Any]) -> None:
-        super().came(session, number, push, buffers)
-        waiting = self._waiting[session]
-        if number in waiting.payloads:
+    def came(self, session: str, number: int, push: wire.Push, *more: Any) -> None:
+        super().came(session, number, push, *more)
+        payload = self._waiting[session].payloads.get(number)
+        if payload is not None:
             worker = int(session.rpartition("-")[2])
-            self._sums.add(push, buffers, worker, push.samples, late=False)
+            self._sums.add(payload, worker, push.samples, late=False)
 
     def _add(self, order: wire.AddUp) -> None:
         self._waiting[order.session].payloads.pop(order.number)
+
+
+class FreesTooSoon(Adder):
+    """The slot of a push is free before its numbers are added."""
+
+    def came(self, session: str, number: int, push: wire.Push, buffers: Any, release: Any) -> None:
+        super().came(session, number, push, buffers, lambda: None)
+        release()
+
+
+class NeverFrees(Adder):
+    """The slot of a push that is not needed stays taken."""
+
+    def _drop(self, order: wire.Unneeded) -> None:
+        payloads = self._waiting.setdefault(order.session, Waiting()).payloads
+        found = payloads.get(order.number)
+        if found is not None:
+            payloads[order.number] = msgspec.structs.replace(found, release=lambda: None)
+        super()._drop(order)
+
+
+class RecallsWhatIsGone(Adder):
+    """What a shard kept is there for ever, whatever was written over it."""
+
+    def _recall(self, order: wire.Recall) -> None:
+        for kept in self._kept:
+            kept.since = 2**62
+        super()._recall(order)
 
 
 class HoldsWhatItLost(Follow):
@@ -139,7 +169,10 @@ class HoldsWhatItLost(Follow):
         (Parts(spread=DropsTheSecondCopy), "no payload .* to add", 80),
         (Parts(spread=PromisesWhatIsGone), "could have gone on|but not for", 2),
         (Parts(adder=KeepsVoidSums), "is divided by|twice in bucket", 216),
-        (Parts(adder=AddsWhatComes), "of another model|is divided by|weigh", 2),
+        (Parts(adder=AddsWhatComes), "of another model|is divided by|weigh|freed twice", 2),
+        (Parts(adder=FreesTooSoon), "of another model|weigh|twice|subscriptable|unpack", 0),
+        (Parts(adder=NeverFrees), "is not freed", 0),
+        (Parts(adder=RecallsWhatIsGone), "that was written over", 0),
         (Parts(follow=HoldsWhatItLost), "only a shard has", 80),
     ],
     ids=planted.name,

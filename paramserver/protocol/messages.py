@@ -439,6 +439,8 @@ class Channel(Message, frozen=True):
     reason: Words = ""
     host: Name = ""
     """The address of the shard's host, where that is not the server."""
+    shared: Path = ""
+    """The folder of the memory that the shard shares with peers on its host; empty: it has none."""
 
     def __post_init__(self) -> None:
         self._clip("reason")

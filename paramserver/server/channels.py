@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 import zmq
@@ -19,7 +19,7 @@ from paramserver.protocol import messages as wire
 from paramserver.transport import sealing, sockets
 from paramserver.transport.handshake import Strangers
 from paramserver.transport.passwords import Passwords
-from paramserver.transport.sealing import Ends, Kind, Opener, Payload, Sealer, Unopened
+from paramserver.transport.sealing import Ends, Kind, Opener, Payload, Sealer, Share, Unopened
 
 LOSSES_MAX = 3
 """Channels of one session that ended in the middle; after that it does without."""
@@ -36,11 +36,27 @@ class Lost(Exception):
     """This payload does not come any more."""
 
 
+class Sharing(Protocol):
+    """Shares memory with peers on this host."""
+
+    @property
+    def folder(self) -> str:
+        """Where it lies; empty where there is none."""
+
+    def bound(self, id: bytes, ready: Share) -> Share:
+        """The channel with this key is bound, and its peer is ready to use so much: what is used
+        from now on."""
+
+    def forget(self, id: bytes) -> None:
+        """That channel is over."""
+
+
 class _Channel(msgspec.Struct):
     session: str
     sealer: Sealer
     opener: Opener
     heard_at: float
+    share: Share = Share.NOTHING
     route: bytes = b""
     """Of its connection, once the peer has proven there that it has the key."""
     payloads: dict[int, Payload] = msgspec.field(default_factory=dict)
@@ -53,7 +69,7 @@ class Channels:
     `tell` sends a message to a peer over its link; `say` gets sentences for people. `port` is that
     of the `socket`; a buffer has at most `largest` bytes. `shard` is the number of the process; at
     most `unclaimed` payloads of a peer wait for their headers. Without `passwords` and `strangers`
-    the run has no keys, and nothing is sealed.
+    the run has no keys, and nothing is sealed. `sharing`: the memory that is shared with peers.
     """
 
     def __init__(
@@ -69,6 +85,7 @@ class Channels:
         *,
         shard: int = SERVER,
         unclaimed: int = UNCLAIMED,
+        sharing: Sharing | None = None,
     ) -> None:
         self.socket = socket
         self.unopened = 0
@@ -76,7 +93,7 @@ class Channels:
         self._strangers = strangers
         self._passwords, self._port, self._nonce, self._largest = passwords, port, nonce, largest
         self._tell, self._say = tell, say
-        self._shard, self._unclaimed = shard, unclaimed
+        self._shard, self._unclaimed, self._sharing = shard, unclaimed, sharing
         self._costs = sealing.measured()
         self._channels: dict[str, _Channel] = {}  # by the id of their keys
         self._live: dict[str, _Channel] = {}  # by session: averages go there
@@ -122,7 +139,7 @@ class Channels:
         channel = _Channel(
             session,
             Sealer(ours),
-            Opener(theirs, Kind.PUSH, self._largest, wire.BUFFERS_MAX),
+            Opener(theirs, (Kind.PUSH,), self._largest, wire.BUFFERS_MAX),
             now,
         )
         self._next[session] = self._channels[id.hex()] = channel
@@ -137,6 +154,7 @@ class Channels:
                 up=up.hex(),
                 down=down.hex(),
                 shard=self._shard,
+                shared="" if self._sharing is None else self._sharing.folder,
             ),
         )
 
@@ -145,6 +163,8 @@ class Channels:
         self._channels.pop(id, None)
         if self._passwords is not None:
             self._passwords.take_back(id)
+        if self._sharing is not None:
+            self._sharing.forget(channel.sealer.ends.id)
         channel.sealer.forget()
         channel.opener.forget()
 
@@ -233,7 +253,9 @@ class Channels:
                 self._forget(older)
             self._old[session] = before
         self._live[session] = channel
-        self._send(channel, [channel.sealer.bind()])
+        if self._sharing is not None:
+            channel.share = self._sharing.bound(channel.sealer.ends.id, channel.opener.share)
+        self._send(channel, [channel.sealer.bind(channel.share)])
 
     def _drop(self, record: zmq.Frame, why: str) -> None:
         self.unopened += 1
@@ -286,13 +308,18 @@ class Channels:
         number = self.send(average.round, average.bucket, buffers)
         return wire.Sealed(number=number, **msgspec.structs.asdict(average))
 
-    def send(self, round: int, bucket: int, buffers: Sequence[Any]) -> int:
-        """The same without a header; returns the number of the payload."""
+    def send(
+        self, round: int, bucket: int, buffers: Sequence[Any], places: bytes | None = None
+    ) -> int:
+        """The same without a header; returns the number of the payload. `places`: where the buffers
+        lie in the ring; who reads that gets nothing else."""
         self._number += 1
         number = self._number
         for channel in list(self._live.values()):
-            sealed = channel.sealer.seal(Kind.AVERAGE, round, bucket, number, buffers)
-            self._send(channel, sealed)
+            kind, sent = Kind.AVERAGE, buffers
+            if places is not None and Share.RING in channel.share:
+                kind, sent = Kind.SHARED, [places]
+            self._send(channel, channel.sealer.seal(kind, round, bucket, number, sent))
         return number
 
     def _send(self, channel: _Channel, records: Iterator[memoryview] | list[memoryview]) -> None:

@@ -130,7 +130,7 @@ class Data:
         kept = max(int(self._settings.history_mb * 2**20), 2 * update)
         whole = (min(b.nbytes, BUFFER_BYTES) for b in plan.buckets if b.kind == "whole")
         open_round = 4 * max([plan.largest_bytes, *whole])
-        path = self._folder / "ring"
+        path = shm.ring_path(self._folder)
         room = shm.room(self._folder) // 2  # the rest is for the workers' outboxes
         size = min(kept + open_round, room)
         least = min(kept, shm.RING_UPDATES * update) + open_round

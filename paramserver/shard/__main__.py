@@ -26,6 +26,9 @@ def main() -> None:
     except msgspec.DecodeError:
         raise UserError("a worker starts this program, when its server wants a shard") from None
     from paramserver.shard.process import Process
+    from paramserver.transport import malloc
+
+    malloc.keep_freed()
 
     over = threading.Event()
 

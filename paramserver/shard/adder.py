@@ -16,18 +16,25 @@ import msgspec
 from paramserver.errors import PeerError
 from paramserver.protocol import messages as wire
 
+Release = Callable[[], None]
+"""Says that a payload's memory is not read any more."""
+
 
 class Sums(Protocol):
-    """Adds the numbers of pushes."""
+    """Adds the numbers of pushes. Averages lie in memory that is written over: those made since
+    `newest` had one value are there until `oldest` is higher."""
+
+    @property
+    def newest(self) -> int: ...
+    @property
+    def oldest(self) -> int: ...
 
     def check(self, push: wire.Push, buffers: list[Any]) -> tuple[str | None, float | None]:
         """Why a push must not be used, and a gradient's norm; raises `PeerError` where it does not
         fit the layout."""
 
-    def add(
-        self, push: wire.Push, buffers: list[Any], worker: int, weight: float, *, late: bool
-    ) -> None:
-        """Add a push to the sum of its bucket, `weight` times."""
+    def add(self, payload: Payload, worker: int, weight: float, *, late: bool) -> None:
+        """Add a payload to the sum of its bucket, `weight` times, and release it."""
 
     def finish(self, divide: wire.Divide) -> tuple[list[Any], float, tuple[int, ...]]:
         """The average of a bucket: its buffers, scale and absent tensors."""
@@ -39,10 +46,18 @@ class Sums(Protocol):
         """The round is over: the averages of these buckets are in an update."""
 
 
+class Payload(msgspec.Struct, frozen=True):
+    """The numbers of one push."""
+
+    push: wire.Push
+    buffers: list[Any]
+    release: Release
+
+
 class Waiting(msgspec.Struct):
     """The payloads of one peer that wait for an order, by number."""
 
-    payloads: dict[int, tuple[wire.Push, list[Any]]] = msgspec.field(default_factory=dict)
+    payloads: dict[int, Payload] = msgspec.field(default_factory=dict)
     unneeded: set[int] = msgspec.field(default_factory=set)
     """Numbers of payloads that have not come, and are not needed any more."""
     newest: int = 0
@@ -54,6 +69,12 @@ class Kept(msgspec.Struct):
     round: int
     averages: dict[int, list[Any]]
     bytes: int
+    since: int
+    """What `Sums.newest` was when the round began."""
+
+
+def _nothing() -> None:
+    pass
 
 
 class Adder:
@@ -77,27 +98,39 @@ class Adder:
         self._waiting: dict[str, Waiting] = {}  # by session
         self._open: dict[int, list[Any]] = {}  # averages of the open round, by bucket
         self._round = 0  # of those
+        self._since = sums.newest
         self._kept: deque[Kept] = deque()
         self._bytes = 0
 
     # ------------------------------------------------------------------ payloads
 
-    def came(self, session: str, number: int, push: wire.Push, buffers: list[Any]) -> None:
-        """A payload of this peer is here as a whole. Raises `PeerError` where it cannot be one of a
-        push, or where too many wait."""
+    def came(
+        self,
+        session: str,
+        number: int,
+        push: wire.Push,
+        buffers: list[Any],
+        release: Release = _nothing,
+    ) -> None:
+        """A payload of this peer is here as a whole; `release` is called once it is not read any
+        more. Raises `PeerError` where it cannot be one of a push, or where too many wait."""
         waiting = self._waiting.setdefault(session, Waiting())
         if number <= waiting.newest:
+            release()
             return
         waiting.newest = number
         unneeded = number in waiting.unneeded
         waiting.unneeded = {n for n in waiting.unneeded if n > number}
         if unneeded:
+            release()
             return
         if len(waiting.payloads) >= self._most:
             raise PeerError(f"{self._most} payloads wait for the server's word")
         bad, norm = self._sums.check(push, buffers)
         if bad is None:
-            waiting.payloads[number] = push, buffers
+            waiting.payloads[number] = Payload(push, buffers, release)
+        else:
+            release()
         self._tell(
             wire.Arrived(
                 session=session,
@@ -130,7 +163,9 @@ class Adder:
             case wire.Recall():
                 self._recall(message)
             case wire.Part():
-                self._waiting.pop(message.session, None)
+                gone = self._waiting.pop(message.session, Waiting())
+                for payload in gone.payloads.values():
+                    payload.release()
             case _:
                 raise PeerError(f"a {type(message).__name__} is not for a shard")
 
@@ -139,16 +174,17 @@ class Adder:
         found = None if waiting is None else waiting.payloads.pop(order.number, None)
         if found is None:
             raise PeerError(f"there is no payload {order.number} to add")
-        push, buffers = found
-        if push.bucket != order.bucket:
-            raise PeerError(f"payload {order.number} is of bucket {push.bucket}")
-        self._sums.add(push, buffers, order.worker, order.weight, late=order.late)
+        if found.push.bucket != order.bucket:
+            raise PeerError(f"payload {order.number} is of bucket {found.push.bucket}")
+        self._sums.add(found, order.worker, order.weight, late=order.late)
 
     def _drop(self, order: wire.Unneeded) -> None:
         waiting = self._waiting.setdefault(order.session, Waiting())
         if order.number > waiting.newest:
             waiting.unneeded.add(order.number)
-        waiting.payloads.pop(order.number, None)
+        dropped = waiting.payloads.pop(order.number, None)
+        if dropped is not None:
+            dropped.release()
 
     def _divide(self, order: wire.Divide) -> None:
         if order.round != self._round:
@@ -172,16 +208,19 @@ class Adder:
         averages, self._open = self._open, {}
         closed = bool(order.step)
         self._sums.close(tuple(sorted(averages)) if closed else ())
+        since, self._since = self._since, self._sums.newest
         if not (closed and averages):
             return
         size = sum(self._size(buffer) for found in averages.values() for buffer in found)
-        self._kept.append(Kept(self._round, averages, size))
+        self._kept.append(Kept(self._round, averages, size, since))
         self._bytes += size
         while self._bytes > self._limit and len(self._kept) > 1:
             self._bytes -= self._kept.popleft().bytes
 
     def _recall(self, order: wire.Recall) -> None:
         found = self._open.get(order.bucket) if order.round == self._round else None
+        while self._kept and self._kept[0].since < self._sums.oldest:
+            self._bytes -= self._kept.popleft().bytes
         for kept in self._kept:
             if kept.round == order.round:
                 found = kept.averages.get(order.bucket)
@@ -189,4 +228,4 @@ class Adder:
         self._tell(told, *(found or ()))
 
 
-__all__ = ["Adder", "Sums"]
+__all__ = ["Adder", "Payload", "Release", "Sums"]

@@ -26,6 +26,8 @@ class Orders(msgspec.Struct, frozen=True):
     heartbeat_timeout: float
     guarded: bool
     """The run has keys: what goes through channels is sealed."""
+    shared_memory: bool
+    """Use it with replicas on this host."""
 
     def __repr__(self) -> str:
         return f"Orders(host={self.host!r}, port={self.port}, session={self.session!r})"

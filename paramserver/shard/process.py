@@ -18,7 +18,8 @@ import zmq
 from paramserver.errors import PeerError
 from paramserver.protocol import messages as wire
 from paramserver.server.channels import Channels
-from paramserver.shard.adder import Adder
+from paramserver.shard.adder import Adder, Payload
+from paramserver.shard.memory import Memory
 from paramserver.shard.orders import Orders
 from paramserver.tensors.bucket import SENT_BYTES, BucketPlan, plan
 from paramserver.tensors.codec import codec_of_averages, codec_of_pushes
@@ -37,19 +38,27 @@ MEASURE_S, LOOK_S = 0.1, 0.25
 class Numbers:
     """The sums of a shard, in tensors."""
 
-    def __init__(self, cut: BucketPlan, orders: Orders) -> None:
+    def __init__(self, cut: BucketPlan, orders: Orders, memory: Memory) -> None:
         up = codec_of_pushes(orders.codec, orders.topk_ratio)
         down = codec_of_averages(orders.codec_down, orders.topk_ratio)
-        self._reducer = Reducer(cut, up, down)
+        self._memory = memory
+        self._reducer = Reducer(cut, up, down, memory.room)
+
+    @property
+    def newest(self) -> int:
+        return self._memory.newest
+
+    @property
+    def oldest(self) -> int:
+        return self._memory.oldest
 
     def check(self, push: wire.Push, buffers: list[Any]) -> tuple[str | None, float | None]:
         return self._reducer.check(push.bucket, buffers, push.scale, push.absent)
 
-    def add(
-        self, push: wire.Push, buffers: list[Any], worker: int, weight: float, *, late: bool
-    ) -> None:
+    def add(self, payload: Payload, worker: int, weight: float, *, late: bool) -> None:
+        push, buffers, release = payload.push, payload.buffers, payload.release
         self._reducer.add(
-            *(push.bucket, buffers, push.scale, weight, _nothing, worker, push.absent), late=late
+            *(push.bucket, buffers, push.scale, weight, release, worker, push.absent), late=late
         )
 
     def finish(self, divide: wire.Divide) -> tuple[list[Any], float, tuple[int, ...]]:
@@ -60,6 +69,7 @@ class Numbers:
 
     def close(self, averaged: tuple[int, ...]) -> None:
         self._reducer.close(averaged)
+        self._memory.over()
 
 
 class Process:
@@ -68,6 +78,8 @@ class Process:
     def __init__(self, orders: Orders, over: threading.Event) -> None:
         self._orders, self._over = orders, over
         self._adder: Adder | None = None
+        self._history = int(orders.history_mb * 2**20)
+        self._memory = Memory(self._history, wanted=orders.shared_memory)
         self._channels: Channels | None = None
         self._shard = 0
         torch.set_num_threads(1)
@@ -148,6 +160,7 @@ class Process:
         if self._channels is not None:
             self._channels.close()
         self._shard = employ.shard
+        self._memory.begin(cut)
         bucket_bytes = int(orders.bucket_mb * 2**20) + max(SENT_BYTES.values())
         largest = max(bucket_bytes, wire.HEADER_BYTES_MAX, BUFFER_BYTES)
         most = 2 * len(cut.buckets) + 2
@@ -162,11 +175,12 @@ class Process:
             lambda text: None,
             shard=employ.shard,
             unclaimed=most,
+            sharing=self._memory,
         )
         self._adder = Adder(
-            Numbers(cut, orders),
+            Numbers(cut, orders, self._memory),
             most=most,
-            limit=int(orders.history_mb * 2**20),
+            limit=self._history,
             tell=self._tell,
             send=self._send,
         )
@@ -192,17 +206,20 @@ class Process:
                         *(payload.round, payload.bucket),
                     ):
                         raise PeerError("it is not of its push")
-                    adder.came(session, payload.number, push, buffers)
+                    located, release = self._memory.located(payload.id, push, buffers)
+                    adder.came(session, payload.number, push, located, release)
                 except PeerError as e:
                     channels.lose(session, f"a payload cannot be used: {e}")
                     break
 
     def _send(self, divide: wire.Divide, buffers: list[Any]) -> int:
         assert self._channels is not None
-        return self._channels.send(divide.round, divide.bucket, buffers)
+        places = self._memory.places(divide.bucket)
+        return self._channels.send(divide.round, divide.bucket, buffers, places)
 
     def _tell(self, message: wire.Message, *buffers: Any) -> None:
-        sockets.send(self._link, wire.to_frames(message, *buffers), copy=not buffers, wait=False)
+        """To the server. Buffers are copied: they may lie in the ring, which is written over."""
+        sockets.send(self._link, wire.to_frames(message, *buffers), wait=False)
 
     def close(self) -> None:
         """Forget all keys, and release the sockets."""
@@ -216,10 +233,7 @@ class Process:
             self._passwords.close()
         self._ctx.term()
         self._link_ctx.term()
-
-
-def _nothing() -> None:
-    pass
+        self._memory.close()
 
 
 __all__ = ["Numbers", "Process"]

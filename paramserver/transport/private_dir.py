@@ -25,8 +25,7 @@ class PrivateFolder:
     """
 
     def __init__(self, parent: Path) -> None:
-        for old in parent.glob(f"{PREFIX}*"):
-            _sweep(old)
+        sweep(parent)
         self.path = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=parent))
         new = self.path / "new"
         self._lock: int | None = None
@@ -64,6 +63,12 @@ def is_private(path: str) -> bool:
         and stat.S_ISREG(lock.st_mode)
         and inside.st_uid == lock.st_uid == os.getuid()
     )
+
+
+def sweep(parent: Path) -> None:
+    """Remove the folders there whose owners are gone."""
+    for folder in parent.glob(f"{PREFIX}*"):
+        _sweep(folder)
 
 
 def _sweep(folder: Path) -> None:

@@ -21,9 +21,9 @@ import struct
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from enum import IntEnum
+from enum import IntEnum, IntFlag
 from functools import cache
 from typing import Any
 
@@ -76,6 +76,17 @@ class Kind(IntEnum):
     """Nothing: it proves that its sender has the key."""
     PUSH = 2
     AVERAGE = 3
+    SHARED = 4
+    """An average, too: it lies in the sender's ring, and this says where."""
+
+
+class Share(IntFlag):
+    """The memory that the ends of a channel share. The first record of the peer has what it is
+    ready to use, the first one of the other end what both use from now on."""
+
+    NOTHING = 0
+    RING = 1
+    OUTBOX = 2
 
 
 class Unopened(Exception):
@@ -110,6 +121,8 @@ class Payload:
     bucket: int
     number: int
     buffers: list[Any]
+    id: bytes = b""
+    """Of the key that it was sealed with."""
 
     @property
     def bytes(self) -> int:
@@ -199,9 +212,9 @@ class Sealer:
         """Forget the key."""
         self._aead, self.ends = None, self.ends.without_key
 
-    def bind(self) -> memoryview:
+    def bind(self, share: Share = Share.NOTHING) -> memoryview:
         """The record with which an end of a channel proves that it has the key."""
-        return self._record(Kind.BIND, (0, 0, 0), (0, 1, 0, 0), memoryview(b""))
+        return self._record(Kind.BIND, (0, 0, share), (0, 1, 0, 0), memoryview(b""))
 
     def seal(
         self, kind: Kind, round: int, bucket: int, number: int, buffers: Sequence[Any]
@@ -243,9 +256,10 @@ class Sealer:
 
 
 class Opener:
-    """Opens what the other end of a channel sends, at most `largest` bytes in a buffer."""
+    """Opens payloads of these kinds that the other end of a channel sends, at most `largest` bytes
+    in a buffer."""
 
-    def __init__(self, ends: Ends, kind: Kind, largest: int, parts: int) -> None:
+    def __init__(self, ends: Ends, kinds: Collection[Kind], largest: int, parts: int) -> None:
         self.ends = ends
         self.opened = self.unopened = self.torn = 0
         """Records that were opened and that were not; payloads of which a record was missing."""
@@ -253,9 +267,11 @@ class Opener:
         """Opened so far, of the plaintext."""
         self.bound = False
         """The other end has proven that it has the key."""
+        self.share = Share.NOTHING
+        """What it has said then."""
         self.newest = 0
         """The highest number of a payload of which anything has come."""
-        self._kind = kind
+        self._kinds = frozenset((Kind.BIND, *kinds))
         self._largest, self._parts = largest, parts
         self._aead: _Aead | None = _aead(ends)
         self._nonce = nonce_bytes(ends.nonce)
@@ -295,7 +311,7 @@ class Opener:
         if (magic, zero, shard, sender, nonce, id) != (
             *(MAGIC, 0, e.shard, e.sender),
             *(self._nonce, e.id),
-        ) or kind not in (Kind.BIND, self._kind):
+        ) or kind not in self._kinds:
             raise Unopened("not of this channel")
         if (count := int.from_bytes(counter)) <= self._last:
             raise Unopened("not newer than the last one")
@@ -319,14 +335,16 @@ class Opener:
         self.bytes += size
         self.torn += self._partial is not None and (begins or partial is None)
         if kind == Kind.BIND:
-            self.bound, self._partial = True, None
+            if not self.bound:
+                self.bound, self.share = True, Share(number & sum(Share))
+            self._partial = None
             return None
         self.newest = max(self.newest, number)
         self._partial = partial
         if partial is None or not partial.filled(size):
             return None
         self._partial = None
-        return Payload(Kind(kind), round, bucket, number, partial.buffers)
+        return Payload(Kind(kind), round, bucket, number, partial.buffers, id)
 
 
 class _Partial:

@@ -9,6 +9,8 @@ numbers lie. Two kinds, each a file in a private folder of /dev/shm that its mak
 * a **ring** belongs to the server and holds averages, newest over oldest. Each block has a stamp; a
   reader that was too slow sees another stamp and sends a Fetch, as if PUB had dropped the message.
 
+A shard and the peers on its host do the same.
+
 Everything works without it (other hosts, other systems, a full /dev/shm, `shared_memory=false`),
 only slower.
 """
@@ -20,6 +22,7 @@ import mmap
 import os
 import sys
 from collections import deque
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -107,10 +110,29 @@ class Slot(NamedTuple):
     place: Place
     """Its place, for a header."""
 
+    def fill(self, content: Any) -> None:
+        """Write a buffer of that length there."""
+        self.tensor.numpy()[:] = np.frombuffer(content, dtype=np.uint8)
+
+    def copy(self) -> Any:
+        """What lies there, in memory of its own."""
+        return self.tensor.clone().numpy().data
+
 
 def outbox_path(folder: Path, session: str, number: int) -> Path:
     """Where a worker makes its outbox; a new one each time it joins."""
     return folder / f"{session}-{number}"
+
+
+def channel_path(folder: Path, id: str) -> Path:
+    """Where a worker makes its outbox for the shard at the other end of a channel: `id` is that of
+    its key, in hexadecimal."""
+    return folder / f"channel-{id}"
+
+
+def ring_path(folder: Path) -> Path:
+    """Where the ring lies."""
+    return folder / "ring"
 
 
 def outbox_bytes(slot_bytes: int) -> int:
@@ -191,7 +213,12 @@ class Ring:
     @property
     def oldest(self) -> int:
         """The stamp of the oldest block that is still whole."""
-        return self._live[0][2] if self._live else self._stamp + 1
+        return self._live[0][2] if self._live else self.next
+
+    @property
+    def next(self) -> int:
+        """The stamp of the next block."""
+        return self._stamp + 1
 
     @property
     def nbytes(self) -> int:
@@ -204,3 +231,27 @@ class Ring:
 
     def whole(self, place: Place) -> bool:
         return int(self._stamps[(place[0] - ALIGN) // 8]) == place[2]
+
+    def blocks(self, places: Sequence[Place]) -> Blocks:
+        """The buffers at these places, which somebody has told; raises ValueError for impossible
+        ones."""
+        for offset, nbytes, _ in places:
+            if offset % ALIGN or not ALIGN <= offset < offset + nbytes <= self._memory.size:
+                raise ValueError(f"no such place in a ring: {offset}, {nbytes}")
+        return Blocks(self, tuple(places))
+
+
+class Blocks(NamedTuple):
+    """The buffers of an average in a ring, which may be written over."""
+
+    ring: Ring
+    places: tuple[Place, ...]
+
+    @property
+    def buffers(self) -> list[Any]:
+        return [self.ring.buffer(place) for place in self.places]
+
+    @property
+    def whole(self) -> bool:
+        """Are they still there? Ask before and after reading them."""
+        return all(map(self.ring.whole, self.places))

@@ -29,7 +29,7 @@ from .book import Broken, Sample, after_update
 from .network import Carried, Line, Network, Together, World
 from .process import AT_BOTH, AT_DOOR, AT_LINK, DEAF, Leaves, Process, Waiting
 from .server import LIE, Ring, Server, brief, pieces_of
-from .shard import BIND, PUSH, Lane, Record, Shard
+from .shard import BIND, PUSH, Block, Cell, Lane, Outbox, Record, Shard, content
 
 BEATS_PER_TIMEOUT = 5
 HELLO_EVERY_S = 1.0
@@ -40,6 +40,7 @@ PIECES = 6
 DEADLINE_S = 90.0
 """For greeting, and for a silent server: longer than any fault."""
 UNANSWERED = "no server answered"
+ON_ITS_WAY = object()
 
 
 class Habits(msgspec.Struct):
@@ -154,6 +155,7 @@ class Channel:
         self.bound = False
         self.newest = 0
         self.payloads: dict[int, Any] = {}
+        self.outbox: Outbox | None = None
 
 
 class Log:
@@ -189,12 +191,14 @@ class Client(Process):
         self.address = "" if self.ipc else f"10.0.0.{max(1, id) // (1 + world.seed % 3 // 2)}"
         self.channels: dict[int, Channel] = {}  # by shard
         self._pushed = 0  # payloads, to any shard
-        self._awaited: tuple[int, int, float] | None = None  # shard, payload, since when
+        self._awaited: dict[int, tuple[int, float]] = {}  # by shard: payload, since when
         self.shard: Shard | None = None  # that it has started
         self.replica = Replica(serial, server.buckets)
         self.session: Session | None = None
         self._window = 1 + serial % 2  # small, since rounds have few buckets
-        self.pushes = parts.pushes(window=self._window)
+        self.pushes = parts.pushes(
+            self._window, self._shard_of, self._outbox_of, size=lambda buffer: 1
+        )
         self.welcome: wire.Welcome | None = None
         self.run: str | None = None  # to which its state belongs
         self.turned_away = False  # by a server that it found, and took for another one
@@ -480,24 +484,31 @@ class Client(Process):
     def push(self, push: wire.Push, payload: Any) -> None:
         assert self.session is not None
         self.session.took_part = True
+        room: Any = self.pushes.room(push.bucket, 1)
+        if isinstance(room, Cell):
+            room.content, payload = payload, room
         self.pushes.add(push, [payload], self.world.now)
         self._send_due()
 
+    def _outbox_of(self, shard: int) -> Any:
+        channel = self.channels.get(shard)
+        return channel.outbox if channel is not None and channel.bound else None
+
     def _send_due(self) -> None:
-        for push, [payload] in self.pushes.due(self.world.now):
-            shard = self._shard_of(push.bucket)
-            if not shard:
+        for push, buffers in self.pushes.due(self.world.now):
+            payload = content(buffers[0]) if buffers else None
+            if not push.shard:
                 self.send(push, payload)
                 continue
             self._pushed += 1
-            push = msgspec.structs.replace(push, shard=shard, sealed=self._pushed)
-            channel = self.channels.get(shard)
+            push = msgspec.structs.replace(push, sealed=self._pushed)
+            channel = self.channels.get(push.shard)
             if channel is not None:
                 assert self.welcome is not None
                 session = self.welcome.session
                 record = Record(PUSH, session=session, number=push.sealed, push=push)
                 channel.lane.send((record, payload))
-            self.send(push)
+            self.send(msgspec.structs.replace(push, places=()))
 
     def _shard_of(self, bucket: int) -> int:
         current = None if self.follow is None else self.follow.open
@@ -531,7 +542,10 @@ class Client(Process):
         lane = Lane(shard.net, f"shard {told.shard}", shard.receive, self._from_shard)
         self.channels[told.shard] = Channel(lane, self.world.now)
         assert self.welcome is not None
-        lane.send((Record(BIND, session=self.welcome.session), None))
+        near = self._maps and self.address == shard.address
+        outbox = Outbox() if near and self.role == "worker" else None
+        session = self.welcome.session
+        lane.send((Record(BIND, session=session, ring=near, outbox=outbox), None))
         self.world.after(CHANNEL_S, self._look_at_channel, told.shard, self.channels[told.shard])
 
     def _look_at_channel(self, number: int, channel: Channel) -> None:
@@ -540,6 +554,7 @@ class Client(Process):
 
     def _channel_lost(self, number: int, why: str) -> None:
         channel = self.channels.pop(number, None)
+        self._awaited.pop(number, None)
         if channel is not None:
             channel.lane.close()
             self.send(wire.Reached(shard=number, problem=why))
@@ -556,7 +571,7 @@ class Client(Process):
             return
         record, payload = carried
         if record.kind == BIND:
-            channel.bound = True
+            channel.bound, channel.outbox = True, record.outbox
             self.send(wire.Reached(shard=number))
             return
         channel.newest = max(channel.newest, record.number)
@@ -565,32 +580,50 @@ class Client(Process):
             self._wake()
 
     def _complete(self) -> bool:
-        """Is the next message of `held` here as a whole?"""
+        """Is the first message of `held` here as a whole? As `Client._complete`."""
         session = self.session
         assert session is not None
-        average, payload = session.held[0]
-        if not isinstance(average, wire.Sharded) or payload is not None:
+        asked: set[int] = set()
+        for place in range(session.may_be_next):
+            message, payload = session.held[place]
+            if isinstance(message, wire.Sharded) and payload is None:
+                if message.shard in asked:
+                    continue
+                asked.add(message.shard)
+                if session.wants(message):
+                    payload = self._payload(message)
+                    if payload is ON_ITS_WAY:
+                        continue
+            session.goes_first(place, payload)
             return True
-        if not session.wants(average):
-            return True
+        return False
+
+    def _has_next(self) -> bool:
+        session = self.session
+        assert session is not None
+        while not self._complete():
+            if not (session.reads_on and self._read_sub()):
+                return False
+        return True
+
+    def _payload(self, average: wire.Sharded) -> Any:
+        """What has come of an average; None: it does not come."""
         channel, number = self.channels.get(average.shard), average.number
         if channel is None:
-            return True
+            return None
         for older in [n for n in channel.payloads if n < number]:
             del channel.payloads[older]
         if number in channel.payloads:
-            session.held[0] = average, channel.payloads.pop(number)
-            self._awaited = None
-            return True
+            self._awaited.pop(average.shard, None)
+            return channel.payloads.pop(number)
         if channel.newest > number:
-            return True
-        key = (average.shard, number)
-        if self._awaited is None or self._awaited[:2] != key:
-            self._awaited = *key, self.world.now
-        if self.world.now - self._awaited[2] > self._timeout_s / 2:
+            return None
+        if self._awaited.get(average.shard, (0, 0.0))[0] != number:
+            self._awaited[average.shard] = number, self.world.now
+        if self.world.now - self._awaited[average.shard][1] > self._timeout_s / 2:
             self._channel_lost(average.shard, "an average does not come through it")
-            return True
-        return False
+            return None
+        return ON_ITS_WAY
 
     def goodbye(self, reason: str, **more: Any) -> None:
         step, digest = 0, ""
@@ -612,12 +645,8 @@ class Client(Process):
     def poll(self) -> None:
         session = self.session
         assert session is not None
-        while session.hears:
-            if not session.held and not self._read_sub():
-                break
+        while session.hears and self._has_next():
             if not isinstance(session.held[0][0], wire.Average | wire.Pulse | wire.Closing):
-                break
-            if not self._complete():
                 break
             self._next_published()
         self._send_due()
@@ -667,7 +696,7 @@ class Client(Process):
     def _handle_one(self) -> bool:
         session = self.session
         assert session is not None
-        if session.hears and (session.held or self._read_sub()) and self._complete():
+        if session.hears and self._has_next():
             self._next_published()
             return True
         if not self.inbox["link"]:
@@ -774,6 +803,12 @@ class Client(Process):
         if isinstance(average, wire.Sharded) and samples is None:
             session.lost(average)
             return
+        if isinstance(samples, Block):
+            self.server.shared_averages += 1
+            if not samples.whole:
+                session.lost(average)
+                return
+            samples = samples.read()
         self.replica.take(average, samples)
         self.pushes.averaged(average.bucket, self.world.now)
         self._send_due()

@@ -834,6 +834,8 @@ class Schedule:
         outcome.seen[ENTERED] += server.data.entered
         outcome.seen["snapshots"] += server.rounds._snapshots.number
         outcome.seen["averages of shards"] += server.averages_elsewhere
+        outcome.seen["pushes in an outbox"] += server.shared_pushes
+        outcome.seen["averages in a shard's ring"] += server.shared_averages
 
 
 def simulate(seed: int, parts: Parts | None = None, *, sharded: bool = False) -> Outcome:

@@ -298,7 +298,7 @@ class Server:
         self.limit = history
         self.sent_bytes = self.received_bytes = 0
         self.boots = self._runs = 0
-        self.averages_elsewhere = 0
+        self.averages_elsewhere = self.shared_pushes = self.shared_averages = 0
         self.over_at: float | None = None  # when its process ended, after the run
         self.put_off: Callable[[], None] = lambda: None
         self.leaves: Callable[[], None] = lambda: None

@@ -1,22 +1,28 @@
 """A shard in virtual time: the shipping `Adder` between its link to the server and its channels.
 
 `Lane` is a channel: ZeroMQ does not connect it again, so it is dead once it was cut, which its ends
-notice late or never. The sums are samples, as the server's are (`server.Samples`).
+notice late or never. The sums are samples, as the server's are (`server.Samples`). A shard may
+share memory with peers on its host: it has a `Ring`, as the server does, and each worker an
+`Outbox`.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from paramserver.errors import PeerError
 from paramserver.protocol import messages as wire
-from paramserver.shard.adder import Adder
+from paramserver.shard.adder import Adder, Payload
+from paramserver.transport import shm
 
 from .book import Broken, Gradient, Sample
 from .network import DOWN, UP, Carried, Line, Network, World
+from .server import Ring
 
 if TYPE_CHECKING:
     from .peer import Client
@@ -25,8 +31,76 @@ BEATS_PER_TIMEOUT = 5
 BIND, PUSH, AVERAGE = "bind", "push", "average"
 
 
+SLOTS = 2  # of an outbox: fewer than some rounds have buckets
+
+
+class Cell:
+    """A slot of an outbox: what lies in it, and who has it."""
+
+    FREE, WORKER, SHARD = "free", "worker", "shard"
+
+    def __init__(self) -> None:
+        self.content: Any = None
+        self.owner = Cell.FREE
+
+
+class Slot(shm.Slot):
+    def fill(self, content: Any) -> None:
+        self.tensor.content = content  # type: ignore[attr-defined]
+
+    def copy(self) -> Any:
+        return self.tensor.content  # type: ignore[attr-defined]
+
+
+class Outbox:
+    """Shared memory for pushes: a worker takes a slot, its shard frees it."""
+
+    def __init__(self) -> None:
+        self.cells = [Cell() for _ in range(SLOTS)]
+
+    def room(self, nbytes: int) -> shm.Slot | None:
+        for number, cell in enumerate(self.cells):
+            if cell.owner == Cell.FREE:
+                cell.owner, cell.content = Cell.WORKER, None
+                return Slot(cell, (number, nbytes, number))  # type: ignore[arg-type]
+        return None
+
+    @property
+    def full(self) -> bool:
+        return all(cell.owner != Cell.FREE for cell in self.cells)
+
+    def free(self, slot: int) -> None:
+        if self.cells[slot].owner == Cell.FREE:
+            raise Broken("a slot is freed twice")
+        self.cells[slot].owner = Cell.FREE
+
+
+class Block(msgspec.Struct, frozen=True):
+    """An average in a ring."""
+
+    ring: Ring
+    place: wire.Place
+
+    @property
+    def whole(self) -> bool:
+        return self.ring.whole(self.place)
+
+    def read(self) -> Any:
+        if not self.whole:
+            raise Broken("an average is read that was written over")
+        return self.ring.read(self.place)
+
+
+def content(buffer: Any) -> Any:
+    """What lies in this memory now."""
+    if isinstance(buffer, Block):
+        return buffer.read()
+    return buffer.content if isinstance(buffer, Cell) else buffer
+
+
 class Record(msgspec.Struct, frozen=True):
-    """What a lane carries, beside numbers."""
+    """What a lane carries, beside numbers. The first ones of its ends say which memory they share:
+    the peer's, what it is ready to use."""
 
     kind: str
     session: str = ""
@@ -34,6 +108,8 @@ class Record(msgspec.Struct, frozen=True):
     push: wire.Push | None = None
     round: int = 0
     bucket: int = 0
+    ring: Ring | bool | None = None
+    outbox: Outbox | None = None
 
 
 class Lane(Line):
@@ -67,16 +143,25 @@ class ShardSamples:
         self.sums: dict[int, list[Sample]] = {}
         self._weights: dict[int, float] = {}
 
+    @property
+    def newest(self) -> int:
+        ring = self._shard.ring
+        return 0 if ring is None else ring.newest + 1
+
+    @property
+    def oldest(self) -> int:
+        ring = self._shard.ring
+        return 0 if ring is None else ring.oldest
+
     def check(self, push: wire.Push, buffers: list[Any]) -> tuple[str | None, float | None]:
-        [gradient] = buffers
+        gradient = content(buffers[0])
         if not gradient[2]:
             return f"not all of its numbers are finite (bucket {push.bucket})", None
         return None, None
 
-    def add(
-        self, push: wire.Push, buffers: list[Any], worker: int, weight: float, *, late: bool
-    ) -> None:
-        gradient: Gradient = buffers[0]
+    def add(self, payload: Payload, worker: int, weight: float, *, late: bool) -> None:
+        push = payload.push
+        gradient: Gradient = content(payload.buffers[0])
         model, added, _ = gradient
         server = self._shard.server
         if not self._shard.counts:  # it was stopped, and works off what is of no use any more
@@ -89,6 +174,7 @@ class ShardSamples:
             self._shard.order_of.setdefault(push.bucket, []).append(worker)
         self._weights[push.bucket] = self._weights.get(push.bucket, 0.0) + weight
         self.sums.setdefault(push.bucket, []).extend(added)
+        payload.release()
 
     def finish(self, divide: wire.Divide) -> tuple[list[Any], float, tuple[int, ...]]:
         samples, weight = self.sums.pop(divide.bucket), self._weights.pop(divide.bucket)
@@ -97,7 +183,11 @@ class ShardSamples:
         order = self._shard.order_of.pop(divide.bucket, [])
         if order != sorted(order):
             raise Broken(f"a shard added the gradients of workers {order} in this order")
-        return [tuple(sorted(samples))], 1.0, divide.absent
+        average: Any = tuple(sorted(samples))
+        ring = self._shard.ring
+        if ring is not None:
+            average = Block(ring, ring.write(average))
+        return [average], 1.0, divide.absent
 
     def forget(self, bucket: int) -> None:
         pass
@@ -126,7 +216,11 @@ class Shard:
         self.adder: Adder | None = None
         self.sums = ShardSamples(self)
         self._backlog: list[tuple[Any, Any, Any]] = []
+        self.ring: Ring | None = None
+        self._maps = world.random.random() < 0.8  # it can use shared memory
         self._routes: dict[str, bytes] = {}  # by session: of the lane that is bound
+        self._outboxes: dict[bytes, Outbox] = {}  # by route
+        self._readers: set[bytes] = set()  # of the ring
         self._met: set[str] = set()
         self._sent = 0
         self.link = Line(
@@ -191,11 +285,16 @@ class Shard:
                     raise Broken(f"shard {self.number} cannot do what it is told: {e}") from None
                 if isinstance(message, wire.Part):
                     self._routes.pop(message.session, None)
+                self._check_slots()
 
     def _employed(self, message: wire.Employ) -> None:
         self.number = message.shard
         self._routes.clear()
+        self._outboxes.clear()
+        self._readers.clear()
         self._met.clear()
+        if self._maps:
+            self.ring = Ring((self.server.limit + 1) * self.server.buckets)
         self.sums = ShardSamples(self)
         self.order_of.clear()
         self.server.shards[self.number] = self
@@ -224,31 +323,59 @@ class Shard:
         record, payload = carried
         if record.kind == BIND:
             if record.session in self._met:
-                self._routes[record.session] = route
-                self.net.send(route, (Record(BIND), None))
+                self._bind(route, record)
             return
         if self._routes.get(record.session) != route or self.adder is None:
             return
+        assert record.push is not None
+        release: Callable[[], None] = lambda: None  # noqa: E731
+        if record.push.places:
+            [(_, _, slot)] = record.push.places
+            outbox = self._outboxes[route]
+            payload, release = outbox.cells[slot], partial(outbox.free, slot)
+            payload.owner = Cell.SHARD
+            self.server.shared_pushes += 1
         try:
-            self.adder.came(record.session, record.number, record.push, [payload])
+            self.adder.came(record.session, record.number, record.push, [payload], release)
         except PeerError as e:
             raise Broken(f"shard {self.number}: {e}") from None
         if self.adder.waiting > 2 * self.server.buckets * (self.server.rules.max_workers + 1):
             raise Broken(f"shard {self.number} keeps {self.adder.waiting} payloads")
 
+    def _bind(self, route: bytes, record: Record) -> None:
+        self._routes[record.session] = route
+        ring = self.ring if record.ring else None
+        outbox = record.outbox if self._maps else None
+        if ring is not None:
+            self._readers.add(route)
+        if outbox is not None:
+            self._outboxes[route] = outbox
+        self.net.send(route, (Record(BIND, ring=ring, outbox=outbox), None))
+
+    def _check_slots(self) -> None:
+        """What came through an outbox waits for an order, or its slot is free."""
+        assert self.adder is not None
+        waiting = self.adder._waiting.values()
+        kept = {id(b) for w in waiting for p in w.payloads.values() for b in p.buffers}
+        for outbox in self._outboxes.values():
+            if any(c.owner == Cell.SHARD and id(c) not in kept for c in outbox.cells):
+                raise Broken("a slot that nobody reads is not freed")
+
     # ------------------------------------------------------------------ what goes out
 
     def _tell(self, message: wire.Message, *buffers: Any) -> None:
-        self.link.send((message, buffers[0] if buffers else None))
+        self.link.send((message, content(buffers[0]) if buffers else None))
 
     def _send(self, divide: wire.Divide, buffers: list[Any]) -> int:
         self._sent += 1
         record = Record(AVERAGE, number=self._sent, round=divide.round, bucket=divide.bucket)
+        [average] = buffers
         for route in self._routes.values():
-            self.net.send(route, (record, buffers[0]))
+            shared = route in self._readers
+            self.net.send(route, (record, average if shared else content(average)))
         if self.counts:
-            self.server.made_elsewhere(divide, buffers[0], self.number)
+            self.server.made_elsewhere(divide, content(average), self.number)
         return self._sent
 
 
-__all__ = ["AVERAGE", "BIND", "DOWN", "PUSH", "Lane", "Record", "Shard"]
+__all__ = ["AVERAGE", "BIND", "DOWN", "PUSH", "Block", "Cell", "Lane", "Outbox", "Record", "Shard"]

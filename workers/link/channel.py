@@ -16,9 +16,11 @@ from zmq.utils.monitor import recv_monitor_message
 
 from paramserver.errors import PeerError
 from paramserver.protocol import messages as wire
-from paramserver.transport import sealing, sockets
+from paramserver.transport import sealing, shm, sockets
 from paramserver.transport.inflow import Inflow
-from paramserver.transport.sealing import Ends, Kind, Opener, Payload, Sealer, Unopened
+from paramserver.transport.sealing import Ends, Kind, Opener, Payload, Sealer, Share, Unopened
+
+from .shared import Shared
 
 SERVER = 0  # as a sender
 SKIPS_MAX = 16
@@ -48,10 +50,12 @@ class Channel:
         now: float,
         *,
         plain: bool = False,
+        shared: Shared | None = None,
     ) -> None:
         """`nonce` is the server's; `worker` the peer's own number; a buffer has at most `largest`
         bytes, and so many records as `mark` may wait here. `plain`: the run has no keys, and
-        nothing is sealed. Raises `PeerError` where the server has told nothing that can be used."""
+        nothing is sealed. `shared`: memory that this peer can share with the other end. Raises
+        `PeerError` where the server has told nothing that can be used."""
         try:
             id, up, down = (bytes.fromhex(text) for text in (told.id, told.up, told.down))
         except ValueError:
@@ -67,9 +71,11 @@ class Channel:
         self.since = self.heard_at = now
         self.id = told.id
         self._sealer = Sealer(Ends(told.cipher, up, id, nonce, told.shard, worker))
+        self._shared = shared
+        kinds = (Kind.AVERAGE,) if shared is None else (Kind.AVERAGE, Kind.SHARED)
         self._opener = Opener(
             Ends(told.cipher, down, id, nonce, told.shard, SERVER),
-            Kind.AVERAGE,
+            kinds,
             largest,
             wire.BUFFERS_MAX,
         )
@@ -83,7 +89,13 @@ class Channel:
         self._watch = sockets.monitor(ctx, self.socket, zmq.EVENT_CONNECTED)
         self._watching = threading.Lock()
         sockets.connect(self.socket, sockets.tcp(host, told.port))
-        sockets.send(self.socket, [self._sealer.bind()])
+        ready = Share.NOTHING if shared is None else shared.ready
+        sockets.send(self.socket, [self._sealer.bind(ready)])
+
+    @property
+    def outbox(self) -> shm.Outbox | None:
+        """The slots that the other end reads; None: pushes go through the channel."""
+        return None if self._shared is None else self._shared.outbox
 
     @property
     def unopened(self) -> int:
@@ -106,6 +118,8 @@ class Channel:
         for _ in range(READS_MAX):
             if self.bound or not self.read(now):
                 break
+        if self.bound and self._shared is not None:
+            self._shared.agreed(self._opener.share)
         return self.bound
 
     def read(self, now: float) -> bool:
@@ -127,7 +141,9 @@ class Channel:
             self._payloads[payload.number] = payload
         return True
 
-    def payload(self, average: wire.Sealed | wire.Sharded, now: float) -> list[Any] | None:
+    def payload(
+        self, average: wire.Sealed | wire.Sharded, now: float
+    ) -> list[Any] | shm.Blocks | None:
         """The buffers of an average, once; None if they have not come yet. Raises `Lost`."""
         number = average.number
         for older in [n for n in self._payloads if n < number]:
@@ -145,7 +161,13 @@ class Channel:
             return None
         if (found.round, found.bucket) != (average.round, average.bucket):
             raise Lost
-        return found.buffers
+        if found.kind is not Kind.SHARED:
+            return found.buffers
+        assert self._shared is not None
+        blocks = self._shared.blocks(found.buffers[0])
+        if blocks is None:
+            raise Lost
+        return blocks
 
     def measure(self) -> None:
         """End the connection if more waits here than a server sends. Call it from time to time; any
@@ -166,6 +188,8 @@ class Channel:
         with self._watching:
             sockets.end_monitor(self.socket, self._watch)
         self.socket.close()
+        if self._shared is not None:
+            self._shared.close()
 
 
 __all__ = ["Channel", "Lost"]

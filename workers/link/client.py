@@ -20,6 +20,7 @@ from typing import Any
 
 import msgspec
 import torch
+import zmq
 
 from paramserver import trace
 from paramserver.errors import PeerError, RunLost, UserError
@@ -28,7 +29,6 @@ from paramserver.protocol import messages as wire
 from paramserver.protocol.pacing import WINDOW
 from paramserver.protocol.sharding import SERVER
 from paramserver.settings import RunSettings
-from paramserver.tensors.codec import fresh
 from paramserver.transport import shm, sockets
 from paramserver.words import host_port
 
@@ -75,7 +75,8 @@ class Client:
         self.waited_s = 0.0
         """Seconds spent in `wait`, without those in which updates were applied."""
         self._applied_s = 0.0  # seconds in which updates were applied
-        self._pushes = Pushes()
+        outbox_of = self.connection.shards.outbox
+        self._pushes = Pushes(owner_of=self._owner, outbox_of=outbox_of)
         self._outboxes = 0
         self._ring: shm.Ring | None = None
         self._slower: set[str] = set()  # what was said to go through sockets
@@ -211,6 +212,8 @@ class Client:
     def _send_join(self) -> None:
         replica, connection = self.replica, self.connection
         assert replica is not None
+        if connection.hello.role == "worker":
+            connection.shards.slot_bytes = replica.plan.largest_bytes
         outbox = self._make_outbox()
         self._pushes.begin(outbox, self._window())
         connection.send(
@@ -274,7 +277,7 @@ class Client:
         sends it nothing through SUB."""
         connection = self.connection
         assert connection.sub is not None
-        ring = None if connection.shared is None else connection.shared / "ring"
+        ring = None if connection.shared is None else shm.ring_path(connection.shared)
         self._ring = None
         if ring is not None and ring.exists():
             try:
@@ -360,8 +363,6 @@ class Client:
 
     def room(self, bucket: int, nbytes: int) -> torch.Tensor:
         """Memory for a bucket on its way to the server or to a shard, uint8 [nbytes]."""
-        if self._owner(bucket):
-            return fresh(nbytes)
         return self._pushes.room(bucket, nbytes)
 
     def _owner(self, bucket: int) -> int:
@@ -407,9 +408,8 @@ class Client:
     def _send_due(self, now: float) -> None:
         for push, buffers in self._pushes.due(now):
             with trace.span("send", bucket=push.bucket):
-                shard = SERVER if push.places else self._owner(push.bucket)
-                if shard:
-                    self.connection.shards.push(shard, push, buffers)
+                if push.shard:
+                    self.connection.shards.push(push, buffers)
                 else:
                     self.connection.payloads.push(push, buffers)
 
@@ -461,12 +461,8 @@ class Client:
         backward. Other messages wait, because no update may be applied now."""
         session = self.session
         assert session is not None
-        while session.hears:
-            if not session.held and not self._read_sub():
-                break
+        while session.hears and self._has_next():
             if not isinstance(session.held[0][0], wire.Average | wire.Pulse | wire.Closing):
-                break
-            if not self._complete():
                 break
             self._do(session.next(time.monotonic()))
         self._send_due(time.monotonic())
@@ -582,7 +578,7 @@ class Client:
         """Handle one message, if there is one."""
         connection, session = self.connection, self.session
         assert connection.link is not None and session is not None
-        if session.hears and (session.held or self._read_sub()) and self._complete():
+        if session.hears and self._has_next():
             self._do(session.next(time.monotonic()))
             return True
         if not sockets.readable(connection.link):
@@ -600,27 +596,43 @@ class Client:
         self._do(session.received(message, buffers, time.monotonic()))
         return True
 
-    def _complete(self) -> bool:
-        """Is the next message of `held` here as a whole? The numbers of an average may still be on
-        their way through a channel."""
+    def _has_next(self) -> bool:
+        """Is the first message of `held` here as a whole? The numbers of averages may still be on
+        their way through channels, one faster than the other."""
         session = self.session
         assert session is not None
-        average, buffers = session.held[0]
-        if not isinstance(average, wire.Sealed | wire.Sharded) or buffers:
+        while not self._complete():
+            if not (session.reads_on and self._read_sub()):
+                return False
+        return True
+
+    def _complete(self) -> bool:
+        session = self.session
+        assert session is not None
+        asked: set[int] = set()  # shards: what comes through one channel comes in order
+        for place in range(session.may_be_next):
+            message, payload = session.held[place]
+            if isinstance(message, wire.Sealed | wire.Sharded) and not payload:
+                shard = message.shard if isinstance(message, wire.Sharded) else SERVER
+                if shard in asked:
+                    continue
+                asked.add(shard)
+                if session.wants(message):
+                    payload = self._payload(message)
+                    if payload is None:
+                        continue
+            session.goes_first(place, payload)
             return True
-        if not session.wants(average):
-            return True
+        return False
+
+    def _payload(self, average: wire.Sealed | wire.Sharded) -> Any:
+        """What has come of an average; None: it is on its way. Empty: it does not come."""
         try:
             if isinstance(average, wire.Sharded):
-                found = self.connection.shards.payload(average, time.monotonic())
-            else:
-                found = self.connection.payloads.payload(average, time.monotonic())
+                return self.connection.shards.payload(average, time.monotonic())
+            return self.connection.payloads.payload(average, time.monotonic())
         except Lost:
-            return True
-        if found is None:
-            return False
-        session.held[0] = average, found
-        return True
+            return []
 
     def _read_sub(self) -> bool:
         connection, session = self.connection, self.session
@@ -635,9 +647,11 @@ class Client:
         """Wait until a message comes on a socket that may be read now."""
         connection, session = self.connection, self.session
         assert connection.link is not None and session is not None
-        waiting = connection.payloads.waiting or connection.shards.waiting
+        assert connection.sub is not None
+        waiting = self._awaited()
         if waiting:
-            sockets.wait(limit_s, connection.link, *waiting)
+            more = [connection.sub] if session.reads_on else []
+            sockets.wait(limit_s, connection.link, *waiting, *more)
             return
         if not session.hears:
             connection.link.poll(int(1000 * limit_s))
@@ -649,6 +663,18 @@ class Client:
         if not (spins and self._spin(start)):
             connection.poller.poll(math.ceil(1000 * limit_s))
         self._slept_s = time.perf_counter() - start
+
+    def _awaited(self) -> list[zmq.Socket[bytes]]:
+        """The sockets of channels that the numbers of the next averages come through."""
+        session, shards = self.session, self.connection.shards
+        if session is None or not session.hears or not session.held:
+            return []
+        found = list(self.connection.payloads.waiting)
+        heads = [session.held[place][0] for place in range(session.may_be_next)]
+        for shard in {m.shard for m in heads if isinstance(m, wire.Sharded)}:
+            if (channel := shards.channel(shard)) is not None:
+                found.append(channel.socket)
+        return found
 
     def _spin(self, start: float) -> bool:
         """Poll for up to `SPIN_S` before sleeping: waking up costs a small model more than the
@@ -718,16 +744,16 @@ class Client:
         assert replica is not None and session is not None
         if action.first:
             replica.forget_averages()
-        buffers = action.payload
-        if isinstance(average, wire.Sealed | wire.Sharded) and not buffers:
+        buffers, blocks = action.payload, None
+        if isinstance(average, wire.Shared):
+            blocks = None if self._ring is None else shm.Blocks(self._ring, average.places)
+        elif isinstance(buffers, shm.Blocks):
+            blocks = buffers
+        if blocks is not None:
+            buffers = blocks.buffers if blocks.whole else ()
+        if isinstance(average, wire.Sealed | wire.Sharded | wire.Shared) and not buffers:
             session.lost(average)
             return
-        if isinstance(average, wire.Shared):
-            if not self._still_there(average):
-                session.lost(average)
-                return
-            assert self._ring is not None
-            buffers = [self._ring.buffer(place) for place in average.places]
         try:
             with trace.span("decode", bucket=average.bucket):
                 replica.take(average, buffers)
@@ -740,12 +766,8 @@ class Client:
         now = time.monotonic()
         self._pushes.averaged(average.bucket, now)
         self._send_due(now)
-        if isinstance(average, wire.Shared) and not self._still_there(average):
+        if blocks is not None and not blocks.whole:  # written over meanwhile
             session.lost(average)
-
-    def _still_there(self, average: wire.Shared) -> bool:
-        """Has the server not yet written over the blocks that this average lies in?"""
-        return self._ring is not None and all(map(self._ring.whole, average.places))
 
     def _apply(self, action: actions.Apply) -> None:
         replica, session = self.replica, self.session

@@ -40,6 +40,7 @@ from paramserver.words import host_port
 from .channel import Channel
 from .payloads import Payloads
 from .shards import Shards
+from .shared import Shared
 
 BEATS_PER_TIMEOUT = 5
 PROBE_INTERVAL_S = 0.1
@@ -125,7 +126,7 @@ class Connection:
         self.kind = "tcp"
         self.payloads = Payloads(self)
         self.shards = Shards(self)
-        self._share_memory = shared_memory
+        self.share_memory = shared_memory
         self.shared: Path | None = None  # where this host's server shares memory with us
         self._beating: threading.Event | None = None
         self._beat_thread: threading.Thread | None = None
@@ -289,7 +290,7 @@ class Connection:
         if welcome.ipc and sockets.is_local(self.host) and sockets.ipc_usable(welcome.ipc):
             router, pub = sockets.ipc_endpoints(welcome.ipc)
             self.kind = "ipc"
-            if self._share_memory and welcome.shared and sockets.ipc_usable(welcome.shared):
+            if self.share_memory and welcome.shared and sockets.ipc_usable(welcome.shared):
                 self.shared = Path(welcome.shared)
         mark = sockets.mark(self.settings.history_mb, self.settings.bucket_size_mb)
         keys = None if self.kind == "ipc" else self._keys
@@ -334,9 +335,9 @@ class Connection:
     def keys(self) -> sockets.PeerKeys | None:
         return self._keys
 
-    def channel(self, told: wire.Channel, now: float) -> Channel:
-        """Connect a channel, to the server or to a shard, as the server has told. Raises
-        `PeerError`."""
+    def channel(self, told: wire.Channel, now: float, shared: Shared | None = None) -> Channel:
+        """Connect a channel, to the server or to a shard, as the server has told; with a shard on
+        this host memory may be `shared`. Raises `PeerError`."""
         assert self.welcome is not None
         s, welcome = self.settings, self.welcome
         bucket_bytes = int(s.bucket_size_mb * 2**20) + max(SENT_BYTES.values())
@@ -354,6 +355,7 @@ class Connection:
             mark,
             now,
             plain=plain,
+            shared=shared,
         )
 
     @property

@@ -148,6 +148,13 @@ class Follow:
         self._got.add(m.bucket)
         return Take(m, first)
 
+    def wants(self, m: Average) -> bool:
+        """Are its numbers needed? Those of an older update are not, nor those of a void round, nor
+        those of another server's."""
+        if m.nonce != self.nonce or m.step != self.step + 1 or m.round < self._round:
+            return False
+        return m.round > self._round or m.bucket not in self._got
+
     def lost(self, bucket: int) -> None:
         """The numbers of this bucket's average were written over while they were read: treat it as
         missing."""

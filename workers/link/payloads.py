@@ -15,7 +15,7 @@ import zmq
 
 from paramserver.errors import PeerError
 from paramserver.protocol import messages as wire
-from paramserver.transport import sealing, sockets
+from paramserver.transport import sealing, shm, sockets
 
 from .channel import SKIPS_MAX, Channel, Lost
 
@@ -176,7 +176,7 @@ class Payloads:
         except Lost:
             self._fail("its connection was cut")
 
-    def payload(self, average: wire.Sealed, now: float) -> list[Any] | None:
+    def payload(self, average: wire.Sealed, now: float) -> list[Any] | shm.Blocks | None:
         """The buffers of an average; None if they are on their way. Raises `Lost`, and looks for
         another channel, where they do not come."""
         channels = [c for c in (self._old, self._current) if c is not None]

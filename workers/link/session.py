@@ -302,6 +302,29 @@ class Session:
         they end."""
         return (self.joined or self.adrift) and self.follow.fetching_since is None
 
+    @property
+    def may_be_next(self) -> int:
+        """Any of so many messages at the head of `held` may be looked at first: averages that are
+        wanted need no order among them."""
+        count = 0
+        for message, _ in self.held:
+            if not (isinstance(message, wire.Average) and self.wants(message)):
+                break
+            count += 1
+        return max(count, min(1, len(self.held)))
+
+    def goes_first(self, place: int, payload: Any) -> None:
+        """The message at this place of `held` is next; its payload has come."""
+        message, _ = self.held[place]
+        del self.held[place]
+        self.held.appendleft((message, payload))
+
+    @property
+    def reads_on(self) -> bool:
+        """May more be read from SUB while what is `held` is on its way? Not past the end of a
+        round."""
+        return self.may_be_next == len(self.held)
+
     def next(self, now: float) -> list[Action]:
         """Look at the next message of `held`; one that shows a gap is looked at again later."""
         message, payload = self.held.popleft()
@@ -345,10 +368,8 @@ class Session:
         return None if isinstance(effect, follow.Gap) else actions
 
     def wants(self, average: wire.Average) -> bool:
-        """Are the numbers of this average needed? Those of an older update are not, nor those of
-        another server's, nor any while this replica is adrift."""
-        f = self.follow
-        return not self.adrift and average.nonce == f.nonce and average.step == f.step + 1
+        """Are the numbers of this average needed? Not while this replica is adrift."""
+        return not self.adrift and self.follow.wants(average)
 
     def lost(self, average: wire.Average) -> None:
         """The numbers of this average were written over while they were read: as if PUB had dropped

@@ -7,13 +7,14 @@ of a shard's buckets go to it and come from it (docs/protocol.md, "Shards").
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
-import zmq
 
 from paramserver import notify
 from paramserver.errors import PeerError
@@ -22,10 +23,11 @@ from paramserver.protocol import messages as wire
 from paramserver.protocol.sharding import SERVER, owners
 from paramserver.shard.orders import Orders
 from paramserver.tensors.bucket import BucketPlan
-from paramserver.transport import sockets
+from paramserver.transport import private_dir, shm, sockets
 
 from .channel import SKIPS_MAX, Channel, Lost
 from .payloads import MEASURE_S
+from .shared import Shared
 
 if TYPE_CHECKING:
     from .connection import Connection
@@ -44,17 +46,17 @@ class Shards:
         self._bound: dict[int, Channel] = {}
         self._coming: dict[int, Channel] = {}
         self._number = 0  # of the newest push
-        self._awaited: tuple[int, int, float] | None = None  # shard, payload, since when
+        self._awaited: dict[int, tuple[int, float]] = {}  # by shard: payload, since when
         self._map: tuple[Any, tuple[int, ...]] = (None, ())
         self._measured_at = 0.0
         self._process: subprocess.Popen[bytes] | None = None
+        self.slot_bytes = 0
+        """Of the outboxes for shards on this host; 0: this peer pushes nothing."""
+        self._slower: set[str] = set()  # what was said to go through channels
 
-    @property
-    def waiting(self) -> list[zmq.Socket[bytes]]:
-        """The sockets of channels from which something is waited for, beside the link."""
-        if self._awaited is None or self._awaited[0] not in self._bound:
-            return []
-        return [self._bound[self._awaited[0]].socket]
+    def channel(self, shard: int) -> Channel | None:
+        """The channel to this shard, if it works."""
+        return self._bound.get(shard)
 
     # ------------------------------------------------------------------ the map
 
@@ -75,12 +77,38 @@ class Shards:
         if not message.port:
             self._connection.send(wire.Reached(shard=shard, problem=message.reason))
             return
+        shared = self._share(message)
         try:
-            self._coming[shard] = self._connection.channel(message, now)
+            self._coming[shard] = self._connection.channel(message, now, shared)
         except PeerError as e:
+            if shared is not None:
+                shared.close()
             self._connection.send(wire.Reached(shard=shard, problem=str(e)))
 
+    def _share(self, told: wire.Channel) -> Shared | None:
+        """The memory that this peer can share with a shard, if that is on this host."""
+        folder = told.shared
+        if not (folder and self._connection.share_memory and re.fullmatch("[0-9a-f]+", told.id)):
+            return None
+        if not (sockets.is_local(told.host) and sockets.ipc_usable(folder)):
+            return None
+        return Shared(Path(folder), told.id, self.slot_bytes, self._say_slower)
+
+    def _say_slower(self, what: str, why: str) -> None:
+        if what not in self._slower:
+            self._slower.add(what)
+            self._connection.log.info(
+                f"between this worker and the shard on its host {what} go through a socket, which "
+                f"is slower: {shm.SHARED}: {why}"
+            )
+
+    def outbox(self, shard: int) -> shm.Outbox | None:
+        """The memory that this shard reads pushes from."""
+        channel = self._bound.get(shard)
+        return None if channel is None else channel.outbox
+
     def _drop(self, shard: int) -> None:
+        self._awaited.pop(shard, None)
         for table in (self._bound, self._coming):
             channel = table.pop(shard, None)
             if channel is not None:
@@ -110,7 +138,7 @@ class Shards:
         """Forget all keys, and end the own shard: this session is over."""
         for shard in [*self._bound, *self._coming]:
             self._drop(shard)
-        self._number, self._awaited = 0, None
+        self._number = 0
         process, self._process = self._process, None
         if process is None:
             return
@@ -122,23 +150,25 @@ class Shards:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+        private_dir.sweep(shm.SHARED)  # where it was killed, its memory is still there
 
     # ------------------------------------------------------------------ payloads
 
-    def push(self, shard: int, push: wire.Push, buffers: Sequence[Any]) -> None:
-        """Send a push whose bucket this shard averages."""
+    def push(self, push: wire.Push, buffers: Sequence[Any]) -> None:
+        """Send a push whose bucket its `shard` averages, and whose numbers may lie in the outbox
+        for that."""
         self._number += 1
-        push = msgspec.structs.replace(push, sealed=self._number, shard=shard)
-        self._connection.send(push)
-        channel = self._bound.get(shard)
+        push = msgspec.structs.replace(push, sealed=self._number)
+        self._connection.send(msgspec.structs.replace(push, places=()))
+        channel = self._bound.get(push.shard)
         if channel is None:
             return  # the server knows, or will soon
         try:
             channel.push(push, wire.to_frames(push, *buffers))
         except Lost:
-            self.lose(shard, "its connection was cut")
+            self.lose(push.shard, "its connection was cut")
 
-    def payload(self, average: wire.Sharded, now: float) -> list[Any] | None:
+    def payload(self, average: wire.Sharded, now: float) -> list[Any] | shm.Blocks | None:
         """The buffers of an average; None if they are on their way. Raises `Lost` where they do
         not come."""
         shard, number = average.shard, average.number
@@ -148,18 +178,17 @@ class Shards:
         try:
             found = channel.payload(average, now)
         except Lost:
-            self._awaited = None
+            self._awaited.pop(shard, None)
             if channel.skips > SKIPS_MAX:
                 self.lose(shard, f"{SKIPS_MAX} averages were missing")
             raise
         if found is not None:
-            self._awaited = None
+            self._awaited.pop(shard, None)
             return found
-        if self._awaited is None or self._awaited[:2] != (shard, number):
-            self._awaited = shard, number, now
-        heard_at = max(self._awaited[2], channel.heard_at)
+        if self._awaited.get(shard, (0, 0.0))[0] != number:
+            self._awaited[shard] = number, now
+        heard_at = max(self._awaited[shard][1], channel.heard_at)
         if now - heard_at > self._connection.heartbeat_timeout / 2:
-            self._awaited = None
             self.lose(shard, "nothing comes through it")
             raise Lost
         return None
@@ -190,6 +219,7 @@ class Shards:
             history_mb=settings.history_mb,
             heartbeat_timeout=settings.heartbeat_timeout,
             guarded=connection.with_keys,
+            shared_memory=connection.share_memory,
         )
         with suppress(OSError):  # no room for a process: the server waits in vain
             process = self._process = subprocess.Popen(
