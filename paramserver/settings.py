@@ -38,6 +38,10 @@ BUCKET_MB, LINKED_BUCKET_MB = 4.0, 2.0
 """By default, where all processes share a host, and where some are reached over links. On one host
 each message costs more than its bytes; over a link the first average may come sooner."""
 
+SHARDED_BUCKET_MB = 1.0
+"""In float32, over links, where several shards may average: a shard with more buckets keeps both
+directions of its cable busy for longer. Smaller codecs have smaller pieces anyway."""
+
 AGGREGATES = ("mean", "trimmed", "median", "clipped")
 CODECS = ("float32", "float16", "bfloat16", "int8", "topk")
 MODELS = ("SimpleNN", "CNN", "ResNet18")
@@ -236,7 +240,8 @@ class Settings:
     bucket_mb: float | None = setting(
         None,
         f"size of a bucket, counted as float32; null = {BUCKET_MB:g} where the server listens on "
-        f"loopback only, else {LINKED_BUCKET_MB:g}",
+        f"loopback only, else {LINKED_BUCKET_MB:g}, or {SHARDED_BUCKET_MB:g} in float32 where "
+        "`shards` may average",
         share_of(256),
         between(0.0001, 256),
         unit="MiB",
@@ -464,7 +469,10 @@ class Settings:
     def with_bucket(self, *, linked: bool) -> Settings:
         """These settings with the size of a bucket that they mean where peers are `linked` by a
         network."""
-        default = LINKED_BUCKET_MB if linked else BUCKET_MB
+        sharded = self.shards != 1 and self.codec == "float32"
+        default = BUCKET_MB
+        if linked:
+            default = SHARDED_BUCKET_MB if sharded else LINKED_BUCKET_MB
         return replace(self, bucket_mb=self.bucket_mb or default)
 
 

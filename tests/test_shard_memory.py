@@ -46,6 +46,8 @@ class Pair:
     def meet(self, peer: Shared) -> Share:
         """The channel is bound."""
         share = self.memory.bound(ID, peer.ready)
+        there = shm.channel_path(self.folder, ID.hex()).exists()
+        assert not (there and Share.OUTBOX in share), "who is killed now leaves no name behind"
         peer.agreed(share)
         return share
 
@@ -83,7 +85,6 @@ def test_pushes_and_averages_are_read_where_they_were_written(pair: Pair) -> Non
     blocks = peer.blocks(told)
     assert blocks is not None and blocks.whole
     assert [bytes(b) for b in blocks.buffers] == [b"average!"]
-    assert not list(pair.folder.glob("channel-*")), "its name is not needed any more"
 
 
 def test_who_pushes_nothing_reads_averages(pair: Pair) -> None:
@@ -121,6 +122,14 @@ def test_without_room_for_it_numbers_go_through_the_channel(
     assert pair.meet(peer) == Share.NOTHING
     assert sorted(what for what, _ in pair.said) == ["averages", "gradients"]
     assert pair.average(b"1234") is None
+
+
+def test_a_ring_takes_a_part_of_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shm, "room", lambda folder: 100_000)
+    pair = Pair(history=2**20)
+    assert pair.meet(pair.come()) == BOTH
+    assert shm.ring_path(pair.folder).stat().st_size < 50_000 + shm.ALIGN
+    pair.memory.close()
 
 
 def test_a_shard_that_is_told_not_to_shares_nothing() -> None:

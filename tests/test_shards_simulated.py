@@ -170,7 +170,7 @@ class HoldsWhatItLost(Follow):
         (Parts(spread=PromisesWhatIsGone), "could have gone on|but not for", 2),
         (Parts(adder=KeepsVoidSums), "is divided by|twice in bucket", 216),
         (Parts(adder=AddsWhatComes), "of another model|is divided by|weigh|freed twice", 2),
-        (Parts(adder=FreesTooSoon), "of another model|weigh|twice|subscriptable|unpack", 0),
+        (Parts(adder=FreesTooSoon), "its worker may write to", 0),
         (Parts(adder=NeverFrees), "is not freed", 0),
         (Parts(adder=RecallsWhatIsGone), "that was written over", 0),
         (Parts(follow=HoldsWhatItLost), "only a shard has", 80),

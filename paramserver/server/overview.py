@@ -26,7 +26,7 @@ from paramserver.rounds.roster import Peer
 from paramserver.rounds.round import Round
 from paramserver.rounds.times import Sums, Took
 from paramserver.server.traffic import Traffic
-from paramserver.settings import BUCKET_MB, LINKED_BUCKET_MB, Settings
+from paramserver.settings import BUCKET_MB, LINKED_BUCKET_MB, SHARDED_BUCKET_MB, Settings
 from paramserver.status.diagnosis import Told, diagnose
 from paramserver.status.value import (
     EVALUATIONS_MAX,
@@ -505,7 +505,7 @@ def changed_settings(settings: Settings) -> dict[str, str]:
     for name, value in flatten(asdict(settings)).items():
         if name in UNSEEN or name.partition(".")[0] in UNSEEN:
             continue
-        if name == "bucket_mb" and value in (BUCKET_MB, LINKED_BUCKET_MB):
+        if name == "bucket_mb" and value in (BUCKET_MB, LINKED_BUCKET_MB, SHARDED_BUCKET_MB):
             continue  # what null means
         if value != usual.get(name):
             found[name] = shown(value, LINE_CHARS)

@@ -52,8 +52,8 @@ class Memory:
         return "" if self._private is None else str(self._private.path)
 
     def begin(self, plan: BucketPlan) -> None:
-        """Make a ring for the averages of this plan, where there is room; channels and rings before
-        are over."""
+        """Make a ring for the averages of this plan, where there is room for two rounds, in which a
+        shard has half of them; channels and rings before are over."""
         self._outboxes.clear()
         self._ring = None
         self.over()
@@ -61,10 +61,12 @@ class Memory:
             return
         path = shm.ring_path(self._private.path)
         path.unlink(missing_ok=True)
-        size = max(self._history, plan.nbytes) + 4 * plan.largest_bytes
-        with suppress(OSError):  # its peers say that they read no ring
-            shm.check(OUTBOXES * size, self._private.path)
-            self._ring = shm.Ring(path, size)
+        least = plan.nbytes + 4 * plan.largest_bytes
+        room = shm.room(self._private.path) // OUTBOXES
+        if room < least:
+            return  # its peers say that they read no ring
+        with suppress(OSError):  # the same
+            self._ring = shm.Ring(path, min(max(self._history, least), room))
 
     # ------------------------------------------------------------------ channels
 

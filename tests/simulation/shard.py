@@ -160,8 +160,10 @@ class ShardSamples:
         return None, None
 
     def add(self, payload: Payload, worker: int, weight: float, *, late: bool) -> None:
-        push = payload.push
-        gradient: Gradient = content(payload.buffers[0])
+        push, [buffer] = payload.push, payload.buffers
+        if isinstance(buffer, Cell) and buffer.owner != Cell.SHARD:
+            raise Broken("a slot is read that its worker may write to")
+        gradient: Gradient = content(buffer)
         model, added, _ = gradient
         server = self._shard.server
         if not self._shard.counts:  # it was stopped, and works off what is of no use any more
@@ -294,7 +296,7 @@ class Shard:
         self._readers.clear()
         self._met.clear()
         if self._maps:
-            self.ring = Ring((self.server.limit + 1) * self.server.buckets)
+            self.ring = Ring(2 * self.server.buckets)  # less than its history
         self.sums = ShardSamples(self)
         self.order_of.clear()
         self.server.shards[self.number] = self

@@ -45,6 +45,7 @@ from .snapshot import Giving, Taking, most_bytes
 SAY_WAITING_AFTER_S = 3.0
 OUTBOX_LOOK_S = 0.0001
 SPIN_S = 0.006
+WINDOW_OF_SHARD = 3  # buckets under way to each of several shards
 
 
 class Client:
@@ -234,9 +235,9 @@ class Client:
     def _window(self) -> int:
         """Buckets under way. A worker that goes on computing looks at averages between its steps
         only: so many that all have left when half of these are made. Each shard is to have a push
-        that it waits for, and another one on its way."""
+        that it averages, and others on their way."""
         steps, replica = self.settings.local_steps, self.replica
-        usual = max(WINDOW, 2 * self.shards)
+        usual = max(WINDOW, WINDOW_OF_SHARD * self.shards)
         if not self.settings.overlap or not isinstance(steps, int) or replica is None:
             return usual
         return max(usual, math.ceil(2 * len(replica.plan.buckets) / steps))
