@@ -67,7 +67,7 @@ def interrupt(times: int = 1, at_once: Callable[[], None] = lambda: None) -> Non
         left -= 1
         if left < 0:
             for ending in ENDING:
-                _handle(ending, signal.SIG_IGN)
+                _handle(ending, _ignore)
             at_once()
             end_now(number, frame)
         if number == signal.SIGHUP:
@@ -82,6 +82,11 @@ def interrupt(times: int = 1, at_once: Callable[[], None] = lambda: None) -> Non
 def end_now(number: int, frame: Any) -> None:
     """A handler of signals: end this process as the signal itself would, but with an exit code."""
     os._exit(128 + number)
+
+
+def _ignore(number: int, frame: Any) -> None:
+    """A handler that does nothing. With SIG_IGN in its place Python prints a traceback where a
+    signal has come just before."""
 
 
 def _handle(number: signal.Signals, handler: Any) -> None:
