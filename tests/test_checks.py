@@ -216,8 +216,9 @@ MISTAKES = {
 
 @pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.__name__)
 def test_a_mistake_in_the_loop_is_told(mistake: Any, cluster: Cluster) -> None:
-    with pytest.raises(UserError, match=MISTAKES[mistake]):
+    with pytest.raises(UserError, match=MISTAKES[mistake]) as error:
         steps(cluster, mistake)
+    assert mistake != freeze or "thaw it before step()" in (error.value.hint or "")
 
 
 def test_a_thawed_parameter_is_told(cluster: Cluster) -> None:

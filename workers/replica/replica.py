@@ -219,13 +219,21 @@ class Replica:
         """Raise `UserError` where the trained parameters are not those of this replica any more."""
         for trained, parameters in ((True, self.params), (False, self._frozen)):
             for name, p in parameters:
-                if p.requires_grad != trained:
+                if p.requires_grad == trained:
+                    continue
+                if trained:
                     raise UserError(
-                        f"{name} was {'frozen' if trained else 'thawed'} in the middle of the run",
+                        f"{name} was frozen in the middle of the run",
                         "what is exchanged was fixed by attach(): to hold a parameter for some "
-                        "steps, let before_step set its grad to None; to train others, begin a "
-                        "new run",
+                        "steps, let before_step set its grad to None, or freeze it for a backward "
+                        "and thaw it before step(); models that take turns, as in a GAN, are "
+                        "attached by name: attach(generator=(G, opt_g), critic=(D, opt_d))",
                     )
+                raise UserError(
+                    f"{name} was thawed in the middle of the run",
+                    "what is exchanged was fixed by attach(): to train others, begin a new run; "
+                    "or attach with it thawed, and let before_step set its grad to None until then",
+                )
         if len(self.optimizer.param_groups) != self._groups:
             raise UserError(
                 "a parameter group was added to the optimizer after attach()",
