@@ -147,6 +147,7 @@ def test_an_observer_that_is_stopped_does_not_keep_the_last_step_from_being_kept
         codes = [program.end() for program in (server, *crew)]
         assert codes == [0, 0, 0], server.output
         assert "the observer does not answer: it is ended" in server.output
+        assert "the observer ended (it did not answer): starting it again" in server.output
         assert (run.runs[-1] / "model.safetensors").exists()
         assert run.summary()["last_evaluation"]["step"] == run.summary()["steps"] == STEPS
 

@@ -117,24 +117,26 @@ class ObserverProcess:
                 self._begin(control, now)
             return
         self._tell_token()
-        here = control.rounds.observer
+        here, hung = control.rounds.observer, False
         if here is not None and here.pid == self._process.pid:  # not an earlier process
             self._here_at = now
         elif control.rounds.ending and not ended and self._hangs(now, control):
             control.watcher.say("the observer does not answer: it is ended", True)
             self._process.kill()
             self._process.wait()
+            hung = True
         code = self._process.poll()
         control.rounds.observer_comes = code is None
         if code is None or ended or self.problem is not None:
             return
         well = now - self._started_at > OBSERVER_PROVEN_S
         self._deaths = 1 if well else self._deaths + 1
+        how = "it did not answer" if hung else _how(code)
         # With an old token it was refused, perhaps before it had read the new one.
         if code == 2 and self._began_with == self._token:
             self._cannot(control, "the observer could not start", self._last_error())
         elif self._deaths > OBSERVER_RESTARTS:
-            why = f"the observer ended {self._deaths} times in a row, the last time {_how(code)}"
+            why = f"the observer ended {self._deaths} times in a row, the last time {how}"
             last_chance = control.rounds.log_begun and control.rounds.ending is None
             self._cannot(
                 control, "the observer cannot be kept running", (why, _last_lines(self._log))
@@ -142,7 +144,7 @@ class ObserverProcess:
             if last_chance:  # one more try: workers hold the last step until the end
                 self._begin(control, now)
         else:
-            control.watcher.say(f"the observer ended ({_how(code)}): starting it again", True)
+            control.watcher.say(f"the observer ended ({how}): starting it again", True)
             self._begin(control, now)
 
     def _tell_token(self) -> None:
