@@ -1842,6 +1842,25 @@ def test_who_only_knows_the_name_of_a_state_is_not_waited_for_for_ever() -> None
     assert "obsb <- origin at step 0" in run.join(0, "b")
 
 
+def test_the_last_one_to_hold_a_state_is_asked_until_it_answers() -> None:
+    """It computes for long, and has neither contributed nor given the state to anybody yet."""
+    run = Run(observer=False, epochs=100, quorum=0.5, idle_timeout=1000.0).workers(1, 2)
+    run.push(1), run.tick(run.now + 9.0, 1, 2)
+    assert run.closes[-1].contributors == {1: 10}
+    run.leave(1)
+    run.hello(1, "b"), run.join(1, "b")
+    asked = 0
+    while asked < 5:
+        run.heard(1, "b")
+        effects = run.tick(run.now + 5.0, 2)
+        if "w1b <- abort" in " ".join(effects):
+            effects += run.join(1, "b")
+        asked += sum(effect.startswith("w2 <- give") for effect in effects)
+        assert run.rounds.ending is None and not run.rounds.peers["w2"].has_shown
+    run.snapshot(1, "b")
+    assert run.rounds.peers["w1b"].state == REPLICA
+
+
 def missed(run: Run, who: int) -> int:
     """The answer to a joiner: the number of snapshots that it did not get."""
     join = wire.Join(layout=LAYOUT, step=0, lineage="its own", device="cpu")

@@ -837,7 +837,7 @@ class Rounds:
         return self.snapshot is not None
 
     def _abort_snapshot(self, off: Off, now: float) -> None:
-        empty = self._snapshots.call_off(off, now)
+        empty = self._snapshots.call_off(off, now, begun=self.log.begun)
         self._turn(states.OFF)
         if empty is not None:
             self._joins_anew(empty, EMPTY, now)

@@ -303,9 +303,10 @@ class Snapshots:
             return None
         return Off(f"{peer.name} {why}", frozenset({peer.session}), but=peer)
 
-    def call_off(self, off: Off, now: float) -> Peer | None:
+    def call_off(self, off: Off, now: float, *, begun: bool) -> Peer | None:
         """End the snapshot, and send Abort to both sides. Returns the giver if it is taken for one
-        that holds no state from now on.
+        that holds no state from now on. Where the log has `begun`, and no other replica is here,
+        one that is elsewhere is asked again: it may compute, and without it the state is lost.
 
         A joiner gives up after a number of snapshots that it missed. Those of a giver that has
         shown nothing do not count, since it is asked a few times only: otherwise a worker that only
@@ -323,7 +324,11 @@ class Snapshots:
         left = off.but is joiner and giver.session not in off.blamed
         if giver.has_shown and not left and not (off.elsewhere and self._waits_on(joiner, now)):
             joiner.missed += 1
-        empty = giver.session in off.blamed and self._gave_nothing(giver, joiner)
+        last = begun and off.elsewhere and self._roster.in_state(REPLICA) == [giver]
+        empty = giver.session in off.blamed and self._gave_nothing(giver, joiner) and not last
+        if empty:
+            self._out.warn(f"{giver.name} {EMPTY}: it is not asked again", giver)
+            self.disbelieved.add(giver.id)
         if joiner.session in off.blamed:
             self._wasted(joiner, now)
         for peer in (giver, joiner):
@@ -339,16 +344,12 @@ class Snapshots:
         return now - joiner.waits_since < self._patience_s
 
     def _gave_nothing(self, giver: Peer, joiner: Peer) -> bool:
-        """Count a snapshot that came to nothing. Is its giver taken for one that holds no state?
-        The name of a state is no secret: a worker that knows it, but has neither contributed nor
-        given the state to anybody, may hold nothing while others wait."""
+        """Count a snapshot that came to nothing. May its giver be one that holds no state? The name
+        of a state is no secret: a worker that knows it, but has neither contributed nor given the
+        state to anybody, may hold nothing while others wait."""
         giver.failed_gives += 1
         failed = joiner.failed_by[giver.id] = joiner.failed_by.get(giver.id, 0) + 1
-        if giver.has_shown or max(giver.failed_gives, failed) < FAILED_GIVES:  # of any greeting
-            return False
-        self._out.warn(f"{giver.name} {EMPTY}: it is not asked again", giver)
-        self.disbelieved.add(giver.id)
-        return True
+        return not giver.has_shown and max(giver.failed_gives, failed) >= FAILED_GIVES
 
     # ------------------------------------------------------------------ what comes of it
 
