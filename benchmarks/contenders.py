@@ -296,7 +296,13 @@ def _enter(client: Client, model: Layers) -> None:
     assert client.welcome is not None
     settings = client.settings
     optimizer = Idle(model.parameters())
-    replica = _Shadow(model, optimizer, bucket_mb=settings.bucket_size_mb, codec=settings.codec)
+    replica = _Shadow(
+        model,
+        optimizer,
+        bucket_mb=settings.bucket_size_mb,
+        min_bucket_mb=settings.min_bucket_mb,
+        codec=settings.codec,
+    )
     client.join(replica)
     client.ready(wire.Ready(samples=settings.num_workers * 1000, batch_size=1))
     _lease(client)

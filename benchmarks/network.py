@@ -22,6 +22,9 @@ from paramserver.net.address import free_port as find_free_port
 NAMESPACES = Path("/run/netns")
 CLONE_NEWNET = 0x40000000
 CHUNK = 2**20
+BURST = "80kb"
+"""The smallest with which links of 1 Gbit/s reach their rate both ways at once: a packet has up to
+64 KiB here. What a burst lets through at once counts in a small exchange."""
 SETTLED_S = 0.1  # for TCP's window to open
 Address = tuple[str, int]
 
@@ -40,7 +43,7 @@ class Hosts:
     """Hosts of these names on one switch, as a context; each link carries `rate` each way, after a
     rest `burst` at once."""
 
-    def __init__(self, names: list[str], rate: str = "1gbit", burst: str = "512kb") -> None:
+    def __init__(self, names: list[str], rate: str = "1gbit", burst: str = BURST) -> None:
         self._prefix = f"bench{os.getpid()}-"
         self._names = names
         self._rate = rate

@@ -26,7 +26,7 @@ from paramserver.fleet.plan import Choice, CodecCost, Job, Link, Machine, Model,
 from paramserver.protocol.messages import Layout
 from paramserver.protocol.messages import Tensor as Described
 from paramserver.rounds.shares import Cost
-from paramserver.settings import LINKED_BUCKET_MB
+from paramserver.settings import Settings
 from paramserver.tensors.bucket import plan as cut
 from workers.builtin.measure import codec_seconds
 
@@ -86,7 +86,7 @@ def compare(case: Case) -> Compared:
         measured_s = _run(case, Place(hosts))
     machines = [Machine(name, Cost(step_s, 1e-9), 1.0, 1, copy_s, codecs) for name in names]
     links = {(name, "host1"): link for name in names[1:]}
-    job, choice = Job(model(case.size), 1), Choice(case.codec, case.local_steps)
+    job, choice = Job(model(case.size, case.codec), 1), Choice(case.codec, case.local_steps)
     found = predict(machines, machines[0], links, job, choice)
     assert found is not None
     return Compared(found.round_s / case.local_steps, measured_s, machines[0], link)
@@ -104,10 +104,12 @@ def _run(case: Case, place: Place) -> float:
     return exchange(limits, case.size, case.workers, case.codec, place, backward_s=wait_s).seconds
 
 
-def model(size: str) -> Model:
+def model(size: str, codec: str) -> Model:
     """The buckets of the benchmarks' layers, the last layer first."""
     layers = [Described(str(i), (n,), "float32") for i, n in enumerate(SIZES[size])]
-    buckets = cut(Layout(tuple(reversed(layers))), LINKED_BUCKET_MB).buckets
+    settled = Settings(codec=codec).with_bucket(linked=True)
+    layout = Layout(tuple(reversed(layers)))
+    buckets = cut(layout, settled.bucket_size_mb, settled.min_bucket_mb).buckets
     return Model(tuple(float(b.nbytes) for b in buckets))
 
 

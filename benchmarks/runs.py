@@ -34,7 +34,9 @@ def _cut(elements: int) -> list[int]:
 
 SIZES: dict[str, list[int]] = {
     "0.1 MB": [25_000],
+    "0.4 MB": _cut(100_000),
     "1.35 MB": [200_704, 256, 131_072, 512, 5_120, 10],  # SimpleNN
+    "5 MB": _cut(1_250_000),
     "46.8 MB": _cut(11_689_512),  # as many as ResNet-18 has
     "250 MB": _cut(62_500_000),
 }
@@ -114,16 +116,18 @@ def exchange(
     guarded: bool = False,
     backward_s: float = 0.0,
     shards: int = 1,
+    more_settings: Sequence[str] = (),
 ) -> Exchange:
     """Rounds of a server and its workers, whose backward takes `backward_s`; `guarded`: with keys
-    and encryption, on loopback too. So many `shards` average, the server is one of them."""
+    and encryption, on loopback too. So many `shards` average, the server is one of them.
+    `more_settings` are for the server."""
     with Team(limits.seconds) as team:
         port = place.port()
         settings = server_settings(port, workers, codec, team)
         if place.hosts is not None:
             settings.append(f"host_ip={place.address(place.server_on)}")
         security = "curve" if guarded else "none"
-        settings += [f"security={security}", f"shards={shards}"]
+        settings += [f"security={security}", f"shards={shards}", *more_settings]
         at = place.host(place.server_on)
         keys = {"keys_in": str(team.folder / "keys"), "guarded": guarded and place.hosts is None}
         team.start("server", contenders.server, *settings, host=at, **keys)

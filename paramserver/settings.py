@@ -37,10 +37,15 @@ from paramserver.ranges import (
 BUCKET_MB, LINKED_BUCKET_MB = 4.0, 2.0
 """By default, where all processes share a host, and where some are reached over links. On one host
 each message costs more than its bytes; over a link the first average may come sooner."""
-
 SHARDED_BUCKET_MB = 1.0
 """In float32, over links, where several shards may average: a shard with more buckets keeps both
 directions of its cable busy for longer. Smaller codecs have smaller pieces anyway."""
+BUCKET_SIZES = "bucket_mb", "min_bucket_mb"
+PIECES = 12
+"""Buckets into which a small gradient is cut, where these are not too small."""
+LINKED_LEAST_MB = {"float32": 0.0625, "float16": 0.125, "bfloat16": 0.125, "int8": 0.25}
+"""What `min_bucket_mb` is over links, by the codec that carries less of pushes' and averages': what
+takes 64 KiB on the wire. Smaller ones made no exchange shorter over 1 Gbit/s."""
 
 AGGREGATES = ("mean", "trimmed", "median", "clipped")
 CODECS = ("float32", "float16", "bfloat16", "int8", "topk")
@@ -242,6 +247,16 @@ class Settings:
         f"size of a bucket, counted as float32; null = {BUCKET_MB:g} where the server listens on "
         f"loopback only, else {LINKED_BUCKET_MB:g}, or {SHARDED_BUCKET_MB:g} in float32 where "
         "`shards` may average",
+        share_of(256),
+        between(0.0001, 256),
+        unit="MiB",
+    )
+    min_bucket_mb: float | None = setting(
+        None,
+        f"a small gradient is cut into up to {PIECES} buckets of at least this size, so that "
+        "averages come down while others go up; null = what takes 64 KiB on the wire, or as "
+        "bucket_mb where that is given, or the server listens on loopback only or at a Thunderbolt "
+        "cable",
         share_of(256),
         between(0.0001, 256),
         unit="MiB",
@@ -466,14 +481,19 @@ class Settings:
             return below if below >= UNPRIVILEGED else self.port + WATCHED_BELOW
         return self.watch_port
 
-    def with_bucket(self, *, linked: bool) -> Settings:
-        """These settings with the size of a bucket that they mean where peers are `linked` by a
-        network."""
+    def with_bucket(self, *, linked: bool, fast: bool = False) -> Settings:
+        """These settings with the sizes of buckets that they mean where peers are `linked` by a
+        network, one with a `fast` cable (Thunderbolt) perhaps. With a `bucket_mb`, or on one host,
+        `min_bucket_mb: null` means the same size."""
+        if self.bucket_mb is not None:
+            return self
+        if not linked:
+            return replace(self, bucket_mb=BUCKET_MB)
         sharded = self.shards != 1 and self.codec == "float32"
-        default = BUCKET_MB
-        if linked:
-            default = SHARDED_BUCKET_MB if sharded else LINKED_BUCKET_MB
-        return replace(self, bucket_mb=self.bucket_mb or default)
+        size = SHARDED_BUCKET_MB if sharded else LINKED_BUCKET_MB
+        codecs = self.codec, self.codec_of_averages
+        usual = size if fast else max(LINKED_LEAST_MB.get(codec, size) for codec in codecs)
+        return replace(self, bucket_mb=size, min_bucket_mb=self.min_bucket_mb or usual)
 
 
 @dataclass(frozen=True)

@@ -246,6 +246,15 @@ def test_this_machine_has_loopback_and_what_it_chooses_is_its_own() -> None:
         assert machine.settle(Settings(host_ip="auto")) == (where, why(chosen, own))
 
 
+def test_a_fast_cable_is_one_of_thunderbolt_at_which_the_server_listens(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(machine, "interfaces", lambda: [LOOP, TB1, WIFI1])
+    assert machine.has_fast_cable([WIFI1.address, TB1.address])
+    assert not machine.has_fast_cable([WIFI1.address])
+    assert not machine.has_fast_cable([])
+
+
 @pytest.mark.parametrize(
     ("host_ip", "open_to_all", "guarded"),
     [

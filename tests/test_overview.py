@@ -206,3 +206,6 @@ def test_settings_that_are_not_the_default() -> None:
         "num_epochs": "9", "model.type": "my.module:Net", "model.depth": "3"
     }  # fmt: skip
     assert changed_settings(Settings()) == {}
+    assert changed_settings(Settings(codec="int8").with_bucket(linked=True)) == {"codec": "int8"}
+    finely = Settings(min_bucket_mb=0.05).with_bucket(linked=True)
+    assert changed_settings(finely) == {"min_bucket_mb": "0.05"}

@@ -304,6 +304,18 @@ def test_what_is_nearly_the_run_is_named_once(
     assert unended(tmp_path, 1, {"seed": 3}) is None
 
 
+@pytest.mark.parametrize("theirs", [{"bucket_mb": 2.0}, {}])
+def test_what_the_server_chose_for_itself_may_differ(
+    tmp_path: Path, theirs: dict[str, Any]
+) -> None:
+    made(tmp_path, NOON, settings={"seed": 3, **theirs})
+    now = {"seed": 3, "bucket_mb": 4.0}
+    for chosen, same in ((["bucket_mb"], True), ([], False), (["seed"], False)):
+        found = unended(tmp_path, 1, now, chosen=chosen)
+        assert found is not None and (not found.differs) == same
+        found.folder.close()
+
+
 def test_a_folder_belongs_to_one_server_while_that_lives(tmp_path: Path) -> None:
     script = (
         "import sys; from pathlib import Path; from paramserver.output.runfolder import RunFolder\n"

@@ -387,6 +387,7 @@ class Cluster:
             model,
             optimizer,
             bucket_mb=self.settings.bucket_size_mb,
+            min_bucket_mb=self.settings.min_bucket_mb,
             codec=self.settings.codec_of_averages,
             scheduler=scheduler,
             clip_norm=clip_norm,
@@ -434,6 +435,7 @@ class Cluster:
         replica = self._several = Several(
             pairs,
             bucket_mb=self.settings.bucket_size_mb,
+            min_bucket_mb=self.settings.min_bucket_mb,
             codec=self.settings.codec_of_averages,
             schedule_by=schedule_by,
             own_schedule=self.settings.epoch_barrier,

@@ -395,9 +395,11 @@ def settings_file(host: Host, text: str) -> Command:
 def measure(host: Host, settings: Settings, text: str, own: str = "") -> Command:
     """Measures a few batches of the model that `text`, the run's settings, describes; `own` is the
     PYTHONPATH of the user's modules."""
+    linked = settings.with_bucket(linked=True)
     argv = [
         ".venv/bin/python", "-m", "workers.builtin.measure", "cluster=../plan.yaml",
-        "num_workers=1", f"bucket_mb={settings.with_bucket(linked=True).bucket_size_mb:g}",
+        "num_workers=1", f"bucket_mb={linked.bucket_size_mb:g}",
+        f"min_bucket_mb={linked.min_bucket_mb or 'null'}",
         f"dataset.root={_below(_root(settings))}",
     ]  # fmt: skip
     argv += [f"device={host.device}"] if host.device else []

@@ -14,6 +14,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Collection
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
@@ -129,6 +130,13 @@ def settle(settings: Settings) -> tuple[str | None, str]:
     raise UserError(
         "this machine has no Thunderbolt, Ethernet or Wi-Fi address to listen at",
         f"its addresses: {', '.join(str(i) for i in own) or 'none'}\nchoose one: host_ip=...",
+    )
+
+
+def has_fast_cable(addresses: Collection[str]) -> bool:
+    """Is one of these addresses of this machine that of a Thunderbolt cable?"""
+    return bool(addresses) and any(
+        i.kind == "thunderbolt" and i.address in addresses for i in interfaces()
     )
 
 

@@ -25,7 +25,7 @@ import math
 import os
 import re
 import socket
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -448,17 +448,23 @@ class Unended:
 
 
 def unended(
-    parent: Path, port: int, settings: Mapping[str, Any], host_ip: str | None = None
+    parent: Path,
+    port: int,
+    settings: Mapping[str, Any],
+    host_ip: str | None = None,
+    chosen: Collection[str] = (),
 ) -> Unended | None:
     """The run that a server of this machine, port and address with these settings goes on with: its
     newest, if that has not ended and no living server has claimed it. Else a newer one that nearly
     fits, with other settings, or of another port, address or machine.
 
+    Settings named in `chosen` may differ: no person chose them, and the run keeps its own.
+
     No clock and no host name decides, because both may change while a machine is off. The lock on
     the folder shows whether another server lives. On a disk that machines share the lock may not
     hold between them, so there the machine must be the same, too.
     """
-    told, near = msgspec.json.decode(_encode(settings)), None
+    told, near = _without(msgspec.json.decode(_encode(settings)), chosen), None
     for path in reversed(run_folders(parent)):
         folder = RunFolder(path)
         record = folder.read_record()
@@ -468,7 +474,7 @@ def unended(
             {"port": record.port, "host_ip": record.host_ip}, {"port": port, "host_ip": host_ip}
         )
         try:
-            others = _differences(record.settings, told)
+            others = _differences(_without(record.settings, chosen), told)
             if not record.ended and not folder.claim():
                 continue  # a living server has it, so its port is another one
         except (OSError, *UNREADABLE):
@@ -496,6 +502,10 @@ def _is_here(folder: RunFolder, record: Record) -> bool:
     elif record.host == socket.gethostname():
         return True
     return (record.ended or folder.locked) and not machine.is_shared(folder.path)
+
+
+def _without(settings: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if name not in names}
 
 
 def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:

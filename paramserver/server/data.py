@@ -72,8 +72,8 @@ class Data:
 
     def start(self, layout: wire.Layout) -> str | None:
         """Allocate the sums of this layout; returns a sentence for people, if there is one."""
-        self.plan = plan(layout, self._settings.bucket_size_mb)
         s = self._settings
+        self.plan = plan(layout, s.bucket_size_mb, s.min_bucket_mb)
         problem = None
         try:
             self.ring = self._make_ring(self.plan)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
 import msgspec
@@ -26,7 +26,7 @@ from paramserver.rounds.roster import Peer
 from paramserver.rounds.round import Round
 from paramserver.rounds.times import Sums, Took
 from paramserver.server.traffic import Traffic
-from paramserver.settings import BUCKET_MB, LINKED_BUCKET_MB, SHARDED_BUCKET_MB, Settings
+from paramserver.settings import BUCKET_SIZES, Settings
 from paramserver.status.diagnosis import Told, diagnose
 from paramserver.status.value import (
     EVALUATIONS_MAX,
@@ -502,10 +502,13 @@ def _trouble(peer: Peer, current: Round | None, now: float) -> str:
 def changed_settings(settings: Settings) -> dict[str, str]:
     """The settings that are not the default, by name, as a person writes them."""
     usual, found = flatten(asdict(Settings())), dict[str, str]()
+    left = replace(settings, bucket_mb=None, min_bucket_mb=None)
+    kinds = (False, False), (True, False), (True, True)
+    unset = [left.with_bucket(linked=linked, fast=fast) for linked, fast in kinds]
     for name, value in flatten(asdict(settings)).items():
         if name in UNSEEN or name.partition(".")[0] in UNSEEN:
             continue
-        if name == "bucket_mb" and value in (BUCKET_MB, LINKED_BUCKET_MB, SHARDED_BUCKET_MB):
+        if name in BUCKET_SIZES and any(value == getattr(each, name) for each in unset):
             continue  # what null means
         if value != usual.get(name):
             found[name] = shown(value, LINE_CHARS)

@@ -46,7 +46,7 @@ from paramserver.server.observer_process import ObserverProcess
 from paramserver.server.ports import Ports
 from paramserver.server.server import Server
 from paramserver.server.show import Show
-from paramserver.settings import Settings
+from paramserver.settings import BUCKET_SIZES, Settings
 from paramserver.status.value import THIS_MACHINE, EventKind
 from paramserver.terminal import STOPPED_BY
 from paramserver.transport import malloc
@@ -147,8 +147,9 @@ def _serve_at(settings: Settings, page: Page) -> int:
     """`serve`, with a page that listens."""
     host_ip, chosen = machine.settle(settings)
     hosts, guarded = listen(host_ip, settings.security)
-    linked = not all(map(is_loopback, (*hosts, *guarded)))
-    settings = settings.with_bucket(linked=linked)
+    sizes = [name for name in BUCKET_SIZES if getattr(settings, name) is None]
+    outside = [host for host in (*hosts, *guarded) if not is_loopback(host)]
+    settings = settings.with_bucket(linked=bool(outside), fast=machine.has_fast_cable(outside))
     parent, told = Path(settings.run_dir), to_wire(settings)
     here = Record(
         run=secrets.token_hex(8),
@@ -174,7 +175,7 @@ def _serve_at(settings: Settings, page: Page) -> int:
             )
         resume = runfolder.find_checkpoint(settings.resume, parent)
     else:
-        before = runfolder.unended(parent, settings.port, told, settings.host_ip)
+        before = runfolder.unended(parent, settings.port, told, settings.host_ip, sizes)
     as_it_is = None
     if before is not None:
         as_it_is, said = _going_on(before, settings)
@@ -220,16 +221,17 @@ def _going_on(before: Unended, settings: Settings) -> tuple[Settings | None, str
 
     Where it only nearly fits, a person at the terminal decides, if there is one.
     """
-    if not before.differs:
-        return settings, ""
     path, port = before.folder.path, before.record.port
-    said = f"{path} has not ended, and differs from this run: {', '.join(before.differs)}"
+    differs = before.differs or ("it is of another version",)
+    said = f"{path} has not ended, and differs from this run: {', '.join(differs)}"
     resumable = _resumable(before.folder, "; {} would go on from its last checkpoint")
     rest = f"a new run begins{resumable}"
     try:
         as_it_is = replace(from_wire(settings, before.record.settings), port=port)
     except UserError:  # settings of another version
         return None, f"{said}; {rest}"
+    if not before.differs:  # but, perhaps, in what no person has chosen
+        return replace(settings, **{name: getattr(as_it_is, name) for name in BUCKET_SIZES}), ""
     if not settings.plain and terminal.somebody_answers():
         terminal.say(said)
         question = f"go on with it as it is there, y, or begin a new run, N ({PERSON_S:g} s)? "

@@ -103,7 +103,7 @@ class Server:
         self._plan_watch = plan_watch
         self._status = status
         self._first_worker_s, self._began_at = first_worker_s, time.monotonic()
-        bucket_mb = settings.bucket_size_mb
+        cut = partial(plan, bucket_mb=settings.bucket_size_mb, min_bucket_mb=settings.min_bucket_mb)
         nonce = uuid.uuid4().hex
         self.rounds = Rounds(
             Rules(
@@ -131,13 +131,13 @@ class Server:
             ),
             nonce,
             time.monotonic(),
-            lambda layout: len(plan(layout, bucket_mb).buckets),
+            lambda layout: len(cut(layout).buckets),
             run=run,
             recovery=recovery,
             data_set=data_set,
             name_samples=partial(name_samples, seed=settings.seed),
             places=partial(places, seed=settings.seed),
-            sizes=lambda layout: _sizes(plan(layout, bucket_mb)),
+            sizes=lambda layout: _sizes(cut(layout)),
         )
         self._shared = shm.shared_folder() if settings.shared_memory else None
         self._unread = sockets.Unread()

@@ -22,6 +22,7 @@ class Orders(msgspec.Struct, frozen=True):
     codec_down: str
     topk_ratio: float
     bucket_mb: float
+    min_bucket_mb: float | None
     history_mb: float
     heartbeat_timeout: float
     guarded: bool

@@ -156,7 +156,7 @@ class Process:
 
     def _begin(self, employ: wire.Employ) -> None:
         orders = self._orders
-        cut = plan(employ.layout, orders.bucket_mb)
+        cut = plan(employ.layout, orders.bucket_mb, orders.min_bucket_mb)
         if self._channels is not None:
             self._channels.close()
         self._shard = employ.shard

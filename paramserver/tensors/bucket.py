@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 from paramserver.protocol.messages import ITEM_BYTES, Layout, Tensor
+from paramserver.settings import PIECES
 
 SENT_BYTES = {"float32": 4, "float64": 8, "int64": 8, "bytes": 1}
 """Bytes of an element, by the dtype in which it is sent."""
@@ -85,14 +86,18 @@ def elements(tensor: Tensor) -> int:
     return ITEM_BYTES[tensor.dtype] * count if tensor.sent == "bytes" else count
 
 
-def plan(layout: Layout, bucket_mb: float) -> BucketPlan:
+def plan(layout: Layout, bucket_mb: float, min_bucket_mb: float | None = None) -> BucketPlan:
     """Cut a layout into buckets of at most `bucket_mb` MiB, except the one of kind `whole`.
+
+    With a `min_bucket_mb` less than that, the numbers of a round are cut into up to `PIECES`
+    buckets about as large as each other, and not smaller than that where no tensor ends: while the
+    average of one comes down, the next one goes up.
 
     A bucket ends between two tensors where it is at least a quarter full by then, so that it need
     not wait for a large neighbour; a tensor larger than a bucket is cut. The same layout gives the
     same plan on every machine.
     """
-    limit = 1.0
+    limit, most_bytes = 1.0, _most_bytes(layout, bucket_mb, min_bucket_mb)
     offsets = [0]
     buckets: list[Bucket] = []
     buckets_of: list[list[int]] = [[] for _ in layout.tensors]
@@ -115,7 +120,7 @@ def plan(layout: Layout, bucket_mb: float) -> BucketPlan:
         if (tensor.kind, tensor.sent) != (kind, sent) or index in cuts:
             close(begin)
             kind, sent = tensor.kind, tensor.sent
-            limit = math.inf if kind == "whole" else _limit(bucket_mb, sent)
+            limit = math.inf if kind == "whole" else max(1, most_bytes // SENT_BYTES[sent])
         elif end - start > limit and 4 * (begin - start) >= limit:
             close(begin)
         if end > begin:
@@ -127,6 +132,16 @@ def plan(layout: Layout, bucket_mb: float) -> BucketPlan:
     return BucketPlan(layout, tuple(offsets), tuple(buckets), tuple(map(tuple, buckets_of)))
 
 
-def _limit(bucket_mb: float, sent: str) -> int:
-    """Number of elements in a bucket, at most."""
-    return max(1, int(bucket_mb * 2**20) // SENT_BYTES[sent])
+def _most_bytes(layout: Layout, bucket_mb: float, min_bucket_mb: float | None) -> int:
+    """Of a bucket of numbers."""
+    most = int(bucket_mb * 2**20)
+    if min_bucket_mb is None or min_bucket_mb >= bucket_mb:
+        return most
+    sizes = [
+        0 if t.sent == "bytes" else SENT_BYTES[t.sent] * math.prod(t.shape) for t in layout.tensors
+    ]
+    ends = [0, *accumulate(count for _, count in layout.pairs), len(sizes)]
+    in_a_round = max(sum(sizes[a:b]) for a, b in pairwise(ends))
+    pieces = max(1, min(PIECES, int(in_a_round / (min_bucket_mb * 2**20))))
+    widest = max(SENT_BYTES.values())
+    return min(most, widest * math.ceil(in_a_round / (pieces * widest)))

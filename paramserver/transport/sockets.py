@@ -219,7 +219,8 @@ def bind(
 
 
 def mark(history_mb: float, bucket_mb: float) -> int:
-    """Messages that a PUB and a SUB each hold for a slow reader: twice what the history keeps.
+    """Messages that a PUB and a SUB each hold for a slow reader: twice what the history keeps,
+    where buckets are as large as they may be. Of a small model, in smaller buckets, it is less.
 
     It holds for a socket's whole life: changing the mark of a socket with connections is not safe.
     libzmq 4.3 may then notify the other end of a pipe that is gone already (a crash in its I/O

@@ -75,6 +75,7 @@ class Measuring:
             self._model,
             self._optimizer,
             bucket_mb=settings.bucket_size_mb,
+            min_bucket_mb=settings.min_bucket_mb,
             codec=settings.codec,
         )
         self._plan = replica.plan

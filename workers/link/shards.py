@@ -216,6 +216,7 @@ class Shards:
             codec_down=settings.codec_of_averages,
             topk_ratio=settings.topk_ratio,
             bucket_mb=settings.bucket_size_mb,
+            min_bucket_mb=settings.min_bucket_mb,
             history_mb=settings.history_mb,
             heartbeat_timeout=settings.heartbeat_timeout,
             guarded=connection.with_keys,

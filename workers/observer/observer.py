@@ -93,6 +93,7 @@ class Observer:
             model,
             optimizer,
             bucket_mb=settings.bucket_size_mb,
+            min_bucket_mb=settings.min_bucket_mb,
             codec=settings.codec_of_averages,
             scheduler=builders.build_scheduler(optimizer, settings, None),
             clip_norm=settings.clip_norm,

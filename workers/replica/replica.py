@@ -59,13 +59,13 @@ class Replica:
     `after_step(model)` after it and after the schedule; `clip_norm` clips the gradients' total
     norm. They run in every replica alike. If `after_step` belongs to an object with `state_dict`
     and `load_state_dict`, such as the method of an averaged model, that is a part of the replica's
-    state. The schedule goes on with
-    every update or, with `schedule_by` "epoch", where an update ends an epoch of samples; with
-    `own_schedule` the loop may step one of its own instead. `buffers`
-    gives by name the rule for a buffer that forwards write, where it is not the usual one
-    (`workers.replica.buffers`). `codec` is that of the averages. `outer`: how the run's local steps
-    are taken together, if it has any; `before_step` and `clip_norm` act on these steps then. Raises
-    `UserError` for what cannot be equal on all machines.
+    state. The schedule goes on with every update or, with `schedule_by` "epoch", where an update
+    ends an epoch of samples; with `own_schedule` the loop may step one of its own instead.
+    `buffers` gives by name the rule for a buffer that forwards write, where it is not the usual one
+    (`workers.replica.buffers`). `bucket_mb` and `min_bucket_mb` are the sizes of its buckets
+    (`paramserver.tensors.bucket.plan`), `codec` is that of the averages. `outer`: how the run's
+    local steps are taken together, if it has any; `before_step` and `clip_norm` act on these steps
+    then. Raises `UserError` for what cannot be equal on all machines.
     """
 
     def __init__(
@@ -74,6 +74,7 @@ class Replica:
         optimizer: Optimizer,
         *,
         bucket_mb: float,
+        min_bucket_mb: float | None = None,
         codec: str,
         scheduler: LRScheduler | None = None,
         clip_norm: float | None = None,
@@ -138,7 +139,7 @@ class Replica:
             ),
             self._count_pairs(),
         )
-        self.plan = plan(self.layout, bucket_mb)
+        self.plan = plan(self.layout, bucket_mb, min_bucket_mb)
         self._codec = CODECS[codec]
         self._make_room()
         self._begin_as_others_will()
