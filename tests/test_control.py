@@ -335,3 +335,17 @@ def test_who_could_follow_only_by_what_was_written_over_takes_a_snapshot() -> No
     run.hear(2, wire.Fetch(step=0, lineage=origin))
     assert not run.rounds.knows(0, origin) and run.rounds.knows(1, run.rounds.lineage)
     assert run.to(2, wire.Fetched) == []
+
+
+def test_what_comes_after_a_standstill_meets_no_deadline_that_passed_meanwhile() -> None:
+    """A server that was started again waits for who holds the newest step. It stands still, and
+    what an older replica says is the first that it reads: the newest one's greeting is behind."""
+    run = Run(workers=0, noted="newest")
+    run.control.tick(run.now)
+    run.greet(1)
+    run.now += 3 * SILENCE_S
+    run.hear(1, wire.Join(layout=LAYOUT, step=2, lineage="older", device=""))
+    assert run.rounds.coming_back
+    run.greet(2)
+    run.hear(2, wire.Join(layout=LAYOUT, step=3, lineage="newest", device=""))
+    assert (run.rounds.step, run.rounds.lineage) == (3, "newest")

@@ -200,6 +200,7 @@ class Rounds:
                 return False
             case StoodStill():
                 self._ending.stood_still(event.seconds)
+                self._origin.stood_still(event.seconds)
                 return False
             case Forgotten():
                 self.log.forget_before(event.step)

@@ -72,6 +72,13 @@ class Origin:
         if self._recovery is not None:
             self._recovery.greeted(nonce)
 
+    def stood_still(self, seconds: float) -> None:
+        """Do not count the seconds in which the server heard nobody."""
+        if self._recovery is not None:
+            self._recovery.stood_still(seconds)
+        if self._joined_at is not None:
+            self._joined_at += seconds
+
     def awaits(self, now: float) -> bool:
         """After a restart: may a process of this run be there that has not greeted yet?"""
         return self._recovery is not None and self._recovery.awaits(now)

@@ -48,6 +48,11 @@ class Recovery:
         """This process has greeted: do not wait for it any more."""
         self._beating.pop(nonce, None)
 
+    def stood_still(self, seconds: float) -> None:
+        """Do not count the seconds in which the server heard nobody."""
+        self._began += seconds
+        self._beating = {nonce: at + seconds for nonce, at in self._beating.items()}
+
     def over(self, back: Collection[str], joining: bool, now: float) -> bool:
         """Is the wait over for replicas that may be ahead of those at the lineages `back`?
 

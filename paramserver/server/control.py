@@ -196,14 +196,21 @@ class Control:
         if self._stop is not None:
             (reason, error), self._stop = self._stop, None
             self._happens(Stop(reason, error), now)
-        stood_s, self._ticked_at = now - self._ticked_at, now
-        if stood_s > self.rounds.rules.heartbeat_timeout / 2:
-            self._happens(StoodStill(stood_s), now)
+        self._notice_standstill(now)
+        self._ticked_at = now
         self._happens(Tick(), now)
         self._give_up_payloads(now)
         self._lose_unreachable(now)
         self._release(now)
         self.watcher.looked(self, now)
+
+    def _notice_standstill(self, now: float) -> None:
+        """Has this server itself stood still, on a laptop that slept, say? What comes first when it
+        goes on must not meet deadlines that passed meanwhile."""
+        stood_s = now - self._ticked_at
+        if stood_s > self.rounds.rules.heartbeat_timeout / 2:
+            self._ticked_at = now
+            self._happens(StoodStill(stood_s), now)
 
     def pulse(self, now: float) -> None:
         """Send the server's sign of life; call it several times in each heartbeat timeout."""
@@ -236,6 +243,7 @@ class Control:
     def receive(self, route: bytes, message: Any, buffers: list[Any], now: float) -> None:
         """Handle one message; a fault in it affects only its sender. What a peer says behind a push
         whose payload is on its way to a shard waits until that is there."""
+        self._notice_standstill(now)
         if (shard := self._shard_of.get(route)) is not None:
             self._hear_shard(shard, message, buffers, now)
             return
