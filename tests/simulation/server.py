@@ -23,6 +23,7 @@ from paramserver.rounds.leases import LEASES_HELD
 from paramserver.rounds.looks import DataSet
 from paramserver.rounds.recovery import NOTHING
 from paramserver.rounds.roster import Peer
+from paramserver.rounds.round import worked_off
 from paramserver.rounds.rules import Rules
 from paramserver.rounds.snapshots import Snapshot
 from paramserver.rounds.states import REPLICA
@@ -167,7 +168,8 @@ class Samples:
         if carried is not None:
             return server.book.model_at(carried.step - 1), samples_of(carried.lease), True
         assert server.rounds.round is not None
-        return server.book.model, samples_of(server.rounds.round.members[worker].lease), True
+        of_lease = samples_of(server.rounds.round.members[worker].lease)
+        return server.book.model, of_lease[: worked_off(push)], True  # fewer after fewer steps
 
     def drop(self, worker: int, bucket: int) -> None:
         del self.payloads[worker, bucket]
