@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -35,6 +36,7 @@ MARK = "PARAMSERVER_BENCH"
 
 ENDING_S = 30.0
 LOG_TAIL = 2000
+BY_SIGTERM = (-signal.SIGTERM, 128 + signal.SIGTERM)
 
 
 class Failed(Exception):
@@ -51,6 +53,7 @@ class Team:
         self._deadline = time.monotonic() + seconds
         self.folder = Path(tempfile.mkdtemp(prefix="bench-"))
         self._forked: dict[str, BaseProcess] = {}
+        self._told = set[str]()  # to end
         self._programs: dict[str, subprocess.Popen[bytes]] = {}
 
     def __enter__(self) -> Team:
@@ -139,16 +142,19 @@ class Team:
             time.sleep(0.01)
 
     def stop(self, name: str) -> Any:
-        """Ask it to end (SIGTERM), and `wait`."""
+        """Ask it to end (SIGTERM), and `wait`. One that had done its work just before, and was
+        about to exit, ends by the signal."""
+        self._told.add(name)
         with suppress(psutil.NoSuchProcess):  # it ended by itself meanwhile
             psutil.Process(self.pid(name)).terminate()
         return self.wait(name)
 
     def _check(self, doing: str) -> None:
         for name in (*self._forked, *self._programs):
-            if self._code(name):
+            code = self._code(name)
+            if code and not (name in self._told and code in BY_SIGTERM):
                 text = self._log(name).read_text(errors="replace").strip()
-                raise Failed(f"{name} ended with code {self._code(name)}:\n{text[-LOG_TAIL:]}")
+                raise Failed(f"{name} ended with code {code}:\n{text[-LOG_TAIL:]}")
         if self.left() < 0:
             raise Failed(f"out of time {doing}")
 
