@@ -129,9 +129,9 @@ def test_a_word_with_two_values_is_told(
     for name in "ab":
         put(f"conf/{name}.yaml", "batch_size: 8")
     load(words.split(), "worker" if "id=" in words else "server").tell_twice()
-    err = capsys.readouterr().err
-    assert err.startswith(said) and bool(err) == bool(said)
-    assert "psabc" not in err
+    told = capsys.readouterr()
+    assert told.out.startswith(said) and bool(told.out) == bool(said) and not told.err
+    assert "psabc" not in told.out
 
 
 @pytest.mark.parametrize(

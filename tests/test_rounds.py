@@ -695,7 +695,8 @@ def test_averages_and_losses_are_weighted_by_what_workers_say_where_all_say_it()
     assert run.sums().startswith("20 done")
     run.hello(3), run.join(3), run.push(1, weight=1), run.push(2, weight=1), run.snapshot(3)
     assert run.ready(3) == [
-        "w3 <- reject: worker 3 (pi) does not say what its batches weigh (samples=), the others do"
+        "w3 <- reject: worker 3 (pi) does not say what its batches weigh (samples=), the others "
+        "do, as worker 1 (pi) and 1 more"
     ]
 
 

@@ -90,7 +90,7 @@ class Loaded:
 
     def tell_twice(self) -> None:
         for sentence in self.twice:
-            terminal.say(sentence, error=True)
+            terminal.say(sentence)
 
 
 @dataclass(frozen=True)

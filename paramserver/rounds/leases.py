@@ -230,7 +230,8 @@ class Leases:
             if known.weighs:
                 says, others_say = "does not say", "do"
             return Reject(
-                f"{peer.name} {says} what its batches weigh (samples=), the others {others_say}",
+                f"{peer.name} {says} what its batches weigh (samples=), the others "
+                f"{others_say}{whose}",
                 "give batches() the same function samples= in every worker, or in none",
             )
         return None

@@ -643,10 +643,11 @@ class Schedule:
 
     def _check_given_up(self, end: wire.End) -> None:
         """Nobody who was within reach held the state, and could give it: who hangs cannot. With the
-        liar as its only worker a run does not go on."""
+        liar as its only worker, or as the one that said which data set it has, no run goes on."""
         since = self.world.now - 2 * SILENCE_S
         workers = [p for p in self.alive if p.role == "worker" and not self._has_lost_its_run(p)]
-        if self.lies and not workers:
+        known = self.server.rounds.data_set
+        if self.lies and (not workers or (known is not None and known.whose.endswith(AS_THE_LIAR))):
             return
         for peer in self.alive:
             near = not peer.stopped and peer.reachable_at <= since
