@@ -159,10 +159,7 @@ class Data:
         outbox = self._outboxes.get(session)
         if outbox is None:
             raise PeerError("you have no outbox")
-        try:
-            buffers = [outbox.buffer(place) for place in push.places]
-        except ValueError as e:
-            raise PeerError(str(e)) from None
+        buffers = outbox.buffers(push.places)
         self.mapped_bytes += sum(place[1] for place in push.places)
         return buffers
 
@@ -295,5 +292,4 @@ def _free(outbox: shm.Outbox | None, places: tuple[wire.Place, ...]) -> None:
     """Free slots that are not read any more. `outbox` is the one that they lie in: a worker that
     has joined again has another one."""
     if outbox is not None:
-        for _, _, slot in places:
-            outbox.free(slot)
+        outbox.free_all(places)

@@ -96,11 +96,7 @@ class Memory:
         outbox = self._outboxes.get(id)
         if outbox is None:
             raise PeerError("it has no outbox here")
-        try:
-            located = [outbox.buffer(place) for place in push.places]
-        except ValueError as e:
-            raise PeerError(str(e)) from None
-        return located, partial(_free, outbox, push.places)
+        return outbox.buffers(push.places), partial(outbox.free_all, push.places)
 
     # ------------------------------------------------------------------ averages
 
@@ -148,11 +144,6 @@ class Memory:
 
 def _nothing() -> None:
     pass
-
-
-def _free(outbox: shm.Outbox, places: tuple[wire.Place, ...]) -> None:
-    for _, _, slot in places:
-        outbox.free(slot)
 
 
 __all__ = ["Memory"]

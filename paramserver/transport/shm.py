@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from paramserver.errors import PeerError
 from paramserver.transport.private_dir import PrivateFolder
 
 SHARED = Path("/dev/shm")
@@ -174,8 +175,20 @@ class Outbox:
             raise ValueError(f"no such place in an outbox: {place}")
         return self._memory.view[offset : offset + nbytes]
 
+    def buffers(self, places: Sequence[Place]) -> list[Any]:
+        """The bytes at all these places; raises `PeerError` for an impossible one."""
+        try:
+            return [self.buffer(place) for place in places]
+        except ValueError as e:
+            raise PeerError(str(e)) from None
+
     def free(self, slot: int) -> None:
         self._states[slot] = FREE
+
+    def free_all(self, places: Sequence[Place]) -> None:
+        """Free the slots of these places, which are not read any more."""
+        for _, _, slot in places:
+            self.free(slot)
 
 
 class Ring:
