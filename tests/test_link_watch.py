@@ -87,6 +87,14 @@ def test_a_server_s_link_is_shared_by_those_who_come_over_it() -> None:
     assert rounds(apart, 3 * ROUNDS, come_s=come_s) != []
 
 
+def test_the_workers_of_a_host_share_its_cable() -> None:
+    rates = {2: 100.0, 3: 40.0, 4: 40.0}
+    watch = LinkWatch([Chosen(k, f"10.10.0.{k}", FAR, rate) for k, rate in rates.items()])
+    places = [(1, ""), (2, "10.10.0.2"), (3, "10.10.0.3"), (4, "10.10.0.3"), (5, "10.10.0.5")]
+    assert watch.cables(places) == {"": 100.0, "10.10.0.2": 100.0, "10.10.0.3": 80.0}
+    assert watch.cables([(1, ""), (5, "10.10.0.5")]) == {}  # nobody of whom it is known
+
+
 def test_a_round_of_one_push_tells_nothing_of_speed() -> None:
     assert rounds(LinkWatch([CHOSEN]), 3 * ROUNDS, come_s=9.0, pushes=1) == []
 

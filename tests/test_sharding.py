@@ -50,6 +50,10 @@ def test_a_slow_cable_carries_no_shard_and_the_rest_share_equally() -> None:
     assert seconds(cables, shares(cables, 4, 4), 4, 4) == pytest.approx(1 / 25e6)
 
 
+def test_where_no_other_cable_can_carry_a_shard_the_server_is_alone() -> None:
+    assert shares({0: Cable(1.0), 1: Cable(0.2)}, 3, 3) == ()
+
+
 def test_a_somewhat_slower_cable_carries_a_smaller_share() -> None:
     cables = {0: Cable(1.0), 1: Cable(1.0), 2: Cable(1.0), 3: Cable(0.8)}
     found = parts(cables, 4)
@@ -70,7 +74,7 @@ def test_no_other_shares_are_sooner_done() -> None:
             continue
         receivers = max(workers, len(cables))
         chosen = shares(cables, workers, receivers)
-        assert sum(s for _, s in chosen) == WHOLE
+        assert sum(s for _, s in chosen or ((SERVER, WHOLE),)) == WHOLE
         best = seconds(cables, chosen, workers, receivers)
         for _ in range(20):
             cut = sorted(rng.randint(0, WHOLE) for _ in range(len(cables) - 1))

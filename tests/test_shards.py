@@ -14,8 +14,12 @@ import pytest
 from whole import DEADLINE_S, Program, Run
 
 from benchmarks.network import Hosts
+from paramserver.net import link_watch
+from paramserver.net.link_watch import Chosen
 
 GRADIENT_BYTES = 4 * 337_674
+RATE = 20e6 / 8
+"""Bytes a second that each cable carries."""
 NAMES = ["mini1", "mini2", "mini3"]
 SMALL = ["bucket_mb=0.01", "observer=false", "num_epochs=9999", "digest_steps=5"]
 
@@ -24,15 +28,26 @@ class Cluster:
     """A server beside worker 1, and two workers on hosts of their own."""
 
     def __init__(
-        self, hosts: Hosts, run: Run, folder: Path, security: str, *more: str, far: str = ""
+        self,
+        hosts: Hosts,
+        run: Run,
+        folder: Path,
+        security: str,
+        *more: str,
+        far: str = "",
+        paths: str = "",
     ) -> None:
-        """`far`: a setting of the workers on hosts of their own."""
+        """`far`: a setting of the workers on hosts of their own. `paths`: what was measured."""
         self.run, self.hosts = run, hosts
         address = f"host_ip={hosts.address('mini1')}"
         keys = {"XDG_CONFIG_HOME": str(folder / "mini1")}
+        measured = {link_watch.VARIABLE: paths} if paths else {}
         near, token = [f"security={security}"], dict[str, str]()
         self.server = run.server(
-            *(address, "num_workers=3", *near, *SMALL, *more), host=hosts["mini1"], **keys
+            *(address, "num_workers=3", *near, *SMALL, *more),
+            host=hosts["mini1"],
+            **keys,
+            **measured,
         )
         if security == "curve":
             told = self.server.wait_for("other machines join with: ")
@@ -53,10 +68,19 @@ class Cluster:
 
 
 @contextmanager
-def cluster(folder: Path, security: str, *more: str, far: str = "") -> Iterator[Cluster]:
+def cluster(
+    folder: Path, security: str, *more: str, far: str = "", rates: Sequence[float] = ()
+) -> Iterator[Cluster]:
+    """`rates`: what `make up` has measured of the paths of workers 2 and 3."""
     # A slow cable leaves the processors idle, which the processes of the shards need to begin.
     with Hosts(NAMES, rate="20mbit", burst="64kb") as hosts, Run(folder) as run:
-        yield Cluster(hosts, run, folder, security, *more, far=far)
+        there = hosts.address(NAMES[0])
+        paths = [
+            Chosen(number, hosts.address(NAMES[number - 1]), there, rate)
+            for number, rate in enumerate(rates, 2)
+        ]
+        told = link_watch.write(paths) if paths else ""
+        yield Cluster(hosts, run, folder, security, *more, far=far, paths=told)
 
 
 def shards_of(workers: Sequence[Program]) -> list[psutil.Process]:
@@ -127,6 +151,18 @@ def test_where_memory_cannot_be_shared_a_shard_is_reached_through_its_socket(
         there.server.wait_for("several average the gradients: 50 % itself, 50 % ")
         assert bytes_of_a_step(there) > GRADIENT_BYTES / 2
         there.end()
+
+
+@pytest.mark.root
+def test_shares_follow_what_make_up_has_measured(tmp_path: Path) -> None:
+    with cluster(tmp_path, "none", "shards=3", rates=[0.8 * RATE, 0.6 * RATE]) as there:
+        measured = "several average the gradients: [^,]*, [^,]*, [^,]*, as their cables were"
+        there.server.wait_for(measured)
+        for _ in range(3):
+            there.server.wait_for("training, step")
+        there.end()
+        # A push of which the server gets no more than the header tells nothing of the cable.
+        assert "had measured" not in there.server.output
 
 
 @pytest.mark.root

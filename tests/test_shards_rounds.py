@@ -33,6 +33,12 @@ class Sharded(Run):
             self.happens(Placed(session(who), address))
 
     def begin(self) -> Sharded:
+        self.both_are_reached()
+        assert self.rounds.round is not None
+        assert self.rounds.round.owners == (0, 1, 2, 0)
+        return self
+
+    def both_are_reached(self) -> None:
         """Both shards are there and reached; the next round, which opens now, has them."""
         self.tick(1.0, 1, 2, 3)
         for who in (2, 3):
@@ -43,9 +49,6 @@ class Sharded(Run):
         self.works()
         for who in PLACES:
             self.push(who)
-        assert self.rounds.round is not None
-        assert self.rounds.round.owners == (0, 1, 2, 0)
-        return self
 
     def reached(self, who: int, shard: int, problem: str = "") -> list[str]:
         return self.tells(who, wire.Reached(shard=shard, problem=problem))
@@ -127,6 +130,24 @@ def test_who_averages_is_told_until_the_server_does_it_alone() -> None:
     told = run.happens(Failed(1, "gone")) + run.happens(Failed(2, "gone"))
     assert "# the server averages all gradients" in told
     assert not run.rounds.shards.sentence
+
+
+@pytest.mark.parametrize(
+    ("slow", "rules", "told"),
+    [
+        (0.2, {}, "50 % itself, 50 % pi, as their cables were measured"),
+        (0.8, {}, "43 % itself, 43 % pi, 14 % pi, as their cables were measured"),
+        (1.0, {}, "33 % itself, 33 % pi, 33 % pi"),
+        (0.2, {"deterministic": True}, "33 % itself, 33 % pi, 33 % pi"),
+    ],
+)
+def test_shares_follow_the_cables_that_were_measured(
+    slow: float, rules: dict[str, Any], told: str
+) -> None:
+    run = Sharded(**rules)
+    run.rounds.shards.rates = {"": 1.0, PLACES[2]: 1.0, PLACES[3]: slow}
+    run.both_are_reached()
+    assert run.rounds.shards.sentence.endswith(f": {told}")
 
 
 def test_the_memory_of_a_push_is_released_once_whatever_becomes_of_it() -> None:

@@ -8,7 +8,7 @@ measured.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from statistics import median
 
@@ -111,6 +111,16 @@ class LinkWatch:
         self._rounds: dict[int, _Round] = {}
         self._slow: Counter[int] = Counter()  # rounds in a row
         self._told: set[tuple[int, str]] = set()
+
+    def cables(self, places: Iterable[tuple[int, str]]) -> dict[str, float]:
+        """Bytes a second that the cable of each address carries, where these workers come from
+        these addresses: a host's workers share what was measured. The server's own, "", carries at
+        least what the fastest of them does. Empty where none was measured."""
+        found: dict[str, float] = {}
+        for worker, address in places:
+            if address and worker in self.expected:
+                found[address] = found.get(address, 0.0) + self.expected[worker]
+        return {"": max(found.values()), **found} if found else {}
 
     def pushed(
         self,

@@ -82,7 +82,8 @@ def shares(cables: Mapping[int, Cable], workers: int, receivers: int) -> Shares:
         middle = (slow + fast) / 2
         done = sum(_most(c, middle, workers, receivers) for c in cables.values()) >= 1.0
         slow, fast = (slow, middle) if done else (middle, fast)
-    return _rounded({shard: _most(c, fast, workers, receivers) for shard, c in cables.items()})
+    found = _rounded({shard: _most(c, fast, workers, receivers) for shard, c in cables.items()})
+    return () if found == ((SERVER, WHOLE),) else found
 
 
 def seconds(cables: Mapping[int, Cable], chosen: Shares, workers: int, receivers: int) -> float:

@@ -179,16 +179,16 @@ class Shards:
             return False
         self.shares = found
         self._map()
-        self.sentence = self._told() if found else ""
+        self.sentence = self._told(measured=found != sharding.equal(chosen)) if found else ""
         self._out.say(self.sentence or "the server averages all gradients")
         return True
 
-    def _told(self) -> str:
+    def _told(self, *, measured: bool) -> str:
         parts = [
             f"{share / 10:.0f} % {self.live[shard].name}" if shard else f"{share / 10:.0f} % itself"
             for shard, share in self.shares
         ]
-        by = ", as their cables were measured" if len({s for _, s in self.shares}) > 2 else ""
+        by = ", as their cables were measured" if measured else ""
         return f"the server lets several average the gradients: {', '.join(parts)}{by}"
 
     def _shares(self, chosen: list[int], workers: Collection[Peer]) -> Shares:

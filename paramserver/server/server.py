@@ -23,6 +23,7 @@ from paramserver.fleet.plan_watch import PlanWatch
 from paramserver.net import machine
 from paramserver.net.link_watch import LinkWatch
 from paramserver.protocol import messages as wire
+from paramserver.protocol.sharding import SERVER
 from paramserver.rounds.aggregate import MEAN
 from paramserver.rounds.coordinator import Rounds
 from paramserver.rounds.looks import DataSet
@@ -510,7 +511,7 @@ class Server:
             self._note_rates()
         if not isinstance(message, wire.Push):
             return
-        if message.ready_s:
+        if message.ready_s and message.shard == SERVER:  # other numbers do not come by this path
             self._look_at_path(route, message, frame, came.size, now)
         if self._plan_watch is not None and message.compute_s is not None:
             peer = self.rounds.peers.get(self.control.links.get(route, ""))
@@ -518,17 +519,11 @@ class Server:
                 self._plan_watch.pushed(peer.name, message.compute_s)
 
     def _note_rates(self) -> None:
-        """What the cables of the workers' hosts carry, where that was measured before the run. The
-        server's own carries at least what the fastest path does."""
-        if self._link_watch is None:
-            return
-        expected, rates = self._link_watch.expected, dict[str, float]()
-        for session, address in self.control.traffic.addresses.items():
-            peer = self.rounds.peers.get(session)
-            if address and peer is not None and peer.id in expected:
-                rates[address] = expected[peer.id]
-        if rates:
-            self.rounds.shards.rates = {"": max(rates.values()), **rates}
+        """What the cables of the workers' hosts carry, where that was measured before the run."""
+        if self._link_watch is not None:
+            peers, addresses = self.rounds.peers, self.control.traffic.addresses
+            places = [(peers[s].id, address) for s, address in addresses.items() if s in peers]
+            self.rounds.shards.rates = self._link_watch.cables(places)
 
     def _look_at_path(
         self, route: bytes, push: wire.Push, frame: zmq.Frame, size: int, now: float
