@@ -499,8 +499,7 @@ def test_values_have_their_documented_keys() -> None:
         "cluster/late/worker_2": 1.0,
         "cluster/late/worker_3": 0.0,
     }
-    assert step_values(loss=None, learning_rate=0.1, samples={}, step_s=0.0) == {
-        "lr": 0.1,
+    assert step_values(loss=None, learning_rate=None, samples={}, step_s=0.0) == {
         "batch_size": 0,
         "cluster/step_s": 0.0,
     }

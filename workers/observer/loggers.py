@@ -105,7 +105,7 @@ def open_logbooks(
 def step_values(
     *,
     loss: float | None,
-    learning_rate: float,
+    learning_rate: float | None,
     samples: Mapping[int, int],
     step_s: float,
     late: Iterable[int] = (),

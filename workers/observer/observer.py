@@ -219,9 +219,10 @@ class Observer:
         self._noted = close.step, step
         assert self.client.follow is not None
         sent, received = self.client.follow.traffic
+        group = self.replica.optimizer.param_groups[0]  # one of a user's may have no rate
         values = step_values(
             loss=close.loss,
-            learning_rate=self.replica.optimizer.param_groups[0]["lr"],
+            learning_rate=group.get("lr"),
             samples=close.contributors,
             step_s=close.seconds,
             late=close.late,
