@@ -17,14 +17,14 @@ from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks import machine, parts, report
+from benchmarks import machine, parts, report, sharded
 from benchmarks.report import Results, Row
 from benchmarks.team import CLONE, kill, left_behind, prepare
 
 RESULTS = CLONE / "benchmarks" / "results"
 PAGE = CLONE / "docs" / "performance.md"
-SHARES = {"exchange": 4, "training": 3, "links": 3, "shares": 2, "local": 3, "exposed": 1,
-          "scale": 1, "memory": 1, "accuracy": 2}  # fmt: skip
+SHARES = {"exchange": 4, "training": 3, "links": 3, "shards": 3, "shares": 2, "local": 3,
+          "exposed": 1, "scale": 1, "memory": 1, "accuracy": 2}  # fmt: skip
 """The parts in their order; where time is short, each may take so much of what is left."""
 
 
@@ -97,6 +97,7 @@ def _groups(part: str, effort: parts.Effort, results: Results) -> parts.Groups:
     others: dict[str, Callable[[parts.Effort], parts.Groups]] = {
         "training": parts.training,
         "links": parts.links,
+        "shards": sharded.shards,
         "exposed": parts.exposed,
         "shares": parts.shares,
         "local": parts.local,

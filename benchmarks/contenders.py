@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any
 
+import psutil
 import torch
 import torch._dynamo  # the first optimizer imports it, which takes seconds: here, once for all
 import torch.distributed as dist
@@ -24,7 +25,7 @@ from torch.optim import Optimizer
 
 from paramserver import keys
 from paramserver.__main__ import main as server_main
-from paramserver.net import address
+from paramserver.net import address, link_watch
 from paramserver.output import picture
 from paramserver.protocol import messages as wire
 from paramserver.rounds.local_steps import outer_of
@@ -68,6 +69,13 @@ class Layers(nn.Module):
         return x
 
 
+class Watched(Layers):
+    """`Layers` as an observer's model: it tells nothing of images."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.zeros(len(images), 10)
+
+
 class _Layers(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, seconds: float, *weights: Tensor) -> Tensor:
@@ -100,12 +108,16 @@ class Laps:
         self._seconds: list[float] = []
         self._at = time.perf_counter()
         self._processor_s: list[float] = [time.process_time()]
+        self.busy = 0.0
+        """Share of the machine's cores that was busy in the rounds that count, whoever used it."""
 
     def lap(self) -> bool:
         now = time.perf_counter()
         self._processor_s.append(time.process_time())
         self._seconds.append(now - self._at)
         self._at, self._left = now, self._left - 1
+        if self._left in (self._rounds, 0):  # after the warm-up, and at the end
+            self.busy = psutil.cpu_percent() / 100  # since it was called before
         return self._left > 0
 
     @property
@@ -132,12 +144,17 @@ def backward_alone(model: Layers, rounds: int = 5) -> float:
 # ------------------------------------------------------------------ this project
 
 
-def server(*settings: str, keys_in: str = "", guarded: bool = False) -> dict[str, float]:
+def server(
+    *settings: str, keys_in: str = "", guarded: bool = False, paths: str = ""
+) -> dict[str, float]:
     """The server program; only the picture it draws at the end of a run is left out. Returns its
     processor time, all of it.
 
     `keys_in`: the folder of its keys. `guarded`: loopback needs them as other addresses do.
+    `paths`: what `make up` tells it of the workers' cables (`link_watch.write`).
     """
+    if paths:
+        os.environ[link_watch.VARIABLE] = paths
     picture.draw = lambda *_, **__: None
     os.environ["XDG_CONFIG_HOME"] = keys_in
     if guarded:
@@ -200,7 +217,12 @@ def worker(
             optimizer.step()
             if cluster.client.shards >= shards and not laps.lap():
                 break
-    return {"seconds": laps.seconds, "alone": alone, "processor_s": laps.processor_s}
+    return {
+        "seconds": laps.seconds,
+        "alone": alone,
+        "processor_s": laps.processor_s,
+        "busy": laps.busy,
+    }
 
 
 def waiting_worker(

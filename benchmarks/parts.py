@@ -53,6 +53,8 @@ class Effort:
     share_rounds: int
     local_links: dict[str, str]
     """Rates of links on which local steps are measured, with their names."""
+    sharded: tuple[tuple[str, int], ...]
+    """Rates of links, and numbers of hosts that average together over them."""
     few_workers: tuple[int, ...]
     """For what need not be measured with each number of them."""
     scale: tuple[int, ...]
@@ -80,6 +82,7 @@ FULL = Effort(
     link_workers=(2, 3, 4),
     share_rounds=150,
     local_links={"1gbit": "1 Gbit/s", "100mbit": "100 Mbit/s"},
+    sharded=(("1gbit", 4), ("1gbit", 3), ("200mbit", 8)),
     few_workers=(2, 4),
     scale=(4, 64),
     scale_rounds=1200,
@@ -101,6 +104,7 @@ QUICK = Effort(
     link_workers=(2,),
     share_rounds=100,
     local_links={"1gbit": "1 Gbit/s"},
+    sharded=(("1gbit", 3),),
     few_workers=(2,),
     scale=(4, 64),
     scale_rounds=400,
@@ -183,7 +187,7 @@ def exchange(effort: Effort, machine: Machine) -> Groups:
             for half in (False, True) if effort.extras and workers > 1 else (False,):
                 row = Row("exchange", size, workers, _gloo_name(half), "ms")
                 share = workers * _half(half) / machine.tcp_rate
-                cases.append(Case(row, partial(_gloo, limits, size, workers, HERE, half, share)))
+                cases.append(Case(row, partial(gloo, limits, size, workers, HERE, half, share)))
             few = workers == 1 or size == "250 MB"
             for codec in effort.few_codecs if few else effort.codecs:
                 row = Row("exchange", size, workers, our_name(codec), "ms")
@@ -215,7 +219,7 @@ def _ours(
     return 1e3 * one.seconds, 1e3 * limit_s
 
 
-def _gloo(
+def gloo(
     limits: Limits, size: str, ranks: int, place: Place, half: bool, s_per_ring_byte: float
 ) -> Figure:
     seconds = runs.all_reduce(limits, size, ranks, place, half=half)
@@ -245,15 +249,15 @@ def links(effort: Effort) -> Groups:
                     cases = []
                     for half in (False, True) if effort.extras else (False,):
                         row = Row("links", what, workers, _gloo_name(half), "ms")
-                        gloo = partial(
-                            _gloo, limits, size, workers, place, half, _half(half) / rate
+                        theirs = partial(
+                            gloo, limits, size, workers, place, half, _half(half) / rate
                         )
-                        cases.append(Case(row, gloo))
+                        cases.append(Case(row, theirs))
                     for codec in effort.codecs:
                         row = Row("links", what, workers, our_name(codec), "ms")
                         ours = partial(_linked, limits, size, workers, codec, place, rate)
                         cases.append(Case(row, ours))
-                    for codec in effort.codecs if workers > 2 else ():
+                    for codec in effort.codecs if workers > 2 and server_on == "server" else ():
                         row = Row("links", what, workers, f"{our_name(codec)}, shards", "ms")
                         ours = partial(_linked, limits, size, workers, codec, place, rate)
                         cases.append(Case(row, partial(ours, sharded=True)))
@@ -293,10 +297,10 @@ def _sharded(
     cables = {shard: Cable(rate) for shard in range(1 - apart, workers + 1 - apart)}
     cables |= {SERVER: Cable(rate, workers=0, copies=0)} if apart else {}
     seconds = sharding.seconds(cables, sharding.equal(sorted(cables)), workers, workers)
-    return 1e3 * one.seconds, 1e3 * seconds * size_bytes(size) * _part_of_float32(codec)
+    return 1e3 * one.seconds, 1e3 * seconds * size_bytes(size) * part_of_float32(codec)
 
 
-def _part_of_float32(codec: str) -> float:
+def part_of_float32(codec: str) -> float:
     buffers, _ = CODECS[codec].encode(torch.ones(2**16))
     return sum(memoryview(b).nbytes for b in buffers) / (4 * 2**16)
 
@@ -495,6 +499,40 @@ def memory(effort: Effort) -> Groups:
             row = Row("memory", size, workers, our_name(DEFAULT.codec), "MB")
             cases.append(Case(row, partial(ours, size, rounds, workers)))
         yield cases
+    yield from _memory_with_shards(effort)
+
+
+def _memory_with_shards(effort: Effort) -> Groups:
+    """What each process has more than with a model of 0.1 MB. The limit, of those that average:
+    three times their share and the history."""
+    if (reason := why_no_hosts()) is not None:
+        raise Skipped(f"{reason}, so not with shards")
+    size, workers = next(reversed(effort.rounds)), max(3, *effort.few_workers)
+    with Hosts([f"host{k}" for k in range(1, workers + 1)]) as hosts:
+        place = Place(hosts, "host1")
+        allowed = 3 * size_bytes(size) / workers + DEFAULT.history_mb * 2**20
+        grown: dict[str, float] = {}
+
+        def look() -> None:
+            for name, sign in (("0.1 MB", -1), (size, 1)):
+                limits = effort.limits(3)
+                seen = runs.memory_by_role(limits, name, workers, DEFAULT.codec, place, workers)
+                for role, found in seen.items():
+                    grown[role] = grown.get(role, 0.0) + sign * found
+
+        def measure(role: str) -> Figure:
+            if role == runs.ROLES[0]:
+                grown.clear()
+                look()
+            return grown[role] / MEGA, allowed / MEGA if role in ("server", "shard") else None
+
+        yield [
+            Case(
+                Row("memory", f"{size}, a shard on each host", workers, role, "MB", observer=True),
+                partial(measure, role),
+            )
+            for role in runs.ROLES
+        ]
 
 
 def scale(effort: Effort) -> Groups:

@@ -33,10 +33,19 @@ class Row(msgspec.Struct):
     limits: list[float] = []
     """What the bytes or the cores allow, in the same unit, where it can be told."""
     notes: list[str] = []
+    observer: bool | None = None
+    """Whether an observer follows; None where that is not told."""
+    busy: list[float] = []
+    """Percent of this machine's cores that were busy, one for each run."""
 
     @property
     def value(self) -> float:
         return median(self.values)
+
+    @property
+    def label(self) -> str:
+        """Of a bar in the picture."""
+        return f"{self.how}, observer" if self.observer else self.how
 
     @property
     def limit(self) -> float | None:
@@ -74,6 +83,7 @@ TITLES = {
     "exchange": "Exchange alone, on loopback",
     "training": "Whole training: SimpleNN, batch 32, Adam, on digits held as tensors",
     "links": "Exchange over links of 1 Gbit/s, one for each host",
+    "shards": "Exchange that several hosts average together",
     "exposed": "Communication that compute does not hide, as a share of the exchange alone",
     "shares": "Machines of unlike speed",
     "local": "Local steps: optimizer steps of all workers together",
@@ -86,6 +96,7 @@ HEADS = {
     "exchange": ("size", "limit of the bytes"),
     "training": ("model", "compute alone"),
     "links": ("size, server", "limit of the bytes"),
+    "shards": ("size, cables", "limit of the bytes"),
     "exposed": ("size", ""),
     "shares": ("machines", "each at its own speed"),
     "local": ("model, link", "compute alone"),
@@ -102,22 +113,30 @@ def table(results: Results, part: str) -> str:
     compared = any(results.ratio(row) is not None for row in rows)
     what, limit = HEADS[part]
     unit = rows[0].unit if rows else ""
-    head = [what, "N", "how", unit, "lowest – highest"]
+    observed = any(row.observer is not None for row in rows)
+    busy = any(row.busy for row in rows)
+    head = [what, "N", "how", *["observer"] * observed, unit, "lowest – highest"]
     head += (
         ["÷ DDP (more is better)" if part in ("training", "local") else "÷ gloo"]
         if compared
         else []
     )
-    head += [limit] if limited else []
-    lines = [head, ["---" if i in (0, 2) else "---:" for i in range(len(head))]]
+    head += ["cores busy, %"] * busy + [limit] * limited
+    words = (0, 2, 3) if observed else (0, 2)
+    lines = [head, ["---" if i in words else "---:" for i in range(len(head))]]
     before: list[str] = []
     for row in rows:
         key = [row.what, str(row.workers)]
         line = key if key != before else ["", ""]
         before = key
-        line = [*line, row.how, number(row.value), spread(row.values)]
+        line = [*line, row.how]
+        if observed:
+            line.append({True: "yes", False: "no", None: ""}[row.observer])
+        line += [number(row.value), spread(row.values)]
         if compared:
             line.append(_number_or_dash(results.ratio(row), ratio=True))
+        if busy:
+            line.append(number(median(row.busy)) if row.busy else "")
         if limited:
             line.append(_number_or_dash(row.limit))
         lines.append(line)
@@ -227,7 +246,7 @@ def draw(results: Results, path: Path) -> None:
     ]
     if not panels:
         return
-    ways_of_all = [way for way in _in_order(r.how for r in results.rows) if way not in REFERENCES]
+    ways_of_all = [way for way in _in_order(r.label for r in results.rows) if way not in REFERENCES]
     palette = [color for color in matplotlib.colormaps["tab20"].colors if len(set(color)) > 1]
     colors = dict(zip(ways_of_all, cycle(palette[::2] + palette[1::2]), strict=False))
     columns = min(3, len(panels))
@@ -237,10 +256,10 @@ def draw(results: Results, path: Path) -> None:
         rows = [row for row in results.of(part) if row.what == what]
         axes = figure.add_subplot(lines, columns, place)
         numbers = sorted({row.workers for row in rows})
-        ways = _in_order(row.how for row in rows)
+        ways = _in_order(row.label for row in rows)
         width = 0.8 / len(ways)
         for index, way in enumerate(ways):
-            bars = [row for row in rows if row.how == way]
+            bars = [row for row in rows if row.label == way]
             at = [
                 numbers.index(row.workers) + (index - (len(ways) - 1) / 2) * width for row in bars
             ]

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 import socket
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -33,6 +35,7 @@ def _cut(elements: int) -> list[int]:
 
 
 SIZES: dict[str, list[int]] = {
+    "0.01 MB": [2_500],
     "0.1 MB": [25_000],
     "0.4 MB": _cut(100_000),
     "1.35 MB": [200_704, 256, 131_072, 512, 5_120, 10],  # SimpleNN
@@ -100,6 +103,8 @@ class Exchange:
     """Processor time of all workers."""
     server_s: float = 0.0
     """Processor time of the server, with its start and end, divided by the rounds."""
+    busy: float = 0.0
+    """Share of this machine's cores that was busy."""
 
 
 # ------------------------------------------------------------------ this project
@@ -115,24 +120,32 @@ def exchange(
     tcp: bool = False,
     guarded: bool = False,
     backward_s: float = 0.0,
-    shards: int = 1,
+    shards: int | None = 1,
+    averaging: int | None = None,
+    observed: bool = False,
+    paths: str = "",
     more_settings: Sequence[str] = (),
+    meanwhile: Callable[[Team], None] = lambda team: None,
 ) -> Exchange:
     """Rounds of a server and its workers, whose backward takes `backward_s`; `guarded`: with keys
-    and encryption, on loopback too. So many `shards` average, the server is one of them.
-    `more_settings` are for the server."""
+    and encryption, on loopback too. So many `shards` average, the server is one of them; where the
+    run chooses (None), or cables are unequal, `averaging`. `observed`: with an observer beside the
+    server. `paths`, `more_settings` are for the server. `meanwhile` is called again and again."""
     with Team(limits.seconds) as team:
         port = place.port()
         settings = server_settings(port, workers, codec, team)
         if place.hosts is not None:
             settings.append(f"host_ip={place.address(place.server_on)}")
         security = "curve" if guarded else "none"
-        settings += [f"security={security}", f"shards={shards}", *more_settings]
+        settings += [f"security={security}", f"shards={'null' if shards is None else shards}"]
+        settings += _observer(size) if observed else []
         at = place.host(place.server_on)
         keys = {"keys_in": str(team.folder / "keys"), "guarded": guarded and place.hosts is None}
-        team.start("server", contenders.server, *settings, host=at, **keys)
+        settings += more_settings
+        team.start("server", contenders.server, *settings, host=at, paths=paths, **keys)
         keys["security"] = security
-        more = {"tcp": tcp, "seconds": backward_s, "shards": shards, **keys}
+        more = {"tcp": tcp, "seconds": backward_s, "shards": averaging or shards or 1, **keys}
+        more["meanwhile"] = partial(meanwhile, team)
         return _rounds(team, limits, size, workers, port, place, **more)
 
 
@@ -247,6 +260,7 @@ def _rounds(
         answers[0]["alone"],
         sum(answer["processor_s"] for answer in answers),
         server["processor_s"] / sum(limits.both) if server else 0.0,
+        answers[0]["busy"],
     )
 
 
@@ -262,6 +276,19 @@ def server_settings(port: int, workers: int, codec: str, team: Team) -> list[str
         "num_epochs=1000",
         "timeout=60",
         "dataset.name=digits",
+    ]
+
+
+def _observer(size: str) -> list[str]:
+    """What a server is told for an observer that does no more than follow."""
+    return [
+        "observer=true",
+        "eval_steps=1000000",
+        "checkpoint_steps=0",
+        "wandb.mode=disabled",
+        "model.type=benchmarks.contenders:Watched",
+        f"model.shapes={SIZES[size]}",
+        "optimizer.name=benchmarks.contenders:Idle",
     ]
 
 
@@ -300,6 +327,41 @@ def server_memory(limits: Limits, size: str, workers: int, codec: str) -> float:
 
         _rounds(team, limits, size, workers, port, meanwhile=look)
     return max(seen) - seen[0]
+
+
+LOOK_EVERY_S = 0.25  # reading the memory of a process takes milliseconds
+ROLES = ("server", "shard", "worker", "observer")
+
+
+def memory_by_role(
+    limits: Limits, size: str, workers: int, codec: str, place: Place, shards: int
+) -> dict[str, float]:
+    """Bytes that the largest process of each of `ROLES` has at its highest, where so many shards
+    average and an observer follows. What several processes share is divided among them."""
+    found, next_look = dict.fromkeys(ROLES, 0.0), 0.0
+
+    def look(team: Team) -> None:
+        nonlocal next_look
+        if time.monotonic() < next_look:
+            return
+        for process in psutil.Process().children(recursive=True):
+            with suppress(psutil.Error):
+                if (role := _role(team, process)) in found:
+                    found[role] = max(found[role], process.memory_full_info().pss)
+        next_look = time.monotonic() + LOOK_EVERY_S
+
+    runs_of = partial(exchange, limits, size, workers, codec, place, shards=shards)
+    runs_of(observed=True, meanwhile=look)
+    return found
+
+
+def _role(team: Team, process: psutil.Process) -> str:
+    """One of `ROLES`; else it is no process of a run."""
+    words = process.cmdline()
+    for role, module in (("shard", "paramserver.shard"), ("observer", "workers.observer.observer")):
+        if module in words:
+            return role
+    return (team.name(process.pid) or "").partition("-")[0]
 
 
 def _listens(port: int) -> bool:

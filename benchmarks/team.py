@@ -115,6 +115,10 @@ class Team:
         assert pid is not None
         return pid
 
+    def name(self, pid: int) -> str | None:
+        """Of the process that was started here."""
+        return next((n for n in (*self._forked, *self._programs) if self.pid(n) == pid), None)
+
     # ------------------------------------------------------------------ waiting
 
     def left(self) -> float:

@@ -142,6 +142,24 @@ def test_the_table() -> None:
     ]
 
 
+def test_rows_say_whether_an_observer_follows_and_how_busy_the_cores_were() -> None:
+    rows = [row(GLOO, 48, part="shards")]
+    for observer, busy in ((False, [41.0]), (True, [50.0, 60.0, 90.0])):
+        ours = row("ours", 24, part="shards")
+        ours.observer, ours.busy = observer, busy
+        rows.append(ours)
+    found = results(*rows)
+    assert report.table(found, "shards").splitlines() == [
+        "| size, cables | N | how | observer | ms | lowest – highest | ÷ gloo | cores busy, % "
+        "| limit of the bytes |",
+        "| --- | ---: | --- | --- | ---: | ---: | ---: | ---: | ---: |",
+        f"| 46.8 MB | 2 | {GLOO} |  | 48 |  |  |  | 10 |",
+        "|  |  | ours | no | 24 |  | 0.50 | 41 | 10 |",
+        "|  |  | ours | yes | 24 |  | 0.50 | 60 | 10 |",
+    ]
+    assert [r.label for r in rows] == [GLOO, "ours", "ours, observer"]  # bars of their own
+
+
 def test_docs_get_what_was_measured_and_keep_the_rest(tmp_path: Path) -> None:
     page = tmp_path / "performance.md"
     page.write_text(
@@ -220,17 +238,18 @@ def test_a_team_tells_who_failed_and_leaves_nobody() -> None:
 def test_a_tiny_run(tmp_path: Path) -> None:
     ran = python(
         *("-m", "benchmarks.bench", "--tiny", "--results", str(tmp_path)),
-        *("--only", "exchange", "--only", "links", "--only", "scale"),
+        *("--only", "exchange", "--only", "links", "--only", "shards", "--only", "scale"),
     )
     assert ran.returncode == 0, ran.stdout + ran.stderr
     (path,) = tmp_path.glob("*-tiny.json")
     found = report.load(path)
-    for part in ("exchange", "scale") if why_no_hosts() else ("exchange", "links", "scale"):
+    linked = () if why_no_hosts() else ("links", "shards")
+    for part in ("exchange", *linked, "scale"):
         assert found.of(part), part
         assert all(row.value > 0 for row in found.of(part))
         assert report.TITLES[part] in ran.stdout
     if why_no_hosts():
-        assert found.notes == [f"links: not measured: {why_no_hosts()}"]
+        assert found.notes == [f"{p}: not measured: {why_no_hosts()}" for p in ("links", "shards")]
     else:
         assert found.notes == []
         left = [p.name for p in NAMESPACES.glob("bench*") if not alive(p.name)]
