@@ -489,6 +489,16 @@ def test_the_second_copy_of_a_push_does_not_drop_the_first() -> None:
     assert shop.adder.waiting == 1
 
 
+def test_a_push_that_was_taken_is_added_when_its_sender_is_gone() -> None:
+    shop = Shop()
+    pushes = [shop.push(1, number, 6.0) for number in (1, 2)]
+    shop.talk(), shop.spread.push("w1", 1, pushes[0], [])
+    shop.spread.forget("w1"), shop.talk()
+    assert shop.adder.waiting == 1  # the other one is dropped
+    shop.spread.add(1, 0, 1.0), shop.talk()
+    assert shop.sums and shop.adder.waiting == 0 and not shop.adder._waiting
+
+
 def test_a_payload_of_another_push_is_a_mistake_of_its_sender() -> None:
     shop = Shop()
     push = shop.push(1, 1, 6.0)

@@ -986,6 +986,9 @@ class Met(Message, frozen=True):
 
 class Part(Message, frozen=True):
     session: Id
+    taken: Annotated[tuple[Int, ...], msgspec.Meta(max_length=BUCKETS_MAX)] = ()
+    """Numbers of payloads of which an order will follow: the open round may have them without their
+    sender."""
 
 
 class Arrived(Message, frozen=True):
@@ -1066,7 +1069,7 @@ ANY = (
 HEADER_LIMITS: dict[type[Message], int] = {
     **dict.fromkeys((Join, Manifest, Close, Employ), HEADER_BYTES_MAX),
     **dict.fromkeys((Welcome, Push, Average, Shared, Sealed, Sharded, Divide, Averaged), 2**20),
-    **dict.fromkeys((Closing, Lacks), 2**20),
+    **dict.fromkeys((Closing, Lacks, Part), 2**20),
     **dict.fromkeys((Open, Pulse, Fetched), 2**18),
 }
 """Bytes of the largest header, by kind of message; of those that are not here:"""

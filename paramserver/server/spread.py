@@ -366,7 +366,12 @@ class Spread:
         for key in [key for key in self._arrived if key[0] == session]:
             del self._arrived[key]
         for shard in sorted(self.shards):
-            self._order(shard, wire.Part(session=session))
+            taken = sorted(
+                sent.number
+                for sent in self._sent.values()
+                if (sent.shard, sent.session) == (shard, session)
+            )
+            self._order(shard, wire.Part(session=session, taken=tuple(taken)))
 
 
 def _plain(average: wire.Sharded) -> wire.Average:

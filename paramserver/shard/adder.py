@@ -61,6 +61,8 @@ class Waiting(msgspec.Struct):
     unneeded: set[int] = msgspec.field(default_factory=set)
     """Numbers of payloads that have not come, and are not needed any more."""
     newest: int = 0
+    parted: bool = False
+    """The peer is gone."""
 
 
 class Kept(msgspec.Struct):
@@ -164,8 +166,12 @@ class Adder:
                 self._recall(message)
             case wire.Part():
                 gone = self._waiting.pop(message.session, Waiting())
-                for payload in gone.payloads.values():
-                    payload.release()
+                for number, payload in gone.payloads.items():
+                    if number not in message.taken:
+                        payload.release()
+                taken = {n: p for n, p in gone.payloads.items() if n in message.taken}
+                if taken:
+                    self._waiting[message.session] = Waiting(taken, parted=True)
             case _:
                 raise PeerError(f"a {type(message).__name__} is not for a shard")
 
@@ -177,6 +183,13 @@ class Adder:
         if found.push.bucket != order.bucket:
             raise PeerError(f"payload {order.number} is of bucket {found.push.bucket}")
         self._sums.add(found, order.worker, order.weight, late=order.late)
+        self._forget_parted(order.session)
+
+    def _forget_parted(self, session: str) -> None:
+        """Of a peer that is gone nothing is kept but what waits for an order."""
+        waiting = self._waiting.get(session)
+        if waiting is not None and waiting.parted and not waiting.payloads:
+            del self._waiting[session]
 
     def _drop(self, order: wire.Unneeded) -> None:
         waiting = self._waiting.setdefault(order.session, Waiting())
@@ -185,6 +198,7 @@ class Adder:
         dropped = waiting.payloads.pop(order.number, None)
         if dropped is not None:
             dropped.release()
+        self._forget_parted(order.session)
 
     def _divide(self, order: wire.Divide) -> None:
         if order.round != self._round:
