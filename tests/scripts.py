@@ -34,6 +34,7 @@ from paramserver.rounds.effects import (
     Remove,
     Say,
     Send,
+    Spared,
     Start,
     Void,
 )
@@ -104,6 +105,9 @@ def told(effect: Effect) -> str:
             return f"shard {effect.shard} of {effect.session} begins"
         case Dismissed():
             return f"shard {effect.shard} is over"
+        case Spared():
+            what = "nothing more" if effect.on else "averages again"
+            return f"shards send {effect.session} {what}"
     raise AssertionError(effect)
 
 
@@ -138,6 +142,10 @@ def message(m: wire.Message) -> str:
             return "join again" if m.join else "who are you"
         case wire.Carry():
             return "carry a shard"
+        case wire.HandOn():
+            return "hand on" if m.on else "hand on no more"
+        case wire.Listen():
+            return f"listen at {m.folder}" if m.folder else "listen no more"
         case wire.Closing():
             return f"closing {m.round}, who holds {' '.join(map(str, m.buckets))}?"
         case wire.Pulse():

@@ -21,6 +21,7 @@ GRADIENT_BYTES = 4 * 337_674
 RATE = 20e6 / 8
 """Bytes a second that each cable carries."""
 NAMES = ["mini1", "mini2", "mini3"]
+LOOKS = 15
 SMALL = ["bucket_mb=0.01", "observer=false", "num_epochs=9999", "digest_steps=5"]
 
 
@@ -53,10 +54,17 @@ class Cluster:
             told = self.server.wait_for("other machines join with: ")
             token = {"PARAMSERVER_JOIN": told.rpartition("=")[2].strip()}
         others = ([] if token else [address, *near]) + ([far] if far else [])
+        self._others, self._token = others, token
         self.workers = [run.worker(1, address, *near, host=hosts["mini1"], **keys)]
         for number in (2, 3):
             host = hosts[NAMES[number - 1]]
             self.workers.append(run.worker(number, *others, host=host, **token))
+
+    def add(self, number: int, host: str) -> None:
+        """Another worker on a host that has one."""
+        self.workers.append(
+            self.run.worker(number, *self._others, host=self.hosts[host], **self._token)
+        )
 
     def end(self) -> None:
         """All end in order, with equal weights."""
@@ -64,7 +72,7 @@ class Cluster:
         programs = [self.server, *self.workers]
         assert [p.end() for p in programs] == [0] * len(programs)
         summary = self.run.summary()
-        assert summary["replicas_equal"] and len(summary["digests"]) == len(self.workers)
+        assert summary["replicas_equal"] and len(summary["digests"]) >= len(self.workers)
 
 
 @contextmanager
@@ -107,24 +115,35 @@ def folder_of(shard: psutil.Process) -> Path:
     return folder
 
 
-def through_loopback(program: Program) -> int:
-    """Bytes that have gone through the loopback of this program's host."""
+def received(program: Program, interface: str) -> int:
+    """Bytes that have come in at this interface of a program's host."""
     lines = Path(f"/proc/{program.process.pid}/net/dev").read_text().splitlines()
-    [line] = [line for line in lines if line.strip().startswith("lo:")]
+    [line] = [line for line in lines if line.strip().startswith(f"{interface}:")]
     return int(line.split()[1])
 
 
-def bytes_of_a_step(there: Cluster) -> float:
+def bytes_of_a_step(there: Cluster, at: Sequence[Program] = (), interface: str = "lo") -> float:
     """That go through the loopbacks of the hosts without the server in each step: a shard may be at
-    any of them."""
+    any of them. Or through another interface `at` the hosts of these programs."""
     seen = []
     for _ in range(2):
         line = there.server.wait_for(r"training, step \d+")
         found = re.search(r"step (\d+)", line.replace(",", ""))
         assert found is not None
-        seen.append((int(found[1]), sum(map(through_loopback, there.workers[1:]))))
+        came = sum(received(program, interface) for program in at or there.workers[1:])
+        seen.append((int(found[1]), came))
     (first, before), (last, after) = seen
     return (after - before) / (last - first)
+
+
+def gradients_in(there: Cluster, at: Program, most: float) -> float:
+    """That come over the cable of this program's host in each step: at most so many, as soon as the
+    relays are found."""
+    for _ in range(LOOKS):
+        found = bytes_of_a_step(there, [at], "eth0") / GRADIENT_BYTES
+        if found < most:
+            break
+    return found
 
 
 @pytest.mark.root
@@ -196,4 +215,35 @@ def test_a_worker_that_is_killed_takes_its_shard_with_it(tmp_path: Path) -> None
         there.server.wait_for("training, step")
         owner.end()
         there.workers.remove(owner)
+        there.end()
+
+
+@pytest.mark.root
+@pytest.mark.parametrize(
+    ("security", "far"), [("none", ""), ("curve", ""), ("none", "shared_memory=false")]
+)
+def test_what_others_average_crosses_the_cable_of_a_host_once(
+    tmp_path: Path, security: str, far: str
+) -> None:
+    with cluster(tmp_path, security, "shards=3", "observer=true", far=far) as there:
+        there.add(4, "mini2")
+        there.server.wait_for("several average the gradients: 33 % itself, 33 % .*, 33 % ")
+        # What three send for a third of the buckets, and two thirds of the averages for two.
+        assert gradients_in(there, there.workers[0], 1.95) < 1.95  # 3 / 3 + 2 / 3, not 4 / 3
+        # What two elsewhere send, and the averages of the server and of the third host.
+        assert gradients_in(there, there.workers[1], 1.6) < 1.6  # 2 / 3 + 2 / 3, not 4 / 3
+        there.end()
+
+
+@pytest.mark.root
+def test_who_hears_a_relay_that_is_killed_gets_its_own_copies(tmp_path: Path) -> None:
+    with cluster(tmp_path, "none", "shards=3", "heartbeat_timeout=3") as there:
+        there.add(4, "mini2")
+        there.server.wait_for("several average the gradients: 33 % itself, 33 % .*, 33 % ")
+        assert gradients_in(there, there.workers[1], 1.6) < 1.6
+        relay = there.workers.pop(1)
+        relay.process.kill()
+        there.server.wait_for("training, step")
+        there.server.wait_for("training, step")
+        relay.end()
         there.end()

@@ -12,12 +12,15 @@ from simulation import Parts, Schedule, simulate
 
 from paramserver.protocol import messages as wire
 from paramserver.rounds.coordinator import Rounds
+from paramserver.rounds.relays import Relays as Chosen
+from paramserver.rounds.roster import Peer
 from paramserver.rounds.round import Round
 from paramserver.rounds.shards import Shard, Shards
 from paramserver.server.control import Control
 from paramserver.server.spread import Spread
 from paramserver.shard.adder import Adder, Waiting
 from workers.link.follow import Follow
+from workers.link.relays import Relays
 
 SCHEDULES = 1000
 BLOCK = 100
@@ -39,6 +42,7 @@ def test_the_promises_hold_with_shards(first: int) -> None:
     assert not told, told
     seen = sum((o.seen for o in outcomes[1:]), start=outcomes[0].seen)
     assert seen["averages of shards"] > 5 * BLOCK
+    assert seen["averages handed on"] > BLOCK
     assert min(seen["pushes in an outbox"], seen["averages in a shard's ring"]) > BLOCK
     for fault in ("kill a shard", "stop a shard", "cut channels", "hold channels", "void rounds"):
         assert seen[fault] > 2, f"{fault} hardly ever happens: {seen}"
@@ -157,6 +161,26 @@ class HoldsWhatItLost(Follow):
         return None if lacks is None else ()
 
 
+class ListensOn(Shards):
+    """Who lacks an average listens on to the relay that has not handed it on."""
+
+    class make_relays(Chosen):
+        def lacks(self, peer: Peer, now: float) -> None:
+            pass
+
+
+class TakesAnyRound(Relays):
+    """What a relay has handed on of a bucket is of the round that is awaited."""
+
+    def payload(self, average: wire.Average) -> Any:
+        source: Any = self._source
+        if source is not None and self.brings(average):
+            for round, bucket in source._passed:
+                if bucket == average.bucket:
+                    return source.payload(round, bucket)
+        return None
+
+
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("parts", "symptom", "first"),
@@ -168,12 +192,14 @@ class HoldsWhatItLost(Follow):
         (Parts(control=WaitsForEver), "could have gone on|does not end", 236),
         (Parts(spread=DropsTheSecondCopy), "no payload .* to add", 80),
         (Parts(spread=PromisesWhatIsGone), "could have gone on|but not for", 2),
-        (Parts(adder=KeepsVoidSums), "is divided by|twice in bucket", 216),
+        (Parts(adder=KeepsVoidSums), "is divided by|twice in bucket|not in the update", 849),
         (Parts(adder=AddsWhatComes), "of another model|is divided by|weigh|freed twice", 2),
         (Parts(adder=FreesTooSoon), "its worker may write to", 0),
         (Parts(adder=NeverFrees), "is not freed", 0),
         (Parts(adder=RecallsWhatIsGone), "that was written over", 0),
         (Parts(follow=HoldsWhatItLost), "only a shard has", 80),
+        (Parts(shards=ListensOn), "go on with a relay", 0),
+        (Parts(relays=TakesAnyRound), "differ|another|model", 0),
     ],
     ids=planted.name,
 )

@@ -71,6 +71,12 @@ Averaged   shard -> server it is on its way to all
 Over       server -> shard the round is closed or void
 Recall     server -> shard give me the average that you keep of this round and bucket
 Recalled   shard -> server here it is; 1..n encoded buffers
+HandOn     server -> link you are your host's relay: hand on what other hosts average; or: no more
+HandsOn    link -> server there; or, I cannot
+Listen     server -> link hear there what other hosts average; or: no more
+Listens    link -> server I do; or, I do not, and why
+Spare      server -> shard send this peer no averages, it hears its relay; or: send them again
+Passed     relay -> peer  an average of another host; 1..n encoded buffers, or their places
 ========== ============== ==================================================================
 
 The server answers a peer that breaks these rules with `Reject`; no other peer is affected.
@@ -1057,19 +1063,64 @@ class Recalled(Message, frozen=True):
     """False: it is not there any more."""
 
 
+# --------------------------------------------------------------------------- relays
+
+
+class HandOn(Message, frozen=True):
+    on: bool = True
+
+
+class HandsOn(Message, frozen=True):
+    folder: Path = ""
+    """Of the relay's socket and ring; empty: it cannot hand on."""
+
+
+class Listen(Message, frozen=True):
+    folder: Path = ""
+    """Of the relay on this peer's host; empty: averages come from those that make them."""
+    server: bool = False
+    """The server's averages come from there, too, which is on another host."""
+
+
+class Listens(Message, frozen=True):
+    problem: Words = ""
+    """Why it does not hear the relay; empty: it does."""
+
+    def __post_init__(self) -> None:
+        self._clip("problem")
+
+
+class Spare(Message, frozen=True):
+    session: Id
+    on: bool = True
+
+
+class Passed(Message, frozen=True):
+    """The first one to whoever begins to listen is of round 0, and says only that the relay is
+    heard."""
+
+    nonce: Id
+    """The server's."""
+    round: Int
+    bucket: Int
+    places: Places = ()
+    """Where the buffers lie in the relay's ring; none follow then."""
+
+
 ANY = (
     Hello | Welcome | Later | Probe | Greet | Join | Admit | Ready | Unready | Reject | Push
     | Unreadable | NextLease | Evaluating | StopRun | Refused | Average | Shared | Sealed | Open
     | Close | Dial | Channel | Fetch | Fetched | Stand | Digest | Give | Manifest | Want | Piece
     | Adopted | Abort | Beat | Pulse | Report | Problem | Goodbye | End | Sharded | Closing | Holds
     | Lacks | Carry | Reached | Offer | Employ | Meet | Met | Part | Arrived | Unneeded | AddUp
-    | Divide | Averaged | Over | Recall | Recalled
+    | Divide | Averaged | Over | Recall | Recalled | HandOn | HandsOn | Listen | Listens | Spare
+    | Passed
 )  # fmt: skip
 
 HEADER_LIMITS: dict[type[Message], int] = {
     **dict.fromkeys((Join, Manifest, Close, Employ), HEADER_BYTES_MAX),
     **dict.fromkeys((Welcome, Push, Average, Shared, Sealed, Sharded, Divide, Averaged), 2**20),
-    **dict.fromkeys((Closing, Lacks, Part), 2**20),
+    **dict.fromkeys((Closing, Lacks, Part, Passed), 2**20),
     **dict.fromkeys((Open, Pulse, Fetched), 2**18),
 }
 """Bytes of the largest header, by kind of message; of those that are not here:"""

@@ -19,6 +19,7 @@ from that for other parts, and adds messages and sentences to the `Outcome`:
     waits       how long rounds wait for whom, and whom they leave out
     evaluations who evaluates, while the others wait
     shards      who averages which buckets, and whether it is safe to close a round
+    relays      who hands on to whom what other hosts average
     snapshots   who gives the run's state, who takes it, and what comes of it
     divergence  whose weights are not those of the others
     disagreement  whose gradients are not like the others', where averages are robust
@@ -299,6 +300,15 @@ class Rounds:
                 return self._reached(peer, message, now)
             case wire.Holds():
                 return self._says_it_holds(peer, message)
+            case wire.Lacks():
+                self.shards.relays.lacks(peer, now)
+                return False
+            case wire.HandsOn():
+                self.shards.relays.hands_on(peer, message.folder)
+                return False
+            case wire.Listens():
+                self.shards.relays.listens(peer, message.problem, now)
+                return False
             case _:
                 return self._snapshot_goes_on(peer, message, now)
 
@@ -323,6 +333,7 @@ class Rounds:
         self._look_for_overdue_shards(now)
         if self.ending is None and not self.coming_back:
             self.shards.look(now)
+            self.shards.look_for_relays(now)
         self._leases.release(self.round, now)
         self._give_up_if_due(now)
         return True
@@ -377,6 +388,7 @@ class Rounds:
     def _fetch(self, peer: Peer, message: wire.Fetch, now: float) -> bool:
         """A replica asks for updates that were published (see `_look_for_the_deaf`). If they are no
         longer kept, it may join again."""
+        self.shards.relays.lacks(peer, now)
         if self.may_fetch(peer.session, message):
             self._roster.fetched(peer, self.step)
             return False
@@ -525,6 +537,7 @@ class Rounds:
 
     def _take_out(self, peer: Peer, why: str, now: float) -> None:
         """Expect nothing of this peer any more, until it joins again."""
+        self.shards.relays.taken_out(peer)
         self._holders.discard(peer.session)
         if self.round is not None:
             self.round.holders.discard(peer.session)

@@ -102,6 +102,15 @@ class Employed(Effect, frozen=True):
     session: str
 
 
+class Spared(Effect, frozen=True):
+    """This peer gets what other hosts than its own (`address`) average from its relay, so those
+    need not send it; or (not `on`) they must again."""
+
+    session: str
+    address: str
+    on: bool
+
+
 class Dismissed(Effect, frozen=True):
     """A shard is gone, with all that it kept."""
 

@@ -31,6 +31,9 @@ Message = (
     | wire.Goodbye
     | wire.Reached
     | wire.Holds
+    | wire.Lacks
+    | wire.HandsOn
+    | wire.Listens
 )
 """A message that a peer sends on its link, but for a push."""
 

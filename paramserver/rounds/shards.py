@@ -14,6 +14,7 @@ from paramserver.protocol import sharding
 from paramserver.protocol.messages import Carry
 from paramserver.protocol.sharding import SERVER, Cable, Shares
 from paramserver.rounds.outcome import Outcome
+from paramserver.rounds.relays import Relays
 from paramserver.rounds.roster import Peer, Roster
 from paramserver.rounds.round import Round
 from paramserver.rounds.rules import Rules
@@ -42,7 +43,10 @@ class Shard:
 class Shards:
     """Owns the shards by number (`live`), and the map of the next round: `shares`, and the `owners`
     of the buckets. `sentence` tells it to people, and is empty where the server averages all.
-    `rates`, by address: bytes a second that the cable of a host carries, where it was measured."""
+    `rates`, by address: bytes a second that the cable of a host carries, where it was measured.
+    `relays` hand on within a host what others average."""
+
+    make_relays: type[Relays] = Relays
 
     def __init__(self, rules: Rules, roster: Roster, out: Outcome) -> None:
         self.live: dict[int, Shard] = {}
@@ -50,6 +54,7 @@ class Shards:
         self.owners: tuple[int, ...] = ()
         self.sentence = ""
         self.rates: Mapping[str, float] = {}
+        self.relays = self.make_relays(roster, out)
         self._rules = rules
         self._roster = roster
         self._out = out
@@ -98,6 +103,19 @@ class Shards:
             carrying.add(address)
             self._asked[address] = peer.session, now
             self._out.send(peer, Carry())
+
+    def look_for_relays(self, now: float) -> None:
+        """Where others average, see who hands that on within each host."""
+        if self.shares:
+            self.relays.look(self._replicas(), now)
+
+    def _replicas(self) -> dict[str, list[Peer]]:
+        """The replicas on each host, by its address."""
+        hosts: dict[str, list[Peer]] = {}
+        for peer in sorted(self._roster.in_state(REPLICA), key=lambda p: p.id):
+            if peer.session in self._places:
+                hosts.setdefault(self._places[peer.session], []).append(peer)
+        return hosts
 
     def _most(self, hosts: int) -> int:
         """So many shards are wanted, with the server's, where workers are on so many other
@@ -160,6 +178,7 @@ class Shards:
     def forget(self, session: str) -> None:
         """This peer is gone."""
         self._places.pop(session, None)
+        self.relays.forget(session)
         self._unreached = {key for key in self._unreached if key[1] != session}
         self._asked = {a: asked for a, asked in self._asked.items() if asked[0] != session}
         for shard in self.live.values():
@@ -198,8 +217,14 @@ class Shards:
         if any(hosts[n] not in self.rates for n in chosen):
             return sharding.equal(chosen)
         at = Counter(self._places.get(p.session, "") for p in workers)
-        cables = {n: Cable(self.rates[hosts[n]], at[hosts[n]], at[hosts[n]]) for n in chosen}
-        return sharding.shares(cables, len(workers), len(workers))
+        copies = {
+            address: 1 if self.relays.at(address) else len(peers)
+            for address, peers in self._replicas().items()
+        }
+        cables = {
+            n: Cable(self.rates[hosts[n]], at[hosts[n]], copies.get(hosts[n], 0)) for n in chosen
+        }
+        return sharding.shares(cables, len(workers), sum(copies.values()))
 
     def _map(self) -> None:
         self.owners = sharding.owners(self._sizes, self.shares, self._fixed)

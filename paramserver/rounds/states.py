@@ -42,6 +42,8 @@ HEEDED: dict[type[wire.Message], tuple[frozenset[str], frozenset[str]]] = {
     wire.Evaluating: (frozenset({"worker"}), frozenset({REPLICA})),
     wire.StopRun: (frozenset({"worker", "observer"}), frozenset({REPLICA})),
     wire.Holds: (frozenset({"worker", "observer"}), frozenset({REPLICA})),
+    wire.HandsOn: (frozenset({"worker"}), frozenset({REPLICA})),
+    wire.Listens: (frozenset({"worker", "observer"}), frozenset({REPLICA})),
 }
 """Messages that `Rounds` heeds only from peers of these roles in these states."""
 

@@ -100,13 +100,21 @@ class Channels:
         self._next: dict[str, _Channel] = {}  # by session: not connected yet
         self._old: dict[str, _Channel] = {}  # by session: until the open round is over
         self._losses: dict[str, int] = {}  # by session
+        self._spared: set[str] = set()  # sessions that get averages from a relay
         self._number = 0  # of the newest average
         self._told: set[str] = set()
 
     @property
     def live(self) -> int:
         """The number of peers that get averages through a channel."""
-        return len(self._live)
+        return len(self._live.keys() - self._spared)
+
+    def spare(self, session: str, on: bool) -> None:
+        """Send this peer no averages, through any of its channels; or send them again."""
+        if on:
+            self._spared.add(session)
+        else:
+            self._spared.discard(session)
 
     # ------------------------------------------------------------------ keys
 
@@ -190,6 +198,7 @@ class Channels:
         """This peer is gone."""
         self._close(session)
         self._losses.pop(session, None)
+        self._spared.discard(session)
 
     def close(self) -> None:
         """Forget all keys."""
@@ -315,7 +324,7 @@ class Channels:
         lie in the ring; who reads that gets nothing else."""
         self._number += 1
         number = self._number
-        for channel in list(self._live.values()):
+        for channel in [c for s, c in self._live.items() if s not in self._spared]:
             kind, sent = Kind.AVERAGE, buffers
             if places is not None and Share.RING in channel.share:
                 kind, sent = Kind.SHARED, [places]

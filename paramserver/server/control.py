@@ -36,6 +36,7 @@ from paramserver.rounds.effects import (
     Remove,
     Say,
     Send,
+    Spared,
     Start,
     Void,
 )
@@ -99,6 +100,9 @@ class Transport(Protocol):
     def forget(self, route: bytes) -> None:
         """No more messages go there: forget the route."""
 
+    def spare(self, session: str, on: bool) -> None:
+        """Send this peer no averages with their numbers, because it hears a relay; or again."""
+
     def costs(self, session: str) -> dict[str, float] | None:
         """What it costs this peer to seal a MiB, by cipher; none where its link is plain. None: it
         may get no keys."""
@@ -153,6 +157,7 @@ class Control:
         self._unreachable: set[int] = set()  # shards that have missed an order
         self._offers: dict[str, bytes] = {}  # by session
         self._met: dict[tuple[str, int], int] = {}  # channels handed out, by session and shard
+        self._spared: dict[str, str] = {}  # sessions that hear a relay -> address of their host
         self._held = Held()  # behind a push whose payload is on its way to a shard
         self._gathering: dict[str, int] = {}  # session -> the step of which it waits for the rest
         self._lacking: dict[int, set[str]] = {}  # bucket of the open round -> who waits for it
@@ -387,6 +392,7 @@ class Control:
                 if message.problem and message.shard in self._shards:
                     self._introduce(session, message.shard)
             case wire.Lacks():
+                self._happens(Told(session, message), now)
                 self._send_lacking(session, message)
             case wire.Want() if self._transport.waiting(route) > self._most_unread:
                 pass  # it may ask again when it has read the answer
@@ -413,6 +419,8 @@ class Control:
                 | wire.Stand()
                 | wire.Goodbye()
                 | wire.Holds()
+                | wire.HandsOn()
+                | wire.Listens()
             ):
                 self._happens(Told(session, message), now)
             case _:
@@ -621,6 +629,25 @@ class Control:
         for other, peer in list(self.rounds.peers.items()):
             if peer.join is not None:
                 self._introduce(other, shard)
+        for spared, address in self._spared.items():
+            self._spare(shard, spared, address, on=True)
+
+    def _spare(self, shard: int, session: str, address: str, on: bool) -> None:
+        """Let a shard on another host than this peer's send it no averages, or send them again."""
+        live = self.rounds.shards.live.get(shard)  # None: it is about to be dismissed
+        if live is not None and live.host != address:
+            self._order(shard, wire.Spare(session=session, on=on))
+
+    def _spare_all(self, spared: Spared) -> None:
+        session, address = spared.session, spared.address
+        if spared.on:
+            self._spared[session] = address
+        else:
+            self._spared.pop(session, None)
+        for shard in self._shards:
+            self._spare(shard, session, address, spared.on)
+        if address:  # on the server's own host they read its ring
+            self._transport.spare(session, spared.on)
 
     def _dismiss(self, shard: int, now: float) -> None:
         """A shard is gone. Who waits for what it kept has to take a snapshot."""
@@ -757,6 +784,8 @@ class Control:
                     self._employ(effect.shard, effect.session)
                 case Dismissed():
                     self._dismiss(effect.shard, now)
+                case Spared():
+                    self._spare_all(effect)
                 case Remove():
                     self._forget_peer(effect.session)
                 case Ended():
@@ -809,6 +838,7 @@ class Control:
         self.traffic.forget(session)
         self._data.forget(session)
         self._offers.pop(session, None)
+        self._spared.pop(session, None)
         self._gathering.pop(session, None)
         self._met = {key: n for key, n in self._met.items() if key[0] != session}
         for waiting in self._lacking.values():

@@ -16,6 +16,7 @@ from functools import partial
 from itertools import chain
 from typing import Any
 
+import msgspec
 import zmq
 
 from paramserver.errors import PeerError
@@ -159,6 +160,7 @@ class Server:
         self._held = Held()
         self._to_join: set[str] = set()  # sessions that were cut off, and have not joined again
         self._costs: dict[str, dict[str, float]] = {}  # by session: what sealing takes it
+        self._spared: set[str] = set()  # sessions that get averages from a relay
         self._unlinked: dict[str, float] = {}  # sessions without a link, since when
         self.channels: Channels | None = None
         self._use(ports)
@@ -368,6 +370,7 @@ class Server:
         hint = NO_SEAT_HINT.format(self._printing_token)
         self._no_seat = wire.Reject(NO_SEAT, hint, keys=True)
         self.channels = None
+        self._spared.clear()
         if ports.passwords and ports.channel and ports.strangers is not None:
             self.channels = Channels(
                 ports.channel,
@@ -574,16 +577,15 @@ class Server:
                 self._publish_frames(frames)
             return
         messages = [*(frames for _, frames in averages), *closing]
-        sharing = self.data.sharing
+        sharing, spared = self.data.sharing, len(self._spared)
         sealed = 0 if self.channels is None else self.channels.live
-        others = len(self.control.routes) - sharing - sealed
+        others = len(self.control.routes) - sharing - sealed - spared
         if sharing:
             headers = [self.data.as_shared(average) for average, _ in averages]
             sockets.send(self._pub, wire.join([*headers, *closing]))
-        if self.channels is not None and sealed:
+        if sealed or spared:
             announced = [
-                wire.to_frames(self.channels.publish(average, frames[1:]))
-                for average, frames in averages
+                wire.to_frames(self._seal(average, frames)) for average, frames in averages
             ]
             sockets.send(self._pub, wire.join([*announced, *closing]))
         if others > 0 or not (sharing or sealed):
@@ -592,6 +594,21 @@ class Server:
         size = sum(map(len, chain(*messages)))
         self.control.traffic.published_bytes += size
         self.sent_bytes += size * (sharing + sealed + max(0, others))
+
+    def _seal(self, average: wire.Average, frames: Frames) -> wire.Sealed:
+        """The header of an average whose numbers go through channels, or over a relay."""
+        if self.channels is not None:
+            return self.channels.publish(average, frames[1:])
+        return wire.Sealed(**msgspec.structs.asdict(average))
+
+    def spare(self, session: str, on: bool) -> None:
+        """See `Transport`."""
+        if on:
+            self._spared.add(session)
+        else:
+            self._spared.discard(session)
+        if self.channels is not None:
+            self.channels.spare(session, on)
 
     def waiting(self, route: bytes) -> int:
         """Bytes of large frames that wait here for the peer at the other end."""
@@ -605,6 +622,7 @@ class Server:
         self._to_join.discard(session or "")
         if session is not None:
             self._costs.pop(session, None)
+            self._spared.discard(session)
         if session is not None and self.channels is not None:
             self.channels.forget(session)
 

@@ -146,6 +146,8 @@ class Process:
             case wire.Meet() if self._channels is not None:
                 costs = message.costs or {sealing.PLAIN: 1.0}
                 self._channels.dial(message.session, message.worker, costs, now)
+            case wire.Spare() if self._channels is not None:
+                self._channels.spare(message.session, message.on)
             case _ if self._adder is not None:
                 self._adder.order(message)
                 if isinstance(message, wire.Part) and self._channels is not None:

@@ -116,6 +116,22 @@ def publisher(
     return s
 
 
+def relay_publisher(
+    ctx: zmq.Context[zmq.Socket[bytes]], folder: str, mark: int
+) -> zmq.Socket[bytes]:
+    """A relay's socket, bound in its private folder. It reads who begins to listen there. Raises
+    `zmq.ZMQError`."""
+    s = _make(ctx, zmq.XPUB, -1)
+    s.setsockopt(zmq.SNDHWM, mark)
+    s.setsockopt(zmq.XPUB_VERBOSE, 1)
+    try:
+        s.bind(relay_endpoint(folder))
+    except zmq.ZMQError:
+        s.close()
+        raise
+    return s
+
+
 def watch_router(ctx: zmq.Context[zmq.Socket[bytes]]) -> zmq.Socket[bytes]:
     """The server's ROUTER for those who watch, to be bound. What each of them may leave here is a
     few short messages: after that TCP holds it back."""
@@ -403,6 +419,11 @@ def tcp(host: str, port: int) -> str:
 def ipc_endpoints(folder: str) -> tuple[str, str]:
     """Endpoints of ROUTER and PUB in a server's ipc folder."""
     return f"ipc://{folder}/router", f"ipc://{folder}/pub"
+
+
+def relay_endpoint(folder: str) -> str:
+    """Of a relay's socket, in its folder."""
+    return f"ipc://{folder}/relay"
 
 
 def ipc_usable(folder: str) -> bool:

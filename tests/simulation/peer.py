@@ -18,16 +18,19 @@ from paramserver.errors import UserError
 from paramserver.protocol import messages as wire
 from paramserver.protocol import sharding
 from paramserver.shard.adder import Adder
+from paramserver.transport import sealing
 from workers.link import actions
 from workers.link.connection import RunOver, ServerSearch
 from workers.link.follow import Follow
 from workers.link.pushes import Pushes
+from workers.link.relays import Relays
 from workers.link.session import Session
 from workers.local_rounds import LocalRounds
 
 from .book import Broken, Sample, after_update
 from .network import Carried, Line, Network, Together, World
 from .process import AT_BOTH, AT_DOOR, AT_LINK, DEAF, Leaves, Process, Waiting
+from .relay import Plan, Relay, Source
 from .server import LIE, Ring, Server, brief, pieces_of
 from .shard import BIND, PUSH, Block, Cell, Lane, Outbox, Record, Shard, content
 
@@ -145,6 +148,7 @@ class Shipping:
     search: type[ServerSearch] = ServerSearch
     local: type[LocalRounds] = LocalRounds
     adder: type[Adder] = Adder
+    relays: type[Relays] = Relays
 
 
 class Channel:
@@ -155,6 +159,7 @@ class Channel:
         self.bound = False
         self.newest = 0
         self.payloads: dict[int, Any] = {}
+        self.unread: list[Carried] = []
         self.outbox: Outbox | None = None
 
 
@@ -193,6 +198,12 @@ class Client(Process):
         self._pushed = 0  # payloads, to any shard
         self._awaited: dict[int, tuple[int, float]] = {}  # by shard: payload, since when
         self.shard: Shard | None = None  # that it has started
+        self.relays = parts.relays(
+            self,  # type: ignore[arg-type]
+            Relay,  # type: ignore[arg-type]
+            Source,  # type: ignore[arg-type]
+        )
+        self._follows_pub = False  # numbers of the server's averages come from there
         self.replica = Replica(serial, server.buckets)
         self.session: Session | None = None
         self._window = 1 + serial % 2  # small, since rounds have few buckets
@@ -245,6 +256,7 @@ class Client(Process):
 
     def _exit(self, why: str) -> None:
         self._close_channels()
+        self.relays.close()
         super()._exit(why)
         if self.shard is not None:  # its pipe ends
             self.world.after(0.01, self.shard.kill)
@@ -324,6 +336,7 @@ class Client(Process):
     def _open_door(self) -> None:
         self.close_lines()
         self._close_channels()
+        self.relays.close()
         if self.shard is not None:
             self.shard.kill()  # another server, or session, asks for another one
             self.shard = None
@@ -435,6 +448,8 @@ class Client(Process):
 
     def _send_join(self) -> None:
         r = self.replica
+        self.relays.plan = Plan.of(self.server.buckets)
+        self.relays.stop()
         self.pushes.begin(None, self._window)
         join = wire.Join(
             layout=self.server.layout,
@@ -458,11 +473,31 @@ class Client(Process):
     def _hear_averages(self) -> bool:
         """From the server's ring, or through SUB; False where the ring cannot be used."""
         self._ring = self.server.data.ring if self._shares else None
-        self.heard.add(wire.Average if self._ring is None else wire.Shared)
+        self._follows_pub = self._ring is None
+        if self._ring is not None:
+            self.heard.add(wire.Shared)
+        self.relayed()
         if self._ring is not None and self.serial % 7 == 0:
             self._shares, self._ring = False, None
             return False
         return True
+
+    # ------------------------------------------------------------------ what a relay brings
+
+    def relayed(self) -> None:
+        """As `Payloads.relayed`."""
+        if not self._follows_pub or self.heard is None:
+            return
+        wanted = {wire.Average: not self.relays.announced, wire.Sealed: self.relays.from_server}
+        for kind, heard in wanted.items():
+            (self.heard.add if heard else self.heard.discard)(kind)
+
+    def forgive(self, missing: int) -> None:
+        """Channels of the simulation are not given up for what is missing."""
+
+    def hears_relay(self) -> None:
+        if "sub" in self._ears:
+            self._wake()
 
     # ------------------------------------------------------------------ taking part
 
@@ -569,13 +604,12 @@ class Client(Process):
         channel = self.channels.get(number)
         if channel is None or channel.lane is not line or not self.alive:
             return
-        record, payload = carried
+        record, _ = carried
         if record.kind == BIND:
             channel.bound, channel.outbox = True, record.outbox
             self.send(wire.Reached(shard=number))
             return
-        channel.newest = max(channel.newest, record.number)
-        channel.payloads[record.number] = payload
+        channel.unread.append(carried)
         if "sub" in self._ears:
             self._wake()
 
@@ -586,10 +620,11 @@ class Client(Process):
         asked: set[int] = set()
         for place in range(session.may_be_next):
             message, payload = session.held[place]
-            if isinstance(message, wire.Sharded) and payload is None:
-                if message.shard in asked:
+            if isinstance(message, wire.Sealed | wire.Sharded) and payload is None:
+                shard = message.shard if isinstance(message, wire.Sharded) else 0
+                if shard in asked:
                     continue
-                asked.add(message.shard)
+                asked.add(shard)
                 if session.wants(message):
                     payload = self._payload(message)
                     if payload is ON_ITS_WAY:
@@ -606,11 +641,33 @@ class Client(Process):
                 return False
         return True
 
-    def _payload(self, average: wire.Sharded) -> Any:
-        """What has come of an average; None: it does not come."""
+    def _payload(self, average: wire.Sealed | wire.Sharded) -> Any:
+        """What has come of an average; None: it does not come. As `Client._payload`."""
+        relayed = self.relays.payload(average)
+        if relayed is not None:
+            self.server.relayed_averages += 1
+            return relayed[0]  # type: ignore[index]
+        patient = self.relays.brings(average)
+        found = None
+        if isinstance(average, wire.Sharded):
+            found = self._payload_of_shard(average, patient)
+        return ON_ITS_WAY if patient and found is None else found
+
+    def _read(self, channel: Channel) -> None:
+        unread, channel.unread = channel.unread, []
+        for record, payload in unread:
+            channel.newest = max(channel.newest, record.number)
+            channel.payloads[record.number] = payload
+            kind = sealing.Kind.SHARED if isinstance(payload, Block) else sealing.Kind.AVERAGE
+            self.relays.opened(
+                sealing.Payload(kind, record.round, record.bucket, record.number, [payload])
+            )
+
+    def _payload_of_shard(self, average: wire.Sharded, patient: bool) -> Any:
         channel, number = self.channels.get(average.shard), average.number
         if channel is None:
             return None
+        self._read(channel)
         for older in [n for n in channel.payloads if n < number]:
             del channel.payloads[older]
         if number in channel.payloads:
@@ -618,6 +675,8 @@ class Client(Process):
             return channel.payloads.pop(number)
         if channel.newest > number:
             return None
+        if patient:
+            return ON_ITS_WAY
         if self._awaited.get(average.shard, (0, 0.0))[0] != number:
             self._awaited[average.shard] = number, self.world.now
         if self.world.now - self._awaited[average.shard][1] > self._timeout_s / 2:
@@ -686,6 +745,7 @@ class Client(Process):
         session, now = self.session, self.world.now
         assert session is not None
         self._send_due()
+        self.relays.tick()
         if now - session.follow.heard_at <= self._timeout_s / 2:
             self.server_search.over()
         elif self.server_search.found(now):
@@ -710,6 +770,12 @@ class Client(Process):
         if isinstance(message, wire.Carry):
             self._carry()
             return True
+        if isinstance(message, wire.HandOn):
+            self.relays.hand_on(message)
+            return True
+        if isinstance(message, wire.Listen):
+            self.relays.listen(message)
+            return True
         try:
             self._do(session.received(message, payload, self.world.now))
         except UserError as e:
@@ -724,7 +790,10 @@ class Client(Process):
             return False
         carried: Carried = self.inbox["sub"].popleft()
         together = isinstance(carried[0], Together)
-        session.held.extend(carried[0].messages if together else [carried])
+        came = carried[0].messages if together else [carried]
+        for message, payload in came:
+            self.relays.published(message, [] if payload is None else [payload])
+        session.held.extend(came)
         return True
 
     def _next_published(self) -> None:
@@ -800,7 +869,7 @@ class Client(Process):
                 return
             assert self._ring is not None
             samples = self._ring.read(average.places[0])
-        if isinstance(average, wire.Sharded) and samples is None:
+        if isinstance(average, wire.Sealed | wire.Sharded) and samples is None:
             session.lost(average)
             return
         if isinstance(samples, Block):

@@ -837,6 +837,7 @@ class Schedule:
         outcome.seen["averages of shards"] += server.averages_elsewhere
         outcome.seen["pushes in an outbox"] += server.shared_pushes
         outcome.seen["averages in a shard's ring"] += server.shared_averages
+        outcome.seen["averages handed on"] += server.relayed_averages
 
 
 def simulate(seed: int, parts: Parts | None = None, *, sharded: bool = False) -> Outcome:

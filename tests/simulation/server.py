@@ -286,6 +286,8 @@ class Server:
         self.compares = compares  # replicas tell digests of their models
         self.subscribers: list[Callable[[Carried], None]] = []
         self.shards: dict[int, Any] = {}  # of this boot, by number
+        self.relays: dict[str, Any] = {}  # by folder
+        self._spared: set[str] = set()  # sessions
         self._elsewhere: dict[
             int, tuple[wire.Average, Any, int]
         ] = {}  # by bucket, of the open round
@@ -301,6 +303,7 @@ class Server:
         self.sent_bytes = self.received_bytes = 0
         self.boots = self._runs = 0
         self.averages_elsewhere = self.shared_pushes = self.shared_averages = 0
+        self.relayed_averages = 0
         self.over_at: float | None = None  # when its process ended, after the run
         self.put_off: Callable[[], None] = lambda: None
         self.leaves: Callable[[], None] = lambda: None
@@ -325,6 +328,7 @@ class Server:
         self.booted_at = self.world.now
         self.alive, self.stalled = True, False
         self.shards, self._elsewhere = {}, {}
+        self._spared.clear()
         self.dies_at = None
         self.ended_at: float | None = None
         self.nonce = f"server-{self.boots}"
@@ -441,6 +445,9 @@ class Server:
         except Killed:
             self.kill()
             return
+        listens = session in self.rounds.shards.relays.listening
+        if isinstance(message, wire.Lacks | wire.Fetch) and peer is not None and listens:
+            raise Broken(f"{peer.name} lacks an average, and is to go on with a relay")
         if isinstance(message, wire.Adopted) and peer is not None:
             adopted = before != peer.state == REPLICA
             if adopted and not self._all_passed_on(message.snapshot):
@@ -532,6 +539,11 @@ class Server:
         sharing = self.data.sharing
         if averages and sharing:
             self._hand_out_as_one([*(self.data.as_shared(a) for a, _ in averages), *closing])
+        if averages and self._spared:
+            headers: list[Frames] = [
+                [wire.Sealed(**msgspec.structs.asdict(a)), None] for a, _ in averages
+            ]
+            self._hand_out_as_one([*headers, *closing])
         if not averages or not sharing or len(self.control.routes) > sharing:
             self._hand_out_as_one([*(frames for _, frames in averages), *closing])
 
@@ -539,6 +551,9 @@ class Server:
         carried = [(self._encoded(message), payload) for message, payload in messages]
         if carried:
             self._hand_out(carried[0] if len(carried) == 1 else (Together(carried), None))
+
+    def spare(self, session: str, on: bool) -> None:
+        (self._spared.add if on else self._spared.discard)(session)
 
     def waiting(self, route: bytes) -> int:
         return 0
@@ -559,7 +574,7 @@ class Server:
         self._elsewhere[divide.bucket] = average, samples, shard
 
     def forget(self, route: bytes) -> None:
-        pass
+        self._spared.discard(self.control.links.get(route, ""))
 
     def _hand_out(self, carried: Carried) -> None:
         for publish in self.subscribers:

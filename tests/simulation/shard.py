@@ -224,6 +224,7 @@ class Shard:
         self._outboxes: dict[bytes, Outbox] = {}  # by route
         self._readers: set[bytes] = set()  # of the ring
         self._met: set[str] = set()
+        self._spared: set[str] = set()  # sessions that hear a relay
         self._sent = 0
         self.link = Line(
             owner.net, "shard", self.server.receive, self._from_server, ipc=False, port=owner.port
@@ -278,6 +279,8 @@ class Shard:
                 self._employed(message)
             case wire.Meet():
                 self._meet(message)
+            case wire.Spare():
+                (self._spared.add if message.on else self._spared.discard)(message.session)
             case wire.Greet():
                 self.kill()  # its worker greets again, and starts another one when it is asked to
             case _ if self.adder is not None:
@@ -287,6 +290,7 @@ class Shard:
                     raise Broken(f"shard {self.number} cannot do what it is told: {e}") from None
                 if isinstance(message, wire.Part):
                     self._routes.pop(message.session, None)
+                    self._spared.discard(message.session)
                 self._check_slots()
 
     def _employed(self, message: wire.Employ) -> None:
@@ -295,6 +299,7 @@ class Shard:
         self._outboxes.clear()
         self._readers.clear()
         self._met.clear()
+        self._spared.clear()
         if self._maps:
             self.ring = Ring(2 * self.server.buckets)  # less than its history
         self.sums = ShardSamples(self)
@@ -372,7 +377,9 @@ class Shard:
         self._sent += 1
         record = Record(AVERAGE, number=self._sent, round=divide.round, bucket=divide.bucket)
         [average] = buffers
-        for route in self._routes.values():
+        for session, route in self._routes.items():
+            if session in self._spared:
+                continue
             shared = route in self._readers
             self.net.send(route, (record, average if shared else content(average)))
         if self.counts:

@@ -8,7 +8,7 @@ travel under CURVE then, which is slower.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import zmq
@@ -51,11 +51,13 @@ class Channel:
         *,
         plain: bool = False,
         shared: Shared | None = None,
+        opened: Callable[[Payload], object] = lambda payload: None,
     ) -> None:
         """`nonce` is the server's; `worker` the peer's own number; a buffer has at most `largest`
         bytes, and so many records as `mark` may wait here. `plain`: the run has no keys, and
-        nothing is sealed. `shared`: memory that this peer can share with the other end. Raises
-        `PeerError` where the server has told nothing that can be used."""
+        nothing is sealed. `shared`: memory that this peer can share with the other end.
+        `opened` gets each payload. Raises `PeerError` where the server has told nothing that can be
+        used."""
         try:
             id, up, down = (bytes.fromhex(text) for text in (told.id, told.up, told.down))
         except ValueError:
@@ -71,7 +73,7 @@ class Channel:
         self.since = self.heard_at = now
         self.id = told.id
         self._sealer = Sealer(Ends(told.cipher, up, id, nonce, told.shard, worker))
-        self._shared = shared
+        self._shared, self._tell_opened = shared, opened
         kinds = (Kind.AVERAGE,) if shared is None else (Kind.AVERAGE, Kind.SHARED)
         self._opener = Opener(
             Ends(told.cipher, down, id, nonce, told.shard, SERVER),
@@ -139,6 +141,7 @@ class Channel:
         self.heard_at = now
         if payload is not None:
             self._payloads[payload.number] = payload
+            self._tell_opened(payload)
         return True
 
     def payload(

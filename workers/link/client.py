@@ -215,6 +215,8 @@ class Client:
         assert replica is not None
         if connection.hello.role == "worker":
             connection.shards.slot_bytes = replica.plan.largest_bytes
+        connection.relays.plan = replica.plan
+        connection.relays.stop()
         outbox = self._make_outbox()
         self._pushes.begin(outbox, self._window())
         connection.send(
@@ -557,6 +559,7 @@ class Client:
         assert session is not None
         connection.payloads.tick(now)
         connection.shards.tick(now)
+        connection.relays.tick()
         if now - session.follow.heard_at <= connection.heartbeat_timeout / 2:
             connection.server_search.over()
         elif connection.server_search.found(now):
@@ -594,6 +597,12 @@ class Client:
         if isinstance(message, wire.Carry):
             connection.shards.carry()
             return True
+        if isinstance(message, wire.HandOn):
+            connection.relays.hand_on(message)
+            return True
+        if isinstance(message, wire.Listen):
+            connection.relays.listen(message)
+            return True
         self._do(session.received(message, buffers, time.monotonic()))
         return True
 
@@ -627,13 +636,19 @@ class Client:
         return False
 
     def _payload(self, average: wire.Sealed | wire.Sharded) -> Any:
-        """What has come of an average; None: it is on its way. Empty: it does not come."""
+        """What has come of an average; None: it is on its way. Empty: it does not come. What a
+        relay is to bring may come from its maker, too: when it began, or ends."""
+        connection, now = self.connection, time.monotonic()
+        relayed = connection.relays.payload(average)
+        if relayed is not None:
+            return relayed
+        patient = connection.relays.brings(average)
         try:
             if isinstance(average, wire.Sharded):
-                return self.connection.shards.payload(average, time.monotonic())
-            return self.connection.payloads.payload(average, time.monotonic())
+                return connection.shards.payload(average, now, patient=patient)
+            return connection.payloads.payload(average, now, patient=patient)
         except Lost:
-            return []
+            return None if patient else []
 
     def _read_sub(self) -> bool:
         connection, session = self.connection, self.session
@@ -641,7 +656,9 @@ class Client:
         if not sockets.readable(connection.sub):
             return False
         for frames in wire.split(sockets.receive(connection.sub)):
-            session.held.append(connection.decode(frames))
+            message, buffers = connection.decode(frames)
+            connection.relays.published(message, buffers)
+            session.held.append((message, buffers))
         return True
 
     def _sleep(self, limit_s: float) -> None:
@@ -675,6 +692,8 @@ class Client:
         for shard in {m.shard for m in heads if isinstance(m, wire.Sharded)}:
             if (channel := shards.channel(shard)) is not None:
                 found.append(channel.socket)
+        if any(isinstance(m, wire.Sealed | wire.Sharded) for m in heads):
+            found += self.connection.relays.sockets
         return found
 
     def _spin(self, start: float) -> bool:
@@ -759,9 +778,12 @@ class Client:
             with trace.span("decode", bucket=average.bucket):
                 replica.take(average, buffers)
         except PeerError as e:
-            if not isinstance(average, wire.Sharded):
+            if self.connection.relays.brings(average):
+                self.connection.relays.quit(f"what the relay hands on is no average: {e}")
+            elif isinstance(average, wire.Sharded):
+                self.connection.shards.lose(average.shard, f"what it sends is no average: {e}")
+            else:
                 raise
-            self.connection.shards.lose(average.shard, f"what it sends is no average: {e}")
             session.lost(average)
             return
         now = time.monotonic()

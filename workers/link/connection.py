@@ -39,6 +39,7 @@ from paramserver.words import host_port
 
 from .channel import Channel
 from .payloads import Payloads
+from .relays import Relays
 from .shards import Shards
 from .shared import Shared
 
@@ -118,7 +119,7 @@ class Connection:
             versions=machine.versions(),
             after=after,
         )
-        self._ctx = sockets.context()
+        self.ctx = sockets.context()
         self._door: zmq.Socket[bytes] | None = None
         self.handshake: HandshakeMonitor | None = None  # of the door
         self.link: zmq.Socket[bytes] | None = None
@@ -126,6 +127,7 @@ class Connection:
         self.kind = "tcp"
         self.payloads = Payloads(self)
         self.shards = Shards(self)
+        self.relays = Relays(self)
         self.share_memory = shared_memory
         self.shared: Path | None = None  # where this host's server shares memory with us
         self._beating: threading.Event | None = None
@@ -247,10 +249,10 @@ class Connection:
     def _open_door(self) -> tuple[zmq.Socket[bytes], HandshakeMonitor]:
         """A new socket for hello, with the monitor of its handshakes, in place of the last one."""
         self.close_sockets()
-        door = self._door = sockets.dealer(self._ctx)
+        door = self._door = sockets.dealer(self.ctx)
         with_keys = self._keys is not None
         handshake = self.handshake = HandshakeMonitor(
-            self._ctx, door, self.host, self.port, with_keys=with_keys
+            self.ctx, door, self.host, self.port, with_keys=with_keys
         )
         sockets.connect(door, sockets.tcp(self.host, self.port), self._keys)
         return door, handshake
@@ -292,12 +294,11 @@ class Connection:
             self.kind = "ipc"
             if self.share_memory and welcome.shared and sockets.ipc_usable(welcome.shared):
                 self.shared = Path(welcome.shared)
-        mark = sockets.mark(self.settings.history_mb, self.settings.bucket_size_mb)
         keys = None if self.kind == "ipc" else self._keys
-        self.sub = sockets.subscriber(self._ctx, mark)
+        self.sub = sockets.subscriber(self.ctx, self.mark)
         for kind in (*ALWAYS, wire.Sharded, wire.Closing):
             sockets.subscribe(self.sub, wire.topic(kind))
-        self.link = sockets.dealer(self._ctx)
+        self.link = sockets.dealer(self.ctx)
         sockets.connect(self.sub, pub, keys)
         sockets.connect(self.link, router, keys)
         self.poller = zmq.Poller()
@@ -327,6 +328,11 @@ class Connection:
         return ""
 
     @property
+    def mark(self) -> int:
+        """Messages with averages that wait here for a slow reader."""
+        return sockets.mark(self.settings.history_mb, self.settings.bucket_size_mb)
+
+    @property
     def with_keys(self) -> bool:
         """Is the link under CURVE?"""
         return self.kind != "ipc" and self._keys is not None
@@ -346,7 +352,7 @@ class Connection:
         plain = bool(told.shard) and told.cipher == sealing.PLAIN and not self.with_keys
         host = told.host if told.shard else self.host
         return Channel(
-            self._ctx,
+            self.ctx,
             host,
             told,
             welcome.nonce,
@@ -356,7 +362,17 @@ class Connection:
             now,
             plain=plain,
             shared=shared,
+            opened=self.relays.opened,
         )
+
+    def relayed(self) -> None:
+        """Whether averages come from a relay has changed."""
+        self.payloads.relayed()
+
+    def forgive(self, missing: int) -> None:
+        """So many averages may be missing on each channel without harm."""
+        self.shards.forgive(missing)
+        self.payloads.forgive(missing)
 
     @property
     def _search_after_s(self) -> float:
@@ -430,7 +446,7 @@ class Connection:
         """Close every socket; safe to call twice."""
         self.server_search.over()
         self.close_sockets()
-        self._ctx.term()
+        self.ctx.term()
 
     def close_sockets(self) -> None:
         if self._beat_thread is not None and self._beating is not None:
@@ -439,6 +455,7 @@ class Connection:
             self._beat_thread = None
         self.payloads.close()
         self.shards.close()
+        self.relays.close()
         for s in (self.handshake, self._door, self.link, self.sub):
             if s is not None:
                 s.close()

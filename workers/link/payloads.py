@@ -121,19 +121,30 @@ class Payloads:
 
     def _subscribe(self) -> None:
         """Hear what brings averages. While a channel comes up, either way may."""
-        sub = self._connection.sub
+        connection = self._connection
+        sub = connection.sub
         if not self._hears or sub is None:
             return
         wanted = set()
-        if self._current is not None or self._next is not None:
+        relays = connection.relays
+        if self._current is not None or self._next is not None or relays.from_server:
             wanted.add(wire.topic(wire.Sealed))
-        if self._current is None:
+        if self._current is None and not relays.announced:
             wanted.add(wire.topic(wire.Average))
         for topic in wanted - self._topics:
             sockets.subscribe(sub, topic)
         for topic in self._topics - wanted:
             sockets.unsubscribe(sub, topic)
         self._topics = wanted
+
+    def relayed(self) -> None:
+        """Whether the server's averages come from a relay has changed."""
+        self._subscribe()
+
+    def forgive(self, missing: int) -> None:
+        """So many averages may be missing on the channel without harm."""
+        if self._current is not None:
+            self._current.skips = -missing
 
     def measure(self) -> None:
         """Bound what channels hold here. Call it from time to time, in a long step, too; any thread
@@ -176,18 +187,24 @@ class Payloads:
         except Lost:
             self._fail("its connection was cut")
 
-    def payload(self, average: wire.Sealed, now: float) -> list[Any] | shm.Blocks | None:
+    def payload(
+        self, average: wire.Sealed, now: float, *, patient: bool = False
+    ) -> list[Any] | shm.Blocks | None:
         """The buffers of an average; None if they are on their way. Raises `Lost`, and looks for
-        another channel, where they do not come."""
+        another channel, where they do not come. `patient`: they need not come this way, and the
+        channel is not to blame."""
         channels = [c for c in (self._old, self._current) if c is not None]
         if not channels:
             raise Lost
         lost = 0
         for channel in channels:
+            skips = channel.skips
             try:
                 found = channel.payload(average, now)
             except Lost:
                 lost += 1
+                if patient:
+                    channel.skips = skips
                 continue
             if found is not None:
                 self._awaited = None
@@ -198,9 +215,11 @@ class Payloads:
         newest = channels[-1]
         if lost == len(channels):
             self._awaited = None
-            if newest.skips > SKIPS_MAX:
+            if newest.skips > SKIPS_MAX and not patient:
                 self._fail(f"{SKIPS_MAX} averages were missing")
             raise Lost
+        if patient:
+            return None
         if self._awaited is None or self._awaited[0] != average.number:
             self._awaited = average.number, now
         heard_at = max(self._awaited[1], *(c.heard_at for c in channels))

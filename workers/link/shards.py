@@ -168,23 +168,36 @@ class Shards:
         except Lost:
             self.lose(push.shard, "its connection was cut")
 
-    def payload(self, average: wire.Sharded, now: float) -> list[Any] | shm.Blocks | None:
+    def forgive(self, missing: int) -> None:
+        """So many averages may be missing on each channel without harm."""
+        for channel in self._bound.values():
+            channel.skips = -missing
+
+    def payload(
+        self, average: wire.Sharded, now: float, *, patient: bool = False
+    ) -> list[Any] | shm.Blocks | None:
         """The buffers of an average; None if they are on their way. Raises `Lost` where they do
-        not come."""
+        not come. `patient`: they need not come this way, and the channel is not to blame."""
         shard, number = average.shard, average.number
         channel = self._bound.get(shard)
         if channel is None:
             raise Lost
+        skips = channel.skips
         try:
             found = channel.payload(average, now)
         except Lost:
             self._awaited.pop(shard, None)
+            if patient:
+                channel.skips = skips
+                raise
             if channel.skips > SKIPS_MAX:
                 self.lose(shard, f"{SKIPS_MAX} averages were missing")
             raise
         if found is not None:
             self._awaited.pop(shard, None)
             return found
+        if patient:
+            return None
         if self._awaited.get(shard, (0, 0.0))[0] != number:
             self._awaited[shard] = number, now
         heard_at = max(self._awaited[shard][1], channel.heard_at)
