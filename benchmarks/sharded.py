@@ -28,7 +28,7 @@ WITH_OBSERVER = (False, True)
 def shards(effort: Effort) -> Groups:
     """A worker on each host, the server and, in some rows, an observer beside the first. The limit:
     the time of the slowest cable, through which each average goes once for all replicas behind it.
-    """
+    The server knows what the workers' cables carry, as after `make up`."""
     reason = why_no_hosts()
     if reason is not None:
         raise Skipped(reason)
@@ -45,24 +45,22 @@ def _equal(effort: Effort, rate: str, workers: int) -> Groups:
         measured = link_rate(hosts, "host2", "host1")
         cables = {shard: Cable(measured) for shard in range(workers)}
         told = sharding.equal(sorted(cables))
+        paths = _paths(hosts, dict.fromkeys(range(2, workers + 1), measured))
         group = _Group(effort, f"{size}, {RATES[rate]}", size, rounds, Place(hosts, "host1"))
         cases = [group.gloo(workers, measured)]
         for observed in WITH_OBSERVER:
             for codec in [c for c in CODECS if c in effort.codecs]:
-                cases.append(group.ours(codec, cables, told, observed))
+                cases.append(group.ours(codec, cables, told, observed, paths))
         yield cases
 
 
 def _unequal(effort: Effort) -> Groups:
-    """The last host's cable is slow. With shares as `make up` lets the server choose them, which
-    knows what a worker's path carries, and with equal ones, as without that."""
+    """The last host's cable is slow; and how it is where the server does not know that."""
     size, rounds = list(effort.link_rounds.items())[-1]
     workers = UNEQUAL_WORKERS
     with _hosts(workers, FAST) as hosts:
         hosts.throttle(f"host{workers}", SLOW)
         rates = {k: link_rate(hosts, f"host{k}", "host1") for k in range(2, workers + 1)}
-        here = hosts.address("host1")
-        paths = [Chosen(k, hosts.address(f"host{k}"), here, rate) for k, rate in rates.items()]
         cables = {SERVER: Cable(max(rates.values()))}
         cables |= {worker - 1: Cable(rate) for worker, rate in rates.items()}
         what = f"{size}, {RATES[FAST]}, one cable {RATES[SLOW]}"
@@ -70,9 +68,9 @@ def _unequal(effort: Effort) -> Groups:
         told = sharding.shares(cables, workers, workers)
         cases = [group.gloo(workers, min(rates.values()))]
         for observed in WITH_OBSERVER:
-            cases.append(group.ours("float16", cables, told, observed, link_watch.write(paths)))
+            cases.append(group.ours("float16", cables, told, observed, _paths(hosts, rates)))
         equal = group.ours("float16", cables, sharding.equal(sorted(cables)), False)
-        equal.row.how += ", equal shares"
+        equal.row.how += ", nothing measured"
         yield [*cases, equal]
         for case in cases[1:]:
             if case.row.values and case.row.limit:
@@ -152,6 +150,14 @@ class _Group:
         )
         row.busy.append(100 * one.busy)
         return 1e3 * one.seconds, limit_ms
+
+
+def _paths(hosts: Hosts, rates: Mapping[int, float]) -> str:
+    """What `make up` tells the server of the paths of these workers, with bytes a second."""
+    far = hosts.address("host1")
+    return link_watch.write(
+        [Chosen(k, hosts.address(f"host{k}"), far, rate) for k, rate in rates.items()]
+    )
 
 
 def _hosts(workers: int, rate: str) -> Hosts:

@@ -43,6 +43,10 @@ directions of its cable busy for longer. Smaller codecs have smaller pieces anyw
 BUCKET_SIZES = "bucket_mb", "min_bucket_mb"
 PIECES = 12
 """Buckets into which a small gradient is cut, where these are not too small."""
+SLOW_CABLE = 4
+"""Where a cable is slow and shards may average, a bucket is so many times the least, 256 KiB on the
+wire: nothing comes down before a whole bucket of each worker is there, and while the last averages
+come down nothing goes up."""
 LINKED_LEAST_MB = {"float32": 0.0625, "float16": 0.125, "bfloat16": 0.125, "int8": 0.25}
 """What `min_bucket_mb` is over links, by the codec that carries less of pushes' and averages': what
 takes 64 KiB on the wire. Smaller ones made no exchange shorter over 1 Gbit/s."""
@@ -245,8 +249,9 @@ class Settings:
     bucket_mb: float | None = setting(
         None,
         f"size of a bucket, counted as float32; null = {BUCKET_MB:g} where the server listens on "
-        f"loopback only, else {LINKED_BUCKET_MB:g}, or {SHARDED_BUCKET_MB:g} in float32 where "
-        "`shards` may average",
+        f"loopback only, else {LINKED_BUCKET_MB:g}; where `shards` may average "
+        f"{SHARDED_BUCKET_MB:g} in float32, or what takes 256 KiB on the wire if make up has "
+        "measured a slow cable",
         share_of(256),
         between(0.0001, 256),
         unit="MiB",
@@ -481,9 +486,10 @@ class Settings:
             return below if below >= UNPRIVILEGED else self.port + WATCHED_BELOW
         return self.watch_port
 
-    def with_bucket(self, *, linked: bool, fast: bool = False) -> Settings:
+    def with_bucket(self, *, linked: bool, fast: bool = False, slow: bool = False) -> Settings:
         """These settings with the sizes of buckets that they mean where peers are `linked` by a
-        network, one with a `fast` cable (Thunderbolt) perhaps. With a `bucket_mb`, or on one host,
+        network, one with a `fast` cable (Thunderbolt) perhaps, or with a cable that was measured as
+        `slow` (`paramserver.net.link_watch`). With a `bucket_mb`, or on one host,
         `min_bucket_mb: null` means the same size."""
         if self.bucket_mb is not None:
             return self
@@ -492,7 +498,10 @@ class Settings:
         sharded = self.shards != 1 and self.codec == "float32"
         size = SHARDED_BUCKET_MB if sharded else LINKED_BUCKET_MB
         codecs = self.codec, self.codec_of_averages
-        usual = size if fast else max(LINKED_LEAST_MB.get(codec, size) for codec in codecs)
+        least = max(LINKED_LEAST_MB.get(codec, size) for codec in codecs)
+        if slow and self.shards != 1 and not self.deterministic:  # nothing measured chooses then
+            size = min(size, SLOW_CABLE * least)
+        usual = size if fast else min(size, least)
         return replace(self, bucket_mb=size, min_bucket_mb=self.min_bucket_mb or usual)
 
 

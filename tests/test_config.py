@@ -592,6 +592,14 @@ def test_null_means_what_the_help_says() -> None:
     assert sharded.with_bucket(linked=False).bucket_mb == 4.0
     assert replace(sharded, codec="float16").with_bucket(linked=True).bucket_mb == 2.0
     assert replace(sharded, shards=1).with_bucket(linked=True).bucket_mb == 2.0
+    for codec, size in {"float32": 0.25, "float16": 0.5, "int8": 1.0, "topk": 2.0}.items():
+        slow = replace(sharded, codec=codec).with_bucket(linked=True, slow=True)
+        assert slow.bucket_mb == size and (slow.min_bucket_mb or 0) <= size
+    for same in (
+        replace(usual, shards=1),
+        replace(sharded, deterministic=True),
+    ):  # nothing measured chooses there
+        assert same.with_bucket(linked=True, slow=True) == same.with_bucket(linked=True)
     chosen = replace(usual, bucket_mb=1.0)
     assert chosen.with_bucket(linked=True) == chosen.with_bucket(linked=False) == chosen
 

@@ -95,6 +95,19 @@ def test_the_workers_of_a_host_share_its_cable() -> None:
     assert watch.cables([(1, ""), (5, "10.10.0.5")]) == {}  # nobody of whom it is known
 
 
+@pytest.mark.parametrize(
+    ("rates", "slow"),
+    [({}, False), ({2: 110e6, 3: 25e6}, True), ({2: 110e6, 3: 110e6}, False), ({3: 50e6}, True)],
+)
+def test_a_cable_is_slow_as_a_whole(rates: dict[int, float], slow: bool) -> None:
+    assert (
+        LinkWatch([Chosen(k, f"10.10.0.{k}", FAR, r) for k, r in rates.items()]).has_slow_cable
+        is slow
+    )
+    shared = [Chosen(k, NEAR, FAR, 50e6) for k in (2, 3)]
+    assert not LinkWatch(shared).has_slow_cable
+
+
 def test_a_round_of_one_push_tells_nothing_of_speed() -> None:
     assert rounds(LinkWatch([CHOSEN]), 3 * ROUNDS, come_s=9.0, pushes=1) == []
 

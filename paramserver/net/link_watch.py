@@ -19,6 +19,8 @@ WINDOW = 4  # pushes under way at once, as in `paramserver.protocol.pacing`
 FAR_BELOW = 0.25  # of its share of the measured speed
 ROUNDS = 5  # in a row
 RATES_KEPT = 15
+SLOW_BYTES_PER_S = 60e6
+"""Half of what 1 Gbit/s carries."""
 
 
 class Chosen(msgspec.Struct, frozen=True):
@@ -111,6 +113,14 @@ class LinkWatch:
         self._rounds: dict[int, _Round] = {}
         self._slow: Counter[int] = Counter()  # rounds in a row
         self._told: set[tuple[int, str]] = set()
+
+    @property
+    def has_slow_cable(self) -> bool:
+        """Is the cable of a worker's host slow? Workers with one address share it."""
+        rates: Counter[str] = Counter()
+        for each in self._chosen.values():
+            rates[each.near or f"worker {each.worker}"] += int(each.bytes_per_s)
+        return min(rates.values(), default=SLOW_BYTES_PER_S) < SLOW_BYTES_PER_S
 
     def cables(self, places: Iterable[tuple[int, str]]) -> dict[str, float]:
         """Bytes a second that the cable of each address carries, where these workers come from

@@ -503,8 +503,8 @@ def changed_settings(settings: Settings) -> dict[str, str]:
     """The settings that are not the default, by name, as a person writes them."""
     usual, found = flatten(asdict(Settings())), dict[str, str]()
     left = replace(settings, bucket_mb=None, min_bucket_mb=None)
-    kinds = (False, False), (True, False), (True, True)
-    unset = [left.with_bucket(linked=linked, fast=fast) for linked, fast in kinds]
+    unset = [left.with_bucket(linked=False), left.with_bucket(linked=True)]
+    unset += [left.with_bucket(linked=True, **kind) for kind in ({"fast": True}, {"slow": True})]
     for name, value in flatten(asdict(settings)).items():
         if name in UNSEEN or name.partition(".")[0] in UNSEEN:
             continue

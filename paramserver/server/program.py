@@ -149,7 +149,9 @@ def _serve_at(settings: Settings, page: Page) -> int:
     hosts, guarded = listen(host_ip, settings.security)
     sizes = [name for name in BUCKET_SIZES if getattr(settings, name) is None]
     outside = [host for host in (*hosts, *guarded) if not is_loopback(host)]
-    settings = settings.with_bucket(linked=bool(outside), fast=machine.has_fast_cable(outside))
+    fast, paths = machine.has_fast_cable(outside), link_watch.read(os.environ)
+    slow = paths is not None and paths.has_slow_cable
+    settings = settings.with_bucket(linked=bool(outside), fast=fast, slow=slow)
     parent, told = Path(settings.run_dir), to_wire(settings)
     here = Record(
         run=secrets.token_hex(8),
