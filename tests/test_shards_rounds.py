@@ -256,6 +256,15 @@ def test_of_a_host_whose_shards_die_no_more_are_asked() -> None:
     assert run.tick(5.0, 1, 2, 3) == ["w3 <- carry a shard"]
 
 
+def test_a_host_whose_shards_live_long_may_lose_any_number_of_them() -> None:
+    run = Sharded(shards=2, heartbeat_timeout=1e6, idle_timeout=1e6)
+    for life in range(1, 6):
+        assert run.tick(1000.0 * life, 1, 2, 3) == ["w2 <- carry a shard"]
+        assert run.happens(Offered("w2"))[0] == f"shard {life} of w2 begins"
+        run.tick(1000.0 * life + 900.0, 1, 2, 3)
+        run.happens(Failed(life, "its worker is gone"))
+
+
 def test_a_shard_that_nobody_elsewhere_hears_is_dropped_in_time() -> None:
     run = Sharded().begin()
     run.all_push(), run.made(1), run.made(2)

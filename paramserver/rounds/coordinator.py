@@ -457,7 +457,7 @@ class Rounds:
 
     def _lose_shard(self, number: int, why: str, now: float) -> None:
         """A shard is gone: nothing that only it has is waited for."""
-        shard = self.shards.lose(number)
+        shard = self.shards.lose(number, now)
         if shard is None:
             return
         self._out.effects.append(Dismissed(number))

@@ -21,7 +21,8 @@ from paramserver.rounds.rules import Rules
 from paramserver.rounds.states import REPLICA
 
 OFFER_S = 120.0  # for a worker to start its shard: a small machine imports PyTorch for a while
-DEATHS_MAX = 3  # of shards of one host; then it carries none any more
+DEATHS_MAX = 3  # of shards of one host, one after the other; then it carries none any more
+LONG_S = 600.0  # a shard that has lived so long was no failure: a long run outlives many workers
 HOLD_TIMEOUTS = 1.5  # heartbeat timeouts for a replica to have the averages of a round
 HOSTS_MIN = 3  # without a setting: with fewer, the server alone is as fast
 SMALL_BYTES = 2**18  # without a setting: a smaller gradient takes longer with the one message more
@@ -36,7 +37,7 @@ class Shard:
         self.host = host
         self.name = name
         self.owner = owner
-        self.last_seen = now
+        self.since = self.last_seen = now
         self.reached: set[str] = set()
 
 
@@ -146,11 +147,12 @@ class Shards:
         """The shards that this worker has started."""
         return [s for s in self.live.values() if s.owner == session]
 
-    def lose(self, number: int) -> Shard | None:
+    def lose(self, number: int, now: float) -> Shard | None:
         """Forget a shard; None if it is not known."""
         shard = self.live.pop(number, None)
         if shard is not None:
-            self._deaths[shard.host] += 1
+            lived_long = now - shard.since >= LONG_S
+            self._deaths[shard.host] = 0 if lived_long else self._deaths[shard.host] + 1
             if self._deaths[shard.host] >= DEATHS_MAX:
                 self._refused.add(shard.host)
         return shard
