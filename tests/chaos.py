@@ -2,9 +2,11 @@
 
     make chaos MINUTES=10 SEED=7      faults of every kind, ending in a table
     make chaos ARGS="shares=speed local_steps=8"    the same with further settings of the run
+    make chaos ARGS=shards=3          shards beside workers 2 and 3 are killed and stopped, too
     make soak ROUNDS=100000           workers come and go; memory and descriptors must stay flat
 
 As root on Linux each worker has a machine of its own (a network namespace), and cables are cut.
+Elsewhere all are on one machine, where there are no shards.
 
 The seed chooses which fault comes when; what the processes make of it is never twice the same.
 Exit code 1 where a promise was broken: a closed step lost, samples applied twice or silently never,
@@ -33,7 +35,7 @@ from typing import Any
 import psutil
 import zmq
 from strangers import bother
-from whole import LOOPBACK, Program, Run, children, private_folders
+from whole import LOOPBACK, Program, Run, children, private_folders, shards_of
 
 from benchmarks.network import Hosts, move_to
 from paramserver.net.address import keys_of
@@ -43,6 +45,8 @@ from paramserver.rounds.ledger import Ledger, optimizer_steps
 from paramserver.transport import sockets
 
 STANDSTILL_S = 120.0
+SHARED = Path("/dev/shm")
+AVERAGING = "the server lets several average"
 UNDISTURBED_S = 1800.0
 SILENCE_S = 3  # heartbeat_timeout of the run
 WORKERS = (1, 2, 3)
@@ -58,6 +62,13 @@ FAULTS = {
     "stranger at the ports": 2,
 }
 CABLES = {"cable out": 3, "cable out in one direction": 3}  # where there are cables
+SHARDS = {
+    "shard killed": 3,
+    "shard stopped": 3,
+    "machine stopped": 2,
+    "shard and a worker elsewhere killed": 2,
+}  # where there are shards
+SHARDS_CUT = "bucket_mb=0.02"  # so that each shard has some
 OUT_S = (1.0, 3.0, 3.0, 15.0, 60.0)
 COMING_AND_GOING = {"worker killed": 4, "worker stopped": 3, "worker asked to leave": 2}
 HOSTS = ["mini1", "mini2", "mini3"]
@@ -106,7 +117,12 @@ class Watch(threading.Thread):
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         sub = context.socket(zmq.SUB)
         sub.setsockopt(zmq.RECONNECT_IVL, 50)
-        for kind in (wire.Average, wire.Shared, wire.Close):  # a close travels with averages
+        for kind in (
+            wire.Average,
+            wire.Shared,
+            wire.Sealed,
+            wire.Close,
+        ):  # a close travels with averages
             sub.subscribe(wire.topic(kind))
         sockets.connect(sub, sockets.tcp(self._address, self._port + 1), self._keys)
         last: float | None = None
@@ -171,6 +187,8 @@ class Chaos:
         self.run, self.random, self.hosts = run, random.Random(seed), hosts
         self.tally = Tally()
         self.folders: set[Path] = set()
+        self.shards: set[psutil.Process] = set()  # all that were seen
+        self.servers: list[Program] = []
         self._settings, self._token = settings, ""
         self._faults, self._whom = faults, whom
         self._observers_killed = 0
@@ -190,6 +208,7 @@ class Chaos:
             server = self.run.server(*settings, host=self.hosts[HOSTS[0]], XDG_CONFIG_HOME=keys)
             self._token = server.wait_for("other machines join with: ").rpartition("=")[2]
         self.folders |= private_folders(server)
+        self.servers.append(server)
         return server
 
     def _start_worker(self, number: int) -> Program:
@@ -221,11 +240,24 @@ class Chaos:
             seconds = min(seconds, most_s)
         if fault == "observer killed" and self._observers_killed == OBSERVERS_KILLED:
             return
+        if fault in SHARDS and not self._look_for_shards():
+            return
         self.tally.faults[fault] += 1
         self.watch.fault = f"{fault} ({number}, {seconds:.1f} s)"
         self.say(self.watch.fault)
         self._do(fault, number, seconds)
         self.watch.next_close()
+
+    def _look_for_shards(self) -> list[psutil.Process]:
+        """Those that run now."""
+        found = shards_of(self.workers.values())
+        self.shards.update(found)
+        return found
+
+    def until_said(self, sentence: str) -> None:
+        """Wait until the server has said it, now or before."""
+        if not re.search(sentence, self.server.output):
+            self.server.wait_for(sentence)
 
     def _pause(self, seconds: float) -> None:
         time.sleep(seconds)
@@ -266,8 +298,39 @@ class Chaos:
             case "stranger at the ports":
                 for port in (self.run.port, self.run.port + 1):
                     self._bother(port)
+            case "shard killed" | "shard stopped" | "machine stopped":
+                self._disturb_shard(fault, seconds)
+            case "shard and a worker elsewhere killed":
+                here = self._disturb_shard("shard killed", 0.0)
+                number = next(n for n in WORKERS if n != here)
+                self._end(self.workers[number], signal.SIGKILL)
+                self._pause(seconds)
+                self.workers[number] = self._start_worker(number)
             case "cable out" | "cable out in one direction":
                 self._cut(HOSTS[number - 1], seconds, both=fault == "cable out")
+
+    def _disturb_shard(self, fault: str, seconds: float) -> int:
+        """Something happens to a shard, or to it and its worker, whose number is returned; a shard
+        may be gone by now."""
+        number = self.random.choice([n for n in WORKERS if shards_of([self.workers[n]])] or WORKERS)
+        worker = self.workers[number]
+        shards = shards_of([worker])
+        for shard in shards:
+            with suppress(psutil.NoSuchProcess):
+                if fault == "shard killed":
+                    shard.kill()
+                else:
+                    shard.suspend()
+        if fault == "machine stopped":
+            worker.send(signal.SIGSTOP)
+        if fault != "shard killed":
+            self._pause(seconds)
+            worker.send(signal.SIGCONT)
+            self._pause(self.random.choice((0.0, 0.0, 1.0)))
+        for shard in shards:
+            with suppress(psutil.NoSuchProcess):
+                shard.resume()
+        return number
 
     def _bother(self, port: int) -> None:
         if self.hosts is None:
@@ -320,7 +383,8 @@ class Chaos:
         self.watch.until_all_take_part(len(WORKERS))
         if "observer=false" not in self._settings:
             here = "the first state comes from the observer|the observer took a snapshot"
-            self.server.wait_for(here)
+            self.until_said(here)
+        self._look_for_shards()
         self.server.send(signal.SIGTERM)
         programs = [self.server, *self.workers.values()]
         codes = {p.name: p.end() for p in programs}
@@ -332,6 +396,10 @@ class Chaos:
             raise Broken(f"not everybody ended in order: {codes}\n{output}")
         if left := [str(f) for f in self.folders if f.exists()]:
             raise Broken(f"left behind: {', '.join(left)}")
+        _, living = psutil.wait_procs(self.shards, STANDSTILL_S)
+        left = [str(f) for p in self.shards for f in SHARED.glob(f"paramserver-{p.pid}-*")]
+        if living or left:
+            raise Broken(f"left behind of shards: {[p.pid for p in living]}, {', '.join(left)}")
 
 
 def judge(
@@ -399,8 +467,13 @@ def chaos(seconds: float, seed: int, *, compare: bool, more: Sequence[str] = ())
         hosts = stack.enter_context(Hosts(HOSTS)) if cables else None
         run = stack.enter_context(Run(Path(folder)))
         print(f"machines of their own, with cables: {'yes' if cables else 'no, that takes root'}")
-        monkey = Chaos(run, seed, FAULTS | (CABLES if cables else {}), settings, hosts=hosts)
+        shards = cables and any(s.startswith("shards=") and s != "shards=1" for s in more)
+        faults = FAULTS | (CABLES if cables else {}) | (SHARDS if shards else {})
+        settings += [SHARDS_CUT] if shards else []
+        monkey = Chaos(run, seed, faults, settings, hosts=hosts)
         monkey.watch.next_close()
+        if shards:
+            monkey.until_said(AVERAGING)
         until = time.monotonic() + seconds
         while (left := until - time.monotonic()) > 0:
             monkey.disturb(left)

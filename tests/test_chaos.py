@@ -30,6 +30,7 @@ LINES = [{"step": step, "samples": 32} for step in (1, 2, 3)]
             "0.2", ["shares=speed", "local_steps=8", "overlap=true"], marks=pytest.mark.long
         ),
         pytest.param("0.2", ["local_steps=auto", "codec=int8"], marks=pytest.mark.long),
+        pytest.param("0.2", ["shards=3"], marks=[pytest.mark.long, pytest.mark.root]),
     ],
 )
 def test_faults_of_every_kind_break_no_promise(minutes: str, settings: list[str]) -> None:

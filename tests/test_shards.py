@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from whole import DEADLINE_S, Program, Run
+from whole import DEADLINE_S, Program, Run, shards_of
 
 from benchmarks.network import Hosts
 from paramserver.net import link_watch
@@ -89,16 +89,6 @@ def cluster(
         ]
         told = link_watch.write(paths) if paths else ""
         yield Cluster(hosts, run, folder, security, *more, far=far, paths=told)
-
-
-def shards_of(workers: Sequence[Program]) -> list[psutil.Process]:
-    """The processes of the shards that these workers have started."""
-    return [
-        child
-        for worker in workers
-        for child in psutil.Process(worker.process.pid).children(recursive=True)
-        if "paramserver.shard" in child.cmdline()
-    ]
 
 
 def forebears(shard: psutil.Process) -> set[int]:

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from pathlib import Path
@@ -168,6 +168,17 @@ def children(program: Program) -> list[psutil.Process]:
         with suppress(psutil.Error):  # it may be gone
             if child.name() != forked.SPARE:
                 found.append(child)
+    return found
+
+
+def shards_of(workers: Iterable[Program]) -> list[psutil.Process]:
+    """The processes of the shards that these workers have started."""
+    found = []
+    for worker in workers:
+        with suppress(psutil.Error):  # they may be gone
+            for child in psutil.Process(worker.process.pid).children(recursive=True):
+                if "paramserver.shard" in child.cmdline():
+                    found.append(child)
     return found
 
 
