@@ -11,7 +11,7 @@ VENV_PYTHON := .venv/bin/python
 READY := .venv/.ready
 LIGHT := .venv/.light
 
-unexport ARGS DRY HOST HOSTS ID JOIN MINUTES NAME QUICK ROTATE ROUNDS SCRIPT SEED SEEDS # they are for this make, not for one that a test or a program starts
+unexport ARGS DRY HOST HOSTS ID JOIN MINUTES NAME ONLY QUICK ROTATE ROUNDS SCRIPT SEED SEEDS # they are for this make, not for one that a test or a program starts
 
 # Nothing that is typed is ignored: words without a = are commands, and these take no settings.
 
@@ -112,8 +112,8 @@ bench: $(READY) ## measure beside DDP with gloo (QUICK=1: under 3 minutes; ARGS=
 profile: $(READY) ## where a step's time goes: a table, and trace.json in the run folder
 	@$(RUN) paramserver.launch profile $(ARGS)
 
-simulate: $(READY) ## whole runs with faults in virtual time (SEEDS=100000; ARGS='--seed 7 --verbose')
-	@$(RUN) tests.simulation $(if $(call typed,SEEDS),--seeds $(SEEDS)) $(ARGS)
+simulate: $(READY) ## whole runs with faults in virtual time (SEEDS=100000 ONLY=late+small ARGS=--shards)
+	@$(RUN) tests.simulation $(if $(call typed,SEEDS),--seeds $(SEEDS)) $(if $(call typed,ONLY),--only $(ONLY)) $(ARGS)
 
 chaos: $(READY) ## a training whose processes are killed, stopped and started again (MINUTES=2 SEED=7)
 	@PYTHONPATH=tests $(RUN) chaos $(if $(call typed,MINUTES),--minutes $(MINUTES)) $(if $(call typed,SEED),--seed $(SEED)) $(ARGS)

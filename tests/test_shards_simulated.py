@@ -3,6 +3,7 @@ mistake."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import msgspec
@@ -11,13 +12,15 @@ import pytest
 from simulation import Parts, Schedule, simulate
 
 from paramserver.protocol import messages as wire
+from paramserver.protocol.sharding import Shares
 from paramserver.rounds.coordinator import Rounds
+from paramserver.rounds.effects import Finish
 from paramserver.rounds.relays import Relays as Chosen
 from paramserver.rounds.roster import Peer
 from paramserver.rounds.round import Round
 from paramserver.rounds.shards import Shard, Shards
 from paramserver.server.control import Control
-from paramserver.server.spread import Spread
+from paramserver.server.spread import Data, Order, Spread
 from paramserver.shard.adder import Adder, Waiting
 from workers.link.follow import Follow
 from workers.link.relays import Relays
@@ -44,7 +47,15 @@ def test_the_promises_hold_with_shards(first: int) -> None:
     assert seen["averages of shards"] > 5 * BLOCK
     assert seen["averages handed on"] > BLOCK
     assert min(seen["pushes in an outbox"], seen["averages in a shard's ring"]) > BLOCK
-    for fault in ("kill a shard", "stop a shard", "cut channels", "hold channels", "void rounds"):
+    for fault in (
+        "kill a shard",
+        "stop a shard",
+        "cut channels",
+        "hold channels",
+        "void rounds",
+        "stop a machine",
+        "firewall",
+    ):
         assert seen[fault] > 2, f"{fault} hardly ever happens: {seen}"
 
 
@@ -63,6 +74,31 @@ class TakesAnyHolder(Shards):
 
     def _is_held(self, shard: Shard, current: Round) -> bool:
         return bool(current.holders)
+
+
+class ClosesBeforeAllReport(Rounds):
+    """A round is closed when one shard has reported its averages, whatever the others do."""
+
+    def _is_held(self, current: Round, now: float) -> bool:
+        first = 0 < len(current.unmade) < len(current.made_elsewhere())
+        return first or super()._is_held(current, now)
+
+
+class DropsNoHungShard(Shards):
+    """A shard of which nothing is heard stays in the map."""
+
+    def silent(self, now: float) -> list[Shard]:
+        return []
+
+    def overdue(self, current: Round, now: float) -> list[tuple[Shard, str]]:
+        return []
+
+
+class KeepsWhoIsNotReached(Shards):
+    """A shard is in the map although a firewall is in between."""
+
+    def _shares(self, chosen: list[int], workers: Collection[Peer]) -> Shares:
+        return super()._shares([0, *sorted(self.live)], workers)
 
 
 class WaitsForAGoneShard(Rounds):
@@ -101,6 +137,46 @@ class PromisesWhatIsGone(Spread):
         reach = self._reach
         super().dismiss(shard)
         self._reach = reach
+
+
+class JudgesNoNorms(Spread):
+    """The norm that a shard reports is not judged."""
+
+    def push(self, *push: Any, **more: Any) -> tuple[str | None, float | None]:
+        bad, norm = super().push(*push, **more)
+        return bad, None if push[2].shard else norm
+
+
+class KeepsResiduals(Spread):
+    """What a codec left out of an average stays where it was, when others average the bucket."""
+
+    def finish(self, finish: Finish) -> None:
+        self._makers[finish.bucket] = finish.shard
+        super().finish(finish)
+
+
+class AddsInAnyOrder(Spread):
+    """The shards add gradients in another order than that of the workers."""
+
+    def __init__(self, own: Data, order: Order, nonce: str) -> None:
+        super().__init__(own, self._later, nonce)
+        self._now, self._adds = order, list[tuple[int, wire.Message]]()
+
+    def _later(self, shard: int, message: wire.Message) -> None:
+        if isinstance(message, wire.AddUp):
+            self._adds.append((shard, message))
+            return
+        adds, self._adds = self._adds, []
+        for added in (*reversed(adds), (shard, message)):
+            self._now(*added)
+
+
+class RefusesWhatComesEarly(Adder):
+    """A payload that comes before its round has begun here is dropped."""
+
+    def came(self, session: str, number: int, push: wire.Push, *more: Any) -> None:
+        if not self._round or push.round <= self._round + 1:
+            super().came(session, number, push, *more)
 
 
 class KeepsVoidSums(Adder):
@@ -187,19 +263,26 @@ class TakesAnyRound(Relays):
     [
         (Parts(rounds=ClosesAtOnce), "only a shard has", 0),
         (Parts(shards=TakesAnyHolder), "only a shard has", 0),
-        (Parts(rounds=WaitsForAGoneShard), "does not end|could have gone on", 5),
+        (Parts(rounds=ClosesBeforeAllReport), "averaged were", 2),
+        (Parts(shards=DropsNoHungShard), "does not end|could have gone on", 98),
+        (Parts(shards=KeepsWhoIsNotReached), "does not reach shard", 10),
+        (Parts(rounds=WaitsForAGoneShard), "does not end|could have gone on", 41),
         (Parts(control=WaitsForNoReport), "not understood", 0),
-        (Parts(control=WaitsForEver), "could have gone on|does not end", 236),
+        (Parts(control=WaitsForEver), "could have gone on|does not end", 355),
         (Parts(spread=DropsTheSecondCopy), "no payload .* to add", 80),
         (Parts(spread=PromisesWhatIsGone), "could have gone on|but not for", 2),
-        (Parts(adder=KeepsVoidSums), "is divided by|twice in bucket|not in the update", 849),
+        (Parts(spread=JudgesNoNorms), "out of all proportion", 80),
+        (Parts(spread=KeepsResiduals), "was averaged by another one", 5),
+        (Parts(spread=AddsInAnyOrder), "in this order", 5),
+        (Parts(adder=RefusesWhatComesEarly), "without a word", 56),
+        (Parts(adder=KeepsVoidSums), "is divided by|twice in bucket|not in the update", 150),
         (Parts(adder=AddsWhatComes), "of another model|is divided by|weigh|freed twice", 2),
         (Parts(adder=FreesTooSoon), "its worker may write to", 0),
         (Parts(adder=NeverFrees), "is not freed", 0),
-        (Parts(adder=RecallsWhatIsGone), "that was written over", 0),
+        (Parts(adder=RecallsWhatIsGone), "that was written over", 244),
         (Parts(follow=HoldsWhatItLost), "only a shard has", 80),
-        (Parts(shards=ListensOn), "go on with a relay", 0),
-        (Parts(relays=TakesAnyRound), "differ|another|model", 0),
+        (Parts(shards=ListensOn), "go on with a relay", 6),
+        (Parts(relays=TakesAnyRound), "differ|another|model", 6),
     ],
     ids=planted.name,
 )

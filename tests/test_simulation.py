@@ -14,6 +14,7 @@ import msgspec
 import planted
 import pytest
 from simulation import Parts, Schedule, simulate
+from simulation.mix import only
 from simulation.worker import Worker
 
 from paramserver.protocol import messages as wire
@@ -91,6 +92,26 @@ def test_a_seed_replays_in_any_process() -> None:
     assert there[: len(here)] == here
     assert sum("Close(round=" in line for line in here) > 5
     assert "1 schedules, 0 failed" in there[-1]
+
+
+def test_narrow_schedules_all_have_what_they_are_asked_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from simulation import schedule
+
+    made = [Schedule(seed, mix=only("late+small+honest+home")) for seed in range(8)]
+    assert all(s.rules.max_staleness or s.rules.deterministic for s in made)
+    assert all(s.habits.samples <= 70 and s.home_at < 10 and not s.lies for s in made)
+    assert all(Schedule(seed, mix=only("liar+local")).lies for seed in range(8))
+    words = ["--shards", "--only", "machines+small", "--seed", "3"]
+    monkeypatch.setattr(sys, "argv", ["simulation", *words])
+    monkeypatch.setattr(schedule, "Parts", lambda: Parts(rounds=ForgetsLeases))
+    assert schedule.main() == 1
+    assert "--seed 3 --verbose --shards --only machines+small" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["simulation", "--only", "late+lame"])
+    with pytest.raises(SystemExit):
+        schedule.main()
+    assert "'lame' is none of late, pairs," in capsys.readouterr().err
 
 
 def test_a_failure_is_told_with_the_command_that_replays_it(

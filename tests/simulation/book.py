@@ -16,8 +16,10 @@ from paramserver.rounds.ledger import Ledger, OwnLedger
 Sample = tuple[int, int]
 """(epoch, place in its shuffled order); of a worker's own: (its process, how many came before)."""
 
-Gradient = tuple[int, tuple[Sample, ...], bool]
-"""The model that made it, the samples it was made from, and whether its numbers are finite."""
+Gradient = tuple[int, tuple[Sample, ...], float]
+"""The model that made it, the samples it was made from, and its norm: `USUAL` where it is good."""
+
+USUAL, HUGE = 1.0, 1e6
 
 Content = list[tuple[bool, tuple[Sample, ...]]]
 """An update: for each bucket whether it has a gradient, and of which samples."""
@@ -94,6 +96,16 @@ class Book:
     def model_at(self, step: int) -> int:
         """The model at that step of the log."""
         return self.models[self.closes[step - 1].lineage if step else self._first]
+
+    def check_residual(self, bucket: int, since: int | None) -> None:
+        """What a codec left out of the average of a bucket in step `since` goes into the next one
+        of that bucket, or is forgotten."""
+        newest = next((c.step for c in reversed(self.closes) if bucket in c.buckets), None)
+        if since not in (None, newest):
+            raise Broken(
+                f"what was left out of bucket {bucket} in step {since} goes into "
+                f"step {self.step + 1}, although step {newest} was averaged by another one"
+            )
 
     def lag(self, model: int, most: int) -> int:
         """How many updates were made since this was the model; at most so many."""

@@ -575,6 +575,8 @@ class Client(Process):
         if shard is None:
             return
         lane = Lane(shard.net, f"shard {told.shard}", shard.receive, self._from_shard)
+        if shard.address == self.server.firewall != self.address:
+            lane.cut(math.inf, 0.0)
         self.channels[told.shard] = Channel(lane, self.world.now)
         assert self.welcome is not None
         near = self._maps and self.address == shard.address

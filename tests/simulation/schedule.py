@@ -3,6 +3,7 @@
 
     python -m tests.simulation --seeds 100000        many schedules
     python -m tests.simulation --seed 123 --verbose  one of them, message by message
+    python -m tests.simulation --shards --only late+small   several shards, and these kinds in all
 
 A seed makes a schedule: settings, how many workers and how slow, what the network is like, and the
 faults: processes (the server, too) that are killed and started again, stopped and continued, or
@@ -53,6 +54,7 @@ from workers.link.session import Session
 
 from .book import Broken, samples_of
 from .liar import Liar
+from .mix import ONLY, Mix, only
 from .network import DOWN, UP, Line, Network, World
 from .peer import (
     DEADLINE_S,
@@ -64,14 +66,12 @@ from .peer import (
     Shipping,
 )
 from .server import LIAR, TICK_S, Server
+from .shard import Shard
 from .worker import Worker
 
 SILENCE_S = 4.0  # heartbeat_timeout
 IDLE_S = 50.0
 HANG_S, HANG_IDLE_S = 300.0, 200.0  # several in turn may be waited for before this is over
-LIARS_EVERY = 4  # seeds, a schedule has a liar
-SPEED_EVERY = 5  # seeds, shares follow speed
-LOCAL_EVERY = 7  # seeds, rounds have local steps
 ONE_BY_ONE = 0.5
 """Share of them in which workers make these one by one, and look around in between: they leave
 their loop sooner now and then, or go on while an exchange is under way."""
@@ -88,30 +88,15 @@ CARRIES, ENTERED = "late work is carried over", "late buckets that entered a rou
 HARMLESS = {"slow", "bad", "leave", "pause", "finished", "left", SOONER, ON, CARRIES, ENTERED}
 """What happens in a schedule and kills no worker."""
 
-MOVES = 0.2
-"""Share of the times that a server is started again on another port."""
-
 SHARD_FAULTS = (
     *("kill a shard",) * 3, "stop a shard", "cut channels", "cut a shard's link", "hold channels",
 )  # fmt: skip
 
-PAIRS = 0.2
-"""Share of the schedules with several buckets, without a liar and local steps, in which several
-pairs take turns."""
+NORMS = 0.3
+"""Share of those with shards in which norms are judged, and bad gradients have huge ones."""
 
-LATE = 0.4
-"""Share of the schedules without local steps, where order does not matter, in which late work is
-carried over."""
-
-OWN = 0.1
-"""Share of the schedules without a liar in which workers bring samples of their own."""
-
-HANGS = 0.5
-"""Share of the schedules in which shares follow speed, after whose faults all who have samples
-hang, and beat, as soon as there is somebody who got none."""
-
-HOMEWARD = 0.06
-"""Share of the schedules in which all workers leave in order at some time, and stay away."""
+FIREWALLS = 0.15
+"""Share of those with shards in which a host lets nobody in."""
 
 MOMENTS = (
     *(None,) * 4, "before a close is noted", "before a close is told", "after a close is told",
@@ -171,8 +156,10 @@ class Schedule:
         tell: Callable[[str], None] | None = None,
         *,
         sharded: bool = False,
+        mix: Mix | None = None,
     ) -> None:
         self.parts = parts or Parts()
+        self.mix = mix = mix or Mix()
         self.outcome = Outcome(seed)
         self.world = world = World(seed, tell)
         rng = world.random
@@ -193,9 +180,9 @@ class Schedule:
             observer=rng.random() < 0.7,
         )
         self.rules = msgspec.structs.replace(
-            self.rules, shares="speed" if seed % SPEED_EVERY == SPEED_EVERY - 1 else "equal"
+            self.rules, shares="speed" if seed % mix.speed_every == mix.speed_every - 1 else "equal"
         )
-        if seed % LOCAL_EVERY == LOCAL_EVERY - 1:
+        if seed % mix.local_every == mix.local_every - 1:
             local = Random(f"local {seed}")
             self.rules = msgspec.structs.replace(
                 self.rules,
@@ -203,7 +190,7 @@ class Schedule:
                 local_warmup_steps=local.choice((0, 0, 5)),
                 deterministic=False,
             )
-        self.lies = seed % LIARS_EVERY == LIARS_EVERY - 1
+        self.lies = seed % mix.liars_every == mix.liars_every - 1
         if self.lies:
             self.rules = msgspec.structs.replace(
                 self.rules,
@@ -212,7 +199,7 @@ class Schedule:
                 quorum=min(self.rules.quorum, 0.5),
             )
         own = Random(f"own {seed}")
-        brings = own.randint(1, 20) if own.random() < OWN and not self.lies else 0
+        brings = own.randint(1, 20) if own.random() < mix.own and not self.lies else 0
         if brings:  # who is done leaves: one must be enough
             self.rules = msgspec.structs.replace(self.rules, min_workers=1)
             self.outcome.seen["own samples"] += 1
@@ -222,9 +209,10 @@ class Schedule:
             overlap = one_by_one.random() < 0.5 or not sooner
             self.rules = msgspec.structs.replace(self.rules, overlap=overlap)
         self._plan_staleness(seed)
-        # With shards there are more samples, and a round is left in which only those that hang are.
-        hangs = self.rules.shares == "speed" and not (self.lies or sooner or sharded)
-        hangs = hangs and self.rules.min_workers == 1 and Random(f"hangs {seed}").random() < HANGS
+        hangs = self.rules.shares == "speed" and not (self.lies or sooner)
+        hangs = (
+            hangs and self.rules.min_workers == 1 and Random(f"hangs {seed}").random() < mix.hangs
+        )
         if hangs:
             self.rules = msgspec.structs.replace(self.rules, idle_timeout=HANG_IDLE_S)
         if sharded:
@@ -245,6 +233,10 @@ class Schedule:
             pairs=pairs,
         )
         self._moves = Random(f"moves {seed}")
+        wall = Random(f"firewall {seed}")
+        if sharded and wall.random() < FIREWALLS:
+            self.server.firewall = f"10.0.0.{wall.randint(1, 3)}"
+            self.outcome.seen["firewall"] += 1
         self.habits = Habits(
             samples=rng.randint(1, 40) * rng.choice((1,) * 20 + (10,)),
             batch_size=rng.randint(1, 6),
@@ -252,6 +244,8 @@ class Schedule:
             absent=rng.choice((0.0, 0.3, 0.6)),
             own=brings,
         )
+        if mix.small:
+            self.habits.samples = 1 + seed % 7
         if self.rules.shards != 1:  # it takes a while until there are any
             self.habits.samples *= 4
         if not brings:
@@ -284,7 +278,7 @@ class Schedule:
             self.habits.samples *= 10
             world.at(self.calm_at, self._look_for_hang)
         own = Random(-1 - seed)  # so that all else is as it would be without
-        goes = own.random() < HOMEWARD and not self.lies  # a liar would stay
+        goes = own.random() < mix.homeward and not self.lies  # a liar would stay
         self.home_at = own.uniform(0.5, 8.0) if goes else math.inf
         if self.home_at < math.inf:
             world.at(self.home_at, self._go_home)
@@ -292,7 +286,7 @@ class Schedule:
     def _plan_staleness(self, seed: int) -> None:
         """In some schedules late work is carried over."""
         rng = Random(f"staleness {seed}")
-        carries = rng.random() < LATE and self.rules.local_steps == 1
+        carries = rng.random() < self.mix.late and self.rules.local_steps == 1
         if carries and not self.rules.deterministic:
             most, timeout = rng.choice((1, 1, 2, 3, 8)), rng.choice((None, None, 0.05, 0.5))
             self.rules = msgspec.structs.replace(self.rules, max_staleness=most, timeout=timeout)
@@ -300,7 +294,9 @@ class Schedule:
 
     def _plan_shards(self, seed: int) -> None:
         wanted = Random(f"shards {seed}").choice((None, 2, 3, 4))
-        self.rules = msgspec.structs.replace(self.rules, shards=wanted)
+        judges = self.rules.local_steps == 1 and Random(f"norms {seed}").random() < NORMS
+        ratio = 10.0 if judges else None
+        self.rules = msgspec.structs.replace(self.rules, shards=wanted, max_norm_ratio=ratio)
 
     def _plan_shard_faults(self, seed: int, over: float) -> float:
         """Put faults of shards at random moments; returns when the last fault is over."""
@@ -312,7 +308,40 @@ class Schedule:
             seconds = rng.choice((0.05, 0.5, 2.0, 6.0)) * rng.uniform(0.5, 1.5)
             self.world.at(start, self._strike_shard, rng.choice(SHARD_FAULTS), rng, seconds)
             over = max(over, start + seconds + 0.001)
+        if self.rules.max_norm_ratio is not None:
+            norms = Random(f"bad numbers {seed}")
+            start = norms.uniform(2.0, 10.0)
+            self.world.at(start, self._strike, "bad", norms.choice(self.slots), 6.0)
+            over = max(over, start + 6.001)
+        rng = Random(f"machines {seed}")
+        if rng.random() < self.mix.machines:
+            for _ in range(rng.choice((1, 2, 3))):
+                start = rng.uniform(0.0, rng.choice((3.0, 8.0, 15.0)))
+                seconds = rng.choice((0.5, 3.0, 6.0, 15.0)) * rng.uniform(0.5, 1.5)
+                late_s = rng.choice((0.0, 0.5, 6.0, 30.0)) * rng.random()
+                self.world.at(start, self._stop_machine, rng, seconds, late_s)
+                over = max(over, start + seconds + late_s + 0.001)
         return over
+
+    def _stop_machine(self, rng: Random, seconds: float, late_s: float) -> None:
+        """All processes of a machine stop, or only its shard does; one of them may come back later
+        than the others by `late_s`, long after it was taken for dead."""
+        shards = [s for s in self.server.shards.values() if s.alive]
+        if not shards or self.server.ended_at is not None:
+            return
+        shard = rng.choice(shards)
+        peers = [p for p in self.alive if p.address == shard.address] * (rng.random() < 0.8)
+        self.world.say(f"FAULT the machine at {shard.address} stops for {seconds:.3f} s")
+        self.outcome.seen["stop a machine" if peers else "stop a shard"] += 1
+        back = self.world.now + seconds
+        there: list[Client | Shard] = [shard, *peers]
+        last = rng.choice(there)
+        for process in there:
+            process.stop()
+            at = back + late_s * (process is last)
+            if isinstance(process, Client):
+                process.reachable_at = max(process.reachable_at, at)
+            self.world.at(at, process.go_on)
 
     def _strike_shard(self, fault: str, rng: Random, seconds: float) -> None:
         shards = [s for s in self.server.shards.values() if s.alive]
@@ -379,7 +408,12 @@ class Schedule:
     def _plan_pairs(self, seed: int, buckets: int) -> tuple[wire.Pair, ...]:
         """In some schedules several pairs take turns: with how many of the buckets each."""
         rng = Random(f"pairs {seed}")
-        if rng.random() > PAIRS or buckets == 1 or self.lies or self.rules.local_steps != 1:
+        if (
+            rng.random() > self.mix.pairs
+            or buckets == 1
+            or self.lies
+            or self.rules.local_steps != 1
+        ):
             return ()
         if self.rules.max_staleness:
             return ()
@@ -424,7 +458,7 @@ class Schedule:
         return observer is not None and observer.alive
 
     def _start_server(self) -> None:
-        self.server.restart(moves=self._moves.random() < MOVES)
+        self.server.restart(moves=self._moves.random() < self.mix.moves)
 
     def _process(self, slot: int) -> Client:
         self._serial += 1
@@ -855,20 +889,26 @@ def main() -> int:
     parser.add_argument("--seed", type=int, help="only this one")
     parser.add_argument("--verbose", action="store_true", help="tell what happens")
     parser.add_argument("--shards", action="store_true", help="several shards in all schedules")
+    parser.add_argument("--only", help=f"in all schedules, joined by +: {', '.join(ONLY)}")
     parser.add_argument("--keep-going", action="store_true", help="do not stop at a failure")
     args = parser.parse_args()
+    try:
+        mix = only(args.only) if args.only else Mix()
+    except ValueError as e:
+        parser.error(f"--only: {e}")
     first, count = (args.first, args.seeds) if args.seed is None else (args.seed, 1)
     start, seen = time.perf_counter(), Counter[str]()
     done = failed = events = 0
     for seed in range(first, first + count):
         tell = print if args.verbose else None
-        outcome = Schedule(seed, tell=tell, sharded=args.shards).run()
+        outcome = Schedule(seed, tell=tell, sharded=args.shards, mix=mix).run()
         done, events = done + 1, events + outcome.events
         seen.update(outcome.seen)
         if outcome.failure is not None:
             failed += 1
             print(f"seed {seed} failed {outcome.failure}")
             options = " --shards" * args.shards
+            options += f" --only {args.only}" if args.only else ""
             replay = f"python -m tests.simulation --seed {seed} --verbose{options}"
             print(f"  replay: {replay}", flush=True)
             if not args.keep_going:

@@ -21,6 +21,7 @@ from paramserver.rounds.disagreement import Comparison
 from paramserver.rounds.effects import Finish
 from paramserver.rounds.leases import LEASES_HELD
 from paramserver.rounds.looks import DataSet
+from paramserver.rounds.outliers import NEEDED
 from paramserver.rounds.recovery import NOTHING
 from paramserver.rounds.roster import Peer
 from paramserver.rounds.round import worked_off
@@ -31,7 +32,7 @@ from paramserver.rounds.waits import EMPTY_ROUNDS
 from paramserver.server.control import Control, Finished
 from paramserver.server.history import Frames, History, Update
 
-from .book import Book, Broken, Gradient, Sample, samples_of
+from .book import HUGE, USUAL, Book, Broken, Gradient, Sample, samples_of
 from .network import Carried, Network, Together, World
 
 PULSES_PER_TIMEOUT = 10
@@ -40,6 +41,7 @@ PIECES_MOST = 1000
 TICK_S = 0.25
 DIGEST_STEPS = 2
 FETCH_UPDATES = 3  # that make an answer
+USUAL_AFTER = NEEDED + 4  # of usual ones only another norm is judged
 
 
 class Gave(NamedTuple):
@@ -113,6 +115,7 @@ class Samples:
         self.entered = 0  # buckets of such rounds
         self.sums: dict[int, list[Sample]] = {}
         self._weights: dict[int, float] = {}
+        self._residuals: dict[int, int] = {}  # by bucket: of the average of which step
         self.averages: list[Finished] = []
         self._due: list[Finished] = []
         self.ring: Ring | None = None
@@ -155,28 +158,29 @@ class Samples:
             gradient = self._lie(session, worker, push)
             if push.without:
                 self._server.book.withheld.update(gradient[1])
-        if not gradient[2]:
-            return f"not all of its numbers are finite (bucket {push.bucket})", None
-        self.payloads[worker, push.bucket] = gradient
-        if late:
-            self.late.add((worker, push.bucket))
-        return None, None
+        bad, norm = self._server.judged(push.bucket, gradient)
+        if bad is None:
+            self.payloads[worker, push.bucket] = gradient
+            if late:
+                self.late.add((worker, push.bucket))
+        return bad, norm
 
     def _lie(self, session: str, worker: int, push: wire.Push) -> Gradient:
         server = self._server
         carried = server.rounds.peers[session].carried
         if carried is not None:
-            return server.book.model_at(carried.step - 1), samples_of(carried.lease), True
+            return server.book.model_at(carried.step - 1), samples_of(carried.lease), USUAL
         assert server.rounds.round is not None
         of_lease = samples_of(server.rounds.round.members[worker].lease)
-        return server.book.model, of_lease[: worked_off(push)], True  # fewer after fewer steps
+        return server.book.model, of_lease[: worked_off(push)], USUAL  # fewer after fewer steps
 
     def drop(self, worker: int, bucket: int) -> None:
         del self.payloads[worker, bucket]
         self.late.discard((worker, bucket))
 
     def add(self, worker: int, bucket: int, weight: float, *, late: bool) -> None:
-        model, added, _ = self.payloads.pop((worker, bucket))
+        model, added, norm = self.payloads.pop((worker, bucket))
+        self._server.adds(bucket, norm)
         book, most = self._server.book, self._server.rules.max_staleness
         if late != ((worker, bucket) in self.late):
             raise Broken(f"a gradient of worker {worker} is late or not")
@@ -192,6 +196,7 @@ class Samples:
         samples, weight = self.sums.pop(finish.bucket), self._weights.pop(finish.bucket)
         if abs(weight - finish.weight) > 1e-9 * weight:
             raise Broken(f"a sum of {weight} samples is divided by {finish.weight}")
+        self._server.book.check_residual(finish.bucket, self._residuals.get(finish.bucket))
         average = wire.Average(
             nonce=self._server.nonce,
             round=finish.round,
@@ -208,7 +213,7 @@ class Samples:
         self._due.append(self.averages[-1])
 
     def begin_bucket(self, bucket: int) -> None:
-        pass
+        self._residuals.pop(bucket, None)
 
     def due(self) -> list[Finished]:
         due, self._due = self._due, []
@@ -223,6 +228,7 @@ class Samples:
 
     def close(self, close: wire.Close) -> Update:
         self._closing = True
+        self._residuals |= {average.bucket: close.step for average, _ in self.averages}
         messages = [*(frames for _, frames in self.averages), [close, None]]
         stamp = self._round_stamp or 0
         update = Update(step=close.step, messages=messages, bytes=1, stamp=stamp)
@@ -291,6 +297,7 @@ class Server:
         self._elsewhere: dict[
             int, tuple[wire.Average, Any, int]
         ] = {}  # by bucket, of the open round
+        self.firewall = ""  # the address of a host whose ports nobody elsewhere reaches
         self.places: Callable[[bytes], str] = lambda route: ""
         self.look: Callable[[], bool] = lambda: False
         self.kept = 0  # ends that had to wait for it
@@ -329,6 +336,7 @@ class Server:
         self.alive, self.stalled = True, False
         self.shards, self._elsewhere = {}, {}
         self._spared.clear()
+        self._added: dict[int, list[float]] = {}  # norms, by bucket
         self.dies_at = None
         self.ended_at: float | None = None
         self.nonce = f"server-{self.boots}"
@@ -532,10 +540,13 @@ class Server:
         if isinstance(message, wire.End):
             self.ended_at = self.world.now
             self._check_kept(message)
+        self._check_map(message)
         self._hand_out((self._encoded(message), None))
 
     def publish_update(self, averages: list[Finished], close: Frames | None) -> None:
         closing = [] if close is None else [close]
+        if close is not None:
+            self._check_map(close[0])
         sharing = self.data.sharing
         if averages and sharing:
             self._hand_out_as_one([*(self.data.as_shared(a) for a, _ in averages), *closing])
@@ -561,6 +572,20 @@ class Server:
     def costs(self, session: str) -> dict[str, float] | None:
         return {}
 
+    def judged(self, bucket: int, gradient: Gradient) -> tuple[str | None, float | None]:
+        """What is wrong with a gradient, and its norm, where norms are judged."""
+        norm = gradient[2]
+        if math.isnan(norm):
+            return f"not all of its numbers are finite (bucket {bucket})", None
+        return None, None if self.rules.max_norm_ratio is None else norm
+
+    def adds(self, bucket: int, norm: float) -> None:
+        """A gradient of this norm goes into a sum."""
+        added = self._added.setdefault(bucket, [])
+        if norm == HUGE and len(added) >= USUAL_AFTER and HUGE not in added[:USUAL_AFTER]:
+            raise Broken(f"a gradient out of all proportion goes into bucket {bucket}")
+        added.append(norm)
+
     def made_elsewhere(self, divide: wire.Divide, samples: Any, shard: int) -> None:
         """A shard has made an average."""
         self.averages_elsewhere += 1
@@ -575,6 +600,18 @@ class Server:
 
     def forget(self, route: bytes) -> None:
         self._spared.discard(self.control.links.get(route, ""))
+
+    def _check_map(self, message: Any) -> None:
+        """A round's shards are reached by all its members."""
+        opened = message if isinstance(message, wire.Open) else getattr(message, "open", None)
+        for number, _ in () if opened is None else opened.shards:
+            shard, places = self.shards.get(number), self.rounds.shards
+            if shard is None or shard.address != self.firewall:
+                continue
+            for peer in self.rounds.peers.values():
+                away = places.address(peer.session) != shard.address and peer.host != LIAR
+                if peer.role == "worker" and peer.id in opened.leases and away:
+                    raise Broken(f"{peer.name} does not reach shard {number} of its round")
 
     def _hand_out(self, carried: Carried) -> None:
         for publish in self.subscribers:

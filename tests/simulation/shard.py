@@ -17,10 +17,10 @@ import msgspec
 
 from paramserver.errors import PeerError
 from paramserver.protocol import messages as wire
-from paramserver.shard.adder import Adder, Payload
+from paramserver.shard.adder import Adder, Payload, Waiting
 from paramserver.transport import shm
 
-from .book import Broken, Gradient, Sample
+from .book import Broken, Gradient
 from .network import DOWN, UP, Carried, Line, Network, World
 from .server import Ring
 
@@ -135,13 +135,24 @@ class Lane(Line):
             self.carry(UP, message)
 
 
+class Added(msgspec.Struct):
+    """A gradient in a sum of a shard."""
+
+    worker: int
+    gradient: Gradient
+    weight: float
+    late: bool
+
+
 class ShardSamples:
-    """The sums of a shard."""
+    """The sums of a shard. What is in one is looked at when it is divided for the open round: a
+    shard that stood still works off orders for rounds that are void."""
 
     def __init__(self, shard: Shard) -> None:
         self._shard = shard
-        self.sums: dict[int, list[Sample]] = {}
-        self._weights: dict[int, float] = {}
+        self.sums: dict[int, list[Added]] = {}
+        self._residuals: dict[int, int] = {}  # by bucket: of the average of which step
+        self._step = 0
 
     @property
     def newest(self) -> int:
@@ -154,52 +165,54 @@ class ShardSamples:
         return 0 if ring is None else ring.oldest
 
     def check(self, push: wire.Push, buffers: list[Any]) -> tuple[str | None, float | None]:
-        gradient = content(buffers[0])
-        if not gradient[2]:
-            return f"not all of its numbers are finite (bucket {push.bucket})", None
-        return None, None
+        return self._shard.server.judged(push.bucket, content(buffers[0]))
 
     def add(self, payload: Payload, worker: int, weight: float, *, late: bool) -> None:
         push, [buffer] = payload.push, payload.buffers
         if isinstance(buffer, Cell) and buffer.owner != Cell.SHARD:
             raise Broken("a slot is read that its worker may write to")
-        gradient: Gradient = content(buffer)
-        model, added, _ = gradient
-        server = self._shard.server
-        if not self._shard.counts:  # it was stopped, and works off what is of no use any more
-            weight = len(added)
-            model = server.book.model
-        lag = server.book.lag(model, server.rules.max_staleness if late else 0)
-        if abs(weight - len(added) / math.sqrt(1 + lag)) > 1e-9 * weight:
-            raise Broken(f"{len(added)} samples of worker {worker} weigh {weight}")
-        if server.rules.deterministic:
-            self._shard.order_of.setdefault(push.bucket, []).append(worker)
-        self._weights[push.bucket] = self._weights.get(push.bucket, 0.0) + weight
-        self.sums.setdefault(push.bucket, []).extend(added)
+        added = Added(worker, content(buffer), weight, late)
+        self.sums.setdefault(push.bucket, []).append(added)
         payload.release()
 
     def finish(self, divide: wire.Divide) -> tuple[list[Any], float, tuple[int, ...]]:
-        samples, weight = self.sums.pop(divide.bucket), self._weights.pop(divide.bucket)
-        if self._shard.counts and abs(weight - divide.weight) > 1e-9 * weight:
-            raise Broken(f"a sum of {weight} samples is divided by {divide.weight}")
-        order = self._shard.order_of.pop(divide.bucket, [])
-        if order != sorted(order):
-            raise Broken(f"a shard added the gradients of workers {order} in this order")
+        added, current = self.sums.pop(divide.bucket), self._shard.server.rounds.round
+        if self._shard.counts and current is not None and current.number == divide.round:
+            self._look_at(divide, added)
+        samples = [sample for each in added for sample in each.gradient[1]]
         average: Any = tuple(sorted(samples))
         ring = self._shard.ring
         if ring is not None:
             average = Block(ring, ring.write(average))
         return [average], 1.0, divide.absent
 
+    def _look_at(self, divide: wire.Divide, added: list[Added]) -> None:
+        """The sum that becomes an average of the open round must be right."""
+        server = self._shard.server
+        most, book = server.rules.max_staleness, server.book
+        for each in added:
+            model, samples, norm = each.gradient
+            lag = book.lag(model, most if each.late else 0)
+            if abs(each.weight - len(samples) / math.sqrt(1 + lag)) > 1e-9 * each.weight:
+                raise Broken(f"{len(samples)} samples of worker {each.worker} weigh {each.weight}")
+            server.adds(divide.bucket, norm)
+        weight = sum(each.weight for each in added)
+        if abs(weight - divide.weight) > 1e-9 * weight:
+            raise Broken(f"a sum of {weight} samples is divided by {divide.weight}")
+        order = [each.worker for each in added]
+        if server.rules.deterministic and order != sorted(order):
+            raise Broken(f"a shard added the gradients of workers {order} in this order")
+        book.check_residual(divide.bucket, self._residuals.get(divide.bucket))
+        self._step = book.step + 1
+
     def forget(self, bucket: int) -> None:
-        pass
+        self._residuals.pop(bucket, None)
 
     def close(self, averaged: tuple[int, ...]) -> None:
         if averaged and self.sums:
             raise Broken("a shard has sums that are not in the update")
+        self._residuals |= dict.fromkeys(averaged, self._step)
         self.sums.clear()
-        self._weights.clear()
-        self._shard.order_of.clear()
 
 
 class Shard:
@@ -211,7 +224,6 @@ class Shard:
         self._session, self._secret = owner.welcome.session, owner.secret
         self.alive, self.stopped = True, False
         self.number = 0
-        self.order_of: dict[int, list[int]] = {}
         self.address = owner.address
         self.net = Network(world, owner.net.delay_s, owner.net.jitter_s)
         self._make_adder = adder
@@ -226,6 +238,7 @@ class Shard:
         self._met: set[str] = set()
         self._spared: set[str] = set()  # sessions that hear a relay
         self._sent = 0
+        self._arrived = 0  # the number of the newest payload that it has reported
         self.link = Line(
             owner.net, "shard", self.server.receive, self._from_server, ipc=False, port=owner.port
         )
@@ -303,7 +316,6 @@ class Shard:
         if self._maps:
             self.ring = Ring(2 * self.server.buckets)  # less than its history
         self.sums = ShardSamples(self)
-        self.order_of.clear()
         self.server.shards[self.number] = self
         buckets = self.server.buckets
         self.adder = self._make_adder(
@@ -342,10 +354,15 @@ class Shard:
             payload, release = outbox.cells[slot], partial(outbox.free, slot)
             payload.owner = Cell.SHARD
             self.server.shared_pushes += 1
+        waiting = self.adder._waiting.get(record.session, Waiting())
+        expected = record.number > waiting.newest and record.number not in waiting.unneeded
+        self._arrived = 0
         try:
             self.adder.came(record.session, record.number, record.push, [payload], release)
         except PeerError as e:
             raise Broken(f"shard {self.number}: {e}") from None
+        if expected and self._arrived != record.number:
+            raise Broken(f"shard {self.number} drops payload {record.number} without a word")
         if self.adder.waiting > 2 * self.server.buckets * (self.server.rules.max_workers + 1):
             raise Broken(f"shard {self.number} keeps {self.adder.waiting} payloads")
 
@@ -371,6 +388,8 @@ class Shard:
     # ------------------------------------------------------------------ what goes out
 
     def _tell(self, message: wire.Message, *buffers: Any) -> None:
+        if isinstance(message, wire.Arrived):
+            self._arrived = message.number
         self.link.send((message, content(buffers[0]) if buffers else None))
 
     def _send(self, divide: wire.Divide, buffers: list[Any]) -> int:

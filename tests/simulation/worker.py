@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ from workers.contribution import Contribution
 from workers.samples import cut
 from workers.turns import Turns
 
-from .book import Gradient, Sample, samples_of
+from .book import HUGE, USUAL, Gradient, Sample, samples_of
 from .peer import Client
 from .process import DEAF, Leaves, Waiting
 
@@ -131,7 +132,7 @@ class Worker(Client):
         for bucket in buckets:
             self._push(
                 bucket,
-                (model, samples, bucket != bad),
+                (model, samples, self._norm(bucket == bad)),
                 unread=unread,
                 without=others if bucket == buckets[0] else (),
                 pair=turns.pair,
@@ -220,7 +221,7 @@ class Worker(Client):
             last = bucket == buckets - 1
             self._push(
                 bucket,
-                (self.replica.model, tuple(self._steps_of), bucket != bad),
+                (self.replica.model, tuple(self._steps_of), self._norm(bucket == bad)),
                 samples=part.samples,
                 unread=part.unread,
                 loss=1.0 if last else None,
@@ -296,12 +297,19 @@ class Worker(Client):
             yield world.now + seconds * (0.5 + world.random.random()), DEAF
             self._push(
                 bucket,
-                (model, samples, bucket != bad),
+                (model, samples, self._norm(bucket == bad)),
                 unread=unread,
                 loss=1.0 if bucket == buckets - 1 else None,
                 compute_s=world.now - began if by_speed and bucket == buckets - 1 else None,
             )
             self.poll()
+
+    def _norm(self, bad: bool) -> float:
+        """A bad gradient is out of all proportion where norms are judged, else it is not
+        finite."""
+        if not bad:
+            return USUAL
+        return math.nan if self.server.rules.max_norm_ratio is None else HUGE
 
     def _push(self, bucket: int, gradient: Gradient, **more: Any) -> None:
         """Push one bucket of a gradient, or say that it is absent; `more` is for the message."""
