@@ -170,8 +170,6 @@ def test_shares_follow_what_make_up_has_measured(tmp_path: Path) -> None:
         for _ in range(3):
             there.server.wait_for("training, step")
         there.end()
-        # A push of which the server gets no more than the header tells nothing of the cable.
-        assert "had measured" not in there.server.output
 
 
 @pytest.mark.root
