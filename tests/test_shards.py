@@ -21,7 +21,8 @@ GRADIENT_BYTES = 4 * 337_674
 RATE = 20e6 / 8
 """Bytes a second that each cable carries."""
 NAMES = ["mini1", "mini2", "mini3"]
-LOOKS = 15
+STEPS = 20  # over which bytes are counted: a step more or less is a twentieth
+LOOKS = 5
 SMALL = ["bucket_mb=0.01", "observer=false", "num_epochs=9999", "digest_steps=5"]
 
 
@@ -112,17 +113,20 @@ def received(program: Program, interface: str) -> int:
     return int(line.split()[1])
 
 
-def bytes_of_a_step(there: Cluster, at: Sequence[Program] = (), interface: str = "lo") -> float:
+def bytes_of_a_step(
+    there: Cluster, at: Sequence[Program] = (), interface: str = "lo", steps: int = 1
+) -> float:
     """That go through the loopbacks of the hosts without the server in each step: a shard may be at
-    any of them. Or through another interface `at` the hosts of these programs."""
-    seen = []
-    for _ in range(2):
+    any of them. Or through another interface `at` the hosts of these programs. Over so many
+    `steps` or more."""
+    seen: list[tuple[int, int]] = []
+    while len(seen) < 2 or seen[-1][0] - seen[0][0] < steps:
         line = there.server.wait_for(r"training, step \d+")
         found = re.search(r"step (\d+)", line.replace(",", ""))
         assert found is not None
         came = sum(received(program, interface) for program in at or there.workers[1:])
         seen.append((int(found[1]), came))
-    (first, before), (last, after) = seen
+    (first, before), (last, after) = seen[0], seen[-1]
     return (after - before) / (last - first)
 
 
@@ -130,7 +134,7 @@ def gradients_in(there: Cluster, at: Program, most: float) -> float:
     """That come over the cable of this program's host in each step: at most so many, as soon as the
     relays are found."""
     for _ in range(LOOKS):
-        found = bytes_of_a_step(there, [at], "eth0") / GRADIENT_BYTES
+        found = bytes_of_a_step(there, [at], "eth0", STEPS) / GRADIENT_BYTES
         if found < most:
             break
     return found
