@@ -249,9 +249,9 @@ class Settings:
     bucket_mb: float | None = setting(
         None,
         f"size of a bucket, counted as float32; null = {BUCKET_MB:g} where the server listens on "
-        f"loopback only, else {LINKED_BUCKET_MB:g}; where `shards` may average "
-        f"{SHARDED_BUCKET_MB:g} in float32, or what takes 256 KiB on the wire if make up has "
-        "measured a slow cable",
+        f"loopback only, else {LINKED_BUCKET_MB:g}; where several `shards` may average "
+        f"{SHARDED_BUCKET_MB:g} in float32, except at a Thunderbolt cable, or what takes 256 KiB "
+        "on the wire if make up has measured a slow cable",
         share_of(256),
         between(0.0001, 256),
         unit="MiB",
@@ -305,9 +305,9 @@ class Settings:
         one_of("speed", "equal"),
     )
     shards: int | None = setting(
-        1,
-        "processes that average, at most; 1 = the server alone; null = one for the cable of each "
-        "host, from three hosts on",
+        None,
+        "processes that average, at most; null = one for the cable of each host, from three hosts "
+        "on; 1 = the server alone",
         between(1, 64),
     )
     local_steps: int | Literal["auto"] = setting(
@@ -473,6 +473,13 @@ class Settings:
         return self.bucket_mb or BUCKET_MB
 
     @property
+    def shards_wanted(self) -> int | None:
+        """What `shards` means: robust averages look at a whole gradient of each worker, which one
+        process has."""
+        robust = self.aggregate != "mean" or self.scale_to_median
+        return 1 if robust else self.shards
+
+    @property
     def port_of_channels(self) -> int:
         """Where sealed payloads travel: behind the other ports, or before them where none is."""
         return self.port + 3 if self.port + 3 < 65536 else self.port - 2
@@ -495,11 +502,13 @@ class Settings:
             return self
         if not linked:
             return replace(self, bucket_mb=BUCKET_MB)
-        sharded = self.shards != 1 and self.codec == "float32"
+        sharded = self.shards_wanted != 1 and self.codec == "float32" and not fast
         size = SHARDED_BUCKET_MB if sharded else LINKED_BUCKET_MB
         codecs = self.codec, self.codec_of_averages
         least = max(LINKED_LEAST_MB.get(codec, size) for codec in codecs)
-        if slow and self.shards != 1 and not self.deterministic:  # nothing measured chooses then
+        if (
+            slow and self.shards_wanted != 1 and not self.deterministic
+        ):  # nothing measured chooses then
             size = min(size, SLOW_CABLE * least)
         usual = size if fast else min(size, least)
         return replace(self, bucket_mb=size, min_bucket_mb=self.min_bucket_mb or usual)

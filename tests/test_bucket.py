@@ -119,7 +119,7 @@ def test_over_links_the_least_bucket_is_of_one_size_on_the_wire(
     codec: str, codec_down: str | None, least_mb: float
 ) -> None:
     """The way on which less travels decides: more buckets would not make the other one sooner."""
-    linked = Settings(codec=codec, codec_down=codec_down).with_bucket(linked=True)
+    linked = Settings(codec=codec, codec_down=codec_down, shards=1).with_bucket(linked=True)
     assert (linked.bucket_mb, linked.min_bucket_mb) == (2.0, least_mb)
 
 

@@ -587,8 +587,10 @@ def test_null_means_what_the_help_says() -> None:
     assert replace(usual, codec_down="float16").codec_of_averages == "float16"
     assert usual.bucket_size_mb == usual.with_bucket(linked=False).bucket_mb == 4.0
     assert usual.with_bucket(linked=True).bucket_mb == 2.0
-    sharded = replace(usual, codec="float32", shards=None)
+    sharded = replace(usual, codec="float32")
     assert sharded.with_bucket(linked=True).bucket_mb == 1.0
+    assert sharded.with_bucket(linked=True, fast=True).bucket_mb == 2.0
+    assert replace(sharded, aggregate="median").with_bucket(linked=True).bucket_mb == 2.0
     assert sharded.with_bucket(linked=False).bucket_mb == 4.0
     assert replace(sharded, codec="float16").with_bucket(linked=True).bucket_mb == 2.0
     assert replace(sharded, shards=1).with_bucket(linked=True).bucket_mb == 2.0

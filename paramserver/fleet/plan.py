@@ -9,7 +9,9 @@ tries every sensible set of machines, place of the server, codec, number of loca
 sharing samples, and `table` chooses what to show of these, each with a sentence.
 
 What travels: one server moves (N-1) G each way through its link where it is beside a worker, and
-N G on a machine of its own. Links are taken as carrying both directions at once, except Wi-Fi.
+N G on a machine of its own; from three machines on each averages a share
+(`paramserver.protocol.sharding`), and moves 2 (N-1)/N G where all cables are alike. Links are taken
+as carrying both directions at once, except Wi-Fi.
 """
 
 from __future__ import annotations
@@ -20,7 +22,10 @@ from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import Any, NamedTuple
 
+from paramserver.protocol import sharding
+from paramserver.protocol.sharding import SERVER, Cable
 from paramserver.rounds.local_steps import AUTO, CHANGE_MIN, EXCHANGE_SHARE, LocalSteps, suiting
+from paramserver.rounds.shards import wanted
 from paramserver.rounds.shares import SAMPLE_S_MIN, SHARE_TIMES_MAX, Cost, Limits, split
 
 HERE = "this machine"
@@ -156,6 +161,8 @@ class Job(NamedTuple):
     encrypted: bool = False
     samples: int | None = None
     """Of an epoch; a round holds no more."""
+    shards: int | None = None
+    """At most so many machines average; None: what the server chooses."""
 
 
 class Choice(NamedTuple):
@@ -329,11 +336,13 @@ def _exchange(
     wire = carried(codec, job.topk_ratio)
     up_s, down_s = _link_seconds(chosen, there, job.encrypted)
     workers = sum(m.processes for m in chosen)
-    own = server.codec(codec)
-    # Beside the codec: a worker copies a bucket out and the average in, the server adds each push.
+    own, share = server.codec(codec), 1.0
+    if (shared := _shared(chosen, server, there, job)) is not None:
+        up_s, down_s, share = shared
+    # Beside the codec: a worker copies a bucket out and the average in, a shard adds each push.
     encode_s = max(m.codec(codec).encode_s + m.copy_s for m in chosen)
     decode_s = max(m.codec(codec).decode_s + m.copy_s for m in chosen)
-    add_s = workers * (own.decode_s + server.copy_s) + own.encode_s
+    add_s = share * (workers * (own.decode_s + server.copy_s) + own.encode_s)
 
     def stages(as_float32: float, other: float) -> tuple[float, ...]:
         return (
@@ -357,6 +366,31 @@ def _exchange(
             at[stage] = now = max(now, at[stage] if index else now) + needed
     trip_s = max((link.round_trip_s for link in there.values()), default=0.0)
     return max(0.0, at[-1]) + trip_s + ROUND_S
+
+
+def _shared(
+    chosen: Sequence[Machine], server: Machine, there: Mapping[str, Link], job: Job
+) -> tuple[float, float, float] | None:
+    """Where several machines average: seconds for a byte of every worker, up and down, and the
+    largest share of a machine; None where the server does all. Pushes and averages go through the
+    same cables at the same time, so a byte takes its time once, but for the last bucket's."""
+    rates = {name: min(link.up_bytes_per_s, link.down_bytes_per_s) for name, link in there.items()}
+    both = 2 if any(link.one_way_at_once for link in there.values()) else 1
+    most = wanted(job.shards, len(there), sum(job.model.buckets))
+    if most == 1 or not there:
+        return None
+    on = {m.name: m.processes for m in chosen}
+    names = [server.name, *there]
+    rates[server.name] = max(rates.values())
+    cables = {
+        number: Cable(rates[name] / both, on.get(name, 0), on.get(name, 0))
+        for number, name in enumerate(names)
+    }
+    workers = sum(on.values())
+    averaging = {n: cable for n, cable in cables.items() if n < max(SERVER + 1, most)}
+    found = sharding.shares(averaging, workers, workers)
+    needed = sharding.seconds(cables, found, workers, workers)
+    return needed, needed / 2, max(share for _, share in found) / sharding.WHOLE
 
 
 def _link_seconds(

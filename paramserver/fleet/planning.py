@@ -280,6 +280,7 @@ def _job(
         samples=int(found["samples"]),
         topk_ratio=settings.topk_ratio,
         encrypted=linked and settings.security != "none",
+        shards=settings.shards_wanted,
     )
     if "codec" in given:
         wanted = wanted._replace(codecs=(settings.codec,))

@@ -28,6 +28,14 @@ HOSTS_MIN = 3  # without a setting: with fewer, the server alone is as fast
 SMALL_BYTES = 2**18  # without a setting: a smaller gradient takes longer with the one message more
 
 
+def wanted(setting: int | None, hosts: int, nbytes: float) -> int:
+    """So many shards average at most, with the server's, where workers are on so many `hosts`
+    beside the server's, and a gradient has so many bytes."""
+    if setting is not None:
+        return setting
+    return hosts + 1 if hosts + 1 >= HOSTS_MIN and nbytes >= SMALL_BYTES else 1
+
+
 class Shard:
     """A shard that lives. `host` is the address of its machine, `owner` the session of the worker
     that has started it, `reached` has the sessions of those that have a channel to it."""
@@ -89,7 +97,7 @@ class Shards:
             address = self._places.get(peer.session, "")
             if peer.role == "worker" and address and peer.ready is not None:
                 hosts.setdefault(address, peer)
-        most = self._most(len(hosts))
+        most = wanted(self._rules.shards, len(hosts), sum(self._sizes))
         for address, (_, since) in list(self._asked.items()):
             if now - since > OFFER_S:
                 del self._asked[address]
@@ -117,14 +125,6 @@ class Shards:
             if peer.session in self._places:
                 hosts.setdefault(self._places[peer.session], []).append(peer)
         return hosts
-
-    def _most(self, hosts: int) -> int:
-        """So many shards are wanted, with the server's, where workers are on so many other
-        hosts."""
-        if self._rules.shards is not None:
-            return self._rules.shards
-        gains = hosts + 1 >= HOSTS_MIN and sum(self._sizes) >= SMALL_BYTES
-        return hosts + 1 if gains else 1
 
     def offered(self, peer: Peer, now: float) -> Shard | None:
         """The worker has started a shard: take it, if it was asked to."""
@@ -281,4 +281,4 @@ class Shards:
         return max(usual, rules.idle_timeout / 2) if rules.overlap else usual
 
 
-__all__ = ["Shard", "Shards"]
+__all__ = ["Shard", "Shards", "wanted"]

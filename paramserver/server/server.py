@@ -25,7 +25,6 @@ from paramserver.net import machine
 from paramserver.net.link_watch import LinkWatch
 from paramserver.protocol import messages as wire
 from paramserver.protocol.sharding import SERVER
-from paramserver.rounds.aggregate import MEAN
 from paramserver.rounds.coordinator import Rounds
 from paramserver.rounds.looks import DataSet
 from paramserver.rounds.rules import Rules
@@ -119,7 +118,7 @@ class Server:
                 idle_timeout=settings.idle_timeout,
                 deterministic=settings.deterministic,
                 shares=settings.shares,
-                shards=self._shards_wanted(settings),
+                shards=settings.shards_wanted,
                 local_steps=settings.local_steps,
                 local_warmup_steps=settings.local_warmup_steps,
                 overlap=settings.overlap,
@@ -202,12 +201,6 @@ class Server:
         self._tell_port_problems()
         if link_watch is not None:
             self.control.traffic.expected = link_watch.expected
-
-    @staticmethod
-    def _shards_wanted(settings: Settings) -> int | None:
-        """Robust averages look at a whole gradient of each worker, which one process has."""
-        robust = settings.aggregate != MEAN or settings.scale_to_median
-        return 1 if robust else settings.shards
 
     @property
     def digests(self) -> dict[str, tuple[int, str]]:
