@@ -98,9 +98,9 @@ class Hosts:
         for end in self._ends(name):
             _call("tc", f"{end} root tbf rate {self._rate} burst {self._burst} latency 100ms")
 
-    def throttle(self, name: str, rate: str) -> None:
-        """This host's link carries `rate` each way from now on."""
-        for end in self._ends(name):
+    def throttle(self, name: str, rate: str, *, outwards: bool = True) -> None:
+        """This host's link carries `rate` from now on: each way, or only towards the host."""
+        for end in self._ends(name)[0 if outwards else 1 :]:
             _call("tc", f"{end} root tbf rate {rate} burst 64kb latency 100ms")
 
     def _ends(self, name: str) -> tuple[str, str]:

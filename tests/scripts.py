@@ -32,6 +32,7 @@ from paramserver.rounds.effects import (
     PassOn,
     Publish,
     Remove,
+    Retired,
     Say,
     Send,
     Spared,
@@ -108,6 +109,8 @@ def told(effect: Effect) -> str:
         case Spared():
             what = "nothing more" if effect.on else "averages again"
             return f"shards send {effect.session} {what}"
+        case Retired():
+            return f"shard {effect.shard} retires"
     raise AssertionError(effect)
 
 

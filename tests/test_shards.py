@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing.forkserver
 import os
 import re
 import signal
@@ -14,6 +15,7 @@ import pytest
 from whole import DEADLINE_S, Program, Run, shards_of
 
 from benchmarks.network import Hosts
+from benchmarks.runs import Limits, Place, exchange
 from paramserver.net import link_watch
 from paramserver.net.link_watch import Chosen
 
@@ -154,6 +156,20 @@ def test_shards_on_three_hosts_average_as_one_server_does(tmp_path: Path, securi
         there.end()
         assert not any(map(psutil.Process.is_running, shards))
         assert not any(map(Path.exists, folders))
+
+
+@pytest.mark.root
+def test_a_worker_that_leaves_takes_nothing_with_it_that_others_lack() -> None:
+    """The averages of the last step are still on their way to one host when the workers on the
+    others, beside which they were made, are done with their own loops and leave."""
+    names = ["host1", "host2", "host3"]
+    with Hosts(names, rate="20mbit", burst="64kb") as hosts:
+        hosts.throttle("host3", "4mbit", outwards=False)
+        limits = Limits(DEADLINE_S, 1)
+        try:
+            exchange(limits, "1.35 MB", len(names), "float32", Place(hosts), shards=len(names))
+        finally:
+            multiprocessing.forkserver._forkserver._stop()  # type: ignore[attr-defined]
 
 
 @pytest.mark.root

@@ -52,6 +52,7 @@ from paramserver.rounds.effects import (
     Ended,
     Publish,
     Remove,
+    Retired,
     Start,
     Void,
 )
@@ -439,6 +440,8 @@ class Rounds:
         if not self.ended:
             self._out.say(f"{peer.name} left: {reason}", peer)
         how, took_part = FAILED if error else LEFT, peer.state == REPLICA or peer.proven
+        for shard in self.shards.of(peer.session):
+            self._retire_shard(shard.number, peer)
         self._remove(peer, "left", now, how=how, reason=reason, finished=finished)
         if how != LEFT or not (finished and took_part and self.started):
             return
@@ -464,6 +467,15 @@ class Rounds:
         self._out.warn(f"shard {number} on {shard.name} is gone: {why}; others average its part")
         if self.round is not None and number in self.round.owners:
             self._void(f"shard {number} on {shard.name} is gone")
+
+    def _retire_shard(self, number: int, owner: Peer) -> None:
+        """A shard's worker leaves. Others may still lack what it has averaged last."""
+        shard = self.shards.retire(number)
+        self._out.effects.append(Retired(number))
+        if not self.ended:
+            self._out.say(f"shard {number} on {shard.name} ends with {owner.name}")
+        if self.round is not None and number in self.round.owners:
+            self._void(f"shard {number} on {shard.name} ends")
 
     def _reached(self, peer: Peer, message: wire.Reached, now: float) -> bool:
         """A peer has a channel to a shard, or none. Without one it has no part in a round in which

@@ -117,6 +117,13 @@ class Dismissed(Effect, frozen=True):
     shard: int
 
 
+class Retired(Effect, frozen=True):
+    """A shard averages nothing any more, because its worker leaves: take over what it keeps of the
+    newest update before it ends."""
+
+    shard: int
+
+
 class Ended(Effect, frozen=True):
     """The run is over: publish the End."""
 

@@ -157,6 +157,10 @@ class Shards:
                 self._refused.add(shard.host)
         return shard
 
+    def retire(self, number: int) -> Shard:
+        """Forget a shard whose worker leaves."""
+        return self.live.pop(number)
+
     # ------------------------------------------------------------------ who reaches it
 
     def reached(self, peer: Peer, number: int, problem: str) -> bool:

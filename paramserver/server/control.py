@@ -34,6 +34,7 @@ from paramserver.rounds.effects import (
     PassOn,
     Publish,
     Remove,
+    Retired,
     Say,
     Send,
     Spared,
@@ -155,6 +156,7 @@ class Control:
         self._shards: dict[int, bytes] = {}  # the route of each shard's link
         self._shard_of: dict[bytes, int] = {}
         self._unreachable: set[int] = set()  # shards that have missed an order
+        self._retiring: dict[int, float] = {}  # shards whose workers leave, since when
         self._offers: dict[str, bytes] = {}  # by session
         self._met: dict[tuple[str, int], int] = {}  # channels handed out, by session and shard
         self._spared: dict[str, str] = {}  # sessions that hear a relay -> address of their host
@@ -206,6 +208,7 @@ class Control:
         self._happens(Tick(), now)
         self._give_up_payloads(now)
         self._lose_unreachable(now)
+        self._end_retired(now)
         self._release(now)
         self.watcher.looked(self, now)
 
@@ -600,7 +603,11 @@ class Control:
 
     def _lose_unreachable(self, now: float) -> None:
         while self._unreachable:
-            self._happens(Failed(self._unreachable.pop(), "it cannot be reached"), now)
+            shard = self._unreachable.pop()
+            if shard in self._retiring:
+                self._dismiss(shard, now)
+            else:
+                self._happens(Failed(shard, "it cannot be reached"), now)
 
     def _hear_offer(self, route: bytes, offer: wire.Offer, now: float) -> None:
         """A worker has started a shard, which has a link of its own."""
@@ -649,10 +656,25 @@ class Control:
         if address:  # on the server's own host they read its ring
             self._transport.spare(session, spared.on)
 
+    def _retire(self, shard: int, now: float) -> None:
+        """A shard's worker leaves: the shard may end once what it keeps is here."""
+        self._retiring[shard] = now
+        self._data.retire(shard)
+        self._end_retired(now)
+
+    def _end_retired(self, now: float) -> None:
+        """End the shards from which nothing is to be had any more."""
+        patience_s = self.rounds.rules.heartbeat_timeout / 2
+        for shard, since in list(self._retiring.items()):
+            if self._data.has_taken_over(shard) or now - since > patience_s:
+                self._dismiss(shard, now)
+
     def _dismiss(self, shard: int, now: float) -> None:
         """A shard is gone. Who waits for what it kept has to take a snapshot."""
+        self._retiring.pop(shard, None)
         route = self._shards.pop(shard, None)
         if route is not None:
+            self._transport.send(route, wire.Greet(session_known=False))
             del self._shard_of[route]
             self._transport.forget(route)
         self._met = {key: n for key, n in self._met.items() if key[1] != shard}
@@ -689,7 +711,7 @@ class Control:
                         self._happens(Made(shard, message.round, message.bucket), now)
                 case wire.Recalled():
                     self._hear_recalled(message, buffers, now)
-                case wire.Met():
+                case wire.Met() if shard in self.rounds.shards.live:
                     host = self.rounds.shards.live[shard].host
                     told = msgspec.structs.replace(message.channel, shard=shard, host=host)
                     self._send(message.session, told)
@@ -712,6 +734,7 @@ class Control:
         if step is not None:
             self._forget_overwritten(now)
             self._end_gathering(step, now)
+        self._end_retired(now)
 
     def _end_gathering(self, step: int, now: float) -> None:
         """All that can be had of this update is here: send it to those who wait for it. Where it
@@ -786,6 +809,8 @@ class Control:
                     self._dismiss(effect.shard, now)
                 case Spared():
                     self._spare_all(effect)
+                case Retired():
+                    self._retire(effect.shard, now)
                 case Remove():
                     self._forget_peer(effect.session)
                 case Ended():

@@ -66,11 +66,20 @@ class Kept(msgspec.Struct):
     """By bucket."""
     found: dict[int, list[Any]] = msgspec.field(default_factory=dict)
     """Buffers that were asked for and have come, by bucket."""
+    taken_over: dict[int, list[Any]] = msgspec.field(default_factory=dict)
+    """The same of shards that are gone: they stay as long as the update is kept."""
     asked: bool = False
+
+    def has(self, bucket: int) -> bool:
+        return bucket in self.found or bucket in self.taken_over
+
+    def lacks_of(self, shard: int) -> list[int]:
+        """The buckets whose averages this shard keeps, and which are not here."""
+        return [b for b, a in self.averages.items() if a.shard == shard and not self.has(b)]
 
     @property
     def complete(self) -> bool:
-        return len(self.found) == len(self.averages)
+        return all(map(self.has, self.averages))
 
 
 class Spread:
@@ -82,6 +91,7 @@ class Spread:
         self._nonce = nonce
         self.shards: set[int] = set()
         """That live."""
+        self._retiring: set[int] = set()
         self._arrived: dict[tuple[str, int], dict[int, wire.Arrived]] = {}  # by session and shard
         self._sent: dict[tuple[int, int], Sent] = {}  # by worker and bucket
         self._divided: dict[int, tuple[int, Finish]] = {}  # by bucket: the shard, and what it makes
@@ -97,14 +107,32 @@ class Spread:
         """A shard takes part."""
         self.shards.add(shard)
 
+    def retire(self, shard: int) -> None:
+        """A shard is about to go: take over what it keeps of the newest update, which some replicas
+        may lack. Whoever lacks more takes a snapshot."""
+        self.shards.discard(shard)
+        self._retiring.add(shard)
+        if self._kept:
+            kept = self._kept[max(self._kept)]
+            for bucket in kept.lacks_of(shard):
+                self._order(shard, wire.Recall(round=kept.round, bucket=bucket))
+
+    def has_taken_over(self, shard: int) -> bool:
+        """Is all of the newest update here that this shard has?"""
+        return not (self._kept and self._kept[max(self._kept)].lacks_of(shard))
+
     def dismiss(self, shard: int) -> None:
         """A shard is gone, with all that it kept."""
         self.shards.discard(shard)
+        self._retiring.discard(shard)
         for key in [key for key in self._arrived if key[1] == shard]:
             del self._arrived[key]
         for step, kept in self._kept.items():
-            if any(a.shard == shard for a in kept.averages.values()) and not kept.complete:
+            if kept.lacks_of(shard):
                 self._reach = max(self._reach, step)
+            for bucket, average in kept.averages.items():
+                if average.shard == shard and bucket in kept.found:
+                    kept.taken_over[bucket] = kept.found.pop(bucket)
 
     def arrived(self, shard: int, report: wire.Arrived) -> None:
         """A payload has come to a shard."""
@@ -312,7 +340,8 @@ class Spread:
         kept = self._kept.get(step)
         if kept is None:
             return []
-        return [(_plain(kept.averages[b]), buffers) for b, buffers in sorted(kept.found.items())]
+        here = kept.taken_over | kept.found
+        return [(_plain(kept.averages[b]), buffers) for b, buffers in sorted(here.items())]
 
     def recall(self, step: int) -> bool:
         """Ask for the averages of this update that are not here; False where all are, or where
@@ -323,7 +352,7 @@ class Spread:
         if not kept.asked:
             kept.asked = True
             for bucket, average in kept.averages.items():
-                if bucket not in kept.found:
+                if not kept.has(bucket):
                     self._order(average.shard, wire.Recall(round=kept.round, bucket=bucket))
         return True
 
@@ -345,12 +374,13 @@ class Spread:
         that cannot be had any more."""
         for step, kept in self._kept.items():
             if kept.round == report.round and report.bucket in kept.averages:
-                if not kept.asked:
+                retires = kept.averages[report.bucket].shard in self._retiring
+                if not (kept.asked or retires):
                     return None
                 if not report.kept:
                     self._reach = max(self._reach, step)
                     return step
-                kept.found[report.bucket] = buffers
+                (kept.taken_over if retires else kept.found)[report.bucket] = buffers
                 return step if kept.complete else None
         return None
 

@@ -1,6 +1,8 @@
 """`python -m paramserver.shard`: a shard's process, as a worker starts it.
 
-It reads its orders from standard input and ends where that ends.
+It reads its orders from standard input. Where that ends, it waits until the server needs it no
+more, for a few seconds, since others may lack what it has averaged last; a further line ends it at
+once.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import msgspec
 
 from paramserver.errors import UserError
 from paramserver.program import exit_on_user_error
-from paramserver.shard.orders import Orders
+from paramserver.shard.orders import LINGER_S, Orders
 
 ORDERS_BYTES = 2**16
 END_S = 5.0
@@ -30,15 +32,14 @@ def main() -> None:
 
     malloc.keep_freed()
 
-    over = threading.Event()
+    process = Process(orders)
 
     def watch() -> None:
-        sys.stdin.buffer.read()
-        over.set()
-        threading.Timer(END_S, lambda: os._exit(1)).start()
+        after_s = 0.0 if sys.stdin.buffer.readline(ORDERS_BYTES) else LINGER_S
+        process.end(after_s)
+        threading.Timer(after_s + END_S, lambda: os._exit(1)).start()
 
     threading.Thread(target=watch, name="pipe", daemon=True).start()
-    process = Process(orders, over)
     try:
         process.run()
     finally:

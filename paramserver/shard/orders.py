@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import msgspec
 
+LINGER_S = 5.0
+"""So long a shard stays when its worker has left, while the server asks it for averages."""
+
 
 class Orders(msgspec.Struct, frozen=True):
     """Where the server is, who the shard belongs to, and the run's settings about numbers."""
@@ -34,4 +37,4 @@ class Orders(msgspec.Struct, frozen=True):
         return f"Orders(host={self.host!r}, port={self.port}, session={self.session!r})"
 
 
-__all__ = ["Orders"]
+__all__ = ["LINGER_S", "Orders"]

@@ -8,7 +8,6 @@ buckets to others.
 from __future__ import annotations
 
 import math
-import threading
 import time
 from typing import Any
 
@@ -73,10 +72,11 @@ class Numbers:
 
 
 class Process:
-    """A shard. `run` serves until `over` is set, or the server does not know it any more."""
+    """A shard. Another thread may call `end`."""
 
-    def __init__(self, orders: Orders, over: threading.Event) -> None:
-        self._orders, self._over = orders, over
+    def __init__(self, orders: Orders) -> None:
+        self._orders = orders
+        self._end_at = math.inf
         self._adder: Adder | None = None
         self._history = int(orders.history_mb * 2**20)
         self._memory = Memory(self._history, wanted=orders.shared_memory)
@@ -110,10 +110,10 @@ class Process:
             self._poller.register(s, zmq.POLLIN)
 
     def run(self) -> None:
+        """Serve until the server needs this shard no more, or its end has come."""
         every_s = self._orders.heartbeat_timeout / BEATS_PER_TIMEOUT
         offer_at = measure_at = 0.0
-        while not self._over.is_set():
-            now = time.monotonic()
+        while (now := time.monotonic()) < self._end_at:
             if now >= offer_at:
                 offer_at = now + every_s
                 session, secret = self._orders.session, self._orders.secret
@@ -133,6 +133,10 @@ class Process:
                 if not self._hear(sockets.receive(self._link)):
                     return
             self._read_records()
+
+    def end(self, after_s: float) -> None:
+        """The worker is gone: end within this time, also if the server says nothing."""
+        self._end_at = time.monotonic() + (0.0 if self._adder is None else after_s)
 
     def _hear(self, frames: list[zmq.Frame]) -> bool:
         """One message of the server; False where this shard has no place any more."""

@@ -18,6 +18,7 @@ from paramserver.errors import UserError
 from paramserver.protocol import messages as wire
 from paramserver.protocol import sharding
 from paramserver.shard.adder import Adder
+from paramserver.shard.orders import LINGER_S
 from paramserver.transport import sealing
 from workers.link import actions
 from workers.link.connection import RunOver, ServerSearch
@@ -259,7 +260,7 @@ class Client(Process):
         self.relays.close()
         super()._exit(why)
         if self.shard is not None:  # its pipe ends
-            self.world.after(0.01, self.shard.kill)
+            self.world.after(LINGER_S, self.shard.kill)
 
     def _arrive(self, line: Line, carried: Carried) -> None:
         super()._arrive(line, carried)

@@ -445,6 +445,7 @@ class Connection:
     def close(self) -> None:
         """Close every socket; safe to call twice."""
         self.server_search.over()
+        self.shards.close(leaves=True)
         self.close_sockets()
         self.ctx.term()
 

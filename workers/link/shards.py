@@ -21,7 +21,7 @@ from paramserver.errors import PeerError
 from paramserver.program import command
 from paramserver.protocol import messages as wire
 from paramserver.protocol.sharding import SERVER, owners
-from paramserver.shard.orders import Orders
+from paramserver.shard.orders import LINGER_S, Orders
 from paramserver.tensors.bucket import BucketPlan
 from paramserver.transport import private_dir, shm, sockets
 
@@ -134,8 +134,9 @@ class Shards:
                 why = f"nothing comes through its port {channel.port}: is a firewall in between?"
                 self.lose(shard, why)
 
-    def close(self) -> None:
-        """Forget all keys, and end the own shard: this session is over."""
+    def close(self, *, leaves: bool = False) -> None:
+        """Forget all keys, and end the own shard: this session is over. With a worker that `leaves`
+        the shard may go on for a few seconds, while the server takes over what others lack."""
         for shard in [*self._bound, *self._coming]:
             self._drop(shard)
         self._number = 0
@@ -144,9 +145,11 @@ class Shards:
             return
         assert process.stdin is not None
         with suppress(OSError):
+            if not leaves:
+                process.stdin.write(b"\n")  # it ends at once
             process.stdin.close()  # it ends with its pipe
         try:
-            process.wait(END_S)
+            process.wait(END_S + leaves * LINGER_S)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
