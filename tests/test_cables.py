@@ -56,7 +56,7 @@ def test_a_cable_that_is_out_costs_nothing_but_time(tmp_path: Path) -> None:
         summary, steps = run.summary(), run.steps()
         [folder] = run.runs
         settings = json.loads((folder / "run.json").read_text())["settings"]
-    assert (settings["bucket_mb"], settings["min_bucket_mb"]) == (2.0, 0.0625)
+    assert (settings["bucket_mb"], settings["min_bucket_mb"]) == (1.0, 0.0625)
     assert summary["replicas_equal"] and len(summary["digests"]) == 2
     assert [line["step"] for line in steps] == list(range(1, summary["steps"] + 1))
     applied = summary["samples_done"] + summary["samples_partly"]

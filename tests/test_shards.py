@@ -236,6 +236,7 @@ def test_what_others_average_crosses_the_cable_of_a_host_once(
     with cluster(tmp_path, security, "shards=3", "observer=true", far=far) as there:
         there.add(4, "mini2")
         there.server.wait_for("several average the gradients: 33 % itself, 33 % .*, 33 % ")
+        there.server.wait_for(r"worker 4 \(.*\) took a snapshot")  # only then there are copies
         # What three send for a third of the buckets, and two thirds of the averages for two.
         assert gradients_in(there, there.workers[0], 1.95) < 1.95  # 3 / 3 + 2 / 3, not 4 / 3
         # What two elsewhere send, and the averages of the server and of the third host.
