@@ -244,7 +244,7 @@ def test_a_silent_shard_is_lost_and_so_is_that_of_a_worker_that_is_gone() -> Non
     assert told[1].startswith("# shard 2 on pi is gone: silent for 10.5 s; others average")
     run.works(1)
     told = run.drop(2, "it broke a rule")
-    assert "shard 1 is over" in told and "void 3" in told
+    assert "shard 1 retires" in told and "void 3" in told
 
 
 def test_of_a_host_whose_shards_die_no_more_are_asked() -> None:
