@@ -282,7 +282,7 @@ def test_what_fails_is_told_and_the_next_start_works(cluster: Cluster) -> None:
         )
         assert (machines.home(new) / "paramserver/code/.venv/.ready").exists()
     assert re.search(
-        rf"{new} +\| warning: 0.0[12] Gbit/s come up now, where make doctor had measured 0.56",
+        rf"{new} +\| warning: 0.0\d Gbit/s come up now, where make doctor had measured 0.56",
         said,
     )
     assert "mini1 | error: port 43210 is taken" in said

@@ -454,6 +454,7 @@ class Server:
             self.kill()
             return
         listens = session in self.rounds.shards.relays.listening
+        listens &= route not in self.control._held  # else it was not looked at yet
         if isinstance(message, wire.Lacks | wire.Fetch) and peer is not None and listens:
             raise Broken(f"{peer.name} lacks an average, and is to go on with a relay")
         if isinstance(message, wire.Adopted) and peer is not None:
