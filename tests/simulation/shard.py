@@ -360,11 +360,21 @@ class Shard:
         try:
             self.adder.came(record.session, record.number, record.push, [payload], release)
         except PeerError as e:
-            raise Broken(f"shard {self.number}: {e}") from None
+            if "wait for the server's word" not in str(e):
+                raise Broken(f"shard {self.number}: {e}") from None
+            self._lose_channel(record.session, route)  # its link is slower than its channel
+            return
         if expected and self._arrived != record.number:
             raise Broken(f"shard {self.number} drops payload {record.number} without a word")
         if self.adder.waiting > 2 * self.server.buckets * (self.server.rules.max_workers + 1):
             raise Broken(f"shard {self.number} keeps {self.adder.waiting} payloads")
+
+    def _lose_channel(self, session: str, route: bytes) -> None:
+        self._routes.pop(session, None)
+        self._outboxes.pop(route, None)
+        self._readers.discard(route)
+        for lane in [line for line in self.net.lines if line.route == route]:
+            lane.cut(0.0, 0.0)
 
     def _bind(self, route: bytes, record: Record) -> None:
         self._routes[record.session] = route
