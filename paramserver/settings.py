@@ -502,13 +502,12 @@ class Settings:
             return self
         if not linked:
             return replace(self, bucket_mb=BUCKET_MB)
-        sharded = self.shards_wanted != 1 and self.codec == "float32" and not fast
-        size = SHARDED_BUCKET_MB if sharded else LINKED_BUCKET_MB
+        sharded = self.shards_wanted != 1
+        finer = sharded and self.codec == "float32" and not fast
+        size = SHARDED_BUCKET_MB if finer else LINKED_BUCKET_MB
         codecs = self.codec, self.codec_of_averages
         least = max(LINKED_LEAST_MB.get(codec, size) for codec in codecs)
-        if (
-            slow and self.shards_wanted != 1 and not self.deterministic
-        ):  # nothing measured chooses then
+        if slow and sharded and not self.deterministic:  # nothing measured chooses then
             size = min(size, SLOW_CABLE * least)
         usual = size if fast else min(size, least)
         return replace(self, bucket_mb=size, min_bucket_mb=self.min_bucket_mb or usual)

@@ -70,6 +70,14 @@ def run_of(
     return found
 
 
+def exchange_s(workers: int, beside: bool, codec: str, shards: int | None) -> float:
+    """Of a round without any computing, with the server beside a worker or on a machine of its
+    own."""
+    machines = [Machine(n, Cost(0.0, 1e-9)) for n in NAMES[:workers]]
+    server = machines[0] if beside else Machine("own", Cost(0.0, 1.0), works=False)
+    return run_of(machines, server, Job(RESNET, 1, shards=shards), Choice(codec)).round_s
+
+
 # ------------------------------------------------------------------------------ known numbers
 
 
@@ -103,10 +111,7 @@ def test_an_exchange_takes_what_was_measured(
 ) -> None:
     """Beside a worker the server moves N - 1 gradients each way, on a machine of its own N: the
     figures of docs/performance.md, without any computing."""
-    machines = [Machine(n, Cost(0.0, 1e-9)) for n in NAMES[:workers]]
-    server = machines[0] if beside else Machine("own", Cost(0.0, 1.0), works=False)
-    found = run_of(machines, server, Job(RESNET, 1, shards=1), Choice(codec))
-    assert found.round_s == pytest.approx(measured_s, rel=0.08)
+    assert exchange_s(workers, beside, codec, 1) == pytest.approx(measured_s, rel=0.08)
 
 
 @pytest.mark.parametrize(
@@ -124,10 +129,7 @@ def test_an_exchange_with_a_shard_on_each_machine_takes_what_was_measured(
 ) -> None:
     """Each machine averages a share: the figures of docs/performance.md, where all processes shared
     two cores, so that float16 took a little longer than its bytes."""
-    machines = [Machine(n, Cost(0.0, 1e-9)) for n in NAMES[:workers]]
-    server = machines[0] if beside else Machine("own", Cost(0.0, 1.0), works=False)
-    found = run_of(machines, server, Job(RESNET, 1), Choice(codec))
-    assert found.round_s == pytest.approx(measured_s, rel=0.17)
+    assert exchange_s(workers, beside, codec, None) == pytest.approx(measured_s, rel=0.17)
 
 
 def test_shards_are_planned_where_the_server_would_choose_them() -> None:

@@ -23,7 +23,7 @@ from itertools import combinations
 from typing import Any, NamedTuple
 
 from paramserver.protocol import sharding
-from paramserver.protocol.sharding import SERVER, Cable
+from paramserver.protocol.sharding import Cable
 from paramserver.rounds.local_steps import AUTO, CHANGE_MIN, EXCHANGE_SHARE, LocalSteps, suiting
 from paramserver.rounds.shards import wanted
 from paramserver.rounds.shares import SAMPLE_S_MIN, SHARE_TIMES_MAX, Cost, Limits, split
@@ -374,11 +374,11 @@ def _shared(
     """Where several machines average: seconds for a byte of every worker, up and down, and the
     largest share of a machine; None where the server does all. Pushes and averages go through the
     same cables at the same time, so a byte takes its time once, but for the last bucket's."""
-    rates = {name: min(link.up_bytes_per_s, link.down_bytes_per_s) for name, link in there.items()}
-    both = 2 if any(link.one_way_at_once for link in there.values()) else 1
     most = wanted(job.shards, len(there), sum(job.model.buckets))
     if most == 1 or not there:
         return None
+    rates = {name: min(link.up_bytes_per_s, link.down_bytes_per_s) for name, link in there.items()}
+    both = 2 if any(link.one_way_at_once for link in there.values()) else 1
     on = {m.name: m.processes for m in chosen}
     names = [server.name, *there]
     rates[server.name] = max(rates.values())
@@ -387,7 +387,7 @@ def _shared(
         for number, name in enumerate(names)
     }
     workers = sum(on.values())
-    averaging = {n: cable for n, cable in cables.items() if n < max(SERVER + 1, most)}
+    averaging = {number: cable for number, cable in cables.items() if number < most}
     found = sharding.shares(averaging, workers, workers)
     needed = sharding.seconds(cables, found, workers, workers)
     return needed, needed / 2, max(share for _, share in found) / sharding.WHOLE

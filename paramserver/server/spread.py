@@ -112,14 +112,18 @@ class Spread:
         may lack. Whoever lacks more takes a snapshot."""
         self.shards.discard(shard)
         self._retiring.add(shard)
-        if self._kept:
-            kept = self._kept[max(self._kept)]
-            for bucket in kept.lacks_of(shard):
-                self._order(shard, wire.Recall(round=kept.round, bucket=bucket))
+        if (newest := self._newest) is not None:
+            for bucket in newest.lacks_of(shard):
+                self._order(shard, wire.Recall(round=newest.round, bucket=bucket))
 
     def has_taken_over(self, shard: int) -> bool:
         """Is all of the newest update here that this shard has?"""
-        return not (self._kept and self._kept[max(self._kept)].lacks_of(shard))
+        return self._newest is None or not self._newest.lacks_of(shard)
+
+    @property
+    def _newest(self) -> Kept | None:
+        """The newest update of which other shards keep a part."""
+        return self._kept[max(self._kept)] if self._kept else None
 
     def dismiss(self, shard: int) -> None:
         """A shard is gone, with all that it kept."""
