@@ -557,7 +557,8 @@ done(model)
                 "    model, optimizer = cluster.attach(model, optimizer)\n    for epoch in cluster.epochs():\n        for x, y in cluster.batches(loader):",
             ),
         ),
-        {"runs": 2},
+        # the one process begins its second training after whole epochs
+        {**BARRIER, "runs": 2},
     ),
     Kind(
         "a notebook whose cell is interrupted and run again",

@@ -59,7 +59,7 @@ def as_from_other_machines(monkeypatch: pytest.MonkeyPatch) -> None:
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is missing is given up soon. Where a machine is so busy that something was only slow,
     the run is right all the same."""
-    monkeypatch.setattr(sealing, "PATIENCE", 0.05)
+    monkeypatch.setattr(sealing, "PATIENCE", 0.02)
 
 
 def until_sealed(crew: Crew, number: int) -> None:
@@ -80,7 +80,7 @@ def a_run_through(
     `middle` is in the path of its channels: the first round waits until these have come up."""
     settings = {
         "num_epochs": EPOCHS if until is None else 100_000,
-        "heartbeat_timeout": 2.0,
+        "heartbeat_timeout": 6.0,
         **settings,
     }
     with Served(keys=KEYS, num_workers=2, **settings) as served:

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import copy
 import re
+import sys
 import threading
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, cast
 
 import pytest
 import torch
@@ -32,7 +34,9 @@ from whole import DEADLINE_S, ENDLESS, Served
 
 import workers
 from paramserver.errors import UserError
+from workers import living
 from workers.builtin.data import order
+from workers.cluster import Cluster
 
 # --------------------------------------------------------------------------------- whose samples
 
@@ -572,3 +576,23 @@ def test_a_worker_id_is_given_to_one_process_at_a_time() -> None:
                 assert other.worker_id == 2
         with workers.join(port=served.port, worker_id=1, say=served.say) as again:
             assert again.worker_id == 1
+
+
+def test_threads_join_and_leave_while_another_one_does() -> None:
+    class Joined:  # of a cluster, what is looked at
+        host, port, asked = "nowhere", 1, None
+
+    def join_and_leave(number: int) -> None:
+        for _ in range(20_000):
+            cluster = cast(Cluster, Joined())
+            living.lives(cluster)
+            assert living.leave_same("elsewhere", 1, number) is None
+            living.left(cluster)
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # a thread stops between any two steps
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            assert list(pool.map(join_and_leave, range(4))) == [None] * 4
+    finally:
+        sys.setswitchinterval(before)

@@ -23,7 +23,8 @@ from .replica.replica import Replica
 if TYPE_CHECKING:
     from .cluster import Cluster
 
-_living: weakref.WeakSet[Cluster] = weakref.WeakSet()
+_living: weakref.WeakValueDictionary[int, Cluster] = weakref.WeakValueDictionary()
+"""By id. Threads may be workers, too: a WeakSet cannot be read while another thread adds to it."""
 _finished: dict[tuple[str, int], str] = {}
 """By address of a server of several runs: the last one that this process has finished."""
 
@@ -43,12 +44,17 @@ def refuse_in_child() -> None:
 def lives(cluster: Cluster) -> None:
     """Note that this cluster belongs to this thread."""
     cluster.thread = threading.get_ident()
-    _living.add(cluster)
+    _living[id(cluster)] = cluster
 
 
 def left(cluster: Cluster) -> None:
     """Note that it was left."""
-    _living.discard(cluster)
+    _living.pop(id(cluster), None)
+
+
+def _all() -> list[Cluster]:
+    references = _living.valuerefs()  # a copy, made in one step
+    return [cluster for each in references if (cluster := each()) is not None]
 
 
 def finished(cluster: Cluster) -> None:
@@ -66,7 +72,7 @@ def leave_same(host: str, port: int, asked: int | None) -> Cluster | None:
     """Leave the cluster that this thread has joined before, at the same server, under the same
     number. Returns it."""
     found = None
-    for cluster in list(_living):
+    for cluster in _all():
         same = (cluster.host, cluster.port, cluster.asked) == (host, port, asked)
         if same and cluster.thread == threading.get_ident():
             found = cluster
@@ -85,7 +91,7 @@ def hand_over(before: Replica, replica: Replica) -> None:
 def leave_others(cluster: Cluster, model: nn.Module) -> None:
     """Leave the other clusters of this process that train any parameter of this model."""
     parameters = {id(p) for p in model.parameters()}
-    for other in list(_living):
+    for other in _all():
         if other is not cluster and parameters & other.trains:
             _give_way(other, "its model was attached again")
 
@@ -116,7 +122,7 @@ def refuse_second_attach(cluster: Cluster) -> None:
 def _of_this_thread(cluster: Cluster) -> list[Cluster]:
     """The other clusters of this thread that have a server."""
     here = threading.get_ident()
-    return [o for o in _living if o is not cluster and o.thread == here and not o.is_alone]
+    return [o for o in _all() if o is not cluster and o.thread == here and not o.is_alone]
 
 
 def refuse_second_loop(cluster: Cluster) -> None:
@@ -135,7 +141,7 @@ def refuse_second_loop(cluster: Cluster) -> None:
 
 def _has_other_loop(cluster: Cluster) -> bool:
     here = threading.get_ident()
-    return any(o.in_loop and o.thread == here for o in _living if o is not cluster)
+    return any(o.in_loop and o.thread == here for o in _all() if o is not cluster)
 
 
 def _give_way(cluster: Cluster, why: str) -> None:
