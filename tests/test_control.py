@@ -55,6 +55,9 @@ class Told:
         if close is not None:
             self.published.append(wire.from_frames(close)[0])
 
+    def costs(self, session: str) -> dict[str, float]:
+        return {}
+
     def waiting(self, route: bytes) -> int:
         return self.unread.get(route, 0)
 
@@ -78,13 +81,25 @@ class Told:
 
 
 class Run:
-    """Two workers that take part; `now` is the time. With `noted` the server was started again."""
+    """Two workers that take part; `now` is the time. With `noted` the server was started again.
+    With `shards` each worker is on a host of its own."""
 
-    def __init__(self, workers: int = 2, noted: str | None = None, aggregate: str = "mean") -> None:
+    def __init__(
+        self,
+        workers: int = 2,
+        noted: str | None = None,
+        aggregate: str = "mean",
+        shards: int | None = None,
+    ) -> None:
         self.told, self.now = Told(), 100.0
         settings = Settings(observer=False, num_workers=workers, num_epochs=2, aggregate=aggregate)
         rules = Rules(
-            num_workers=workers, heartbeat_timeout=SILENCE_S, timeout=1.0, epochs=2, observer=False
+            num_workers=workers,
+            heartbeat_timeout=SILENCE_S,
+            timeout=1.0,
+            epochs=2,
+            observer=False,
+            shards=shards,
         )
         self.rounds = Rounds(rules, "nonce", self.now, lambda layout: 1, recovery=noted)
         self.holds = None if noted is None else "run"
@@ -110,6 +125,8 @@ class Run:
         )
         for number in range(1, workers + 1):
             self.greet(number)
+            if shards is not None:
+                self.control.traffic.linked(f"session-{number}", f"10.0.0.{number}")
             self.hear(number, wire.Join(layout=LAYOUT, step=0, lineage=f"own {number}", device=""))
         for number in range(2, workers + 1):
             self.adopt(number)
@@ -349,3 +366,40 @@ def test_what_comes_after_a_standstill_meets_no_deadline_that_passed_meanwhile()
     run.greet(2)
     run.hear(2, wire.Join(layout=LAYOUT, step=3, lineage="newest", device=""))
     assert (run.rounds.step, run.rounds.lineage) == (3, "newest")
+
+
+def test_who_does_not_reach_a_shard_tries_again_each_minute() -> None:
+    """Three times at once, for a channel that was only slow."""
+    run = Run(shards=2)
+    run.control.tick(run.now)
+    [(route, _)] = [(r, m) for r, m in run.told.sent if isinstance(m, wire.Carry)]
+    assert route == b"link 1"
+    offer = wire.Offer(session="session-1", secret="")
+    run.control.receive(b"shard", offer, [], run.now)
+
+    def meets() -> int:
+        sent = [m for r, m in run.told.sent if r == b"shard" and isinstance(m, wire.Meet)]
+        return sum(m.session == "session-2" for m in sent)
+
+    def wait(seconds: float) -> None:
+        for _ in range(10):
+            run.now += seconds / 10
+            for number in (1, 2):
+                run.hear(number, wire.Beat(session=f"session-{number}"))
+            run.control.receive(b"shard", offer, [], run.now)
+            run.control.tick(run.now)
+
+    unreached = wire.Reached(shard=1, problem="a firewall")
+    assert meets() == 1
+    for tries in (2, 3, 3):
+        run.hear(2, unreached)
+        assert meets() == tries
+    for tries in (4, 5):
+        wait(59.9)
+        assert meets() == tries - 1
+        wait(0.2)
+        assert meets() == tries
+        run.hear(2, unreached)
+    run.hear(2, wire.Goodbye(reason="ends", finished=True))
+    wait(90.0)
+    assert meets() == 5

@@ -72,7 +72,8 @@ GOODBYE_TIMEOUTS = 3  # heartbeat timeouts for a worker's goodbye after the run'
 REFUSED_SENDERS = 1000  # whose invalid messages are logged
 NOTHING_EARLIER: Mapping[str, wire.End] = MappingProxyType({})
 Finished = tuple[wire.Average, Frames]
-MEETS_MAX = 3  # channels to one shard that a session gets
+MEETS_MAX = 3  # channels to one shard that a session gets, one after the other
+MEET_AGAIN_S = 60.0  # until it gets one more: a port was opened, or a machine is no longer busy
 
 
 class Transport(Protocol):
@@ -159,6 +160,7 @@ class Control:
         self._retiring: dict[int, float] = {}  # shards whose workers leave, since when
         self._offers: dict[str, bytes] = {}  # by session
         self._met: dict[tuple[str, int], int] = {}  # channels handed out, by session and shard
+        self._meet_at: dict[tuple[str, int], float] = {}  # when such a session gets one more
         self._spared: dict[str, str] = {}  # sessions that hear a relay -> address of their host
         self._held = Held()  # behind a push whose payload is on its way to a shard
         self._gathering: dict[str, int] = {}  # session -> the step of which it waits for the rest
@@ -209,6 +211,7 @@ class Control:
         self._give_up_payloads(now)
         self._lose_unreachable(now)
         self._end_retired(now)
+        self._introduce_again(now)
         self._release(now)
         self.watcher.looked(self, now)
 
@@ -305,7 +308,7 @@ class Control:
         problem = "what it sends there does not come"
         self._happens(Told(session, wire.Reached(shard=push.shard, problem=problem)), now)
         self.cut_off(session, now)
-        self._introduce(session, push.shard)
+        self._introduce(session, push.shard, now)
         for came in held:
             if not isinstance(came.message, wire.Push):
                 self._take_in(route, came.message, came.buffers, now)
@@ -389,11 +392,11 @@ class Control:
                 self._happens(Told(session, message), now)
                 for shard in list(self._shards):
                     if (session, shard) not in self._met:
-                        self._introduce(session, shard)
+                        self._introduce(session, shard, now)
             case wire.Reached():
                 self._happens(Told(session, message), now)
                 if message.problem and message.shard in self._shards:
-                    self._introduce(session, message.shard)
+                    self._introduce(session, message.shard, now)
             case wire.Lacks():
                 self._happens(Told(session, message), now)
                 self._send_lacking(session, message)
@@ -623,7 +626,7 @@ class Control:
         self._offers[offer.session] = route
         self._happens(Offered(offer.session), now)
 
-    def _employ(self, shard: int, session: str) -> None:
+    def _employ(self, shard: int, session: str, now: float) -> None:
         """The shard takes part: tell it what the run is about, and make it known to all."""
         route = self._offers.pop(session)
         assert self.rounds.layout is not None
@@ -635,7 +638,7 @@ class Control:
         )
         for other, peer in list(self.rounds.peers.items()):
             if peer.join is not None:
-                self._introduce(other, shard)
+                self._introduce(other, shard, now)
         for spared, address in self._spared.items():
             self._spare(shard, spared, address, on=True)
 
@@ -677,22 +680,38 @@ class Control:
             self._transport.send(route, wire.Greet(session_known=False))
             del self._shard_of[route]
             self._transport.forget(route)
-        self._met = {key: n for key, n in self._met.items() if key[1] != shard}
+        self._forget_met(shard)
         self._data.dismiss(shard)
         self._forget_overwritten(now)
         for step in set(self._gathering.values()):
             if not self._data.recall(step):
                 self._end_gathering(step, now)
 
-    def _introduce(self, session: str, shard: int) -> None:
-        """Let a shard make a channel for this peer."""
+    def _introduce(self, session: str, shard: int, now: float) -> None:
+        """Let a shard make a channel for this peer; later, where that has often been in vain."""
         costs = self._transport.costs(session)
         peer = self.rounds.peers.get(session)
+        if costs is None or peer is None or shard not in self._shards:
+            return
         before = self._met.get((session, shard), 0)
-        if costs is None or peer is None or before >= MEETS_MAX:
+        if before >= MEETS_MAX:
+            self._meet_at[session, shard] = now + MEET_AGAIN_S
             return
         self._met[session, shard] = before + 1
         self._order(shard, wire.Meet(session=session, worker=peer.id, costs=costs))
+
+    def _introduce_again(self, now: float) -> None:
+        for (session, shard), at in list(self._meet_at.items()):
+            if now >= at:
+                del self._meet_at[session, shard]
+                self._met[session, shard] = MEETS_MAX - 1
+                self._introduce(session, shard, now)
+
+    def _forget_met(self, gone: str | int) -> None:
+        """A session, or a shard, is no more."""
+        for table in (self._met, self._meet_at):
+            for key in [key for key in table if gone in key]:
+                del table[key]
 
     def _hear_shard(self, shard: int, message: Any, buffers: list[Any], now: float) -> None:
         """Handle a message of a shard; a fault in it costs the shard its place."""
@@ -804,7 +823,7 @@ class Control:
                     self._data.forget_round(())
                     self._lacking.clear()
                 case Employed():
-                    self._employ(effect.shard, effect.session)
+                    self._employ(effect.shard, effect.session, now)
                 case Dismissed():
                     self._dismiss(effect.shard, now)
                 case Spared():
@@ -865,7 +884,7 @@ class Control:
         self._offers.pop(session, None)
         self._spared.pop(session, None)
         self._gathering.pop(session, None)
-        self._met = {key: n for key, n in self._met.items() if key[0] != session}
+        self._forget_met(session)
         for waiting in self._lacking.values():
             waiting.discard(session)
         route = self.routes.pop(session, None)
