@@ -327,6 +327,13 @@ def test_an_answer_from_before_it_joined_does_not_leave_it_adrift() -> None:
     assert peer.admitted("adopt") == [] and not peer.session.adrift
 
 
+def test_what_it_asked_later_and_gets_shows_that_it_is_not_adrift() -> None:
+    """It had come further by the answer to an older fetch, when it heard that it was behind."""
+    peer = Peer("observer", drifts=True)
+    peer.admitted("behind")
+    assert peer.get(wire.Fetched(step=2)) == [Join()] and not peer.session.adrift
+
+
 def test_adrift_it_catches_up_at_the_end() -> None:
     peer = Peer("observer", drifts=True)
     peer.admitted("behind")

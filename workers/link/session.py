@@ -417,6 +417,8 @@ class Session:
                 if f.fetching_since is not None:
                     f.fetching_since = now  # the answer is on its way: do not ask again yet
                 return self._published(message, payload, now) or []
+            case wire.Fetched() if self.adrift:
+                return self._join()  # what it asked later is still kept: it is not behind after all
             case wire.Fetched():
                 if isinstance(f.fetched(message.step, message.open), follow.Gap):
                     return self._fetch(now)
