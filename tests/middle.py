@@ -48,10 +48,11 @@ class Middle:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.cut()
         with suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
+        self._threads[0].join(30)  # it accepts: no connection comes any more
+        self.cut()
         for thread in self._threads:
             thread.join(30)
         for s in self._sockets:
@@ -72,7 +73,11 @@ class Middle:
         with suppress(OSError):
             while True:
                 outer = self._listener.accept()[0]
-                inner = socket.create_connection((self._host, self.to))
+                try:
+                    inner = socket.create_connection((self._host, self.to))
+                except OSError:  # the server is gone
+                    outer.close()
+                    continue
                 self._sockets += outer, inner
                 self._start(self._relay, UP, outer, inner)
                 self._start(self._relay, DOWN, inner, outer)
