@@ -98,8 +98,8 @@ class Memory:
             raise e if isinstance(e, OSError) else OSError(errno.EINVAL, str(e)) from None
         finally:
             os.close(fd)
-        # The first touch of a page costs more than the numbers in it: without this the sums of 1.35 MB
-        # took five times as long until a ring of 256 MiB had gone round. Other threads go on.
+        # A page's first touch costs more than the numbers in it: without this the sums of 1.35 MB
+        # take five times as long until a ring of 256 MiB has gone round. Other threads go on.
         np.frombuffer(self.map, dtype=np.uint8)[:: mmap.PAGESIZE].max()
         self.size = len(self.map)
         self.tensor = torch.frombuffer(self.map, dtype=torch.uint8)
