@@ -403,3 +403,14 @@ def test_who_does_not_reach_a_shard_tries_again_each_minute() -> None:
     run.hear(2, wire.Goodbye(reason="ends", finished=True))
     wait(90.0)
     assert meets() == 5
+
+
+def test_a_shard_makes_a_peer_no_more_channels_than_it_was_told_to() -> None:
+    run = Run(shards=2)
+    run.control.tick(run.now)
+    offer = wire.Offer(session="session-1", secret="")
+    run.control.receive(b"shard", offer, [], run.now)
+    for _ in range(5):
+        met = wire.Met(session="session-2", channel=wire.Channel(port=1, id="ab"))
+        run.control.receive(b"shard", met, [], run.now)
+    assert len(run.to(2, wire.Channel)) == 2, "its keys, and its end"

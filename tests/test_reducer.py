@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from paramserver.errors import PeerError
 from paramserver.protocol import messages as wire
 from paramserver.rounds.effects import Finish
 from paramserver.server.data import Data
@@ -197,3 +198,9 @@ def test_of_two_workers_it_does_not_matter_who_comes_first(one: int, other: int,
             reducer.add(GRAD, buffers, scale, n, release)
         results.append(average(reducer, GRAD, one + other))
     assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("bucket", [-1, len(PLAN.buckets), 999])
+def test_a_bucket_that_there_is_not_is_a_mistake_of_its_sender(bucket: int) -> None:
+    with pytest.raises(PeerError, match="there is no bucket"):
+        reducer_of(PLAN, "float32", "float32").check(bucket, [bytes(4)], 1.0)

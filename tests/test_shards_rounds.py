@@ -12,6 +12,7 @@ from paramserver.protocol import messages as wire
 from paramserver.rounds.disagreement import Comparison
 from paramserver.rounds.effects import Finish
 from paramserver.rounds.events import Failed, Made, Offered, Placed, Works
+from paramserver.rounds.shards import wanted
 from paramserver.server.history import Update
 from paramserver.server.spread import Spread
 from paramserver.shard.adder import Adder, Payload
@@ -414,11 +415,11 @@ class Shop:
         for message, buffers in self.reports:
             match message:
                 case wire.Arrived():
-                    self.spread.arrived(1, message)
+                    self.spread.arrived(1, message, 10)
                 case wire.Averaged():
                     self.spread.averaged(1, message)
                 case wire.Recalled():
-                    self.spread.recalled(message, list(buffers))
+                    self.spread.recalled(1, message, list(buffers))
         self.reports.clear()
 
     def push(self, worker: int, number: int, value: float, round: int = 1) -> wire.Push:
@@ -508,13 +509,85 @@ def test_a_push_that_was_taken_is_added_when_its_sender_is_gone() -> None:
     assert shop.sums and shop.adder.waiting == 0 and not shop.adder._waiting
 
 
-def test_a_payload_of_another_push_is_a_mistake_of_its_sender() -> None:
+def test_a_payload_of_another_push_is_no_use_and_nobody_is_sent_away_for_it() -> None:
+    """The sender may lie, or the shard."""
     shop = Shop()
-    push = shop.push(1, 1, 6.0)
+    shop.push(1, 1, 6.0), shop.talk()
+    other = wire.Push(round=2, bucket=0, samples=1, shard=1, sealed=1)
+    bad, norm = shop.spread.push("w1", 1, other, [])
+    assert bad is not None and "another round or bucket" in bad and norm is None
     shop.talk()
-    with pytest.raises(PeerError, match="another round or bucket"):
-        shop.spread.push("w1", 1, wire.Push(round=2, bucket=0, samples=1, shard=1, sealed=1), [])
-    assert push.round == 1
+    assert shop.adder.waiting == 0
+
+
+# ------------------------------------------------------------------------- peers that lie to shards
+
+
+def test_bad_numbers_count_until_the_server_has_taken_note() -> None:
+    shop = Shop(most=2)
+    pushes = [shop.push(1, number, float("nan")) for number in (1, 2)]
+    with pytest.raises(PeerError, match="2 payloads wait"):
+        shop.push(1, 3, float("nan"))
+    shop.talk()
+    for push in pushes:
+        assert shop.spread.push("w1", 1, push, []) == ("not finite", None)
+    shop.talk()
+    shop.push(1, 4, 6.0)
+    assert shop.adder.waiting == 1
+
+
+def test_a_norm_that_is_no_number_is_bad() -> None:
+    shop = Shop()
+    push = shop.push(1, 1, float("inf"))
+    shop.talk()
+    assert shop.spread.push("w1", 1, push, []) == ("its norm is not finite", None)
+
+
+def test_a_payload_has_no_number_that_cannot_be_told() -> None:
+    with pytest.raises(PeerError, match="of number"):
+        Shop().push(1, wire.NUMBER_MAX + 1, 6.0)
+
+
+def test_what_is_not_needed_is_kept_in_mind_within_bounds() -> None:
+    shop = Shop(most=4)
+    for number in range(2**40, 2**40 + 100):
+        push = wire.Push(round=9, bucket=0, samples=1, shard=1, sealed=number)
+        shop.spread.release("w1", push)
+    shop.talk()
+    assert len(shop.adder._waiting["w1"].unneeded) == 4
+
+
+# -------------------------------------------------------------------------------- shards that lie
+
+
+def test_a_shard_cannot_tell_of_payloads_without_end() -> None:
+    shop = Shop()
+    reports = [wire.Arrived(session="w1", number=n, round=1, bucket=0) for n in range(1, 12)]
+    for report in reports[:10]:
+        shop.spread.arrived(1, report, 10)
+    with pytest.raises(PeerError, match="11 payloads of one peer"):
+        shop.spread.arrived(1, reports[10], 10)
+
+
+def test_a_shard_leaves_out_of_an_average_what_it_is_told_to() -> None:
+    """Its list goes into a message to all, which must not grow beyond what they take."""
+    shop = Shop()
+    shop.spread.finish(Finish(1, 1, 0, 1.0, (5,), 1))
+    report = wire.Averaged(round=1, bucket=0, number=1, absent=tuple(range(60_000)), scale=1.0)
+    with pytest.raises(PeerError, match="other tensors"):
+        shop.spread.averaged(1, report)
+
+
+def test_a_shard_does_not_answer_for_another_one() -> None:
+    shop = Shop()
+    shop.update(1, 6.0)
+    assert shop.spread.recall(1)
+    forged = wire.Recalled(round=1, bucket=0, kept=True)
+    with pytest.raises(PeerError, match="another shard"):
+        shop.spread.recalled(2, forged, [-1.0])
+    assert shop.spread.found(1) == []
+    shop.talk()
+    assert [buffers for _, buffers in shop.spread.found(1)] == [[6.0]]
 
 
 def test_a_void_round_leaves_nothing_but_what_is_late() -> None:
@@ -594,3 +667,18 @@ def test_a_bucket_that_comes_from_elsewhere_begins_without_a_residual() -> None:
     shop.talk(), shop.spread.push("w1", 1, push, []), shop.spread.add(1, 0, 1.0)
     shop.spread.finish(Finish(3, 3, 0, 1.0, (), 1)), shop.talk()
     assert shop.forgotten == [0]
+
+
+def test_a_host_whose_worker_leaves_again_and_again_carries_no_more_shards() -> None:
+    """Each time the open round is void, for all."""
+    run = Sharded(shards=2)
+    for life in (1, 2, 3):
+        run.tick(float(life), 1, 2, 3)
+        assert run.happens(Offered("w2"))[0] == f"shard {life} of w2 begins"
+        run.rounds.shards.retire(life, run.now)
+    assert run.tick(5.0, 1, 2, 3) == ["w3 <- carry a shard"]
+
+
+@pytest.mark.parametrize(("setting", "hosts"), [(None, 64), (None, 500), (1000, 3)])
+def test_a_round_has_no_more_shards_than_can_be_told(setting: int | None, hosts: int) -> None:
+    assert wanted(setting, hosts, 1e9) == wire.SHARDS_MAX

@@ -441,7 +441,7 @@ class Rounds:
             self._out.say(f"{peer.name} left: {reason}", peer)
         how, took_part = FAILED if error else LEFT, peer.state == REPLICA or peer.proven
         for shard in self.shards.of(peer.session):
-            self._retire_shard(shard.number, peer)
+            self._retire_shard(shard.number, peer, now)
         self._remove(peer, "left", now, how=how, reason=reason, finished=finished)
         if how != LEFT or not (finished and took_part and self.started):
             return
@@ -468,9 +468,9 @@ class Rounds:
         if self.round is not None and number in self.round.owners:
             self._void(f"shard {number} on {shard.name} is gone")
 
-    def _retire_shard(self, number: int, owner: Peer) -> None:
+    def _retire_shard(self, number: int, owner: Peer, now: float) -> None:
         """A shard's worker leaves. Others may still lack what it has averaged last."""
-        shard = self.shards.retire(number)
+        shard = self.shards.retire(number, now)
         self._out.effects.append(Retired(number))
         if not self.ended:
             self._out.say(f"shard {number} on {shard.name} ends with {owner.name}")
@@ -1385,6 +1385,11 @@ class Rounds:
     def log_begun(self) -> bool:
         """Does an update follow the first state? Before that, the state is where it came from."""
         return self.log.begun
+
+    @property
+    def buckets(self) -> int:
+        """The number of buckets of the layout; 0 before there is one."""
+        return self._origin.buckets
 
     def knows(self, step: int, lineage: str) -> bool:
         """Can a replica at (step, lineage) follow from there by fetching updates?"""

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 
 from paramserver.protocol import sharding
-from paramserver.protocol.messages import Carry
+from paramserver.protocol.messages import SHARDS_MAX, Carry
 from paramserver.protocol.sharding import SERVER, Cable, Shares
 from paramserver.rounds.outcome import Outcome
 from paramserver.rounds.relays import Relays
@@ -32,8 +32,9 @@ def wanted(setting: int | None, hosts: int, nbytes: float) -> int:
     """So many shards average at most, with the server's, where workers are on so many `hosts`
     beside the server's, and a gradient has so many bytes."""
     if setting is not None:
-        return setting
-    return hosts + 1 if hosts + 1 >= HOSTS_MIN and nbytes >= SMALL_BYTES else 1
+        return min(setting, SHARDS_MAX)
+    several = hosts + 1 >= HOSTS_MIN and nbytes >= SMALL_BYTES
+    return min(hosts + 1, SHARDS_MAX) if several else 1
 
 
 class Shard:
@@ -151,15 +152,21 @@ class Shards:
         """Forget a shard; None if it is not known."""
         shard = self.live.pop(number, None)
         if shard is not None:
-            lived_long = now - shard.since >= LONG_S
-            self._deaths[shard.host] = 0 if lived_long else self._deaths[shard.host] + 1
-            if self._deaths[shard.host] >= DEATHS_MAX:
-                self._refused.add(shard.host)
+            self._note_end(shard, now)
         return shard
 
-    def retire(self, number: int) -> Shard:
+    def retire(self, number: int, now: float) -> Shard:
         """Forget a shard whose worker leaves."""
-        return self.live.pop(number)
+        shard = self.live.pop(number)
+        self._note_end(shard, now)
+        return shard
+
+    def _note_end(self, shard: Shard, now: float) -> None:
+        """Each end may cost a round, in whatever order the shard's worker has left."""
+        lived_long = now - shard.since >= LONG_S
+        self._deaths[shard.host] = 0 if lived_long else self._deaths[shard.host] + 1
+        if self._deaths[shard.host] >= DEATHS_MAX:
+            self._refused.add(shard.host)
 
     # ------------------------------------------------------------------ who reaches it
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hmac
 import math
 import uuid
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
@@ -62,6 +63,7 @@ from paramserver.rounds.events import (
     Told,
     Works,
 )
+from paramserver.rounds.states import REPLICA
 from paramserver.server.held import Came, Held
 from paramserver.server.history import FETCH_BYTES, Frames, Update
 from paramserver.server.spread import Data, Spread
@@ -73,6 +75,7 @@ REFUSED_SENDERS = 1000  # whose invalid messages are logged
 NOTHING_EARLIER: Mapping[str, wire.End] = MappingProxyType({})
 Finished = tuple[wire.Average, Frames]
 MEETS_MAX = 3  # channels to one shard that a session gets, one after the other
+METS = 2  # messages about one channel: its keys, and its end
 MEET_AGAIN_S = 60.0  # until it gets one more: a port was opened, or a machine is no longer busy
 
 
@@ -161,10 +164,12 @@ class Control:
         self._offers: dict[str, bytes] = {}  # by session
         self._met: dict[tuple[str, int], int] = {}  # channels handed out, by session and shard
         self._meet_at: dict[tuple[str, int], float] = {}  # when such a session gets one more
+        self._mets: Counter[tuple[str, int]] = Counter()  # messages of these channels to come
         self._spared: dict[str, str] = {}  # sessions that hear a relay -> address of their host
         self._held = Held()  # behind a push whose payload is on its way to a shard
         self._gathering: dict[str, int] = {}  # session -> the step of which it waits for the rest
         self._lacking: dict[int, set[str]] = {}  # bucket of the open round -> who waits for it
+        self._sent_lacking: set[tuple[str, int]] = set()  # who got which of these
         self._transport = transport
         self._welcome = welcome
         self._observer_key = observer_key
@@ -698,6 +703,7 @@ class Control:
             self._meet_at[session, shard] = now + MEET_AGAIN_S
             return
         self._met[session, shard] = before + 1
+        self._mets[session, shard] += METS
         self._order(shard, wire.Meet(session=session, worker=peer.id, costs=costs))
 
     def _introduce_again(self, now: float) -> None:
@@ -709,7 +715,7 @@ class Control:
 
     def _forget_met(self, gone: str | int) -> None:
         """A session, or a shard, is no more."""
-        for table in (self._met, self._meet_at):
+        for table in (self._met, self._meet_at, self._mets):
             for key in [key for key in table if gone in key]:
                 del table[key]
 
@@ -721,7 +727,7 @@ class Control:
                 case wire.Offer():
                     pass  # its beat
                 case wire.Arrived() if message.session in self.rounds.peers:
-                    self._data.arrived(shard, message)
+                    self._data.arrived(shard, message, 4 * self.rounds.buckets + 4)
                     self._release(now)
                 case wire.Arrived():
                     pass  # its sender is gone
@@ -729,27 +735,40 @@ class Control:
                     if self._data.averaged(shard, message):
                         self._happens(Made(shard, message.round, message.bucket), now)
                 case wire.Recalled():
-                    self._hear_recalled(message, buffers, now)
+                    self._hear_recalled(shard, message, buffers, now)
                 case wire.Met() if shard in self.rounds.shards.live:
-                    host = self.rounds.shards.live[shard].host
-                    told = msgspec.structs.replace(message.channel, shard=shard, host=host)
-                    self._send(message.session, told)
+                    self._pass_on(shard, message)
                 case _:
                     raise PeerError(f"a {type(message).__name__} is not for the server")
         except PeerError as e:
             self._happens(Failed(shard, str(e)), now)
         self._lose_unreachable(now)
 
-    def _hear_recalled(self, message: wire.Recalled, buffers: list[Any], now: float) -> None:
+    def _pass_on(self, shard: int, met: wire.Met) -> None:
+        """A shard has made a channel for a peer, or ended it. What it tells without having been
+        asked to make one would cost the peer a socket each time."""
+        key = met.session, shard
+        if self._mets[key] <= 0:
+            return
+        self._mets[key] -= 1
+        host = self.rounds.shards.live[shard].host
+        self._send(met.session, msgspec.structs.replace(met.channel, shard=shard, host=host))
+
+    def _hear_recalled(
+        self, shard: int, message: wire.Recalled, buffers: list[Any], now: float
+    ) -> None:
         """A shard has sent an average that it keeps."""
         current = self.rounds.round
         if current is not None and message.round == current.number:
-            average = self._data.made(message.bucket)
+            average = self._data.made(message.bucket, shard)
+            if average is None:
+                return
             for session in sorted(self._lacking.pop(message.bucket, ())):
-                if average is not None and message.kept:
+                if message.kept:
+                    self._sent_lacking.add((session, message.bucket))
                     self._send(session, average, *buffers)
             return
-        step = self._data.recalled(message, buffers)
+        step = self._data.recalled(shard, message, buffers)
         if step is not None:
             self._forget_overwritten(now)
             self._end_gathering(step, now)
@@ -771,12 +790,23 @@ class Control:
         current = self.rounds.round
         if current is None or current.number != lacks.round:
             return
+        if self.rounds.peers[session].state != REPLICA:
+            return
+        if self._transport.waiting(self.routes[session]) > FETCH_BYTES:
+            return  # what it got is unread
         for bucket in lacks.buckets:
+            if (session, bucket) in self._sent_lacking:
+                continue  # it is on its way
             waiting = self._lacking.setdefault(bucket, set())
             if waiting or self._data.recall_open(bucket):
                 waiting.add(session)
             else:
                 del self._lacking[bucket]
+
+    def _forget_lacking(self) -> None:
+        """The open round is over, or void."""
+        self._lacking.clear()
+        self._sent_lacking.clear()
 
     # ------------------------------------------------------------------ what goes out
 
@@ -821,7 +851,7 @@ class Control:
                         self.watcher.say(problem)
                 case Void():
                     self._data.forget_round(())
-                    self._lacking.clear()
+                    self._forget_lacking()
                 case Employed():
                     self._employ(effect.shard, effect.session, now)
                 case Dismissed():
@@ -849,7 +879,7 @@ class Control:
 
     def _close_round(self, close: wire.Close, now: float) -> None:
         self.watcher.closing(self, close)
-        self._lacking.clear()
+        self._forget_lacking()
         update = self._data.close(close)
         self._transport.publish_update(self._data.due(), update.messages[-1])
         for session in sorted(self.rounds.deaf):
@@ -887,6 +917,7 @@ class Control:
         self._forget_met(session)
         for waiting in self._lacking.values():
             waiting.discard(session)
+        self._sent_lacking = {key for key in self._sent_lacking if key[0] != session}
         route = self.routes.pop(session, None)
         if route is not None:
             self._transport.forget(route)

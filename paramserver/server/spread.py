@@ -138,9 +138,13 @@ class Spread:
                 if average.shard == shard and bucket in kept.found:
                     kept.taken_over[bucket] = kept.found.pop(bucket)
 
-    def arrived(self, shard: int, report: wire.Arrived) -> None:
-        """A payload has come to a shard."""
-        self._arrived.setdefault((report.session, shard), {})[report.number] = report
+    def arrived(self, shard: int, report: wire.Arrived, most: int) -> None:
+        """A payload has come to a shard. Raises `PeerError` where it tells of more than `most` of
+        one peer that nobody has asked about."""
+        reports = self._arrived.setdefault((report.session, shard), {})
+        reports[report.number] = report
+        if len(reports) > most:
+            raise PeerError(f"{len(reports)} payloads of one peer")
 
     def averaged(self, shard: int, report: wire.Averaged) -> bool:
         """A shard has made an average; False where none was wanted of it. Raises `PeerError` where
@@ -150,6 +154,8 @@ class Spread:
             return False  # of a round that is void
         if not 0.0 < report.scale < float("inf"):
             raise PeerError(f"an average of scale {report.scale}")
+        if report.absent != divided[1].absent:
+            raise PeerError("an average without other tensors than it was to be")
         del self._divided[report.bucket]
         average = wire.Sharded(
             nonce=self._nonce,
@@ -221,10 +227,15 @@ class Spread:
         if not push.shard:
             return self.own.push(session, worker, push, buffers, late=late)
         report = self._report(session, push)
+        wrong = "" if report is None else report.bad
         if report is None or (report.round, report.bucket) != (push.round, push.bucket):
-            raise PeerError("the payload of a push is of another round or bucket")
-        if report.bad:
-            return report.bad, None
+            # Peer or shard lies. Nobody is sent away for what the other one may have said.
+            wrong = "its numbers are not there, or of another round or bucket"
+        if wrong:
+            if push.shard in self.shards:
+                self._order(push.shard, wire.Unneeded(session=session, number=push.sealed))
+            return wrong, None
+        assert report is not None
         self._sent[worker, push.bucket] = Sent(push.shard, session, push.sealed, late)
         return None, report.norm
 
@@ -368,16 +379,18 @@ class Spread:
         self._order(average.shard, wire.Recall(round=average.round, bucket=bucket))
         return True
 
-    def made(self, bucket: int) -> wire.Average | None:
-        """The header of this average of the open round."""
+    def made(self, bucket: int, shard: int) -> wire.Average | None:
+        """The header of this average of the open round, if this shard has made it."""
         average = self._made.get(bucket)
-        return None if average is None else _plain(average)
+        return None if average is None or average.shard != shard else _plain(average)
 
-    def recalled(self, report: wire.Recalled, buffers: list[Any]) -> int | None:
+    def recalled(self, shard: int, report: wire.Recalled, buffers: list[Any]) -> int | None:
         """An average has come that was asked for. Returns the step of which all is here now, or
-        that cannot be had any more."""
+        that cannot be had any more. Raises `PeerError` where another shard has made it."""
         for step, kept in self._kept.items():
             if kept.round == report.round and report.bucket in kept.averages:
+                if kept.averages[report.bucket].shard != shard:
+                    raise PeerError("an average that another shard has made")
                 retires = kept.averages[report.bucket].shard in self._retiring
                 if not (kept.asked or retires):
                     return None

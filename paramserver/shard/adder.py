@@ -7,6 +7,7 @@ in, reports go out through `tell`, averages through `send`.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -60,6 +61,8 @@ class Waiting(msgspec.Struct):
     payloads: dict[int, Payload] = msgspec.field(default_factory=dict)
     unneeded: set[int] = msgspec.field(default_factory=set)
     """Numbers of payloads that have not come, and are not needed any more."""
+    refused: set[int] = msgspec.field(default_factory=set)
+    """Numbers of those that cannot be used, until the server has taken note of that."""
     newest: int = 0
     parted: bool = False
     """The peer is gone."""
@@ -116,6 +119,8 @@ class Adder:
     ) -> None:
         """A payload of this peer is here as a whole; `release` is called once it is not read any
         more. Raises `PeerError` where it cannot be one of a push, or where too many wait."""
+        if number > wire.NUMBER_MAX:
+            raise PeerError(f"a payload of number {number}")
         waiting = self._waiting.setdefault(session, Waiting())
         if number <= waiting.newest:
             release()
@@ -126,12 +131,15 @@ class Adder:
         if unneeded:
             release()
             return
-        if len(waiting.payloads) >= self._most:
+        if len(waiting.payloads) + len(waiting.refused) >= self._most:
             raise PeerError(f"{self._most} payloads wait for the server's word")
         bad, norm = self._sums.check(push, buffers)
+        if norm is not None and not math.isfinite(norm):
+            bad, norm = "its norm is not finite", None
         if bad is None:
             waiting.payloads[number] = Payload(push, buffers, release)
         else:
+            waiting.refused.add(number)
             release()
         self._tell(
             wire.Arrived(
@@ -193,8 +201,9 @@ class Adder:
 
     def _drop(self, order: wire.Unneeded) -> None:
         waiting = self._waiting.setdefault(order.session, Waiting())
-        if order.number > waiting.newest:
+        if order.number > waiting.newest and len(waiting.unneeded) < self._most:
             waiting.unneeded.add(order.number)
+        waiting.refused.discard(order.number)
         dropped = waiting.payloads.pop(order.number, None)
         if dropped is not None:
             dropped.release()

@@ -78,6 +78,8 @@ class Reducer:
 
         Raises `PeerError` for buffers that do not fit the layout.
         """
+        if not 0 <= bucket < len(self._plan.buckets):
+            raise PeerError(f"there is no bucket {bucket}")
         b = self._plan.buckets[bucket]
         if b.kind == "whole":
             self._unpacked(b, buffers, absent)
