@@ -227,15 +227,15 @@ class Spread:
         if not push.shard:
             return self.own.push(session, worker, push, buffers, late=late)
         report = self._report(session, push)
-        wrong = "" if report is None else report.bad
-        if report is None or (report.round, report.bucket) != (push.round, push.bucket):
+        if report is None:
+            raise PeerError("the payload of a push is not there")
+        bad = report.bad
+        if (report.round, report.bucket) != (push.round, push.bucket):
             # Peer or shard lies. Nobody is sent away for what the other one may have said.
-            wrong = "its numbers are not there, or of another round or bucket"
-        if wrong:
-            if push.shard in self.shards:
-                self._order(push.shard, wire.Unneeded(session=session, number=push.sealed))
-            return wrong, None
-        assert report is not None
+            bad = "its numbers are of another round or bucket"
+        if bad:
+            self._order(push.shard, wire.Unneeded(session=session, number=push.sealed))
+            return bad, None
         self._sent[worker, push.bucket] = Sent(push.shard, session, push.sealed, late)
         return None, report.norm
 
