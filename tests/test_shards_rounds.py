@@ -11,7 +11,7 @@ from paramserver.errors import PeerError
 from paramserver.protocol import messages as wire
 from paramserver.rounds.disagreement import Comparison
 from paramserver.rounds.effects import Finish
-from paramserver.rounds.events import Failed, Made, Offered, Placed, Works
+from paramserver.rounds.events import Failed, Made, Offered, Placed, Stop, Works
 from paramserver.rounds.shards import wanted
 from paramserver.server.history import Update
 from paramserver.server.spread import Spread
@@ -246,6 +246,16 @@ def test_a_silent_shard_is_lost_and_so_is_that_of_a_worker_that_is_gone() -> Non
     run.works(1)
     told = run.drop(2, "it broke a rule")
     assert "shard 1 retires" in told and "void 3" in told
+
+
+def test_after_the_end_a_silent_shard_is_lost_too() -> None:
+    """Who lacks what it keeps waits for that, or for its end."""
+    run = Sharded().begin()
+    run.happens(Stop("enough", error=False))
+    run.works(1)
+    run.now = 5.0
+    run.works(1)
+    assert "shard 2 is over" in run.tick(11.5, 1, 2, 3)
 
 
 def test_of_a_host_whose_shards_die_no_more_are_asked() -> None:

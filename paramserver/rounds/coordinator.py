@@ -315,6 +315,7 @@ class Rounds:
 
     def _tick(self, now: float) -> bool:
         if self.ended is not None:
+            self._lose_silent_shards(now)  # who waits for what they keep has to hear of it
             return False
         timeout = self.rules.heartbeat_timeout
         for peer in self._roster.silent(now, timeout):
@@ -327,8 +328,7 @@ class Rounds:
         awaited = self._enough(self.workers_ready(), now)
         if (off := self._snapshots.overdue(now, awaited=awaited)) is not None:
             self._abort_snapshot(off, now)
-        for shard in self.shards.silent(now):
-            self._lose_shard(shard.number, f"silent for {now - shard.last_seen:.1f} s", now)
+        self._lose_silent_shards(now)
         self._close_if_due(now)
         self._look_for_the_overdue(now)
         self._look_for_overdue_shards(now)
@@ -464,9 +464,16 @@ class Rounds:
         if shard is None:
             return
         self._out.effects.append(Dismissed(number))
-        self._out.warn(f"shard {number} on {shard.name} is gone: {why}; others average its part")
+        if not self.ended:
+            self._out.warn(
+                f"shard {number} on {shard.name} is gone: {why}; others average its part"
+            )
         if self.round is not None and number in self.round.owners:
             self._void(f"shard {number} on {shard.name} is gone")
+
+    def _lose_silent_shards(self, now: float) -> None:
+        for shard in self.shards.silent(now):
+            self._lose_shard(shard.number, f"silent for {now - shard.last_seen:.1f} s", now)
 
     def _retire_shard(self, number: int, owner: Peer, now: float) -> None:
         """A shard's worker leaves. Others may still lack what it has averaged last."""
