@@ -251,9 +251,9 @@ class TakesAnyRound(Relays):
     def payload(self, average: wire.Average) -> Any:
         source: Any = self._source
         if source is not None and self.brings(average):
-            for round, bucket in source._passed:
-                if bucket == average.bucket:
-                    return source.payload(round, bucket)
+            for key in source._passed:
+                if key[2] == average.bucket:
+                    return source.payload(key)
         return None
 
 

@@ -1101,6 +1101,8 @@ class Passed(Message, frozen=True):
 
     nonce: Id
     """The server's."""
+    shard: Shard
+    """Whose it is: a shard may send what another one is to make."""
     round: Int
     bucket: Int
     places: Places = ()

@@ -656,21 +656,22 @@ class Client(Process):
             found = self._payload_of_shard(average, patient)
         return ON_ITS_WAY if patient and found is None else found
 
-    def _read(self, channel: Channel) -> None:
+    def _read(self, shard: int, channel: Channel) -> None:
         unread, channel.unread = channel.unread, []
         for record, payload in unread:
             channel.newest = max(channel.newest, record.number)
             channel.payloads[record.number] = payload
             kind = sealing.Kind.SHARED if isinstance(payload, Block) else sealing.Kind.AVERAGE
             self.relays.opened(
-                sealing.Payload(kind, record.round, record.bucket, record.number, [payload])
+                shard,
+                sealing.Payload(kind, record.round, record.bucket, record.number, [payload]),
             )
 
     def _payload_of_shard(self, average: wire.Sharded, patient: bool) -> Any:
         channel, number = self.channels.get(average.shard), average.number
         if channel is None:
             return None
-        self._read(channel)
+        self._read(average.shard, channel)
         for older in [n for n in channel.payloads if n < number]:
             del channel.payloads[older]
         if number in channel.payloads:

@@ -8,6 +8,7 @@ import msgspec
 
 from paramserver.protocol import messages as wire
 from paramserver.tensors.bucket import BucketPlan
+from workers.link.relays import Key
 
 from .book import Broken
 from .network import Carried, Line, Network
@@ -59,11 +60,11 @@ class Relay:
         new, self._new = self._new, []
         self._routes += new
         for route in new:
-            self.net.send(route, (wire.Passed(nonce=self._nonce, round=0, bucket=0), None))
+            self.net.send(route, (wire.Passed(nonce=self._nonce, shard=0, round=0, bucket=0), None))
 
-    def hand_on(self, round: int, bucket: int, buffers: list[Any]) -> None:
+    def hand_on(self, shard: int, round: int, bucket: int, buffers: list[Any]) -> None:
         self.look()
-        passed = wire.Passed(nonce=self._nonce, round=round, bucket=bucket)
+        passed = wire.Passed(nonce=self._nonce, shard=shard, round=round, bucket=bucket)
         [average] = buffers
         payload = content(average)
         if self._ring is not None:
@@ -91,7 +92,7 @@ class Source:
         self.heard = False
         self._client, self._nonce = client, client.welcome.nonce
         self._most = 2 * len(plan.buckets)
-        self._passed: dict[tuple[int, int], Any] = {}
+        self._passed: dict[Key, Any] = {}
         self._line = Lane(relay.net, "relay", relay.receive, self._arrive)
         self._line.send((None, None))
 
@@ -101,7 +102,7 @@ class Source:
             return
         self.heard = True
         if passed.round:
-            self._passed[passed.round, passed.bucket] = payload
+            self._passed[passed.shard, passed.round, passed.bucket] = payload
             while len(self._passed) > self._most:
                 del self._passed[next(iter(self._passed))]
         self._client.hears_relay()
@@ -109,8 +110,8 @@ class Source:
     def read(self) -> bool:
         return False
 
-    def payload(self, round: int, bucket: int) -> list[Any] | None:
-        found = self._passed.pop((round, bucket), None)
+    def payload(self, key: Key) -> list[Any] | None:
+        found = self._passed.pop(key, None)
         return None if found is None else [found]
 
     def close(self) -> None:

@@ -18,6 +18,7 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -362,7 +363,7 @@ class Connection:
             now,
             plain=plain,
             shared=shared,
-            opened=self.relays.opened,
+            opened=partial(self.relays.opened, told.shard),
         )
 
     def relayed(self) -> None:

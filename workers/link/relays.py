@@ -13,10 +13,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import zmq
 
 from paramserver.errors import PeerError
 from paramserver.protocol import messages as wire
+from paramserver.protocol.sharding import SERVER
 from paramserver.tensors.bucket import BucketPlan
 from paramserver.transport import shm, sockets
 from paramserver.transport.sealing import Kind, Payload
@@ -28,6 +30,15 @@ if TYPE_CHECKING:
 
 RINGS = 2
 """A ring takes one part in so many of what may be taken: the rest is for outboxes and others."""
+
+Key = tuple[int, int, int]
+"""Of an average: the shard it came from (0: the server), round and bucket. The sender writes round
+and bucket itself, so each sender's are looked up apart: none can stand in for another one's."""
+
+
+def key_of(average: wire.Average) -> Key:
+    shard = average.shard if isinstance(average, wire.Sharded) else SERVER
+    return shard, average.round, average.bucket
 
 
 class Relay:
@@ -64,14 +75,14 @@ class Relay:
         while sockets.readable(self._socket):
             if sockets.receive(self._socket)[0].bytes[:1] == b"\1":
                 self._heard = True
-                self._send(wire.Passed(nonce=self._nonce, round=0, bucket=0))
+                self._send(wire.Passed(nonce=self._nonce, shard=SERVER, round=0, bucket=0))
 
-    def hand_on(self, round: int, bucket: int, buffers: Sequence[Any]) -> None:
-        """Hand on an average, if somebody listens."""
+    def hand_on(self, shard: int, round: int, bucket: int, buffers: Sequence[Any]) -> None:
+        """Hand on an average that has come from this shard, if somebody listens."""
         self.look()
         if not self._heard:
             return
-        passed = wire.Passed(nonce=self._nonce, round=round, bucket=bucket)
+        passed = wire.Passed(nonce=self._nonce, shard=shard, round=round, bucket=bucket)
         ring, sizes = self._ring, [memoryview(b).nbytes for b in buffers]
         if ring is None or min(sizes) == 0 or 2 * sum(sizes) > ring.nbytes:
             self._send(passed, *buffers)
@@ -81,7 +92,7 @@ class Relay:
             slot = ring.room(size)
             slot.fill(buffer)
             places.append(slot.place)
-        self._send(wire.Passed(nonce=self._nonce, round=round, bucket=bucket, places=tuple(places)))
+        self._send(msgspec.structs.replace(passed, places=tuple(places)))
 
     def _send(self, passed: wire.Passed, *buffers: Any) -> None:
         """Who does not read misses it, as on PUB."""
@@ -110,7 +121,7 @@ class Source:
         self._most = 2 * len(plan.buckets)  # averages that were not asked for yet
         path = shm.ring_path(Path(folder))
         self._ring = shm.Ring(path) if path.exists() else None
-        self._passed: dict[tuple[int, int], list[Any] | shm.Blocks] = {}  # by round and bucket
+        self._passed: dict[Key, list[Any] | shm.Blocks] = {}
         self.socket = sockets.subscriber(connection.ctx, connection.mark)
         try:
             sockets.subscribe(self.socket, b"")
@@ -130,7 +141,8 @@ class Source:
             return True
         self.heard = True
         if passed.round:
-            self._passed[passed.round, passed.bucket] = self._located(passed, buffers)
+            key = passed.shard, passed.round, passed.bucket
+            self._passed[key] = self._located(passed, buffers)
             while len(self._passed) > self._most:
                 del self._passed[next(iter(self._passed))]
         return True
@@ -145,9 +157,8 @@ class Source:
         except ValueError as e:
             raise PeerError(str(e)) from None
 
-    def payload(self, round: int, bucket: int) -> list[Any] | shm.Blocks | None:
+    def payload(self, key: Key) -> list[Any] | shm.Blocks | None:
         """The buffers of this average, once; None if they have not come. Raises `PeerError`."""
-        key = round, bucket
         for _ in range(READS_MAX):
             if key in self._passed or not self.read():
                 break
@@ -192,11 +203,11 @@ class Relays:
         folder = "" if self._relay is None else self._relay.folder
         connection.send(wire.HandsOn(folder=folder))
 
-    def opened(self, payload: Payload) -> None:
-        """A payload has come through a channel; one that lies in the ring of a shard on this host
-        is there for all."""
+    def opened(self, shard: int, payload: Payload) -> None:
+        """A payload has come through the channel to this shard; one that lies in the ring of a
+        shard on this host is there for all."""
         if self._relay is not None and payload.kind is Kind.AVERAGE:
-            self._relay.hand_on(payload.round, payload.bucket, payload.buffers)
+            self._relay.hand_on(shard, payload.round, payload.bucket, payload.buffers)
 
     def published(self, message: Any, buffers: list[Any]) -> None:
         """A message has come from PUB."""
@@ -204,7 +215,7 @@ class Relays:
             self.announced = True
             self._connection.relayed()
         if self._relay is not None and buffers and isinstance(message, wire.Average):
-            self._relay.hand_on(message.round, message.bucket, buffers)
+            self._relay.hand_on(SERVER, message.round, message.bucket, buffers)
 
     # ------------------------------------------------------------------ listening
 
@@ -237,7 +248,7 @@ class Relays:
         if self._source is None or not self.brings(average):
             return None
         try:
-            return self._source.payload(average.round, average.bucket)
+            return self._source.payload(key_of(average))
         except PeerError as e:
             self.quit(f"what the relay hands on cannot be used: {e}")
             return None
