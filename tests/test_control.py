@@ -414,3 +414,20 @@ def test_a_shard_makes_a_peer_no_more_channels_than_it_was_told_to() -> None:
         met = wire.Met(session="session-2", channel=wire.Channel(port=1, id="ab"))
         run.control.receive(b"shard", met, [], run.now)
     assert len(run.to(2, wire.Channel)) == 2, "its keys, and its end"
+
+
+def test_who_says_in_turn_that_it_reaches_a_shard_is_believed_as_often_as_it_gets_a_channel() -> (
+    None
+):
+    """Each change is another map, for all."""
+    run = Run(shards=2)
+    run.control.tick(run.now)
+    offer = wire.Offer(session="session-1", secret="")
+    run.control.receive(b"shard", offer, [], run.now)
+    shard, believed = run.rounds.shards.live[1], 0
+    for _ in range(20):
+        run.hear(2, wire.Reached(shard=1))
+        believed += "session-2" in shard.reached
+        run.hear(2, wire.Reached(shard=1, problem="its connection was cut"))
+        assert "session-2" not in shard.reached
+    assert believed == control.MEETS_MAX

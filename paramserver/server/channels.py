@@ -135,6 +135,10 @@ class Channels:
         else:
             self._hand_out(session, worker, cipher, now)
 
+    def forgive(self, session: str) -> None:
+        """Channels that this peer lost are of no account any more."""
+        self._losses.pop(session, None)
+
     def _hand_out(self, session: str, worker: int, cipher: str, now: float) -> None:
         before = self._next.pop(session, None)
         if before is not None:

@@ -164,6 +164,7 @@ class Control:
         self._offers: dict[str, bytes] = {}  # by session
         self._met: dict[tuple[str, int], int] = {}  # channels handed out, by session and shard
         self._meet_at: dict[tuple[str, int], float] = {}  # when such a session gets one more
+        self._may_reach: set[tuple[str, int]] = set()  # who has been told of a channel
         self._mets: Counter[tuple[str, int]] = Counter()  # messages of these channels to come
         self._spared: dict[str, str] = {}  # sessions that hear a relay -> address of their host
         self._held = Held()  # behind a push whose payload is on its way to a shard
@@ -399,9 +400,7 @@ class Control:
                     if (session, shard) not in self._met:
                         self._introduce(session, shard, now)
             case wire.Reached():
-                self._happens(Told(session, message), now)
-                if message.problem and message.shard in self._shards:
-                    self._introduce(session, message.shard, now)
+                self._reached(session, message, now)
             case wire.Lacks():
                 self._happens(Told(session, message), now)
                 self._send_lacking(session, message)
@@ -692,6 +691,17 @@ class Control:
             if not self._data.recall(step):
                 self._end_gathering(step, now)
 
+    def _reached(self, session: str, message: wire.Reached, now: float) -> None:
+        """A peer has a channel to a shard, or none. It has one only where it was told of one since
+        it had none: who could say both in turn would change the map of each round."""
+        key = session, message.shard
+        if not message.problem and key not in self._may_reach:
+            return
+        self._happens(Told(session, message), now)
+        if message.problem and message.shard in self._shards:
+            self._may_reach.discard(key)
+            self._introduce(session, message.shard, now)
+
     def _introduce(self, session: str, shard: int, now: float) -> None:
         """Let a shard make a channel for this peer; later, where that has often been in vain."""
         costs = self._transport.costs(session)
@@ -704,6 +714,7 @@ class Control:
             return
         self._met[session, shard] = before + 1
         self._mets[session, shard] += METS
+        self._may_reach.add((session, shard))
         self._order(shard, wire.Meet(session=session, worker=peer.id, costs=costs))
 
     def _introduce_again(self, now: float) -> None:
@@ -718,6 +729,7 @@ class Control:
         for table in (self._met, self._meet_at, self._mets):
             for key in [key for key in table if gone in key]:
                 del table[key]
+        self._may_reach = {key for key in self._may_reach if gone not in key}
 
     def _hear_shard(self, shard: int, message: Any, buffers: list[Any], now: float) -> None:
         """Handle a message of a shard; a fault in it costs the shard its place."""

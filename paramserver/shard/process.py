@@ -149,6 +149,7 @@ class Process:
                 return False
             case wire.Meet() if self._channels is not None:
                 costs = message.costs or {sealing.PLAIN: 1.0}
+                self._channels.forgive(message.session)  # the server counts its channels
                 self._channels.dial(message.session, message.worker, costs, now)
             case wire.Spare() if self._channels is not None:
                 self._channels.spare(message.session, message.on)
