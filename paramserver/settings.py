@@ -307,7 +307,7 @@ class Settings:
     shards: int | None = setting(
         None,
         "processes that average, at most; null = one for the cable of each host, from three hosts "
-        "on; 1 = the server alone",
+        "on and for models of 256 KiB or more; 1 = the server alone",
         between(1, 64),
     )
     local_steps: int | Literal["auto"] = setting(
