@@ -253,6 +253,49 @@ def test_the_end_is_found_behind_the_averages_of_many_buckets(script: Script) ->
             client.close()
 
 
+@pytest.mark.parametrize("fetched", [False, True])
+def test_an_average_that_does_not_fit_ends_nobody(script: Script, fetched: bool) -> None:
+    """A shard may have made it, or handed it over to the server, which keeps it."""
+    joins: list[wire.Join] = []
+    lies = wire.Average(nonce="server", round=1, step=1, bucket=0)
+
+    def lie(to: bytes) -> None:
+        script._router.send_multipart([to, *wire.to_frames(lies, b"1234")])
+
+    def answer(sender: bytes, message: Any) -> None:
+        if isinstance(message, wire.Hello):
+            script.welcome(sender, "session")
+        elif isinstance(message, wire.Probe):
+            script.probed(sender, message)
+        elif isinstance(message, wire.Join):
+            joins.append(message)
+            step = int(fetched and len(joins) == 1)
+            script.send(sender, wire.Admit(action="follow", step=step, lineage=message.lineage))
+            if not fetched:
+                lie(sender)
+                script.send(sender, wire.Greet(session_known=True, join=len(joins) == 1))
+        elif isinstance(message, wire.Fetch):
+            lie(sender)
+
+    model = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    replica = Replica(model, optimizer, bucket_mb=1, codec="float32")
+    over = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        client = Client(LOOPBACK, script.port)
+        playing = pool.submit(script.play, answer, over)
+        try:
+            client.connect(20.0)
+            client.join(replica)
+            assert client.wait(lambda: len(joins) == 2 and client.follows, "", timeout_s=20.0)
+            assert client.follow is not None and client.follow.wants(lies), "it is lacking"
+        finally:
+            over.set()
+            client.close()
+        playing.result()
+    assert (joins[0].lineage == joins[1].lineage) is not fetched
+
+
 @pytest.mark.parametrize(("moves", "taken"), [(False, False), (True, False), (True, True)])
 def test_who_greets_again_hears_why_its_server_does_not_let_it_in(moves: bool, taken: bool) -> None:
     """How the run ended, or that its id is `taken`. Also where the server has been found at another

@@ -147,6 +147,22 @@ def test_an_average_that_was_written_over_shows_as_a_gap_at_its_close(peer: Peer
     assert peer.hear(close) == [peer.fetch()]
 
 
+def test_an_average_that_does_not_fit_is_fetched_once_then_a_snapshot_is_taken(peer: Peer) -> None:
+    """What the server keeps is wrong: to fetch it again would never end."""
+    first, second, close = peer.log.update()
+    peer.hear(first), peer.hear(second)
+    assert peer.session.unfit(first, "too short") == []
+    assert peer.hear(close) == [peer.fetch()]
+    assert peer.get(first) == [Take(first, None, first=False)]
+    said, join = peer.session.unfit(first, "too short")
+    assert said == Say("update 1 cannot be used (too short): taking a snapshot")
+    assert join == Join() and not peer.session.joined
+    assert peer.replica.lineage not in peer.log.lineages, "else it would be told to fetch"
+    assert peer.get(second) == peer.get(close) == peer.get(wire.Fetched(step=1)) == []
+    assert peer.admitted("adopt", step=1) == []
+    assert peer.session.takes(manifest(1), "room", 0, 0.0) == [Adopt("room", manifest(1))]
+
+
 def test_before_it_is_admitted_it_neither_reads_sub_nor_fetches() -> None:
     peer = Peer()
     assert not peer.session.hears

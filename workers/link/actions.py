@@ -55,7 +55,8 @@ class Joined(Action, frozen=True):
 
 
 class Take(Action, frozen=True):
-    """Decode this average into the memory for it; where that is too late, call `lost`.
+    """Decode this average into the memory for it; where that is too late, call `lost`,
+    and `unfit` where they are none of this bucket.
 
     `first` of its round: drop averages that were taken before.
     """

@@ -778,19 +778,23 @@ class Client:
             with trace.span("decode", bucket=average.bucket):
                 replica.take(average, buffers)
         except PeerError as e:
-            if self.connection.relays.brings(average):
-                self.connection.relays.quit(f"what the relay hands on is no average: {e}")
-            elif isinstance(average, wire.Sharded):
-                self.connection.shards.lose(average.shard, f"what it sends is no average: {e}")
-            else:
-                raise
-            session.lost(average)
+            if session.follow.fetching_since is None:
+                self._blame(average, e)
+            self._do(session.unfit(average, str(e)))
             return
         now = time.monotonic()
         self._pushes.averaged(average.bucket, now)
         self._send_due(now)
         if blocks is not None and not blocks.whole:  # written over meanwhile
             session.lost(average)
+
+    def _blame(self, average: wire.Average, error: PeerError) -> None:
+        """Take nothing more from who has brought this average, if that was not the server."""
+        connection = self.connection
+        if connection.relays.brings(average):
+            connection.relays.quit(f"what the relay hands on is no average: {error}")
+        elif isinstance(average, wire.Sharded):
+            connection.shards.lose(average.shard, f"what it sends is no average: {error}")
 
     def _apply(self, action: actions.Apply) -> None:
         replica, session = self.replica, self.session

@@ -70,6 +70,7 @@ class Session:
     MISFITS_MAX = 3  # snapshots in a row that do not fit in the same way
     SILENT_TIMEOUTS = 3  # heartbeat timeouts of silence; then the connections are made anew
     LACKS_S = 1.0  # after which a replica asks for averages of a round that is not closed
+    LINEAGE_CHARS = 64  # of a state that is not in the log any more
     TAKING_TIMEOUTS = 2  # heartbeat timeouts without a piece; then the snapshot is asked for anew
 
     def __init__(
@@ -375,6 +376,18 @@ class Session:
         """The numbers of this average were written over while they were read: as if PUB had dropped
         it. The close of its round will show the gap."""
         self.follow.lost(average.bucket)
+
+    def unfit(self, average: wire.Average, why: str) -> list[Action]:
+        """The numbers of this average are none of its bucket. From PUB or a channel: it is lost,
+        and will be fetched. What was fetched is what the server keeps, and would come again: then
+        this replica leaves the log, and so gets a snapshot."""
+        self.lost(average)
+        if self.follow.fetching_since is None:
+            return []
+        # Under its own name the server would let it go on fetching.
+        self.replica.lineage = f"apart-{self.replica.lineage}"[: self.LINEAGE_CHARS]
+        said = f"update {average.step} cannot be used ({why}): taking a snapshot"
+        return [Say(said), *self.join_again()]
 
     def applied(self, close: wire.Close, now: float) -> list[Action]:
         """The update is in the model, and the replica's step and lineage are the close's."""
