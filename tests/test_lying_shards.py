@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import msgspec
 import pytest
 import zmq
+from middle import DOWN, Middle, More
 from whole import DEADLINE_S, LOOPBACK
 
 from paramserver.protocol import messages as wire
 from paramserver.tensors.bucket import plan
-from paramserver.transport import sealing
+from paramserver.transport import sealing, sockets
+from paramserver.transport.inflow import Inflow
 from paramserver.transport.sealing import Ends, Kind, Sealer
 from workers.link.channel import Channel
 from workers.link.connection import Connection
@@ -28,7 +32,7 @@ class Shard:
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], number: int) -> None:
         self._socket = context.socket(zmq.DEALER)
-        self._socket.linger, self._socket.rcvtimeo = 0, int(1000 * DEADLINE_S)
+        self._socket.linger, self._socket.rcvtimeo = 0, int(1000 * 5)
         id, down = secrets.token_bytes(sealing.ID_BYTES), secrets.token_bytes(sealing.KEY_BYTES)
         self.told = wire.Channel(
             port=self._socket.bind_to_random_port(f"tcp://{LOOPBACK}"),
@@ -133,3 +137,31 @@ def test_a_shard_cannot_say_through_a_relay_what_another_one_averages(
         assert brought(listener.relays, sealed) == [b"mine"]
         assert brought(listener.relays, sharded(1)) == [b"lies"], "of what is its own it may"
         lies.close(), honest.close()
+
+
+def test_what_a_shard_sends_is_bounded_in_the_midst_of_a_long_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A message without end, while the main thread does nothing for the channel."""
+    ended, end = threading.Event(), Inflow.end
+
+    def ends(self: Inflow) -> bool:
+        ended.set()
+        return end(self)
+
+    def endless(way: str, number: int, frame: bytes) -> Iterable[bytes]:
+        yield frame
+        if way == DOWN:
+            yield from [More(2**16)] * 2**9  # 32 MiB, where 16 may wait
+
+    monkeypatch.setattr(Inflow, "end", ends)
+    monkeypatch.setattr(sockets, "channel_marks", lambda *sizes: (4, 4))
+    with zmq.Context() as context, Middle() as middle, peers("worker") as [worker]:
+        lies = Shard(context, 1)
+        middle.to, middle.tamper = lies.told.port, endless
+        worker.shards.told(msgspec.structs.replace(lies.told, port=middle.port), 0.0)
+        lies.bind()
+        worker._door, worker.heartbeat_timeout = sockets.dealer(worker.ctx), 0.1
+        worker._start_beating("session")
+        assert ended.wait(DEADLINE_S)
+        lies.close()

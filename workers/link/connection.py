@@ -429,6 +429,7 @@ class Connection:
         def run() -> None:
             while not stop.wait(every_s):
                 self.payloads.measure()
+                self.shards.measure()
                 vitals = machine.vitals()
                 beat = wire.to_frames(msgspec.structs.replace(own, vitals=vitals))
                 with contextlib.suppress(zmq.ZMQError, UserError):

@@ -119,12 +119,18 @@ class Shards:
         self._drop(shard)
         self._connection.send(wire.Reached(shard=shard, problem=why))
 
+    def measure(self) -> None:
+        """Bound what channels hold here. Call it from time to time, in a long step, too; any thread
+        may."""
+        for table in (self._bound, self._coming):
+            for channel in list(table.values()):  # the main thread may change it meanwhile
+                channel.measure()
+
     def tick(self, now: float) -> None:
         """Time has passed."""
         if now - self._measured_at > MEASURE_S:
             self._measured_at = now
-            for channel in (*self._bound.values(), *self._coming.values()):
-                channel.measure()
+            self.measure()
         for shard, channel in list(self._coming.items()):
             if channel.come_up(now):
                 del self._coming[shard]
