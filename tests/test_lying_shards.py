@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any
 
 import msgspec
@@ -18,7 +18,7 @@ from paramserver.protocol import messages as wire
 from paramserver.tensors.bucket import plan
 from paramserver.transport import sealing, sockets
 from paramserver.transport.inflow import Inflow
-from paramserver.transport.sealing import Ends, Kind, Sealer
+from paramserver.transport.sealing import Ends, Kind, Payload, Sealer
 from workers.link.channel import Channel
 from workers.link.connection import Connection
 from workers.link.relays import Relays
@@ -32,7 +32,7 @@ class Shard:
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], number: int) -> None:
         self._socket = context.socket(zmq.DEALER)
-        self._socket.linger, self._socket.rcvtimeo = 0, int(1000 * 5)
+        self._socket.linger, self._socket.rcvtimeo = 0, int(1000 * DEADLINE_S)
         id, down = secrets.token_bytes(sealing.ID_BYTES), secrets.token_bytes(sealing.KEY_BYTES)
         self.told = wire.Channel(
             port=self._socket.bind_to_random_port(f"tcp://{LOOPBACK}"),
@@ -122,21 +122,23 @@ def test_a_shard_cannot_say_through_a_relay_what_another_one_averages(
     """Shard 1 sends the bucket that shard 2 averages, and does so first."""
     told: list[wire.Message] = []
     monkeypatch.setattr(Connection, "send", lambda self, message, *buffers: told.append(message))
-    with zmq.Context() as context, peers("relay", "listener") as (relay, listener):
+    with (
+        zmq.Context() as context,
+        closing(Shard(context, 1)) as lies,
+        closing(Shard(context, 2)) as honest,
+        peers("relay", "listener") as (relay, listener),
+    ):
         listens_to(listener.relays, relay.relays, told)
-        lies, honest = Shard(context, 1), Shard(context, 2)
         for shard, content in ((lies, b"lies"), (honest, b"true")):
-            channel = relay.channel(shard.told, 0.0)
-            shard.bind(), shard.average(content)
-            reads(channel), reads(channel)
-            channel.close()
+            with closing(relay.channel(shard.told, 0.0)) as channel:
+                shard.bind(), shard.average(content)
+                reads(channel), reads(channel)
         own = wire.Average(nonce=NONCE, round=1, step=1, bucket=0)
         relay.relays.published(own, [b"mine"])
         assert brought(listener.relays, sharded(2)) == [b"true"]
         sealed = wire.Sealed(nonce=NONCE, round=1, step=1, bucket=0)
         assert brought(listener.relays, sealed) == [b"mine"]
         assert brought(listener.relays, sharded(1)) == [b"lies"], "of what is its own it may"
-        lies.close(), honest.close()
 
 
 def test_what_a_shard_sends_is_bounded_in_the_midst_of_a_long_step(
@@ -156,12 +158,41 @@ def test_what_a_shard_sends_is_bounded_in_the_midst_of_a_long_step(
 
     monkeypatch.setattr(Inflow, "end", ends)
     monkeypatch.setattr(sockets, "channel_marks", lambda *sizes: (4, 4))
-    with zmq.Context() as context, Middle() as middle, peers("worker") as [worker]:
-        lies = Shard(context, 1)
+    with (
+        zmq.Context() as context,
+        closing(Shard(context, 1)) as lies,
+        Middle() as middle,
+        peers("worker") as [worker],
+    ):
         middle.to, middle.tamper = lies.told.port, endless
         worker.shards.told(msgspec.structs.replace(lies.told, port=middle.port), 0.0)
         lies.bind()
         worker._door, worker.heartbeat_timeout = sockets.dealer(worker.ctx), 0.1
         worker._start_beating("session")
         assert ended.wait(DEADLINE_S)
-        lies.close()
+
+
+def test_averages_that_come_before_a_channel_is_bound_are_not_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nobody asks for them, so they would pile up."""
+    handed_on: list[int] = []
+
+    def opened(self: Relays, shard: int, payload: Payload) -> None:
+        handed_on.append(payload.number)
+
+    monkeypatch.setattr(Relays, "opened", opened)
+    with (
+        zmq.Context() as context,
+        closing(Shard(context, 1)) as lies,
+        peers("worker") as [worker],
+        closing(worker.channel(lies.told, 0.0)) as channel,
+    ):
+        for number in (1, 2):
+            lies.average(b"lies", number=number)
+        lies.bind(), lies.average(b"true", number=3)
+        for bound in (False, False, True):
+            reads(channel)
+            assert channel.bound is bound and not channel._payloads
+        reads(channel)
+        assert list(channel._payloads) == handed_on == [3]

@@ -139,7 +139,8 @@ class Channel:
             return True
         self.bound |= self._opener.bound
         self.heard_at = now
-        if payload is not None:
+        # The other end binds before it sends averages, and nobody looks for any until then.
+        if payload is not None and self.bound:
             self._payloads[payload.number] = payload
             self._tell_opened(payload)
         return True
