@@ -10,6 +10,7 @@ import re
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -596,3 +597,19 @@ def test_threads_join_and_leave_while_another_one_does() -> None:
             assert list(pool.map(join_and_leave, range(4))) == [None] * 4
     finally:
         sys.setswitchinterval(before)
+
+
+def test_a_loop_that_breaks_off_waits_for_the_thread_that_pushes() -> None:
+    """After a backward that failed it may still send, and a socket is used by one at a time."""
+    calls = list[str]()
+    cluster = object.__new__(Cluster)
+    cluster._lost, cluster._phase, cluster.thread = None, "", threading.get_ident()
+    cluster._gradients = cast(Any, SimpleNamespace(finish=lambda: calls.append("waits")))
+    cluster.client = cast(
+        Any, SimpleNamespace(ended=None, unready=lambda unfinished: calls.append("says so"))
+    )
+    cluster._leave_loop()
+    assert calls == ["waits", "says so"]
+    with ThreadPoolExecutor(1) as pool:  # the thread that pushes must not wait for itself
+        pool.submit(cluster._leave_loop).result()
+    assert calls[2:] == ["says so"]

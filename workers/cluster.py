@@ -18,6 +18,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -861,7 +862,15 @@ class Cluster:
                 "accumulate, split the batch: attach(accumulate=...)",
             )
 
+    def _take_back_sockets(self) -> None:
+        """Wait until what a backward that broke off has left to the thread that pushes is sent: a
+        socket is used by one thread at a time."""
+        if self._gradients is not None and threading.get_ident() == self.thread:
+            with suppress(Exception):
+                self._gradients.finish()
+
     def _leave_loop(self) -> None:
+        self._take_back_sockets()
         self._ready = None
         if self.client.ended is not None:
             # The run is over for this worker: the server need not wait for it.
@@ -1184,6 +1193,7 @@ class Cluster:
         without it, at most for half of `idle_timeout`. They do not wait for a worker that has not
         made a step yet, nor for an evaluation outside such a block."""
         self._check_part("evaluating()")
+        self._take_back_sockets()
         self.client.evaluating(True)
         try:
             yield
@@ -1195,6 +1205,7 @@ class Cluster:
         this batch, those of the others with their next step, and the observer keeps the last one.
         A worker that has made no step yet stops it after its first one."""
         self._check_part("stop()")
+        self._take_back_sockets()
         self._stop_reason = reason
         if self._contributed:
             self._stop_if_asked()
