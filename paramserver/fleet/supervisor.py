@@ -35,7 +35,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -55,6 +54,7 @@ LOOK_S = 0.1  # at a file that grows
 TAIL_BYTES = 2**16  # of a log, where its last line is looked for
 FORGIVEN_S = 600.0  # after this time the restarts are counted from 0 again
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0  # before it is started again
+PAUSE_STEP_S = 0.1  # in which a stop is noticed meanwhile
 SHOWN_S = 1.5  # for a server to show its status
 LOCK_S = 10.0  # a supervisor that was asked to start has its lock by then
 FORCED_S = 10.0
@@ -183,7 +183,7 @@ class Supervisor:
 
     def __init__(self, files: Files, orders: Orders, lock: IO[str]) -> None:
         self._files, self._orders, self._lock = files, orders, lock
-        self._stopping = threading.Event()
+        self._stopping = False  # set in a signal's handler, where nothing may wait for a lock
         self._process: subprocess.Popen[bytes] | None = None
         with suppress(OSError):
             if files.log.stat().st_size > LOG_BYTES:
@@ -218,7 +218,7 @@ class Supervisor:
             if time.monotonic() - began > FORGIVEN_S:
                 self._state.restarts, pause_s = 0, FIRST_PAUSE_S
             again = code < 0 or code in self._orders.again
-            if self._stopping.is_set() or not again or self._state.restarts >= self._orders.restart:
+            if self._is_stopping() or not again or self._state.restarts >= self._orders.restart:
                 break
             self._state.restarts += 1
             self._warn(
@@ -226,9 +226,11 @@ class Supervisor:
                 f"({self._state.restarts} of {self._orders.restart})"
             )
             self._note("pausing")
-            self._stopping.wait(pause_s)
+            until = time.monotonic() + pause_s
+            while not self._is_stopping() and time.monotonic() < until:
+                time.sleep(PAUSE_STEP_S)
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
-            if self._stopping.is_set():
+            if self._is_stopping():
                 break
             try:
                 self._start()
@@ -237,7 +239,7 @@ class Supervisor:
                 self._state.code = code
                 break
         signal.alarm(0)
-        if self._stopping.is_set():
+        if self._is_stopping():
             self._note("stopped")
         else:
             self._note("failed" if code else "ended")
@@ -260,7 +262,7 @@ class Supervisor:
         )
         self._state.process = self._process.pid
         self._note("running")
-        if self._stopping.is_set():  # a stop was asked for meanwhile
+        if self._is_stopping():  # a stop was asked for meanwhile
             self._process.terminate()
 
     def _note(self, phase: str) -> None:
@@ -274,8 +276,11 @@ class Supervisor:
         with suppress(OSError):
             self._log.write(f"{line}\n".encode())
 
+    def _is_stopping(self) -> bool:
+        return self._stopping  # by a call: a checker of types does not know of signals
+
     def _stop(self, *_: Any) -> None:
-        self._stopping.set()
+        self._stopping = True
         if self._process is not None and self._process.poll() is None:
             self._process.terminate()
         signal.alarm(max(1, int(self._patience(0))))
@@ -291,7 +296,8 @@ class Supervisor:
     def _kill(self, *_: Any) -> None:
         if self._process is not None and self._process.poll() is None:
             self._warn(f"warning: the {self._files.name} does not end: killed")
-            os.killpg(self._process.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
 
 
 def died(code: int) -> str:
@@ -363,7 +369,7 @@ def start(files: Files, orders: Orders) -> State:
             return state
         if time.monotonic() > deadline:
             raise OSError(f"the supervisor of the {files.name} does not answer")
-        time.sleep(LOOK_S)  # another process asks just now, or another start is not done
+        time.sleep(PAUSE_STEP_S)  # another process asks just now, or another start is not done
     sweep(files.mark, LEFT_S, files.read())  # a supervisor that was killed leaves its processes
     reader, writer = os.pipe()
     if os.fork() == 0:
@@ -426,7 +432,7 @@ def stop(files: Files, patience_s: int) -> dict[str, Any]:
                 os.kill(int(files.lock.read_text().split()[0]), signal.SIGKILL)
             killed.append(f"the supervisor of {files.name}")
             break
-        time.sleep(LOOK_S)
+        time.sleep(PAUSE_STEP_S)
     if asked:
         killed += sweep(files.mark, min(patience_s, LEFT_S))
     else:

@@ -205,7 +205,7 @@ def _serve_at(settings: Settings, page: Page) -> int:
                 series.trial += 1
             else:
                 before.folder.close()
-                series = Series(settings.runs)
+                series = Series(settings.runs, stopped=series.stopped)
         while series.trial == 1 or series.goes_on:
             folder = RunFolder.create(parent, datetime.now())
             record = msgspec.structs.replace(
@@ -296,6 +296,8 @@ def _serve(
     )  # fmt: skip
     for number in terminal.ending_signals():
         signal.signal(number, lambda n, _: _stop(server, show, series, n))
+    if series.stopped:  # a signal came after the end of the run before, whose server it stopped
+        server.stop("stopped between two runs")
     observer = None
     try:
         if not recovering:
