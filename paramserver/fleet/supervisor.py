@@ -223,9 +223,9 @@ class Supervisor:
             self._state.restarts += 1
             self._warn(
                 f"warning: the {self._files.name} died ({died(code)}): starting it again "
-                f"({self._state.restarts} of {self._orders.restart})"
+                f"({self._state.restarts} of {self._orders.restart})",
+                "pausing",
             )
-            self._note("pausing")
             until = time.monotonic() + pause_s
             while not self._is_stopping() and time.monotonic() < until:
                 time.sleep(PAUSE_STEP_S)
@@ -270,9 +270,12 @@ class Supervisor:
         with suppress(OSError):  # a full disk must not end the process
             self._files.write(self._state)
 
-    def _warn(self, line: str) -> None:
-        """Log a line of the supervisor itself; the next `_note` writes it to the state."""
+    def _warn(self, line: str, phase: str = "") -> None:
+        """Log a line of the supervisor itself. The state has it by then where there is a new
+        `phase`; else the next `_note` writes it."""
         self._state.warning, self._state.warned_at = line, time.time()
+        if phase:
+            self._note(phase)
         with suppress(OSError):
             self._log.write(f"{line}\n".encode())
 
