@@ -15,8 +15,10 @@ import psutil
 import pytest
 from whole import DEADLINE_S, LOOPBACK, Program, Run
 
+from paramserver import notify
 from paramserver.errors import UserError
 from paramserver.launch.ray import Node, _engine, pack, place
+from paramserver.launch.ray_actor import Actor
 from paramserver.settings import Settings
 
 SMALL = ("dataset.name=digits", "model.hidden=16", "track_gradients=false", "digest_steps=0")
@@ -48,6 +50,24 @@ def test_without_ray_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(UserError) as caught:
         _engine()
     assert "pip install 'ray>=2.40'" in caught.value.hint
+
+
+def test_a_line_that_comes_while_others_are_told_is_told_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    actor = Actor()
+    actor._notify = Path("notify")
+    actor._lines.append("first")
+
+    def read(path: Path) -> notify.Notice:
+        actor._lines.append("later")
+        return notify.Notice()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(notify, "read", read)
+        born, seen, lines, _ = actor.said("", 0)
+    assert (seen, lines) == (1, ["first"])
+    assert actor.said(born, seen)[1:3] == (2, ["later"])
 
 
 # ------------------------------------------------------------------------------------- a real Ray

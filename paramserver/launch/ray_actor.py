@@ -30,6 +30,7 @@ class Actor:
         """An id that changes with each restart."""
         self._lines: list[str] = []
         self._first = 0  # the number of the first kept line
+        self._keeping = threading.Lock()  # the lines and their number change together
         self._process: subprocess.Popen[str] | None = None
         self._notify: Path | None = None  # the file of `paramserver.notify`
         self._stopping = threading.Event()
@@ -79,10 +80,11 @@ class Actor:
             self._process.terminate()
         assert self._process.stdout is not None
         for line in self._process.stdout:
-            self._lines.append(line.rstrip("\n"))
-            if len(self._lines) > KEPT_LINES:
-                del self._lines[0]
-                self._first += 1
+            with self._keeping:
+                self._lines.append(line.rstrip("\n"))
+                if len(self._lines) > KEPT_LINES:
+                    del self._lines[0]
+                    self._first += 1
         code = self._process.wait()
         shutil.rmtree(folder, ignore_errors=True)
         if (code < 0 or code in again) and not self._stopping.is_set():
@@ -93,9 +95,11 @@ class Actor:
         """This actor's id, the number of the program's lines, the lines after the first `seen` (all
         of them if `born` is not this actor's id), and whether the program is ready."""
         start = seen if born == self.born else 0
-        lines = self._lines[max(0, start - self._first) :]
+        with self._keeping:  # a line that came between the two would be counted and never told
+            lines = self._lines[max(0, start - self._first) :]
+            number = self._first + len(self._lines)
         ready = self._notify is not None and notify.read(self._notify).ready != ""
-        return self.born, self._first + len(self._lines), lines, ready
+        return self.born, number, lines, ready
 
     def stop(self) -> None:
         """Ask the program to end in order."""
