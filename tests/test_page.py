@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import tracemalloc
+from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import closing, suppress
 from pathlib import Path
@@ -405,6 +406,27 @@ def test_few_earlier_runs_are_kept_in_memory(tmp_path: Path) -> None:
     for name in names:
         assert runs.curves(tmp_path, name) is not None
     assert len(runs._cache) == runs.CACHED
+
+
+def test_one_thread_at_a_time_uses_what_is_kept_of_earlier_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each address of the page has its own server, and they share it."""
+    held = []
+
+    class Watched(OrderedDict[Path, Any]):
+        def __setitem__(self, path: Path, kept: Any) -> None:
+            held.append(runs._reading.locked())
+            super().__setitem__(path, kept)
+
+        def move_to_end(self, path: Path, last: bool = True) -> None:
+            held.append(runs._reading.locked())
+            super().move_to_end(path, last)
+
+    monkeypatch.setattr(runs, "_cache", Watched())
+    pages.earlier_run(tmp_path, "2026-11-21_10-00-00", 5)
+    assert runs.curves(tmp_path, "2026-11-21_10-00-00") is not None
+    assert held == [True, True] and not runs._reading.locked()
 
 
 def viewer(page: pages.Served) -> http.client.HTTPResponse:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ RUNS = 100  # the newest
 CACHED = 4
 
 _cache: OrderedDict[Path, tuple[tuple[int, int], dict[str, Any]]] = OrderedDict()
+_reading = threading.Lock()
+"""For the cache: the process serves each of its sockets by a `Web` of its own, and all use it."""
 
 
 def earlier(run_dir: Path, but: str) -> list[Summary]:
@@ -33,15 +36,16 @@ def curves(run_dir: Path, name: str) -> dict[str, Any] | None:
     if folder is None:
         return None
     path = folder / "metrics.jsonl"
-    try:
-        stat = path.stat()
-        kept = _cache.get(path)
-        mark = (stat.st_size, stat.st_mtime_ns)
-        if kept is None or kept[0] != mark:
-            kept = _cache[path] = (mark, read(path).part())
-    except OSError:
-        return None
-    _cache.move_to_end(path)
-    while len(_cache) > CACHED:
-        _cache.popitem(last=False)
+    with _reading:
+        try:
+            stat = path.stat()
+            kept = _cache.get(path)
+            mark = (stat.st_size, stat.st_mtime_ns)
+            if kept is None or kept[0] != mark:
+                kept = _cache[path] = (mark, read(path).part())
+        except OSError:
+            return None
+        _cache.move_to_end(path)
+        while len(_cache) > CACHED:
+            _cache.popitem(last=False)
     return kept[1]
