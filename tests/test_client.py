@@ -25,6 +25,12 @@ Answer = Callable[[bytes, Any], None]
 """Answers a message of a peer."""
 
 
+def small_replica() -> Replica:
+    model = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    return Replica(model, optimizer, bucket_mb=1, codec="float32")
+
+
 class Script:
     """A ROUTER and a PUB that do what a test says."""
 
@@ -226,9 +232,7 @@ def test_the_end_is_found_behind_the_averages_of_many_buckets(script: Script) ->
         wire.to_frames(wire.Average(nonce="server", round=1, step=1, bucket=b, absent=()), b"1234")
         for b in range(buckets)
     ]
-    model = torch.nn.Linear(1, 1)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    replica = Replica(model, optimizer, bucket_mb=1, codec="float32")
+    replica = small_replica()
     over = threading.Event()
     with ThreadPoolExecutor(1) as pool:
         client = Client(LOOPBACK, script.port)
@@ -277,9 +281,7 @@ def test_an_average_that_does_not_fit_ends_nobody(script: Script, fetched: bool)
         elif isinstance(message, wire.Fetch):
             lie(sender)
 
-    model = torch.nn.Linear(1, 1)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    replica = Replica(model, optimizer, bucket_mb=1, codec="float32")
+    replica = small_replica()
     over = threading.Event()
     with ThreadPoolExecutor(1) as pool:
         client = Client(LOOPBACK, script.port)
@@ -331,9 +333,7 @@ def test_who_greets_again_hears_why_its_server_does_not_let_it_in(moves: bool, t
 
         def close(self) -> None: ...
 
-    model = torch.nn.Linear(1, 1)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    replica = Replica(model, optimizer, bucket_mb=1, codec="float32")
+    replica = small_replica()
     over = threading.Event()
     with ThreadPoolExecutor(2) as pool:
         client = Client(LOOPBACK, first.port, search=lambda **_: Found())

@@ -50,11 +50,10 @@ MARK = "PARAMSERVER_KEPT"
 """Environment variable of every process under a supervisor, inherited by the processes that those
 start."""
 LOG_BYTES = 16 * 2**20  # a longer log makes room for a new one
-LOOK_S = 0.1  # at a file that grows
+LOOK_S = 0.1  # between two looks at a file that grows, or for what is waited for
 TAIL_BYTES = 2**16  # of a log, where its last line is looked for
 FORGIVEN_S = 600.0  # after this time the restarts are counted from 0 again
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0  # before it is started again
-PAUSE_STEP_S = 0.1  # in which a stop is noticed meanwhile
 SHOWN_S = 1.5  # for a server to show its status
 LOCK_S = 10.0  # a supervisor that was asked to start has its lock by then
 FORCED_S = 10.0
@@ -228,7 +227,7 @@ class Supervisor:
             )
             until = time.monotonic() + pause_s
             while not self._is_stopping() and time.monotonic() < until:
-                time.sleep(PAUSE_STEP_S)
+                time.sleep(LOOK_S)
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
             if self._is_stopping():
                 break
@@ -372,7 +371,7 @@ def start(files: Files, orders: Orders) -> State:
             return state
         if time.monotonic() > deadline:
             raise OSError(f"the supervisor of the {files.name} does not answer")
-        time.sleep(PAUSE_STEP_S)  # another process asks just now, or another start is not done
+        time.sleep(LOOK_S)  # another process asks just now, or another start is not done
     sweep(files.mark, LEFT_S, files.read())  # a supervisor that was killed leaves its processes
     reader, writer = os.pipe()
     if os.fork() == 0:
@@ -435,7 +434,7 @@ def stop(files: Files, patience_s: int) -> dict[str, Any]:
                 os.kill(int(files.lock.read_text().split()[0]), signal.SIGKILL)
             killed.append(f"the supervisor of {files.name}")
             break
-        time.sleep(PAUSE_STEP_S)
+        time.sleep(LOOK_S)
     if asked:
         killed += sweep(files.mark, min(patience_s, LEFT_S))
     else:
