@@ -312,9 +312,8 @@ class Control:
             return
         push = held[0].message
         problem = "what it sends there does not come"
-        self._happens(Told(session, wire.Reached(shard=push.shard, problem=problem)), now)
+        self._reached(session, wire.Reached(shard=push.shard, problem=problem), now)
         self.cut_off(session, now)
-        self._introduce(session, push.shard, now)
         for came in held:
             if not isinstance(came.message, wire.Push):
                 self._take_in(route, came.message, came.buffers, now)
