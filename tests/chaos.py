@@ -248,6 +248,15 @@ class Chaos:
         self._do(fault, number, seconds)
         self.watch.next_close()
 
+    def standing(self) -> str:
+        """What each program said last, and which ones have ended."""
+        told = []
+        for program in (self.server, *self.workers.values()):
+            code = program.process.poll()
+            ended = "runs" if code is None else f"ended with {code}"
+            told.append(f"--- {program.name} {ended}; it said last:\n{program.newest}")
+        return "\n".join(told)
+
     def _look_for_shards(self) -> list[psutil.Process]:
         """Those that run now."""
         found = shards_of(self.workers.values())
@@ -471,13 +480,16 @@ def chaos(seconds: float, seed: int, *, compare: bool, more: Sequence[str] = ())
         faults = FAULTS | (CABLES if cables else {}) | (SHARDS if shards else {})
         settings += [SHARDS_CUT] if shards else []
         monkey = Chaos(run, seed, faults, settings, hosts=hosts)
-        monkey.watch.next_close()
-        if shards:
-            monkey.until_said(AVERAGING)
-        until = time.monotonic() + seconds
-        while (left := until - time.monotonic()) > 0:
-            monkey.disturb(left)
-        monkey.finish()
+        try:
+            monkey.watch.next_close()
+            if shards:
+                monkey.until_said(AVERAGING)
+            until = time.monotonic() + seconds
+            while (left := until - time.monotonic()) > 0:
+                monkey.disturb(left)
+            monkey.finish()
+        except (Broken, AssertionError) as e:
+            raise Broken(f"{e}\n{monkey.standing()}") from e
         summary, lines = run.summary(), run.steps()
         if len(run.runs) != 1:
             raise Broken(f"{len(run.runs)} run folders for one run")

@@ -102,7 +102,7 @@ def test_a_server_that_cannot_be_announced_says_so_once() -> None:
 # --------------------------------------------------------------------------------------- programs
 
 SERVER = """
-import contextlib, sys, zeroconf
+import contextlib, sys, threading, zeroconf
 from paramserver.transport import sockets
 from paramserver.errors import UserError
 from paramserver.keys import Keys
@@ -120,8 +120,7 @@ info = zeroconf.ServiceInfo(
 zc = zeroconf.Zeroconf([host])
 zc.register_service(info, cooperating_responders=True)  # without a look whose name it is
 print("announced", flush=True)
-while True:
-    router.recv_multipart()
+threading.Event().wait()  # until it is killed, where it could not bind, too
 """
 FIND = """
 import re

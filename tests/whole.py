@@ -51,6 +51,9 @@ PATIENCE_S = 60.0
 """How long rounds wait for a worker where a test is not about that: a busy machine may let a thread
 or a process stand for seconds."""
 
+NEWEST = 12
+"""Lines of a program that tell how it stands."""
+
 ENDLESS = 10**6
 """Epochs of a run that goes on until its test has seen what it waits for, on any machine."""
 ENOUGH = "the test has seen enough"
@@ -109,6 +112,13 @@ class Program:
     def output(self) -> str:
         """All lines that were waited for or, after `end`, all there were."""
         return "\n".join(self.lines)
+
+    @property
+    def newest(self) -> str:
+        """The last lines so far, waited for or not."""
+        with self._new.mutex:
+            waiting = [line for line in self._new.queue if line is not None]
+        return "\n".join([*self.lines, *waiting][-NEWEST:])
 
     def wait_for(self, sentence: str) -> str:
         """The next line in which the pattern `sentence` is found."""
