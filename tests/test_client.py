@@ -84,15 +84,18 @@ def script() -> Iterator[Script]:
     script.close()
 
 
-def connect(script: Script, answer: Answer, deadline_s: float = 20.0) -> list[str]:
-    """What a client says while it connects to a server that answers like this."""
+def connect(
+    script: Script, answer: Answer, deadline_s: float = 20.0, last_step: int | None = None
+) -> list[str]:
+    """What a client says while it connects to a server that answers like this; with a `last_step`
+    again."""
     said: list[str] = []
     over = threading.Event()
     with ThreadPoolExecutor(1) as pool:
         client = Client(LOOPBACK, script.port, log=logs.to(said.append, "workers"))
         playing = pool.submit(script.play, answer, over)
         try:
-            client.connect(deadline_s)
+            client.connection.connect(deadline_s, last_step)
             assert client.greetings == 1
         finally:
             client.close()
@@ -154,6 +157,23 @@ def test_a_port_through_which_nothing_comes_is_told(script: Script) -> None:
 
     with pytest.raises(UserError, match=r"nothing comes through at port \d+ \(SUB\)"):
         connect(script, answer)
+
+
+def test_who_was_let_in_before_tries_on_where_nothing_comes_through_a_port(script: Script) -> None:
+    """Its cable comes and goes, or the server is busy: no firewall came up in the middle."""
+    script.settings = to_wire(Settings(heartbeat_timeout=0.5))
+    hellos = 0
+
+    def answer(sender: bytes, message: Any) -> None:
+        nonlocal hellos
+        if isinstance(message, wire.Hello):
+            hellos += 1
+            script.welcome(sender, "session")
+        elif isinstance(message, wire.Probe) and hellos > 3:
+            script.probed(sender, message)
+
+    connect(script, answer, deadline_s=60.0, last_step=5)
+    assert hellos > 3
 
 
 def test_a_server_that_moves_while_a_session_is_probed_is_found() -> None:

@@ -163,8 +163,9 @@ class Connection:
                 self.server_search.over()
                 self.greetings += 1
                 return welcome
-            # The server may have died just now; if it lives, a firewall is in between.
-            if blocked and missing in ("SUB", "ROUTER"):
+            # The server may have died just now; if it lives, a firewall is in between. A peer that
+            # was let in before has a cable that comes and goes, or a server that is very busy.
+            if blocked and missing in ("SUB", "ROUTER") and last_step is None:
                 port = welcome.pub_port if missing == "SUB" else self.port
                 raise UserError(
                     f"{self.host} answered at port {self.port}, but nothing comes through "
