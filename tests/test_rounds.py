@@ -2012,6 +2012,23 @@ def test_who_greets_again_has_still_given_nothing() -> None:
     assert run.rounds.snapshot is None
 
 
+def test_the_last_holder_that_was_cut_off_gives_its_state_when_it_is_back() -> None:
+    """It beat, and did not hear that it was asked; then it greeted again."""
+    run = Run(epochs=100).observer().workers(1, 4)
+    run.push(1), run.push(4)
+    run.hello(2, nonce="cut off"), run.follows(2)
+    run.leave(0), run.leave(1), run.leave(4)
+    run.hello(3), run.join(3)
+    for _ in range(3):
+        assert run.rounds.snapshot and run.rounds.snapshot.giver == "w2"
+        run.tick(run.now + 10.1, 2, 3)
+        run.join(3)
+    run.hello(2, "b", nonce="cut off")
+    run.join(3)
+    assert run.follows(2, "b")[0].startswith("w2b <- follow")
+    assert run.rounds.snapshot and run.rounds.snapshot.giver == "w2b"
+
+
 def test_between_two_snapshots_a_round_goes_on() -> None:
     run = Run(epochs=100, max_workers=8).observer().workers(1, 2)
     for who in (3, 4):

@@ -306,7 +306,8 @@ class Snapshots:
     def call_off(self, off: Off, now: float, *, begun: bool) -> Peer | None:
         """End the snapshot, and send Abort to both sides. Returns the giver if it is taken for one
         that holds no state from now on. Where the log has `begun`, and no other replica is here,
-        one that is elsewhere is asked again: it may compute, and without it the state is lost.
+        one that is elsewhere is asked again, and this does not count: it may compute, or be cut
+        off, and without it the state is lost.
 
         A joiner gives up after a number of snapshots that it missed. Those of a giver that has
         shown nothing do not count, since it is asked a few times only: otherwise a worker that only
@@ -325,7 +326,9 @@ class Snapshots:
         if giver.has_shown and not left and not (off.elsewhere and self._waits_on(joiner, now)):
             joiner.missed += 1
         last = begun and off.elsewhere and self._roster.in_state(REPLICA) == [giver]
-        empty = giver.session in off.blamed and self._gave_nothing(giver, joiner) and not last
+        if last:
+            joiner.failed_by.setdefault(giver.id, 0)
+        empty = not last and giver.session in off.blamed and self._gave_nothing(giver, joiner)
         if empty:
             self._out.warn(f"{giver.name} {EMPTY}: it is not asked again", giver)
             self.disbelieved.add(giver.id)
