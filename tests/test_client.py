@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import zmq
@@ -217,6 +220,50 @@ def test_a_server_that_moves_while_a_session_is_probed_is_found() -> None:
                 played.result()
             first.close()
             second.close()
+
+
+def spoil(port: int) -> int:
+    """What no peer sends comes to all who have connected to this port of this process: ZeroMQ gives
+    such a connection up, and says nothing. Returns how many there were."""
+    ours = psutil.Process().net_connections(kind="tcp4")
+    found = [c.fd for c in ours if c.laddr.port == port and c.status == psutil.CONN_ESTABLISHED]
+    for descriptor in found:
+        with socket.socket(fileno=os.dup(descriptor)) as s:
+            s.send(b"\xff" * 64)
+    return len(found)
+
+
+def test_a_peer_whose_connections_were_given_up_in_silence_must_greet_again(
+    script: Script,
+) -> None:
+    """Nobody hears it any more, and it would wait for ever."""
+    script.settings = to_wire(Settings(heartbeat_timeout=2.5))
+
+    def answer(sender: bytes, message: Any) -> None:
+        if isinstance(message, wire.Hello):
+            script.welcome(sender, "session")
+        elif isinstance(message, wire.Probe):
+            script.probed(sender, message)
+
+    over = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        client = Client(LOOPBACK, script.port)
+        playing = pool.submit(script.play, answer, over)
+        try:
+            client.connect(20.0)
+            connection = client.connection
+            beats = connection._beat_thread
+            assert beats is not None and connection.link is not None
+            assert spoil(script.port) == 2  # door and link
+            beats.join(20.0)
+            assert not beats.is_alive() and connection.must_greet
+            connection.must_greet = False
+            while not connection.must_greet:  # until ZeroMQ has read it there, too
+                connection.probe()
+        finally:
+            client.close()
+            over.set()
+        playing.result()
 
 
 def test_an_end_at_the_door_is_read_while_a_session_is_probed(script: Script) -> None:

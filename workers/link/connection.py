@@ -427,20 +427,30 @@ class Connection:
         every_s = self.heartbeat_timeout / BEATS_PER_TIMEOUT
         door = self._door
 
+        def beat() -> None:
+            self.payloads.measure()
+            self.shards.measure()
+            vitals = machine.vitals()
+            told = wire.to_frames(msgspec.structs.replace(own, vitals=vitals))
+            with contextlib.suppress(UserError):
+                sockets.send(door, told, wait=False)
+                while sockets.readable(door):
+                    message = self.decode(sockets.receive(door))[0]
+                    if isinstance(message, wire.Greet) and not message.session_known:
+                        self.must_greet = True  # session unknown
+                    elif isinstance(message, wire.End):
+                        self._end = message
+
         def run() -> None:
-            while not stop.wait(every_s):
-                self.payloads.measure()
-                self.shards.measure()
-                vitals = machine.vitals()
-                beat = wire.to_frames(msgspec.structs.replace(own, vitals=vitals))
-                with contextlib.suppress(zmq.ZMQError, UserError):
-                    sockets.send(door, beat, wait=False)
-                    while sockets.readable(door):
-                        message = self.decode(sockets.receive(door))[0]
-                        if isinstance(message, wire.Greet) and not message.session_known:
-                            self.must_greet = True  # session unknown
-                        elif isinstance(message, wire.End):
-                            self._end = message
+            # Whatever ends this thread, nobody would hear any more that this peer lives.
+            try:
+                while not stop.wait(every_s):
+                    beat()
+            except zmq.ZMQError:  # ZeroMQ has given this connection up
+                self.must_greet = True
+            except BaseException:
+                self.must_greet = True
+                raise
 
         self._beat_thread = threading.Thread(target=run, name="beat", daemon=True)
         self._beat_thread.start()
@@ -470,7 +480,9 @@ class Connection:
     # ------------------------------------------------------------------ for what follows the log
 
     def send(self, message: wire.Message, *buffers: Any) -> None:
-        """Over the link. Nothing is sent where there is none any more: the run is over."""
+        """Over the link. Nothing is sent where there is none any more: the run is over; nor where
+        ZeroMQ has given it up: the server must be greeted again. Raises `UserError` where it has
+        been found meanwhile that the server does not let this peer in any more."""
         if self.link is None:
             return
         try:
@@ -479,11 +491,7 @@ class Connection:
         except zmq.Again:  # it has no mark, so ZeroMQ has given this connection up
             if self.handshake is not None:
                 self.handshake.check()
-            raise RunLost(
-                f"the server at {host_port(self.host, self.port)} does not let this worker in "
-                "any more",
-                "was it started again with other keys, or another security=?",
-            ) from None
+            self.must_greet = True
 
     def decode(self, frames: Sequence[zmq.Frame]) -> tuple[Any, list[Any]]:
         try:
