@@ -17,6 +17,7 @@ from paramserver.server import control
 from paramserver.server.control import Control, Finished
 from paramserver.server.data import Data
 from paramserver.server.history import Frames
+from paramserver.server.spread import Kept
 from paramserver.settings import Settings
 
 LAYOUT = wire.Layout((wire.Tensor("weight", (3,), "float32"),))
@@ -403,6 +404,33 @@ def test_who_does_not_reach_a_shard_tries_again_each_minute() -> None:
     run.hear(2, wire.Goodbye(reason="ends", finished=True))
     wait(90.0)
     assert meets() == 5
+
+
+def test_a_shard_that_beats_and_sends_nothing_of_what_it_keeps_is_lost() -> None:
+    """Who lacks that would wait for ever, and take part in no round."""
+    run = Run(shards=2)
+    before = run.rounds.lineage
+    run.control.tick(run.now)
+    offer = wire.Offer(session="session-1", secret="")
+    run.control.receive(b"shard", offer, [], run.now)
+    run.push(1, 1.0, 2.0, 3.0)
+    run.push(2, 3.0, 4.0, 5.0)
+    spread = run.control._data
+    made = wire.Sharded(nonce="", round=1, step=1, bucket=0, shard=1, number=1)
+    spread._kept[1] = Kept(1, run.rounds.lineage, {0: made})
+    run.hear(2, wire.Fetch(step=0, lineage=before))
+    recalls = [m for r, m in run.told.sent if r == b"shard" and isinstance(m, wire.Recall)]
+    assert len(recalls) == 1 and run.to(2, wire.Fetched) == []
+    limit = control.MUTE_TIMEOUTS * SILENCE_S
+    for seconds, lives in ((0.0, True), (limit, True), (0.1, False)):
+        for _ in range(10):
+            run.now += seconds / 10
+            for number in (1, 2):
+                run.hear(number, wire.Beat(session=f"session-{number}"))
+            run.control.receive(b"shard", offer, [], run.now)
+            run.control.tick(run.now)
+        assert (1 in run.rounds.shards.live) is lives
+    assert len(run.to(2, wire.Fetched)) == 1, "it has to ask again"
 
 
 def test_a_shard_makes_a_peer_no_more_channels_than_it_was_told_to() -> None:

@@ -77,6 +77,7 @@ Finished = tuple[wire.Average, Frames]
 MEETS_MAX = 3  # channels to one shard that a session gets, one after the other
 METS = 2  # messages about one channel: its keys, and its end
 MEET_AGAIN_S = 60.0  # until it gets one more: a port was opened, or a machine is no longer busy
+MUTE_TIMEOUTS = 3  # heartbeat timeouts in which a shard sends some of what is asked of it
 
 
 class Transport(Protocol):
@@ -169,6 +170,7 @@ class Control:
         self._spared: dict[str, str] = {}  # sessions that hear a relay -> address of their host
         self._held = Held()  # behind a push whose payload is on its way to a shard
         self._gathering: dict[str, int] = {}  # session -> the step of which it waits for the rest
+        self._mute_since: dict[int, float] = {}  # shards that were asked for what they keep
         self._lacking: dict[int, set[str]] = {}  # bucket of the open round -> who waits for it
         self._sent_lacking: set[tuple[str, int]] = set()  # who got which of these
         self._transport = transport
@@ -217,6 +219,7 @@ class Control:
         self._give_up_payloads(now)
         self._lose_unreachable(now)
         self._end_retired(now)
+        self._lose_mute(now)
         self._introduce_again(now)
         self._release(now)
         self.watcher.looked(self, now)
@@ -779,11 +782,23 @@ class Control:
                     self._sent_lacking.add((session, message.bucket))
                     self._send(session, average, *buffers)
             return
+        self._mute_since.pop(shard, None)
         step = self._data.recalled(shard, message, buffers)
         if step is not None:
             self._forget_overwritten(now)
             self._end_gathering(step, now)
         self._end_retired(now)
+
+    def _lose_mute(self, now: float) -> None:
+        """Lose the shards that do not send what they keep, while replicas wait for it."""
+        steps = set(self._gathering.values())
+        awaited = set[int]().union(*(self._data.awaited(step) for step in steps))
+        self._mute_since = {shard: self._mute_since.get(shard, now) for shard in sorted(awaited)}
+        limit = MUTE_TIMEOUTS * self.rounds.rules.heartbeat_timeout
+        for shard, since in list(self._mute_since.items()):
+            if now - since > limit and shard in self.rounds.shards.live:
+                why = f"it has sent nothing of what it keeps for {limit:g} s"
+                self._happens(Failed(shard, why), now)
 
     def _end_gathering(self, step: int, now: float) -> None:
         """All that can be had of this update is here: send it to those who wait for it. Where it

@@ -371,6 +371,13 @@ class Spread:
                     self._order(average.shard, wire.Recall(round=kept.round, bucket=bucket))
         return True
 
+    def awaited(self, step: int) -> set[int]:
+        """The shards that were asked for averages of this update, and have not sent all of them."""
+        kept = self._kept.get(step)
+        if kept is None or not kept.asked:
+            return set()
+        return {average.shard for b, average in kept.averages.items() if not kept.has(b)}
+
     def recall_open(self, bucket: int) -> bool:
         """The same for an average of the open round."""
         average = self._made.get(bucket)
