@@ -369,6 +369,16 @@ def test_what_comes_after_a_standstill_meets_no_deadline_that_passed_meanwhile()
     assert (run.rounds.step, run.rounds.lineage) == (3, "newest")
 
 
+def all_beat(run: Run, offer: wire.Offer, seconds: float) -> None:
+    """Both workers and their shard give signs of life for so long."""
+    for _ in range(10):
+        run.now += seconds / 10
+        for number in (1, 2):
+            run.hear(number, wire.Beat(session=f"session-{number}"))
+        run.control.receive(b"shard", offer, [], run.now)
+        run.control.tick(run.now)
+
+
 def test_who_does_not_reach_a_shard_tries_again_each_minute() -> None:
     """Three times at once, for a channel that was only slow."""
     run = Run(shards=2)
@@ -382,27 +392,19 @@ def test_who_does_not_reach_a_shard_tries_again_each_minute() -> None:
         sent = [m for r, m in run.told.sent if r == b"shard" and isinstance(m, wire.Meet)]
         return sum(m.session == "session-2" for m in sent)
 
-    def wait(seconds: float) -> None:
-        for _ in range(10):
-            run.now += seconds / 10
-            for number in (1, 2):
-                run.hear(number, wire.Beat(session=f"session-{number}"))
-            run.control.receive(b"shard", offer, [], run.now)
-            run.control.tick(run.now)
-
     unreached = wire.Reached(shard=1, problem="a firewall")
     assert meets() == 1
     for tries in (2, 3, 3):
         run.hear(2, unreached)
         assert meets() == tries
     for tries in (4, 5):
-        wait(59.9)
+        all_beat(run, offer, 59.9)
         assert meets() == tries - 1
-        wait(0.2)
+        all_beat(run, offer, 0.2)
         assert meets() == tries
         run.hear(2, unreached)
     run.hear(2, wire.Goodbye(reason="ends", finished=True))
-    wait(90.0)
+    all_beat(run, offer, 90.0)
     assert meets() == 5
 
 
@@ -423,12 +425,7 @@ def test_a_shard_that_beats_and_sends_nothing_of_what_it_keeps_is_lost() -> None
     assert len(recalls) == 1 and run.to(2, wire.Fetched) == []
     limit = control.MUTE_TIMEOUTS * SILENCE_S
     for seconds, lives in ((0.0, True), (limit, True), (0.1, False)):
-        for _ in range(10):
-            run.now += seconds / 10
-            for number in (1, 2):
-                run.hear(number, wire.Beat(session=f"session-{number}"))
-            run.control.receive(b"shard", offer, [], run.now)
-            run.control.tick(run.now)
+        all_beat(run, offer, seconds)
         assert (1 in run.rounds.shards.live) is lives
     assert len(run.to(2, wire.Fetched)) == 1, "it has to ask again"
 
