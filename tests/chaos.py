@@ -32,6 +32,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import forked
 import psutil
 import zmq
 from strangers import bother
@@ -80,6 +81,20 @@ GROWTH, GROWTH_BYTES = 1.05, 16 * 2**20
 
 class Broken(Exception):
     """A promise was not kept."""
+
+
+def _stands(program: Program) -> str:
+    """Its exit code, or the innermost frames of its main thread."""
+    if (code := program.process.poll()) is not None:
+        return f"ended with {code}"
+    if not isinstance(program.process, forked.Process):
+        return "runs"
+    program.send(signal.SIGUSR1)
+    with suppress(AssertionError):
+        program.wait_for(r"File .* in <module>")
+    main = program.output.rpartition("Current thread")[2]
+    frames = re.findall(r'File "[^"]*?([^"/]+)", line (\d+) in (\S+)', main)
+    return "runs in " + " < ".join(f"{file}:{line} {name}" for file, line, name in frames[:8])
 
 
 @dataclass
@@ -249,13 +264,11 @@ class Chaos:
         self.watch.next_close()
 
     def standing(self) -> str:
-        """What each program said last, and which ones have ended."""
-        told = []
-        for program in (self.server, *self.workers.values()):
-            code = program.process.poll()
-            ended = "runs" if code is None else f"ended with {code}"
-            told.append(f"--- {program.name} {ended}; it said last:\n{program.newest}")
-        return "\n".join(told)
+        """What each program said last; in the end, a line each, whether it runs, and where."""
+        programs = (self.server, *self.workers.values())
+        said = [f"--- {program.name} said last:\n{program.newest}" for program in programs]
+        stacks = [f"{program.name} {_stands(program)}" for program in programs]
+        return "\n".join(said + stacks)
 
     def _look_for_shards(self) -> list[psutil.Process]:
         """Those that run now."""
@@ -489,7 +502,7 @@ def chaos(seconds: float, seed: int, *, compare: bool, more: Sequence[str] = ())
                 monkey.disturb(left)
             monkey.finish()
         except (Broken, AssertionError) as e:
-            raise Broken(f"{e}\n{monkey.standing()}") from e
+            raise Broken(f"{monkey.standing()}\n{e}") from e
         summary, lines = run.summary(), run.steps()
         if len(run.runs) != 1:
             raise Broken(f"{len(run.runs)} run folders for one run")
