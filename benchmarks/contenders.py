@@ -206,8 +206,11 @@ def worker(
         host, number, port=port, token=token, security=security, timeout_s=PATIENCE_S
     ) as cluster:
         model, optimizer = cluster.attach(model, Idle(model.parameters()))
-        laps = Laps(rounds, warm_up)
+        laps, counts = Laps(rounds, warm_up), False
         for _ in cluster.batches(_Counts(cluster.settings.num_workers * 1000)):
+            # Before the step the open round is the same for all: who began to count earlier than
+            # others would leave earlier, and take its shard with it.
+            counts = counts or cluster.client.shards >= shards
             optimizer.zero_grad()
             if seconds:
                 model().backward()
@@ -215,7 +218,7 @@ def worker(
                 for layer, gradient in zip(model.layers, gradients, strict=True):
                     layer.grad = gradient
             optimizer.step()
-            if cluster.client.shards >= shards and not laps.lap():
+            if counts and not laps.lap():
                 break
     return {
         "seconds": laps.seconds,

@@ -160,7 +160,13 @@ class Team:
                 text = self._log(name).read_text(errors="replace").strip()
                 raise Failed(f"{name} ended with code {code}:\n{text[-LOG_TAIL:]}")
         if self.left() < 0:
-            raise Failed(f"out of time {doing}")
+            raise Failed("\n".join([f"out of time {doing}", *self._last_words()]))
+
+    def _last_words(self) -> list[str]:
+        """What those said last who still run."""
+        left = [name for name in (*self._forked, *self._programs) if self._code(name) is None]
+        texts = [self._log(name).read_text(errors="replace").strip() for name in left]
+        return [f"{name}: {text[-LOG_TAIL:]}" for name, text in zip(left, texts, strict=True)]
 
     def _code(self, name: str) -> int | None:
         if name in self._programs:
