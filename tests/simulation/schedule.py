@@ -676,16 +676,18 @@ class Schedule:
         return nothing or self.rules.max_workers in server.contributed
 
     def _check_given_up(self, end: wire.End) -> None:
-        """Nobody who was within reach held the state, and could give it: who hangs cannot. With the
-        liar as its only worker, or as the one that said which data set it has, no run goes on."""
-        since = self.world.now - 2 * SILENCE_S
+        """Nobody who was within reach held the state, and could give it, when that was decided: who
+        hangs cannot. With the liar as its only worker, or as the one that said which data set it
+        has, no run goes on."""
+        decided_at = self.server.ending_since or self.world.now
+        since = decided_at - 2 * SILENCE_S
         workers = [p for p in self.alive if p.role == "worker" and not self._has_lost_its_run(p)]
         known = self.server.rounds.data_set
         if self.lies and (not workers or (known is not None and known.whose.endswith(AS_THE_LIAR))):
             return
         for peer in self.alive:
             near = not peer.stopped and peer.reachable_at <= since
-            near &= not (peer.busy_since <= since and self.world.now < peer.busy_until)
+            near &= not (peer.busy_since <= since and decided_at < peer.busy_until)
             if end.reason.startswith("every worker has failed") and peer.role != "worker":
                 continue  # it holds the state, but nobody is there to go on with it
             if near and self.server.rounds.knows(peer.replica.step, peer.replica.lineage):

@@ -339,6 +339,7 @@ class Server:
         self._added: dict[int, list[float]] = {}  # norms, by bucket
         self.dies_at = None
         self.ended_at: float | None = None
+        self.ending_since: float | None = None  # no round is opened any more
         self.nonce = f"server-{self.boots}"
         buckets = self.buckets
         self.rounds = self._make_rounds(
@@ -541,6 +542,9 @@ class Server:
         if isinstance(message, wire.End):
             self.ended_at = self.world.now
             self._check_kept(message)
+        elif isinstance(message, wire.Pulse):
+            since = self.world.now if self.ending_since is None else self.ending_since
+            self.ending_since = since if message.ending else None
         self._check_map(message)
         self._hand_out((self._encoded(message), None))
 
