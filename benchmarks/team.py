@@ -157,16 +157,19 @@ class Team:
         for name in (*self._forked, *self._programs):
             code = self._code(name)
             if code and not (name in self._told and code in BY_SIGTERM):
-                text = self._log(name).read_text(errors="replace").strip()
-                raise Failed(f"{name} ended with code {code}:\n{text[-LOG_TAIL:]}")
+                raise Failed(f"{name} ended with code {code}:\n{self._said(name)}")
         if self.left() < 0:
             raise Failed("\n".join([f"out of time {doing}", *self._last_words()]))
 
     def _last_words(self) -> list[str]:
         """What those said last who still run."""
         left = [name for name in (*self._forked, *self._programs) if self._code(name) is None]
-        texts = [self._log(name).read_text(errors="replace").strip() for name in left]
-        return [f"{name}: {text[-LOG_TAIL:]}" for name, text in zip(left, texts, strict=True)]
+        return [f"{name} said last: {self._said(name)}" for name in left]
+
+    def _said(self, name: str) -> str:
+        with suppress(FileNotFoundError):  # it has not begun
+            return self._log(name).read_text(errors="replace").strip()[-LOG_TAIL:]
+        return ""
 
     def _code(self, name: str) -> int | None:
         if name in self._programs:
