@@ -7,6 +7,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import psutil
@@ -87,23 +88,30 @@ def script() -> Iterator[Script]:
     script.close()
 
 
+@contextmanager
+def played(script: Script, answer: Answer, **more: Any) -> Iterator[Client]:
+    """A client of a server that answers like this, in another thread; `more` is for the client."""
+    over = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        client = Client(LOOPBACK, script.port, **more)
+        playing = pool.submit(script.play, answer, over)
+        try:
+            yield client
+        finally:
+            client.close()
+            over.set()
+        playing.result()
+
+
 def connect(
     script: Script, answer: Answer, deadline_s: float = 20.0, last_step: int | None = None
 ) -> list[str]:
     """What a client says while it connects to a server that answers like this; with a `last_step`
     again."""
     said: list[str] = []
-    over = threading.Event()
-    with ThreadPoolExecutor(1) as pool:
-        client = Client(LOOPBACK, script.port, log=logs.to(said.append, "workers"))
-        playing = pool.submit(script.play, answer, over)
-        try:
-            client.connection.connect(deadline_s, last_step)
-            assert client.greetings == 1
-        finally:
-            client.close()
-            over.set()
-        playing.result()
+    with played(script, answer, log=logs.to(said.append, "workers")) as client:
+        client.connection.connect(deadline_s, last_step)
+        assert client.greetings == 1
     return said
 
 
@@ -245,25 +253,17 @@ def test_a_peer_whose_connections_were_given_up_in_silence_must_greet_again(
         elif isinstance(message, wire.Probe):
             script.probed(sender, message)
 
-    over = threading.Event()
-    with ThreadPoolExecutor(1) as pool:
-        client = Client(LOOPBACK, script.port)
-        playing = pool.submit(script.play, answer, over)
-        try:
-            client.connect(20.0)
-            connection = client.connection
-            beats = connection._beat_thread
-            assert beats is not None and connection.link is not None
-            assert spoil(script.port) == 2  # door and link
-            beats.join(20.0)
-            assert not beats.is_alive() and connection.must_greet
-            connection.must_greet = False
-            while not connection.must_greet:  # until ZeroMQ has read it there, too
-                connection.probe()
-        finally:
-            client.close()
-            over.set()
-        playing.result()
+    with played(script, answer) as client:
+        client.connect(20.0)
+        connection = client.connection
+        beats = connection._beat_thread
+        assert beats is not None and connection.link is not None
+        assert spoil(script.port) == 2  # door and link
+        beats.join(20.0)
+        assert not beats.is_alive() and connection.must_greet
+        connection.must_greet = False
+        while not connection.must_greet:  # until ZeroMQ has read it there, too
+            connection.probe()
 
 
 def test_an_end_at_the_door_is_read_while_a_session_is_probed(script: Script) -> None:
@@ -348,20 +348,11 @@ def test_an_average_that_does_not_fit_ends_nobody(script: Script, fetched: bool)
         elif isinstance(message, wire.Fetch):
             lie(sender)
 
-    replica = small_replica()
-    over = threading.Event()
-    with ThreadPoolExecutor(1) as pool:
-        client = Client(LOOPBACK, script.port)
-        playing = pool.submit(script.play, answer, over)
-        try:
-            client.connect(20.0)
-            client.join(replica)
-            assert client.wait(lambda: len(joins) == 2 and client.follows, "", timeout_s=20.0)
-            assert client.follow is not None and client.follow.wants(lies), "it is lacking"
-        finally:
-            over.set()
-            client.close()
-        playing.result()
+    with played(script, answer) as client:
+        client.connect(20.0)
+        client.join(small_replica())
+        assert client.wait(lambda: len(joins) == 2 and client.follows, "", timeout_s=20.0)
+        assert client.follow is not None and client.follow.wants(lies), "it is lacking"
     assert (joins[0].lineage == joins[1].lineage) is not fetched
 
 
