@@ -442,15 +442,13 @@ class Connection:
                         self._end = message
 
         def run() -> None:
-            # Whatever ends this thread, nobody would hear any more that this peer lives.
             try:
-                while not stop.wait(every_s):
-                    beat()
-            except zmq.ZMQError:  # ZeroMQ has given this connection up
-                self.must_greet = True
-            except BaseException:
-                self.must_greet = True
-                raise
+                with contextlib.suppress(zmq.ZMQError):  # it has given this connection up
+                    while not stop.wait(every_s):
+                        beat()
+            finally:  # whatever has ended this thread, nobody hears any more that this peer lives
+                if not stop.is_set():
+                    self.must_greet = True
 
         self._beat_thread = threading.Thread(target=run, name="beat", daemon=True)
         self._beat_thread.start()
