@@ -298,6 +298,7 @@ class Server:
             int, tuple[wire.Average, Any, int]
         ] = {}  # by bucket, of the open round
         self.firewall = ""  # the address of a host whose ports nobody elsewhere reaches
+        self._mapped = 0  # newest round whose shards were looked at
         self.places: Callable[[bytes], str] = lambda route: ""
         self.look: Callable[[], bool] = lambda: False
         self.kept = 0  # ends that had to wait for it
@@ -607,16 +608,18 @@ class Server:
         self._spared.discard(self.control.links.get(route, ""))
 
     def _check_map(self, message: Any) -> None:
-        """A round's shards are reached by all its members."""
+        """A round's shards are reached by all its members when it opens; who comes later under the
+        number of a member is none of them."""
         opened = message if isinstance(message, wire.Open) else getattr(message, "open", None)
-        for number, _ in () if opened is None else opened.shards:
+        if opened is None or opened.round <= self._mapped:
+            return
+        self._mapped = opened.round
+        for number, _ in opened.shards:
             shard, places = self.shards.get(number), self.rounds.shards
             if shard is None or shard.address != self.firewall:
                 continue
             for peer in self.rounds.peers.values():
-                # Who was started again and has no place yet is no member, though its number may be.
-                away = places.address(peer.session) not in (None, shard.address)
-                away &= peer.host != LIAR
+                away = places.address(peer.session) != shard.address and peer.host != LIAR
                 if peer.role == "worker" and peer.id in opened.leases and away:
                     raise Broken(f"{peer.name} does not reach shard {number} of its round")
 
