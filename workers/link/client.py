@@ -45,7 +45,8 @@ from .snapshot import Giving, Taking, most_bytes
 SAY_WAITING_AFTER_S = 3.0
 OUTBOX_LOOK_S = 0.0001
 SPIN_S = 0.006
-WINDOW_OF_SHARD = 3  # buckets under way to each of several shards
+SPIN_BYTES = 2**24  # of a model: to wake up is a small part of the exchange of a larger one
+WINDOW_OF_SHARD = shm.OUTBOX_SLOTS  # buckets under way to each of several shards
 
 
 class Client:
@@ -73,6 +74,7 @@ class Client:
         """How long `wait` leaves messages lying where nobody waits for this replica: a batch of
         updates costs less than as many single ones, here and to whoever shares the processor."""
         self._slept_s = math.inf  # until something came, the last time
+        self._may_spin = False
         self.waited_s = 0.0
         """Seconds spent in `wait`, without those in which updates were applied."""
         self._applied_s = 0.0  # seconds in which updates were applied
@@ -215,6 +217,7 @@ class Client:
         assert replica is not None
         if connection.hello.role == "worker":
             connection.shards.slot_bytes = replica.plan.largest_bytes
+            self._may_spin = replica.plan.nbytes <= SPIN_BYTES
         connection.relays.plan = replica.plan
         connection.relays.stop()
         outbox = self._make_outbox()
@@ -677,7 +680,7 @@ class Client:
         if self.rest_s > 0 and not session.gives:
             self.abandoned.wait(min(self.rest_s, limit_s))
         start = time.perf_counter()
-        spins = self._slept_s < SPIN_S and connection.hello.role == "worker"
+        spins = self._may_spin and self._slept_s < SPIN_S
         if not (spins and self._spin(start)):
             connection.poller.poll(math.ceil(1000 * limit_s))
         self._slept_s = time.perf_counter() - start
@@ -700,8 +703,8 @@ class Client:
         """Poll for up to `SPIN_S` before sleeping: waking up costs a small model more than the
         exchange itself.
 
-        Other processes that want this core get it. Where the last wait was longer than `SPIN_S`, do
-        not spin.
+        Other processes that want this core get it. Where the last wait was longer than `SPIN_S`, or
+        the model is large, do not spin.
         """
         sub, link = self.connection.sub, self.connection.link
         assert link is not None and sub is not None
