@@ -288,6 +288,24 @@ def test_a_shard_that_nobody_elsewhere_hears_is_dropped_in_time() -> None:
     assert told[:2] == ["shard 1 is over", "void 2"]
 
 
+def test_where_loops_go_on_who_says_nothing_has_half_of_the_time_that_is_left() -> None:
+    """A round that has waited for long before leaves others their turn, too, before the end."""
+    run = Sharded(overlap=True, heartbeat_timeout=10.0, idle_timeout=200.0).begin()
+
+    def until(now: float) -> list[str]:
+        told: list[str] = []
+        while run.now < now:
+            run.works()
+            told += but_words(run.tick(run.now + 5.0, 1, 2, 3))
+        return told
+
+    run.all_push(1)  # the others hang
+    assert until(101.0) != []
+    run.made(1), run.made(2)
+    assert until(146.0) == []
+    assert until(156.0)[:2] == ["shard 1 is over", "void 2"]
+
+
 def test_an_average_that_is_not_made_in_time_costs_the_shard_its_place() -> None:
     run = Sharded().begin()
     run.all_push(), run.made(1)

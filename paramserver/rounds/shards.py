@@ -270,8 +270,10 @@ class Shards:
             holders = [p for p in holders if p.has_shown]
         return bool(holders)
 
-    def overdue(self, current: Round, now: float) -> list[tuple[Shard, str]]:
-        """The shards that do not bring what they have to in time, and why."""
+    def overdue(self, current: Round, now: float, left_s: float) -> list[tuple[Shard, str]]:
+        """The shards that do not bring what they have to in time, and why. `left_s`: how long after
+        the last average the run is given up. With `overlap` a replica may compute for long before
+        it says what it holds; but others get their turn before the end, as in `Waits.given_up`."""
         found = []
         limit = self._rules.heartbeat_timeout
         for number in sorted({current.owners[b] for b in current.unmade}):
@@ -279,17 +281,13 @@ class Shards:
             if number in self.live and now - since > limit:
                 found.append((self.live[number], f"an average has been due for {limit:g} s"))
         if current.closing_at is not None:
-            limit = self._hold_s
+            limit = HOLD_TIMEOUTS * self._rules.heartbeat_timeout
+            if self._rules.overlap:
+                limit = max(limit, left_s / 2)
             if now - current.closing_at > limit:
                 why = f"nobody elsewhere has what it made in the last {limit:g} s"
                 found += [(shard, why) for shard in self.unheld(current)]
         return found
-
-    @property
-    def _hold_s(self) -> float:
-        rules = self._rules
-        usual = HOLD_TIMEOUTS * rules.heartbeat_timeout
-        return max(usual, rules.idle_timeout / 2) if rules.overlap else usual
 
 
 __all__ = ["Shard", "Shards", "wanted"]

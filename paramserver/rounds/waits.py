@@ -163,7 +163,7 @@ class Waits:
             return []
         waited = now - current.opened_at
         longest = self._longest_s(current, now)
-        limit, most = math.inf, max(longest, self._left_s(current) / 2)
+        limit, most = math.inf, max(longest, self.left_s(current.opened_at) / 2)
         if others and not self._rules.deterministic:
             doublings = min(max(0, self.overdue_rounds - 1), OVERDUE_DOUBLINGS)
             patience = (
@@ -213,12 +213,12 @@ class Waits:
         since nobody else was here, had the time for several local steps before."""
         if all(self._is_left_out(m, now) for m in current.expected()):
             return self._rules.longest_wait_s()
-        most = max(self._rules.longest_wait_s(), self._left_s(current) / 2)
+        most = max(self._rules.longest_wait_s(), self.left_s(current.opened_at) / 2)
         return min(self._rules.longest_wait_s(current.local_steps), most)
 
-    def _left_s(self, current: Round) -> float:
-        """How long this round may last until the run is given up, since nothing happens in it."""
-        return self._rules.idle_timeout - (current.opened_at - self._ending.busy_at)
+    def left_s(self, moment: float) -> float:
+        """How long after this moment the run is given up, if nothing happens."""
+        return self._rules.idle_timeout - (moment - self._ending.busy_at)
 
     def awaited(self, current: Round, now: float) -> str:
         """For whom the open round waits, as a sentence."""
