@@ -298,7 +298,6 @@ class Server:
             int, tuple[wire.Average, Any, int]
         ] = {}  # by bucket, of the open round
         self.firewall = ""  # the address of a host whose ports nobody elsewhere reaches
-        self._mapped = 0  # newest round whose shards were looked at
         self.places: Callable[[bytes], str] = lambda route: ""
         self.look: Callable[[], bool] = lambda: False
         self.kept = 0  # ends that had to wait for it
@@ -341,6 +340,7 @@ class Server:
         self.dies_at = None
         self.ended_at: float | None = None
         self.ending_since: float | None = None  # no round is opened any more
+        self._mapped = 0  # newest round whose shards were looked at
         self.nonce = f"server-{self.boots}"
         buckets = self.buckets
         self.rounds = self._make_rounds(
