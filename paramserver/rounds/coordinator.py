@@ -537,8 +537,7 @@ class Rounds:
             if self.round.closing_at is not None:
                 self._void("nobody is left who could have its averages")
             return
-        closing_at = now if self.round.closing_at is None else self.round.closing_at
-        for shard, why in self.shards.overdue(self.round, now, self._waits.left_s(closing_at)):
+        for shard, why in self.shards.overdue(self.round, now, self._waits.left_s(now)):
             self._lose_shard(shard.number, why, now)
 
     def _choose_shards(self) -> None:

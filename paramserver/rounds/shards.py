@@ -271,9 +271,9 @@ class Shards:
         return bool(holders)
 
     def overdue(self, current: Round, now: float, left_s: float) -> list[tuple[Shard, str]]:
-        """The shards that do not bring what they have to in time, and why. `left_s`: how long after
-        the last average the run is given up. With `overlap` a replica may compute for long before
-        it says what it holds; but others get their turn before the end, as in `Waits.given_up`."""
+        """The shards that do not bring what they have to in time, and why. `left_s`: until the run
+        is given up. With `overlap` a replica may compute for long before it says what it holds; but
+        others get their turn when the round has waited as long as is left, half of the time."""
         found = []
         limit = self._rules.heartbeat_timeout
         for number in sorted({current.owners[b] for b in current.unmade}):
@@ -281,11 +281,11 @@ class Shards:
             if number in self.live and now - since > limit:
                 found.append((self.live[number], f"an average has been due for {limit:g} s"))
         if current.closing_at is not None:
-            limit = HOLD_TIMEOUTS * self._rules.heartbeat_timeout
+            waited, limit = now - current.closing_at, HOLD_TIMEOUTS * self._rules.heartbeat_timeout
             if self._rules.overlap:
-                limit = max(limit, left_s / 2)
-            if now - current.closing_at > limit:
-                why = f"nobody elsewhere has what it made in the last {limit:g} s"
+                limit = max(limit, left_s)
+            if waited > limit:
+                why = f"nobody elsewhere has what it made in the last {waited:.0f} s"
                 found += [(shard, why) for shard in self.unheld(current)]
         return found
 
