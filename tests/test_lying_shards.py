@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from typing import Any
@@ -141,10 +142,12 @@ def test_a_shard_cannot_say_through_a_relay_what_another_one_averages(
         assert brought(listener.relays, sharded(1)) == [b"lies"], "of what is its own it may"
 
 
+@pytest.mark.parametrize("given_up", [False, True])
 def test_what_a_shard_sends_is_bounded_in_the_midst_of_a_long_step(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, given_up: bool
 ) -> None:
-    """A message without end, while the main thread does nothing for the channel."""
+    """A message without end, while the main thread does nothing for the channel; also where ZeroMQ
+    has given the connection to the server up meanwhile."""
     ended, end = threading.Event(), Inflow.end
 
     def ends(self: Inflow) -> bool:
@@ -160,15 +163,24 @@ def test_what_a_shard_sends_is_bounded_in_the_midst_of_a_long_step(
     monkeypatch.setattr(sockets, "channel_marks", lambda *sizes: (4, 4))
     with (
         zmq.Context() as context,
+        context.socket(zmq.ROUTER) as server,
         closing(Shard(context, 1)) as lies,
         Middle() as middle,
         peers("worker") as [worker],
     ):
+        server.linger = 0
         middle.to, middle.tamper = lies.told.port, endless
         worker.shards.told(msgspec.structs.replace(lies.told, port=middle.port), 0.0)
-        lies.bind()
         worker._door, worker.heartbeat_timeout = sockets.dealer(worker.ctx), 0.1
+        if not given_up:
+            port = server.bind_to_random_port(f"tcp://{LOOPBACK}")
+            sockets.connect(worker._door, sockets.tcp(LOOPBACK, port))
         worker._start_beating("session")
+        if not given_up:
+            assert server.poll(int(1000 * DEADLINE_S))
+        while worker.must_greet is not given_up:
+            time.sleep(0.01)
+        lies.bind()  # after the first beat
         assert ended.wait(DEADLINE_S)
 
 

@@ -428,8 +428,6 @@ class Connection:
         door = self._door
 
         def beat() -> None:
-            self.payloads.measure()
-            self.shards.measure()
             vitals = machine.vitals()
             told = wire.to_frames(msgspec.structs.replace(own, vitals=vitals))
             with contextlib.suppress(UserError):
@@ -442,10 +440,16 @@ class Connection:
                         self._end = message
 
         def run() -> None:
+            beats = True
             try:
-                with contextlib.suppress(zmq.ZMQError):  # it has given this connection up
-                    while not stop.wait(every_s):
-                        beat()
+                while not stop.wait(every_s):
+                    self.payloads.measure()
+                    self.shards.measure()
+                    if beats:
+                        try:
+                            beat()
+                        except zmq.ZMQError:  # it has given this connection up, not the channels
+                            beats, self.must_greet = False, True
             finally:  # whatever has ended this thread, nobody hears any more that this peer lives
                 if not stop.is_set():
                     self.must_greet = True
