@@ -141,6 +141,32 @@ def test_what_is_read_quickly_is_read_in_the_loop(
     assert [reader == here for reader in readers] == [True, True, quick, quick]
 
 
+def test_two_passes_do_not_read_a_data_set_at_the_same_time() -> None:
+    """A pass was left while it read ahead, and the next one begins."""
+    began, together = threading.Event(), threading.Event()
+
+    class Once(Noise):
+        inside = 0
+
+        def __getitem__(self, index: int) -> Any:
+            self.inside += 1
+            if self.inside > 1:
+                together.set()
+            if not began.is_set():
+                began.set()
+                together.wait(0.5)  # as long as the other one would take to come
+            self.inside -= 1
+            return super().__getitem__(index)
+
+    samples = Samples(Once(64))
+    left, following = Loading(samples), Loading(samples)
+    left.begin((0, 0, 8))
+    assert began.wait(20.0)
+    left.close()
+    assert following.result((0, 8, 16))[0].samples == 8
+    assert not together.is_set()
+
+
 @pytest.mark.parametrize("quick", [True, False])
 def test_what_goes_wrong_ahead_is_raised_where_it_is_needed(
     quick: bool, monkeypatch: pytest.MonkeyPatch

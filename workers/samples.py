@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -91,6 +92,9 @@ class Samples:
         self.dataset, self._device = dataset, device
         self._limit, self._least = limit, least
         self._seed, self._deterministic, self._log = seed, deterministic, log
+        self._reading = threading.RLock()
+        """Held while the set is read. A pass that was left may still load ahead when the next one
+        begins, and few data sets can be read by two threads."""
         self._orders: dict[int, Tensor] = {}
         self._read_any = False
         self._broken: dict[int, str] = {}
@@ -105,8 +109,8 @@ class Samples:
     def load(self, lease: Lease) -> list[Loaded]:
         """The samples of a lease, in parts. Raises the data set's exception where no sample could
         be read so far, and `Unusable` where too many cannot."""
-        indices = self._indices(lease)
-        with forked() if self._deterministic else nullcontext():
+        with self._reading, forked() if self._deterministic else nullcontext():
+            indices = self._indices(lease)
             return [self._load_part(indices, part, lease) for part in self._parts(len(indices))]
 
     def _parts(self, samples: int) -> list[range]:
@@ -209,9 +213,10 @@ class Samples:
 
     def one(self, index: int) -> Any:
         """One sample as it is, on the CPU; a batch of one where the set makes batches."""
-        if self.has_batch:
-            return self.dataset.batch(torch.tensor([index]), "cpu")
-        return self.dataset[index]
+        with self._reading:
+            if self.has_batch:
+                return self.dataset.batch(torch.tensor([index]), "cpu")
+            return self.dataset[index]
 
     def close(self) -> None:
         """End the processes that read, if there are any."""
