@@ -77,6 +77,24 @@ def test_the_run_ends_when_all_who_brought_samples_have_finished() -> None:
     assert run.leave(2, "finished")[-1] == "end at step 2: every worker has finished"
 
 
+def test_one_that_finished_with_nothing_in_the_log_ends_no_run_that_others_are_to_join() -> None:
+    run = Run(observer=False, num_workers=2, min_workers=1, join_timeout=9.0).workers()
+
+    def comes(who: int, now: float) -> None:
+        run.hello(who), run.join(who)
+        run.tick(now, who)
+        run.snapshot(who)
+        run.ready(who, own=True, samples=0)
+        assert run.rounds.started
+
+    comes(1, 9.0)
+    run.leave(1, "finished")
+    assert run.tick(25.0) == ["# paused: no worker is ready, 1 of 2 has not come yet"]
+    comes(2, 30.0)
+    run.push(2, samples=3)
+    assert run.leave(2, "finished")[-1] == "end at step 1: every worker has finished"
+
+
 def test_that_somebody_has_finished_is_not_read_off_its_reason() -> None:
     run = of_their_own(1, 2)
     run.leave(1, "that is all", finished=True)

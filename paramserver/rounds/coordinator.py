@@ -446,7 +446,8 @@ class Rounds:
         if how != LEFT or not (finished and took_part and self.started):
             return
         own, departures = self._leases.own, self._ending.departures
-        if not self._roster.has_workers and (own or departures.all_finished):
+        done = departures.counts if own else departures.all_finished
+        if done and not self._roster.has_workers:
             self._begin_end(*departures.verdict(own=own), now)
 
     def _becomes_replica(self, peer: Peer, cause: str) -> None:

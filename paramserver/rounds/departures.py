@@ -74,11 +74,16 @@ class Departures:
         """When the run ends, if no worker is here and none comes; None while the server waits for a
         silent one, or if none has taken part whose leaving counts."""
         how = {d.how for d in self._went.values() if not self._is_given_up(d, now)}
-        all_came = self._nothing_yet and not self.to_come
-        counts = all_came or bool(self._went.keys() & self._contributed)
-        if SILENT in how or not how or not counts:
+        if SILENT in how or not how or not self.counts:
             return None
         return self._since + self._timeout_s * (FAILED_TIMEOUTS if FAILED in how else 1)
+
+    @property
+    def counts(self) -> bool:
+        """Has one left of which something is in the log, or have all taken part who were
+        expected?"""
+        all_came = self._nothing_yet and not self.to_come
+        return all_came or bool(self._went.keys() & self._contributed)
 
     @property
     def _nothing_yet(self) -> bool:
