@@ -353,7 +353,21 @@ def test_what_it_asked_later_and_gets_shows_that_it_is_not_adrift() -> None:
 def test_adrift_it_catches_up_at_the_end() -> None:
     peer = Peer("observer", drifts=True)
     peer.admitted("behind")
-    assert peer.get(msgspec.structs.replace(peer.log.pulse(), ending=True)) == [Join()]
+    peer.log.update()
+    pulse = peer.log.pulse()
+    assert peer.get(pulse) == [] and peer.session.adrift
+    assert peer.get(msgspec.structs.replace(pulse, ending=True)) == [Join()]
+
+
+def test_where_the_log_stands_as_far_as_one_adrift_it_joins_again() -> None:
+    """What it had asked for came before the answer that it is behind, or a close was taken back.
+    Others may wait for the state that only it has."""
+    peer = Peer("observer", drifts=True)
+    peer.apply(peer.log.update()[-1])
+    peer.admitted("behind", step=1)
+    pulse = peer.log.pulse()
+    assert peer.hear(msgspec.structs.replace(pulse, nonce="another server")) == []
+    assert peer.hear(pulse) == [Join()] and not peer.session.adrift
 
 
 def test_who_does_not_drift_asks_for_a_snapshot() -> None:

@@ -406,6 +406,9 @@ class Session:
             actions.append(Missed(message))
         elif isinstance(message, wire.Pulse):
             f.pulse(message, now)
+            if (message.nonce, message.step) == (f.nonce, f.step):
+                # It got there before its answer, or the log came back; others may lack its state.
+                actions += self.catch_up()
         elif isinstance(message, wire.End) and isinstance(f.ended(message), follow.TooLate):
             return self.stay_behind()
         if f.ending or f.end is not None:
