@@ -218,6 +218,7 @@ class Client(Process):
         self.greetings = 0
         self.key = server.nonce if self.role == "observer" else ""
         self.host, self.port = "host", net.port
+        self.found_at = -math.inf  # the server, at another port
         self.log = Log(world, self.name)
         self.server_search = parts.search(self, server.search)  # type: ignore[arg-type]
         self.process, self.secret = f"process-{serial}", f"secret-{serial}"
@@ -247,6 +248,7 @@ class Client(Process):
     def move(self, host: str, port: int, keys: Any) -> tuple[str, int, Any]:
         before = self.host, self.port, None
         self.host, self.port = host, port
+        self.found_at = self.world.now
         return before
 
     def heard_at_door(self, message: Any) -> None:

@@ -570,8 +570,8 @@ class Schedule:
     def _computes(self, peer: Client, now: float) -> bool:
         """Has the server moved while this one computed? It does not hear its beats then: it is
         looked for only when the step is done and half a heartbeat timeout of silence has
-        followed."""
-        moved = peer.port != self.net.port
+        followed; who has just found it is on its way to it."""
+        moved = peer.port != self.net.port or peer.found_at >= now - HELLO_EVERY_S
         return moved and peer.busy_until >= now - SILENCE_S / 2 - HELLO_EVERY_S
 
     def _check_lost(self, lineages: set[str]) -> None:
