@@ -577,6 +577,15 @@ def test_a_digest_of_somebody_who_never_took_part_is_not_believed() -> None:
 
 
 def test_who_reads_none_of_its_answers_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    make = sockets._make
+
+    def with_little_room(*arguments: Any) -> zmq.Socket[bytes]:
+        s = make(*arguments)
+        s.setsockopt(zmq.SNDBUF, 4096)
+        return s
+
+    # The kernel would take tens of thousands of answers, and hold up the other way meanwhile.
+    monkeypatch.setattr(sockets, "_make", with_little_room)
     monkeypatch.setattr(sockets, "MESSAGES_UNREAD", 100)
     with a_run_in_its_middle() as served, dealer(served.port) as door:
         door.send_multipart(wire.to_frames(HELLO))
