@@ -366,7 +366,7 @@ def test_where_the_port_is_closed_payloads_go_through_curve(
         channels = served.server.channels
         assert channels is not None
         channels._port = port
-    assert channels._number == 0
+    assert channels._number == 0 and served.closes
 
 
 def test_keys_are_replaced_when_they_are_worn(monkeypatch: pytest.MonkeyPatch) -> None:
