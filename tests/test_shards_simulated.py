@@ -90,7 +90,7 @@ class DropsNoHungShard(Shards):
     def silent(self, now: float) -> list[Shard]:
         return []
 
-    def overdue(self, current: Round, now: float) -> list[tuple[Shard, str]]:
+    def overdue(self, current: Round, now: float, left_s: float) -> list[tuple[Shard, str]]:
         return []
 
 
