@@ -3,6 +3,7 @@ mistake."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection
 from typing import Any
 
@@ -255,6 +256,10 @@ class TakesAnyRound(Relays):
                 if key[2] == average.bucket:
                     return source.payload(key)
         return None
+
+
+def test_what_is_planted_takes_what_the_methods_that_it_replaces_take() -> None:
+    assert not planted.misfits(sys.modules[__name__])
 
 
 @pytest.mark.long

@@ -573,6 +573,10 @@ class LooksForNoEnd(Worker):
         pass
 
 
+def test_what_is_planted_takes_what_the_methods_that_it_replaces_take() -> None:
+    assert not planted.misfits(sys.modules[__name__])
+
+
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("parts", "symptom", "first"),
