@@ -548,6 +548,16 @@ def test_the_join_token_lets_in_who_cannot_come_over_ipc(monkeypatch: pytest.Mon
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="127.0.0.2 is an address on Linux only")
+def test_who_has_a_token_takes_nobody_at_loopback_for_its_server() -> None:
+    """Another user may listen at loopback while the server is not there."""
+    with Served(num_workers=1) as false:
+        token = KEYS.token("127.0.0.2", false.port)
+        with pytest.raises(UserError, match=rf"no server answered at 127\.0\.0\.2:{false.port}"):
+            workers.join(worker_id=1, token=token, timeout_s=1.0, say=print)
+        assert not false.server.rounds.peers or not false.server.control.links
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="127.0.0.2 is an address on Linux only")
 def test_who_has_no_keys_hears_nothing_at_loopback() -> None:
     """Where others come with a join token, nothing is published at loopback."""
     with Served(keys=KEYS, guarded="127.0.0.2", num_workers=1) as served:

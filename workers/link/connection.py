@@ -64,7 +64,7 @@ class RunOver(RunLost):
 
 
 class _NoSeat(UserError):
-    """The server lets in those who show its keys, and this peer has shown none."""
+    """Here the server lets in, or has to prove itself to, nobody but those who have its keys."""
 
 
 class Connection:
@@ -89,10 +89,10 @@ class Connection:
         after: str = "",
     ) -> None:
         """`keys` are needed for a server that admits only peers with keys; `key` proves to the
-        server that this is its own observer. `outside` is dialed where the server takes no peer
-        without keys at `host`. `search(run=...)` begins to look for the server of a
-        run (None: any) where it does not answer any more. `shared_memory`: use it with a server on
-        this host. `after`: a run that this process has finished; it waits for the next one."""
+        server that this is its own observer. `outside` is dialed where whoever listens at `host`
+        shares no private folder with this user. `search(run=...)` begins to look for the server of
+        a run (None: any) where it does not answer any more. `shared_memory`: use it with a server
+        on this host. `after`: a run that this process has finished; it waits for the next one."""
         self.host, self.port = host, port
         self.log = log
         self.welcome: wire.Welcome | None = None
@@ -296,6 +296,8 @@ class Connection:
             self.kind = "ipc"
             if self.share_memory and welcome.shared and sockets.ipc_usable(welcome.shared):
                 self.shared = Path(welcome.shared)
+        elif self._outside is not None and self._outside.host != self.host:
+            raise _NoSeat("any user of this host may listen here: the token's address has keys")
         keys = None if self.kind == "ipc" else self._keys
         self.sub = sockets.subscriber(self.ctx, self.mark)
         for kind in (*ALWAYS, wire.Sharded, wire.Closing):
