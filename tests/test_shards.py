@@ -162,6 +162,25 @@ def test_shards_on_three_hosts_average_as_one_server_does(tmp_path: Path, securi
 
 
 @pytest.mark.root
+@pytest.mark.long
+def test_weights_have_the_same_bits_whoever_averages(tmp_path: Path) -> None:
+    """A deterministic run on three hosts, with shards that come in its midst; and on one host."""
+    short = ["deterministic=true", "dataset.name=digits", "num_epochs=1", "batch_size=32"]
+    with cluster(tmp_path, "none", *short) as there:
+        there.server.wait_for("several average the gradients: 33 % itself, 33 % .*, 33 % ")
+        assert [p.end() for p in (there.server, *there.workers)] == [0, 0, 0, 0]
+        shared = there.run.summary()
+    here = tmp_path / "here"
+    here.mkdir()
+    with Run(here) as run:
+        programs = [run.server("num_workers=3", *SMALL, *short)]
+        programs += [run.worker(number) for number in (1, 2, 3)]
+        assert [p.end() for p in programs] == [0, 0, 0, 0]
+        alone = run.summary()
+    assert (alone["steps"], alone["digests"]) == (shared["steps"], shared["digests"])
+
+
+@pytest.mark.root
 def test_a_worker_that_leaves_takes_nothing_with_it_that_others_lack() -> None:
     """The averages of the last step are still on their way to one host when the workers on the
     others, beside which they were made, are done with their own loops and leave."""
