@@ -16,7 +16,10 @@ import zmq
 
 from paramserver.transport import sockets
 
-VALID_S = 15.0
+VALID_S = 600.0
+"""A worker reads of its channel after its step, which may be the first one, that compiles. Until a
+password is used nobody can have read it on the cable."""
+
 ANSWERS_PER_TURN = 64
 _PLAIN, _VERSION = b"PLAIN", b"1.0"
 
