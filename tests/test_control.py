@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ from paramserver.server import control
 from paramserver.server.control import Control, Finished
 from paramserver.server.data import Data
 from paramserver.server.history import Frames
+from paramserver.server.server import Server
 from paramserver.server.spread import Kept
 from paramserver.settings import Settings
 
@@ -456,3 +459,87 @@ def test_who_says_in_turn_that_it_reaches_a_shard_is_believed_as_often_as_it_get
         run.hear(2, wire.Reached(shard=1, problem="its connection was cut"))
         assert "session-2" not in shard.reached
     assert believed == control.MEETS_MAX
+
+
+def average_of(run: Run, shard: int) -> None:
+    """The shard has made the average of the open round's bucket."""
+    assert run.rounds.round is not None
+    number = run.rounds.round.number
+    made = wire.Sharded(nonce="", round=number, step=1, bucket=0, shard=shard, number=1)
+    run.control._data._made[0] = made
+
+
+def test_who_comes_again_on_another_link_gets_again_what_it_lacks() -> None:
+    """The answer before was lost with the link: without it the round would wait in vain, and the
+    shard would be blamed for that."""
+    run = Run(shards=2)
+    run.control.tick(run.now)
+    offer = wire.Offer(session="session-1", secret="")
+    run.control.receive(b"shard", offer, [], run.now)
+    average_of(run, 1)
+    assert run.rounds.round is not None
+    lacks = wire.Lacks(round=run.rounds.round.number, buckets=(0,))
+    recalled = wire.Recalled(round=lacks.round, bucket=0, kept=True)
+
+    def asks(link: bytes) -> int:
+        """The answers on this link."""
+        run.control.receive(link, lacks, [], run.now)
+        run.control.receive(b"shard", recalled, [b"numbers"], run.now)
+        return sum(r == link and isinstance(m, wire.Average) for r, m in run.told.sent)
+
+    assert asks(b"link 2") == 1
+    assert asks(b"link 2") == 1, "it is on its way"
+    run.control.receive(b"other link", wire.Probe(session="session-2"), [], run.now)
+    state = (run.rounds.step, run.rounds.lineage)
+    join = wire.Join(layout=LAYOUT, step=state[0], lineage=state[1], device="")
+    run.control.receive(b"other link", join, [], run.now)
+    assert asks(b"other link") == 1
+    run.control.cut_off("session-2", run.now)  # on the same link, by a record that was lost
+    run.control.receive(b"other link", join, [], run.now)
+    assert asks(b"other link") == 2
+
+
+def test_an_average_that_could_not_be_sent_may_be_asked_for_again() -> None:
+    run = Run(shards=2)
+    run.control.tick(run.now)
+    offer = wire.Offer(session="session-1", secret="")
+    run.control.receive(b"shard", offer, [], run.now)
+    average_of(run, 1)
+    assert run.rounds.round is not None
+    lacks = wire.Lacks(round=run.rounds.round.number, buckets=(0,))
+    recalled = wire.Recalled(round=lacks.round, bucket=0, kept=True)
+    run.told.gone.add(b"link 2")
+    for answers in (1, 2):
+        run.hear(2, lacks)
+        run.control.receive(b"shard", recalled, [b"numbers"], run.now)
+        assert len(run.to(2, wire.Average)) == answers
+
+
+def test_shards_end_with_the_run_and_their_workers_need_not_wait_for_them() -> None:
+    """The last worker's goodbye ends the loop of the server: what its shard keeps nobody lacks."""
+    run = Run(shards=2)
+    run.control.tick(run.now)
+    offer = wire.Offer(session="session-1", secret="")
+    run.control.receive(b"shard", offer, [], run.now)
+    spread = run.control._data
+    made = wire.Sharded(nonce="", round=1, step=1, bucket=0, shard=1, number=1)
+    spread._kept[1] = Kept(1, run.rounds.lineage, {0: made})
+    run.control.stop("stopped")
+    run.control.tick(run.now)
+    for number in (2, 1):
+        assert not run.control.finished(run.now)
+        run.hear(number, wire.Goodbye(reason="finished", step=0, digest="d"))
+
+    def ends() -> int:
+        return sum(r == b"shard" and isinstance(m, wire.Greet) for r, m in run.told.sent)
+
+    assert ends() == 0, "it might still be asked for what it keeps"
+    server = SimpleNamespace(
+        control=run.control,
+        rounds=run.rounds,
+        settings=Settings(),
+        _show=lambda now, last: None,
+    )
+    assert run.control.finished(time.monotonic())
+    assert Server.run(server) is run.rounds.ended  # type: ignore[arg-type]
+    assert ends() == 1

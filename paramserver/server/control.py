@@ -258,6 +258,12 @@ class Control:
             for p in self.rounds.peers.values()
         )
 
+    def release_shards(self) -> None:
+        """The server stops serving this run: what shards keep is of no use any more, and workers
+        that leave wait for theirs to end."""
+        for route in [*self._shards.values(), *self._offers.values()]:
+            self._transport.send(route, wire.Greet(session_known=False))
+
     # ------------------------------------------------------------------ what comes in
 
     def receive(self, route: bytes, message: Any, buffers: list[Any], now: float) -> None:
@@ -394,6 +400,7 @@ class Control:
             case wire.Fetch():
                 self._fetch(session, message, now)
             case wire.Join():
+                self._forget_sent(session)
                 self._share(session, message)
                 address = self.traffic.addresses.get(session, "")
                 self._happens(Placed(session, address), now)
@@ -778,9 +785,8 @@ class Control:
             if average is None:
                 return
             for session in sorted(self._lacking.pop(message.bucket, ())):
-                if message.kept:
+                if message.kept and self._send(session, average, *buffers):
                     self._sent_lacking.add((session, message.bucket))
-                    self._send(session, average, *buffers)
             return
         self._mute_since.pop(shard, None)
         step = self._data.recalled(shard, message, buffers)
@@ -828,6 +834,10 @@ class Control:
                 waiting.add(session)
             else:
                 del self._lacking[bucket]
+
+    def _forget_sent(self, session: str) -> None:
+        """What was on its way to this peer may be lost, with its link: it may ask for that again."""
+        self._sent_lacking = {key for key in self._sent_lacking if key[0] != session}
 
     def _forget_lacking(self) -> None:
         """The open round is over, or void."""
@@ -943,7 +953,7 @@ class Control:
         self._forget_met(session)
         for waiting in self._lacking.values():
             waiting.discard(session)
-        self._sent_lacking = {key for key in self._sent_lacking if key[0] != session}
+        self._forget_sent(session)
         route = self.routes.pop(session, None)
         if route is not None:
             self._transport.forget(route)

@@ -259,6 +259,7 @@ class Server:
             if now >= next_pulse:
                 next_pulse = now + pulse_every
                 control.pulse(now)
+        control.release_shards()
         self._show(time.monotonic(), last=True)
         return self.rounds.ended
 

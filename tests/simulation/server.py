@@ -408,6 +408,7 @@ class Server:
         answers nobody any more."""
         if self.ended_at is not None and self.control.finished(self.world.now):
             self.world.say("the server ends")
+            self.control.release_shards()
             self.leaves()
             self.alive, self.over_at = False, self.world.now
             self.net.server_died(lingers=True)
