@@ -23,6 +23,7 @@ from paramserver.rounds.coordinator import Rounds
 from paramserver.rounds.effects import (
     Add,
     Closed,
+    Declined,
     Discard,
     Dismissed,
     Effect,
@@ -109,6 +110,8 @@ def told(effect: Effect) -> str:
         case Spared():
             what = "nothing more" if effect.on else "averages again"
             return f"shards send {effect.session} {what}"
+        case Declined():
+            return f"the shard of {effect.session} is not wanted"
         case Retired():
             return f"shard {effect.shard} retires"
     raise AssertionError(effect)

@@ -543,3 +543,14 @@ def test_shards_end_with_the_run_and_their_workers_need_not_wait_for_them() -> N
     assert run.control.finished(time.monotonic())
     assert Server.run(server) is run.rounds.ended  # type: ignore[arg-type]
     assert ends() == 1
+
+
+def test_a_shard_that_is_not_wanted_is_told_and_its_process_ends() -> None:
+    """Worker 2's host has none to carry."""
+    run = Run(shards=2)
+    run.control.tick(run.now)
+    run.control.receive(b"shard", wire.Offer(session="session-1", secret=""), [], run.now)
+    run.control.receive(b"spare", wire.Offer(session="session-2", secret=""), [], run.now)
+    assert [m for r, m in run.told.sent if r == b"spare"] == [wire.Greet(session_known=False)]
+    assert [r for r, m in run.told.sent if isinstance(m, wire.Employ)] == [b"shard"]
+    assert set(run.rounds.shards.live) == {1} and not run.control._offers

@@ -83,16 +83,71 @@ def test_a_worker_of_each_host_is_asked_for_a_shard_from_three_hosts_on() -> Non
         "shard 1 of w2 begins",
         "# pi (10.0.0.2) carries shard 1",
     ]
-    assert run.happens(Offered("w1")) == []  # it was not asked
+    assert run.happens(Offered("w1")) == ["the shard of w1 is not wanted"]  # it was not asked
+    run.push(3)  # it waits now, and reads what it was asked
     for now in range(10, 121, 5):
         run.works(1)
         assert not [e for e in run.tick(float(now), 1, 2, 3) if "shard" in e]
     run.works(1)
-    assert run.tick(121.1, 1, 2, 3) == [
-        "# the machine at 10.0.0.3 carries no shard: it has started none"
+    run.tick(121.1, 1, 2, 3)
+    run.works(1)
+    assert run.tick(122.2, 1, 2, 3) == [
+        "# the machine at 10.0.0.3 carries no shard so far: worker 3 (pi) has offered none since it "
+        "was asked for one 121 s ago"
     ]
     run.works(1)
-    assert run.tick(122.0, 1, 2, 3) == []  # nor is it asked again
+    assert run.tick(123.0, 1, 2, 3) == []  # nor is it asked again
+    assert run.happens(Offered("w3"))[0] == "shard 2 of w3 begins"  # late, and welcome
+
+
+def beats(run: Sharded, until: float) -> list[str]:
+    """What the server does about shards while workers beat and say nothing else."""
+    told: list[str] = []
+    while run.now < until:
+        run.works(*run.rounds.shards.live)
+        told += [e for e in run.tick(min(until, run.now + 5.0), 1, 2, 3) if "shard" in e]
+    return told
+
+
+def test_who_computes_its_first_step_for_long_may_offer_a_shard_after_it() -> None:
+    """It reads that it was asked for one when its step is over; its beats come from elsewhere."""
+    run = Sharded(shards=2)
+    assert run.tick(1.0, 1, 2, 3) == ["w2 <- carry a shard"]
+    assert beats(run, 600.0) == []
+    run.push(2)
+    assert beats(run, 700.0) == []
+    assert run.happens(Offered("w2"))[0] == "shard 1 of w2 begins"
+
+
+def test_a_place_is_not_kept_for_ever_for_who_only_beats() -> None:
+    run = Sharded(shards=2, idle_timeout=1000.0)
+    run.tick(1.0, 1, 2, 3)
+    assert beats(run, 1000.0) == []
+    assert beats(run, 1005.0) == [
+        "# the machine at 10.0.0.2 carries no shard so far: worker 2 (pi) has said nothing but its "
+        "beats since it was asked for one 1004 s ago",
+        "w3 <- carry a shard",
+    ]
+
+
+def test_a_shard_that_comes_when_others_have_its_place_ends_and_may_come_again() -> None:
+    run = Sharded(shards=2)
+    run.tick(1.0, 1, 2, 3), run.push(2)
+    assert beats(run, 130.0)[1:] == ["w3 <- carry a shard"]
+    assert run.happens(Offered("w2")) == ["the shard of w2 is not wanted"]
+    assert run.happens(Offered("w3"))[0] == "shard 1 of w3 begins"
+    assert run.happens(Offered("w2")) == ["the shard of w2 is not wanted"]  # a beat of before
+    run.happens(Failed(1, "it is killed"))
+    assert beats(run, 131.0) == ["w2 <- carry a shard"]
+
+
+def test_a_shard_whose_link_was_cut_is_asked_for_again_and_need_not_end() -> None:
+    run = Sharded(shards=2)
+    run.tick(1.0, 1, 2, 3), run.happens(Offered("w2"))
+    run.happens(Failed(1, "its link was cut"))
+    assert run.happens(Offered("w2")) == []
+    assert run.tick(2.0, 1, 2, 3) == ["w2 <- carry a shard"]
+    assert run.happens(Offered("w2"))[0] == "shard 2 of w2 begins"
 
 
 @pytest.mark.parametrize(("shards", "asked"), [(1, []), (2, ["w2"]), (3, ["w2", "w3"])])
@@ -264,7 +319,11 @@ def test_of_a_host_whose_shards_die_no_more_are_asked() -> None:
         run.tick(float(life), 1, 2, 3)
         assert run.happens(Offered("w2"))[0] == f"shard {life} of w2 begins"
         run.happens(Failed(life, "it is killed"))
-    assert run.tick(5.0, 1, 2, 3) == ["w3 <- carry a shard"]
+    said, asked = run.tick(5.0, 1, 2, 3)
+    assert said.startswith("# pi (10.0.0.2) carries no shard any more: 3 in a row have lived for")
+    assert asked == "w3 <- carry a shard"
+    assert run.tick(6.0, 1, 2, 3) == []  # it is said once
+    assert run.happens(Offered("w2")) == ["the shard of w2 is not wanted"]
 
 
 def test_a_host_whose_shards_live_long_may_lose_any_number_of_them() -> None:
@@ -704,7 +763,7 @@ def test_a_host_whose_worker_leaves_again_and_again_carries_no_more_shards() -> 
         run.tick(float(life), 1, 2, 3)
         assert run.happens(Offered("w2"))[0] == f"shard {life} of w2 begins"
         run.rounds.shards.retire(life, run.now)
-    assert run.tick(5.0, 1, 2, 3) == ["w3 <- carry a shard"]
+    assert run.tick(5.0, 1, 2, 3)[1:] == ["w3 <- carry a shard"]
 
 
 @pytest.mark.parametrize(("setting", "hosts"), [(None, 64), (None, 500), (1000, 3)])

@@ -45,6 +45,7 @@ from paramserver.rounds.disagreement import CHECK, Disagreement
 from paramserver.rounds.divergence import Divergence
 from paramserver.rounds.effects import (
     Closed,
+    Declined,
     Discard,
     Dismissed,
     Effect,
@@ -232,12 +233,14 @@ class Rounds:
         match event:
             case Pushed():
                 peer.last_seen = now
+                self.shards.spoke(peer.session, now)
                 return self._push(peer, event, now)
             case Heard():
                 peer.last_seen = now
                 return False
             case PushRefused():
                 peer.last_seen = now
+                self.shards.spoke(peer.session, now)
                 self._leases.computed_late(peer, peer.late_with, event.push, now)
                 peer.late_with = None  # it is done with that
                 if self._is_apart(peer, event.push):
@@ -246,6 +249,7 @@ class Rounds:
                 self._out.send(peer, wire.Refused(round=event.push.round, reason=event.reason))
                 return False
             case Told():
+                self.shards.spoke(peer.session, now)
                 return self._told(peer, event.message, now)
             case Placed():
                 self.shards.placed(peer.session, event.address)
@@ -255,6 +259,8 @@ class Rounds:
                 if shard is not None:
                     self._out.effects.append(Employed(shard.number, peer.session))
                     self._out.say(f"{peer.host} ({shard.host}) carries shard {shard.number}")
+                elif self.shards.declines(peer):
+                    self._out.effects.append(Declined(peer.session))
                 return False
             case Relinked():
                 self._joins_anew(peer, "was cut off", now)

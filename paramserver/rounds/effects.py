@@ -124,6 +124,12 @@ class Retired(Effect, frozen=True):
     shard: int
 
 
+class Declined(Effect, frozen=True):
+    """A shard that this peer has started is not wanted: end it."""
+
+    session: str
+
+
 class Ended(Effect, frozen=True):
     """The run is over: publish the End."""
 

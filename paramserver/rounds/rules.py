@@ -22,6 +22,10 @@ class Rules(msgspec.Struct, frozen=True):
     shares: str = "equal"
     shards: int | None = 1
     """Processes that average, at most; None: one for each host, from three hosts on."""
+    averages_alone: str = ""
+    """Why the server does although `shards` was not set; empty: for no such reason."""
+    leaves_out: str = ""
+    """The codec of averages, where it leaves out of one what goes into the next."""
     local_steps: int | str = 1
     local_warmup_steps: int = 0
     overlap: bool = False

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Mapping
 
+import msgspec
+
 from paramserver.protocol import sharding
 from paramserver.protocol.messages import SHARDS_MAX, Carry
 from paramserver.protocol.sharding import SERVER, Cable, Shares
@@ -20,7 +22,7 @@ from paramserver.rounds.round import Round
 from paramserver.rounds.rules import Rules
 from paramserver.rounds.states import REPLICA
 
-OFFER_S = 120.0  # for a worker to start its shard: a small machine imports PyTorch for a while
+OFFER_S = 120.0  # for a worker that has spoken since it was asked: to import PyTorch takes a while
 DEATHS_MAX = 3  # of shards of one host, one after the other; then it carries none any more
 LONG_S = 600.0  # a shard that has lived so long was no failure: a long run outlives many workers
 HOLD_TIMEOUTS = 1.5  # heartbeat timeouts for a replica to have the averages of a round
@@ -50,6 +52,16 @@ class Shard:
         self.reached: set[str] = set()
 
 
+class Asked(msgspec.Struct):
+    """A worker that was asked to carry a shard. It reads that when it next waits at its link, not
+    during a step, which may take minutes where it is the first one."""
+
+    session: str
+    at: float
+    spoke_at: float | None = None
+    """On its link, for the first time since."""
+
+
 class Shards:
     """Owns the shards by number (`live`), and the map of the next round: `shares`, and the `owners`
     of the buckets. `sentence` tells it to people, and is empty where the server averages all.
@@ -72,9 +84,12 @@ class Shards:
         self._fixed: frozenset[int] = frozenset()
         self._number = 0
         self._places: dict[str, str] = {}  # session -> address; empty: the server's own host
-        self._asked: dict[str, tuple[str, float]] = {}  # address -> the session asked, and when
-        self._refused: set[str] = set()  # addresses that have offered nothing in time
+        self._asked: dict[str, Asked] = {}  # by address
+        self._late: dict[str, str] = {}  # address -> the session that has offered nothing in time
         self._deaths: Counter[str] = Counter()  # by address
+        self._excluded: set[str] = set()  # addresses of which too many shards have died
+        self._to_say: list[str] = []
+        self._said_alone = False
         self._unreached: set[tuple[int, str]] = set()  # of which it was said
 
     def begin(self, sizes: tuple[int, ...], fixed: frozenset[int]) -> None:
@@ -93,26 +108,64 @@ class Shards:
 
     def look(self, now: float) -> None:
         """Ask a worker of each host that is to carry a shard, and has none, for one."""
+        hosts = self._hosts()
+        self._say_who_carries_none(len(hosts))
+        self._go_on_without(now)
+        carrying, most = self._carrying(), self._most(len(hosts))
+        for address, peer in hosts.items():
+            if len(carrying) + 1 >= most:
+                return
+            if address in carrying or address in self._late or address in self._excluded:
+                continue
+            carrying.add(address)
+            self._asked[address] = Asked(peer.session, now)
+            self._out.send(peer, Carry())
+
+    def _hosts(self) -> dict[str, Peer]:
+        """The worker that may be asked on each host beside the server's, by its address."""
         hosts: dict[str, Peer] = {}
         for peer in sorted(self._roster.in_state(REPLICA), key=lambda p: p.id):
             address = self._places.get(peer.session, "")
             if peer.role == "worker" and address and peer.ready is not None:
                 hosts.setdefault(address, peer)
-        most = wanted(self._rules.shards, len(hosts), sum(self._sizes))
-        for address, (_, since) in list(self._asked.items()):
-            if now - since > OFFER_S:
-                del self._asked[address]
-                self._refused.add(address)
-                self._out.say(f"the machine at {address} carries no shard: it has started none")
-        carrying = {s.host for s in self.live.values()} | set(self._asked)
-        for address, peer in hosts.items():
-            if len(carrying) + 1 >= most:
-                return
-            if address in carrying or address in self._refused:
+        return hosts
+
+    def _most(self, hosts: int) -> int:
+        return wanted(self._rules.shards, hosts, sum(self._sizes))
+
+    def _carrying(self) -> set[str]:
+        """The hosts that carry a shard, or were asked to."""
+        return {s.host for s in self.live.values()} | set(self._asked)
+
+    def _say_who_carries_none(self, hosts: int) -> None:
+        for sentence in self._to_say:
+            self._out.warn(sentence)
+        self._to_say.clear()
+        why = self._rules.averages_alone
+        if why and not self._said_alone and wanted(None, hosts, sum(self._sizes)) > 1:
+            self._said_alone = True
+            self._out.say(f"the server averages all gradients: {why}")
+
+    def _go_on_without(self, now: float) -> None:
+        """Let others have the place of a worker that offers no shard. It may still do so later."""
+        for address, asked in list(self._asked.items()):
+            waited_s, since = now - asked.at, f"it was asked for one {now - asked.at:.0f} s ago"
+            if asked.spoke_at is not None and now - asked.spoke_at > OFFER_S:
+                why = f"has offered none since {since}"
+            elif asked.spoke_at is None and waited_s > max(OFFER_S, self._rules.idle_timeout):
+                why = f"has said nothing but its beats since {since}"
+            else:
                 continue
-            carrying.add(address)
-            self._asked[address] = peer.session, now
-            self._out.send(peer, Carry())
+            del self._asked[address]
+            self._late[address] = asked.session
+            who = self._roster.peers[asked.session].name
+            self._out.say(f"the machine at {address} carries no shard so far: {who} {why}")
+
+    def spoke(self, session: str, now: float) -> None:
+        """A peer has said something on its link, where it soon reads, too."""
+        asked = self._asked.get(self._places.get(session, ""))
+        if asked is not None and asked.session == session and asked.spoke_at is None:
+            asked.spoke_at = now
 
     def look_for_relays(self, now: float) -> None:
         """Where others average, see who hands that on within each host."""
@@ -128,16 +181,32 @@ class Shards:
         return hosts
 
     def offered(self, peer: Peer, now: float) -> Shard | None:
-        """The worker has started a shard: take it, if it was asked to."""
+        """The worker has started a shard: take it, if it was asked to. Later than it should it may
+        do so where its place is still free."""
         address = self._places.get(peer.session, "")
         asked = self._asked.get(address)
-        if asked is None or asked[0] != peer.session:
+        if asked is not None and asked.session == peer.session:
+            del self._asked[address]
+        elif self._late.get(address) == peer.session:
+            del self._late[address]  # it may be asked again
+            if not self._has_room():
+                return None
+        else:
             return None
-        del self._asked[address]
         self._number += 1
         shard = Shard(self._number, address, peer.host, peer.session, now)
         self.live[shard.number] = shard
         return shard
+
+    def declines(self, peer: Peer) -> bool:
+        """Is a shard that this peer has started, and that was not taken, not going to be asked for
+        either? One whose link was cut is asked for again."""
+        address = self._places.get(peer.session, "")
+        others = self._carrying() | set(self._late) | self._excluded
+        return not address or address in others or not self._has_room()
+
+    def _has_room(self) -> bool:
+        return len(self._carrying()) + 1 < self._most(len(self._hosts()))
 
     def silent(self, now: float) -> list[Shard]:
         """The shards that have given no sign of life for too long."""
@@ -165,8 +234,14 @@ class Shards:
         """Each end may cost a round, in whatever order the shard's worker has left."""
         lived_long = now - shard.since >= LONG_S
         self._deaths[shard.host] = 0 if lived_long else self._deaths[shard.host] + 1
-        if self._deaths[shard.host] >= DEATHS_MAX:
-            self._refused.add(shard.host)
+        if self._deaths[shard.host] >= DEATHS_MAX and shard.host not in self._excluded:
+            self._excluded.add(shard.host)
+            self._to_say.append(
+                f"{shard.name} ({shard.host}) carries no shard any more: {DEATHS_MAX} in a row "
+                f"have lived for less than {LONG_S / 60:g} minutes each, and each end may cost a "
+                "round; others average in its place. See there why they, or their workers, end; a "
+                "server that is started again asks for one again"
+            )
 
     # ------------------------------------------------------------------ who reaches it
 
@@ -193,7 +268,7 @@ class Shards:
         self._places.pop(session, None)
         self.relays.forget(session)
         self._unreached = {key for key in self._unreached if key[1] != session}
-        self._asked = {a: asked for a, asked in self._asked.items() if asked[0] != session}
+        self._asked = {a: asked for a, asked in self._asked.items() if asked.session != session}
         for shard in self.live.values():
             shard.reached.discard(session)
 

@@ -26,6 +26,7 @@ from paramserver.rounds.coordinator import Rounds
 from paramserver.rounds.effects import (
     Add,
     Closed,
+    Declined,
     Discard,
     Dismissed,
     Effect,
@@ -655,6 +656,12 @@ class Control:
         for spared, address in self._spared.items():
             self._spare(shard, spared, address, on=True)
 
+    def _decline(self, session: str) -> None:
+        """The shard that this worker has started is not wanted: its process ends."""
+        route = self._offers.pop(session)
+        self._transport.send(route, wire.Greet(session_known=False))
+        self._transport.forget(route)
+
     def _spare(self, shard: int, session: str, address: str, on: bool) -> None:
         """Let a shard on another host than this peer's send it no averages, or send them again."""
         live = self.rounds.shards.live.get(shard)  # None: it is about to be dismissed
@@ -836,7 +843,7 @@ class Control:
                 del self._lacking[bucket]
 
     def _forget_sent(self, session: str) -> None:
-        """What was on its way to this peer may be lost, with its link: it may ask for that again."""
+        """What was on its way to this peer may be lost with its link: it may ask again."""
         self._sent_lacking = {key for key in self._sent_lacking if key[0] != session}
 
     def _forget_lacking(self) -> None:
@@ -890,6 +897,8 @@ class Control:
                     self._forget_lacking()
                 case Employed():
                     self._employ(effect.shard, effect.session, now)
+                case Declined():
+                    self._decline(effect.session)
                 case Dismissed():
                     self._dismiss(effect.shard, now)
                 case Spared():
