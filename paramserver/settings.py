@@ -53,6 +53,8 @@ takes 64 KiB on the wire. Smaller ones made no exchange shorter over 1 Gbit/s.""
 
 AGGREGATES = ("mean", "trimmed", "median", "clipped")
 CODECS = ("float32", "float16", "bfloat16", "int8", "topk")
+LEAVE_OUT = frozenset({"int8", "topk"})
+"""The codecs that leave out of one average what goes into the next (`Codec.leaves_residual`)."""
 MODELS = ("SimpleNN", "CNN", "ResNet18")
 DATASETS = {"MNIST": 60_000, "FashionMNIST": 60_000, "digits": 4_000}
 """The built-in ones, and how many samples of each are trained with."""
@@ -292,7 +294,9 @@ class Settings:
         unit="steps",
     )
     deterministic: bool = setting(
-        False, "add gradients in the order of worker ids: the same bits run after run"
+        False,
+        "add gradients in the order of worker ids: the same bits run after run; with averages in "
+        "int8 or topk the server averages alone",
     )
 
     # The training
@@ -307,7 +311,8 @@ class Settings:
     shards: int | None = setting(
         None,
         "processes that average, at most; null = one for the cable of each host, from three hosts "
-        "on and for models of 256 KiB or more; 1 = the server alone",
+        "on and for models of 256 KiB or more, but not with deterministic=true and averages in "
+        "int8 or topk; 1 = the server alone",
         between(1, 64),
     )
     local_steps: int | Literal["auto"] = setting(
@@ -475,9 +480,29 @@ class Settings:
     @property
     def shards_wanted(self) -> int | None:
         """What `shards` means: robust averages look at a whole gradient of each worker, which one
-        process has."""
-        robust = self.aggregate != "mean" or self.scale_to_median
-        return 1 if robust else self.shards
+        process has; see `averages_alone`, too."""
+        return 1 if self._is_robust or self.averages_alone else self.shards
+
+    @property
+    def _is_robust(self) -> bool:
+        return self.aggregate != "mean" or self.scale_to_median
+
+    @property
+    def leaves_out(self) -> str:
+        """The codec of averages, where it leaves out of one what goes into the next."""
+        return self.codec_of_averages if self.codec_of_averages in LEAVE_OUT else ""
+
+    @property
+    def averages_alone(self) -> str:
+        """Why the server averages alone where several could; empty where it need not, or does so
+        anyhow. When another process begins to average a bucket depends on the time."""
+        if not (self.deterministic and self.leaves_out) or self._is_robust or self.shards == 1:
+            return ""
+        return (
+            f"what {self.leaves_out} leaves out of an average goes into the next one, and is lost "
+            "where another machine takes a bucket over, at a step that differs from run to run "
+            "(deterministic=true); codec_down=float16 lets several average"
+        )
 
     @property
     def port_of_channels(self) -> int:

@@ -94,6 +94,7 @@ class Run:
         noted: str | None = None,
         aggregate: str = "mean",
         shards: int | None = None,
+        leaves_out: str = "",
     ) -> None:
         self.told, self.now = Told(), 100.0
         settings = Settings(observer=False, num_workers=workers, num_epochs=2, aggregate=aggregate)
@@ -104,6 +105,7 @@ class Run:
             epochs=2,
             observer=False,
             shards=shards,
+            leaves_out=leaves_out,
         )
         self.rounds = Rounds(rules, "nonce", self.now, lambda layout: 1, recovery=noted)
         self.holds = None if noted is None else "run"
@@ -554,3 +556,17 @@ def test_a_shard_that_is_not_wanted_is_told_and_its_process_ends() -> None:
     assert [m for r, m in run.told.sent if r == b"spare"] == [wire.Greet(session_known=False)]
     assert [r for r, m in run.told.sent if isinstance(m, wire.Employ)] == [b"shard"]
     assert set(run.rounds.shards.live) == {1} and not run.control._offers
+
+
+@pytest.mark.parametrize(("codec", "times"), [("int8", 1), ("", 0)])
+def test_what_is_lost_when_a_bucket_moves_is_said_once(codec: str, times: int) -> None:
+    run = Run(leaves_out=codec)
+    spread = run.control._data
+    for maker in (0, 3, 4, 0):  # shards that are gone before these rounds
+        spread._makers[0] = maker
+        run.push(1, 1.0, 2.0, 3.0), run.push(2, 3.0, 4.0, 5.0)
+    said = [text for text in run.told.said if "had left out" in text]
+    assert len(said) == times and len(run.told.closes) == 4
+    assert all(
+        t.startswith(f"other machines average 1 of 1 buckets now: what {codec}") for t in said
+    )

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -144,6 +145,26 @@ def test_shards_are_planned_where_the_server_would_choose_them() -> None:
             for shards in (None, 1)
         ]
         assert chosen[0] == chosen[1]
+
+
+def test_with_the_same_bits_run_after_run_the_server_alone_averages_what_leaves_something_out() -> (
+    None
+):
+    found = {"found": [{"buckets": RESNET.buckets, "other": 0, "samples": 60_000}]}
+
+    def job(**settings: Any) -> Job:
+        return planning._job(Settings(**settings), {}, found, linked=True)
+
+    assert job().alone == ()
+    planned = job(deterministic=True)
+    assert planned.codecs == ("float32", "float16", "int8") and planned.alone == ("int8",)
+    machines = alike(4)
+    for codec in planned.codecs:
+        expected = Job(RESNET, 8, shards=1 if codec in planned.alone else None)
+        runs = [run_of(machines, machines[0], j, Choice(codec)) for j in (planned, expected)]
+        assert runs[0].exchange_s == pytest.approx(runs[1].exchange_s)
+    several = job(deterministic=True, shards=3)  # the server refuses these with it
+    assert several.codecs == ("float32", "float16")
 
 
 def test_backward_hides_the_exchange_but_for_the_last_bucket() -> None:

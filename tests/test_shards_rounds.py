@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from scripts import Run, but_words, session
 
-from paramserver.errors import PeerError
+from paramserver.config.schema import build
+from paramserver.errors import PeerError, UserError
 from paramserver.protocol import messages as wire
 from paramserver.rounds.disagreement import Comparison
 from paramserver.rounds.effects import Finish
@@ -15,7 +18,9 @@ from paramserver.rounds.events import Failed, Made, Offered, Placed, Stop, Works
 from paramserver.rounds.shards import wanted
 from paramserver.server.history import Update
 from paramserver.server.spread import Spread
+from paramserver.settings import CODECS, LEAVE_OUT, Settings
 from paramserver.shard.adder import Adder, Payload
+from paramserver.tensors.codec import codec_of_averages
 
 PLACES = {1: "", 2: "10.0.0.2", 3: "10.0.0.3"}
 """Worker 1 is on the server's host."""
@@ -92,8 +97,8 @@ def test_a_worker_of_each_host_is_asked_for_a_shard_from_three_hosts_on() -> Non
     run.tick(121.1, 1, 2, 3)
     run.works(1)
     assert run.tick(122.2, 1, 2, 3) == [
-        "# the machine at 10.0.0.3 carries no shard so far: worker 3 (pi) has offered none since it "
-        "was asked for one 121 s ago"
+        "# the machine at 10.0.0.3 carries no shard so far: worker 3 (pi) has offered none since "
+        "it was asked for one 121 s ago"
     ]
     run.works(1)
     assert run.tick(123.0, 1, 2, 3) == []  # nor is it asked again
@@ -769,3 +774,52 @@ def test_a_host_whose_worker_leaves_again_and_again_carries_no_more_shards() -> 
 @pytest.mark.parametrize(("setting", "hosts"), [(None, 64), (None, 500), (1000, 3)])
 def test_a_round_has_no_more_shards_than_can_be_told(setting: int | None, hosts: int) -> None:
     assert wanted(setting, hosts, 1e9) == wire.SHARDS_MAX
+
+
+def test_why_the_server_averages_alone_is_told_where_several_could() -> None:
+    settings = Settings(deterministic=True, codec="int8")
+    why = settings.averages_alone
+    rules = {"deterministic": True, "shards": settings.shards_wanted, "averages_alone": why}
+    assert Sharded(**rules).tick(1.0, 1, 2, 3) == [f"# the server averages all gradients: {why}"]
+    run = Sharded(**rules)
+    run.happens(Placed("w3", "10.0.0.2"))
+    assert run.tick(1.0, 1, 2, 3) == []  # two hosts have the server alone anyhow
+    run.happens(Placed("w3", "10.0.0.3"))
+    assert len(run.tick(2.0, 1, 2, 3)) == 1
+    assert run.tick(3.0, 1, 2, 3) == []  # once
+
+
+def test_the_codecs_that_leave_something_out_of_an_average_are_known() -> None:
+    leave = {name for name in CODECS if codec_of_averages(name, 0.01).leaves_residual}
+    assert leave == LEAVE_OUT
+
+
+@pytest.mark.parametrize(
+    ("codecs", "alone"),
+    [
+        ({"codec": "int8"}, True),
+        ({"codec_down": "topk"}, True),
+        ({"codec": "int8", "codec_down": "float16"}, False),
+        ({"codec": "bfloat16"}, False),
+    ],
+)
+def test_with_the_same_bits_run_after_run_nothing_that_is_left_out_moves(
+    codecs: dict[str, Any], alone: bool
+) -> None:
+    """When a bucket goes to another process is chance, and what was left out of it stays behind."""
+    assert Settings(**codecs).shards_wanted is None
+    settings = Settings(deterministic=True, **codecs)
+    assert settings.shards_wanted == (1 if alone else None)
+    assert bool(settings.averages_alone) is alone
+    assert not replace(settings, shards=1).averages_alone  # as was asked for
+    assert not replace(settings, aggregate="median").averages_alone  # it does so anyhow
+    for shards in (None, 1, 3):
+        tree = {**copy.deepcopy(vars(replace(settings, shards=shards)))}
+        tree["wandb"] = vars(tree["wandb"])
+        if alone and shards == 3:
+            with pytest.raises(
+                UserError, match=r"shards must be null or 1 with deterministic=true"
+            ):
+                build(tree)
+        else:
+            assert build(tree).shards == shards

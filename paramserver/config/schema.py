@@ -289,6 +289,7 @@ def build(tree: Mapping[str, Any], where: Where = lambda name: "") -> Settings:
     _check_local_steps(settings, where)
     _check_aggregate(settings, where)
     _check_staleness(settings, where)
+    _check_shards(settings, where)
     if settings.early_stop is not None:
         _check_parts("early_stop", settings.early_stop, EARLY_STOP, where)
     return settings
@@ -338,6 +339,16 @@ def _check_staleness(s: Settings, where: Where) -> None:
         why += "they ended says nothing about the newer ones"
     if why:
         raise _wrong("max_staleness", f"must be 0 with {why}", s.max_staleness, where)
+
+
+def _check_shards(s: Settings, where: Where) -> None:
+    """Raise a `UserError` where several are to average, with other bits in each run."""
+    if s.averages_alone and s.shards is not None:
+        must = (
+            f"must be null or 1 with deterministic=true and averages in {s.leaves_out}: "
+            f"{s.averages_alone}"
+        )
+        raise _wrong("shards", must, s.shards, where)
 
 
 def _check_local_steps(s: Settings, where: Where) -> None:

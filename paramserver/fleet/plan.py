@@ -163,6 +163,8 @@ class Job(NamedTuple):
     """Of an epoch; a round holds no more."""
     shards: int | None = None
     """At most so many machines average; None: what the server chooses."""
+    alone: tuple[str, ...] = ()
+    """Codecs with which the server averages alone."""
 
 
 class Choice(NamedTuple):
@@ -337,7 +339,8 @@ def _exchange(
     up_s, down_s = _link_seconds(chosen, there, job.encrypted)
     workers = sum(m.processes for m in chosen)
     own, share = server.codec(codec), 1.0
-    if (shared := _shared(chosen, server, there, job)) is not None:
+    shared = None if codec in job.alone else _shared(chosen, server, there, job)
+    if shared is not None:
         up_s, down_s, share = shared
     # Beside the codec: a worker copies a bucket out and the average in, a shard adds each push.
     encode_s = max(m.codec(codec).encode_s + m.copy_s for m in chosen)

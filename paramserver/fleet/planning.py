@@ -286,6 +286,11 @@ def _job(
         wanted = wanted._replace(codecs=(settings.codec,))
     if "local_steps" in given:
         wanted = wanted._replace(local_steps=(settings.local_steps,))
+    alone = tuple(c for c in wanted.codecs if replace(settings, codec=c).averages_alone)
+    if settings.shards in (None, 1):
+        wanted = wanted._replace(alone=alone)
+    else:  # with these it would be refused
+        wanted = wanted._replace(codecs=tuple(c for c in wanted.codecs if c not in alone))
     if settings.deterministic:
         numbers = tuple(n for n in wanted.local_steps if n != AUTO)
         wanted = wanted._replace(local_steps=numbers, overlap=(False,))

@@ -23,7 +23,7 @@ class Rules(msgspec.Struct, frozen=True):
     shards: int | None = 1
     """Processes that average, at most; None: one for each host, from three hosts on."""
     averages_alone: str = ""
-    """Why the server does although `shards` was not set; empty: for no such reason."""
+    """Why the server averages alone although several could, see `Settings`."""
     leaves_out: str = ""
     """The codec of averages, where it leaves out of one what goes into the next."""
     local_steps: int | str = 1

@@ -174,6 +174,7 @@ class Control:
         self._mute_since: dict[int, float] = {}  # shards that were asked for what they keep
         self._lacking: dict[int, set[str]] = {}  # bucket of the open round -> who waits for it
         self._sent_lacking: set[tuple[str, int]] = set()  # who got which of these
+        self._said_what_is_lost = False
         self._transport = transport
         self._welcome = welcome
         self._observer_key = observer_key
@@ -925,6 +926,7 @@ class Control:
     def _close_round(self, close: wire.Close, now: float) -> None:
         self.watcher.closing(self, close)
         self._forget_lacking()
+        self._say_what_is_lost()
         update = self._data.close(close)
         self._transport.publish_update(self._data.due(), update.messages[-1])
         for session in sorted(self.rounds.deaf):
@@ -941,6 +943,17 @@ class Control:
             self._happens(Compared(compared), now)
         self._data.forget_round(close.buckets)
         self.watcher.closed(self, close)
+
+    def _say_what_is_lost(self) -> None:
+        """Once: a bucket that goes to another process leaves there what its codec left out."""
+        codec, moved = self.rounds.rules.leaves_out, len(self._data.moved)
+        if moved and codec and not self._said_what_is_lost:
+            self._said_what_is_lost = True
+            self.watcher.say(
+                f"other machines average {moved} of {self.rounds.buckets} buckets now: what "
+                f"{codec} had left out of their averages before is lost, as it is each time that a "
+                "bucket goes to another machine"
+            )
 
     def _forget_overwritten(self, now: float) -> None:
         """Report to `rounds` the oldest update that is still there. Void rounds may have written

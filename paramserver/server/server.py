@@ -119,6 +119,8 @@ class Server:
                 deterministic=settings.deterministic,
                 shares=settings.shares,
                 shards=settings.shards_wanted,
+                averages_alone=settings.averages_alone,
+                leaves_out=settings.leaves_out,
                 local_steps=settings.local_steps,
                 local_warmup_steps=settings.local_warmup_steps,
                 overlap=settings.overlap,

@@ -91,6 +91,8 @@ class Spread:
         self._nonce = nonce
         self.shards: set[int] = set()
         """That live."""
+        self.moved: set[int] = set()
+        """Buckets that another process has begun to average: their residuals began with zero."""
         self._retiring: set[int] = set()
         self._arrived: dict[tuple[str, int], dict[int, wire.Arrived]] = {}  # by session and shard
         self._sent: dict[tuple[int, int], Sent] = {}  # by worker and bucket
@@ -270,6 +272,8 @@ class Spread:
     def finish(self, finish: Finish) -> None:
         before = self._makers.get(finish.bucket, finish.shard)
         self._makers[finish.bucket] = finish.shard
+        if before != finish.shard:
+            self.moved.add(finish.bucket)
         if not finish.shard:
             if before:
                 self.own.begin_bucket(finish.bucket)
