@@ -50,6 +50,7 @@ class Shards:
         self._map: tuple[Any, tuple[int, ...]] = (None, ())
         self._measured_at = 0.0
         self._process: subprocess.Popen[bytes] | None = None
+        self._follows = False  # another one, when this process has ended
         self.slot_bytes = 0
         """Of the outboxes for shards on this host; 0: this peer pushes nothing."""
         self._slower: set[str] = set()  # what was said to go through channels
@@ -131,6 +132,8 @@ class Shards:
         if now - self._measured_at > MEASURE_S:
             self._measured_at = now
             self.measure()
+        if self._follows:
+            self.carry()
         for shard, channel in list(self._coming.items()):
             if channel.come_up(now):
                 del self._coming[shard]
@@ -147,6 +150,7 @@ class Shards:
             self._drop(shard)
         self._number = 0
         process, self._process = self._process, None
+        self._follows = False
         if process is None:
             return
         assert process.stdin is not None
@@ -218,10 +222,14 @@ class Shards:
     # ------------------------------------------------------------------ the own shard
 
     def carry(self) -> None:
-        """Start a shard beside this worker: the server wants one on this host."""
+        """Start a shard beside this worker: the server wants one on this host. One that runs offers
+        itself again, or the server has ended it: then another one follows it."""
+        self._follows = self._process is not None and self._process.poll() is None
+        if not self._follows:
+            self._start()
+
+    def _start(self) -> None:
         connection = self._connection
-        if self._process is not None and self._process.poll() is None:
-            return
         welcome, settings, keys = connection.welcome, connection.settings, connection.keys
         address = sockets.towards(connection.host)
         if welcome is None or not address:
