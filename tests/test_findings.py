@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime
 from itertools import combinations
@@ -23,6 +24,7 @@ from paramserver.fleet.findings import (
 from paramserver.fleet.measurements import Measurement
 from paramserver.net.hosts import Host
 from paramserver.net.interfaces import Interface, Path
+from paramserver.settings import Settings
 
 HOSTS = (Host("mini1", "mini1", role="server"), Host("mini2", "mini2", id=1))
 TB1 = Interface("bridge0", "thunderbolt", "10.10.0.1", 24, 9000)
@@ -60,7 +62,7 @@ def test_a_port_that_is_taken_is_told_of_the_server_alone() -> None:
 
 def test_a_good_cluster_has_nothing_to_be_told() -> None:
     assert told(GOOD) == ""
-    assert chosen(GOOD) == [
+    assert chosen(GOOD, Settings()) == [
         "mini2 takes 10.10.0.2 (bridge0) -> 10.10.0.1 (bridge0) to mini1: Thunderbolt, "
         "16.00 Gbit/s, 0.50 ms"
     ]
@@ -210,6 +212,70 @@ def test_where_the_server_would_stand_best_is_told() -> None:
     assert remarks(Report(hosts, measured=ways, at_rest=False)) == []
     alike = (between(("a", "b"), 1.9e9), *ways[1:])
     assert remarks(Report(hosts, measured=alike)) == []
+
+
+def who_averages(
+    workers: Sequence[int],
+    rates: Sequence[float] = (1.0, 1.0),
+    server: str = "both",
+    **settings: Any,
+) -> list[str]:
+    """What is told of who averages, where so many workers are on each machine, the first one the
+    server's, and the others have cables of so many Gbit/s."""
+    first = 1 + sum(workers[:1]) if server == "server" else 1
+    hosts = [Host("mini1", "mini1", role=server, id=1, workers=workers[0])]
+    for number, (count, _) in enumerate(zip(workers[1:], rates, strict=True), 2):
+        hosts.append(Host(f"mini{number}", "", id=first + number, workers=count))
+    ways = [
+        replace(FAST, near=host.name, up_bytes_per_s=rate * 125e6, down_bytes_per_s=rate * 125e6)
+        for host, rate in zip(hosts[1:], rates, strict=True)
+    ]
+    told = chosen(Report(tuple(hosts), measured=tuple(ways)), Settings(**settings))
+    return [sentence for sentence in told if " takes 10." not in sentence]
+
+
+LARGE = "averaging of models of 256 KiB or more is shared: "
+
+
+@pytest.mark.parametrize(
+    ("workers", "said"),
+    [
+        ((1, 1, 1), "mini1 33 %, mini2 33 %, mini3 33 %; an exchange takes 67 %"),
+        # What others average crosses a host's cable once, however many replicas are there; where
+        # the server averages alone, each of them gets a copy of its own.
+        ((1, 2, 1), "mini1 25 %, mini2 50 %, mini3 25 %; an exchange takes 67 %"),
+        ((4, 4, 4), "mini1 33 %, mini2 33 %, mini3 33 %; an exchange takes 42 %"),
+    ],
+)
+def test_who_averages_is_told_as_the_run_chooses_it(workers: list[int], said: str) -> None:
+    assert who_averages(workers) == [f"{LARGE}{said} of what it would with mini1 alone"]
+
+
+def test_an_observer_on_a_machine_that_does_not_train_takes_its_copy_too() -> None:
+    three = ((1, 1, 1, 1), (1.0, 1.0, 1.0), "server")
+    with_one, without = (who_averages(*three, observer=seen)[0] for seen in (True, False))
+    assert with_one.startswith(f"{LARGE}mini1 25 %, mini2 25 %")
+    assert without.startswith(f"{LARGE}mini1 40 %, mini2 20 %")
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"shards": 1}, "mini1 averages alone: shards is 1"),
+        ({"aggregate": "median"}, "mini1 averages alone: robust averages take one machine"),
+        ({"shards": 2}, "averaging is shared: mini1 50 %, mini2 50 %; an exchange takes 100 %"),
+        ({"deterministic": True}, "is shared equally: mini1 33 %, mini2 33 %, mini3 33 %; "),
+    ],
+)
+def test_who_averages_is_what_the_settings_say(settings: dict[str, Any], said: str) -> None:
+    [told] = who_averages((1, 1, 1), (1.0, 0.5), **settings)
+    assert said in told
+
+
+def test_one_machine_averages_where_that_takes_least() -> None:
+    [told] = who_averages((1, 1, 1), (0.2, 1.0), shards=2)
+    assert told == "mini1 averages alone: with these cables that takes the least time"
+    assert who_averages((1, 1), (1.0,)) == []
 
 
 def test_addresses_are_whole_at_80_columns() -> None:

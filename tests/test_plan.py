@@ -29,6 +29,7 @@ from paramserver.fleet.plan import (
     Machine,
     Model,
     Plan,
+    _shared,
     carried,
     cost_of,
     plans,
@@ -160,11 +161,55 @@ def test_with_the_same_bits_run_after_run_the_server_alone_averages_what_leaves_
     assert planned.codecs == ("float32", "float16", "int8") and planned.alone == ("int8",)
     machines = alike(4)
     for codec in planned.codecs:
-        expected = Job(RESNET, 8, shards=1 if codec in planned.alone else None)
+        expected = planned._replace(alone=(), shards=1 if codec in planned.alone else None)
         runs = [run_of(machines, machines[0], j, Choice(codec)) for j in (planned, expected)]
         assert runs[0].exchange_s == pytest.approx(runs[1].exchange_s)
     several = job(deterministic=True, shards=3)  # the server refuses these with it
     assert several.codecs == ("float32", "float16")
+
+
+def shared_load(machines: list[Machine], server: Machine, job: Job) -> float | None:
+    """Gradients that go through the slowest cable, where several machines average."""
+    links = wired(tuple({m.name: m for m in (*machines, server)}))
+    there = {m.name: links[m.name, server.name] for m in machines if m is not server}
+    shared = _shared(machines, server, there, job)
+    return None if shared is None else shared[0] * GIGABIT
+
+
+def test_what_others_average_crosses_a_cable_once_for_all_replicas_of_a_machine() -> None:
+    machines = [replace(m, processes=4) for m in alike(3)]
+    assert shared_load(machines, machines[0], Job(RESNET, 8)) == pytest.approx(10 / 3, rel=0.005)
+    observed = Job(RESNET, 8, observer=True)  # beside workers it costs nothing
+    assert shared_load(machines, machines[0], observed) == pytest.approx(10 / 3, rel=0.005)
+
+
+def test_an_observer_on_a_machine_of_its_own_is_planned() -> None:
+    own = Machine("own", Cost(0.0, 1.0), works=False)
+    loads = [shared_load(alike(4), own, Job(RESNET, 8, observer=seen)) for seen in (False, True)]
+    assert loads == [pytest.approx(4 / 3, rel=0.005), pytest.approx(1.6, rel=0.005)]
+    found = {"buckets": [4.0], "other": 0, "samples": 100}
+    for settings in (Settings(), Settings(observer=False), Settings(deterministic=True)):
+        job = planning._job(settings, {}, {"one": [found]}, linked=True)
+        assert (job.observer, job.equal_shares) == (settings.observer, settings.deterministic)
+
+
+def test_shares_are_planned_equal_where_they_will_be() -> None:
+    machines, links = alike(3), {**wired(NAMES[:3]), ("two", "one"): Link(GIGABIT / 5, GIGABIT / 5)}
+    rounds = [
+        predict(machines, machines[0], links, Job(RESNET, 8, equal_shares=equal), Choice())
+        for equal in (False, True)
+    ]
+    assert rounds[0] is not None and rounds[1] is not None
+    assert rounds[0].exchange_s < rounds[1].exchange_s
+
+
+def test_where_the_server_has_all_shares_it_is_planned_alone() -> None:
+    machines, links = alike(3), {**wired(NAMES[:3]), ("two", "one"): Link(GIGABIT / 5, GIGABIT / 5)}
+    two, one = (
+        predict(machines, machines[0], links, Job(RESNET, 8, shards=shards), Choice())
+        for shards in (2, 1)
+    )
+    assert two == one
 
 
 def test_backward_hides_the_exchange_but_for_the_last_bucket() -> None:

@@ -5,17 +5,23 @@ from __future__ import annotations
 import random
 
 import pytest
+from scripts import session
+from test_shards_rounds import PLACES, Sharded
 
+from paramserver.protocol import messages as wire
 from paramserver.protocol.sharding import (
     SERVER,
     WHOLE,
     Cable,
     Shares,
     equal,
+    foreseen,
     owners,
+    relayed,
     seconds,
     shares,
 )
+from paramserver.rounds.events import Placed
 
 
 def parts(cables: dict[int, Cable], workers: int, receivers: int | None = None) -> list[float]:
@@ -114,6 +120,21 @@ def test_buckets_that_stay_are_the_servers() -> None:
     found = owners([1] * 6, ((1, 500), (2, 500)), frozenset({0, 5}))
     assert found[0] == found[5] == SERVER
     assert set(found[1:5]) == {1, 2}
+
+
+def test_what_is_foreseen_before_a_run_is_what_it_chooses() -> None:
+    """With an observer beside the server, and a relay on its host."""
+    run = Sharded().begin()
+    run.hello(0), run.follows(0)
+    run.happens(Placed(session(0), PLACES[1]))
+    run.works(), run.tick(2.0, 0, 1, 2, 3)
+    run.tells(1, wire.HandsOn(folder="/one"))
+    shards, workers = run.rounds.shards, run.rounds.workers_ready()
+    shards.rates = {"": 1.0, PLACES[2]: 1.0, PLACES[3]: 0.8}
+    cables = {0: relayed(1.0, 1, observer=True), 1: relayed(1.0, 1), 2: relayed(0.8, 1)}
+    found, _ = foreseen(cables, 3, alike=False)
+    assert shards._shares([0, 1, 2], workers) == found != equal([0, 1, 2])
+    assert foreseen(cables, 2, alike=True)[0] == equal([0, 1])
 
 
 def test_without_shards_all_is_the_servers() -> None:

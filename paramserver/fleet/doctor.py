@@ -39,6 +39,7 @@ from paramserver.fleet.up import clone, job, measure, prepare
 from paramserver.net.hosts import Host
 from paramserver.net.interfaces import Interface, from_json, paths
 from paramserver.net.interfaces import Path as Way
+from paramserver.settings import Settings
 from paramserver.typed import typed
 
 SECONDS = 1.0
@@ -76,7 +77,7 @@ def doctor(arguments: list[str], *, as_json: bool = False, fix: bool = False) ->
     if as_json:
         terminal.result(json.dumps(to_json(report, found), indent=2))
     else:
-        _print(lines, report, found, at_rest)
+        _print(lines, report, wanted.settings, found, at_rest)
         if fix:
             return _fix(lines, report)
         if fixes(report):
@@ -231,7 +232,9 @@ def to_json(report: Report, found: list[Trouble]) -> dict[str, Any]:
     }
 
 
-def _print(lines: Lines, report: Report, found: list[Trouble], at_rest: bool) -> None:
+def _print(
+    lines: Lines, report: Report, settings: Settings, found: list[Trouble], at_rest: bool
+) -> None:
     for part in (about_machines(report), about_paths(report)):
         for line in part:
             lines.tell(line)
@@ -241,7 +244,7 @@ def _print(lines: Lines, report: Report, found: list[Trouble], at_rest: bool) ->
         PICTURE.parent.mkdir(exist_ok=True)
         PICTURE.write_text(topology.svg(report), encoding="utf-8")
         lines.tell_as_it_is(f"as a picture: {PICTURE}\n")
-    for sentence in (*chosen(report), *remarks(report)):
+    for sentence in (*chosen(report, settings), *remarks(report)):
         lines.tell(sentence)
     if not at_rest:
         lines.tell(

@@ -18,7 +18,8 @@ from paramserver.net.interfaces import KINDS, SPOKEN, Interface, Path
 from paramserver.protocol import sharding
 from paramserver.protocol.sharding import Cable
 from paramserver.protocol.versions import misfit
-from paramserver.rounds.shards import HOSTS_MIN
+from paramserver.rounds.shards import HOSTS_MIN, SMALL_BYTES, wanted
+from paramserver.settings import Settings
 
 NO_ROUTE = (65, 113)  # EHOSTUNREACH of macOS and of Linux
 SKEW_S = 2.0
@@ -388,8 +389,9 @@ def about_paths(report: Report) -> list[str]:
     return told
 
 
-def chosen(report: Report) -> list[str]:
-    """A sentence for each worker's machine: the path that `make up` takes."""
+def chosen(report: Report, settings: Settings) -> list[str]:
+    """A sentence for each worker's machine: the path that `make up` takes; and who averages in a
+    run with these settings."""
     server, told = report.server.name, []
     for host in report.hosts:
         best = report.best(host.name, server)
@@ -398,27 +400,37 @@ def chosen(report: Report) -> list[str]:
                 f"{host.name} takes {best.path} to {server}: {best.kind}, {best.gbits:.2f} Gbit/s, "
                 f"{1000 * best.round_trip_s:.2f} ms"
             )
-    return told + _who_averages(report)
+    return told + _who_averages(report, settings)
 
 
-def _who_averages(report: Report) -> list[str]:
-    """How the machines share the work of averaging, if the run's settings leave that to the
-    server: see docs/protocol.md, "Shards"."""
-    server, at = report.server.name, Counter(h.name for h in report.hosts if h.works)
-    others, workers = [name for name in at if name != server], sum(at.values())
+def _who_averages(report: Report, settings: Settings) -> list[str]:
+    """How the machines share the work of averaging: see docs/protocol.md, "Shards"."""
+    server = report.server.name
+    in_turn = sorted((h for h in report.hosts if h.works), key=lambda host: host.id or 0)
+    at = Counter({host.name: host.workers for host in in_turn})
+    others = [name for name in at if name != server]
     ways = [report.best(name, server) for name in others]
     rates = [1e9 / 8 * way.gbits for way in ways if way is not None]
-    if not report.at_rest or len(others) + 1 < HOSTS_MIN or len(rates) < len(others):
+    if not report.at_rest or not others or len(rates) < len(others):
         return []
+    most = wanted(settings.shards_wanted, len(others), SMALL_BYTES)
+    if most == 1:
+        why = "shards is 1" if settings.shards == 1 else "robust averages take one machine"
+        return [f"{server} averages alone: {why}"] if len(others) + 1 >= HOSTS_MIN else []
     names = [server, *others]
-    cables = {
-        number: Cable(rate, at[name], at[name])
-        for number, (name, rate) in enumerate(zip(names, [max(rates), *rates], strict=True))
-    }
-    found = sharding.shares(cables, workers, workers)
+    relayed, single = {}, {}
+    for number, (name, rate) in enumerate(zip(names, [max(rates), *rates], strict=True)):
+        observed = settings.observer and name == server
+        relayed[number] = sharding.relayed(rate, at[name], observer=observed)
+        single[number] = Cable(rate, at[name], at[name] + observed)  # without shards nobody relays
+    found, together_s = sharding.foreseen(relayed, most, alike=settings.deterministic)
+    _, alone_s = sharding.foreseen(single, 1, alike=True)
+    if not found:
+        return [f"{server} averages alone: with these cables that takes the least time"]
+    large = f" of models of {SMALL_BYTES >> 10} KiB or more" if settings.shards is None else ""
+    equally = " equally" if settings.deterministic else ""
     parts = ", ".join(f"{names[number]} {share / 10:.0f} %" for number, share in found)
-    alone, together = (sharding.seconds(cables, shares, workers, workers) for shares in ((), found))
     return [
-        f"averaging is shared: {parts}; an exchange takes {together / alone:.0%} of what it would "
-        f"with {server} alone"
+        f"averaging{large} is shared{equally}: {parts}; an exchange takes "
+        f"{100 * together_s / alone_s:.0f} % of what it would with {server} alone"
     ]

@@ -23,7 +23,6 @@ from itertools import combinations
 from typing import Any, NamedTuple
 
 from paramserver.protocol import sharding
-from paramserver.protocol.sharding import Cable
 from paramserver.rounds.local_steps import AUTO, CHANGE_MIN, EXCHANGE_SHARE, LocalSteps, suiting
 from paramserver.rounds.shards import wanted
 from paramserver.rounds.shares import SAMPLE_S_MIN, SHARE_TIMES_MAX, Cost, Limits, split
@@ -165,6 +164,10 @@ class Job(NamedTuple):
     """At most so many machines average; None: what the server chooses."""
     alone: tuple[str, ...] = ()
     """Codecs with which the server averages alone."""
+    observer: bool = False
+    """Is an observer on the server's machine? It takes averages of other machines, too."""
+    equal_shares: bool = False
+    """Are the shares of these machines equal, whatever their cables carry?"""
 
 
 class Choice(NamedTuple):
@@ -386,13 +389,14 @@ def _shared(
     names = [server.name, *there]
     rates[server.name] = max(rates.values())
     cables = {
-        number: Cable(rates[name] / both, on.get(name, 0), on.get(name, 0))
+        number: sharding.relayed(
+            rates[name] / both, on.get(name, 0), observer=job.observer and name == server.name
+        )
         for number, name in enumerate(names)
     }
-    workers = sum(on.values())
-    averaging = {number: cable for number, cable in cables.items() if number < most}
-    found = sharding.shares(averaging, workers, workers)
-    needed = sharding.seconds(cables, found, workers, workers)
+    found, needed = sharding.foreseen(cables, most, alike=job.equal_shares)
+    if not found:
+        return None
     return needed, needed / 2, max(share for _, share in found) / sharding.WHOLE
 
 

@@ -281,6 +281,8 @@ def _job(
         topk_ratio=settings.topk_ratio,
         encrypted=linked and settings.security != "none",
         shards=settings.shards_wanted,
+        observer=settings.observer,
+        equal_shares=settings.deterministic,
     )
     if "codec" in given:
         wanted = wanted._replace(codecs=(settings.codec,))

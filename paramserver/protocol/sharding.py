@@ -34,6 +34,12 @@ class Cable(msgspec.Struct, frozen=True):
     """How often each average that others made crosses the cable, for replicas on that host."""
 
 
+def relayed(rate: float, workers: int, *, observer: bool = False) -> Cable:
+    """The cable of a host with so many workers, and perhaps the observer, in a run that goes well:
+    one of these replicas takes what other hosts average, and hands it on to the others there."""
+    return Cable(rate, workers, min(1, workers + observer))
+
+
 def owners(sizes: Sequence[int], shares: Shares, fixed: frozenset[int]) -> tuple[int, ...]:
     """The shard of each bucket, for buckets of these `sizes`; those in `fixed` are the server's.
 
@@ -97,6 +103,16 @@ def seconds(cables: Mapping[int, Cable], chosen: Shares, workers: int, receivers
     return longest
 
 
+def foreseen(cables: Mapping[int, Cable], most: int, *, alike: bool) -> tuple[Shares, float]:
+    """The shares of a run in which the first `most` of these hosts average, and the time that an
+    exchange takes for each byte of a gradient. `alike`: shares are equal, whatever cables carry."""
+    workers = sum(cable.workers for cable in cables.values())
+    receivers = sum(cable.copies for cable in cables.values())
+    first = {shard: cables[shard] for shard in sorted(cables)[:most]}
+    found = equal(list(first)) if alike else shares(first, workers, receivers)
+    return found, seconds(cables, found, workers, receivers)
+
+
 def _loads(
     cable: Cable, workers: int, receivers: int
 ) -> tuple[tuple[float, float], tuple[float, float]]:
@@ -128,4 +144,15 @@ def _rounded(parts: Mapping[int, float]) -> Shares:
     return tuple((shard, share) for shard, share in whole.items() if share)
 
 
-__all__ = ["SERVER", "WHOLE", "Cable", "Shares", "equal", "owners", "seconds", "shares"]
+__all__ = [
+    "SERVER",
+    "WHOLE",
+    "Cable",
+    "Shares",
+    "equal",
+    "foreseen",
+    "owners",
+    "relayed",
+    "seconds",
+    "shares",
+]
