@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import report, runs
+from benchmarks import buckets, report, runs
 from benchmarks.machine import Machine
 from benchmarks.network import NAMESPACES, why_no_hosts
 from benchmarks.parts import Case, alternate, share_exposed
@@ -65,6 +65,23 @@ def test_three_digits(value: float, text: str) -> None:
 
 def test_a_ring_moves_less_than_two_gradients_through_each() -> None:
     assert [runs.ring_bytes(100, n) for n in (1, 2, 4)] == [0, 100, 150]
+
+
+def test_buckets_as_nobody_sets_them_are_measured_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`shards` stays unset, too: float32 has other buckets where several may average."""
+    told: list[tuple[object, object]] = []
+
+    def exchange(*_: object, shards: int | None = 1, more_settings: object = ()) -> runs.Exchange:
+        told.append((shards, more_settings))
+        return runs.Exchange(0.4, 0.0, 0.0, 0.0)
+
+    monkeypatch.setattr(runs, "exchange", exchange)
+    monkeypatch.setattr(runs, "all_reduce", lambda *_: 0.4)
+    buckets.compare("46.8 MB", "float32", [12], 1, 1, runs.HERE)
+    assert told[0] == (None, [])
+    assert "unset   400.00 ms" in capsys.readouterr().out
 
 
 def test_sizes_are_what_they_are_called() -> None:
