@@ -263,6 +263,7 @@ def test_an_observer_on_a_machine_that_does_not_train_takes_its_copy_too() -> No
     [
         ({"shards": 1}, "mini1 averages alone: shards is 1"),
         ({"aggregate": "median"}, "mini1 averages alone: robust averages take one machine"),
+        ({"deterministic": True, "codec": "int8"}, "mini1 averages alone: what int8 leaves out of"),
         ({"shards": 2}, "averaging is shared: mini1 50 %, mini2 50 %; an exchange takes 100 %"),
         ({"deterministic": True}, "is shared equally: mini1 33 %, mini2 33 %, mini3 33 %; "),
     ],

@@ -415,7 +415,8 @@ def _who_averages(report: Report, settings: Settings) -> list[str]:
         return []
     most = wanted(settings.shards_wanted, len(others), SMALL_BYTES)
     if most == 1:
-        why = "shards is 1" if settings.shards == 1 else "robust averages take one machine"
+        why = "shards is 1" if settings.shards == 1 else settings.averages_alone
+        why = why or "robust averages take one machine"
         return [f"{server} averages alone: {why}"] if len(others) + 1 >= HOSTS_MIN else []
     names = [server, *others]
     relayed, single = {}, {}
