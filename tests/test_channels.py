@@ -664,6 +664,29 @@ def test_nobody_chooses_as_whom_it_is_let_in() -> None:
             until(b"only its own user takes part")
 
 
+def test_a_shard_gets_to_know_which_ciphers_a_peer_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who came over ipc has those of this machine; others have said it, and may do without a
+    channel to the server since."""
+    keys = keys_of(decode(KEYS.token(LOOPBACK, 1)))
+    own, told = {"aes-256-gcm": 1.0}, {"chacha20-poly1305": 1.0}
+    with (
+        Served(keys=KEYS, num_workers=1, heartbeat_timeout=3.0) as served,
+        stranger(zmq.DEALER, served.port, keys) as s,
+    ):
+        server, channels = served.server, served.server.channels
+        assert channels is not None
+        s.rcvtimeo = int(1000 * DEADLINE_S)
+        s.send_multipart(wire.to_frames(HELLO))
+        session = answer(s, wire.Welcome).session
+        s.send_multipart(wire.to_frames(wire.Probe(session=session)))
+        s.send_multipart(wire.to_frames(wire.Dial(costs=told)))
+        assert answer(s, wire.Channel).port
+        s.send_multipart(wire.to_frames(wire.Dial()))
+        served.until(lambda: not channels._channels)
+        monkeypatch.setattr(sealing, "measured", lambda: own)
+        assert server.costs("over ipc") == own and server.costs(session) == told
+
+
 def test_payloads_without_headers_take_little_memory() -> None:
     """An insider seals some and says nothing of them."""
     keys = keys_of(decode(KEYS.token(LOOPBACK, 1)))

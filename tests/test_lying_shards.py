@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 import pytest
 import zmq
+from cryptography.exceptions import UnsupportedAlgorithm
 from middle import DOWN, Middle, More
 from whole import DEADLINE_S, LOOPBACK
 
@@ -19,8 +20,9 @@ from paramserver.protocol import messages as wire
 from paramserver.tensors.bucket import plan
 from paramserver.transport import sealing, sockets
 from paramserver.transport.inflow import Inflow
+from paramserver.transport.passwords import PASSWORD_BYTES
 from paramserver.transport.sealing import Ends, Kind, Payload, Sealer
-from workers.link.channel import Channel
+from workers.link.channel import Channel, Lost
 from workers.link.connection import Connection
 from workers.link.relays import Relays
 
@@ -208,3 +210,115 @@ def test_averages_that_come_before_a_channel_is_bound_are_not_kept(
             assert channel.bound is bound and not channel._payloads
         reads(channel)
         assert list(channel._payloads) == handed_on == [3]
+
+
+def told(**changed: Any) -> wire.Channel:
+    """What an honest shard tells of a channel with keys, but for this."""
+    right = wire.Channel(
+        port=1,
+        cipher="aes-256-gcm",
+        id=secrets.token_hex(sealing.ID_BYTES),
+        password=secrets.token_hex(PASSWORD_BYTES),
+        up=secrets.token_hex(sealing.KEY_BYTES),
+        down=secrets.token_hex(sealing.KEY_BYTES),
+        shard=1,
+        host=LOOPBACK,
+    )
+    return msgspec.structs.replace(right, **changed)
+
+
+TEXTS = ["", "é" * 128, "0" * 128, "\0", "a\0b", " " * 128, "\ud800", "0" * 31 + "O", "A" * 32]
+RUBBISH = [
+    *(("port", port) for port in (-1, 2**16, 2**40)),
+    *(
+        (name, text)
+        for name in ("cipher", "id", "password", "up", "down")
+        for text in [*TEXTS, " " + "0" * 31, "0 " * 32, "0" * 32 + "\n" + "0" * 31]
+        if (name, text) not in {("up", "0" * 64), ("down", "0" * 64)}
+    ),
+    ("cipher", sealing.PLAIN),
+    *(("host", host) for host in ("x" * 255, " ", "a b", "é" * 255, "[", "]:1", "a" * 64 + ".b")),
+]
+
+
+@pytest.mark.parametrize(("field", "value"), RUBBISH)
+def test_a_channel_that_cannot_be_costs_only_its_shard(
+    monkeypatch: pytest.MonkeyPatch, field: str, value: Any
+) -> None:
+    """A peer says that it does not reach the shard, and is served by others."""
+    said: list[wire.Message] = []
+    monkeypatch.setattr(Connection, "send", lambda self, message, *buffers: said.append(message))
+    with peers("worker") as [worker]:
+        worker.shards.told(told(**{field: value}), 0.0)
+        if field == "host":
+            worker.shards.tick(6.0)  # a name may only turn out to be none when it is looked up
+        [reached] = said
+        assert isinstance(reached, wire.Reached) and reached.problem and reached.shard == 1
+        worker.shards.told(told(), 0.0)
+        assert len(said) == 1 and worker.shards._coming
+
+
+@pytest.mark.parametrize("text", [*TEXTS, "/", "/dev/null", "x" * 1024, "/dev/shm/paramserver-x"])
+def test_memory_that_cannot_be_shared_is_not(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setattr(Connection, "send", lambda self, message, *buffers: None)
+    with peers("worker") as [worker]:
+        worker.share_memory = True
+        for host in (LOOPBACK, "\0", "a" * 64 + ".b", "x" * 255):
+            worker.shards.told(told(shared=text, host=host, reason=text), 0.0)
+        assert worker.shards.outbox(1) is None
+
+
+def test_a_cipher_that_this_machine_lacks_is_a_shard_that_it_does_not_reach(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def lacks(key: bytes) -> Any:
+        raise UnsupportedAlgorithm("not in this OpenSSL")
+
+    said: list[wire.Message] = []
+    monkeypatch.setattr(Connection, "send", lambda self, message, *buffers: said.append(message))
+    monkeypatch.setitem(sealing.CIPHERS, "chacha20-poly1305", lacks)  # type: ignore[arg-type]
+    with peers("worker") as [worker]:
+        worker.shards.told(told(cipher="chacha20-poly1305"), 0.0)
+    assert said == [wire.Reached(shard=1, problem="this machine has no chacha20-poly1305")]
+
+
+def test_what_is_below_the_awaited_average_is_neither_kept_nor_a_sign_of_life(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else a shard could fill a peer's memory with it, and let it wait without end."""
+    said: list[wire.Message] = []
+    monkeypatch.setattr(Connection, "send", lambda self, message, *buffers: said.append(message))
+    with (
+        zmq.Context() as context,
+        closing(Shard(context, 1)) as lies,
+        peers("worker") as [worker],
+    ):
+        worker.heartbeat_timeout = 4.0
+        worker.shards.told(lies.told, 0.0)
+        lies.bind()
+        while not worker.shards.sockets(1):
+            worker.shards.tick(0.0)
+        [channel] = worker.shards._sources(1)
+        awaited = msgspec.structs.replace(sharded(1), number=1000)
+        assert worker.shards.payload(awaited, 0.0) is None
+        for at in (1.0, 2.0):
+            for number in range(1, 20):
+                lies.average(b"lies", number=number)
+            lies.bind()
+            while channel._opener.opened < 1 + 20 * at:
+                assert channel.socket.poll(int(1000 * DEADLINE_S))
+                assert worker.shards.payload(awaited, at) is None
+                assert not channel._payloads
+            assert channel.heard_at == 0.0
+        lies.average(b"true", number=1000)
+        assert channel.socket.poll(int(1000 * DEADLINE_S))
+        found = worker.shards.payload(awaited, 2.0)
+        assert isinstance(found, list) and [bytes(b) for b in found] == [b"true"]
+        assert channel.heard_at == 2.0
+        later = msgspec.structs.replace(awaited, number=1001)
+        assert worker.shards.payload(later, 3.0) is None
+        lies.average(b"lies", number=20)
+        assert channel.socket.poll(int(1000 * DEADLINE_S))
+        with pytest.raises(Lost):
+            worker.shards.payload(later, 5.1)
+        assert said[-1] == wire.Reached(shard=1, problem="nothing comes through it")

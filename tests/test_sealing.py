@@ -251,6 +251,15 @@ def test_a_key_whose_records_were_dropped_is_worn_all_the_same(
     assert at.opened == 1 and at.worn
 
 
+def test_without_keys_nothing_is_worn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sealing, "RECORDS_MAX", 1)
+    ends = replace(ENDS, cipher=sealing.PLAIN)
+    sealer, at = Sealer(ends), Opener(ends, (Kind.PUSH,), 100, 1)
+    for _ in range(3):
+        at.open(sealer.bind())
+    assert at.opened == 3 and not sealer.worn and not at.worn
+
+
 def test_the_cipher_is_the_one_that_costs_both_machines_least() -> None:
     aes, chacha = CIPHERS
     fast, pi4 = {aes: 1.0, chacha: 3.0}, {aes: 30.0, chacha: 9.0}

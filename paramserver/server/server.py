@@ -39,7 +39,7 @@ from paramserver.tensors.bucket import BucketPlan, plan
 from paramserver.tensors.order import name_samples, places
 from paramserver.transport import sealing, shm, sockets
 from paramserver.transport.handshake import Authenticator
-from paramserver.transport.sealing import CIPHERS, Kind, Payload
+from paramserver.transport.sealing import Kind, Payload
 from paramserver.typed import printing_token
 
 TICK_S = 0.1
@@ -489,7 +489,8 @@ class Server:
             return  # it is not known, or not any more, and greets again
         if not self._closed_to_strangers or sockets.user(frame) != self._peers_key:
             raise PeerError("a channel is for those who came with a join token")
-        self._costs[session] = dial.costs
+        if dial.costs:
+            self._costs[session] = dial.costs
         if self.channels is None:  # another program has taken its port
             self.control.tell(session, wire.Channel(reason="this server has no port for it"))
             return
@@ -624,10 +625,11 @@ class Server:
 
     def costs(self, session: str) -> dict[str, float] | None:
         """See `Transport`. Who came over ipc, whose folder nobody else can enter, may have keys as
-        those may who came with keys."""
+        those may who came with keys. It has not said what sealing takes it, but this machine is
+        its own."""
         if not self._closed_to_strangers:
             return {}
-        return self._costs.get(session) or dict.fromkeys(CIPHERS, 1.0)
+        return self._costs.get(session) or sealing.measured()
 
     def _publish_frames(self, frames: Frames) -> None:
         sockets.send(self._pub, frames, copy=len(frames) == 1)

@@ -8,6 +8,7 @@ opens no payload either: it only lets its holder connect, so that strangers cann
 from __future__ import annotations
 
 import hmac
+import re
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,8 +21,14 @@ VALID_S = 600.0
 """A worker reads of its channel after its step, which may be the first one, that compiles. Until a
 password is used nobody can have read it on the cable."""
 
+PASSWORD_BYTES = 16
 ANSWERS_PER_TURN = 64
 _PLAIN, _VERSION = b"PLAIN", b"1.0"
+
+
+def is_password(text: str) -> bool:
+    """Does it look like one that was handed out?"""
+    return re.fullmatch(f"[0-9a-f]{{{2 * PASSWORD_BYTES}}}", text) is not None
 
 
 @dataclass(frozen=True)
@@ -42,7 +49,7 @@ class Passwords:
     def hand_out(self, user: str, now: float) -> str:
         """A new password for one connection of this user, in place of one that was not used."""
         self._handed = {u: h for u, h in self._handed.items() if h.until > now}
-        password = secrets.token_hex(16)
+        password = secrets.token_hex(PASSWORD_BYTES)
         self._handed[user] = _Handed(password, now + VALID_S)
         return password
 

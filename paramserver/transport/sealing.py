@@ -30,6 +30,7 @@ from typing import Any
 from cryptography.exceptions import InvalidTag, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM, ChaCha20Poly1305
 
+from paramserver.errors import PeerError
 from paramserver.tensors.codec.lengths import fresh
 
 CIPHERS: dict[str, type[AESGCM] | type[ChaCha20Poly1305]] = {
@@ -146,7 +147,13 @@ _Aead = AESGCM | ChaCha20Poly1305 | _Plain
 
 
 def _aead(ends: Ends) -> _Aead:
-    return _Plain(ends.key) if ends.cipher == PLAIN else CIPHERS[ends.cipher](ends.key)
+    """Raises `PeerError` where this machine's OpenSSL has not that cipher."""
+    if ends.cipher == PLAIN:
+        return _Plain(ends.key)
+    try:
+        return CIPHERS[ends.cipher](ends.key)
+    except UnsupportedAlgorithm:
+        raise PeerError(f"this machine has no {ends.cipher}") from None
 
 
 def id_of(record: Any) -> bytes:
@@ -206,7 +213,7 @@ class Sealer:
     @property
     def worn(self) -> bool:
         """Has this key sealed as much as it may? Then the channel needs new ones."""
-        return _worn(self.records, self.bytes)
+        return _worn(self.ends, self.records, self.bytes)
 
     def forget(self) -> None:
         """Forget the key."""
@@ -271,6 +278,8 @@ class Opener:
         """What it has said then."""
         self.newest = 0
         """The highest number of a payload of which anything has come."""
+        self.number = 0
+        """Of the payload that the newest record is part of; 0: of none."""
         self._kinds = frozenset((Kind.BIND, *kinds))
         self._largest, self._parts = largest, parts
         self._aead: _Aead | None = _aead(ends)
@@ -282,7 +291,7 @@ class Opener:
     @property
     def worn(self) -> bool:
         """Has the other end sealed as much with this key as it may?"""
-        return _worn(self._last + 1, self.bytes)
+        return _worn(self.ends, self._last + 1, self.bytes)
 
     def forget(self) -> None:
         """Forget the key, and what was opened of a payload."""
@@ -337,9 +346,9 @@ class Opener:
         if kind == Kind.BIND:
             if not self.bound:
                 self.bound, self.share = True, Share(number & sum(Share))
-            self._partial = None
+            self._partial, self.number = None, 0
             return None
-        self.newest = max(self.newest, number)
+        self.number, self.newest = number, max(self.newest, number)
         self._partial = partial
         if partial is None or not partial.filled(size):
             return None
@@ -386,8 +395,8 @@ class _Partial:
         return self._rooms
 
 
-def _worn(records: int, bytes: int) -> bool:
-    return records >= RECORDS_MAX or bytes >= BYTES_MAX
+def _worn(ends: Ends, records: int, bytes: int) -> bool:
+    return ends.cipher != PLAIN and (records >= RECORDS_MAX or bytes >= BYTES_MAX)
 
 
 def nonce_bytes(nonce: str) -> bytes:

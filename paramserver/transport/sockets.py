@@ -439,7 +439,7 @@ def is_local(host: str) -> bool:
     """Does this address belong to this host (to this network namespace)?"""
     try:
         addresses = {info[4][0] for info in socket.getaddrinfo(host, None)}
-    except OSError:
+    except (OSError, ValueError):  # what can be no name is an error of the second kind
         return False
     if any(str(a).startswith("127.") or a == "::1" for a in addresses):
         return True

@@ -18,6 +18,7 @@ from paramserver.errors import PeerError
 from paramserver.protocol import messages as wire
 from paramserver.transport import sealing, shm, sockets
 from paramserver.transport.inflow import Inflow
+from paramserver.transport.passwords import is_password
 from paramserver.transport.sealing import Ends, Kind, Opener, Payload, Sealer, Share, Unopened
 
 from .shared import Shared
@@ -57,16 +58,8 @@ class Channel:
         bytes, and so many records as `mark` may wait here. `plain`: the run has no keys, and
         nothing is sealed. `shared`: memory that this peer can share with the other end.
         `opened` gets each payload. Raises `PeerError` where the server has told nothing that can be
-        used."""
-        try:
-            id, up, down = (bytes.fromhex(text) for text in (told.id, told.up, told.down))
-        except ValueError:
-            raise PeerError("the keys of a channel are not numbers") from None
-        ciphers = (sealing.PLAIN,) if plain else tuple(sealing.CIPHERS)
-        if (len(id), len(up), len(down)) != (
-            *(sealing.ID_BYTES, sealing.KEY_BYTES, sealing.KEY_BYTES),
-        ) or told.cipher not in ciphers:
-            raise PeerError("the keys of a channel do not fit a cipher")
+        used, whatever it was: a shard may have said it."""
+        id, up, down = _keys(told, plain=plain)
         self.bound = False
         """The server has proven that it has the key, and knows that this peer has it."""
         self.skips = 0
@@ -90,7 +83,11 @@ class Channel:
         self._most_bytes = (mark + sealing.RECORDS_SPARE) * record_bytes
         self._watch = sockets.monitor(ctx, self.socket, zmq.EVENT_CONNECTED)
         self._watching = threading.Lock()
-        sockets.connect(self.socket, sockets.tcp(host, told.port))
+        try:
+            sockets.connect(self.socket, sockets.tcp(host, told.port))
+        except (zmq.ZMQError, ValueError) as e:
+            self.close()
+            raise PeerError(f"nobody can connect to {host!r}: {e}") from None
         ready = Share.NOTHING if shared is None else shared.ready
         sockets.send(self.socket, [self._sealer.bind(ready)])
 
@@ -124,8 +121,10 @@ class Channel:
             self._shared.agreed(self._opener.share)
         return self.bound
 
-    def read(self, now: float) -> bool:
-        """Take in one record, if there is one."""
+    def read(self, now: float, wanted: int = 0) -> bool:
+        """Take in one record, if there is one. Payloads with lower numbers than `wanted` are not
+        kept, and do not count as heard: or their sender could fill the memory, and hold up a wait
+        for as long as it likes."""
         if not sockets.readable(self.socket):
             return False
         frames = sockets.receive(self.socket)
@@ -138,10 +137,12 @@ class Channel:
         except Unopened:
             return True
         self.bound |= self._opener.bound
-        self.heard_at = now
+        if self._opener.number >= wanted:
+            self.heard_at = now
         # The other end binds before it sends averages, and nobody looks for any until then.
         if payload is not None and self.bound:
-            self._payloads[payload.number] = payload
+            if payload.number >= wanted:
+                self._payloads[payload.number] = payload
             self._tell_opened(payload)
         return True
 
@@ -158,7 +159,7 @@ class Channel:
             if self._opener.newest > number:
                 self.skips += 1
                 raise Lost
-            if not self.read(now):
+            if not self.read(now, number):
                 return None
         found = self._payloads.pop(number, None)
         if found is None:
@@ -194,6 +195,27 @@ class Channel:
         self.socket.close()
         if self._shared is not None:
             self._shared.close()
+
+
+def _keys(told: wire.Channel, *, plain: bool) -> tuple[bytes, bytes, bytes]:
+    """The id and both keys that were told. Raises `PeerError` where anything is not as
+    `paramserver.server.channels` makes it."""
+    texts = told.id, told.up, told.down
+    try:
+        id, up, down = (bytes.fromhex(text) for text in texts)
+    except ValueError:
+        raise PeerError("the keys of a channel are not numbers") from None
+    if (len(id), len(up), len(down)) != (
+        *(sealing.ID_BYTES, sealing.KEY_BYTES, sealing.KEY_BYTES),
+    ) or (id.hex(), up.hex(), down.hex()) != texts:
+        raise PeerError("the keys of a channel do not fit a cipher")
+    if told.cipher not in ((sealing.PLAIN,) if plain else tuple(sealing.CIPHERS)):
+        raise PeerError("a channel has a cipher that is none of ours")
+    if bool(told.password) if plain else not is_password(told.password):
+        raise PeerError("the password of a channel is none")
+    if not 0 < told.port < 2**16:
+        raise PeerError("the port of a channel is none")
+    return id, up, down
 
 
 __all__ = ["Channel", "Lost"]

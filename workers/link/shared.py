@@ -40,6 +40,8 @@ class Shared:
             slower("averages", "there is no room for them")
         except OSError as e:
             slower("averages", e.strerror or str(e))
+        except ValueError as e:  # it is no ring
+            slower("averages", str(e))
         if not slot_bytes:
             return
         try:
