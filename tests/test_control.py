@@ -18,6 +18,7 @@ from paramserver.rounds.rules import Rules
 from paramserver.server import control
 from paramserver.server.control import Control, Finished
 from paramserver.server.data import Data
+from paramserver.server.held import Came
 from paramserver.server.history import Frames
 from paramserver.server.server import Server
 from paramserver.server.spread import Kept
@@ -444,6 +445,62 @@ def test_a_shard_makes_a_peer_no_more_channels_than_it_was_told_to() -> None:
         met = wire.Met(session="session-2", channel=wire.Channel(port=1, id="ab"))
         run.control.receive(b"shard", met, [], run.now)
     assert len(run.to(2, wire.Channel)) == 2, "its keys, and its end"
+    for _ in range(3):  # it stays behind for so many rounds
+        run.control._allow_mets()
+    for _ in range(5):
+        run.control.receive(b"shard", met, [], run.now)
+    assert len(run.to(2, wire.Channel)) == 4, "the same again"
+
+
+def test_a_shard_may_replace_the_keys_of_its_peers_each_round() -> None:
+    run = Run(shards=2)
+    run.control.tick(run.now)
+    offer = wire.Offer(session="session-1", secret="")
+    run.control.receive(b"shard", offer, [], run.now)
+    met = wire.Met(session="session-2", channel=wire.Channel(port=1, id="ab"))
+    for told in range(1, 6):
+        run.control.receive(b"shard", met, [], run.now)
+        assert len(run.to(2, wire.Channel)) == told
+        run.push(1, 1.0, 2.0, 3.0)
+        run.push(2, 3.0, 4.0, 5.0)
+        assert run.rounds.step == told
+
+
+def test_peers_are_told_that_a_shard_is_gone() -> None:
+    """Else they would keep their channels to it. A shard cannot say so itself."""
+    run = Run(shards=2)
+    run.control.tick(run.now)
+    offer = wire.Offer(session="session-1", secret="")
+    run.control.receive(b"shard", offer, [], run.now)
+    end = wire.Met(session="session-2", channel=wire.Channel(reason="the end"))
+    run.control.receive(b"shard", end, [], run.now)
+    [ended] = run.to(2, wire.Channel)
+    assert not ended.port and ended.host, "it may get another one"
+    run.hear(1, wire.Goodbye(reason="ends", finished=True))
+    run.now += SILENCE_S
+    run.control.tick(run.now)
+    assert not run.control._shards
+    [_, gone] = run.to(2, wire.Channel)
+    assert (gone.port, gone.shard, gone.host, gone.id) == (0, 1, "", "")
+    run.hear(2, wire.Reached(shard=1, problem="it is gone"))
+    assert "session-2" in run.rounds.peers and not run.control._met
+
+
+def test_a_peer_is_told_that_a_shard_does_not_get_what_it_sends() -> None:
+    """It pushes nothing more through the channel that it has, and gets another one."""
+    run = Run(shards=2)
+    run.control.tick(run.now)
+    offer = wire.Offer(session="session-1", secret="")
+    run.control.receive(b"shard", offer, [], run.now)
+    run.told.sent.clear()
+    push = wire.Push(round=1, bucket=0, samples=4, shard=1, sealed=1)
+    run.control._held.hold(b"link 2", Came(push, [], None, 0, run.now), run.now)
+    run.now += SILENCE_S / 2 + 0.1
+    run.control.tick(run.now)
+    [ended] = run.to(2, wire.Channel)
+    assert (ended.port, ended.shard, ended.host) == (0, 1, "")
+    [meet] = [m for r, m in run.told.sent if r == b"shard" and isinstance(m, wire.Meet)]
+    assert meet.session == "session-2"
 
 
 def test_who_says_in_turn_that_it_reaches_a_shard_is_believed_as_often_as_it_gets_a_channel() -> (

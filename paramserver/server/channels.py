@@ -18,7 +18,7 @@ import zmq
 from paramserver.protocol import messages as wire
 from paramserver.transport import sealing, sockets
 from paramserver.transport.handshake import Strangers
-from paramserver.transport.passwords import Passwords
+from paramserver.transport.passwords import VALID_S, Passwords
 from paramserver.transport.sealing import Ends, Kind, Opener, Payload, Sealer, Share, Unopened
 
 LOSSES_MAX = 3
@@ -98,7 +98,7 @@ class Channels:
         self._channels: dict[str, _Channel] = {}  # by the id of their keys
         self._live: dict[str, _Channel] = {}  # by session: averages go there
         self._next: dict[str, _Channel] = {}  # by session: not connected yet
-        self._old: dict[str, _Channel] = {}  # by session: until the open round is over
+        self._old: dict[str, _Channel] = {}  # by session: pushes may still come through it
         self._losses: dict[str, int] = {}  # by session
         self._spared: set[str] = set()  # sessions that get averages from a relay
         self._number = 0  # of the newest average
@@ -121,8 +121,8 @@ class Channels:
     def dial(self, session: str, worker: int, costs: Mapping[str, float], now: float) -> None:
         """The peer wants a channel in place of the one that it had, or, with no ciphers, none."""
         self.lose(session, "")
+        self._close(session)
         if not costs and self._passwords is not None:
-            self._close(session)
             return
         cipher = sealing.PLAIN
         if self._passwords is not None:
@@ -181,19 +181,23 @@ class Channels:
         channel.opener.forget()
 
     def lose(self, session: str, why: str) -> bool:
-        """This session's channels are over, and `why` is told to the peer, if it does not know.
-        False where there was none: then the peer has been told before, and nothing has ended."""
+        """This session's channel is over, and `why` is told to the peer, if it does not know. One
+        that is to replace it may still come up. False where there was none: then the peer has been
+        told before, and nothing has ended."""
         channel = self._live.get(session)
         if channel is None:
             return False
         self._losses[session] = self._losses.get(session, 0) + 1
-        self._close(session)
+        self._end(session, self._live, self._old)
         if why:
             self._tell(session, wire.Channel(id=channel.sealer.ends.id.hex(), reason=why))
         return True
 
     def _close(self, session: str) -> None:
-        for table in (self._live, self._next, self._old):
+        self._end(session, self._live, self._next, self._old)
+
+    def _end(self, session: str, *tables: dict[str, _Channel]) -> None:
+        for table in tables:
             channel = table.pop(session, None)
             if channel is not None:
                 self._forget(channel)
@@ -210,13 +214,21 @@ class Channels:
             self._close(session)
 
     def round_over(self, now: float) -> None:
-        """Forget the keys that were replaced, and replace those that are worn."""
-        for session in list(self._old):
-            self._forget(self._old.pop(session))
+        """Forget the keys that were replaced, once the peer, if it pushes, does so under the new
+        ones, and replace those that are worn."""
+        for session, old in list(self._old.items()):
+            live = self._live.get(session)
+            if live is None or live.opener.newest or not old.opener.newest:
+                self._forget(self._old.pop(session))
         for session, channel in self._live.items():
             ends, worn = channel.opener.ends, channel.sealer.worn or channel.opener.worn
-            if worn and session not in self._next:
+            if worn and not self._is_offered(session, now):
                 self._hand_out(session, ends.sender, ends.cipher, now)
+
+    def _is_offered(self, session: str, now: float) -> bool:
+        """Has this peer got keys with which it may still connect?"""
+        offered = self._next.get(session)
+        return offered is not None and now - offered.heard_at <= VALID_S
 
     # ------------------------------------------------------------------ what comes in
 

@@ -323,6 +323,7 @@ class Control:
             return
         push = held[0].message
         problem = "what it sends there does not come"
+        self._send(session, wire.Channel(shard=push.shard, reason=problem))
         self._reached(session, wire.Reached(shard=push.shard, problem=problem), now)
         self.cut_off(session, now)
         for came in held:
@@ -694,13 +695,16 @@ class Control:
                 self._dismiss(shard, now)
 
     def _dismiss(self, shard: int, now: float) -> None:
-        """A shard is gone. Who waits for what it kept has to take a snapshot."""
+        """A shard is gone. Who waits for what it kept has to take a snapshot. Its peers are told,
+        in the server's own name: without a host, which `_pass_on` always names."""
         self._retiring.pop(shard, None)
         route = self._shards.pop(shard, None)
         if route is not None:
             self._transport.send(route, wire.Greet(session_known=False))
             del self._shard_of[route]
             self._transport.forget(route)
+        for session in sorted(s for s, number in self._met if number == shard):
+            self._send(session, wire.Channel(shard=shard, reason="this shard is gone"))
         self._forget_met(shard)
         self._data.dismiss(shard)
         self._forget_overwritten(now)
@@ -775,13 +779,19 @@ class Control:
 
     def _pass_on(self, shard: int, met: wire.Met) -> None:
         """A shard has made a channel for a peer, or ended it. What it tells without having been
-        asked to make one would cost the peer a socket each time."""
+        asked to make one would cost the peer a socket each time; one message more each round is for
+        keys in place of those that are worn. The host is always named: see `_dismiss`."""
         key = met.session, shard
         if self._mets[key] <= 0:
             return
         self._mets[key] -= 1
         host = self.rounds.shards.live[shard].host
         self._send(met.session, msgspec.structs.replace(met.channel, shard=shard, host=host))
+
+    def _allow_mets(self) -> None:
+        """A round is closed: each shard may have new keys for each of its peers."""
+        for key, left in self._mets.items():
+            self._mets[key] = max(left, min(left + 1, METS))
 
     def _hear_recalled(
         self, shard: int, message: wire.Recalled, buffers: list[Any], now: float
@@ -927,6 +937,7 @@ class Control:
         self.watcher.closing(self, close)
         self._forget_lacking()
         self._say_what_is_lost()
+        self._allow_mets()
         update = self._data.close(close)
         self._transport.publish_update(self._data.due(), update.messages[-1])
         for session in sorted(self.rounds.deaf):

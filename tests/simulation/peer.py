@@ -196,6 +196,7 @@ class Client(Process):
         self.sub_room = 3 * server.buckets + 6
         self.address = "" if self.ipc else f"10.0.0.{max(1, id) // (1 + world.seed % 3 // 2)}"
         self.channels: dict[int, Channel] = {}  # by shard
+        self.leaving: dict[int, Channel] = {}  # ended by the server, and still read
         self._pushed = 0  # payloads, to any shard
         self._awaited: dict[int, tuple[int, float]] = {}  # by shard: payload, since when
         self.shard: Shard | None = None  # that it has started
@@ -571,6 +572,9 @@ class Client(Process):
         """Its worker has started one."""
 
     def _told_channel(self, told: wire.Channel) -> None:
+        if not told.port:
+            self._end_channel(told.shard)
+            return
         shard = self.server.shards.get(told.shard)
         before = self.channels.pop(told.shard, None)
         if before is not None:
@@ -595,19 +599,47 @@ class Client(Process):
     def _channel_lost(self, number: int, why: str) -> None:
         channel = self.channels.pop(number, None)
         self._awaited.pop(number, None)
+        self._close_leaving(number)
         if channel is not None:
             channel.lane.close()
             self.send(wire.Reached(shard=number, problem=why))
 
+    def _end_channel(self, number: int) -> None:
+        """The server has ended it. As `Shards`, which reads from it for a while."""
+        channel = self.channels.pop(number, None)
+        if channel is None:
+            return
+        if not channel.bound:
+            channel.lane.close()
+            return
+        self._close_leaving(number)
+        self.leaving[number] = channel
+        self.world.after(self._timeout_s / 2, self._look_at_leaving, number, channel)
+
+    def _look_at_leaving(self, number: int, channel: Channel) -> None:
+        if self.leaving.get(number) is not channel:
+            return
+        if self.follow is not None and number in self.follow.makers:
+            self.world.after(self._timeout_s / 2, self._look_at_leaving, number, channel)
+        else:
+            self._close_leaving(number)
+
+    def _close_leaving(self, number: int) -> None:
+        channel = self.leaving.pop(number, None)
+        if channel is not None:
+            channel.lane.close()
+
     def _close_channels(self) -> None:
-        for channel in self.channels.values():
+        for channel in [*self.channels.values(), *self.leaving.values()]:
             channel.lane.close()
         self.channels.clear()
+        self.leaving.clear()
 
     def _from_shard(self, line: Line, carried: Carried) -> None:
         number = int(line.kind.split()[1])
-        channel = self.channels.get(number)
-        if channel is None or channel.lane is not line or not self.alive:
+        found = self.channels.get(number), self.leaving.get(number)
+        channel = next((c for c in found if c is not None and c.lane is line), None)
+        if channel is None or not self.alive:
             return
         record, _ = carried
         if record.kind == BIND:
@@ -670,16 +702,19 @@ class Client(Process):
             )
 
     def _payload_of_shard(self, average: wire.Sharded, patient: bool) -> Any:
-        channel, number = self.channels.get(average.shard), average.number
-        if channel is None:
-            return None
-        self._read(average.shard, channel)
-        for older in [n for n in channel.payloads if n < number]:
-            del channel.payloads[older]
-        if number in channel.payloads:
-            self._awaited.pop(average.shard, None)
-            return channel.payloads.pop(number)
-        if channel.newest > number:
+        number, lost = average.number, True
+        for table in (self.leaving, self.channels):
+            channel = table.get(average.shard)
+            if channel is None:
+                continue
+            self._read(average.shard, channel)
+            for older in [n for n in channel.payloads if n < number]:
+                del channel.payloads[older]
+            if number in channel.payloads:
+                self._awaited.pop(average.shard, None)
+                return channel.payloads.pop(number)
+            lost = lost and channel.newest > number
+        if lost:
             return None
         if patient:
             return ON_ITS_WAY

@@ -561,7 +561,7 @@ class Client:
         session, connection = self.session, self.connection
         assert session is not None
         connection.payloads.tick(now)
-        connection.shards.tick(now)
+        connection.shards.tick(now, session.follow.makers)
         connection.relays.tick()
         if now - session.follow.heard_at <= connection.heartbeat_timeout / 2:
             connection.server_search.over()
@@ -693,8 +693,7 @@ class Client:
         found = list(self.connection.payloads.waiting)
         heads = [session.held[place][0] for place in range(session.may_be_next)]
         for shard in {m.shard for m in heads if isinstance(m, wire.Sharded)}:
-            if (channel := shards.channel(shard)) is not None:
-                found.append(channel.socket)
+            found += shards.sockets(shard)
         if any(isinstance(m, wire.Sealed | wire.Sharded) for m in heads):
             found += self.connection.relays.sockets
         return found

@@ -262,6 +262,14 @@ class Follow:
 
     # ------------------------------------------------------------------ waiting
 
+    @property
+    def makers(self) -> frozenset[int]:
+        """The shards whose averages may still be wanted: those of the open round."""
+        current = self.open
+        if current is None or self.is_over(current.round):
+            return frozenset()
+        return frozenset(number for number, _ in current.shards)
+
     def heard(self, now: float) -> None:
         self.heard_at = now
 

@@ -89,7 +89,11 @@ class Payloads:
         """The server hands out a channel, or closes the one that there was."""
         if not message.port:
             channels = (self._current, self._next, self._old)
-            if not message.id or message.id in (c.id for c in channels if c is not None):
+            current = self._current
+            if current is not None and self._next is not None and message.id == current.id:
+                self._replace_by(None)
+                self._subscribe()  # the next one comes up, or does not
+            elif not message.id or message.id in (c.id for c in channels if c is not None):
                 self._fail(message.reason, tell=False)
             return  # else it was given up here, too, and another one asked for
         if self._next is not None:
@@ -101,6 +105,14 @@ class Payloads:
             self._fail(str(e))
             return
         self._subscribe()
+
+    def _replace_by(self, channel: Channel | None) -> None:
+        """Push through this one. The one before may still have averages that nobody has read."""
+        if self._current is not None:
+            if self._old is not None:
+                self._old.close()
+            self._old = self._current
+        self._current = channel
 
     def _fail(self, why: str, *, tell: bool = True) -> None:
         """There is no channel any more: ask for another one, or do without."""
@@ -162,9 +174,8 @@ class Payloads:
         if channel is None:
             return
         if channel.come_up(now):
-            if self._old is not None:
-                self._old.close()
-            self._old, self._current, self._next = self._current, channel, None
+            self._next = None
+            self._replace_by(channel)
             self._subscribe()
         elif now - channel.since > CONNECT_S:
             port, self._next = channel.port, None

@@ -9,12 +9,13 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+import zmq
 
 from paramserver import notify
 from paramserver.errors import PeerError
@@ -45,6 +46,8 @@ class Shards:
         self._connection = connection
         self._bound: dict[int, Channel] = {}
         self._coming: dict[int, Channel] = {}
+        self._old: dict[int, Channel] = {}  # their last averages may be on their way, or unread
+        self._ended: dict[int, float] = {}  # the server has ended these channels, since when
         self._number = 0  # of the newest push
         self._awaited: dict[int, tuple[int, float]] = {}  # by shard: payload, since when
         self._map: tuple[Any, tuple[int, ...]] = (None, ())
@@ -55,9 +58,14 @@ class Shards:
         """Of the outboxes for shards on this host; 0: this peer pushes nothing."""
         self._slower: set[str] = set()  # what was said to go through channels
 
-    def channel(self, shard: int) -> Channel | None:
-        """The channel to this shard, if it works."""
-        return self._bound.get(shard)
+    def sockets(self, shard: int) -> list[zmq.Socket[bytes]]:
+        """From which averages of this shard may come."""
+        return [channel.socket for channel in self._sources(shard)]
+
+    def _sources(self, shard: int) -> list[Channel]:
+        """The channels that averages of this shard may come through, the oldest first."""
+        found = self._old.get(shard), self._bound.get(shard)
+        return [channel for channel in found if channel is not None]
 
     # ------------------------------------------------------------------ the map
 
@@ -72,19 +80,43 @@ class Shards:
     # ------------------------------------------------------------------ channels
 
     def told(self, message: wire.Channel, now: float) -> None:
-        """A shard has made a channel for this peer, or ended it."""
+        """A shard has made a channel for this peer, or ended it. One that works is used until the
+        new one is bound."""
         shard = message.shard
-        self._drop(shard)
         if not message.port:
-            self._connection.send(wire.Reached(shard=shard, problem=message.reason))
+            self._told_of_end(message, now)
             return
+        self._close(self._coming, shard)
+        self._ended.pop(shard, None)
         shared = self._share(message)
         try:
             self._coming[shard] = self._connection.channel(message, now, shared)
         except PeerError as e:
             if shared is not None:
                 shared.close()
-            self._connection.send(wire.Reached(shard=shard, problem=str(e)))
+            self.lose(shard, str(e))
+
+    def _told_of_end(self, message: wire.Channel, now: float) -> None:
+        """A channel is over. The server names no host where it has ended all to this shard itself:
+        it needs no answer, and averages that the shard has made before may still be needed."""
+        shard = message.shard
+        bound, coming = self._bound.get(shard), self._coming.get(shard)
+        if not message.host:
+            self._close(self._coming, shard)
+            self._replace(shard)
+            self._ended[shard] = now
+        elif bound is not None and coming is not None and message.id == bound.id:
+            self._replace(shard)  # the other one comes up, or does not
+        elif not message.id or message.id in [c.id for c in (bound, coming) if c is not None]:
+            self.lose(shard, message.reason)
+        # Else it was given up here, too, and the server knows.
+
+    def _replace(self, shard: int) -> None:
+        """Nothing is pushed any more through the channel to this shard, if there is one."""
+        before = self._bound.pop(shard, None)
+        if before is not None:
+            self._close(self._old, shard)
+            self._old[shard] = before
 
     def _share(self, told: wire.Channel) -> Shared | None:
         """The memory that this peer can share with a shard, if that is on this host."""
@@ -110,25 +142,33 @@ class Shards:
 
     def _drop(self, shard: int) -> None:
         self._awaited.pop(shard, None)
-        for table in (self._bound, self._coming):
-            channel = table.pop(shard, None)
-            if channel is not None:
-                channel.close()
+        self._ended.pop(shard, None)
+        for table in (self._bound, self._coming, self._old):
+            self._close(table, shard)
+
+    def _close(self, table: dict[int, Channel], shard: int) -> None:
+        channel = table.pop(shard, None)
+        if channel is not None:
+            channel.close()
 
     def lose(self, shard: int, why: str) -> None:
-        """There is no channel to this shard any more: the server may let it make another one."""
+        """There is no channel to this shard any more: the server may let it make another one, if it
+        has not ended them itself."""
+        tells = shard not in self._ended
         self._drop(shard)
-        self._connection.send(wire.Reached(shard=shard, problem=why))
+        if tells:
+            self._connection.send(wire.Reached(shard=shard, problem=why))
 
     def measure(self) -> None:
         """Bound what channels hold here. Call it from time to time, in a long step, too; any thread
         may."""
-        for table in (self._bound, self._coming):
+        for table in (self._bound, self._coming, self._old):
             for channel in list(table.values()):  # the main thread may change it meanwhile
                 channel.measure()
 
-    def tick(self, now: float) -> None:
-        """Time has passed."""
+    def tick(self, now: float, makers: Collection[int] = ()) -> None:
+        """Time has passed. `makers`: the shards of the open round, as far as this peer has followed
+        the log; averages of others that were ended are not awaited for long."""
         if now - self._measured_at > MEASURE_S:
             self._measured_at = now
             self.measure()
@@ -137,16 +177,24 @@ class Shards:
         for shard, channel in list(self._coming.items()):
             if channel.come_up(now):
                 del self._coming[shard]
+                self._replace(shard)
                 self._bound[shard] = channel
                 self._connection.send(wire.Reached(shard=shard))
+            elif now - channel.since > CONNECT_S and shard in self._bound:
+                self._close(self._coming, shard)  # the shard offers another one later
             elif now - channel.since > CONNECT_S:
                 why = f"nothing comes through its port {channel.port}: is a firewall in between?"
                 self.lose(shard, why)
+        patience_s = self._connection.heartbeat_timeout / 2
+        for shard, since in list(self._ended.items()):
+            if shard not in makers and now - since > patience_s:
+                del self._ended[shard]
+                self._close(self._old, shard)
 
     def close(self, *, leaves: bool = False) -> None:
         """Forget all keys, and end the own shard: this session is over. With a worker that `leaves`
         the shard may go on for a few seconds, while the server takes over what others lack."""
-        for shard in [*self._bound, *self._coming]:
+        for shard in {*self._bound, *self._coming, *self._old, *self._ended}:
             self._drop(shard)
         self._number = 0
         process, self._process = self._process, None
@@ -192,28 +240,31 @@ class Shards:
         """The buffers of an average; None if they are on their way. Raises `Lost` where they do
         not come. `patient`: they need not come this way, and the channel is not to blame."""
         shard, number = average.shard, average.number
-        channel = self._bound.get(shard)
-        if channel is None:
-            raise Lost
-        skips = channel.skips
-        try:
-            found = channel.payload(average, now)
-        except Lost:
+        channels, lost = self._sources(shard), 0
+        for channel in channels:
+            skips = channel.skips
+            try:
+                found = channel.payload(average, now)
+            except Lost:
+                lost += 1
+                if patient:
+                    channel.skips = skips
+                continue
+            if found is not None:
+                self._awaited.pop(shard, None)
+                if channel is self._bound.get(shard):
+                    self._close(self._old, shard)
+                return found
+        if lost == len(channels):
             self._awaited.pop(shard, None)
-            if patient:
-                channel.skips = skips
-                raise
-            if channel.skips > SKIPS_MAX:
+            if channels and channels[-1].skips > SKIPS_MAX and not patient:
                 self.lose(shard, f"{SKIPS_MAX} averages were missing")
-            raise
-        if found is not None:
-            self._awaited.pop(shard, None)
-            return found
+            raise Lost
         if patient:
             return None
         if self._awaited.get(shard, (0, 0.0))[0] != number:
             self._awaited[shard] = number, now
-        heard_at = max(self._awaited[shard][1], channel.heard_at)
+        heard_at = max(self._awaited[shard][1], *(c.heard_at for c in channels))
         if now - heard_at > self._connection.heartbeat_timeout / 2:
             self.lose(shard, "nothing comes through it")
             raise Lost
