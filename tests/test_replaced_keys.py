@@ -223,6 +223,8 @@ def test_pushes_under_the_former_keys_open_until_the_first_under_new_ones(
     """The worker hears later than the shard that the new channel is bound."""
     with pairs() as pair:
         pair.meet()
+        pair.push(1, b"before")
+        pair.until(lambda: b"before" in pair.pushed)
         pair.channels._hand_out(SESSION, 1, "aes-256-gcm", pair.now)
         while not pair.channels._old:
             pair.socket.poll(1)

@@ -14,7 +14,7 @@ class Beside(Shards):
     """Starts no process."""
 
     def __init__(self) -> None:
-        connection: Any = None
+        connection: Any = SimpleNamespace(heartbeat_timeout=10.0)
         super().__init__(connection)
         self.ended: list[bool] = []  # of each process that it would have started
 
