@@ -197,6 +197,32 @@ class Channel:
             self._shared.close()
 
 
+def brought(
+    channels: Sequence[Channel],
+    average: wire.Sealed | wire.Sharded,
+    now: float,
+    *,
+    patient: bool,
+) -> tuple[Channel, list[Any] | shm.Blocks] | None:
+    """The buffers of an average, and which of these channels has brought them; None if they may be
+    on their way. Raises `Lost` where they come through none. `patient`: no channel is to blame."""
+    lost = 0
+    for channel in channels:
+        skips = channel.skips
+        try:
+            found = channel.payload(average, now)
+        except Lost:
+            lost += 1
+            if patient:
+                channel.skips = skips
+            continue
+        if found is not None:
+            return channel, found
+    if lost == len(channels):
+        raise Lost
+    return None
+
+
 def _keys(told: wire.Channel, *, plain: bool) -> tuple[bytes, bytes, bytes]:
     """The id and both keys that were told. Raises `PeerError` where anything is not as
     `paramserver.server.channels` makes it."""
@@ -218,4 +244,4 @@ def _keys(told: wire.Channel, *, plain: bool) -> tuple[bytes, bytes, bytes]:
     return id, up, down
 
 
-__all__ = ["Channel", "Lost"]
+__all__ = ["Channel", "Lost", "brought"]

@@ -17,7 +17,7 @@ from paramserver.errors import PeerError
 from paramserver.protocol import messages as wire
 from paramserver.transport import sealing, shm, sockets
 
-from .channel import SKIPS_MAX, Channel, Lost
+from .channel import SKIPS_MAX, Channel, Lost, brought
 
 if TYPE_CHECKING:
     from .connection import Connection
@@ -205,30 +205,20 @@ class Payloads:
         another channel, where they do not come. `patient`: they need not come this way, and the
         channel is not to blame."""
         channels = [c for c in (self._old, self._current) if c is not None]
-        if not channels:
-            raise Lost
-        lost = 0
-        for channel in channels:
-            skips = channel.skips
-            try:
-                found = channel.payload(average, now)
-            except Lost:
-                lost += 1
-                if patient:
-                    channel.skips = skips
-                continue
-            if found is not None:
-                self._awaited = None
-                if channel is self._current and self._old is not None:
-                    self._old.close()
-                    self._old = None
-                return found
-        newest = channels[-1]
-        if lost == len(channels):
+        try:
+            found = brought(channels, average, now, patient=patient)
+        except Lost:
             self._awaited = None
-            if newest.skips > SKIPS_MAX and not patient:
+            if channels and channels[-1].skips > SKIPS_MAX and not patient:
                 self._fail(f"{SKIPS_MAX} averages were missing")
-            raise Lost
+            raise
+        if found is not None:
+            self._awaited = None
+            channel, buffers = found
+            if channel is self._current and self._old is not None:
+                self._old.close()
+                self._old = None
+            return buffers
         if patient:
             return None
         if self._awaited is None or self._awaited[0] != average.number:

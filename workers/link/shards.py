@@ -26,7 +26,7 @@ from paramserver.shard.orders import LINGER_S, Orders
 from paramserver.tensors.bucket import BucketPlan
 from paramserver.transport import private_dir, shm, sockets
 
-from .channel import SKIPS_MAX, Channel, Lost
+from .channel import SKIPS_MAX, Channel, Lost, brought
 from .payloads import MEASURE_S
 from .shared import Shared
 
@@ -240,26 +240,20 @@ class Shards:
         """The buffers of an average; None if they are on their way. Raises `Lost` where they do
         not come. `patient`: they need not come this way, and the channel is not to blame."""
         shard, number = average.shard, average.number
-        channels, lost = self._sources(shard), 0
-        for channel in channels:
-            skips = channel.skips
-            try:
-                found = channel.payload(average, now)
-            except Lost:
-                lost += 1
-                if patient:
-                    channel.skips = skips
-                continue
-            if found is not None:
-                self._awaited.pop(shard, None)
-                if channel is self._bound.get(shard):
-                    self._close(self._old, shard)
-                return found
-        if lost == len(channels):
+        channels = self._sources(shard)
+        try:
+            found = brought(channels, average, now, patient=patient)
+        except Lost:
             self._awaited.pop(shard, None)
             if channels and channels[-1].skips > SKIPS_MAX and not patient:
                 self.lose(shard, f"{SKIPS_MAX} averages were missing")
-            raise Lost
+            raise
+        if found is not None:
+            self._awaited.pop(shard, None)
+            channel, buffers = found
+            if channel is self._bound.get(shard):
+                self._close(self._old, shard)
+            return buffers
         if patient:
             return None
         if self._awaited.get(shard, (0, 0.0))[0] != number:
