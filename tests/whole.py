@@ -528,10 +528,9 @@ class Served:
         self.said.append(text)
 
     def closing(self, control: Control, close: wire.Close) -> None:
-        pass
+        self.closes.append(close)  # before a worker can know of it
 
     def closed(self, control: Control, close: wire.Close) -> None:
-        self.closes.append(close)
         self._look()
 
     def reported(self, control: Control, report: wire.Report) -> None:
