@@ -223,8 +223,6 @@ def test_pushes_under_the_former_keys_open_until_the_first_under_new_ones(
     """The worker hears later than the shard that the new channel is bound."""
     with pairs() as pair:
         pair.meet()
-        pair.push(1, b"before")
-        pair.until(lambda: b"before" in pair.pushed)
         pair.channels._hand_out(SESSION, 1, "aes-256-gcm", pair.now)
         while not pair.channels._old:
             pair.socket.poll(1)
@@ -237,6 +235,20 @@ def test_pushes_under_the_former_keys_open_until_the_first_under_new_ones(
             pair.until(lambda: content in pair.pushed)  # noqa: B023
         pair.channels.round_over(pair.now)
         assert not pair.channels._old and len(set(pair.ids)) == 2
+
+
+def test_an_observer_pushes_nothing_so_its_former_keys_end_with_the_round(
+    said: list[wire.Message],
+) -> None:
+    with pairs() as pair:
+        assert pair.worker.welcome is not None
+        pair.worker.welcome = msgspec.structs.replace(pair.worker.welcome, id=0)
+        pair.channels.dial(SESSION, 0, sealing.measured(), pair.now)
+        pair.until(lambda: pair.worker.shards.sockets(1))
+        pair.channels._hand_out(SESSION, 0, "aes-256-gcm", pair.now)
+        pair.until(lambda: pair.channels._old)
+        pair.channels.round_over(pair.now)
+        assert not pair.channels._old and pair.channels.live == 1
 
 
 def test_a_channel_that_is_cut_takes_not_the_next_one_with_it(

@@ -214,11 +214,11 @@ class Channels:
             self._close(session)
 
     def round_over(self, now: float) -> None:
-        """Forget the keys that were replaced, once the peer, if it pushes, does so under the new
-        ones, and replace those that are worn."""
+        """Forget the keys that were replaced, once a worker pushes under the new ones, and replace
+        those that are worn."""
         for session, old in list(self._old.items()):
-            live = self._live.get(session)
-            if live is None or live.opener.newest or not old.opener.newest:
+            live, worker = self._live.get(session), old.opener.ends.sender  # 0: the observer
+            if live is None or live.opener.newest or not worker:
                 self._forget(self._old.pop(session))
         for session, channel in self._live.items():
             ends, worn = channel.opener.ends, channel.sealer.worn or channel.opener.worn
