@@ -111,6 +111,11 @@ def framed(body: bytes, more: bool = False) -> bytes:
     return bytes([flags]) + len(body).to_bytes(8 if flags & LONG else 1) + body
 
 
+def flipped(frame: bytes) -> bytes:
+    """The same with one other bit, before the tag of a record."""
+    return frame[:-20] + bytes([frame[-20] ^ 1]) + frame[-19:]
+
+
 def _exactly(stream: object, size: int) -> bytes:
     read = stream.read(size)  # type: ignore[attr-defined]
     if len(read) < size:

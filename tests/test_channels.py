@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import zmq
 from crew import Crew, Noise, perceptron
-from middle import COMMAND, DOWN, LONG, UP, Middle, More, framed
+from middle import COMMAND, DOWN, LONG, UP, Middle, More, flipped, framed
 from test_handshake import stranger
 from test_strangers import HELLO, ZMTP_GREETING, answer, dealer
 from whole import DEADLINE_S, LOOPBACK, Served, free_port
@@ -124,10 +124,6 @@ def test_payloads_of_a_run_with_keys_travel_sealed() -> None:
         assert len(middle.seen[way]) == 2 * (1 + rounds)
     assert len(ids(list(middle.seen[UP]))) == 2, "each peer has keys of its own"
     assert served.samples == (96 * EPOCHS, 0, 0)
-
-
-def flipped(frame: bytes) -> bytes:
-    return frame[:-20] + bytes([frame[-20] ^ 1]) + frame[-19:]
 
 
 class Attack:

@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 import pytest
 import zmq
-from middle import COMMAND, LONG, UP, Middle
+from middle import COMMAND, LONG, UP, Middle, flipped
 from test_strangers import ZMTP_GREETING
 from whole import DEADLINE_S, LOOPBACK
 
@@ -118,10 +118,6 @@ def push(channel: Channel, number: int) -> None:
 def unopened(process: Process) -> int:
     assert process._channels is not None
     return process._channels.unopened
-
-
-def flipped(frame: bytes) -> bytes:
-    return frame[:-20] + bytes([frame[-20] ^ 1]) + frame[-19:]
 
 
 FIRST, TAMPERED = 1, 4
