@@ -375,13 +375,24 @@ def test_what_comes_after_a_standstill_meets_no_deadline_that_passed_meanwhile()
     assert (run.rounds.step, run.rounds.lineage) == (3, "newest")
 
 
-def all_beat(run: Run, offer: wire.Offer, seconds: float) -> None:
+OFFER = wire.Offer(session="session-1", secret="")
+
+
+def with_a_shard() -> Run:
+    """A run whose worker 1 has a shard, at the end of the link `shard`."""
+    run = Run(shards=2)
+    run.control.tick(run.now)
+    run.control.receive(b"shard", OFFER, [], run.now)
+    return run
+
+
+def all_beat(run: Run, seconds: float) -> None:
     """Both workers and their shard give signs of life for so long."""
     for _ in range(10):
         run.now += seconds / 10
         for number in (1, 2):
             run.hear(number, wire.Beat(session=f"session-{number}"))
-        run.control.receive(b"shard", offer, [], run.now)
+        run.control.receive(b"shard", OFFER, [], run.now)
         run.control.tick(run.now)
 
 
@@ -391,8 +402,7 @@ def test_who_does_not_reach_a_shard_tries_again_each_minute() -> None:
     run.control.tick(run.now)
     [(route, _)] = [(r, m) for r, m in run.told.sent if isinstance(m, wire.Carry)]
     assert route == b"link 1"
-    offer = wire.Offer(session="session-1", secret="")
-    run.control.receive(b"shard", offer, [], run.now)
+    run.control.receive(b"shard", OFFER, [], run.now)
 
     def meets() -> int:
         sent = [m for r, m in run.told.sent if r == b"shard" and isinstance(m, wire.Meet)]
@@ -404,23 +414,20 @@ def test_who_does_not_reach_a_shard_tries_again_each_minute() -> None:
         run.hear(2, unreached)
         assert meets() == tries
     for tries in (4, 5):
-        all_beat(run, offer, 59.9)
+        all_beat(run, 59.9)
         assert meets() == tries - 1
-        all_beat(run, offer, 0.2)
+        all_beat(run, 0.2)
         assert meets() == tries
         run.hear(2, unreached)
     run.hear(2, wire.Goodbye(reason="ends", finished=True))
-    all_beat(run, offer, 90.0)
+    all_beat(run, 90.0)
     assert meets() == 5
 
 
 def test_a_shard_that_beats_and_sends_nothing_of_what_it_keeps_is_lost() -> None:
     """Who lacks that would wait for ever, and take part in no round."""
-    run = Run(shards=2)
+    run = with_a_shard()
     before = run.rounds.lineage
-    run.control.tick(run.now)
-    offer = wire.Offer(session="session-1", secret="")
-    run.control.receive(b"shard", offer, [], run.now)
     run.push(1, 1.0, 2.0, 3.0)
     run.push(2, 3.0, 4.0, 5.0)
     spread = run.control._data
@@ -431,16 +438,13 @@ def test_a_shard_that_beats_and_sends_nothing_of_what_it_keeps_is_lost() -> None
     assert len(recalls) == 1 and run.to(2, wire.Fetched) == []
     limit = control.MUTE_TIMEOUTS * SILENCE_S
     for seconds, lives in ((0.0, True), (limit, True), (0.1, False)):
-        all_beat(run, offer, seconds)
+        all_beat(run, seconds)
         assert (1 in run.rounds.shards.live) is lives
     assert len(run.to(2, wire.Fetched)) == 1, "it has to ask again"
 
 
 def test_a_shard_makes_a_peer_no_more_channels_than_it_was_told_to() -> None:
-    run = Run(shards=2)
-    run.control.tick(run.now)
-    offer = wire.Offer(session="session-1", secret="")
-    run.control.receive(b"shard", offer, [], run.now)
+    run = with_a_shard()
     for _ in range(5):
         met = wire.Met(session="session-2", channel=wire.Channel(port=1, id="ab"))
         run.control.receive(b"shard", met, [], run.now)
@@ -453,10 +457,7 @@ def test_a_shard_makes_a_peer_no_more_channels_than_it_was_told_to() -> None:
 
 
 def test_a_shard_may_replace_the_keys_of_its_peers_each_round() -> None:
-    run = Run(shards=2)
-    run.control.tick(run.now)
-    offer = wire.Offer(session="session-1", secret="")
-    run.control.receive(b"shard", offer, [], run.now)
+    run = with_a_shard()
     met = wire.Met(session="session-2", channel=wire.Channel(port=1, id="ab"))
     for told in range(1, 6):
         run.control.receive(b"shard", met, [], run.now)
@@ -468,10 +469,7 @@ def test_a_shard_may_replace_the_keys_of_its_peers_each_round() -> None:
 
 def test_peers_are_told_that_a_shard_is_gone() -> None:
     """Else they would keep their channels to it. A shard cannot say so itself."""
-    run = Run(shards=2)
-    run.control.tick(run.now)
-    offer = wire.Offer(session="session-1", secret="")
-    run.control.receive(b"shard", offer, [], run.now)
+    run = with_a_shard()
     end = wire.Met(session="session-2", channel=wire.Channel(reason="the end"))
     run.control.receive(b"shard", end, [], run.now)
     [ended] = run.to(2, wire.Channel)
@@ -488,10 +486,7 @@ def test_peers_are_told_that_a_shard_is_gone() -> None:
 
 def test_a_peer_is_told_that_a_shard_does_not_get_what_it_sends() -> None:
     """It pushes nothing more through the channel that it has, and gets another one."""
-    run = Run(shards=2)
-    run.control.tick(run.now)
-    offer = wire.Offer(session="session-1", secret="")
-    run.control.receive(b"shard", offer, [], run.now)
+    run = with_a_shard()
     run.told.sent.clear()
     push = wire.Push(round=1, bucket=0, samples=4, shard=1, sealed=1)
     run.control._held.hold(b"link 2", Came(push, [], None, 0, run.now), run.now)
@@ -507,10 +502,7 @@ def test_who_says_in_turn_that_it_reaches_a_shard_is_believed_as_often_as_it_get
     None
 ):
     """Each change is another map, for all."""
-    run = Run(shards=2)
-    run.control.tick(run.now)
-    offer = wire.Offer(session="session-1", secret="")
-    run.control.receive(b"shard", offer, [], run.now)
+    run = with_a_shard()
     shard, believed = run.rounds.shards.live[1], 0
     for _ in range(20):
         run.hear(2, wire.Reached(shard=1))
@@ -531,10 +523,7 @@ def average_of(run: Run, shard: int) -> None:
 def test_who_comes_again_on_another_link_gets_again_what_it_lacks() -> None:
     """The answer before was lost with the link: without it the round would wait in vain, and the
     shard would be blamed for that."""
-    run = Run(shards=2)
-    run.control.tick(run.now)
-    offer = wire.Offer(session="session-1", secret="")
-    run.control.receive(b"shard", offer, [], run.now)
+    run = with_a_shard()
     average_of(run, 1)
     assert run.rounds.round is not None
     lacks = wire.Lacks(round=run.rounds.round.number, buckets=(0,))
@@ -559,10 +548,7 @@ def test_who_comes_again_on_another_link_gets_again_what_it_lacks() -> None:
 
 
 def test_an_average_that_could_not_be_sent_may_be_asked_for_again() -> None:
-    run = Run(shards=2)
-    run.control.tick(run.now)
-    offer = wire.Offer(session="session-1", secret="")
-    run.control.receive(b"shard", offer, [], run.now)
+    run = with_a_shard()
     average_of(run, 1)
     assert run.rounds.round is not None
     lacks = wire.Lacks(round=run.rounds.round.number, buckets=(0,))
@@ -576,10 +562,7 @@ def test_an_average_that_could_not_be_sent_may_be_asked_for_again() -> None:
 
 def test_shards_end_with_the_run_and_their_workers_need_not_wait_for_them() -> None:
     """The last worker's goodbye ends the loop of the server: what its shard keeps nobody lacks."""
-    run = Run(shards=2)
-    run.control.tick(run.now)
-    offer = wire.Offer(session="session-1", secret="")
-    run.control.receive(b"shard", offer, [], run.now)
+    run = with_a_shard()
     spread = run.control._data
     made = wire.Sharded(nonce="", round=1, step=1, bucket=0, shard=1, number=1)
     spread._kept[1] = Kept(1, run.rounds.lineage, {0: made})
