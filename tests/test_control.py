@@ -140,11 +140,12 @@ class Run:
         for number in range(1, workers + 1):
             self.hear(number, wire.Ready(samples=100, batch_size=4))
 
-    def greet(self, number: int) -> None:
+    def greet(self, number: int, role: str = "worker") -> None:
         hello = wire.Hello(
             protocol=wire.PROTOCOL,
-            role="worker",
-            id=number,
+            role=role,
+            key="key" if role == "observer" else None,
+            id=number if role == "worker" else None,
             nonce=f"process {number}",
             host="here",
             pid=number,
@@ -303,6 +304,22 @@ def test_who_beats_and_says_no_goodbye_is_not_awaited_for_ever() -> None:
         for number in (1, 2):
             run.hear(number, wire.Beat(session=f"session-{number}"))
     run.now += 0.001
+    assert run.control.finished(run.now)
+
+
+@pytest.mark.parametrize("runs", [True, False])
+def test_a_silent_observer_is_awaited_for_longer_while_its_process_runs(runs: bool) -> None:
+    """The workers of a busy machine take the processor from it; its last evaluation is to come."""
+    run = Run()
+    run.greet(3, "observer")
+    run.control.stop("stopped")
+    run.control.tick(run.now)
+    for number in (1, 2):
+        run.hear(number, wire.Goodbye(reason="finished", step=0, digest="d"))
+    run.rounds.observer_comes = runs
+    run.now += SILENCE_S + 0.1
+    assert run.control.finished(run.now) is not runs
+    run.now += (control.GOODBYE_TIMEOUTS - 1) * SILENCE_S
     assert run.control.finished(run.now)
 
 
