@@ -256,7 +256,7 @@ def test_a_snapshot_is_taken_piece_by_piece() -> None:
     wants = [Send(wire.Want(snapshot=7, piece=n)) for n in range(pieces)]
     assert peer.session.takes(manifest(7), room, pieces, 0.0) == wants[:-1]
     for n in range(pieces):
-        assert peer.get(wire.Piece(snapshot=7, piece=n), b"x") == [TakePiece(room, 7, n, b"x")]
+        assert peer.get(wire.Piece(snapshot=7, piece=n), b"x") == [TakePiece(room, 7, n, "", b"x")]
         more = peer.session.took(n, 0.0)
         assert more == ([wants[-1]] if n == 0 else [] if n < pieces - 1 else more)
         assert peer.get(wire.Piece(snapshot=7, piece=n)) == [], "it comes twice"

@@ -448,7 +448,17 @@ def no_ledger(giving: Giving) -> None:
     giving.tree = giving.tree.replace('"ledger": null', '"ledger": {"samples": "many"}')
 
 
-LIES = [too_large, other_names, other_shapes, no_ledger]
+def other_bits(giving: Giving) -> None:
+    give = giving.give
+
+    def lies(piece: int) -> tuple[wire.Piece, Any]:
+        header, content = give(piece)
+        return header, bytes(content)[:-1] + bytes([content[-1] ^ 1])
+
+    giving.give = lies  # type: ignore[method-assign]
+
+
+LIES = [too_large, other_bits, other_names, other_shapes, no_ledger]
 
 
 def giving_lies(monkeypatch: pytest.MonkeyPatch, lie: Callable[[Giving], None], times: int) -> None:
@@ -496,7 +506,8 @@ def test_who_gets_nothing_but_snapshots_that_cannot_be_gives_up_with_the_reason(
         crew = Crew(served, first_from_1, Noise(32))
         first = crew.start(1, 8)
         served.until(lambda: served.server.rounds.layout is not None)
-        why = "tried 5 times: .* MiB, more than" if lie is too_large else "does not fit this worker"
+        changed = {too_large: ".* MiB, more than", other_bits: ".* changed on its way"}
+        why = f"tried 5 times: {changed[lie]}" if lie in changed else "does not fit this worker"
         with pytest.raises(UserError, match=why):
             served.wait(crew.start(2, 8))
         served.wait(first)

@@ -791,6 +791,9 @@ class Want(Message, frozen=True):
 class Piece(Message, frozen=True):
     snapshot: Int
     piece: Int
+    digest: Id = ""
+    """With the last piece: SHA-256 of all pieces in their order and of the tree, in hexadecimal;
+    empty from an older giver."""
 
 
 class Adopted(Message, frozen=True):

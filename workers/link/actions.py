@@ -119,6 +119,7 @@ class TakePiece(Action, frozen=True):
     room: Any
     snapshot: int
     piece: int
+    digest: str
     payload: Any
 
 

@@ -832,11 +832,10 @@ class Client:
 
     def _send_piece(self, action: actions.SendPiece) -> None:
         try:
-            content = action.source.bytes(action.piece)
+            piece, content = action.source.give(action.piece)
         except PeerError as e:
             self.connection.send(wire.Abort(action.snapshot, str(e)))
             return
-        piece = wire.Piece(snapshot=action.snapshot, piece=action.piece)
         self.connection.send(piece, content)
 
     def _begin(self, manifest: wire.Manifest) -> None:
@@ -853,7 +852,7 @@ class Client:
         session = self.session
         assert session is not None
         try:
-            action.room.take(action.piece, action.payload)
+            action.room.take(action.piece, action.digest, action.payload)
         except PeerError as e:
             self._do(session.refuse(action.snapshot, str(e)))
             return

@@ -530,7 +530,8 @@ class Session:
         if message.piece not in taking.wanted:
             taking.heard_at = now
             return []
-        return [TakePiece(taking.room, message.snapshot, message.piece, payload)]
+        piece, digest = message.piece, message.digest
+        return [TakePiece(taking.room, message.snapshot, piece, digest, payload)]
 
     def took(self, piece: int, now: float) -> list[Action]:
         """A piece of the snapshot was stored."""
