@@ -472,6 +472,7 @@ TEXT = st.text(st.sampled_from("abe1.0-+:=[]{}${}!&*#'\"\\,| \n\t~?%@\x00\x85é\
 )
 @given(st.lists(st.tuples(st.sampled_from(WORDS), TEXT).map("=".join) | TEXT, max_size=3))
 @example(["model=~\x00"])
+@example(["model=${é\t#"])
 def test_any_command_line_is_settings_or_an_error_for_people(argv: list[str]) -> None:
     with contextlib.suppress(UserError):
         load([argument for argument in argv if argument != "-h"], "server")

@@ -217,18 +217,21 @@ def _read_command_line(argv: Iterable[str]) -> tuple[dict[str, str], _Layer, tup
 
 
 def _given_twice(words: Sequence[str], pairs: Sequence[tuple[str, Any]]) -> Iterator[str]:
-    files = [word.partition("=")[::2] for word in words if word.startswith(("cluster=", "model="))]
+    given: list[tuple[str, Any]] = [
+        (name, text)
+        for name, _, text in (word.partition("=") for word in words)
+        if name in ("cluster", "model")
+    ]
+    for pair in pairs:
+        given += flatten(_nest([pair], "command line")).items()
     values: dict[str, Any] = {}
-    for pair in (*files, *pairs):
-        for name, value in flatten(_nest([pair], "command line")).items():
-            before = values.get(name, value)
-            values[name] = value
-            if before != value:
-                token = name == "join"  # a secret
-                which = "the last one counts" if token else f"{shown(value)} counts"
-                yield f"{name} is given twice: {which}" + (
-                    "" if token else f", not {shown(before)}"
-                )
+    for name, value in given:
+        before = values.get(name, value)
+        values[name] = value
+        if before != value:
+            token = name == "join"  # a secret
+            which = "the last one counts" if token else f"{shown(value)} counts"
+            yield f"{name} is given twice: {which}" + ("" if token else f", not {shown(before)}")
 
 
 def _no_setting(argument: str, following: Sequence[str]) -> UserError:
