@@ -499,9 +499,9 @@ class Settings:
         if not (self.deterministic and self.leaves_out) or self._is_robust or self.shards == 1:
             return ""
         return (
-            f"what {self.leaves_out} leaves out of an average goes into the next one, and is lost "
-            "where another machine takes a bucket over, at a step that differs from run to run "
-            "(deterministic=true); codec_down=float16 lets several average"
+            f"what {self.leaves_out} leaves out of an average goes into the next one, and into a "
+            "later one where another machine takes a bucket over, at a step that differs from run "
+            "to run (deterministic=true); codec_down=float16 lets several average"
         )
 
     @property

@@ -59,7 +59,7 @@ def as_from_other_machines(monkeypatch: pytest.MonkeyPatch) -> None:
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is missing is given up soon. Where a machine is so busy that something was only slow,
     the run is right all the same."""
-    monkeypatch.setattr(sealing, "PATIENCE", 0.02)
+    monkeypatch.setattr(sealing, "PATIENCE", 0.05)
 
 
 def until_sealed(crew: Crew, number: int) -> None:

@@ -616,14 +616,14 @@ def test_a_shard_that_is_not_wanted_is_told_and_its_process_ends() -> None:
 
 
 @pytest.mark.parametrize(("codec", "times"), [("int8", 1), ("", 0)])
-def test_what_is_lost_when_a_bucket_moves_is_said_once(codec: str, times: int) -> None:
+def test_what_is_lost_with_a_shard_is_said_once(codec: str, times: int) -> None:
     run = Run(leaves_out=codec)
     spread = run.control._data
-    for maker in (0, 3, 4, 0):  # shards that are gone before these rounds
+    for maker in (0, 3, 4, 0):  # shards that die before these rounds
         spread._makers[0] = maker
+        if maker:
+            spread.dismiss(maker)
         run.push(1, 1.0, 2.0, 3.0), run.push(2, 3.0, 4.0, 5.0)
     said = [text for text in run.told.said if "had left out" in text]
     assert len(said) == times and len(run.told.closes) == 4
-    assert all(
-        t.startswith(f"other machines average 1 of 1 buckets now: what {codec}") for t in said
-    )
+    assert all(t.startswith(f"what {codec} had left out of the averages of 1 of 1") for t in said)

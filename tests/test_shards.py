@@ -237,6 +237,23 @@ def test_a_shard_that_is_killed_costs_its_round_and_is_replaced(tmp_path: Path) 
 
 
 @pytest.mark.root
+def test_what_topk_leaves_out_follows_a_bucket_whose_worker_leaves(tmp_path: Path) -> None:
+    with cluster(tmp_path, "none", "shards=2", "codec_down=topk") as there:
+        there.server.wait_for("several average the gradients: 50 % itself, 50 % ")
+        there.server.wait_for("training, step")
+        [shard] = shards_of(there.workers)
+        [owner] = [w for w in there.workers if w.process.pid in forebears(shard)]
+        owner.send(signal.SIGINT)
+        assert owner.end() == 0
+        there.workers.remove(owner)
+        there.server.wait_for("carries shard 2")
+        there.server.wait_for("several average the gradients: 50 % itself, 50 % ")
+        there.server.wait_for("training, step")
+        there.end()
+        assert "had left out" not in there.server.output, "nothing is lost"
+
+
+@pytest.mark.root
 def test_a_worker_that_is_killed_takes_its_shard_with_it(tmp_path: Path) -> None:
     with cluster(tmp_path, "none", "shards=2", "heartbeat_timeout=3") as there:
         there.server.wait_for("several average the gradients: 50 % itself, 50 % ")

@@ -471,7 +471,6 @@ class Shop:
         )
         self.sums: dict[int, float] = {}
         self.closed: list[tuple[int, ...]] = []
-        self.forgotten: list[int] = []
         self.released: list[float] = []
 
     def check(self, push: wire.Push, buffers: list[Any]) -> tuple[str | None, float | None]:
@@ -485,8 +484,11 @@ class Shop:
     def finish(self, divide: wire.Divide) -> tuple[list[Any], float, tuple[int, ...]]:
         return [self.sums.pop(divide.bucket) / divide.weight], 1.0, divide.absent
 
-    def forget(self, bucket: int) -> None:
-        self.forgotten.append(bucket)
+    def give_up(self, bucket: int) -> list[Any]:
+        return []
+
+    def take_over(self, bucket: int, buffers: list[Any]) -> None:
+        raise AssertionError("nothing was left out")
 
     def close(self, averaged: tuple[int, ...]) -> None:
         self.closed.append(averaged)
@@ -747,18 +749,6 @@ def test_a_peer_cannot_fill_a_shard() -> None:
     with pytest.raises(PeerError, match="2 payloads wait"):
         shop.push(1, 3, 1.0)
     shop.push(2, 1, 1.0)  # others may
-
-
-def test_a_bucket_that_comes_from_elsewhere_begins_without_a_residual() -> None:
-    shop = Shop()
-    shop.update(1, 1.0)
-    assert shop.forgotten == []
-    shop.spread.finish(Finish(2, 2, 0, 1.0, (), 0))
-    assert ("begin_bucket", 0) in shop.own.told
-    push = shop.push(1, 3, 1.0, round=3)
-    shop.talk(), shop.spread.push("w1", 1, push, []), shop.spread.add(1, 0, 1.0)
-    shop.spread.finish(Finish(3, 3, 0, 1.0, (), 1)), shop.talk()
-    assert shop.forgotten == [0]
 
 
 def test_a_host_whose_worker_leaves_again_and_again_carries_no_more_shards() -> None:

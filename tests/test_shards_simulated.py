@@ -4,7 +4,7 @@ mistake."""
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import msgspec
@@ -15,14 +15,13 @@ from simulation import Parts, Schedule, simulate
 from paramserver.protocol import messages as wire
 from paramserver.protocol.sharding import Shares
 from paramserver.rounds.coordinator import Rounds
-from paramserver.rounds.effects import Finish
 from paramserver.rounds.relays import Relays as Chosen
 from paramserver.rounds.roster import Peer
 from paramserver.rounds.round import Round
 from paramserver.rounds.shards import Shard, Shards
 from paramserver.server.control import Control
 from paramserver.server.spread import Data, Order, Spread
-from paramserver.shard.adder import Adder, Waiting
+from paramserver.shard.adder import Adder, Sums, Waiting
 from workers.link.follow import Follow
 from workers.link.relays import Relays
 
@@ -148,27 +147,37 @@ class JudgesNoNorms(Spread):
         return bad, None if push[2].shard else norm
 
 
-class KeepsResiduals(Spread):
-    """What a codec left out of an average stays where it was, when others average the bucket."""
+class KeepsWhatItGivesUp(Adder):
+    """What a codec left out of an average goes to the next one who averages, and stays here."""
 
-    def finish(self, finish: Finish) -> None:
-        self._makers[finish.bucket] = finish.shard
-        super().finish(finish)
+    def order(self, message: Any, buffers: Sequence[Any] = ()) -> None:
+        super().order(message, buffers)
+        if isinstance(message, wire.GiveUp) and self.gave:
+            self._sums.take_over(message.bucket, self.gave)
+
+    def __init__(self, sums: Sums, *, tell: Callable[..., object], **more: Any) -> None:
+        super().__init__(sums, tell=self._note, **more)
+        self._told, self.gave = tell, list[Any]()
+
+    def _note(self, message: wire.Message, *buffers: Any) -> None:
+        if isinstance(message, wire.LeftOut):
+            self.gave = list(buffers)
+        self._told(message, *buffers)
 
 
 class AddsInAnyOrder(Spread):
     """The shards add gradients in another order than that of the workers."""
 
-    def __init__(self, own: Data, order: Order, nonce: str) -> None:
-        super().__init__(own, self._later, nonce)
+    def __init__(self, own: Data, order: Order, nonce: str, **more: Any) -> None:
+        super().__init__(own, self._later, nonce, **more)
         self._now, self._adds = order, list[tuple[int, wire.Message]]()
 
-    def _later(self, shard: int, message: wire.Message) -> None:
+    def _later(self, shard: int, message: wire.Message, *buffers: Any) -> None:
         if isinstance(message, wire.AddUp):
             self._adds.append((shard, message))
             return
         adds, self._adds = self._adds, []
-        for added in (*reversed(adds), (shard, message)):
+        for added in (*reversed(adds), (shard, message, *buffers)):
             self._now(*added)
 
 
@@ -277,10 +286,10 @@ def test_what_is_planted_takes_what_the_methods_that_it_replaces_take() -> None:
         (Parts(spread=DropsTheSecondCopy), "no payload .* to add", 80),
         (Parts(spread=PromisesWhatIsGone), "could have gone on|but not for", 2),
         (Parts(spread=JudgesNoNorms), "out of all proportion", 80),
-        (Parts(spread=KeepsResiduals), "was averaged by another one", 5),
         (Parts(spread=AddsInAnyOrder), "in this order", 5),
         (Parts(adder=RefusesWhatComesEarly), "without a word", 56),
         (Parts(adder=KeepsVoidSums), "is divided by|twice in bucket|not in the update", 150),
+        (Parts(adder=KeepsWhatItGivesUp), "into two averages", 0),
         (Parts(adder=AddsWhatComes), "of another model|is divided by|weigh|freed twice", 2),
         (Parts(adder=FreesTooSoon), "its worker may write to", 0),
         (Parts(adder=NeverFrees), "is not freed", 0),

@@ -67,6 +67,9 @@ Arrived    shard -> server this payload has come, and may be good or bad
 Unneeded   server -> shard drop this payload, now or when it comes
 AddUp      server -> shard add this payload to the sum of its bucket
 Divide     server -> shard make the average of this bucket, and send it to all
+GiveUp     server -> shard others average this bucket now: tell what you left out of its averages
+LeftOut    shard -> server a lossy codec left this out; none or one buffer of float32
+           server -> shard let it go into the next average of the bucket
 Averaged   shard -> server it is on its way to all
 Over       server -> shard the round is closed or void
 Recall     server -> shard give me the average that you keep of this round and bucket
@@ -1035,9 +1038,14 @@ class Divide(Message, frozen=True):
     bucket: Int
     weight: float
     absent: Indexes = ()
-    begins: bool = False
-    """Another shard has averaged it until now: what was left out here of older averages of it is
-    void."""
+
+
+class GiveUp(Message, frozen=True):
+    bucket: Int
+
+
+class LeftOut(Message, frozen=True):
+    bucket: Int
 
 
 class Averaged(Message, frozen=True):
@@ -1118,8 +1126,8 @@ ANY = (
     | Close | Dial | Channel | Fetch | Fetched | Stand | Digest | Give | Manifest | Want | Piece
     | Adopted | Abort | Beat | Pulse | Report | Problem | Goodbye | End | Sharded | Closing | Holds
     | Lacks | Carry | Reached | Offer | Employ | Meet | Met | Part | Arrived | Unneeded | AddUp
-    | Divide | Averaged | Over | Recall | Recalled | HandOn | HandsOn | Listen | Listens | Spare
-    | Passed
+    | Divide | GiveUp | LeftOut | Averaged | Over | Recall | Recalled | HandOn | HandsOn | Listen
+    | Listens | Spare | Passed
 )  # fmt: skip
 
 HEADER_LIMITS: dict[type[Message], int] = {

@@ -158,7 +158,8 @@ class Control:
         self.routes: dict[str, bytes] = {}  # session -> route of its link
         self.doors: dict[str, bytes] = {}  # session -> route on which it greets and beats
         self.traffic = Traffic()
-        self._data = make_spread(data, self._order, rounds.nonce)
+        leaves_out = bool(rounds.rules.leaves_out)
+        self._data = make_spread(data, self._order, rounds.nonce, leaves_out=leaves_out)
         self._shards: dict[int, bytes] = {}  # the route of each shard's link
         self._shard_of: dict[bytes, int] = {}
         self._unreachable: set[int] = set()  # shards that have missed an order
@@ -618,10 +619,10 @@ class Control:
 
     # ------------------------------------------------------------------ shards
 
-    def _order(self, shard: int, message: wire.Message) -> None:
+    def _order(self, shard: int, message: wire.Message, *buffers: Any) -> None:
         """Send a message to a shard. One that has missed an order is of no use any more."""
         route = self._shards.get(shard)
-        if route is not None and not self._transport.send(route, message):
+        if route is not None and not self._transport.send(route, message, *buffers):
             self._unreachable.add(shard)
 
     def _lose_unreachable(self, now: float) -> None:
@@ -773,6 +774,9 @@ class Control:
                         self._happens(Made(shard, message.round, message.bucket), now)
                 case wire.Recalled():
                     self._hear_recalled(shard, message, buffers, now)
+                case wire.LeftOut():
+                    self._data.left_out(shard, message, buffers)
+                    self._end_retired(now)
                 case wire.Met() if shard in self.rounds.shards.live:
                     self._pass_on(shard, message)
                 case _:
@@ -960,14 +964,13 @@ class Control:
         self.watcher.closed(self, close)
 
     def _say_what_is_lost(self) -> None:
-        """Once: a bucket that goes to another process leaves there what its codec left out."""
-        codec, moved = self.rounds.rules.leaves_out, len(self._data.moved)
-        if moved and codec and not self._said_what_is_lost:
+        """Once: what a shard has left out of its averages dies with it."""
+        codec, lost = self.rounds.rules.leaves_out, len(self._data.lost)
+        if lost and not self._said_what_is_lost:
             self._said_what_is_lost = True
             self.watcher.say(
-                f"other machines average {moved} of {self.rounds.buckets} buckets now: what "
-                f"{codec} had left out of their averages before is lost, as it is each time that a "
-                "bucket goes to another machine"
+                f"what {codec} had left out of the averages of {lost} of {self.rounds.buckets} "
+                "buckets is lost with the shard that made them, as it is each time that one dies"
             )
 
     def _forget_overwritten(self, now: float) -> None:

@@ -225,10 +225,20 @@ class Data:
         self._averages_bytes += sum(map(len, frames))
         self._due.append((average, frames))
 
-    def begin_bucket(self, bucket: int) -> None:
-        """Another shard has averaged this bucket since the last time."""
+    def give_up(self, bucket: int) -> list[Any]:
+        """What was left out here of the averages of a bucket that a shard averages now."""
         assert self._reducer is not None
-        self._reducer.forget(bucket)
+        return self._reducer.give_up(bucket)
+
+    def check_left_out(self, bucket: int, buffers: list[Any]) -> None:
+        """Raise `PeerError` for what no shard can have left out of the averages of a bucket."""
+        assert self._reducer is not None
+        self._reducer.check_left_out(bucket, buffers)
+
+    def take_over(self, bucket: int, buffers: list[Any]) -> None:
+        """A shard has left this out of averages of this bucket: it goes into the next one."""
+        assert self._reducer is not None
+        self._reducer.take_over(bucket, buffers)
 
     def due(self) -> list[tuple[wire.Average, Frames]]:
         """The averages that were made since the last call."""

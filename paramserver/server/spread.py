@@ -8,7 +8,8 @@ payloads and averages only the numbers by which they are known. Pure: messages g
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import msgspec
@@ -21,8 +22,16 @@ from paramserver.rounds.effects import Finish
 from paramserver.server.history import Frames, Update
 
 Finished = tuple[wire.Average, Frames]
-Order = Callable[[int, wire.Message], object]
-"""Sends a message to a shard."""
+NOBODY = -1
+PASSED_SHARE = 16
+"""What was left out of one in so many buckets is passed on in each round: it is four bytes for each
+number, and orders wait behind it."""
+
+
+class Order(Protocol):
+    """Sends a message to a shard, by its number."""
+
+    def __call__(self, shard: int, message: wire.Message, *buffers: Any) -> object: ...
 
 
 class Data(Protocol):
@@ -38,7 +47,9 @@ class Data(Protocol):
     def drop(self, worker: int, bucket: int) -> None: ...
     def add(self, worker: int, bucket: int, weight: float, *, late: bool) -> None: ...
     def finish(self, finish: Finish) -> None: ...
-    def begin_bucket(self, bucket: int) -> None: ...
+    def give_up(self, bucket: int) -> list[Any]: ...
+    def check_left_out(self, bucket: int, buffers: list[Any]) -> None: ...
+    def take_over(self, bucket: int, buffers: list[Any]) -> None: ...
     def due(self) -> list[Finished]: ...
     def comparisons(self) -> Mapping[int, Comparison]: ...
     def close(self, close: wire.Close) -> Update: ...
@@ -83,16 +94,21 @@ class Kept(msgspec.Struct):
 
 
 class Spread:
-    """See the module's docstring. `order` sends a message to a shard, by its number."""
+    """See the module's docstring. `leaves_out`: the codec of averages leaves something out of one,
+    which goes into the next one of that bucket, whoever makes it."""
 
-    def __init__(self, own: Data, order: Order, nonce: str) -> None:
+    def __init__(self, own: Data, order: Order, nonce: str, *, leaves_out: bool = False) -> None:
         self.own = own
+        self._leaves_out = leaves_out
         self._order = order
         self._nonce = nonce
         self.shards: set[int] = set()
         """That live."""
-        self.moved: set[int] = set()
-        """Buckets that another process has begun to average: their residuals began with zero."""
+        self.lost: set[int] = set()
+        """Buckets of which something was left out that is gone with a shard."""
+        self._left_at: dict[int, set[int]] = {}  # by bucket: who left something out, and makes none
+        self._asked: Counter[tuple[int, int]] = Counter()  # shard and bucket: it is about to tell
+        self._nobodys: dict[int, list[list[Any]]] = {}  # by bucket: it was told, and has no maker
         self._retiring: set[int] = set()
         self._arrived: dict[tuple[str, int], dict[int, wire.Arrived]] = {}  # by session and shard
         self._sent: dict[tuple[int, int], Sent] = {}  # by worker and bucket
@@ -114,12 +130,16 @@ class Spread:
         may lack. Whoever lacks more takes a snapshot."""
         self.shards.discard(shard)
         self._retiring.add(shard)
+        for bucket in self._leave(shard):
+            self._give_up(shard, bucket)
         if (newest := self._newest) is not None:
             for bucket in newest.lacks_of(shard):
                 self._order(shard, wire.Recall(round=newest.round, bucket=bucket))
 
     def has_taken_over(self, shard: int) -> bool:
-        """Is all of the newest update here that this shard has?"""
+        """Is all here that this shard has of the newest update, and has left out?"""
+        if any(asked == shard for asked, _ in self._asked):
+            return False
         return self._newest is None or not self._newest.lacks_of(shard)
 
     @property
@@ -131,6 +151,12 @@ class Spread:
         """A shard is gone, with all that it kept."""
         self.shards.discard(shard)
         self._retiring.discard(shard)
+        for bucket in self._leave(shard):
+            self._left_at[bucket].discard(shard)
+            self.lost.add(bucket)
+        for key in [key for key in self._asked if key[0] == shard]:
+            self.lost.add(key[1])
+            del self._asked[key]
         for key in [key for key in self._arrived if key[1] == shard]:
             del self._arrived[key]
         for step, kept in self._kept.items():
@@ -192,6 +218,62 @@ class Spread:
             del reports[number]
             self._order(push.shard, wire.Unneeded(session=session, number=number))
         return report
+
+    # ------------------------------------------------------------------ what is left out
+
+    def _leave(self, shard: int) -> list[int]:
+        """This shard averages no more. Returns the buckets of which it has left something out."""
+        for bucket in [b for b, maker in self._makers.items() if maker == shard]:
+            self._makers[bucket] = NOBODY
+            self._moves(bucket, shard)
+        return sorted(b for b, shards in self._left_at.items() if shard in shards)
+
+    def _moves(self, bucket: int, before: int) -> None:
+        """Another one than `before` averages this bucket now."""
+        if self._leaves_out and before != NOBODY:
+            self._left_at.setdefault(bucket, set()).add(before)
+
+    def _give_up(self, shard: int, bucket: int) -> None:
+        """Ask who has averaged this bucket for what it has left out."""
+        self._left_at[bucket].discard(shard)
+        if shard == SERVER:
+            self._pass_on(bucket, self.own.give_up(bucket))
+        else:
+            self._asked[shard, bucket] += 1
+            self._order(shard, wire.GiveUp(bucket=bucket))
+
+    def left_out(self, shard: int, report: wire.LeftOut, buffers: list[Any]) -> None:
+        """A shard tells what it has left out. Raises `PeerError` where it was not asked for that,
+        or where that cannot be."""
+        bucket, key = report.bucket, (shard, report.bucket)
+        if not self._asked[key]:
+            raise PeerError("it tells what nobody has asked for")
+        if buffers:
+            self.own.check_left_out(bucket, buffers)
+        self._asked[key] -= 1
+        self._asked += Counter()  # without those that are zero
+        self._pass_on(bucket, buffers)
+
+    def _pass_on(self, bucket: int, buffers: list[Any]) -> None:
+        """Give what others have left out to who averages this bucket, for its next average."""
+        maker = self._makers[bucket]
+        if not buffers:
+            return
+        if maker == SERVER:
+            self.own.take_over(bucket, buffers)
+        elif maker == NOBODY:
+            self._nobodys.setdefault(bucket, []).append(buffers)
+        else:
+            self._order(maker, wire.LeftOut(bucket=bucket), *buffers)
+
+    def _pass_some_on(self) -> None:
+        """A round is over: let some of what was left out go to those who average now. No more is
+        asked for before it is here."""
+        most = -(-len(self._makers) // PASSED_SHARE) - self._asked.total()
+        rest = [(bucket, shard) for bucket, at in self._left_at.items() for shard in sorted(at)]
+        for bucket, shard in rest[: max(0, most)]:
+            self._give_up(shard, bucket)
+        self._left_at = {bucket: at for bucket, at in self._left_at.items() if at}
 
     # ------------------------------------------------------------------ the open round
 
@@ -270,13 +352,14 @@ class Spread:
         )
 
     def finish(self, finish: Finish) -> None:
-        before = self._makers.get(finish.bucket, finish.shard)
-        self._makers[finish.bucket] = finish.shard
+        before = self._makers.get(finish.bucket, NOBODY)
         if before != finish.shard:
-            self.moved.add(finish.bucket)
-        if not finish.shard:
-            if before:
-                self.own.begin_bucket(finish.bucket)
+            self._makers[finish.bucket] = finish.shard
+            self._moves(finish.bucket, before)
+            self._left_at.get(finish.bucket, set()).discard(finish.shard)
+            for buffers in self._nobodys.pop(finish.bucket, []):
+                self._pass_on(finish.bucket, buffers)
+        if finish.shard == SERVER:
             self.own.finish(finish)
             return
         self._divided[finish.bucket] = finish.shard, finish
@@ -288,7 +371,6 @@ class Spread:
                 bucket=finish.bucket,
                 weight=finish.weight,
                 absent=finish.absent,
-                begins=before != finish.shard,
             ),
         )
 
@@ -304,6 +386,7 @@ class Spread:
             self._kept[close.step] = Kept(close.round, close.lineage, dict(self._made))
         for shard in sorted(self.shards):
             self._order(shard, wire.Over(step=close.step, round=close.round))
+        self._pass_some_on()
         self._over()
         return update
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import msgspec
@@ -40,8 +40,11 @@ class Sums(Protocol):
     def finish(self, divide: wire.Divide) -> tuple[list[Any], float, tuple[int, ...]]:
         """The average of a bucket: its buffers, scale and absent tensors."""
 
-    def forget(self, bucket: int) -> None:
-        """Others have averaged this bucket since the last time."""
+    def give_up(self, bucket: int) -> list[Any]:
+        """What was left out here of the averages of a bucket that others average now."""
+
+    def take_over(self, bucket: int, buffers: list[Any]) -> None:
+        """Others have left this out of averages of this bucket: it goes into the next one."""
 
     def close(self, averaged: tuple[int, ...]) -> None:
         """The round is over: the averages of these buckets are in an update."""
@@ -159,7 +162,7 @@ class Adder:
 
     # ------------------------------------------------------------------ orders
 
-    def order(self, message: Any) -> None:
+    def order(self, message: Any, buffers: Sequence[Any] = ()) -> None:
         """Carry out an order. Raises `PeerError` where it cannot be."""
         match message:
             case wire.AddUp():
@@ -168,6 +171,11 @@ class Adder:
                 self._drop(message)
             case wire.Divide():
                 self._divide(message)
+            case wire.GiveUp():
+                left_out = self._sums.give_up(message.bucket)
+                self._tell(wire.LeftOut(bucket=message.bucket), *left_out)
+            case wire.LeftOut():
+                self._sums.take_over(message.bucket, list(buffers))
             case wire.Over():
                 self._over(message)
             case wire.Recall():
@@ -212,8 +220,6 @@ class Adder:
     def _divide(self, order: wire.Divide) -> None:
         if order.round != self._round:
             self._open, self._round = {}, order.round
-        if order.begins:
-            self._sums.forget(order.bucket)
         buffers, scale, absent = self._sums.finish(order)
         self._open[order.bucket] = buffers
         number = self._send(order, buffers)

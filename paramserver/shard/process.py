@@ -63,8 +63,11 @@ class Numbers:
     def finish(self, divide: wire.Divide) -> tuple[list[Any], float, tuple[int, ...]]:
         return self._reducer.finish(divide.bucket, divide.weight, divide.absent)
 
-    def forget(self, bucket: int) -> None:
-        self._reducer.forget(bucket)
+    def give_up(self, bucket: int) -> list[Any]:
+        return self._reducer.give_up(bucket)
+
+    def take_over(self, bucket: int, buffers: list[Any]) -> None:
+        self._reducer.take_over(bucket, buffers)
 
     def close(self, averaged: tuple[int, ...]) -> None:
         self._reducer.close(averaged)
@@ -140,7 +143,7 @@ class Process:
 
     def _hear(self, frames: list[zmq.Frame]) -> bool:
         """One message of the server; False where this shard has no place any more."""
-        message, _ = wire.from_frames(frames)
+        message, buffers = wire.from_frames(frames)
         now = time.monotonic()
         match message:
             case wire.Employ():
@@ -154,7 +157,7 @@ class Process:
             case wire.Spare() if self._channels is not None:
                 self._channels.spare(message.session, message.on)
             case _ if self._adder is not None:
-                self._adder.order(message)
+                self._adder.order(message, buffers)
                 if isinstance(message, wire.Part) and self._channels is not None:
                     self._channels.forget(message.session)
                 if isinstance(message, wire.Over) and self._channels is not None:

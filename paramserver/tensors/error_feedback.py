@@ -102,10 +102,22 @@ class ErrorFeedback:
                 self._residuals[bucket] = before
         self._under_way.clear()
 
-    def forget(self, bucket: int) -> None:
-        """Begin this bucket without a residual, as if nothing of it had been sent."""
-        for kept in (self._residuals, self._samples, self._under_way):
-            kept.pop(bucket, None)
+    def give_up(self, bucket: int) -> Tensor | None:
+        """The residual of a bucket that another sender encodes from now on, where there is one.
+        What is under way of that bucket becomes no part of an update."""
+        self._samples.pop(bucket, None)
+        residual = self._residuals.pop(bucket, None)
+        before, _ = self._under_way.pop(bucket, (residual, 1))
+        return before
+
+    def take_over(self, bucket: int, residual: Tensor) -> None:
+        """Add another sender's residual, of a mean over as many samples, to that of this bucket:
+        also to the one that it gets back where what is under way becomes no part of an update."""
+        own = self._residuals.get(bucket)
+        self._residuals[bucket] = residual if own is None else own + residual
+        if bucket in self._under_way:
+            before, samples = self._under_way[bucket]
+            self._under_way[bucket] = (residual if before is None else before + residual), samples
 
     def _span(self, bucket: Bucket, index: int) -> slice:
         """Where in the bucket this tensor, or its part, lies."""

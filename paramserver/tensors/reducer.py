@@ -27,6 +27,7 @@ from paramserver.tensors.error_feedback import ErrorFeedback
 from paramserver.tensors.whole import Whole, unpacked
 
 Release = Callable[[], None]
+FLOAT_BYTES = 4
 RoomOf = Callable[[int, int], Tensor]
 """Makes the memory of a wire buffer of this bucket: that many bytes, as a uint8 tensor."""
 
@@ -170,10 +171,27 @@ class Reducer:
         buffers, scale = self._down.encode(b, running.values, absent, self._room_of(b))
         return buffers, scale * divisor, absent
 
-    def forget(self, bucket: int) -> None:
-        """Somebody else has averaged this bucket since: what was left out here of its averages
-        belongs to older ones."""
-        self._down.forget(bucket)
+    def give_up(self, bucket: int) -> list[Any]:
+        """What was left out here of the averages of a bucket that somebody else averages now: its
+        numbers in float32, or nothing."""
+        residual = self._down.give_up(bucket)
+        return [] if residual is None else [residual.view(torch.uint8).numpy().data]
+
+    def check_left_out(self, bucket: int, buffers: list[Any]) -> None:
+        """Raise `PeerError` for what nobody can have left out of the averages of a bucket."""
+        b = self._plan.buckets[bucket]
+        if b.kind != "grad" or not self._down.codec(b).leaves_residual:
+            raise PeerError(f"nothing is left out of bucket {bucket}")
+        if len(buffers) != 1 or memoryview(buffers[0]).nbytes != FLOAT_BYTES * b.size:
+            raise PeerError(f"what was left out of bucket {bucket} has another length")
+        if not torch.frombuffer(buffers[0], dtype=torch.float32).isfinite().all():
+            raise PeerError(f"what was left out of bucket {bucket} is not finite")
+
+    def take_over(self, bucket: int, buffers: list[Any]) -> None:
+        """Somebody else has left this out of averages of this bucket, see `give_up`: it goes into
+        the next one that is made here."""
+        residual = torch.frombuffer(bytearray(buffers[0]), dtype=torch.float32)
+        self._down.take_over(bucket, residual)
 
     def close(self, buckets: tuple[int, ...]) -> None:
         """The round is over: the averages of these buckets are part of an update, the others are

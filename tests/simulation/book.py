@@ -8,6 +8,8 @@ log.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from itertools import count
 from typing import Any
 
 from paramserver.protocol import messages as wire
@@ -53,6 +55,9 @@ class Book:
         self._counted: list[set[Sample]] = [set() for _ in range(buckets)]
         self.withheld: set[Sample] = set()
         """A liar said that it has nothing of these for some buckets: they are done without."""
+        self.leftovers = count(1)
+        self.went_in: set[int] = set()
+        """What was left out of one average, and went into another that is part of an update."""
 
     @property
     def step(self) -> int:
@@ -96,16 +101,6 @@ class Book:
     def model_at(self, step: int) -> int:
         """The model at that step of the log."""
         return self.models[self.closes[step - 1].lineage if step else self._first]
-
-    def check_residual(self, bucket: int, since: int | None) -> None:
-        """What a codec left out of the average of a bucket in step `since` goes into the next one
-        of that bucket, or is forgotten."""
-        newest = next((c.step for c in reversed(self.closes) if bucket in c.buckets), None)
-        if since not in (None, newest):
-            raise Broken(
-                f"what was left out of bucket {bucket} in step {since} goes into "
-                f"step {self.step + 1}, although step {newest} was averaged by another one"
-            )
 
     def lag(self, model: int, most: int) -> int:
         """How many updates were made since this was the model; at most so many."""
@@ -175,3 +170,40 @@ class Book:
         missing = ledger.total - len(set.union(*self._counted))
         if missing != ledger.skipped:
             raise Broken(f"{missing} samples are in no bucket, {ledger.skipped} were skipped")
+
+
+class Residuals:
+    """What a codec leaves out of the averages of one process. Each average leaves something, which
+    has a number, and goes into the next one of its bucket, whoever makes that; never into two."""
+
+    def __init__(self, book: Book) -> None:
+        self._book = book
+        self._left: dict[int, tuple[int, ...]] = {}  # by bucket
+        self._under_way: dict[int, tuple[int, ...]] = {}  # as it was before
+
+    def average(self, bucket: int, *, counts: bool) -> None:
+        """Make an average; `counts`: it may become part of an update."""
+        before = self._left.get(bucket, ())
+        twice = len(set(before)) < len(before) or not self._book.went_in.isdisjoint(before)
+        if counts and twice:
+            raise Broken(f"what was left out of bucket {bucket} goes into two averages")
+        self._under_way[bucket] = before
+        self._left[bucket] = (next(self._book.leftovers),)
+
+    def settled(self, averaged: Collection[int]) -> None:
+        for bucket, before in self._under_way.items():
+            if bucket in averaged:
+                self._book.went_in.update(before)
+            else:
+                self._left[bucket] = before
+        self._under_way.clear()
+
+    def give_up(self, bucket: int) -> list[Any]:
+        left = self._left.pop(bucket, ())
+        given = self._under_way.pop(bucket, left)
+        return [given] if given else []
+
+    def take_over(self, bucket: int, given: Any) -> None:
+        self._left[bucket] = (*self._left.get(bucket, ()), *given)
+        if bucket in self._under_way:
+            self._under_way[bucket] = (*self._under_way[bucket], *given)

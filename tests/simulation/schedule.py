@@ -296,7 +296,9 @@ class Schedule:
         wanted = Random(f"shards {seed}").choice((None, 2, 3, 4))
         judges = self.rules.local_steps == 1 and Random(f"norms {seed}").random() < NORMS
         ratio = 10.0 if judges else None
-        self.rules = msgspec.structs.replace(self.rules, shards=wanted, max_norm_ratio=ratio)
+        self.rules = msgspec.structs.replace(
+            self.rules, shards=wanted, max_norm_ratio=ratio, leaves_out="int8"
+        )
 
     def _plan_shard_faults(self, seed: int, over: float) -> float:
         """Put faults of shards at random moments; returns when the last fault is over."""

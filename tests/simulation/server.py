@@ -32,7 +32,7 @@ from paramserver.rounds.waits import EMPTY_ROUNDS
 from paramserver.server.control import Control, Finished
 from paramserver.server.history import Frames, History, Update
 
-from .book import HUGE, USUAL, Book, Broken, Gradient, Sample, samples_of
+from .book import HUGE, USUAL, Book, Broken, Gradient, Residuals, Sample, samples_of
 from .network import Carried, Network, Together, World
 
 PULSES_PER_TIMEOUT = 10
@@ -115,7 +115,7 @@ class Samples:
         self.entered = 0  # buckets of such rounds
         self.sums: dict[int, list[Sample]] = {}
         self._weights: dict[int, float] = {}
-        self._residuals: dict[int, int] = {}  # by bucket: of the average of which step
+        self._residuals = Residuals(server.book)
         self.averages: list[Finished] = []
         self._due: list[Finished] = []
         self.ring: Ring | None = None
@@ -196,7 +196,7 @@ class Samples:
         samples, weight = self.sums.pop(finish.bucket), self._weights.pop(finish.bucket)
         if abs(weight - finish.weight) > 1e-9 * weight:
             raise Broken(f"a sum of {weight} samples is divided by {finish.weight}")
-        self._server.book.check_residual(finish.bucket, self._residuals.get(finish.bucket))
+        self._residuals.average(finish.bucket, counts=True)
         average = wire.Average(
             nonce=self._server.nonce,
             round=finish.round,
@@ -212,8 +212,14 @@ class Samples:
         self.averages.append((average, [average, content]))
         self._due.append(self.averages[-1])
 
-    def begin_bucket(self, bucket: int) -> None:
-        self._residuals.pop(bucket, None)
+    def give_up(self, bucket: int) -> list[Any]:
+        return self._residuals.give_up(bucket)
+
+    def check_left_out(self, bucket: int, buffers: list[Any]) -> None:
+        pass
+
+    def take_over(self, bucket: int, buffers: list[Any]) -> None:
+        self._residuals.take_over(bucket, buffers[0])
 
     def due(self) -> list[Finished]:
         due, self._due = self._due, []
@@ -228,7 +234,6 @@ class Samples:
 
     def close(self, close: wire.Close) -> Update:
         self._closing = True
-        self._residuals |= {average.bucket: close.step for average, _ in self.averages}
         messages = [*(frames for _, frames in self.averages), [close, None]]
         stamp = self._round_stamp or 0
         update = Update(step=close.step, messages=messages, bytes=1, stamp=stamp)
@@ -236,6 +241,7 @@ class Samples:
         return update
 
     def forget_round(self, averaged: tuple[int, ...]) -> None:
+        self._residuals.settled(averaged)
         self.voids += not self._closing
         self._closing = False
         self.averages, self._round_stamp = [], None

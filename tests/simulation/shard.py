@@ -20,7 +20,7 @@ from paramserver.protocol import messages as wire
 from paramserver.shard.adder import Adder, Payload, Waiting
 from paramserver.transport import shm
 
-from .book import Broken, Gradient
+from .book import Broken, Gradient, Residuals
 from .network import DOWN, UP, Carried, Line, Network, World
 from .server import Ring
 
@@ -151,8 +151,7 @@ class ShardSamples:
     def __init__(self, shard: Shard) -> None:
         self._shard = shard
         self.sums: dict[int, list[Added]] = {}
-        self._residuals: dict[int, int] = {}  # by bucket: of the average of which step
-        self._step = 0
+        self._residuals = Residuals(shard.server.book)
 
     @property
     def newest(self) -> int:
@@ -177,8 +176,10 @@ class ShardSamples:
 
     def finish(self, divide: wire.Divide) -> tuple[list[Any], float, tuple[int, ...]]:
         added, current = self.sums.pop(divide.bucket), self._shard.server.rounds.round
-        if self._shard.counts and current is not None and current.number == divide.round:
+        counts = self._shard.counts and current is not None and current.number == divide.round
+        if counts:
             self._look_at(divide, added)
+        self._residuals.average(divide.bucket, counts=counts)
         samples = [sample for each in added for sample in each.gradient[1]]
         average: Any = tuple(sorted(samples))
         ring = self._shard.ring
@@ -202,16 +203,17 @@ class ShardSamples:
         order = [each.worker for each in added]
         if server.rules.deterministic and order != sorted(order):
             raise Broken(f"a shard added the gradients of workers {order} in this order")
-        book.check_residual(divide.bucket, self._residuals.get(divide.bucket))
-        self._step = book.step + 1
 
-    def forget(self, bucket: int) -> None:
-        self._residuals.pop(bucket, None)
+    def give_up(self, bucket: int) -> list[Any]:
+        return self._residuals.give_up(bucket)
+
+    def take_over(self, bucket: int, buffers: list[Any]) -> None:
+        self._residuals.take_over(bucket, buffers[0])
 
     def close(self, averaged: tuple[int, ...]) -> None:
         if averaged and self.sums:
             raise Broken("a shard has sums that are not in the update")
-        self._residuals |= dict.fromkeys(averaged, self._step)
+        self._residuals.settled(averaged)
         self.sums.clear()
 
 
@@ -286,7 +288,7 @@ class Shard:
         if self.stopped:
             self._backlog.append((self._from_server, line, carried))
             return
-        message, _ = carried
+        message, payload = carried
         match message:
             case wire.Employ():
                 self._employed(message)
@@ -298,7 +300,7 @@ class Shard:
                 self.kill()  # its worker greets again, and starts another one when it is asked to
             case _ if self.adder is not None:
                 try:
-                    self.adder.order(message)
+                    self.adder.order(message, () if payload is None else (payload,))
                 except PeerError as e:
                     raise Broken(f"shard {self.number} cannot do what it is told: {e}") from None
                 if isinstance(message, wire.Part):
