@@ -3,6 +3,7 @@ averages that the server and two shards make in turn."""
 
 from __future__ import annotations
 
+import struct
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -45,9 +46,10 @@ class Makers:
         assert self.buckets == 2
         self._cut = plan(LAYOUT, settings.bucket_size_mb, settings.min_bucket_mb)
         self._settings, self._codec = settings, codec_of_averages(codec, RATIO)
-        self.spread = Spread(self.own, self._order, "nonce", leaves_out=True)
+        self.spread = Spread(self.own, self._order, "nonce")
         self._adders: dict[int, Adder] = {}
         self._slow = slow
+        self.orders: list[tuple[int, wire.Message]] = []
         self._unread: list[tuple[int, wire.Message, list[Any]]] = []
         self.round = self.step = self._number = 0
         self.pushed = torch.zeros(self.buckets, SIZE)
@@ -71,6 +73,7 @@ class Makers:
         self.spread.employ(shard)
 
     def _order(self, shard: int, message: wire.Message, *buffers: Any) -> None:
+        self.orders.append((shard, message))
         self._adders[shard].order(message, [bytearray(b) for b in buffers])
 
     def _tells(self, shard: int, message: wire.Message, *buffers: Any) -> None:
@@ -120,7 +123,7 @@ class Makers:
         assert sorted(bucket for bucket, _ in sent) == list(range(self.buckets))
         if void or retires:
             if retires:
-                self.spread.retire(1)
+                self.spread.retire(1, passes_on=True)
             self.spread.forget_round(())
             return
         self.step += 1
@@ -174,7 +177,7 @@ def test_nothing_is_lost_or_counts_twice_whoever_averages(
         if seed % 3 == 2:
             makers.read()
         if what == "retired":
-            makers.spread.retire(1)
+            makers.spread.retire(1, passes_on=True)
         if what in ("retires", "retired"):
             makers.read()
             assert makers.spread.has_taken_over(1)
@@ -198,7 +201,7 @@ def test_what_a_shard_has_left_out_dies_with_it() -> None:
 def test_it_waits_where_nobody_averages_the_bucket_yet() -> None:
     makers = Makers("topk", slow=True)
     makers.average([1, 0], gradient(0))
-    makers.spread.retire(1)
+    makers.spread.retire(1, passes_on=True)
     assert not makers.spread.has_taken_over(1)
     makers.read()
     assert makers.spread.has_taken_over(1)
@@ -207,6 +210,65 @@ def test_it_waits_where_nobody_averages_the_bucket_yet() -> None:
     makers.drain()
     assert not makers.spread.lost
     assert torch.allclose(makers.averaged, makers.pushed, atol=1e-2)
+
+
+def left_out_and_asked(makers: Makers) -> list[tuple[int, wire.Message]]:
+    kinds = (wire.GiveUp, wire.LeftOut, wire.Recall)
+    found = [(shard, m) for shard, m in makers.orders if isinstance(m, kinds)]
+    makers.orders.clear()
+    return found
+
+
+def test_after_each_round_one_bucket_follows() -> None:
+    makers = Makers("topk")
+    makers.average([1, 1], gradient(0))
+    assert left_out_and_asked(makers) == []
+    for bucket in (0, 1):
+        makers.average([2, 2], gradient(1))
+        given = [(1, wire.GiveUp(bucket=bucket)), (2, wire.LeftOut(bucket=bucket))]
+        assert left_out_and_asked(makers) == given
+    makers.average([2, 2], gradient(2))
+    assert left_out_and_asked(makers) == []
+
+
+def test_who_leaves_is_asked_for_averages_first_and_what_it_tells_follows_bucket_by_bucket() -> (
+    None
+):
+    makers = Makers("topk")
+    makers.average([1, 1], gradient(0))
+    makers.spread.retire(1, passes_on=True)
+    found = [type(m) for _, m in left_out_and_asked(makers)]
+    assert found == [wire.Recall, wire.Recall, wire.GiveUp, wire.GiveUp]
+    makers.spread.dismiss(1)
+    for bucket in (0, 1):
+        makers.average([2, 2], gradient(1))
+        assert left_out_and_asked(makers) == [(2, wire.LeftOut(bucket=bucket))]
+
+
+def test_who_leaves_after_the_last_round_is_not_asked() -> None:
+    makers = Makers("topk")
+    makers.average([1, 1], gradient(0))
+    makers.spread.retire(1, passes_on=False)
+    assert {type(m) for _, m in left_out_and_asked(makers)} == {wire.Recall}
+    assert makers.spread.has_taken_over(1)
+
+
+def test_a_shard_that_does_not_answer_holds_back_its_own_buckets_only() -> None:
+    makers = Makers("topk", slow=True)
+    makers.average([1, 2], gradient(0))
+    for _ in range(3):
+        makers.average([0, 0], gradient(1))
+    assert left_out_and_asked(makers) == [(1, wire.GiveUp(bucket=0)), (2, wire.GiveUp(bucket=1))]
+
+
+def test_a_shard_that_dies_in_its_first_round_has_left_out_nothing() -> None:
+    makers = Makers("topk")
+    makers.average([0, 0], gradient(0))
+    makers.average([1, 1], gradient(1), void=True)
+    makers.spread.dismiss(1)
+    makers.drain()
+    assert not makers.spread.lost
+    assert torch.allclose(makers.averaged, makers.pushed, atol=1e-3)
 
 
 NUMBERS = bytes(4 * SIZE)
@@ -218,7 +280,8 @@ NUMBERS = bytes(4 * SIZE)
         (1, [NUMBERS], "nobody has asked"),
         (0, [NUMBERS[4:]], "another length"),
         (0, [NUMBERS, NUMBERS], "another length"),
-        (0, [NUMBERS[4:] + b"\x00\x00\x80\x7f"], "not finite"),
+        (0, [NUMBERS[4:] + struct.pack("<f", float("inf"))], "not finite, or huge"),
+        (0, [NUMBERS[4:] + struct.pack("<f", 3e38)], "not finite, or huge"),
     ],
 )
 def test_what_no_shard_can_have_left_out_goes_to_nobody(

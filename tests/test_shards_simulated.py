@@ -168,8 +168,8 @@ class KeepsWhatItGivesUp(Adder):
 class AddsInAnyOrder(Spread):
     """The shards add gradients in another order than that of the workers."""
 
-    def __init__(self, own: Data, order: Order, nonce: str, **more: Any) -> None:
-        super().__init__(own, self._later, nonce, **more)
+    def __init__(self, own: Data, order: Order, nonce: str) -> None:
+        super().__init__(own, self._later, nonce)
         self._now, self._adds = order, list[tuple[int, wire.Message]]()
 
     def _later(self, shard: int, message: wire.Message, *buffers: Any) -> None:
@@ -192,9 +192,9 @@ class RefusesWhatComesEarly(Adder):
 class KeepsVoidSums(Adder):
     """The sums of a void round stay."""
 
-    def order(self, message: Any) -> None:
+    def order(self, message: Any, buffers: Sequence[Any] = ()) -> None:
         if not isinstance(message, wire.Over) or message.step:
-            super().order(message)
+            super().order(message, buffers)
 
 
 class AddsWhatComes(Adder):

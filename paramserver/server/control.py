@@ -158,8 +158,7 @@ class Control:
         self.routes: dict[str, bytes] = {}  # session -> route of its link
         self.doors: dict[str, bytes] = {}  # session -> route on which it greets and beats
         self.traffic = Traffic()
-        leaves_out = bool(rounds.rules.leaves_out)
-        self._data = make_spread(data, self._order, rounds.nonce, leaves_out=leaves_out)
+        self._data = make_spread(data, self._order, rounds.nonce)
         self._shards: dict[int, bytes] = {}  # the route of each shard's link
         self._shard_of: dict[bytes, int] = {}
         self._unreachable: set[int] = set()  # shards that have missed an order
@@ -689,7 +688,7 @@ class Control:
     def _retire(self, shard: int, now: float) -> None:
         """A shard's worker leaves: the shard may end once what it keeps is here."""
         self._retiring[shard] = now
-        self._data.retire(shard)
+        self._data.retire(shard, passes_on=self.rounds.ending is None)
         self._end_retired(now)
 
     def _end_retired(self, now: float) -> None:

@@ -225,6 +225,11 @@ class Data:
         self._averages_bytes += sum(map(len, frames))
         self._due.append((average, frames))
 
+    def leaves_out(self, bucket: int) -> bool:
+        """Does the codec leave something out of averages of this bucket?"""
+        assert self._reducer is not None
+        return self._reducer.leaves_out(bucket)
+
     def give_up(self, bucket: int) -> list[Any]:
         """What was left out here of the averages of a bucket that a shard averages now."""
         assert self._reducer is not None

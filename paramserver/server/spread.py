@@ -8,7 +8,6 @@ payloads and averages only the numbers by which they are known. Pure: messages g
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -23,9 +22,6 @@ from paramserver.server.history import Frames, Update
 
 Finished = tuple[wire.Average, Frames]
 NOBODY = -1
-PASSED_SHARE = 16
-"""What was left out of one in so many buckets is passed on in each round: it is four bytes for each
-number, and orders wait behind it."""
 
 
 class Order(Protocol):
@@ -47,6 +43,7 @@ class Data(Protocol):
     def drop(self, worker: int, bucket: int) -> None: ...
     def add(self, worker: int, bucket: int, weight: float, *, late: bool) -> None: ...
     def finish(self, finish: Finish) -> None: ...
+    def leaves_out(self, bucket: int) -> bool: ...
     def give_up(self, bucket: int) -> list[Any]: ...
     def check_left_out(self, bucket: int, buffers: list[Any]) -> None: ...
     def take_over(self, bucket: int, buffers: list[Any]) -> None: ...
@@ -94,12 +91,11 @@ class Kept(msgspec.Struct):
 
 
 class Spread:
-    """See the module's docstring. `leaves_out`: the codec of averages leaves something out of one,
-    which goes into the next one of that bucket, whoever makes it."""
+    """See the module's docstring. What a lossy codec leaves out of an average goes into a later one
+    of that bucket, whoever makes it."""
 
-    def __init__(self, own: Data, order: Order, nonce: str, *, leaves_out: bool = False) -> None:
+    def __init__(self, own: Data, order: Order, nonce: str) -> None:
         self.own = own
-        self._leaves_out = leaves_out
         self._order = order
         self._nonce = nonce
         self.shards: set[int] = set()
@@ -107,15 +103,16 @@ class Spread:
         self.lost: set[int] = set()
         """Buckets of which something was left out that is gone with a shard."""
         self._left_at: dict[int, set[int]] = {}  # by bucket: who left something out, and makes none
-        self._asked: Counter[tuple[int, int]] = Counter()  # shard and bucket: it is about to tell
-        self._nobodys: dict[int, list[list[Any]]] = {}  # by bucket: it was told, and has no maker
+        self._asked: dict[int, int] = {}  # by shard: of which bucket it is about to tell that
+        self._waiting: list[tuple[int, list[Any]]] = []  # buckets, and what was left out of them
         self._retiring: set[int] = set()
         self._arrived: dict[tuple[str, int], dict[int, wire.Arrived]] = {}  # by session and shard
         self._sent: dict[tuple[int, int], Sent] = {}  # by worker and bucket
         self._divided: dict[int, tuple[int, Finish]] = {}  # by bucket: the shard, and what it makes
         self._made: dict[int, wire.Sharded] = {}  # by bucket, of the open round
         self._due: list[wire.Sharded] = []
-        self._makers: dict[int, int] = {}  # by bucket: the shard of its newest average
+        self._makers: dict[int, int] = {}  # by bucket: the shard of its average in an update
+        self._makes: dict[int, int] = {}  # the same of the open round
         self._kept: dict[int, Kept] = {}  # by step
         self._reach = -1  # shards that are gone had averages of the updates up to this step
 
@@ -125,20 +122,22 @@ class Spread:
         """A shard takes part."""
         self.shards.add(shard)
 
-    def retire(self, shard: int) -> None:
+    def retire(self, shard: int, *, passes_on: bool) -> None:
         """A shard is about to go: take over what it keeps of the newest update, which some replicas
-        may lack. Whoever lacks more takes a snapshot."""
+        may lack. Whoever lacks more takes a snapshot. `passes_on`: other rounds will follow, into
+        which what it has left out may go."""
         self.shards.discard(shard)
         self._retiring.add(shard)
-        for bucket in self._leave(shard):
-            self._give_up(shard, bucket)
         if (newest := self._newest) is not None:
             for bucket in newest.lacks_of(shard):
                 self._order(shard, wire.Recall(round=newest.round, bucket=bucket))
+        self._leave(shard)
+        if passes_on and shard not in self._asked:
+            self._give_up_next(shard)
 
     def has_taken_over(self, shard: int) -> bool:
         """Is all here that this shard has of the newest update, and has left out?"""
-        if any(asked == shard for asked, _ in self._asked):
+        if shard in self._asked:
             return False
         return self._newest is None or not self._newest.lacks_of(shard)
 
@@ -151,12 +150,12 @@ class Spread:
         """A shard is gone, with all that it kept."""
         self.shards.discard(shard)
         self._retiring.discard(shard)
-        for bucket in self._leave(shard):
+        self._leave(shard)
+        for bucket in self._left_by(shard):
             self._left_at[bucket].discard(shard)
             self.lost.add(bucket)
-        for key in [key for key in self._asked if key[0] == shard]:
-            self.lost.add(key[1])
-            del self._asked[key]
+        if shard in self._asked:
+            self.lost.add(self._asked.pop(shard))
         for key in [key for key in self._arrived if key[1] == shard]:
             del self._arrived[key]
         for step, kept in self._kept.items():
@@ -221,17 +220,20 @@ class Spread:
 
     # ------------------------------------------------------------------ what is left out
 
-    def _leave(self, shard: int) -> list[int]:
-        """This shard averages no more. Returns the buckets of which it has left something out."""
+    def _moves(self, bucket: int, before: int) -> None:
+        """Another one than `before` averages this bucket now."""
+        if before != NOBODY and self.own.leaves_out(bucket):
+            self._left_at.setdefault(bucket, set()).add(before)
+
+    def _leave(self, shard: int) -> None:
+        """This shard averages no more."""
         for bucket in [b for b, maker in self._makers.items() if maker == shard]:
             self._makers[bucket] = NOBODY
             self._moves(bucket, shard)
-        return sorted(b for b, shards in self._left_at.items() if shard in shards)
 
-    def _moves(self, bucket: int, before: int) -> None:
-        """Another one than `before` averages this bucket now."""
-        if self._leaves_out and before != NOBODY:
-            self._left_at.setdefault(bucket, set()).add(before)
+    def _left_by(self, shard: int) -> list[int]:
+        """The buckets of which this shard has left something out, and is not asked yet."""
+        return sorted(b for b, shards in self._left_at.items() if shard in shards)
 
     def _give_up(self, shard: int, bucket: int) -> None:
         """Ask who has averaged this bucket for what it has left out."""
@@ -239,20 +241,27 @@ class Spread:
         if shard == SERVER:
             self._pass_on(bucket, self.own.give_up(bucket))
         else:
-            self._asked[shard, bucket] += 1
+            self._asked[shard] = bucket
             self._order(shard, wire.GiveUp(bucket=bucket))
 
     def left_out(self, shard: int, report: wire.LeftOut, buffers: list[Any]) -> None:
         """A shard tells what it has left out. Raises `PeerError` where it was not asked for that,
         or where that cannot be."""
-        bucket, key = report.bucket, (shard, report.bucket)
-        if not self._asked[key]:
+        if self._asked.get(shard) != report.bucket:
             raise PeerError("it tells what nobody has asked for")
         if buffers:
-            self.own.check_left_out(bucket, buffers)
-        self._asked[key] -= 1
-        self._asked += Counter()  # without those that are zero
-        self._pass_on(bucket, buffers)
+            self.own.check_left_out(report.bucket, buffers)
+        del self._asked[shard]
+        if shard not in self._retiring:
+            self._pass_on(report.bucket, buffers)
+            return
+        self._waiting.append((report.bucket, buffers))
+        self._give_up_next(shard)
+
+    def _give_up_next(self, shard: int) -> None:
+        """Ask a shard that is about to go for the next of what it has left out."""
+        for bucket in self._left_by(shard)[:1]:
+            self._give_up(shard, bucket)
 
     def _pass_on(self, bucket: int, buffers: list[Any]) -> None:
         """Give what others have left out to who averages this bucket, for its next average."""
@@ -262,18 +271,23 @@ class Spread:
         if maker == SERVER:
             self.own.take_over(bucket, buffers)
         elif maker == NOBODY:
-            self._nobodys.setdefault(bucket, []).append(buffers)
+            self._waiting.append((bucket, buffers))
         else:
             self._order(maker, wire.LeftOut(bucket=bucket), *buffers)
 
-    def _pass_some_on(self) -> None:
-        """A round is over: let some of what was left out go to those who average now. No more is
-        asked for before it is here."""
-        most = -(-len(self._makers) // PASSED_SHARE) - self._asked.total()
-        rest = [(bucket, shard) for bucket, at in self._left_at.items() for shard in sorted(at)]
-        for bucket, shard in rest[: max(0, most)]:
-            self._give_up(shard, bucket)
-        self._left_at = {bucket: at for bucket, at in self._left_at.items() if at}
+    def _pass_one_on(self) -> None:
+        """A round is over: let what was left out of one bucket go to who averages it now. The next
+        round's averages come behind it, so that no more of it than that is on its way."""
+        for place, (bucket, buffers) in enumerate(self._waiting):
+            if self._makers[bucket] != NOBODY:
+                del self._waiting[place]
+                self._pass_on(bucket, buffers)
+                return
+        for bucket, shards in self._left_at.items():
+            for shard in sorted(shards):
+                if shard not in self._asked:
+                    self._give_up(shard, bucket)
+                    return
 
     # ------------------------------------------------------------------ the open round
 
@@ -352,13 +366,7 @@ class Spread:
         )
 
     def finish(self, finish: Finish) -> None:
-        before = self._makers.get(finish.bucket, NOBODY)
-        if before != finish.shard:
-            self._makers[finish.bucket] = finish.shard
-            self._moves(finish.bucket, before)
-            self._left_at.get(finish.bucket, set()).discard(finish.shard)
-            for buffers in self._nobodys.pop(finish.bucket, []):
-                self._pass_on(finish.bucket, buffers)
+        self._makes[finish.bucket] = finish.shard
         if finish.shard == SERVER:
             self.own.finish(finish)
             return
@@ -386,12 +394,19 @@ class Spread:
             self._kept[close.step] = Kept(close.round, close.lineage, dict(self._made))
         for shard in sorted(self.shards):
             self._order(shard, wire.Over(step=close.step, round=close.round))
-        self._pass_some_on()
+        for bucket, maker in self._makes.items():
+            before = self._makers.get(bucket, NOBODY)
+            if before != maker:
+                self._makers[bucket] = maker
+                self._moves(bucket, before)
+                self._left_at.get(bucket, set()).discard(maker)
+        self._pass_one_on()
         self._over()
         return update
 
     def _over(self) -> None:
         self._made.clear()
+        self._makes.clear()
         self._divided.clear()
         self._due.clear()
 

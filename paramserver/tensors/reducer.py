@@ -28,6 +28,7 @@ from paramserver.tensors.whole import Whole, unpacked
 
 Release = Callable[[], None]
 FLOAT_BYTES = 4
+LEFT_OUT_MAX = 2.0**100  # of a number; what a codec leaves out of one is not larger than that
 RoomOf = Callable[[int, int], Tensor]
 """Makes the memory of a wire buffer of this bucket: that many bytes, as a uint8 tensor."""
 
@@ -44,6 +45,11 @@ class Running:
     unit: float
     release: Release | None
     """Releases the payload whose memory `values` use; None where the sum has its own."""
+
+
+def _are_usable(left_out: Tensor) -> bool:
+    """Can these numbers be added to averages? Sums of them have to be finite, too."""
+    return bool((left_out.abs() <= LEFT_OUT_MAX).all())
 
 
 class Reducer:
@@ -175,17 +181,22 @@ class Reducer:
         """What was left out here of the averages of a bucket that somebody else averages now: its
         numbers in float32, or nothing."""
         residual = self._down.give_up(bucket)
-        return [] if residual is None else [residual.view(torch.uint8).numpy().data]
+        if residual is None or not _are_usable(residual):
+            return []
+        return [residual.view(torch.uint8).numpy().data]
+
+    def leaves_out(self, bucket: int) -> bool:
+        """Does the codec leave something out of averages of this bucket?"""
+        b = self._plan.buckets[bucket]
+        return b.kind == "grad" and self._down.codec(b).leaves_residual
 
     def check_left_out(self, bucket: int, buffers: list[Any]) -> None:
         """Raise `PeerError` for what nobody can have left out of the averages of a bucket."""
-        b = self._plan.buckets[bucket]
-        if b.kind != "grad" or not self._down.codec(b).leaves_residual:
-            raise PeerError(f"nothing is left out of bucket {bucket}")
-        if len(buffers) != 1 or memoryview(buffers[0]).nbytes != FLOAT_BYTES * b.size:
+        size = FLOAT_BYTES * self._plan.buckets[bucket].size
+        if len(buffers) != 1 or memoryview(buffers[0]).nbytes != size:
             raise PeerError(f"what was left out of bucket {bucket} has another length")
-        if not torch.frombuffer(buffers[0], dtype=torch.float32).isfinite().all():
-            raise PeerError(f"what was left out of bucket {bucket} is not finite")
+        if not _are_usable(torch.frombuffer(buffers[0], dtype=torch.float32)):
+            raise PeerError(f"what was left out of bucket {bucket} is not finite, or huge")
 
     def take_over(self, bucket: int, buffers: list[Any]) -> None:
         """Somebody else has left this out of averages of this bucket, see `give_up`: it goes into

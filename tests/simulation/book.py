@@ -179,7 +179,8 @@ class Residuals:
     def __init__(self, book: Book) -> None:
         self._book = book
         self._left: dict[int, tuple[int, ...]] = {}  # by bucket
-        self._under_way: dict[int, tuple[int, ...]] = {}  # as it was before
+        self._under_way: dict[int, tuple[int, ...]] = {}  # what goes in
+        self._came: dict[int, tuple[int, ...]] = {}  # to a bucket that is under way
 
     def average(self, bucket: int, *, counts: bool) -> None:
         """Make an average; `counts`: it may become part of an update."""
@@ -195,15 +196,17 @@ class Residuals:
             if bucket in averaged:
                 self._book.went_in.update(before)
             else:
-                self._left[bucket] = before
+                self._left[bucket] = (*before, *self._came.get(bucket, ()))
         self._under_way.clear()
+        self._came.clear()
 
     def give_up(self, bucket: int) -> list[Any]:
         left = self._left.pop(bucket, ())
-        given = self._under_way.pop(bucket, left)
-        return [given] if given else []
+        if bucket in self._under_way:
+            left = (*self._under_way.pop(bucket), *self._came.pop(bucket, ()))
+        return [left] if left else []
 
     def take_over(self, bucket: int, given: Any) -> None:
         self._left[bucket] = (*self._left.get(bucket, ()), *given)
         if bucket in self._under_way:
-            self._under_way[bucket] = (*self._under_way[bucket], *given)
+            self._came[bucket] = (*self._came.get(bucket, ()), *given)

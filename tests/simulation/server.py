@@ -212,6 +212,9 @@ class Samples:
         self.averages.append((average, [average, content]))
         self._due.append(self.averages[-1])
 
+    def leaves_out(self, bucket: int) -> bool:
+        return bool(self._server.rules.leaves_out)
+
     def give_up(self, bucket: int) -> list[Any]:
         return self._residuals.give_up(bucket)
 
