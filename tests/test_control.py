@@ -616,8 +616,11 @@ def test_a_shard_that_is_not_wanted_is_told_and_its_process_ends() -> None:
 
 
 @pytest.mark.parametrize(("codec", "times"), [("int8", 1), ("", 0)])
-def test_what_is_lost_with_a_shard_is_said_once(codec: str, times: int) -> None:
+def test_what_is_lost_with_a_shard_is_said_once(
+    codec: str, times: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = Run(leaves_out=codec)
+    monkeypatch.setattr(run.data, "leaves_out", lambda bucket: bool(codec))
     spread = run.control._data
     for maker in (0, 3, 4, 0):  # shards that die before these rounds
         spread._makers[0] = maker
