@@ -98,6 +98,15 @@ def forebears(shard: psutil.Process) -> set[int]:
     return {p.pid for p in shard.parents()}
 
 
+def one_that_averages(there: Cluster) -> tuple[psutil.Process, Program]:
+    """The one shard of this run, once it averages beside the server, and its worker."""
+    there.server.wait_for("several average the gradients: 50 % itself, 50 % ")
+    there.server.wait_for("training, step")
+    [shard] = shards_of(there.workers)
+    [owner] = [w for w in there.workers if w.process.pid in forebears(shard)]
+    return shard, owner
+
+
 def folder_of(shard: psutil.Process) -> Path:
     """Where the memory lies that this shard shares."""
     [folder] = {
@@ -222,9 +231,7 @@ def test_shares_follow_what_make_up_has_measured(tmp_path: Path) -> None:
 @pytest.mark.root
 def test_a_shard_that_is_killed_costs_its_round_and_is_replaced(tmp_path: Path) -> None:
     with cluster(tmp_path, "none", "shards=2", "heartbeat_timeout=3") as there:
-        there.server.wait_for("several average the gradients: 50 % itself, 50 % ")
-        there.server.wait_for("training, step")
-        [first] = shards_of(there.workers)
+        first, _ = one_that_averages(there)
         folder = folder_of(first)
         os.kill(first.pid, signal.SIGKILL)
         there.server.wait_for(r"shard 1 on .* is gone: .*; others average its part")
@@ -239,10 +246,7 @@ def test_a_shard_that_is_killed_costs_its_round_and_is_replaced(tmp_path: Path) 
 @pytest.mark.root
 def test_what_topk_leaves_out_follows_a_bucket_whose_worker_leaves(tmp_path: Path) -> None:
     with cluster(tmp_path, "none", "shards=2", "codec_down=topk") as there:
-        there.server.wait_for("several average the gradients: 50 % itself, 50 % ")
-        there.server.wait_for("training, step")
-        [shard] = shards_of(there.workers)
-        [owner] = [w for w in there.workers if w.process.pid in forebears(shard)]
+        _, owner = one_that_averages(there)
         owner.send(signal.SIGINT)
         assert owner.end() == 0
         there.workers.remove(owner)
@@ -256,10 +260,7 @@ def test_what_topk_leaves_out_follows_a_bucket_whose_worker_leaves(tmp_path: Pat
 @pytest.mark.root
 def test_a_worker_that_is_killed_takes_its_shard_with_it(tmp_path: Path) -> None:
     with cluster(tmp_path, "none", "shards=2", "heartbeat_timeout=3") as there:
-        there.server.wait_for("several average the gradients: 50 % itself, 50 % ")
-        there.server.wait_for("training, step")
-        [shard] = shards_of(there.workers)
-        [owner] = [w for w in there.workers if w.process.pid in forebears(shard)]
+        shard, owner = one_that_averages(there)
         folder = folder_of(shard)
         owner.process.kill()
         shard.wait(DEADLINE_S)
